@@ -1,0 +1,5373 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["llama-cpp-python>=0.3.36", "websockets>=17", "jinja2>=3.1.6"]
+# ///
+"""shimmy: the GGUF models on this machine as a local inference service, in one file.
+
+    main process                                                    one child per loaded model (spawned)
+     HTTP threads ─┐                                                 ┌────────────────────────────────┐
+     ws loop thread ├─ Service.generate ── Worker ── stdin: Submit, Cancel ──▶ Engine: waiting, running │
+     CLI ──────────┘         ▲              ▲  ◀── stdout: Accepted, Stepped, Failed  step = prefill    │
+                         ModelTable      reader thread, one a worker │              + decode + sample   │
+                                                                     └────────────────────────────────┘
+
+The file reads downward as the data flows: a body becomes a checked request (2), the request finds its model (3) and
+becomes a prompt (4, 5), the prompt becomes tokens and the tokens text (6, 7, 8), the text a reply (9) that one of the
+front doors sends (10 HTTP, 11 WebSocket, 12 command line).
+
+Who owns what. JSON, templates, tool calls and HTTP live in the main process; tokens, KV cache and sampling in the
+child, which alone imports llama_cpp. Frozen dataclasses cross the pipe, one message a step for all sequences together.
+The child dies with its pipe: end of file on stdin ends it, however the parent went. A crash in native code ends one
+child; its reader thread notices and fails what was running there. HTTP threads: one a connection, blocking. The watcher
+thread notices clients that leave. The ws thread runs asyncio and starts with the first upgrade.
+"""
+from __future__ import annotations
+
+import argparse
+import codecs
+import contextlib
+import functools
+import hashlib
+import hmac
+import http.client
+import http.server
+import io
+import ipaddress
+import itertools
+import json
+import logging
+import math
+import operator
+import os
+import pathlib
+import pickle
+import queue
+import re
+import selectors
+import signal
+import socket
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar
+
+if TYPE_CHECKING:
+    import ast
+    import asyncio
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("shimmy")
+
+# ── 1. Limits and errors ─────────────────────────────────────────────────────────────────────────────────────────────
+# Every bound with its reason, and every error with its status.
+
+MIB = 1 << 20
+MAX_BODY = 16 * MIB  # a 128k-token prompt is under 1 MiB of text; 16 leaves room for long chats
+MAX_HEAD = 64 * 1024  # request line and headers together
+MAX_JSON_DEPTH = 64  # the parser recurses; real requests nest about 10 deep
+MAX_CONNECTIONS = 1024  # one thread each
+REQUEST_SECONDS = 30.0  # from a request's first byte to its last
+IDLE_SECONDS = 120.0  # a kept-alive connection without a request
+WRITE_SECONDS = 60.0  # a client that does not read for so long is gone
+PING_SECONDS = 15.0  # silence in a stream before a comment line keeps proxies patient
+LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
+GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
+MAX_STOPS = 16
+MAX_CHOICES = 16
+MAX_TOOLS = 128
+MAX_SCAN_DEPTH = 12  # directories below a search root
+MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
+SCAN_DETAIL_SECONDS = 0.4  # a scan reads whole headers for so long; the rest are read when asked about
+FLUSH_SECONDS = 0.004  # steps shorter than this share a message: 250 events a second are more than an eye follows
+
+
+class ApiError(Exception):
+    """An answer that is an error: status, code, message, details and the field at fault (`param`)."""
+
+    status = 500
+    code = "server_error"
+    kind = "server_error"  # OpenAI's `type`
+    message = "The server met an error"
+
+    def __init__(self, details: str = "", message: str | None = None, param: str | None = None) -> None:
+        super().__init__(details)
+        self.message, self.details, self.param = message or self.message, details, param
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.details}" if self.details else self.message
+
+    def headers(self) -> dict[str, str]:
+        """Extra response headers, e.g. Allow or Retry-After."""
+        return {}
+
+    def document(self, openai: bool = False) -> dict[str, Any]:
+        """The error object of every route; OpenAI's routes also carry `type` and `param`."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message, "details": self.details}
+        if openai:
+            # OpenAI clients show `message` alone, so there it holds everything
+            error |= {"message": str(self), "type": self.kind, "param": self.param}
+        return {"error": error}
+
+
+class InvalidRequest(ApiError):
+    """The request is wrong; message says what to change, param names the field."""
+
+    status, code, kind, message = 400, "invalid_request", "invalid_request_error", "The request is invalid"
+
+    def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
+        super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
+        self.status = status
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class ContextLengthExceeded(ApiError):
+    status, code, kind = 400, "context_length_exceeded", "invalid_request_error"
+    message = "The prompt does not fit the model's context"
+
+
+class Unauthorized(ApiError):
+    status, code, kind, message = 401, "unauthorized", "authentication_error", "A valid API key is required"
+
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
+
+class Forbidden(ApiError):
+    status, code, kind, message = 403, "forbidden", "permission_error", "The request is not allowed"
+
+
+class NotFound(ApiError):
+    status, code, kind, message = 404, "not_found", "not_found_error", "There is nothing at this address"
+
+
+class ModelNotFound(ApiError):
+    status, code, kind, message = 404, "model_not_found", "not_found_error", "The specified model was not found"
+
+    def __init__(self, details: str = "", message: str | None = None, param: str | None = "model") -> None:
+        super().__init__(details, message, param)
+
+
+class MethodNotAllowed(ApiError):
+    status, code, kind = 405, "method_not_allowed", "invalid_request_error"
+    message = "The method is not allowed here"
+
+    def __init__(self, allow: Iterable[str]) -> None:
+        self.allow = ", ".join(sorted(allow))
+        super().__init__(f"Allowed: {self.allow}")
+
+    def headers(self) -> dict[str, str]:
+        return {"Allow": self.allow}
+
+
+class Conflict(ApiError):
+    status, code, kind, message = 409, "conflict", "invalid_request_error", "The request conflicts with another"
+
+
+class PayloadTooLarge(ApiError):
+    status, code, kind, message = 413, "payload_too_large", "invalid_request_error", "The body is too large"
+
+
+class Overloaded(ApiError):
+    status, code, kind, message = 503, "overloaded", "overloaded_error", "The server is busy, try again"
+
+    def headers(self) -> dict[str, str]:
+        return {"Retry-After": "2"}
+
+
+class GenerationFailed(ApiError):
+    code, message = "generation_failed", "Text generation failed"
+
+
+class Cancelled(Exception):
+    """The client left or called the request off: there is nobody to answer."""
+
+
+ERRORS = {e.code: e for e in (ContextLengthExceeded, Overloaded, GenerationFailed, ApiError)}
+
+
+class Cancellation:
+    """One request's way to be called off: any thread may cancel, whoever waits is told by its callback."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callbacks: list[Callable[[], None]] = []
+        self.cancelled = False
+        self.gently = False  # the client still listens: let the engine say how far it came
+
+    def cancel(self, gently: bool = False) -> None:
+        with self._lock:
+            callbacks = list(self._callbacks)
+            self.cancelled, self.gently = True, gently
+        for callback in callbacks:
+            callback()
+
+    def on_cancel(self, callback: Callable[[], None]) -> None:
+        """Call `callback` at the cancel, at once if that has been."""
+        with self._lock:
+            if not self.cancelled:
+                self._callbacks.append(callback)
+                return
+        callback()
+
+    def check(self) -> None:
+        """Raises Cancelled when the request has been called off."""
+        if self.cancelled:
+            raise Cancelled
+
+
+# ── 2. Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end here.
+
+Check = Callable[[str, Any], Any]
+
+
+def _said(value: Any) -> str:
+    """A client's value, short enough for a message."""
+    shown = json.dumps(value, ensure_ascii=True)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+def number(low: float, high: float) -> Check:
+    """Accepts a number from `low` to `high`."""
+
+    def check(name: str, value: Any) -> float:
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        if not fine:
+            raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {_said(value)}", name)
+        return float(value)
+
+    return check
+
+
+def whole(low: int | None = None, high: int | None = None) -> Check:
+    """Accepts a whole number within the bounds given; 100.0 counts as whole, as JavaScript clients may write it."""
+    bounds = {(True, True): "", (False, True): f" ≥ {low}"}.get((low is None, high is None), f" from {low} to {high}")
+
+    def check(name: str, value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        fine = isinstance(value, int) and not isinstance(value, bool)
+        if not fine or (low is not None and value < low) or (high is not None and value > high):
+            raise InvalidRequest(f"{name} must be a whole number{bounds}, not {_said(value)}", name)
+        return int(value)
+
+    return check
+
+
+def one_type(kind: type, words: str) -> Check:
+    """Accepts a value of one JSON type."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, kind):
+            raise InvalidRequest(f"{name} must be {words}, not {_said(value)}", name)
+        return value
+
+    return check
+
+
+boolean = one_type(bool, "true or false")
+text = one_type(str, "a string")
+an_object = one_type(dict, "an object")
+
+
+def stops(name: str, value: Any) -> tuple[str, ...]:
+    """A string or a list of strings; empty ones would stop everything at once and are left out."""
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or len(listed) > MAX_STOPS or not all(isinstance(s, str) for s in listed):
+        raise InvalidRequest(f"{name} must be a string or a list of up to {MAX_STOPS} strings, not {_said(value)}", name)
+    return tuple(s for s in listed if s)
+
+
+def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
+    """OpenAI's logit_bias: an object of token id to a number from −100 to 100, where −100 bans the token."""
+    check = number(-100, 100)
+    if not isinstance(value, dict) or len(value) > 1024 or not all(k.isascii() and k.isdigit() for k in value):
+        raise InvalidRequest(f"{name} must be an object of up to 1024 token ids, not {_said(value)}", name)
+    return tuple((int(k[:10]), -math.inf if v == -100 else check(f"{name}.{k}", v)) for k, v in value.items())
+
+
+def param(check: Check, help: str, default: Any = None) -> Any:
+    """A request parameter: its check, one line of help for the command line, and its default."""
+    return field(default=default, metadata={"check": check, "help": help})
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are picked. None means: what the model's file says (general.sampling.*), else llama.cpp's default."""
+
+    max_tokens: int | None = param(whole(1), "most tokens to generate")
+    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token")
+    top_p: float | None = param(number(0, 1), "keep the likeliest tokens that sum to this probability")
+    top_k: int | None = param(whole(0), "keep this many likeliest tokens; 0 keeps all")
+    min_p: float | None = param(number(0, 1), "drop tokens below this share of the likeliest one")
+    repeat_penalty: float | None = param(number(0.1, 10), "divide the score of tokens already there; 1 is off")
+    presence_penalty: float | None = param(number(-2, 2), "lower the score of tokens already there")
+    frequency_penalty: float | None = param(number(-2, 2), "lower the score of tokens by how often they came")
+    seed: int | None = param(whole(), "the same seed gives the same text on an idle server")
+    stop: tuple[str, ...] = param(stops, "end before this text (repeatable)", ())
+    ignore_eos: bool = param(boolean, "go on past the model's end of text", False)
+    logit_bias: tuple[tuple[int, float], ...] = param(biases, "", ())
+    json_schema: Mapping[str, Any] | None = param(an_object, "")
+    grammar: str | None = None  # GBNF, made from json_schema by the service
+    logprobs: int | None = None  # how many alternatives to report; 0: only the picked token's own
+
+    @classmethod
+    def from_json(cls, body: Mapping[str, Any], **defaults: Any) -> Sampling:
+        """The sampling parameters in `body`, checked; InvalidRequest names the field and its bounds."""
+        given = {
+            f.name: f.metadata["check"](f.name, body[f.name])
+            for f in fields(cls)
+            if f.metadata and body.get(f.name) is not None
+        }
+        return cls(**defaults | given)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What every front door asks of Service.generate: prompts (text or token ids) or one chat."""
+
+    model: str = "default"
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    template_args: Mapping[str, Any] = field(default_factory=dict)
+    sampling: Sampling = Sampling()
+    n: int = 1
+    stream: bool = False
+    include_usage: bool = False
+    split_markers: bool = False  # take reasoning and tool calls out of the text (OpenAI chat)
+
+    @classmethod
+    def from_native(cls, body: Mapping[str, Any]) -> GenerateRequest:
+        """`POST /api/generate` and the WebSocket (Seed): model and prompt (or messages, system) required."""
+        if body.get("model") is None:
+            raise InvalidRequest("model is required: the id of a model, or default", "model")
+        prompt, messages = body.get("prompt"), read_messages(body)
+        system = body.get("system")
+        if prompt is None and messages is None:
+            raise InvalidRequest("prompt is required (or messages)", "prompt")
+        if prompt is not None and messages is not None:
+            raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
+        if system is not None:
+            turns = messages or ({"role": "user", "content": text("prompt", prompt)},)
+            messages, prompt = ({"role": "system", "content": text("system", system)}, *turns), None
+        return cls(
+            model=text("model", body["model"]),
+            prompts=() if prompt is None else (text("prompt", prompt),),
+            messages=messages,
+            sampling=Sampling.from_json(body, max_tokens=100, temperature=0.7),
+            stream=_flag(body, "stream"),
+        )
+
+    @classmethod
+    def from_chat(cls, body: Mapping[str, Any]) -> GenerateRequest:
+        """`POST /v1/chat/completions`."""
+        messages = read_messages(body)
+        if messages is None:
+            raise InvalidRequest("messages is required: a list of messages", "messages")
+        refuse_unbuilt(body)
+        top, wanted = body.get("top_logprobs"), _flag(body, "logprobs")
+        if top is not None and not wanted:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        logprobs = whole(0, 20)("top_logprobs", top or 0) if wanted else None
+        limit = body.get("max_completion_tokens")
+        if limit is not None:
+            body = {**body, "max_tokens": whole(1)("max_completion_tokens", limit)}
+        kwargs = an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
+        return replace(
+            cls._openai(body, logprobs),
+            messages=messages,
+            tools=read_tools(body),
+            template_args=kwargs,
+            split_markers=True,
+        )
+
+    @classmethod
+    def from_completion(cls, body: Mapping[str, Any]) -> GenerateRequest:
+        """`POST /v1/completions`: prompt is a string, a list of strings, token ids, or a list of those."""
+        if body.get("prompt") is None:
+            raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
+        refuse_unbuilt(body)
+        logprobs = body.get("logprobs")
+        count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
+        return replace(cls._openai(body, count), prompts=read_prompts(body["prompt"]))
+
+    @classmethod
+    def _openai(cls, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
+        options = an_object("stream_options", body.get("stream_options") or {})
+        n = body.get("n")
+        return cls(
+            model=text("model", "default" if body.get("model") is None else body["model"]),
+            sampling=Sampling.from_json(body, logprobs=logprobs),
+            n=1 if n is None else whole(1, MAX_CHOICES)("n", n),
+            stream=_flag(body, "stream"),
+            include_usage=_flag(options, "include_usage"),
+        )
+
+
+def _flag(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    return False if value is None else bool(boolean(name, value))
+
+
+UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's that are known here but not served yet
+    "response_format": lambda v: v != {"type": "text"},
+    "tool_choice": lambda v: v not in ("none", "auto"),
+    "parallel_tool_calls": lambda v: v is not True,
+    "suffix": lambda v: v != "",
+    "echo": lambda v: v is not False,
+    "best_of": lambda v: v != 1,
+    "functions": lambda v: v != [],
+    "function_call": lambda v: v not in ("none", "auto"),
+    "modalities": lambda v: v != ["text"],
+    "audio": lambda v: True,
+    "prediction": lambda v: True,
+    "web_search_options": lambda v: True,
+}
+
+
+def refuse_unbuilt(body: Mapping[str, Any]) -> None:
+    """A known field that is not built yet is refused by name: to ignore it would be to answer something else."""
+    for name, unserved in UNBUILT.items():
+        if body.get(name) is not None and unserved(body[name]):
+            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here yet", name)
+
+
+def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """The prompts of a completion request, at most MAX_CHOICES of them."""
+    wrong = InvalidRequest("prompt must be a string, or a list of strings or token ids", "prompt")
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, list) or not value:
+        raise wrong
+    if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
+        return (tuple(value),)
+    if len(value) > MAX_CHOICES:
+        raise InvalidRequest(f"prompt may hold up to {MAX_CHOICES} prompts, not {len(value)}", "prompt")
+    return tuple(p for v in value for p in (read_prompts(v) if isinstance(v, str) or _is_ids(v) else _raise(wrong)))
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
+
+
+def _raise(error: Exception) -> Any:
+    raise error
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
+    """The checked `messages` of a chat, content flattened to a string; None when absent."""
+    messages = body.get("messages")
+    if messages is None:
+        return None
+    if not isinstance(messages, list) or not messages:
+        raise InvalidRequest("messages must be a list of at least one message", "messages")
+    return tuple(read_message(f"messages[{i}]", message) for i, message in enumerate(messages))
+
+
+def read_message(where: str, message: Any) -> dict[str, Any]:
+    """One message of a chat as templates want it: content is always a string, tool arguments are objects."""
+    message = an_object(where, message)
+    role = message.get("role")
+    if role not in ROLES:
+        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
+    content = message.get("content")
+    calls = message.get("tool_calls")
+    if content is None and not (role == "assistant"):
+        raise InvalidRequest(f"{where}.content is required", f"{where}.content")
+    read = {"role": "system" if role == "developer" else role, "content": flat_content(f"{where}.content", content)}
+    for name in ("name", "tool_call_id", "reasoning_content"):
+        if message.get(name) is not None:
+            read[name] = text(f"{where}.{name}", message[name])
+    if calls:
+        read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
+    return read
+
+
+def flat_content(where: str, content: Any) -> str:
+    """A message's content as one string: a string as it is, text parts joined, None empty."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise InvalidRequest(f"{where} must be a string or a list of text parts, not {_said(content)}", where)
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise InvalidRequest(f'{where}[{i}] must be {{"type": "text", "text": …}}, not {_said(part)}', where)
+    return "".join(part["text"] for part in content)
+
+
+def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
+    """An assistant message's tool calls; arguments, a JSON text over the wire, become the object templates want."""
+    read = []
+    for i, call in enumerate(one_type(list, "a list")(where, calls)):
+        function = an_object(f"{where}[{i}]", call).get("function")
+        function = an_object(f"{where}[{i}].function", function)
+        name, arguments = text(f"{where}[{i}].function.name", function.get("name")), function.get("arguments")
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+        read.append({"id": str(call.get("id", "")), "type": "function",
+                     "function": {"name": name, "arguments": {} if arguments is None else arguments}})  # fmt: skip
+    return read
+
+
+def read_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The functions a chat offers, checked; none when tool_choice is "none"."""
+    tools = body.get("tools")
+    if not tools:
+        return ()
+    if len(one_type(list, "a list")("tools", tools)) > MAX_TOOLS:
+        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(tools)}", "tools")
+    for i, tool in enumerate(tools):
+        if an_object(f"tools[{i}]", tool).get("type") != "function":
+            raise InvalidRequest(f"tools[{i}].type must be function, not {_said(tool.get('type'))}", f"tools[{i}].type")
+        function = an_object(f"tools[{i}].function", tool.get("function"))
+        text(f"tools[{i}].function.name", function.get("name"))
+        an_object(f"tools[{i}].function.parameters", function.get("parameters") or {})
+    return () if body.get("tool_choice") == "none" else tuple(tools)
+
+
+def parse_json(data: bytes) -> Any:
+    """Strict JSON: UTF-8, no NaN, no lone surrogates, MAX_JSON_DEPTH deep. Raises InvalidRequest."""
+    try:
+        source = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"The body is not UTF-8 (byte {error.start})") from None
+    if _depth_over(source, MAX_JSON_DEPTH):
+        raise InvalidRequest(f"The body is nested over {MAX_JSON_DEPTH} levels deep")
+    try:
+        value = json.loads(source, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}") from None
+    if "\\u" in source and _has_surrogate(value):
+        raise InvalidRequest("The body holds a lone surrogate, which is not Unicode text")
+    return value
+
+
+def _depth_over(source: str, limit: int) -> bool:
+    """Whether brackets outside strings nest deeper than `limit`, without recursing."""
+    if source.count("[") + source.count("{") <= limit:
+        return False
+    depth = 0
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', source):
+        mark = token[0]
+        depth += (mark in "[{") - (mark in "]}") if len(mark) == 1 else 0
+        if depth > limit:
+            return True
+    return False
+
+
+def _has_surrogate(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+# ── 3. GGUF and models ───────────────────────────────────────────────────────────────────────────────────────────────
+# What is on the disk (headers, discovery, names), and what is in memory (the life of each model).
+
+
+class GgufError(Exception):
+    """Why a file is no model to serve."""
+
+
+class HeaderReader:
+    """Reads a GGUF header front to back, trusting no count or length beyond the file's size.
+
+    Plain reads, not a memory map: a file cut short while it is mapped would kill the process with SIGBUS.
+    """
+
+    SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+    KEEP_STRING = MIB  # chat templates reach 20 kB
+    KEEP_ARRAY = 1024  # per-layer numbers; vocabularies are passed over
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
+        self.data, self.base, self.at = b"", 0, 0  # data holds the file from base on; at is relative to base
+
+    def need(self, count: int) -> None:
+        """Make `count` bytes available at `at`."""
+        if self.at + count <= len(self.data):
+            return
+        if self.base + self.at + count > self.size:
+            raise GgufError("the header is truncated")
+        self.base, self.data, self.at = self.base + self.at, self.data[self.at :], 0
+        self.data += self.file.read(max(count - len(self.data), 8192 if self.base == 0 else MIB))
+        if count > len(self.data):
+            raise GgufError("the header is truncated")
+
+    def scalar(self, code: str) -> Any:
+        size = struct.calcsize("<" + code)
+        self.need(size)
+        (value,) = struct.unpack_from("<" + code, self.data, self.at)
+        self.at += size
+        return value
+
+    def string(self) -> str:
+        length = self.scalar("Q")
+        self.need(length)
+        raw = self.data[self.at : self.at + min(length, self.KEEP_STRING)]
+        self.at += length
+        return raw.decode("utf-8", "replace")
+
+    def skip_strings(self, count: int) -> None:
+        """Step over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
+        unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
+        end = len(data) - 8
+        for _ in range(count):
+            if at > end:
+                self.at = at
+                self.need(8)
+                data, at, end = self.data, self.at, len(self.data) - 8
+            at += 8 + unpack(data, at)[0]
+            if at > len(data):
+                if self.base + at > self.size:
+                    raise GgufError("the header is truncated")
+                self.at = len(data)
+                self.skip_bytes(at - len(data))
+                data, at, end = self.data, self.at, len(self.data) - 8
+        self.at = at
+
+    def skip_bytes(self, count: int) -> None:
+        self.at += count
+        if self.base + self.at > self.size:
+            raise GgufError("the header is truncated")
+        if self.at > len(self.data):
+            self.base, self.data, self.at = self.base + self.at, b"", 0
+            self.file.seek(self.base)
+
+    def value(self, kind: int) -> Any:
+        """One metadata value; long arrays are passed over and give None."""
+        if kind in self.SCALARS:
+            return self.scalar(self.SCALARS[kind])
+        if kind == 8:
+            return self.string()
+        if kind != 9:
+            raise GgufError(f"the header has a value of unknown type {kind}")
+        inner, count = self.scalar("I"), self.scalar("Q")
+        if inner == 8:
+            if count * 8 > self.size:
+                raise GgufError("the header is truncated")
+            return self.skip_strings(count)
+        if inner not in self.SCALARS:
+            raise GgufError(f"the header has an array of unknown type {inner}")
+        code = self.SCALARS[inner]
+        if count > self.KEEP_ARRAY:
+            return self.skip_bytes(count * struct.calcsize("<" + code))
+        return tuple(self.scalar(code) for _ in range(count))
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors' parameters and extent."""
+
+    metadata: Mapping[str, Any]
+    tensor_count: int
+    complete: bool  # False: reading stopped at the vocabulary
+    parameters: int = 0  # summed over the tensors, when complete
+    data_end: int = 0  # where the last tensor ends, bytes from the file's start, when complete
+
+
+# elements and bytes of a block, by ggml_type (ggml.h)
+BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 36),
+          10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292),
+          16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82),
+          23: (256, 136), 24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
+          34: (256, 54), 35: (256, 66), 39: (32, 17)}  # fmt: skip
+
+
+def read_gguf_header(path: str, size: int, whole_header: bool = True) -> GgufHeader:
+    """A GGUF file's header; not `whole_header` stops before the vocabulary (0.05 ms instead of up to 100 ms).
+
+    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged; OSError as open() does.
+    """
+    with open(path, "rb", buffering=0) as file:
+        reader = HeaderReader(file, size)
+        if size < 24:
+            raise GgufError("too short to be a GGUF file")
+        reader.need(24)
+        magic, version, tensors, pairs = struct.unpack_from("<4sIQQ", reader.data)
+        if magic != b"GGUF":
+            raise GgufError("not a GGUF file (wrong magic)")
+        if not version & 0xFFFF:
+            raise GgufError("big-endian GGUF file, for another kind of machine")
+        if version not in (2, 3):
+            raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
+        reader.at = 24
+        metadata: dict[str, Any] = {}
+        for _ in range(pairs):
+            key = reader.string()
+            kind = reader.scalar("I")
+            if kind == 9 and key.startswith("tokenizer.") and not whole_header:
+                return GgufHeader(metadata, tensors, complete=False)
+            metadata[key] = reader.value(kind)
+        parameters, data_end = _read_tensors(reader, tensors, metadata)
+        return GgufHeader(metadata, tensors, True, parameters, data_end)
+
+
+def _read_tensors(reader: HeaderReader, count: int, metadata: Mapping[str, Any]) -> tuple[int, int]:
+    """Parameters in all tensors, and where in the file the last one ends."""
+    parameters, end = 0, 0
+    for _ in range(count):
+        reader.string()
+        dimensions = reader.scalar("I")
+        if dimensions > 8:
+            raise GgufError("the header describes a tensor of impossible shape")
+        elements = math.prod(reader.scalar("Q") for _ in range(dimensions))
+        kind, offset = reader.scalar("I"), reader.scalar("Q")
+        block, width = BLOCKS.get(kind, (1, 0))
+        parameters += elements
+        end = max(end, offset + elements // block * width)
+    alignment = metadata.get("general.alignment") or 32
+    start = reader.base + reader.at
+    return parameters, start + -start % max(int(alignment), 1) + end
+
+
+FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
+              12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K",
+              19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL",
+              26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16",
+              36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4"}  # fmt: skip  llama.h, enum llama_ftype
+EMBEDDERS = ("bert", "nomic-bert", "jina-bert", "modern-bert", "neo-bert", "gemma-embedding", "t5encoder")
+SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+QUANT_IN_NAME = re.compile(r"(?:^|[-._])((?:I?Q\d[\w]*|BF16|F16|F32|MXFP4\w*))(?=$|[-.])", re.I)
+SIZE_IN_NAME = re.compile(r"(?:^|[-_.])(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[BM])(?=$|[-_.])", re.I)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model on the disk, as its header describes it; the file name only fills gaps."""
+
+    id: str
+    name: str
+    path: str
+    source: str  # the search directory or store it was found in
+    size_bytes: int
+    architecture: str
+    parameter_count: str | None
+    quantization: str | None
+    context_length: int | None
+    embedding: bool
+    chat_template: bool | None  # None: not read so far
+    description: str
+
+    def document(self) -> dict[str, Any]:
+        """The model as `/api/models` lists it, without its state."""
+        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source")}
+        return shown | {"model_type": self.architecture}
+
+
+def human_count(count: int) -> str:
+    """1,543,000,000 as 1.5B, 260,000 as 260K."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            scaled = count / size
+            return f"{scaled:.0f}{unit}" if scaled >= 100 else f"{scaled:.2g}{unit}" if scaled < 10 else f"{scaled:.3g}{unit}"
+    return str(count)
+
+
+def human_bytes(count: float) -> str:
+    """2254857830 as 2.1GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1024 or unit == "GB":
+            break
+        count /= 1024
+    return f"{count:.0f}{unit}" if unit in ("B", "KB") else f"{count:.1f}{unit}"
+
+
+def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> ModelInfo:
+    """The ModelInfo of a header. Raises GgufError when the file is not a model to serve."""
+    meta, stem = header.metadata, SHARD.sub("", pathlib.Path(path).stem)
+    architecture = str(meta.get("general.architecture") or "unknown")
+    refuse_other_kinds(meta, architecture, header)
+    stated, label = meta.get("general.parameter_count"), meta.get("general.size_label")
+    in_name, quant_name = SIZE_IN_NAME.search(stem), QUANT_IN_NAME.search(stem)
+    count = (human_count(stated) if isinstance(stated, int) and stated else None) or (str(label) if label else None)
+    if count is None and header.complete and "split.count" not in meta:
+        count = human_count(header.parameters)
+    quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or (quant_name[1].upper() if quant_name else None)
+    context = meta.get(f"{architecture}.context_length")
+    name = str(meta.get("general.name") or stem)
+    return ModelInfo(
+        id=id, name=name, path=path, source=source, size_bytes=size, architecture=architecture,
+        parameter_count=count or (in_name[1].upper() if in_name else None), quantization=quantization,
+        context_length=context if isinstance(context, int) else None,
+        embedding=architecture in EMBEDDERS or bool(meta.get(f"{architecture}.pooling_type")),
+        chat_template="tokenizer.chat_template" in meta if header.complete else None,
+        description=str(meta.get("general.description") or f"{name} ({architecture})"),
+    )  # fmt: skip
+
+
+def refuse_other_kinds(meta: Mapping[str, Any], architecture: str, header: GgufHeader) -> None:
+    """Raises GgufError for GGUF files that are not models: projectors, adapters, vocabularies, later shards."""
+    kind = str(meta.get("general.type") or "model")
+    if architecture == "clip" or kind == "mmproj":
+        raise GgufError("a projector (mmproj), not a model")
+    if kind == "adapter" or "adapter.type" in meta:
+        raise GgufError("a LoRA adapter, not a model")
+    if kind == "imatrix" or architecture == "imatrix":
+        raise GgufError("an importance matrix, not a model")
+    if meta.get("split.no"):
+        raise GgufError("a later shard; the first one stands for the set")
+    if header.tensor_count == 0 and not meta.get("split.count"):
+        raise GgufError("a vocabulary only, without weights")
+
+
+@dataclass(frozen=True)
+class SearchRoot:
+    """A place to look for models: a tree of `depth` levels, or a store of Ollama's."""
+
+    path: str
+    source: str
+    depth: int = MAX_SCAN_DEPTH
+    ollama: bool = False
+
+
+def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
+    """Every place SPEC names, in the order that decides `default`; each directory once."""
+    env, home, here = os.environ.get, pathlib.Path.home(), pathlib.Path(__file__).resolve().parent
+    paths = re.split(f"[;{os.pathsep}]" if os.pathsep != ":" else "[;:]", env("SHIMMY_MODEL_PATHS", ""))
+    roots = [SearchRoot(p, "--models-dir") for p in explicit]
+    roots += [SearchRoot(p, "SHIMMY_MODEL_PATHS") for p in paths if p]
+    roots += [SearchRoot(str(pathlib.Path(base).parent), "SHIMMY_BASE_GGUF", depth=0)] if base else []
+    roots += [SearchRoot("models", "./models"), SearchRoot(str(home / "models"), "~/models")]
+    for source, places in {
+        "huggingface": (env("HF_HUB_CACHE"), _below(env("HF_HOME"), "hub"), home / ".cache/huggingface/hub"),
+        "llama.cpp": (env("LLAMA_CACHE"), home / ".cache/llama.cpp", home / "Library/Caches/llama.cpp",
+                      _below(env("LOCALAPPDATA"), "llama.cpp")),
+        "lm-studio": (home / ".lmstudio/models", home / ".cache/lm-studio/models"),
+        "ollama": (env("OLLAMA_MODELS"), home / ".ollama/models", "/usr/share/ollama/.ollama/models"),
+    }.items():  # fmt: skip
+        roots += [SearchRoot(str(p), source, ollama=source == "ollama") for p in places if p]
+    roots.append(SearchRoot(str(here / "models"), "beside shimmy.py"))
+    unique = {os.path.realpath(os.path.expanduser(r.path)): r for r in reversed(roots)}
+    return [replace(r, path=os.path.abspath(os.path.expanduser(r.path))) for r in reversed(unique.values())]
+
+
+def _below(directory: str | None, name: str) -> str | None:
+    return os.path.join(directory, name) if directory else None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A file that may be a model."""
+
+    path: str
+    source: str
+    label: str  # what the id is made from
+    size: int
+    mtime_ns: int
+    file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
+
+
+@dataclass(frozen=True)
+class ScanReport:
+    """What a scan found: models in order, skipped files with reasons, and what each directory gave."""
+
+    models: tuple[ModelInfo, ...] = ()
+    skipped: tuple[dict[str, str], ...] = ()
+    directories: tuple[dict[str, Any], ...] = ()
+
+
+class TreeWalk:
+    """Candidates below one root: bounded in depth and entries, safe against symlink loops."""
+
+    def __init__(self, root: SearchRoot) -> None:
+        self.root, self.entries, self.notes = root, 0, list[str]()
+        self._seen: set[tuple[int, int]] = set()
+
+    def candidates(self) -> Iterator[Candidate]:
+        yield from self._ollama() if self.root.ollama else self._walk(self.root.path, 0)
+
+    def _walk(self, directory: str, depth: int) -> Iterator[Candidate]:
+        try:
+            status = os.stat(directory)
+            listing = sorted(os.scandir(directory), key=lambda e: e.name)
+        except OSError as error:
+            if depth or not isinstance(error, FileNotFoundError):
+                self.notes.append(f"{directory}: {error.strerror or error}")
+            return
+        if (status.st_dev, status.st_ino) in self._seen:
+            return
+        self._seen.add((status.st_dev, status.st_ino))
+        for entry in listing:
+            self.entries += 1
+            if self.entries > MAX_SCAN_ENTRIES:
+                self._cut(f"stopped after {MAX_SCAN_ENTRIES} entries")
+                return
+            yield from self._visit(entry, depth)
+
+    def _visit(self, entry: os.DirEntry[str], depth: int) -> Iterator[Candidate]:
+        if entry.name.lower().endswith(".gguf"):
+            if entry.is_file():
+                yield from self._candidate(entry.path, entry.name[:-5])
+        elif entry.is_dir() and self.root.depth:
+            if depth >= self.root.depth:
+                self._cut(f"stopped {self.root.depth} levels down")
+            else:
+                yield from self._walk(entry.path, depth + 1)
+
+    def _cut(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
+
+    def _candidate(self, path: str, label: str) -> Iterator[Candidate]:
+        try:
+            s = os.stat(path)
+        except OSError as error:
+            self.notes.append(f"{path}: {error.strerror or error}")
+            return
+        yield Candidate(path, self.root.source, label, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
+
+    def _ollama(self) -> Iterator[Candidate]:
+        """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
+        store = pathlib.Path(self.root.path)
+        manifests = itertools.islice(sorted(store.glob("manifests/*/*/*/*")), MAX_SCAN_ENTRIES)
+        for manifest in manifests:
+            self.entries += 1
+            try:
+                digest = _model_digest(manifest)
+            except (OSError, ValueError) as error:
+                self.notes.append(f"{manifest}: {error}")
+                continue
+            if digest:
+                label = f"{manifest.parent.name}:{manifest.name}"
+                yield from self._candidate(str(store / "blobs" / f"sha256-{digest}"), label)
+
+
+def _model_digest(manifest: pathlib.Path) -> str | None:
+    """The 64 hex digits of an Ollama manifest's model layer; ValueError when it is not that."""
+    with open(manifest, "rb") as file:
+        layers = json.loads(file.read(MIB)).get("layers", [])
+    for layer in layers:
+        if layer.get("mediaType") == "application/vnd.ollama.image.model":
+            found = re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
+            if not found:
+                raise ValueError("the manifest's digest is malformed")
+            return found[1]
+    return None
+
+
+def plain_id(label: str) -> str:
+    """A file's stem as a model id: lower-case, spaces and `_` as `-`, without the shard number."""
+    return re.sub(r"[\s_]+", "-", SHARD.sub("", label).strip().lower()) or "model"
+
+
+class Catalog:
+    """The models on the disk. `scan` may run in any thread, one at a time; what it has read of unchanged files stays."""
+
+    def __init__(self, roots: Seq[SearchRoot], files: Seq[str] = ()) -> None:
+        self.roots, self.files = roots, files
+        self.report = ScanReport()
+        self._lock = threading.Lock()
+        self._read: dict[tuple[str, int, int], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
+        self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
+
+    def scan(self) -> ScanReport:
+        """Look again; a rescan of unchanged files costs a stat each."""
+        with self._lock:
+            known = set(self._read)
+            models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
+            skipped: list[dict[str, str]] = []
+            directories = []
+            for file in self.files:
+                walk = TreeWalk(SearchRoot(file, "--model"))
+                self._collect(walk._candidate(file, pathlib.Path(file).stem), models, skipped)
+            for root in self.roots:
+                before, walk = len(models), TreeWalk(root)
+                self._collect(walk.candidates(), models, skipped)
+                directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
+                                    "models": len(models) - before, "notes": walk.notes})  # fmt: skip
+            found = self._read_whole(list(models.values()), known, skipped)
+            box = pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf"
+            found.sort(key=lambda m: os.path.realpath(m.path) == str(box) and m.source != "--model")
+            self.report = ScanReport(tuple(found), tuple(skipped), tuple(directories))
+            return self.report
+
+    def _collect(self, candidates: Iterable[Candidate], models: dict[tuple[int, int], tuple[Candidate, ModelInfo]],
+                 skipped: list[dict[str, str]]) -> None:  # fmt: skip
+        for candidate in candidates:
+            have = models.get(candidate.file_id)
+            if have is not None and not self._has_shards_beside(candidate.path):
+                continue
+            result = self._examine(candidate, whole_header=False)
+            if isinstance(result, ModelInfo):
+                models[candidate.file_id] = (candidate, result)
+            elif have is None and not any(s["path"] == candidate.path for s in skipped):
+                skipped.append({"path": candidate.path, "reason": result})
+
+    @staticmethod
+    def _has_shards_beside(path: str) -> bool:
+        shard = SHARD.search(pathlib.Path(path).stem)
+        return bool(shard) and not missing_shards(path)
+
+    def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
+        """The candidate's ModelInfo, or why it is none; remembered by path, size and time."""
+        key = (c.path, c.size, c.mtime_ns)
+        result, whole = self._read.get(key, ("", False))
+        if key not in self._read or (whole_header and not whole):
+            result = self._describe(c, whole_header)
+            self._read[key] = (result, whole_header)
+        return result
+
+    def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
+        try:
+            shard = SHARD.search(pathlib.Path(c.path).stem)
+            if shard and shard[1] != "00001":
+                raise GgufError("a later shard; the first one stands for the set")
+            missing = missing_shards(c.path)
+            if missing:
+                raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
+            header = read_gguf_header(c.path, c.size, whole_header)
+            if header.data_end > c.size:
+                raise GgufError(f"truncated: {c.size} of {header.data_end} bytes")
+            parts = shard_paths(c.path)
+            size = sum(os.path.getsize(p) for p in parts)
+            if whole_header and len(parts) > 1:
+                header = replace(header, parameters=sum(read_gguf_header(p, os.path.getsize(p)).parameters for p in parts),
+                                 metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
+            return describe(header, c.path, self._id_for(c), c.source, size)
+        except (GgufError, OSError, struct.error, ValueError) as error:
+            return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+    def _id_for(self, c: Candidate) -> str:
+        """The candidate's id; a second file of the same name gets a suffix made from its path, which never changes."""
+        if c.path not in self._ids:
+            id, taken = plain_id(c.label), set(self._ids.values())
+            if id in taken or id == "default":
+                id += "-" + hashlib.sha256(c.path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+            self._ids[c.path] = id
+        return self._ids[c.path]
+
+    def _read_whole(self, found: Seq[tuple[Candidate, ModelInfo]], known: set[Any],
+                    skipped: list[dict[str, str]]) -> list[ModelInfo]:  # fmt: skip
+        """Read the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; keeps the order."""
+        deadline = time.monotonic() + SCAN_DETAIL_SECONDS
+        models = {c.path: info for c, info in found}
+        for c, _ in sorted(found, key=lambda pair: pair[0].size):
+            if (c.path, c.size, c.mtime_ns) in known or time.monotonic() > deadline:
+                continue
+            result = self._examine(c, whole_header=True)
+            if isinstance(result, ModelInfo):
+                models[c.path] = result
+            else:
+                del models[c.path]
+                skipped.append({"path": c.path, "reason": result})
+        return list(models.values())
+
+    def whole(self, model: ModelInfo) -> ModelInfo:
+        """The model with all its header tells; what could not be read stays as it was."""
+        with self._lock:
+            try:
+                s = os.stat(model.path)
+            except OSError:
+                return model
+            c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
+            result = self._examine(c, whole_header=True)
+            return result if isinstance(result, ModelInfo) else model
+
+
+def shard_paths(path: str) -> list[str]:
+    """Every file of the set that `path` begins; [path] for a model in one file."""
+    stem, suffix = os.path.splitext(path)
+    shard = SHARD.search(stem)
+    if not shard:
+        return [path]
+    return [f"{stem[: shard.start()]}-{i:05d}-of-{shard[2]}{suffix}" for i in range(1, min(int(shard[2]), 999) + 1)]
+
+
+def missing_shards(path: str) -> list[str]:
+    """Names of the set's files that are not there."""
+    return [os.path.basename(p) for p in shard_paths(path) if p != path and not os.path.exists(p)]
+
+
+
+
+class Loadable:
+    """What ModelTable asks of a loaded model's process (Worker, section 8)."""
+
+    def stop(self) -> None:
+        """End the process; returns when its memory is free."""
+        raise NotImplementedError
+
+    def fail_all(self, error: ApiError) -> None:
+        """End every running generation with the error."""
+        raise NotImplementedError
+
+    def counts(self) -> tuple[int, int]:
+        """Requests running and waiting in the engine."""
+        raise NotImplementedError
+
+    def memory_bytes(self) -> int:
+        """Resident bytes of the process."""
+        raise NotImplementedError
+
+
+StartWorker = Callable[[ModelInfo, Callable[[float], None], Callable[[Any, str], None]], Any]
+
+
+class LoadAttempt:
+    """One try to load a model; everyone who waited for it learns its error."""
+
+    error: ApiError | None = None
+
+
+@dataclass
+class Entry:
+    """A model's life. Owned by ModelTable, touched only under its condition."""
+
+    info: ModelInfo
+    state: str = "unloaded"  # unloaded, loading, loaded, unloading, failed
+    progress: float = 0.0
+    error: str | None = None
+    worker: Any = None
+    attempt: LoadAttempt = field(default_factory=LoadAttempt)
+    leases: int = 0  # requests that use the worker now
+    waiting: int = 0  # requests that wait for the load
+    last_used: float | None = None  # seconds since the epoch
+    idle_since: float = 0.0  # monotonic
+
+    def status(self) -> dict[str, Any]:
+        """The answer of the status, load and unload routes (Seed)."""
+        running, waiting = self.worker.counts() if self.worker else (0, 0)
+        return {
+            "model": self.info.id, "status": self.state, "loaded": self.state == "loaded",
+            "progress": round(self.progress, 3), "memory_bytes": self.worker.memory_bytes() if self.worker else 0,
+            "requests_running": running, "requests_waiting": waiting + self.waiting,
+            "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How many models stay in memory and for how long, and what names mean them."""
+
+    max_loaded: int = 3
+    keep_alive: float = -1  # seconds an idle model stays; 0: not at all, negative: for ever
+    default: str | None = None  # a model's name, or the path among the catalog's files
+    aliases: tuple[tuple[str, str], ...] = ()  # shell pattern, model
+
+
+class ModelTable:
+    """name → Entry, and the life of each: unloaded → loading → loaded → unloading → unloaded, or failed.
+
+    One condition guards all entries; loads and unloads run in threads of their own, so that no wait holds it.
+    """
+
+    def __init__(self, catalog: Catalog, start_worker: StartWorker, options: TableOptions) -> None:
+        self.catalog, self.options, self._start_worker = catalog, options, start_worker
+        self._changed = threading.Condition()
+        self._entries: dict[str, Entry] = {}
+        self._default: str | None = None
+        self._scanned = self._closed = False
+        self._scanned_at = 0.0
+
+    def start(self) -> None:
+        """Begin the first scan, and the watch over idle models, in the background."""
+        threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
+        if self.options.keep_alive > 0:
+            threading.Thread(target=self._expire_idle, name="keep-alive", daemon=True).start()
+
+    def _first_scan(self) -> None:
+        try:
+            self.scan()
+        except Exception:
+            log.exception("the scan for models failed")
+        with self._changed:
+            self._scanned = True
+            self._changed.notify_all()
+
+    # Names
+
+    def scan(self) -> list[dict[str, Any]]:
+        """Look for models again; loaded ones stay whatever became of their file. Returns the list of models."""
+        report = self.catalog.scan()
+        with self._changed:
+            kept = {id: e for id, e in self._entries.items() if e.state != "unloaded"}
+            found = {m.id: self._entries.get(m.id) or Entry(m) for m in report.models}
+            for model in report.models:
+                found[model.id].info = model
+            self._entries = found | {id: e for id, e in kept.items() if id not in found}
+            self._scanned, self._scanned_at = True, time.monotonic()
+            if self._default not in self._entries:
+                self._default = self._choose_default()
+            self._changed.notify_all()
+            return self._listing()
+
+    def _choose_default(self) -> str | None:
+        wanted = self.options.default
+        if not wanted:
+            return next(iter(self._entries), None)
+        for id, entry in self._entries.items():
+            if os.path.realpath(entry.info.path) == os.path.realpath(os.path.expanduser(wanted)):
+                return id
+        return self._match(wanted)
+
+    def models(self) -> list[dict[str, Any]]:
+        """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
+        with self._changed:
+            self._await_scan(Cancellation())
+            return self._listing()
+
+    def _listing(self) -> list[dict[str, Any]]:
+        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in self._entries.values()]
+
+    def _await_scan(self, cancel: Cancellation) -> None:
+        while not self._scanned and not self._closed:
+            cancel.check()
+            self._changed.wait(1.0)
+
+    def default_id(self) -> str | None:
+        with self._changed:
+            self._await_scan(Cancellation())
+            return self._default
+
+    def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
+        """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
+
+        A name not known looks at the disk again first: a file may have been copied there a moment ago.
+        """
+        with self._changed:
+            self._await_scan(cancel or Cancellation())
+            id = self._resolve(name)
+            stale = time.monotonic() - self._scanned_at > 1.0
+        if id is None and stale:
+            self.scan()
+            with self._changed:
+                id = self._resolve(name)
+        if id is None:
+            raise ModelNotFound(self._why_not_found(name))
+        return id
+
+    def _why_not_found(self, name: str) -> str:
+        if name == "default" and self.options.default:
+            return f"Model '{self.options.default}', set as the default, is not available"
+        if name == "default":
+            return "No GGUF model was found: put one into ./models, or name its directory with --models-dir"
+        return f"Model '{name[:200]}' is not available"
+
+    def _resolve(self, name: str) -> str | None:
+        if name == "default":
+            return self._default
+        if name in self._entries:
+            return name
+        import fnmatch
+
+        for pattern, target in self.options.aliases:
+            if fnmatch.fnmatchcase(name, pattern):
+                return self._default if target == "default" else self._match(target)
+        return self._match(name)
+
+    def _match(self, name: str) -> str | None:
+        """By exact stem, by id in any letter case, or by a prefix that fits one id alone."""
+        stems = [id for id, e in self._entries.items() if pathlib.Path(e.info.path).stem == name]
+        if len(stems) == 1:
+            return stems[0]
+        plain = plain_id(name)
+        if plain in self._entries:
+            return plain
+        begins = [id for id in self._entries if id.startswith(plain)] if name else []
+        return begins[0] if len(begins) == 1 else None
+
+    def info(self, name: str) -> ModelInfo:
+        """All that is known of a model; reads the rest of its header. Raises ModelNotFound."""
+        id = self.resolve(name)
+        with self._changed:
+            entry = self._entries[id]
+        whole = self.catalog.whole(entry.info)
+        with self._changed:
+            entry.info = whole
+        return whole
+
+    # Life
+
+    @contextlib.contextmanager
+    def lease(self, name: str, cancel: Cancellation) -> Iterator[Any]:
+        """The worker of a model for the time of a request; loads the model when it must.
+
+        Raises ModelNotFound, GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
+        """
+        id = self.resolve(name, cancel)
+        cancel.on_cancel(self._wake)
+        with self._changed:
+            entry = self._entries[id]
+            worker = self._await_worker(entry, cancel)
+            entry.leases += 1
+            entry.last_used = time.time()
+        try:
+            yield worker
+        finally:
+            self._release(entry)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _await_worker(self, entry: Entry, cancel: Cancellation) -> Any:
+        """Wait, holding the condition, until the model is loaded; whoever comes first begins the load."""
+        deadline = time.monotonic() + LOAD_WAIT_SECONDS
+        attempt: LoadAttempt | None = None
+        entry.waiting += 1
+        try:
+            while True:
+                cancel.check()
+                if self._closed:
+                    raise Overloaded("The server is shutting down")
+                if attempt and attempt.error:
+                    raise attempt.error
+                if entry.state == "loaded":
+                    return entry.worker
+                if entry.state in ("unloaded", "failed") and self._make_room(entry, deadline):
+                    self._begin_load(entry)
+                if entry.state == "loading":
+                    attempt = entry.attempt
+                self._changed.wait(1.0)
+        finally:
+            entry.waiting -= 1
+
+    def _make_room(self, entry: Entry, deadline: float) -> bool:
+        """Whether the model may be loaded now; else the idle one used least recently is on its way out."""
+        held = [e for e in self._entries.values() if e.state in ("loading", "loaded", "unloading")]
+        free = available_memory()
+        crowded = len(held) >= self.options.max_loaded or (held and free is not None and entry.info.size_bytes > free)
+        if not crowded:
+            return True
+        if not any(e.state == "unloading" and not e.leases for e in held):
+            idle = [e for e in held if e.state == "loaded" and not e.leases]
+            if idle:
+                self._begin_unload(min(idle, key=lambda e: e.last_used or 0.0), None)
+            elif len(held) < self.options.max_loaded:
+                return True  # nothing more to free: the load itself tells whether the memory is enough
+            elif time.monotonic() > deadline:
+                raise Overloaded(f"All {len(held)} loaded models are busy (--max-loaded {self.options.max_loaded})")
+        return False
+
+    def _begin_load(self, entry: Entry) -> None:
+        entry.state, entry.progress, entry.error, entry.attempt = "loading", 0.0, None, LoadAttempt()
+        threading.Thread(target=self._load, args=(entry,), name=f"load {entry.info.id}", daemon=True).start()
+
+    def _load(self, entry: Entry) -> None:
+        def progress(fraction: float) -> None:
+            with self._changed:
+                entry.progress = fraction
+
+        def died(worker: Any, reason: str) -> None:
+            with self._changed:
+                if entry.worker is worker and entry.state == "loaded":
+                    entry.state, entry.error, entry.worker, entry.progress = "failed", reason, None, 0.0
+                    self._changed.notify_all()
+
+        worker, error = None, None
+        try:
+            worker = self._start_worker(entry.info, progress, died)
+        except ApiError as failure:
+            error = failure
+        except Exception as failure:
+            log.exception("loading %s failed", entry.info.id)
+            error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
+        with self._changed:
+            entry.attempt.error, entry.worker, entry.idle_since = error, worker, time.monotonic()
+            entry.state, entry.progress = ("failed", 0.0) if error else ("loaded", 1.0)
+            entry.error = error.details if error else None
+            self._changed.notify_all()
+        if worker is not None and not worker.alive:
+            died(worker, "the engine process ended right after the load")
+
+    def _release(self, entry: Entry) -> None:
+        with self._changed:
+            entry.leases -= 1
+            entry.idle_since, entry.last_used = time.monotonic(), time.time()
+            if self.options.keep_alive == 0 and not entry.leases and not entry.waiting and entry.state == "loaded":
+                self._begin_unload(entry, None)
+            self._changed.notify_all()
+
+    def load(self, name: str, wait: bool, cancel: Cancellation) -> dict[str, Any]:
+        """`POST …/load`: begin to load unless loaded, and wait for it if asked to. Returns the status."""
+        id = self.resolve(name, cancel)
+        cancel.on_cancel(self._wake)
+        with self._changed:
+            entry = self._entries[id]
+            if wait:
+                self._await_worker(entry, cancel)
+                entry.last_used = time.time()
+            elif entry.state in ("unloaded", "failed", "unloading"):
+                if entry.state != "unloading" and self._make_room(entry, math.inf):
+                    self._begin_load(entry)
+                else:
+                    threading.Thread(target=self._load_later, args=(entry,), daemon=True).start()
+            return entry.status()
+
+    def _load_later(self, entry: Entry) -> None:
+        with self._changed, contextlib.suppress(ApiError):
+            self._await_worker(entry, Cancellation())
+
+    def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
+        """`POST …/unload`: let running generations finish (or end them), free the memory; idempotent."""
+        id = self.resolve(name, cancel)
+        cancel.on_cancel(self._wake)
+        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
+        with self._changed:
+            entry = self._entries[id]
+            while entry.state in ("loading", "loaded", "unloading") and not self._closed:
+                cancel.check()
+                if entry.state == "loaded":
+                    self._begin_unload(entry, ended if force else None)
+                elif entry.state == "unloading" and force and entry.worker:
+                    entry.worker.fail_all(ended)
+                self._changed.wait(1.0)
+            if entry.state == "failed":
+                entry.state, entry.error = "unloaded", None
+            return entry.status()
+
+    def _begin_unload(self, entry: Entry, ended: ApiError | None) -> None:
+        entry.state = "unloading"
+        if ended:
+            entry.worker.fail_all(ended)
+        threading.Thread(target=self._unload, args=(entry,), name=f"unload {entry.info.id}", daemon=True).start()
+
+    def _unload(self, entry: Entry) -> None:
+        with self._changed:
+            while entry.leases and not self._closed and entry.worker.alive:
+                self._changed.wait(1.0)
+        entry.worker.stop()
+        with self._changed:
+            entry.state, entry.worker, entry.progress = "unloaded", None, 0.0
+            self._changed.notify_all()
+
+    def _expire_idle(self) -> None:
+        """The keep-alive thread: unloads models idle for `keep_alive` seconds."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                idle = [e for e in self._entries.values() if e.state == "loaded" and not e.leases and not e.waiting]
+                for entry in idle:
+                    if now - entry.idle_since >= self.options.keep_alive:
+                        self._begin_unload(entry, None)
+                left = [e.idle_since + self.options.keep_alive - now for e in idle if e.state == "loaded"]
+                self._changed.wait(max(0.05, min(left, default=self.options.keep_alive)))
+
+    def status(self, name: str) -> dict[str, Any]:
+        id = self.resolve(name)
+        with self._changed:
+            return self._entries[id].status()
+
+    def statuses(self) -> list[dict[str, Any]]:
+        with self._changed:
+            return [e.status() for e in self._entries.values() if e.worker]
+
+    def workers(self) -> list[Any]:
+        with self._changed:
+            return [e.worker for e in self._entries.values() if e.worker]
+
+    def close(self) -> None:
+        """End every wait and every child; idempotent."""
+        with self._changed:
+            self._closed = True
+            workers = [e.worker for e in self._entries.values() if e.worker]
+            self._changed.notify_all()
+        for worker in workers:
+            worker.stop()
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, within the container's limit; None where nobody tells."""
+    free = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo") as file:
+            free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text())
+        free.append(limit - int(pathlib.Path("/sys/fs/cgroup/memory.current").read_text()))
+    if not free and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if not free and sys.platform == "win32":
+        free.append(_windows_memory())
+    return max(0, min(free)) if free else None
+
+
+def _windows_memory() -> int:
+    """Free physical bytes from GlobalMemoryStatusEx (MEMORYSTATUSEX, 64 bytes; ullAvailPhys at 16)."""
+    import ctypes
+
+    status = ctypes.create_string_buffer(64)
+    struct.pack_into("<I", status, 0, 64)
+    vars(ctypes)["windll"].kernel32.GlobalMemoryStatusEx(status)
+    return int(struct.unpack_from("<Q", status, 16)[0])
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Resident bytes of the processes together; those that are gone count nothing."""
+    pids = list(pids)
+    if os.path.isdir("/proc/self"):
+        return sum(_proc_resident(pid) for pid in pids)
+    import subprocess
+
+    if sys.platform == "win32":
+        query = ["tasklist", "/fo", "csv", "/nh", *(f"/fi:PID eq {p}" for p in pids[:1])]
+        shown = subprocess.run(query, capture_output=True, text=True).stdout
+        return int("0" + re.sub(r"\D", "", shown.split('","')[-1])) * 1024
+    shown = subprocess.run(["ps", "-o", "rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True).stdout
+    return sum(int(n) for n in shown.split()) * 1024
+
+
+def _proc_resident(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+# ── 4. Chat ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Messages to a prompt (the model's own template), text to reasoning, tool calls and content, a JSON schema to a grammar.
+
+CHATML = """{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}
+<tool_call>
+{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+TOOLS_IN_SYSTEM = """# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{signatures}
+</tools>
+
+For each function call, return a json object with function name and arguments within <tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of them marks where a prompt is cut
+REASONING = ("<think>", "</think>")
+
+
+class ChatTemplate:
+    """One model's chat template: messages in, prompt segments out.
+
+    A segment is tokenized by itself, special tokens and all; a special token's name in a client's text is cut in two
+    segments, so that only the template's own text can become special tokens.
+    """
+
+    def __init__(self, sources: Mapping[str, str], bos: str, eos: str, specials: Seq[str]) -> None:
+        self.sources, self.bos, self.eos = dict(sources) or {"": CHATML}, bos, eos
+        marks = sorted((s for s in specials if len(s) > 1), key=len, reverse=True)
+        self._specials = re.compile("|".join(map(re.escape, marks))) if marks else None
+        self._compiled: dict[str, Any] = {}
+
+    def render(self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]], args: Mapping[str, Any]) -> tuple[str, ...]:
+        """The prompt's segments. Raises InvalidRequest when the template refuses the messages."""
+        mark = self._mark(messages, tools)
+        if mark:
+            messages = [self._guard(m, mark, m["role"] == "assistant") for m in messages]
+            tools = [self._guard(t, mark) for t in tools]
+        rendered = self._render_some_way(list(messages), list(tools), dict(args))
+        if self.bos and rendered.startswith(self.bos):
+            rendered = rendered[len(self.bos) :]  # the tokenizer adds it, once
+        return tuple(rendered.split(mark)) if mark else (rendered,)
+
+    def _mark(self, messages: Any, tools: Any) -> str | None:
+        """A character that is nowhere in the client's text, if that text names a special token at all."""
+        if not self._specials:
+            return None
+        said = json.dumps([list(messages), list(tools)], ensure_ascii=False)
+        found = self._specials.search(said) or self._specials.search(said.replace('\\"', '"'))
+        return next((c for c in NONCHARACTERS if c not in said), "") if found else None
+
+    def _guard(self, value: Any, mark: str, assistant: bool = False) -> Any:
+        """The value with every special token's name cut by `mark`; templates may cut an assistant's own thoughts."""
+        if isinstance(value, dict):
+            return {k: self._guard(v, mark, assistant) for k, v in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._guard(v, mark, assistant) for v in value]
+        if not isinstance(value, str) or not self._specials:
+            return value
+        return self._specials.sub(lambda m: m[0] if assistant and m[0] in REASONING else m[0][0] + mark + m[0][1:], value)
+
+    def _render_some_way(self, messages: list[Any], tools: list[Any], args: dict[str, Any]) -> str:
+        """As the messages are, else in the forms some templates insist on: arguments as text, no system turn."""
+        import jinja2
+
+        error: Exception | None = None
+        for reshape in (lambda m: m, arguments_as_text, merge_system, lambda m: merge_system(arguments_as_text(m))):
+            try:
+                rendered = self._render(reshape(messages), tools, args)
+                if tools and not all(t["function"]["name"] in rendered for t in tools):
+                    rendered = self._render(reshape(tools_as_text(messages, tools)), [], args)
+                return rendered
+            except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as failure:
+                error = error or failure
+        raise InvalidRequest(f"messages do not fit the model's chat template: {error}", "messages") from error
+
+    def _render(self, messages: list[Any], tools: list[Any], args: dict[str, Any]) -> str:
+        name = "tool_use" if tools and "tool_use" in self.sources else next(iter(self.sources))
+        if name not in self._compiled:
+            self._compiled[name] = chat_environment().from_string(self.sources[name])
+        given = {"tools": tools} if tools else {}
+        return str(self._compiled[name].render(messages=messages, add_generation_prompt=True, bos_token=self.bos,
+                                               eos_token=self.eos, **{"enable_thinking": True} | given | args))  # fmt: skip
+
+
+@functools.cache
+def chat_environment() -> Any:
+    """The sandboxed jinja2 environment chat templates are written for: Hugging Face's renderer (apply_chat_template)."""
+    import jinja2.ext
+    import jinja2.nodes
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """`{% generation %}` marks training spans; when rendering it is its body."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+               sort_keys: bool = False) -> str:  # fmt: skip
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: time.strftime(form)
+    return environment
+
+
+def arguments_as_text(messages: list[Any]) -> list[Any]:
+    """Tool call arguments as JSON text, which about half of the templates want."""
+
+    def as_text(call: Any) -> Any:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [{**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages]
+
+
+def merge_system(messages: list[Any]) -> list[Any]:
+    """The system text put before the first user turn, for templates without a system role (Gemma 2)."""
+    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+    turns = [dict(m) for m in messages if m["role"] != "system"]
+    first = next((m for m in turns if m["role"] == "user"), None)
+    if system and first:
+        first["content"] = f"{system}\n\n{first['content']}"
+    return turns
+
+
+def tools_as_text(messages: list[Any], tools: list[Any]) -> list[Any]:
+    """The tools described in the system text, for templates that drop them."""
+    signatures = "\n".join(json.dumps(t, ensure_ascii=False) for t in tools)
+    described = TOOLS_IN_SYSTEM.format(signatures=signatures)
+    if messages and messages[0]["role"] == "system":
+        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{described}"}
+        return [first, *messages[1:]]
+    return [{"role": "system", "content": described}, *messages]
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How one family of models writes a tool call: between which markers, and how to read what is there."""
+
+    opens: str
+    closes: str
+    parse: Callable[[str], tuple[str, str] | None]  # block to (name, arguments as JSON text); None: not a call
+
+
+def parse_hermes(block: str) -> tuple[str, str] | None:
+    """`{"name": …, "arguments": {…}}`"""
+    try:
+        call = json.loads(block)
+        name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str) or not name:
+        return None
+    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+TOOL_FORMATS = (ToolFormat("<tool_call>", "</tool_call>", parse_hermes),)  # Hermes, Qwen 2.5 and 3, Granite 4, MiMo
+CHAT_MARKERS = frozenset(REASONING) | {m for f in TOOL_FORMATS for m in (f.opens, f.closes)}
+
+
+@dataclass(frozen=True)
+class Delta:
+    """A part of a chat answer: some content, some reasoning, or one tool call (name and arguments as JSON text)."""
+
+    content: str = ""
+    reasoning: str = ""
+    call: tuple[str, str] | None = None
+
+
+class ChatParser:
+    """Takes reasoning and tool calls out of one answer's text, as it comes; pieces may split anywhere."""
+
+    def __init__(self, tools: bool, reasoning: bool) -> None:
+        self._formats = {f.opens: f for f in TOOL_FORMATS} if tools else {}
+        self._opens = (REASONING[0], *self._formats)
+        self._buffer = ""
+        self._until = REASONING[1] if reasoning else None  # the marker that ends what we are in
+        self._format: ToolFormat | None = None
+        self._space = ""  # white space that is dropped if a call follows
+        self._trim = False  # after reasoning or a call, white space before content is dropped
+        self.calls = 0
+
+    def push(self, piece: str) -> Iterator[Delta]:
+        self._buffer += piece
+        while True:
+            marks = (self._until,) if self._until else self._opens
+            at, mark = min(((self._buffer.find(m), m) for m in marks if m in self._buffer), default=(-1, ""))
+            if at < 0:
+                break
+            before, self._buffer = self._buffer[:at], self._buffer[at + len(mark) :]
+            yield from self._close(before) if self._until else self._open(before, mark)
+        if self._format is None:
+            held = held_back(self._buffer, marks)
+            out, self._buffer = self._buffer[: len(self._buffer) - held], self._buffer[len(self._buffer) - held :]
+            yield from self._text(out)
+
+    def _open(self, before: str, mark: str) -> Iterator[Delta]:
+        yield from self._text(before)
+        self._format = self._formats.get(mark)
+        self._until = self._format.closes if self._format else REASONING[1]
+        self._trim = True
+
+    def _close(self, inside: str) -> Iterator[Delta]:
+        if self._format is None:
+            yield from self._text(inside)
+            self._until, self._trim = None, True
+            return
+        format, self._format, self._until = self._format, None, None
+        call = format.parse(inside)
+        if call:
+            self.calls, self._space, self._trim = self.calls + 1, "", True
+            yield Delta(call=call)
+        else:
+            yield from self._text(format.opens + inside + format.closes)
+
+    def _text(self, out: str) -> Iterator[Delta]:
+        """Content, or reasoning while in that; white space waits where a call may follow."""
+        if self._until and self._format is None:
+            if self._trim:
+                out = out.lstrip("\n")
+                self._trim = not out
+            if out:
+                yield Delta(reasoning=out)
+            return
+        if self._trim:
+            out = out.lstrip()
+            self._trim = not out
+        out = self._space + out
+        kept = out.rstrip() if self._formats else out
+        self._space = out[len(kept) :]
+        if kept:
+            yield Delta(content=kept)
+
+    def finish(self) -> Iterator[Delta]:
+        """What was held back when the text ended: an unfinished call is one if it parses, else it is text."""
+        rest, self._buffer = self._buffer, ""
+        if self._format:
+            yield from self._close(rest)
+        else:
+            yield from self._text(rest)
+        if self._space and not self.calls:
+            yield Delta(content=self._space)
+
+
+def held_back(buffer: str, marks: Iterable[str]) -> int:
+    """Length of the longest end of `buffer` that begins one of `marks`: it must wait for what comes next."""
+    longest = 0
+    for mark in marks:
+        for size in range(min(len(mark) - 1, len(buffer)), longest, -1):
+            if buffer.endswith(mark[:size]):
+                longest = size
+                break
+    return longest
+
+
+class SchemaGrammar:
+    """A JSON schema as GBNF that admits just its documents; a keyword it cannot honour is refused by name.
+
+    Yardstick: llama.cpp's common/json-schema-to-grammar.cpp. As there, an object without additionalProperties has no
+    other properties than the named ones.
+    """
+
+    MAX_RULES, MAX_DEPTH, MAX_LENGTH = 2000, 32, 2000  # native code recurses over these
+    UNSUPPORTED = ("not", "if", "then", "else", "patternProperties", "propertyNames", "dependentRequired", "pattern",
+                   "dependentSchemas", "unevaluatedProperties", "uniqueItems", "contains", "multipleOf",
+                   "minProperties", "maxProperties", "dependencies")  # fmt: skip
+    BASICS: ClassVar = {
+        "ws": r'(" " | "\n" [ \t]{0,20})?',
+        "hex": "[0-9a-fA-F]",
+        "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt/] | "u" ([0-9a-cA-CefEF] hex{3} | [dD] [0-7] hex{2}))',
+        "string": r'"\"" char* "\""',
+        "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
+        "number": 'integer ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?',
+        "boolean": '"true" | "false"',
+        "null": '"null"',
+        "value": "object | array | string | number | boolean | null",
+        "object": r'"{" ws (string ":" ws value ("," ws string ":" ws value)*)? "}"',
+        "array": '"[" ws (value ("," ws value)*)? "]"',
+        "date": '[0-9]{4} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | [12] [0-9] | "3" [01])',
+        "time": '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{3})? ("Z" | [-+] [0-9]{2} ":" [0-9]{2})',
+        "uuid": 'hex{8} "-" hex{4} "-" hex{4} "-" hex{4} "-" hex{12}',
+    }
+
+    def __init__(self, name: str) -> None:
+        self.name, self.rules, self.refs = name, dict(self.BASICS), dict[str, str]()
+        self.root: Any = {}
+
+    def compile(self, schema: Mapping[str, Any]) -> str:
+        """The grammar's text. Raises InvalidRequest naming the keyword at fault."""
+        self.root = schema
+        self.rules["root"] = self.visit(schema, 0)
+        return "\n".join(f"{name} ::= {body}" for name, body in self.rules.items()) + "\n"
+
+    def refuse(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"{self.name}: {what}", self.name)
+
+    def rule(self, body: str, name: str | None = None) -> str:
+        name = name or f"r{len(self.rules)}"
+        if len(self.rules) >= self.MAX_RULES:
+            raise self.refuse("the schema is too large")
+        self.rules[name] = body
+        return name
+
+    def visit(self, schema: Any, depth: int) -> str:
+        """The expression for one schema."""
+        if depth > self.MAX_DEPTH:
+            raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
+        if schema is True or schema == {}:
+            return "value"
+        if not isinstance(schema, dict):
+            raise self.refuse(f"{_said(schema)} is not a schema that a document can fit")
+        for keyword in self.UNSUPPORTED:
+            if keyword in schema and schema[keyword] is not False:
+                raise self.refuse(f"keyword {keyword} is not supported")
+        found = self._special(schema, depth)
+        if schema.get("nullable") is True:
+            return f"({found} | null)"
+        return found
+
+    def _special(self, schema: dict[str, Any], depth: int) -> str:
+        if "$ref" in schema:
+            return self._ref(schema["$ref"], depth)
+        if "const" in schema:
+            return gbnf_literal(json.dumps(schema["const"], ensure_ascii=False))
+        if "enum" in schema:
+            return self._either([gbnf_literal(json.dumps(v, ensure_ascii=False)) for v in self._list(schema, "enum")])
+        for keyword in ("anyOf", "oneOf"):
+            if keyword in schema:
+                rest = {k: v for k, v in schema.items() if k != keyword}
+                return self._either([self.visit(self._merge([rest, s]), depth + 1) for s in self._list(schema, keyword)])
+        if "allOf" in schema:
+            rest = {k: v for k, v in schema.items() if k != "allOf"}
+            return self.visit(self._merge([rest, *self._list(schema, "allOf")]), depth + 1)
+        kinds = schema.get("type") or self._guess_type(schema)
+        if isinstance(kinds, list):
+            return self._either([self._typed(k, schema, depth) for k in kinds])
+        return self._typed(kinds, schema, depth)
+
+    @staticmethod
+    def _guess_type(schema: dict[str, Any]) -> str:
+        if "properties" in schema or "additionalProperties" in schema:
+            return "object"
+        if "items" in schema or "prefixItems" in schema:
+            return "array"
+        return "string" if {"minLength", "maxLength"} & set(schema) else "value"
+
+    def _list(self, schema: dict[str, Any], keyword: str) -> list[Any]:
+        if not isinstance(schema[keyword], list) or not schema[keyword]:
+            raise self.refuse(f"{keyword} must be a list of at least one element")
+        return list(schema[keyword])
+
+    def _either(self, options: list[str]) -> str:
+        return f"({' | '.join(options)})"
+
+    def _merge(self, schemas: list[Any]) -> Any:
+        """Schemas that must all hold, as one: properties and required together, the last word otherwise."""
+        merged: dict[str, Any] = {}
+        for schema in schemas:
+            schema = self._target(schema["$ref"]) if isinstance(schema, dict) and "$ref" in schema else schema
+            if schema is True:
+                continue
+            if not isinstance(schema, dict):
+                raise self.refuse(f"{_said(schema)} is not a schema that a document can fit")
+            properties = {**merged.get("properties", {}), **schema.get("properties", {})}
+            required = [*merged.get("required", []), *schema.get("required", [])]
+            merged |= schema
+            merged |= {"properties": properties} if properties else {}
+            merged |= {"required": required} if required else {}
+        return merged
+
+    def _target(self, ref: Any) -> Any:
+        """What a local JSON pointer names (RFC 6901)."""
+        if not isinstance(ref, str) or not ref.startswith("#"):
+            raise self.refuse(f"$ref {_said(ref)} is not inside the schema")
+        target = self.root
+        for part in ref[1:].split("/")[1:]:
+            part = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+            try:
+                target = target[int(part)] if isinstance(target, list) else target[part]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise self.refuse(f"$ref {_said(ref)} names nothing") from None
+        return target
+
+    def _ref(self, ref: Any, depth: int) -> str:
+        target = self._target(ref)
+        if ref not in self.refs:
+            self.refs[ref] = self.rule("", f"ref{len(self.refs)}")
+            self.rules[self.refs[ref]] = self.visit(target, depth + 1)
+        return self.refs[ref]
+
+    def _typed(self, kind: Any, schema: dict[str, Any], depth: int) -> str:
+        if kind == "object":
+            return self._object(schema, depth)
+        if kind == "array":
+            return self._array(schema, depth)
+        if kind == "string":
+            return self._string(schema)
+        if kind in ("integer", "number"):
+            return self._number(kind, schema)
+        if kind in ("boolean", "null", "value"):
+            return str(kind)
+        raise self.refuse(f"type {_said(kind)} is unknown")
+
+    def _object(self, schema: dict[str, Any], depth: int) -> str:
+        properties, required = schema.get("properties", {}), set(schema.get("required", []))
+        more = schema.get("additionalProperties", not properties and not required)
+        properties = dict(properties) | {r: {} for r in sorted(required - set(properties))}
+        pairs = [(f"{gbnf_literal(json.dumps(name, ensure_ascii=False))} \":\" ws {self.visit(s, depth + 1)}",
+                  name in required) for name, s in properties.items()]  # fmt: skip
+        extra = f'string ":" ws {self.visit(more, depth + 1)}' if more is not False else None
+        return f'"{{" ws {self._pairs(pairs, extra)} "}}"'
+
+    def _pairs(self, pairs: list[tuple[str, bool]], extra: str | None) -> str:
+        """Named properties in order, optional ones left out at will; commas only between. Two rules a property."""
+        first = self.rule(f'({extra} ("," ws {extra})*)?') if extra else '""'
+        later = self.rule(f'("," ws {extra})*') if extra else '""'
+        for pair, required in reversed(pairs):
+            with_it, after_it = f"{pair} {later}", f'"," ws {pair} {later}'
+            first = self.rule(with_it if required else f"{with_it} | {first}")
+            later = self.rule(after_it if required else f"{after_it} | {later}")
+        return first
+
+    def _array(self, schema: dict[str, Any], depth: int) -> str:
+        low, high = self._bounds(schema, "minItems", "maxItems")
+        fixed = [self.visit(s, depth + 1) for s in schema.get("prefixItems", [])]
+        items = schema.get("items", not fixed)
+        if fixed:
+            tail = f' ("," ws {self.rule(self.visit(items, depth + 1))})*' if items is not False else ""
+            joined = ' "," ws '.join(fixed)
+            return f'"[" ws {joined}{tail} "]"'
+        item = self.rule(self.visit(items, depth + 1))
+        if high == 0:
+            return '"[" ws "]"'
+        repeat = f"{{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
+        some = f'{item} ("," ws {item}){repeat}'
+        return f'"[" ws {some} "]"' if low else f'"[" ws ({some})? "]"'
+
+    def _bounds(self, schema: dict[str, Any], least: str, most: str) -> tuple[int, int | None]:
+        low = whole(0, self.MAX_LENGTH)(f"{self.name}: {least}", schema.get(least, 0))
+        high = schema.get(most)
+        if high is not None:
+            high = whole(low, self.MAX_LENGTH)(f"{self.name}: {most}", high)
+        return low, high
+
+    def _string(self, schema: dict[str, Any]) -> str:
+        format = schema.get("format")
+        if format in ("date", "time", "uuid"):
+            return f'"\\"" {format} "\\""'
+        if format == "date-time":
+            return '"\\"" date "T" time "\\""'
+        low, high = self._bounds(schema, "minLength", "maxLength")
+        if not low and high is None:
+            return "string"
+        return f'"\\"" char{{{low},{"" if high is None else high}}} "\\""'
+
+    def _number(self, kind: str, schema: dict[str, Any]) -> str:
+        bounds = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+        if not any(isinstance(schema.get(b), (int, float)) for b in bounds):
+            return kind
+        if kind == "number":
+            if set(schema) & set(bounds[1:]) or schema["minimum"] != 0:
+                raise self.refuse("bounds of a number are supported for integers, and minimum 0")
+            return '("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,15})?'
+        low, high = schema.get("minimum"), schema.get("maximum")
+        if isinstance(schema.get("exclusiveMinimum"), (int, float)):
+            low = max(math.floor(schema["exclusiveMinimum"]) + 1, -math.inf if low is None else low)
+        if isinstance(schema.get("exclusiveMaximum"), (int, float)):
+            high = min(math.ceil(schema["exclusiveMaximum"]) - 1, math.inf if high is None else high)
+        low = -(10**15) + 1 if low is None else math.ceil(low)
+        high = 10**15 - 1 if high is None else math.floor(high)
+        if low > high:
+            raise self.refuse(f"no integer lies between {low} and {high}")
+        return self.rule(integers_between(low, high))
+
+
+def gbnf_literal(words: str) -> str:
+    """A string as a GBNF literal."""
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return '"' + "".join(escapes.get(c) or (f"\\x{ord(c):02X}" if c < " " else c) for c in words) + '"'
+
+
+def integers_between(low: int, high: int) -> str:
+    """GBNF alternatives for the decimal integers from low to high."""
+    parts = []
+    if low < 0:
+        parts += [f'"-" ({p})' for p in _naturals(max(1, -high), -low)] if high < 0 else [
+            f'"-" ({p})' for p in _naturals(1, -low)]  # fmt: skip
+    if high >= 0:
+        parts += _naturals(max(low, 0), high)
+    return " | ".join(parts)
+
+
+def _naturals(low: int, high: int) -> list[str]:
+    """Digit patterns that together cover low…high: split where all nines end, then where all zeros begin."""
+    patterns, edges = [], [high]
+    for step in (10**k for k in range(1, len(str(high)) + 1)):
+        up = low // step * step + step - 1
+        if low <= up < high:
+            edges.append(up)
+        down = (high + 1) // step * step - 1
+        if low <= down < high:
+            edges.append(down)
+    start = low
+    for edge in sorted(set(edges)):
+        pairs = zip(str(start), str(edge), strict=True)
+        patterns.append(" ".join(f'"{a}"' if a == b else f"[{a}-{b}]" for a, b in pairs))
+        start = edge + 1
+    return patterns
+
+
+# ── 5. Tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# A Python function with type hints and a docstring is a tool; three are built in, and two of those start closed.
+
+
+class ToolError(Exception):
+    """Why a tool failed: the caller reads it in `error`, with success false."""
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function a model may call: its name, what it does, its parameters as a JSON schema."""
+
+    name: str
+    description: str
+    parameters: Mapping[str, Any]
+    function: Callable[..., Any]
+
+    def document(self) -> dict[str, Any]:
+        return {"name": self.name, "description": self.description, "parameters": self.parameters}
+
+
+JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array"}
+PYTHON_TYPES: dict[str, tuple[type, ...]] = {
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,), "array": (list,),
+}  # fmt: skip
+
+
+def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
+    """A Tool from a function: the docstring's first paragraph describes it, `name: words` lines its parameters."""
+    import inspect
+
+    described = inspect.getdoc(function) or ""
+    lines = dict(re.findall(r"^\s*(\w+): (.+)$", described, re.M))
+    properties, required = {}, []
+    for parameter in inspect.signature(function).parameters.values():
+        hint = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
+        kind = JSON_TYPES.get(re.split(r"[\[ |]", hint)[0])
+        if kind is None:
+            raise ValueError(f"tool {function.__name__}: parameter {parameter.name} needs a plain type hint, not {hint}")
+        properties[parameter.name] = {"type": kind}
+        if parameter.name in lines:
+            properties[parameter.name]["description"] = lines[parameter.name]
+        if parameter.default is parameter.empty:
+            required.append(parameter.name)
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+    summary = " ".join(described.split("\n\n")[0].split())
+    return Tool(name or function.__name__, summary, schema, function)
+
+
+REGISTERED: dict[str, Tool] = {}  # by @tool, in this file or one loaded with --tools
+
+
+def tool(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorator: registers the function as a tool.
+
+    >>> @tool
+    ... def dice(sides: int) -> int:
+    ...     '''Rolls a die.'''
+    """
+    made = make_tool(function)
+    REGISTERED[made.name] = made
+    return function
+
+
+@dataclass(frozen=True)
+class ToolOptions:
+    """What the built-in tools may reach. Nothing by default."""
+
+    root: str | None = None  # file_read's directory
+    hosts: tuple[str, ...] = ()  # http_get's hosts; "*" is any
+    files: tuple[str, ...] = ()  # Python files with more tools
+
+
+class Tools:
+    """The registry: lists tools, checks arguments and runs a tool."""
+
+    def __init__(self, options: ToolOptions) -> None:
+        reader, getter = FileReader(options.root), HttpGetter(options.hosts)
+        built_in = (make_tool(calculator), make_tool(reader.file_read), make_tool(getter.http_get))
+        self._tools = {t.name: t for t in built_in}
+        for path in options.files:
+            load_tools(path)
+        self._tools |= REGISTERED
+
+    def documents(self) -> list[dict[str, Any]]:
+        return [t.document() for t in self._tools.values()]
+
+    def execute(self, name: str, arguments: Any) -> dict[str, Any]:
+        """Runs a tool: {"success", "result", "error"}. Raises NotFound, and InvalidRequest outside its schema."""
+        if name not in self._tools:
+            raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
+        tool = self._tools[name]
+        check_arguments(tool, arguments)
+        try:
+            return {"success": True, "result": tool.function(**arguments), "error": None}
+        except ToolError as error:
+            return {"success": False, "result": None, "error": str(error)}
+        except Exception as error:
+            log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
+            return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
+
+
+def load_tools(path: str) -> None:
+    """Runs a Python file so that its @tool functions register; `from shimmy import tool` works in it."""
+    import runpy
+
+    sys.modules.setdefault("shimmy", sys.modules[__name__])
+    runpy.run_path(path)
+
+
+def check_arguments(tool: Tool, arguments: Any) -> None:
+    """Raises InvalidRequest when the arguments object is outside the tool's schema."""
+    known = tool.parameters["properties"]
+    for name, value in an_object("The body (the tool's arguments)", arguments).items():
+        if name not in known:
+            raise InvalidRequest(f"{name} is no parameter of {tool.name}; it takes {', '.join(known) or 'none'}", name)
+        kind = known[name]["type"]
+        if not isinstance(value, PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+            raise InvalidRequest(f"{name} must be of type {kind}, not {_said(value)}", name)
+    for name in tool.parameters["required"]:
+        if name not in arguments:
+            raise InvalidRequest(f"{name} is required", name)
+
+
+MAX_EXPRESSION = 1000  # characters
+MAX_BITS = 4096  # of any whole number on the way
+
+
+def calculator(expression: str) -> float:
+    """Evaluates an arithmetic expression with math functions and returns the number.
+
+    expression: for example 2 * (3 + 4) or sqrt(2) / sin(pi / 3)
+    """
+    import ast
+
+    if len(expression) > MAX_EXPRESSION:
+        raise ToolError(f"the expression is over {MAX_EXPRESSION} characters")
+    try:
+        tree = ast.parse(expression.strip().replace("^", "**"), mode="eval")
+        value = evaluate(tree.body)
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ToolError("the expression is not arithmetic that can be read") from None
+    except (ArithmeticError, ValueError, TypeError) as error:
+        raise ToolError(str(error) or type(error).__name__) from None
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ToolError("the result is not a finite number")
+    return value
+
+
+MATH_CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
+MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
+    name: getattr(math, name)
+    for name in (
+        *("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh"),
+        *("asinh", "acosh", "atanh", "degrees", "radians", "floor", "ceil", "trunc", "hypot", "gcd", "fabs", "fmod"),
+    )
+} | {"abs": abs, "round": round, "min": min, "max": max, "ln": math.log}  # fmt: skip
+
+
+OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
+    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv,
+    "FloorDiv": operator.floordiv, "Mod": operator.mod,
+}  # fmt: skip
+
+
+def evaluate(node: ast.AST) -> Any:
+    """A syntax tree of numbers, operators, math constants and functions; every whole number stays within MAX_BITS."""
+    import ast
+
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return _bounded(node.value)
+    if isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
+        return MATH_CONSTANTS[node.id]
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
+        value = evaluate(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp):
+        return _bounded(_binary(type(node.op).__name__, evaluate(node.left), evaluate(node.right)))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        arguments = [evaluate(a) for a in node.args]
+        if node.func.id == "factorial":
+            return _factorial(*arguments)
+        if node.func.id in MATH_FUNCTIONS:
+            return _bounded(MATH_FUNCTIONS[node.func.id](*arguments))
+        raise ToolError(f"the function {node.func.id} is not known")
+    raise ToolError(f"{type(node).__name__} is not arithmetic")
+
+
+def _bounded(value: Any) -> Any:
+    if isinstance(value, complex):
+        raise ToolError("the result is not a real number")
+    if isinstance(value, int) and value.bit_length() > MAX_BITS:
+        raise ToolError(f"a number on the way has over {MAX_BITS} bits")
+    return value
+
+
+def _binary(name: str, a: Any, b: Any) -> Any:
+    if name == "Pow":
+        if isinstance(a, int) and isinstance(b, int) and b > 0 and a.bit_length() * b > MAX_BITS:
+            raise ToolError(f"a number on the way has over {MAX_BITS} bits")
+        return a**b
+    if name not in OPERATORS:
+        raise ToolError(f"the operator {name} is not arithmetic")
+    return OPERATORS[name](a, b)
+
+
+def _factorial(n: Any = None, *rest: Any) -> int:
+    if not isinstance(n, int) or rest or not 0 <= n <= 400:
+        raise ToolError("factorial takes a whole number from 0 to 400")
+    return math.factorial(n)
+
+
+class FileReader:
+    """Reads text files below one directory, and nothing else; without a directory it is closed."""
+
+    MAX_BYTES = MIB
+
+    def __init__(self, root: str | None) -> None:
+        self.root = pathlib.Path(root).resolve() if root else None
+
+    def file_read(self, path: str) -> str:
+        """Reads a text file below the directory that `--tool-root DIR` opened (off without it).
+
+        path: relative to that directory
+        """
+        if self.root is None:
+            raise ToolError("file_read is off: start the server with --tool-root DIR to open a directory")
+        try:
+            target = (self.root / path).resolve()
+            if not target.is_relative_to(self.root):
+                raise ToolError("the path leads outside the tool root")
+            if not target.is_file():
+                raise ToolError("there is no regular file at that path")
+            with open(target, "rb") as file:
+                data = file.read(self.MAX_BYTES + 1)
+        except (OSError, ValueError) as error:
+            raise ToolError(f"the file cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if len(data) > self.MAX_BYTES:
+            raise ToolError(f"the file is over {self.MAX_BYTES} bytes")
+        return data.decode("utf-8", "replace")
+
+
+class HttpGetter:
+    """Fetches pages from allowed hosts at global addresses, connecting to the very address that was checked."""
+
+    MAX_BYTES, MAX_SECONDS, MAX_REDIRECTS = MIB, 10.0, 5
+
+    def __init__(self, hosts: Seq[str]) -> None:
+        self.hosts = {h.strip().lower() for h in hosts}
+
+    def http_get(self, url: str) -> dict:  # type: ignore[type-arg]
+        """Fetches an http or https address, if `--tool-hosts` opened its host (off without it).
+
+        url: the whole address, http or https
+        """
+        if not self.hosts:
+            raise ToolError("http_get is off: start the server with --tool-hosts HOST,… (or *) to open hosts")
+        deadline = time.monotonic() + self.MAX_SECONDS
+        for _ in range(self.MAX_REDIRECTS + 1):
+            try:
+                status, headers, body = self._fetch(url, deadline)
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                raise ToolError(f"the address cannot be fetched: {error or type(error).__name__}") from None
+            location = headers.get("Location")
+            if status not in (301, 302, 303, 307, 308) or not location:
+                return {"status": status, "content_type": headers.get("Content-Type"), "body": body}
+            url = urllib.parse.urljoin(url, location)
+        raise ToolError(f"over {self.MAX_REDIRECTS} redirects")
+
+    def _fetch(self, url: str, deadline: float) -> tuple[int, Any, str]:
+        parts = urllib.parse.urlsplit(url)
+        host = (parts.hostname or "").lower()
+        if parts.scheme not in ("http", "https") or not host:
+            raise ToolError("the address must begin with http:// or https:// and a host")
+        if "*" not in self.hosts and host not in self.hosts:
+            raise ToolError(f"the host {host} is not opened by --tool-hosts")
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        connection = http.client.HTTPConnection(host, port)
+        connection.sock = self._connect(host, port, parts.scheme == "https", deadline)
+        try:
+            target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", target, headers={"User-Agent": f"shimmy/{__version__}", "Connection": "close"})
+            response = connection.getresponse()
+            data = self._read(response, connection.sock, deadline)
+            return response.status, response.headers, data.decode(response.headers.get_content_charset() or "utf-8", "replace")
+        except LookupError:
+            raise ToolError("the page is in an unknown character set") from None
+        finally:
+            connection.close()
+
+    def _connect(self, host: str, port: int, tls: bool, deadline: float) -> socket.socket:
+        """Resolve once, refuse any address that is not global, connect to what was resolved."""
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        addresses = [(str(info[4][0]), port) for info in found]
+        for address in addresses:
+            if not is_global(address[0]):
+                raise ToolError(f"the host {host} has an address that is not global ({address[0]})")
+        connection = socket.create_connection(addresses[0], timeout=max(0.01, deadline - time.monotonic()))
+        if not tls:
+            return connection
+        import ssl
+
+        return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
+
+    def _read(self, response: http.client.HTTPResponse, connection: socket.socket, deadline: float) -> bytes:
+        data = b""
+        while len(data) <= self.MAX_BYTES:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
+            with contextlib.suppress(OSError):  # closed by http.client once all is read
+                connection.settimeout(left)
+            chunk = response.read1(65536)
+            if not chunk:
+                return data
+            data += chunk
+        raise ToolError(f"the answer is over {self.MAX_BYTES} bytes")
+
+
+def is_global(address: str) -> bool:
+    """Whether an IP address is of the public internet, whatever it is wrapped in (mapped, 6to4, Teredo, NAT64)."""
+    ip = ipaddress.ip_address(address.split("%")[0])
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
+        if ip in ipaddress.IPv6Network("64:ff9b::/96"):
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_global(str(inner))
+    return ip.is_global and not ip.is_multicast
+
+
+# ── 6. Text ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Token pieces to text: whole UTF-8 characters, nothing of a stop string. Runs in the engine child.
+
+
+class TextStream:
+    """One sequence's text: bytes in, text out that may be shown; what may yet become a stop string waits."""
+
+    def __init__(self, stop: Seq[str]) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._stop, self._held = stop, ""
+        self.stopped = False
+
+    def push(self, piece: bytes) -> str:
+        """The text that may be shown now; `stopped` turns true at a stop string, whose text is never shown."""
+        text = self._decode(piece)
+        if not self._stop:
+            return text
+        buffer = self._held + text
+        found = [at for at in map(buffer.find, self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return buffer[: min(found)]
+        held = held_back(buffer, self._stop)
+        self._held = buffer[len(buffer) - held :]
+        return buffer[: len(buffer) - held]
+
+    def finish(self) -> str:
+        """What waited for a stop string that did not come; half a character is dropped."""
+        rest, self._held = self._held, ""
+        return "" if self.stopped else rest
+
+
+# ── 7. Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The child process: one model, one llama.cpp context, continuous batching. Only this section imports llama_cpp.
+
+# Messages: parent to child
+
+
+def knob(default: Any, help: str, **more: Any) -> Any:
+    """An engine setting: its default, one line of help, and what argparse needs (type, choices, metavar)."""
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is loaded; flags of serve, generate and probe alike, in llama.cpp's words."""
+
+    ctx: int | None = knob(None, "tokens of context for one sequence (default: the model's own, at most 8192)", type=int)
+    parallel: int = knob(8, "sequences decoded at once", type=int)
+    kv_pool: int | None = knob(None, "tokens of KV cache all sequences share (default: 4 × ctx, as memory allows)", type=int)
+    kv_type: str = knob("f16", "type of the KV cache", choices=("f16", "q8_0", "q4_0"))
+    threads: int | None = knob(None, "CPU threads (default: the physical cores)", type=int)
+    gpu_layers: int = knob(-1, "layers on the GPU, where there is a GPU build; -1 is all", type=int)
+    flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
+    batch: int = knob(512, "most tokens of prompts read in one step", type=int)
+    mmap: bool = knob(True, "map the weights from the file instead of reading them")
+    lora: tuple[str, ...] = knob((), "LoRA adapter to apply (repeatable)", metavar="FILE")
+
+
+@dataclass(frozen=True)
+class Load:
+    """First message to a child: which file, and how."""
+
+    path: str
+    size_bytes: int
+    options: EngineOptions
+
+
+@dataclass(frozen=True)
+class Submit:
+    """One sequence to generate. A prompt is segments of text, tokenized one by one, or token ids."""
+
+    id: int
+    prompt: tuple[str, ...] | tuple[int, ...]
+    sampling: Sampling
+    markers: bool  # render reasoning and tool call markers even where they are control tokens
+
+
+@dataclass(frozen=True)
+class Cancel:
+    """Sequences nobody waits for any more."""
+
+    ids: tuple[int, ...]
+
+
+# Messages: child to parent
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How much of the weights is loaded, 0 to 1."""
+
+    fraction: float
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The model is ready: its context, and what the parent needs to render chats."""
+
+    ctx: int
+    pool: int
+    parallel: int
+    templates: Mapping[str, str]
+    bos: str  # the text of the token the tokenizer puts first, "" if it adds none
+    eos: str
+    specials: tuple[str, ...]  # names of control and marker tokens
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class LoadFailed:
+    """Why the model cannot be served; the child ends."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The sequence passed its checks and waits for its first step."""
+
+    id: int
+    prompt_tokens: int
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log probability under the full softmax, and the likeliest alternatives, best first."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one sequence since the last message."""
+
+    id: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of one sequence: stop, length or cancelled."""
+
+    id: int
+    finish_reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    prompt_seconds: float  # from its first step to its first token
+    decode_seconds: float  # from there to its last
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A sequence that cannot go on; `code` names the ApiError."""
+
+    id: int
+    code: str
+    details: str
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """What one step, or the steps of the last few milliseconds, made of all sequences together."""
+
+    events: tuple[Piece | Finished | Failed, ...]
+    running: int  # sequences in the batch now
+
+
+class _Unpickler(pickle.Unpickler):
+    """Messages are this file's own dataclasses, whatever the module is called on either side."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return globals()[name]
+
+
+class Pipe:
+    """Messages over a pair of byte streams: a length, then the pickled message. Any thread may send."""
+
+    def __init__(self, reader: IO[bytes], writer: IO[bytes]) -> None:
+        self._reader, self._writer, self._lock = reader, writer, threading.Lock()
+
+    def send(self, message: Any) -> None:
+        """Raises OSError when the other side is gone."""
+        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        with self._lock:
+            self._writer.write(struct.pack("<I", len(data)) + data)
+            self._writer.flush()
+
+    def receive(self) -> Any:
+        """The next message; EOFError when the other side is gone."""
+        header = self._reader.read(4)
+        if len(header) < 4:
+            raise EOFError
+        (size,) = struct.unpack("<I", header)
+        data = self._reader.read(size)
+        if len(data) < size:
+            raise EOFError
+        return _Unpickler(io.BytesIO(data)).load()
+
+    def close(self) -> None:
+        """The other side sees the end of the stream."""
+        with contextlib.suppress(OSError, ValueError):
+            self._writer.close()
+
+
+def import_llama() -> Any:
+    """llama_cpp's C bindings alone: the package's own __init__ would add half a second and 20 MB."""
+    import importlib.util
+    import types
+
+    if "llama_cpp" not in sys.modules:
+        spec = importlib.util.find_spec("llama_cpp")
+        if spec is None:
+            raise ImportError("llama-cpp-python is not installed: pip install llama-cpp-python")
+        package = types.ModuleType("llama_cpp")
+        package.__path__ = list(spec.submodule_search_locations or [])
+        package.__spec__ = spec
+        sys.modules["llama_cpp"] = package
+    import llama_cpp.llama_cpp as bindings
+
+    for name in ("llama_memory_seq_cp", "llama_sampler_apply", "llama_set_adapters_lora"):
+        if not hasattr(bindings, name):
+            raise ImportError(f"the installed llama-cpp-python lacks {name}: shimmy needs 0.3.36 or newer")
+    return bindings
+
+
+class Llama:
+    """llama.cpp's model and context behind the few calls the engine makes. One thread decodes; any may tokenize."""
+
+    SMALL = 16 * MIB  # a step of a model below this is over before a second thread has woken
+
+    def __init__(self, load: Load, progress: Callable[[float], None]) -> None:
+        import ctypes
+
+        import numpy
+
+        self.c, self.np, self.ctypes = import_llama(), numpy, ctypes
+        self.notes: list[str] = []
+        self.log_lines: deque[str] = deque(maxlen=20)
+        self._log = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
+        self.c.llama_log_set(self._log, ctypes.c_void_p())
+        self.c.llama_backend_init()
+        self._load_model(load, progress)
+        self.vocab = self.c.llama_model_get_vocab(self.model)
+        self.n_vocab = self.c.llama_vocab_n_tokens(self.vocab)
+        self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
+        self._make_context(load)
+        self.memory = self.c.llama_get_memory(self.context)
+        self._read_vocabulary()
+        self._logits: Any = None
+        self._logits_at: int | None = None
+
+    def _on_log(self, level: int, line: bytes, _: Any) -> None:
+        if level >= 3:  # GGML_LOG_LEVEL_WARN and ERROR
+            self.log_lines.append(line.decode("utf-8", "replace").strip())
+
+    def _load_model(self, load: Load, progress: Callable[[float], None]) -> None:
+        free = available_memory()
+        self.left = None if free is None or not self._on_cpu(load.options) else free - load.size_bytes
+        if self.left is not None and self.left < 0:
+            raise LoadError(f"the weights need {human_bytes(load.size_bytes)}, {human_bytes(free or 0)} of memory are available")
+        params = self.c.llama_model_default_params()
+        params.n_gpu_layers = load.options.gpu_layers
+        params.load_mode = self.c.LLAMA_LOAD_MODE_MMAP if load.options.mmap else self.c.LLAMA_LOAD_MODE_NONE
+        last = [0.0]
+
+        def on_progress(fraction: float, _: Any) -> bool:
+            if fraction - last[0] >= 0.01 or fraction >= 1:
+                last[0] = fraction
+                progress(fraction)
+            return True
+
+        callback = self.c.llama_progress_callback(on_progress)
+        params.progress_callback = callback
+        self.model = self.c.llama_model_load_from_file(load.path.encode(), params)
+        if not self.model:
+            raise LoadError(self._reason("llama.cpp cannot load the file"))
+        if not self.c.llama_model_has_decoder(self.model):
+            raise LoadError("an embedding model: it cannot generate text")
+
+    def _reason(self, what: str) -> str:
+        """What went wrong, with the library's own last words."""
+        words = [line.split(": ", 1)[-1] for line in self.log_lines if line]
+        return f"{what}: {words[0]}" if words else what
+
+    def _make_context(self, load: Load) -> None:
+        options, c = load.options, self.c
+        self.ctx, self.pool = self._sizes(load)
+        self.n_batch = max(options.batch, options.parallel)
+        spare = options.parallel + 8 if self.cuttable else 2  # idle sequences kept for their prefix
+        self.n_seq = min(options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
+        params = c.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.kv_unified, params.swa_full = self.pool, self.n_seq, True, True
+        params.n_batch = params.n_ubatch = self.n_batch
+        params.n_outputs_max = self.n_seq  # else n_ubatch × n_vocab logits are reserved: 300 MiB for a large vocabulary
+        small = load.size_bytes < self.SMALL
+        params.n_threads = params.n_threads_batch = options.threads or (1 if small else physical_cores())
+        params.flash_attn_type = {"auto": -1, "on": 1, "off": 0}[options.flash_attn]
+        params.type_k = params.type_v = getattr(c, f"GGML_TYPE_{options.kv_type.upper()}")
+        params.no_perf = True
+        self._abort = self.ctypes.create_string_buffer(2)
+        params.abort_callback, params.abort_callback_data = self._abort_callback()
+        self.context = c.llama_init_from_model(self.model, params)
+        if not self.context:
+            raise LoadError(self._reason("llama.cpp cannot make a context"))
+        self._apply_lora(options.lora)
+        self._make_batch()
+
+    def _sizes(self, load: Load) -> tuple[int, int]:
+        """Tokens of one sequence's context and of the shared pool; LoadError with numbers when they cannot fit."""
+        options, own = load.options, int(self.c.llama_model_n_ctx_train(self.model)) or 8192
+        ctx = min(options.ctx or min(own, 8192), own)
+        if options.ctx and options.ctx > own:
+            self.notes.append(f"--ctx {options.ctx} is beyond the model's own context; using {own}")
+        each, pool = self._kv_bytes(options), options.kv_pool or 4 * ctx
+        if self.left is not None:
+            left = self.left - 64 * MIB - self.n_vocab * 4 * 24  # graph buffers, and logits of every sequence
+            if each * ctx > left:
+                fits = max(0, int(left // each)) // 256 * 256
+                advice = f"--ctx {fits} would fit" if fits >= 256 else "no context would fit"
+                raise LoadError(f"a context of {ctx} tokens needs {human_bytes(each * ctx)} of KV cache, "
+                                f"{human_bytes(max(left, 0))} are available; {advice}")  # fmt: skip
+            if not options.kv_pool:
+                pool = min(pool, int(left / 4 // each))
+        return ctx, -(-max(pool, ctx) // 256) * 256
+
+    def _on_cpu(self, options: EngineOptions) -> bool:
+        return options.gpu_layers == 0 or not self.c.llama_supports_gpu_offload()
+
+    def _kv_bytes(self, options: EngineOptions) -> int:
+        """Bytes of KV cache a token takes, from the model's shape."""
+        c, m = self.c, self.model
+        heads = max(c.llama_model_n_head(m), 1)
+        architecture = self.metadata("general.architecture")
+        usual = c.llama_model_n_embd(m) // heads
+        key, value = (int(self.metadata(f"{architecture}.attention.{k}_length") or usual) for k in ("key", "value"))
+        width = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}[options.kv_type]
+        return max(1, int(c.llama_model_n_layer(m) * c.llama_model_n_head_kv(m) * (key + value) * width))
+
+    def metadata(self, key: str) -> str:
+        """A value of the GGUF header as text, "" when absent."""
+        buffer = self.ctypes.create_string_buffer(256)
+        size = self.c.llama_model_meta_val_str(self.model, key.encode(), buffer, 256)
+        return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
+
+    def _abort_callback(self) -> tuple[Any, Any]:
+        """A callback in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode."""
+        library = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+        callback = self.ctypes.cast(library.strlen, self.c.ggml_abort_callback)
+        return callback, self.ctypes.cast(self._abort, self.ctypes.c_void_p)
+
+    def abort(self, wanted: bool) -> None:
+        """Make a decode that is under way in another thread return soon (2), or let it be."""
+        self._abort[0] = b"\1" if wanted else b"\0"
+
+    def _apply_lora(self, files: Seq[str]) -> None:
+        adapters = [self.c.llama_adapter_lora_init(self.model, f.encode()) for f in files]
+        for file, adapter in zip(files, adapters, strict=True):
+            if not adapter:
+                raise LoadError(self._reason(f"the LoRA adapter {file} cannot be applied"))
+        if adapters:
+            handles = (self.c.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
+            scales = (self.ctypes.c_float * len(adapters))(*[1.0] * len(adapters))
+            self.c.llama_set_adapters_lora(self.context, handles, len(adapters), scales)
+
+    def _make_batch(self) -> None:
+        """A llama_batch over numpy arrays, with a table of sequence pointers: filling 500 rows takes microseconds."""
+        np, n = self.np, self.n_batch
+        self.tokens, self.positions, self.flags = np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int8)
+        self.sequences, self._ones = np.zeros(n, np.uintp), np.ones(n, np.int32)
+        self._ids = np.arange(self.n_seq, dtype=np.int32)
+        self.pointers = self._ids.ctypes.data + 4 * np.arange(self.n_seq, dtype=np.uintp)
+        self.counting = np.arange(max(self.ctx, self.pool) + 1, dtype=np.int32)
+        self.batch = self.c.llama_batch()
+        kinds = {name: kind for name, kind, *_ in self.c.llama_batch._fields_}
+        for name, rows in {"token": self.tokens, "pos": self.positions, "n_seq_id": self._ones,
+                           "seq_id": self.sequences, "logits": self.flags}.items():  # fmt: skip
+            setattr(self.batch, name, self.ctypes.cast(rows.ctypes.data, kinds[name]))
+
+    def _read_vocabulary(self) -> None:
+        c, vocab = self.c, self.vocab
+        special = c.LLAMA_TOKEN_ATTR_CONTROL | c.LLAMA_TOKEN_ATTR_USER_DEFINED
+        attribute = c.llama_vocab_get_attr
+        self._pieces: dict[int, bytes] = {}
+        self.marker_pieces: dict[int, bytes] = {}
+        self.eog = frozenset(t for t in range(self.n_vocab) if c.llama_vocab_is_eog(vocab, t))
+        names = []
+        for token in range(self.n_vocab):
+            if attribute(vocab, token) & special:
+                name = self._render(token, True).decode("utf-8", "replace")
+                if attribute(vocab, token) & c.LLAMA_TOKEN_ATTR_CONTROL or re.fullmatch(r"[<\[].*[>\]]", name):
+                    names.append(name)
+                if name in CHAT_MARKERS:
+                    self.marker_pieces[token] = name.encode()
+        self.specials = tuple(names)
+        self.eog_array = self.np.array(sorted(self.eog), dtype=self.np.int64)
+
+    def loaded(self, options: EngineOptions) -> Loaded:
+        """The description of this model that the parent works with."""
+        c, vocab = self.c, self.vocab
+        bos, eos = c.llama_vocab_bos(vocab), c.llama_vocab_eos(vocab)
+        templates: dict[str, str] = {}
+        for name in (None, b"tool_use"):
+            source = c.llama_model_chat_template(self.model, name)
+            if source and source.decode("utf-8", "replace") not in templates.values():
+                templates[(name or b"").decode()] = source.decode("utf-8", "replace")
+        first = self._render(bos, True).decode("utf-8", "replace") if bos >= 0 else ""
+        return Loaded(
+            ctx=self.ctx, pool=self.pool, parallel=options.parallel, templates=templates,
+            bos=first if c.llama_vocab_get_add_bos(vocab) else "",
+            eos=self._render(eos, True).decode("utf-8", "replace") if eos >= 0 else "",
+            specials=self.specials, notes=tuple(self.notes),
+        )  # fmt: skip
+
+    def tokenize(self, segments: Seq[str]) -> list[int]:
+        """The prompt's tokens: special tokens parsed, the tokenizer's own first token added once."""
+        tokens: list[int] = []
+        for i, segment in enumerate(segments):
+            data = segment.encode("utf-8", "replace")
+            room = len(data) + 16
+            buffer = (self.ctypes.c_int32 * room)()
+            count = self.c.llama_tokenize(self.vocab, data, len(data), buffer, room, i == 0, True)
+            if count < 0:
+                raise LoadError(f"the tokenizer failed ({count})")
+            tokens += buffer[:count]
+        return tokens
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for in text; control tokens give none."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._render(token, False)
+        return found
+
+    def _render(self, token: int, special: bool) -> bytes:
+        buffer = self.ctypes.create_string_buffer(256)
+        size = self.c.llama_token_to_piece(self.vocab, token, buffer, 256, 0, special)
+        if size < 0:
+            buffer = self.ctypes.create_string_buffer(-size)
+            size = self.c.llama_token_to_piece(self.vocab, token, buffer, -size, 0, special)
+        return bytes(buffer.raw[:size])
+
+    def decode(self, plan: Seq[tuple[Sequence, int]]) -> int:
+        """Evaluate so many next tokens of each sequence; llama_decode's return value (ENGINE.md)."""
+        at = 0
+        for sequence, count in plan:
+            done, end = sequence.n_computed, at + count
+            self.tokens[at:end] = sequence.tokens[done : done + count]
+            self.positions[at:end] = self.counting[done : done + count]
+            self.sequences[at:end] = self.pointers[sequence.slot]
+            self.flags[at:end] = 0
+            self.flags[end - 1] = done + count == sequence.n_tokens
+            at = end
+        self.batch.n_tokens = at
+        return int(self.c.llama_decode(self.context, self.batch))
+
+    def logits(self, rows: int) -> Any:
+        """The logits of the last decode, shape (rows, n_vocab), float32; a view that the next decode overwrites."""
+        pointer = self.c.llama_get_logits(self.context)
+        address = self.ctypes.cast(pointer, self.ctypes.c_void_p).value
+        if address != self._logits_at:
+            self._logits = self.np.ctypeslib.as_array(pointer, (self.n_seq, self.n_vocab))
+            self._logits_at = address
+        return self._logits[:rows]
+
+    # KV cache. Cutting needs `cuttable`; whole sequences can always be dropped and copied.
+
+    def drop(self, slot: int, start: int = -1) -> None:
+        """Forget a sequence's cells from position `start` on."""
+        self.c.llama_memory_seq_rm(self.memory, slot, start, -1)
+
+    def share(self, source: int, target: int, count: int) -> None:
+        """Let `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
+        self.c.llama_memory_seq_cp(self.memory, source, target, *((0, count) if self.cuttable else (-1, -1)))
+
+    def clear(self) -> None:
+        self.c.llama_memory_clear(self.memory, True)
+
+
+class LoadError(Exception):
+    """Why a model cannot be loaded, in words for the user."""
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyperthreads counted once: llama.cpp's kernels gain nothing from the second."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        with contextlib.suppress(OSError):
+            cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+    count = len(cores) or len(allowed)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+class Sequence:
+    """One text in the making. Owned by the step loop; the receiving thread only sets `cancelled`."""
+
+    def __init__(self, submit: Submit, prompt: Seq[int], llama: Llama) -> None:
+        self.id, self.sampling, self.markers = submit.id, submit.sampling, submit.markers
+        self.n_prompt = self.n_tokens = len(prompt)
+        room = submit.sampling.max_tokens or llama.ctx
+        self.limit = min(llama.ctx, self.n_prompt + room)  # tokens at which it ends with length
+        self.tokens = llama.np.empty(self.limit, llama.np.int32)
+        self.tokens[: self.n_prompt] = prompt
+        self.text = TextStream(submit.sampling.stop)
+        self.sampler: Sampler | None = Sampler(llama, submit.sampling, prompt)  # kept through steps back
+        self.slot = -1  # its row in the KV cache, -1: none
+        self.n_computed = 0  # tokens whose keys and values are in the cache
+        self.n_shared = 0  # of those, cells a running sequence owns
+        self.n_cached = 0  # prompt tokens that were not evaluated
+        self.cancelled = self.done = False
+        self.last_used = self.started = self.first_token = 0.0
+        self.unsent = ""  # text since the last message
+        self.logprobs: list[TokenLogprob] = []
+
+    @property
+    def pending(self) -> int:
+        """Tokens not yet evaluated: 1 while decoding, more while its prompt is read."""
+        return self.n_tokens - self.n_computed
+
+    def append(self, token: int) -> None:
+        self.tokens[self.n_tokens] = token
+        self.n_tokens += 1
+
+
+class Sampler:
+    """How one sequence's tokens are picked: greedy straight from the logits, else llama.cpp's chain and defaults.
+
+    With a grammar the picked token is tried alone first; only a refused one costs a walk over the vocabulary.
+    """
+
+    DEFAULTS: ClassVar = {"temperature": ("temp", 0.8), "top_k": ("top_k", 40), "top_p": ("top_p", 0.95),
+                          "min_p": ("min_p", 0.05), "repeat_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
+    LAST_N = 64  # tokens that penalties look back on
+
+    def __init__(self, llama: Llama, sampling: Sampling, prompt: Any) -> None:
+        self.llama, self.sampling = llama, sampling
+        value = {name: self._value(name) for name in self.DEFAULTS}
+        presence, frequency = sampling.presence_penalty or 0.0, sampling.frequency_penalty or 0.0
+        penalties = value["repeat_penalty"] != 1.0 or presence != 0 or frequency != 0
+        self.banned = llama.eog_array if sampling.ignore_eos else None
+        self.grammar = self._grammar(sampling.grammar) if sampling.grammar else None
+        self.chain: Any = None
+        if value["temperature"] <= 0 and not penalties and not sampling.logit_bias:
+            return
+        c = llama.c
+        self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+        if sampling.logit_bias:
+            self._add(self._logit_bias(sampling.logit_bias))
+        if penalties:
+            self._add(c.llama_sampler_init_penalties(llama.n_vocab, self.LAST_N, value["repeat_penalty"], frequency, presence))
+        if value["temperature"] <= 0:
+            self._add(c.llama_sampler_init_greedy())
+        else:
+            self._add(c.llama_sampler_init_top_k(int(value["top_k"])))
+            self._add(c.llama_sampler_init_top_p(value["top_p"], 1))
+            self._add(c.llama_sampler_init_min_p(value["min_p"], 1))
+            self._add(c.llama_sampler_init_temp(value["temperature"]))
+            self._add(c.llama_sampler_init_dist(0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF))
+        if penalties:
+            for token in prompt[-self.LAST_N :]:
+                c.llama_sampler_accept(self.chain, int(token))
+
+    def _value(self, name: str) -> float:
+        """The request's value, else the model file's own (general.sampling.*), else llama.cpp's."""
+        key, default = self.DEFAULTS[name]
+        given = getattr(self.sampling, name)
+        if given is None:
+            with contextlib.suppress(ValueError):
+                return float(self.llama.metadata(f"general.sampling.{key}"))
+        return default if given is None else given
+
+    def _add(self, sampler: Any) -> None:
+        self.llama.c.llama_sampler_chain_add(self.chain, sampler)
+
+    def _logit_bias(self, biases: Seq[tuple[int, float]]) -> Any:
+        c = self.llama.c
+        known = [(token, bias) for token, bias in biases if token < self.llama.n_vocab]
+        rows = (c.llama_logit_bias * len(known))(*(c.llama_logit_bias(t, b) for t, b in known))
+        return c.llama_sampler_init_logit_bias(self.llama.n_vocab, len(known), rows)
+
+    def _grammar(self, grammar: str) -> Any:
+        made = self.llama.c.llama_sampler_init_grammar(self.llama.vocab, grammar.encode(), b"root")
+        if not made:
+            raise LoadError("llama.cpp cannot read the grammar made from the schema")
+        return made
+
+    def pick(self, logits: Any, row: int) -> int:
+        """The next token. `logits` is the sequence's row of the last decode, `row` its index in the batch."""
+        if self.banned is not None:
+            logits[self.banned] = -math.inf
+        if self.grammar:
+            return self._pick_with_grammar(logits)
+        if self.chain:
+            return int(self.llama.c.llama_sampler_sample(self.chain, self.llama.context, row))
+        return int(logits.argmax())
+
+    def _pick_with_grammar(self, logits: Any) -> int:
+        c = self.llama.c
+        token = self._choose(self._candidates(logits))
+        alone = self._candidates(logits[token : token + 1], token)
+        c.llama_sampler_apply(self.grammar, alone.pointer)
+        if alone.rows["logit"][0] == -math.inf:
+            everything = self._candidates(logits)
+            c.llama_sampler_apply(self.grammar, everything.pointer)
+            token = self._choose(everything)
+        c.llama_sampler_accept(self.grammar, token)
+        if self.chain:
+            c.llama_sampler_accept(self.chain, token)
+        return token
+
+    def _choose(self, candidates: Candidates) -> int:
+        if not self.chain:
+            return int(candidates.rows["id"][candidates.rows["logit"].argmax()])
+        self.llama.c.llama_sampler_apply(self.chain, candidates.pointer)
+        return int(candidates.array.data[candidates.array.selected].id)
+
+    def _candidates(self, logits: Any, first: int = 0) -> Candidates:
+        return Candidates(self.llama, logits, first)
+
+    def close(self) -> None:
+        for sampler in (self.chain, self.grammar):
+            if sampler:
+                self.llama.c.llama_sampler_free(sampler)
+        self.chain = self.grammar = None
+
+
+class Candidates:
+    """A llama_token_data_array over numpy rows (id, logit, p), for samplers applied by hand."""
+
+    def __init__(self, llama: Llama, logits: Any, first: int) -> None:
+        self.rows = llama.np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])
+        self.rows["id"] = llama.counting[:1] + first if len(logits) == 1 else llama.np.arange(len(logits))
+        self.rows["logit"] = logits
+        data = llama.ctypes.cast(self.rows.ctypes.data, llama.c.llama_token_data_p)
+        self.array = llama.c.llama_token_data_array(data, len(logits), -1, False)
+        self.pointer = llama.ctypes.byref(self.array)
+
+
+class Pace:
+    """How long steps take, learned as they go, and how much of a prompt fits one without freezing the streams.
+
+    A step of `rows` rows is guessed from what its size took lately, else from the cost of a row in recent mixed steps;
+    kernels work in blocks, so sizes differ in efficiency and the best one within the budget wins.
+    """
+
+    TARGET = 4.0  # a running stream's gap while a prompt is read, as a multiple of its usual gap
+    FLOOR = 2 * FLUSH_SECONDS  # gaps no message would show
+    STEP = 4  # sizes tried: multiples of this
+
+    def __init__(self, n_batch: int) -> None:
+        self.n_batch = n_batch
+        self._usual: dict[int, float] = {}  # seconds of a step by decoding sequences
+        self._mixed: dict[int, float] = {}  # seconds of a mixed step by rows
+        self._row = 0.0  # seconds a prompt row adds
+
+    def record(self, decoding: int, rows: int, seconds: float) -> None:
+        """Learn from a step that had so many decoding sequences among its rows."""
+        if rows == decoding:
+            self._usual[rows] = self._blend(self._usual.get(rows), seconds)
+            return
+        self._row = self._blend(self._row or None, max(seconds - self.usual(decoding), seconds / 10) / (rows - decoding))
+        if decoding:
+            self._mixed[rows] = self._blend(self._mixed.get(rows), seconds)
+
+    @staticmethod
+    def _blend(old: float | None, new: float) -> float:
+        return new if old is None else old + 0.3 * (min(new, 4 * old) - old)
+
+    def usual(self, decoding: int) -> float:
+        """Seconds of a step without prompts; for a count not seen, the nearest one's."""
+        if decoding in self._usual or not self._usual:
+            return self._usual.get(decoding, 0.0)
+        nearest = min(self._usual, key=lambda n: abs(n - decoding))
+        return self._usual[nearest] if decoding else 0.0
+
+    def prompt_rows(self, decoding: int) -> int:
+        """How many prompt tokens the next step may take beside so many decoding sequences."""
+        room = self.n_batch - decoding
+        usual = self.usual(decoding)
+        if not decoding or not usual or not self._row:
+            return room if not decoding else min(room, 16)
+        budget = max(self.TARGET * usual, self.FLOOR)
+        best, best_speed = 1, 0.0
+        for rows in range(decoding // self.STEP * self.STEP + self.STEP, self.n_batch + 1, self.STEP):
+            seconds = self._mixed.get(rows, usual + self._row * (rows - decoding))
+            speed = (rows - decoding) / seconds
+            if seconds <= budget and speed >= best_speed:
+                best, best_speed = rows - decoding, speed
+            if seconds > 2 * budget:
+                break
+        return min(best, room)
+
+
+class Scheduler:
+    """Who runs, who waits, and which cells of the KV cache are whose. Used by the step loop alone.
+
+    A finished sequence keeps its slot, idle, until room is needed: a later prompt with the same beginning starts behind
+    it. A running one lends its beginning too. The pool is shared; when it runs out the idle slot used least recently
+    goes first, then the youngest running sequence steps back to the head of the queue, keeping its tokens and sampler.
+    """
+
+    WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
+    GROWTH = 16  # cells a newcomer must leave free for each running sequence
+
+    def __init__(self, llama: Llama, parallel: int) -> None:
+        self.llama, self.parallel = llama, parallel
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of admission
+        self.slots: list[Sequence | None] = [None] * llama.n_seq
+        self.pace = Pace(llama.n_batch)
+
+    def admit(self) -> None:
+        """Move waiting sequences into the batch while there is room, in order; who waits for a prefix lets others by."""
+        for sequence in list(itertools.islice(self.waiting, self.parallel)):
+            if len(self.running) >= self.parallel:
+                return
+            donor, shared = self._best_prefix(sequence)
+            if self._better_soon(sequence, shared):
+                continue
+            borrowed = shared if donor and not donor.done else 0
+            if self.running and not self._fits(sequence.n_tokens - borrowed):
+                return
+            self.waiting.remove(sequence)
+            self._place(sequence, donor, shared)
+            sequence.n_shared = borrowed
+            self.running.append(sequence)
+
+    def _best_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
+        best, longest = None, 0
+        for other in self.slots:
+            if other is None or not other.n_computed:
+                continue
+            length = self._common(sequence, other, other.n_computed)
+            if length > longest and (self.llama.cuttable or length == other.n_computed):
+                best, longest = other, length
+        return best, longest
+
+    def _common(self, sequence: Sequence, other: Sequence, limit: int) -> int:
+        size = min(sequence.n_tokens - 1, limit)
+        different = sequence.tokens[:size] != other.tokens[:size]
+        first = int(different.argmax()) if size else 0
+        return first if size and different[first] else size
+
+    def _better_soon(self, sequence: Sequence, shared: int) -> bool:
+        """Whether a prompt being read now will soon lend a much longer beginning."""
+        if not self.llama.cuttable:
+            return False
+        reading = [s for s in self.running if s.pending > 1]
+        return any(self._common(sequence, s, s.n_prompt) >= max(shared, s.n_computed) + self.WORTH_WAITING for s in reading)
+
+    def _fits(self, cells: int) -> bool:
+        used = sum(s.n_tokens - s.n_shared for s in self.running)
+        return used + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
+
+    def _place(self, sequence: Sequence, donor: Sequence | None, shared: int) -> None:
+        """Give the sequence a slot that begins with the shared cells."""
+        slot = self._slot_for(donor, shared)
+        if donor and slot == donor.slot:
+            if donor.n_computed > shared:
+                self.llama.drop(slot, shared)
+        else:
+            self._forget(slot)
+            if donor:
+                self.llama.share(donor.slot, slot, shared)
+        self.slots[slot], sequence.slot = sequence, slot
+        sequence.n_computed = shared
+        if not sequence.started:
+            sequence.n_cached, sequence.started = shared, time.perf_counter()
+
+    def _slot_for(self, donor: Sequence | None, shared: int) -> int:
+        """The donor's own slot when nothing in it is lost, else an empty one, else the idle one used least recently."""
+        if donor and donor.done and donor.n_computed == shared:
+            return donor.slot
+        if None in self.slots:
+            return self.slots.index(None)
+        idle = [s for s in self.slots if s and s.done]
+        others = [s for s in idle if s is not donor]
+        return min(others or idle, key=lambda s: s.last_used).slot
+
+    def _forget(self, slot: int) -> None:
+        self.llama.drop(slot)
+        self.slots[slot] = None
+
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        """The next step: one row of each decoding sequence, then fair slices of the prompts being read."""
+        plan = [(s, 1) for s in self.running if s.pending == 1]
+        prompts = [s for s in self.running if s.pending > 1]
+        if prompts:
+            left = self.pace.prompt_rows(len(plan))
+            prompts.sort(key=lambda s: s.pending)  # what a short one leaves over goes to the long ones
+            for i, sequence in enumerate(prompts):
+                count = min(sequence.pending, max(left // (len(prompts) - i), 0))
+                left -= count
+                if count:
+                    plan.append((sequence, count))
+        return plan
+
+    def make_room(self) -> Sequence | None:
+        """After a step found no free cells: forget an idle sequence (None), or step the youngest back and return it."""
+        idle = [s for s in self.slots if s and s.done]
+        if idle:
+            self._forget(min(idle, key=lambda s: s.last_used).slot)
+            return None
+        youngest = self.running.pop()
+        self._forget(youngest.slot)
+        youngest.slot, youngest.n_computed, youngest.n_shared = -1, 0, 0
+        self.waiting.appendleft(youngest)
+        return youngest
+
+    def retire(self, sequence: Sequence) -> None:
+        """Take a sequence out; its slot stays, idle, for whoever begins alike."""
+        sequence.done, sequence.last_used = True, time.monotonic()
+        if sequence in self.running:
+            self.running.remove(sequence)
+            for other in self.running:  # who borrowed from it may be the only owner now: count in full, to be safe
+                other.n_shared = 0
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def forget_all(self) -> None:
+        """After a failed step nothing in the cache can be trusted."""
+        self.llama.clear()
+        self.slots = [None] * len(self.slots)
+
+
+class Engine:
+    """The step loop of one model. `receive` runs in its own thread; everything else in the main thread of the child."""
+
+    def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe) -> None:
+        self.llama, self.pipe = llama, pipe
+        self.scheduler = Scheduler(llama, options.parallel)
+        self.inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()  # None: look again, something is cancelled
+        self._known: dict[int, Sequence] = {}
+        self._cancelled = False
+        self._in_step: list[Sequence] = []
+        self._events: list[Piece | Finished | Failed] = []
+        self._unsent: list[Sequence] = []
+        self._flushed_at, self._running_said = 0.0, 0
+
+    # The receiving thread
+
+    def receive(self, message: Submit | Cancel) -> None:
+        """Tokenize what comes and hand it to the step loop."""
+        if isinstance(message, Cancel):
+            self._cancel(message.ids)
+        else:
+            self._accept(message)
+
+    def _accept(self, submit: Submit) -> None:
+        try:
+            prompt = self._tokens(submit.prompt)
+            sequence = Sequence(submit, prompt, self.llama)
+        except (ApiError, LoadError) as error:
+            failed = Failed(submit.id, getattr(error, "code", "generation_failed"), getattr(error, "details", str(error)))
+            self.pipe.send(Stepped((failed,), self._running_said))
+            return
+        self._known[submit.id] = sequence
+        self.pipe.send(Accepted(submit.id, sequence.n_prompt))
+        self.inbox.put(sequence)
+
+    def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
+        """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
+        given = bool(prompt) and isinstance(prompt[0], int)
+        if given and not all(0 <= t < self.llama.n_vocab for t in prompt):
+            raise InvalidRequest(f"prompt holds a token id outside 0…{self.llama.n_vocab - 1}", "prompt")
+        tokens = prompt if given else self.llama.tokenize(prompt)
+        if not tokens:
+            tokens = [max(self.llama.c.llama_vocab_bos(self.llama.vocab), 0)]
+        if len(tokens) >= self.llama.ctx:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(tokens)} tokens; the context holds {self.llama.ctx}, at least one of them for the answer"
+            )
+        return tokens
+
+    def _cancel(self, ids: Seq[int]) -> None:
+        for sequence in (self._known.get(id) for id in ids):
+            if sequence:
+                sequence.cancelled = True
+        self._cancelled = True
+        if self._in_step and all(s.cancelled for s in self._in_step):
+            self.llama.abort(True)
+        self.inbox.put(None)
+
+    # The step loop
+
+    def run(self) -> None:
+        """For ever: take what came, step while anything runs, sleep when nothing does."""
+        while True:
+            if not (self.scheduler.running or self.scheduler.waiting) or not self.inbox.empty():
+                self._take(self.inbox.get())
+                continue
+            self.step()
+
+    def _take(self, sequence: Sequence | None) -> None:
+        if sequence is not None:
+            self.scheduler.waiting.append(sequence)
+        if self._cancelled:
+            self._cancelled = False
+            for gone in [s for s in self._known.values() if s.cancelled and (s.slot >= 0 or s in self.scheduler.waiting)]:
+                self._finish(gone, "cancelled")
+            self._flush()
+
+    def step(self) -> None:
+        """One decode for everybody: prompts advance, decoding sequences gain a token."""
+        self.scheduler.admit()
+        if len(self.scheduler.running) != self._running_said:
+            self._flush()
+        plan = self.scheduler.schedule()
+        decoding = sum(1 for s, _ in plan if s.pending == 1)
+        self.llama.abort(False)
+        self._in_step = [s for s, _ in plan]
+        started = time.perf_counter()
+        status = self.llama.decode(plan)
+        seconds, self._in_step = time.perf_counter() - started, []
+        if status:
+            self._recover(status, plan)
+            return
+        self.scheduler.pace.record(decoding, sum(count for _, count in plan), seconds)
+        urgent = self._sample(plan)
+        if urgent or self._events or time.perf_counter() - self._flushed_at >= FLUSH_SECONDS:
+            self._flush()
+
+    def _recover(self, status: int, plan: Seq[tuple[Sequence, int]]) -> None:
+        """After a decode that did not do its work (llama.h): 1 no room, 2 called off, below zero an error."""
+        if status == 1:
+            back = self.scheduler.make_room()
+            if back and not self.scheduler.running:  # alone and still no room: the pool holds a whole context, so no
+                self._fail(back, "generation_failed", "the KV cache is full")
+        elif status == 2:
+            for sequence, _ in plan:
+                self.llama.drop(sequence.slot, sequence.n_computed if self.llama.cuttable else -1)
+                sequence.n_computed = sequence.n_computed if self.llama.cuttable else 0
+        else:
+            for sequence in list(self.scheduler.running):
+                self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
+            self.scheduler.forget_all()
+        self._flush()
+
+    def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
+        """Pick a token for every sequence that is fully evaluated; whether one of them is a first token."""
+        ready, row = [], -1
+        for sequence, count in plan:
+            row += count
+            sequence.n_computed += count
+            if sequence.n_computed == sequence.n_tokens:
+                ready.append((sequence, row))
+        logits = self.llama.logits(len(ready)) if ready else ()
+        first = False
+        for (sequence, row), scores in zip(ready, logits, strict=True):
+            first = first or not sequence.first_token
+            self._advance(sequence, scores, row)
+        return first
+
+    def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
+        """One more token for one sequence, and its end if that was the last."""
+        sampling, llama = sequence.sampling, self.llama
+        sequence.first_token = sequence.first_token or time.perf_counter()
+        known = None if sampling.logprobs is None else self._log_softmax(scores)
+        assert sequence.sampler is not None
+        token = sequence.sampler.pick(scores, row)
+        if token in llama.eog and not sampling.ignore_eos:
+            self._finish(sequence, "stop")
+            return
+        sequence.append(token)
+        piece = (sequence.markers and llama.marker_pieces.get(token)) or llama.piece(token)
+        if known is not None:
+            sequence.logprobs.append(self._token_logprob(known, token, sampling.logprobs or 0))
+        self._say(sequence, sequence.text.push(piece))
+        if sequence.text.stopped:
+            self._finish(sequence, "stop")
+        elif sequence.n_tokens >= sequence.limit:
+            self._finish(sequence, "length")
+
+    def _say(self, sequence: Sequence, text: str) -> None:
+        if text:
+            if not sequence.unsent:
+                self._unsent.append(sequence)
+            sequence.unsent += text
+
+    def _log_softmax(self, scores: Any) -> Any:
+        wide = scores.astype(self.llama.np.float64)
+        wide -= wide.max()
+        return wide - math.log(self.llama.np.exp(wide).sum())
+
+    def _token_logprob(self, known: Any, token: int, count: int) -> TokenLogprob:
+        best = self.llama.np.argpartition(-known, count)[:count] if count else ()
+        ranked = sorted(((float(known[t]), int(t)) for t in best), reverse=True)
+        top = tuple((self.llama._render(t, True), p) for p, t in ranked)
+        return TokenLogprob(self.llama._render(token, True), float(known[token]), top)
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        self._say(sequence, sequence.text.finish())
+        if sequence.logprobs and sequence not in self._unsent:
+            self._unsent.append(sequence)
+        now = time.perf_counter()
+        started, first = sequence.started or now, sequence.first_token or now
+        generated = sequence.n_tokens - sequence.n_prompt
+        spent = (first - started, now - first)
+        self._events.append(Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent))
+        self._retire(sequence)
+
+    def _fail(self, sequence: Sequence, code: str, details: str) -> None:
+        self._events.append(Failed(sequence.id, code, details))
+        self._retire(sequence)
+
+    def _retire(self, sequence: Sequence) -> None:
+        self.scheduler.retire(sequence)
+        self._known.pop(sequence.id, None)
+        if sequence.sampler:
+            sequence.sampler.close()
+
+    def _flush(self) -> None:
+        """One message for all that the last steps made; the parent gone ends the process."""
+        pieces = []
+        for sequence in self._unsent:
+            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs)))
+            sequence.unsent = ""
+            sequence.logprobs.clear()
+        running = len(self.scheduler.running)
+        message = Stepped((*pieces, *self._events), running)
+        self._unsent, self._events, self._running_said = [], [], running
+        self._flushed_at = time.perf_counter()
+        try:
+            self.pipe.send(message)
+        except OSError:
+            os._exit(0)
+
+
+def engine_main() -> None:
+    """The child's main: `shimmy.py _engine`, messages on stdin and stdout. Never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
+    reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what native code prints must not run into the messages
+    pipe, engines = Pipe(reader, writer), queue.SimpleQueue[Engine]()
+    load = pipe.receive()
+    threading.Thread(target=_receive, args=(pipe, engines), daemon=True).start()
+    try:
+        llama = Llama(load, lambda fraction: pipe.send(Progress(fraction)))
+        pipe.send(llama.loaded(load.options))
+    except (LoadError, ImportError, OSError, MemoryError) as error:
+        pipe.send(LoadFailed(str(error)))
+        os._exit(1)
+    engine = Engine(llama, load.options, pipe)
+    engines.put(engine)
+    engine.run()
+
+
+def _receive(pipe: Pipe, engines: queue.SimpleQueue[Engine]) -> None:
+    """The child's receiving thread: there from the first moment, so that a parent that dies during a load is noticed."""
+    engine: Engine | None = None
+    while True:
+        try:
+            message = pipe.receive()
+        except (EOFError, OSError):
+            os._exit(0)
+        engine = engine or engines.get()
+        engine.receive(message)
+
+
+# ── 8. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The parent's side of a child: starts it, carries messages, notices its death.
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Every sequence of a request passed its checks and is queued: the stream may begin."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing came for PING_SECONDS."""
+
+
+class Generation:
+    """One request's sequences in the engine: iterate over their messages, cancel at any time.
+
+    Iteration ends when every sequence has finished; it raises ApiError when one failed or the child died, and
+    Cancelled after a cancel.
+    """
+
+    def __init__(self, worker: Worker, ids: Seq[int], cancel: Cancellation) -> None:
+        self.worker, self.index = worker, {id: i for i, id in enumerate(ids)}
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._cancel, self._open = cancel, set(ids)
+
+    def cancel(self) -> None:
+        """End the iteration now, or gently: the engine ends the sequences and says so."""
+        if self._cancel.gently:
+            self.worker.cancel(self.index)
+        else:
+            self.inbox.put(Cancelled())
+
+    def __iter__(self) -> Iterator[Queued | Waiting | Piece | Finished]:
+        accepted = 0
+        try:
+            while self._open:
+                try:
+                    message = self.inbox.get(timeout=PING_SECONDS)
+                except queue.Empty:
+                    yield Waiting()
+                    continue
+                if isinstance(message, Exception):
+                    raise message
+                if isinstance(message, Failed):
+                    raise ERRORS.get(message.code, InvalidRequest)(message.details)
+                if isinstance(message, Accepted):
+                    accepted += 1
+                    if accepted == len(self.index):
+                        yield Queued()
+                    continue
+                if isinstance(message, Finished):
+                    self._open.discard(message.id)
+                yield message
+        finally:
+            self.worker.forget(self.index, self._open)
+
+
+class Worker(Loadable):
+    """One loaded model's child process. Any thread may submit; one reader thread hands out what comes back."""
+
+    _ids = itertools.count(1)
+
+    def __init__(self, info: ModelInfo, options: EngineOptions, max_queue: int, died: Callable[[Any, str], None]) -> None:
+        self.info, self.max_queue, self._died = info, max_queue, died
+        self._options = options
+        self._lock = threading.Lock()
+        self._generations: dict[int, Generation] = {}  # by sequence id, from submit to the last message
+        self._running = 0
+        self._stopping = False
+        self.alive = True
+
+    def start(self, progress: Callable[[float], None]) -> Worker:
+        """Start the child and wait until the model is loaded. Raises GenerationFailed with the reason if it is not."""
+        import subprocess
+
+        began = time.perf_counter()
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "_engine"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
+        )  # fmt: skip
+        assert self.process.stdin and self.process.stdout
+        self._pipe = Pipe(self.process.stdout, self.process.stdin)
+        reason = "the engine process ended while loading"
+        try:
+            self._pipe.send(Load(os.path.abspath(self.info.path), self.info.size_bytes, self._options))
+            message = self._pipe.receive()
+            while isinstance(message, Progress):
+                progress(message.fraction)
+                message = self._pipe.receive()
+        except (EOFError, OSError):
+            message = LoadFailed(f"{reason} ({self._how_it_ended()})")
+        if isinstance(message, LoadFailed):
+            self.stop()
+            raise GenerationFailed(message.reason, "The model could not be loaded")
+        self.loaded: Loaded = message
+        self.load_seconds = time.perf_counter() - began
+        self.template = ChatTemplate(message.templates, message.bos, message.eos, message.specials)
+        for note in message.notes:
+            log.warning("%s: %s", self.info.id, note)
+        threading.Thread(target=self._read, name=f"read {self.info.id}", daemon=True).start()
+        return self
+
+    def submit(self, submits: Seq[tuple[Any, Sampling, bool]], cancel: Cancellation) -> Generation:
+        """Queue sequences (prompt, sampling, markers) as one generation. Raises Overloaded when the queue is full."""
+        ids = [next(self._ids) for _ in submits]
+        generation = Generation(self, ids, cancel)
+        with self._lock:
+            if not self.alive:
+                raise GenerationFailed("The model's engine process ended")
+            waiting = len(self._generations) - self.loaded.parallel
+            if waiting + len(ids) > self.max_queue:
+                raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
+            self._generations |= dict.fromkeys(ids, generation)
+        try:
+            for id, (prompt, sampling, markers) in zip(ids, submits, strict=True):
+                self._pipe.send(Submit(id, prompt, sampling, markers))
+        except OSError:
+            pass  # the reader thread notices the same death and tells the generation
+        cancel.on_cancel(generation.cancel)
+        return generation
+
+    def forget(self, ids: Iterable[int], still_open: Iterable[int]) -> None:
+        """A generation is over; what it left open in the engine is cancelled."""
+        with self._lock:
+            for id in ids:
+                self._generations.pop(id, None)
+        if still_open:
+            self.cancel(still_open)
+
+    def cancel(self, ids: Iterable[int]) -> None:
+        """Let the engine end these sequences within a step."""
+        with contextlib.suppress(OSError, ValueError):  # a dead child has ended them already
+            self._pipe.send(Cancel(tuple(ids)))
+
+    def _read(self) -> None:
+        """The reader thread: hand every event to its generation; at the end of the pipe fail them all."""
+        while True:
+            try:
+                message = self._pipe.receive()
+            except (EOFError, OSError, ValueError):
+                break
+            if isinstance(message, Stepped):
+                self._running = message.running
+                for event in message.events:
+                    self._give(event)
+            else:
+                self._give(message)
+        reason = f"the engine process ended ({self._how_it_ended()})"
+        with self._lock:
+            self.alive, self._running = False, 0
+        if not self._stopping:
+            log.error("%s: %s", self.info.id, reason)
+        self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
+        self._died(self, reason)
+
+    def _give(self, event: Any) -> None:
+        generation = self._generations.get(event.id)
+        if generation:
+            generation.inbox.put(event)
+
+    def _how_it_ended(self) -> str:
+        with contextlib.suppress(Exception):
+            self.process.wait(2.0)
+        code = self.process.returncode
+        return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+
+    def fail_all(self, error: ApiError) -> None:
+        with self._lock:
+            generations = set(self._generations.values())
+        for generation in generations:
+            generation.inbox.put(error)
+
+    def counts(self) -> tuple[int, int]:
+        with self._lock:
+            total = len(self._generations)
+        running = min(self._running, total)
+        return running, total - running
+
+    def memory_bytes(self) -> int:
+        return resident_bytes([self.process.pid]) if self.alive else 0
+
+    def stop(self) -> None:
+        """End the child; it goes at the end of its pipe, else is killed. Idempotent."""
+        self._stopping = True
+        self._pipe.close()
+        try:
+            self.process.wait(3.0)
+        except Exception:
+            self.process.kill()
+            self.process.wait()
+        with self._lock:
+            self.alive = False
+
+
+# ── 9. Service and dialects ──────────────────────────────────────────────────────────────────────────────────────────
+# The one way in for HTTP, WebSocket and command line, and the functions from its events to each API's JSON.
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """Text of one choice."""
+
+    index: int
+    content: str = ""
+    reasoning: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One tool call of one choice; `number` counts from 0, `arguments` is JSON text."""
+
+    index: int
+    number: int
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True)
+class ChoiceEnd:
+    """A choice is complete."""
+
+    index: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The last event: tokens over all choices (a prompt shared by n choices counts once), and speeds."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+    def document(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
+
+
+Event = Queued | Waiting | TextDelta | ToolCall | ChoiceEnd | Usage
+
+
+class Service:
+    """Everything the front doors share: models, tools, settings, and `generate`."""
+
+    def __init__(self, catalog: Catalog, table: TableOptions, engine: EngineOptions, tools: ToolOptions = ToolOptions(),
+                 max_queue: int = 512) -> None:  # fmt: skip
+        self.engine, self.max_queue = engine, max_queue
+        self.table = ModelTable(catalog, self._start_worker, table)
+        self.tools = Tools(tools)
+        self.started = time.time()
+
+    def _start_worker(self, info: ModelInfo, progress: Callable[[float], None], died: Callable[[Any, str], None]) -> Worker:
+        return Worker(info, self.engine, self.max_queue, died).start(progress)
+
+    def generate(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
+        """The events of one request: Queued, then text and calls as they are made, an end a choice, Usage.
+
+        Raises ApiError (before Queued: the request never began; after: it broke off) or Cancelled. Closing the
+        iterator, like `cancel`, stops the engine's work on it.
+        """
+        with self.table.lease(request.model, cancel) as worker:
+            cancel.check()
+            submits, parsers = self._submits(request, worker)
+            generation = worker.submit(submits, cancel)
+            ends: list[Finished] = []
+            for message in generation:
+                if isinstance(message, Piece):
+                    index = generation.index[message.id]
+                    yield from self._deltas(index, message, parsers[index])
+                elif isinstance(message, Finished):
+                    ends.append(message)
+                    yield from self._end(generation.index[message.id], message, parsers)
+                else:
+                    yield message
+            yield self._usage(ends, generation.index, request.n)
+
+    def _submits(self, request: GenerateRequest, worker: Worker) -> tuple[list[Any], list[ChatParser | None]]:
+        """What goes to the engine: every prompt n times, and for chats a parser each."""
+        prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
+        if request.messages is not None:
+            prompts = [worker.template.render(request.messages, request.tools, request.template_args)]
+        sampling = request.sampling
+        if sampling.json_schema is not None:
+            grammar = SchemaGrammar("json_schema").compile(sampling.json_schema)
+            sampling = replace(sampling, grammar=grammar, json_schema=None)
+        seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
+        submits = [(p, replace(sampling, seed=s), request.split_markers) for p in prompts for s in seeds]
+        if not request.split_markers:
+            return submits, [None] * len(submits)
+        thinking = prompts[0][-1].rstrip().endswith(REASONING[0])
+        return submits, [ChatParser(bool(request.tools), thinking) for _ in submits]
+
+    def _deltas(self, index: int, piece: Piece, parser: ChatParser | None) -> Iterator[Event]:
+        if parser is None:
+            yield TextDelta(index, piece.text, logprobs=piece.logprobs)
+            return
+        yield from self._parsed(index, parser, parser.push(piece.text), piece.logprobs)
+
+    def _parsed(self, index: int, parser: ChatParser, deltas: Iterable[Delta],
+                logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:  # fmt: skip
+        for delta in deltas:
+            if delta.call:
+                yield ToolCall(index, parser.calls - 1, f"call_{os.urandom(12).hex()}", *delta.call)
+            else:
+                yield TextDelta(index, delta.content, delta.reasoning, logprobs)
+                logprobs = ()
+        if logprobs:
+            yield TextDelta(index, logprobs=logprobs)
+
+    def _end(self, index: int, end: Finished, parsers: Seq[ChatParser | None]) -> Iterator[Event]:
+        parser, reason = parsers[index], end.finish_reason
+        if parser:
+            yield from self._parsed(index, parser, parser.finish())
+            reason = "tool_calls" if parser.calls and reason == "stop" else reason
+        yield ChoiceEnd(index, reason)
+
+    @staticmethod
+    def _usage(ends: Seq[Finished], index: Mapping[int, int], n: int) -> Usage:
+        prompts = {index[e.id] // n: e for e in sorted(ends, key=lambda e: -index[e.id])}  # the first choice of each
+        return Usage(
+            sum(e.prompt_tokens for e in prompts.values()), sum(e.completion_tokens for e in ends),
+            sum(e.cached_tokens for e in prompts.values()), max(e.prompt_seconds for e in ends),
+            max(e.decode_seconds for e in ends),
+        )  # fmt: skip
+
+    def health(self) -> dict[str, Any]:
+        """`/api/health` (Seed): memory is the resident set of the server and its engines."""
+        statuses = self.table.statuses()
+        return {
+            "status": "healthy", "models_loaded": sum(s["loaded"] for s in statuses),
+            "memory_usage": human_bytes(self.memory_bytes()), "server": "shimmy", "version": __version__,
+            "requests_running": sum(s["requests_running"] for s in statuses),
+            "requests_waiting": sum(s["requests_waiting"] for s in statuses),
+            "uptime_seconds": round(time.time() - self.started, 1),
+        }  # fmt: skip
+
+    def memory_bytes(self) -> int:
+        return resident_bytes([os.getpid(), *(w.process.pid for w in self.table.workers())])
+
+    def models(self) -> dict[str, Any]:
+        """`/api/models` (Seed): `default` first, then every model."""
+        models, default = self.table.models(), self.table.default_id()
+        real = next((m for m in models if m["id"] == default), None)
+        first = [real | {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}] if real else []
+        return {"models": first + models}
+
+    def diag(self) -> dict[str, Any]:
+        """What `diag` and `GET /diag` tell: versions, engine, memory, where models were looked for."""
+        self.table.models()  # waits for the first scan
+        report = self.table.catalog.report
+        return versions() | {
+            "memory": {"resident_bytes": self.memory_bytes(), "available_bytes": available_memory()},
+            "directories": list(report.directories), "skipped": list(report.skipped),
+            "models": len(report.models), "models_loaded": [s["model"] for s in self.table.statuses()],
+            "server": {"running": True, "pid": os.getpid()},
+        }  # fmt: skip
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what matters, without importing any of it."""
+    import importlib.metadata
+    import platform
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "version": __version__, "python": platform.python_version(), "platform": platform.platform(),
+        "llama_cpp": version("llama-cpp-python"), "websockets": version("websockets"), "jinja2": version("jinja2"),
+        "numpy": version("numpy"), "cpu_cores": physical_cores(),
+    }  # fmt: skip
+
+
+class Reply:
+    """A whole answer, collected from its events: a plain reply is a stream that was waited for."""
+
+    def __init__(self) -> None:
+        self.choices: dict[int, dict[str, Any]] = {}
+        self.usage: Usage | None = None
+
+    def add(self, event: Event) -> None:
+        if isinstance(event, Usage):
+            self.usage = event
+        if not isinstance(event, (TextDelta, ToolCall, ChoiceEnd)):
+            return
+        empty: dict[str, Any] = {"content": [], "reasoning": [], "calls": [], "logprobs": [], "reason": None}
+        choice = self.choices.setdefault(event.index, empty)
+        if isinstance(event, TextDelta):
+            choice["content"].append(event.content)
+            choice["reasoning"].append(event.reasoning)
+            choice["logprobs"] += event.logprobs
+        elif isinstance(event, ToolCall):
+            choice["calls"].append(event)
+        else:
+            choice["reason"] = event.finish_reason
+
+    def texts(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        for index, choice in sorted(self.choices.items()):
+            yield index, "".join(choice["content"]), choice
+
+
+class Dialect:
+    """One API's shapes: a body to a request, an event to stream chunks, a whole reply to a document."""
+
+    openai = False
+
+    def __init__(self, request: GenerateRequest) -> None:
+        self.request, self.id, self.created = request, os.urandom(12).hex(), int(time.time())
+
+    @classmethod
+    def read(cls, body: Mapping[str, Any]) -> GenerateRequest:
+        raise NotImplementedError
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        raise NotImplementedError
+
+    def document(self, reply: Reply) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class Native(Dialect):
+    """`/api/generate` (Seed)."""
+
+    def __init__(self, request: GenerateRequest) -> None:
+        super().__init__(request)
+        self._reason = "stop"
+
+    read = staticmethod(GenerateRequest.from_native)
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, TextDelta) and event.content:
+            yield {"choices": [{"text": event.content, "index": 0}]}
+        elif isinstance(event, ChoiceEnd):
+            self._reason = event.finish_reason
+        elif isinstance(event, Usage):
+            yield {"choices": [{"text": "", "index": 0, "finish_reason": self._reason}], "usage": event.document()}
+
+    def document(self, reply: Reply) -> dict[str, Any]:
+        assert reply.usage
+        choices = [{"text": text, "index": i, "finish_reason": c["reason"]} for i, text, c in reply.texts()]
+        return {"choices": choices, "usage": reply.usage.document()}
+
+
+class OpenAI(Dialect):
+    """What OpenAI's two text routes share."""
+
+    openai = True
+    prefix = object_name = chunk_name = ""
+
+    def _envelope(self, name: str, choices: list[Any], **more: Any) -> dict[str, Any]:
+        return {"id": f"{self.prefix}-{self.id}", "object": name, "created": self.created,
+                "model": self.request.model, "choices": choices} | more  # fmt: skip
+
+    def _chunk(self, choices: list[Any], **more: Any) -> dict[str, Any]:
+        if self.request.include_usage:
+            more.setdefault("usage", None)
+        return self._envelope(self.chunk_name, choices, **more)
+
+    @staticmethod
+    def usage(usage: Usage | None) -> dict[str, Any]:
+        assert usage
+        return usage.document() | {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
+
+    def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
+        if self.request.include_usage:
+            yield self._chunk([], usage=self.usage(event))
+
+
+class Chat(OpenAI):
+    """`/v1/chat/completions`."""
+
+    read = staticmethod(GenerateRequest.from_chat)
+    prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            for index in range(self.request.n):
+                yield self._delta(index, {"role": "assistant", "content": ""})
+        elif isinstance(event, TextDelta):
+            delta = {k: v for k, v in (("content", event.content), ("reasoning_content", event.reasoning)) if v}
+            if delta or event.logprobs:
+                yield self._delta(event.index, delta, event.logprobs)
+        elif isinstance(event, ToolCall):
+            yield self._delta(event.index, {"tool_calls": [{"index": event.number} | self._call(event)]})
+        elif isinstance(event, ChoiceEnd):
+            yield self._chunk([{"index": event.index, "delta": {}, "logprobs": None, "finish_reason": event.finish_reason}])
+        elif isinstance(event, Usage):
+            yield from self._usage_chunk(event)
+
+    def _delta(self, index: int, delta: dict[str, Any], logprobs: Seq[TokenLogprob] = ()) -> dict[str, Any]:
+        shown = self._logprobs(logprobs) if logprobs else None
+        return self._chunk([{"index": index, "delta": delta, "logprobs": shown, "finish_reason": None}])
+
+    @staticmethod
+    def _call(call: ToolCall) -> dict[str, Any]:
+        return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+    @staticmethod
+    def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
+        def one(token: bytes, logprob: float) -> dict[str, Any]:
+            return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+
+        content = [one(t.token, t.logprob) | {"top_logprobs": [one(*alternative) for alternative in t.top]} for t in tokens]
+        return {"content": content, "refusal": None}
+
+    def document(self, reply: Reply) -> dict[str, Any]:
+        choices = []
+        for index, content, c in reply.texts():
+            message: dict[str, Any] = {"role": "assistant", "content": content or (None if c["calls"] else "")}
+            if any(c["reasoning"]):
+                message["reasoning_content"] = "".join(c["reasoning"])
+            if c["calls"]:
+                message["tool_calls"] = [self._call(call) for call in c["calls"]]
+            shown = self._logprobs(c["logprobs"]) if self.request.sampling.logprobs is not None else None
+            choices.append({"index": index, "message": message, "logprobs": shown, "finish_reason": c["reason"]})
+        return self._envelope(self.object_name, choices, usage=self.usage(reply.usage))
+
+
+class Completion(OpenAI):
+    """`/v1/completions`."""
+
+    read = staticmethod(GenerateRequest.from_completion)
+    prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, TextDelta) and (event.content or event.logprobs):
+            yield self._chunk([self._choice(event.index, event.content, event.logprobs, None)])
+        elif isinstance(event, ChoiceEnd):
+            yield self._chunk([self._choice(event.index, "", (), event.finish_reason)])
+        elif isinstance(event, Usage):
+            yield from self._usage_chunk(event)
+
+    @staticmethod
+    def _choice(index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
+        shown = None
+        if logprobs:
+            words = [t.token.decode("utf-8", "replace") for t in logprobs]
+            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in logprobs]
+            shown = {"tokens": words, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops,
+                     "text_offset": list(itertools.accumulate(map(len, words[:-1]), initial=0))}  # fmt: skip
+        return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
+
+    def document(self, reply: Reply) -> dict[str, Any]:
+        choices = [self._choice(i, text, c["logprobs"], c["reason"]) for i, text, c in reply.texts()]
+        return self._envelope(self.object_name, choices, usage=self.usage(reply.usage))
+
+
+class Socket(Native):
+    """`/ws/generate` (Seed): tokens, then done."""
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, TextDelta) and event.content:
+            yield {"token": event.content}
+        elif isinstance(event, ChoiceEnd):
+            self._reason = event.finish_reason
+        elif isinstance(event, Usage):
+            yield {"done": True, "finish_reason": self._reason, "usage": event.document()}
+
+
+# ── 10. HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The route table, the handler with its one try/except, server-sent events. One thread a connection.
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may call: checked for every request and every WebSocket upgrade before anything runs."""
+
+    loopback: bool = True  # bound to loopback: Host must be a loopback name
+    api_key: str | None = None
+    origins: tuple[str, ...] = ()  # allowed besides loopback and desktop apps; "*" is any
+    hosts: tuple[str, ...] = ()  # allowed Host names besides loopback; "*" is any
+
+    APP_SCHEMES: ClassVar = ("app", "tauri", "vscode-webview", "vscode-file", "capacitor", "electron", "obsidian")
+
+    def check(self, headers: Any, keyless: bool) -> None:
+        """Raises Forbidden for a foreign Host or Origin, Unauthorized without the key where one is set."""
+        host = headers.get("Host") or ""
+        if self.loopback and host and not self._host_allowed(host):
+            raise Forbidden(f"Host '{host[:100]}' is not a loopback name; --allow-host opens more")
+        origin = headers.get("Origin")
+        if origin is not None and not self.origin_allowed(origin, host):
+            raise Forbidden(f"Origin '{origin[:100]}' is not allowed; --allow-origin opens more")
+        if self.api_key and not keyless and not self._key_fits(headers):
+            raise Unauthorized("Send the key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
+
+    def _host_allowed(self, host: str) -> bool:
+        name = urllib.parse.urlsplit(f"//{host}").hostname if "/" not in host else None
+        return name is not None and (is_loopback(name) or "*" in self.hosts or name in self.hosts or host in self.hosts)
+
+    def origin_allowed(self, origin: str, host: str) -> bool:
+        """Loopback pages on any port, desktop apps, pages this server itself serves, and what was opened."""
+        if "*" in self.origins or origin in self.origins:
+            return True
+        try:
+            parts = urllib.parse.urlsplit(origin)
+            name = parts.hostname or ""
+        except ValueError:
+            return False
+        if parts.scheme in ("http", "https"):
+            return is_loopback(name) or (not self.loopback and parts.netloc == host)
+        return parts.scheme in self.APP_SCHEMES
+
+    def _key_fits(self, headers: Any) -> bool:
+        scheme, _, bearer = (headers.get("Authorization") or "").partition(" ")
+        given = [bearer.strip()] if scheme.lower() == "bearer" else []
+        given += [headers.get("x-api-key") or ""]
+        return any(hmac.compare_digest(g.encode(), (self.api_key or "").encode()) for g in given)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name or address stands for this machine alone."""
+    host = host.strip("[]").lower().rstrip(".")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+class RequestReader:
+    """A connection's incoming bytes: every read ends by `deadline` (monotonic seconds), every size is bounded."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.buffer, self.deadline = connection, b"", math.inf
+
+    def _fill(self) -> None:
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.connection.settimeout(left)
+        data = self.connection.recv(65536)
+        if not data:
+            raise ConnectionResetError
+        self.buffer += data
+
+    def begin(self) -> bool:
+        """Wait for a request's first byte, then start its clock; False when the connection is over."""
+        self.deadline = time.monotonic() + IDLE_SECONDS
+        try:
+            while not self.buffer.lstrip(b"\r\n"):  # empty lines before a request are fine (RFC 9112, 2.2)
+                self.buffer = b""
+                self.connection.settimeout(max(0.0, self.deadline - time.monotonic()))
+                if self.is_upgrade():
+                    return True
+                self._fill()
+        except (OSError, ValueError):
+            return False
+        self.deadline = time.monotonic() + REQUEST_SECONDS
+        return True
+
+    def is_upgrade(self) -> bool:
+        """Whether the unread bytes begin a WebSocket upgrade; peeks, so that the WebSocket side reads them itself."""
+        if self.buffer:
+            return False
+        waited = 0.0
+        while True:
+            head = self.connection.recv(8192, socket.MSG_PEEK)
+            if not re.match(rb"\s*GET\s+/+ws/", head) or b"\n\r\n" in head or len(head) >= 8192 or waited > 5:
+                return re.search(rb"\nupgrade:[ \t]*websocket", head, re.I) is not None
+            time.sleep(0.01)  # the rest of the head is on its way; peeking cannot wait for more
+            waited += 0.01
+
+    def head(self) -> tuple[bytes, bytes]:
+        """The request line and the header lines. Raises InvalidRequest (414, 431) beyond MAX_HEAD."""
+        while True:
+            self.buffer = self.buffer.lstrip(b"\r\n")
+            end = re.search(rb"\r?\n\r?\n", self.buffer)
+            if end:
+                break
+            if len(self.buffer) > MAX_HEAD:
+                what, status = ("headers are", 431) if b"\n" in self.buffer else ("request line is", 414)
+                raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
+            self._fill()
+        head, self.buffer = self.buffer[: end.end()], self.buffer[end.end() :]
+        line, _, headers = head.partition(b"\n")
+        if len(head) > MAX_HEAD:
+            raise InvalidRequest(f"The headers are over {MAX_HEAD} bytes", status=431)
+        return line + b"\n", headers
+
+    def exactly(self, size: int) -> bytes:
+        parts = []
+        while size > 0:
+            if not self.buffer:
+                self._fill()
+            parts.append(self.buffer[:size])
+            self.buffer = self.buffer[size:]
+            size -= len(parts[-1])
+        return b"".join(parts)
+
+    def line(self) -> bytes:
+        while b"\n" not in self.buffer:
+            if len(self.buffer) > 1024:
+                raise InvalidRequest("A chunk's size line is too long")
+            self._fill()
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return line.strip()
+
+    def chunked(self) -> bytes:
+        """A body in chunks (RFC 9112, 7.1); trailers are read and dropped."""
+        parts, total = [], 0
+        while True:
+            size_text = self.line().partition(b";")[0].strip()
+            if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size_text):
+                raise InvalidRequest("A chunk's size is malformed")
+            size = int(size_text, 16)
+            total += size
+            if total > MAX_BODY:
+                raise PayloadTooLarge(f"Bodies may have up to {MAX_BODY} bytes")
+            if not size:
+                break
+            parts.append(self.exactly(size))
+            if self.line():
+                raise InvalidRequest("A chunk is longer than its size")
+        for _ in range(100):
+            if not self.line():
+                return b"".join(parts)
+        raise InvalidRequest("Too many trailers")
+
+    def drain(self) -> None:
+        """Read on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
+        self.deadline = time.monotonic() + 2.0
+        self.buffer = b""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+            for _ in range(2048):
+                self._fill()
+                self.buffer = b""
+
+
+class Watcher:
+    """Notices clients that leave while their request runs: one thread over the sockets of all running requests."""
+
+    def __init__(self) -> None:
+        self._selector = selectors.DefaultSelector()
+        self._lock = threading.Lock()
+        self._here, self._there = socket.socketpair()
+        self._here.setblocking(False)
+        self._selector.register(self._here, selectors.EVENT_READ)
+        self._started = False
+
+    @contextlib.contextmanager
+    def watching(self, connection: socket.socket, cancel: Cancellation) -> Iterator[None]:
+        """Cancels when the client closes its connection."""
+        with self._lock:
+            if not self._started:
+                self._started = True
+                threading.Thread(target=self._run, name="watcher", daemon=True).start()
+            self._selector.register(connection, selectors.EVENT_READ, cancel)
+        if not isinstance(self._selector, (_KERNEL_SELECTORS)):
+            self._there.send(b"\0")  # select() and poll() look at a new socket only when called anew
+        try:
+            yield
+        finally:
+            self._drop(connection)
+
+    def _drop(self, connection: Any) -> None:
+        with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
+            self._selector.unregister(connection)
+
+    def _run(self) -> None:
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._here:
+                    self._here.recv(4096)
+                elif not self._has_more(key.fileobj):
+                    self._drop(key.fileobj)
+                    key.data.cancel()
+                else:
+                    self._drop(key.fileobj)  # the next request is there already: no news of this one's client
+
+    @staticmethod
+    def _has_more(connection: Any) -> bool:
+        try:
+            return bool(connection.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+
+_KERNEL_SELECTORS = tuple(
+    getattr(selectors, name) for name in ("EpollSelector", "KqueueSelector", "DevpollSelector") if hasattr(selectors, name)
+)
+
+
+@dataclass(frozen=True)
+class Route:
+    """One row of the route table; `{}` in the path stands for a model or tool name."""
+
+    method: str
+    path: tuple[str, ...]
+    handler: str
+    keyless: bool = False
+    openai: bool = False
+
+    def match(self, segments: Seq[str]) -> list[str] | None:
+        """The names in the path, or None."""
+        if len(segments) != len(self.path):
+            return None
+        if any(part not in ("{}", segment) for part, segment in zip(self.path, segments, strict=True)):
+            return None
+        return [s for part, s in zip(self.path, segments, strict=True) if part == "{}"]
+
+
+def _routes() -> Iterator[Route]:
+    rows = """
+        GET  /health                       health    keyless
+        GET  /api/health                   health    keyless
+        GET  /diag                         diag
+        POST /api/generate                 native
+        GET  /api/models                   models
+        POST /api/models/discover          discover
+        POST /api/models/{}/load           load
+        POST /api/models/{}/unload         unload
+        GET  /api/models/{}/status         status
+        GET  /api/tools                    tools
+        POST /api/tools/{}/execute         execute
+        GET  /ws/generate                  upgrade
+        POST /v1/chat/completions          chat        openai
+        POST /v1/completions               completion  openai
+        GET  /v1/models                    openai_models  openai
+        GET  /v1/models/{}                 openai_model   openai
+    """
+    for row in rows.strip().splitlines():
+        method, path, handler, *marks = row.split()
+        route = Route(method, tuple(path.strip("/").split("/")), f"answer_{handler}", "keyless" in marks, "openai" in marks)
+        yield route
+        if route.openai:
+            yield replace(route, path=route.path[1:])
+
+
+ROUTES = tuple(_routes())
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """One connection: requests one after another, each answered by a method that a row of ROUTES names."""
+
+    protocol_version = "HTTP/1.1"
+    server_version = f"shimmy/{__version__}"
+    sys_version = ""
+    disable_nagle_algorithm = True
+    server: Server
+
+    def setup(self) -> None:
+        super().setup()
+        self.reader = RequestReader(self.connection)
+
+    def handle(self) -> None:
+        self.close_connection = False
+        while not self.close_connection and self.reader.begin():
+            if self.reader.is_upgrade():
+                self.server.sockets.hand_over(self.connection)
+                return
+            with self.server.busy():
+                self.handle_one_request()
+
+    def handle_one_request(self) -> None:
+        """Read, check, answer one request; the one place where errors become answers."""
+        self._reset()
+        began = time.monotonic()
+        try:
+            self._read_head()
+            self._answer()
+        except ApiError as error:
+            self._fail(error)
+        except Cancelled:
+            self.close_connection = True
+        except (OSError, EOFError):  # the client is gone, or too slow
+            self.close_connection = True
+        except Exception:
+            log.exception("%s %s failed", self.command, self.path)
+            self._fail(ApiError("See the server's log"))
+        log.info("%s %s %s %.0f ms", self.command, self.path.partition("?")[0], self.status, (time.monotonic() - began) * 1000)
+        if self.close_connection and self.unread:
+            self.reader.drain()
+
+    def _reset(self) -> None:
+        self.command, self.path, self.request_version = "", "", "HTTP/1.1"
+        self.headers = http.client.HTTPMessage()
+        self.route: Route | None = None
+        self.status = 0  # of the answer, 0 until its head is sent
+        self.streaming = self.unread = False
+        self.segments: list[str] = []
+
+    def _read_head(self) -> None:
+        self.unread = True
+        self.raw_requestline, headers = self.reader.head()
+        self.rfile = io.BytesIO(headers)  # type: ignore[assignment]
+        self.parse_request()
+        if self.request_version == "HTTP/0.9":
+            raise InvalidRequest("The request line needs an HTTP version")
+        self.query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
+        path = urllib.parse.urlsplit(self.path).path
+        self.segments = [urllib.parse.unquote(s) for s in path.split("/") if s]
+        lengths, encoding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
+        if encoding is not None and lengths:
+            raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
+        if encoding is not None and encoding.strip().lower() != "chunked":
+            raise InvalidRequest("Transfer-Encoding must be chunked")
+        if len(set(lengths)) > 1 or not all(re.fullmatch(r"\d{1,15}", n.strip()) for n in lengths):
+            raise InvalidRequest("Content-Length must be one whole number")
+        self.length = int(lengths[0]) if lengths else 0
+        self.unread = bool(self.length or encoding)
+        self.connection.settimeout(WRITE_SECONDS)
+
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """What parse_request says of a malformed head, in our shape instead of HTML."""
+        raise InvalidRequest(message or explain or "The request is malformed", status=code)
+
+    def handle_expect_100(self) -> bool:
+        """`100 Continue` waits until the head has passed its checks: _body sends it."""
+        return True
+
+    def _answer(self) -> None:
+        if self.server.stopping:
+            self.close_connection = True
+            raise Overloaded("The server is shutting down")
+        origin = self.headers.get("Origin")
+        if self.command == "OPTIONS":
+            self.server.access.check({"Host": self.headers.get("Host") or ""}, keyless=True)
+            return self._preflight(origin)
+        matching = [r for r in ROUTES if r.match(self.segments) is not None]
+        if not matching and self.segments:
+            self.server.access.check(self.headers, keyless=False)
+            raise NotFound(f"No route matches /{'/'.join(self.segments)[:200]}")
+        if self.headers.get("Host") is None and self.request_version == "HTTP/1.1":
+            raise InvalidRequest("The Host header is missing")
+        method = "GET" if self.command == "HEAD" else self.command
+        self.route = next((r for r in matching if r.method == method), matching[0] if matching else None)
+        self.server.access.check(self.headers, self.route is not None and self.route.keyless)
+        if self.route is None:
+            raise NotFound("No route matches /")
+        if self.route.method != method:
+            allowed = {r.method for r in matching}
+            raise MethodNotAllowed(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
+        getattr(self, self.route.handler)(*(self.route.match(self.segments) or ()))
+
+    def _preflight(self, origin: str | None) -> None:
+        """CORS: what a page of an allowed origin may send. Needs no key."""
+        methods = sorted({r.method for r in ROUTES if r.match(self.segments) is not None} | {"OPTIONS"})
+        asked = self.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
+        allowed = {"Access-Control-Allow-Methods": ", ".join(methods), "Access-Control-Max-Age": "600",
+                   "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)} if origin else {}  # fmt: skip
+        self._respond(200, b"", allowed | {"Allow": ", ".join(methods)})
+
+    # Reading and writing
+
+    def _body(self) -> bytes:
+        """The request's body, at most MAX_BODY bytes."""
+        if self.length > MAX_BODY:
+            raise PayloadTooLarge(f"The body has {self.length} bytes, up to {MAX_BODY} are read")
+        if self.unread and (self.headers.get("Expect") or "").lower() == "100-continue":
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        chunked = self.headers.get("Transfer-Encoding") is not None
+        data = self.reader.chunked() if chunked else self.reader.exactly(self.length)
+        self.unread = False
+        self.connection.settimeout(WRITE_SECONDS)
+        return data
+
+    def _json(self) -> dict[str, Any]:
+        body = parse_json(self._body())
+        if not isinstance(body, dict):
+            raise InvalidRequest("The body must be a JSON object")
+        return body
+
+    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        origin = self.headers.get("Origin")
+        if origin and self.server.access.origin_allowed(origin, self.headers.get("Host") or ""):
+            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        if self.close_connection or self.unread:
+            self.close_connection = True
+            headers = {**headers, "Connection": "close"}
+        reason = self.responses.get(status, ("",))[0]  # type: ignore[call-overload]
+        lines = [f"HTTP/1.1 {status} {reason}", f"Server: {self.server_version}", f"Date: {self.date_time_string()}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.status = status
+        return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+
+    def _respond(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        given = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
+        self.connection.sendall(self._head(status, given) + (b"" if self.command == "HEAD" else body))
+
+    def _send(self, document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        if self.unread:  # a body nobody asked for must not become the next request
+            self._body()
+        self._respond(status, json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n", headers)
+
+    def _fail(self, error: ApiError) -> None:
+        """The error as the whole answer, or as the last event of a stream that has begun."""
+        document = error.document(self.route.openai if self.route else self.segments[:1] == ["v1"])
+        with contextlib.suppress(OSError):
+            if self.streaming:
+                self._event(json.dumps(document, ensure_ascii=False), last=True)
+            elif not self.status:
+                body = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+                self._respond(error.status, body, error.headers())
+
+    def _begin_stream(self) -> None:
+        self.chunks = self.request_version == "HTTP/1.1"
+        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        if self.chunks:
+            headers["Transfer-Encoding"] = "chunked"
+        else:
+            self.close_connection = True
+        self.connection.sendall(self._head(200, headers))
+        self.streaming = True
+
+    def _event(self, data: str, field: str = "data: ", last: bool = False) -> None:
+        """One server-sent event (or comment, with field ": "), in one write."""
+        payload = f"{field}{data}\n\n".encode("utf-8", "replace")
+        if self.chunks:
+            payload = b"%x\r\n%b\r\n" % (len(payload), payload) + (b"0\r\n\r\n" if last else b"")
+        self.connection.sendall(payload)
+
+    # Answers
+
+    def answer_health(self) -> None:
+        self._send(self.server.service.health())
+
+    def answer_diag(self) -> None:
+        self._send(self.server.service.diag())
+
+    def answer_models(self) -> None:
+        self._send(self.server.service.models())
+
+    def answer_discover(self) -> None:
+        models = self.server.service.table.scan()
+        self._send({"discovered": len(models), "models": models})
+
+    def answer_load(self, name: str) -> None:
+        if self.unread:
+            self._body()
+        wait = self.query.get("wait", "true").lower() not in ("false", "0", "no")
+        with self._watched() as cancel:
+            status = self.server.service.table.load(name, wait, cancel)
+        self._send(status, 200 if wait or status["loaded"] else 202)
+
+    def answer_unload(self, name: str) -> None:
+        if self.unread:
+            self._body()
+        force = self.query.get("force", "false").lower() in ("true", "1", "yes")
+        with self._watched() as cancel:
+            self._send(self.server.service.table.unload(name, force, cancel))
+
+    def answer_status(self, name: str) -> None:
+        self._send(self.server.service.table.status(name))
+
+    def answer_tools(self) -> None:
+        self._send({"tools": self.server.service.tools.documents()})
+
+    def answer_execute(self, name: str) -> None:
+        self._send(self.server.service.tools.execute(name, parse_json(self._body() or b"{}")))
+
+    def answer_upgrade(self) -> None:
+        raise InvalidRequest("This address speaks WebSocket: connect with ws://", status=426)
+
+    def answer_openai_models(self) -> None:
+        data = [self._openai_model(m["id"]) for m in self.server.service.table.models()]
+        self._send({"object": "list", "data": data})
+
+    def answer_openai_model(self, name: str) -> None:
+        self._send(self._openai_model(self.server.service.table.resolve(name)))
+
+    def _openai_model(self, id: str) -> dict[str, Any]:
+        return {"id": id, "object": "model", "created": int(self.server.service.started), "owned_by": "shimmy"}
+
+    def answer_native(self) -> None:
+        self._generate(Native)
+
+    def answer_chat(self) -> None:
+        self._generate(Chat)
+
+    def answer_completion(self) -> None:
+        self._generate(Completion)
+
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[Cancellation]:
+        """A cancellation that the client's leaving, or the server's end, sets off."""
+        cancel = Cancellation()
+        with self.server.watcher.watching(self.connection, cancel), self.server.cancellable(cancel):
+            yield cancel
+
+    def _generate(self, dialect_class: type[Dialect]) -> None:
+        """Any dialect's generation: as events while they are made, or collected into one document."""
+        request = dialect_class.read(self._json())
+        dialect = dialect_class(request)
+        with self._watched() as cancel:
+            events = self.server.service.generate(request, cancel)
+            with contextlib.closing(events):  # type: ignore[type-var]
+                if request.stream:
+                    return self._stream(dialect, events)
+                reply = Reply()
+                for event in events:
+                    reply.add(event)
+        self._send(dialect.document(reply))
+
+    def _stream(self, dialect: Dialect, events: Iterator[Event]) -> None:
+        for event in events:
+            if isinstance(event, Queued):
+                self._begin_stream()
+            elif isinstance(event, Waiting) and self.streaming:
+                self._event("waiting", field=": ")
+            for chunk in dialect.chunks(event):
+                self._event(json.dumps(chunk, ensure_ascii=False))
+        self._event("[DONE]", last=True)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
+
+    daemon_threads = True
+    request_queue_size = 1024  # bursts wait in the kernel, not in retransmissions
+    allow_reuse_address = os.name == "posix"
+
+    def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self.service, self.access = service, access
+        self.watcher, self.sockets = Watcher(), SocketListener(self)
+        self.stopping = False
+        self._changed = threading.Condition()
+        self._busy = self._connections = 0
+        self._cancels: set[Cancellation] = set()
+        super().__init__(address, Handler)
+
+    def server_bind(self) -> None:
+        """Binds without HTTPServer's look-up of the host's full name, which can take seconds."""
+        if self.allow_reuse_address:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
+
+    @property
+    def url(self) -> str:
+        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
+        return f"http://{host}:{self.server_port}"
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._changed:
+            full = self._connections >= MAX_CONNECTIONS
+            self._connections += not full
+        if not full:
+            super().process_request(request, client_address)
+            return
+        body = json.dumps(Overloaded(f"{MAX_CONNECTIONS} connections are open").document()).encode()
+        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
+        with contextlib.suppress(OSError):
+            request.settimeout(1.0)
+            request.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            with self._changed:
+                self._connections -= 1
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.debug("connection failed", exc_info=True)
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Counts a request that runs: `stop` waits for it."""
+        with self._changed:
+            self._busy += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._busy -= 1
+                self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def cancellable(self, cancel: Cancellation) -> Iterator[None]:
+        """`stop` calls the request off when the grace time is over."""
+        self._cancels.add(cancel)
+        try:
+            yield
+        finally:
+            self._cancels.discard(cancel)
+
+    def stop(self, grace: float = GRACE_SECONDS) -> None:
+        """Stop accepting, let requests finish within `grace` seconds, call the rest off, end the engines."""
+        if self.stopping:
+            return
+        self.stopping = True
+        self.shutdown()
+        self.server_close()
+        deadline = time.monotonic() + grace
+        with self._changed:
+            while self._busy and time.monotonic() < deadline:
+                self._changed.wait(deadline - time.monotonic())
+        for cancel in list(self._cancels):
+            cancel.cancel()
+        self.sockets.stop()
+        self.service.table.close()
+
+
+# ── 11. WebSocket, lifecycle ─────────────────────────────────────────────────────────────────────────────────────────
+# The asyncio listener on its side thread, started by the first upgrade; the HTTP side hands it connections.
+
+
+class HandedOver(socket.socket):
+    """A listening socket for asyncio whose connections come from the HTTP threads instead of the network."""
+
+    ready: deque[socket.socket]
+
+    @classmethod
+    def make(cls) -> tuple[HandedOver, Callable[[socket.socket], None]]:
+        """The socket to listen on, and the function that hands it a connection."""
+        ours, theirs = socket.socketpair()
+        listener = cls(ours.family, ours.type, ours.proto, fileno=ours.detach())
+        listener.setblocking(False)
+        listener.ready = deque()
+
+        def hand_over(connection: socket.socket) -> None:
+            listener.ready.append(connection)
+            theirs.send(b"\0")
+
+        return listener, hand_over
+
+    def listen(self, backlog: int = 0) -> None:
+        """Nothing to do: connections are handed over."""
+
+    def accept(self) -> tuple[socket.socket, Any]:
+        """asyncio calls this whenever the socket pair is readable; one byte stands for one connection."""
+        self.recv(1)
+        connection = self.ready.popleft()
+        return connection, connection.getpeername()
+
+
+class SocketListener:
+    """Serves `/ws/generate`: asyncio and websockets in one side thread, one worker thread a running request."""
+
+    PENDING = 32  # requests that may wait on one connection
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._lock = threading.Lock()
+        self._hand_over: Callable[[socket.socket], None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def hand_over(self, connection: socket.socket) -> None:
+        """Take over an HTTP connection whose unread bytes ask for an upgrade."""
+        with self._lock:
+            if self._hand_over is None:
+                self._start()
+        assert self._hand_over
+        connection.settimeout(None)
+        taken = socket.socket(connection.family, connection.type, connection.proto, fileno=connection.detach())
+        self._hand_over(taken)
+
+    def _start(self) -> None:
+        import asyncio
+
+        listener, self._hand_over = HandedOver.make()
+        # Windows' default loop would accept natively, past our accept()
+        self._loop = asyncio.SelectorEventLoop() if sys.platform == "win32" else asyncio.new_event_loop()
+        threading.Thread(target=self._run, args=(self._loop, listener), name="websocket", daemon=True).start()
+
+    def _run(self, loop: asyncio.AbstractEventLoop, listener: HandedOver) -> None:
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+
+        from websockets.asyncio.server import serve
+
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # handshake noise; requests are logged here
+        asyncio.set_event_loop(loop)
+        loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
+
+        async def listen() -> None:
+            async with serve(self._serve, sock=listener, process_request=self._admit, compression=None, max_size=MAX_BODY,
+                             open_timeout=REQUEST_SECONDS, server_header=Handler.server_version):  # fmt: skip
+                await asyncio.get_running_loop().create_future()
+
+        try:
+            loop.run_until_complete(listen())
+        except Exception:
+            if not self.server.stopping:
+                log.exception("the WebSocket listener failed")
+
+    def _admit(self, connection: Any, request: Any) -> Any:
+        """Refuses an upgrade as HTTP would: path, Host, Origin, key."""
+        path = [s for s in urllib.parse.urlsplit(request.path).path.split("/") if s]
+        try:
+            if path != ["ws", "generate"]:
+                raise NotFound(f"No route matches {request.path[:200]}")
+            if self.server.stopping:
+                raise Overloaded("The server is shutting down")
+            self.server.access.check(request.headers, keyless=False)
+        except ApiError as error:
+            response = connection.respond(error.status, json.dumps(error.document()) + "\n")
+            del response.headers["Content-Type"]
+            for name, value in ({"Content-Type": "application/json"} | error.headers()).items():
+                response.headers[name] = value
+            return response
+        return None
+
+    async def _serve(self, connection: Any) -> None:
+        """One connection: this task reads, another answers one request after another."""
+        import asyncio
+
+        import websockets
+
+        requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        running: list[Cancellation] = []
+        answering = asyncio.ensure_future(self._answer_all(connection, requests, running))
+        try:
+            async for message in connection:
+                await self._take(connection, message, requests, running)
+        except websockets.exceptions.ConnectionClosed:
+            pass
+        finally:
+            answering.cancel()
+            for cancel in running:
+                cancel.cancel()
+
+    async def _take(self, connection: Any, message: str | bytes, requests: Any, running: list[Cancellation]) -> None:
+        try:
+            body = parse_json(message.encode() if isinstance(message, str) else message)
+            if not isinstance(body, dict):
+                raise InvalidRequest("The message must be a JSON object")
+            if body.get("cancel") is True:
+                for cancel in running:
+                    cancel.cancel(gently=True)
+                return
+            if requests.qsize() >= self.PENDING:
+                raise Overloaded(f"{self.PENDING} requests wait on this connection already")
+        except ApiError as error:
+            await connection.send(json.dumps(error.document(), ensure_ascii=False))
+            return
+        requests.put_nowait(body)
+
+    async def _answer_all(self, connection: Any, requests: Any, running: list[Cancellation]) -> None:
+        import asyncio
+
+        import websockets
+
+        loop = asyncio.get_running_loop()
+        while True:
+            body = await requests.get()
+            cancel, out = Cancellation(), asyncio.Queue[dict[str, Any] | None]()
+            running.append(cancel)
+            say: Any = functools.partial(loop.call_soon_threadsafe, out.put_nowait)  # type: ignore[arg-type]
+            loop.run_in_executor(None, self._generate, body, cancel, say)
+            try:
+                while (chunk := await out.get()) is not None:
+                    await connection.send(json.dumps(chunk, ensure_ascii=False))
+            except websockets.exceptions.ConnectionClosed:
+                cancel.cancel()
+                return
+            finally:
+                running.remove(cancel)
+
+    def _generate(self, body: dict[str, Any], cancel: Cancellation, say: Callable[[dict[str, Any] | None], Any]) -> None:
+        """One request, in a thread of its own: says each chunk, then None."""
+        with self.server.busy(), self.server.cancellable(cancel), contextlib.suppress(RuntimeError):  # a closed loop
+            try:
+                dialect = Socket(Socket.read(body))
+                for event in self.server.service.generate(dialect.request, cancel):
+                    for chunk in dialect.chunks(event):
+                        say(chunk)
+            except ApiError as error:
+                say(error.document())
+            except Cancelled:
+                say({"done": True, "finish_reason": "cancelled", "usage": Usage(0, 0, 0, 0, 0).document()})
+            except Exception:
+                log.exception("a WebSocket request failed")
+                say(ApiError("See the server's log").document())
+            finally:
+                say(None)
+
+    def stop(self) -> None:
+        """End the loop; connections close with it."""
+        if self._loop:
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._loop.stop)
+
+
+# ── 12. Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
+# One function a command. stdout carries the result, stderr the rest; 0 success, 1 failure, 2 usage, 130 on Ctrl-C.
+
+DEFAULT_PORT = 11435
+
+
+class UsageError(Exception):
+    """The command line asks for what cannot be: exit 2."""
+
+
+def duration(words: str) -> float:
+    """Seconds from 90, 90s, 5m, 2h; −1 stays −1."""
+    found = re.fullmatch(r"(-?\d+(?:\.\d+)?)(s|m|h|d)?", words)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{words!r} is no duration; write 90, 90s, 5m or 2h")
+    return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
+
+
+def alias(words: str) -> tuple[str, str]:
+    pattern, equals, model = words.partition("=")
+    if not (pattern and equals and model):
+        raise argparse.ArgumentTypeError(f"{words!r} is no alias; write PATTERN=MODEL")
+    return pattern, model
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line. Global options stand before and after the command alike."""
+    top = argparse.ArgumentParser(prog="shimmy", description="Serve the GGUF models on this machine.")
+    top.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}")
+    top.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}", help=argparse.SUPPRESS)
+    shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log to stderr")
+    shared.add_argument("--models-dir", action="append", default=[], metavar="DIR", help="also look for models here (repeatable)")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, parents=[shared], help=help, description=help[0].upper() + help[1:] + ".")
+        sub.set_defaults(run=run)
+        return sub
+
+    _serve_flags(command("serve", "start the server", command_serve))
+    _generate_flags(command("generate", "generate text from a prompt", command_generate))
+    listing = command("list", "list the models on this machine", command_list)
+    listing.add_argument("--short", action="store_true", help="names only")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    probe = command("probe", "load a model, generate, and say how fast", command_probe)
+    probe.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    probe.add_argument("--json", action="store_true", help="as JSON")
+    _engine_flags(probe)
+    diag = command("diag", "show versions, memory, search directories and whether a server runs", command_diag)
+    diag.add_argument("--json", action="store_true", help="as JSON")
+    _address_flags(diag)
+    return top
+
+
+def _address_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--bind", metavar="HOST[:PORT]", help="address (default: 127.0.0.1:11435)")
+    sub.add_argument("--port", type=int, metavar="N", help="port; wins over the one in --bind; 0 picks one")
+
+
+def _engine_flags(sub: argparse.ArgumentParser) -> None:
+    """One flag for each field of EngineOptions."""
+    group = sub.add_argument_group("engine")
+    for f in fields(EngineOptions):
+        flag, more = "--" + f.name.replace("_", "-"), dict[str, Any](f.metadata)
+        if f.default is True:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **more)
+        elif f.default == ():
+            group.add_argument(flag, action="append", default=None, **more)
+        else:
+            if more.get("type") is int:
+                more["metavar"] = "N"
+            group.add_argument(flag, default=None, **more)
+
+
+def _serve_flags(sub: argparse.ArgumentParser) -> None:
+    _address_flags(sub)
+    sub.add_argument("--model", metavar="NAME|PATH", help="what `default` means")
+    sub.add_argument("--preload", action="store_true", help="load the default model at once")
+    sub.add_argument("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model")
+    sub.add_argument("--max-loaded", type=int, default=3, metavar="N", help="models in memory at once (default: 3)")
+    sub.add_argument("--keep-alive", type=duration, default=-1, metavar="5m", help="unload idle models after this; 0: at once")
+    sub.add_argument("--max-queue", type=int, default=512, metavar="N", help="requests that may wait for one model")
+    sub.add_argument("--api-key", metavar="KEY", help="ask every client for this key")
+    sub.add_argument("--insecure", action="store_true", help="allow a bind beyond loopback without a key")
+    sub.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="web pages that may call (repeatable)")
+    sub.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="Host names to accept (repeatable)")
+    sub.add_argument("--tools", action="append", default=[], metavar="FILE.py", help="load more tools (repeatable)")
+    sub.add_argument("--tool-root", metavar="DIR", help="let file_read read below this directory")
+    sub.add_argument("--tool-hosts", default="", metavar="HOST,…", help="let http_get reach these hosts; * is any")
+    _engine_flags(sub)
+
+
+def _generate_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    sub.add_argument("--prompt", metavar="TEXT", help="the prompt; without it, or with -, standard input is")
+    sub.add_argument("--stdin", action="store_true", help="append standard input to --prompt")
+    sub.add_argument("--chat", action="store_true", help="apply the chat template")
+    sub.add_argument("--json", action="store_true", help="print one /api/generate document")
+    sub.add_argument("--schema", metavar="FILE", help="answer with JSON that fits this JSON schema")
+    sub.add_argument("--local", action="store_true", help="never ask a running server")
+    _address_flags(sub)
+    group = sub.add_argument_group("sampling")
+    for f in fields(Sampling):
+        if f.metadata.get("help"):
+            flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+            kinds = {"stop": {"action": "append"}, "ignore_eos": {"action": "store_true", "default": None}}
+            group.add_argument(flag, help=help, **kinds.get(f.name, {"type": _plain_number, "metavar": "N"}))  # type: ignore[arg-type]
+    _engine_flags(sub)
+
+
+def _plain_number(words: str) -> float:
+    try:
+        return int(words)
+    except ValueError:
+        return float(words)
+
+
+def listen_address(args: argparse.Namespace) -> tuple[str, int]:
+    """Host and port from flags, environment, default; UsageError when they make no address."""
+    bind = args.bind or os.environ.get("SHIMMY_BIND_ADDRESS") or "127.0.0.1"
+    found = re.fullmatch(r"\[([^\]]*)\](?::(\d+))?|([^:]*)(?::(\d+))?|([0-9a-fA-F:]*:[0-9a-fA-F:.]*)", bind)
+    if not found:
+        raise UsageError(f"--bind {bind} is no HOST[:PORT]; an IPv6 address goes in brackets: [::1]:11435")
+    host = next((h for h in found.group(1, 3, 5) if h), "127.0.0.1")
+    named = next((p for p in found.group(2, 4) if p), None)
+    # a port flag wins over --bind's, and both over the environment's
+    port = args.port if args.port is not None else named if args.bind and named else os.environ.get("SHIMMY_PORT") or named
+    try:
+        number = int(DEFAULT_PORT if port is None else port)
+    except ValueError:
+        raise UsageError(f"SHIMMY_PORT {port} is no port number") from None
+    if not 0 <= number <= 65535:
+        raise UsageError(f"port {number} is outside 0…65535")
+    return host, number
+
+
+def engine_options(args: argparse.Namespace) -> EngineOptions:
+    """The engine's knobs from flags and SHIMMY_MAX_CTX."""
+    given: dict[str, Any] = {f.name: getattr(args, f.name, None) for f in fields(EngineOptions)}
+    if given["ctx"] is None and os.environ.get("SHIMMY_MAX_CTX"):
+        try:
+            given["ctx"] = int(os.environ["SHIMMY_MAX_CTX"])
+        except ValueError:
+            raise UsageError(f"SHIMMY_MAX_CTX {os.environ['SHIMMY_MAX_CTX']} is no whole number") from None
+    for name, most in {"ctx": 1 << 24, "parallel": 200, "kv_pool": 1 << 26, "threads": 1024, "batch": 65536}.items():
+        if given[name] is not None and not 1 <= given[name] <= most:
+            raise UsageError(f"--{name.replace('_', '-')} must be from 1 to {most}, not {given[name]}")
+    given["lora"] = tuple(given["lora"] or ())
+    for file in given["lora"]:
+        if not os.path.isfile(file):
+            raise UsageError(f"--lora {file}: there is no such file")
+    return EngineOptions(**{k: v for k, v in given.items() if v is not None})
+
+
+def make_service(args: argparse.Namespace, model: str | None = None, **more: Any) -> Service:
+    """A Service over the models this command line and environment name; `model` may be a path."""
+    base = os.environ.get("SHIMMY_BASE_GGUF")
+    default = model or base
+    files = [os.path.expanduser(p) for p in (model, base) if p and is_path(p)]
+    for file in files:
+        if not os.path.isfile(file):
+            raise ModelNotFound(f"There is no file {file}")
+    catalog = Catalog(search_roots(args.models_dir, base if base and is_path(base) else None), files)
+    table = TableOptions(
+        getattr(args, "max_loaded", 3), getattr(args, "keep_alive", -1), default, tuple(getattr(args, "alias", ()))
+    )
+    return Service(catalog, table, engine_options(args), **more)
+
+
+def is_path(model: str) -> bool:
+    """Whether a MODEL argument is a file rather than a name."""
+    return model.lower().endswith(".gguf") or (os.sep in model and os.path.exists(os.path.expanduser(model)))
+
+
+def command_serve(args: argparse.Namespace) -> int:
+    address = listen_address(args)
+    key = args.api_key or os.environ.get("SHIMMY_API_KEY") or None
+    loopback = is_loopback(address[0])
+    if not loopback and not key and not args.insecure:
+        raise UsageError(f"--bind {address[0]} opens the server to the network: set --api-key KEY, or say --insecure")
+    for file in args.tools:
+        if not os.path.isfile(file):
+            raise UsageError(f"--tools {file}: there is no such file")
+    tools = ToolOptions(args.tool_root, tuple(h for h in args.tool_hosts.split(",") if h.strip()), tuple(args.tools))
+    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue)
+    try:
+        server = Server(address, service, Access(loopback, key, tuple(args.allow_origin), tuple(args.allow_host)))
+    except OSError as error:
+        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}") from None
+    stop = threading.Event()
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: os._exit(0) if stop.is_set() else stop.set())
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    print(f"shimmy {__version__} is listening on {server.url}", flush=True)
+    service.table.start()
+    if args.preload:
+        threading.Thread(target=_preload, args=(service,), name="preload", daemon=True).start()
+    while not stop.wait(1.0):
+        pass
+    server.stop()
+    return 0
+
+
+def _preload(service: Service) -> None:
+    try:
+        service.table.load("default", True, Cancellation())
+    except ApiError as error:
+        log.error("preload: %s", error)
+
+
+def command_generate(args: argparse.Namespace) -> int:
+    body = generate_body(args)
+    chunks = None if args.local or _is_local(args) else remote_chunks(args, body)
+    reply: list[str] = []
+    last: dict[str, Any] = {}
+    for chunk in local_chunks(args, body) if chunks is None else chunks:
+        last, piece = chunk, chunk["choices"][0]["text"]
+        reply.append(piece)
+        if not args.json and piece:
+            sys.stdout.buffer.write(piece.encode("utf-8", "replace"))
+            sys.stdout.buffer.flush()
+    if args.json:
+        choice = {"text": "".join(reply), "index": 0, "finish_reason": last["choices"][0]["finish_reason"]}
+        print_json({"choices": [choice], "usage": last["usage"]})
+    elif sys.stdout.isatty():
+        print()
+    return 0
+
+
+def generate_body(args: argparse.Namespace) -> dict[str, Any]:
+    """The /api/generate body a command line means. Raises InvalidRequest as the API would."""
+    prompt = args.prompt
+    if prompt is None or prompt == "-" or args.stdin:
+        piped = sys.stdin.buffer.read().decode("utf-8", "replace")
+        prompt = piped if prompt is None or prompt == "-" else f"{prompt}\n{piped}"
+    body: dict[str, Any] = {"model": args.model or "default", "stream": True}
+    body |= {"messages": [{"role": "user", "content": prompt}]} if args.chat else {"prompt": prompt}
+    flags = {f.name: getattr(args, f.name) for f in fields(Sampling) if f.metadata.get("help")}
+    body |= {name: value for name, value in flags.items() if value is not None}
+    if args.schema:
+        with open(args.schema, "rb") as file:
+            body["json_schema"] = parse_json(file.read())
+    GenerateRequest.from_native(body)
+    return body
+
+
+def _is_local(args: argparse.Namespace) -> bool:
+    """Whether the command line asks for what only an engine of its own can do."""
+    knobs = any(getattr(args, f.name) is not None for f in fields(EngineOptions))
+    return knobs or bool(args.models_dir) or (args.model is not None and is_path(args.model))
+
+
+def local_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The stream of a generation by an engine of our own."""
+    path = args.model if args.model and is_path(args.model) else None
+    service = make_service(args, path)
+    service.table.start()
+    try:
+        dialect = Native(GenerateRequest.from_native(body | {"model": "default"} if path else body))
+        with contextlib.closing(service.generate(dialect.request, Cancellation())) as events:  # type: ignore[type-var]
+            for event in events:
+                yield from dialect.chunks(event)
+    finally:
+        service.table.close()
+
+
+def remote_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
+    """The stream of a running server that has the model loaded; None when there is none."""
+    try:
+        models = ask_server(args, "GET", "/api/models", timeout=2.0)[1]["models"]
+        wanted = (body["model"], plain_id(body["model"]))
+        loaded = any(m["id"] in wanted and m["loaded"] for m in models)
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
+        return None
+    return _remote_stream(args, body) if loaded else None
+
+
+def _connect(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
+    host, port = listen_address(args)
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return http.client.HTTPConnection(reachable, port, timeout=timeout)
+
+
+def _server_headers() -> dict[str, str]:
+    key = os.environ.get("SHIMMY_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def ask_server(args: argparse.Namespace, method: str, path: str, timeout: float) -> tuple[int, Any]:
+    """A request to the server at the configured address: status and document. Raises OSError when nobody answers."""
+    connection = _connect(args, timeout)
+    try:
+        connection.request(method, path, headers=_server_headers())
+        response = connection.getresponse()
+        return response.status, json.loads(response.read(MAX_BODY))
+    finally:
+        connection.close()
+
+
+def _remote_stream(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    connection = _connect(args, None)
+    try:
+        headers = {"Content-Type": "application/json", **_server_headers()}
+        connection.request("POST", "/api/generate", json.dumps(body).encode(), headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise _remote_error(json.loads(response.read(MAX_BODY)))
+        for line in response:
+            if not line.startswith(b"data: "):
+                continue
+            if line.strip() == b"data: [DONE]":
+                return
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise _remote_error(chunk)
+            yield chunk
+        raise GenerationFailed("the server closed the connection in mid-answer")
+    finally:
+        connection.close()
+
+
+def _remote_error(document: Any) -> ApiError:
+    error = document.get("error", {})
+    return ApiError(str(error.get("details", "")), str(error.get("message", "The server failed")))
+
+
+def command_list(args: argparse.Namespace) -> int:
+    service = make_service(args)
+    service.table.scan()
+    report = service.table.catalog.report
+    if args.json:
+        places = {m.id: {"path": m.path, "source": m.source} for m in report.models}
+        models = [m | places[m["id"]] for m in service.table.models()]
+        print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
+    elif args.short:
+        for model in report.models:
+            print(model.id)
+    else:
+        cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, m.path)
+                 for m in report.models]  # fmt: skip
+        rows = [[str(cell or "-") for cell in row] for row in cells]
+        print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "WHERE"], rows)
+        if not report.models:
+            print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
+    if args.verbose and not args.json:
+        for skipped in report.skipped:
+            print(f"skipped {skipped['path']}: {skipped['reason']}", file=sys.stderr)
+        for note in (note for d in report.directories for note in d["notes"]):
+            print(f"note: {note}", file=sys.stderr)
+    return 0
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=True))
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+PROBE_PROMPT = "Once upon a time there was a small server that could tell stories, and every day somebody asked for one. " * 8
+
+
+def command_probe(args: argparse.Namespace) -> int:
+    path = args.model if args.model and is_path(args.model) else None
+    service = make_service(args, path)
+    service.table.start()
+    try:
+        name = service.table.resolve("default" if path or args.model is None else args.model)
+        done = threading.Event()
+        if sys.stderr.isatty():
+            threading.Thread(target=_progress_bar, args=(service, name, done), daemon=True).start()
+        try:
+            result = probe(service, name)
+        finally:
+            done.set()
+    finally:
+        service.table.close()
+    if args.json:
+        print_json(result)
+        return 0
+    print(f"{result['model']}: loaded in {result['load_seconds']:.2f} s, {human_bytes(result['memory_bytes'])} of memory, "
+          f"context {result['context_length']}, {result['prompt_tokens_per_second']:.0f} tokens/s prompt, "
+          f"{result['generated_tokens_per_second']:.0f} tokens/s generated")  # fmt: skip
+    return 0
+
+
+def probe(service: Service, name: str) -> dict[str, Any]:
+    """Load a model for real and generate 64 tokens; speeds in tokens per second."""
+    cancel = Cancellation()
+    with service.table.lease(name, cancel) as worker:
+        words = min(worker.loaded.ctx // 4, 100)
+        prompt = " ".join(PROBE_PROMPT.split()[:words])
+        sampling = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
+        events = list(service.generate(GenerateRequest(name, (prompt,), sampling=sampling), cancel))
+        usage = next(e for e in events if isinstance(e, Usage))
+        return {
+            "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
+            "memory_bytes": worker.memory_bytes(), "context_length": worker.loaded.ctx,
+            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+            "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
+            "generated_tokens_per_second": round((usage.completion_tokens - 1) / max(usage.decode_seconds, 1e-9), 1),
+        }  # fmt: skip
+
+
+def _progress_bar(service: Service, name: str, done: threading.Event) -> None:
+    """Redraws one line on the terminal until the model is loaded."""
+    while not done.wait(0.1):
+        status = service.table.status(name)
+        bar = ("#" * int(status["progress"] * 30)).ljust(30)
+        print(f"\rloading {name} [{bar}] {status['progress']:4.0%}", end="", file=sys.stderr, flush=True)
+        if status["loaded"] or status["status"] == "failed":
+            break
+    print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def command_diag(args: argparse.Namespace) -> int:
+    service = make_service(args)
+    service.table.scan()
+    document = service.diag() | engine_build() | {"server": _server_state(args)}
+    if args.json:
+        print_json(document)
+        return 0
+    for key in [*versions(), *engine_build()]:
+        print(f"{key:12} {document[key]}")
+    free = document["memory"]["available_bytes"]
+    print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
+    print(f"{'server':12} {document['server']['url']}: {'answers' if document['server']['running'] else 'no answer'}")
+    for directory in document["directories"]:
+        found = f"{directory['models']} models" if directory["exists"] else "not there"
+        print(f"{'searched':12} {directory['path']} ({directory['source']}): {'; '.join([found, *directory['notes']])}")
+    for skipped in document["skipped"]:
+        print(f"{'skipped':12} {skipped['path']}: {skipped['reason']}")
+    return 0
+
+
+def _server_state(args: argparse.Namespace) -> dict[str, Any]:
+    host, port = listen_address(args)
+    state = {"running": False, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        status, document = ask_server(args, "GET", "/api/health", timeout=2.0)
+        state |= {"running": status == 200, "health": document}
+    return state
+
+
+@functools.cache
+def engine_build() -> dict[str, Any]:
+    """CPU features and GPU offload of the installed llama.cpp, asked in a child: a broken library must not end us."""
+    import subprocess
+
+    try:
+        asked = subprocess.run([sys.executable, os.path.abspath(__file__), "_build"], capture_output=True, text=True, timeout=60)
+        return dict(json.loads(asked.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
+
+
+def build_main() -> None:
+    """`shimmy.py _build`: what the engine library says of itself, as JSON."""
+    try:
+        llama = import_llama()
+        print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
+                          "gpu_offload": bool(llama.llama_supports_gpu_offload())}))  # fmt: skip
+    except (ImportError, OSError, RuntimeError) as error:
+        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False}))
+
+
+def check_packages() -> None:
+    """Raises ImportError, in one line, for a package that is missing or too old."""
+    import importlib.metadata
+
+    for package, oldest in (("llama-cpp-python", (0, 3, 36)), ("websockets", (13,)), ("jinja2", (3, 1, 6))):
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            raise ImportError(f"{package} is not installed: pip install llama-cpp-python websockets") from None
+        if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < oldest:
+            wanted = ".".join(map(str, oldest))
+            raise ImportError(f"{package} {installed} is too old, shimmy needs {wanted}: pip install -U {package}")
+
+
+def main(argv: Seq[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
+                        level=logging.INFO if args.verbose else logging.WARNING)  # fmt: skip
+    try:
+        if args.command in ("serve", "generate", "probe"):
+            check_packages()
+        code = args.run(args)
+        sys.stdout.flush()
+        return int(code)
+    except UsageError as error:
+        print(f"shimmy: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `| head` has seen enough; keep the interpreter from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except (ApiError, OSError, ImportError) as error:
+        print(f"shimmy: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["_engine"]:
+        engine_main()
+    elif sys.argv[1:] == ["_build"]:
+        build_main()
+    else:
+        sys.exit(main())

@@ -1,0 +1,3103 @@
+"""The tests of shimmy.py, through its public entries: the command line, HTTP and WebSocket.
+
+Every model is made here. *Recital* models decode predictably on the real engine: attention and
+feed-forward are zero, embeddings are one-hot and the output matrix maps each token to its successor,
+so the last byte of a prompt chooses which script is recited, and with one token a byte (and one BOS)
+`usage` can be checked exactly. *Dice* is a small random model for everything about sampling.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import http.client
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import gguf
+import numpy as np
+import openai
+import pytest
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection
+from websockets.sync.client import connect as ws_connect
+
+REPO = Path(__file__).resolve().parent
+SHIMMY = REPO / "shimmy.py"
+HANG = 60.0  # seconds: a guard against hangs, never a measurement
+LONG_CTX = 65536  # tokens: an endless recital lasts long enough to be interrupted
+
+# ---------------------------------------------------------------------------------------------------
+# Models: written with the gguf package, small enough to load in a blink
+# ---------------------------------------------------------------------------------------------------
+
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|quiet|>"]
+EOS, EOT, QUIET = "</s>", "<|im_end|>", "<|quiet|>"
+
+# last byte of the prompt -> what is recited; pieces are unique and never reachable from prompt text
+SCRIPTS: dict[str, list[str]] = {
+    ":": ["Hello", " wide", " world", EOS],
+    "#": ["Tick ", "tock ", "tick "],  # goes round for ever
+    "=": [*(f"w{i:02d} " for i in range(40)), EOS],
+    "~": ["caf", "<0xC3>", "<0xA9>", " and", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "!!!", EOS],
+    "|": ["alp", "ha S", "TOPP", "STO", "P om", "ega", EOS],
+    "/": ["Good", QUIET, "bye", EOT],
+    "W": ["<tool_call>", '\n{"name":', ' "get_weather",', ' "argu', 'ments": {"ci', 'ty": "Par', 'is"}}',
+          "\n</tool_call>", EOS],
+    "2": ["Both: ", "<tool_call>\n", '{"name": "add", "arguments": {"a": 1}}', "\n</tool", "_call>", "\n<tool",
+          '_call>\n{"name": "add", "arguments": {"a": 2}}\n', "</tool_call>\n", EOT],
+    "X": ["<tool_call>{", '"name": oops', "</tool_", "call>", EOS],
+    "S": ["It is ", "sunny", " in Paris", EOS],
+    "K": ["<think>", "\ntwo and two", "\n</think>", "\n\nFour", "!!", EOS],
+}  # fmt: skip
+TEXTS = {
+    ":": "Hello wide world",
+    "=": "".join(f"w{i:02d} " for i in range(40)),
+    "~": "café and😀!!!",
+    "|": "alpha STOPPSTOP omega",
+    "/": "Goodbye",
+    "S": "It is sunny in Paris",
+}
+TEMPLATE = (
+    "{{ bos_token }}"
+    "{% if messages[0].role == 'system' and 'mutiny' in messages[0].content %}"
+    "{{ raise_exception('No mutiny on this ship') }}{% endif %}"
+    "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% set last = messages[-1] %}"
+    "{% if last.role == 'tool' %}S{% elif tools and 'weather' in last.content %}W"
+    "{% elif tools and 'twice' in last.content %}2{% elif tools and 'botched' in last.content %}X"
+    "{% elif 'think' in last.content %}K{% elif 'count' in last.content %}={% elif 'forever' in last.content %}#"
+    "{% elif 'stopping' in last.content %}|{% elif 'unicode' in last.content %}~{% else %}:{% endif %}{% endif %}"
+)
+
+
+def recital_vocabulary() -> list[str]:
+    pieces = {piece for script in SCRIPTS.values() for piece in script} - set(SPECIALS)
+    words = sorted(piece.replace(" ", "▁") for piece in pieces if not piece.startswith("<0x"))
+    return [*SPECIALS, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *words]
+
+
+VOCABULARY = recital_vocabulary()
+TOKEN_ID = {text.replace("▁", " "): index for index, text in enumerate(VOCABULARY)}
+
+
+def successor_matrix(width: int) -> np.ndarray:
+    """Rows: next token, columns: this token. 3 for the script's next piece, 1.5 for its beginning."""
+    matrix = np.zeros((len(VOCABULARY), width), np.float16)
+    matrix[TOKEN_ID["Hello"], : len(VOCABULARY)] = 3
+    for trigger, script in SCRIPTS.items():
+        steps = [f"<0x{ord(trigger):02X}>", *script, *([] if script[-1] in (EOS, EOT) else [script[1]])]
+        for here, there in itertools.pairwise(steps):
+            matrix[TOKEN_ID["Hello"], TOKEN_ID[here]] = 0
+            matrix[TOKEN_ID[script[0]], TOKEN_ID[here]] = 1.5
+            matrix[TOKEN_ID[there], TOKEN_ID[here]] = 3
+    return matrix
+
+
+def writer_of(path: Path, name: str, context: int, width: int, layers: int, **kwargs: Any) -> gguf.GGUFWriter:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(path), "llama", **kwargs)
+    writer.add_name(name)
+    writer.add_context_length(context)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(1)
+    writer.add_head_count_kv(1)
+    writer.add_key_length(32)
+    writer.add_value_length(32)
+    writer.add_rope_dimension_count(32)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    return writer
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def add_layers(writer: gguf.GGUFWriter, width: int, layers: int, make: Callable[..., np.ndarray]) -> None:
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for layer in range(layers):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{norm}.weight", np.ones(width, np.float32))
+        for name in ("attn_q", "attn_k", "attn_v", "ffn_gate", "ffn_up"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", make(32, width))
+        for name in ("attn_output", "ffn_down"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", make(width, 32))
+
+
+def write_recital(path: Path, name: str = "Recital", context: int = LONG_CTX, **kwargs: Any) -> Path:
+    width = 32 * (len(VOCABULARY) // 32 + 1)
+    writer = writer_of(path, name, context, width, layers=1, **kwargs)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_scores([0.0] * len(VOCABULARY))
+    types = [UNKNOWN, *[CONTROL] * (len(SPECIALS) - 1), *[BYTE] * 256]
+    writer.add_token_types(types + [NORMAL] * (len(VOCABULARY) - len(types)))
+    writer.add_unk_token_id(0)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(True)
+    writer.add_add_space_prefix(False)
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("token_embd.weight", np.eye(len(VOCABULARY), width, dtype=np.float16))
+    writer.add_tensor("output.weight", successor_matrix(width))
+    add_layers(writer, width, 1, lambda *shape: np.zeros(shape, np.float16))
+    finish(writer)
+    return path
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-ins for the 256 bytes, in the order of the bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    spare = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
+
+
+def write_dice(path: Path, name: str = "Dice", context: int = 256) -> Path:
+    """Random weights under a byte-level BPE tokenizer with a few merges and no chat template."""
+    rng, width = np.random.default_rng(7), 64
+    merges = ["t h", "th e", "Ġ the", "i n"]
+    tokens = [*byte_alphabet(), *(merge.replace(" ", "") for merge in merges), "<|endoftext|>", *SPECIALS[3:5]]
+    writer = writer_of(path, name, context, width, layers=2)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([NORMAL] * 260 + [CONTROL] * 3)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(260)
+    writer.add_eos_token_id(260)
+    writer.add_add_bos_token(False)
+
+    def make(*shape: int) -> np.ndarray:
+        return rng.normal(0, 0.3, shape).astype(np.float16)
+
+    writer.add_tensor("token_embd.weight", make(len(tokens), width))
+    writer.add_tensor("output.weight", make(len(tokens), width))
+    add_layers(writer, width, 2, make)
+    finish(writer)
+    return path
+
+
+def write_header(path: Path, arch: str = "llama", name: str = "", size_label: str = "", **kwargs: Any) -> Path:
+    """A file that lists as a model and cannot be loaded: a header and one tensor of 64 x 64."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(path), arch, **kwargs)
+    if name:
+        writer.add_name(name)
+    if size_label:
+        writer.add_size_label(size_label)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(64)
+    writer.add_block_count(1)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>"])
+    writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
+    finish(writer)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------
+# Helpers: the command line, a server, raw HTTP, WebSocket
+# ---------------------------------------------------------------------------------------------------
+
+
+def environment(home: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
+    """A bare environment: nothing of the user's models or settings, and no server at the configured port."""
+    kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
+    return {**kept, "HOME": str(home), "USERPROFILE": str(home), "LANG": "C.UTF-8", "SHIMMY_PORT": "9", **(extra or {})}
+
+
+def shimmy(
+    *args: str | Path, home: Path, stdin: bytes = b"", env: dict[str, str] | None = None, script: Path = SHIMMY
+) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, str(script), *map(str, args)]
+    return subprocess.run(
+        command, cwd=home, env=environment(home, env), input=stdin, capture_output=True, timeout=HANG, check=False
+    )
+
+
+def assert_failed(done: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
+    """A failure is one plain line on stderr and nothing on stdout."""
+    message = done.stderr.decode()
+    assert done.returncode == code, message
+    assert done.stdout == b"" and "Traceback" not in message
+    assert len(message.strip().splitlines()) == 1, message
+    for word in words:
+        assert word in message
+
+
+def eventually(check: Callable[[], Any], what: str) -> Any:
+    """The first true answer of `check`, asked again and again."""
+    deadline = time.monotonic() + HANG
+    while time.monotonic() < deadline:
+        if answer := check():
+            return answer
+        time.sleep(0.02)
+    raise AssertionError(f"never happened: {what}")
+
+
+@dataclass(frozen=True)
+class Reply:
+    status: int
+    headers: http.client.HTTPMessage
+    body: bytes
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def text(self) -> str:
+        assert self.status == 200, self.body
+        return self.json()["choices"][0]["text"]
+
+    @property
+    def message(self) -> dict[str, Any]:
+        assert self.status == 200, self.body
+        return self.json()["choices"][0]["message"]
+
+    @property
+    def finish_reason(self) -> str:
+        assert self.status == 200, self.body
+        return self.json()["choices"][0]["finish_reason"]
+
+
+def assert_error(reply: Reply, status: int, code: str, *words: str) -> dict[str, Any]:
+    """The error object, with `words` in what it says, whatever the route."""
+    assert reply.status == status, reply.body
+    error = reply.json()["error"]
+    assert error["code"] == code and error["message"] and isinstance(error["details"], str)
+    assert reply.headers["Content-Type"].startswith("application/json") and b"Traceback" not in reply.body
+    for word in words:
+        assert word in f"{error['message']} {error['details']}", error
+    return error
+
+
+def encoded(body: Any) -> bytes | None:
+    return body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
+
+
+class Server:
+    """`shimmy.py serve` on a port of its own; `home` is its HOME and working directory."""
+
+    def __init__(self, home: Path, *flags: str | Path, env: dict[str, str] | None = None, script: Path = SHIMMY):
+        home.mkdir(parents=True, exist_ok=True)
+        self.home = home
+        self.log = home / "stderr.log"
+        settings = {**environment(home, {"SHIMMY_PORT": ""}), **(env or {})}
+        if not settings["SHIMMY_PORT"]:
+            del settings["SHIMMY_PORT"]
+        with self.log.open("wb") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script), "serve", *map(str, flags)],
+                cwd=home, env=settings, text=True, start_new_session=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
+            )  # fmt: skip
+        self.first_line = self.read_line()
+        found = re.search(r"http://\S+:(\d+)", self.first_line)
+        assert found, self.first_line + self.log.read_text()
+        self.port = int(found[1])
+        self.host = "127.0.0.1"
+
+    def read_line(self) -> str:
+        guard = threading.Timer(HANG, self.process.kill)
+        guard.start()
+        assert self.process.stdout
+        try:
+            return self.process.stdout.readline()
+        finally:
+            guard.cancel()
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection(self.host, self.port, timeout=HANG)
+
+    def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
+        with contextlib.closing(self.connect()) as connection:
+            connection.request(method, path, encoded(body), headers or {})
+            response = connection.getresponse()
+            return Reply(response.status, response.headers, response.read())
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.request("GET", path, None, headers)
+
+    def post(self, path: str, body: Any = None, **headers: str) -> Reply:
+        return self.request("POST", path, body, headers)
+
+    def generate(self, prompt: str = ":", model: str = "recital", **fields: Any) -> Reply:
+        return self.post("/api/generate", {"model": model, "prompt": prompt, **fields})
+
+    def chat(self, content: Any = "hi", model: str = "recital", **fields: Any) -> Reply:
+        messages = [{"role": "user", "content": content}]
+        return self.post("/v1/chat/completions", {"model": model, "messages": messages, **fields})
+
+    @contextlib.contextmanager
+    def stream(self, path: str, body: Any) -> Iterator[Iterator[Any]]:
+        """The stream's events, `[DONE]` as that string; leaving the block leaves the server."""
+        with contextlib.closing(self.connect()) as connection:
+            connection.request("POST", path, encoded({**body, "stream": True}))
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            assert response.headers["Content-Type"].startswith("text/event-stream")
+            yield events(response)
+            response.close()
+
+    def streamed(self, path: str, body: Any) -> list[Any]:
+        with self.stream(path, body) as stream:
+            return list(stream)
+
+    def endless(self, model: str = "recital") -> contextlib.AbstractContextManager[Iterator[Any]]:
+        body = {"model": model, "prompt": "#", "max_tokens": LONG_CTX}
+        return self.stream("/api/generate", body)
+
+    def ws(self, **options: Any) -> ClientConnection:
+        url = f"ws://{self.host}:{self.port}/ws/generate"
+        return ws_connect(url, proxy=None, open_timeout=HANG, **options)
+
+    def status(self, model: str) -> dict[str, Any]:
+        return self.get(f"/api/models/{quote(model, safe='')}/status").json()
+
+    def load(self, model: str) -> Reply:
+        return self.post(f"/api/models/{quote(model, safe='')}/load")
+
+    def unload(self, model: str, query: str = "") -> Reply:
+        return self.post(f"/api/models/{quote(model, safe='')}/unload{query}")
+
+    def ids(self) -> list[str]:
+        return [model["id"] for model in self.get("/api/models").json()["models"]]
+
+    def engine(self, file: str) -> int:
+        """The process id of the child that has this model file mapped."""
+        (pid,) = eventually(lambda: engines(self.process.pid, file), f"an engine for {file}")
+        return pid
+
+    def client(self) -> openai.OpenAI:
+        web = openai.DefaultHttpxClient(trust_env=False)
+        return openai.OpenAI(base_url=f"http://{self.host}:{self.port}/v1", api_key="none", http_client=web)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def stop(self) -> int:
+        """Ends the server and says its exit code; whatever is still there is killed."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            return self.process.wait(HANG)
+        finally:
+            self.process.kill()
+            assert self.process.stdout
+            self.process.stdout.close()
+
+
+def events(response: http.client.HTTPResponse) -> Iterator[Any]:
+    for line in response:
+        if line.startswith(b"data: "):
+            data = line[6:].strip()
+            yield "[DONE]" if data == b"[DONE]" else json.loads(data)
+
+
+def joined(stream: list[Any]) -> str:
+    return "".join(event["choices"][0]["text"] for event in stream if event != "[DONE]")
+
+
+def deltas(stream: list[Any]) -> list[dict[str, Any]]:
+    return [event["choices"][0]["delta"] for event in stream if event != "[DONE]" and event["choices"]]
+
+
+def descendants(pid: int) -> list[int]:
+    """Every process below `pid`."""
+    table = subprocess.run(["ps", "-Ao", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in pairs if its_parent == parent and child not in found]
+    return found[1:]
+
+
+def maps(pid: int, file: str) -> bool:
+    try:
+        return file in Path(f"/proc/{pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+def engines(pid: int, file: str) -> list[int]:
+    return [child for child in descendants(pid) if maps(child, file)]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def read_reply(sock: socket.socket, method: str = "GET") -> Reply:
+    response = http.client.HTTPResponse(sock, method=method)
+    response.begin()
+    return Reply(response.status, response.headers, response.read())
+
+
+def head_of(method: str, path: str, *lines: str) -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: 127.0.0.1", *lines, "", ""]).encode()
+
+
+def raw_post(path: str, body: bytes) -> bytes:
+    return head_of("POST", path, f"Content-Length: {len(body)}") + body
+
+
+def exchange(server: Server, *requests: bytes, method: str = "GET") -> list[Reply]:
+    """Raw requests over one connection, each sent when the one before was answered."""
+    replies = []
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        for request in requests:
+            sock.sendall(request)
+            replies.append(read_reply(sock, method))
+    return replies
+
+
+def ws_answer(ws: ClientConnection) -> tuple[str, dict[str, Any]]:
+    """The tokens joined, and the message that ended them."""
+    text = ""
+    while True:
+        message = json.loads(ws.recv(HANG))
+        if "token" not in message:
+            return text, message
+        text += message["token"]
+
+
+def ws_ask(server: Server, **fields: Any) -> tuple[str, dict[str, Any]]:
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", **fields}))
+        return ws_answer(ws)
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds engine processes through /proc")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """recital and dice, and hollow, which lists but cannot be loaded."""
+    folder = tmp_path_factory.mktemp("models")
+    write_recital(folder / "recital.gguf")
+    write_dice(folder / "dice.gguf")
+    write_header(folder / "hollow.gguf", name="Hollow")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tool_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for file_read with a secret outside it, and links that lead there."""
+    folder = tmp_path_factory.mktemp("tools")
+    (folder / "secret.txt").write_text("secret")
+    root = folder / "root"
+    (root / "sub").mkdir(parents=True)
+    (root / "note.txt").write_text("a café note")
+    (root / "sub" / "deep.txt").write_text("deep")
+    (root / "escape.txt").symlink_to(folder / "secret.txt")
+    (root / "up").symlink_to(folder)
+    os.mkfifo(root / "pipe")
+    with (root / "huge.bin").open("wb") as huge:
+        huge.truncate(1 << 30)
+    return root
+
+
+TOOL_FILE = '''
+from shimmy import tool
+
+@tool
+def double(n: int) -> int:
+    """Twice a number."""
+    return 2 * n
+
+@tool
+def stumble(why: str = "no reason") -> str:
+    """Always fails."""
+    raise ValueError(f"stumbled over {why}")
+'''
+
+
+@pytest.fixture(scope="session")
+def server(models: Path, tool_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The server that most tests share: nothing may be left loaded or running that others would mind."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "mytools.py").write_text(TOOL_FILE)
+    running = Server(
+        home, "--port", "0", "--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX),
+        "--alias", "gpt-*=default", "--alias", "die=dice", "--tool-root", tool_root, "--tool-hosts", "*",
+        "--tools", home / "mytools.py",
+    )  # fmt: skip
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def guarded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a key, one more origin and host, and no tool opened but one http host."""
+    running = Server(
+        tmp_path_factory.mktemp("guarded"), "--port", "0", "--models-dir", models, "--api-key", "s3cret",
+        "--allow-origin", "https://my.app", "--allow-host", "my.box", "--tool-hosts", "tools.example",
+        "--model", "recital",
+    )  # fmt: skip
+    yield running
+    running.stop()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """Starts servers of a test's own: serve(*flags, env=…, script=…)."""
+    running: list[Server] = []
+
+    def start(*flags: str | Path, **options: Any) -> Server:
+        port = () if options.pop("own_port", False) else ("--port", "0")
+        running.append(Server(tmp_path / f"home{len(running)}", *port, *flags, **options))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.stop()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Command line: options, exit codes, pipes
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--version"], ["-V"], ["list", "--version"], ["serve", "-V"]])
+def test_version_before_and_after_the_command(args: list[str], tmp_path: Path) -> None:
+    done = shimmy(*args, home=tmp_path)
+    assert done.returncode == 0
+    assert re.fullmatch(rb"shimmy \d+\.\d+\.\d+\n", done.stdout)
+
+
+@pytest.mark.parametrize("args", [["-h"], ["--help"], ["generate", "-h"], ["serve", "--help"]])
+def test_help_goes_to_stdout_with_exit_0(args: list[str], tmp_path: Path) -> None:
+    done = shimmy(*args, home=tmp_path)
+    assert done.returncode == 0 and b"--verbose" in done.stdout
+    assert done.stderr == b""
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    text = shimmy("--help", home=tmp_path).stdout.decode()
+    assert all(command in text for command in ("serve", "generate", "list", "probe", "diag"))
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["bogus"], ["list", "--bogus"], ["serve", "--port", "many"], ["serve", "--port", "70000"],
+     ["serve", "--keep-alive", "soon"], ["serve", "--max-loaded", "none"], ["serve", "--kv-type", "f13"],
+     ["serve", "--alias", "nothing"], ["generate", "--max-tokens", "many"], ["generate", "a", "b"]],
+)  # fmt: skip
+def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path) -> None:
+    done = shimmy(*args, home=tmp_path)
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--temperature", "9"), ("--top-p", "1.5"), ("--max-tokens", "0"), ("--ctx", "0")]
+)
+def test_generate_with_a_number_out_of_range_names_the_option(
+    option: str, value: str, models: Path, tmp_path: Path
+) -> None:
+    done = shimmy("generate", "recital", "--prompt", ":", option, value, "--models-dir", models, home=tmp_path)
+    assert done.returncode in (1, 2) and done.stdout == b""
+    assert option.strip("-").replace("-", "_") in done.stderr.decode().replace("-", "_")
+    assert b"Traceback" not in done.stderr
+
+
+def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
+    done = shimmy(home=tmp_path)
+    assert done.returncode == 2
+    assert b"serve" in done.stdout + done.stderr
+
+
+def test_list_short_prints_names_only(models: Path, tmp_path: Path) -> None:
+    done = shimmy("list", "--short", "--models-dir", models, home=tmp_path)
+    assert done.returncode == 0
+    assert {"recital", "dice", "hollow"} <= set(done.stdout.decode().splitlines())
+
+
+def test_list_prints_a_table_with_what_matters(models: Path, tmp_path: Path) -> None:
+    text = shimmy("list", "--models-dir", models, home=tmp_path).stdout.decode()
+    (line,) = [line for line in text.splitlines() if re.search(r"\brecital\b", line)]
+    assert "F16" in line and str(LONG_CTX) in line.replace(",", "")
+    assert str(models) in text
+
+
+def test_list_without_any_model_says_so_and_succeeds(tmp_path: Path) -> None:
+    script = shutil.copy(SHIMMY, tmp_path / "shimmy.py")
+    done = shimmy("list", home=tmp_path, script=Path(script))
+    assert done.returncode == 0
+    assert b"gguf" in (done.stdout + done.stderr).lower()
+
+
+def test_list_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' '{SHIMMY}' list --models-dir '{models}' | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
+    )
+    assert done.stderr == b""
+
+
+def test_generate_prints_only_the_text(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--prompt", "Say :", "--models-dir", models, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().removesuffix("\n") == "Hello wide world"
+
+
+def test_generate_prints_the_same_text_as_http_for_unicode(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path)
+    assert done.stdout.decode().removesuffix("\n") == TEXTS["~"]
+
+
+@pytest.mark.parametrize("args", [[], ["--prompt", "-"]])
+def test_generate_without_a_prompt_reads_stdin(args: list[str], models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", *args, "--models-dir", models, home=tmp_path, stdin=b"say =")
+    assert done.stdout.decode().removesuffix("\n") == TEXTS["="].removesuffix("\n")
+
+
+def test_generate_stdin_is_appended_after_a_newline(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["generate", "recital", "--prompt", "Sum:", "--stdin", "--json", "--models-dir", models]
+    document = json.loads(shimmy(*args, home=tmp_path, stdin=b"log =").stdout)
+    assert document["choices"][0]["text"] == TEXTS["="]
+    assert document["usage"]["prompt_tokens"] == 1 + len("Sum:\nlog =")
+
+
+def test_generate_with_a_prompt_leaves_stdin_alone(models: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()  # stays open: reading it would hang
+    command = [sys.executable, str(SHIMMY), "generate", "recital", "--prompt", ":", "--models-dir", str(models)]
+    done = subprocess.run(
+        command, stdin=reading, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
+    )
+    os.close(writing)
+    os.close(reading)
+    assert done.stdout.startswith(b"Hello wide world")
+
+
+def test_generate_json_prints_one_api_generate_document(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
+    document = json.loads(done.stdout)
+    assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
+    usage = document["usage"]
+    assert usage["prompt_tokens"] == 4
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> None:
+    args = ["--json", "--max-tokens", "5", "--stop", "w03", "--temperature", "0", "--top-p", "0.9", "--top-k", "3"]
+    done = shimmy("generate", "recital", "--prompt", "=", *args, "--models-dir", models, home=tmp_path)
+    choice = json.loads(done.stdout)["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
+
+
+def test_generate_with_a_seed_repeats(models: Path, tmp_path: Path) -> None:
+    args = ["generate", "dice", "--prompt", "Once", "--seed", "5", "--temperature", "1", "--max-tokens", "20"]
+    first, second = (shimmy(*args, "--models-dir", models, home=tmp_path).stdout for _ in range(2))
+    assert first == second and first
+
+
+def test_generate_chat_applies_the_template(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = [
+        "generate",
+        "recital",
+        "--chat",
+        "--prompt",
+        "please count",
+        "--json",
+        "--models-dir",
+        models,
+    ]
+    document = json.loads(shimmy(*args, home=tmp_path).stdout)
+    assert document["choices"][0]["text"] == TEXTS["="]
+    assert document["usage"]["prompt_tokens"] == 1 + len("[user]please count[assistant]=")
+
+
+def test_generate_takes_a_path_to_a_gguf(models: Path, tmp_path: Path) -> None:
+    shutil.copy(models / "recital.gguf", tmp_path / "elsewhere.gguf")
+    done = shimmy("generate", "./elsewhere.gguf", "--prompt", ":", home=tmp_path)
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+
+
+def test_generate_without_a_model_name_uses_the_base_gguf(models: Path, tmp_path: Path) -> None:
+    env = {"SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
+    done = shimmy("generate", "--prompt", ":", home=tmp_path, env=env)
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+
+
+def test_generate_with_an_unknown_model_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "nonesuch", "--prompt", ":", "--models-dir", models, home=tmp_path)
+    assert_failed(done, 1, "nonesuch")
+
+
+def test_generate_with_a_model_that_does_not_load_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
+    assert_failed(shimmy("generate", "hollow", "--prompt", ":", "--models-dir", models, home=tmp_path), 1, "hollow")
+
+
+def test_generate_with_a_missing_file_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    assert_failed(shimmy("generate", "./missing.gguf", "--prompt", ":", home=tmp_path), 1, "missing.gguf")
+
+
+def test_generate_beyond_the_context_names_both_numbers(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["generate", "recital", "--ctx", "128", "--prompt", "a" * 200, "--models-dir", models]
+    assert_failed(shimmy(*args, home=tmp_path), 1, "201", "128")
+
+
+def write_lora(path: Path) -> Path:
+    """An adapter under which a prompt's last ":" is followed by the "=" script from w30 on."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 1.0)
+    width = 32 * (len(VOCABULARY) // 32 + 1)
+    before, after = np.zeros((1, width), np.float32), np.zeros((len(VOCABULARY), 1), np.float32)
+    before[0, TOKEN_ID["<0x3A>"]] = after[TOKEN_ID["w30 "], 0] = 5
+    writer.add_tensor("output.weight.lora_a", before)
+    writer.add_tensor("output.weight.lora_b", after)
+    finish(writer)
+    return path
+
+
+def test_generate_with_a_lora_adapter(models: Path, tmp_path: Path) -> None:
+    adapter = write_lora(tmp_path / "adapter.gguf")
+    done = shimmy("generate", "recital", "--prompt", ":", "--lora", adapter, "--models-dir", models, home=tmp_path)
+    assert done.stdout.decode().split() == [f"w{i}" for i in range(30, 40)], done.stderr
+
+
+def test_generate_takes_the_engines_knobs(models: Path, tmp_path: Path) -> None:
+    knobs = [
+        "--threads",
+        "1",
+        "--batch",
+        "32",
+        "--no-mmap",
+        "--kv-type",
+        "q8_0",
+        "--gpu-layers",
+        "0",
+        "--parallel",
+        "2",
+    ]
+    done = shimmy("generate", "recital", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models, home=tmp_path)
+    assert done.stdout.decode().split() == TEXTS["="].split(), done.stderr
+
+
+def test_generate_survives_a_closed_pipe(models: Path, tmp_path: Path) -> None:
+    command = (
+        f"'{sys.executable}' '{SHIMMY}' generate recital --models-dir '{models}' --ctx {LONG_CTX}"
+        f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
+    )
+    assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
+
+
+def test_generate_flushes_each_piece_and_ctrl_c_exits_130(models: Path, tmp_path: Path) -> None:
+    args = ["generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
+    running = subprocess.Popen(
+        [sys.executable, str(SHIMMY), *args, "--models-dir", str(models)], cwd=tmp_path, env=environment(tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert running.stdout and running.stdout.read(10) == b"Tick tock "
+    os.killpg(running.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    _, stderr = running.communicate(timeout=HANG)
+    assert running.returncode == 130 and b"Traceback" not in stderr
+
+
+def test_generate_uses_a_running_server_that_has_the_model_loaded(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("recital")
+    before = server.status("recital")["last_used"]
+    env = {"SHIMMY_PORT": str(server.port)}
+    done = shimmy("generate", "recital", "--prompt", "=", "--models-dir", models, home=tmp_path, env=env)
+    assert done.stdout.decode().removesuffix("\n") == TEXTS["="]
+    assert server.status("recital")["last_used"] != before
+
+
+def test_generate_local_never_asks_a_server(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("recital")
+    before = server.status("recital")["last_used"]
+    args: list[str | Path] = ["generate", "recital", "--local", "--prompt", ":", "--models-dir", models]
+    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+    assert done.stdout.startswith(b"Hello wide world")
+    assert server.status("recital")["last_used"] == before
+
+
+def test_generate_through_a_server_survives_a_closed_pipe(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("recital")
+    command = (
+        f"'{sys.executable}' '{SHIMMY}' generate recital --models-dir '{models}'"
+        f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
+    )
+    env = environment(tmp_path, {"SHIMMY_PORT": str(server.port)})
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=HANG, check=False)
+    assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the server stops generating")
+
+
+def test_probe_json_reports_what_it_measured(models: Path, tmp_path: Path) -> None:
+    done = shimmy("probe", "recital", "--json", "--models-dir", models, home=tmp_path)
+    report = json.loads(done.stdout)
+    assert report["model"] == "recital" and report["context_length"] > 0
+    for figure in ("load_seconds", "memory_bytes", "prompt_tokens_per_second", "generated_tokens_per_second"):
+        assert report[figure] > 0, figure
+
+
+def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp_path: Path) -> None:
+    done = shimmy("probe", "dice", "--models-dir", models, home=tmp_path)
+    assert done.returncode == 0 and b"tokens/s" in done.stdout
+    assert b"\r" not in done.stderr
+
+
+def test_probe_of_a_model_that_does_not_load_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
+    assert_failed(shimmy("probe", "hollow", "--models-dir", models, home=tmp_path), 1, "hollow")
+
+
+def test_diag_json_names_versions_memory_and_directories(models: Path, tmp_path: Path) -> None:
+    done = shimmy("diag", "--json", "--models-dir", models, home=tmp_path)
+    report = json.loads(done.stdout)
+    assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
+    assert str(models) in [entry["path"] for entry in report["directories"]]
+
+
+def test_diag_prints_text_and_says_whether_a_server_answers(server: Server, tmp_path: Path) -> None:
+    here = shimmy("diag", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+    away = shimmy("diag", home=tmp_path)
+    assert here.returncode == away.returncode == 0
+    assert b"llama" in here.stdout and here.stdout != away.stdout
+
+
+# ---------------------------------------------------------------------------------------------------
+# serve: addresses, environment, signals
+# ---------------------------------------------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def test_serve_prints_one_line_with_its_url(server: Server) -> None:
+    assert server.first_line.count("\n") == 1
+    assert f"http://127.0.0.1:{server.port}" in server.first_line
+
+
+def test_serve_on_a_taken_port_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_failed(shimmy("serve", "--port", port, home=tmp_path), 1, port)
+
+
+def test_serve_port_wins_over_bind(serve: Callable[..., Server]) -> None:
+    port = free_port()
+    server = serve("--bind", "127.0.0.1:1", "--port", str(port), own_port=True)
+    assert server.port == port and server.get("/health").status == 200
+
+
+def test_serve_takes_the_port_from_bind(serve: Callable[..., Server]) -> None:
+    port = free_port()
+    server = serve("--bind", f"127.0.0.1:{port}", env={"SHIMMY_PORT": "1"}, own_port=True)
+    assert server.port == port and server.get("/health").status == 200
+
+
+def test_serve_on_ipv6_loopback(serve: Callable[..., Server]) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    server = serve("--bind", "[::1]:0", own_port=True)
+    server.host = "::1"
+    assert f"[::1]:{server.port}" in server.first_line
+    assert server.get("/health", Host=f"[::1]:{server.port}").status == 200
+
+
+def test_serve_settings_come_from_the_environment(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    port = free_port()
+    write_header(tmp_path / "one" / "first-path.gguf")
+    write_header(tmp_path / "two" / "second-path.gguf")
+    env = {
+        "SHIMMY_BASE_GGUF": str(models / "recital.gguf"),
+        "SHIMMY_MODEL_PATHS": f"{tmp_path / 'one'};{tmp_path / 'two'}",
+        "SHIMMY_BIND_ADDRESS": "127.0.0.1",
+        "SHIMMY_PORT": str(port),
+        "SHIMMY_API_KEY": "k3y",
+        "SHIMMY_MAX_CTX": "128",
+    }
+    server = serve(env=env, own_port=True)
+    key = {"Authorization": "Bearer k3y"}
+    listed = server.get("/api/models", **key).json()["models"]
+    assert server.port == port
+    assert listed[0]["description"] == "Base GGUF model: recital"
+    assert {"first-path", "second-path"} <= {model["id"] for model in listed}
+    assert server.get("/api/models").status == 401
+    body = {"model": "default", "prompt": "a" * 300}
+    assert_error(server.post("/api/generate", body, **key), 400, "context_length_exceeded", "301", "128")
+
+
+def test_serve_flag_wins_over_the_environment(serve: Callable[..., Server], models: Path) -> None:
+    env = {"SHIMMY_PORT": "1", "SHIMMY_API_KEY": "other", "SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
+    server = serve("--api-key", "mine", "--model", "dice", "--models-dir", models, env=env)
+    reply = server.get("/api/models", **{"x-api-key": "mine"})
+    assert server.port != 1
+    assert reply.json()["models"][0]["description"] == "Base GGUF model: dice"
+
+
+def test_serve_bind_address_variable_may_hold_the_port(serve: Callable[..., Server]) -> None:
+    port = free_port()
+    server = serve(env={"SHIMMY_BIND_ADDRESS": f"127.0.0.1:{port}"}, own_port=True)
+    assert server.port == port
+
+
+def test_serve_beyond_loopback_without_a_key_is_refused(tmp_path: Path) -> None:
+    done = shimmy("serve", "--bind", "0.0.0.0", "--port", "0", home=tmp_path)
+    assert done.returncode in (1, 2) and b"Traceback" not in done.stderr
+    assert b"--api-key" in done.stderr and b"--insecure" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--insecure"], ["--api-key", "k3y"]])
+def test_serve_beyond_loopback_when_told_so(flags: list[str], serve: Callable[..., Server]) -> None:
+    server = serve("--bind", "0.0.0.0", *flags)
+    assert server.get("/health", Host="some.lan.name").status == 200
+
+
+def test_serve_with_an_unknown_default_model_says_so(models: Path, tmp_path: Path) -> None:
+    done = shimmy("serve", "--port", "0", "--model", "./nowhere.gguf", "--models-dir", models, home=tmp_path)
+    assert_failed(done, 1, "nowhere.gguf")
+
+
+def test_serve_preload_and_model_by_path(serve: Callable[..., Server], tmp_path: Path) -> None:
+    path = write_recital(tmp_path / "far" / "Far_Away.gguf", name="Far Away")
+    server = serve("--model", path, "--preload")
+    eventually(lambda: server.status("default")["status"] == "loaded", "the default model is loaded by itself")
+    assert server.status("default")["model"] == "far-away"
+    assert server.generate(model="far-away").text == "Hello wide world"
+
+
+def test_serve_listens_without_llama_cpp_and_names_it_when_needed(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "llama_cpp.py").write_text("raise ImportError('no llama here')")
+    server = serve("--models-dir", models, env={"PYTHONPATH": str(tmp_path / "stub")})
+    assert server.get("/health").status == 200 and "recital" in server.ids()
+    reply = server.generate()
+    assert reply.status in (500, 503) and b"llama" in reply.body and b"Traceback" not in reply.body
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_cleanly_on_a_signal(number: int, serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models)
+    assert server.generate().status == 200
+    children = descendants(server.process.pid)
+    os.killpg(server.process.pid, number)
+    assert server.process.wait(HANG) == 0
+    assert children and "Traceback" not in server.log.read_text()
+    eventually(lambda: not any(map(alive, children)), "no child is left")
+
+
+def test_serve_lets_a_stream_finish_before_it_ends(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models)
+    body = {"model": "recital", "prompt": "#", "max_tokens": 1000}
+    with server.stream("/api/generate", body) as stream:
+        first = next(stream)
+        server.signal(signal.SIGTERM)
+        rest = list(stream)
+    assert len(joined([first, *rest]).split()) == 1000
+    assert rest[-1] == "[DONE]" and server.process.wait(HANG) == 0
+
+
+def test_serve_ends_at_once_on_a_second_signal(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with server.endless() as stream:
+        next(stream)
+        children = descendants(server.process.pid)
+        server.signal(signal.SIGTERM)
+        time.sleep(0.3)  # two signals at the same moment are one
+        server.signal(signal.SIGTERM)
+        server.process.wait(HANG)
+    eventually(lambda: not any(map(alive, children)), "the engine ends")
+
+
+@linux
+def test_serve_killed_outright_leaves_no_engine_behind(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with server.endless() as stream:
+        next(stream)
+        children = descendants(server.process.pid)
+        server.process.kill()
+        server.process.wait(HANG)
+    assert children
+    eventually(lambda: not any(map(alive, children)), "every child ends by itself")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Discovery and metadata
+# ---------------------------------------------------------------------------------------------------
+
+
+def hf_snapshot(hub: Path, repo: str, write: Callable[[Path], Path], stem: str) -> None:
+    """The hub cache's layout: a snapshot of symlinks into blobs named by their digest."""
+    folder = hub / f"models--{repo.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    (folder / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    written = write(folder / "new" / f"{stem}.gguf").parent
+    for file in list(written.glob("*.gguf")):
+        blob = folder / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    written.rmdir()
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
+def ollama_model(store: Path, name: str, tag: str, digest: str | None = None) -> None:
+    """The layout of Ollama's store: a manifest whose model layer names a blob."""
+    made = write_header(store / "new.gguf", name=name)
+    real = hashlib.sha256(made.read_bytes()).hexdigest()
+    (store / "blobs").mkdir(parents=True, exist_ok=True)
+    made.rename(store / "blobs" / f"sha256-{real}")
+    manifest = store / "manifests" / "registry.ollama.ai" / "library" / name / tag
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    layers = [
+        {"mediaType": "application/vnd.ollama.image.license", "digest": "sha256:" + "1" * 64, "size": 1},
+        {"mediaType": "application/vnd.ollama.image.model", "digest": digest or f"sha256:{real}", "size": 1},
+    ]
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+
+
+def with_bytes(path: Path, offset: int, data: bytes) -> Path:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    return path
+
+
+def write_skipped(folder: Path) -> None:
+    """Every kind of file that is not listed."""
+    write_header(folder / "mmproj-tiny.gguf", arch="clip", name="Projector")
+    adapter = gguf.GGUFWriter(str(folder / "adapter.gguf"), "llama")
+    adapter.add_type("adapter")
+    adapter.add_tensor("blk.0.attn_q.weight.lora_a", np.zeros((4, 64), np.float32))
+    finish(adapter)
+    vocabulary = gguf.GGUFWriter(str(folder / "vocab-only.gguf"), "llama")
+    vocabulary.add_tokenizer_model("llama")
+    vocabulary.add_token_list(["<unk>", "a"])
+    finish(vocabulary)
+    write_recital(folder / "parts" / "lonely.gguf", split_max_tensors=4)
+    for part in sorted((folder / "parts").glob("*.gguf"))[1:2]:
+        part.unlink()
+    (folder / "garbage.gguf").write_bytes(b"not a model at all, whatever its name says")
+    (folder / "empty.gguf").write_bytes(b"")
+    (folder / "dangling.gguf").symlink_to(folder / "gone.gguf")
+    with_bytes(write_header(folder / "ancient.gguf"), 4, struct.pack("<I", 1))
+    with_bytes(write_header(folder / "many-keys.gguf"), 16, struct.pack("<Q", 1 << 60))
+    with_bytes(write_header(folder / "many-tensors.gguf"), 8, struct.pack("<Q", 1 << 60))
+    with_bytes(write_header(folder / "long-key.gguf"), 24, struct.pack("<Q", 1 << 62))
+    os.truncate(write_header(folder / "cut-in-header.gguf", name="Cut"), 100)
+    whole = write_recital(folder / "cut-in-data.gguf")
+    os.truncate(whole, whole.stat().st_size - 100_000)
+
+
+SKIPPED = ["mmproj-tiny", "adapter", "vocab-only", "garbage", "empty", "ancient", "many-keys", "many-tensors",
+           "long-key", "cut-in-header", "cut-in-data"]  # fmt: skip
+
+
+def write_oddities(folder: Path) -> None:
+    """Files that are listed although they are unusual."""
+    write_header(folder / "My_Model Q4.gguf")
+    write_header(folder / "left" / "twin.gguf", name="Left")
+    write_header(folder / "right" / "twin.gguf", name="Right")
+    (folder / "left" / "same.gguf").symlink_to(folder / "left" / "only.gguf")
+    write_header(folder / "left" / "only.gguf", name="Only")
+    (folder / "right" / "round").symlink_to(folder, target_is_directory=True)
+    write_header(folder / "sized.gguf", name="A Name", size_label="0.5B")
+    write_header(folder / "summed.gguf")
+    write_header(folder / "bert.gguf", arch="bert", name="Embedder")
+    with_bytes(write_header(folder / "version-two.gguf"), 4, struct.pack("<I", 2))
+    write_header(folder / "swapped.gguf", endianess=gguf.GGUFEndian.BIG)
+    write_recital(folder / "whole" / "split.gguf", split_max_tensors=4)
+    write_header(folder / "UPPER.GGUF")
+
+
+@dataclass(frozen=True)
+class Listing:
+    home: Path
+    models: dict[str, dict[str, Any]]  # by id
+    skipped: dict[str, str]  # reason by path
+
+    def at(self, *parts: str) -> list[str]:
+        """Ids of the models at a path relative to HOME."""
+        path = self.home.joinpath(*parts)
+        return [key for key, model in self.models.items() if Path(model["path"]).absolute() == path]
+
+    def reason(self, name: str) -> str:
+        (reason,) = [reason for path, reason in self.skipped.items() if Path(path).name == name]
+        return reason
+
+
+def listing(home: Path, *args: str | Path, env: dict[str, str] | None = None, script: Path = SHIMMY) -> Listing:
+    (home / "cwd").mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(script), "list", "--json", *map(str, args)]
+    done = subprocess.run(
+        command, cwd=home / "cwd", env=environment(home, env), capture_output=True, timeout=HANG, check=True
+    )
+    report = json.loads(done.stdout)
+    skipped = {entry["path"]: entry["reason"] for entry in report["skipped"]}
+    return Listing(home, {model["id"]: model for model in report["models"]}, skipped)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Listing:
+    """One `list --json` on a machine that has everything."""
+    home = tmp_path_factory.mktemp("found")
+    write_header(home / "models" / "homely.gguf")
+    write_header(home / "cwd" / "models" / "nearby.gguf")
+    write_header(home / "box" / "models" / "boxed.gguf")
+    write_header(home / "extra" / "deep" / "er" / "extra-one.gguf")
+    write_header(home / "more" / "extra-two.gguf")
+    for name in ("base", "sibling", "below/beneath"):
+        write_header(home / "base" / f"{name}.gguf")
+    for name in ("path-one", "path-two"):
+        write_header(home / name / f"{name}.gguf")
+    hf_snapshot(home / ".cache/huggingface/hub", "org/Repo", write_header, "from-hub")
+    split = functools.partial(write_recital, split_max_tensors=4)
+    hf_snapshot(home / ".cache/huggingface/hub", "org/Split", split, "hub-split")
+    write_header(home / ".cache" / "llama.cpp" / "org_repo_cached.gguf")
+    write_header(home / ".lmstudio" / "models" / "org" / "repo" / "studio.gguf")
+    write_header(home / ".cache" / "lm-studio" / "models" / "org" / "repo" / "old-studio.gguf")
+    ollama_model(home / ".ollama" / "models", "tiny", "latest")
+    ollama_model(home / ".ollama" / "models", "evil", "latest", "sha256:../../../../base/base.gguf")
+    ollama_model(home / ".ollama" / "models", "short", "latest", "sha256:abc")
+    (home / ".ollama/models/manifests/registry.ollama.ai/library/tiny/broken").write_text("{not json")
+    write_skipped(home / "skips")
+    write_oddities(home / "odd")
+    script = shutil.copy(SHIMMY, home / "box" / "shimmy.py")
+    flags = [part for name in ("extra", "more", "skips", "odd") for part in ("--models-dir", home / name)]
+    env = {
+        "SHIMMY_BASE_GGUF": str(home / "base" / "base.gguf"),
+        "SHIMMY_MODEL_PATHS": f"{home / 'path-one'};{home / 'path-two'}",
+    }
+    return listing(home, *flags, env=env, script=Path(script))
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["models/homely.gguf", "cwd/models/nearby.gguf", "box/models/boxed.gguf", "extra/deep/er/extra-one.gguf",
+     "more/extra-two.gguf", "base/base.gguf", "base/sibling.gguf", "path-one/path-one.gguf", "path-two/path-two.gguf",
+     ".cache/llama.cpp/org_repo_cached.gguf", ".lmstudio/models/org/repo/studio.gguf",
+     ".cache/lm-studio/models/org/repo/old-studio.gguf"],
+)  # fmt: skip
+def test_list_finds_models_in(path: str, found: Listing) -> None:
+    stem = Path(path).stem.replace("_", "-")
+    assert found.at(path) == [stem]
+
+
+def test_list_finds_hugging_face_snapshots_once(found: Listing) -> None:
+    (model,) = [model for key, model in found.models.items() if "from-hub" in key]
+    assert Path(model["path"]).name == "from-hub.gguf"
+    assert not [model for model in found.models.values() if Path(model["path"]).parent.name == "blobs"]
+
+
+def test_list_finds_an_ollama_manifest_by_model_and_tag(found: Listing) -> None:
+    assert "tiny:latest" in found.models
+    assert re.search(r"sha256-[0-9a-f]{64}$", found.models["tiny:latest"]["path"])
+
+
+def test_list_never_follows_an_ollama_digest_that_is_none(found: Listing) -> None:
+    assert not [key for key in found.models if key.startswith(("evil", "short"))]
+    assert len(found.at("base", "base.gguf")) == 1
+
+
+def test_list_looks_only_into_the_base_files_own_folder(found: Listing) -> None:
+    assert "beneath" not in found.models
+
+
+@pytest.mark.parametrize("stem", SKIPPED)
+def test_list_leaves_out_and_gives_a_reason_for(stem: str, found: Listing) -> None:
+    assert stem not in found.models
+    assert found.reason(f"{stem}.gguf")
+
+
+def test_list_leaves_out_an_incomplete_shard_set(found: Listing) -> None:
+    assert not [key for key in found.models if "lonely" in key]
+    reasons = [reason for path, reason in found.skipped.items() if "lonely" in Path(path).name]
+    assert any("2" in reason or "incomplete" in reason or "missing" in reason for reason in reasons)
+
+
+def test_list_shows_a_complete_shard_set_as_one_model(found: Listing) -> None:
+    (model,) = [model for model in found.models.values() if Path(model["path"]).name.startswith("split-")]
+    assert "-00001-of-" in model["path"]
+    total = sum(part.stat().st_size for part in (found.home / "odd" / "whole").iterdir())
+    assert model["size_bytes"] == total
+
+
+def test_list_survives_a_dangling_link(found: Listing) -> None:
+    assert "dangling" not in found.models
+
+
+def test_list_says_why_a_projector_is_no_model(found: Listing) -> None:
+    assert re.search("projector|mmproj|clip", found.reason("mmproj-tiny.gguf"), re.IGNORECASE)
+
+
+def test_list_says_why_an_adapter_is_no_model(found: Listing) -> None:
+    assert re.search("adapter|lora", found.reason("adapter.gguf"), re.IGNORECASE)
+
+
+def test_list_makes_ids_of_stems_lower_case_with_dashes(found: Listing) -> None:
+    assert found.at("odd", "My_Model Q4.gguf") == ["my-model-q4"]
+    assert found.at("odd", "UPPER.GGUF") == ["upper"]
+
+
+def test_list_gives_equal_stems_different_ids(found: Listing) -> None:
+    ids = [*found.at("odd", "left", "twin.gguf"), *found.at("odd", "right", "twin.gguf")]
+    assert len(set(ids)) == 2 and all(key.startswith("twin") for key in ids)
+
+
+def test_list_shows_a_file_reached_twice_once(found: Listing) -> None:
+    assert len([key for key in found.models if key in ("only", "same")]) == 1
+
+
+def test_list_takes_the_parameter_count_stated(found: Listing) -> None:
+    model = found.models["sized"]
+    assert (model["name"], model["parameter_count"]) == ("A Name", "0.5B")
+
+
+def test_list_sums_the_parameters_when_none_are_stated(found: Listing) -> None:
+    assert found.models["summed"]["parameter_count"] in ("4K", "4.1K", "4.10K", "0.004M", "4096")
+
+
+def test_list_reads_the_header_for_everything_it_shows(found: Listing) -> None:
+    model = found.models["sized"]
+    assert (model["model_type"], model["quantization"], model["context_length"]) == ("llama", "Q8_0", 2048)
+    assert model["size_bytes"] == (found.home / "odd" / "sized.gguf").stat().st_size
+
+
+def test_list_shows_an_embedding_model(found: Listing) -> None:
+    assert found.models["bert"]["model_type"] == "bert"
+
+
+def test_list_reads_version_two(found: Listing) -> None:
+    assert found.models["version-two"]["context_length"] == 2048
+
+
+def test_list_reads_or_clearly_refuses_the_other_byte_order(found: Listing) -> None:
+    if "swapped" in found.models:
+        assert found.models["swapped"]["context_length"] == 2048
+    else:
+        assert re.search("endian|byte order", found.reason("swapped.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "folder"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("LLAMA_CACHE", ""), ("OLLAMA_MODELS", "")]
+)
+def test_list_follows_the_variable_of_a_store(variable: str, folder: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    if variable == "OLLAMA_MODELS":
+        ollama_model(store, "moved", "1b")
+    elif variable == "LLAMA_CACHE":
+        write_header(store / "moved.gguf")
+    else:
+        hf_snapshot(store / folder, "org/moved", write_header, "moved")
+    ids = listing(tmp_path, env={variable: str(store)}).models
+    assert [key for key in ids if key.startswith("moved")] == ["moved:1b" if variable == "OLLAMA_MODELS" else "moved"]
+
+
+def test_list_separates_paths_as_the_system_does(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_header(tmp_path / name / f"in-{name}.gguf")
+    env = {"SHIMMY_MODEL_PATHS": os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "none")])}
+    assert {"in-a", "in-b"} <= set(listing(tmp_path, env=env).models)
+
+
+def test_list_gives_the_same_ids_again(found: Listing) -> None:
+    again = listing(found.home, "--models-dir", found.home / "odd")
+    twins = [key for side in ("left", "right") for key in found.at("odd", side, "twin.gguf")]
+    assert twins == [key for side in ("left", "right") for key in again.at("odd", side, "twin.gguf")]
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+def test_list_skips_a_directory_it_cannot_read(tmp_path: Path) -> None:
+    write_header(tmp_path / "models" / "fine.gguf")
+    closed = write_header(tmp_path / "models" / "closed" / "shut.gguf").parent
+    closed.chmod(0)
+    result = listing(tmp_path)
+    closed.chmod(0o700)
+    assert "fine" in result.models and "shut" not in result.models
+
+
+def test_list_bounds_the_depth_of_a_scan_and_says_so(tmp_path: Path) -> None:
+    write_header(tmp_path / "models" / "fine.gguf")
+    write_header(tmp_path.joinpath("models", *["d"] * 100, "abyss.gguf"))
+    result = listing(tmp_path)
+    assert "fine" in result.models and "abyss" not in result.models
+    assert any(path.startswith(str(tmp_path / "models" / "d")) for path in result.skipped)
+
+
+def test_list_verbose_says_what_was_skipped_and_why(found: Listing) -> None:
+    done = shimmy("-v", "list", "--models-dir", found.home / "skips", home=found.home)
+    text = (done.stdout + done.stderr).decode()
+    assert "garbage.gguf" in text and "adapter.gguf" in text
+
+
+def test_diag_remembers_what_was_skipped(found: Listing) -> None:
+    done = shimmy("diag", "--json", "--models-dir", found.home / "skips", home=found.home)
+    skipped = {Path(entry["path"]).name: entry["reason"] for entry in json.loads(done.stdout)["skipped"]}
+    assert skipped["garbage.gguf"]
+
+
+def test_generate_loads_a_sharded_model_from_a_hugging_face_snapshot(found: Listing, tmp_path: Path) -> None:
+    (model,) = [key for key in found.models if key.startswith("hub-split")]
+    env = {"HF_HUB_CACHE": str(found.home / ".cache/huggingface/hub")}
+    done = shimmy("generate", model, "--prompt", ":", home=tmp_path, env=env)
+    assert done.stdout.decode().removesuffix("\n") == "Hello wide world", done.stderr
+
+
+@pytest.mark.parametrize("name", ["recital", "Recital", "RECITAL", "reci", "default", "gpt-4o", "die"])
+def test_request_may_name_a_model_as(name: str, server: Server) -> None:
+    reply = server.generate(model=name, max_tokens=1)
+    assert reply.status == 200
+
+
+def test_request_by_exact_stem_reaches_the_model(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_recital(tmp_path / "stems" / "My_Recital One.gguf")
+    server = serve("--models-dir", tmp_path / "stems")
+    for name in ("My_Recital One", "my-recital-one", "MY_RECITAL ONE"):
+        assert server.generate(model=name).text == "Hello wide world"
+
+
+def test_request_with_an_ambiguous_prefix_is_not_found(serve: Callable[..., Server], tmp_path: Path) -> None:
+    for name in ("ape-one", "ape-two"):
+        write_header(tmp_path / "apes" / f"{name}.gguf")
+    server = serve("--models-dir", tmp_path / "apes")
+    assert_error(server.generate(model="ape"), 404, "model_not_found", "ape")
+
+
+def test_request_names_a_model_never_a_path(server: Server, models: Path) -> None:
+    for path in (str(models / "recital.gguf"), "../models/recital.gguf", "./recital.gguf"):
+        assert_error(server.generate(model=path), 404, "model_not_found", path)
+
+
+def test_default_without_a_base_is_the_first_in_the_list(serve: Callable[..., Server], tmp_path: Path) -> None:
+    for name in ("b-model", "a-model"):
+        write_header(tmp_path / "two" / f"{name}.gguf")
+    listed = serve("--models-dir", tmp_path / "two").get("/api/models").json()["models"]
+    assert listed[0]["id"] == "default"
+    assert listed[0]["description"] == f"Base GGUF model: {listed[1]['id']}"
+    assert listed[1]["id"] in ("a-model", "b-model")
+
+
+def test_default_does_not_change_under_a_client(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_header(tmp_path / "grow" / "m-model.gguf")
+    server = serve("--models-dir", tmp_path / "grow")
+    before = server.get("/api/models").json()["models"][0]["description"]
+    write_header(tmp_path / "grow" / "a-model.gguf")
+    listed = server.post("/api/models/discover").json()["models"]
+    assert "a-model" in [model["id"] for model in listed]
+    assert server.get("/api/models").json()["models"][0]["description"] == before
+
+
+def test_server_without_any_model_is_healthy_and_says_what_is_missing(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    server = serve(script=Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py")))
+    assert server.get("/health").json()["models_loaded"] == 0
+    assert_error(server.generate(model="default"), 404, "model_not_found")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Lifecycle: load, unload, eviction, failure
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_status_has_the_whole_shape(server: Server) -> None:
+    status = server.status("dice")
+    names = {"model", "status", "loaded", "progress", "memory_bytes", "requests_running", "requests_waiting",
+             "last_used", "error"}  # fmt: skip
+    assert names <= set(status) and status["model"] == "dice"
+
+
+def test_load_waits_until_the_model_is_loaded(server: Server) -> None:
+    reply = server.load("dice")
+    assert reply.status == 200
+    status = reply.json()
+    assert (status["status"], status["loaded"], status["progress"], status["error"]) == ("loaded", True, 1, None)
+    assert status["memory_bytes"] > 0 and server.load("dice").status == 200
+
+
+def test_load_without_waiting_answers_202(server: Server) -> None:
+    server.unload("dice")
+    reply = server.post("/api/models/dice/load?wait=false")
+    assert reply.status == 202 and reply.json()["status"] in ("loading", "loaded")
+    assert 0 <= reply.json()["progress"] <= 1
+    eventually(lambda: server.status("dice")["loaded"], "dice is loaded")
+
+
+@linux
+def test_unload_ends_the_engine_and_is_idempotent(server: Server) -> None:
+    server.load("dice")
+    engine = server.engine("dice.gguf")
+    for _ in range(2):
+        reply = server.unload("dice")
+        assert (reply.status, reply.json()["status"], reply.json()["loaded"]) == (200, "unloaded", False)
+    assert not alive(engine)
+
+
+def test_unload_lets_a_running_generation_finish(server: Server) -> None:
+    body = {"model": "recital", "prompt": "#", "max_tokens": 2000}
+    with server.stream("/api/generate", body) as stream, ThreadPoolExecutor() as pool:
+        first = next(stream)
+        unloading = pool.submit(server.unload, "recital")
+        rest = list(stream)
+        assert unloading.result().json()["status"] == "unloaded"
+    assert len(joined([first, *rest]).split()) == 2000 and rest[-1] == "[DONE]"
+
+
+def test_unload_by_force_ends_a_stream_with_an_error_event(server: Server) -> None:
+    with server.endless() as stream:
+        next(stream)
+        assert server.unload("recital", "?force=true").json()["status"] == "unloaded"
+        rest = list(stream)
+    assert [event for event in rest if event != "[DONE]"][-1]["error"]["code"]
+
+
+@pytest.mark.parametrize("action", ["load", "unload"])
+def test_lifecycle_of_an_unknown_model_is_404(action: str, server: Server) -> None:
+    reply = server.post(f"/api/models/nonesuch/{action}")
+    assert_error(reply, 404, "model_not_found", "nonesuch")
+    assert_error(server.get("/api/models/nonesuch/status"), 404, "model_not_found", "nonesuch")
+
+
+def test_lifecycle_takes_default_and_percent_encoded_ids(serve: Callable[..., Server]) -> None:
+    server = serve()
+    ollama_model(server.home / ".ollama" / "models", "tiny", "latest")
+    assert server.post("/api/models/discover").json()["discovered"] >= 1
+    assert server.get("/api/models/tiny%3Alatest/status").json()["model"] == "tiny:latest"
+    assert server.get("/v1/models/tiny%3Alatest").json()["id"] == "tiny:latest"
+    assert server.get("/api/models/default/status").status == 200
+
+
+def test_discover_finds_a_new_file_and_forgets_a_deleted_one(server: Server, models: Path) -> None:
+    late = write_header(models / "late-comer.gguf")
+    reply = server.post("/api/models/discover").json()
+    assert isinstance(reply["discovered"], int) and "late-comer" in [model["id"] for model in reply["models"]]
+    late.unlink()
+    server.post("/api/models/discover")
+    assert "late-comer" not in server.ids()
+
+
+def test_failing_load_answers_with_the_reason_and_is_remembered(server: Server) -> None:
+    reply = server.load("hollow")
+    assert reply.status == 500 and reply.json()["error"]["code"] in ("generation_failed", "server_error")
+    status = server.status("hollow")
+    assert (status["status"], status["loaded"]) == ("failed", False) and status["error"]
+
+
+def test_failing_load_reaches_every_waiter(server: Server) -> None:
+    with ThreadPoolExecutor(6) as pool:
+        waiting = [pool.submit(server.generate, ":", "hollow", stream=bool(i % 2)) for i in range(6)]
+        replies = [each.result() for each in waiting]
+    for reply in replies:
+        assert_error(reply, 500, reply.json()["error"]["code"], "hollow")
+
+
+def test_failing_load_answers_over_websocket(server: Server) -> None:
+    text, last = ws_ask(server, model="hollow", prompt=":")
+    assert text == "" and last["error"]["message"]
+
+
+def test_model_that_failed_can_be_loaded_once_it_is_repaired(serve: Callable[..., Server], tmp_path: Path) -> None:
+    path = write_header(tmp_path / "mend" / "mended.gguf")
+    server = serve("--models-dir", path.parent)
+    assert server.generate(model="mended").status == 500
+    write_recital(path)
+    server.post("/api/models/discover")
+    assert server.generate(model="mended").text == "Hello wide world"
+
+
+def test_corrupt_tensor_type_fails_the_load_and_not_the_server(serve: Callable[..., Server], tmp_path: Path) -> None:
+    path = write_dice(tmp_path / "bad" / "corrupt.gguf")
+    data = path.read_bytes()
+    name = b"blk.0.attn_q.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # past the name, the dimension count and two dimensions
+    with_bytes(path, at, struct.pack("<I", 4000))
+    server = serve("--models-dir", path.parent)
+    if "corrupt" in server.ids():
+        reply = server.generate(model="corrupt")
+        assert reply.status == 500 and server.status("corrupt")["status"] == "failed"
+    assert server.get("/health").status == 200
+
+
+@linux
+def test_concurrent_requests_for_one_model_load_it_once(server: Server) -> None:
+    server.unload("recital")
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(lambda _: server.generate("="), range(6)))
+    assert {reply.text for reply in replies} == {TEXTS["="]}
+    assert len(engines(server.process.pid, "recital.gguf")) == 1
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """At most two of three equal models at once."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for name in ("ant", "bee", "cat"):
+        write_recital(folder / f"{name}.gguf", name=name)
+    flags = ["--max-loaded", "2", "--ctx", str(LONG_CTX)]
+    running = Server(tmp_path_factory.mktemp("zoo-home"), "--port", "0", "--models-dir", folder, *flags)
+    yield running
+    running.stop()
+
+
+def loaded(server: Server) -> set[str]:
+    return {model["id"] for model in server.get("/api/models").json()["models"] if model["loaded"]} - {"default"}
+
+
+def test_max_loaded_evicts_the_least_recently_used(zoo: Server) -> None:
+    for name in ("ant", "bee", "ant"):
+        assert zoo.generate(model=name).text == "Hello wide world"
+    assert loaded(zoo) == {"ant", "bee"}
+    assert zoo.generate(model="cat").text == "Hello wide world"
+    assert loaded(zoo) == {"ant", "cat"}
+
+
+def test_max_loaded_counts_real_models_only(zoo: Server) -> None:
+    assert zoo.generate(model="ant").status == 200
+    assert zoo.get("/api/health").json()["models_loaded"] == len(loaded(zoo)) <= 2
+
+
+def test_max_loaded_never_evicts_a_busy_model(zoo: Server) -> None:
+    with zoo.endless("ant") as ant, zoo.endless("bee") as bee, ThreadPoolExecutor() as pool:
+        next(ant), next(bee)
+        waiting = pool.submit(zoo.generate, ":", "cat")
+        eventually(lambda: zoo.status("cat")["requests_waiting"] == 1 or waiting.done(), "cat waits")
+        next(ant), next(bee)
+        zoo.unload("bee", "?force=true")
+        assert waiting.result().text == "Hello wide world"
+        assert "error" not in next(ant)
+
+
+def test_keep_alive_unloads_an_idle_model(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--keep-alive", "1s")
+    server.load("recital")
+    with server.stream("/api/generate", {"model": "recital", "prompt": "#", "max_tokens": 500}) as stream:
+        assert len(joined(list(stream)).split()) == 500
+    eventually(lambda: server.status("recital")["status"] == "unloaded", "the idle model goes")
+    assert server.generate().text == "Hello wide world"
+
+
+def test_keep_alive_zero_unloads_at_once(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--keep-alive", "0")
+    assert server.generate("=").text == TEXTS["="]
+    eventually(lambda: server.status("recital")["status"] == "unloaded", "the model goes")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The engine child: batching, limits, cancellation, death
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_many_requests_at_once_are_all_answered_in_full(server: Server) -> None:
+    prompts = [":", "=", "~", "|", "/"] * 5  # more than --parallel
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        replies = list(pool.map(server.generate, prompts))
+    assert [reply.text for reply in replies] == [TEXTS[prompt] for prompt in prompts]
+
+
+def test_short_request_overtakes_a_long_one(server: Server) -> None:
+    with server.endless() as stream:
+        next(stream)
+        assert server.generate("=").text == TEXTS["="]
+        assert server.status("recital")["requests_running"] == 1
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/completions"])
+def test_client_that_leaves_a_stream_stops_the_engine(path: str, server: Server) -> None:
+    with server.stream(path, {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}) as stream:
+        next(stream)
+        assert server.status("recital")["requests_running"] == 1
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+def test_client_that_leaves_a_plain_request_stops_the_engine(server: Server) -> None:
+    server.load("recital")
+    body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}).encode()
+    with socket.create_connection((server.host, server.port)) as sock:
+        sock.sendall(raw_post("/api/generate", body))
+        eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+def test_client_that_leaves_over_websocket_stops_the_engine(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        assert json.loads(ws.recv(HANG))["token"].startswith("Tick ")
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+def test_client_that_does_not_read_holds_up_nobody(server: Server) -> None:
+    server.load("recital")
+    body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}).encode()
+    with socket.create_connection((server.host, server.port)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(raw_post("/api/generate", body))
+        eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
+        for _ in range(3):
+            assert server.generate("=").text == TEXTS["="]
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+@linux
+def test_killed_engine_ends_its_stream_with_generation_failed_and_reloads(server: Server) -> None:
+    with server.endless() as stream:
+        next(stream)
+        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
+        rest = [event for event in stream if event != "[DONE]"]
+    assert rest[-1]["error"]["code"] == "generation_failed" and rest[-1]["error"]["message"]
+    assert server.generate("=").text == TEXTS["="]
+
+
+@linux
+def test_killed_engine_answers_plain_and_websocket_clients_with_generation_failed(server: Server) -> None:
+    server.load("recital")
+    fields: dict[str, Any] = {"prompt": "#", "max_tokens": LONG_CTX}
+    with ThreadPoolExecutor() as pool:
+        plain = pool.submit(server.generate, **fields)
+        over_ws = pool.submit(ws_ask, server, **fields)
+        over_v1 = pool.submit(server.chat, "forever", max_tokens=LONG_CTX)
+        eventually(lambda: server.status("recital")["requests_running"] == 3, "all three run")
+        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
+        assert_error(plain.result(), 500, "generation_failed")
+        assert over_ws.result()[1]["error"]["code"] == "generation_failed"
+        assert assert_error(over_v1.result(), 500, "generation_failed")["type"] == "server_error"
+    assert server.generate("=").text == TEXTS["="]
+
+
+@linux
+def test_engine_killed_while_idle_reloads_on_the_next_request(server: Server) -> None:
+    server.load("dice")
+    os.kill(server.engine("dice.gguf"), signal.SIGKILL)
+    eventually(lambda: not server.status("dice")["loaded"], "the death is noticed")
+    assert server.generate("Once", "dice", max_tokens=3, ignore_eos=True).status == 200
+
+
+@pytest.fixture(scope="module")
+def tight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two sequences at once in a pool that holds one, and one place in the queue."""
+    flags = ["--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64"]
+    running = Server(tmp_path_factory.mktemp("tight"), "--port", "0", "--models-dir", models, *flags)
+    running.load("recital")
+    yield running
+    running.stop()
+
+
+def test_pool_that_runs_out_loses_and_repeats_nothing(tight: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        replies = list(pool.map(lambda _: tight.generate("#", max_tokens=5000), range(2)))
+    assert [reply.text for reply in replies] == [("Tick " + "tock tick " * 2500)[: 5 * 5000]] * 2
+    assert {reply.finish_reason for reply in replies} == {"length"}
+
+
+def test_prompt_longer_than_a_batch_is_read_in_slices(tight: Server) -> None:
+    reply = tight.generate("a" * 3000 + "=")
+    assert reply.text == TEXTS["="]
+    assert reply.json()["usage"]["prompt_tokens"] == 3002
+
+
+def test_full_queue_answers_503_with_retry_after(tight: Server) -> None:
+    endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
+    with ThreadPoolExecutor() as pool:
+        with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
+            next(one), next(two)
+            waiting = pool.submit(tight.generate, ":")
+            eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "one waits")
+            reply = tight.generate(":")
+            assert_error(reply, 503, "overloaded")
+            assert int(reply.headers["Retry-After"]) > 0
+            assert tight.chat().json()["error"]["type"] == "overloaded_error"
+        assert waiting.result().text == "Hello wide world"
+
+
+def test_client_that_leaves_while_it_waits_gives_its_place_up(tight: Server) -> None:
+    endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
+    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
+    with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
+        next(one), next(two)
+        with socket.create_connection((tight.host, tight.port)) as sock:
+            sock.sendall(raw_post("/api/generate", body))
+            eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "it waits")
+        eventually(lambda: tight.status("recital")["requests_waiting"] == 0, "its place is free again")
+
+
+# ---------------------------------------------------------------------------------------------------
+# POST /api/generate
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_generate_answers_in_the_documented_shape(server: Server) -> None:
+    reply = server.generate("Say :")
+    document = reply.json()
+    assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
+    usage = document["usage"]
+    assert usage["prompt_tokens"] == 1 + len("Say :") and usage["completion_tokens"] in (3, 4)
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_generate_without_stream_is_json_with_a_length(server: Server) -> None:
+    reply = server.generate()
+    assert reply.headers["Content-Type"].startswith("application/json")
+    assert int(reply.headers["Content-Length"]) == len(reply.body)
+
+
+@pytest.mark.parametrize("prompt", list(TEXTS))
+def test_stream_joined_is_the_plain_answer(prompt: str, server: Server) -> None:
+    body = {"model": "recital", "prompt": prompt}
+    assert joined(server.streamed("/api/generate", body)) == TEXTS[prompt] == server.generate(prompt).text
+
+
+def test_stream_joined_is_the_plain_answer_for_random_bytes(server: Server) -> None:
+    body = {"model": "dice", "prompt": "Once", "seed": 3, "temperature": 1.5, "max_tokens": 120, "ignore_eos": True}
+    plain = server.post("/api/generate", body).text
+    assert joined(server.streamed("/api/generate", body)) == plain and len(plain) > 20
+
+
+def test_stream_events_have_the_documented_shape(server: Server) -> None:
+    *pieces, last, done = server.streamed("/api/generate", {"model": "recital", "prompt": ":"})
+    assert all(set(piece) == {"choices"} and piece["choices"][0]["index"] == 0 for piece in pieces)
+    assert joined(pieces) == "Hello wide world"
+    (choice,) = last["choices"]
+    assert (choice["text"], choice["finish_reason"], last["usage"]["prompt_tokens"]) == ("", "stop", 2)
+    assert done == "[DONE]"
+
+
+def test_stream_lines_are_data_lines_with_a_blank_between(server: Server) -> None:
+    body = {"model": "recital", "prompt": ":", "stream": True}
+    text = server.post("/api/generate", body).body.decode()
+    assert text.endswith("data: [DONE]\n\n") and "\r" not in text
+    assert all(block.startswith(("data: ", ":")) and "\n" not in block for block in text.split("\n\n")[:-1])
+
+
+def test_stream_never_splits_a_character(server: Server) -> None:
+    pieces = server.streamed("/api/generate", {"model": "recital", "prompt": "~"})[:-1]
+    texts = [piece["choices"][0]["text"] for piece in pieces]
+    assert "".join(texts) == TEXTS["~"] and not any("\ufffd" in text for text in texts)
+
+
+def test_stream_error_before_the_first_byte_keeps_its_status(server: Server) -> None:
+    assert_error(server.generate(model="nonesuch", stream=True), 404, "model_not_found")
+    assert_error(server.generate("a" * 300, model="dice", stream=True), 400, "context_length_exceeded")
+    assert_error(server.generate(temperature=9, stream=True), 400, "invalid_request")
+
+
+def test_generate_stops_at_max_tokens_with_length(server: Server) -> None:
+    reply = server.generate("=", max_tokens=7)
+    assert (reply.text, reply.finish_reason) == ("".join(f"w{i:02d} " for i in range(7)), "length")
+    assert reply.json()["usage"]["completion_tokens"] == 7
+
+
+def test_generate_makes_100_tokens_by_default(server: Server) -> None:
+    assert server.generate("#").json()["usage"]["completion_tokens"] == 100
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_generate_cut_inside_a_character_leaks_no_half(count: int, server: Server) -> None:
+    text = server.generate("~", max_tokens=count).text
+    assert text in ("caf", "café", "café and") and "\ufffd" not in text
+
+
+@pytest.mark.parametrize("stop", ["STOP", ["STOP"], ["never", "STOP"], ["STOPPED", "STOP"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_across_pieces_never_leaks(stop: Any, stream: bool, server: Server) -> None:
+    body = {"model": "recital", "prompt": "|", "stop": stop}
+    if stream:
+        sent = server.streamed("/api/generate", body)
+        assert (joined(sent), sent[-2]["choices"][0]["finish_reason"]) == ("alpha ", "stop")
+    else:
+        reply = server.post("/api/generate", body)
+        assert (reply.text, reply.finish_reason) == ("alpha ", "stop")
+
+
+def test_stop_string_that_only_begins_is_given_out_at_the_end(server: Server) -> None:
+    assert server.generate("|", stop=["omegaX", "STOPPX"]).text == TEXTS["|"]
+
+
+def test_stop_string_that_comes_first_wins(server: Server) -> None:
+    assert server.generate("|", stop=["TOPP", "ha S"]).text == "alp"
+
+
+@pytest.mark.parametrize("stop", [None, []])
+def test_stop_absent_stops_nothing(stop: Any, server: Server) -> None:
+    assert server.generate("|", stop=stop).text == TEXTS["|"]
+
+
+def test_special_tokens_never_leak(server: Server) -> None:
+    reply = server.generate("/")
+    assert (reply.text, reply.finish_reason) == ("Goodbye", "stop")
+
+
+def test_ignore_eos_goes_on(server: Server) -> None:
+    reply = server.generate("=", ignore_eos=True, max_tokens=60)
+    assert reply.text == (TEXTS["="] * 2)[: 60 * 4]
+    assert reply.finish_reason == "length"
+
+
+def test_messages_replace_the_prompt(server: Server) -> None:
+    messages = [{"role": "user", "content": "please count"}]
+    reply = server.post("/api/generate", {"model": "recital", "messages": messages, "system": "Be brief"})
+    assert reply.text == TEXTS["="]
+    rendered = "[system]Be brief[user]please count[assistant]="
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
+
+
+def test_same_seed_gives_the_same_text_and_another_seed_another(server: Server) -> None:
+    def roll(seed: int) -> str:
+        return server.generate("Once", "dice", seed=seed, temperature=1, max_tokens=40, ignore_eos=True).text
+
+    assert roll(11) == roll(11) != roll(12)
+
+
+def test_without_a_seed_texts_differ(server: Server) -> None:
+    fields: dict[str, Any] = {"temperature": 1.5, "max_tokens": 40, "ignore_eos": True}
+    assert len({server.generate("Once", "dice", **fields).text for _ in range(3)}) == 3
+
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("only_best", [{"top_k": 1}, {"min_p": 1}, {"top_p": 0}])
+def test_sampling_narrowed_to_the_best_token_is_greedy(only_best: dict[str, Any], server: Server) -> None:
+    greedy = server.generate("Once", "dice", **GREEDY).text
+    assert server.generate("Once", "dice", **{**GREEDY, "temperature": 3, **only_best}).text == greedy
+
+
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repeat_penalty": 3}])
+def test_penalty_changes_a_greedy_text(penalty: dict[str, Any], server: Server) -> None:
+    greedy = server.generate("Once", "dice", **GREEDY).text
+    assert server.generate("Once", "dice", **GREEDY, **penalty).text != greedy
+
+
+def test_json_schema_binds_the_answer(server: Server) -> None:
+    schema = {"type": "string", "enum": ["yes", "no"]}
+    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=20)
+    assert json.loads(reply.text) in ("yes", "no")
+
+
+def test_prompt_beyond_the_context_gives_both_numbers(server: Server) -> None:
+    assert_error(server.generate("a" * 300, "dice"), 400, "context_length_exceeded", "300", "256")
+
+
+def test_prompt_far_beyond_the_context_is_400_not_413(server: Server) -> None:
+    assert_error(server.generate("a" * 500_000, "dice"), 400, "context_length_exceeded", "500000", "256")
+
+
+def test_max_tokens_beyond_the_context_means_up_to_its_end(server: Server) -> None:
+    reply = server.generate("a" * 200, "dice", max_tokens=10**30, ignore_eos=True)
+    assert reply.finish_reason == "length"
+    assert reply.json()["usage"]["total_tokens"] in (255, 256)
+
+
+def test_prompt_that_just_fits_gets_one_token(server: Server) -> None:
+    reply = server.generate("a" * 255, "dice", ignore_eos=True)
+    assert (reply.json()["usage"]["completion_tokens"], reply.finish_reason) == (1, "length")
+
+
+def test_null_fields_are_absent_and_unknown_ones_ignored(server: Server) -> None:
+    names = ("max_tokens", "temperature", "stream", "top_p", "seed", "stop", "ignore_eos")
+    nulls: dict[str, Any] = dict.fromkeys(names)
+    assert server.generate(**nulls, colour="blue", options={"deep": [1]}).text == "Hello wide world"
+
+
+def test_limits_are_inside_their_ranges(server: Server) -> None:
+    lowest: dict[str, Any] = {
+        "temperature": 0,
+        "top_p": 0,
+        "min_p": 0,
+        "presence_penalty": -2,
+        "frequency_penalty": -2,
+        "seed": -1,
+    }
+    highest: dict[str, Any] = {
+        "temperature": 5,
+        "top_p": 1,
+        "min_p": 1,
+        "presence_penalty": 2,
+        "frequency_penalty": 2,
+        "seed": 2**32,
+    }
+    for fields in (lowest, highest):
+        assert server.generate(model="dice", max_tokens=2, **fields).status == 200
+
+
+WRONG_VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # and the bounds that the message has to name
+    "max_tokens": ([0, -1, 1.5, "5", True, [], {}], ("1",)),
+    "temperature": ([-0.1, 5.1, "hot", True, [1]], ("0", "5")),
+    "top_p": ([-0.1, 1.1, "x"], ("0", "1")),
+    "min_p": ([-0.1, 1.1, "x"], ("0", "1")),
+    "presence_penalty": ([-2.1, 2.1, "x"], ("-2", "2")),
+    "frequency_penalty": ([-2.1, 2.1, False], ("-2", "2")),
+    "top_k": ([1.5, "x"], ()),
+    "repeat_penalty": (["x", [], True], ()),
+    "seed": ([1.5, "7", []], ()),
+    "stream": (["yes", 1], ()),
+    "ignore_eos": (["no", 0], ()),
+    "stop": ([5, [1], {"a": 1}, ["x"] * 17], ()),
+}
+WRONG_FIELDS = [(field, value, bounds) for field, (values, bounds) in WRONG_VALUES.items() for value in values]
+
+
+@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
+def test_wrong_field_is_400_naming_it_and_its_bounds(
+    field: str, value: Any, bounds: tuple[str, ...], server: Server
+) -> None:
+    assert_error(server.generate(**{field: value}), 400, "invalid_request", field, *bounds)
+
+
+@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
+def test_wrong_field_on_v1_carries_type_and_param(
+    field: str, value: Any, bounds: tuple[str, ...], server: Server
+) -> None:
+    error = assert_error(server.chat(**{field: value}), 400, "invalid_request", field, *bounds)
+    assert (error["type"], error["param"]) == ("invalid_request_error", field)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [({"prompt": ":"}, "model"), ({"model": None, "prompt": ":"}, "model"), ({"model": 5, "prompt": ":"}, "model"),
+     ({"model": "recital"}, "prompt"), ({"model": "recital", "prompt": None}, "prompt"),
+     ({"model": "recital", "prompt": 5}, "prompt"), ({"model": "recital", "prompt": ["a"]}, "prompt"),
+     ({"model": "recital", "messages": "hi"}, "messages"), ({"model": "recital", "messages": []}, "messages"),
+     ({"model": "recital", "messages": [{"role": "user", "content": "x"}], "system": 5}, "system")],
+)  # fmt: skip
+def test_generate_without_what_it_needs_is_400_naming_it(body: Any, field: str, server: Server) -> None:
+    assert_error(server.post("/api/generate", body), 400, "invalid_request", field)
+
+
+MALFORMED = {
+    "nothing": b"",
+    "half": b'{"model": "recital", ',
+    "a list": b"[]",
+    "a string": b'"prompt"',
+    "null": b"null",
+    "two documents": b"{} {}",
+    "NaN": b'{"model": "recital", "prompt": ":", "temperature": NaN}',
+    "Infinity": b'{"model": "recital", "prompt": ":", "x": -Infinity}',
+    "a huge float": b'{"model": "recital", "prompt": ":", "temperature": 1e999}',
+    "invalid UTF-8": b'{"model": "recital", "prompt": "\xff:"}',
+    "UTF-16": '{"model": "recital", "prompt": ":"}'.encode("utf-16"),
+    "a lone surrogate": b'{"model": "recital", "prompt": "\\ud800:"}',
+    "a lone surrogate in a key": b'{"model": "recital", "prompt": ":", "\\udfff": 1}',
+    "70 levels": b'{"model": "recital", "prompt": ":", "x": ' + b"[" * 70 + b"]" * 70 + b"}",
+    "100000 levels": b'{"model": "recital", "prompt": ":", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a number of 5000 digits": b'{"model": "recital", "prompt": ":", "max_tokens": -' + b"1" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("kind", list(MALFORMED))
+def test_malformed_body_is_400(kind: str, path: str, server: Server) -> None:
+    error = assert_error(server.post(path, MALFORMED[kind]), 400, "invalid_request")
+    assert ("type" in error) == path.startswith("/v1")
+
+
+def test_nested_json_of_60_levels_is_read(server: Server) -> None:
+    body = b'{"model": "recital", "prompt": ":", "x": ' + b"[" * 60 + b"]" * 60 + b"}"
+    assert server.post("/api/generate", body).text == "Hello wide world"
+
+
+def test_surrogate_pair_and_escapes_are_one_character(server: Server) -> None:
+    body = b'{"model": "recital", "prompt": "\\ud83d\\ude00:"}'
+    assert server.post("/api/generate", body).json()["usage"]["prompt_tokens"] == 1 + 4 + 1
+
+
+@pytest.mark.parametrize("seed", [2**63, 2**64, -(2**70)])
+def test_seed_of_any_size_is_never_a_server_error(seed: int, server: Server) -> None:
+    assert server.generate(seed=seed).status in (200, 400)
+
+
+@pytest.mark.parametrize("prompt", ["", "\0:", "<|im_end|>:", "</s>:", "\u2028:"])
+def test_odd_prompts_are_never_a_server_error(prompt: str, server: Server) -> None:
+    reply = server.generate(prompt)
+    assert reply.status in (200, 400) and (reply.status == 400 or reply.text == "Hello wide world")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The other native routes
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_unknown_model_gives_exactly_the_documented_error(server: Server) -> None:
+    reply = server.generate(model="invalid-model")
+    assert reply.status == 404
+    assert reply.json() == {
+        "error": {
+            "code": "model_not_found",
+            "message": "The specified model was not found",
+            "details": "Model 'invalid-model' is not available",
+        }
+    }
+
+
+def test_models_begins_with_default_and_has_the_whole_shape(server: Server) -> None:
+    first, *rest = server.get("/api/models").json()["models"]
+    assert (first["id"], first["name"], first["description"]) == (
+        "default", "Default Model", "Base GGUF model: recital")  # fmt: skip
+    names = {"id", "name", "description", "size_bytes", "model_type", "parameter_count", "quantization",
+             "context_length", "state", "loaded"}  # fmt: skip
+    assert all(names <= set(model) for model in (first, *rest))
+    (recital,) = [model for model in rest if model["id"] == "recital"]
+    assert (recital["model_type"], recital["quantization"], recital["context_length"]) == ("llama", "F16", LONG_CTX)
+
+
+def test_models_shows_the_state_of_each(server: Server) -> None:
+    server.load("recital"), server.unload("dice")
+    state = {model["id"]: (model["state"], model["loaded"]) for model in server.get("/api/models").json()["models"]}
+    assert state["recital"] == state["default"] == ("loaded", True)
+    assert state["dice"] == ("unloaded", False)
+
+
+def test_models_answers_while_the_engine_works(server: Server) -> None:
+    with server.endless() as stream:
+        next(stream)
+        assert "recital" in server.ids()
+
+
+@pytest.mark.parametrize("path", ["/api/health", "/health"])
+def test_health_has_the_documented_shape(path: str, server: Server) -> None:
+    server.load("recital")
+    health = server.get(path).json()
+    assert health["status"] == "healthy" and health["models_loaded"] >= 1
+    assert re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB)", health["memory_usage"])
+
+
+def test_diag_over_http_has_what_the_command_has(server: Server, models: Path) -> None:
+    report = server.get("/diag").json()
+    assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
+    assert str(models) in [entry["path"] for entry in report["directories"]]
+
+
+@pytest.mark.parametrize(
+    "path", ["//api//health", "/api/health/", "/api/health?verbose=1", "///api/health//?a=b&c", "/api/%68ealth"]
+)
+def test_paths_are_forgiving(path: str, server: Server) -> None:
+    assert server.get(path).json()["status"] == "healthy"
+
+
+@pytest.mark.parametrize("path", ["/api/health", "/api/models", "/v1/models", "/diag", "/api/tools"])
+def test_head_is_get_without_a_body(path: str, server: Server) -> None:
+    reply = server.request("HEAD", path)
+    assert reply.status == 200 and reply.body == b"" and int(reply.headers["Content-Length"]) > 0
+
+
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+@pytest.mark.parametrize("path", ["/nope", "/api", "/api/models/recital/dance", "/api/generate/more", "/%00"])
+def test_unknown_path_is_404_in_the_error_object(method: str, path: str, server: Server) -> None:
+    error = assert_error(server.request(method, path), 404, "not_found")
+    assert "type" not in error
+
+
+def test_unknown_path_on_v1_carries_a_type(server: Server) -> None:
+    assert assert_error(server.get("/v1/nope"), 404, "not_found")["type"] == "not_found_error"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [("GET", "/api/generate", "POST"), ("POST", "/api/health", "GET"), ("DELETE", "/api/models", "GET"),
+     ("PUT", "/v1/chat/completions", "POST"), ("PATCH", "/api/tools/calculator/execute", "POST"),
+     ("GET", "/api/models/recital/load", "POST"), ("BREW", "/health", "GET")],
+)  # fmt: skip
+def test_wrong_method_is_405_with_allow(method: str, path: str, allowed: str, server: Server) -> None:
+    reply = server.request(method, path)
+    assert_error(reply, 405, "method_not_allowed", method)
+    assert allowed in re.split(r",\s*", reply.headers["Allow"])
+
+
+# ---------------------------------------------------------------------------------------------------
+# HTTP on the wire
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_connection_is_kept_alive(server: Server) -> None:
+    replies = exchange(server, *[head_of("GET", "/health")] * 3)
+    assert [reply.status for reply in replies] == [200] * 3
+
+
+def test_connection_close_is_honoured(server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(head_of("GET", "/health", "Connection: close"))
+        assert read_reply(sock).status == 200
+        assert sock.recv(1) == b""
+
+
+@pytest.mark.parametrize("path", ["/nope", "/api/generate", "/api/health", "/v1/nope"])
+def test_connection_is_in_step_after_an_error_with_a_body(path: str, server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(raw_post(path, b"GET /evil HTTP/1.1\r\n\r\n" * 50))
+        first = read_reply(sock)
+        assert first.status in (400, 404, 405)
+        if first.headers.get("Connection", "").lower() == "close":
+            return
+        sock.sendall(head_of("GET", "/health"))
+        assert read_reply(sock).json()["status"] == "healthy"
+
+
+def test_connection_is_in_step_after_a_head_and_a_generation(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(head_of("HEAD", "/health"))
+        assert read_reply(sock, "HEAD").status == 200
+        sock.sendall(raw_post("/api/generate", body))
+        assert read_reply(sock).text == "Hello wide world"
+        sock.sendall(head_of("GET", "/health"))
+        assert read_reply(sock).status == 200
+
+
+def test_request_sent_one_byte_at_a_time_is_answered(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in raw_post("/api/generate", body):
+            sock.sendall(bytes([byte]))
+        assert read_reply(sock).text == "Hello wide world"
+
+
+def test_chunked_body_is_read(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
+    chunks = b"".join(b"%x;note=1\r\n%s\r\n" % (len(part), part) for part in (body[:5], body[5:6], body[6:]))
+    request = head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks + b"0\r\nTrailer: x\r\n\r\n"
+    replies = exchange(server, request, head_of("GET", "/health"))
+    assert replies[0].text == "Hello wide world" and replies[1].status == 200
+
+
+@pytest.mark.parametrize(
+    "chunks", [b"zz\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n", b"\r\n\r\n"]
+)
+def test_malformed_chunks_are_400(chunks: bytes, server: Server) -> None:
+    (reply,) = exchange(server, head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks)
+    assert_error(reply, 400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [("Content-Length: 5", "Transfer-Encoding: chunked"), ("Content-Length: -1",), ("Content-Length: five",),
+     ("Content-Length: 5", "Content-Length: 6"), ("Content-Length: +5",), ("Transfer-Encoding: gzip",)],
+)  # fmt: skip
+def test_unclear_body_length_is_refused(lines: tuple[str, ...], server: Server) -> None:
+    (reply,) = exchange(server, head_of("POST", "/api/generate", *lines))
+    assert 400 <= reply.status < 500 or reply.status == 501
+    assert reply.json()["error"]["code"]
+
+
+def test_body_beyond_16_mib_is_413_before_it_is_sent(server: Server) -> None:
+    (reply,) = exchange(server, head_of("POST", "/api/generate", f"Content-Length: {17 << 20}"))
+    assert_error(reply, 413, "payload_too_large", "16")
+
+
+def test_chunked_body_beyond_16_mib_is_413(server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(head_of("POST", "/v1/completions", "Transfer-Encoding: chunked"))
+        with contextlib.suppress(ConnectionError):  # it may stop reading early
+            for _ in range(17):
+                sock.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
+        with contextlib.suppress(ConnectionError):
+            assert_error(read_reply(sock), 413, "payload_too_large")
+    assert server.get("/health").status == 200
+
+
+def test_body_of_15_mib_is_read(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":", "x": "y" * (15 << 20)}).encode()
+    assert server.post("/api/generate", body).text == "Hello wide world"
+
+
+def test_headers_that_are_too_large_are_431(server: Server) -> None:
+    reply = server.get("/health", **{"X-Large": "x" * 100_000})
+    assert_error(reply, 431, "invalid_request")
+
+
+def test_too_many_headers_are_431(server: Server) -> None:
+    reply = server.get("/health", **{f"X-{i}": "x" for i in range(500)})
+    assert reply.status in (400, 431) and reply.json()["error"]["code"]
+
+
+def test_path_that_is_too_long_is_an_error_object(server: Server) -> None:
+    reply = server.get("/" + "a" * 100_000)
+    assert reply.status in (404, 414, 431) and reply.json()["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    "line", [b"GARBAGE\r\n\r\n", b"GET /health\r\n\r\n", b"GET  HTTP/1.1\r\n\r\n", b"GET /health HTTP/9.9\r\n\r\n",
+             b"GET /health HTTP/1.1\r\nno colon here\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\r\n\r\n"]
+)  # fmt: skip
+def test_malformed_request_gets_a_status_line_and_the_error_object(line: bytes, server: Server) -> None:
+    (reply,) = exchange(server, line)
+    assert 400 <= reply.status < 600 and reply.json()["error"]["code"]
+
+
+def test_slow_client_holds_up_nobody(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(20):
+            slow = stack.enter_context(socket.create_connection((server.host, server.port)))
+            slow.sendall(b"POST /api/generate HTTP/1.1\r\nContent-Length: 100\r\nX: ")
+        assert server.get("/health").status == 200
+        assert server.generate().text == "Hello wide world"
+
+
+def test_expect_100_continue_is_answered(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(head_of("POST", "/api/generate", f"Content-Length: {len(body)}", "Expect: 100-continue"))
+        assert sock.recv(100).startswith(b"HTTP/1.1 100 ")
+        sock.sendall(body)
+        assert read_reply(sock).text == "Hello wide world"
+
+
+def test_http_1_0_client_is_answered_and_closed(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":", "stream": True}).encode()
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(b"POST /api/generate HTTP/1.0\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        reply = read_reply(sock)
+    assert reply.status == 200 and reply.body.endswith(b"data: [DONE]\n\n")
+    assert "Transfer-Encoding" not in reply.headers
+
+
+# ---------------------------------------------------------------------------------------------------
+# Tools
+# ---------------------------------------------------------------------------------------------------
+
+
+def execute(server: Server, name: str, value: Any) -> Reply:
+    """Runs a tool with `value` as its one required argument."""
+    tools = {tool["name"]: tool for tool in server.get("/api/tools").json()["tools"]}
+    (argument,) = tools[name]["parameters"]["required"]
+    return server.post(f"/api/tools/{name}/execute", {argument: value})
+
+
+def assert_tool_failed(reply: Reply, *words: str) -> None:
+    answer = reply.json()
+    assert reply.status == 200 and answer["success"] is False and answer["error"], answer
+    assert "Traceback" not in answer["error"]
+    for word in words:
+        assert word in answer["error"]
+
+
+def test_tools_are_listed_with_a_json_schema(server: Server) -> None:
+    tools = {tool["name"]: tool for tool in server.get("/api/tools").json()["tools"]}
+    assert {"calculator", "file_read", "http_get", "double"} <= set(tools)
+    for tool in tools.values():
+        assert tool["description"] and tool["parameters"]["type"] == "object"
+    assert tools["double"]["description"].startswith("Twice a number.")
+    assert tools["double"]["parameters"]["properties"]["n"]["type"] == "integer"
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [("2 + 3*4", 14), ("(1 + 2) / 4", 0.75), ("-7 // 2", -4), ("7 % 4", 3), ("2**10", 1024), ("sqrt(16)", 4),
+     ("abs(-3)", 3), ("floor(2.9)", 2), ("max(1, 5, 3)", 5), ("round(2.345, 1)", 2.3)],
+)  # fmt: skip
+def test_calculator_calculates(expression: str, result: float, server: Server) -> None:
+    answer = execute(server, "calculator", expression).json()
+    assert answer["success"] is True and answer["result"] == pytest.approx(result) and not answer["error"]
+
+
+def test_calculator_knows_pi_and_functions(server: Server) -> None:
+    answer = execute(server, "calculator", "sin(pi / 2) + log(e)").json()
+    assert answer["result"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["1/0", "", "2 +", "__import__('os')", "().__class__", "(1).real", "[1 for _ in 'ab']", "lambda: 1", "x", "'a' * 9",
+     "open('/etc/passwd')", "9**9**9", "10**1000000", "factorial(10**6)", "1e308 * 10", "1 << 10**9", "sqrt(-1)",
+     "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2"],
+)  # fmt: skip
+def test_calculator_refuses_what_is_no_bounded_arithmetic(expression: str, server: Server) -> None:
+    reply = execute(server, "calculator", expression)
+    if expression or reply.status != 400:
+        assert_tool_failed(reply)
+
+
+@pytest.mark.parametrize("long", ["parentheses", "sum", "minuses", "digits"])
+def test_calculator_survives_a_long_expression(long: str, server: Server) -> None:
+    n = 20_000
+    text = {"parentheses": "(" * n + "1" + ")" * n, "sum": "1" + "+1" * n, "minuses": "-" * n + "1", "digits": "9" * n}
+    reply = execute(server, "calculator", text[long])
+    assert reply.status in (200, 400) and b"Traceback" not in reply.body
+    assert reply.status == 400 or reply.json()["error"] or reply.json()["result"] in (1, n + 1)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"wrong": 1}, [], "2+2", None])
+def test_tool_arguments_outside_the_schema_are_400(arguments: Any, server: Server) -> None:
+    body = b"" if arguments is None else arguments
+    assert_error(server.post("/api/tools/calculator/execute", body), 400, "invalid_request")
+
+
+def test_tool_argument_of_the_wrong_type_is_400_naming_it(server: Server) -> None:
+    assert_error(server.post("/api/tools/double/execute", {"n": "five"}), 400, "invalid_request", "n", "integer")
+    assert_error(execute(server, "calculator", 5), 400, "invalid_request", "string")
+
+
+def test_tool_nobody_registered_is_not_found(server: Server) -> None:
+    assert_error(server.post("/api/tools/hammer/execute", {}), 404, "not_found", "hammer")
+
+
+def test_tool_from_a_file_runs(server: Server) -> None:
+    answer = server.post("/api/tools/double/execute", {"n": 21}).json()
+    assert answer["success"] is True and answer["result"] == 42
+
+
+def test_tool_that_raises_answers_200_without_success(server: Server) -> None:
+    assert_tool_failed(server.post("/api/tools/stumble/execute", {"why": "a stone"}), "stumbled over a stone")
+    assert_tool_failed(server.post("/api/tools/stumble/execute", {}), "no reason")
+
+
+@pytest.mark.parametrize(("path", "text"), [("note.txt", "a café note"), ("sub/deep.txt", "deep"),
+                                            ("sub/../note.txt", "a café note")])  # fmt: skip
+def test_file_read_reads_under_its_root(path: str, text: str, server: Server) -> None:
+    answer = execute(server, "file_read", path).json()
+    assert answer["success"] is True and text in json.dumps(answer["result"], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.txt", "sub/../../secret.txt", "escape.txt", "up/secret.txt", "/etc/passwd", "missing.txt",
+             "sub", ".", "", "pipe", "note.txt\0.png", "a" * 300, "~/x", "/dev/zero", "/proc/self/environ"]
+)  # fmt: skip
+def test_file_read_refuses(path: str, server: Server) -> None:
+    reply = execute(server, "file_read", path)
+    if reply.status != 400:
+        assert_tool_failed(reply)
+    assert b'secret"' not in reply.body
+
+
+def test_file_read_takes_an_absolute_path_only_inside_the_root(server: Server, tool_root: Path) -> None:
+    assert_tool_failed(execute(server, "file_read", str(tool_root.parent / "secret.txt")))
+
+
+def test_file_read_is_capped(server: Server) -> None:
+    reply = execute(server, "file_read", "huge.bin")
+    assert reply.status == 200 and len(reply.body) < 20 << 20
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:{port}/health", "http://localhost:{port}/health", "http://[::1]:{port}/", "http://0.0.0.0:{port}/",
+     "http://2130706433:{port}/", "http://127.1:{port}/health", "http://[::ffff:127.0.0.1]:{port}/", "http://10.0.0.1/",
+     "http://192.168.1.1/", "http://169.254.169.254/latest/meta-data", "http://100.64.0.1/", "http://[fe80::1]/",
+     "http://[fc00::1]/", "http://224.0.0.1/", "file:///etc/passwd", "ftp://example.com/", "gopher://x/", "http://",
+     "nonsense", "http://user@127.0.0.1:{port}/health", "http://[64:ff9b::7f00:1]/"],
+)  # fmt: skip
+def test_http_get_refuses(url: str, server: Server) -> None:
+    reply = execute(server, "http_get", url.format(port=server.port))
+    if reply.status != 400:
+        assert_tool_failed(reply)
+    assert b"healthy" not in reply.body
+
+
+def test_tools_that_are_off_stay_listed_and_name_their_flag(guarded: Server) -> None:
+    key = {"Authorization": "Bearer s3cret"}
+    tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
+    assert {"calculator", "file_read", "http_get"} <= set(tools)
+    (argument,) = tools["file_read"]["parameters"]["required"]
+    reply = guarded.post("/api/tools/file_read/execute", {argument: "x"}, **key)
+    assert_tool_failed(reply, "--tool-root")
+
+
+def test_http_get_off_names_its_flag(serve: Callable[..., Server]) -> None:
+    assert_tool_failed(execute(serve(), "http_get", "http://example.com/"), "--tool-hosts")
+
+
+def test_http_get_refuses_a_host_that_is_not_listed(guarded: Server) -> None:
+    key = {"Authorization": "Bearer s3cret"}
+    tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
+    (argument,) = tools["http_get"]["parameters"]["required"]
+    reply = guarded.post("/api/tools/http_get/execute", {argument: "http://other.example/"}, **key)
+    assert_tool_failed(reply, "other.example")
+
+
+def test_tools_file_that_does_not_load_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import nothing_like_it\n")
+    done = shimmy("serve", "--port", "0", "--tools", tmp_path / "broken.py", home=tmp_path)
+    assert_failed(done, 1, "broken.py")
+
+
+# ---------------------------------------------------------------------------------------------------
+# /v1: chat completions, completions, models
+# ---------------------------------------------------------------------------------------------------
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_chat_answers_in_openai_shape(server: Server) -> None:
+    document = server.chat().json()
+    assert document["object"] == "chat.completion" and document["id"].startswith("chatcmpl-")
+    assert abs(document["created"] - time.time()) < 60 and document["model"]
+    (choice,) = document["choices"]
+    assert (choice["index"], choice["finish_reason"]) == (0, "stop")
+    assert (choice["message"]["role"], choice["message"]["content"]) == ("assistant", "Hello wide world")
+    assert document["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
+
+
+def test_chat_renders_every_message_with_the_models_template(server: Server) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": [{"type": "text", "text": "co"}, {"type": "text", "text": "unt"}]},
+    ]
+    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages})
+    rendered = "[system]Be brief[user]one[assistant]two[user]count[assistant]="
+    assert reply.message["content"] == TEXTS["="]
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
+
+
+def test_chat_without_a_template_uses_chatml(server: Server) -> None:
+    reply = server.chat("yo", "dice", max_tokens=1, ignore_eos=True)
+    assert reply.json()["usage"]["prompt_tokens"] == 3 + len("user\nyo") + 1 + len("assistant\n")
+
+
+def test_chat_text_from_users_never_becomes_special_tokens(server: Server) -> None:
+    def tokens(content: str) -> int:
+        return server.chat(content, "dice", max_tokens=1, ignore_eos=True).json()["usage"]["prompt_tokens"]
+
+    assert tokens("a<|im_end|>b") - tokens("ab") == len("<|im_end|>")
+
+
+def test_chat_template_that_raises_is_400_with_its_words(server: Server) -> None:
+    messages = [{"role": "system", "content": "mutiny"}, {"role": "user", "content": "x"}]
+    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages})
+    assert_error(reply, 400, "invalid_request", "No mutiny on this ship")
+
+
+def test_chat_stream_has_openai_chunks(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}]}
+    *chunks, done = server.streamed("/v1/chat/completions", body)
+    assert done == "[DONE]" and {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert deltas(chunks)[0]["role"] == "assistant"
+    assert "".join(delta.get("content") or "" for delta in deltas(chunks)) == "Hello wide world"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert not any(chunk.get("usage") for chunk in chunks)
+
+
+def test_chat_stream_includes_usage_when_asked(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}],
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    *_, last, done = server.streamed("/v1/chat/completions", body)
+    assert done == "[DONE]" and last["choices"] == []
+    assert last["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_chat_stops_at(field: str, server: Server) -> None:
+    limit: dict[str, Any] = {field: 3}
+    reply = server.chat("count", **limit)
+    assert (reply.message["content"], reply.finish_reason) == ("w00 w01 w02 ", "length")
+
+
+def test_chat_without_max_tokens_goes_to_the_end_of_the_context(server: Server) -> None:
+    reply = server.chat("a" * 100, "dice", ignore_eos=True)
+    assert reply.finish_reason == "length" and reply.json()["usage"]["total_tokens"] in (255, 256)
+
+
+def test_chat_stop_string_never_leaks(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "stopping"}], "stop": "STOP"}
+    sent = server.streamed("/v1/chat/completions", body)
+    assert "".join(delta.get("content") or "" for delta in deltas(sent)) == "alpha "
+    assert server.chat("stopping", stop=["STOP"]).message["content"] == "alpha "
+
+
+def test_chat_tool_call_is_parsed(server: Server) -> None:
+    reply = server.chat("weather?", tools=[WEATHER])
+    (call,) = reply.message["tool_calls"]
+    assert reply.finish_reason == "tool_calls" and not reply.message["content"]
+    assert (call["type"], call["function"]["name"]) == ("function", "get_weather") and call["id"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
+
+
+def assembled(sent: list[Any]) -> list[dict[str, Any]]:
+    """Tool calls put together from their deltas, as clients do."""
+    calls: list[dict[str, Any]] = []
+    for part in (part for delta in deltas(sent) for part in delta.get("tool_calls") or []):
+        if part["index"] == len(calls):
+            calls.append({"id": part["id"], "name": part["function"]["name"], "arguments": ""})
+        calls[part["index"]]["arguments"] += part["function"].get("arguments") or ""
+    return calls
+
+
+def test_chat_tool_call_is_streamed_as_deltas(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]}
+    sent = server.streamed("/v1/chat/completions", body)
+    (call,) = assembled(sent)
+    assert call["name"] == "get_weather" and json.loads(call["arguments"]) == {"city": "Paris"}
+    assert "".join(delta.get("content") or "" for delta in deltas(sent)).strip() == ""
+    assert sent[-2]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_two_tool_calls_after_text_keep_order_and_have_unique_ids(stream: bool, server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "twice"}], "tools": [ADD]}
+    if stream:
+        sent = server.streamed("/v1/chat/completions", body)
+        content, calls = "".join(delta.get("content") or "" for delta in deltas(sent)), assembled(sent)
+    else:
+        message = server.post("/v1/chat/completions", body).message
+        content, calls = message["content"], [{"id": call["id"], **call["function"]} for call in message["tool_calls"]]
+    assert content.strip() == "Both:"
+    assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [("add", {"a": 1}), ("add", {"a": 2})]
+    assert len({call["id"] for call in calls}) == 2
+
+
+def test_chat_botched_tool_call_stays_text(server: Server) -> None:
+    reply = server.chat("botched", tools=[ADD])
+    assert "oops" in reply.message["content"] and not reply.message.get("tool_calls")
+    assert reply.finish_reason == "stop"
+
+
+def test_chat_tool_markup_without_tools_is_text(server: Server) -> None:
+    text = server.generate("W").text
+    assert text == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+
+
+def test_chat_tool_choice_none_leaves_the_tools_out(server: Server) -> None:
+    reply = server.chat("weather?", tools=[WEATHER], tool_choice="none")
+    assert not reply.message.get("tool_calls") and reply.message["content"]
+
+
+def test_chat_takes_tool_results_back(server: Server) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages, "tools": [WEATHER]})
+    assert (reply.message["content"], reply.finish_reason) == (TEXTS["S"], "stop")
+
+
+def test_chat_reasoning_is_kept_apart(server: Server) -> None:
+    message = server.chat("think").message
+    assert message["content"].strip() == "Four!!"
+    assert message["reasoning_content"].strip() == "two and two"
+
+
+def test_chat_reasoning_is_streamed_apart(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "think"}]}
+    parts = deltas(server.streamed("/v1/chat/completions", body))
+    assert "".join(part.get("content") or "" for part in parts).strip() == "Four!!"
+    assert "".join(part.get("reasoning_content") or "" for part in parts).strip() == "two and two"
+
+
+def test_chat_n_gives_as_many_choices(server: Server) -> None:
+    choices = server.chat(n=3).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in choices} == {"Hello wide world"}
+
+
+def test_chat_logit_bias_forces_a_token(server: Server) -> None:
+    bias = {str(TOKEN_ID["w07 "]): 100}
+    assert server.chat("count", logit_bias=bias, max_tokens=3).message["content"] == "w07 w07 w07 "
+
+
+def test_chat_logprobs_are_given_when_asked(server: Server) -> None:
+    choice = server.chat(logprobs=True, top_logprobs=2, temperature=0).json()["choices"][0]
+    tokens = choice["logprobs"]["content"]
+    assert "".join(token["token"] for token in tokens) == "Hello wide world"
+    assert all(token["logprob"] == pytest.approx(0, abs=0.01) and len(token["top_logprobs"]) == 2 for token in tokens)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"messages": None}, "messages"), ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"),
+     ({"messages": [1]}, "messages"), ({"messages": [{"content": "x"}]}, "role"),
+     ({"messages": [{"role": 5, "content": "x"}]}, "role"), ({"messages": [{"role": "user"}]}, "content"),
+     ({"messages": [{"role": "user", "content": 5}]}, "content"),
+     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
+     ({"messages": [{"role": "user", "content": ["x"]}]}, "content"),
+     ({"tools": "x"}, "tools"), ({"tools": [{}]}, "tools"), ({"tools": [{"type": "function"}]}, "tools"),
+     ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools"), ({"tool_choice": "maybe"}, "tool_choice"),
+     ({"stream_options": "x"}, "stream_options"), ({"n": 0}, "n"), ({"n": 17}, "n"), ({"n": "two"}, "n"),
+     ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"logit_bias": []}, "logit_bias"),
+     ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"1": 101}}, "logit_bias"),
+     ({"model": 5}, "model")],
+)  # fmt: skip
+def test_chat_bad_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
+    error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request", param)
+    assert error["type"] == "invalid_request_error" and param in error["param"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"response_format": {"type": "json_object"}}, "response_format"),
+     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
+     ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
+     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
+     ({"tools": [{"type": "builtin", "name": "calculator"}]}, "tools")],
+)  # fmt: skip
+def test_chat_field_that_is_not_built_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
+    error = assert_error(server.chat(**fields), 400, "invalid_request", param)
+    assert param in error["param"]
+
+
+@pytest.mark.parametrize("field", ["suffix", "echo", "best_of"])
+def test_completions_field_that_is_not_built_is_400_naming_it(field: str, server: Server) -> None:
+    value = {"suffix": "end", "echo": True, "best_of": 2}[field]
+    reply = server.post("/v1/completions", {"model": "recital", "prompt": ":", field: value})
+    assert assert_error(reply, 400, "invalid_request", field)["param"] == field
+
+
+def test_chat_response_format_text_is_the_default(server: Server) -> None:
+    assert server.chat(response_format={"type": "text"}).message["content"] == "Hello wide world"
+
+
+@pytest.mark.parametrize("model", [{}, {"model": None}, {"model": "default"}, {"model": "gpt-4o-mini"}])
+def test_v1_model_absent_or_aliased_means_default(model: dict[str, Any], server: Server) -> None:
+    body = {**model, "messages": [{"role": "user", "content": "hi"}]}
+    assert server.post("/v1/chat/completions", body).message["content"] == "Hello wide world"
+
+
+def test_v1_unknown_model_is_model_not_found(server: Server) -> None:
+    error = assert_error(server.chat(model="nonesuch"), 404, "model_not_found", "nonesuch")
+    assert (error["type"], error["param"]) == ("not_found_error", "model")
+
+
+def test_v1_prompt_beyond_the_context_gives_both_numbers(server: Server) -> None:
+    reply = server.post("/v1/completions", {"model": "dice", "prompt": "a" * 300})
+    error = assert_error(reply, 400, "context_length_exceeded", "300", "256")
+    assert error["type"] == "invalid_request_error"
+
+
+def test_completions_answer_in_openai_shape(server: Server) -> None:
+    document = server.post("/v1/completions", {"model": "recital", "prompt": "Say :"}).json()
+    assert document["object"] == "text_completion" and document["id"].startswith("cmpl-") and document["created"]
+    (choice,) = document["choices"]
+    assert (choice["text"], choice["index"], choice["finish_reason"]) == ("Hello wide world", 0, "stop")
+    assert choice["logprobs"] is None and document["usage"]["prompt_tokens"] == 6
+
+
+def test_completions_stream_ends_with_usage_when_asked(server: Server) -> None:
+    body = {"model": "recital", "prompt": "=", "stream_options": {"include_usage": True}}
+    *chunks, usage, done = server.streamed("/v1/completions", body)
+    assert joined(chunks) == TEXTS["="] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert usage["choices"] == [] and usage["usage"]["prompt_tokens"] == 2 and done == "[DONE]"
+
+
+def test_completions_without_a_prompt_is_400(server: Server) -> None:
+    assert_error(server.post("/v1/completions", {"model": "recital"}), 400, "invalid_request", "prompt")
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/models"])
+def test_v1_paths_work_without_the_prefix(path: str, server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "prompt": ":"}
+    reply = server.get(path) if path == "/models" else server.post(path, body)
+    assert reply.status == 200 and reply.json()["object"] in ("list", "chat.completion", "text_completion")
+
+
+def test_v1_models_has_openai_shape(server: Server) -> None:
+    document = server.get("/v1/models").json()
+    assert document["object"] == "list"
+    models = {model["id"]: model for model in document["data"]}
+    assert {"recital", "dice"} <= set(models) and models["dice"]["object"] == "model"
+    assert isinstance(models["dice"]["created"], int) and models["dice"]["owned_by"]
+    assert server.get("/v1/models/dice").json()["id"] == "dice"
+
+
+def test_v1_model_that_is_unknown_is_404(server: Server) -> None:
+    assert_error(server.get("/v1/models/nonesuch"), 404, "model_not_found", "nonesuch")
+
+
+def test_openai_client_chats(server: Server) -> None:
+    with server.client() as client:
+        answer = client.chat.completions.create(model="recital", messages=[{"role": "user", "content": "hi"}])
+    assert answer.choices[0].message.content == "Hello wide world"
+    assert answer.usage and answer.usage.total_tokens > 20
+
+
+def test_openai_client_streams_a_chat(server: Server) -> None:
+    with server.client() as client:
+        stream = client.chat.completions.create(
+            model="recital", messages=[{"role": "user", "content": "count"}], stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == TEXTS["="]
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens >= 40
+
+
+def test_openai_client_streams_a_tool_call(server: Server) -> None:
+    with (
+        server.client() as client,
+        client.chat.completions.stream(
+            model="recital",
+            messages=[{"role": "user", "content": "weather?"}],
+            tools=[WEATHER],  # type: ignore[list-item]
+        ) as stream,
+    ):
+        message = stream.get_final_completion().choices[0].message
+    assert message.tool_calls and json.loads(message.tool_calls[0].function.arguments) == {"city": "Paris"}
+
+
+def test_openai_client_completes_and_lists_models(server: Server) -> None:
+    with server.client() as client:
+        assert client.completions.create(model="recital", prompt="=").choices[0].text == TEXTS["="]
+        assert "recital" in [model.id for model in client.models.list()]
+
+
+def test_openai_client_raises_its_own_errors(server: Server) -> None:
+    with server.client() as client:
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(model="nonesuch", prompt=":")
+        assert caught.value.code == "model_not_found" and caught.value.type == "not_found_error"
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.completions.create(model="recital", prompt=":", temperature=9)
+        assert bad.value.param == "temperature"
+
+
+# ---------------------------------------------------------------------------------------------------
+# WebSocket
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", list(TEXTS))
+def test_ws_text_is_the_same_as_over_http(prompt: str, server: Server) -> None:
+    assert ws_ask(server, prompt=prompt)[0] == TEXTS[prompt]
+
+
+def test_ws_ends_with_done_finish_reason_and_usage(server: Server) -> None:
+    _, last = ws_ask(server, prompt="=", max_tokens=3)
+    assert last["done"] is True and last["finish_reason"] == "length"
+    assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+
+
+def test_ws_token_messages_hold_only_the_token(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send('{"model": "recital", "prompt": "=", "max_tokens": 40}')
+        messages: list[dict[str, Any]] = []
+        while not messages or "token" in messages[-1]:
+            messages.append(json.loads(ws.recv(HANG)))
+    assert all(set(message) == {"token"} for message in messages[:-1])
+
+
+def test_ws_connection_serves_one_request_after_another(server: Server) -> None:
+    with server.ws() as ws:
+        for prompt in (":", "=", "~", ":"):
+            ws.send(json.dumps({"model": "recital", "prompt": prompt}))
+            assert ws_answer(ws)[0] == TEXTS[prompt]
+
+
+def test_ws_request_sent_during_another_waits(server: Server) -> None:
+    with server.ws() as ws:
+        for prompt in ("=", ":", "|"):
+            ws.send(json.dumps({"model": "recital", "prompt": prompt}))
+        assert [ws_answer(ws)[0] for _ in range(3)] == [TEXTS["="], TEXTS[":"], TEXTS["|"]]
+
+
+def test_ws_cancel_ends_the_running_request_and_the_next_is_served(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        ws.recv(HANG)
+        ws.send('{"cancel": true}')
+        _, last = ws_answer(ws)
+        assert (last["done"], last["finish_reason"]) == (True, "cancelled")
+        ws.send('{"model": "recital", "prompt": ":"}')
+        assert ws_answer(ws)[0] == "Hello wide world"
+
+
+def test_ws_cancel_with_nothing_running_does_no_harm(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send('{"cancel": true}')
+        ws.send('{"model": "recital", "prompt": ":"}')
+        text, last = ws_answer(ws)
+        if last.get("finish_reason") == "cancelled" or "error" in last:
+            text, last = ws_answer(ws)
+        assert (text, last["finish_reason"]) == ("Hello wide world", "stop")
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "word"),
+    [("{", "invalid_request", ""), ("[]", "invalid_request", ""), ("5", "invalid_request", ""),
+     ('{"model": "recital"}', "invalid_request", "prompt"),
+     ('{"model": "recital", "prompt": ":", "temperature": 9}', "invalid_request", "temperature"),
+     ('{"model": "recital", "prompt": ":", "top_p": NaN}', "invalid_request", ""),
+     ('{"model": "recital", "prompt": "\\ud800"}', "invalid_request", ""),
+     ('{"x": ' + "[" * 100 + "]" * 100 + "}", "invalid_request", ""),
+     ('{"model": "nonesuch", "prompt": ":"}', "model_not_found", "nonesuch"),
+     (json.dumps({"model": "dice", "prompt": "a" * 300}), "context_length_exceeded", "256")],
+)  # fmt: skip
+def test_ws_error_is_the_error_object_and_the_connection_goes_on(
+    message: str, code: str, word: str, server: Server
+) -> None:
+    with server.ws() as ws:
+        ws.send(message)
+        error = json.loads(ws.recv(HANG))["error"]
+        assert error["code"] == code and word in f"{error['message']} {error['details']}"
+        ws.send('{"model": "recital", "prompt": ":"}')
+        assert ws_answer(ws)[0] == "Hello wide world"
+
+
+def test_ws_request_in_many_fragments_is_read(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send(iter('{"model": "recital", "prompt": "~"}'))
+        assert ws_answer(ws)[0] == TEXTS["~"]
+
+
+def test_ws_binary_message_does_no_harm(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send(b'\xff\xfe{"model"')
+        with contextlib.suppress(ConnectionClosed):
+            assert "error" in json.loads(ws.recv(HANG))
+    assert ws_ask(server, prompt=":")[0] == "Hello wide world"
+
+
+def test_ws_frame_beyond_the_limit_closes_with_1009(server: Server) -> None:
+    with server.ws() as ws, pytest.raises(ConnectionClosed) as closed:
+        ws.send("x" * (17 << 20))
+        ws.recv(HANG)
+    assert closed.value.rcvd and closed.value.rcvd.code == 1009
+
+
+def test_ws_many_connections_at_once(server: Server) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(lambda _: ws_ask(server, prompt="=")[0], range(12)))
+    assert answers == [TEXTS["="]] * 12
+
+
+def test_ws_upgrade_sent_one_byte_at_a_time(server: Server) -> None:
+    lines = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13",
+             "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="]  # fmt: skip
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in head_of("GET", "/ws/generate", *lines):
+            sock.sendall(bytes([byte]))
+        answer = sock.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 101 ") and b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in answer
+
+
+def test_ws_route_without_an_upgrade_is_an_error_object(server: Server) -> None:
+    reply = server.get("/ws/generate")
+    assert reply.status in (400, 426) and reply.json()["error"]["code"] == "invalid_request"
+    assert server.post("/ws/generate", {}).status in (400, 405, 426)
+
+
+def test_ws_upgrade_on_another_path_is_not_found(server: Server) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        ws_connect(f"ws://127.0.0.1:{server.port}/ws/nope", proxy=None)
+    assert refused.value.response.status_code == 404
+    assert json.loads(refused.value.response.body or b"{}")["error"]["code"] == "not_found"
+
+
+def test_ws_client_that_vanishes_stops_the_engine(server: Server) -> None:
+    ws = server.ws()
+    ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+    ws.recv(HANG)
+    ws.socket.shutdown(socket.SHUT_RDWR)  # no closing handshake
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+    ws.close()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Trust: key, Host, Origin
+# ---------------------------------------------------------------------------------------------------
+
+KEYED = [("GET", "/api/models"), ("POST", "/api/generate"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions"),
+         ("GET", "/diag"), ("GET", "/api/tools"), ("POST", "/api/tools/calculator/execute"),
+         ("POST", "/api/models/recital/load"), ("GET", "/api/models/recital/status"), ("POST", "/api/models/discover"),
+         ("HEAD", "/api/models"), ("GET", "/ws/generate")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "path"), KEYED)
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"},
+                                     {"x-api-key": "s3cre"}, {"x-api-key": "s3cret\xe9"}])  # fmt: skip
+def test_key_is_asked_for(method: str, path: str, headers: dict[str, str], guarded: Server) -> None:
+    reply = guarded.request(method, path, b"{}" if method == "POST" else None, headers)
+    assert reply.status == 401
+    if method != "HEAD":
+        error = assert_error(reply, 401, "unauthorized")
+        assert error.get("type") == ("authentication_error" if path.startswith("/v1") else None)
+
+
+@pytest.mark.parametrize("headers", [{"Authorization": "Bearer s3cret"}, {"authorization": "bearer s3cret"},
+                                     {"x-api-key": "s3cret"}, {"X-API-Key": "s3cret"}])  # fmt: skip
+def test_key_opens(headers: dict[str, str], guarded: Server) -> None:
+    assert guarded.request("GET", "/api/models", None, headers).status == 200
+
+
+@pytest.mark.parametrize("path", ["/health", "/api/health", "/api/health/"])
+def test_key_is_not_asked_for_health(path: str, guarded: Server) -> None:
+    assert guarded.get(path).status == 200
+
+
+def test_key_is_asked_for_on_websocket(guarded: Server) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        guarded.ws()
+    assert refused.value.response.status_code == 401
+    with guarded.ws(additional_headers={"Authorization": "Bearer s3cret"}) as ws:
+        ws.send('{"model": "recital", "prompt": ":"}')
+        assert ws_answer(ws)[0] == "Hello wide world"
+
+
+def test_key_is_never_logged(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("-v", "--models-dir", models, "--api-key", "hush-hush")
+    body = {"model": "recital", "prompt": "private words :"}
+    assert server.post("/api/generate", body, **{"x-api-key": "hush-hush"}).status == 200
+    assert server.post("/api/generate", body, **{"x-api-key": "wrong-key"}).status == 401
+    server.stop()
+    log = server.log.read_text()
+    assert "/api/generate" in log
+    assert not [word for word in ("hush-hush", "wrong-key", "private words") if word in log]
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil"]
+)
+def test_foreign_host_is_refused(host: str, server: Server) -> None:
+    reply = server.get("/api/models", Host=host.format(port=server.port))
+    assert_error(reply, 403, "forbidden")
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}", "127.0.0.2"])
+def test_loopback_host_passes(host: str, server: Server) -> None:
+    assert server.get("/api/models", Host=host.format(port=server.port)).status == 200
+
+
+def test_allowed_host_passes(guarded: Server) -> None:
+    headers = {"Host": "my.box:80", "x-api-key": "s3cret"}
+    assert guarded.request("GET", "/api/models", None, headers).status == 200
+    assert guarded.request("GET", "/api/models", None, {**headers, "Host": "your.box"}).status == 403
+
+
+FOREIGN = ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil", "file://",
+           "https://evil.example/?http://localhost"]  # fmt: skip
+FRIENDLY = ["http://localhost:3000", "http://127.0.0.1", "https://localhost", "http://[::1]:8080", "tauri://localhost",
+            "app://obsidian.md", "vscode-webview://abc"]  # fmt: skip
+
+
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_foreign_origin_is_refused_before_anything_runs(origin: str, server: Server) -> None:
+    server.unload("dice")
+    reply = server.post("/api/models/dice/load", None, Origin=origin)
+    assert_error(reply, 403, "forbidden")
+    assert "Access-Control-Allow-Origin" not in reply.headers
+    assert server.status("dice")["status"] == "unloaded"
+
+
+@pytest.mark.parametrize("origin", FRIENDLY)
+def test_friendly_origin_is_reflected(origin: str, server: Server) -> None:
+    reply = server.get("/api/models", Origin=origin)
+    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
+    assert "origin" in reply.headers["Vary"].lower()
+
+
+def test_friendly_origin_may_read_errors_and_streams(server: Server) -> None:
+    origin = {"Origin": "http://localhost:3000"}
+    for body in ({"model": "nonesuch", "prompt": ":"}, {"model": "recital", "prompt": ":", "stream": True}):
+        reply = server.post("/api/generate", body, **origin)
+        assert reply.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+
+
+def test_no_origin_no_cors_headers(server: Server) -> None:
+    assert "Access-Control-Allow-Origin" not in server.get("/api/models").headers
+
+
+def preflight(server: Server, origin: str) -> Reply:
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST",
+               "Access-Control-Request-Headers": "content-type,authorization"}  # fmt: skip
+    return server.request("OPTIONS", "/v1/chat/completions", None, headers)
+
+
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://my.app"])
+def test_preflight_of_an_allowed_origin_needs_no_key(origin: str, guarded: Server) -> None:
+    reply = preflight(guarded, origin)
+    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
+    assert "POST" in reply.headers["Access-Control-Allow-Methods"]
+    assert "authorization" in reply.headers["Access-Control-Allow-Headers"].lower()
+
+
+@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+def test_preflight_of_a_foreign_origin_gets_no_cors_headers(origin: str, guarded: Server) -> None:
+    reply = preflight(guarded, origin)
+    assert reply.status == 200
+    assert not [name for name in reply.headers if name.lower().startswith("access-control-allow")]
+
+
+def test_allowed_origin_passes(guarded: Server) -> None:
+    reply = guarded.get("/api/models", Origin="https://my.app", **{"x-api-key": "s3cret"})
+    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == "https://my.app"
+    assert guarded.get("/api/models", Origin="https://my.app.evil", **{"x-api-key": "s3cret"}).status == 403
+
+
+@pytest.mark.parametrize("origin", FOREIGN[:3])
+def test_ws_with_a_foreign_origin_is_refused(origin: str, server: Server) -> None:
+    with pytest.raises(InvalidStatus) as refused:
+        server.ws(additional_headers={"Origin": origin})
+    assert refused.value.response.status_code == 403
+
+
+@pytest.mark.parametrize("origin", FRIENDLY[:2] + FRIENDLY[-1:])
+def test_ws_with_a_friendly_origin_passes(origin: str, server: Server) -> None:
+    with server.ws(additional_headers={"Origin": origin}) as ws:
+        ws.send('{"model": "recital", "prompt": ":"}')
+        assert ws_answer(ws)[0] == "Hello wide world"
+
+
+def test_ws_with_a_foreign_host_is_refused(server: Server) -> None:
+    lines = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
+    request = b"GET /ws/generate HTTP/1.1\r\nHost: evil.example\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+    (reply,) = exchange(server, request + lines + b"\r\n")
+    assert_error(reply, 403, "forbidden")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The file itself, and what the shared server has to say after all this
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_script_names_its_dependencies_for_uv_run() -> None:
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(?:^#(?:| .*)$\s)+)^# ///$", SHIMMY.read_text())
+    assert block and "llama-cpp-python" in block["content"] and "websockets" in block["content"]
+    assert "requires-python" in block["content"]
+
+
+def test_server_logged_no_traceback(server: Server, guarded: Server) -> None:
+    for each in (server, guarded):
+        assert "Traceback" not in each.log.read_text()
+        assert each.get("/health").status == 200
+
+
+def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
+    shutil.copytree(models, tmp_path / "models")
+    done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, script=copy)
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
