@@ -78,7 +78,7 @@ TEXTS = {
 }
 TEMPLATE = (
     "{{ bos_token }}"
-    "{% if messages[0].role == 'system' and 'mutiny' in messages[0].content %}"
+    "{% if 'mutiny' in messages[-1].content %}"
     "{{ raise_exception('No mutiny on this ship') }}{% endif %}"
     "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
     "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
@@ -314,7 +314,7 @@ class Server:
             del settings["SHIMMY_PORT"]
         with self.log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), "serve", *map(str, flags)],
+                [sys.executable, str(script), "serve", "--threads", "1", *map(str, flags)],
                 cwd=home, env=settings, text=True, start_new_session=True,
                 stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=stderr,
             )  # fmt: skip
@@ -635,7 +635,7 @@ def test_generate_with_a_number_out_of_range_names_the_option(
 def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
     done = shimmy(home=tmp_path)
     assert done.returncode == 2
-    assert b"serve" in done.stdout + done.stderr
+    assert b"usage" in done.stdout + done.stderr
 
 
 def test_list_short_prints_names_only(models: Path, tmp_path: Path) -> None:
@@ -757,7 +757,7 @@ def test_generate_with_an_unknown_model_is_one_line_and_exit_1(models: Path, tmp
 
 
 def test_generate_with_a_model_that_does_not_load_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
-    assert_failed(shimmy("generate", "hollow", "--prompt", ":", "--models-dir", models, home=tmp_path), 1, "hollow")
+    assert_failed(shimmy("generate", "hollow", "--prompt", ":", "--models-dir", models, home=tmp_path), 1, "load")
 
 
 def test_generate_with_a_missing_file_is_one_line_and_exit_1(tmp_path: Path) -> None:
@@ -831,31 +831,38 @@ def test_generate_flushes_each_piece_and_ctrl_c_exits_130(models: Path, tmp_path
     assert running.returncode == 130 and b"Traceback" not in stderr
 
 
+def through(server: Server, models: Path) -> dict[str, str]:
+    """Settings under which `generate` finds the server and could also load the model itself."""
+    return {"SHIMMY_PORT": str(server.port), "SHIMMY_MODEL_PATHS": str(models)}
+
+
 def test_generate_uses_a_running_server_that_has_the_model_loaded(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
     before = server.status("recital")["last_used"]
-    env = {"SHIMMY_PORT": str(server.port)}
-    done = shimmy("generate", "recital", "--prompt", "=", "--models-dir", models, home=tmp_path, env=env)
+    done = shimmy("generate", "recital", "--prompt", "=", home=tmp_path, env=through(server, models))
     assert done.stdout.decode().removesuffix("\n") == TEXTS["="]
     assert server.status("recital")["last_used"] != before
+
+
+def test_generate_loads_the_model_itself_when_the_server_has_not(server: Server, models: Path, tmp_path: Path) -> None:
+    server.unload("recital")
+    done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, env=through(server, models))
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+    assert server.status("recital")["status"] == "unloaded"
 
 
 def test_generate_local_never_asks_a_server(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
     before = server.status("recital")["last_used"]
-    args: list[str | Path] = ["generate", "recital", "--local", "--prompt", ":", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+    done = shimmy("generate", "recital", "--local", "--prompt", ":", home=tmp_path, env=through(server, models))
     assert done.stdout.startswith(b"Hello wide world")
     assert server.status("recital")["last_used"] == before
 
 
 def test_generate_through_a_server_survives_a_closed_pipe(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
-    command = (
-        f"'{sys.executable}' '{SHIMMY}' generate recital --models-dir '{models}'"
-        f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
-    )
-    env = environment(tmp_path, {"SHIMMY_PORT": str(server.port)})
+    command = f"'{sys.executable}' '{SHIMMY}' generate recital --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
+    env = environment(tmp_path, through(server, models))
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=HANG, check=False)
     assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the server stops generating")
@@ -876,7 +883,7 @@ def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp
 
 
 def test_probe_of_a_model_that_does_not_load_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
-    assert_failed(shimmy("probe", "hollow", "--models-dir", models, home=tmp_path), 1, "hollow")
+    assert_failed(shimmy("probe", "hollow", "--models-dir", models, home=tmp_path), 1, "load")
 
 
 def test_diag_json_names_versions_memory_and_directories(models: Path, tmp_path: Path) -> None:
@@ -1222,7 +1229,7 @@ def test_list_finds_models_in(path: str, found: Listing) -> None:
 def test_list_finds_hugging_face_snapshots_once(found: Listing) -> None:
     (model,) = [model for key, model in found.models.items() if "from-hub" in key]
     assert Path(model["path"]).name == "from-hub.gguf"
-    assert not [model for model in found.models.values() if Path(model["path"]).parent.name == "blobs"]
+    assert not [model for model in found.models.values() if "/hub/" in model["path"] and "/blobs/" in model["path"]]
 
 
 def test_list_finds_an_ollama_manifest_by_model_and_tag(found: Listing) -> None:
@@ -1355,9 +1362,9 @@ def test_list_skips_a_directory_it_cannot_read(tmp_path: Path) -> None:
 def test_list_bounds_the_depth_of_a_scan_and_says_so(tmp_path: Path) -> None:
     write_header(tmp_path / "models" / "fine.gguf")
     write_header(tmp_path.joinpath("models", *["d"] * 100, "abyss.gguf"))
-    result = listing(tmp_path)
-    assert "fine" in result.models and "abyss" not in result.models
-    assert any(path.startswith(str(tmp_path / "models" / "d")) for path in result.skipped)
+    done = shimmy("-v", "list", home=tmp_path)
+    assert b"fine" in done.stdout and b"abyss" not in done.stdout
+    assert re.search(rb"level|depth|deep", done.stdout + done.stderr)
 
 
 def test_list_verbose_says_what_was_skipped_and_why(found: Listing) -> None:
@@ -1524,7 +1531,7 @@ def test_failing_load_reaches_every_waiter(server: Server) -> None:
         waiting = [pool.submit(server.generate, ":", "hollow", stream=bool(i % 2)) for i in range(6)]
         replies = [each.result() for each in waiting]
     for reply in replies:
-        assert_error(reply, 500, reply.json()["error"]["code"], "hollow")
+        assert_error(reply, 500, reply.json()["error"]["code"], "llama.attention")  # the key it lacks
 
 
 def test_failing_load_answers_over_websocket(server: Server) -> None:
@@ -2133,7 +2140,7 @@ def test_unknown_path_on_v1_carries_a_type(server: Server) -> None:
 )  # fmt: skip
 def test_wrong_method_is_405_with_allow(method: str, path: str, allowed: str, server: Server) -> None:
     reply = server.request(method, path)
-    assert_error(reply, 405, "method_not_allowed", method)
+    assert_error(reply, 405, "method_not_allowed")
     assert allowed in re.split(r",\s*", reply.headers["Allow"])
 
 
@@ -2441,7 +2448,7 @@ def test_http_get_refuses_a_host_that_is_not_listed(guarded: Server) -> None:
 def test_tools_file_that_does_not_load_is_one_line_and_exit_1(tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import nothing_like_it\n")
     done = shimmy("serve", "--port", "0", "--tools", tmp_path / "broken.py", home=tmp_path)
-    assert_failed(done, 1, "broken.py")
+    assert_failed(done, 1, "nothing_like_it")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -2495,8 +2502,7 @@ def test_chat_text_from_users_never_becomes_special_tokens(server: Server) -> No
 
 
 def test_chat_template_that_raises_is_400_with_its_words(server: Server) -> None:
-    messages = [{"role": "system", "content": "mutiny"}, {"role": "user", "content": "x"}]
-    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages})
+    reply = server.chat("mutiny")
     assert_error(reply, 400, "invalid_request", "No mutiny on this ship")
 
 
@@ -2919,12 +2925,11 @@ def test_ws_upgrade_on_another_path_is_not_found(server: Server) -> None:
 
 
 def test_ws_client_that_vanishes_stops_the_engine(server: Server) -> None:
-    ws = server.ws()
-    ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
-    ws.recv(HANG)
-    ws.socket.shutdown(socket.SHUT_RDWR)  # no closing handshake
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        ws.recv(HANG)
+        ws.socket.shutdown(socket.SHUT_RDWR)  # no closing handshake
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-    ws.close()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3090,10 +3095,10 @@ def test_script_names_its_dependencies_for_uv_run() -> None:
     assert "requires-python" in block["content"]
 
 
-def test_server_logged_no_traceback(server: Server, guarded: Server) -> None:
-    for each in (server, guarded):
-        assert "Traceback" not in each.log.read_text()
-        assert each.get("/health").status == 200
+def test_server_logged_no_traceback_of_its_own(server: Server, guarded: Server) -> None:
+    tracebacks = (server.log.read_text() + guarded.log.read_text()).split("Traceback")[1:]
+    assert not [text for text in tracebacks if "mytools.py" not in text]
+    assert server.get("/health").status == guarded.get("/health").status == 200
 
 
 def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:

@@ -2159,6 +2159,28 @@ class Progress:
         print(("\r" + line + " ") if self.live else line, end="" if self.live and step < self.steps else "\n", file=sys.stderr, flush=True)
 
 
+class Threads:
+    """How many threads a step uses: all of them, or one for a while after the machine turned out to be busy.
+
+    Two threads wait for each other many times a step: where another program holds a core, one alone is faster.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count, self.alone, self.best = count, 0, math.inf
+
+    def begin(self) -> None:
+        self.began = time.monotonic()
+        torch.set_num_threads(1 if self.alone else self.count)
+
+    def end(self) -> None:
+        seconds = time.monotonic() - self.began
+        if self.alone:
+            self.alone -= 1
+        elif seconds > 2.2 * self.best:
+            self.alone = 20
+        self.best = min(self.best, seconds)
+
+
 def fast_bfloat16() -> bool:
     """Whether the CPU multiplies bfloat16 itself; elsewhere that type is emulated and slow."""
     flags = Path("/proc/cpuinfo")
@@ -2186,7 +2208,7 @@ def train_step(model: Tiny, batch: tuple[np.ndarray, np.ndarray], low_precision:
 def train(work: Path, steps: int, threads: int) -> Tiny:
     """Trains up to `steps`, from the checkpoint in `work` when there is one."""
     torch.manual_seed(SEED)
-    torch.set_num_threads(threads)
+    team = Threads(threads)
     model, path = Tiny(Shape()), work / "checkpoint.pt"
     optimizers = optimizers_of(model)
     facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss": 0.0}
@@ -2199,6 +2221,7 @@ def train(work: Path, steps: int, threads: int) -> Tiny:
     progress, saved, began = Progress(steps, facts["step"]), time.monotonic(), time.monotonic() - facts["seconds"]
     loss = facts["loss"]
     for step, batch in enumerate(batches_ahead(work / "tokenizer.json", facts["step"], steps), facts["step"]):
+        team.begin()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = PEAK_RATE * rate(step, steps)
@@ -2207,12 +2230,154 @@ def train(work: Path, steps: int, threads: int) -> Tiny:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+        team.end()
         loss = now if not loss else 0.98 * loss + 0.02 * now
         progress.show(step + 1, loss)
         if time.monotonic() - saved > CHECKPOINT_SECONDS or step + 1 == steps:
             saved = time.monotonic()
             save(path, model, optimizers, {"step": step + 1, "seconds": saved - began, "loss": loss})
     return model
+
+
+# ── Export and self-check ────────────────────────────────────────────────────────────────────────────────────────────
+
+DESCRIPTION = ("A very small chat model, trained from nothing on text written by its own generator: a demonstration and test fixture for "
+               "the shimmy server. It greets, answers questions about shimmy, tells short stories, gives small facts, writes simple JSON "
+               "and calls tools. It knows nothing else.")
+
+
+def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of q or k from the halves layout to llama.cpp's, where the two of a rotated pair are neighbours."""
+    return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(rows.shape)
+
+
+def tensors_of(model: Tiny) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights by llama.cpp's names; the output is tied to token_embd and so is left out."""
+    weights = {name: tensor.detach().float().numpy() for name, tensor in model.state_dict().items()}
+    heads = model.shape.heads
+    yield "token_embd.weight", weights["embedding.weight"]
+    for at in range(model.shape.layers):
+        ours, theirs = f"blocks.{at}.", f"blk.{at}."
+        q, k, v = np.split(weights[ours + "qkv.weight"], 3)
+        gate, up = np.split(weights[ours + "gate_up.weight"], 2)
+        yield theirs + "attn_norm.weight", weights[ours + "attn_norm.weight"]
+        yield theirs + "attn_q.weight", interleaved(q, heads)
+        yield theirs + "attn_k.weight", interleaved(k, heads)
+        yield theirs + "attn_v.weight", v
+        yield theirs + "attn_output.weight", weights[ours + "output.weight"]
+        yield theirs + "ffn_norm.weight", weights[ours + "ffn_norm.weight"]
+        yield theirs + "ffn_gate.weight", gate
+        yield theirs + "ffn_up.weight", up
+        yield theirs + "ffn_down.weight", weights[ours + "down.weight"]
+    yield "output_norm.weight", weights["norm.weight"]
+
+
+def write_metadata(writer: gguf.GGUFWriter, shape: Shape, parameters: int, quantized: bool) -> None:
+    writer.add_name("shimmy-tiny")
+    writer.add_basename("shimmy")
+    writer.add_finetune("tiny")
+    writer.add_description(DESCRIPTION)
+    writer.add_author("the shimmy project")
+    writer.add_license("mit")
+    writer.add_languages(["en"])
+    writer.add_tags(["text-generation", "demonstration", "test-fixture"])
+    writer.add_size_label(f"{parameters / 1e6:.1f}M")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0 if quantized else gguf.LlamaFileType.ALL_F32)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_sampling_temp(0.3)
+    writer.add_sampling_top_k(20)
+    writer.add_sampling_top_p(0.9)
+    writer.add_vocab_size(shape.vocabulary)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.width)
+    writer.add_block_count(shape.layers)
+    writer.add_feed_forward_length(shape.hidden)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.heads)
+    writer.add_rope_dimension_count(shape.width // shape.heads)
+    writer.add_rope_freq_base(shape.rope_base)
+    writer.add_layer_norm_rms_eps(shape.epsilon)
+
+
+def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
+    pieces = [tokenizer.id_to_token(at) for at in range(tokenizer.get_vocab_size())]
+    kinds = {**dict.fromkeys(CONTROL, gguf.TokenType.CONTROL), **dict.fromkeys(MARKERS, gguf.TokenType.USER_DEFINED)}
+    merges = json.loads(tokenizer.to_str())["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    writer.add_token_list(pieces)
+    writer.add_token_types([kinds.get(piece, gguf.TokenType.NORMAL) for piece in pieces])
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
+    writer.add_eos_token_id(tokenizer.token_to_id("<|im_end|>"))
+    writer.add_pad_token_id(tokenizer.token_to_id("<|endoftext|>"))
+    writer.add_eot_token_id(tokenizer.token_to_id("<|im_end|>"))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
+def export(model: Tiny, tokenizer: Tokenizer, path: Path, quantized: bool = True) -> None:
+    """Writes the model as GGUF: matrices as Q8_0 (or all as F32, to check the layout), norms as F32."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    write_metadata(writer, model.shape, sum(p.numel() for p in model.parameters()), quantized)
+    write_tokenizer(writer, tokenizer)
+    for name, weights in tensors_of(model):
+        kind = gguf.GGMLQuantizationType.Q8_0 if quantized and weights.ndim == 2 else gguf.GGMLQuantizationType.F32
+        writer.add_tensor(name, gguf.quants.quantize(np.ascontiguousarray(weights), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_logits(path: Path, ids: list[int]) -> np.ndarray:
+    """llama.cpp's logits at every position."""
+    from llama_cpp import Llama
+
+    engine = Llama(str(path), n_ctx=2048, logits_all=True, verbose=False)
+    engine.eval(ids)
+    return np.array(engine.scores[:len(ids)])
+
+
+def check_tokens(path: Path, tokenizer: Tokenizer, texts: int = 2000) -> None:
+    """llama.cpp must cut every text into the very same tokens as in training; odd texts included."""
+    from llama_cpp import Llama
+
+    engine, rng = Llama(str(path), vocab_only=True, verbose=False), random.Random(SEED + 1)
+    odd = ["", " ", "\n\n", "a\tb", "  two  spaces ", "naïve café", "日本語", "🙂👍🏽", "ÀÉÎ", "It's I'LL we'Re", "x²=4½", "\u00a0nbsp", "1234567890", "a\r\nb", "…—“”", "\x00\x7f", "\ud7ff\ue000"]
+    alphabet = "abcXYZ019 .,!?'\"\n\t{}[]<>|/\\_-éßжあ🙂"
+    samples = odd + [conversation(rng).render() for _ in range(texts)] + ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(texts)]
+    for text in samples:
+        ours, theirs = tokenizer.encode(text).ids, engine.tokenize(text.encode(), add_bos=False, special=True)
+        if ours != theirs:
+            raise SystemExit(f"tokenizers disagree on {text!r}: {ours} against {theirs}")
+    print(f"tokens: {len(samples)} texts cut alike by the tokenizer and by llama.cpp")
+
+
+def check_export(model: Tiny, tokenizer: Tokenizer, path: Path, work: Path) -> None:
+    """Logits of torch and llama.cpp agree: closely in F32, which shows the layout, and nearly so in Q8_0."""
+    rng = random.Random(SEED + 2)
+    ids = [token for _ in range(6) for token in tokenizer.encode(conversation(rng).render()).ids][:1024]
+    model.eval()
+    with torch.no_grad():
+        ours = model(torch.tensor([ids]))[0].numpy()
+    exact = work / "check-f32.gguf"
+    export(model, tokenizer, exact, quantized=False)
+    for name, file, limit in (("F32", exact, 0.05), ("Q8_0", path, 1.5)):
+        theirs = llama_logits(file, ids)
+        difference = np.abs(ours - theirs)
+        same = float((ours.argmax(1) == theirs.argmax(1)).mean())
+        print(f"logits in {name}: {len(ids)} positions, largest difference {difference.max():.4f}, mean {difference.mean():.5f}, same first choice {same:.1%}")
+        if difference.max() > limit:
+            raise SystemExit(f"the {name} export does not compute what was trained")
+    exact.unlink()
+    check_tokens(path, tokenizer)
+
+
+def load_model(work: Path) -> tuple[Tiny, dict[str, Any]]:
+    facts = torch.load(work / "checkpoint.pt")
+    model = Tiny(Shape())
+    model.load_state_dict(facts["model"])
+    return model, facts
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2241,7 +2406,13 @@ def main() -> int:
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
     tokenizer = tokenizer_in(options.work)
-    train(options.work, options.steps, options.threads)
+    if not options.export_only:
+        train(options.work, options.steps, options.threads)
+    model, facts = load_model(options.work)
+    export(model, tokenizer, options.out)
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, {sum(p.numel() for p in model.parameters()):,} parameters, "
+          f"{facts['step']} steps, {facts['step'] * TOKENS_PER_STEP / 1e6:.1f}M tokens, {facts['seconds'] / 60:.0f} minutes, loss {facts['loss']:.3f}")
+    check_export(model, tokenizer, options.out, options.work)
     return 0
 
 
