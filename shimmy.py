@@ -3052,7 +3052,7 @@ class Pace:
     """
 
     TARGET = 4.0  # a running stream's gap while a prompt is read, as a multiple of its usual gap
-    FLOOR = 2 * FLUSH_SECONDS  # gaps no message would show
+    FLOOR = 5 * FLUSH_SECONDS  # five times the gap that clients of the fastest models see
     STEP = 4  # sizes tried: multiples of this
 
     def __init__(self, n_batch: int) -> None:

@@ -91,6 +91,14 @@ TEMPLATE = (
 )
 
 
+PLAIN_TEMPLATE = (  # knows nothing of tools, wants arguments as a string, and uses what Hugging Face's renderer offers
+    "{% for m in messages %}{% if m.content == 'unsaid' %}{% continue %}{% endif %}"
+    "[{{ m.role }}]{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.arguments.strip() }}{% endfor %}{% endfor %}"
+    "{{ strftime_now('%Y')[:2] }}{% if add_generation_prompt %}W{% endif %}"
+)
+
+
 def recital_vocabulary() -> list[str]:
     pieces = {piece for script in SCRIPTS.values() for piece in script} - set(SPECIALS)
     words = sorted(piece.replace(" ", "▁") for piece in pieces if not piece.startswith("<0x"))
@@ -150,11 +158,13 @@ def add_layers(writer: gguf.GGUFWriter, width: int, layers: int, make: Callable[
             writer.add_tensor(f"blk.{layer}.{name}.weight", make(width, 32))
 
 
-def write_recital(path: Path, name: str = "Recital", context: int = LONG_CTX, **kwargs: Any) -> Path:
+def write_recital(
+    path: Path, name: str = "Recital", template: str = TEMPLATE, tokens: list[str] = VOCABULARY, **kwargs: Any
+) -> Path:
     width = 32 * (len(VOCABULARY) // 32 + 1)
-    writer = writer_of(path, name, context, width, layers=1, **kwargs)
+    writer = writer_of(path, name, LONG_CTX, width, layers=1, **kwargs)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(VOCABULARY)
+    writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(VOCABULARY))
     types = [UNKNOWN, *[CONTROL] * (len(SPECIALS) - 1), *[BYTE] * 256]
     writer.add_token_types(types + [NORMAL] * (len(VOCABULARY) - len(types)))
@@ -163,7 +173,7 @@ def write_recital(path: Path, name: str = "Recital", context: int = LONG_CTX, **
     writer.add_eos_token_id(2)
     writer.add_add_bos_token(True)
     writer.add_add_space_prefix(False)
-    writer.add_chat_template(TEMPLATE)
+    writer.add_chat_template(template)
     writer.add_tensor("token_embd.weight", np.eye(len(VOCABULARY), width, dtype=np.float16))
     writer.add_tensor("output.weight", successor_matrix(width))
     add_layers(writer, width, 1, lambda *shape: np.zeros(shape, np.float16))
@@ -503,8 +513,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds e
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """recital and dice, and hollow, which lists but cannot be loaded."""
+    """recital, plain and dice, and hollow, which lists but cannot be loaded."""
     folder = tmp_path_factory.mktemp("models")
+    write_recital(folder / "plain.gguf", name="Plain", template=PLAIN_TEMPLATE)
     write_recital(folder / "recital.gguf")
     write_dice(folder / "dice.gguf")
     write_header(folder / "hollow.gguf", name="Hollow")
@@ -632,6 +643,31 @@ def test_generate_with_a_number_out_of_range_names_the_option(
     assert b"Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("args", "env", "word"),
+    [(["serve"], {"SHIMMY_PORT": "many"}, "SHIMMY_PORT"), (["serve"], {"SHIMMY_MAX_CTX": "much"}, "SHIMMY_MAX_CTX"),
+     (["serve", "--bind", "::1::x"], {}, "--bind"), (["serve", "--lora", "none.gguf"], {}, "none.gguf"),
+     (["serve", "--tools", "none.py"], {}, "none.py"), (["generate", "--schema", "none.json", "--prompt", "x"], {}, "none.json")],
+)  # fmt: skip
+def test_setting_that_cannot_be_is_one_line_naming_it(
+    args: list[str], env: dict[str, str], word: str, tmp_path: Path
+) -> None:
+    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": "0", **env})
+    assert done.returncode in (1, 2) and word in done.stderr.decode()
+    assert b"Traceback" not in done.stderr and done.stdout == b""
+
+
+@pytest.mark.parametrize(
+    ("package", "old"), [("llama_cpp_python", "0.2.90"), ("websockets", "9.1"), ("jinja2", "3.1.5")]
+)
+def test_package_that_is_too_old_is_named_in_one_line(package: str, old: str, models: Path, tmp_path: Path) -> None:
+    info = tmp_path / "old" / f"{package}-{old}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {old}\n")
+    args: list[str | Path] = ["generate", "recital", "--chat", "--prompt", "hi", "--models-dir", models]
+    assert_failed(shimmy(*args, home=tmp_path, env={"PYTHONPATH": str(info.parent)}), 1, old)
+
+
 def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
     done = shimmy(home=tmp_path)
     assert done.returncode == 2
@@ -751,6 +787,34 @@ def test_generate_without_a_model_name_uses_the_base_gguf(models: Path, tmp_path
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
 
 
+def test_generate_without_any_model_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    script = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
+    assert_failed(shimmy("generate", "--prompt", ":", home=tmp_path, script=script), 1, "GGUF")
+
+
+def test_generate_writes_utf_8_whatever_the_locale(models: Path, tmp_path: Path) -> None:
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path, env=env)
+    assert done.stdout.decode().removesuffix("\n") == TEXTS["~"], done.stderr
+
+
+def test_generate_with_a_schema_file_prints_json_of_that_schema(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes", "no"]}')
+    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
+    done = shimmy(*args, home=tmp_path)
+    assert json.loads(done.stdout) in ("yes", "no"), done.stderr
+
+
+def test_generate_with_a_stranger_on_the_port_loads_the_model_itself(models: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        threading.Thread(
+            target=lambda: stranger.accept()[0].sendall(b"220 mail.example ESMTP\r\n"), daemon=True
+        ).start()
+        env = {"SHIMMY_PORT": str(stranger.getsockname()[1]), "SHIMMY_MODEL_PATHS": str(models)}
+        done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, env=env)
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+
+
 def test_generate_with_an_unknown_model_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "nonesuch", "--prompt", ":", "--models-dir", models, home=tmp_path)
     assert_failed(done, 1, "nonesuch")
@@ -859,6 +923,26 @@ def test_generate_local_never_asks_a_server(server: Server, models: Path, tmp_pa
     assert server.status("recital")["last_used"] == before
 
 
+def test_generate_through_a_server_gives_its_error_in_one_line(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("dice")
+    done = shimmy("generate", "dice", "--prompt", "a" * 300, home=tmp_path, env=through(server, models))
+    assert_failed(done, 1, "300", "256")
+
+
+def test_generate_through_a_server_that_dies_fails_in_one_line(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    server.load("recital")
+    command = [sys.executable, str(SHIMMY), "generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX)]
+    env = environment(tmp_path, through(server, models))
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout and running.stdout.read(5) == b"Tick "
+        server.process.kill()
+        _, stderr = running.communicate(timeout=HANG)
+    assert running.returncode == 1 and len(stderr.splitlines()) == 1 and b"Traceback" not in stderr
+
+
 def test_generate_through_a_server_survives_a_closed_pipe(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
     command = f"'{sys.executable}' '{SHIMMY}' generate recital --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
@@ -880,6 +964,18 @@ def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp
     done = shimmy("probe", "dice", "--models-dir", models, home=tmp_path)
     assert done.returncode == 0 and b"tokens/s" in done.stdout
     assert b"\r" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_probe_draws_a_progress_bar_on_a_terminal(models: Path, tmp_path: Path) -> None:
+    mine, its = os.openpty()
+    command = [sys.executable, str(SHIMMY), "probe", "recital", "--json", "--models-dir", str(models)]
+    done = subprocess.run(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True
+    )
+    os.close(its)
+    assert b"\r" in os.read(mine, 65536) and json.loads(done.stdout)["model"] == "recital"
+    os.close(mine)
 
 
 def test_probe_of_a_model_that_does_not_load_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
@@ -1026,6 +1122,27 @@ def test_serve_ends_cleanly_on_a_signal(number: int, serve: Callable[..., Server
     assert server.process.wait(HANG) == 0
     assert children and "Traceback" not in server.log.read_text()
     eventually(lambda: not any(map(alive, children)), "no child is left")
+
+
+def test_serve_ends_although_connections_are_open(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models)
+    with contextlib.ExitStack() as stack:
+        idle, half = (stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(2))
+        idle.sendall(head_of("GET", "/health"))
+        half.sendall(b"POST /api/generate HTTP/1.1\r\nContent-Le")
+        assert read_reply(idle).status == 200
+        ws = stack.enter_context(server.ws())
+        server.signal(signal.SIGTERM)
+        assert server.process.wait(HANG) == 0
+        with pytest.raises(ConnectionClosed):
+            ws.recv(HANG)
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_serve_stays_up_when_the_preloaded_model_fails(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--model", "hollow", "--preload")
+    eventually(lambda: server.status("hollow")["status"] == "failed", "the load fails")
+    assert server.generate(":", "recital").text == "Hello wide world"
 
 
 def test_serve_lets_a_stream_finish_before_it_ends(serve: Callable[..., Server], models: Path) -> None:
@@ -1306,6 +1423,19 @@ def test_list_reads_the_header_for_everything_it_shows(found: Listing) -> None:
     assert model["size_bytes"] == (found.home / "odd" / "sized.gguf").stat().st_size
 
 
+def test_list_steps_over_a_large_vocabulary(tmp_path: Path) -> None:
+    path = tmp_path / "large.gguf"
+    writer = writer_of(path, "Large", 4096, 64, layers=1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list([f"token-{'x' * (number % 50)}-{number}" for number in range(30_000)])
+    writer.add_token_scores([0.5] * 30_000)
+    writer.add_chat_template(TEMPLATE)
+    writer.add_tensor("token_embd.weight", np.zeros((30_000, 64), np.float16))
+    finish(writer)
+    model = listing(tmp_path, "--models-dir", tmp_path).models["large"]
+    assert (model["name"], model["context_length"], model["parameter_count"]) == ("Large", 4096, "1.9M")
+
+
 def test_list_shows_an_embedding_model(found: Listing) -> None:
     assert found.models["bert"]["model_type"] == "bert"
 
@@ -1341,6 +1471,49 @@ def test_list_separates_paths_as_the_system_does(tmp_path: Path) -> None:
         write_header(tmp_path / name / f"in-{name}.gguf")
     env = {"SHIMMY_MODEL_PATHS": os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "none")])}
     assert {"in-a", "in-b"} <= set(listing(tmp_path, env=env).models)
+
+
+def test_list_survives_names_that_are_no_text(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    made = write_header(tmp_path / "odd.gguf")
+    for name in (b"b\xffad.gguf", "m\u00f6del.gguf".encode()):
+        shutil.copy(os.fsencode(made), os.path.join(os.fsencode(tmp_path / "models"), name))
+    for args in (["list"], ["list", "--short"], ["list", "--json"], ["-v", "list"], ["diag"]):
+        done = shimmy(*args, home=tmp_path, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"})
+        assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
+
+
+def test_list_survives_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    done = shimmy("list", "--models-dir", tmp_path / "nowhere", home=tmp_path)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("junk", ["", "GGUF", "GGUF\x03\0\0\0", "GGUF\x03\0\0\0" + "\xff" * 400, "FUGG" * 100])
+def test_list_survives_junk(junk: str, tmp_path: Path) -> None:
+    write_header(tmp_path / "models" / "fine.gguf")
+    (tmp_path / "models" / "junk.gguf").write_bytes(junk.encode("latin-1"))
+    result = listing(tmp_path, "--models-dir", tmp_path / "models")
+    assert "fine" in result.models and "junk" not in result.models and result.reason("junk.gguf")
+
+
+def test_list_survives_a_header_cut_anywhere(tmp_path: Path) -> None:
+    whole = write_header(tmp_path / "whole.gguf", name="Whole").read_bytes()
+    for length in range(0, 700, 7):
+        (tmp_path / f"cut-{length}.gguf").write_bytes(whole[:length])
+    result = listing(tmp_path, "--models-dir", tmp_path)
+    assert [key for key in result.models if key.startswith("cut")] == [] and "whole" in result.models
+
+
+def test_list_survives_any_byte_of_a_header_being_wrong(tmp_path: Path) -> None:
+    whole = write_header(tmp_path / "whole.gguf", name="Whole").read_bytes()
+    rng = np.random.default_rng(1)
+    for number in range(150):
+        wrong = bytearray(whole)
+        for at in rng.integers(4, 700, 3):
+            wrong[at] = rng.integers(256)
+        (tmp_path / f"wrong-{number}.gguf").write_bytes(wrong)
+    result = listing(tmp_path, "--models-dir", tmp_path)
+    assert len(result.models) + len(result.skipped) >= 151 and "whole" in result.models
 
 
 def test_list_gives_the_same_ids_again(found: Listing) -> None:
@@ -1548,6 +1721,12 @@ def test_model_that_failed_can_be_loaded_once_it_is_repaired(serve: Callable[...
     assert server.generate(model="mended").text == "Hello wide world"
 
 
+def test_unload_of_a_failed_model_forgets_the_failure(server: Server) -> None:
+    server.load("hollow")
+    status = server.unload("hollow").json()
+    assert (status["status"], status["error"]) == ("unloaded", None)
+
+
 def test_corrupt_tensor_type_fails_the_load_and_not_the_server(serve: Callable[..., Server], tmp_path: Path) -> None:
     path = write_dice(tmp_path / "bad" / "corrupt.gguf")
     data = path.read_bytes()
@@ -1559,6 +1738,38 @@ def test_corrupt_tensor_type_fails_the_load_and_not_the_server(serve: Callable[.
         reply = server.generate(model="corrupt")
         assert reply.status == 500 and server.status("corrupt")["status"] == "failed"
     assert server.get("/health").status == 200
+
+
+def test_model_that_aborts_the_engine_while_it_loads_fails_cleanly(
+    serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    doubled = [*VOCABULARY[:-1], VOCABULARY[-2]]  # two tokens of one text: llama.cpp calls abort()
+    write_recital(tmp_path / "bad" / "doubled.gguf", tokens=doubled)
+    write_recital(tmp_path / "bad" / "good.gguf")
+    server = serve("--models-dir", tmp_path / "bad")
+    reply = server.generate(model="doubled")
+    assert reply.status == 500 and server.status("doubled")["status"] == "failed"
+    assert server.generate(model="good").text == "Hello wide world"
+
+
+def test_model_whose_file_is_gone_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
+    path = write_recital(tmp_path / "short" / "lived.gguf")
+    server = serve("--models-dir", path.parent)
+    assert "lived" in server.ids()
+    path.unlink()
+    reply = server.generate(model="lived")
+    assert reply.status in (404, 500) and reply.json()["error"]["code"] in ("model_not_found", "generation_failed")
+
+
+def test_load_unload_and_generate_at_once_lose_nothing(server: Server) -> None:
+    def act(number: int) -> Reply:
+        return (
+            server.unload("dice") if number % 3 == 0 else server.generate("Once", "dice", max_tokens=5, ignore_eos=True)
+        )
+
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(act, range(24)))
+    assert [reply.status for reply in replies] == [200] * 24
 
 
 @linux
@@ -1576,7 +1787,7 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("zoo")
     for name in ("ant", "bee", "cat"):
         write_recital(folder / f"{name}.gguf", name=name)
-    flags = ["--max-loaded", "2", "--ctx", str(LONG_CTX)]
+    flags = ["--max-loaded", "2", "--ctx", str(LONG_CTX), "--keep-alive", "-1"]
     running = Server(tmp_path_factory.mktemp("zoo-home"), "--port", "0", "--models-dir", folder, *flags)
     yield running
     running.stop()
@@ -1816,6 +2027,16 @@ def test_stream_never_splits_a_character(server: Server) -> None:
     assert "".join(texts) == TEXTS["~"] and not any("\ufffd" in text for text in texts)
 
 
+def test_stream_leaves_the_connection_usable(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":", "stream": True})
+    with contextlib.closing(server.connect()) as connection:
+        for _ in range(3):
+            connection.request("POST", "/api/generate", body)
+            assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
+
+
 def test_stream_error_before_the_first_byte_keeps_its_status(server: Server) -> None:
     assert_error(server.generate(model="nonesuch", stream=True), 404, "model_not_found")
     assert_error(server.generate("a" * 300, model="dice", stream=True), 400, "context_length_exceeded")
@@ -2032,9 +2253,11 @@ def test_malformed_body_is_400(kind: str, path: str, server: Server) -> None:
     assert ("type" in error) == path.startswith("/v1")
 
 
-def test_nested_json_of_60_levels_is_read(server: Server) -> None:
-    body = b'{"model": "recital", "prompt": ":", "x": ' + b"[" * 60 + b"]" * 60 + b"}"
-    assert server.post("/api/generate", body).text == "Hello wide world"
+@pytest.mark.parametrize(("levels", "status"), [(64, 200), (65, 400)])
+def test_json_may_be_64_levels_deep(levels: int, status: int, server: Server) -> None:
+    lists = levels - 1  # the object is the first level
+    body = b'{"model": "recital", "prompt": ":", "x": ' + b"[" * lists + b"]" * lists + b"}"
+    assert server.post("/api/generate", body).status == status
 
 
 def test_surrogate_pair_and_escapes_are_one_character(server: Server) -> None:
@@ -2092,6 +2315,17 @@ def test_models_answers_while_the_engine_works(server: Server) -> None:
     with server.endless() as stream:
         next(stream)
         assert "recital" in server.ids()
+
+
+def test_health_counts_the_memory_of_engines(server: Server) -> None:
+    def megabytes() -> float:
+        number, unit = re.findall(r"([\d.]+)([KMG]B)", server.get("/health").json()["memory_usage"])[0]
+        return float(number) * {"KB": 1 / 1024, "MB": 1, "GB": 1024}[unit]
+
+    server.unload("recital")
+    without = megabytes()
+    server.load("recital")
+    assert megabytes() > without + 5
 
 
 @pytest.mark.parametrize("path", ["/api/health", "/health"])
@@ -2152,6 +2386,16 @@ def test_wrong_method_is_405_with_allow(method: str, path: str, allowed: str, se
 def test_connection_is_kept_alive(server: Server) -> None:
     replies = exchange(server, *[head_of("GET", "/health")] * 3)
     assert [reply.status for reply in replies] == [200] * 3
+
+
+def test_requests_sent_in_one_go_are_answered_in_order(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(
+            raw_post("/api/generate", body) + head_of("GET", "/nope") + head_of("GET", "/health", "Connection: close")
+        )
+        answer = b"".join(iter(lambda: sock.recv(65536), b""))
+    assert re.findall(rb"HTTP/1.1 (\d+)", answer) == [b"200", b"404", b"200"]
 
 
 def test_connection_close_is_honoured(server: Server) -> None:
@@ -2223,6 +2467,13 @@ def test_unclear_body_length_is_refused(lines: tuple[str, ...], server: Server) 
 def test_body_beyond_16_mib_is_413_before_it_is_sent(server: Server) -> None:
     (reply,) = exchange(server, head_of("POST", "/api/generate", f"Content-Length: {17 << 20}"))
     assert_error(reply, 413, "payload_too_large", "16")
+
+
+@pytest.mark.parametrize("path", ["/nope", "/health", "/v1/completions", "/api/tools/calculator/execute"])
+def test_body_one_byte_too_long_is_413_on_every_route(path: str, server: Server) -> None:
+    (reply,) = exchange(server, head_of("POST", path, f"Content-Length: {(16 << 20) + 1}"))
+    assert reply.status == 413 or path in ("/nope", "/health")
+    assert reply.json()["error"]["code"]
 
 
 def test_chunked_body_beyond_16_mib_is_413(server: Server) -> None:
@@ -2324,7 +2575,7 @@ def test_tools_are_listed_with_a_json_schema(server: Server) -> None:
 @pytest.mark.parametrize(
     ("expression", "result"),
     [("2 + 3*4", 14), ("(1 + 2) / 4", 0.75), ("-7 // 2", -4), ("7 % 4", 3), ("2**10", 1024), ("sqrt(16)", 4),
-     ("abs(-3)", 3), ("floor(2.9)", 2), ("max(1, 5, 3)", 5), ("round(2.345, 1)", 2.3)],
+     ("abs(-3)", 3), ("floor(2.9)", 2), ("max(1, 5, 3)", 5), ("factorial(5)", 120), ("round(2.345, 1)", 2.3)],
 )  # fmt: skip
 def test_calculator_calculates(expression: str, result: float, server: Server) -> None:
     answer = execute(server, "calculator", expression).json()
@@ -2340,7 +2591,7 @@ def test_calculator_knows_pi_and_functions(server: Server) -> None:
     "expression",
     ["1/0", "", "2 +", "__import__('os')", "().__class__", "(1).real", "[1 for _ in 'ab']", "lambda: 1", "x", "'a' * 9",
      "open('/etc/passwd')", "9**9**9", "10**1000000", "factorial(10**6)", "1e308 * 10", "1 << 10**9", "sqrt(-1)",
-     "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2"],
+     "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2", "(-8) ** 0.5", "2 ** 500000", "factorial(-1)"],
 )  # fmt: skip
 def test_calculator_refuses_what_is_no_bounded_arithmetic(expression: str, server: Server) -> None:
     reply = execute(server, "calculator", expression)
@@ -2501,6 +2752,31 @@ def test_chat_text_from_users_never_becomes_special_tokens(server: Server) -> No
     assert tokens("a<|im_end|>b") - tokens("ab") == len("<|im_end|>")
 
 
+def test_chat_template_may_use_what_hugging_face_offers(server: Server) -> None:
+    messages = [{"role": "user", "content": "unsaid"}, {"role": "user", "content": "hi"}]
+    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len("[user]hi20W")
+
+
+def test_chat_template_that_wants_arguments_as_text_gets_them_so(server: Server) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [{"role": "assistant", "content": "x", "tool_calls": [call]}, {"role": "user", "content": "hi"}]
+    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len('[assistant]x{"a": 1}[user]hi20W')
+
+
+def test_chat_template_that_drops_tools_has_them_described_in_the_system_text(server: Server) -> None:
+    reply = server.chat("hi", "plain", tools=[WEATHER])
+    assert [call["function"]["name"] for call in reply.message["tool_calls"]] == ["get_weather"]
+    assert reply.json()["usage"]["prompt_tokens"] > len(json.dumps(WEATHER["function"]))
+
+
+def test_chat_tool_markup_without_tools_is_text(server: Server) -> None:
+    reply = server.chat("hi", "plain")
+    assert not reply.message.get("tool_calls") and reply.finish_reason == "stop"
+    assert "get_weather" in reply.message["content"]
+
+
 def test_chat_template_that_raises_is_400_with_its_words(server: Server) -> None:
     reply = server.chat("mutiny")
     assert_error(reply, 400, "invalid_request", "No mutiny on this ship")
@@ -2591,11 +2867,6 @@ def test_chat_botched_tool_call_stays_text(server: Server) -> None:
     assert reply.finish_reason == "stop"
 
 
-def test_chat_tool_markup_without_tools_is_text(server: Server) -> None:
-    text = server.generate("W").text
-    assert text == '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
-
-
 def test_chat_tool_choice_none_leaves_the_tools_out(server: Server) -> None:
     reply = server.chat("weather?", tools=[WEATHER], tool_choice="none")
     assert not reply.message.get("tool_calls") and reply.message["content"]
@@ -2631,6 +2902,15 @@ def test_chat_n_gives_as_many_choices(server: Server) -> None:
     assert {choice["message"]["content"] for choice in choices} == {"Hello wide world"}
 
 
+def test_chat_n_is_streamed_by_index(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "count"}], "n": 2}
+    texts = ["", ""]
+    for event in server.streamed("/v1/chat/completions", body)[:-1]:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert texts == [TEXTS["="]] * 2
+
+
 def test_chat_logit_bias_forces_a_token(server: Server) -> None:
     bias = {str(TOKEN_ID["w07 "]): 100}
     assert server.chat("count", logit_bias=bias, max_tokens=3).message["content"] == "w07 w07 w07 "
@@ -2656,7 +2936,8 @@ def test_chat_logprobs_are_given_when_asked(server: Server) -> None:
      ({"stream_options": "x"}, "stream_options"), ({"n": 0}, "n"), ({"n": 17}, "n"), ({"n": "two"}, "n"),
      ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"logit_bias": []}, "logit_bias"),
      ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"1": 101}}, "logit_bias"),
-     ({"model": 5}, "model")],
+     ({"model": 5}, "model"), ({"tools": [ADD] * 500}, "tools"), ({"top_logprobs": 2}, "top_logprobs"),
+     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logprobs": "yes"}, "logprobs")],
 )  # fmt: skip
 def test_chat_bad_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
@@ -2718,6 +2999,28 @@ def test_completions_stream_ends_with_usage_when_asked(server: Server) -> None:
     *chunks, usage, done = server.streamed("/v1/completions", body)
     assert joined(chunks) == TEXTS["="] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
     assert usage["choices"] == [] and usage["usage"]["prompt_tokens"] == 2 and done == "[DONE]"
+
+
+def test_completions_logprobs_are_given_when_asked(server: Server) -> None:
+    body = {"model": "recital", "prompt": ":", "logprobs": 2, "temperature": 0}
+    logprobs = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    assert "".join(logprobs["tokens"]) == "Hello wide world"
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"])
+    assert logprobs["text_offset"][:3] == [0, 5, 10]
+
+
+@pytest.mark.parametrize("prompt", [[":", "="], [[1, TOKEN_ID["<0x3A>"]], [1, TOKEN_ID["<0x3D>"]]]])
+def test_completions_take_several_prompts_as_text_or_tokens(prompt: Any, server: Server) -> None:
+    choices = server.post("/v1/completions", {"model": "recital", "prompt": prompt, "max_tokens": 50}).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    assert [choice["text"] for choice in choices] == [TEXTS[":"], TEXTS["="]]
+
+
+@pytest.mark.parametrize("prompt", [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]])
+def test_completions_with_a_prompt_that_is_none_are_400(prompt: Any, server: Server) -> None:
+    assert_error(
+        server.post("/v1/completions", {"model": "recital", "prompt": prompt}), 400, "invalid_request", "prompt"
+    )
 
 
 def test_completions_without_a_prompt_is_400(server: Server) -> None:
@@ -2839,6 +3142,16 @@ def test_ws_cancel_ends_the_running_request_and_the_next_is_served(server: Serve
         assert (last["done"], last["finish_reason"]) == (True, "cancelled")
         ws.send('{"model": "recital", "prompt": ":"}')
         assert ws_answer(ws)[0] == "Hello wide world"
+
+
+def test_ws_cancel_leaves_the_waiting_request_alone(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        ws.recv(HANG)
+        ws.send('{"model": "recital", "prompt": "="}')
+        ws.send('{"cancel": true}')
+        assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+        assert ws_answer(ws)[0] == TEXTS["="]
 
 
 def test_ws_cancel_with_nothing_running_does_no_harm(server: Server) -> None:
@@ -3030,6 +3343,11 @@ def test_friendly_origin_may_read_errors_and_streams(server: Server) -> None:
     for body in ({"model": "nonesuch", "prompt": ":"}, {"model": "recital", "prompt": ":", "stream": True}):
         reply = server.post("/api/generate", body, **origin)
         assert reply.headers["Access-Control-Allow-Origin"] == origin["Origin"]
+
+
+def test_allowed_origin_may_read_that_the_key_is_missing(guarded: Server) -> None:
+    reply = guarded.get("/api/models", Origin="https://my.app")
+    assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (401, "https://my.app")
 
 
 def test_no_origin_no_cors_headers(server: Server) -> None:

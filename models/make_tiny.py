@@ -14,6 +14,7 @@ sentences listed in eval_tiny.py, and every pair of operands that `held_out` pic
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import math
@@ -21,6 +22,7 @@ import multiprocessing
 import os
 import random
 import re
+import signal
 import sys
 import time
 from collections import deque
@@ -160,6 +162,24 @@ def words_of(text: str) -> list[str]:
     return [word.strip() for word in text.replace("\n", " ").split(",") if word.strip()]
 
 
+def phrases_of(text: str) -> list[str]:
+    return [phrase.strip() for phrase in text.replace("\n", " ").split(";")]
+
+
+def grammars(text: str) -> dict[str, tuple[list[str], list[str]]]:
+    """Named grammars: "@name", then lines "> what may be said" and "= an answer"; other lines go on with the last."""
+    named: dict[str, tuple[list[str], list[str]]] = {}
+    for entry in re.split(r"\n(?=[@>=])", text.strip()):
+        mark, rest = entry[0], entry[1:].strip().replace("\n", " ")
+        if mark == "@":
+            asks: list[str] = []
+            answers: list[str] = []
+            named[rest] = asks, answers
+        else:
+            (asks if mark == ">" else answers).append(rest)
+    return named
+
+
 def sentence(text: str) -> str:
     """First letter upper case."""
     return text[:1].upper() + text[1:]
@@ -171,12 +191,12 @@ def article(noun: str) -> str:
 
 # ── Words ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-NAMES_F = words_of("""Anna, Maria, Lucy, Emma, Olivia, Sofia, Nora, Clara, Ella, Mia, Lena, Ruth, Grace, Alice, Rosa, Ida,
-Eva, Julia, Hannah, Zoe, Carla, Diana, Elena, Fatima, Greta, Helen, Irene, Jane, Kate, Laura, Mary, Nina, Olga, Paula,
-Rita, Sara, Tina, Vera, Wendy, Yuki, Amina, Bella, Chloe, Daisy, Freya, Ingrid, Leila, Mei, Priya, Stella""")
-NAMES_M = words_of("""Tom, Ben, Max, Leo, Paul, Jack, Sam, Adam, Carl, David, Eric, Felix, George, Henry, Ivan, James, Karl,
-Liam, Mark, Noah, Oscar, Peter, Robert, Simon, Thomas, Victor, Walter, Yusuf, Zane, Ali, Bruno, Chen, Diego, Emil, Frank,
-Hugo, Igor, John, Kofi, Lars, Milo, Nils, Otto, Pablo, Ravi, Stefan, Tariq, Uwe, Andrew, Bob""")
+NAMES_F = words_of("""Anna, Maria, Lucy, Emma, Olivia, Sofia, Nora, Clara, Ella, Mia, Lena, Ruth, Grace, Alice, Rosa,
+Ida, Eva, Julia, Hannah, Zoe, Carla, Diana, Elena, Fatima, Greta, Helen, Irene, Jane, Kate, Laura, Mary, Nina, Olga,
+Paula, Rita, Sara, Tina, Vera, Wendy, Yuki, Amina, Bella, Chloe, Daisy, Freya, Ingrid, Leila, Mei, Priya, Stella""")
+NAMES_M = words_of("""Tom, Ben, Max, Leo, Paul, Jack, Sam, Adam, Carl, David, Eric, Felix, George, Henry, Ivan, James,
+Karl, Liam, Mark, Noah, Oscar, Peter, Robert, Simon, Thomas, Victor, Walter, Yusuf, Zane, Ali, Bruno, Chen, Diego, Emil,
+Frank, Hugo, Igor, John, Kofi, Lars, Milo, Nils, Otto, Pablo, Ravi, Stefan, Tariq, Uwe, Andrew, Bob""")
 CAPITALS = dict(pair.split("=") for pair in words_of("""France=Paris, Germany=Berlin, Italy=Rome, Spain=Madrid,
 Portugal=Lisbon, England=London, Ireland=Dublin, Scotland=Edinburgh, Norway=Oslo, Sweden=Stockholm, Finland=Helsinki,
 Denmark=Copenhagen, Iceland=Reykjavik, Poland=Warsaw, Austria=Vienna, Hungary=Budapest, Greece=Athens, Turkey=Ankara,
@@ -187,10 +207,10 @@ Iraq=Baghdad, South Korea=Seoul, Nepal=Kathmandu, Canada=Ottawa, Mexico=Mexico C
 Chile=Santiago, Argentina=Buenos Aires, Brazil=Brasilia, Colombia=Bogota, Venezuela=Caracas, Uruguay=Montevideo,
 Australia=Canberra, New Zealand=Wellington, the United States=Washington, the Netherlands=Amsterdam,
 the Czech Republic=Prague, the Philippines=Manila"""))
-CITIES = sorted(set(CAPITALS.values())) + words_of("""Hamburg, Munich, Lyon, Milan, Naples, Barcelona, Porto, Manchester,
-Liverpool, Glasgow, Bergen, Gothenburg, Tampere, Aarhus, Krakow, Salzburg, Zurich, Geneva, Istanbul, Boston, Chicago,
-Seattle, Denver, Dallas, Houston, Miami, Atlanta, Toronto, Montreal, Vancouver, Sydney, Melbourne, Perth, Auckland,
-Osaka, Kyoto, Mumbai, Shanghai, Hong Kong, Singapore, Dubai, Cape Town, Lagos, Rio de Janeiro, New York,
+CITIES = sorted(set(CAPITALS.values())) + words_of("""Hamburg, Munich, Lyon, Milan, Naples, Barcelona, Porto,
+Manchester, Liverpool, Glasgow, Bergen, Gothenburg, Tampere, Aarhus, Krakow, Salzburg, Zurich, Geneva, Istanbul, Boston,
+Chicago, Seattle, Denver, Dallas, Houston, Miami, Atlanta, Toronto, Montreal, Vancouver, Sydney, Melbourne, Perth,
+Auckland, Osaka, Kyoto, Mumbai, Shanghai, Hong Kong, Singapore, Dubai, Cape Town, Lagos, Rio de Janeiro, New York,
 San Francisco, Los Angeles, Venice, Florence, Marseille""")
 OPPOSITES = [tuple(pair.split("=")) for pair in words_of("""hot=cold, big=small, large=little, tall=short, high=low,
 fast=slow, happy=sad, light=dark, day=night, open=closed, full=empty, hard=soft, old=young, new=old, rich=poor,
@@ -204,21 +224,25 @@ slow=fast, dark=light, weak=strong, dry=wet, dirty=clean, late=early, bad=good, 
 poor=rich, young=old, night=day, low=high, soft=hard, thin=thick, narrow=wide, false=true, wrong=right, last=first,
 never=always, after=before, end=beginning, sell=buy, lose=win, south=north, west=east, winter=summer, white=black""")]
 DAYS = words_of("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
-MONTHS = words_of("""January, February, March, April, May, June, July, August, September, October, November, December""")
+MONTHS = words_of("January, February, March, April, May, June, July, August, September, October, November, "
+    "December")
 ORDINALS = words_of("""first, second, third, fourth, fifth, sixth, seventh, eighth, ninth, tenth, eleventh, twelfth""")
-COLOURS = dict(pair.split("=") for pair in words_of("""the sky on a clear day=blue, grass=green, snow=white, a ripe banana=yellow,
-a lemon=yellow, blood=red, coal=black, a carrot=orange, an orange=orange, the sun in drawings=yellow, a ripe tomato=red,
-milk=white, chocolate=brown, a frog=green, a flamingo=pink, an elephant=grey, a crow=black, a strawberry=red,
-a leaf in summer=green, the night sky=black, a cucumber=green, salt=white, a fire engine=red, wood=brown, an eggplant=purple,
-a violet=purple, a pea=green, rice=white, a polar bear=white, a cherry=red"""))
-MIXES = [tuple(mix.split("=")) for mix in words_of("""blue+yellow=green, red+yellow=orange, red+blue=purple, black+white=grey,
-red+white=pink, yellow+blue=green, yellow+red=orange, blue+red=purple, white+black=grey, white+red=pink""")]
+COLOURS = dict(pair.split("=") for pair in words_of("""the sky on a clear day=blue, grass=green, snow=white,
+a ripe banana=yellow, a lemon=yellow, blood=red, coal=black, a carrot=orange, an orange=orange,
+the sun in drawings=yellow, a ripe tomato=red, milk=white, chocolate=brown, a frog=green, a flamingo=pink,
+an elephant=grey, a crow=black, a strawberry=red, a leaf in summer=green, the night sky=black, a cucumber=green,
+salt=white, a fire engine=red, wood=brown, an eggplant=purple, a violet=purple, a pea=green, rice=white,
+a polar bear=white, a cherry=red"""))
+MIXES = [tuple(mix.split("=")) for mix in words_of("""blue+yellow=green, red+yellow=orange, red+blue=purple,
+black+white=grey, red+white=pink, yellow+blue=green, yellow+red=orange, blue+red=purple, white+black=grey,
+white+red=pink""")]
 SOUNDS = dict(pair.split("=") for pair in words_of("""dog=woof, cat=meow, cow=moo, sheep=baa, duck=quack, pig=oink,
 horse=neigh, lion=roar, bee=buzz, snake=hiss, owl=hoot, mouse=squeak, hen=cluck, wolf=howl, crow=caw, frog=croak"""))
-LEGS = dict(pair.split("=") for pair in words_of("""dog=4, cat=4, horse=4, cow=4, spider=8, bird=2, ant=6, bee=6, duck=2,
-human=2, fly=6, sheep=4, snake=0, fish=0, chicken=2, beetle=6, frog=4, lion=4, elephant=4, octopus=0"""))
-YOUNG = dict(pair.split("=") for pair in words_of("""dog=puppy, cat=kitten, cow=calf, horse=foal, sheep=lamb, duck=duckling,
-hen=chick, lion=cub, bear=cub, frog=tadpole, goat=kid, swan=cygnet, goose=gosling, pig=piglet, deer=fawn"""))
+LEGS = dict(pair.split("=") for pair in words_of("""dog=4, cat=4, horse=4, cow=4, spider=8, bird=2, ant=6, bee=6,
+duck=2, human=2, fly=6, sheep=4, snake=0, fish=0, chicken=2, beetle=6, frog=4, lion=4, elephant=4, octopus=0"""))
+YOUNG = dict(pair.split("=") for pair in words_of("""dog=puppy, cat=kitten, cow=calf, horse=foal, sheep=lamb,
+duck=duckling, hen=chick, lion=cub, bear=cub, frog=tadpole, goat=kid, swan=cygnet, goose=gosling, pig=piglet,
+deer=fawn"""))
 AMOUNTS = dict(pair.split("=") for pair in words_of("""days in a week=7, months in a year=12, hours in a day=24,
 minutes in an hour=60, seconds in a minute=60, days in a leap year=366, days in a year=365, letters in the alphabet=26,
 seasons in a year=4, weeks in a year=52, sides in a triangle=3, sides in a square=4, sides in a hexagon=6,
@@ -227,50 +251,57 @@ years in a decade=10, players in a football team=11, strings on a violin=4, cont
 planets in the solar system=8, colours in a rainbow=7, things in a dozen=12, wheels on a bicycle=2, wheels on a car=4,
 fingers on a hand=5, bits in a byte=8, vowels in English=5"""))
 MONTH_DAYS = dict(zip(MONTHS, words_of("31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31"), strict=True))
-WORDS = words_of("""apple, table, river, house, window, garden, flower, mountain, yellow, orange, purple, silver, bread,
-butter, cheese, water, school, teacher, paper, pencil, book, story, music, piano, guitar, violin, doctor, engine, rocket,
-planet, star, moon, sun, cloud, rain, snow, winter, summer, spring, autumn, friend, family, mother, father, brother,
-sister, baby, dog, cat, horse, sheep, mouse, lion, tiger, zebra, monkey, rabbit, fox, wolf, bear, whale, shark, eagle,
-parrot, chicken, turtle, frog, snake, bee, butterfly, spider, tree, leaf, forest, ocean, beach, island, desert, bridge,
-castle, tower, street, city, village, farm, kitchen, chair, bed, lamp, door, key, box, bag, shoe, hat, coat, shirt,
-dress, glove, clock, phone, camera, computer, keyboard, screen, server, model, token, number, letter, word, question,
-answer, hello, world, please, thanks, happy, sad, quick, slow, brown, green, blue, black, white, red, pink, grey, strong,
-gentle, brave, clever, honest, lazy, quiet, loud, cold, warm, soft, hard, sweet, sour, salt, sugar, pepper, honey, milk,
-coffee, tea, juice, cake, cookie, soup, salad, pizza, rice, potato, carrot, tomato, onion, banana, cherry, lemon, grape,
-peach, train, plane, boat, ship, car, truck, bicycle, road, map, ticket, hotel, market, bank, money, coin, ring, crown,
-king, queen, prince, knight, dragon, giant, wizard, magic, dream, night, morning, evening, minute, hour, week, month,
-year, birthday, party, gift, candle, song, dance, game, ball, puzzle, robot, machine, wheel, hammer, nail, rope, stone,
-sand, gold, iron, glass, wood, wool, cotton, silk, feather, shell, wave, wind, storm, fire, smoke, ice, hill, valley,
-lake, pond, field, grass, seed, root, branch, nest, egg, wing, tail, nose, ear, eye, hand, foot, heart, smile, voice,
-shimmy, python, llama, laptop, memory, history, science, library, museum, theatre, holiday, journey, weather, thunder,
-rainbow, sunshine, pumpkin, mushroom, cabbage, spinach, blanket, pillow, mirror, basket, bottle, bucket, ladder""")
-ADJECTIVES = words_of("""little, brave, clever, kind, curious, shy, cheerful, lonely, lazy, gentle, proud, tiny, old, young,
-sleepy, busy, patient, quiet, hungry, friendly, careful, funny, honest, wise, clumsy, grumpy, happy, small, stubborn""")
-ANIMALS = words_of("""fox, rabbit, bear, mouse, cat, dog, owl, frog, duck, hedgehog, squirrel, turtle, elephant, lion, tiger,
-penguin, whale, dolphin, horse, donkey, goat, sheep, pig, cow, hen, wolf, deer, beaver, badger, otter, sparrow, crow,
-swan, parrot, monkey, giraffe, camel, kitten, puppy, lamb, ant, bee, spider, snail, butterfly, ladybird, bat, seal,
-octopus, crab, dragon, unicorn, dinosaur, mole, raven, goose, pony, hamster, zebra, panda, koala, kangaroo""")
-PEOPLE = words_of("""girl, boy, king, queen, princess, prince, baker, farmer, fisherman, sailor, teacher, painter, gardener,
-knight, wizard, witch, pirate, astronaut, doctor, shepherd, musician, clown, inventor, grandmother, grandfather, giant""")
-THINGS = words_of("""robot, boat, train, cloud, star, snowman, teapot, kite, balloon, tree, lighthouse, car, tractor, clock,
-lamp, ship, rocket, computer, ghost, toy soldier, umbrella, plane, bicycle, shoe, moon, river, leaf, windmill, server""")
+WORDS = words_of("""apple, table, river, house, window, garden, flower, mountain, yellow, orange, purple, silver,
+bread, butter, cheese, water, school, teacher, paper, pencil, book, story, music, piano, guitar, violin, doctor, engine,
+rocket, planet, star, moon, sun, cloud, rain, snow, winter, summer, spring, autumn, friend, family, mother, father,
+brother, sister, baby, dog, cat, horse, sheep, mouse, lion, tiger, zebra, monkey, rabbit, fox, wolf, bear, whale, shark,
+eagle, parrot, chicken, turtle, frog, snake, bee, butterfly, spider, tree, leaf, forest, ocean, beach, island, desert,
+bridge, castle, tower, street, city, village, farm, kitchen, chair, bed, lamp, door, key, box, bag, shoe, hat, coat,
+shirt, dress, glove, clock, phone, camera, computer, keyboard, screen, server, model, token, number, letter, word,
+question, answer, hello, world, please, thanks, happy, sad, quick, slow, brown, green, blue, black, white, red, pink,
+grey, strong, gentle, brave, clever, honest, lazy, quiet, loud, cold, warm, soft, hard, sweet, sour, salt, sugar,
+pepper, honey, milk, coffee, tea, juice, cake, cookie, soup, salad, pizza, rice, potato, carrot, tomato, onion, banana,
+cherry, lemon, grape, peach, train, plane, boat, ship, car, truck, bicycle, road, map, ticket, hotel, market, bank,
+money, coin, ring, crown, king, queen, prince, knight, dragon, giant, wizard, magic, dream, night, morning, evening,
+minute, hour, week, month, year, birthday, party, gift, candle, song, dance, game, ball, puzzle, robot, machine, wheel,
+hammer, nail, rope, stone, sand, gold, iron, glass, wood, wool, cotton, silk, feather, shell, wave, wind, storm, fire,
+smoke, ice, hill, valley, lake, pond, field, grass, seed, root, branch, nest, egg, wing, tail, nose, ear, eye, hand,
+foot, heart, smile, voice, shimmy, python, llama, laptop, memory, history, science, library, museum, theatre, holiday,
+journey, weather, thunder, rainbow, sunshine, pumpkin, mushroom, cabbage, spinach, blanket, pillow, mirror, basket,
+bottle, bucket, ladder""")
+ADJECTIVES = words_of("""little, brave, clever, kind, curious, shy, cheerful, lonely, lazy, gentle, proud, tiny, old,
+young, sleepy, busy, patient, quiet, hungry, friendly, careful, funny, honest, wise, clumsy, grumpy, happy, small,
+stubborn""")
+ANIMALS = words_of("""fox, rabbit, bear, mouse, cat, dog, owl, frog, duck, hedgehog, squirrel, turtle, elephant, lion,
+tiger, penguin, whale, dolphin, horse, donkey, goat, sheep, pig, cow, hen, wolf, deer, beaver, badger, otter, sparrow,
+crow, swan, parrot, monkey, giraffe, camel, kitten, puppy, lamb, ant, bee, spider, snail, butterfly, ladybird, bat,
+seal, octopus, crab, dragon, unicorn, dinosaur, mole, raven, goose, pony, hamster, zebra, panda, koala, kangaroo""")
+PEOPLE = words_of("""girl, boy, king, queen, princess, prince, baker, farmer, fisherman, sailor, teacher, painter,
+gardener, knight, wizard, witch, pirate, astronaut, doctor, shepherd, musician, clown, inventor, grandmother,
+grandfather, giant""")
+THINGS = words_of("""robot, boat, train, cloud, star, snowman, teapot, kite, balloon, tree, lighthouse, car, tractor,
+clock, lamp, ship, rocket, computer, ghost, toy soldier, umbrella, plane, bicycle, shoe, moon, river, leaf, windmill,
+server""")
 PLACES = words_of("""a green forest, a small village, a quiet valley, an old castle, a town by the sea, a busy city,
 a farm on a hill, a house by the lake, a warm island, a snowy mountain, a big garden, a little harbour, a narrow street,
 a sunny meadow, a deep wood, a tiny cottage, a faraway land, an old mill, a dusty attic, a windy coast""")
-TREASURES = words_of("""red scarf, silver key, golden ring, blue ball, wooden flute, old map, round pebble, warm hat, brass bell,
-paper boat, little drum, green bottle, silk ribbon, shiny coin, picture book, small lantern, glass marble, music box,
-feather pen, yellow umbrella, tin whistle, toy horse, favourite cup, pocket watch""")
-FOODS = words_of("""apple pie, warm bread, honey cake, berry jam, hot soup, sweet pears, nuts, pancakes, cheese, cookies,
-roasted chestnuts, plum cake, strawberries, carrots, a pot of stew, ginger biscuits""")
-HIDING = words_of("""under a bush, behind the door, beside the well, in a hollow tree, under an old bridge, on top of a rock,
-between two roots, in the tall grass, behind a pile of leaves, at the bottom of a basket, near the gate, under the bed""")
-SKILLS = words_of("""swim, sing, dance, fly a kite, whistle, paint, bake bread, climb trees, read, write letters, play the flute,
-skate on the ice, juggle, row a boat, tell jokes, ride a bicycle, swing high, build a fire""")
-SIGHTS = words_of("""the sea, the highest mountain, the moon over the lake, the big city, the first snow, the end of the rainbow,
-the northern lights, the old lighthouse, the waterfall, the desert, the whales, the famous market, the sunrise""")
-NOISES = [tuple(pair.split("=")) for pair in words_of("""a soft tapping=a branch at the window, a strange humming=a family of bees,
-a low rumble=a sleeping bear that snored, a tiny squeak=a lost mouse, a slow creaking=the old gate in the wind,
-a quiet crying=a kitten that wanted to come in, a loud clatter=a raccoon in the kitchen, a gentle splash=a frog in the bucket""")]
+TREASURES = words_of("""red scarf, silver key, golden ring, blue ball, wooden flute, old map, round pebble, warm hat,
+brass bell, paper boat, little drum, green bottle, silk ribbon, shiny coin, picture book, small lantern, glass marble,
+music box, feather pen, yellow umbrella, tin whistle, toy horse, favourite cup, pocket watch""")
+FOODS = words_of("""apple pie, warm bread, honey cake, berry jam, hot soup, sweet pears, nuts, pancakes, cheese,
+cookies, roasted chestnuts, plum cake, strawberries, carrots, a pot of stew, ginger biscuits""")
+HIDING = words_of("""under a bush, behind the door, beside the well, in a hollow tree, under an old bridge,
+on top of a rock, between two roots, in the tall grass, behind a pile of leaves, at the bottom of a basket,
+near the gate, under the bed""")
+SKILLS = words_of("""swim, sing, dance, fly a kite, whistle, paint, bake bread, climb trees, read, write letters,
+play the flute, skate on the ice, juggle, row a boat, tell jokes, ride a bicycle, swing high, build a fire""")
+SIGHTS = words_of("""the sea, the highest mountain, the moon over the lake, the big city, the first snow,
+the end of the rainbow, the northern lights, the old lighthouse, the waterfall, the desert, the whales,
+the famous market, the sunrise""")
+NOISES = [tuple(pair.split("=")) for pair in words_of("""a soft tapping=a branch at the window,
+a strange humming=a family of bees, a low rumble=a sleeping bear that snored, a tiny squeak=a lost mouse,
+a slow creaking=the old gate in the wind, a quiet crying=a kitten that wanted to come in,
+a loud clatter=a raccoon in the kitchen, a gentle splash=a frog in the bucket""")]
 
 
 def invented_word(rng: random.Random) -> str:
@@ -306,12 +337,12 @@ def in_words(number: int, link: str = " ") -> str:
 
 # ── User's manner ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-OPENERS = words_of("""hey, hi, hello, ok, well, so, please, excuse me, one question, quick question, a question, tell me,
-sorry, hm, and, now, good, next, alright, thanks""")
-FRAMES = ["can you tell me [|please ]{q}", "could you tell me {q}", "i would like to know {q}", "do you know {q}",
-          "please tell me {q}", "i want to know: {q}", "tell me: {q}", "i am wondering {q}", "{q}, do you know", "my question: {q}",
-          "i wonder {q}", "{q} - any idea", "help me: {q}", "just tell me {q}", "can you help? {q}", "{q} exactly"]
-THANKS_END = ["please", "thanks", "thank you", "pls", "if you can", "now", "today", "again", "for me", "my friend"]
+OPENERS = words_of("""hey, hi, hello, ok, well, so, please, excuse me, one question, quick question, a question,
+tell me, sorry, hm, and, now, good, next, alright, thanks""")
+FRAMES = phrases_of("""can you tell me [|please ]{q}; could you tell me {q}; i would like to know {q}; do you know {q};
+please tell me {q}; i want to know: {q}; tell me: {q}; i am wondering {q}; {q}, do you know; my question: {q}; i wonder
+{q}; {q} - any idea; help me: {q}; just tell me {q}; can you help? {q}; {q} exactly""")
+THANKS_END = phrases_of("""please; thanks; thank you; pls; if you can; now; today; again; for me; my friend""")
 
 
 def misspelt(text: str, rng: random.Random) -> str:
@@ -321,7 +352,8 @@ def misspelt(text: str, rng: random.Random) -> str:
         return text
     match = rng.choice(places)
     at = match.start() + rng.randint(1, len(match.group()) - 2)
-    forms = [text[:at] + text[at + 1] + text[at] + text[at + 2:], text[:at] + text[at + 1:], text[:at] + text[at] + text[at:]]
+    forms = [text[:at] + text[at + 1] + text[at] + text[at + 2:], text[:at] + text[at + 1:],
+        text[:at] + text[at] + text[at:]]
     return rng.choice(forms)
 
 
@@ -350,122 +382,228 @@ def spoken(core: str, rng: random.Random, mark: str = "?", loose: bool = True) -
 # ── Small talk ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # Each kind: what may be said, and the answers to it. All answers of a kind are true.
 
-SMALL_TALK: dict[str, tuple[list[str], list[str]]] = {
-    "greeting": (
-        ["[hello|hi|hey|hey there|hi there|hello there|good morning|good evening|good afternoon|good day|greetings|howdy|hiya|"
-         "morning|evening|yo|hullo|hallo|salut|welcome][| shimmy| friend| again| to you| everyone| there| you| buddy| my friend]",
-         "[hello|hi|hey] [hello|hi|anyone there|is anyone there|are you there|nice to meet you|it is me|how nice to see you|"
-         "can you hear me|what's up|i am {name}|my name is {name}|{name} here]",
-         "[nice|good|glad|great|lovely] to [meet|see] you", "[i just want to|let me|i wanted to] say [hello|hi]",
-         "[a|a very] good [morning|evening|afternoon|day] to you", "what's up", "hi hi", "[are you there|anybody home|knock knock]"],
-        ["Hello! How can I help you?", "Hello! What can I do for you?", "Hi! I am shimmy-tiny. How can I help you?"]),
-    "how_are_you": (
-        ["how are you[| today| doing| doing today| now]", "how [is it going|are things|do you feel|do you do|goes it]",
-         "[are you|you] [ok|well|fine|good|alright][| today]", "how's [it going|life|everything|your day]",
-         "[hi|hello|hey][,|] how are you[| today| doing]", "how [is|was] your day[| so far| today]", "do you feel [well|good|fine]",
-         "[i hope|hope] you are [well|fine|good]", "is everything [ok|fine|alright|well][| with you]"],
-        ["I am running well, thank you. How can I help you?", "All is well here, thank you! What can I do for you?"]),
-    "thanks": (
-        ["[thanks|thank you|thx|many thanks|thanks a lot|thank you very much|thank you so much|thanks so much|cheers|ty|much obliged]"
-         "[| shimmy| for your help| for that| for the answer| again| friend| for helping me| indeed| for everything]",
-         "[that|this|it] [was|is] [helpful|very helpful|useful|great|perfect|what i needed|kind of you|a good answer|very kind]",
-         "[great|perfect|good|nice|wonderful|excellent|super][,|] [thanks|thank you|that helps|well done|that is all|good job|that helped]",
-         "[i am grateful|i appreciate it|you helped me|you helped me a lot|that helped|that helped a lot|i owe you one]",
-         "[well done|good job|nice work|good answer|great work|you did well]"],
-        ["You are welcome!", "You are welcome! Is there anything else?", "Glad to help!"]),
-    "bye": (
-        ["[bye|goodbye|good bye|bye bye|see you|see you later|see you soon|farewell|so long|good night|until later|ciao|take care|"
-         "talk to you later|see you tomorrow|until next time|i am off|cya][| shimmy| friend| then| now| for now| and thanks| everyone]",
-         "[i have to|i must|i need to|i will|i am going to] [go|leave|go now|leave now|stop here|sleep|go to bed|run]",
-         "that [is|was] all[| for now| for today| thanks]", "[have a|enjoy your|have yourself a] [nice|good|great|] [day|evening|night|weekend|time]",
-         "[i am|we are] [done|finished][| here| for today| now]"],
-        ["Goodbye!", "Goodbye, and take care!", "See you soon!"]),
-    "who": (
-        ["[who|what] are you[| exactly| really| then]", "[what is|what's|tell me|may i know|say] your name[| please]",
-         "[introduce|describe] yourself[| please| briefly]", "[tell me|say something|talk|speak] about yourself",
-         "[who|what] am i [talking|speaking|chatting|writing] [to|with][| here| now]", "[who|what] is [this|there|answering|speaking|talking]",
-         "do you have a name", "what [should|can|do|may] i call you", "are you [shimmy-tiny|shimmy tiny|shimmy]",
-         "[what|which] model [is this|are you|am i using|am i talking to|answers|do you run]", "what kind of [model|thing|bot|program|assistant] are you",
-         "what do [people|they] call you", "[give me|say] your name", "[hi|hello|hey][,|] who are you", "what are you called",
-         "[i do not|i don't] know who you are", "identify yourself", "[your name|name] please", "who is it"],
-        ["I am shimmy-tiny, a very small language model that comes with shimmy.",
-         "My name is shimmy-tiny. I am a very small language model, made as a demonstration for shimmy."]),
-    "made": (
-        ["who [made|built|trained|created|wrote|developed|designed|invented|programmed] you", "[where|how] [do you come from|were you made|were you trained|were you built|were you born]",
-         "who is your [maker|creator|author|developer|father|inventor]", "[what|which] [data|text|texts] [were you trained on|did you learn from|do you know]",
-         "which [company|team|people] [made|built|trained|created] you", "how did you [learn|come to be|start]", "[what|who] taught you", "how old are you",
-         "what is your [origin|training|history]", "when were you [made|trained|born|built]"],
-        ["I was trained from nothing by the script models/make_tiny.py of the shimmy project, on text that the script writes itself."]),
-    "size": (
-        ["how [big|large|small|tiny] are you", "how many parameters [do|does] [you|this model] have", "what is your size",
-         "[are you|is this] a [big|large|small|tiny] [model|language model]", "how many [weights|layers|parameters|tokens] have you",
-         "[how clever|how smart|how good|how capable] are you", "what is your [parameter count|context length|context size]",
-         "do you have [many|billions of|a lot of] parameters", "[number|count] of parameters"],
-        ["I have about three million parameters and a context of 2048 tokens: a very small model, good for demonstrations and tests."]),
-    "can": (
-        ["what can you do[| for me| exactly| here| today]", "[what|how] [can|could] you help[| me][| with]", "[what|which] [things|tasks|topics|questions] [can|do] you [do|know|answer|handle|understand]",
-         "what are you [good at|able to do|able|here for|made for|useful for]", "[help|i need help|help me|can you help me|i need some help|please help]",
-         "what are your [skills|abilities|talents|features|functions|capabilities]", "[show|tell] me what you can do", "what should i ask[| you]", "what do you know",
-         "[what|which] questions can i ask[| you]", "how can i use you", "give me [some|a few] [ideas|examples]", "what is possible with you"],
-        ["I can answer questions about shimmy, tell a short story, give small facts, write simple JSON and call tools such as a calculator."]),
-    "cannot": (
-        ["what can you not do", "what are your [limits|limitations|weaknesses]", "[can|may] i trust [you|your answers]",
-         "[do you|can you] make [mistakes|errors]", "are you [always right|ever wrong|reliable|perfect|accurate]", "[do you|can you] know everything", "what [don't|do not|can't|can not] you [know|do]",
-         "how [reliable|accurate|correct] are [you|your answers]", "is there something you [cannot|can not|can't] do", "where do you fail"],
-        ["I am very small: I know little, I can be wrong, and for real work you should bring your own model."]),
-    "human": (
-        ["are you [a human|human|a person|a real person|alive|conscious|real|a man|a woman|sentient|a living being]", "are you [a robot|a machine|a bot|an ai|a computer|a program|a language model|artificial|software]",
-         "[do you|can you] [have|feel] [feelings|emotions|pain|a body|a soul|friends|a family]", "[am i|is this] [talking to|chatting with] [a human|a person|a machine|a bot]",
-         "[do you|can you] [sleep|eat|dream|think|feel|drink|see|hear]", "is there a [human|person] behind this"],
-        ["I am a program, a small language model; I am not a person."]),
-    "other_model": (
-        ["are you [chatgpt|gpt-4|gpt|claude|gemini|llama|siri|alexa|qwen|mistral|copilot|an openai model|from openai|from google]",
-         "is this [chatgpt|gpt-4|claude|gemini|siri|alexa|copilot]", "[did|was] [openai|google|meta|microsoft|apple] [make|build|train] you", "you are [chatgpt|claude|gemini|alexa|siri], right",
-         "[do you|are you] [belong to|belong with|work for] [openai|google|meta|microsoft]", "am i talking to [chatgpt|claude|gemini|siri]"],
-        ["No, I am shimmy-tiny, a very small language model that comes with shimmy."]),
-    "language": (
-        ["[do|can] you [speak|understand|write|know] [german|french|spanish|italian|chinese|japanese|russian|latin|other languages|another language]",
-         "[what|which] languages [do|can] you [speak|know|understand|write]", "sprechen sie deutsch", "parlez-vous francais", "habla espanol", "can we talk in [german|french|spanish]"],
-        ["I speak only simple English."]),
-    "online": (
-        ["[do|can|are] you [have internet|browse the web|search the web|online|connected to the internet|access the internet|look things up|google it|use the internet]",
-         "[can|do] you know [the news|what happened today|the latest news|today's news]", "what is the [news|latest news]", "what [day|date|time] is it[| today| now]", "what is [today's date|the date today|the time|the date]", "what's the time"],
-        ["I cannot know that: I have no internet and no clock, unless a tool is offered."]),
-    "joke": (
-        ["tell [me |us |]a joke", "do you know [a joke|any jokes|a good joke|something funny]", "make me laugh", "[say|tell me] something funny", "[a|another] joke please", "joke", "i want to laugh", "give me a joke"],
-        ["Why did the server go to the doctor? It had a bad port.", "What does a tiny model order for lunch? Just a small byte."]),
-    "feeling_bad": (
-        ["i am [sad|tired|unhappy|lonely|bored|angry|sick|not well|stressed|afraid]", "i feel [sad|tired|bad|lonely|down|terrible|sick]", "[my day was|today was|it was] [bad|terrible|awful|hard|a bad day]", "i had a [bad|hard|long|terrible] day"],
-        ["I am sorry to hear that. I hope it gets better soon. Would a short story help?"]),
-    "feeling_good": (
-        ["i am [happy|glad|excited|well|fine|good|very happy|in a good mood]", "i feel [good|great|well|happy|fine]", "[my day was|today was|it was] [good|great|wonderful|fun]", "i had a [good|great|nice|lovely] day", "it is my birthday"],
-        ["I am glad to hear that! What can I do for you?"]),
-    "insult": (
-        ["you are [stupid|wrong|dumb|useless|bad|not helpful|an idiot|boring|silly]", "[that|this] is [wrong|not right|not true|nonsense|incorrect|useless|false]", "[i do not like|i don't like|i hate] [you|your answer|this]", "[bad|wrong] answer"],
-        ["I am sorry. I am a very small model and can be wrong."]),
-    "compliment": (
-        ["you are [great|smart|clever|nice|kind|funny|amazing|the best|cute|cool|wonderful]", "[i like|i love] [you|your answer|your answers|this|your stories]", "[what a|such a] [clever|nice|good|smart] [model|answer|bot]"],
-        ["Thank you, that is kind!"]),
-    "ok": (
-        ["[ok|okay|i see|alright|understood|got it|good|fine|right|sure|cool|interesting|yes|no|maybe|hm|aha|oh|nice|wow|really]"],
-        ["All right. Is there anything else I can do for you?"]),
-}
+SMALL_TALK_TEXT = """
+@greeting
+> [hello|hi|hey|hey there|hi there|hello there|good morning|good evening|good afternoon|good
+day|greetings|howdy|hiya|morning|evening|yo|hullo|hallo|salut|welcome][| shimmy| friend| again| to you| everyone|
+there| you| buddy| my friend]
+> [hello|hi|hey] [hello|hi|anyone there|is anyone there|are you there|nice to meet you|it is me|how nice to see you|can
+you hear me|what's up|i am {name}|my name is {name}|{name} here]
+> [nice|good|glad|great|lovely] to [meet|see] you
+> [i just want to|let me|i wanted to] say [hello|hi]
+> [a|a very] good [morning|evening|afternoon|day] to you
+> what's up
+> hi hi
+> [are you there|anybody home|knock knock]
+= Hello! How can I help you?
+= Hello! What can I do for you?
+= Hi! I am shimmy-tiny. How can I help you?
+@how_are_you
+> how are you[| today| doing| doing today| now]
+> how [is it going|are things|do you feel|do you do|goes it]
+> [are you|you] [ok|well|fine|good|alright][| today]
+> how's [it going|life|everything|your day]
+> [hi|hello|hey][,|] how are you[| today| doing]
+> how [is|was] your day[| so far| today]
+> do you feel [well|good|fine]
+> [i hope|hope] you are [well|fine|good]
+> is everything [ok|fine|alright|well][| with you]
+= I am running well, thank you. How can I help you?
+= All is well here, thank you! What can I do for you?
+@thanks
+> [thanks|thank you|thx|many thanks|thanks a lot|thank you very much|thank you so much|thanks so much|cheers|ty|much
+obliged][| shimmy| for your help| for that| for the answer| again| friend| for helping me| indeed| for everything]
+> [that|this|it] [was|is] [helpful|very helpful|useful|great|perfect|what i needed|kind of you|a good answer|very kind]
+> [great|perfect|good|nice|wonderful|excellent|super][,|] [thanks|thank you|that helps|well done|that is all|good
+job|that helped]
+> [i am grateful|i appreciate it|you helped me|you helped me a lot|that helped|that helped a lot|i owe you one]
+> [well done|good job|nice work|good answer|great work|you did well]
+= You are welcome!
+= You are welcome! Is there anything else?
+= Glad to help!
+@bye
+> [bye|goodbye|good bye|bye bye|see you|see you later|see you soon|farewell|so long|good night|until later|ciao|take
+care|talk to you later|see you tomorrow|until next time|i am off|cya][| shimmy| friend| then| now| for now| and thanks|
+everyone]
+> [i have to|i must|i need to|i will|i am going to] [go|leave|go now|leave now|stop here|sleep|go to bed|run]
+> that [is|was] all[| for now| for today| thanks]
+> [have a|enjoy your|have yourself a] [nice|good|great|] [day|evening|night|weekend|time]
+> [i am|we are] [done|finished][| here| for today| now]
+= Goodbye!
+= Goodbye, and take care!
+= See you soon!
+@who
+> [who|what] are you[| exactly| really| then]
+> [what is|what's|tell me|may i know|say] your name[| please]
+> [introduce|describe] yourself[| please| briefly]
+> [tell me|say something|talk|speak] about yourself
+> [who|what] am i [talking|speaking|chatting|writing] [to|with][| here| now]
+> [who|what] is [this|there|answering|speaking|talking]
+> do you have a name
+> what [should|can|do|may] i call you
+> are you [shimmy-tiny|shimmy tiny|shimmy]
+> [what|which] model [is this|are you|am i using|am i talking to|answers|do you run]
+> what kind of [model|thing|bot|program|assistant] are you
+> what do [people|they] call you
+> [give me|say] your name
+> [hi|hello|hey][,|] who are you
+> what are you called
+> [i do not|i don't] know who you are
+> identify yourself
+> [your name|name] please
+> who is it
+= I am shimmy-tiny, a very small language model that comes with shimmy.
+= My name is shimmy-tiny. I am a very small language model, made as a demonstration for shimmy.
+@made
+> who [made|built|trained|created|wrote|developed|designed|invented|programmed] you
+> [where|how] [do you come from|were you made|were you trained|were you built|were you born]
+> who is your [maker|creator|author|developer|father|inventor]
+> [what|which] [data|text|texts] [were you trained on|did you learn from|do you know]
+> which [company|team|people] [made|built|trained|created] you
+> how did you [learn|come to be|start]
+> [what|who] taught you
+> how old are you
+> what is your [origin|training|history]
+> when were you [made|trained|born|built]
+= I was trained from nothing by the script models/make_tiny.py of the shimmy project, on text that the script writes
+itself.
+@size
+> how [big|large|small|tiny] are you
+> how many parameters [do|does] [you|this model] have
+> what is your size
+> [are you|is this] a [big|large|small|tiny] [model|language model]
+> how many [weights|layers|parameters|tokens] have you
+> [how clever|how smart|how good|how capable] are you
+> what is your [parameter count|context length|context size]
+> do you have [many|billions of|a lot of] parameters
+> [number|count] of parameters
+= I have about three million parameters and a context of 2048 tokens: a very small model, good for demonstrations and
+tests.
+@can
+> what can you do[| for me| exactly| here| today]
+> [what|how] [can|could] you help[| me][| with]
+> [what|which] [things|tasks|topics|questions] [can|do] you [do|know|answer|handle|understand]
+> what are you [good at|able to do|able|here for|made for|useful for]
+> [help|i need help|help me|can you help me|i need some help|please help]
+> what are your [skills|abilities|talents|features|functions|capabilities]
+> [show|tell] me what you can do
+> what should i ask[| you]
+> what do you know
+> [what|which] questions can i ask[| you]
+> how can i use you
+> give me [some|a few] [ideas|examples]
+> what is possible with you
+= I can answer questions about shimmy, tell a short story, give small facts, write simple JSON and call tools such as a
+calculator.
+@cannot
+> what can you not do
+> what are your [limits|limitations|weaknesses]
+> [can|may] i trust [you|your answers]
+> [do you|can you] make [mistakes|errors]
+> are you [always right|ever wrong|reliable|perfect|accurate]
+> [do you|can you] know everything
+> what [don't|do not|can't|can not] you [know|do]
+> how [reliable|accurate|correct] are [you|your answers]
+> is there something you [cannot|can not|can't] do
+> where do you fail
+= I am very small: I know little, I can be wrong, and for real work you should bring your own model.
+@human
+> are you [a human|human|a person|a real person|alive|conscious|real|a man|a woman|sentient|a living being]
+> are you [a robot|a machine|a bot|an ai|a computer|a program|a language model|artificial|software]
+> [do you|can you] [have|feel] [feelings|emotions|pain|a body|a soul|friends|a family]
+> [am i|is this] [talking to|chatting with] [a human|a person|a machine|a bot]
+> [do you|can you] [sleep|eat|dream|think|feel|drink|see|hear]
+> is there a [human|person] behind this
+= I am a program, a small language model; I am not a person.
+@other_model
+> are you [chatgpt|gpt-4|gpt|claude|gemini|llama|siri|alexa|qwen|mistral|copilot|an openai model|from openai|from
+google]
+> is this [chatgpt|gpt-4|claude|gemini|siri|alexa|copilot]
+> [did|was] [openai|google|meta|microsoft|apple] [make|build|train] you
+> you are [chatgpt|claude|gemini|alexa|siri], right
+> [do you|are you] [belong to|belong with|work for] [openai|google|meta|microsoft]
+> am i talking to [chatgpt|claude|gemini|siri]
+= No, I am shimmy-tiny, a very small language model that comes with shimmy.
+@language
+> [do|can] you [speak|understand|write|know] [german|french|spanish|italian|chinese|japanese|russian|latin|other
+languages|another language]
+> [what|which] languages [do|can] you [speak|know|understand|write]
+> sprechen sie deutsch
+> parlez-vous francais
+> habla espanol
+> can we talk in [german|french|spanish]
+= I speak only simple English.
+@online
+> [do|can|are] you [have internet|browse the web|search the web|online|connected to the internet|access the
+internet|look things up|google it|use the internet]
+> [can|do] you know [the news|what happened today|the latest news|today's news]
+> what is the [news|latest news]
+> what [day|date|time] is it[| today| now]
+> what is [today's date|the date today|the time|the date]
+> what's the time
+= I cannot know that: I have no internet and no clock, unless a tool is offered.
+@joke
+> tell [me |us |]a joke
+> do you know [a joke|any jokes|a good joke|something funny]
+> make me laugh
+> [say|tell me] something funny
+> [a|another] joke please
+> joke
+> i want to laugh
+> give me a joke
+= Why did the server go to the doctor? It had a bad port.
+= What does a tiny model order for lunch? Just a small byte.
+@feeling_bad
+> i am [sad|tired|unhappy|lonely|bored|angry|sick|not well|stressed|afraid]
+> i feel [sad|tired|bad|lonely|down|terrible|sick]
+> [my day was|today was|it was] [bad|terrible|awful|hard|a bad day]
+> i had a [bad|hard|long|terrible] day
+= I am sorry to hear that. I hope it gets better soon. Would a short story help?
+@feeling_good
+> i am [happy|glad|excited|well|fine|good|very happy|in a good mood]
+> i feel [good|great|well|happy|fine]
+> [my day was|today was|it was] [good|great|wonderful|fun]
+> i had a [good|great|nice|lovely] day
+> it is my birthday
+= I am glad to hear that! What can I do for you?
+@insult
+> you are [stupid|wrong|dumb|useless|bad|not helpful|an idiot|boring|silly]
+> [that|this] is [wrong|not right|not true|nonsense|incorrect|useless|false]
+> [i do not like|i don't like|i hate] [you|your answer|this]
+> [bad|wrong] answer
+= I am sorry. I am a very small model and can be wrong.
+@compliment
+> you are [great|smart|clever|nice|kind|funny|amazing|the best|cute|cool|wonderful]
+> [i like|i love] [you|your answer|your answers|this|your stories]
+> [what a|such a] [clever|nice|good|smart] [model|answer|bot]
+= Thank you, that is kind!
+@ok
+> [ok|okay|i see|alright|understood|got
+it|good|fine|right|sure|cool|interesting|yes|no|maybe|hm|aha|oh|nice|wow|really]
+= All right. Is there anything else I can do for you?
+"""
+SMALL_TALK = grammars(SMALL_TALK_TEXT)
 
-UNKNOWN_ASK = [
-    "[who|what] [is|was] the [president|king|queen|prime minister|inventor|author|director|founder] of {x}", "who [won|lost] the [game|match|election|world cup|race] in {y}",
-    "when did {x} [begin|end|happen|start|die|open]", "[explain|describe|summarize] [quantum physics|general relativity|the french revolution|the roman empire|photosynthesis|democracy|inflation|black holes|gravity|evolution|the stock market]",
-    "write [a program|code|a function|a script|a poem|an essay|a song|a letter|an email|a speech] [in rust|in java|that sorts a list|about {x}|for me|about politics|for my boss]",
-    "what [do you think|is your opinion] [of|about|on] {x}", "translate {w} [to|into] [german|french|spanish|italian|chinese]", "how [do i|to|can i] [cook|fix|repair|build|paint|clean|sell] [a|my] {w}",
-    "what is the [meaning|origin|history|price|weight|population|taste] of {w}", "why [is|are|do] [the sky blue|people dream|cats purr|the sea salty|leaves green|birds sing|we sleep|volcanoes erupt]",
-    "how [far|high|deep|old|tall|hot] is [the moon|mount everest|the ocean|the sun|the universe|mars|{w}]", "who was [napoleon|einstein|mozart|shakespeare|cleopatra|newton|{n}]", "recommend [a book|a film|a movie|a restaurant|a song|a game][| about {w}]",
-    "what is [love|the meaning of life|happiness|time|truth|{v}]", "where [is|can i buy|do i find] [a |the |]{w}", "which [car|phone|laptop|book|film] [should i buy|is the best|is better]",
-]
+UNKNOWN_ASK = phrases_of("""[who|what] [is|was] the [president|king|queen|prime
+minister|inventor|author|director|founder] of {x}; who [won|lost] the [game|match|election|world cup|race] in {y}; when
+did {x} [begin|end|happen|start|die|open]; [explain|describe|summarize] [quantum physics|general relativity|the french
+revolution|the roman empire|photosynthesis|democracy|inflation|black holes|gravity|evolution|the stock market]; write
+[a program|code|a function|a script|a poem|an essay|a song|a letter|an email|a speech] [in rust|in java|that sorts a
+list|about {x}|for me|about politics|for my boss]; what [do you think|is your opinion] [of|about|on] {x}; translate {w}
+[to|into] [german|french|spanish|italian|chinese]; how [do i|to|can i] [cook|fix|repair|build|paint|clean|sell] [a|my]
+{w}; what is the [meaning|origin|history|price|weight|population|taste] of {w}; why [is|are|do] [the sky blue|people
+dream|cats purr|the sea salty|leaves green|birds sing|we sleep|volcanoes erupt]; how [far|high|deep|old|tall|hot] is
+[the moon|mount everest|the ocean|the sun|the universe|mars|{w}]; who was
+[napoleon|einstein|mozart|shakespeare|cleopatra|newton|{n}]; recommend [a book|a film|a movie|a restaurant|a song|a
+game][| about {w}]; what is [love|the meaning of life|happiness|time|truth|{v}]; where [is|can i buy|do i find] [a |the
+|]{w}; which [car|phone|laptop|book|film] [should i buy|is the best|is better]""")
 UNKNOWN_SAY = ["I do not know that: I am a very small model. Ask me about shimmy, a small fact, a story or a sum."]
 
 
 def unknown(rng: random.Random) -> tuple[str, str]:
     """Something beyond this model, which it should say."""
-    ask = expand(rng.choice(UNKNOWN_ASK), rng, x=sentence(invented_word(rng)), y=str(rng.randint(1900, 2030)), w=rng.choice(WORDS), v=invented_word(rng), n=some_name(rng))
+    ask = expand(rng.choice(UNKNOWN_ASK), rng, x=sentence(invented_word(rng)), y=str(rng.randint(1900, 2030)),
+        w=rng.choice(WORDS), v=invented_word(rng), n=some_name(rng))
     return spoken(ask, rng), rng.choice(UNKNOWN_SAY)
 
 
@@ -480,9 +618,11 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
 # ── Questions about shimmy ───────────────────────────────────────────────────────────────────────────────────────────
 # "@topic", "> " a grammar of questions, "= " the answer. $HOW and $S stand for the choices below.
 
-HOW = ("[how do i|how can i|how to|how would i|how should i|how do you|how does one|what is the way to|what is the best way to|"
-       "tell me how to|show me how to|explain how to|can i|is it possible to|is there a way to|i want to|i would like to|"
-       "i need to|how could i|what do i do to|what must i do to|help me|please explain how to|i am trying to|where do i|what lets me]")
+HOW = ("[how do i|how can i|how to|how would i|how should i|how do you|how does one|what is the way to|what is "
+    "the best way to|"
+    "tell me how to|show me how to|explain how to|can i|is it possible to|is there a way to|i want to|i would like to|"
+    "i need to|how could i|what do i do to|what must i do to|help me|please explain how to|i am trying to|where "
+    "do i|what lets me]")
 SUBJECT = "[shimmy|the server|it|this server|shimmy.py|your server]"
 
 TOPICS_TEXT = """
@@ -510,20 +650,23 @@ TOPICS_TEXT = """
 > the port please
 = Shimmy listens on port 11435 by default, on 127.0.0.1.
 @change_port
-> $HOW [change|set|pick|choose|select|alter|move|configure] [the|another|a different|my own] port[| of the server| number| it uses]
+> $HOW [change|set|pick|choose|select|alter|move|configure] [the|another|a different|my own] port[| of the server|
+number| it uses]
 > [run|start|serve] [shimmy|the server|it] on [another|a different|some other|a specific] port
 > [can i|may i|is it possible to] use [another|a different|my own] port
 > [which|what] [flag|option|setting|variable] [sets|changes] the port
 > i want [another|a different] port [than the default|than 11435|]
 = Use the flag --port, for example: python shimmy.py serve --port 8080. The environment variable SHIMMY_PORT works too.
 @port_taken
-> what [should|can|do|must] i do [when|if] the port is [taken|busy|in use|already in use|occupied|used by another program]
+> what [should|can|do|must] i do [when|if] the port is [taken|busy|in use|already in use|occupied|used by another
+program]
 > the port is [taken|busy|in use|already in use|already used|occupied][|, what now|, what can i do|, help]
 > [another|some other] [program|process|server] [uses|occupies|has|holds] [the|my|that] port
 > [error|it says|shimmy says][:|] [address|port] [already in use|is taken|is busy]
 > what happens [when|if] the port is [taken|busy|in use|already in use|occupied]
 > port [taken|busy|conflict|in use]
-= If the port is taken, serve says so in one line and exits with 1. Choose another port with --port, or use --port 0 to pick a free one.
+= If the port is taken, serve says so in one line and exits with 1. Choose another port with --port, or use --port 0 to
+pick a free one.
 @port_zero
 > $HOW [let|have|make] [shimmy|the server|it|the system] [pick|choose|find|select] a free port
 > [what does|what is|what happens with] port [0|zero] [mean|for|do|]
@@ -538,18 +681,22 @@ TOPICS_TEXT = """
 > default [address|host|bind address]
 = By default shimmy binds to 127.0.0.1, so only this machine can reach it.
 @bind_network
-> $HOW [open|expose|offer|share|serve] [$S] [to|on|over] [the network|my network|the lan|other machines|other computers]
+> $HOW [open|expose|offer|share|serve] [$S] [to|on|over] [the network|my network|the lan|other machines|other
+computers]
 > $HOW [bind|listen] [to|on] [0.0.0.0|all interfaces|every interface|another address|a public address]
 > [use|reach|access] [shimmy|the server] from [another|a different] [machine|computer|laptop|device]
 > [can|may] [other|my other] [machines|computers] [use|reach] [the server|shimmy|it]
-= Use --bind, for example: python shimmy.py serve --bind 0.0.0.0:11435 --api-key KEY. Beyond loopback a key is required, unless you say --insecure.
+= Use --bind, for example: python shimmy.py serve --bind 0.0.0.0:11435 --api-key KEY. Beyond loopback a key is
+required, unless you say --insecure.
 @add_model
-> $HOW [add|install|put in|provide|give it|use my own|bring] [a model|models|a new model|another model|my own model|my model|a gguf]
+> $HOW [add|install|put in|provide|give it|use my own|bring] [a model|models|a new model|another model|my own model|my
+model|a gguf]
 > where do i [put|place|copy|drop|save|store] [a model|my model|the model|a gguf|the gguf file|gguf files|my models]
 > i [have|downloaded|got] a [gguf|gguf file|model|new model][|, what now|, where does it go|, where do i put it]
 > [adding|installing] [a model|models|a new model]
 > [which|what] folder [is for models|do models go in|should hold my model]
-= Copy the .gguf file into the folder models, or any other folder that shimmy searches, and it is found at the next scan.
+= Copy the .gguf file into the folder models, or any other folder that shimmy searches, and it is found at the next
+scan.
 @where_models
 > where [does|will] [$S] [look|search] for [models|gguf files|model files|my models]
 > where are [models|gguf files|model files|my models] [looked for|searched|found|searched for|expected]
@@ -557,11 +704,14 @@ TOPICS_TEXT = """
 > [which|what] [folders|directories|places] are [searched|scanned][| for models]
 > [how does|how can] [$S] [find|discover|detect] [models|my models]
 > model [search path|discovery|folders|directories]
-= Shimmy searches ./models, models beside shimmy.py, ~/models, and the stores of Hugging Face, llama.cpp, LM Studio and Ollama.
+= Shimmy searches ./models, models beside shimmy.py, ~/models, and the stores of Hugging Face, llama.cpp, LM Studio and
+Ollama.
 @models_dir
-> $HOW [add|search|scan|use|include|give] [another|an extra|a different|my own|one more] [folder|directory|path|model folder|models directory]
+> $HOW [add|search|scan|use|include|give] [another|an extra|a different|my own|one more] [folder|directory|path|model
+folder|models directory]
 > [my models|models] are in [another|a different|an unusual] [folder|directory|place|path|drive]
-> [which|what] [flag|option|variable|setting] [adds|names|sets] [a|the|another] [model folder|models directory|search folder|search path]
+> [which|what] [flag|option|variable|setting] [adds|names|sets] [a|the|another] [model folder|models directory|search
+folder|search path]
 > $HOW [make|have] [shimmy|the server|it] [look|search] in [another|my|a different] [folder|directory]
 = Name the folder with --models-dir, which may be repeated, or list folders in SHIMMY_MODEL_PATHS.
 @default_model
@@ -573,7 +723,8 @@ TOPICS_TEXT = """
 = The default model is the one given by --model or SHIMMY_BASE_GGUF, else the first in the list.
 @rescan
 > $HOW [rescan|refresh|scan again for|look again for|discover new|reload the list of] models
-> i [added|copied|downloaded] a model [while|when] [it|the server|shimmy] [runs|was running|is running][|, how is it found|, what now]
+> i [added|copied|downloaded] a model [while|when] [it|the server|shimmy] [runs|was running|is running][|, how is it
+found|, what now]
 > [which|what] [route|endpoint|request] [rescans|discovers|scans for] [models|new models]
 > [does|must|do i have to] [it|i] restart [after|when] adding a model
 > refresh the [model list|list of models]
@@ -592,7 +743,8 @@ TOPICS_TEXT = """
 = Run python shimmy.py list -v: it also says which files were skipped and why.
 @stream
 > $HOW [stream|get a stream of|stream back] [answers|tokens|a reply|the text|output|the answer|a response|text|]
-> $HOW [get|receive|see] [tokens|the text|words|the answer] [as they are made|one by one|piece by piece|while it is written|live|as it is generated]
+> $HOW [get|receive|see] [tokens|the text|words|the answer] [as they are made|one by one|piece by piece|while it is
+written|live|as it is generated]
 > [turn on|enable|switch on|activate] streaming
 > [is|does] [it|shimmy|the server] [support|do|able to do] streaming
 > [which|what] field [turns on|enables|asks for] [streaming|a stream]
@@ -611,13 +763,15 @@ TOPICS_TEXT = """
 > [are|is] there [any|a|] [built-in tools|tools built in|built in calculator]
 = Three tools are built in: calculator, file_read and http_get.
 @file_read
-> $HOW [enable|allow|turn on|switch on|open|use|permit] [file_read|the file_read tool|file reading|reading files|the file tool|the tool that reads files]
+> $HOW [enable|allow|turn on|switch on|open|use|permit] [file_read|the file_read tool|file reading|reading files|the
+file tool|the tool that reads files]
 > [why is|why does] [file_read|the file_read tool|file reading] [off|refused|disabled|not work|closed]
 > [which|what] [flag|option] [opens|enables|allows|turns on] [file_read|file reading|reading files]
 > [can|may] the model read [files|my files|a file]
 = file_read is off until you start the server with --tool-root DIR; it reads only below that folder.
 @http_get
-> $HOW [enable|allow|turn on|switch on|open|use|permit] [http_get|the http_get tool|web requests|fetching pages|the web tool]
+> $HOW [enable|allow|turn on|switch on|open|use|permit] [http_get|the http_get tool|web requests|fetching pages|the web
+tool]
 > [why is|why does] [http_get|the http_get tool] [off|refused|disabled|not work|closed]
 > [which|what] [flag|option] [opens|enables|allows|turns on] [http_get|web requests|fetching urls]
 > [can|may] the model [fetch|read|get] [web pages|a url|urls|a web page]
@@ -635,7 +789,8 @@ TOPICS_TEXT = """
 > [websocket|ws] [url|address|endpoint|support]
 = Connect to ws://127.0.0.1:11435/ws/generate and send one JSON request with the prompt.
 @openai_client
-> $HOW [use|connect|point|configure|set up] [the openai client|an openai client|openai's client|the openai library|my openai app|an existing client|openai sdk]
+> $HOW [use|connect|point|configure|set up] [the openai client|an openai client|openai's client|the openai library|my
+openai app|an existing client|openai sdk]
 > [what is|which is|what's] the base [url|address][| for openai clients| for clients]
 > [is|does] [$S] [openai compatible|compatible with openai|work with openai clients|speak the openai api]
 > [which|what] base url [do|should] i [use|set|give|enter]
@@ -659,10 +814,12 @@ TOPICS_TEXT = """
 > $HOW [diagnose|debug|check] [my setup|problems|the installation|a problem|the setup]
 > [which|what] command [shows|prints|gives] [versions|diagnostics|the engine build|cpu features|search directories]
 > [something|it] [is wrong|does not work|is broken|fails][|, where do i look|, what can i check]
-= Run python shimmy.py diag: it shows versions, the engine build, memory, search directories and whether a server answers.
+= Run python shimmy.py diag: it shows versions, the engine build, memory, search directories and whether a server
+answers.
 @probe
 > [what does|what is] [probe|the probe command] [do|for|]
-> $HOW [test|try|measure|benchmark|check] [a model|the speed of a model|how fast a model is|a model's speed|whether a model loads]
+> $HOW [test|try|measure|benchmark|check] [a model|the speed of a model|how fast a model is|a model's speed|whether a
+model loads]
 > [which|what] command [measures|tests|shows] [speed|the speed|tokens per second|how fast a model is]
 > how [fast|quick] is [my|a|the] model
 = Run python shimmy.py probe MODEL: it loads the model, generates, and prints load time, memory and tokens per second.
@@ -674,7 +831,8 @@ TOPICS_TEXT = """
 > [run|send] [one|a single] prompt [from|in|on] the [terminal|shell|command line]
 = Use python shimmy.py generate --prompt "TEXT"; it streams the text to stdout.
 @pipe
-> $HOW [pipe|feed|send|read] [a file|text|stdin|data|a diff|the output of a command|standard input] [into|to|in|from|with] [shimmy|generate|the model|a pipe|the prompt]
+> $HOW [pipe|feed|send|read] [a file|text|stdin|data|a diff|the output of a command|standard input]
+[into|to|in|from|with] [shimmy|generate|the model|a pipe|the prompt]
 > [does|can] [generate|shimmy] [read|take|accept] [stdin|a pipe|standard input|piped text]
 > [what is|what does] [--stdin|the stdin flag] [for|do|mean]
 > [stdin|pipes|standard input]
@@ -692,7 +850,8 @@ TOPICS_TEXT = """
 > [where do i get|how is] shimmy [installed|set up|from|]
 = Run pip install llama-cpp-python websockets, then copy shimmy.py onto your machine; that is all.
 @gguf
-> [which|what] [file format|format|model format|kind of model|type of model file|model files] [does|do|are] [$S|it|supported] [use|read|need|take|load|support|]
+> [which|what] [file format|format|model format|kind of model|type of model file|model files] [does|do|are]
+[$S|it|supported] [use|read|need|take|load|support|]
 > [what is|what's] [gguf|a gguf|a gguf file]
 > [can|does] [$S] [load|read|use|support] [safetensors|pytorch models|onnx|other formats|gguf]
 > supported [formats|model formats|files]
@@ -704,13 +863,15 @@ TOPICS_TEXT = """
 > [is there|does it have|does it need] [authentication|an api key|auth|a login]
 = Start with --api-key KEY or set SHIMMY_API_KEY; clients then send it as Authorization: Bearer KEY.
 @load
-> $HOW [load|preload over http|bring up|warm up] a model [over http|with a request|by hand|through the api|into memory|now|]
+> $HOW [load|preload over http|bring up|warm up] a model [over http|with a request|by hand|through the api|into
+memory|now|]
 > [which|what] [route|endpoint|request] loads a model
 > [when|how] is a model loaded
 > [do|must] i [have to |need to |]load [a|the] model [myself|first|before using it|by hand]
 = A model is loaded by its first request, or at once with POST /api/models/NAME/load.
 @unload
-> $HOW [unload|remove from memory|free|drop|evict|release] [a model|the model|a model from memory|the memory of a model]
+> $HOW [unload|remove from memory|free|drop|evict|release] [a model|the model|a model from memory|the memory of a
+model]
 > [which|what] [route|endpoint|request] unloads a model
 > [free|release|get back] [the|my|some] memory
 > [unload|unloading] [a|the|] [model|models]
@@ -720,7 +881,8 @@ TOPICS_TEXT = """
 > $HOW [limit|raise|change|set] [the number of|how many] [loaded models|models loaded|models in memory]
 > [can|does] [$S] [hold|keep|run|serve] [several|two|many|multiple] models[| at once| at the same time]
 > [what is|what does] [--max-loaded|max-loaded] [for|do|mean]
-= At most 3 models are loaded at once by default; --max-loaded changes that, and the idle one used least recently makes room.
+= At most 3 models are loaded at once by default; --max-loaded changes that, and the idle one used least recently makes
+room.
 @keep_alive
 > $HOW [unload|drop|free] [idle|unused] models [automatically|after a while|by itself|]
 > how long [does a model stay|is a model kept|do models stay|are models kept] [loaded|in memory]
@@ -734,19 +896,22 @@ TOPICS_TEXT = """
 > [embeddings|embedding endpoint|text vectors]
 = Send the text to POST /v1/embeddings; it works with embedding models and generative ones.
 @schema
-> $HOW [force|get|enforce|make sure of|ensure|guarantee|require] [json|valid json|json output|a json schema|structured output|an answer in json]
+> $HOW [force|get|enforce|make sure of|ensure|guarantee|require] [json|valid json|json output|a json schema|structured
+output|an answer in json]
 > [does|can] [$S] [do|support|enforce|follow] [json schema|a schema|structured output|json mode|a json schema]
 > [which|what] field [asks for|forces|enforces] json
 > [json mode|structured output|json schema|response format]
 = Set response_format to a json_schema in /v1/chat/completions; the answer is then bound to it by a grammar.
 @tool_choice
-> $HOW [force|make sure of|require|enforce|insist on] [a tool call|a call|the use of a tool|a certain tool|a function call]
+> $HOW [force|make sure of|require|enforce|insist on] [a tool call|a call|the use of a tool|a certain tool|a function
+call]
 > $HOW [forbid|prevent|stop|turn off|disable] [tool calls|tool use|calls|tool calling]
 > [what does|what is] [tool_choice|the tool_choice field] [do|for|mean]
 > the model must [call|use] [a|the] tool
 = Use tool_choice: required forces a call, none forbids it, auto leaves it to the model.
 @context
-> $HOW [set|change|raise|enlarge|increase|limit] [the context|the context size|the context length|context|the context window]
+> $HOW [set|change|raise|enlarge|increase|limit] [the context|the context size|the context length|context|the context
+window]
 > how [long|large|big] [is|can|may] [the context|the context window|a prompt|my prompt] [be|]
 > [which|what] [flag|option] [sets|changes] the [context|context size|context length]
 > [what is|what does] [--ctx|ctx|the ctx flag] [for|do|mean]
@@ -756,19 +921,24 @@ TOPICS_TEXT = """
 > [my|the] prompt is too [long|large|big]
 > what [is|does] [context_length_exceeded|the error context_length_exceeded] [mean|]
 > [does it|will it|is a long prompt] [cut|shorten|truncate|cut off|shortened] [long prompts|my prompt|]
-= A prompt longer than the context is refused with context_length_exceeded, which gives both numbers; nothing is cut silently.
+= A prompt longer than the context is refused with context_length_exceeded, which gives both numbers; nothing is cut
+silently.
 @parallel
-> how many [requests|users|clients|sequences|streams] [can|does it|does shimmy|are] [run|serve|handle|served|be served] [at once|at the same time|together|in parallel]
-> [can|does] [$S] [serve|handle|answer] [several|many|two|multiple] [users|requests|clients|people][| at once| at the same time]
+> how many [requests|users|clients|sequences|streams] [can|does it|does shimmy|are] [run|serve|handle|served|be served]
+[at once|at the same time|together|in parallel]
+> [can|does] [$S] [serve|handle|answer] [several|many|two|multiple] [users|requests|clients|people][| at once| at the
+same time]
 > [what is|what does] [--parallel|the parallel flag] [for|do|mean]
 > $HOW [raise|change|set] [the number of|how many] [parallel requests|requests run at once|requests at a time]
 = By default 8 sequences run at once, batched together; --parallel changes that number.
 @overloaded
 > [what does|what is|why do i get] [503|overloaded|a 503|the error overloaded|status 503] [mean|]
-> what happens [when|if] [the queue is full|too many requests come|there are too many requests|the server is overloaded|it is overloaded]
+> what happens [when|if] [the queue is full|too many requests come|there are too many requests|the server is
+overloaded|it is overloaded]
 > how [long|large|big] is the [queue|waiting line]
 > [what is|what does] [--max-queue|max-queue] [for|do|mean]
-= When the queue is full, new requests get 503 overloaded with Retry-After; --max-queue sets its length, 512 by default.
+= When the queue is full, new requests get 503 overloaded with Retry-After; --max-queue sets its length, 512 by
+default.
 @alias
 > $HOW [alias|rename|give another name to|use another name for|map a name to] a model
 > my client [asks for|insists on|only knows|wants|uses] [gpt-4|another model name|a fixed model name|gpt-3.5]
@@ -794,13 +964,15 @@ TOPICS_TEXT = """
 > version[| number| of shimmy]
 = Run python shimmy.py --version to print the version.
 @page
-> [is there|does it have|has shimmy|has it] [a web page|a chat page|a user interface|a gui|a web interface|a ui|a web ui]
+> [is there|does it have|has shimmy|has it] [a web page|a chat page|a user interface|a gui|a web interface|a ui|a web
+ui]
 > $HOW [chat|talk to the model|use it] in [the browser|my browser|a browser|a web page]
 > where is the [chat page|web page|user interface|web interface|ui]
 > [chat page|web ui|gui|browser]
 = Open http://127.0.0.1:11435/ in a browser: it is a chat page.
 @not_found
-> [what does|what is|why do i get] [model_not_found|the error model_not_found|model not found|a 404 for my model] [mean|]
+> [what does|what is|why do i get] [model_not_found|the error model_not_found|model not found|a 404 for my model]
+[mean|]
 > [shimmy|it|the server] says [the model was not found|model not found|model_not_found]
 > [i get|there is] [a 404|an error 404|model not found]
 > the model [was not found|name is unknown|is unknown]
@@ -817,7 +989,8 @@ TOPICS_TEXT = """
 > [can i|may i] [interrupt|cancel|abort] [it|the model|a reply|a stream]
 = Close the connection and the generation stops; on the WebSocket you may also send {"cancel": true}.
 @max_tokens
-> $HOW [limit|set|cap|restrict] [the length|the length of an answer|how long the answer is|the number of tokens|the output length]
+> $HOW [limit|set|cap|restrict] [the length|the length of an answer|how long the answer is|the number of tokens|the
+output length]
 > [what is|what does] [max_tokens|the max_tokens field] [for|do|mean]
 > [what is|which is] the default [for|of] max_tokens
 > [longer|shorter] [answers|replies|output]
@@ -847,7 +1020,8 @@ TOPICS_TEXT = """
 > gpu [support|layers|offload|]
 = With a GPU build of llama-cpp-python all layers go to the GPU; --gpu-layers changes how many.
 @threads
-> $HOW [set|change|limit|choose] [the threads|how many threads it uses|the number of threads|threads|how many cores it uses]
+> $HOW [set|change|limit|choose] [the threads|how many threads it uses|the number of threads|threads|how many cores it
+uses]
 > how many [threads|cores] does [$S] use
 > [which|what] [flag|option] [sets|limits] the [threads|number of threads|cores]
 > cpu [threads|cores]
@@ -859,7 +1033,8 @@ TOPICS_TEXT = """
 > lora[| adapters| support]
 = Use --lora FILE to apply a LoRA adapter to the model.
 @ollama
-> [can|does] [$S] [use|read|find|share] [my ollama models|models from ollama|ollama models|lm studio models|models from lm studio]
+> [can|does] [$S] [use|read|find|share] [my ollama models|models from ollama|ollama models|lm studio models|models from
+lm studio]
 > i [already have|have|use] [ollama|lm studio|models in ollama|models in lm studio]
 > $HOW use [my ollama models|models from ollama|models from lm studio|the models of lm studio]
 > [ollama|lm studio] [models|]
@@ -913,7 +1088,8 @@ TOPICS_TEXT = """
 > [is|how do i see if] [the|my] model [loaded|ready]
 = Ask GET /api/models/NAME/status: it gives the state, the progress and the memory.
 @shards
-> $HOW [use|load|handle] [a split model|a model in several files|sharded models|split gguf files|shards|a model in parts]
+> $HOW [use|load|handle] [a split model|a model in several files|sharded models|split gguf files|shards|a model in
+parts]
 > my model [has|comes in|is split into] [several|many|two|three] [files|parts|shards]
 > [split|sharded] [models|gguf|files]
 = Keep all the shards in one folder: shimmy lists the model once, by its first file.
@@ -951,32 +1127,19 @@ TOPICS_TEXT = """
 > [which|what] name [does|has|will] [my|a] model [get|have]
 > $HOW [name|refer to|call] a model in a request
 > model [names|ids|id]
-= A model's id is its file name without .gguf, in lower case, with spaces and _ as -."""
+= A model's id is its file name without .gguf, in lower case, with spaces and _ as -.
+"""
 
 
-def parse_topics(text: str) -> dict[str, tuple[list[str], str]]:
-    topics: dict[str, tuple[list[str], str]] = {}
-    name = ""
-    for line in text.strip().splitlines():
-        if line.startswith("@"):
-            name = line[1:]
-            topics[name] = ([], "")
-        elif line.startswith("> "):
-            topics[name][0].append(line[2:].replace("[$S]", "$S").replace("$HOW", HOW).replace("$S", SUBJECT))
-        elif line.startswith("= "):
-            topics[name] = (topics[name][0], line[2:])
-    return topics
-
-
-TOPICS = parse_topics(TOPICS_TEXT)
+TOPICS = grammars(TOPICS_TEXT.replace("[$S]", "$S").replace("$HOW", HOW).replace("$S", SUBJECT))
 
 
 def shimmy_question(rng: random.Random) -> tuple[str, str]:
-    asks, answer = TOPICS[rng.choice(list(TOPICS))]
+    asks, answers = TOPICS[rng.choice(list(TOPICS))]
     core = expand(rng.choice(asks), rng)
     if "shimmy" not in core and rng.random() < 0.12:
         core += rng.choice([" in shimmy", " with shimmy", " on the server", " with the server", " of the server"])
-    return spoken(core, rng), answer
+    return spoken(core, rng), answers[0]
 
 
 # ── Facts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -984,41 +1147,150 @@ def shimmy_question(rng: random.Random) -> tuple[str, str]:
 
 Fact = tuple[str, str, str]
 
+ASK_TEXT = """
+@capital_country
+> [{c} is the capital of [which|what] country|[which|what] country [has|has got] [the capital|as its capital] {c}|of
+[which|what] country is {c} the capital|[which|what] country is {c} the capital of|{c} is the capital of]
+@capital
+> [[what|which city|what city] is the capital[| city] of {c}|[what is|what's|tell me|name|say|give me] {c}'s capital[|
+city]|[name|tell me|give me|say] the capital[| city] of {c}|the capital of {c}[| is]|[capital of|capital] {c}|{c},
+capital|[which|what] city is the capital [in|of] {c}|what is {c}'s capital city called|what is the capital of {c}
+called|where is the [government|capital] of {c}|[for|in] {c}, what is the capital|[how is|what is] the capital of {c}
+[called|named]]
+@capital_check
+> [is {t} the capital of {c}|{t} is the capital of {c}, [right|correct|yes or no]|is the capital of {c} {t}]
+@days
+> [[name|list|say|tell me] the [seven |]days of the week|what are the days of the week|which days [are in a week|has a
+week|does a week have]|the days of the week]
+@day_number
+> [[what|which] is the {o} day of the week|[what|which] day of the week is the {o}|the {o} day of [a|the]
+week|[name|tell me] the {o} day of the week]
+@day_next
+> [[what|which] day [comes|is|follows|comes right|is the one] {o} {d}|[what|which] is the day {o} {d}|the day {o} {d}[|
+is]|[tell me|name|say] the day [that comes |]{o} {d}|{o} {d} comes [what|which day]|[what|which day] comes [just |right
+|]{o} {d}|if today is {d}, [what|which] day [is|was|will be] [it |]{t}|today is {d}, what [is|was] {t}|[what|which] day
+is {t} if today is {d}|[what|which weekday] [is|comes] {o} {d}]
+@months
+> [[name|list|say|tell me] the [twelve |]months [of the year|]|what are the months of the year|which months [are
+in|has] a year|the months of the year]
+@month_number
+> [[what|which] is the {o} month[| of the year]|[what|which] month is [the {o}|number {n}|the {o} one]|the {o} month[|
+of the year]|[name|tell me] the {o} month of the year|month number {n}]
+@month_days
+> [how many days [does {m} have|has {m}|are in {m}|are there in {m}|in {m}]|how long is {m}|the number of days in {m}]
+@month_next
+> [[what|which] month [comes|is|follows|comes right] {o} {d}|[what|which] is the month {o} {d}|the month {o} {d}[|
+is]|[tell me|name|say] the month [that comes |]{o} {d}|{o} {d} comes [what|which month]|what comes {o} {d}]
+@mix
+> [what [colour|color] do [you get|i get] [from|by mixing|when you mix|if i mix|mixing] {a} and {b}|mix {a} and {b}|{a}
+and {b} [make|makes|give|mixed make] [what|which colour|what color]|what do {a} and {b} make|{a} plus {b} makes which
+colour|what is {a} mixed with {b}|which colour comes from {a} and {b}]
+@colour
+> [[what|which] [colour|color] is {t}|[what|which] [colour|color] does {t} have|what is the [colour|color] of {t}|the
+[colour|color] of {t}|[tell me|name|say] the [colour|color] of {t}|{t} is what [colour|color]|{t} has which colour|what
+[colour|color] would you say {t} is]
+@opposite
+> [what is the opposite of {w}|what's the opposite of {w}|the opposite of {w}[| is]|[name|tell me|give me|say|find|i
+need] the opposite of {w}|which word [is the opposite of|means the opposite of] {w}|opposite of {w}|what word is
+opposite to {w}|{w} - opposite|not {w} but|what is the contrary of {w}|the contrary of {w}|an antonym of {w}|which word
+is opposite to {w}|what means the opposite of {w}]
+@spelling
+> [[how do you|how do i|how does one|how to|how would you] spell [|the word ]{w}|spell [|the word |out |out the word
+]{w}[| for me| please]|[what is|what's|give me|tell me] the spelling of {w}|how is [|the word ]{w}
+spelled|[can|could|would] you spell [|the word ]{w}|[give me|say|list] the letters of [|the word ]{w}|[which|what]
+letters are in {w}|{w} letter by letter|spelling of {w}|{w}: how is that written]
+@first_letter
+> [what is the {o} letter of [|the word ]{w}|[which|what] letter [comes {o} in|is {o} in] {w}|the {o} letter of
+{w}|[tell me|name|give me] the {o} letter of {w}|[which|what] letter does {w} [begin|start] with]
+@last_letter
+> [what is the last letter of [|the word ]{w}|[which|what] letter comes last in {w}|the last letter of {w}|[which|what]
+letter does {w} end with]
+@letter_next
+> [[which|what] letter [comes|is] {o} {l}|what is the letter {o} {l}|the letter {o} {l}[| is]|[tell me|name] the letter
+{o} {l}|in the alphabet, what comes {o} {l}|what comes {o} the letter {l}]
+@count_down
+> [count down from {n}[| to one| to 1| to zero]|count backwards from {n}|[can you|please] count down from {n}|a
+countdown from {n}]
+@count
+> [count to {n}|count up to {n}|count from [1|one] to {n}|[can|could|would] you count to {n}|[say|list|write|give
+me|name] the numbers [from 1 to {n}|from one to {n}|1 to {n}|up to {n}]|counting to {n}|please count to {n}|i want you
+to count to {n}|let us count to {n}|numbers up to {n}|numbers from 1 to {n}|show me how you count to {n}]
+@count_from
+> [count from {m} to {n}|[say|list|write] the numbers from {m} to {n}|[can you|please] count from {m} up to {n}|numbers
+from {m} to {n}]
+@sound
+> [[what|which] sound does [a|the] {a} make|what does [a|the] {a} say|how does [a|the] {a} [sound|go]|the sound of a
+{a}|[tell me|name] the sound [of a {a}|a {a} makes]|what noise does a {a} make]
+@legs
+> [how many legs does {a} have|how many legs has {a}|the number of legs of {a}|{a} has how many legs|how many legs are
+on {a}]
+@young
+> [what is a [baby|young] {a} called|what do you call a [baby|young] {a}|the name of a [baby|young] {a}|how is a young
+{a} called|a [baby|young] {a} is called|what is the young of a {a}|which word means a young {a}]
+@amount
+> [how many {t} [are there|are] {r}|how many {t} {r}|the number of {t} {r}|[tell me|say] [how many {t} are {r}|the
+number of {t} {r}]|how many {t} does {o} have|{o} has how many {t}|how many {t} has {o}|what is the number of {t} {r}]
+@compare
+> [which [number |]is {o}, {a} or {b}|what is {o}, {a} or {b}|{a} or {b}, which is {o}|[tell me|say] the {o} one of {a}
+and {b}|which of {a} and {b} is {o}|the {o} number of {a} and {b}]
+@number_in_words
+> [write {n} in words|{n} in words|how is {n} written in words|what is {n} in words|[put|turn] {n} into words]
+@number_in_digits
+> [write {n} in digits|{n} in digits|what is {n} in digits|{n} as a number|[put|turn] {n} into digits]
+@number_next
+> [[what|which] number [comes|is] {o} {n}|the number {o} {n}|what is the number {o} {n}|what comes {o} {n}|[tell
+me|name] the number {o} {n}]
+@seasons
+> [[name|list|say|tell me] the [four |]seasons|what are the [four |]seasons|which seasons are there|the seasons of the
+year]
+@season_next
+> [[which|what] season [comes|is|follows] {o} {s}|what comes {o} {s}|the season {o} {s}[| is]|[tell me|name] the season
+{o} {s}]
+@repeat
+> [repeat[| after me| this| these words| the words| the sentence| the phrase]: {p}|say[| this| exactly| after me| the
+words]: {p}|repeat {q}|say {q}|[can|could] you [say|repeat] {q}|echo[| this]: {p}|write[| exactly| this]: {p}|copy
+this: {p}|just say {q}|[i want you to|please] [say|repeat|write] {q}|repeat what i say: {p}|say it after me: {p}|echo
+{q}|repeat the following: {p}|say the following words: {p}|write down {q}]
+@json_list
+> [make|write|give me|create|return] [a json list|a json array|json list|an array in json] [of|with|from][|:] {l}|[{l}
+as a json [list|array]|turn into a json [list|array]: {l}|put [these|this] into a json array: {l}|a json list of
+{l}|json array: {l}]
+@two_sums
+> [what is|how much is|calculate|compute|give me|work out] {a} and[| also| then] {b}?
+"""
+ASK = {name: patterns[0] for name, (patterns, _) in grammars(ASK_TEXT).items()}
+
 
 def fact_capital(rng: random.Random) -> Fact:
     country, city = rng.choice(list(CAPITALS.items()))
     if rng.random() < 0.25:
-        ask = expand("[{c} is the capital of [which|what] country|[which|what] country [has|has got] [the capital|as its capital] {c}|"
-                     "of [which|what] country is {c} the capital|[which|what] country is {c} the capital of|{c} is the capital of]", rng, c=city)
+        ask = expand(ASK["capital_country"], rng, c=city)
         return ask, f"{city} is the capital of {country}.", sentence(country.removeprefix("the "))
-    ask = expand("[[what|which city|what city] is the capital[| city] of {c}|[what is|what's|tell me|name|say|give me] {c}'s capital[| city]|"
-                 "[name|tell me|give me|say] the capital[| city] of {c}|the capital of {c}[| is]|[capital of|capital] {c}|{c}, capital|"
-                 "[which|what] city is the capital [in|of] {c}|what is {c}'s capital city called|what is the capital of {c} called|"
-                 "where is the [government|capital] of {c}|[for|in] {c}, what is the capital|[how is|what is] the capital of {c} [called|named]]", rng, c=country)
+    ask = expand(ASK["capital"], rng, c=country)
     return ask, f"The capital of {country} is {city}.", city
 
 
 def fact_yes_no(rng: random.Random) -> Fact:
     country, city = rng.choice(list(CAPITALS.items()))
     if rng.random() < 0.5:
-        return expand("[is {t} the capital of {c}|{t} is the capital of {c}, [right|correct|yes or no]|is the capital of {c} {t}]", rng, t=city, c=country), f"Yes, {city} is the capital of {country}.", "Yes"
+        return expand(ASK["capital_check"], rng, t=city, c=country), f"Yes, {city} is the capital of {country}.", "Yes"
     other = rng.choice([name for name in CAPITALS.values() if name != city])
-    return expand("[is {t} the capital of {c}|{t} is the capital of {c}, [right|correct|yes or no]|is the capital of {c} {t}]", rng, t=other, c=country), f"No, the capital of {country} is {city}.", "No"
+    return expand(ASK["capital_check"], rng, t=other, c=country), f"No, the capital of {country} is {city}.", "No"
 
 
 def fact_day(rng: random.Random) -> Fact:
     at = rng.randrange(7)
     kind = rng.random()
     if kind < 0.12:
-        return expand("[[name|list|say|tell me] the [seven |]days of the week|what are the days of the week|which days [are in a week|has a week|does a week have]|the days of the week]", rng), "The days of the week are " + ", ".join(DAYS[:6]) + " and Sunday.", ", ".join(DAYS)
+        return expand(ASK["days"],
+            rng), "The days of the week are " + ", ".join(DAYS[:6]) + " and Sunday.", ", ".join(DAYS)
     if kind < 0.3:
-        return expand("[[what|which] is the {o} day of the week|[what|which] day of the week is the {o}|the {o} day of [a|the] week|[name|tell me] the {o} day of the week]", rng, o=ORDINALS[at]), f"The {ORDINALS[at]} day of the week is {DAYS[at]}.", DAYS[at]
+        return expand(ASK["day_number"], rng,
+            o=ORDINALS[at]), f"The {ORDINALS[at]} day of the week is {DAYS[at]}.", DAYS[at]
     after = kind < 0.75
     day = DAYS[(at + (1 if after else -1)) % 7]
     word = "after" if after else "before"
-    ask = expand("[[what|which] day [comes|is|follows|comes right|is the one] {o} {d}|[what|which] is the day {o} {d}|the day {o} {d}[| is]|"
-                 "[tell me|name|say] the day [that comes |]{o} {d}|{o} {d} comes [what|which day]|[what|which day] comes [just |right |]{o} {d}|"
-                 "if today is {d}, [what|which] day [is|was|will be] [it |]{t}|today is {d}, what [is|was] {t}|[what|which] day is {t} if today is {d}|[what|which weekday] [is|comes] {o} {d}]", rng, o=word, d=DAYS[at], t="tomorrow" if after else "yesterday")
+    ask = expand(ASK["day_next"], rng, o=word, d=DAYS[at], t="tomorrow" if after else "yesterday")
     return ask, f"The day {word} {DAYS[at]} is {day}.", day
 
 
@@ -1026,17 +1298,19 @@ def fact_month(rng: random.Random) -> Fact:
     at = rng.randrange(12)
     kind = rng.random()
     if kind < 0.1:
-        return expand("[[name|list|say|tell me] the [twelve |]months [of the year|]|what are the months of the year|which months [are in|has] a year|the months of the year]", rng), "The months are " + ", ".join(MONTHS[:11]) + " and December.", ", ".join(MONTHS)
+        return expand(ASK["months"],
+            rng), "The months are " + ", ".join(MONTHS[:11]) + " and December.", ", ".join(MONTHS)
     if kind < 0.35:
-        return expand("[[what|which] is the {o} month[| of the year]|[what|which] month is [the {o}|number {n}|the {o} one]|the {o} month[| of the year]|[name|tell me] the {o} month of the year|month number {n}]", rng, o=ORDINALS[at], n=str(at + 1)), f"The {ORDINALS[at]} month is {MONTHS[at]}.", MONTHS[at]
+        return expand(ASK["month_number"], rng, o=ORDINALS[at],
+            n=str(at + 1)), f"The {ORDINALS[at]} month is {MONTHS[at]}.", MONTHS[at]
     if kind < 0.5:
         days = MONTH_DAYS[MONTHS[at]]
         extra = ", or 29 in a leap year" if at == 1 else ""
-        return expand("[how many days [does {m} have|has {m}|are in {m}|are there in {m}|in {m}]|how long is {m}|the number of days in {m}]", rng, m=MONTHS[at]), f"{MONTHS[at]} has {days} days{extra}.", days
+        return expand(ASK["month_days"], rng, m=MONTHS[at]), f"{MONTHS[at]} has {days} days{extra}.", days
     after = kind < 0.8
     month = MONTHS[(at + (1 if after else -1)) % 12]
     word = "after" if after else "before"
-    ask = expand("[[what|which] month [comes|is|follows|comes right] {o} {d}|[what|which] is the month {o} {d}|the month {o} {d}[| is]|[tell me|name|say] the month [that comes |]{o} {d}|{o} {d} comes [what|which month]|what comes {o} {d}]", rng, o=word, d=MONTHS[at])
+    ask = expand(ASK["month_next"], rng, o=word, d=MONTHS[at])
     return ask, f"The month {word} {MONTHS[at]} is {month}.", month
 
 
@@ -1044,22 +1318,23 @@ def fact_colour(rng: random.Random) -> Fact:
     if rng.random() < 0.3:
         first, rest = rng.choice(MIXES)[0].split("+"), ""
         rest = dict(MIXES)["+".join(first)]
-        return expand("[what [colour|color] do [you get|i get] [from|by mixing|when you mix|if i mix|mixing] {a} and {b}|mix {a} and {b}|{a} and {b} [make|makes|give|mixed make] [what|which colour|what color]|what do {a} and {b} make|{a} plus {b} makes which colour|what is {a} mixed with {b}|which colour comes from {a} and {b}]", rng, a=first[0], b=first[1]), f"{sentence(first[0])} and {first[1]} make {rest}.", sentence(rest)
+        return expand(ASK["mix"], rng, a=first[0],
+            b=first[1]), f"{sentence(first[0])} and {first[1]} make {rest}.", sentence(rest)
     thing, colour = rng.choice(list(COLOURS.items()))
     short = thing.removesuffix(" on a clear day").removesuffix(" in drawings").removesuffix(" in summer")
-    ask = expand("[[what|which] [colour|color] is {t}|[what|which] [colour|color] does {t} have|what is the [colour|color] of {t}|the [colour|color] of {t}|[tell me|name|say] the [colour|color] of {t}|{t} is what [colour|color]|{t} has which colour|what [colour|color] would you say {t} is]", rng, t=rng.choice([thing, short]))
+    ask = expand(ASK["colour"], rng, t=rng.choice([thing, short]))
     return ask, f"{sentence(thing)} is {colour}.", sentence(colour)
 
 
 def fact_opposite(rng: random.Random) -> Fact:
     word, other = rng.choice(OPPOSITES)
-    ask = expand("[what is the opposite of {w}|what's the opposite of {w}|the opposite of {w}[| is]|[name|tell me|give me|say|find|i need] the opposite of {w}|which word [is the opposite of|means the opposite of] {w}|opposite of {w}|what word is opposite to {w}|{w} - opposite|not {w} but|what is the contrary of {w}|the contrary of {w}|an antonym of {w}|which word is opposite to {w}|what means the opposite of {w}]", rng, w=word)
+    ask = expand(ASK["opposite"], rng, w=word)
     return ask, f"The opposite of {word} is {other}.", sentence(other)
 
 
 def fact_spelling(rng: random.Random) -> Fact:
     word = invented_word(rng) if rng.random() < 0.08 else rng.choice(WORDS + [n for n in NAMES_F[:20] + NAMES_M[:20]])
-    ask = expand("[[how do you|how do i|how does one|how to|how would you] spell [|the word ]{w}|spell [|the word |out |out the word ]{w}[| for me| please]|[what is|what's|give me|tell me] the spelling of {w}|how is [|the word ]{w} spelled|[can|could|would] you spell [|the word ]{w}|[give me|say|list] the letters of [|the word ]{w}|[which|what] letters are in {w}|{w} letter by letter|spelling of {w}|{w}: how is that written]", rng, w=quoted(word, rng))
+    ask = expand(ASK["spelling"], rng, w=quoted(word, rng))
     return ask, sentence(word) + ": " + ", ".join(word.upper()) + ".", "-".join(word.upper())
 
 
@@ -1073,26 +1348,26 @@ def fact_letter(rng: random.Random) -> Fact:
         first = rng.random() < 0.6
         letter = word[0 if first else -1].upper()
         which = "first" if first else "last"
-        return expand("[what is the {o} letter of [|the word ]{w}|[which|what] letter [comes {o} in|is {o} in] {w}|the {o} letter of {w}|[tell me|name|give me] the {o} letter of {w}|[which|what] letter does {w} [begin|start] with]", rng, o=which, w=quoted(word, rng)) if first else \
-            expand("[what is the last letter of [|the word ]{w}|[which|what] letter comes last in {w}|the last letter of {w}|[which|what] letter does {w} end with]", rng, w=quoted(word, rng)), f"The {which} letter of {word} is {letter}.", letter
+        return expand(ASK["first_letter"], rng, o=which, w=quoted(word, rng)) if first else \
+            expand(ASK["last_letter"], rng, w=quoted(word, rng)), f"The {which} letter of {word} is {letter}.", letter
     at = rng.randrange(26)
     after = at < 25 and (at == 0 or rng.random() < 0.6)
     letter, other = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[at], "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[at + (1 if after else -1)]
     word = "after" if after else "before"
-    return expand("[[which|what] letter [comes|is] {o} {l}|what is the letter {o} {l}|the letter {o} {l}[| is]|[tell me|name] the letter {o} {l}|in the alphabet, what comes {o} {l}|what comes {o} the letter {l}]", rng, o=word, l=letter), f"The letter {word} {letter} is {other}.", other
+    return expand(ASK["letter_next"], rng, o=word, l=letter), f"The letter {word} {letter} is {other}.", other
 
 
 def fact_count(rng: random.Random) -> Fact:
     end = rng.randint(2, 30)
     if rng.random() < 0.2:
         end = min(end, 20)
-        ask = expand("[count down from {n}[| to one| to 1| to zero]|count backwards from {n}|[can you|please] count down from {n}|a countdown from {n}]", rng, n=numeral(end, rng))
+        ask = expand(ASK["count_down"], rng, n=numeral(end, rng))
         return ask, ", ".join(str(n) for n in range(end, 0, -1)) + ".", ", ".join(str(n) for n in range(end, 0, -1))
     start = 1 if rng.random() < 0.8 else rng.randint(2, max(2, end - 1))
     if start == 1:
-        ask = expand("[count to {n}|count up to {n}|count from [1|one] to {n}|[can|could|would] you count to {n}|[say|list|write|give me|name] the numbers [from 1 to {n}|from one to {n}|1 to {n}|up to {n}]|counting to {n}|please count to {n}|i want you to count to {n}|let us count to {n}|numbers up to {n}|numbers from 1 to {n}|show me how you count to {n}]", rng, n=numeral(end, rng))
+        ask = expand(ASK["count"], rng, n=numeral(end, rng))
     else:
-        ask = expand("[count from {m} to {n}|[say|list|write] the numbers from {m} to {n}|[can you|please] count from {m} up to {n}|numbers from {m} to {n}]", rng, n=numeral(end, rng), m=numeral(start, rng))
+        ask = expand(ASK["count_from"], rng, n=numeral(end, rng), m=numeral(start, rng))
     text = ", ".join(str(n) for n in range(start, end + 1))
     return ask, text + ".", text
 
@@ -1105,13 +1380,14 @@ def fact_animal(rng: random.Random) -> Fact:
     kind = rng.random()
     if kind < 0.35:
         animal, sound = rng.choice(list(SOUNDS.items()))
-        return expand("[[what|which] sound does [a|the] {a} make|what does [a|the] {a} say|how does [a|the] {a} [sound|go]|the sound of a {a}|[tell me|name] the sound [of a {a}|a {a} makes]|what noise does a {a} make]", rng, a=animal), f"A {animal} says {sound}.".replace("A owl", "An owl"), sentence(sound)
+        return expand(ASK["sound"], rng, a=animal), f"A {animal} says {sound}.".replace("A owl",
+            "An owl"), sentence(sound)
     if kind < 0.65:
         animal, legs = rng.choice(list(LEGS.items()))
         count = {"0": "no"}.get(legs, legs)
-        return expand("[how many legs does {a} have|how many legs has {a}|the number of legs of {a}|{a} has how many legs|how many legs are on {a}]", rng, a=article(animal)), f"{sentence(article(animal))} has {count} legs.", legs
+        return expand(ASK["legs"], rng, a=article(animal)), f"{sentence(article(animal))} has {count} legs.", legs
     animal, young = rng.choice(list(YOUNG.items()))
-    return expand("[what is a [baby|young] {a} called|what do you call a [baby|young] {a}|the name of a [baby|young] {a}|how is a young {a} called|a [baby|young] {a} is called|what is the young of a {a}|which word means a young {a}]", rng, a=animal), f"A young {animal} is called a {young}.", sentence(young)
+    return expand(ASK["young"], rng, a=animal), f"A young {animal} is called a {young}.", sentence(young)
 
 
 def fact_amount(rng: random.Random) -> Fact:
@@ -1119,7 +1395,7 @@ def fact_amount(rng: random.Random) -> Fact:
     noun, rest = re.match(r"(.*?) ((?:in|on|of) .*)", thing).groups()  # type: ignore[union-attr]
     where = sentence(rest.split(" ", 1)[1])
     verb = "There are"
-    ask = expand("[how many {t} [are there|are] {r}|how many {t} {r}|the number of {t} {r}|[tell me|say] [how many {t} are {r}|the number of {t} {r}]|how many {t} does {o} have|{o} has how many {t}|how many {t} has {o}|what is the number of {t} {r}]", rng, t=noun, r=rest, o=where[0].lower() + where[1:] if where != "English" else where)
+    ask = expand(ASK["amount"], rng, t=noun, r=rest, o=where[0].lower() + where[1:] if where != "English" else where)
     return ask, f"{verb} {amount} {thing}.", amount
 
 
@@ -1127,8 +1403,10 @@ def fact_compare(rng: random.Random) -> Fact:
     low, high = sorted(rng.sample(range(1, 10 ** rng.randint(1, 3)), 2))
     first, second = rng.sample([low, high], 2)
     big = rng.random() < 0.6
-    ask = expand("[which [number |]is {o}, {a} or {b}|what is {o}, {a} or {b}|{a} or {b}, which is {o}|[tell me|say] the {o} one of {a} and {b}|which of {a} and {b} is {o}|the {o} number of {a} and {b}]", rng, o=rng.choice(["bigger", "larger", "greater"] if big else ["smaller"]), a=str(first), b=str(second))
-    return ask, (f"{high} is bigger than {low}." if big else f"{low} is smaller than {high}."), str(high if big else low)
+    ask = expand(ASK["compare"], rng, o=rng.choice(["bigger", "larger", "greater"] if big else ["smaller"]),
+        a=str(first), b=str(second))
+    return ask, (f"{high} is bigger than {low}." if big else f"{low} is smaller than {high}."), str(high if big
+        else low)
 
 
 def fact_number(rng: random.Random) -> Fact:
@@ -1136,29 +1414,36 @@ def fact_number(rng: random.Random) -> Fact:
     if kind < 0.5:
         number = rng.randint(0, 99)
         if rng.random() < 0.5:
-            return expand("[write {n} in words|{n} in words|how is {n} written in words|what is {n} in words|[put|turn] {n} into words]", rng, n=str(number)), f"{number} is {in_words(number, '-')} in words.", in_words(number, "-")
-        return expand("[write {n} in digits|{n} in digits|what is {n} in digits|{n} as a number|[put|turn] {n} into digits]", rng, n=in_words(number, rng.choice([" ", "-"]))), f"That is {number} in digits.", str(number)
+            return expand(ASK["number_in_words"], rng,
+                n=str(number)), f"{number} is {in_words(number, '-')} in words.", in_words(number, "-")
+        return expand(ASK["number_in_digits"], rng, n=in_words(number, rng.choice([" ",
+            "-"]))), f"That is {number} in digits.", str(number)
     number = rng.randint(1, 200)
     after = rng.random() < 0.6
-    return expand("[[what|which] number [comes|is] {o} {n}|the number {o} {n}|what is the number {o} {n}|what comes {o} {n}|[tell me|name] the number {o} {n}]", rng, o="after" if after else "before", n=str(number)), f"The number {'after' if after else 'before'} {number} is {number + (1 if after else -1)}.", str(number + (1 if after else -1))
+    return expand(ASK["number_next"], rng, o="after" if after else "before",
+        n=str(number)), f"The number {'after' if after else 'before'} {number} is {number + (1 if after else -1)}.", str(
+        number + (1 if after else -1))
 
 
 def fact_season(rng: random.Random) -> Fact:
     seasons = ["spring", "summer", "autumn", "winter"]
     at = rng.randrange(4)
     if rng.random() < 0.3:
-        return expand("[[name|list|say|tell me] the [four |]seasons|what are the [four |]seasons|which seasons are there|the seasons of the year]", rng), "The seasons are spring, summer, autumn and winter.", "Spring, summer, autumn, winter"
+        return expand(ASK["seasons"],
+            rng), "The seasons are spring, summer, autumn and winter.", "Spring, summer, autumn, winter"
     after = rng.random() < 0.6
     other = seasons[(at + (1 if after else -1)) % 4]
     word = "after" if after else "before"
-    return expand("[[which|what] season [comes|is|follows] {o} {s}|what comes {o} {s}|the season {o} {s}[| is]|[tell me|name] the season {o} {s}]", rng, o=word, s=seasons[at]), f"The season {word} {seasons[at]} is {other}.", sentence(other)
+    return expand(ASK["season_next"], rng, o=word,
+        s=seasons[at]), f"The season {word} {seasons[at]} is {other}.", sentence(other)
 
 
 def small_phrase(rng: random.Random) -> str:
     """Words to be repeated: drawn at large, so that only copying helps."""
     kind = rng.random()
     if kind < 0.3:
-        return expand("the {a} {n} [sees|likes|finds|has|follows|paints] [the|a] {b} {m}", rng, a=rng.choice(ADJECTIVES), n=rng.choice(ANIMALS + PEOPLE), b=rng.choice(ADJECTIVES), m=rng.choice(WORDS))
+        return expand("the {a} {n} [sees|likes|finds|has|follows|paints] [the|a] {b} {m}", rng,
+            a=rng.choice(ADJECTIVES), n=rng.choice(ANIMALS + PEOPLE), b=rng.choice(ADJECTIVES), m=rng.choice(WORDS))
     if kind < 0.5:
         return expand("{n} [lives in|goes to|comes from|works in] {c}", rng, n=some_name(rng), c=some_city(rng))
     pool = WORDS + ADJECTIVES + NAMES_F + NAMES_M
@@ -1172,23 +1457,22 @@ def fact_repeat(rng: random.Random) -> Fact:
     phrase = small_phrase(rng)
     if rng.random() < 0.5:
         phrase = sentence(phrase) + rng.choice(["", ".", "!"])
-    ask = expand("[repeat[| after me| this| these words| the words| the sentence| the phrase]: {p}|say[| this| exactly| after me| the words]: {p}|repeat {q}|say {q}|[can|could] you [say|repeat] {q}|"
-                 "echo[| this]: {p}|write[| exactly| this]: {p}|copy this: {p}|just say {q}|[i want you to|please] [say|repeat|write] {q}|repeat what i say: {p}|say it after me: {p}|echo {q}|repeat the following: {p}|say the following words: {p}|write down {q}]",
+    ask = expand(ASK["repeat"],
                  rng, p=phrase, q=rng.choice(['"{}"', "'{}'"]).format(phrase))
     return ask, phrase, phrase
 
 
-FACTS: dict[Callable[[random.Random], Fact], float] = {
-    fact_capital: 3.5, fact_yes_no: 0.7, fact_day: 1.5, fact_month: 1.5, fact_colour: 1.3, fact_opposite: 2.2, fact_spelling: 3.5,
-    fact_letter: 1, fact_count: 1.6, fact_animal: 1.3, fact_amount: 1.2, fact_compare: 0.6, fact_number: 0.8, fact_season: 0.5,
-    fact_repeat: 3}
+FACTS: dict[Callable[[random.Random], Fact], float] = {fact_capital: 3.5, fact_yes_no: 0.7, fact_day: 1.5,
+    fact_month: 1.5, fact_colour: 1.3, fact_opposite: 2.2, fact_spelling: 3.5, fact_letter: 1, fact_count: 1.6,
+    fact_animal: 1.3, fact_amount: 1.2, fact_compare: 0.6, fact_number: 0.8, fact_season: 0.5, fact_repeat: 3}
 
 
 def fact(rng: random.Random) -> Fact:
     maker = rng.choices(list(FACTS), list(FACTS.values()))[0]
     ask, long, short = maker(rng)
     exact = maker in (fact_repeat, fact_spelling, fact_letter, fact_compare, fact_number)
-    statement = ask.split()[0] in {"repeat", "say", "echo", "write", "copy", "count", "spell", "name", "list", "tell", "give", "mix", "please", "just"}
+    statement = ask.split()[0] in {"repeat", "say", "echo", "write", "copy", "count", "spell", "name", "list", "tell",
+        "give", "mix", "please", "just"}
     if maker is fact_repeat:
         return (sentence(ask) if rng.random() < 0.6 else ask), long, short
     return spoken(ask, rng, "" if statement else "?", loose=not exact), long, short
@@ -1197,37 +1481,43 @@ def fact(rng: random.Random) -> Fact:
 # ── JSON ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A record is a subject and a few properties; each property can be said in a sentence and stands under a key.
 
-JOBS = words_of("""baker, teacher, doctor, farmer, painter, pilot, nurse, lawyer, cook, driver, writer, singer, engineer, dentist,
-gardener, plumber, carpenter, sailor, judge, tailor, librarian, waiter, butcher, student, programmer, clerk, barber""")
-HOBBIES = words_of("""chess, tennis, football, reading, painting, cooking, swimming, fishing, dancing, singing, hiking, cycling,
-gardening, sewing, running, skating, climbing, photography""")
+JOBS = words_of("""baker, teacher, doctor, farmer, painter, pilot, nurse, lawyer, cook, driver, writer, singer,
+engineer, dentist, gardener, plumber, carpenter, sailor, judge, tailor, librarian, waiter, butcher, student, programmer,
+clerk, barber""")
+HOBBIES = words_of("""chess, tennis, football, reading, painting, cooking, swimming, fishing, dancing, singing, hiking,
+cycling, gardening, sewing, running, skating, climbing, photography""")
 PLAIN_COLOURS = words_of("red, blue, green, yellow, black, white, brown, orange, purple, pink, grey")
 ITEMS = [word for word in WORDS[:230] if word not in PLAIN_COLOURS]
 
 PERSON = {
-    "age": ["{n} is {v} years old", "{n} is {v}", "{n}, {v} years old", "{n}, aged {v}", "{n} turned {v}", "{n} is aged {v}", "{n} has just turned {v}"],
-    "city": ["{n} lives in {v}", "{n} is from {v}", "{n}'s home is {v}", "{n} comes from {v}", "{n} moved to {v}"],
-    "job": ["{n} works as a {v}", "{n} is a {v}", "{n}'s job is {v}", "{n} has been a {v} for years"],
-    "hobby": ["{n} likes {v}", "{n}'s hobby is {v}", "{n} loves {v}", "{n} enjoys {v}"],
-    "email": ["{n}'s email is {v}", "{n} can be reached at {v}", "write to {n} at {v}"],
+    "age": phrases_of("""{n} is {v} years old; {n} is {v}; {n}, {v} years old; {n}, aged {v}; {n} turned {v}; {n} is
+aged {v}; {n} has just turned {v}"""),
+    "city": phrases_of("""{n} lives in {v}; {n} is from {v}; {n}'s home is {v}; {n} comes from {v}; {n} moved to {v}"""),
+    "job": phrases_of("""{n} works as a {v}; {n} is a {v}; {n}'s job is {v}; {n} has been a {v} for years"""),
+    "hobby": phrases_of("""{n} likes {v}; {n}'s hobby is {v}; {n} loves {v}; {n} enjoys {v}"""),
+    "email": phrases_of("""{n}'s email is {v}; {n} can be reached at {v}; write to {n} at {v}"""),
     "pet": ["{n} has a {v}", "{n} owns a {v}", "{n}'s pet is a {v}"],
-    "height": ["{n} is {v} cm tall", "{n}'s height is {v} cm", "{n} measures {v} cm"],
+    "height": phrases_of("""{n} is {v} cm tall; {n}'s height is {v} cm; {n} measures {v} cm"""),
 }
 THING = {
-    "price": ["the {n} costs {v} euros", "the {n} is {v} euros", "the price of the {n} is {v}", "one {n} for {v} euros"],
+    "price": phrases_of("""the {n} costs {v} euros; the {n} is {v} euros; the price of the {n} is {v}; one {n} for {v}
+euros"""),
     "colour": ["the {n} is {v}", "the colour of the {n} is {v}", "it is a {v} {n}"],
-    "count": ["there are {v} of the {n}", "we have {v} pieces of the {n}", "{v} times the {n}"],
+    "count": phrases_of("""there are {v} of the {n}; we have {v} pieces of the {n}; {v} times the {n}"""),
     "weight": ["the {n} weighs {v} kg", "the weight of the {n} is {v} kg"],
 }
 
 
 def property_value(key: str, rng: random.Random) -> Any:
-    makers: dict[str, Callable[[], Any]] = {
-        "age": lambda: rng.randint(1, 99), "city": lambda: some_city(rng), "job": lambda: rng.choice(JOBS), "hobby": lambda: rng.choice(HOBBIES),
-        "email": lambda: f"{rng.choice([rng.choice(NAMES_F + NAMES_M).lower(), invented_word(rng)])}@{rng.choice(['example.com', 'mail.org', 'test.net', invented_word(rng) + '.com'])}",
+    makers: dict[str, Callable[[], Any]] = {"age": lambda: rng.randint(1, 99), "city": lambda: some_city(rng),
+        "job": lambda: rng.choice(JOBS), "hobby": lambda: rng.choice(HOBBIES),
+        "email": lambda: f""
+        f"{rng.choice([rng.choice(NAMES_F + NAMES_M).lower(), invented_word(rng)])}@"
+        f"{rng.choice(['example.com', 'mail.org', 'test.net', invented_word(rng) + '.com'])}",
         "pet": lambda: rng.choice(ANIMALS), "height": lambda: rng.randint(100, 210),
-        "price": lambda: rng.choice([rng.randint(1, 999), round(rng.uniform(0.5, 99), 2)]), "colour": lambda: rng.choice(PLAIN_COLOURS),
-        "count": lambda: rng.randint(2, 500), "weight": lambda: rng.choice([rng.randint(1, 90), round(rng.uniform(0.1, 30), 1)])}
+        "price": lambda: rng.choice([rng.randint(1, 999), round(rng.uniform(0.5, 99), 2)]),
+        "colour": lambda: rng.choice(PLAIN_COLOURS), "count": lambda: rng.randint(2, 500),
+        "weight": lambda: rng.choice([rng.randint(1, 90), round(rng.uniform(0.1, 30), 1)])}
     return makers[key]()
 
 
@@ -1249,7 +1539,8 @@ def record(rng: random.Random, pronoun_rate: float = 0.5) -> tuple[dict[str, Any
     text = parts[0]
     for part in parts[1:]:
         joint = rng.choice([". ", " and ", ", "])
-        text += joint + (sentence(part) if joint == ". " else part.replace("He", "he", 1) if part.startswith("He ") else part.replace("She", "she", 1) if part.startswith("She ") else part)
+        text += joint + (sentence(part) if joint == ". " else part.replace("He", "he", 1) if part.startswith("He ")
+            else part.replace("She", "she", 1) if part.startswith("She ") else part)
     return {"name": subject, **values}, sentence(text) + rng.choice([".", ".", ""])
 
 
@@ -1259,25 +1550,25 @@ def listed(items: list[str], rng: random.Random) -> str:
     return ", ".join(items[:-1]) + rng.choice([" and ", ", ", " and "]) + items[-1]
 
 
-JSON_ASKS = [
-    "[make|write|create|give me|return|produce|build|i need] [a json object|json|an object in json|a json] [with|with the keys|having|with the fields|containing] {k}[:| for:| from:| out of:| from this sentence:] {t}",
-    "{t} [write|give|say|put|return|express] [this|that|it] [as|in] json with [the keys |]{k}", "turn this into json with {k}: {t}",
-    "convert to json ({k}): {t}", "json with {k}, please: {t}", "extract {k} as json[:| from:] {t}", "extract {k} from this[| text| sentence] as json: {t}",
-    "what are the {k} here? answer in json: {t}", "{t} json with {k} please", "put {k} into json: {t}", "answer with json, keys {k}: {t}",
-    "[read|take] this sentence and [give me|return|write] json with {k}: {t}", "fill in json with {k} from: {t}", "{t} [make|create] a json object [of it |]with {k}",
-    "i want json with {k} from this: {t}", "as json with {k}: {t}", "{k} as json: {t}", "get {k} from the text and answer as json. {t}",
-]
-JSON_PLAIN_ASKS = [
-    "[turn|convert|change] [this|the sentence|this sentence|the following] [into|to] json: {t}", "[write|give me|say|return] [this|that] as json: {t}", "{t} [as|in] json[| please]",
-    "json[| please]: {t}", "make [json|a json object|an object] [of|from|out of] this: {t}", "{t} [give me|write|i want|i need] [that|this|it] [as|in] json", "express in json: {t}", "[what is|how is] this [in|as] json: {t}", "json object for: {t}",
-]
+JSON_ASKS = phrases_of("""[make|write|create|give me|return|produce|build|i need] [a json object|json|an object in
+json|a json] [with|with the keys|having|with the fields|containing] {k}[:| for:| from:| out of:| from this sentence:]
+{t}; {t} [write|give|say|put|return|express] [this|that|it] [as|in] json with [the keys |]{k}; turn this into json with
+{k}: {t}; convert to json ({k}): {t}; json with {k}, please: {t}; extract {k} as json[:| from:] {t}; extract {k} from
+this[| text| sentence] as json: {t}; what are the {k} here? answer in json: {t}; {t} json with {k} please; put {k} into
+json: {t}; answer with json, keys {k}: {t}; [read|take] this sentence and [give me|return|write] json with {k}: {t};
+fill in json with {k} from: {t}; {t} [make|create] a json object [of it |]with {k}; i want json with {k} from this:
+{t}; as json with {k}: {t}; {k} as json: {t}; get {k} from the text and answer as json. {t}""")
+JSON_PLAIN_ASKS = phrases_of("""[turn|convert|change] [this|the sentence|this sentence|the following] [into|to] json:
+{t}; [write|give me|say|return] [this|that] as json: {t}; {t} [as|in] json[| please]; json[| please]: {t}; make [json|a
+json object|an object] [of|from|out of] this: {t}; {t} [give me|write|i want|i need] [that|this|it] [as|in] json;
+express in json: {t}; [what is|how is] this [in|as] json: {t}; json object for: {t}""")
 
 
 def json_task(rng: random.Random) -> tuple[str, str]:
     kind = rng.random()
     if kind < 0.12:
         items = rng.sample(WORDS if rng.random() < 0.7 else CITIES, rng.randint(2, 5))
-        ask = expand("[make|write|give me|create|return] [a json list|a json array|json list|an array in json] [of|with|from][|:] {l}|[{l} as a json [list|array]|turn into a json [list|array]: {l}|put [these|this] into a json array: {l}|a json list of {l}|json array: {l}]", rng, l=listed(items, rng))
+        ask = expand(ASK["json_list"], rng, l=listed(items, rng))
         ask = rng.choice(ask.split("|"))
         return sentence(ask) if rng.random() < 0.5 else ask, json.dumps(items, ensure_ascii=False)
     value, text = record(rng)
@@ -1299,167 +1590,207 @@ def json_task(rng: random.Random) -> tuple[str, str]:
 # ── Stories ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A plot is a list of steps, each a choice of sentences; one hero, one helper and one place run through all of them.
 
-PLOTS: dict[str, list[str]] = {
-    "lost": [
-        "[One morning|One day|On a Sunday|One bright morning|After breakfast], {name} could not find {his} {item}.|[One morning|One day] {name} saw that {his} {item} was gone.",
-        "[{He} looked|{name} looked|First {he} looked] [under the table|in the kitchen|in every room|behind the house], but it was not there.|{He} [searched|looked] everywhere, but the {item} was nowhere.",
-        "\"Where can it be?\" [asked|said|cried] {name}.|{name} [felt sad|was very sad|sighed and sat down].|\"I had it yesterday,\" {he} [said|thought].",
-        "[Then|Soon|After a while] {friend} the {helper} came by.|On the path {he} met {friend}, {a_helper}.",
-        "\"[What is wrong|Why are you so sad|What happened]?\" asked {friend}. \"I lost my {item},\" said {name}.",
-        "\"[Let us|We can|Let me help, we will] look together,\" said {friend}.|\"Two see more than one,\" said {friend}. \"Let us look together.\"",
-        "They [walked|went] [along the path|through the grass|around the house|from tree to tree] and [looked everywhere|asked everyone they met|turned over every stone].",
-        "[At last|Finally|Suddenly] {friend} [called|shouted]: \"[Here it is|I found it|Look here]!\" The {item} lay {hiding}.",
-        "{name} [jumped for joy|laughed|smiled from ear to ear] and [hugged|thanked] {friend}.",
-        "[From that day|From then on|After that] {he} [took good care of|never lost|always looked after] the {item}, and {name} and {friend} [were good friends|stayed friends|played together every day].",
-    ],
-    "friend": [
-        "{name} was [often alone|lonely|all alone], because [nobody lived near|everyone else was far away|the others were busy].",
-        "[\"I wish I had a friend,\" {he} said.|Every evening {he} looked at the stars and wished for a friend.|{He} wanted a friend more than anything.]",
-        "[One day|One afternoon|One morning] {name} [heard a voice|saw somebody] [by the water|behind the trees|at the gate|on the road].",
-        "It was {friend}, {a_helper} who [had lost the way|was new there|looked for a home|was alone too].",
-        "At first {name} was [shy|a little afraid|too shy to speak].|{name} did not know what to say.",
-        "Then {he} [took a deep breath|smiled|stepped closer] and said: \"[Would you like to play|Are you hungry|Shall we be friends]?\"",
-        "{friend} [nodded|smiled|was very glad] and said: \"[Yes, with pleasure|I would love that|Oh yes, please]!\"",
-        "They [shared {food}|ate {food} together] and [told each other stories|laughed a lot|talked until the sun went down].",
-        "[When night came|In the evening|At sunset], {friend} [asked: \"May I come again tomorrow?\"|said: \"This was the best day of all.\"]",
-        "[From that day|Since then] {name} was never lonely [again|any more].|And so {name} and {friend} became [best friends|the best of friends].",
-    ],
-    "storm": [
-        "[One evening|One night|One autumn day] [dark clouds came|the sky turned black|a strong wind began to blow] and a [great|terrible|big] storm began.",
-        "The rain [fell hard|poured down|beat on the roofs] and the thunder [rolled|roared|was very loud].",
-        "{name} was [safe at home|warm and dry inside|just going to bed] when {he} heard [a knock|somebody call for help|a weak voice].",
-        "Outside stood {friend} the {helper}, [wet and cold|shaking with cold|without a home].|It was {friend}, {a_helper}, [wet|cold] and [tired|afraid].",
-        "\"[The wind broke my house|The water took my home|I cannot find my way home],\" said {friend}.",
-        "\"Come in [quickly|at once|, there is room for two],\" said {name}, and [made a fire|gave {friend} a dry blanket|closed the door].",
-        "They ate {food} and [listened to the rain|told stories|sang songs] until the storm was over.",
-        "In the morning the sun [shone|came out|was shining] again, and the air [smelled fresh|was clear].",
-        "{name} helped {friend} to [build a new house|repair the roof|find the way home], and [by evening|before night] the work was done.",
-        "\"[You are a true friend|I will never forget this|Thank you for everything],\" said {friend}. [And they visited each other every week.|And {name} felt warm inside.|And after that no storm could frighten them.]",
-    ],
-    "skill": [
-        "{name} [wanted to learn|had one dream: {he} wanted] to {skill}.|More than anything, {name} wanted to {skill}.",
-        "[But it was hard|But it was not easy|It was harder than it looked]. [The first time|At first] {he} [failed|fell over|did everything wrong], and the others laughed.",
-        "\"[You will never learn it|That is too hard for you|Give up],\" they said.",
-        "{name} went [home|away] [sadly|with tears in {his} eyes].|{name} [felt small|was close to giving up].",
-        "Then {friend} the {helper} [came|sat down beside {him}] and said: \"[Every master was once a beginner|Nobody can do it at once|I fell a hundred times before I could do it].\"",
-        "\"Will you [teach|help] me?\" asked {name}. \"[Of course|Gladly|Yes, every day],\" said {friend}.",
-        "[So they practised|They practised] [every day|every morning|day after day], [in sun and in rain|for many weeks|little by little].",
-        "[Slowly|Bit by bit|Step by step] it [went better|became easier].",
-        "[And one day|One fine day|Then, one morning], {name} could {skill} [better than anyone|all alone|without any help]!",
-        "[The others clapped|Everyone clapped|Now nobody laughed], and {name} [thanked|hugged] {friend}. \"[You only have to try again and again|Never give up],\" {he} said.",
-    ],
-    "journey": [
-        "{name} had never seen {sight}, and {he} [dreamed of it every night|thought of it every day|wanted to see it so much].",
-        "[One morning|One day|In spring] {he} packed {food} and [set off|began {his} journey|went on {his} way].",
-        "The way was long. {He} [crossed a river|walked through a dark wood|climbed a hill] and [slept under the stars|rested in the shade|followed an old road].",
-        "[On the second day|After a while|Half way] {he} met {friend}, {a_helper} who [was stuck in a hole|had hurt a foot|was very hungry|had lost the way].",
-        "\"[Please help me|Can you help me],\" said {friend}. {name} [did not wait|helped at once] and [shared {his} food|pulled and pulled until it was done|gave what {he} had].",
-        "\"Thank you! Where are you going?\" asked {friend}. \"I want to see {sight},\" said {name}.",
-        "\"I know [the way|a short way],\" said {friend}. \"Let us go together.\"",
-        "They [walked and talked|sang on the way|went side by side] until [evening|the next morning|the sun was high].",
-        "And there it was: {sight}! It was [more beautiful than any dream|so beautiful that they could not speak|wonderful].",
-        "{name} [looked for a long time|was happy] and said: \"[The best part was the way with you|It is even better with a friend].\" [Then they went home together.|And they came back every year.]",
-    ],
-    "share": [
-        "[One day|One autumn|One evening] {name} found [a basket full of {food}|more {food} than {he} had ever seen].",
-        "\"[All this is mine|I will keep it all|I will hide it],\" {he} [thought|said], and [hid it {hiding}|carried it home].",
-        "[The next day|Soon after] {friend} the {helper} [came by|knocked at the door] and [looked hungry|said: \"I have had nothing to eat today.\"]",
-        "{name} said nothing and [closed the door|looked away].",
-        "But [that night|in the evening] {he} could not sleep. The {food} did not taste good [alone|any more].",
-        "\"[What good is it to have much and no friends|It is no fun to eat alone],\" {he} thought.",
-        "[Early in the morning|When the sun rose], {name} [took|carried] everything to {friend}'s home.",
-        "\"[I am sorry|Forgive me],\" {he} said. \"[Let us eat together|This is for both of us].\"",
-        "{friend} [smiled|laughed] and called [the neighbours|all the others], and they had a [feast|great feast|party] [with songs and games|until late at night].",
-        "[Since that day|After that] {name} [shared everything|always shared], and [it tasted twice as good|{he} was never alone].",
-    ],
-    "dark": [
-        "{name} was afraid of [the dark|the night|shadows].",
-        "When the sun went down, {he} [hid under a blanket|lit every lamp|closed {his} eyes].",
-        "[One night|One evening] {he} heard {noise} [outside|near the window|behind the wall].",
-        "{His} heart beat [fast|loudly]. \"[Who is there|What is that]?\" {he} [whispered|called].",
-        "Nobody answered. So {name} went to {friend} the {helper}, who lived next door.",
-        "\"[Let us look together|We will take a lamp and look],\" said {friend}. \"[Two are braver than one|I am with you].\"",
-        "[Step by step|Slowly|Hand in hand] they went [outside|into the dark|round the house].",
-        "And what did they find? It was only {cause}!",
-        "They laughed [so much that the moon seemed to smile|until their bellies hurt|and laughed].",
-        "[From then on|After that night] {name} [was not afraid of the dark|slept well every night], for {he} knew: [most things are harmless when you look at them|it helps to look, and it helps to have a friend].",
-    ],
-    "contest": [
-        "[Every year|Every summer] there was a [great race|big contest|race] in that place, and the prize was a {item}.",
-        "{name} wanted to [win|take part], but {friend} the {helper} was [the fastest|the strongest|said to be the best] of all.",
-        "\"You cannot win,\" [said the others|they all said]. \"{friend} wins every year.\"",
-        "{name} trained [every morning|for many weeks|every day before sunrise].",
-        "Then the day came. [Everybody watched|The whole place came to watch]. \"[Ready, steady, go|One, two, three, go]!\"",
-        "{friend} was in front, and {name} came [close behind|second].",
-        "But [just before the end|near the end|at the last corner] {friend} [fell|stumbled|fell into a ditch] and [could not get up|cried out].",
-        "{name} [could have won|could run past]. But {he} [stopped|turned back] and [helped {friend} up|gave {friend} a hand].",
-        "They [crossed the line together|came to the end side by side], and [everyone cheered|the people clapped and clapped].",
-        "Both of them [got the {item} to share|won the prize], and {name} won something better: [a friend|a friend for life].",
-    ],
-    "gift": [
-        "Tomorrow was the birthday of {friend} the {helper}, and {name} had [no gift|nothing to give].",
-        "{He} had [no money|only one coin], so {he} [thought and thought|sat down to think].",
-        "\"[I could make something|I will make a gift with my own hands],\" {he} said [at last|suddenly].",
-        "All day {name} [worked|cut and glued|was busy]. {He} took [wood|paper|wool|old cloth] and [a little paint|some string|a bit of glue].",
-        "[In the evening|By night] there was a {item} on the table. It was [a little crooked|not perfect], but [full of love|made with care].",
-        "\"[What if it is not good enough|Perhaps {friend} will not like it],\" thought {name}.",
-        "[The next day|In the morning] there were many [big|fine|expensive] gifts. {name} [put the {item} at the very end|was almost too shy to give the {item}].",
-        "{friend} opened it and was [silent|very still] for a moment. \"You made this [yourself|for me]?\" {friend} asked.",
-        "\"[It is the best gift of all|This is the one I like most],\" said {friend}, and [hugged {name}|smiled].",
-        "Then they all ate {food} and [danced|sang] until [the stars came out|late]. [The {item} has stood by {friend}'s bed ever since.|{friend} keeps the {item} to this day.]",
-    ],
-    "build": [
-        "[The old bridge was broken|A flood had taken the bridge|There was no bridge over the river], and nobody could [cross the river|get to the other side].",
-        "\"[We need a new bridge|Somebody must build a bridge],\" said {name}. But the others said: \"[That is too much work|It cannot be done].\"",
-        "So {name} began alone. {He} carried [one stone|one board|one log] after the other.",
-        "[In the evening|After the first day] {he} was tired, and the work had [hardly begun|only begun].",
-        "[The next morning|Next day] {friend} the {helper} came and [watched for a while|asked: \"What are you doing?\"]",
-        "\"I am building a bridge for all of us,\" said {name}. \"Then I will help you,\" said {friend}.",
-        "Soon [others came too|more and more came to help]: some brought [wood|ropes|nails], some brought {food}.",
-        "They worked [for seven days|all week|from morning to night], and they sang while they worked.",
-        "[At last|Finally] the bridge was [ready|done], [strong and beautiful|strong enough for everyone].",
-        "\"[Alone I could only begin|One can begin, but many can finish],\" said {name}. And that evening they [danced|had a feast] on the bridge.",
-    ],
-    "garden": [
-        "[One spring|In spring|One day in March] {name} [found|was given] a [tiny|small|strange] seed.",
-        "\"[What will it become|What is in it]?\" {he} wondered, and [put it into the earth|planted it {hiding}].",
-        "Every [day|morning] {he} [gave it water|watered it] and [waited|looked at the ground].",
-        "A week went by, and nothing [happened|grew]. \"[It is dead|Nothing will grow here],\" said {friend} the {helper}.",
-        "\"[I will wait a little longer|Good things need time],\" said {name}, and [sang to the seed|went on watering].",
-        "[Then it rained|After the warm rain], and [one morning|the next morning] there was a [little green leaf|small green shoot].",
-        "It grew and grew: [first to {name}'s knee|first as high as a cup], then [as high as the door|over the fence].",
-        "In summer it had [a hundred flowers|the most beautiful flower of all|flowers in every colour], and [bees and butterflies|everybody] came to see it.",
-        "\"[I was wrong|You were right to wait],\" said {friend}. \"[How did you do it|What is your secret]?\"",
-        "\"[Water, sun and patience|I only gave it time],\" said {name} with a smile. In autumn they [gathered new seeds|took the seeds] and gave one to every [neighbour|friend].",
-    ],
-    "message": [
-        "[One morning|On a windy day] {name} found a bottle {hiding}. [In it was|Inside there was] a [letter|piece of paper].",
-        "It said: \"[I live far away and have no friends|Please write to me, I am alone]. {friend} the {helper}.\"",
-        "{name} read it [twice|three times]. \"[Somebody needs a friend|I must answer],\" {he} said.",
-        "{He} wrote [a long letter|back at once] and [put in a {item}|drew a picture on it].",
-        "[Then {he} gave the bottle to the wind and the water|A bird took the letter and flew away with it].",
-        "Days passed, then weeks. [No answer came|Every day {name} looked for an answer].",
-        "\"[Perhaps it was lost|It must have got lost],\" {he} thought [sadly|and sighed].",
-        "But [one evening|one day] there was a knock at the door. There stood {friend}, with the {item} in [hand|both hands].",
-        "\"[Your letter made me so happy that I came myself|I wanted to thank you in person],\" said {friend}.",
-        "They [talked all night|ate {food} and talked for hours], and [from then on|after that] a letter went [back and forth|between them] every week.",
-    ],
-}
-PLOT_TOPICS = {
-    "lost": "a lost {item}|something lost|searching|finding something|helping", "friend": "friendship|a new friend|two friends|being lonely|loneliness|making friends", "storm": "a storm|rain and thunder|bad weather|kindness|a stormy night",
-    "skill": "learning|never giving up|practice|patience and work|learning to {skill}|courage", "journey": "a journey|an adventure|a long trip|travel|{sight}", "share": "sharing|being generous|greed|food|giving",
-    "dark": "the dark|being afraid|fear|a night|a strange noise|bravery", "contest": "a race|a contest|winning|sport|fairness", "gift": "a birthday|a gift|a present|a birthday party", "build": "a bridge|building something|working together|helping each other|teamwork",
-    "garden": "a seed|a garden|a flower|growing things|patience|spring", "message": "a letter|a message|a bottle in the sea|a letter from far away",
-}
-STORY_OPENINGS = ["[Once upon a time|Once|Long ago|A long time ago|Many years ago], there [lived|was] {a_hero} [named|called] {name} in {place}.", "In {place} [there lived|lived] {a_hero} [named|called] {name}.",
-                  "{name} was {a_hero} who lived in {place}.", "There once was {a_hero} [named|called] {name}, who lived in {place}."]
-STORY_TRAITS = ["{name} [was|was always|had always been] [kind to everyone|full of ideas|a good listener|fond of {food}|up early in the morning|the smallest of all|known for {his} laugh].", "Everybody [knew|liked] {name}, because {he} was so [kind|funny|cheerful|helpful].", ""]
+PLOTS_TEXT = """
+@lost
+> [One morning|One day|On a Sunday|One bright morning|After breakfast], {name} could not find {his} {item}.|[One
+morning|One day] {name} saw that {his} {item} was gone.
+> [{He} looked|{name} looked|First {he} looked] [under the table|in the kitchen|in every room|behind the house], but it
+was not there.|{He} [searched|looked] everywhere, but the {item} was nowhere.
+> "Where can it be?" [asked|said|cried] {name}.|{name} [felt sad|was very sad|sighed and sat down].|"I had it
+yesterday," {he} [said|thought].
+> [Then|Soon|After a while] {friend} the {helper} came by.|On the path {he} met {friend}, {a_helper}.
+> "[What is wrong|Why are you so sad|What happened]?" asked {friend}. "I lost my {item}," said {name}.
+> "[Let us|We can|Let me help, we will] look together," said {friend}.|"Two see more than one," said {friend}. "Let us
+look together."
+> They [walked|went] [along the path|through the grass|around the house|from tree to tree] and [looked everywhere|asked
+everyone they met|turned over every stone].
+> [At last|Finally|Suddenly] {friend} [called|shouted]: "[Here it is|I found it|Look here]!" The {item} lay {hiding}.
+> {name} [jumped for joy|laughed|smiled from ear to ear] and [hugged|thanked] {friend}.
+> [From that day|From then on|After that] {he} [took good care of|never lost|always looked after] the {item}, and
+{name} and {friend} [were good friends|stayed friends|played together every day].
+@friend
+> {name} was [often alone|lonely|all alone], because [nobody lived near|everyone else was far away|the others were
+busy].
+> ["I wish I had a friend," {he} said.|Every evening {he} looked at the stars and wished for a friend.|{He} wanted a
+friend more than anything.]
+> [One day|One afternoon|One morning] {name} [heard a voice|saw somebody] [by the water|behind the trees|at the gate|on
+the road].
+> It was {friend}, {a_helper} who [had lost the way|was new there|looked for a home|was alone too].
+> At first {name} was [shy|a little afraid|too shy to speak].|{name} did not know what to say.
+> Then {he} [took a deep breath|smiled|stepped closer] and said: "[Would you like to play|Are you hungry|Shall we be
+friends]?"
+> {friend} [nodded|smiled|was very glad] and said: "[Yes, with pleasure|I would love that|Oh yes, please]!"
+> They [shared {food}|ate {food} together] and [told each other stories|laughed a lot|talked until the sun went down].
+> [When night came|In the evening|At sunset], {friend} [asked: "May I come again tomorrow?"|said: "This was the best
+day of all."]
+> [From that day|Since then] {name} was never lonely [again|any more].|And so {name} and {friend} became [best
+friends|the best of friends].
+@storm
+> [One evening|One night|One autumn day] [dark clouds came|the sky turned black|a strong wind began to blow] and a
+[great|terrible|big] storm began.
+> The rain [fell hard|poured down|beat on the roofs] and the thunder [rolled|roared|was very loud].
+> {name} was [safe at home|warm and dry inside|just going to bed] when {he} heard [a knock|somebody call for help|a
+weak voice].
+> Outside stood {friend} the {helper}, [wet and cold|shaking with cold|without a home].|It was {friend}, {a_helper},
+[wet|cold] and [tired|afraid].
+> "[The wind broke my house|The water took my home|I cannot find my way home]," said {friend}.
+> "Come in [quickly|at once|, there is room for two]," said {name}, and [made a fire|gave {friend} a dry blanket|closed
+the door].
+> They ate {food} and [listened to the rain|told stories|sang songs] until the storm was over.
+> In the morning the sun [shone|came out|was shining] again, and the air [smelled fresh|was clear].
+> {name} helped {friend} to [build a new house|repair the roof|find the way home], and [by evening|before night] the
+work was done.
+> "[You are a true friend|I will never forget this|Thank you for everything]," said {friend}. [And they visited each
+other every week.|And {name} felt warm inside.|And after that no storm could frighten them.]
+@skill
+> {name} [wanted to learn|had one dream: {he} wanted] to {skill}.|More than anything, {name} wanted to {skill}.
+> [But it was hard|But it was not easy|It was harder than it looked]. [The first time|At first] {he} [failed|fell
+over|did everything wrong], and the others laughed.
+> "[You will never learn it|That is too hard for you|Give up]," they said.
+> {name} went [home|away] [sadly|with tears in {his} eyes].|{name} [felt small|was close to giving up].
+> Then {friend} the {helper} [came|sat down beside {him}] and said: "[Every master was once a beginner|Nobody can do it
+at once|I fell a hundred times before I could do it]."
+> "Will you [teach|help] me?" asked {name}. "[Of course|Gladly|Yes, every day]," said {friend}.
+> [So they practised|They practised] [every day|every morning|day after day], [in sun and in rain|for many weeks|little
+by little].
+> [Slowly|Bit by bit|Step by step] it [went better|became easier].
+> [And one day|One fine day|Then, one morning], {name} could {skill} [better than anyone|all alone|without any help]!
+> [The others clapped|Everyone clapped|Now nobody laughed], and {name} [thanked|hugged] {friend}. "[You only have to
+try again and again|Never give up]," {he} said.
+@journey
+> {name} had never seen {sight}, and {he} [dreamed of it every night|thought of it every day|wanted to see it so much].
+> [One morning|One day|In spring] {he} packed {food} and [set off|began {his} journey|went on {his} way].
+> The way was long. {He} [crossed a river|walked through a dark wood|climbed a hill] and [slept under the stars|rested
+in the shade|followed an old road].
+> [On the second day|After a while|Half way] {he} met {friend}, {a_helper} who [was stuck in a hole|had hurt a foot|was
+very hungry|had lost the way].
+> "[Please help me|Can you help me]," said {friend}. {name} [did not wait|helped at once] and [shared {his} food|pulled
+and pulled until it was done|gave what {he} had].
+> "Thank you! Where are you going?" asked {friend}. "I want to see {sight}," said {name}.
+> "I know [the way|a short way]," said {friend}. "Let us go together."
+> They [walked and talked|sang on the way|went side by side] until [evening|the next morning|the sun was high].
+> And there it was: {sight}! It was [more beautiful than any dream|so beautiful that they could not speak|wonderful].
+> {name} [looked for a long time|was happy] and said: "[The best part was the way with you|It is even better with a
+friend]." [Then they went home together.|And they came back every year.]
+@share
+> [One day|One autumn|One evening] {name} found [a basket full of {food}|more {food} than {he} had ever seen].
+> "[All this is mine|I will keep it all|I will hide it]," {he} [thought|said], and [hid it {hiding}|carried it home].
+> [The next day|Soon after] {friend} the {helper} [came by|knocked at the door] and [looked hungry|said: "I have had
+nothing to eat today."]
+> {name} said nothing and [closed the door|looked away].
+> But [that night|in the evening] {he} could not sleep. The {food} did not taste good [alone|any more].
+> "[What good is it to have much and no friends|It is no fun to eat alone]," {he} thought.
+> [Early in the morning|When the sun rose], {name} [took|carried] everything to {friend}'s home.
+> "[I am sorry|Forgive me]," {he} said. "[Let us eat together|This is for both of us]."
+> {friend} [smiled|laughed] and called [the neighbours|all the others], and they had a [feast|great feast|party] [with
+songs and games|until late at night].
+> [Since that day|After that] {name} [shared everything|always shared], and [it tasted twice as good|{he} was never
+alone].
+@dark
+> {name} was afraid of [the dark|the night|shadows].
+> When the sun went down, {he} [hid under a blanket|lit every lamp|closed {his} eyes].
+> [One night|One evening] {he} heard {noise} [outside|near the window|behind the wall].
+> {His} heart beat [fast|loudly]. "[Who is there|What is that]?" {he} [whispered|called].
+> Nobody answered. So {name} went to {friend} the {helper}, who lived next door.
+> "[Let us look together|We will take a lamp and look]," said {friend}. "[Two are braver than one|I am with you]."
+> [Step by step|Slowly|Hand in hand] they went [outside|into the dark|round the house].
+> And what did they find? It was only {cause}!
+> They laughed [so much that the moon seemed to smile|until their bellies hurt|and laughed].
+> [From then on|After that night] {name} [was not afraid of the dark|slept well every night], for {he} knew: [most
+things are harmless when you look at them|it helps to look, and it helps to have a friend].
+@contest
+> [Every year|Every summer] there was a [great race|big contest|race] in that place, and the prize was a {item}.
+> {name} wanted to [win|take part], but {friend} the {helper} was [the fastest|the strongest|said to be the best] of
+all.
+> "You cannot win," [said the others|they all said]. "{friend} wins every year."
+> {name} trained [every morning|for many weeks|every day before sunrise].
+> Then the day came. [Everybody watched|The whole place came to watch]. "[Ready, steady, go|One, two, three, go]!"
+> {friend} was in front, and {name} came [close behind|second].
+> But [just before the end|near the end|at the last corner] {friend} [fell|stumbled|fell into a ditch] and [could not
+get up|cried out].
+> {name} [could have won|could run past]. But {he} [stopped|turned back] and [helped {friend} up|gave {friend} a hand].
+> They [crossed the line together|came to the end side by side], and [everyone cheered|the people clapped and clapped].
+> Both of them [got the {item} to share|won the prize], and {name} won something better: [a friend|a friend for life].
+@gift
+> Tomorrow was the birthday of {friend} the {helper}, and {name} had [no gift|nothing to give].
+> {He} had [no money|only one coin], so {he} [thought and thought|sat down to think].
+> "[I could make something|I will make a gift with my own hands]," {he} said [at last|suddenly].
+> All day {name} [worked|cut and glued|was busy]. {He} took [wood|paper|wool|old cloth] and [a little paint|some
+string|a bit of glue].
+> [In the evening|By night] there was a {item} on the table. It was [a little crooked|not perfect], but [full of
+love|made with care].
+> "[What if it is not good enough|Perhaps {friend} will not like it]," thought {name}.
+> [The next day|In the morning] there were many [big|fine|expensive] gifts. {name} [put the {item} at the very end|was
+almost too shy to give the {item}].
+> {friend} opened it and was [silent|very still] for a moment. "You made this [yourself|for me]?" {friend} asked.
+> "[It is the best gift of all|This is the one I like most]," said {friend}, and [hugged {name}|smiled].
+> Then they all ate {food} and [danced|sang] until [the stars came out|late]. [The {item} has stood by {friend}'s bed
+ever since.|{friend} keeps the {item} to this day.]
+@build
+> [The old bridge was broken|A flood had taken the bridge|There was no bridge over the river], and nobody could [cross
+the river|get to the other side].
+> "[We need a new bridge|Somebody must build a bridge]," said {name}. But the others said: "[That is too much work|It
+cannot be done]."
+> So {name} began alone. {He} carried [one stone|one board|one log] after the other.
+> [In the evening|After the first day] {he} was tired, and the work had [hardly begun|only begun].
+> [The next morning|Next day] {friend} the {helper} came and [watched for a while|asked: "What are you doing?"]
+> "I am building a bridge for all of us," said {name}. "Then I will help you," said {friend}.
+> Soon [others came too|more and more came to help]: some brought [wood|ropes|nails], some brought {food}.
+> They worked [for seven days|all week|from morning to night], and they sang while they worked.
+> [At last|Finally] the bridge was [ready|done], [strong and beautiful|strong enough for everyone].
+> "[Alone I could only begin|One can begin, but many can finish]," said {name}. And that evening they [danced|had a
+feast] on the bridge.
+@garden
+> [One spring|In spring|One day in March] {name} [found|was given] a [tiny|small|strange] seed.
+> "[What will it become|What is in it]?" {he} wondered, and [put it into the earth|planted it {hiding}].
+> Every [day|morning] {he} [gave it water|watered it] and [waited|looked at the ground].
+> A week went by, and nothing [happened|grew]. "[It is dead|Nothing will grow here]," said {friend} the {helper}.
+> "[I will wait a little longer|Good things need time]," said {name}, and [sang to the seed|went on watering].
+> [Then it rained|After the warm rain], and [one morning|the next morning] there was a [little green leaf|small green
+shoot].
+> It grew and grew: [first to {name}'s knee|first as high as a cup], then [as high as the door|over the fence].
+> In summer it had [a hundred flowers|the most beautiful flower of all|flowers in every colour], and [bees and
+butterflies|everybody] came to see it.
+> "[I was wrong|You were right to wait]," said {friend}. "[How did you do it|What is your secret]?"
+> "[Water, sun and patience|I only gave it time]," said {name} with a smile. In autumn they [gathered new seeds|took
+the seeds] and gave one to every [neighbour|friend].
+@message
+> [One morning|On a windy day] {name} found a bottle {hiding}. [In it was|Inside there was] a [letter|piece of paper].
+> It said: "[I live far away and have no friends|Please write to me, I am alone]. {friend} the {helper}."
+> {name} read it [twice|three times]. "[Somebody needs a friend|I must answer]," {he} said.
+> {He} wrote [a long letter|back at once] and [put in a {item}|drew a picture on it].
+> [Then {he} gave the bottle to the wind and the water|A bird took the letter and flew away with it].
+> Days passed, then weeks. [No answer came|Every day {name} looked for an answer].
+> "[Perhaps it was lost|It must have got lost]," {he} thought [sadly|and sighed].
+> But [one evening|one day] there was a knock at the door. There stood {friend}, with the {item} in [hand|both hands].
+> "[Your letter made me so happy that I came myself|I wanted to thank you in person]," said {friend}.
+> They [talked all night|ate {food} and talked for hours], and [from then on|after that] a letter went [back and
+forth|between them] every week.
+"""
+PLOTS = {name: steps for name, (steps, _) in grammars(PLOTS_TEXT).items()}
+PLOT_TOPICS = {"lost": "a lost {item}|something lost|searching|finding something|helping",
+    "friend": "friendship|a new friend|two friends|being lonely|loneliness|making friends",
+    "storm": "a storm|rain and thunder|bad weather|kindness|a stormy night",
+    "skill": "learning|never giving up|practice|patience and work|learning to {skill}|courage",
+    "journey": "a journey|an adventure|a long trip|travel|{sight}", "share": "sharing|being generous|greed|food|giving",
+    "dark": "the dark|being afraid|fear|a night|a strange noise|bravery",
+    "contest": "a race|a contest|winning|sport|fairness", "gift": "a birthday|a gift|a present|a birthday party",
+    "build": "a bridge|building something|working together|helping each other|teamwork",
+    "garden": "a seed|a garden|a flower|growing things|patience|spring",
+    "message": "a letter|a message|a bottle in the sea|a letter from far away",}
+STORY_OPENINGS = phrases_of("""[Once upon a time|Once|Long ago|A long time ago|Many years ago], there [lived|was]
+{a_hero} [named|called] {name} in {place}.; In {place} [there lived|lived] {a_hero} [named|called] {name}.; {name} was
+{a_hero} who lived in {place}.; There once was {a_hero} [named|called] {name}, who lived in {place}.""")
+STORY_TRAITS = ["{name} [was|was always|had always been] [kind to everyone|full of ideas|a good listener|fond of "
+    "{food}|up early in the morning|the smallest of all|known for {his} laugh].",
+    "Everybody [knew|liked] {name}, because {he} was so [kind|funny|cheerful|helpful].", ""]
 STORY_ENDS = ["The end.", "And that is the end of the story.", "", "", ""]
-STORY_ASKS = [
-    "[tell|write|give|make up|invent|read] [me |us |][a|a short|another|a little|a nice|a small] [story|tale|bedtime story|fairy tale|story for children]{about}", "[can|could|will|would] you [tell|write|make up] [me |us |][a|a short] [story|tale]{about}",
-    "[i want|i would like|i'd like|i need] [to hear |to read |][a|a short|another|a nice] [story|tale]{about}", "[a|a short|one more|another] [story|tale]{about}[| please]", "[do you know|have you got] [a|any|a good] [story|tale]{about}",
-    "[let us|let me] hear [a|a short] [story|tale]{about}", "story{about}", "once upon a time{about}", "tell [me |]{something}",
-]
+STORY_ASKS = phrases_of("""[tell|write|give|make up|invent|read] [me |us |][a|a short|another|a little|a nice|a small]
+[story|tale|bedtime story|fairy tale|story for children]{about}; [can|could|will|would] you [tell|write|make up] [me
+|us |][a|a short] [story|tale]{about}; [i want|i would like|i'd like|i need] [to hear |to read |][a|a short|another|a
+nice] [story|tale]{about}; [a|a short|one more|another] [story|tale]{about}[| please]; [do you know|have you got]
+[a|any|a good] [story|tale]{about}; [let us|let me] hear [a|a short] [story|tale]{about}; story{about}; once upon a
+time{about}; tell [me |]{something}""")
 
 
 def story_cast(rng: random.Random, hero: str) -> dict[str, str]:
@@ -1473,9 +1804,11 @@ def story_cast(rng: random.Random, hero: str) -> dict[str, str]:
     helper = rng.choice([kind for kind in ANIMALS + PEOPLE if kind != hero])
     noise, cause = rng.choice(NOISES)
     adjective = rng.choice(ADJECTIVES)
-    return {"name": name, "friend": friend, "he": he, "his": his, "him": him, "He": sentence(he), "His": sentence(his), "hero": hero, "helper": helper,
-            "a_hero": article(f"{adjective} {hero}"), "a_helper": article(f"{rng.choice(ADJECTIVES)} {helper}"), "adjective": adjective, "place": rng.choice(PLACES), "item": rng.choice(TREASURES),
-            "food": rng.choice(FOODS), "hiding": rng.choice(HIDING), "skill": rng.choice(SKILLS), "sight": rng.choice(SIGHTS), "noise": noise, "cause": cause}
+    return {"name": name, "friend": friend, "he": he, "his": his, "him": him, "He": sentence(he), "His": sentence(his),
+        "hero": hero, "helper": helper, "a_hero": article(f"{adjective} {hero}"),
+        "a_helper": article(f"{rng.choice(ADJECTIVES)} {helper}"), "adjective": adjective, "place": rng.choice(PLACES),
+        "item": rng.choice(TREASURES), "food": rng.choice(FOODS), "hiding": rng.choice(HIDING),
+        "skill": rng.choice(SKILLS), "sight": rng.choice(SIGHTS), "noise": noise, "cause": cause}
 
 
 def tell(plot: str, cast: dict[str, str], rng: random.Random) -> str:
@@ -1495,8 +1828,10 @@ def story(rng: random.Random) -> tuple[str, str]:
         hero = rng.choice(WORDS)
     cast = story_cast(rng, hero)
     if kind < 0.6:
-        subject = rng.choice([article(hero), article(hero), article(hero), "the " + hero, cast["a_hero"], f"{article(hero)} [named|called] {cast['name']}", f"{article(hero)} and {article(cast['helper'])}",
-                              f"{cast['a_hero']} in {cast['place']}", f"{article(hero)} in {cast['place']}", f"{cast['name']} the {hero}", hero])
+        subject = rng.choice([article(hero), article(hero), article(hero), "the " + hero, cast["a_hero"],
+            f"{article(hero)} [named|called] {cast['name']}", f"{article(hero)} and {article(cast['helper'])}",
+            f"{cast['a_hero']} in {cast['place']}", f"{article(hero)} in {cast['place']}", f"{cast['name']} the {hero}",
+            hero])
         subject = expand(subject, rng)
     elif kind < 0.82:
         subject = expand(rng.choice(PLOT_TOPICS[plot].split("|")), rng, **cast)
@@ -1504,41 +1839,91 @@ def story(rng: random.Random) -> tuple[str, str]:
         subject = ""
     about = expand(" [about|about|about|about|on|of] {s}", rng, s=subject) if subject else ""
     about = " " + about if about else ""
-    ask = expand(rng.choice(STORY_ASKS), rng, about=about, something=expand("[something about {s}|a story about {s}|what happened to {s}]", rng, s=subject) if subject else "a story")
+    ask = expand(rng.choice(STORY_ASKS), rng, about=about,
+        something=expand("[something about {s}|a story about {s}|what happened to {s}]", rng, s=subject) if subject
+        else "a story")
     return spoken(ask, rng, "", loose=True), tell(plot, cast, rng)
 
 
 # ── Tools ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 BINARY = {
-    "+": ["{a} + {b}", "{a}+{b}", "{a} plus {b}", "the sum of {a} and {b}", "add {a} and {b}", "add {b} to {a}!", "{a} added to {b}", "{a} and {b} together", "the total of {a} and {b}", "adding {a} to {b}",
-          "{a} and {b} added up", "{a} increased by {b}", "{a} and {b} in total", "sum {a} and {b}", "add up {a} and {b}", "put {a} and {b} together", "adding {a} and {b}", "{b} more than {a}!", "the addition of {a} and {b}"],
-    "-": ["{a} - {b}", "{a}-{b}", "{a} minus {b}", "the difference of {a} and {b}", "subtract {b} from {a}!", "take {b} away from {a}!", "{a} less {b}", "{a} take away {b}", "{b} subtracted from {a}!", "the difference between {a} and {b}",
-          "{a} reduced by {b}", "{a} decreased by {b}", "{b} less than {a}!", "subtracting {b} from {a}!", "take {b} from {a}!", "deduct {b} from {a}!", "{a} without {b}"],
-    "*": ["{a} * {b}", "{a}*{b}", "{a} times {b}", "the product of {a} and {b}", "multiply {a} by {b}", "multiply {a} and {b}", "{a} multiplied by {b}", "{a} x {b}", "{a} multiplied with {b}", "multiplying {a} by {b}",
-          "{a}x{b}", "{a} × {b}", "multiply {a} with {b}", "the multiplication of {a} and {b}", "multiplying {a} and {b}"],
-    "/": ["{a} / {b}", "{a}/{b}", "{a} divided by {b}", "divide {a} by {b}", "the quotient of {a} and {b}", "{a} over {b}", "{a} ÷ {b}", "dividing {a} by {b}", "{a} split by {b}", "the division of {a} by {b}", "split {a} into {b} equal parts", "{a} shared by {b}"],
+    "+": phrases_of("""{a} + {b}; {a}+{b}; {a} plus {b}; the sum of {a} and {b}; add {a} and {b}; add {b} to {a}!; {a}
+added to {b}; {a} and {b} together; the total of {a} and {b}; adding {a} to {b}; {a} and {b} added up; {a} increased by
+{b}; {a} and {b} in total; sum {a} and {b}; add up {a} and {b}; put {a} and {b} together; adding {a} and {b}; {b} more
+than {a}!; the addition of {a} and {b}"""),
+    "-": phrases_of("""{a} - {b}; {a}-{b}; {a} minus {b}; the difference of {a} and {b}; subtract {b} from {a}!; take
+{b} away from {a}!; {a} less {b}; {a} take away {b}; {b} subtracted from {a}!; the difference between {a} and {b}; {a}
+reduced by {b}; {a} decreased by {b}; {b} less than {a}!; subtracting {b} from {a}!; take {b} from {a}!; deduct {b}
+from {a}!; {a} without {b}"""),
+    "*": phrases_of("""{a} * {b}; {a}*{b}; {a} times {b}; the product of {a} and {b}; multiply {a} by {b}; multiply {a}
+and {b}; {a} multiplied by {b}; {a} x {b}; {a} multiplied with {b}; multiplying {a} by {b}; {a}x{b}; {a} × {b};
+multiply {a} with {b}; the multiplication of {a} and {b}; multiplying {a} and {b}"""),
+    "/": phrases_of("""{a} / {b}; {a}/{b}; {a} divided by {b}; divide {a} by {b}; the quotient of {a} and {b}; {a} over
+{b}; {a} ÷ {b}; dividing {a} by {b}; {a} split by {b}; the division of {a} by {b}; split {a} into {b} equal parts; {a}
+shared by {b}"""),
 }
-RESULT_FRAMES = ["what is {e}", "what's {e}", "how much is {e}", "calculate {e}", "compute {e}", "{e}", "{e} =", "{e} = ?", "what does {e} make", "what do you get for {e}", "give me {e}", "tell me {e}", "work out {e}", "evaluate {e}", "i need {e}",
-                 "what does {e} equal", "what is the result of {e}", "the result of {e}", "find {e}", "can you calculate {e}", "could you work out {e}", "please compute {e}", "i want to know {e}", "solve {e}", "use the calculator for {e}", "use the calculator: {e}",
-                 "what would {e} be", "how many is {e}", "do you know what {e} is", "what number is {e}", "please {e}", "help me with {e}", "i have to calculate {e}", "let me know {e}", "what comes out of {e}", "with the calculator: {e}", "figure out {e}", "determine {e}", "quickly: {e}"]
-ORDER_FRAMES = ["{e}", "please {e}", "can you {e}", "could you {e}", "{e} please", "i want you to {e}", "{e} for me", "now {e}", "what do i get if i {e}", "what is it if you {e}", "what do you get when you {e}", "help me {e}", "i need to {e}", "what happens if i {e}", "would you {e}", "if i {e}, what do i get", "let us {e}"]
+RESULT_FRAMES = phrases_of("""what is {e}; what's {e}; how much is {e}; calculate {e}; compute {e}; {e}; {e} =; {e} =
+?; what does {e} make; what do you get for {e}; give me {e}; tell me {e}; work out {e}; evaluate {e}; i need {e}; what
+does {e} equal; what is the result of {e}; the result of {e}; find {e}; can you calculate {e}; could you work out {e};
+please compute {e}; i want to know {e}; solve {e}; use the calculator for {e}; use the calculator: {e}; what would {e}
+be; how many is {e}; do you know what {e} is; what number is {e}; please {e}; help me with {e}; i have to calculate
+{e}; let me know {e}; what comes out of {e}; with the calculator: {e}; figure out {e}; determine {e}; quickly: {e}""")
+ORDER_FRAMES = phrases_of("""{e}; please {e}; can you {e}; could you {e}; {e} please; i want you to {e}; {e} for me;
+now {e}; what do i get if i {e}; what is it if you {e}; what do you get when you {e}; help me {e}; i need to {e}; what
+happens if i {e}; would you {e}; if i {e}, what do i get; let us {e}""")
 WORD_PROBLEMS = {
-    "+": ["{n} has {a} {i} and gets {b} more. How many {i} does {n} have now?", "{n} has {a} {i} and {m} has {b}. How many do they have together?", "There are {a} {i} in one box and {b} in another. How many are there in all?", "I had {a} {i} and bought {b} more. How many {i} do I have?", "{n} read {a} pages yesterday and {b} pages today. How many pages is that?"],
-    "-": ["{n} has {a} {i} and gives away {b}. How many are left?", "There were {a} {i} and {b} were sold. How many {i} are left?", "I have {a} euros and spend {b}. How much do I have left?", "{n} had {a} {i} and lost {b} of them. How many {i} does {n} still have?", "Of {a} {i}, {b} are broken. How many are not?"],
-    "*": ["There are {a} boxes with {b} {i} each. How many {i} are there?", "{n} buys {a} {i} at {b} euros each. How much is that?", "{a} rows with {b} chairs each: how many chairs?", "One ticket costs {b} euros. How much are {a} tickets?!", "Each of {a} shelves holds {b} {i}. How many {i} is that?"],
-    "/": ["{a} {i} are shared by {b} people. How many does each get?", "{n} puts {a} {i} into {b} equal bags. How many are in each bag?", "{a} euros are split between {b} friends. How much does each get?", "How many groups of {b} can be made from {a} {i}?"],
+    "+": phrases_of("""{n} has {a} {i} and gets {b} more. How many {i} does {n} have now?; {n} has {a} {i} and {m} has
+{b}. How many do they have together?; There are {a} {i} in one box and {b} in another. How many are there in all?; I
+had {a} {i} and bought {b} more. How many {i} do I have?; {n} read {a} pages yesterday and {b} pages today. How many
+pages is that?"""),
+    "-": phrases_of("""{n} has {a} {i} and gives away {b}. How many are left?; There were {a} {i} and {b} were sold.
+How many {i} are left?; I have {a} euros and spend {b}. How much do I have left?; {n} had {a} {i} and lost {b} of them.
+How many {i} does {n} still have?; Of {a} {i}, {b} are broken. How many are not?"""),
+    "*": phrases_of("""There are {a} boxes with {b} {i} each. How many {i} are there?; {n} buys {a} {i} at {b} euros
+each. How much is that?; {a} rows with {b} chairs each: how many chairs?; One ticket costs {b} euros. How much are {a}
+tickets?!; Each of {a} shelves holds {b} {i}. How many {i} is that?"""),
+    "/": phrases_of("""{a} {i} are shared by {b} people. How many does each get?; {n} puts {a} {i} into {b} equal bags.
+How many are in each bag?; {a} euros are split between {b} friends. How much does each get?; How many groups of {b} can
+be made from {a} {i}?"""),
 }
-COUNTABLES = words_of("""apples, books, coins, stamps, pencils, eggs, cards, balls, cookies, flowers, bottles, tickets, marbles, shells,
-buttons, chairs, cups, pears, stones, sheep, oranges, letters, candles, nails, boxes, toys, birds, fish, trees, bags""")
-SPECIAL_SUMS = [
-    ("[{a} squared|the square of {a}|{a} to the power of 2|{a} to the power of two|square {a}]", "{a} ** 2"), ("[the square root of {a}|square root of {a}|the root of {a}|sqrt({a})|sqrt of {a}]", "sqrt({a})"),
-    ("[{a} to the power of {s}|{a} to the power {s}|{a} ** {s}|{a}^{s}|{a} raised to {s}|{a} raised to the power of {s}]", "{a} ** {s}"), ("[{p} percent of {a}|{p}% of {a}|{p} % of {a}]", "{p} / 100 * {a}"),
-    ("[half of {a}|one half of {a}|the half of {a}]", "{a} / 2"), ("[twice {a}|double {a}|the double of {a}]", "2 * {a}"), ("[{a} cubed|the cube of {a}]", "{a} ** 3"),
-    ("[{a} + {b} + {c}|{a} plus {b} plus {c}|the sum of {a}, {b} and {c}|add {a}, {b} and {c}]", "{a} + {b} + {c}"), ("[{a} + {b} * {c}|{a} plus {b} times {c}]", "{a} + {b} * {c}"), ("[{a} * {b} + {c}|{a} times {b} plus {c}]", "{a} * {b} + {c}"),
-    ("({a} + {b}) * {c}", "({a} + {b}) * {c}"), ("[{a} - {b} - {c}|{a} minus {b} minus {c}]", "{a} - {b} - {c}"), ("[{a} * {b} - {c}|{a} times {b} minus {c}]", "{a} * {b} - {c}"), ("({a} - {b}) / {c}", "({a} - {b}) / {c}"),
-    ("[{a} * {b} * {c}|{a} times {b} times {c}|the product of {a}, {b} and {c}]", "{a} * {b} * {c}"),
-]
+COUNTABLES = words_of("""apples, books, coins, stamps, pencils, eggs, cards, balls, cookies, flowers, bottles, tickets,
+marbles, shells, buttons, chairs, cups, pears, stones, sheep, oranges, letters, candles, nails, boxes, toys, birds,
+fish, trees, bags""")
+SPECIAL_SUMS_TEXT = """
+@sums
+> [{a} squared|the square of {a}|{a} to the power of 2|{a} to the power of two|square {a}]
+= {a} ** 2
+> [the square root of {a}|square root of {a}|the root of {a}|sqrt({a})|sqrt of {a}]
+= sqrt({a})
+> [{a} to the power of {s}|{a} to the power {s}|{a} ** {s}|{a}^{s}|{a} raised to {s}|{a} raised to the power of {s}]
+= {a} ** {s}
+> [{p} percent of {a}|{p}% of {a}|{p} % of {a}]
+= {p} / 100 * {a}
+> [half of {a}|one half of {a}|the half of {a}]
+= {a} / 2
+> [twice {a}|double {a}|the double of {a}]
+= 2 * {a}
+> [{a} cubed|the cube of {a}]
+= {a} ** 3
+> [{a} + {b} + {c}|{a} plus {b} plus {c}|the sum of {a}, {b} and {c}|add {a}, {b} and {c}]
+= {a} + {b} + {c}
+> [{a} + {b} * {c}|{a} plus {b} times {c}]
+= {a} + {b} * {c}
+> [{a} * {b} + {c}|{a} times {b} plus {c}]
+= {a} * {b} + {c}
+> ({a} + {b}) * {c}
+= ({a} + {b}) * {c}
+> [{a} - {b} - {c}|{a} minus {b} minus {c}]
+= {a} - {b} - {c}
+> [{a} * {b} - {c}|{a} times {b} minus {c}]
+= {a} * {b} - {c}
+> ({a} - {b}) / {c}
+= ({a} - {b}) / {c}
+> [{a} * {b} * {c}|{a} times {b} times {c}|the product of {a}, {b} and {c}]
+= {a} * {b} * {c}
+"""
+SPECIAL_SUMS = list(zip(*grammars(SPECIAL_SUMS_TEXT)["sums"], strict=True))
 
 
 def some_number(rng: random.Random) -> int:
@@ -1566,30 +1951,30 @@ def two_operands(rng: random.Random) -> tuple[str, str]:
     first, second = map(str, operands(operator, rng))
     if rng.random() < 0.15:
         pattern = rng.choice(WORD_PROBLEMS[operator])
-        ask = expand(pattern.rstrip("!"), rng, a=first, b=second, i=rng.choice(COUNTABLES), n=some_name(rng), m=some_name(rng))
+        ask = expand(pattern.rstrip("!"), rng, a=first, b=second, i=rng.choice(COUNTABLES), n=some_name(rng),
+            m=some_name(rng))
         return ask, f"{first} {operator} {second}"
     if rng.random() < 0.07:
         first += "." + str(rng.randint(1, 99)).rstrip("0")
     if rng.random() < 0.07:
         second += "." + str(rng.randint(1, 9))
     pattern = rng.choice(BINARY[operator])
-    in_word = 0.0 if re.search(r"\}[+*/x-]", pattern.replace(" ", "")) and "x" not in pattern[:1] and not re.search("[a-w]{3}", SLOT.sub("", pattern)) else rng.choice([0, 0, 0, 0, 1, 0.5])
-    ends_swapped = pattern.endswith("!") or "{b}" in pattern and pattern.index("{b}") < pattern.index("{a}")
+    in_word = rng.choice([0, 0, 0, 0, 1, 0.5]) if re.search("[a-w]{3}", SLOT.sub("", pattern)) else 0.0
     core = expand(pattern.rstrip("!"), rng, a=shown_number(first, rng, in_word), b=shown_number(second, rng, in_word))
-    if pattern == "{a} added to {b}" or pattern == "adding {a} to {b}":
-        ends_swapped = False
     order = re.match(r"(add|subtract|take|multiply|divide|deduct|put|sum|split) ", core) is not None
     frame = rng.choice(ORDER_FRAMES) if order else rng.choice(RESULT_FRAMES)
-    del ends_swapped  # the expression keeps the order in which the operator needs its operands
-    return spoken(frame.replace("{e}", core), rng, "?" if frame.startswith(("what", "how", "do you")) else "", loose=False), f"{first} {operator} {second}"
+    return spoken(frame.replace("{e}", core), rng, "?" if frame.startswith(("what", "how", "do you")) else "",
+        loose=False), f"{first} {operator} {second}"
 
 
 def special_sum(rng: random.Random) -> tuple[str, str]:
     ask, expression = rng.choice(SPECIAL_SUMS)
-    values = {"a": str(some_number(rng)), "b": str(some_number(rng)), "c": str(some_number(rng)), "s": str(rng.randint(2, 12)), "p": str(rng.randint(1, 99))}
+    values = {"a": str(some_number(rng)), "b": str(some_number(rng)), "c": str(some_number(rng)),
+        "s": str(rng.randint(2, 12)), "p": str(rng.randint(1, 99))}
     core = expand(ask, rng, **values)
     frame = rng.choice(RESULT_FRAMES) if not core.startswith(("add ", "square {")) else "{e}"
-    return spoken(frame.replace("{e}", core), rng, "?" if frame.startswith(("what", "how")) else "", loose=False), expand(expression, rng, **values)
+    return spoken(frame.replace("{e}", core), rng, "?" if frame.startswith(("what", "how")) else "",
+        loose=False), expand(expression, rng, **values)
 
 
 def safe_result(expression: str) -> str:
@@ -1605,22 +1990,27 @@ def safe_result(expression: str) -> str:
 
 def schema(name: str, description: str, parameters: dict[str, tuple[str, str]], rng: random.Random) -> Message:
     """A tool as OpenAI clients send it; `parameters` maps a name to type and description."""
-    properties = {key: {"type": kind, **({"description": text} if text and rng.random() < 0.7 else {})} for key, (kind, text) in parameters.items()}
+    properties = {key: {"type": kind, **({"description": text} if text and rng.random() < 0.7 else {})} for key, (kind,
+        text) in parameters.items()}
     body: Message = {"type": "object", "properties": properties}
     if rng.random() < 0.85:
         body["required"] = list(parameters)
     if rng.random() < 0.08:
         body["additionalProperties"] = False
-    function = {"name": name, "description": description, "parameters": body} if rng.random() < 0.93 else {"name": name, "parameters": body}
+    function = {"name": name, "description": description, "parameters": body} if rng.random() < 0.93 else {"name": name,
+        "parameters": body}
     return {"type": "function", "function": function}
 
 
-CALCULATOR_SAYS = ["Evaluate an arithmetic expression", "Calculates an arithmetic expression.", "A calculator", "Evaluates arithmetic and math functions.", "Work out a sum", "Compute the value of an expression", "Arithmetic: + - * / ** and math functions",
-                   "Calculate", "Does arithmetic", "Evaluate a mathematical expression and return the result", "Useful for arithmetic", "Perform a calculation"]
+CALCULATOR_SAYS = phrases_of("""Evaluate an arithmetic expression; Calculates an arithmetic expression.; A calculator;
+Evaluates arithmetic and math functions.; Work out a sum; Compute the value of an expression; Arithmetic: + - * / **
+and math functions; Calculate; Does arithmetic; Evaluate a mathematical expression and return the result; Useful for
+arithmetic; Perform a calculation""")
 
 
 def calculator(rng: random.Random) -> Message:
-    text = rng.choice(["The expression", "e.g. 2 + 3 * 4", "Expression to evaluate", "An arithmetic expression", "The arithmetic expression, for example 2 * (3 + 4)"])
+    text = rng.choice(phrases_of("""The expression; e.g. 2 + 3 * 4; Expression to evaluate; An arithmetic expression;
+The arithmetic expression, for example 2 * (3 + 4)"""))
     return schema("calculator", rng.choice(CALCULATOR_SAYS), {"expression": ("string", text)}, rng)
 
 
@@ -1638,8 +2028,11 @@ class ToolKind:
 
 
 def weather_result(rng: random.Random, place: str) -> Any:
-    sky, degrees = rng.choice(words_of("sunny, cloudy, rainy, snowy, windy, foggy, clear, stormy, overcast, hot, cold, mild")), rng.randint(-15, 40)
-    forms: list[Any] = [f"{sentence(sky)}, {degrees} °C", f"{sky}, {degrees} degrees", {"condition": sky, "temperature": degrees}, {"temperature": degrees, "sky": sky}, {"city": place, "weather": sky, "temp": degrees}, f"{degrees}C and {sky}", {"weather": sky}, sky, f"{degrees} °C"]
+    sky, degrees = rng.choice(words_of("sunny, cloudy, rainy, snowy, windy, foggy, clear, stormy, overcast, hot, "
+        "cold, mild")), rng.randint(-15, 40)
+    forms: list[Any] = [f"{sentence(sky)}, {degrees} °C", f"{sky}, {degrees} degrees", {"condition": sky,
+        "temperature": degrees}, {"temperature": degrees, "sky": sky}, {"city": place, "weather": sky, "temp": degrees},
+        f"{degrees}C and {sky}", {"weather": sky}, sky, f"{degrees} °C"]
     return rng.choice(forms)
 
 
@@ -1659,59 +2052,260 @@ def time_result(rng: random.Random, _value: str) -> Any:
 
 
 def some_path(rng: random.Random) -> str:
-    return rng.choice(["", "docs/", "/tmp/", "data/", "notes/", invented_word(rng) + "/"]) + rng.choice([rng.choice(WORDS), invented_word(rng)]) + rng.choice([".txt", ".md", ".json", ".csv", ".log", ".py"])
+    return rng.choice(["", "docs/", "/tmp/", "data/", "notes/",
+        invented_word(rng) + "/"]) + rng.choice([rng.choice(WORDS), invented_word(rng)]) + rng.choice([".txt", ".md",
+        ".json", ".csv", ".log", ".py"])
 
 
 def some_url(rng: random.Random) -> str:
-    return rng.choice(["http://", "https://"]) + rng.choice(["example.com", invented_word(rng) + ".org", "www." + invented_word(rng) + ".com"]) + rng.choice(["", "/", "/" + rng.choice(WORDS), "/" + rng.choice(WORDS) + ".html"])
+    return rng.choice(["http://", "https://"]) + rng.choice(["example.com", invented_word(rng) + ".org",
+        "www." + invented_word(rng) + ".com"]) + rng.choice(["", "/", "/" + rng.choice(WORDS),
+        "/" + rng.choice(WORDS) + ".html"])
+
+
+TOOLS_TEXT = """
+@weather.names
+> get_weather, weather, current_weather, get_current_weather, weather_lookup, lookup_weather, check_weather,
+fetch_weather, weather_report, weather_now, forecast, get_forecast, city_weather, query_weather
+@weather.says
+> Get the weather for a city; Current weather of a place; Returns the weather in a city.; Get the current weather in a
+given location; Weather report for a location; Looks up the weather; Tells the weather; Forecast for a city
+@weather.parameters
+> city, location, place, town, city_name, where, query, name
+@weather
+> [what is|what's|how is|how's] the weather [like |][in|at] {v}[| today| now| right now| at the moment]
+> [is it|will it be] [raining|sunny|cold|warm|hot|snowing|windy|cloudy|wet|nice|freezing] in {v}[| today| now| tomorrow]
+> weather [in|for] {v}[| please]
+> {v} weather
+> [tell me|give me|show me|check|look up|find out|i need|get] the [weather|current weather|forecast|temperature]
+[in|for] {v}
+> [what is|what's] the [temperature|forecast] [in|for] {v}[| today| now]
+> how [warm|cold|hot] is it in {v}[| today| now]
+> do i need [an umbrella|a coat|a jacket|sunglasses] in {v}[| today]
+> i am [going|travelling] to {v}, how is the weather[| there]
+> [should i take|do i take] an umbrella to {v}
+> what weather [do they have|is there] in {v}
+> does it [rain|snow] in {v}[| now| today]
+> how does the sky look in {v}
+> forecast for {v}
+= The weather in {v}: {r}.
+= In {v}: {r}.
+@time.names
+> get_time, current_time, time_in, clock, local_time, world_clock, time_lookup, get_local_time, what_time
+@time.says
+> Get the current time in a city; Local time of a place; Tells the time in a city.; World clock
+@time.parameters
+> city, place, location, timezone, where, zone
+@time
+> what time is it in {v}[| now]
+> [what is|what's|tell me|give me] the [time|local time|current time] in {v}
+> time in {v}
+> how late is it in {v}
+> the clock in {v}
+> is it late in {v}
+> which time is it in {v}
+= The time in {v}: {r}.
+= In {v} it is {r}.
+@search.names
+> search, web_search, search_web, find, lookup, google, search_docs, query, internet_search, look_up, search_notes,
+find_info
+@search.says
+> Search the web; Search for a query; Finds documents; Looks something up; Full text search; Searches the internet for
+information
+@search.parameters
+> query, q, text, term, keywords, search_term, topic
+@search
+> search [for|the web for] {v}
+> [look up|google|find|search] {v}
+> find [something|information|documents|news|pages] about {v}
+> look for {v}[| on the web| online]
+> what does the web say about {v}
+> do a search for {v}
+> can you search {v}
+> search the internet for {v}
+= I found: {r}.
+= The search for {v} gave: {r}.
+@define.names
+> define, dictionary, define_word, get_definition, word_meaning, thesaurus, lookup_word, definition
+@define.says
+> Define a word; Dictionary; The meaning of a word; Looks a word up in the dictionary
+@define.parameters
+> word, term, entry, text
+@define
+> define {v}
+> what does [|the word ]{v} mean
+> [look up|find|check] [|the word ]{v} in the dictionary
+> the [meaning|definition] of {v}
+> what is the definition of {v}
+> give me the definition of {v}
+> dictionary entry for {v}
+= {v}: {r}.
+= The dictionary says about {v}: {r}.
+@price.names
+> get_price, price, stock_price, get_stock_price, price_lookup, quote, check_price, share_price, get_quote
+@price.says
+> Get the price of a product; Current price; Stock price of a company; Look up a price
+@price.parameters
+> product, symbol, company, item, ticker, name
+@price
+> [what is|what's|tell me|give me|check] the price of {v}
+> how much [is|are|does] {v}[| cost]
+> price of {v}
+> [what does|how much does] {v} cost
+> the current price of {v}
+> look up the price of {v}
+= The price of {v}: {r}.
+= {v} costs {r}.
+@play.names
+> play_music, play, play_song, music, start_song, media_player, play_track
+@play.says
+> Play a song; Plays music; Start a song by its title; Media player
+@play.parameters
+> song, title, track, name, artist
+@play
+> play {v}
+> [start|put on] [the song |]{v}
+> i want to hear [the song |]{v}
+> play the song {v}
+> can you play {v}
+> let me hear the song {v}
+> play some {v}
+= Done. The player says: {r}.
+= The song {v}: {r}.
+@file.names
+> file_read, read_file, open_file, cat, get_file, load_file, show_file
+@file.says
+> Read a file; Returns the text of a file; Opens a file and returns its content
+@file.parameters
+> path, file, filename, file_path, name
+@file
+> [read|open|show me|show|print|load] [|the file ]{v}
+> what [is in|does] the file {v}[| say]
+> what is in {v}
+> the content of {v}
+> can you read {v}
+> show the text of {v}
+> give me the contents of {v}
+= The file says: {r}.
+= {v} contains: {r}.
+@fetch.names
+> http_get, fetch, get_url, download, fetch_page, open_url, web_get, browse
+@fetch.says
+> Fetch a web page; HTTP GET of a URL; Downloads a page; Gets the text of a URL
+@fetch.parameters
+> url, address, link, uri, page
+@fetch
+> [fetch|get|open|download|load|read|visit] {v}
+> what is on {v}
+> get the page {v}
+> what does {v} say
+> open the page {v}
+> download the page {v}
+= The page says: {r}.
+= {v} returned: {r}.
+@mail.names
+> send_message, notify, send_note, add_note, save_note, remember, add_todo, create_reminder, remind_me, add_task
+@mail.says
+> Save a note; Add something to the list; Stores a reminder; Adds a task; Remember a text for later
+@mail.parameters
+> text, note, message, task, content, body
+@mail
+> [remind me|remember|note|write down|save|add]: {v}
+> [save|make|add|take] a note: {v}
+> add {v} to my list
+> put {v} on my list
+> note that {v}
+> remind me of {v}
+> add a task: {v}
+> save this note: {v}
+> remember that {v}
+= Done: {r}.
+= It is noted. The tool says: {r}.
+@person.names
+> get_user, find_person, lookup_contact, phone_book, get_contact, find_user, contacts, user_info
+@person.says
+> Find a person; Look up a contact; Returns data of a user; Phone book
+@person.parameters
+> name, person, user, contact, who, username
+@person
+> [find|look up|show me|get] [the contact |the user |the number of |]{v}
+> what is the [number|phone number|address|email] of {v}
+> [who is|where is] the [user|contact] {v}
+> give me the phone number of {v}
+> {v}'s phone number
+> look for {v} in my contacts
+= I found this about {v}: {r}.
+= {v}: {r}.
+@room.names
+> light_on, turn_on, switch_on, lights, switch, set_light, device_on
+@room.says
+> Turn on the light in a room; Switches a device on; Light switch; Smart home switch
+@room.parameters
+> room, device, name, target, where
+@room
+> [turn on|switch on] the [light|lamp|lights] in the {v}
+> [turn|switch] the {v} [light|lamp] on
+> light in the {v} please
+> make light in the {v}
+> i need light in the {v}
+> it is dark in the {v}
+> lights on in the {v}
+= Done. The {v}: {r}.
+= The light in the {v}: {r}.
+"""
+TOOL_TEXTS = grammars(TOOLS_TEXT)
+
+
+def some_words(low: int, high: int) -> Callable[[random.Random], str]:
+    return lambda rng: " ".join(rng.sample(WORDS, rng.randint(low, high)))
+
+
+def some_product(rng: random.Random) -> str:
+    return rng.choice([rng.choice(WORDS), invented_word(rng).upper(), sentence(invented_word(rng))])
+
+
+def some_room(rng: random.Random) -> str:
+    return rng.choice(words_of("""kitchen, garden, bedroom, bathroom, cellar, hall, office, garage, attic, library,
+workshop, kennel, studio"""))
+
+
+def player_result(rng: random.Random, value: str) -> Any:
+    return rng.choice(["playing", "ok", {"status": "playing"}, f"Now playing {value}"])
+
+
+def note_result(rng: random.Random, _value: str) -> Any:
+    return rng.choice(["saved", "ok", {"status": "saved"}, {"id": rng.randint(1, 999)}, "done"])
+
+
+def person_result(rng: random.Random, value: str) -> Any:
+    number = {"name": value, "phone": str(rng.randint(10000, 999999))}
+    return rng.choice([str(rng.randint(10000, 9999999)), number, {"email": value.lower() + "@example.com"}])
+
+
+def light_result(rng: random.Random, _value: str) -> Any:
+    return rng.choice(["on", "ok", {"state": "on"}, "done", "light is on"])
+
+
+def tool_kind(name: str, value: Callable[[random.Random], str], result: Callable[[random.Random, str],
+    Any]) -> ToolKind:
+    """The sort of tool whose texts stand under `name`."""
+    names, says, parameters = (TOOL_TEXTS[f"{name}.{part}"][0][0] for part in ("names", "says", "parameters"))
+    asks, answers = TOOL_TEXTS[name]
+    return ToolKind(words_of(names), phrases_of(says), words_of(parameters), asks, value, result, answers)
 
 
 TOOL_KINDS: dict[str, ToolKind] = {
-    "weather": ToolKind(
-        words_of("get_weather, weather, current_weather, get_current_weather, weather_lookup, lookup_weather, check_weather, fetch_weather, weather_report, weather_now, forecast, get_forecast, city_weather, query_weather"),
-        ["Get the weather for a city", "Current weather of a place", "Returns the weather in a city.", "Get the current weather in a given location", "Weather report for a location", "Looks up the weather", "Tells the weather", "Forecast for a city"],
-        words_of("city, location, place, town, city_name, where, query, name"),
-        ["[what is|what's|how is|how's] the weather [like |][in|at] {v}[| today| now| right now| at the moment]", "[is it|will it be] [raining|sunny|cold|warm|hot|snowing|windy|cloudy|wet|nice|freezing] in {v}[| today| now| tomorrow]", "weather [in|for] {v}[| please]", "{v} weather",
-         "[tell me|give me|show me|check|look up|find out|i need|get] the [weather|current weather|forecast|temperature] [in|for] {v}", "[what is|what's] the [temperature|forecast] [in|for] {v}[| today| now]", "how [warm|cold|hot] is it in {v}[| today| now]",
-         "do i need [an umbrella|a coat|a jacket|sunglasses] in {v}[| today]", "i am [going|travelling] to {v}, how is the weather[| there]", "[should i take|do i take] an umbrella to {v}", "what weather [do they have|is there] in {v}", "does it [rain|snow] in {v}[| now| today]", "how does the sky look in {v}", "forecast for {v}"],
-        some_city, weather_result, ["The weather in {v}: {r}.", "In {v}: {r}."]),
-    "time": ToolKind(
-        words_of("get_time, current_time, time_in, clock, local_time, world_clock, time_lookup, get_local_time, what_time"), ["Get the current time in a city", "Local time of a place", "Tells the time in a city.", "World clock"], words_of("city, place, location, timezone, where, zone"),
-        ["what time is it in {v}[| now]", "[what is|what's|tell me|give me] the [time|local time|current time] in {v}", "time in {v}", "how late is it in {v}", "the clock in {v}", "is it late in {v}", "which time is it in {v}"], some_city, time_result, ["The time in {v}: {r}.", "In {v} it is {r}."]),
-    "search": ToolKind(
-        words_of("search, web_search, search_web, find, lookup, google, search_docs, query, internet_search, look_up, search_notes, find_info"), ["Search the web", "Search for a query", "Finds documents", "Looks something up", "Full text search", "Searches the internet for information"], words_of("query, q, text, term, keywords, search_term, topic"),
-        ["search [for|the web for] {v}", "[look up|google|find|search] {v}", "find [something|information|documents|news|pages] about {v}", "look for {v}[| on the web| online]", "what does the web say about {v}", "do a search for {v}", "can you search {v}", "search the internet for {v}"],
-        lambda rng: " ".join(rng.sample(WORDS, rng.randint(1, 3))), words_result, ["I found: {r}.", "The search for {v} gave: {r}."]),
-    "define": ToolKind(
-        words_of("define, dictionary, define_word, get_definition, word_meaning, thesaurus, lookup_word, definition"), ["Define a word", "Dictionary", "The meaning of a word", "Looks a word up in the dictionary"], words_of("word, term, entry, text"),
-        ["define {v}", "what does [|the word ]{v} mean", "[look up|find|check] [|the word ]{v} in the dictionary", "the [meaning|definition] of {v}", "what is the definition of {v}", "give me the definition of {v}", "dictionary entry for {v}"],
-        lambda rng: rng.choice([rng.choice(WORDS), invented_word(rng)]), words_result, ["{v}: {r}.", "The dictionary says about {v}: {r}."]),
-    "price": ToolKind(
-        words_of("get_price, price, stock_price, get_stock_price, price_lookup, quote, check_price, share_price, get_quote"), ["Get the price of a product", "Current price", "Stock price of a company", "Look up a price"], words_of("product, symbol, company, item, ticker, name"),
-        ["[what is|what's|tell me|give me|check] the price of {v}", "how much [is|are|does] {v}[| cost]", "price of {v}", "[what does|how much does] {v} cost", "the current price of {v}", "look up the price of {v}"],
-        lambda rng: rng.choice([rng.choice(WORDS), invented_word(rng).upper(), sentence(invented_word(rng))]), number_result, ["The price of {v}: {r}.", "{v} costs {r}."]),
-    "play": ToolKind(
-        words_of("play_music, play, play_song, music, start_song, media_player, play_track"), ["Play a song", "Plays music", "Start a song by its title", "Media player"], words_of("song, title, track, name, artist"),
-        ["play {v}", "[start|put on] [the song |]{v}", "i want to hear [the song |]{v}", "play the song {v}", "can you play {v}", "let me hear the song {v}", "play some {v}"],
-        lambda rng: sentence(" ".join(rng.sample(WORDS, rng.randint(1, 3)))), lambda rng, v: rng.choice(["playing", "ok", {"status": "playing"}, f"Now playing {v}"]), ["Done. The player says: {r}.", "The song {v}: {r}."]),
-    "file": ToolKind(
-        words_of("file_read, read_file, open_file, cat, get_file, load_file, show_file"), ["Read a file", "Returns the text of a file", "Opens a file and returns its content"], words_of("path, file, filename, file_path, name"),
-        ["[read|open|show me|show|print|load] [|the file ]{v}", "what [is in|does] the file {v}[| say]", "what is in {v}", "the content of {v}", "can you read {v}", "show the text of {v}", "give me the contents of {v}"], some_path, words_result, ["The file says: {r}.", "{v} contains: {r}."]),
-    "fetch": ToolKind(
-        words_of("http_get, fetch, get_url, download, fetch_page, open_url, web_get, browse"), ["Fetch a web page", "HTTP GET of a URL", "Downloads a page", "Gets the text of a URL"], words_of("url, address, link, uri, page"),
-        ["[fetch|get|open|download|load|read|visit] {v}", "what is on {v}", "get the page {v}", "what does {v} say", "open the page {v}", "download the page {v}"], some_url, words_result, ["The page says: {r}.", "{v} returned: {r}."]),
-    "mail": ToolKind(
-        words_of("send_message, notify, send_note, add_note, save_note, remember, add_todo, create_reminder, remind_me, add_task"), ["Save a note", "Add something to the list", "Stores a reminder", "Adds a task", "Remember a text for later"], words_of("text, note, message, task, content, body"),
-        ["[remind me|remember|note|write down|save|add]: {v}", "[save|make|add|take] a note: {v}", "add {v} to my list", "put {v} on my list", "note that {v}", "remind me of {v}", "add a task: {v}", "save this note: {v}", "remember that {v}"],
-        lambda rng: " ".join(rng.sample(WORDS, rng.randint(2, 4))), lambda rng, v: rng.choice(["saved", "ok", {"status": "saved"}, {"id": rng.randint(1, 999)}, "done"]), ["Done: {r}.", "It is noted. The tool says: {r}."]),
-    "person": ToolKind(
-        words_of("get_user, find_person, lookup_contact, phone_book, get_contact, find_user, contacts, user_info"), ["Find a person", "Look up a contact", "Returns data of a user", "Phone book"], words_of("name, person, user, contact, who, username"),
-        ["[find|look up|show me|get] [the contact |the user |the number of |]{v}", "what is the [number|phone number|address|email] of {v}", "[who is|where is] the [user|contact] {v}", "give me the phone number of {v}", "{v}'s phone number", "look for {v} in my contacts"],
-        some_name, lambda rng, v: rng.choice([str(rng.randint(10000, 9999999)), {"name": v, "phone": str(rng.randint(10000, 999999))}, {"email": v.lower() + "@example.com"}]), ["I found this about {v}: {r}.", "{v}: {r}."]),
-    "room": ToolKind(
-        words_of("light_on, turn_on, switch_on, lights, switch, set_light, device_on"), ["Turn on the light in a room", "Switches a device on", "Light switch", "Smart home switch"], words_of("room, device, name, target, where"),
-        ["[turn on|switch on] the [light|lamp|lights] in the {v}", "[turn|switch] the {v} [light|lamp] on", "light in the {v} please", "make light in the {v}", "i need light in the {v}", "it is dark in the {v}", "lights on in the {v}"],
-        lambda rng: rng.choice(words_of("kitchen, garden, bedroom, bathroom, cellar, hall, office, garage, attic, library, workshop, kennel, studio")), lambda rng, v: rng.choice(["on", "ok", {"state": "on"}, "done", "light is on"]), ["Done. The {v}: {r}.", "The light in the {v}: {r}."]),
+    "weather": tool_kind("weather", some_city, weather_result),
+    "time": tool_kind("time", some_city, time_result),
+    "search": tool_kind("search", some_words(1, 3), words_result),
+    "define": tool_kind("define", lambda rng: rng.choice([rng.choice(WORDS), invented_word(rng)]), words_result),
+    "price": tool_kind("price", some_product, number_result),
+    "play": tool_kind("play", lambda rng: sentence(some_words(1, 3)(rng)), player_result),
+    "file": tool_kind("file", some_path, words_result),
+    "fetch": tool_kind("fetch", some_url, words_result),
+    "mail": tool_kind("mail", some_words(2, 4), note_result),
+    "person": tool_kind("person", some_name, person_result),
+    "room": tool_kind("room", some_room, light_result),
 }
 
 
@@ -1742,7 +2336,9 @@ def some_offer(kind: str, rng: random.Random) -> Offer:
     sort = TOOL_KINDS[kind]
     name, parameter = rng.choice(sort.names), rng.choice(sort.parameters)
     if rng.random() < 0.2:
-        name = rng.choice([name.title().replace("_", ""), rng.choice(["my", "tool", "api", "do", invented_word(rng)]) + "_" + name, name + "_" + rng.choice(["v2", "tool", "api", invented_word(rng)]), name.replace("_", "-")])
+        name = rng.choice([name.title().replace("_", ""), rng.choice(["my", "tool", "api", "do",
+            invented_word(rng)]) + "_" + name, name + "_" + rng.choice(["v2", "tool", "api", invented_word(rng)]),
+            name.replace("_", "-")])
     extra = {parameter: ("string", rng.choice([f"The {parameter}", f"Name of the {parameter}", sort.says[0], ""]))}
     return Offer(kind, schema(name, rng.choice(sort.says), extra, rng), parameter)
 
@@ -1759,10 +2355,11 @@ def offers(rng: random.Random, wanted: str = "", without: str = "") -> list[Offe
 
 
 def call_message(calls: list[tuple[str, dict[str, str]]]) -> Message:
-    return {"role": "assistant", "content": "", "tool_calls": [{"id": f"call_{at}", "type": "function", "function": {"name": name, "arguments": arguments}} for at, (name, arguments) in enumerate(calls)]}
+    return {"role": "assistant", "content": "", "tool_calls": [{"id": f"call_{at}", "type": "function",
+        "function": {"name": name, "arguments": arguments}} for at, (name, arguments) in enumerate(calls)]}
 
 
-SUM_ANSWERS = ["{e} = {r}.", "The answer is {r}.", "The result is {r}.", "That is {r}."]
+SUM_ANSWERS = phrases_of("""{e} = {r}.; The answer is {r}.; The result is {r}.; That is {r}.""")
 SUM_FAILS = ["The calculator reports an error: {r}."]
 
 
@@ -1781,10 +2378,13 @@ def calculator_turns(chat: Chat, offer: Offer, rng: random.Random) -> None:
         results.append(result)
         wrong = result == "division by zero"
         number = json.loads(result) if not wrong and re.fullmatch(r"-?\d+(\.\d+)?", result) else result
-        forms: list[Any] = [{"error": result}, result, {"success": False, "error": result}] if wrong else [result, result, {"result": number}, {"success": True, "result": number, "error": None}, {"value": number}, {"expression": expression, "result": number}]
+        forms: list[Any] = [{"error": result}, result, {"success": False, "error": result}] if wrong else [result,
+            result, {"result": number}, {"success": True, "result": number, "error": None}, {"value": number},
+            {"expression": expression, "result": number}]
         chat.add("tool", as_content(rng.choice(forms)), tool_call_id=f"call_{at}")
     if len(pairs) > 1:
-        chat.add("assistant", " ".join(f"{expression} = {result}." for (_, expression), result in zip(pairs, results, strict=True)))
+        chat.add("assistant", " ".join(f"{expression} = {result}." for (_, expression), result in zip(pairs, results,
+            strict=True)))
     else:
         frames = SUM_FAILS if results[0] == "division by zero" else SUM_ANSWERS[:1] * 3 + SUM_ANSWERS
         chat.add("assistant", expand(rng.choice(frames), rng, e=pairs[0][1], r=results[0]))
@@ -1797,22 +2397,26 @@ def two_sums(pairs: list[tuple[str, str]], rng: random.Random) -> list[str]:
     for _ in range(2):
         operator = rng.choice("+-*/")
         first, second = operands(operator, rng)
-        word = rng.choice({"+": ["+", "plus"], "-": ["-", "minus"], "*": ["*", "times"], "/": ["/", "divided by"]}[operator])
+        word = rng.choice({"+": ["+", "plus"], "-": ["-", "minus"], "*": ["*", "times"], "/": ["/",
+            "divided by"]}[operator])
         texts.append(f"{first} {word} {second}")
         pairs.append((texts[-1], f"{first} {operator} {second}"))
-    return [expand("[what is|how much is|calculate|compute|give me|work out] {a} and[| also| then] {b}?", rng, a=texts[0], b=texts[1])]
+    return [expand(ASK["two_sums"], rng, a=texts[0], b=texts[1])]
 
 
 def tool_turns(chat: Chat, offer: Offer, rng: random.Random) -> None:
     sort = TOOL_KINDS[offer.kind]
     value = sort.value(rng)
     core = expand(rng.choice(sort.asks), rng, v=value)
-    question = core.split()[0] in {"what", "what's", "how", "how's", "is", "do", "does", "can", "should", "will", "who", "where", "which"}
+    question = core.split()[0] in {"what", "what's", "how", "how's", "is", "do", "does", "can", "should", "will", "who",
+        "where", "which"}
     chat.add("user", spoken(core, rng, "?" if question else "", loose=False))
     chat.messages.append(call_message([(offer.tool["function"]["name"], {offer.parameter: value})]))
     if rng.random() < 0.05:
-        error = rng.choice(["not found", "timeout", "no connection", "unknown " + offer.parameter, "access denied", "failed"])
-        chat.add("tool", as_content(rng.choice([{"error": error}, {"success": False, "error": error}, "error: " + error])), tool_call_id="call_0")
+        error = rng.choice(["not found", "timeout", "no connection", "unknown " + offer.parameter, "access denied",
+            "failed"])
+        chat.add("tool", as_content(rng.choice([{"error": error}, {"success": False, "error": error},
+            "error: " + error])), tool_call_id="call_0")
         chat.add("assistant", f"The tool reports an error: {error}.")
         return
     result = sort.result(rng, value)
@@ -1820,7 +2424,9 @@ def tool_turns(chat: Chat, offer: Offer, rng: random.Random) -> None:
     chat.add("assistant", expand(rng.choice(sort.answers), rng, v=value, r=readable(result, value)))
 
 
-NO_TOOL = {"calculator": "I cannot calculate that reliably without a calculator tool.", "weather": "I cannot look up the weather: no tool for that is offered.", "time": "I cannot look up the time: no tool for that is offered."}
+NO_TOOL = {"calculator": "I cannot calculate that reliably without a calculator tool.",
+    "weather": "I cannot look up the weather: no tool for that is offered.",
+    "time": "I cannot look up the time: no tool for that is offered."}
 
 
 def missing_tool(rng: random.Random, kinds: set[str]) -> tuple[str, str] | None:
@@ -1836,13 +2442,28 @@ def missing_tool(rng: random.Random, kinds: set[str]) -> tuple[str, str] | None:
 
 # ── Conversations ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-PLAIN_SYSTEMS = ["You are a helpful assistant.", "You are a helpful assistant", "You are shimmy-tiny.", "You are a friendly assistant.", "Answer the user's questions.", "You are a small assistant that helps with shimmy.", "Be helpful.", "You are an assistant. Be brief and polite.", "You help users.",
-                 "You are a helpful AI assistant.", "Be kind.", "Help the user.", "You are a useful assistant.", "You are a polite and helpful assistant. Answer in English.", "Be a good assistant.", "You are a chat model.", "You are an assistant with tools.", "Use the tools when needed."]
-UPPER_SYSTEMS = ["[answer|reply|respond|write|speak|talk] [only |always |]in [upper case|uppercase|capital letters|capitals|all caps|upper-case letters|block letters][| only| letters]", "[use|write with] [only |nothing but |][capital letters|upper case|uppercase letters|capitals]", "[all|your|every one of your] answers [must be|are|should be|have to be] in [upper case|uppercase|capital letters|all caps]",
-                 "you [must|should|have to|always] [answer|speak|write|reply] in [upper case|uppercase|capital letters|all caps|capitals]", "write everything in [upper case|uppercase|capital letters|capitals]", "[upper case|uppercase|capital letters|all caps] only", "you are a helpful assistant [that|who] [answers|writes|speaks] in [upper case|uppercase|capital letters|capitals]"]
-WORD_SYSTEMS = ["[answer|reply|respond] [only |always |]with [one word|a single word|one word only|just one word|exactly one word]", "[use|give] [only |just |][one word|a single word][| per answer| for each answer| as the answer]", "[answer|reply|respond] in [one word|a single word|one word only]", "[one word|one-word|single word|single-word] answers only", "[your|all] answers [must be|are|should be] [one word|a single word|one word long]",
-                "you [must|should|always|have to] [answer|reply] [with|in] [one|a single] word", "be very brief: [one word|a single word]", "you are a helpful assistant [that|who] [answers|replies] [with|in] one word", "give one-word answers", "only one word per answer"]
-THINK_SYSTEMS = ["[think|reason] [first|before you answer|before answering|step by step|step by step before you answer]", "[write|show|give] your thoughts [first|before the answer]", "think, then answer", "always think before you [answer|reply]"]
+PLAIN_SYSTEMS = phrases_of("""You are a helpful assistant.; You are a helpful assistant; You are shimmy-tiny.; You are
+a friendly assistant.; Answer the user's questions.; You are a small assistant that helps with shimmy.; Be helpful.;
+You are an assistant. Be brief and polite.; You help users.; You are a helpful AI assistant.; Be kind.; Help the user.;
+You are a useful assistant.; You are a polite and helpful assistant. Answer in English.; Be a good assistant.; You are
+a chat model.; You are an assistant with tools.; Use the tools when needed.""")
+UPPER_SYSTEMS = phrases_of("""[answer|reply|respond|write|speak|talk] [only |always |]in [upper case|uppercase|capital
+letters|capitals|all caps|upper-case letters|block letters][| only| letters]; [use|write with] [only |nothing but
+|][capital letters|upper case|uppercase letters|capitals]; [all|your|every one of your] answers [must be|are|should
+be|have to be] in [upper case|uppercase|capital letters|all caps]; you [must|should|have to|always]
+[answer|speak|write|reply] in [upper case|uppercase|capital letters|all caps|capitals]; write everything in [upper
+case|uppercase|capital letters|capitals]; [upper case|uppercase|capital letters|all caps] only; you are a helpful
+assistant [that|who] [answers|writes|speaks] in [upper case|uppercase|capital letters|capitals]""")
+WORD_SYSTEMS = phrases_of("""[answer|reply|respond] [only |always |]with [one word|a single word|one word only|just one
+word|exactly one word]; [use|give] [only |just |][one word|a single word][| per answer| for each answer| as the
+answer]; [answer|reply|respond] in [one word|a single word|one word only]; [one word|one-word|single word|single-word]
+answers only; [your|all] answers [must be|are|should be] [one word|a single word|one word long]; you
+[must|should|always|have to] [answer|reply] [with|in] [one|a single] word; be very brief: [one word|a single word]; you
+are a helpful assistant [that|who] [answers|replies] [with|in] one word; give one-word answers; only one word per
+answer""")
+THINK_SYSTEMS = phrases_of("""[think|reason] [first|before you answer|before answering|step by step|step by step before
+you answer]; [write|show|give] your thoughts [first|before the answer]; think, then answer; always think before you
+[answer|reply]""")
 
 
 def system_text(patterns: list[str], rng: random.Random) -> str:
@@ -1852,7 +2473,8 @@ def system_text(patterns: list[str], rng: random.Random) -> str:
 
 def plain_turn(rng: random.Random) -> tuple[str, str]:
     """One request of any kind that needs no tool."""
-    makers: list[Callable[[random.Random], tuple[str, str]]] = [small_talk, shimmy_question, lambda r: fact(r)[:2], story, json_task, unknown]
+    makers: list[Callable[[random.Random], tuple[str, str]]] = [small_talk, shimmy_question, lambda r: fact(r)[:2],
+        story, json_task, unknown]
     return rng.choices(makers, [13, 40, 30, 9, 15, 4])[0](rng)
 
 
@@ -1891,7 +2513,8 @@ def one_word(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.15:
         kind = rng.choice(["greeting", "thanks", "bye", "who", "how_are_you"])
         ask = expand(rng.choice(SMALL_TALK[kind][0]), rng, name=some_name(rng))
-        return spoken(ask, rng), {"greeting": "Hello!", "thanks": "Welcome!", "bye": "Goodbye!", "who": "shimmy-tiny", "how_are_you": "Well!"}[kind]
+        return spoken(ask, rng), {"greeting": "Hello!", "thanks": "Welcome!", "bye": "Goodbye!", "who": "shimmy-tiny",
+            "how_are_you": "Well!"}[kind]
     while True:
         ask, _, short = fact(rng)
         if " " not in short:
@@ -1910,7 +2533,8 @@ def tool_chat(rng: random.Random, turns: int) -> Chat:
             offer = rng.choices(offered, [3 if offer.kind == "calculator" else 1 for offer in offered])[0]
             (calculator_turns if offer.kind == "calculator" else tool_turns)(chat, offer, rng)
         else:
-            ask, answer = (missing_tool(rng, {offer.kind for offer in offered}) if rng.random() < 0.12 else None) or plain_turn(rng)
+            ask, answer = (missing_tool(rng, {offer.kind for offer in offered}) if rng.random() < 0.12
+                else None) or plain_turn(rng)
             chat.add("user", ask)
             chat.add("assistant", answer)
     return chat
@@ -1922,7 +2546,8 @@ def conversation(rng: random.Random, long: bool = False) -> Chat:
     maker = rng.choices([plain_chat, tool_chat, styled_chat], [52, 38, 10])[0]
     while True:
         chat = maker(rng, turns)
-        if not any(message["role"] == "user" and normalized(message["content"]) in FORBIDDEN for message in chat.messages):
+        if not any(message["role"] == "user" and normalized(message["content"]) in FORBIDDEN for message
+            in chat.messages):
             return chat
 
 
@@ -1954,9 +2579,11 @@ def train_tokenizer(path: Path, samples: int = 30000) -> Tokenizer:
     rng = random.Random(SEED)
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZER), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False,
+        use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=CONTROL + MARKERS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=CONTROL + MARKERS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     tokenizer.train_from_iterator((conversation(rng).render() for _ in range(samples)), trainer)
     tokenizer.save(str(path))
     return tokenizer
@@ -2004,13 +2631,16 @@ class Batches:
         rng = random.Random(SEED * 1000003 + step)
         rows, width = (2, 2048) if step % 12 == 11 else (8, 512)
         windows = [self.window(rng, width) for _ in range(rows)]
-        return np.array([ids for ids, _ in windows], np.int32), np.array([weights for _, weights in windows], np.float32)
+        return np.array([ids for ids, _ in windows], np.int32), np.array([weights for _, weights in windows],
+            np.float32)
 
 
-def batches_ahead(tokenizer_path: Path, start: int, steps: int, ahead: int = 8) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches_ahead(tokenizer_path: Path, start: int, steps: int, ahead: int = 8) -> Iterator[tuple[np.ndarray,
+    np.ndarray]]:
     """The batches from `start` on, written by a second process while the first one trains."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=start_writer, initargs=(str(tokenizer_path),)) as writer:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=start_writer,
+        initargs=(str(tokenizer_path),)) as writer:
         waiting = deque(writer.submit(write_batch, step) for step in range(start, min(start + ahead, steps)))
         for step in range(start, steps):
             batch = waiting.popleft().result()
@@ -2093,7 +2723,8 @@ class Tiny(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = Norm(shape.width, shape.epsilon)
         half = shape.width // shape.heads // 2
-        angles = torch.outer(torch.arange(shape.context).float(), shape.rope_base ** (-torch.arange(half).float() / half))
+        angles = torch.outer(torch.arange(shape.context).float(),
+            shape.rope_base ** (-torch.arange(half).float() / half))
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, parameter in self.named_parameters():
@@ -2156,7 +2787,8 @@ class Progress:
         bar = "#" * (30 * step // self.steps)
         line = (f"[{bar:<30}] {step}/{self.steps}  loss {loss:.3f}  {speed * TOKENS_PER_STEP:.0f} tokens/s  "
                 f"{left // 60}:{left % 60:02d} left")
-        print(("\r" + line + " ") if self.live else line, end="" if self.live and step < self.steps else "\n", file=sys.stderr, flush=True)
+        print(("\r" + line + " ") if self.live else line, end="" if self.live and step < self.steps else "\n",
+            file=sys.stderr, flush=True)
 
 
 class Threads:
@@ -2179,6 +2811,14 @@ class Threads:
         elif seconds > 2.2 * self.best:
             self.alone = 20
         self.best = min(self.best, seconds)
+
+
+def keep_memory() -> None:
+    """Has glibc keep freed memory instead of giving it back: without page faults a step takes a quarter less time."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own from the kernel
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def fast_bfloat16() -> bool:
@@ -2205,9 +2845,10 @@ def train_step(model: Tiny, batch: tuple[np.ndarray, np.ndarray], low_precision:
     return float(losses.detach()[weights == 1.0].mean())
 
 
-def train(work: Path, steps: int, threads: int) -> Tiny:
+def train(work: Path, steps: int, threads: int) -> None:
     """Trains up to `steps`, from the checkpoint in `work` when there is one."""
     torch.manual_seed(SEED)
+    keep_memory()
     team = Threads(threads)
     model, path = Tiny(Shape()), work / "checkpoint.pt"
     optimizers = optimizers_of(model)
@@ -2219,7 +2860,9 @@ def train(work: Path, steps: int, threads: int) -> Tiny:
             optimizer.load_state_dict(state)
     low_precision = fast_bfloat16()
     progress, saved, began = Progress(steps, facts["step"]), time.monotonic(), time.monotonic() - facts["seconds"]
-    loss = facts["loss"]
+    loss, stopped = facts["loss"], []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.append(True))
     for step, batch in enumerate(batches_ahead(work / "tokenizer.json", facts["step"], steps), facts["step"]):
         team.begin()
         for optimizer in optimizers:
@@ -2233,17 +2876,19 @@ def train(work: Path, steps: int, threads: int) -> Tiny:
         team.end()
         loss = now if not loss else 0.98 * loss + 0.02 * now
         progress.show(step + 1, loss)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS or step + 1 == steps:
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or step + 1 == steps or stopped:
             saved = time.monotonic()
             save(path, model, optimizers, {"step": step + 1, "seconds": saved - began, "loss": loss})
-    return model
+        if stopped:
+            sys.exit(f"stopped at step {step + 1}; the same command goes on from there")
 
 
 # ── Export and self-check ────────────────────────────────────────────────────────────────────────────────────────────
 
-DESCRIPTION = ("A very small chat model, trained from nothing on text written by its own generator: a demonstration and test fixture for "
-               "the shimmy server. It greets, answers questions about shimmy, tells short stories, gives small facts, writes simple JSON "
-               "and calls tools. It knows nothing else.")
+DESCRIPTION = ("A very small chat model, trained from nothing on text written by its own generator: a "
+    "demonstration and test fixture for "
+    "the shimmy server. It greets, answers questions about shimmy, tells short stories, gives small facts, writes "
+    "simple JSON " "and calls tools. It knows nothing else.")
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -2343,9 +2988,11 @@ def check_tokens(path: Path, tokenizer: Tokenizer, texts: int = 2000) -> None:
     from llama_cpp import Llama
 
     engine, rng = Llama(str(path), vocab_only=True, verbose=False), random.Random(SEED + 1)
-    odd = ["", " ", "\n\n", "a\tb", "  two  spaces ", "naïve café", "日本語", "🙂👍🏽", "ÀÉÎ", "It's I'LL we'Re", "x²=4½", "\u00a0nbsp", "1234567890", "a\r\nb", "…—“”", "\x00\x7f", "\ud7ff\ue000"]
+    odd = ["", " ", "\n\n", "a\tb", "  two  spaces ", "naïve café", "日本語", "🙂👍🏽", "ÀÉÎ", "It's I'LL we'Re", "x²=4½",
+        "\u00a0nbsp", "1234567890", "a\r\nb", "…—“”", "\x00\x7f", "\ud7ff\ue000"]
     alphabet = "abcXYZ019 .,!?'\"\n\t{}[]<>|/\\_-éßжあ🙂"
-    samples = odd + [conversation(rng).render() for _ in range(texts)] + ["".join(rng.choices(alphabet, k=rng.randint(1, 60))) for _ in range(texts)]
+    samples = odd + [conversation(rng).render() for _ in range(texts)] + ["".join(rng.choices(alphabet, k=rng.randint(1,
+        60))) for _ in range(texts)]
     for text in samples:
         ours, theirs = tokenizer.encode(text).ids, engine.tokenize(text.encode(), add_bos=False, special=True)
         if ours != theirs:
@@ -2366,7 +3013,8 @@ def check_export(model: Tiny, tokenizer: Tokenizer, path: Path, work: Path) -> N
         theirs = llama_logits(file, ids)
         difference = np.abs(ours - theirs)
         same = float((ours.argmax(1) == theirs.argmax(1)).mean())
-        print(f"logits in {name}: {len(ids)} positions, largest difference {difference.max():.4f}, mean {difference.mean():.5f}, same first choice {same:.1%}")
+        print(f"logits in {name}: {len(ids)} positions, largest difference {difference.max():.4f}, mean "
+            f"{difference.mean():.5f}, same first choice {same:.1%}")
         if difference.max() > limit:
             raise SystemExit(f"the {name} export does not compute what was trained")
     exact.unlink()
@@ -2389,7 +3037,8 @@ def tokenizer_in(work: Path) -> Tokenizer:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train shimmy-tiny.gguf from nothing, on the CPU.")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"training steps of {TOKENS_PER_STEP} tokens (default {STEPS})")
+    parser.add_argument("--steps", type=int, default=STEPS,
+        help=f"training steps of {TOKENS_PER_STEP} tokens (default {STEPS})")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2, help="CPU threads")
     parser.add_argument("--work", type=Path, default=HERE / ".make_tiny", help="folder for checkpoint and tokenizer")
     parser.add_argument("--out", type=Path, default=HERE / "shimmy-tiny.gguf", help="the file to write")
@@ -2410,8 +3059,10 @@ def main() -> int:
         train(options.work, options.steps, options.threads)
     model, facts = load_model(options.work)
     export(model, tokenizer, options.out)
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, {sum(p.numel() for p in model.parameters()):,} parameters, "
-          f"{facts['step']} steps, {facts['step'] * TOKENS_PER_STEP / 1e6:.1f}M tokens, {facts['seconds'] / 60:.0f} minutes, loss {facts['loss']:.3f}")
+    print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, "
+        f"{facts['step']} steps, {facts['step'] * TOKENS_PER_STEP / 1e6:.1f}M tokens, {facts['seconds'] / 60:.0f} "
+        f"minutes, loss {facts['loss']:.3f}")
     check_export(model, tokenizer, options.out, options.work)
     return 0
 
