@@ -2836,6 +2836,10 @@ class Llama:
             found = self._pieces[token] = self._render(token, False)
         return found
 
+    def name(self, token: int) -> bytes:
+        """The bytes a token is called by, control tokens too."""
+        return self._render(token, True)
+
     def _render(self, token: int, special: bool) -> bytes:
         buffer = self.ctypes.create_string_buffer(256)
         size = self.c.llama_token_to_piece(self.vocab, token, buffer, 256, 0, special)
@@ -3392,10 +3396,12 @@ class Engine:
         return wide - math.log(self.llama.np.exp(wide).sum())
 
     def _token_logprob(self, known: Any, token: int, count: int) -> TokenLogprob:
-        best = self.llama.np.argpartition(-known, count)[:count] if count else ()
-        ranked = sorted(((float(known[t]), int(t)) for t in best), reverse=True)
-        top = tuple((self.llama._render(t, True), p) for p, t in ranked)
-        return TokenLogprob(self.llama._render(token, True), float(known[token]), top)
+        def said(t: int) -> float:  # no logits or not a number: JSON has neither, and OpenAI says -9999 there
+            return float(known[t]) if known[t] > -9999.0 else -9999.0
+
+        best = self.llama.np.argpartition(-known, min(count, len(known) - 1))[:count] if count else ()
+        top = sorted(((said(int(t)), self.llama.name(int(t))) for t in best), reverse=True)
+        return TokenLogprob(self.llama.name(token), said(token), tuple((name, logprob) for logprob, name in top))
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self._say(sequence, sequence.text.finish())
@@ -4416,8 +4422,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         methods = sorted({r.method for r in ROUTES if r.match(self.segments) is not None} | {"OPTIONS"})
         asked = self.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
         allowed = {"Access-Control-Allow-Methods": ", ".join(methods), "Access-Control-Max-Age": "600",
-                   "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)} if origin else {}  # fmt: skip
+                   "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)} if self._allowed(origin) else {}  # fmt: skip
         self._respond(200, b"", allowed | {"Allow": ", ".join(methods)})
+
+    def _allowed(self, origin: str | None) -> bool:
+        return origin is not None and self.server.access.origin_allowed(origin, self.headers.get("Host") or "")
 
     # Reading and writing
 
@@ -4441,7 +4450,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         origin = self.headers.get("Origin")
-        if origin and self.server.access.origin_allowed(origin, self.headers.get("Host") or ""):
+        if origin is not None and self._allowed(origin):
             headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         if self.close_connection or self.unread:
             self.close_connection = True
@@ -5250,7 +5259,7 @@ def probe(service: Service, name: str) -> dict[str, Any]:
     """Load a model for real and generate 64 tokens; speeds in tokens per second."""
     cancel = Cancellation()
     with service.table.lease(name, cancel) as worker:
-        words = min(worker.loaded.ctx // 4, 100)
+        words = min(worker.loaded.ctx // 8, 100)  # a word is up to six tokens in the smallest vocabularies
         prompt = " ".join(PROBE_PROMPT.split()[:words])
         sampling = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
         events = list(service.generate(GenerateRequest(name, (prompt,), sampling=sampling), cancel))

@@ -11,6 +11,7 @@ exactly what a server shows it later. Step n of the training draws its text from
 resumed run continues with the text it would have seen. What is kept out of training, so that it can be measured:
 sentences listed in eval_tiny.py, and every pair of operands that `held_out` picks.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -197,7 +198,9 @@ Paula, Rita, Sara, Tina, Vera, Wendy, Yuki, Amina, Bella, Chloe, Daisy, Freya, I
 NAMES_M = words_of("""Tom, Ben, Max, Leo, Paul, Jack, Sam, Adam, Carl, David, Eric, Felix, George, Henry, Ivan, James,
 Karl, Liam, Mark, Noah, Oscar, Peter, Robert, Simon, Thomas, Victor, Walter, Yusuf, Zane, Ali, Bruno, Chen, Diego, Emil,
 Frank, Hugo, Igor, John, Kofi, Lars, Milo, Nils, Otto, Pablo, Ravi, Stefan, Tariq, Uwe, Andrew, Bob""")
-CAPITALS = dict(pair.split("=") for pair in words_of("""France=Paris, Germany=Berlin, Italy=Rome, Spain=Madrid,
+CAPITALS = dict(
+    pair.split("=")
+    for pair in words_of("""France=Paris, Germany=Berlin, Italy=Rome, Spain=Madrid,
 Portugal=Lisbon, England=London, Ireland=Dublin, Scotland=Edinburgh, Norway=Oslo, Sweden=Stockholm, Finland=Helsinki,
 Denmark=Copenhagen, Iceland=Reykjavik, Poland=Warsaw, Austria=Vienna, Hungary=Budapest, Greece=Athens, Turkey=Ankara,
 Russia=Moscow, Ukraine=Kyiv, Belgium=Brussels, Romania=Bucharest, Bulgaria=Sofia, Croatia=Zagreb, Serbia=Belgrade,
@@ -206,13 +209,16 @@ Japan=Tokyo, China=Beijing, India=New Delhi, Thailand=Bangkok, Vietnam=Hanoi, In
 Iraq=Baghdad, South Korea=Seoul, Nepal=Kathmandu, Canada=Ottawa, Mexico=Mexico City, Cuba=Havana, Peru=Lima,
 Chile=Santiago, Argentina=Buenos Aires, Brazil=Brasilia, Colombia=Bogota, Venezuela=Caracas, Uruguay=Montevideo,
 Australia=Canberra, New Zealand=Wellington, the United States=Washington, the Netherlands=Amsterdam,
-the Czech Republic=Prague, the Philippines=Manila"""))
+the Czech Republic=Prague, the Philippines=Manila""")
+)
 CITIES = sorted(set(CAPITALS.values())) + words_of("""Hamburg, Munich, Lyon, Milan, Naples, Barcelona, Porto,
 Manchester, Liverpool, Glasgow, Bergen, Gothenburg, Tampere, Aarhus, Krakow, Salzburg, Zurich, Geneva, Istanbul, Boston,
 Chicago, Seattle, Denver, Dallas, Houston, Miami, Atlanta, Toronto, Montreal, Vancouver, Sydney, Melbourne, Perth,
 Auckland, Osaka, Kyoto, Mumbai, Shanghai, Hong Kong, Singapore, Dubai, Cape Town, Lagos, Rio de Janeiro, New York,
 San Francisco, Los Angeles, Venice, Florence, Marseille""")
-OPPOSITES = [tuple(pair.split("=")) for pair in words_of("""hot=cold, big=small, large=little, tall=short, high=low,
+OPPOSITES = [
+    tuple(pair.split("="))
+    for pair in words_of("""hot=cold, big=small, large=little, tall=short, high=low,
 fast=slow, happy=sad, light=dark, day=night, open=closed, full=empty, hard=soft, old=young, new=old, rich=poor,
 strong=weak, wet=dry, clean=dirty, early=late, easy=difficult, good=bad, left=right, up=down, in=out, on=off, near=far,
 loud=quiet, long=short, thick=thin, wide=narrow, heavy=light, deep=shallow, sweet=sour, smooth=rough, sharp=blunt,
@@ -222,34 +228,52 @@ friend=enemy, black=white, yes=no, north=south, east=west, summer=winter, mornin
 brave=afraid, safe=dangerous, cheap=expensive, simple=complicated, empty=full, cold=hot, sad=happy, small=big,
 slow=fast, dark=light, weak=strong, dry=wet, dirty=clean, late=early, bad=good, down=up, far=near, quiet=loud,
 poor=rich, young=old, night=day, low=high, soft=hard, thin=thick, narrow=wide, false=true, wrong=right, last=first,
-never=always, after=before, end=beginning, sell=buy, lose=win, south=north, west=east, winter=summer, white=black""")]
+never=always, after=before, end=beginning, sell=buy, lose=win, south=north, west=east, winter=summer, white=black""")
+]
 DAYS = words_of("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")
-MONTHS = words_of("January, February, March, April, May, June, July, August, September, October, November, "
-    "December")
+MONTHS = words_of("January, February, March, April, May, June, July, August, September, October, November, December")
 ORDINALS = words_of("""first, second, third, fourth, fifth, sixth, seventh, eighth, ninth, tenth, eleventh, twelfth""")
-COLOURS = dict(pair.split("=") for pair in words_of("""the sky on a clear day=blue, grass=green, snow=white,
+COLOURS = dict(
+    pair.split("=")
+    for pair in words_of("""the sky on a clear day=blue, grass=green, snow=white,
 a ripe banana=yellow, a lemon=yellow, blood=red, coal=black, a carrot=orange, an orange=orange,
 the sun in drawings=yellow, a ripe tomato=red, milk=white, chocolate=brown, a frog=green, a flamingo=pink,
 an elephant=grey, a crow=black, a strawberry=red, a leaf in summer=green, the night sky=black, a cucumber=green,
 salt=white, a fire engine=red, wood=brown, an eggplant=purple, a violet=purple, a pea=green, rice=white,
-a polar bear=white, a cherry=red"""))
-MIXES = [tuple(mix.split("=")) for mix in words_of("""blue+yellow=green, red+yellow=orange, red+blue=purple,
+a polar bear=white, a cherry=red""")
+)
+MIXES = dict(
+    mix.split("=")
+    for mix in words_of("""blue+yellow=green, red+yellow=orange, red+blue=purple,
 black+white=grey, red+white=pink, yellow+blue=green, yellow+red=orange, blue+red=purple, white+black=grey,
-white+red=pink""")]
-SOUNDS = dict(pair.split("=") for pair in words_of("""dog=woof, cat=meow, cow=moo, sheep=baa, duck=quack, pig=oink,
-horse=neigh, lion=roar, bee=buzz, snake=hiss, owl=hoot, mouse=squeak, hen=cluck, wolf=howl, crow=caw, frog=croak"""))
-LEGS = dict(pair.split("=") for pair in words_of("""dog=4, cat=4, horse=4, cow=4, spider=8, bird=2, ant=6, bee=6,
-duck=2, human=2, fly=6, sheep=4, snake=0, fish=0, chicken=2, beetle=6, frog=4, lion=4, elephant=4, octopus=0"""))
-YOUNG = dict(pair.split("=") for pair in words_of("""dog=puppy, cat=kitten, cow=calf, horse=foal, sheep=lamb,
+white+red=pink""")
+)
+SOUNDS = dict(
+    pair.split("=")
+    for pair in words_of("""dog=woof, cat=meow, cow=moo, sheep=baa, duck=quack, pig=oink,
+horse=neigh, lion=roar, bee=buzz, snake=hiss, owl=hoot, mouse=squeak, hen=cluck, wolf=howl, crow=caw, frog=croak""")
+)
+LEGS = dict(
+    pair.split("=")
+    for pair in words_of("""dog=4, cat=4, horse=4, cow=4, spider=8, bird=2, ant=6, bee=6,
+duck=2, human=2, fly=6, sheep=4, snake=0, fish=0, chicken=2, beetle=6, frog=4, lion=4, elephant=4, octopus=0""")
+)
+YOUNG = dict(
+    pair.split("=")
+    for pair in words_of("""dog=puppy, cat=kitten, cow=calf, horse=foal, sheep=lamb,
 duck=duckling, hen=chick, lion=cub, bear=cub, frog=tadpole, goat=kid, swan=cygnet, goose=gosling, pig=piglet,
-deer=fawn"""))
-AMOUNTS = dict(pair.split("=") for pair in words_of("""days in a week=7, months in a year=12, hours in a day=24,
+deer=fawn""")
+)
+AMOUNTS = dict(
+    pair.split("=")
+    for pair in words_of("""days in a week=7, months in a year=12, hours in a day=24,
 minutes in an hour=60, seconds in a minute=60, days in a leap year=366, days in a year=365, letters in the alphabet=26,
 seasons in a year=4, weeks in a year=52, sides in a triangle=3, sides in a square=4, sides in a hexagon=6,
 centimetres in a metre=100, metres in a kilometre=1000, grams in a kilogram=1000, years in a century=100,
 years in a decade=10, players in a football team=11, strings on a violin=4, continents on earth=7,
 planets in the solar system=8, colours in a rainbow=7, things in a dozen=12, wheels on a bicycle=2, wheels on a car=4,
-fingers on a hand=5, bits in a byte=8, vowels in English=5"""))
+fingers on a hand=5, bits in a byte=8, vowels in English=5""")
+)
 MONTH_DAYS = dict(zip(MONTHS, words_of("31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31"), strict=True))
 WORDS = words_of("""apple, table, river, house, window, garden, flower, mountain, yellow, orange, purple, silver,
 bread, butter, cheese, water, school, teacher, paper, pencil, book, story, music, piano, guitar, violin, doctor, engine,
@@ -298,16 +322,21 @@ play the flute, skate on the ice, juggle, row a boat, tell jokes, ride a bicycle
 SIGHTS = words_of("""the sea, the highest mountain, the moon over the lake, the big city, the first snow,
 the end of the rainbow, the northern lights, the old lighthouse, the waterfall, the desert, the whales,
 the famous market, the sunrise""")
-NOISES = [tuple(pair.split("=")) for pair in words_of("""a soft tapping=a branch at the window,
+NOISES = [
+    tuple(pair.split("="))
+    for pair in words_of("""a soft tapping=a branch at the window,
 a strange humming=a family of bees, a low rumble=a sleeping bear that snored, a tiny squeak=a lost mouse,
 a slow creaking=the old gate in the wind, a quiet crying=a kitten that wanted to come in,
-a loud clatter=a raccoon in the kitchen, a gentle splash=a frog in the bucket""")]
+a loud clatter=a raccoon in the kitchen, a gentle splash=a frog in the bucket""")
+]
 
 
 def invented_word(rng: random.Random) -> str:
     """A word nobody has seen: teaches copying instead of recall."""
-    return "".join(rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(["", "", "n", "r", "s", "l"])
-                   for _ in range(rng.randint(1, 3)))
+    return "".join(
+        rng.choice("bcdfghjklmnprstvwz") + rng.choice("aeiou") + rng.choice(["", "", "n", "r", "s", "l"])
+        for _ in range(rng.randint(1, 3))
+    )
 
 
 def some_name(rng: random.Random) -> str:
@@ -347,13 +376,16 @@ THANKS_END = phrases_of("""please; thanks; thank you; pls; if you can; now; toda
 
 def misspelt(text: str, rng: random.Random) -> str:
     """Two neighbouring letters swapped, or one left out or doubled, in one longer word."""
-    places = [match for match in re.finditer(r"[a-z]{5,}", text)]
+    places = list(re.finditer(r"[a-z]{5,}", text))
     if not places:
         return text
     match = rng.choice(places)
     at = match.start() + rng.randint(1, len(match.group()) - 2)
-    forms = [text[:at] + text[at + 1] + text[at] + text[at + 2:], text[:at] + text[at + 1:],
-        text[:at] + text[at] + text[at:]]
+    forms = [
+        text[:at] + text[at + 1] + text[at] + text[at + 2 :],
+        text[:at] + text[at + 1 :],
+        text[:at] + text[at] + text[at:],
+    ]
     return rng.choice(forms)
 
 
@@ -602,8 +634,15 @@ UNKNOWN_SAY = ["I do not know that: I am a very small model. Ask me about shimmy
 
 def unknown(rng: random.Random) -> tuple[str, str]:
     """Something beyond this model, which it should say."""
-    ask = expand(rng.choice(UNKNOWN_ASK), rng, x=sentence(invented_word(rng)), y=str(rng.randint(1900, 2030)),
-        w=rng.choice(WORDS), v=invented_word(rng), n=some_name(rng))
+    ask = expand(
+        rng.choice(UNKNOWN_ASK),
+        rng,
+        x=sentence(invented_word(rng)),
+        y=str(rng.randint(1900, 2030)),
+        w=rng.choice(WORDS),
+        v=invented_word(rng),
+        n=some_name(rng),
+    )
     return spoken(ask, rng), rng.choice(UNKNOWN_SAY)
 
 
@@ -612,17 +651,19 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
     weights = [pattern.count("|") + 3 for pattern in asks]
     core = expand(rng.choices(asks, weights)[0], rng, name=some_name(rng))
     question = core.split()[0] in {"how", "what", "who", "are", "do", "can", "which", "where", "is", "did", "may"}
-    return spoken(core, rng, "?" if question else "", loose=True), rng.choices(answers, [4, 2, 1][:len(answers)])[0]
+    return spoken(core, rng, "?" if question else "", loose=True), rng.choices(answers, [4, 2, 1][: len(answers)])[0]
 
 
 # ── Questions about shimmy ───────────────────────────────────────────────────────────────────────────────────────────
 # "@topic", "> " a grammar of questions, "= " the answer. $HOW and $S stand for the choices below.
 
-HOW = ("[how do i|how can i|how to|how would i|how should i|how do you|how does one|what is the way to|what is "
+HOW = (
+    "[how do i|how can i|how to|how would i|how should i|how do you|how does one|what is the way to|what is "
     "the best way to|"
     "tell me how to|show me how to|explain how to|can i|is it possible to|is there a way to|i want to|i would like to|"
     "i need to|how could i|what do i do to|what must i do to|help me|please explain how to|i am trying to|where "
-    "do i|what lets me]")
+    "do i|what lets me]"
+)
 SUBJECT = "[shimmy|the server|it|this server|shimmy.py|your server]"
 
 TOPICS_TEXT = """
@@ -1282,11 +1323,17 @@ def fact_day(rng: random.Random) -> Fact:
     at = rng.randrange(7)
     kind = rng.random()
     if kind < 0.12:
-        return expand(ASK["days"],
-            rng), "The days of the week are " + ", ".join(DAYS[:6]) + " and Sunday.", ", ".join(DAYS)
+        return (
+            expand(ASK["days"], rng),
+            "The days of the week are " + ", ".join(DAYS[:6]) + " and Sunday.",
+            ", ".join(DAYS),
+        )
     if kind < 0.3:
-        return expand(ASK["day_number"], rng,
-            o=ORDINALS[at]), f"The {ORDINALS[at]} day of the week is {DAYS[at]}.", DAYS[at]
+        return (
+            expand(ASK["day_number"], rng, o=ORDINALS[at]),
+            f"The {ORDINALS[at]} day of the week is {DAYS[at]}.",
+            DAYS[at],
+        )
     after = kind < 0.75
     day = DAYS[(at + (1 if after else -1)) % 7]
     word = "after" if after else "before"
@@ -1298,11 +1345,17 @@ def fact_month(rng: random.Random) -> Fact:
     at = rng.randrange(12)
     kind = rng.random()
     if kind < 0.1:
-        return expand(ASK["months"],
-            rng), "The months are " + ", ".join(MONTHS[:11]) + " and December.", ", ".join(MONTHS)
+        return (
+            expand(ASK["months"], rng),
+            "The months are " + ", ".join(MONTHS[:11]) + " and December.",
+            ", ".join(MONTHS),
+        )
     if kind < 0.35:
-        return expand(ASK["month_number"], rng, o=ORDINALS[at],
-            n=str(at + 1)), f"The {ORDINALS[at]} month is {MONTHS[at]}.", MONTHS[at]
+        return (
+            expand(ASK["month_number"], rng, o=ORDINALS[at], n=str(at + 1)),
+            f"The {ORDINALS[at]} month is {MONTHS[at]}.",
+            MONTHS[at],
+        )
     if kind < 0.5:
         days = MONTH_DAYS[MONTHS[at]]
         extra = ", or 29 in a leap year" if at == 1 else ""
@@ -1316,10 +1369,13 @@ def fact_month(rng: random.Random) -> Fact:
 
 def fact_colour(rng: random.Random) -> Fact:
     if rng.random() < 0.3:
-        first, rest = rng.choice(MIXES)[0].split("+"), ""
-        rest = dict(MIXES)["+".join(first)]
-        return expand(ASK["mix"], rng, a=first[0],
-            b=first[1]), f"{sentence(first[0])} and {first[1]} make {rest}.", sentence(rest)
+        mix, made = rng.choice(list(MIXES.items()))
+        first, second = mix.split("+")
+        return (
+            expand(ASK["mix"], rng, a=first, b=second),
+            f"{sentence(first)} and {second} make {made}.",
+            sentence(made),
+        )
     thing, colour = rng.choice(list(COLOURS.items()))
     short = thing.removesuffix(" on a clear day").removesuffix(" in drawings").removesuffix(" in summer")
     ask = expand(ASK["colour"], rng, t=rng.choice([thing, short]))
@@ -1333,13 +1389,13 @@ def fact_opposite(rng: random.Random) -> Fact:
 
 
 def fact_spelling(rng: random.Random) -> Fact:
-    word = invented_word(rng) if rng.random() < 0.08 else rng.choice(WORDS + [n for n in NAMES_F[:20] + NAMES_M[:20]])
+    word = invented_word(rng) if rng.random() < 0.08 else rng.choice(WORDS + NAMES_F[:20] + NAMES_M[:20])
     ask = expand(ASK["spelling"], rng, w=quoted(word, rng))
     return ask, sentence(word) + ": " + ", ".join(word.upper()) + ".", "-".join(word.upper())
 
 
 def quoted(text: str, rng: random.Random) -> str:
-    return rng.choice(['{}', '{}', '{}', '"{}"', "'{}'"]).format(text)
+    return rng.choice(["{}", "{}", "{}", '"{}"', "'{}'"]).format(text)
 
 
 def fact_letter(rng: random.Random) -> Fact:
@@ -1348,8 +1404,13 @@ def fact_letter(rng: random.Random) -> Fact:
         first = rng.random() < 0.6
         letter = word[0 if first else -1].upper()
         which = "first" if first else "last"
-        return expand(ASK["first_letter"], rng, o=which, w=quoted(word, rng)) if first else \
-            expand(ASK["last_letter"], rng, w=quoted(word, rng)), f"The {which} letter of {word} is {letter}.", letter
+        return (
+            expand(ASK["first_letter"], rng, o=which, w=quoted(word, rng))
+            if first
+            else expand(ASK["last_letter"], rng, w=quoted(word, rng)),
+            f"The {which} letter of {word} is {letter}.",
+            letter,
+        )
     at = rng.randrange(26)
     after = at < 25 and (at == 0 or rng.random() < 0.6)
     letter, other = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[at], "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[at + (1 if after else -1)]
@@ -1380,8 +1441,11 @@ def fact_animal(rng: random.Random) -> Fact:
     kind = rng.random()
     if kind < 0.35:
         animal, sound = rng.choice(list(SOUNDS.items()))
-        return expand(ASK["sound"], rng, a=animal), f"A {animal} says {sound}.".replace("A owl",
-            "An owl"), sentence(sound)
+        return (
+            expand(ASK["sound"], rng, a=animal),
+            f"A {animal} says {sound}.".replace("A owl", "An owl"),
+            sentence(sound),
+        )
     if kind < 0.65:
         animal, legs = rng.choice(list(LEGS.items()))
         count = {"0": "no"}.get(legs, legs)
@@ -1403,10 +1467,18 @@ def fact_compare(rng: random.Random) -> Fact:
     low, high = sorted(rng.sample(range(1, 10 ** rng.randint(1, 3)), 2))
     first, second = rng.sample([low, high], 2)
     big = rng.random() < 0.6
-    ask = expand(ASK["compare"], rng, o=rng.choice(["bigger", "larger", "greater"] if big else ["smaller"]),
-        a=str(first), b=str(second))
-    return ask, (f"{high} is bigger than {low}." if big else f"{low} is smaller than {high}."), str(high if big
-        else low)
+    ask = expand(
+        ASK["compare"],
+        rng,
+        o=rng.choice(["bigger", "larger", "greater"] if big else ["smaller"]),
+        a=str(first),
+        b=str(second),
+    )
+    return (
+        ask,
+        (f"{high} is bigger than {low}." if big else f"{low} is smaller than {high}."),
+        str(high if big else low),
+    )
 
 
 def fact_number(rng: random.Random) -> Fact:
@@ -1414,36 +1486,54 @@ def fact_number(rng: random.Random) -> Fact:
     if kind < 0.5:
         number = rng.randint(0, 99)
         if rng.random() < 0.5:
-            return expand(ASK["number_in_words"], rng,
-                n=str(number)), f"{number} is {in_words(number, '-')} in words.", in_words(number, "-")
-        return expand(ASK["number_in_digits"], rng, n=in_words(number, rng.choice([" ",
-            "-"]))), f"That is {number} in digits.", str(number)
+            return (
+                expand(ASK["number_in_words"], rng, n=str(number)),
+                f"{number} is {in_words(number, '-')} in words.",
+                in_words(number, "-"),
+            )
+        return (
+            expand(ASK["number_in_digits"], rng, n=in_words(number, rng.choice([" ", "-"]))),
+            f"That is {number} in digits.",
+            str(number),
+        )
     number = rng.randint(1, 200)
     after = rng.random() < 0.6
-    return expand(ASK["number_next"], rng, o="after" if after else "before",
-        n=str(number)), f"The number {'after' if after else 'before'} {number} is {number + (1 if after else -1)}.", str(
-        number + (1 if after else -1))
+    word, other = ("after", number + 1) if after else ("before", number - 1)
+    ask = expand(ASK["number_next"], rng, o=word, n=str(number))
+    return ask, f"The number {word} {number} is {other}.", str(other)
 
 
 def fact_season(rng: random.Random) -> Fact:
     seasons = ["spring", "summer", "autumn", "winter"]
     at = rng.randrange(4)
     if rng.random() < 0.3:
-        return expand(ASK["seasons"],
-            rng), "The seasons are spring, summer, autumn and winter.", "Spring, summer, autumn, winter"
+        return (
+            expand(ASK["seasons"], rng),
+            "The seasons are spring, summer, autumn and winter.",
+            "Spring, summer, autumn, winter",
+        )
     after = rng.random() < 0.6
     other = seasons[(at + (1 if after else -1)) % 4]
     word = "after" if after else "before"
-    return expand(ASK["season_next"], rng, o=word,
-        s=seasons[at]), f"The season {word} {seasons[at]} is {other}.", sentence(other)
+    return (
+        expand(ASK["season_next"], rng, o=word, s=seasons[at]),
+        f"The season {word} {seasons[at]} is {other}.",
+        sentence(other),
+    )
 
 
 def small_phrase(rng: random.Random) -> str:
     """Words to be repeated: drawn at large, so that only copying helps."""
     kind = rng.random()
     if kind < 0.3:
-        return expand("the {a} {n} [sees|likes|finds|has|follows|paints] [the|a] {b} {m}", rng,
-            a=rng.choice(ADJECTIVES), n=rng.choice(ANIMALS + PEOPLE), b=rng.choice(ADJECTIVES), m=rng.choice(WORDS))
+        return expand(
+            "the {a} {n} [sees|likes|finds|has|follows|paints] [the|a] {b} {m}",
+            rng,
+            a=rng.choice(ADJECTIVES),
+            n=rng.choice(ANIMALS + PEOPLE),
+            b=rng.choice(ADJECTIVES),
+            m=rng.choice(WORDS),
+        )
     if kind < 0.5:
         return expand("{n} [lives in|goes to|comes from|works in] {c}", rng, n=some_name(rng), c=some_city(rng))
     pool = WORDS + ADJECTIVES + NAMES_F + NAMES_M
@@ -1457,22 +1547,49 @@ def fact_repeat(rng: random.Random) -> Fact:
     phrase = small_phrase(rng)
     if rng.random() < 0.5:
         phrase = sentence(phrase) + rng.choice(["", ".", "!"])
-    ask = expand(ASK["repeat"],
-                 rng, p=phrase, q=rng.choice(['"{}"', "'{}'"]).format(phrase))
+    ask = expand(ASK["repeat"], rng, p=phrase, q=rng.choice(['"{}"', "'{}'"]).format(phrase))
     return ask, phrase, phrase
 
 
-FACTS: dict[Callable[[random.Random], Fact], float] = {fact_capital: 3.5, fact_yes_no: 0.7, fact_day: 1.5,
-    fact_month: 1.5, fact_colour: 1.3, fact_opposite: 2.2, fact_spelling: 3.5, fact_letter: 1, fact_count: 1.6,
-    fact_animal: 1.3, fact_amount: 1.2, fact_compare: 0.6, fact_number: 0.8, fact_season: 0.5, fact_repeat: 3}
+FACTS: dict[Callable[[random.Random], Fact], float] = {
+    fact_capital: 3.5,
+    fact_yes_no: 0.7,
+    fact_day: 1.5,
+    fact_month: 1.5,
+    fact_colour: 1.3,
+    fact_opposite: 2.2,
+    fact_spelling: 3.5,
+    fact_letter: 1,
+    fact_count: 1.6,
+    fact_animal: 1.3,
+    fact_amount: 1.2,
+    fact_compare: 0.6,
+    fact_number: 0.8,
+    fact_season: 0.5,
+    fact_repeat: 3,
+}
 
 
 def fact(rng: random.Random) -> Fact:
     maker = rng.choices(list(FACTS), list(FACTS.values()))[0]
     ask, long, short = maker(rng)
     exact = maker in (fact_repeat, fact_spelling, fact_letter, fact_compare, fact_number)
-    statement = ask.split()[0] in {"repeat", "say", "echo", "write", "copy", "count", "spell", "name", "list", "tell",
-        "give", "mix", "please", "just"}
+    statement = ask.split()[0] in {
+        "repeat",
+        "say",
+        "echo",
+        "write",
+        "copy",
+        "count",
+        "spell",
+        "name",
+        "list",
+        "tell",
+        "give",
+        "mix",
+        "please",
+        "just",
+    }
     if maker is fact_repeat:
         return (sentence(ask) if rng.random() < 0.6 else ask), long, short
     return spoken(ask, rng, "" if statement else "?", loose=not exact), long, short
@@ -1492,7 +1609,9 @@ ITEMS = [word for word in WORDS[:230] if word not in PLAIN_COLOURS]
 PERSON = {
     "age": phrases_of("""{n} is {v} years old; {n} is {v}; {n}, {v} years old; {n}, aged {v}; {n} turned {v}; {n} is
 aged {v}; {n} has just turned {v}"""),
-    "city": phrases_of("""{n} lives in {v}; {n} is from {v}; {n}'s home is {v}; {n} comes from {v}; {n} moved to {v}"""),
+    "city": phrases_of(
+        """{n} lives in {v}; {n} is from {v}; {n}'s home is {v}; {n} comes from {v}; {n} moved to {v}"""
+    ),
     "job": phrases_of("""{n} works as a {v}; {n} is a {v}; {n}'s job is {v}; {n} has been a {v} for years"""),
     "hobby": phrases_of("""{n} likes {v}; {n}'s hobby is {v}; {n} loves {v}; {n} enjoys {v}"""),
     "email": phrases_of("""{n}'s email is {v}; {n} can be reached at {v}; write to {n} at {v}"""),
@@ -1509,15 +1628,23 @@ euros"""),
 
 
 def property_value(key: str, rng: random.Random) -> Any:
-    makers: dict[str, Callable[[], Any]] = {"age": lambda: rng.randint(1, 99), "city": lambda: some_city(rng),
-        "job": lambda: rng.choice(JOBS), "hobby": lambda: rng.choice(HOBBIES),
-        "email": lambda: f""
-        f"{rng.choice([rng.choice(NAMES_F + NAMES_M).lower(), invented_word(rng)])}@"
-        f"{rng.choice(['example.com', 'mail.org', 'test.net', invented_word(rng) + '.com'])}",
-        "pet": lambda: rng.choice(ANIMALS), "height": lambda: rng.randint(100, 210),
+    makers: dict[str, Callable[[], Any]] = {
+        "age": lambda: rng.randint(1, 99),
+        "city": lambda: some_city(rng),
+        "job": lambda: rng.choice(JOBS),
+        "hobby": lambda: rng.choice(HOBBIES),
+        "email": lambda: (
+            f""
+            f"{rng.choice([rng.choice(NAMES_F + NAMES_M).lower(), invented_word(rng)])}@"
+            f"{rng.choice(['example.com', 'mail.org', 'test.net', invented_word(rng) + '.com'])}"
+        ),
+        "pet": lambda: rng.choice(ANIMALS),
+        "height": lambda: rng.randint(100, 210),
         "price": lambda: rng.choice([rng.randint(1, 999), round(rng.uniform(0.5, 99), 2)]),
-        "colour": lambda: rng.choice(PLAIN_COLOURS), "count": lambda: rng.randint(2, 500),
-        "weight": lambda: rng.choice([rng.randint(1, 90), round(rng.uniform(0.1, 30), 1)])}
+        "colour": lambda: rng.choice(PLAIN_COLOURS),
+        "count": lambda: rng.randint(2, 500),
+        "weight": lambda: rng.choice([rng.randint(1, 90), round(rng.uniform(0.1, 30), 1)]),
+    }
     return makers[key]()
 
 
@@ -1539,8 +1666,15 @@ def record(rng: random.Random, pronoun_rate: float = 0.5) -> tuple[dict[str, Any
     text = parts[0]
     for part in parts[1:]:
         joint = rng.choice([". ", " and ", ", "])
-        text += joint + (sentence(part) if joint == ". " else part.replace("He", "he", 1) if part.startswith("He ")
-            else part.replace("She", "she", 1) if part.startswith("She ") else part)
+        text += joint + (
+            sentence(part)
+            if joint == ". "
+            else part.replace("He", "he", 1)
+            if part.startswith("He ")
+            else part.replace("She", "she", 1)
+            if part.startswith("She ")
+            else part
+        )
     return {"name": subject, **values}, sentence(text) + rng.choice([".", ".", ""])
 
 
@@ -1768,22 +1902,29 @@ the seeds] and gave one to every [neighbour|friend].
 forth|between them] every week.
 """
 PLOTS = {name: steps for name, (steps, _) in grammars(PLOTS_TEXT).items()}
-PLOT_TOPICS = {"lost": "a lost {item}|something lost|searching|finding something|helping",
+PLOT_TOPICS = {
+    "lost": "a lost {item}|something lost|searching|finding something|helping",
     "friend": "friendship|a new friend|two friends|being lonely|loneliness|making friends",
     "storm": "a storm|rain and thunder|bad weather|kindness|a stormy night",
     "skill": "learning|never giving up|practice|patience and work|learning to {skill}|courage",
-    "journey": "a journey|an adventure|a long trip|travel|{sight}", "share": "sharing|being generous|greed|food|giving",
+    "journey": "a journey|an adventure|a long trip|travel|{sight}",
+    "share": "sharing|being generous|greed|food|giving",
     "dark": "the dark|being afraid|fear|a night|a strange noise|bravery",
-    "contest": "a race|a contest|winning|sport|fairness", "gift": "a birthday|a gift|a present|a birthday party",
+    "contest": "a race|a contest|winning|sport|fairness",
+    "gift": "a birthday|a gift|a present|a birthday party",
     "build": "a bridge|building something|working together|helping each other|teamwork",
     "garden": "a seed|a garden|a flower|growing things|patience|spring",
-    "message": "a letter|a message|a bottle in the sea|a letter from far away",}
+    "message": "a letter|a message|a bottle in the sea|a letter from far away",
+}
 STORY_OPENINGS = phrases_of("""[Once upon a time|Once|Long ago|A long time ago|Many years ago], there [lived|was]
 {a_hero} [named|called] {name} in {place}.; In {place} [there lived|lived] {a_hero} [named|called] {name}.; {name} was
 {a_hero} who lived in {place}.; There once was {a_hero} [named|called] {name}, who lived in {place}.""")
-STORY_TRAITS = ["{name} [was|was always|had always been] [kind to everyone|full of ideas|a good listener|fond of "
+STORY_TRAITS = [
+    "{name} [was|was always|had always been] [kind to everyone|full of ideas|a good listener|fond of "
     "{food}|up early in the morning|the smallest of all|known for {his} laugh].",
-    "Everybody [knew|liked] {name}, because {he} was so [kind|funny|cheerful|helpful].", ""]
+    "Everybody [knew|liked] {name}, because {he} was so [kind|funny|cheerful|helpful].",
+    "",
+]
 STORY_ENDS = ["The end.", "And that is the end of the story.", "", "", ""]
 STORY_ASKS = phrases_of("""[tell|write|give|make up|invent|read] [me |us |][a|a short|another|a little|a nice|a small]
 [story|tale|bedtime story|fairy tale|story for children]{about}; [can|could|will|would] you [tell|write|make up] [me
@@ -1804,11 +1945,28 @@ def story_cast(rng: random.Random, hero: str) -> dict[str, str]:
     helper = rng.choice([kind for kind in ANIMALS + PEOPLE if kind != hero])
     noise, cause = rng.choice(NOISES)
     adjective = rng.choice(ADJECTIVES)
-    return {"name": name, "friend": friend, "he": he, "his": his, "him": him, "He": sentence(he), "His": sentence(his),
-        "hero": hero, "helper": helper, "a_hero": article(f"{adjective} {hero}"),
-        "a_helper": article(f"{rng.choice(ADJECTIVES)} {helper}"), "adjective": adjective, "place": rng.choice(PLACES),
-        "item": rng.choice(TREASURES), "food": rng.choice(FOODS), "hiding": rng.choice(HIDING),
-        "skill": rng.choice(SKILLS), "sight": rng.choice(SIGHTS), "noise": noise, "cause": cause}
+    return {
+        "name": name,
+        "friend": friend,
+        "he": he,
+        "his": his,
+        "him": him,
+        "He": sentence(he),
+        "His": sentence(his),
+        "hero": hero,
+        "helper": helper,
+        "a_hero": article(f"{adjective} {hero}"),
+        "a_helper": article(f"{rng.choice(ADJECTIVES)} {helper}"),
+        "adjective": adjective,
+        "place": rng.choice(PLACES),
+        "item": rng.choice(TREASURES),
+        "food": rng.choice(FOODS),
+        "hiding": rng.choice(HIDING),
+        "skill": rng.choice(SKILLS),
+        "sight": rng.choice(SIGHTS),
+        "noise": noise,
+        "cause": cause,
+    }
 
 
 def tell(plot: str, cast: dict[str, str], rng: random.Random) -> str:
@@ -1820,49 +1978,64 @@ def tell(plot: str, cast: dict[str, str], rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def story(rng: random.Random) -> tuple[str, str]:
+STORY_SUBJECTS = """@subjects
+> {one}
+> {one}
+> {one}
+> the {hero}
+> {a_hero}
+> {one} [named|called] {name}
+> {one} and {other}
+> {a_hero} in {place}
+> {one} in {place}
+> {name} the {hero}
+> {hero}
+"""
+SUBJECTS = grammars(STORY_SUBJECTS)["subjects"][0]
+
+
+def story_subject(plot: str, cast: dict[str, str], rng: random.Random) -> str:
+    """What the story is asked to be about: its hero mostly, or the theme of the plot, or nothing in particular."""
     kind = rng.random()
-    plot = rng.choice(list(PLOTS))
-    hero = rng.choice(rng.choice([ANIMALS, ANIMALS, PEOPLE, THINGS]))
-    if rng.random() < 0.06:
-        hero = rng.choice(WORDS)
-    cast = story_cast(rng, hero)
     if kind < 0.6:
-        subject = rng.choice([article(hero), article(hero), article(hero), "the " + hero, cast["a_hero"],
-            f"{article(hero)} [named|called] {cast['name']}", f"{article(hero)} and {article(cast['helper'])}",
-            f"{cast['a_hero']} in {cast['place']}", f"{article(hero)} in {cast['place']}", f"{cast['name']} the {hero}",
-            hero])
-        subject = expand(subject, rng)
-    elif kind < 0.82:
-        subject = expand(rng.choice(PLOT_TOPICS[plot].split("|")), rng, **cast)
-    else:
-        subject = ""
-    about = expand(" [about|about|about|about|on|of] {s}", rng, s=subject) if subject else ""
-    about = " " + about if about else ""
-    ask = expand(rng.choice(STORY_ASKS), rng, about=about,
-        something=expand("[something about {s}|a story about {s}|what happened to {s}]", rng, s=subject) if subject
-        else "a story")
+        return expand(rng.choice(SUBJECTS), rng, one=article(cast["hero"]), other=article(cast["helper"]), **cast)
+    return expand(rng.choice(PLOT_TOPICS[plot].split("|")), rng, **cast) if kind < 0.82 else ""
+
+
+def story(rng: random.Random) -> tuple[str, str]:
+    plot = rng.choice(list(PLOTS))
+    hero = rng.choice(WORDS) if rng.random() < 0.06 else rng.choice(rng.choice([ANIMALS, ANIMALS, PEOPLE, THINGS]))
+    cast = story_cast(rng, hero)
+    subject = story_subject(plot, cast, rng)
+    about, something = "", "a story"
+    if subject:
+        about = " " + expand("[about|about|about|about|on|of] {s}", rng, s=subject)
+        something = expand("[something about {s}|a story about {s}|what happened to {s}]", rng, s=subject)
+    ask = expand(rng.choice(STORY_ASKS), rng, about=about, something=something)
     return spoken(ask, rng, "", loose=True), tell(plot, cast, rng)
 
 
 # ── Tools ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-BINARY = {
-    "+": phrases_of("""{a} + {b}; {a}+{b}; {a} plus {b}; the sum of {a} and {b}; add {a} and {b}; add {b} to {a}!; {a}
-added to {b}; {a} and {b} together; the total of {a} and {b}; adding {a} to {b}; {a} and {b} added up; {a} increased by
-{b}; {a} and {b} in total; sum {a} and {b}; add up {a} and {b}; put {a} and {b} together; adding {a} and {b}; {b} more
-than {a}!; the addition of {a} and {b}"""),
-    "-": phrases_of("""{a} - {b}; {a}-{b}; {a} minus {b}; the difference of {a} and {b}; subtract {b} from {a}!; take
-{b} away from {a}!; {a} less {b}; {a} take away {b}; {b} subtracted from {a}!; the difference between {a} and {b}; {a}
-reduced by {b}; {a} decreased by {b}; {b} less than {a}!; subtracting {b} from {a}!; take {b} from {a}!; deduct {b}
-from {a}!; {a} without {b}"""),
-    "*": phrases_of("""{a} * {b}; {a}*{b}; {a} times {b}; the product of {a} and {b}; multiply {a} by {b}; multiply {a}
-and {b}; {a} multiplied by {b}; {a} x {b}; {a} multiplied with {b}; multiplying {a} by {b}; {a}x{b}; {a} × {b};
-multiply {a} with {b}; the multiplication of {a} and {b}; multiplying {a} and {b}"""),
-    "/": phrases_of("""{a} / {b}; {a}/{b}; {a} divided by {b}; divide {a} by {b}; the quotient of {a} and {b}; {a} over
-{b}; {a} ÷ {b}; dividing {a} by {b}; {a} split by {b}; the division of {a} by {b}; split {a} into {b} equal parts; {a}
-shared by {b}"""),
-}
+BINARY_TEXT = """
+@+
+> {a} + {b}; {a}+{b}; {a} plus {b}; the sum of {a} and {b}; add {a} and {b}; add {a} to {b}; {a} added to {b}; {a} and
+{b} together; the total of {a} and {b}; adding {a} to {b}; {a} and {b} added up; {a} increased by {b}; {a} and {b} in
+total; sum {a} and {b}; add up {a} and {b}; put {a} and {b} together; adding {a} and {b}; {a} more than {b}; the
+addition of {a} and {b}
+@-
+> {a} - {b}; {a}-{b}; {a} minus {b}; the difference of {a} and {b}; subtract {b} from {a}; take {b} away from {a}; {a}
+less {b}; {a} take away {b}; {b} subtracted from {a}; the difference between {a} and {b}; {a} reduced by {b}; {a}
+decreased by {b}; {b} less than {a}; subtracting {b} from {a}; take {b} from {a}; deduct {b} from {a}; {a} without {b}
+@*
+> {a} * {b}; {a}*{b}; {a} times {b}; the product of {a} and {b}; multiply {a} by {b}; multiply {a} and {b}; {a}
+multiplied by {b}; {a} x {b}; {a} multiplied with {b}; multiplying {a} by {b}; {a}x{b}; {a} × {b}; multiply {a} with
+{b}; the multiplication of {a} and {b}; multiplying {a} and {b}
+@/
+> {a} / {b}; {a}/{b}; {a} divided by {b}; divide {a} by {b}; the quotient of {a} and {b}; {a} over {b}; {a} ÷ {b};
+dividing {a} by {b}; {a} split by {b}; the division of {a} by {b}; split {a} into {b} equal parts; {a} shared by {b}
+"""
+BINARY = {operator: phrases_of(asks[0]) for operator, (asks, _) in grammars(BINARY_TEXT).items()}
 RESULT_FRAMES = phrases_of("""what is {e}; what's {e}; how much is {e}; calculate {e}; compute {e}; {e}; {e} =; {e} =
 ?; what does {e} make; what do you get for {e}; give me {e}; tell me {e}; work out {e}; evaluate {e}; i need {e}; what
 does {e} equal; what is the result of {e}; the result of {e}; find {e}; can you calculate {e}; could you work out {e};
@@ -1872,21 +2045,25 @@ be; how many is {e}; do you know what {e} is; what number is {e}; please {e}; he
 ORDER_FRAMES = phrases_of("""{e}; please {e}; can you {e}; could you {e}; {e} please; i want you to {e}; {e} for me;
 now {e}; what do i get if i {e}; what is it if you {e}; what do you get when you {e}; help me {e}; i need to {e}; what
 happens if i {e}; would you {e}; if i {e}, what do i get; let us {e}""")
-WORD_PROBLEMS = {
-    "+": phrases_of("""{n} has {a} {i} and gets {b} more. How many {i} does {n} have now?; {n} has {a} {i} and {m} has
-{b}. How many do they have together?; There are {a} {i} in one box and {b} in another. How many are there in all?; I
-had {a} {i} and bought {b} more. How many {i} do I have?; {n} read {a} pages yesterday and {b} pages today. How many
-pages is that?"""),
-    "-": phrases_of("""{n} has {a} {i} and gives away {b}. How many are left?; There were {a} {i} and {b} were sold.
-How many {i} are left?; I have {a} euros and spend {b}. How much do I have left?; {n} had {a} {i} and lost {b} of them.
-How many {i} does {n} still have?; Of {a} {i}, {b} are broken. How many are not?"""),
-    "*": phrases_of("""There are {a} boxes with {b} {i} each. How many {i} are there?; {n} buys {a} {i} at {b} euros
-each. How much is that?; {a} rows with {b} chairs each: how many chairs?; One ticket costs {b} euros. How much are {a}
-tickets?!; Each of {a} shelves holds {b} {i}. How many {i} is that?"""),
-    "/": phrases_of("""{a} {i} are shared by {b} people. How many does each get?; {n} puts {a} {i} into {b} equal bags.
-How many are in each bag?; {a} euros are split between {b} friends. How much does each get?; How many groups of {b} can
-be made from {a} {i}?"""),
-}
+WORD_PROBLEMS_TEXT = """
+@+
+> {n} has {a} {i} and gets {b} more. How many {i} does {n} have now?; {n} has {a} {i} and {m} has {b}. How many do they
+have together?; There are {a} {i} in one box and {b} in another. How many are there in all?; I had {a} {i} and bought
+{b} more. How many {i} do I have?; {n} read {a} pages yesterday and {b} pages today. How many pages is that?
+@-
+> {n} has {a} {i} and gives away {b}. How many are left?; There were {a} {i} and {b} were sold. How many {i} are left?;
+I have {a} euros and spend {b}. How much do I have left?; {n} had {a} {i} and lost {b} of them. How many {i} does {n}
+still have?; Of {a} {i}, {b} are broken. How many are not?
+@*
+> There are {a} boxes with {b} {i} each. How many {i} are there?; {n} buys {a} {i} at {b} euros each. How much is
+that?; {a} rows with {b} chairs each: how many chairs?; One ticket costs {a} euros. How much are {b} tickets?; Each of
+{a} shelves holds {b} {i}. How many {i} is that?
+@/
+> {a} {i} are shared by {b} people. How many does each get?; {n} puts {a} {i} into {b} equal bags. How many are in each
+bag?; {a} euros are split between {b} friends. How much does each get?; How many groups of {b} can be made from {a}
+{i}?
+"""
+WORD_PROBLEMS = {operator: phrases_of(asks[0]) for operator, (asks, _) in grammars(WORD_PROBLEMS_TEXT).items()}
 COUNTABLES = words_of("""apples, books, coins, stamps, pencils, eggs, cards, balls, cookies, flowers, bottles, tickets,
 marbles, shells, buttons, chairs, cups, pears, stones, sheep, oranges, letters, candles, nails, boxes, toys, birds,
 fish, trees, bags""")
@@ -1928,7 +2105,7 @@ SPECIAL_SUMS = list(zip(*grammars(SPECIAL_SUMS_TEXT)["sums"], strict=True))
 
 def some_number(rng: random.Random) -> int:
     digits = rng.choices([1, 2, 3, 4, 5, 6], [2, 4, 4, 4, 0.4, 0.2])[0]
-    return rng.randint(0 if digits == 1 else 10 ** (digits - 1), 10 ** digits - 1)
+    return rng.randint(0 if digits == 1 else 10 ** (digits - 1), 10**digits - 1)
 
 
 def operands(operator: str, rng: random.Random) -> tuple[int, int]:
@@ -1951,54 +2128,67 @@ def two_operands(rng: random.Random) -> tuple[str, str]:
     first, second = map(str, operands(operator, rng))
     if rng.random() < 0.15:
         pattern = rng.choice(WORD_PROBLEMS[operator])
-        ask = expand(pattern.rstrip("!"), rng, a=first, b=second, i=rng.choice(COUNTABLES), n=some_name(rng),
-            m=some_name(rng))
+        ask = expand(
+            pattern.rstrip("!"), rng, a=first, b=second, i=rng.choice(COUNTABLES), n=some_name(rng), m=some_name(rng)
+        )
         return ask, f"{first} {operator} {second}"
     if rng.random() < 0.07:
         first += "." + str(rng.randint(1, 99)).rstrip("0")
     if rng.random() < 0.07:
         second += "." + str(rng.randint(1, 9))
     pattern = rng.choice(BINARY[operator])
-    in_word = rng.choice([0, 0, 0, 0, 1, 0.5]) if re.search("[a-w]{3}", SLOT.sub("", pattern)) else 0.0
-    core = expand(pattern.rstrip("!"), rng, a=shown_number(first, rng, in_word), b=shown_number(second, rng, in_word))
+    in_word = rng.choice([0, 0, 0, 1, 1, 0.5]) if re.search("[a-w]{3}", SLOT.sub("", pattern)) else 0.0
+    core = expand(pattern, rng, a=shown_number(first, rng, in_word), b=shown_number(second, rng, in_word))
     order = re.match(r"(add|subtract|take|multiply|divide|deduct|put|sum|split) ", core) is not None
     frame = rng.choice(ORDER_FRAMES) if order else rng.choice(RESULT_FRAMES)
-    return spoken(frame.replace("{e}", core), rng, "?" if frame.startswith(("what", "how", "do you")) else "",
-        loose=False), f"{first} {operator} {second}"
+    return spoken(
+        frame.replace("{e}", core), rng, "?" if frame.startswith(("what", "how", "do you")) else "", loose=False
+    ), f"{first} {operator} {second}"
 
 
 def special_sum(rng: random.Random) -> tuple[str, str]:
     ask, expression = rng.choice(SPECIAL_SUMS)
-    values = {"a": str(some_number(rng)), "b": str(some_number(rng)), "c": str(some_number(rng)),
-        "s": str(rng.randint(2, 12)), "p": str(rng.randint(1, 99))}
+    values = {
+        "a": str(some_number(rng)),
+        "b": str(some_number(rng)),
+        "c": str(some_number(rng)),
+        "s": str(rng.randint(2, 12)),
+        "p": str(rng.randint(1, 99)),
+    }
     core = expand(ask, rng, **values)
     frame = rng.choice(RESULT_FRAMES) if not core.startswith(("add ", "square {")) else "{e}"
-    return spoken(frame.replace("{e}", core), rng, "?" if frame.startswith(("what", "how")) else "",
-        loose=False), expand(expression, rng, **values)
+    return spoken(
+        frame.replace("{e}", core), rng, "?" if frame.startswith(("what", "how")) else "", loose=False
+    ), expand(expression, rng, **values)
 
 
 def safe_result(expression: str) -> str:
     """What a calculator answers, or its error."""
     try:
-        value = eval(expression, {"__builtins__": {}, "sqrt": math.sqrt})  # noqa: S307 - our own expressions only
+        value = eval(expression, {"__builtins__": {}, "sqrt": math.sqrt})  # our own expressions only
     except (ZeroDivisionError, OverflowError):
         return "division by zero"
-    if isinstance(value, int) and value > 10 ** 18:
+    if isinstance(value, int) and value > 10**18:
         return f"{float(value):g}"
     return str(value)
 
 
 def schema(name: str, description: str, parameters: dict[str, tuple[str, str]], rng: random.Random) -> Message:
     """A tool as OpenAI clients send it; `parameters` maps a name to type and description."""
-    properties = {key: {"type": kind, **({"description": text} if text and rng.random() < 0.7 else {})} for key, (kind,
-        text) in parameters.items()}
+    properties = {
+        key: {"type": kind, **({"description": text} if text and rng.random() < 0.7 else {})}
+        for key, (kind, text) in parameters.items()
+    }
     body: Message = {"type": "object", "properties": properties}
     if rng.random() < 0.85:
         body["required"] = list(parameters)
     if rng.random() < 0.08:
         body["additionalProperties"] = False
-    function = {"name": name, "description": description, "parameters": body} if rng.random() < 0.93 else {"name": name,
-        "parameters": body}
+    function = (
+        {"name": name, "description": description, "parameters": body}
+        if rng.random() < 0.93
+        else {"name": name, "parameters": body}
+    )
     return {"type": "function", "function": function}
 
 
@@ -2009,8 +2199,10 @@ arithmetic; Perform a calculation""")
 
 
 def calculator(rng: random.Random) -> Message:
-    text = rng.choice(phrases_of("""The expression; e.g. 2 + 3 * 4; Expression to evaluate; An arithmetic expression;
-The arithmetic expression, for example 2 * (3 + 4)"""))
+    text = rng.choice(
+        phrases_of("""The expression; e.g. 2 + 3 * 4; Expression to evaluate; An arithmetic expression;
+The arithmetic expression, for example 2 * (3 + 4)""")
+    )
     return schema("calculator", rng.choice(CALCULATOR_SAYS), {"expression": ("string", text)}, rng)
 
 
@@ -2028,11 +2220,21 @@ class ToolKind:
 
 
 def weather_result(rng: random.Random, place: str) -> Any:
-    sky, degrees = rng.choice(words_of("sunny, cloudy, rainy, snowy, windy, foggy, clear, stormy, overcast, hot, "
-        "cold, mild")), rng.randint(-15, 40)
-    forms: list[Any] = [f"{sentence(sky)}, {degrees} °C", f"{sky}, {degrees} degrees", {"condition": sky,
-        "temperature": degrees}, {"temperature": degrees, "sky": sky}, {"city": place, "weather": sky, "temp": degrees},
-        f"{degrees}C and {sky}", {"weather": sky}, sky, f"{degrees} °C"]
+    sky, degrees = (
+        rng.choice(words_of("sunny, cloudy, rainy, snowy, windy, foggy, clear, stormy, overcast, hot, cold, mild")),
+        rng.randint(-15, 40),
+    )
+    forms: list[Any] = [
+        f"{sentence(sky)}, {degrees} °C",
+        f"{sky}, {degrees} degrees",
+        {"condition": sky, "temperature": degrees},
+        {"temperature": degrees, "sky": sky},
+        {"city": place, "weather": sky, "temp": degrees},
+        f"{degrees}C and {sky}",
+        {"weather": sky},
+        sky,
+        f"{degrees} °C",
+    ]
     return rng.choice(forms)
 
 
@@ -2052,15 +2254,19 @@ def time_result(rng: random.Random, _value: str) -> Any:
 
 
 def some_path(rng: random.Random) -> str:
-    return rng.choice(["", "docs/", "/tmp/", "data/", "notes/",
-        invented_word(rng) + "/"]) + rng.choice([rng.choice(WORDS), invented_word(rng)]) + rng.choice([".txt", ".md",
-        ".json", ".csv", ".log", ".py"])
+    return (
+        rng.choice(["", "docs/", "/tmp/", "data/", "notes/", invented_word(rng) + "/"])
+        + rng.choice([rng.choice(WORDS), invented_word(rng)])
+        + rng.choice([".txt", ".md", ".json", ".csv", ".log", ".py"])
+    )
 
 
 def some_url(rng: random.Random) -> str:
-    return rng.choice(["http://", "https://"]) + rng.choice(["example.com", invented_word(rng) + ".org",
-        "www." + invented_word(rng) + ".com"]) + rng.choice(["", "/", "/" + rng.choice(WORDS),
-        "/" + rng.choice(WORDS) + ".html"])
+    return (
+        rng.choice(["http://", "https://"])
+        + rng.choice(["example.com", invented_word(rng) + ".org", "www." + invented_word(rng) + ".com"])
+        + rng.choice(["", "/", "/" + rng.choice(WORDS), "/" + rng.choice(WORDS) + ".html"])
+    )
 
 
 TOOLS_TEXT = """
@@ -2265,8 +2471,10 @@ def some_product(rng: random.Random) -> str:
 
 
 def some_room(rng: random.Random) -> str:
-    return rng.choice(words_of("""kitchen, garden, bedroom, bathroom, cellar, hall, office, garage, attic, library,
-workshop, kennel, studio"""))
+    return rng.choice(
+        words_of("""kitchen, garden, bedroom, bathroom, cellar, hall, office, garage, attic, library,
+workshop, kennel, studio""")
+    )
 
 
 def player_result(rng: random.Random, value: str) -> Any:
@@ -2286,8 +2494,9 @@ def light_result(rng: random.Random, _value: str) -> Any:
     return rng.choice(["on", "ok", {"state": "on"}, "done", "light is on"])
 
 
-def tool_kind(name: str, value: Callable[[random.Random], str], result: Callable[[random.Random, str],
-    Any]) -> ToolKind:
+def tool_kind(
+    name: str, value: Callable[[random.Random], str], result: Callable[[random.Random, str], Any]
+) -> ToolKind:
     """The sort of tool whose texts stand under `name`."""
     names, says, parameters = (TOOL_TEXTS[f"{name}.{part}"][0][0] for part in ("names", "says", "parameters"))
     asks, answers = TOOL_TEXTS[name]
@@ -2336,9 +2545,14 @@ def some_offer(kind: str, rng: random.Random) -> Offer:
     sort = TOOL_KINDS[kind]
     name, parameter = rng.choice(sort.names), rng.choice(sort.parameters)
     if rng.random() < 0.2:
-        name = rng.choice([name.title().replace("_", ""), rng.choice(["my", "tool", "api", "do",
-            invented_word(rng)]) + "_" + name, name + "_" + rng.choice(["v2", "tool", "api", invented_word(rng)]),
-            name.replace("_", "-")])
+        name = rng.choice(
+            [
+                name.title().replace("_", ""),
+                rng.choice(["my", "tool", "api", "do", invented_word(rng)]) + "_" + name,
+                name + "_" + rng.choice(["v2", "tool", "api", invented_word(rng)]),
+                name.replace("_", "-"),
+            ]
+        )
     extra = {parameter: ("string", rng.choice([f"The {parameter}", f"Name of the {parameter}", sort.says[0], ""]))}
     return Offer(kind, schema(name, rng.choice(sort.says), extra, rng), parameter)
 
@@ -2355,78 +2569,98 @@ def offers(rng: random.Random, wanted: str = "", without: str = "") -> list[Offe
 
 
 def call_message(calls: list[tuple[str, dict[str, str]]]) -> Message:
-    return {"role": "assistant", "content": "", "tool_calls": [{"id": f"call_{at}", "type": "function",
-        "function": {"name": name, "arguments": arguments}} for at, (name, arguments) in enumerate(calls)]}
+    return {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": f"call_{at}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            for at, (name, arguments) in enumerate(calls)
+        ],
+    }
 
 
 SUM_ANSWERS = phrases_of("""{e} = {r}.; The answer is {r}.; The result is {r}.; That is {r}.""")
 SUM_FAILS = ["The calculator reports an error: {r}."]
 
 
+def calculator_result(expression: str, result: str, rng: random.Random) -> Any:
+    """A result as one of the servers or clients that run a calculator might write it."""
+    if result == "division by zero":
+        return rng.choice([{"error": result}, result, {"success": False, "error": result}])
+    number = json.loads(result) if re.fullmatch(r"-?\d+(\.\d+)?", result) else result
+    plain: list[Any] = [result, result, {"result": number}, {"value": number}]
+    return rng.choice(
+        [*plain, {"success": True, "result": number, "error": None}, {"expression": expression, "result": number}]
+    )
+
+
 def calculator_turns(chat: Chat, offer: Offer, rng: random.Random) -> None:
-    """Question, call, result, answer."""
-    name = offer.tool["function"]["name"]
-    pairs = [two_operands(rng) if rng.random() < 0.82 else special_sum(rng)]
+    """Question, call, result, answer; now and then two sums at once."""
     if rng.random() < 0.06:
-        chat.add("user", *two_sums(pairs, rng))
+        question, expressions = two_sums(rng)
     else:
-        chat.add("user", pairs[0][0])
-    chat.messages.append(call_message([(name, {"expression": expression}) for _, expression in pairs]))
-    results = []
-    for at, (_, expression) in enumerate(pairs):
-        result = safe_result(expression)
-        results.append(result)
-        wrong = result == "division by zero"
-        number = json.loads(result) if not wrong and re.fullmatch(r"-?\d+(\.\d+)?", result) else result
-        forms: list[Any] = [{"error": result}, result, {"success": False, "error": result}] if wrong else [result,
-            result, {"result": number}, {"success": True, "result": number, "error": None}, {"value": number},
-            {"expression": expression, "result": number}]
-        chat.add("tool", as_content(rng.choice(forms)), tool_call_id=f"call_{at}")
-    if len(pairs) > 1:
-        chat.add("assistant", " ".join(f"{expression} = {result}." for (_, expression), result in zip(pairs, results,
-            strict=True)))
+        question, expression = two_operands(rng) if rng.random() < 0.82 else special_sum(rng)
+        expressions = [expression]
+    chat.add("user", question)
+    name = offer.tool["function"]["name"]
+    chat.messages.append(call_message([(name, {"expression": expression}) for expression in expressions]))
+    results = [safe_result(expression) for expression in expressions]
+    for at, (expression, result) in enumerate(zip(expressions, results, strict=True)):
+        chat.add("tool", as_content(calculator_result(expression, result, rng)), tool_call_id=f"call_{at}")
+    if len(results) > 1:
+        chat.add("assistant", " ".join(f"{e} = {r}." for e, r in zip(expressions, results, strict=True)))
     else:
         frames = SUM_FAILS if results[0] == "division by zero" else SUM_ANSWERS[:1] * 3 + SUM_ANSWERS
-        chat.add("assistant", expand(rng.choice(frames), rng, e=pairs[0][1], r=results[0]))
+        chat.add("assistant", expand(rng.choice(frames), rng, e=expressions[0], r=results[0]))
 
 
-def two_sums(pairs: list[tuple[str, str]], rng: random.Random) -> list[str]:
-    """Two sums in one question, for two calls in one turn; adds the second pair."""
-    texts = []
-    pairs.clear()
+def two_sums(rng: random.Random) -> tuple[str, list[str]]:
+    """Two sums in one question, for two calls in one turn."""
+    texts, expressions = [], []
     for _ in range(2):
         operator = rng.choice("+-*/")
         first, second = operands(operator, rng)
-        word = rng.choice({"+": ["+", "plus"], "-": ["-", "minus"], "*": ["*", "times"], "/": ["/",
-            "divided by"]}[operator])
+        word = rng.choice(
+            {"+": ["+", "plus"], "-": ["-", "minus"], "*": ["*", "times"], "/": ["/", "divided by"]}[operator]
+        )
         texts.append(f"{first} {word} {second}")
-        pairs.append((texts[-1], f"{first} {operator} {second}"))
-    return [expand(ASK["two_sums"], rng, a=texts[0], b=texts[1])]
+        expressions.append(f"{first} {operator} {second}")
+    return expand(ASK["two_sums"], rng, a=texts[0], b=texts[1]), expressions
+
+
+QUESTION_WORDS = set(words_of("what, what's, how, how's, is, do, does, can, should, will, who, where, which"))
+
+
+def tool_failure(offer: Offer, rng: random.Random) -> tuple[Any, str]:
+    """An error that a tool may answer, as it comes back and in words."""
+    error = rng.choice(
+        ["not found", "timeout", "no connection", "access denied", "failed", "unknown " + offer.parameter]
+    )
+    return rng.choice([{"error": error}, {"success": False, "error": error}, "error: " + error]), error
 
 
 def tool_turns(chat: Chat, offer: Offer, rng: random.Random) -> None:
+    """Request, call, result or error, answer."""
     sort = TOOL_KINDS[offer.kind]
     value = sort.value(rng)
     core = expand(rng.choice(sort.asks), rng, v=value)
-    question = core.split()[0] in {"what", "what's", "how", "how's", "is", "do", "does", "can", "should", "will", "who",
-        "where", "which"}
-    chat.add("user", spoken(core, rng, "?" if question else "", loose=False))
+    chat.add("user", spoken(core, rng, "?" if core.split()[0] in QUESTION_WORDS else "", loose=False))
     chat.messages.append(call_message([(offer.tool["function"]["name"], {offer.parameter: value})]))
     if rng.random() < 0.05:
-        error = rng.choice(["not found", "timeout", "no connection", "unknown " + offer.parameter, "access denied",
-            "failed"])
-        chat.add("tool", as_content(rng.choice([{"error": error}, {"success": False, "error": error},
-            "error: " + error])), tool_call_id="call_0")
-        chat.add("assistant", f"The tool reports an error: {error}.")
-        return
-    result = sort.result(rng, value)
+        result, error = tool_failure(offer, rng)
+        answer = f"The tool reports an error: {error}."
+    else:
+        result = sort.result(rng, value)
+        answer = expand(rng.choice(sort.answers), rng, v=value, r=readable(result, value))
     chat.add("tool", as_content(result), tool_call_id="call_0")
-    chat.add("assistant", expand(rng.choice(sort.answers), rng, v=value, r=readable(result, value)))
+    chat.add("assistant", answer)
 
 
-NO_TOOL = {"calculator": "I cannot calculate that reliably without a calculator tool.",
+NO_TOOL = {
+    "calculator": "I cannot calculate that reliably without a calculator tool.",
     "weather": "I cannot look up the weather: no tool for that is offered.",
-    "time": "I cannot look up the time: no tool for that is offered."}
+    "time": "I cannot look up the time: no tool for that is offered.",
+}
 
 
 def missing_tool(rng: random.Random, kinds: set[str]) -> tuple[str, str] | None:
@@ -2473,8 +2707,14 @@ def system_text(patterns: list[str], rng: random.Random) -> str:
 
 def plain_turn(rng: random.Random) -> tuple[str, str]:
     """One request of any kind that needs no tool."""
-    makers: list[Callable[[random.Random], tuple[str, str]]] = [small_talk, shimmy_question, lambda r: fact(r)[:2],
-        story, json_task, unknown]
+    makers: list[Callable[[random.Random], tuple[str, str]]] = [
+        small_talk,
+        shimmy_question,
+        lambda r: fact(r)[:2],
+        story,
+        json_task,
+        unknown,
+    ]
     return rng.choices(makers, [13, 40, 30, 9, 15, 4])[0](rng)
 
 
@@ -2513,8 +2753,13 @@ def one_word(rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.15:
         kind = rng.choice(["greeting", "thanks", "bye", "who", "how_are_you"])
         ask = expand(rng.choice(SMALL_TALK[kind][0]), rng, name=some_name(rng))
-        return spoken(ask, rng), {"greeting": "Hello!", "thanks": "Welcome!", "bye": "Goodbye!", "who": "shimmy-tiny",
-            "how_are_you": "Well!"}[kind]
+        return spoken(ask, rng), {
+            "greeting": "Hello!",
+            "thanks": "Welcome!",
+            "bye": "Goodbye!",
+            "who": "shimmy-tiny",
+            "how_are_you": "Well!",
+        }[kind]
     while True:
         ask, _, short = fact(rng)
         if " " not in short:
@@ -2533,8 +2778,9 @@ def tool_chat(rng: random.Random, turns: int) -> Chat:
             offer = rng.choices(offered, [3 if offer.kind == "calculator" else 1 for offer in offered])[0]
             (calculator_turns if offer.kind == "calculator" else tool_turns)(chat, offer, rng)
         else:
-            ask, answer = (missing_tool(rng, {offer.kind for offer in offered}) if rng.random() < 0.12
-                else None) or plain_turn(rng)
+            ask, answer = (
+                missing_tool(rng, {offer.kind for offer in offered}) if rng.random() < 0.12 else None
+            ) or plain_turn(rng)
             chat.add("user", ask)
             chat.add("assistant", answer)
     return chat
@@ -2543,11 +2789,12 @@ def tool_chat(rng: random.Random, turns: int) -> Chat:
 def conversation(rng: random.Random, long: bool = False) -> Chat:
     """One conversation of any kind; `long` ones fill a window of 2,048 positions."""
     turns = rng.randint(8, 30) if long else rng.choices([1, 2, 3, 4], [60, 22, 12, 6])[0]
-    maker = rng.choices([plain_chat, tool_chat, styled_chat], [52, 38, 10])[0]
+    maker = rng.choices([plain_chat, tool_chat, styled_chat], [50, 38, 12])[0]
     while True:
         chat = maker(rng, turns)
-        if not any(message["role"] == "user" and normalized(message["content"]) in FORBIDDEN for message
-            in chat.messages):
+        if not any(
+            message["role"] == "user" and normalized(message["content"]) in FORBIDDEN for message in chat.messages
+        ):
             return chat
 
 
@@ -2571,42 +2818,56 @@ FORBIDDEN: set[str] = held_out_sentences()
 VOCABULARY = 2560
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKERS = ["<tool_call>", "</tool_call>", "<think>", "</think>"]
-PRETOKENIZER = (r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-                r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+PRETOKENIZER = (
+    r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def train_tokenizer(path: Path, samples: int = 30000) -> Tokenizer:
     rng = random.Random(SEED)
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(PRETOKENIZER), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False,
-        use_regex=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=CONTROL + MARKERS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=CONTROL + MARKERS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator((conversation(rng).render() for _ in range(samples)), trainer)
     tokenizer.save(str(path))
     return tokenizer
 
 
+def token_id(tokenizer: Tokenizer, piece: str) -> int:
+    found = tokenizer.token_to_id(piece)
+    assert found is not None, piece
+    return int(found)
+
+
 # ── Batches ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
 
 class Batches:
     """Windows of whole conversations; every conversation starts in the window in which it ends, where it fits."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.end = tokenizer.token_to_id("<|endoftext|>")
-        self.turn_end = tokenizer.token_to_id("<|im_end|>")
+        self.end = token_id(tokenizer, "<|endoftext|>")
+        self.turn_end = token_id(tokenizer, "<|im_end|>")
         self.header = tokenizer.encode("<|im_start|>assistant\n").ids
 
     def encode(self, chat: Chat, rng: random.Random) -> tuple[list[int], list[float]]:
         """Tokens, and the weight of predicting each: 1 in what the assistant says; elsewhere half, for one in seven."""
-        ids = self.tokenizer.encode(chat.render()).ids + [self.end]
+        ids = [*self.tokenizer.encode(chat.render()).ids, self.end]
         weights, spoken_by_model, width = [], False, len(self.header)
         for at, token in enumerate(ids):
             weights.append(1.0 if spoken_by_model else OTHER_WEIGHT if rng.random() < OTHER_SHARE else 0.0)
-            if ids[max(0, at + 1 - width):at + 1] == self.header:
+            if ids[max(0, at + 1 - width) : at + 1] == self.header:
                 spoken_by_model = True
             elif token == self.turn_end:
                 spoken_by_model = False
@@ -2624,23 +2885,26 @@ class Batches:
                 more, its = self.encode(conversation(rng), rng)
             ids += more
             weights += its
-        return ids[:width + 1], weights[:width + 1]
+        return ids[: width + 1], weights[: width + 1]
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and weights of one step; the same for the same step, always."""
         rng = random.Random(SEED * 1000003 + step)
         rows, width = (2, 2048) if step % 12 == 11 else (8, 512)
         windows = [self.window(rng, width) for _ in range(rows)]
-        return np.array([ids for ids, _ in windows], np.int32), np.array([weights for _, weights in windows],
-            np.float32)
+        return np.array([ids for ids, _ in windows], np.int32), np.array(
+            [weights for _, weights in windows], np.float32
+        )
 
 
-def batches_ahead(tokenizer_path: Path, start: int, steps: int, ahead: int = 8) -> Iterator[tuple[np.ndarray,
-    np.ndarray]]:
+def batches_ahead(
+    tokenizer_path: Path, start: int, steps: int, ahead: int = 8
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The batches from `start` on, written by a second process while the first one trains."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=start_writer,
-        initargs=(str(tokenizer_path),)) as writer:
+    with ProcessPoolExecutor(
+        1, mp_context=context, initializer=start_writer, initargs=(str(tokenizer_path),)
+    ) as writer:
         waiting = deque(writer.submit(write_batch, step) for step in range(start, min(start + ahead, steps)))
         for step in range(start, steps):
             batch = waiting.popleft().result()
@@ -2661,6 +2925,7 @@ def write_batch(step: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ── Model ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -2704,7 +2969,8 @@ class Block(nn.Module):
         seen = F.scaled_dot_product_attention(rotated(q, cos, sin), rotated(k, cos, sin), v, is_causal=True)
         x = x + self.output(seen.transpose(1, 2).reshape(rows, length, width))
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        fed: Tensor = self.down(F.silu(gate) * up)
+        return x + fed
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -2723,8 +2989,9 @@ class Tiny(nn.Module):
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         self.norm = Norm(shape.width, shape.epsilon)
         half = shape.width // shape.heads // 2
-        angles = torch.outer(torch.arange(shape.context).float(),
-            shape.rope_base ** (-torch.arange(half).float() / half))
+        angles = torch.outer(
+            torch.arange(shape.context).float(), shape.rope_base ** (-torch.arange(half).float() / half)
+        )
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         for name, parameter in self.named_parameters():
@@ -2735,15 +3002,17 @@ class Tiny(nn.Module):
     def forward(self, ids: Tensor, wanted: Tensor | None = None) -> Tensor:
         """Logits at every position, or only where the mask `wanted` says so."""
         x = self.embedding(ids)
-        cos, sin = self.cos[:ids.shape[1]], self.sin[:ids.shape[1]]  # type: ignore[index]
+        cos, sin = self.cos[: ids.shape[1]], self.sin[: ids.shape[1]]  # type: ignore[index]
         for block in self.blocks:
             x = block(x, cos, sin)
         x = self.norm(x if wanted is None else x[wanted])
-        return x @ self.embedding.weight.T
+        logits: Tensor = x @ self.embedding.weight.T
+        return logits
 
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+STEPS = 3600
 OTHER_WEIGHT, OTHER_SHARE = 0.5, 0.15
 PEAK_RATE = 3e-3
 WARM_UP = 150
@@ -2785,10 +3054,16 @@ class Progress:
         speed = (step - self.start) / (now - self.began)
         left = int((self.steps - step) / speed)
         bar = "#" * (30 * step // self.steps)
-        line = (f"[{bar:<30}] {step}/{self.steps}  loss {loss:.3f}  {speed * TOKENS_PER_STEP:.0f} tokens/s  "
-                f"{left // 60}:{left % 60:02d} left")
-        print(("\r" + line + " ") if self.live else line, end="" if self.live and step < self.steps else "\n",
-            file=sys.stderr, flush=True)
+        line = (
+            f"[{bar:<30}] {step}/{self.steps}  loss {loss:.3f}  {speed * TOKENS_PER_STEP:.0f} tokens/s  "
+            f"{left // 60}:{left % 60:02d} left"
+        )
+        print(
+            ("\r" + line + " ") if self.live else line,
+            end="" if self.live and step < self.steps else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 class Threads:
@@ -2841,54 +3116,73 @@ def train_step(model: Tiny, batch: tuple[np.ndarray, np.ndarray], low_precision:
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=low_precision):
         logits = model(ids[:, :-1], wanted)
     losses = F.cross_entropy(logits.float(), ids[:, 1:][wanted], reduction="none")
-    (losses @ weights / weights.sum()).backward()
+    (losses @ weights / weights.sum()).backward()  # type: ignore[no-untyped-call]
     return float(losses.detach()[weights == 1.0].mean())
+
+
+def update(optimizers: list[torch.optim.Optimizer], learning_rate: float) -> None:
+    """One step of both optimizers at this rate."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def resume(path: Path, model: Tiny, optimizers: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """Step, seconds and loss of the checkpoint, whose weights are loaded; of a beginning when there is none."""
+    if not path.exists():
+        return {"step": 0, "seconds": 0.0, "loss": 0.0}
+    facts: dict[str, Any] = torch.load(path)
+    model.load_state_dict(facts.pop("model"))
+    for optimizer, state in zip(optimizers, facts.pop("optimizers"), strict=True):
+        optimizer.load_state_dict(state)
+    return facts
+
+
+def stop_signals() -> list[int]:
+    """A list to which Ctrl-C and SIGTERM add themselves, so that a checkpoint can be written first."""
+    received: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda got, _frame: received.append(got))
+    return received
 
 
 def train(work: Path, steps: int, threads: int) -> None:
     """Trains up to `steps`, from the checkpoint in `work` when there is one."""
     torch.manual_seed(SEED)
     keep_memory()
-    team = Threads(threads)
     model, path = Tiny(Shape()), work / "checkpoint.pt"
     optimizers = optimizers_of(model)
-    facts: dict[str, Any] = {"step": 0, "seconds": 0.0, "loss": 0.0}
-    if path.exists():
-        facts = torch.load(path)
-        model.load_state_dict(facts.pop("model"))
-        for optimizer, state in zip(optimizers, facts.pop("optimizers"), strict=True):
-            optimizer.load_state_dict(state)
-    low_precision = fast_bfloat16()
-    progress, saved, began = Progress(steps, facts["step"]), time.monotonic(), time.monotonic() - facts["seconds"]
-    loss, stopped = facts["loss"], []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.append(True))
-    for step, batch in enumerate(batches_ahead(work / "tokenizer.json", facts["step"], steps), facts["step"]):
+    facts = resume(path, model, optimizers)
+    start, loss, low_precision = facts["step"], facts["loss"], fast_bfloat16()
+    team, progress, stopped = Threads(threads), Progress(steps, start), stop_signals()
+    began = time.monotonic() - facts["seconds"]
+    saved = time.monotonic()
+    for step, batch in enumerate(batches_ahead(work / "tokenizer.json", start, steps), start + 1):
         team.begin()
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = PEAK_RATE * rate(step, steps)
         now = train_step(model, batch, low_precision)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        update(optimizers, PEAK_RATE * rate(step - 1, steps))
         team.end()
-        loss = now if not loss else 0.98 * loss + 0.02 * now
-        progress.show(step + 1, loss)
-        if time.monotonic() - saved > CHECKPOINT_SECONDS or step + 1 == steps or stopped:
+        loss = 0.98 * loss + 0.02 * now if loss else now
+        progress.show(step, loss)
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or step == steps or stopped:
             saved = time.monotonic()
-            save(path, model, optimizers, {"step": step + 1, "seconds": saved - began, "loss": loss})
+            save(path, model, optimizers, {"step": step, "seconds": saved - began, "loss": loss})
         if stopped:
-            sys.exit(f"stopped at step {step + 1}; the same command goes on from there")
+            sys.exit(f"stopped at step {step}; the same command goes on from there")
 
 
 # ── Export and self-check ────────────────────────────────────────────────────────────────────────────────────────────
 
-DESCRIPTION = ("A very small chat model, trained from nothing on text written by its own generator: a "
+DESCRIPTION = (
+    "A very small chat model, trained from nothing on text written by its own generator: a "
     "demonstration and test fixture for "
     "the shimmy server. It greets, answers questions about shimmy, tells short stories, gives small facts, writes "
-    "simple JSON " "and calls tools. It knows nothing else.")
+    "simple JSON "
+    "and calls tools. It knows nothing else."
+)
 
 
 def interleaved(rows: np.ndarray, heads: int) -> np.ndarray:
@@ -2945,7 +3239,7 @@ def write_metadata(writer: gguf.GGUFWriter, shape: Shape, parameters: int, quant
 
 
 def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
-    pieces = [tokenizer.id_to_token(at) for at in range(tokenizer.get_vocab_size())]
+    pieces = [tokenizer.id_to_token(at) or "" for at in range(tokenizer.get_vocab_size())]
     kinds = {**dict.fromkeys(CONTROL, gguf.TokenType.CONTROL), **dict.fromkeys(MARKERS, gguf.TokenType.USER_DEFINED)}
     merges = json.loads(tokenizer.to_str())["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
@@ -2953,9 +3247,9 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer) -> None:
     writer.add_token_list(pieces)
     writer.add_token_types([kinds.get(piece, gguf.TokenType.NORMAL) for piece in pieces])
     writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in merges])
-    writer.add_eos_token_id(tokenizer.token_to_id("<|im_end|>"))
-    writer.add_pad_token_id(tokenizer.token_to_id("<|endoftext|>"))
-    writer.add_eot_token_id(tokenizer.token_to_id("<|im_end|>"))
+    writer.add_eos_token_id(token_id(tokenizer, "<|im_end|>"))
+    writer.add_pad_token_id(token_id(tokenizer, "<|endoftext|>"))
+    writer.add_eot_token_id(token_id(tokenizer, "<|im_end|>"))
     writer.add_add_bos_token(False)
     writer.add_chat_template(CHAT_TEMPLATE)
 
@@ -2980,7 +3274,24 @@ def llama_logits(path: Path, ids: list[int]) -> np.ndarray:
 
     engine = Llama(str(path), n_ctx=2048, logits_all=True, verbose=False)
     engine.eval(ids)
-    return np.array(engine.scores[:len(ids)])
+    return np.array(engine.scores[: len(ids)])
+
+
+ODD_TEXTS = [
+    "",
+    " ",
+    "\n\n",
+    "a\tb",
+    "  two  spaces ",
+    "naïve café",
+    "日本語",
+    "🙂👍🏽",
+    "ÀÉÎ",
+    "It's I'LL we'Re",
+    "x²=4½",
+]
+ODD_TEXTS += ["\u00a0nbsp", "1234567890", "a\r\nb", "…—“”", "\x00\x7f", "\ud7ff\ue000"]
+ODD_LETTERS = "abcXYZ019 .,!?'\"\n\t{}[]<>|/\\_-éßжあ🙂"
 
 
 def check_tokens(path: Path, tokenizer: Tokenizer, texts: int = 2000) -> None:
@@ -2988,11 +3299,8 @@ def check_tokens(path: Path, tokenizer: Tokenizer, texts: int = 2000) -> None:
     from llama_cpp import Llama
 
     engine, rng = Llama(str(path), vocab_only=True, verbose=False), random.Random(SEED + 1)
-    odd = ["", " ", "\n\n", "a\tb", "  two  spaces ", "naïve café", "日本語", "🙂👍🏽", "ÀÉÎ", "It's I'LL we'Re", "x²=4½",
-        "\u00a0nbsp", "1234567890", "a\r\nb", "…—“”", "\x00\x7f", "\ud7ff\ue000"]
-    alphabet = "abcXYZ019 .,!?'\"\n\t{}[]<>|/\\_-éßжあ🙂"
-    samples = odd + [conversation(rng).render() for _ in range(texts)] + ["".join(rng.choices(alphabet, k=rng.randint(1,
-        60))) for _ in range(texts)]
+    samples = ODD_TEXTS + [conversation(rng).render() for _ in range(texts)]
+    samples += ["".join(rng.choices(ODD_LETTERS, k=rng.randint(1, 60))) for _ in range(texts)]
     for text in samples:
         ours, theirs = tokenizer.encode(text).ids, engine.tokenize(text.encode(), add_bos=False, special=True)
         if ours != theirs:
@@ -3013,8 +3321,10 @@ def check_export(model: Tiny, tokenizer: Tokenizer, path: Path, work: Path) -> N
         theirs = llama_logits(file, ids)
         difference = np.abs(ours - theirs)
         same = float((ours.argmax(1) == theirs.argmax(1)).mean())
-        print(f"logits in {name}: {len(ids)} positions, largest difference {difference.max():.4f}, mean "
-            f"{difference.mean():.5f}, same first choice {same:.1%}")
+        print(
+            f"logits in {name}: {len(ids)} positions, largest difference {difference.max():.4f}, mean "
+            f"{difference.mean():.5f}, same first choice {same:.1%}"
+        )
         if difference.max() > limit:
             raise SystemExit(f"the {name} export does not compute what was trained")
     exact.unlink()
@@ -3030,6 +3340,7 @@ def load_model(work: Path) -> tuple[Tiny, dict[str, Any]]:
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+
 def tokenizer_in(work: Path) -> Tokenizer:
     path = work / "tokenizer.json"
     return Tokenizer.from_file(str(path)) if path.exists() else train_tokenizer(path)
@@ -3037,8 +3348,9 @@ def tokenizer_in(work: Path) -> Tokenizer:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train shimmy-tiny.gguf from nothing, on the CPU.")
-    parser.add_argument("--steps", type=int, default=STEPS,
-        help=f"training steps of {TOKENS_PER_STEP} tokens (default {STEPS})")
+    parser.add_argument(
+        "--steps", type=int, default=STEPS, help=f"training steps of {TOKENS_PER_STEP} tokens (default {STEPS})"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2, help="CPU threads")
     parser.add_argument("--work", type=Path, default=HERE / ".make_tiny", help="folder for checkpoint and tokenizer")
     parser.add_argument("--out", type=Path, default=HERE / "shimmy-tiny.gguf", help="the file to write")
@@ -3059,15 +3371,15 @@ def main() -> int:
         train(options.work, options.steps, options.threads)
     model, facts = load_model(options.work)
     export(model, tokenizer, options.out)
-    print(f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, "
+    print(
+        f"{options.out}: {options.out.stat().st_size / 1e6:.2f} MB, "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, "
         f"{facts['step']} steps, {facts['step'] * TOKENS_PER_STEP / 1e6:.1f}M tokens, {facts['seconds'] / 60:.0f} "
-        f"minutes, loss {facts['loss']:.3f}")
+        f"minutes, loss {facts['loss']:.3f}"
+    )
     check_export(model, tokenizer, options.out, options.work)
     return 0
 
-
-STEPS = 5000
 
 if __name__ == "__main__":
     sys.exit(main())
