@@ -2628,6 +2628,64 @@ def import_llama() -> Any:
     return bindings
 
 
+class Vocabulary:
+    """A model's tokens: text to tokens (any thread), tokens to the bytes they stand for."""
+
+    def __init__(self, c: Any, model: Any, np: Any) -> None:
+        import ctypes
+
+        self.c, self.ctypes, self.handle = c, ctypes, c.llama_model_get_vocab(model)
+        self.size = c.llama_vocab_n_tokens(self.handle)
+        self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
+        self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
+        self._pieces: dict[int, bytes] = {}
+        self.marker_pieces: dict[int, bytes] = {}  # control tokens that chats show: reasoning, tool calls
+        self.specials = tuple(self._read_specials())
+
+    def _read_specials(self) -> Iterator[str]:
+        """The names of control and marker tokens, which text from users must not become."""
+        attribute, control = self.c.llama_vocab_get_attr, self.c.LLAMA_TOKEN_ATTR_CONTROL
+        special = control | self.c.LLAMA_TOKEN_ATTR_USER_DEFINED
+        for token in [t for t in range(self.size) if attribute(self.handle, t) & special]:
+            name = self.name(token).decode("utf-8", "replace")
+            if name in CHAT_MARKERS:
+                self.marker_pieces[token] = name.encode()
+            if attribute(self.handle, token) & control or re.fullmatch(r"[<\[].*[>\]]", name):
+                yield name
+
+    def tokenize(self, segments: Seq[str]) -> list[int]:
+        """The prompt's tokens: special tokens parsed, the tokenizer's own first token added once."""
+        tokens: list[int] = []
+        for i, segment in enumerate(segments):
+            data = segment.encode("utf-8", "replace")
+            room = len(data) + 16
+            buffer = (self.ctypes.c_int32 * room)()
+            count = self.c.llama_tokenize(self.handle, data, len(data), buffer, room, i == 0, True)
+            if count < 0:
+                raise LoadError(f"the tokenizer failed ({count})")
+            tokens += buffer[:count]
+        return tokens
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for in text; control tokens give none."""
+        found = self._pieces.get(token)
+        if found is None:
+            found = self._pieces[token] = self._render(token, False)
+        return found
+
+    def name(self, token: int) -> bytes:
+        """The bytes a token is called by, control tokens too; none for a token that is not there."""
+        return self._render(token, True) if token >= 0 else b""
+
+    def _render(self, token: int, special: bool) -> bytes:
+        buffer = self.ctypes.create_string_buffer(256)
+        size = self.c.llama_token_to_piece(self.handle, token, buffer, 256, 0, special)
+        if size < 0:
+            buffer = self.ctypes.create_string_buffer(-size)
+            size = self.c.llama_token_to_piece(self.handle, token, buffer, -size, 0, special)
+        return bytes(buffer.raw[:size])
+
+
 class Llama:
     """llama.cpp's model and context behind the few calls the engine makes. One thread decodes; any may tokenize."""
 
@@ -2645,12 +2703,10 @@ class Llama:
         self.c.llama_log_set(self._log, ctypes.c_void_p())
         self.c.llama_backend_init()
         self._load_model(load, progress)
-        self.vocab = self.c.llama_model_get_vocab(self.model)
-        self.n_vocab = self.c.llama_vocab_n_tokens(self.vocab)
+        self.vocab = Vocabulary(self.c, self.model, numpy)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self._make_context(load)
         self.memory = self.c.llama_get_memory(self.context)
-        self._read_vocabulary()
         self._logits: Any = None
         self._logits_at: int | None = None
 
@@ -2718,7 +2774,7 @@ class Llama:
             self.notes.append(f"--ctx {options.ctx} is beyond the model's own context; using {own}")
         each, pool = self._kv_bytes(options), options.kv_pool or 4 * ctx
         if self.left is not None:
-            left = self.left - 64 * MIB - self.n_vocab * 4 * 24  # graph buffers, and logits of every sequence
+            left = self.left - 64 * MIB - self.vocab.size * 4 * 24  # graph buffers, and logits of every sequence
             if each * ctx > left:
                 fits = max(0, int(left // each)) // 256 * 256
                 advice = f"--ctx {fits} would fit" if fits >= 256 else "no context would fit"
@@ -2781,72 +2837,20 @@ class Llama:
                            "seq_id": self.sequences, "logits": self.flags}.items():  # fmt: skip
             setattr(self.batch, name, self.ctypes.cast(rows.ctypes.data, kinds[name]))
 
-    def _read_vocabulary(self) -> None:
-        c, vocab = self.c, self.vocab
-        special = c.LLAMA_TOKEN_ATTR_CONTROL | c.LLAMA_TOKEN_ATTR_USER_DEFINED
-        attribute = c.llama_vocab_get_attr
-        self._pieces: dict[int, bytes] = {}
-        self.marker_pieces: dict[int, bytes] = {}
-        self.eog = frozenset(t for t in range(self.n_vocab) if c.llama_vocab_is_eog(vocab, t))
-        names = []
-        for token in range(self.n_vocab):
-            if attribute(vocab, token) & special:
-                name = self._render(token, True).decode("utf-8", "replace")
-                if attribute(vocab, token) & c.LLAMA_TOKEN_ATTR_CONTROL or re.fullmatch(r"[<\[].*[>\]]", name):
-                    names.append(name)
-                if name in CHAT_MARKERS:
-                    self.marker_pieces[token] = name.encode()
-        self.specials = tuple(names)
-        self.eog_array = self.np.array(sorted(self.eog), dtype=self.np.int64)
-
     def loaded(self, options: EngineOptions) -> Loaded:
         """The description of this model that the parent works with."""
-        c, vocab = self.c, self.vocab
-        bos, eos = c.llama_vocab_bos(vocab), c.llama_vocab_eos(vocab)
+        c, vocab = self.c, self.vocab.handle
+        bos, eos = (self.vocab.name(t(vocab)).decode("utf-8", "replace") for t in (c.llama_vocab_bos, c.llama_vocab_eos))
         templates: dict[str, str] = {}
         for name in (None, b"tool_use"):
             source = c.llama_model_chat_template(self.model, name)
             if source and source.decode("utf-8", "replace") not in templates.values():
                 templates[(name or b"").decode()] = source.decode("utf-8", "replace")
-        first = self._render(bos, True).decode("utf-8", "replace") if bos >= 0 else ""
         return Loaded(
             ctx=self.ctx, pool=self.pool, parallel=options.parallel, templates=templates,
-            bos=first if c.llama_vocab_get_add_bos(vocab) else "",
-            eos=self._render(eos, True).decode("utf-8", "replace") if eos >= 0 else "",
-            specials=self.specials, notes=tuple(self.notes),
+            bos=bos if c.llama_vocab_get_add_bos(vocab) else "", eos=eos,
+            specials=self.vocab.specials, notes=tuple(self.notes),
         )  # fmt: skip
-
-    def tokenize(self, segments: Seq[str]) -> list[int]:
-        """The prompt's tokens: special tokens parsed, the tokenizer's own first token added once."""
-        tokens: list[int] = []
-        for i, segment in enumerate(segments):
-            data = segment.encode("utf-8", "replace")
-            room = len(data) + 16
-            buffer = (self.ctypes.c_int32 * room)()
-            count = self.c.llama_tokenize(self.vocab, data, len(data), buffer, room, i == 0, True)
-            if count < 0:
-                raise LoadError(f"the tokenizer failed ({count})")
-            tokens += buffer[:count]
-        return tokens
-
-    def piece(self, token: int) -> bytes:
-        """The bytes a token stands for in text; control tokens give none."""
-        found = self._pieces.get(token)
-        if found is None:
-            found = self._pieces[token] = self._render(token, False)
-        return found
-
-    def name(self, token: int) -> bytes:
-        """The bytes a token is called by, control tokens too."""
-        return self._render(token, True)
-
-    def _render(self, token: int, special: bool) -> bytes:
-        buffer = self.ctypes.create_string_buffer(256)
-        size = self.c.llama_token_to_piece(self.vocab, token, buffer, 256, 0, special)
-        if size < 0:
-            buffer = self.ctypes.create_string_buffer(-size)
-            size = self.c.llama_token_to_piece(self.vocab, token, buffer, -size, 0, special)
-        return bytes(buffer.raw[:size])
 
     def decode(self, plan: Seq[tuple[Sequence, int]]) -> int:
         """Evaluate so many next tokens of each sequence; llama_decode's return value (ENGINE.md)."""
@@ -2867,7 +2871,7 @@ class Llama:
         pointer = self.c.llama_get_logits(self.context)
         address = self.ctypes.cast(pointer, self.ctypes.c_void_p).value
         if address != self._logits_at:
-            self._logits = self.np.ctypeslib.as_array(pointer, (self.n_seq, self.n_vocab))
+            self._logits = self.np.ctypeslib.as_array(pointer, (self.n_seq, self.vocab.size))
             self._logits_at = address
         return self._logits[:rows]
 
@@ -2949,7 +2953,7 @@ class Sampler:
         value = {name: self._value(name) for name in self.DEFAULTS}
         presence, frequency = sampling.presence_penalty or 0.0, sampling.frequency_penalty or 0.0
         penalties = value["repeat_penalty"] != 1.0 or presence != 0 or frequency != 0
-        self.banned = llama.eog_array if sampling.ignore_eos else None
+        self.banned = llama.vocab.eog_array if sampling.ignore_eos else None
         self.grammar = self._grammar(sampling.grammar) if sampling.grammar else None
         self.chain: Any = None
         if value["temperature"] <= 0 and not penalties and not sampling.logit_bias:
@@ -2959,7 +2963,7 @@ class Sampler:
         if sampling.logit_bias:
             self._add(self._logit_bias(sampling.logit_bias))
         if penalties:
-            self._add(c.llama_sampler_init_penalties(llama.n_vocab, self.LAST_N, value["repeat_penalty"], frequency, presence))
+            self._add(c.llama_sampler_init_penalties(llama.vocab.size, self.LAST_N, value["repeat_penalty"], frequency, presence))
         if value["temperature"] <= 0:
             self._add(c.llama_sampler_init_greedy())
         else:
@@ -2986,12 +2990,12 @@ class Sampler:
 
     def _logit_bias(self, biases: Seq[tuple[int, float]]) -> Any:
         c = self.llama.c
-        known = [(token, bias) for token, bias in biases if token < self.llama.n_vocab]
+        known = [(token, bias) for token, bias in biases if token < self.llama.vocab.size]
         rows = (c.llama_logit_bias * len(known))(*(c.llama_logit_bias(t, b) for t, b in known))
-        return c.llama_sampler_init_logit_bias(self.llama.n_vocab, len(known), rows)
+        return c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(known), rows)
 
     def _grammar(self, grammar: str) -> Any:
-        made = self.llama.c.llama_sampler_init_grammar(self.llama.vocab, grammar.encode(), b"root")
+        made = self.llama.c.llama_sampler_init_grammar(self.llama.vocab.handle, grammar.encode(), b"root")
         if not made:
             raise LoadError("llama.cpp cannot read the grammar made from the schema")
         return made
@@ -3014,6 +3018,8 @@ class Sampler:
         if alone.rows["logit"][0] == -math.inf:
             everything = self._candidates(logits)
             c.llama_sampler_apply(self.grammar, everything.pointer)
+            if everything.rows["logit"].max() == -math.inf:  # to accept any token now would abort the process
+                raise GenerationFailed("no token of the vocabulary fits the schema here")
             token = self._choose(everything)
         c.llama_sampler_accept(self.grammar, token)
         if self.chain:
@@ -3274,11 +3280,11 @@ class Engine:
     def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
         """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
         given = bool(prompt) and isinstance(prompt[0], int)
-        if given and not all(0 <= t < self.llama.n_vocab for t in prompt):
-            raise InvalidRequest(f"prompt holds a token id outside 0…{self.llama.n_vocab - 1}", "prompt")
-        tokens = prompt if given else self.llama.tokenize(prompt)
+        if given and not all(0 <= t < self.llama.vocab.size for t in prompt):
+            raise InvalidRequest(f"prompt holds a token id outside 0…{self.llama.vocab.size - 1}", "prompt")
+        tokens = prompt if given else self.llama.vocab.tokenize(prompt)
         if not tokens:
-            tokens = [max(self.llama.c.llama_vocab_bos(self.llama.vocab), 0)]
+            tokens = [max(self.llama.c.llama_vocab_bos(self.llama.vocab.handle), 0)]
         if len(tokens) >= self.llama.ctx:
             raise ContextLengthExceeded(
                 f"The prompt has {len(tokens)} tokens; the context holds {self.llama.ctx}, at least one of them for the answer"
@@ -3307,9 +3313,9 @@ class Engine:
     def _take(self, sequence: Sequence | None) -> None:
         if sequence is not None:
             self.scheduler.waiting.append(sequence)
-        if self._cancelled:
+        if self._cancelled or (sequence and sequence.cancelled):
             self._cancelled = False
-            for gone in [s for s in self._known.values() if s.cancelled and (s.slot >= 0 or s in self.scheduler.waiting)]:
+            for gone in [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.cancelled]:
                 self._finish(gone, "cancelled")
             self._flush()
 
@@ -3361,7 +3367,10 @@ class Engine:
         first = False
         for (sequence, row), scores in zip(ready, logits, strict=True):
             first = first or not sequence.first_token
-            self._advance(sequence, scores, row)
+            try:
+                self._advance(sequence, scores, row)
+            except GenerationFailed as error:
+                self._fail(sequence, error.code, error.details)
         return first
 
     def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
@@ -3371,11 +3380,11 @@ class Engine:
         known = None if sampling.logprobs is None else self._log_softmax(scores)
         assert sequence.sampler is not None
         token = sequence.sampler.pick(scores, row)
-        if token in llama.eog and not sampling.ignore_eos:
+        if token in llama.vocab.eog and not sampling.ignore_eos:
             self._finish(sequence, "stop")
             return
         sequence.append(token)
-        piece = (sequence.markers and llama.marker_pieces.get(token)) or llama.piece(token)
+        piece = (sequence.markers and llama.vocab.marker_pieces.get(token)) or llama.vocab.piece(token)
         if known is not None:
             sequence.logprobs.append(self._token_logprob(known, token, sampling.logprobs or 0))
         self._say(sequence, sequence.text.push(piece))
@@ -3400,8 +3409,8 @@ class Engine:
             return float(known[t]) if known[t] > -9999.0 else -9999.0
 
         best = self.llama.np.argpartition(-known, min(count, len(known) - 1))[:count] if count else ()
-        top = sorted(((said(int(t)), self.llama.name(int(t))) for t in best), reverse=True)
-        return TokenLogprob(self.llama.name(token), said(token), tuple((name, logprob) for logprob, name in top))
+        top = sorted(((said(int(t)), self.llama.vocab.name(int(t))) for t in best), reverse=True)
+        return TokenLogprob(self.llama.vocab.name(token), said(token), tuple((name, logprob) for logprob, name in top))
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self._say(sequence, sequence.text.finish())
@@ -3470,7 +3479,11 @@ def _receive(pipe: Pipe, engines: queue.SimpleQueue[Engine]) -> None:
         except (EOFError, OSError):
             os._exit(0)
         engine = engine or engines.get()
-        engine.receive(message)
+        try:
+            engine.receive(message)
+        except Exception:  # without this thread the engine would be deaf: better none than that
+            log.exception("the engine cannot receive")
+            os._exit(1)
 
 
 # ── 8. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4265,13 +4278,86 @@ _KERNEL_SELECTORS = tuple(
 )
 
 
+def answer_health(handler: Handler) -> None:
+    handler.send(handler.service.health())
+
+
+def answer_diag(handler: Handler) -> None:
+    handler.send(handler.service.diag())
+
+
+def answer_models(handler: Handler) -> None:
+    handler.send(handler.service.models())
+
+
+def answer_discover(handler: Handler) -> None:
+    models = handler.service.table.scan()
+    handler.send({"discovered": len(models), "models": models})
+
+
+def answer_load(handler: Handler, name: str) -> None:
+    handler.body()
+    wait = handler.query.get("wait", "true").lower() not in ("false", "0", "no")
+    with handler.watched() as cancel:
+        status = handler.service.table.load(name, wait, cancel)
+    handler.send(status, 200 if wait or status["loaded"] else 202)
+
+
+def answer_unload(handler: Handler, name: str) -> None:
+    handler.body()
+    force = handler.query.get("force", "false").lower() in ("true", "1", "yes")
+    with handler.watched() as cancel:
+        handler.send(handler.service.table.unload(name, force, cancel))
+
+
+def answer_status(handler: Handler, name: str) -> None:
+    handler.send(handler.service.table.status(name))
+
+
+def answer_tools(handler: Handler) -> None:
+    handler.send({"tools": handler.service.tools.documents()})
+
+
+def answer_execute(handler: Handler, name: str) -> None:
+    handler.send(handler.service.tools.execute(name, parse_json(handler.body() or b"{}")))
+
+
+def answer_upgrade(handler: Handler) -> None:
+    raise InvalidRequest("This address speaks WebSocket: connect with ws://", status=426)
+
+
+def answer_openai_models(handler: Handler) -> None:
+    data = [openai_model(handler, m["id"]) for m in handler.service.table.models()]
+    handler.send({"object": "list", "data": data})
+
+
+def answer_openai_model(handler: Handler, name: str) -> None:
+    handler.send(openai_model(handler, handler.service.table.resolve(name)))
+
+
+def openai_model(handler: Handler, id: str) -> dict[str, Any]:
+    return {"id": id, "object": "model", "created": int(handler.service.started), "owned_by": "shimmy"}
+
+
+def answer_native(handler: Handler) -> None:
+    handler.generate(Native)
+
+
+def answer_chat(handler: Handler) -> None:
+    handler.generate(Chat)
+
+
+def answer_completion(handler: Handler) -> None:
+    handler.generate(Completion)
+
+
 @dataclass(frozen=True)
 class Route:
     """One row of the route table; `{}` in the path stands for a model or tool name."""
 
     method: str
     path: tuple[str, ...]
-    handler: str
+    answer: Callable[..., None]  # called with the handler and the names in the path
     keyless: bool = False
     openai: bool = False
 
@@ -4284,34 +4370,32 @@ class Route:
         return [s for part, s in zip(self.path, segments, strict=True) if part == "{}"]
 
 
-def _routes() -> Iterator[Route]:
-    rows = """
-        GET  /health                       health    keyless
-        GET  /api/health                   health    keyless
-        GET  /diag                         diag
-        POST /api/generate                 native
-        GET  /api/models                   models
-        POST /api/models/discover          discover
-        POST /api/models/{}/load           load
-        POST /api/models/{}/unload         unload
-        GET  /api/models/{}/status         status
-        GET  /api/tools                    tools
-        POST /api/tools/{}/execute         execute
-        GET  /ws/generate                  upgrade
-        POST /v1/chat/completions          chat        openai
-        POST /v1/completions               completion  openai
-        GET  /v1/models                    openai_models  openai
-        GET  /v1/models/{}                 openai_model   openai
-    """
-    for row in rows.strip().splitlines():
-        method, path, handler, *marks = row.split()
-        route = Route(method, tuple(path.strip("/").split("/")), f"answer_{handler}", "keyless" in marks, "openai" in marks)
-        yield route
-        if route.openai:
-            yield replace(route, path=route.path[1:])
+def _route(row: str, answer: Callable[..., None], **marks: bool) -> Iterator[Route]:
+    method, path = row.split()
+    route = Route(method, tuple(path.strip("/").split("/")), answer, **marks)
+    yield route
+    if route.openai:  # these work without /v1 too
+        yield replace(route, path=route.path[1:])
 
 
-ROUTES = tuple(_routes())
+ROUTES = (
+    *_route("GET /health", answer_health, keyless=True),
+    *_route("GET /api/health", answer_health, keyless=True),
+    *_route("GET /diag", answer_diag),
+    *_route("POST /api/generate", answer_native),
+    *_route("GET /api/models", answer_models),
+    *_route("POST /api/models/discover", answer_discover),
+    *_route("POST /api/models/{}/load", answer_load),
+    *_route("POST /api/models/{}/unload", answer_unload),
+    *_route("GET /api/models/{}/status", answer_status),
+    *_route("GET /api/tools", answer_tools),
+    *_route("POST /api/tools/{}/execute", answer_execute),
+    *_route("GET /ws/generate", answer_upgrade),
+    *_route("POST /v1/chat/completions", answer_chat, openai=True),
+    *_route("POST /v1/completions", answer_completion, openai=True),
+    *_route("GET /v1/models", answer_openai_models, openai=True),
+    *_route("GET /v1/models/{}", answer_openai_model, openai=True),
+)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -4325,7 +4409,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def setup(self) -> None:
         super().setup()
-        self.reader = RequestReader(self.connection)
+        self.service, self.reader = self.server.service, RequestReader(self.connection)
 
     def handle(self) -> None:
         self.close_connection = False
@@ -4415,7 +4499,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.route.method != method:
             allowed = {r.method for r in matching}
             raise MethodNotAllowed(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
-        getattr(self, self.route.handler)(*(self.route.match(self.segments) or ()))
+        self.route.answer(self, *(self.route.match(self.segments) or ()))
 
     def _preflight(self, origin: str | None) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
@@ -4430,7 +4514,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     # Reading and writing
 
-    def _body(self) -> bytes:
+    def body(self) -> bytes:
         """The request's body, at most MAX_BODY bytes."""
         if self.length > MAX_BODY:
             raise PayloadTooLarge(f"The body has {self.length} bytes, up to {MAX_BODY} are read")
@@ -4443,7 +4527,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return data
 
     def _json(self) -> dict[str, Any]:
-        body = parse_json(self._body())
+        body = parse_json(self.body())
         if not isinstance(body, dict):
             raise InvalidRequest("The body must be a JSON object")
         return body
@@ -4465,9 +4549,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         given = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
         self.connection.sendall(self._head(status, given) + (b"" if self.command == "HEAD" else body))
 
-    def _send(self, document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+    def send(self, document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         if self.unread:  # a body nobody asked for must not become the next request
-            self._body()
+            self.body()
         self._respond(status, json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n", headers)
 
     def _fail(self, error: ApiError) -> None:
@@ -4497,87 +4581,26 @@ class Handler(http.server.BaseHTTPRequestHandler):
             payload = b"%x\r\n%b\r\n" % (len(payload), payload) + (b"0\r\n\r\n" if last else b"")
         self.connection.sendall(payload)
 
-    # Answers
-
-    def answer_health(self) -> None:
-        self._send(self.server.service.health())
-
-    def answer_diag(self) -> None:
-        self._send(self.server.service.diag())
-
-    def answer_models(self) -> None:
-        self._send(self.server.service.models())
-
-    def answer_discover(self) -> None:
-        models = self.server.service.table.scan()
-        self._send({"discovered": len(models), "models": models})
-
-    def answer_load(self, name: str) -> None:
-        if self.unread:
-            self._body()
-        wait = self.query.get("wait", "true").lower() not in ("false", "0", "no")
-        with self._watched() as cancel:
-            status = self.server.service.table.load(name, wait, cancel)
-        self._send(status, 200 if wait or status["loaded"] else 202)
-
-    def answer_unload(self, name: str) -> None:
-        if self.unread:
-            self._body()
-        force = self.query.get("force", "false").lower() in ("true", "1", "yes")
-        with self._watched() as cancel:
-            self._send(self.server.service.table.unload(name, force, cancel))
-
-    def answer_status(self, name: str) -> None:
-        self._send(self.server.service.table.status(name))
-
-    def answer_tools(self) -> None:
-        self._send({"tools": self.server.service.tools.documents()})
-
-    def answer_execute(self, name: str) -> None:
-        self._send(self.server.service.tools.execute(name, parse_json(self._body() or b"{}")))
-
-    def answer_upgrade(self) -> None:
-        raise InvalidRequest("This address speaks WebSocket: connect with ws://", status=426)
-
-    def answer_openai_models(self) -> None:
-        data = [self._openai_model(m["id"]) for m in self.server.service.table.models()]
-        self._send({"object": "list", "data": data})
-
-    def answer_openai_model(self, name: str) -> None:
-        self._send(self._openai_model(self.server.service.table.resolve(name)))
-
-    def _openai_model(self, id: str) -> dict[str, Any]:
-        return {"id": id, "object": "model", "created": int(self.server.service.started), "owned_by": "shimmy"}
-
-    def answer_native(self) -> None:
-        self._generate(Native)
-
-    def answer_chat(self) -> None:
-        self._generate(Chat)
-
-    def answer_completion(self) -> None:
-        self._generate(Completion)
-
     @contextlib.contextmanager
-    def _watched(self) -> Iterator[Cancellation]:
+    def watched(self) -> Iterator[Cancellation]:
         """A cancellation that the client's leaving, or the server's end, sets off."""
         cancel = Cancellation()
         with self.server.watcher.watching(self.connection, cancel), self.server.cancellable(cancel):
             yield cancel
 
-    def _generate(self, dialect_class: type[Dialect]) -> None:
+    def generate(self, dialect_class: type[Dialect]) -> None:
         """Any dialect's generation: as events while they are made, or collected into one document."""
         request = dialect_class.read(self._json())
         dialect = dialect_class(request)
-        with self._watched() as cancel:
-            events = self.server.service.generate(request, cancel)
+        with self.watched() as cancel:
+            events = self.service.generate(request, cancel)
             with contextlib.closing(events):  # type: ignore[type-var]
                 if request.stream:
                     return self._stream(dialect, events)
                 reply = Reply()
                 for event in events:
                     reply.add(event)
-        self._send(dialect.document(reply))
+        self.send(dialect.document(reply))
 
     def _stream(self, dialect: Dialect, events: Iterator[Event]) -> None:
         for event in events:
@@ -4711,8 +4734,7 @@ class HandedOver(socket.socket):
     def accept(self) -> tuple[socket.socket, Any]:
         """asyncio calls this whenever the socket pair is readable; one byte stands for one connection."""
         self.recv(1)
-        connection = self.ready.popleft()
-        return connection, connection.getpeername()
+        return self.ready.popleft(), ("", 0)
 
 
 class SocketListener:

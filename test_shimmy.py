@@ -2449,8 +2449,10 @@ def test_request_sent_one_byte_at_a_time_is_answered(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":"}).encode()
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in raw_post("/api/generate", body):
+        for index, byte in enumerate(raw_post("/api/generate", body)):
             sock.sendall(bytes([byte]))
+            if index in (0, 10, 30):
+                time.sleep(0.05)  # so that the server does see these beginnings alone
         assert read_reply(sock).text == "Hello wide world"
 
 
@@ -3240,8 +3242,10 @@ def test_ws_upgrade_sent_one_byte_at_a_time(server: Server) -> None:
     lines = [f"{name}: {value}" for name, value in UPGRADE.items()]
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for byte in head_of("GET", "/ws/generate", *lines):
+        for index, byte in enumerate(head_of("GET", "/ws/generate", *lines)):
             sock.sendall(bytes([byte]))
+            if index in (0, 6, 30):
+                time.sleep(0.05)  # so that the server does see these beginnings alone
         answer = sock.recv(4096)
     assert answer.startswith(b"HTTP/1.1 101 ") and b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in answer
 

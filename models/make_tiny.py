@@ -646,8 +646,13 @@ def unknown(rng: random.Random) -> tuple[str, str]:
     return spoken(ask, rng), rng.choice(UNKNOWN_SAY)
 
 
+COMMON_TALK = {"greeting": 4, "who": 4, "thanks": 2.5, "bye": 2.5, "how_are_you": 2}  # how often, others: 1
+
+
 def small_talk(rng: random.Random) -> tuple[str, str]:
-    asks, answers = SMALL_TALK[rng.choice(list(SMALL_TALK))]
+    kinds = list(SMALL_TALK)
+    kind = rng.choices(kinds, [COMMON_TALK.get(kind, 1) for kind in kinds])[0]
+    asks, answers = SMALL_TALK[kind]
     weights = [pattern.count("|") + 3 for pattern in asks]
     core = expand(rng.choices(asks, weights)[0], rng, name=some_name(rng))
     question = core.split()[0] in {"how", "what", "who", "are", "do", "can", "which", "where", "is", "did", "may"}
@@ -2715,7 +2720,7 @@ def plain_turn(rng: random.Random) -> tuple[str, str]:
         json_task,
         unknown,
     ]
-    return rng.choices(makers, [13, 40, 30, 9, 15, 4])[0](rng)
+    return rng.choices(makers, [19, 37, 28, 4.5, 14, 3])[0](rng)
 
 
 def plain_chat(rng: random.Random, turns: int) -> Chat:
@@ -2788,8 +2793,9 @@ def tool_chat(rng: random.Random, turns: int) -> Chat:
 
 def conversation(rng: random.Random, long: bool = False) -> Chat:
     """One conversation of any kind; `long` ones fill a window of 2,048 positions."""
-    turns = rng.randint(8, 30) if long else rng.choices([1, 2, 3, 4], [60, 22, 12, 6])[0]
     maker = rng.choices([plain_chat, tool_chat, styled_chat], [50, 38, 12])[0]
+    shares = [30, 30, 22, 18] if maker is tool_chat else [60, 22, 12, 6]  # tools take many tokens, so use them well
+    turns = rng.randint(8, 30) if long else rng.choices([1, 2, 3, 4], shares)[0]
     while True:
         chat = maker(rng, turns)
         if not any(
@@ -2890,7 +2896,7 @@ class Batches:
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids and weights of one step; the same for the same step, always."""
         rng = random.Random(SEED * 1000003 + step)
-        rows, width = (2, 2048) if step % 12 == 11 else (8, 512)
+        rows, width = (2, 2048) if step % 24 == 23 else (8, 512)
         windows = [self.window(rng, width) for _ in range(rows)]
         return np.array([ids for ids, _ in windows], np.int32), np.array(
             [weights for _, weights in windows], np.float32
