@@ -110,11 +110,8 @@ class ApiError(Exception):
 
     def document(self, openai: bool = False) -> dict[str, Any]:
         """The error object of every route; OpenAI's routes also carry `type` and `param`."""
-        error: dict[str, Any] = {"code": self.code, "message": self.message, "details": self.details}
-        if openai:
-            # OpenAI clients show `message` alone, so there it holds everything
-            error |= {"message": str(self), "type": self.kind, "param": self.param}
-        return {"error": error}
+        error = {"code": self.code, "message": self.message, "details": self.details}
+        return {"error": error | ({"type": self.kind, "param": self.param} if openai else {})}
 
 
 class InvalidRequest(ApiError):
@@ -161,9 +158,9 @@ class MethodNotAllowed(ApiError):
     status, code, kind = 405, "method_not_allowed", "invalid_request_error"
     message = "The method is not allowed here"
 
-    def __init__(self, allow: Iterable[str]) -> None:
+    def __init__(self, method: str, allow: Iterable[str]) -> None:
         self.allow = ", ".join(sorted(allow))
-        super().__init__(f"Allowed: {self.allow}")
+        super().__init__(f"{method[:20]} is not allowed; allowed are {self.allow}")
 
     def headers(self) -> dict[str, str]:
         return {"Allow": self.allow}
@@ -1163,6 +1160,52 @@ class TableOptions:
     aliases: tuple[tuple[str, str], ...] = ()  # shell pattern, model
 
 
+class Names:
+    """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
+
+    def __init__(self, options: TableOptions) -> None:
+        self._wanted, self._aliases = options.default, options.aliases
+        self._stems: dict[str, str] = {}  # id to file stem, in the order of the list
+        self.default: str | None = None
+
+    def update(self, models: Mapping[str, ModelInfo]) -> None:
+        """Take over what a scan found; `default` stays what it was while that is there."""
+        self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
+        if self.default in self._stems:
+            return
+        path = os.path.realpath(os.path.expanduser(self._wanted or ""))
+        by_path = [id for id, m in models.items() if os.path.realpath(m.path) == path]
+        first = next(iter(models), None)
+        self.default = (by_path[0] if by_path else self._match(self._wanted)) if self._wanted else first
+
+    def resolve(self, name: str) -> str | None:
+        """The id that a name means: `default`, id, alias, stem, letter case, unambiguous prefix, in this order."""
+        if name == "default" or name in self._stems:
+            return self.default if name == "default" else name
+        import fnmatch
+
+        for pattern, target in self._aliases:
+            if fnmatch.fnmatchcase(name, pattern):
+                return self.default if target == "default" else self._match(target)
+        return self._match(name)
+
+    def _match(self, name: str) -> str | None:
+        stems = [id for id, stem in self._stems.items() if stem == name]
+        plain = plain_id(name)
+        if len(stems) == 1 or plain in self._stems:
+            return stems[0] if len(stems) == 1 else plain
+        begins = [id for id in self._stems if id.startswith(plain)] if name else []
+        return begins[0] if len(begins) == 1 else None
+
+    def why_not(self, name: str) -> str:
+        """What to tell who asked for a name that means nothing."""
+        if name == "default" and self._wanted:
+            return f"Model '{self._wanted}', set as the default, is not available"
+        if name == "default":
+            return "No GGUF model was found: put one into ./models, or name its directory with --models-dir"
+        return f"Model '{name[:200]}' is not available"
+
+
 class ModelTable:
     """name → Entry, and the life of each: unloaded → loading → loaded → unloading → unloaded, or failed.
 
@@ -1173,7 +1216,7 @@ class ModelTable:
         self.catalog, self.options, self._start_worker = catalog, options, start_worker
         self._changed = threading.Condition()
         self._entries: dict[str, Entry] = {}
-        self._default: str | None = None
+        self._names = Names(options)
         self._scanned = self._closed = False
         self._scanned_at = 0.0
 
@@ -1204,19 +1247,9 @@ class ModelTable:
                 found[model.id].info = model
             self._entries = found | {id: e for id, e in kept.items() if id not in found}
             self._scanned, self._scanned_at = True, time.monotonic()
-            if self._default not in self._entries:
-                self._default = self._choose_default()
+            self._names.update({id: e.info for id, e in self._entries.items()})
             self._changed.notify_all()
             return self._listing()
-
-    def _choose_default(self) -> str | None:
-        wanted = self.options.default
-        if not wanted:
-            return next(iter(self._entries), None)
-        for id, entry in self._entries.items():
-            if os.path.realpath(entry.info.path) == os.path.realpath(os.path.expanduser(wanted)):
-                return id
-        return self._match(wanted)
 
     def models(self) -> list[dict[str, Any]]:
         """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
@@ -1235,7 +1268,7 @@ class ModelTable:
     def default_id(self) -> str | None:
         with self._changed:
             self._await_scan(Cancellation())
-            return self._default
+            return self._names.default
 
     def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
@@ -1244,45 +1277,15 @@ class ModelTable:
         """
         with self._changed:
             self._await_scan(cancel or Cancellation())
-            id = self._resolve(name)
+            id = self._names.resolve(name)
             stale = time.monotonic() - self._scanned_at > 1.0
         if id is None and stale:
             self.scan()
             with self._changed:
-                id = self._resolve(name)
+                id = self._names.resolve(name)
         if id is None:
-            raise ModelNotFound(self._why_not_found(name))
+            raise ModelNotFound(self._names.why_not(name))
         return id
-
-    def _why_not_found(self, name: str) -> str:
-        if name == "default" and self.options.default:
-            return f"Model '{self.options.default}', set as the default, is not available"
-        if name == "default":
-            return "No GGUF model was found: put one into ./models, or name its directory with --models-dir"
-        return f"Model '{name[:200]}' is not available"
-
-    def _resolve(self, name: str) -> str | None:
-        if name == "default":
-            return self._default
-        if name in self._entries:
-            return name
-        import fnmatch
-
-        for pattern, target in self.options.aliases:
-            if fnmatch.fnmatchcase(name, pattern):
-                return self._default if target == "default" else self._match(target)
-        return self._match(name)
-
-    def _match(self, name: str) -> str | None:
-        """By exact stem, by id in any letter case, or by a prefix that fits one id alone."""
-        stems = [id for id, e in self._entries.items() if pathlib.Path(e.info.path).stem == name]
-        if len(stems) == 1:
-            return stems[0]
-        plain = plain_id(name)
-        if plain in self._entries:
-            return plain
-        begins = [id for id in self._entries if id.startswith(plain)] if name else []
-        return begins[0] if len(begins) == 1 else None
 
     def info(self, name: str) -> ModelInfo:
         """All that is known of a model; reads the rest of its header. Raises ModelNotFound."""
@@ -1823,6 +1826,8 @@ class SchemaGrammar:
     UNSUPPORTED = ("not", "if", "then", "else", "patternProperties", "propertyNames", "dependentRequired", "pattern",
                    "dependentSchemas", "unevaluatedProperties", "uniqueItems", "contains", "multipleOf",
                    "minProperties", "maxProperties", "dependencies")  # fmt: skip
+    ANNOTATIONS = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "nullable",
+                   "$defs", "definitions", "$schema", "$id", "$comment")  # fmt: skip
     BASICS: ClassVar = {
         "ws": r'(" " | "\n" [ \t]{0,20})?',
         "hex": "[0-9a-fA-F]",
@@ -1843,6 +1848,7 @@ class SchemaGrammar:
     def __init__(self, name: str) -> None:
         self.name, self.rules, self.refs = name, dict(self.BASICS), dict[str, str]()
         self.root: Any = {}
+        self._open: list[Any] = []  # references being followed with nothing written between
 
     def compile(self, schema: Mapping[str, Any]) -> str:
         """The grammar's text. Raises InvalidRequest naming the keyword at fault."""
@@ -1885,11 +1891,10 @@ class SchemaGrammar:
             return self._either([gbnf_literal(json.dumps(v, ensure_ascii=False)) for v in self._list(schema, "enum")])
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
-                rest = {k: v for k, v in schema.items() if k != keyword}
-                return self._either([self.visit(self._merge([rest, s]), depth + 1) for s in self._list(schema, keyword)])
+                options = [self._merge(self._beside(schema, keyword) + [s]) for s in self._list(schema, keyword)]
+                return self._either([self.visit(option, depth + 1) for option in options])
         if "allOf" in schema:
-            rest = {k: v for k, v in schema.items() if k != "allOf"}
-            return self.visit(self._merge([rest, *self._list(schema, "allOf")]), depth + 1)
+            return self.visit(self._merge(self._beside(schema, "allOf") + self._list(schema, "allOf")), depth + 1)
         kinds = schema.get("type") or self._guess_type(schema)
         if isinstance(kinds, list):
             return self._either([self._typed(k, schema, depth) for k in kinds])
@@ -1911,15 +1916,27 @@ class SchemaGrammar:
     def _either(self, options: list[str]) -> str:
         return f"({' | '.join(options)})"
 
+    def _beside(self, schema: dict[str, Any], keyword: str) -> list[Any]:
+        """What a schema demands beside one keyword, as a list of no or one schema."""
+        rest = {k: v for k, v in schema.items() if k != keyword and k not in self.ANNOTATIONS}
+        return [rest] if rest else []
+
     def _merge(self, schemas: list[Any]) -> Any:
         """Schemas that must all hold, as one: properties and required together, the last word otherwise."""
+        if len(schemas) == 1:
+            return schemas[0]  # a $ref stays one, so that a type may refer to itself
         merged: dict[str, Any] = {}
         for schema in schemas:
-            schema = self._target(schema["$ref"]) if isinstance(schema, dict) and "$ref" in schema else schema
+            if isinstance(schema, dict) and "$ref" in schema:
+                schema = self._target(schema["$ref"])
+                if isinstance(schema, dict) and "$ref" in schema:
+                    raise self.refuse(f"allOf and anyOf beside properties do not follow $ref to $ref ({_said(schema['$ref'])})")
             if schema is True:
                 continue
             if not isinstance(schema, dict):
                 raise self.refuse(f"{_said(schema)} is not a schema that a document can fit")
+            if "type" in merged and schema.get("type", merged["type"]) != merged["type"]:
+                raise self.refuse(f"nothing is both {_said(merged['type'])} and {_said(schema['type'])}")
             properties = {**merged.get("properties", {}), **schema.get("properties", {})}
             required = [*merged.get("required", []), *schema.get("required", [])]
             merged |= schema
@@ -1942,16 +1959,21 @@ class SchemaGrammar:
 
     def _ref(self, ref: Any, depth: int) -> str:
         target = self._target(ref)
+        if ref in self._open:
+            raise self.refuse(f"$ref {_said(ref)} leads back to itself")
         if ref not in self.refs:
             self.refs[ref] = self.rule("", f"ref{len(self.refs)}")
+            self._open.append(ref)
             self.rules[self.refs[ref]] = self.visit(target, depth + 1)
+            self._open.pop()
         return self.refs[ref]
 
     def _typed(self, kind: Any, schema: dict[str, Any], depth: int) -> str:
-        if kind == "object":
-            return self._object(schema, depth)
-        if kind == "array":
-            return self._array(schema, depth)
+        if kind in ("object", "array"):
+            outside, self._open = self._open, []  # a bracket is written: what is inside may refer to us
+            found = self._object(schema, depth) if kind == "object" else self._array(schema, depth)
+            self._open = outside
+            return found
         if kind == "string":
             return self._string(schema)
         if kind in ("integer", "number"):
@@ -2174,7 +2196,10 @@ def load_tools(path: str) -> None:
     import runpy
 
     sys.modules.setdefault("shimmy", sys.modules[__name__])
-    runpy.run_path(path)
+    try:
+        runpy.run_path(path)
+    except Exception as error:  # somebody's code: anything may come
+        raise ImportError(f"--tools {path}: {type(error).__name__}: {error}") from error
 
 
 def check_arguments(tool: Tool, arguments: Any) -> None:
@@ -3580,7 +3605,7 @@ class Worker(Loadable):
             message = LoadFailed(f"{reason} ({self._how_it_ended()})")
         if isinstance(message, LoadFailed):
             self.stop()
-            raise GenerationFailed(message.reason, "The model could not be loaded")
+            raise GenerationFailed(f"Model '{self.info.id}': {message.reason}", "The model could not be loaded")
         self.loaded: Loaded = message
         self.load_seconds = time.perf_counter() - began
         self.template = ChatTemplate(message.templates, message.bos, message.eos, message.specials)
@@ -4114,6 +4139,25 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+UPGRADE_START = b"GET /ws/"
+
+
+def _is_handshake(head: bytes) -> bool:
+    """Whether a request head asks for a WebSocket as RFC 6455, 4.2.1 wants it."""
+    line, _, rest = head.partition(b"\r\n")
+    fields, end, _ = rest.partition(b"\r\n\r\n")
+    lines = [re.fullmatch(rb"([!#$%&'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", f) for f in fields.split(b"\r\n")]
+    if not end or not line.endswith(b" HTTP/1.1") or not all(lines):
+        return False
+    given = {f[1].lower(): f[2] for f in lines if f}
+    return (
+        given.get(b"upgrade", b"").lower() == b"websocket"
+        and b"upgrade" in given.get(b"connection", b"").lower()
+        and given.get(b"sec-websocket-version") == b"13"
+        and re.fullmatch(rb"[A-Za-z0-9+/]{22}==", given.get(b"sec-websocket-key", b"")) is not None
+    )
+
+
 class RequestReader:
     """A connection's incoming bytes: every read ends by `deadline` (monotonic seconds), every size is bounded."""
 
@@ -4146,16 +4190,20 @@ class RequestReader:
         return True
 
     def is_upgrade(self) -> bool:
-        """Whether the unread bytes begin a WebSocket upgrade; peeks, so that the WebSocket side reads them itself."""
-        if self.buffer:
-            return False
-        waited = 0.0
-        while True:
-            head = self.connection.recv(8192, socket.MSG_PEEK)
-            if not re.match(rb"\s*GET\s+/+ws/", head) or b"\n\r\n" in head or len(head) >= 8192 or waited > 5:
-                return re.search(rb"\nupgrade:[ \t]*websocket", head, re.I) is not None
-            time.sleep(0.01)  # the rest of the head is on its way; peeking cannot wait for more
-            waited += 0.01
+        """Whether the unread bytes are a proper WebSocket upgrade; peeks, so that the WebSocket side reads them itself.
+
+        Anything else, a malformed upgrade too, is a request that HTTP reads and answers with an error object.
+        """
+        deadline = time.monotonic() + REQUEST_SECONDS
+        while not self.buffer and time.monotonic() < deadline:
+            head = self.connection.recv(16384, socket.MSG_PEEK)
+            start = re.sub(rb"/+", b"/", head[:64].lstrip())
+            if not head or not (start.startswith(UPGRADE_START) or UPGRADE_START.startswith(start)):
+                return False
+            if b"\r\n\r\n" in head or len(head) >= 16384:
+                return _is_handshake(head)
+            time.sleep(0.005)  # the rest of the head is on its way; peeking cannot wait for more
+        return False
 
     def head(self) -> tuple[bytes, bytes]:
         """The request line and the header lines. Raises InvalidRequest (414, 431) beyond MAX_HEAD."""
@@ -4323,7 +4371,7 @@ def answer_execute(handler: Handler, name: str) -> None:
 
 
 def answer_upgrade(handler: Handler) -> None:
-    raise InvalidRequest("This address speaks WebSocket: connect with ws://", status=426)
+    raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
 def answer_openai_models(handler: Handler) -> None:
@@ -4417,8 +4465,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.reader.is_upgrade():
                 self.server.sockets.hand_over(self.connection)
                 return
-            with self.server.busy():
-                self.handle_one_request()
+            self.handle_one_request()
 
     def handle_one_request(self) -> None:
         """Read, check, answer one request; the one place where errors become answers."""
@@ -4426,7 +4473,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         began = time.monotonic()
         try:
             self._read_head()
-            self._answer()
+            with self.server.busy():
+                self._answer()
         except ApiError as error:
             self._fail(error)
         except Cancelled:
@@ -4498,7 +4546,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise NotFound("No route matches /")
         if self.route.method != method:
             allowed = {r.method for r in matching}
-            raise MethodNotAllowed(allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
+            raise MethodNotAllowed(self.command, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
         self.route.answer(self, *(self.route.match(self.segments) or ()))
 
     def _preflight(self, origin: str | None) -> None:
@@ -4919,7 +4967,7 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}", help=argparse.SUPPRESS)
     shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log to stderr")
     shared.add_argument("--models-dir", action="append", default=[], metavar="DIR", help="also look for models here (repeatable)")
-    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = top.add_subparsers(dest="command", required=True)
 
     def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, parents=[shared], help=help, description=help[0].upper() + help[1:] + ".")
@@ -5137,7 +5185,7 @@ def generate_body(args: argparse.Namespace) -> dict[str, Any]:
 def _is_local(args: argparse.Namespace) -> bool:
     """Whether the command line asks for what only an engine of its own can do."""
     knobs = any(getattr(args, f.name) is not None for f in fields(EngineOptions))
-    return knobs or bool(args.models_dir) or (args.model is not None and is_path(args.model))
+    return knobs or (args.model is not None and is_path(args.model))
 
 
 def local_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]]:

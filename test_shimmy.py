@@ -8,6 +8,7 @@ so the last byte of a prompt chooses which script is recited, and with one token
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import hashlib
@@ -15,13 +16,16 @@ import http.client
 import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
 import socket
+import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -29,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import gguf
 import numpy as np
@@ -3460,3 +3464,704 @@ def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:
     shutil.copytree(models, tmp_path / "models")
     done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, script=copy)
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------
+# Engine: batching, prefix reuse, the shared pool, the queue
+# ---------------------------------------------------------------------------------------------------
+
+KINDS = ("llama", "gemma2", "mamba", "lfm2")  # full attention, sliding window, recurrent, hybrid
+
+
+def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2) -> Path:
+    """A small random model of one kind of memory; token 17 reads " w017", so what it says can be given back as ids."""
+    rng, width = np.random.default_rng(11), 64
+    writer = gguf.GGUFWriter(str(path), kind)
+    writer.add_context_length(context)
+    writer.add_embedding_length(width)
+    writer.add_block_count(4)
+    writer.add_feed_forward_length(96)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"▁w{i:03d}" for i in range(3, 257))])
+    writer.add_token_scores([0.0] * 257)
+    writer.add_token_types([UNKNOWN, CONTROL, CONTROL] + [NORMAL] * 254)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    KIND_METADATA[kind](writer, kv_heads)
+
+    def matrix(name: str, *shape: int) -> None:
+        writer.add_tensor(name, rng.normal(0, 0.35 / np.sqrt(shape[-1] / 16), shape).astype(np.float32))
+
+    def ones(name: str, *shape: int, array: Any = None) -> None:
+        writer.add_tensor(name, np.ones(shape or (width,), np.float32) if array is None else array.astype(np.float32))
+
+    writer.add_tensor("token_embd.weight", rng.normal(0, 1, (257, width)).astype(np.float32))
+    ones("token_embd_norm.weight" if kind == "lfm2" else "output_norm.weight")
+    for layer in range(4):
+        KIND_LAYERS[kind](f"blk.{layer}", layer, matrix, ones, width, kv_heads)
+    if kind in ("llama", "mamba"):
+        matrix("output.weight", 257, width)
+    finish(writer)
+    return path
+
+
+def attention_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
+    writer.add_head_count(max(4, kv_heads))
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_rope_dimension_count(16)
+
+
+def window_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
+    attention_metadata(writer, kv_heads)
+    writer.add_sliding_window(32)
+
+
+def mamba_metadata(writer: gguf.GGUFWriter, _: int) -> None:
+    writer.add_head_count(0)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(128)
+    writer.add_ssm_state_size(16)
+    writer.add_ssm_time_step_rank(4)
+
+
+def hybrid_metadata(writer: gguf.GGUFWriter, _: int) -> None:
+    writer.add_head_count(4)
+    writer.add_head_count_kv([0, 2, 0, 2])
+    writer.add_rope_dimension_count(16)
+    writer.add_shortconv_l_cache(3)
+    writer.add_vocab_size(257)
+
+
+def attention_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
+    ones(f"{b}.attn_norm.weight")
+    ones(f"{b}.ffn_norm.weight")
+    heads = max(4, kv_heads) * 16
+    for name, rows in (("attn_q", heads), ("attn_k", kv_heads * 16), ("attn_v", kv_heads * 16), ("ffn_gate", 96), ("ffn_up", 96)):
+        matrix(f"{b}.{name}.weight", rows, width)
+    matrix(f"{b}.attn_output.weight", width, heads)
+    matrix(f"{b}.ffn_down.weight", width, 96)
+
+
+def gemma_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
+    attention_layer(b, layer, matrix, ones, width, kv_heads)
+    ones(f"{b}.post_attention_norm.weight")
+    ones(f"{b}.post_ffw_norm.weight")
+
+
+def mamba_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
+    ones(f"{b}.attn_norm.weight")
+    matrix(f"{b}.ssm_in.weight", 256, width)
+    matrix(f"{b}.ssm_conv1d.weight", 128, 4)
+    ones(f"{b}.ssm_conv1d.bias", 128)
+    matrix(f"{b}.ssm_x.weight", 36, 128)
+    matrix(f"{b}.ssm_dt.weight", 128, 4)
+    ones(f"{b}.ssm_dt.bias", 128)
+    decay = -np.exp(np.random.default_rng(layer).normal(0, 0.5, (128, 16)))  # negative: the state decays
+    ones(f"{b}.ssm_a", array=decay)
+    ones(f"{b}.ssm_d", 128)
+    matrix(f"{b}.ssm_out.weight", width, 128)
+
+
+def hybrid_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
+    ones(f"{b}.attn_norm.weight")
+    ones(f"{b}.ffn_norm.weight")
+    for name, shape in (("ffn_gate", (96, width)), ("ffn_up", (96, width)), ("ffn_down", (width, 96))):
+        matrix(f"{b}.{name}.weight", *shape)
+    if layer % 2:
+        ones(f"{b}.attn_q_norm.weight", 16)
+        ones(f"{b}.attn_k_norm.weight", 16)
+        for name, shape in (("attn_q", (64, width)), ("attn_k", (32, width)), ("attn_v", (32, width)), ("attn_output", (width, 64))):
+            matrix(f"{b}.{name}.weight", *shape)
+    else:
+        matrix(f"{b}.shortconv.conv.weight", width, 3)
+        matrix(f"{b}.shortconv.in_proj.weight", 3 * width, width)
+        matrix(f"{b}.shortconv.out_proj.weight", width, width)
+
+
+KIND_METADATA = {"llama": attention_metadata, "gemma2": window_metadata, "mamba": mamba_metadata, "lfm2": hybrid_metadata}
+KIND_LAYERS = {"llama": attention_layer, "gemma2": gemma_layer, "mamba": mamba_layer, "lfm2": hybrid_layer}
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a small random model of every kind of memory."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind in KINDS:
+        write_kind(folder / f"{kind}.gguf", kind)
+    running = Server(tmp_path_factory.mktemp("kinds-home"), "--port", "0", "--models-dir", folder, "--max-loaded", "4")
+    yield running
+    running.stop()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A greedy run: token ids of every choice, their log probabilities, prompt tokens that were cached."""
+
+    choices: list[list[int]]
+    logprobs: list[float]
+    cached: int
+    usage: dict[str, Any]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.choices[0]
+
+    def assert_same(self, other: Run) -> None:
+        """The same run but for rounding: batches of other shapes round otherwise, which may tip a tie and nothing else."""
+        pairs = zip(self.tokens, other.tokens, strict=True)
+        until = next((i for i, (mine, its) in enumerate(pairs) if mine != its), len(self.tokens) - 1)
+        assert other.logprobs[: until + 1] == pytest.approx(self.logprobs[: until + 1], abs=0.1)
+
+
+def greedy(server: Server, model: str, prompt: list[int], tokens: int = 24, **fields: Any) -> Run:
+    """A completion at temperature 0 that ignores the end of text."""
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    reply = server.post("/v1/completions", {**body, **fields})
+    assert reply.status == 200, reply.body
+    document = reply.json()
+    shown = [choice["logprobs"] for choice in document["choices"]]
+    names = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    choices = [[names[t] if t in names else int(t.strip(" w")) for t in each["tokens"]] for each in shown]
+    usage = document["usage"]
+    return Run(choices, shown[0]["token_logprobs"], usage["prompt_tokens_details"]["cached_tokens"], usage)
+
+
+def fresh(server: Server, model: str, prompt: list[int], tokens: int = 24) -> Run:
+    """The run of an engine that has seen nothing before."""
+    assert server.unload(model).status == 200
+    made = greedy(server, model, prompt, tokens)
+    assert made.cached == 0
+    return made
+
+
+def ids(words: str) -> list[int]:
+    """Token ids, one a character."""
+    return [3 + byte for byte in words.encode("ascii")]
+
+
+STORY = "In the beginning there was a very long sentence, longer than any window that slides over it, and then "
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefix_reuse_gives_the_tokens_of_a_fresh_run(kind: str, kinds: Server) -> None:
+    """The same prompt again, its continuation, a fork in its middle, and the first one after all that."""
+    prompt = ids(STORY)
+    fork = [*prompt[:60], *ids("something else came up entirely")]
+    expected = fresh(kinds, kind, prompt)
+    continued = [*prompt, *ids("x" * 10), *ids(" and on it goes")]
+    expected_fork, expected_on = fresh(kinds, kind, fork), fresh(kinds, kind, continued)
+    kinds.unload(kind)
+    for asked, wanted in [(prompt, expected), (prompt, expected), (continued, expected_on), (fork, expected_fork), (prompt, expected)]:
+        wanted.assert_same(greedy(kinds, kind, asked))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_prompt_asked_again_is_cached_but_for_its_last_token(kind: str, kinds: Server) -> None:
+    kinds.unload(kind)
+    prompt = ids(STORY)
+    assert greedy(kinds, kind, prompt).cached == 0
+    assert greedy(kinds, kind, prompt).cached == len(prompt) - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_continued_text_starts_behind_what_was_generated(kind: str, kinds: Server) -> None:
+    kinds.unload(kind)
+    prompt = ids(STORY)
+    made = greedy(kinds, kind, prompt, 8)
+    longer = [*prompt, *made.tokens, *ids(" on")]
+    on = greedy(kinds, kind, longer)
+    assert on.cached == len(prompt) + 7  # all but the last token, which nobody had evaluated
+    fresh(kinds, kind, longer).assert_same(on)
+
+
+def test_n_choices_share_one_prompt(kinds: Server) -> None:
+    kinds.unload("llama")
+    made = greedy(kinds, "llama", ids(STORY), n=4)
+    assert len(made.choices) == 4 and made.choices[0][:3] == made.choices[3][:3]
+    assert made.usage["prompt_tokens"] == len(STORY)
+    assert made.usage["completion_tokens"] == 4 * 24
+
+
+def test_n_choices_differ_under_temperature_and_repeat_with_a_seed(kinds: Server) -> None:
+    ask = functools.partial(greedy, kinds, "llama", ids(STORY), temperature=1, n=3, seed=5)
+    first = ask().choices
+    assert first[0] != first[1] != first[2]
+    assert [c[:3] for c in first] == [c[:3] for c in ask().choices]
+
+
+def test_eight_at_once_say_what_each_says_alone(kinds: Server) -> None:
+    prompts = [ids(f"{i} {STORY[i * 7 :]}") for i in range(8)]
+    alone = [greedy(kinds, "llama", p, 16) for p in prompts]
+    kinds.unload("llama")
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda p: greedy(kinds, "llama", p, 16), prompts))
+    for one, among in zip(alone, together, strict=True):
+        one.assert_same(among)
+
+
+def test_pool_that_runs_out_loses_and_repeats_nothing(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Four of 189 tokens in a pool of 256: the youngest step back and go on where they were."""
+    write_kind(tmp_path / "llama.gguf", "llama", context=256)
+    small = serve("--models-dir", tmp_path, "--kv-pool", "256", "--parallel", "4")
+    prompts = [ids(f"{i} bottles of beer on the wall") for i in range(4)]
+    alone = [greedy(small, "llama", p, 160) for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda p: greedy(small, "llama", p, 160), prompts))
+    for one, among in zip(alone, together, strict=True):
+        one.assert_same(among)
+
+
+def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
+    with server.endless() as stream:
+        next(stream)
+        done = threading.Event()
+
+        def newcomer() -> None:
+            assert server.generate("x" * 30_000 + ":", max_tokens=1).status == 200
+            done.set()
+
+        thread = threading.Thread(target=newcomer)
+        thread.start()
+        pieces = 0
+        while not done.is_set():
+            next(stream)
+            pieces += 1
+        thread.join()
+    assert pieces > 20
+
+
+def test_client_that_leaves_in_mid_prompt_stops_the_engine(server: Server) -> None:
+    connection = server.connect()
+    connection.request("POST", "/api/generate", encoded({"model": "recital", "prompt": "y" * 60_000, "max_tokens": 5}))
+    eventually(lambda: server.status("recital")["requests_running"] == 1, "the prompt is being read")
+    connection.sock.close()
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the engine let go")
+    assert server.generate().text == TEXTS[":"]
+
+
+def test_dropped_streams_leave_the_engine_idle(server: Server) -> None:
+    for _ in range(30):
+        with server.endless() as stream:
+            next(stream)
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "all are gone")
+    status = server.status("recital")
+    assert status["requests_waiting"] == 0 and server.generate().text == TEXTS[":"]
+
+
+def test_queue_beyond_its_bound_answers_503_with_retry_after(serve: Callable[..., Server], models: Path) -> None:
+    small = serve("--models-dir", models, "--parallel", "1", "--max-queue", "2", "--ctx", str(LONG_CTX))
+    with contextlib.ExitStack() as stack:
+        next(stack.enter_context(small.endless()))
+        for _ in range(2):
+            stack.enter_context(small.endless())
+        status = eventually(lambda: small.status("recital")["requests_waiting"] == 2 and small.status("recital"), "two wait")
+        assert status["requests_running"] == 1
+        refused = small.generate()
+        assert_error(refused, 503, "overloaded", "--max-queue 2")
+        assert int(refused.headers["Retry-After"]) >= 1
+    eventually(lambda: small.status("recital")["requests_waiting"] == 0, "the queue is empty")
+    assert small.generate().text == TEXTS[":"]
+
+
+def test_burst_of_clients_is_served_whole(server: Server) -> None:
+    with ThreadPoolExecutor(100) as pool:
+        replies = list(pool.map(lambda _: server.streamed("/api/generate", {"model": "recital", "prompt": "="}), range(100)))
+    assert all(joined(r) == TEXTS["="] and r[-1] == "[DONE]" for r in replies)
+
+
+@linux
+def test_many_generations_leave_descriptors_and_threads_as_they_were(server: Server) -> None:
+    def held() -> tuple[int, int]:
+        pid = server.process.pid
+        return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
+
+    server.generate()
+    before = eventually(held, "a count")
+    for _ in range(100):
+        assert server.generate(max_tokens=1).status == 200
+    eventually(lambda: all(now <= then + 2 for now, then in zip(held(), before, strict=True)), "as before")
+
+
+def test_logprobs_agree_with_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
+    import llama_cpp
+
+    path = write_kind(tmp_path / "same.gguf", "llama")
+    prompt = ids("What comes next")
+    llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    llama.eval(prompt)
+    scores = llama.scores[len(prompt) - 1].astype(np.float64)
+    expected = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+    body = {"model": "llama", "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5, "ignore_eos": True}
+    shown = kinds.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    assert shown["token_logprobs"][0] == pytest.approx(expected.max(), abs=2e-2)
+    top = sorted(shown["top_logprobs"][0].values(), reverse=True)
+    assert top == pytest.approx(sorted(expected, reverse=True)[:5], abs=2e-2)
+
+
+def test_models_own_sampling_defaults_are_honoured(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """general.sampling.temp 0 in the file makes an unspecified temperature greedy."""
+    path = write_dice(tmp_path / "models" / "calm.gguf")
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(str(tmp_path / "models" / "set.gguf"), "llama")
+    for key, value in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        kind = value.types[0]
+        sub = value.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, value.contents(), kind, sub_type=sub)
+    writer.add_float32("general.sampling.temp", 0.0)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    finish(writer)
+    own = serve("--models-dir", tmp_path / "models")
+    ask = {"prompt": "roll", "max_tokens": 24, "ignore_eos": True}
+    said = [own.post("/v1/completions", {**ask, "model": "set"}).text for _ in range(2)]
+    assert said[0] == said[1] == own.post("/v1/completions", {**ask, "model": "set", "temperature": 0}).text
+    wild = {own.post("/v1/completions", {**ask, "model": "calm", "temperature": 1.5}).text for _ in range(3)}
+    assert len(wild) > 1
+
+
+def test_context_that_cannot_fit_is_refused_with_one_that_would(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_kind(tmp_path / "wide.gguf", "llama", context=1 << 24, kv_heads=1024)
+    large = serve("--models-dir", tmp_path, "--ctx", str(1 << 24))
+    refused = large.load("wide")
+    error = assert_error(refused, 500, "generation_failed", "would fit", "KV cache")
+    found = re.search(r"--ctx (\d+) would fit", error["details"])
+    assert found and 256 <= int(found[1]) < 1 << 24
+
+
+def test_ctx_beyond_the_models_own_is_lowered_with_a_note(tmp_path: Path) -> None:
+    write_dice(tmp_path / "dice.gguf", context=256)
+    done = shimmy("probe", "dice", "--models-dir", tmp_path, "--ctx", "4096", "--json", home=tmp_path)
+    assert json.loads(done.stdout)["context_length"] == 256 and b"using 256" in done.stderr
+
+
+SCHEMAS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
+    ({"type": "integer", "minimum": -12, "maximum": 345}, lambda v: -12 <= v <= 345),
+    ({"enum": ["red", "green", 3, None]}, lambda v: v in ("red", "green", 3, None)),
+    ({"const": {"a": [1, 'quo"te']}}, lambda v: v == {"a": [1, 'quo"te']}),
+    ({"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4}, lambda v: 2 <= len(v) <= 4),
+    ({"type": "array", "prefixItems": [{"type": "null"}, {"const": "é"}], "items": False}, lambda v: v == [None, "é"]),
+    ({"type": "string", "minLength": 3, "maxLength": 5}, lambda v: 3 <= len(v) <= 5),
+    ({"type": "string", "format": "date"}, lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None),
+    ({"type": ["boolean", "null"]}, lambda v: v in (True, False, None)),
+    ({"anyOf": [{"const": 1}, {"const": 2}]}, lambda v: v in (1, 2)),
+    ({"allOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": {"const": 2}}, "required": ["b"]}]},
+     lambda v: v == {"a": 1, "b": 2}),
+    ({"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}, "c": {"const": 3}}, "required": ["b"]},
+     lambda v: v["b"] == 2 and set(v) <= {"a", "b", "c"}),
+    ({"$defs": {"leaf": {"enum": ["x"]}}, "type": "object", "properties": {"l": {"$ref": "#/$defs/leaf"}}, "required": ["l"]},
+     lambda v: v == {"l": "x"}),
+    ({"$defs": {"node": {"type": "object", "properties": {"v": {"const": 1}, "next": {"anyOf": [{"$ref": "#/$defs/node"},
+      {"type": "null"}], "title": "Next"}}, "required": ["v", "next"]}}, "$ref": "#/$defs/node"}, lambda v: v["v"] == 1),
+    ({"type": "object", "properties": {"n": {"type": "boolean", "nullable": True}}, "required": ["n"]},
+     lambda v: v["n"] in (True, False, None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(SCHEMAS)))
+def test_json_schema_holds_a_random_model_to_its_documents(number: int, server: Server) -> None:
+    schema, fits = SCHEMAS[number]
+    for seed in range(2):
+        reply = server.generate("any", "dice", json_schema=schema, max_tokens=200, temperature=1, seed=seed)
+        assert fits(json.loads(reply.text)), reply.text
+
+
+@pytest.mark.parametrize("schema", [{"type": "string", "pattern": "a+"}, {"not": {}}, {"type": "what"}, {"$ref": "#/nowhere"},
+                                    {"type": "array", "uniqueItems": True}, {"enum": []}])  # fmt: skip
+def test_json_schema_that_cannot_be_honoured_is_refused_by_name(schema: dict[str, Any], server: Server) -> None:
+    assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Benchmark: `python test_shimmy.py bench` prints one table. Not a test: speed is measured, alone on a
+# machine, and never asserted in a suite. The limit is the bare loop: one process that reads the same
+# prompts and decodes as many tokens, and does nothing else.
+# ---------------------------------------------------------------------------------------------------
+
+BENCH_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state", "family", "student", "group"]
+
+
+def write_bench_model(path: Path) -> Path:
+    """A model of the shape of a 0.5B one (24 layers of 896), random weights, q4_k_m; every word a token."""
+    import llama_cpp
+
+    rng, width, ffn, layers, raw = np.random.default_rng(0), 896, 4864, 24, path.with_suffix(".f16")
+    words = sorted({*BENCH_WORDS, "assistant", "user", "system"})
+    filler = [f"▁filler{i:05d}" for i in range(32_000 - 259 - len(words))]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *(f"▁{w}" for w in words), *filler]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(raw), "llama")
+    writer.add_context_length(8192)
+    writer.add_embedding_length(width)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(ffn)
+    writer.add_head_count(14)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(width // 14)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(tokens) - 259)])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+    def matrix(name: str, *shape: int) -> None:
+        writer.add_tensor(name, (rng.standard_normal(shape, np.float32) * 0.02).astype(np.float16))
+
+    matrix("token_embd.weight", len(tokens), width)
+    writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
+    for b in (f"blk.{i}." for i in range(layers)):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"{b}{norm}.weight", np.ones(width, np.float32))
+        for name, rows, columns in (("attn_q", width, width), ("attn_k", 128, width), ("attn_v", 128, width),
+                                    ("attn_output", width, width), ("ffn_gate", ffn, width), ("ffn_up", ffn, width),
+                                    ("ffn_down", width, ffn)):  # fmt: skip
+            matrix(f"{b}{name}.weight", rows, columns)
+    finish(writer)
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = 15  # LLAMA_FTYPE_MOSTLY_Q4_K_M
+    assert llama_cpp.llama_model_quantize(str(raw).encode(), str(path).encode(), params) == 0
+    raw.unlink()
+    return path
+
+
+def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) -> float:
+    """The limit: seconds in which one process reads `batch` prompts and decodes `tokens` tokens of each."""
+    import ctypes
+
+    import llama_cpp as c
+
+    quiet = c.llama_log_callback(lambda *_: None)
+    c.llama_log_set(quiet, ctypes.c_void_p())
+    handle = c.llama_model_load_from_file(model.encode(), c.llama_model_default_params())
+    params = c.llama_context_default_params()
+    params.n_ctx = -(-batch * (prompt + tokens + 8) // 256) * 256
+    params.n_batch = params.n_ubatch = 512
+    params.n_seq_max = params.n_outputs_max = max(batch, 2)
+    params.kv_unified = True
+    params.n_threads = params.n_threads_batch = threads
+    context = c.llama_init_from_model(handle, params)
+    vocabulary = c.llama_vocab_n_tokens(c.llama_model_get_vocab(handle))
+    rows = c.llama_batch_init(512, 0, 1)
+    known = np.random.default_rng(0).integers(3, vocabulary, (batch, prompt))
+
+    def decode(entries: list[tuple[int, int, int, bool]]) -> np.ndarray:
+        for i, (token, position, sequence, wanted) in enumerate(entries):
+            rows.token[i], rows.pos[i], rows.n_seq_id[i], rows.seq_id[i][0], rows.logits[i] = token, position, 1, sequence, wanted
+        rows.n_tokens = len(entries)
+        assert c.llama_decode(context, rows) == 0
+        return np.ctypeslib.as_array(c.llama_get_logits(context), (sum(e[3] for e in entries) or 1, vocabulary))
+
+    decode([(int(known[0, 0]), 0, 0, True)])  # the first call sets buffers up
+    c.llama_memory_clear(c.llama_get_memory(context), False)
+    began, last = time.perf_counter(), np.zeros(batch, int)
+    todo = [(int(known[s, p]), p, s, p == prompt - 1) for s in range(batch) for p in range(prompt)]
+    for start in range(0, len(todo), 512):
+        span = todo[start : start + 512]
+        ended = [s for _, _, s, wanted in span if wanted]
+        picked = decode(span).argmax(axis=1)
+        last[ended] = picked[: len(ended)]
+    for step in range(tokens - 1):
+        last = decode([(int(last[s]), prompt + step, s, True) for s in range(batch)]).argmax(axis=1)
+    return time.perf_counter() - began
+
+
+def bench_prompt(words: int, salt: int) -> str:
+    """So many words that share no beginning with another salt's."""
+    choose = random.Random(salt)
+    return " ".join(choose.choice(BENCH_WORDS) for _ in range(words))
+
+
+class BenchClient:
+    """A client that costs little: raw sockets, whole answers counted by their usage, the times of events kept."""
+
+    def __init__(self, url: str, model: str, key: str = "") -> None:
+        parts = urlsplit(url)
+        self.address, self.model, self.key = (parts.hostname or "127.0.0.1", parts.port or 80), model, key
+
+    def stream(self, prompt: str | list[dict[str, str]], tokens: int) -> tuple[list[float], str, dict[str, int]]:
+        """One streamed answer: the clock at each event with text, the text, and the usage."""
+        chat = isinstance(prompt, list)
+        body = {"model": self.model, "max_tokens": tokens, "temperature": 0, "stream": True, "ignore_eos": True,
+                "stream_options": {"include_usage": True}, "messages" if chat else "prompt": prompt}  # fmt: skip
+        times, data = list[float](), b""
+        for chunk in self.post("/v1/chat/completions" if chat else "/v1/completions", json.dumps(body).encode()):
+            data += chunk
+            times += [time.perf_counter()] * (b'"text": "' in chunk or b'"text":"' in chunk or b'"content":' in chunk)
+        documents = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: {")]
+        if not documents or not documents[-1].get("usage"):
+            raise RuntimeError(data[:300].decode("utf-8", "replace"))
+        choices = [d["choices"][0] for d in documents if d.get("choices")]
+        text = "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in choices)
+        return times, text, documents[-1]["usage"]
+
+    def post(self, path: str, body: bytes) -> Iterator[bytes]:
+        head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
+        head += f"Authorization: Bearer {self.key}\r\n" if self.key else ""
+        with socket.create_connection(self.address) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            while chunk := connection.recv(65536):
+                yield chunk
+
+    def first_token(self, prompt: str | list[dict[str, str]]) -> float:
+        """Seconds to the first text (of a chat: to the event behind the one that names the role)."""
+        began = time.perf_counter()
+        times, _, _ = self.stream(prompt, 2)
+        return times[min(isinstance(prompt, list), len(times) - 1)] - began
+
+    def together(self, count: int, words: int, tokens: int, salt: int) -> float:
+        """Tokens a second of so many clients at once, prompts included, until the last has all its tokens."""
+        prompts = [bench_prompt(words, salt * 1000 + i) for i in range(count)]
+        with ThreadPoolExecutor(count) as pool:
+            began = time.perf_counter()
+            made = sum(used["completion_tokens"] for _, _, used in pool.map(lambda p: self.stream(p, tokens), prompts))
+            seconds = time.perf_counter() - began
+        if made != count * tokens:
+            raise RuntimeError(f"{count} clients asked for {tokens} tokens each and got {made} together")
+        return made / seconds
+
+    def gaps(self, words: int, tokens: int) -> dict[str, float]:
+        """Two streams run while a long prompt arrives: their gaps before and meanwhile, and the newcomer's wait."""
+        began = time.perf_counter()
+        times, _, _ = self.stream(bench_prompt(words, 70), 2)
+        alone, streams = times[0] - began, list[list[float]]()
+
+        def run(salt: int) -> None:
+            streams.append(self.stream(bench_prompt(16, salt), tokens)[0])
+
+        threads = [threading.Thread(target=run, args=(salt,)) for salt in (71, 72)]
+        for thread in threads:
+            thread.start()
+        time.sleep(max(2.0, alone / 3))
+        arrived = time.perf_counter()
+        times, _, _ = self.stream(bench_prompt(words, 73), 2)
+        for thread in threads:
+            thread.join()
+        pairs = [(a, b) for stream in streams for a, b in itertools.pairwise(stream)]
+        usual = statistics.median([b - a for a, b in pairs if b < arrived])
+        worst = max(b - a for a, b in pairs if b > arrived and a < times[0])
+        return {"usual_gap": usual, "worst_gap": worst, "alone": alone, "wait": times[0] - arrived}
+
+
+class BenchTable:
+    """The rows, printed as they come: what, how much, and its ratio to the limit named."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json, self.rows = as_json, dict[str, dict[str, Any]]()
+
+    def add(self, what: str, value: float, unit: str, ratio: float | None = None, limit: str = "") -> float:
+        self.rows[what] = {"value": round(value, 4), "unit": unit, "ratio": ratio and round(ratio, 3), "limit": limit}
+        if not self.as_json:
+            print(f"{what:<46} {value:>10.2f} {unit:<9} {f'{ratio:.2f} × {limit}' if ratio else ''}", flush=True)
+        return value
+
+
+def bench(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="test_shimmy.py bench", description="Measures this machine, or a server by its URL.")
+    parser.add_argument("--url", help="an OpenAI-compatible server to measure instead of our own")
+    parser.add_argument("--model", default="", help="a .gguf (made when absent), or with --url the model's name there")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    parser.add_argument("--tokens", type=int, default=64, help="tokens each client asks for")
+    parser.add_argument("--words", type=int, default=24, help="words of each client's prompt")
+    parser.add_argument("--long", type=int, default=1200, help="words of the prompt that arrives while others stream")
+    parser.add_argument("--key", default=os.environ.get("SHIMMY_API_KEY", ""), help="the server's API key")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(arguments)
+    table = BenchTable(options.json)
+    if options.url:
+        bench_url(table, BenchClient(options.url, options.model, options.key), options, {})
+    else:
+        bench_own(table, options)
+    if options.json:
+        print(json.dumps(table.rows, indent=2))
+
+
+def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
+    """Our own server: the limit, start, memory, and all that can be measured through a URL."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shimmy-bench"
+    model = Path(options.model) if options.model else cache / "half-billion.q4_k_m.gguf"
+    if not model.exists():
+        print(f"making {model} (a minute, once)", file=sys.stderr)
+        write_bench_model(model)
+    with tempfile.TemporaryDirectory() as home:
+        began = time.perf_counter()
+        server = Server(Path(home), "--port", "0", "--model", model, "--threads", str(options.threads))
+        server.get("/health")
+        table.add("start to first /health", time.perf_counter() - began, "s", (time.perf_counter() - began) / python_start(),
+                  "python -c 'import http.server, json, argparse'")  # fmt: skip
+        try:
+            idle = table.add("memory without a model", resident(server), "MB")
+            client = BenchClient(f"http://127.0.0.1:{server.port}", "default")
+            client.stream(bench_prompt(4, 1), 1)
+            table.add("start to first token", time.perf_counter() - began, "s")
+            loaded = table.add("memory with the model", resident(server), "MB")
+            size = client.stream(bench_prompt(options.words, 2), 1)[2]["prompt_tokens"]
+            limits = {batch: batch * options.tokens / bare_seconds(model, batch, size, options) for batch in (1, 8)}
+            for batch, speed in limits.items():
+                table.add(f"bare loop, batch {batch}", speed, "tokens/s")
+            bench_url(table, client, options, limits)
+            server.unload("default")
+            kept = (resident(server) - idle) / max(loaded - idle, 1e-9)
+            table.add("memory after unload", resident(server), "MB", kept or None, "what loading took is still there")
+        finally:
+            server.stop()
+
+
+def bench_url(table: BenchTable, client: BenchClient, options: argparse.Namespace, limits: dict[int, float]) -> None:
+    """What any server can be measured by. `limits`: the bare loop's tokens a second by batch, where known."""
+    client.stream(bench_prompt(options.words, 3), 2)
+    for clients in (1, 8, 32):
+        speed, batch = client.together(clients, options.words, options.tokens, clients), min(clients, 8)
+        limit = limits.get(batch)
+        table.add(f"HTTP, {clients} client{'s' * (clients > 1)}", speed, "tokens/s", limit and speed / limit, f"bare loop, batch {batch}")
+    prompt = bench_prompt(400, 41)
+    cold = table.add("first token of a 400-word prompt, cold", client.first_token(prompt), "s")
+    for what, again in {"again": prompt, "with another ending": f"{prompt} {bench_prompt(8, 42)}"}.items():
+        seconds = client.first_token(again)
+        table.add(f"first token of it, {what}", seconds, "s", seconds / cold, "cold")
+    chat = [{"role": "user", "content": bench_prompt(400, 43)}]
+    began = time.perf_counter()
+    times, text, _ = client.stream(chat, 8)
+    cold = table.add("first token of a 400-word chat, cold", times[min(1, len(times) - 1)] - began, "s")
+    seconds = client.first_token([*chat, {"role": "assistant", "content": text}, {"role": "user", "content": "time"}])
+    table.add("first token of its second turn", seconds, "s", seconds / cold, "cold")
+    gaps = client.gaps(options.long, max(options.tokens * 4, 256))
+    table.add("usual gap of two streams", gaps["usual_gap"] * 1000, "ms")
+    table.add(f"worst gap while {options.long} words arrive", gaps["worst_gap"] * 1000, "ms",
+              gaps["worst_gap"] / gaps["usual_gap"], "usual gap")  # fmt: skip
+    table.add("the newcomer's first token", gaps["wait"], "s", gaps["wait"] / gaps["alone"], "alone")
+
+
+def bare_seconds(model: Path, batch: int, prompt: int, options: argparse.Namespace) -> float:
+    """The bare loop in a process of its own."""
+    numbers = map(str, (batch, prompt, options.tokens, options.threads))
+    done = subprocess.run([sys.executable, __file__, "bare", str(model), *numbers], capture_output=True, text=True, check=True)
+    return float(done.stdout)
+
+
+def python_start() -> float:
+    """Seconds of the smallest start a Python server could have."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import http.server, json, argparse"], check=True)
+    return time.perf_counter() - began
+
+
+def resident(server: Server) -> float:
+    """MB the server and its engines hold."""
+    return float(server.get("/diag").json()["memory"]["resident_bytes"]) / 1e6
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["bench"]:
+        bench(sys.argv[2:])
+    elif sys.argv[1:2] == ["bare"]:
+        print(bare_loop(sys.argv[2], *map(int, sys.argv[3:7])))
+    else:
+        sys.exit("python test_shimmy.py bench [--help]; the tests run with pytest")
