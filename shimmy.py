@@ -1891,7 +1891,7 @@ class SchemaGrammar:
             return self._either([gbnf_literal(json.dumps(v, ensure_ascii=False)) for v in self._list(schema, "enum")])
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
-                options = [self._merge(self._beside(schema, keyword) + [s]) for s in self._list(schema, keyword)]
+                options = [self._merge([*self._beside(schema, keyword), s]) for s in self._list(schema, keyword)]
                 return self._either([self.visit(option, depth + 1) for option in options])
         if "allOf" in schema:
             return self.visit(self._merge(self._beside(schema, "allOf") + self._list(schema, "allOf")), depth + 1)

@@ -3574,8 +3574,9 @@ def hybrid_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int)
     if layer % 2:
         ones(f"{b}.attn_q_norm.weight", 16)
         ones(f"{b}.attn_k_norm.weight", 16)
-        for name, shape in (("attn_q", (64, width)), ("attn_k", (32, width)), ("attn_v", (32, width)), ("attn_output", (width, 64))):
-            matrix(f"{b}.{name}.weight", *shape)
+        for name, rows in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32)):
+            matrix(f"{b}.{name}.weight", rows, width)
+        matrix(f"{b}.attn_output.weight", width, 64)
     else:
         matrix(f"{b}.shortconv.conv.weight", width, 3)
         matrix(f"{b}.shortconv.in_proj.weight", 3 * width, width)
@@ -3655,7 +3656,8 @@ def test_prefix_reuse_gives_the_tokens_of_a_fresh_run(kind: str, kinds: Server) 
     continued = [*prompt, *ids("x" * 10), *ids(" and on it goes")]
     expected_fork, expected_on = fresh(kinds, kind, fork), fresh(kinds, kind, continued)
     kinds.unload(kind)
-    for asked, wanted in [(prompt, expected), (prompt, expected), (continued, expected_on), (fork, expected_fork), (prompt, expected)]:
+    first, on, forked = (prompt, expected), (continued, expected_on), (fork, expected_fork)
+    for asked, wanted in [first, first, on, forked, first]:
         wanted.assert_same(greedy(kinds, kind, asked))
 
 
@@ -3703,7 +3705,7 @@ def test_eight_at_once_say_what_each_says_alone(kinds: Server) -> None:
         one.assert_same(among)
 
 
-def test_pool_that_runs_out_loses_and_repeats_nothing(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_step_back_and_resume_gives_the_tokens_of_an_undisturbed_run(serve: Callable[..., Server], tmp_path: Path) -> None:
     """Four of 189 tokens in a pool of 256: the youngest step back and go on where they were."""
     write_kind(tmp_path / "llama.gguf", "llama", context=256)
     small = serve("--models-dir", tmp_path, "--kv-pool", "256", "--parallel", "4")
@@ -3883,7 +3885,7 @@ def test_json_schema_that_cannot_be_honoured_is_refused_by_name(schema: dict[str
 # prompts and decodes as many tokens, and does nothing else.
 # ---------------------------------------------------------------------------------------------------
 
-BENCH_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state", "family", "student", "group"]
+BENCH_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"]
 
 
 def write_bench_model(path: Path) -> Path:
@@ -4120,7 +4122,8 @@ def bench_url(table: BenchTable, client: BenchClient, options: argparse.Namespac
     for clients in (1, 8, 32):
         speed, batch = client.together(clients, options.words, options.tokens, clients), min(clients, 8)
         limit = limits.get(batch)
-        table.add(f"HTTP, {clients} client{'s' * (clients > 1)}", speed, "tokens/s", limit and speed / limit, f"bare loop, batch {batch}")
+        what = f"HTTP, {clients} client{'s' * (clients > 1)}"
+        table.add(what, speed, "tokens/s", limit and speed / limit, f"bare loop, batch {batch}")
     prompt = bench_prompt(400, 41)
     cold = table.add("first token of a 400-word prompt, cold", client.first_token(prompt), "s")
     for what, again in {"again": prompt, "with another ending": f"{prompt} {bench_prompt(8, 42)}"}.items():
