@@ -28,8 +28,6 @@ import argparse
 import codecs
 import contextlib
 import functools
-import hashlib
-import hmac
 import http.client
 import http.server
 import io
@@ -1047,6 +1045,8 @@ class Catalog:
         if c.path not in self._ids:
             id, taken = plain_id(c.label), set(self._ids.values())
             if id in taken or id == "default":
+                import hashlib
+
                 id += "-" + hashlib.sha256(c.path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
             self._ids[c.path] = id
         return self._ids[c.path]
@@ -3866,7 +3866,7 @@ class Service:
         """What `diag` and `GET /diag` tell: versions, engine, memory, where models were looked for."""
         self.table.models()  # waits for the first scan
         report = self.table.catalog.report
-        return versions() | {
+        return versions() | engine_build() | {
             "memory": {"resident_bytes": self.memory_bytes(), "available_bytes": available_memory()},
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [s["model"] for s in self.table.statuses()],
@@ -3890,6 +3890,28 @@ def versions() -> dict[str, Any]:
         "llama_cpp": version("llama-cpp-python"), "websockets": version("websockets"), "jinja2": version("jinja2"),
         "numpy": version("numpy"), "cpu_cores": physical_cores(),
     }  # fmt: skip
+
+
+@functools.cache
+def engine_build() -> dict[str, Any]:
+    """CPU features and GPU offload of the installed llama.cpp, asked in a child: a broken library must not end us."""
+    import subprocess
+
+    try:
+        asked = subprocess.run([sys.executable, os.path.abspath(__file__), "_build"], capture_output=True, text=True, timeout=60)
+        return dict(json.loads(asked.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
+
+
+def build_main() -> None:
+    """`shimmy.py _build`: what the engine library says of itself, as JSON."""
+    try:
+        llama = import_llama()
+        print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
+                          "gpu_offload": bool(llama.llama_supports_gpu_offload())}))  # fmt: skip
+    except (ImportError, OSError, RuntimeError) as error:
+        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False}))
 
 
 class Reply:
@@ -4122,6 +4144,8 @@ class Access:
         return parts.scheme in self.APP_SCHEMES
 
     def _key_fits(self, headers: Any) -> bool:
+        import hmac
+
         scheme, _, bearer = (headers.get("Authorization") or "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
         given += [headers.get("x-api-key") or ""]
@@ -5357,7 +5381,7 @@ def _progress_bar(service: Service, name: str, done: threading.Event) -> None:
 def command_diag(args: argparse.Namespace) -> int:
     service = make_service(args)
     service.table.scan()
-    document = service.diag() | engine_build() | {"server": _server_state(args)}
+    document = service.diag() | {"server": _server_state(args)}
     if args.json:
         print_json(document)
         return 0
@@ -5381,28 +5405,6 @@ def _server_state(args: argparse.Namespace) -> dict[str, Any]:
         status, document = ask_server(args, "GET", "/api/health", timeout=2.0)
         state |= {"running": status == 200, "health": document}
     return state
-
-
-@functools.cache
-def engine_build() -> dict[str, Any]:
-    """CPU features and GPU offload of the installed llama.cpp, asked in a child: a broken library must not end us."""
-    import subprocess
-
-    try:
-        asked = subprocess.run([sys.executable, os.path.abspath(__file__), "_build"], capture_output=True, text=True, timeout=60)
-        return dict(json.loads(asked.stdout))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
-
-
-def build_main() -> None:
-    """`shimmy.py _build`: what the engine library says of itself, as JSON."""
-    try:
-        llama = import_llama()
-        print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
-                          "gpu_offload": bool(llama.llama_supports_gpu_offload())}))  # fmt: skip
-    except (ImportError, OSError, RuntimeError) as error:
-        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False}))
 
 
 def check_packages() -> None:
