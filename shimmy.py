@@ -50,6 +50,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
@@ -187,7 +188,9 @@ class Cancelled(Exception):
     """The client left or called the request off: there is nobody to answer."""
 
 
-ERRORS = {e.code: e for e in (ContextLengthExceeded, Overloaded, GenerationFailed, ApiError)}
+ERRORS: dict[str, Callable[..., ApiError]] = {  # by the code that crosses the pipe
+    e.code: e for e in (InvalidRequest, ContextLengthExceeded, Overloaded, GenerationFailed, ApiError)
+}
 
 
 class Cancellation:
@@ -512,8 +515,8 @@ def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         function = an_object(f"{where}[{i}].function", function)
         name, arguments = text(f"{where}[{i}].function.name", function.get("name")), function.get("arguments")
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments)
+            with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
+                arguments = parse_json(arguments.encode())
         read.append({"id": str(call.get("id", "")), "type": "function",
                      "function": {"name": name, "arguments": {} if arguments is None else arguments}})  # fmt: skip
     return read
@@ -535,20 +538,20 @@ def read_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     return () if body.get("tool_choice") == "none" else tuple(tools)
 
 
-def parse_json(data: bytes) -> Any:
+def parse_json(data: bytes, what: str = "The body") -> Any:
     """Strict JSON: UTF-8, no NaN, no lone surrogates, MAX_JSON_DEPTH deep. Raises InvalidRequest."""
     try:
         source = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InvalidRequest(f"The body is not UTF-8 (byte {error.start})") from None
+        raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
     if _depth_over(source, MAX_JSON_DEPTH):
-        raise InvalidRequest(f"The body is nested over {MAX_JSON_DEPTH} levels deep")
+        raise InvalidRequest(f"{what} is nested over {MAX_JSON_DEPTH} levels deep")
     try:
         value = json.loads(source, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}") from None
+        raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
     if "\\u" in source and _has_surrogate(value):
-        raise InvalidRequest("The body holds a lone surrogate, which is not Unicode text")
+        raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
     return value
 
 
@@ -557,9 +560,10 @@ def _depth_over(source: str, limit: int) -> bool:
     if source.count("[") + source.count("{") <= limit:
         return False
     depth = 0
-    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', source):
+    # an unterminated string matches to the end: else each of its quotes would be scanned from again
+    for token in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', source, re.S):
         mark = token[0]
-        depth += (mark in "[{") - (mark in "]}") if len(mark) == 1 else 0
+        depth += (mark in ("[", "{")) - (mark in ("]", "}"))
         if depth > limit:
             return True
     return False
@@ -835,7 +839,7 @@ class SearchRoot:
 
 def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     """Every place SPEC names, in the order that decides `default`; each directory once."""
-    env, home, here = os.environ.get, pathlib.Path.home(), pathlib.Path(__file__).resolve().parent
+    env, home, here = os.environ.get, pathlib.Path(os.path.expanduser("~")), pathlib.Path(__file__).resolve().parent
     paths = re.split(f"[;{os.pathsep}]" if os.pathsep != ":" else "[;:]", env("SHIMMY_MODEL_PATHS", ""))
     roots = [SearchRoot(p, "--models-dir") for p in explicit]
     roots += [SearchRoot(p, "SHIMMY_MODEL_PATHS") for p in paths if p]
@@ -908,10 +912,14 @@ class TreeWalk:
             yield from self._visit(entry, depth)
 
     def _visit(self, entry: os.DirEntry[str], depth: int) -> Iterator[Candidate]:
-        if entry.name.lower().endswith(".gguf"):
-            if entry.is_file():
-                yield from self._candidate(entry.path, entry.name[:-5])
-        elif entry.is_dir() and self.root.depth:
+        try:
+            is_file, is_dir = entry.is_file(), entry.is_dir()
+        except OSError as error:  # a link to itself, or through a file
+            self._cut(f"{entry.path}: {error.strerror or error}")
+            return
+        if entry.name.lower().endswith(".gguf") and is_file:
+            yield from self._candidate(entry.path, entry.name[:-5])
+        elif is_dir and self.root.depth:
             if depth >= self.root.depth:
                 self._cut(f"stopped {self.root.depth} levels down")
             else:
@@ -932,12 +940,11 @@ class TreeWalk:
     def _ollama(self) -> Iterator[Candidate]:
         """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
         store = pathlib.Path(self.root.path)
-        manifests = itertools.islice(sorted(store.glob("manifests/*/*/*/*")), MAX_SCAN_ENTRIES)
-        for manifest in manifests:
+        for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
             self.entries += 1
             try:
                 digest = _model_digest(manifest)
-            except (OSError, ValueError) as error:
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # JSON of any shape
                 self.notes.append(f"{manifest}: {error}")
                 continue
             if digest:
@@ -1037,7 +1044,8 @@ class Catalog:
                 header = replace(header, parameters=sum(read_gguf_header(p, os.path.getsize(p)).parameters for p in parts),
                                  metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
             return describe(header, c.path, self._id_for(c), c.source, size)
-        except (GgufError, OSError, struct.error, ValueError) as error:
+        except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+            # damage of any kind is this file's reason, never the end of a scan
             return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
     def _id_for(self, c: Candidate) -> str:
@@ -1241,7 +1249,7 @@ class ModelTable:
         """Look for models again; loaded ones stay whatever became of their file. Returns the list of models."""
         report = self.catalog.scan()
         with self._changed:
-            kept = {id: e for id, e in self._entries.items() if e.state != "unloaded"}
+            kept = {id: e for id, e in self._entries.items() if e.state != "unloaded" or e.waiting or e.leases}
             found = {m.id: self._entries.get(m.id) or Entry(m) for m in report.models}
             for model in report.models:
                 found[model.id].info = model
@@ -1291,7 +1299,7 @@ class ModelTable:
         """All that is known of a model; reads the rest of its header. Raises ModelNotFound."""
         id = self.resolve(name)
         with self._changed:
-            entry = self._entries[id]
+            entry = self._entry(id)
         whole = self.catalog.whole(entry.info)
         with self._changed:
             entry.info = whole
@@ -1308,7 +1316,7 @@ class ModelTable:
         id = self.resolve(name, cancel)
         cancel.on_cancel(self._wake)
         with self._changed:
-            entry = self._entries[id]
+            entry = self._entry(id)
             worker = self._await_worker(entry, cancel)
             entry.leases += 1
             entry.last_used = time.time()
@@ -1316,6 +1324,12 @@ class ModelTable:
             yield worker
         finally:
             self._release(entry)
+
+    def _entry(self, id: str) -> Entry:
+        """The entry, under the condition; a scan may have dropped it since the name was resolved."""
+        if id not in self._entries:
+            raise ModelNotFound(self._names.why_not(id))
+        return self._entries[id]
 
     def _wake(self) -> None:
         with self._changed:
@@ -1351,7 +1365,7 @@ class ModelTable:
         if not crowded:
             return True
         if not any(e.state == "unloading" and not e.leases for e in held):
-            idle = [e for e in held if e.state == "loaded" and not e.leases]
+            idle = [e for e in held if e.state == "loaded" and not e.leases and not e.waiting]
             if idle:
                 self._begin_unload(min(idle, key=lambda e: e.last_used or 0.0), None)
             elif len(held) < self.options.max_loaded:
@@ -1388,7 +1402,9 @@ class ModelTable:
             entry.state, entry.progress = ("failed", 0.0) if error else ("loaded", 1.0)
             entry.error = error.details if error else None
             self._changed.notify_all()
-        if worker is not None and not worker.alive:
+        if worker is not None and self._closed:
+            worker.stop()
+        elif worker is not None and not worker.alive:
             died(worker, "the engine process ended right after the load")
 
     def _release(self, entry: Entry) -> None:
@@ -1404,7 +1420,7 @@ class ModelTable:
         id = self.resolve(name, cancel)
         cancel.on_cancel(self._wake)
         with self._changed:
-            entry = self._entries[id]
+            entry = self._entry(id)
             if wait:
                 self._await_worker(entry, cancel)
                 entry.last_used = time.time()
@@ -1425,8 +1441,9 @@ class ModelTable:
         cancel.on_cancel(self._wake)
         ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
         with self._changed:
-            entry = self._entries[id]
-            while entry.state in ("loading", "loaded", "unloading") and not self._closed:
+            entry = self._entry(id)
+            attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
+            while entry.attempt is attempt and entry.state in ("loading", "loaded", "unloading") and not self._closed:
                 cancel.check()
                 if entry.state == "loaded":
                     self._begin_unload(entry, ended if force else None)
@@ -1467,7 +1484,7 @@ class ModelTable:
     def status(self, name: str) -> dict[str, Any]:
         id = self.resolve(name)
         with self._changed:
-            return self._entries[id].status()
+            return self._entry(id).status()
 
     def statuses(self) -> list[dict[str, Any]]:
         with self._changed:
@@ -1573,35 +1590,38 @@ class ChatTemplate:
     segments, so that only the template's own text can become special tokens.
     """
 
-    def __init__(self, sources: Mapping[str, str], bos: str, eos: str, specials: Seq[str]) -> None:
-        self.sources, self.bos, self.eos = dict(sources) or {"": CHATML}, bos, eos
+    def __init__(self, loaded: Loaded) -> None:
+        self.sources, self.bos, self.eos = dict(loaded.templates) or {"": CHATML}, loaded.bos, loaded.eos
+        self.adds_bos, specials = loaded.adds_bos, loaded.specials
         marks = sorted((s for s in specials if len(s) > 1), key=len, reverse=True)
         self._specials = re.compile("|".join(map(re.escape, marks))) if marks else None
         self._compiled: dict[str, Any] = {}
 
     def render(self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]], args: Mapping[str, Any]) -> tuple[str, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages."""
-        mark = self._mark(messages, tools)
+        mark = self._mark([list(messages), list(tools), dict(args)])
         if mark:
             messages = [self._guard(m, mark, m["role"] == "assistant") for m in messages]
-            tools = [self._guard(t, mark) for t in tools]
+            tools, args = self._guard(tools, mark), self._guard(args, mark)
         rendered = self._render_some_way(list(messages), list(tools), dict(args))
-        if self.bos and rendered.startswith(self.bos):
+        if self.adds_bos and self.bos and rendered.startswith(self.bos):
             rendered = rendered[len(self.bos) :]  # the tokenizer adds it, once
         return tuple(rendered.split(mark)) if mark else (rendered,)
 
-    def _mark(self, messages: Any, tools: Any) -> str | None:
+    def _mark(self, said: list[Any]) -> str | None:
         """A character that is nowhere in the client's text, if that text names a special token at all."""
-        if not self._specials:
+        words = json.dumps(said, ensure_ascii=False)
+        if not self._specials or not (self._specials.search(words) or self._specials.search(words.replace('\\"', '"'))):
             return None
-        said = json.dumps([list(messages), list(tools)], ensure_ascii=False)
-        found = self._specials.search(said) or self._specials.search(said.replace('\\"', '"'))
-        return next((c for c in NONCHARACTERS if c not in said), "") if found else None
+        mark = next((c for c in NONCHARACTERS if c not in words), None)
+        if mark is None:
+            raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
+        return mark
 
     def _guard(self, value: Any, mark: str, assistant: bool = False) -> Any:
         """The value with every special token's name cut by `mark`; templates may cut an assistant's own thoughts."""
         if isinstance(value, dict):
-            return {k: self._guard(v, mark, assistant) for k, v in value.items()}
+            return {self._guard(k, mark): self._guard(v, mark, assistant) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._guard(v, mark, assistant) for v in value]
         if not isinstance(value, str) or not self._specials:
@@ -1609,19 +1629,37 @@ class ChatTemplate:
         return self._specials.sub(lambda m: m[0] if assistant and m[0] in REASONING else m[0][0] + mark + m[0][1:], value)
 
     def _render_some_way(self, messages: list[Any], tools: list[Any], args: dict[str, Any]) -> str:
-        """As the messages are, else in the forms some templates insist on: arguments as text, no system turn."""
+        """As the messages are, else in the first of the forms templates insist on that loses nothing of them."""
         import jinja2
 
         error: Exception | None = None
-        for reshape in (lambda m: m, arguments_as_text, merge_system, lambda m: merge_system(arguments_as_text(m))):
+        rendered: str | None = None
+        for reshape in RESHAPES:
+            shaped, offered = reshape(messages, tools)
             try:
-                rendered = self._render(reshape(messages), tools, args)
-                if tools and not all(t["function"]["name"] in rendered for t in tools):
-                    rendered = self._render(reshape(tools_as_text(messages, tools)), [], args)
-                return rendered
+                prompt = self._render(shaped, offered, args)
+                if not self._lost(prompt, messages, tools, self._render(shaped, [], args) if offered else ""):
+                    return prompt
+                rendered = rendered or prompt
             except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as failure:
-                error = error or failure
+                error = failure
+        if rendered is not None:
+            return rendered
         raise InvalidRequest(f"messages do not fit the model's chat template: {error}", "messages") from error
+
+    @staticmethod
+    def _lost(prompt: str, messages: list[Any], tools: list[Any], without_tools: str) -> bool:
+        """Whether the template dropped something silently: an offered tool, a call made, its result, a system text."""
+        names = [t["function"]["name"] for t in tools]
+        if any(prompt.count(name) <= without_tools.count(name) for name in names):
+            return True
+        said = [m["content"].strip() for m in messages if m["role"] in ("system", "tool")]
+        for call in (c["function"] for m in messages for c in m.get("tool_calls", [])):
+            arguments = call["arguments"]
+            said += [v for v in arguments.values() if isinstance(v, str)] if isinstance(arguments, dict) else [str(arguments)]
+            if call["name"] not in prompt and json.dumps(arguments, ensure_ascii=False) not in prompt:
+                return True
+        return any(word not in prompt and json.dumps(word, ensure_ascii=False)[1:-1] not in prompt for word in said)
 
     def _render(self, messages: list[Any], tools: list[Any], args: dict[str, Any]) -> str:
         name = "tool_use" if tools and "tool_use" in self.sources else next(iter(self.sources))
@@ -1665,34 +1703,92 @@ def chat_environment() -> Any:
     return environment
 
 
-def arguments_as_text(messages: list[Any]) -> list[Any]:
+Chat = tuple[list[Any], list[Any]]  # messages and tools
+
+
+def arguments_as_text(messages: list[Any], tools: list[Any]) -> Chat:
     """Tool call arguments as JSON text, which about half of the templates want."""
 
     def as_text(call: Any) -> Any:
         function = call["function"]
         return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
 
-    return [{**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages]
+    return [{**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages], tools
 
 
-def merge_system(messages: list[Any]) -> list[Any]:
-    """The system text put before the first user turn, for templates without a system role (Gemma 2)."""
+def short_ids(messages: list[Any], tools: list[Any]) -> Chat:
+    """Tool call ids of nine letters and digits, which Mistral's templates insist on."""
+
+    def short(id: str) -> str:
+        return f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"
+
+    shaped = []
+    for message in messages:
+        shaped.append(dict(message))
+        if "tool_calls" in message:
+            shaped[-1]["tool_calls"] = [{**c, "id": short(c["id"])} for c in message["tool_calls"]]
+        if "tool_call_id" in message:
+            shaped[-1]["tool_call_id"] = short(message["tool_call_id"])
+    return shaped, tools
+
+
+def system_first(messages: list[Any], tools: list[Any]) -> Chat:
+    """One system turn, at the beginning."""
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-    turns = [dict(m) for m in messages if m["role"] != "system"]
-    first = next((m for m in turns if m["role"] == "user"), None)
-    if system and first:
-        first["content"] = f"{system}\n\n{first['content']}"
-    return turns
+    turns = [m for m in messages if m["role"] != "system"]
+    return ([{"role": "system", "content": system}] if system else []) + turns, tools
 
 
-def tools_as_text(messages: list[Any], tools: list[Any]) -> list[Any]:
+def tools_in_system(messages: list[Any], tools: list[Any]) -> Chat:
     """The tools described in the system text, for templates that drop them."""
+    messages, _ = system_first(messages, [])
     signatures = "\n".join(json.dumps(t, ensure_ascii=False) for t in tools)
     described = TOOLS_IN_SYSTEM.format(signatures=signatures)
     if messages and messages[0]["role"] == "system":
-        first = {**messages[0], "content": f"{messages[0]['content']}\n\n{described}"}
-        return [first, *messages[1:]]
-    return [{"role": "system", "content": described}, *messages]
+        return [{**messages[0], "content": f"{messages[0]['content']}\n\n{described}"}, *messages[1:]], []
+    return ([{"role": "system", "content": described}] if tools else []) + messages, []
+
+
+def calls_as_text(messages: list[Any], tools: list[Any]) -> Chat:
+    """Tools, calls and results as plain text in Hermes' form, for templates that know nothing of them."""
+    turns, _ = tools_in_system(messages, tools) if tools else system_first(messages, [])
+    shaped = []
+    for turn in turns:
+        calls = [json.dumps({k: c["function"][k] for k in ("name", "arguments")}, ensure_ascii=False)
+                 for c in turn.get("tool_calls", [])]  # fmt: skip
+        words = [turn["content"], *(f"<tool_call>\n{call}\n</tool_call>" for call in calls)]
+        if turn["role"] in ("tool", "function"):
+            shaped.append({"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"})
+        else:
+            shaped.append({"role": turn["role"], "content": "\n".join(w for w in words if w)})
+    return shaped, []
+
+
+def alternating(messages: list[Any], tools: list[Any]) -> Chat:
+    """As plain text, neighbours of one role joined, the system text in the first user turn (Gemma 2)."""
+    turns, _ = calls_as_text(messages, tools)
+    system = "\n\n".join(m["content"] for m in turns if m["role"] == "system")
+    joined: list[Any] = []
+    for turn in ({"role": "user", "content": system}, *(t for t in turns if t["role"] != "system")):
+        if joined and joined[-1]["role"] == turn["role"]:
+            words = [joined[-1]["content"], turn["content"]]
+            joined[-1] = {**turn, "content": "\n\n".join(w for w in words if w)}
+        elif turn["content"]:
+            joined.append(turn)
+    return joined, []
+
+
+RESHAPES: tuple[Callable[[list[Any], list[Any]], Chat], ...] = (
+    lambda messages, tools: (messages, tools),
+    arguments_as_text,
+    short_ids,
+    lambda messages, tools: short_ids(*arguments_as_text(messages, tools)),
+    system_first,
+    tools_in_system,
+    lambda messages, tools: tools_in_system(*arguments_as_text(messages, tools)),
+    calls_as_text,
+    alternating,
+)
 
 
 @dataclass(frozen=True)
@@ -1708,7 +1804,7 @@ def parse_hermes(block: str) -> tuple[str, str] | None:
     """`{"name": …, "arguments": {…}}`"""
     try:
         call = json.loads(block)
-        name, arguments = call["name"], call.get("arguments", call.get("parameters", {}))
+        name, arguments = call["name"], call.get("arguments", call.get("parameters")) or {}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     if not isinstance(name, str) or not name:
@@ -1757,7 +1853,7 @@ class ChatParser:
             yield from self._text(out)
 
     def _open(self, before: str, mark: str) -> Iterator[Delta]:
-        yield from self._text(before)
+        yield from self._text("" if mark == REASONING[0] and not before.strip() else before)
         self._format = self._formats.get(mark)
         self._until = self._format.closes if self._format else REASONING[1]
         self._trim = True
@@ -1828,6 +1924,12 @@ class SchemaGrammar:
                    "minProperties", "maxProperties", "dependencies")  # fmt: skip
     ANNOTATIONS = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "nullable",
                    "$defs", "definitions", "$schema", "$id", "$comment")  # fmt: skip
+    SHAPES: ClassVar = (
+        dict.fromkeys(("properties", "$defs", "definitions"), (dict, "an object"))
+        | dict.fromkeys(("required", "prefixItems", "allOf", "anyOf", "oneOf", "enum"), (list, "a list"))
+        | dict.fromkeys(("minimum", "maximum"), ((int, float), "a finite number"))
+        | dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), ((int, float), "a finite number"))
+    )
     BASICS: ClassVar = {
         "ws": r'(" " | "\n" [ \t]{0,20})?',
         "hex": "[0-9a-fA-F]",
@@ -1874,21 +1976,31 @@ class SchemaGrammar:
             return "value"
         if not isinstance(schema, dict):
             raise self.refuse(f"{_said(schema)} is not a schema that a document can fit")
-        for keyword in self.UNSUPPORTED:
-            if keyword in schema and schema[keyword] is not False:
-                raise self.refuse(f"keyword {keyword} is not supported")
+        self._check(schema)
         found = self._special(schema, depth)
         if schema.get("nullable") is True:
             return f"({found} | null)"
         return found
 
+    def _check(self, schema: dict[str, Any]) -> None:
+        """Refuses keywords that are not honoured, and values no schema has there."""
+        for keyword in self.UNSUPPORTED:
+            if keyword in schema and schema[keyword] is not False:
+                raise self.refuse(f"keyword {keyword} is not supported")
+        for keyword, (kind, words) in self.SHAPES.items():
+            value = schema.get(keyword)
+            if value is not None and (not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value))):
+                raise self.refuse(f"{keyword} must be {words}, not {_said(value)}")
+        if not all(isinstance(name, str) for name in schema.get("required") or ()):
+            raise self.refuse("required must be a list of names")
+
     def _special(self, schema: dict[str, Any], depth: int) -> str:
         if "$ref" in schema:
             return self._ref(schema["$ref"], depth)
         if "const" in schema:
-            return gbnf_literal(json.dumps(schema["const"], ensure_ascii=False))
+            return self._literal(schema["const"])
         if "enum" in schema:
-            return self._either([gbnf_literal(json.dumps(v, ensure_ascii=False)) for v in self._list(schema, "enum")])
+            return self._either([self._literal(v) for v in self._list(schema, "enum")])
         for keyword in ("anyOf", "oneOf"):
             if keyword in schema:
                 options = [self._merge([*self._beside(schema, keyword), s]) for s in self._list(schema, keyword)]
@@ -1906,12 +2018,20 @@ class SchemaGrammar:
             return "object"
         if "items" in schema or "prefixItems" in schema:
             return "array"
+        if {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"} & set(schema):
+            return "number"
         return "string" if {"minLength", "maxLength"} & set(schema) else "value"
 
     def _list(self, schema: dict[str, Any], keyword: str) -> list[Any]:
         if not isinstance(schema[keyword], list) or not schema[keyword]:
             raise self.refuse(f"{keyword} must be a list of at least one element")
         return list(schema[keyword])
+
+    def _literal(self, value: Any) -> str:
+        try:
+            return gbnf_literal(json.dumps(value, ensure_ascii=False, allow_nan=False))
+        except ValueError:
+            raise self.refuse("a number is too large for JSON") from None
 
     def _either(self, options: list[str]) -> str:
         return f"({' | '.join(options)})"
@@ -1935,6 +2055,7 @@ class SchemaGrammar:
                 continue
             if not isinstance(schema, dict):
                 raise self.refuse(f"{_said(schema)} is not a schema that a document can fit")
+            self._check(schema)
             if "type" in merged and schema.get("type", merged["type"]) != merged["type"]:
                 raise self.refuse(f"nothing is both {_said(merged['type'])} and {_said(schema['type'])}")
             properties = {**merged.get("properties", {}), **schema.get("properties", {})}
@@ -2181,9 +2302,11 @@ class Tools:
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
         tool = self._tools[name]
-        check_arguments(tool, arguments)
+        arguments = check_arguments(tool, arguments)
         try:
-            return {"success": True, "result": tool.function(**arguments), "error": None}
+            result = tool.function(**arguments)
+            json.dumps(result, allow_nan=False)  # somebody's function may return anything
+            return {"success": True, "result": result, "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
         except Exception as error:
@@ -2202,10 +2325,11 @@ def load_tools(path: str) -> None:
         raise ImportError(f"--tools {path}: {type(error).__name__}: {error}") from error
 
 
-def check_arguments(tool: Tool, arguments: Any) -> None:
-    """Raises InvalidRequest when the arguments object is outside the tool's schema."""
+def check_arguments(tool: Tool, arguments: Any) -> dict[str, Any]:
+    """The arguments without nulls, which mean absent. Raises InvalidRequest when they are outside the tool's schema."""
     known = tool.parameters["properties"]
-    for name, value in an_object("The body (the tool's arguments)", arguments).items():
+    arguments = {k: v for k, v in an_object("The body (the tool's arguments)", arguments).items() if v is not None}
+    for name, value in arguments.items():
         if name not in known:
             raise InvalidRequest(f"{name} is no parameter of {tool.name}; it takes {', '.join(known) or 'none'}", name)
         kind = known[name]["type"]
@@ -2214,6 +2338,7 @@ def check_arguments(tool: Tool, arguments: Any) -> None:
     for name in tool.parameters["required"]:
         if name not in arguments:
             raise InvalidRequest(f"{name} is required", name)
+    return arguments
 
 
 MAX_EXPRESSION = 1000  # characters
@@ -2248,7 +2373,7 @@ MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
         *("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh"),
         *("asinh", "acosh", "atanh", "degrees", "radians", "floor", "ceil", "trunc", "hypot", "gcd", "fabs", "fmod"),
     )
-} | {"abs": abs, "round": round, "min": min, "max": max, "ln": math.log}  # fmt: skip
+} | {"abs": abs, "min": min, "max": max, "ln": math.log}  # fmt: skip
 
 
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
@@ -2272,8 +2397,8 @@ def evaluate(node: ast.AST) -> Any:
         return _bounded(_binary(type(node.op).__name__, evaluate(node.left), evaluate(node.right)))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
         arguments = [evaluate(a) for a in node.args]
-        if node.func.id == "factorial":
-            return _factorial(*arguments)
+        if node.func.id in ("factorial", "round"):
+            return _factorial(*arguments) if node.func.id == "factorial" else _round(*arguments)
         if node.func.id in MATH_FUNCTIONS:
             return _bounded(MATH_FUNCTIONS[node.func.id](*arguments))
         raise ToolError(f"the function {node.func.id} is not known")
@@ -2290,12 +2415,18 @@ def _bounded(value: Any) -> Any:
 
 def _binary(name: str, a: Any, b: Any) -> Any:
     if name == "Pow":
-        if isinstance(a, int) and isinstance(b, int) and b > 0 and a.bit_length() * b > MAX_BITS:
+        if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
             raise ToolError(f"a number on the way has over {MAX_BITS} bits")
         return a**b
     if name not in OPERATORS:
         raise ToolError(f"the operator {name} is not arithmetic")
     return OPERATORS[name](a, b)
+
+
+def _round(x: Any = None, digits: Any = 0, *rest: Any) -> Any:
+    if not isinstance(digits, int) or abs(digits) > 400 or rest:  # 10 ** digits is computed
+        raise ToolError("round takes a number and up to 400 digits")
+    return round(x, digits) if digits else round(x)
 
 
 def _factorial(n: Any = None, *rest: Any) -> int:
@@ -2370,16 +2501,21 @@ class HttpGetter:
             raise ToolError(f"the host {host} is not opened by --tool-hosts")
         port = parts.port or (443 if parts.scheme == "https" else 80)
         connection = http.client.HTTPConnection(host, port)
-        connection.sock = self._connect(host, port, parts.scheme == "https", deadline)
+        connection.sock = sock = self._connect(host, port, parts.scheme == "https", deadline)
+        # a server that drips bytes resets every time-out of the socket: at the deadline the connection is cut
+        cut = threading.Timer(max(0.0, deadline - time.monotonic()), sock.shutdown, [socket.SHUT_RDWR])
+        cut.daemon = True
+        cut.start()
         try:
             target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
             connection.request("GET", target, headers={"User-Agent": f"shimmy/{__version__}", "Connection": "close"})
             response = connection.getresponse()
-            data = self._read(response, connection.sock, deadline)
+            data = self._read(response, deadline)
             return response.status, response.headers, data.decode(response.headers.get_content_charset() or "utf-8", "replace")
         except LookupError:
             raise ToolError("the page is in an unknown character set") from None
         finally:
+            cut.cancel()
             connection.close()
 
     def _connect(self, host: str, port: int, tls: bool, deadline: float) -> socket.socket:
@@ -2389,26 +2525,33 @@ class HttpGetter:
         for address in addresses:
             if not is_global(address[0]):
                 raise ToolError(f"the host {host} has an address that is not global ({address[0]})")
-        connection = socket.create_connection(addresses[0], timeout=max(0.01, deadline - time.monotonic()))
+        connection = self._first_that_connects(addresses, deadline)
         if not tls:
             return connection
         import ssl
 
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
 
-    def _read(self, response: http.client.HTTPResponse, connection: socket.socket, deadline: float) -> bytes:
+    @staticmethod
+    def _first_that_connects(addresses: Seq[tuple[str, int]], deadline: float) -> socket.socket:
+        for address in addresses[:-1]:
+            with contextlib.suppress(OSError):  # no route by this family, say
+                return socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+        return socket.create_connection(addresses[-1], timeout=max(0.01, deadline - time.monotonic()))
+
+    def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         data = b""
         while len(data) <= self.MAX_BYTES:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
-            with contextlib.suppress(OSError):  # closed by http.client once all is read
-                connection.settimeout(left)
             chunk = response.read1(65536)
+            if time.monotonic() >= deadline:
+                raise ToolError(f"the answer took over {self.MAX_SECONDS:.0f} seconds")
             if not chunk:
                 return data
             data += chunk
         raise ToolError(f"the answer is over {self.MAX_BYTES} bytes")
+
+
+GLOBAL_UNICAST, DOCUMENTATION = ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("3fff::/20")  # IANA's registry
 
 
 def is_global(address: str) -> bool:
@@ -2420,6 +2563,8 @@ def is_global(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_global(str(inner))
+        if ip not in GLOBAL_UNICAST or ip in DOCUMENTATION:
+            return False
     return ip.is_global and not ip.is_multicast
 
 
@@ -2526,7 +2671,8 @@ class Loaded:
     pool: int
     parallel: int
     templates: Mapping[str, str]
-    bos: str  # the text of the token the tokenizer puts first, "" if it adds none
+    bos: str  # what the token that begins a text is called, for templates that write it
+    adds_bos: bool  # the tokenizer puts it first by itself
     eos: str
     specials: tuple[str, ...]  # names of control and marker tokens
     notes: tuple[str, ...]
@@ -2585,6 +2731,7 @@ class Failed:
     id: int
     code: str
     details: str
+    param: str | None = None
 
 
 @dataclass(frozen=True)
@@ -2627,9 +2774,11 @@ class Pipe:
         return _Unpickler(io.BytesIO(data)).load()
 
     def close(self) -> None:
-        """The other side sees the end of the stream."""
-        with contextlib.suppress(OSError, ValueError):
-            self._writer.close()
+        """The other side sees the end of the stream; not while a send is stuck in it, which only its death ends."""
+        if self._lock.acquire(timeout=1.0):
+            with contextlib.suppress(OSError, ValueError):
+                self._writer.close()
+            self._lock.release()
 
 
 def import_llama() -> Any:
@@ -2659,7 +2808,7 @@ class Vocabulary:
     def __init__(self, c: Any, model: Any, np: Any) -> None:
         import ctypes
 
-        self.c, self.ctypes, self.handle = c, ctypes, c.llama_model_get_vocab(model)
+        self.c, self.np, self.ctypes, self.handle = c, np, ctypes, c.llama_model_get_vocab(model)
         self.size = c.llama_vocab_n_tokens(self.handle)
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
         self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
@@ -2678,18 +2827,18 @@ class Vocabulary:
             if attribute(self.handle, token) & control or re.fullmatch(r"[<\[].*[>\]]", name):
                 yield name
 
-    def tokenize(self, segments: Seq[str]) -> list[int]:
-        """The prompt's tokens: special tokens parsed, the tokenizer's own first token added once."""
-        tokens: list[int] = []
+    def tokenize(self, segments: Seq[str]) -> Any:
+        """The prompt's tokens, an int32 array: special tokens parsed, the tokenizer's own first token added once."""
+        parts = []
         for i, segment in enumerate(segments):
             data = segment.encode("utf-8", "replace")
-            room = len(data) + 16
-            buffer = (self.ctypes.c_int32 * room)()
-            count = self.c.llama_tokenize(self.handle, data, len(data), buffer, room, i == 0, True)
+            buffer = self.np.empty(len(data) + 16, self.np.int32)
+            rows = buffer.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_int32))
+            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), i == 0, True)
             if count < 0:
-                raise LoadError(f"the tokenizer failed ({count})")
-            tokens += buffer[:count]
-        return tokens
+                raise GenerationFailed(f"the tokenizer failed ({count})")
+            parts.append(buffer[:count])
+        return self.np.concatenate(parts)
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for in text; control tokens give none."""
@@ -2730,6 +2879,7 @@ class Llama:
         self._load_model(load, progress)
         self.vocab = Vocabulary(self.c, self.model, numpy)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
+        self.n_swa = int(self.c.llama_model_n_swa(self.model))
         self._make_context(load)
         self.memory = self.c.llama_get_memory(self.context)
         self._logits: Any = None
@@ -2757,11 +2907,13 @@ class Llama:
 
         callback = self.c.llama_progress_callback(on_progress)
         params.progress_callback = callback
-        self.model = self.c.llama_model_load_from_file(load.path.encode(), params)
+        self.model = self.c.llama_model_load_from_file(os.fsencode(load.path), params)
         if not self.model:
             raise LoadError(self._reason("llama.cpp cannot load the file"))
         if not self.c.llama_model_has_decoder(self.model):
             raise LoadError("an embedding model: it cannot generate text")
+        if self.c.llama_model_has_encoder(self.model):
+            raise LoadError("an encoder-decoder model (T5 and the like), which is not supported")
 
     def _reason(self, what: str) -> str:
         """What went wrong, with the library's own last words."""
@@ -2839,7 +2991,7 @@ class Llama:
         self._abort[0] = b"\1" if wanted else b"\0"
 
     def _apply_lora(self, files: Seq[str]) -> None:
-        adapters = [self.c.llama_adapter_lora_init(self.model, f.encode()) for f in files]
+        adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
         for file, adapter in zip(files, adapters, strict=True):
             if not adapter:
                 raise LoadError(self._reason(f"the LoRA adapter {file} cannot be applied"))
@@ -2873,7 +3025,7 @@ class Llama:
                 templates[(name or b"").decode()] = source.decode("utf-8", "replace")
         return Loaded(
             ctx=self.ctx, pool=self.pool, parallel=options.parallel, templates=templates,
-            bos=bos if c.llama_vocab_get_add_bos(vocab) else "", eos=eos,
+            bos=bos, adds_bos=bool(c.llama_vocab_get_add_bos(vocab)), eos=eos,
             specials=self.vocab.specials, notes=tuple(self.notes),
         )  # fmt: skip
 
@@ -2909,6 +3061,11 @@ class Llama:
     def share(self, source: int, target: int, count: int) -> None:
         """Let `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
         self.c.llama_memory_seq_cp(self.memory, source, target, *((0, count) if self.cuttable else (-1, -1)))
+
+    def holds(self, slot: int, count: int) -> bool:
+        """Whether the cells that position `count` looks back on are all there: a sliding window's may be overwritten."""
+        window = self.n_swa
+        return not window or self.c.llama_memory_seq_pos_min(self.memory, slot) <= max(0, count - window)
 
     def clear(self) -> None:
         self.c.llama_memory_clear(self.memory, True)
@@ -2992,7 +3149,7 @@ class Sampler:
         if value["temperature"] <= 0:
             self._add(c.llama_sampler_init_greedy())
         else:
-            self._add(c.llama_sampler_init_top_k(int(value["top_k"])))
+            self._add(c.llama_sampler_init_top_k(min(int(value["top_k"]), llama.vocab.size)))
             self._add(c.llama_sampler_init_top_p(value["top_p"], 1))
             self._add(c.llama_sampler_init_min_p(value["min_p"], 1))
             self._add(c.llama_sampler_init_temp(value["temperature"]))
@@ -3022,11 +3179,11 @@ class Sampler:
     def _grammar(self, grammar: str) -> Any:
         made = self.llama.c.llama_sampler_init_grammar(self.llama.vocab.handle, grammar.encode(), b"root")
         if not made:
-            raise LoadError("llama.cpp cannot read the grammar made from the schema")
+            raise InvalidRequest("json_schema: the schema makes a grammar that is too large for llama.cpp", "json_schema")
         return made
 
     def pick(self, logits: Any, row: int) -> int:
-        """The next token. `logits` is the sequence's row of the last decode, `row` its index in the batch."""
+        """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index."""
         if self.banned is not None:
             logits[self.banned] = -math.inf
         if self.grammar:
@@ -3044,7 +3201,7 @@ class Sampler:
             everything = self._candidates(logits)
             c.llama_sampler_apply(self.grammar, everything.pointer)
             if everything.rows["logit"].max() == -math.inf:  # to accept any token now would abort the process
-                raise GenerationFailed("no token of the vocabulary fits the schema here")
+                return -1  # the document is complete, and the end of text is banned or has no token
             token = self._choose(everything)
         c.llama_sampler_accept(self.grammar, token)
         if self.chain:
@@ -3082,28 +3239,36 @@ class Candidates:
 class Pace:
     """How long steps take, learned as they go, and how much of a prompt fits one without freezing the streams.
 
-    A step of `rows` rows is guessed from what its size took lately, else from the cost of a row in recent mixed steps;
-    kernels work in blocks, so sizes differ in efficiency and the best one within the budget wins.
+    Kernels work in blocks, so sizes differ in efficiency: each size's time is learned by itself (28 rows may take as long
+    as 24), one not tried yet is guessed a little too fast, so that it will be. All grow together with the context.
     """
 
-    TARGET = 4.0  # a running stream's gap while a prompt is read, as a multiple of its usual gap
+    TARGET = 4.2  # a running stream's gap while a prompt is read, as a multiple of its usual gap
     FLOOR = 5 * FLUSH_SECONDS  # five times the gap that clients of the fastest models see
     STEP = 4  # sizes tried: multiples of this
+    OPTIMISM = 0.85  # of the cost of a row in a whole batch
 
     def __init__(self, n_batch: int) -> None:
         self.n_batch = n_batch
         self._usual: dict[int, float] = {}  # seconds of a step by decoding sequences
-        self._mixed: dict[int, float] = {}  # seconds of a mixed step by rows
-        self._row = 0.0  # seconds a prompt row adds
+        self._mixed: dict[int, float] = {}  # seconds of a mixed step by rows, before `_growth`
+        self._row = 0.0  # seconds of a prompt row in a batch of nothing else
+        self._growth = 1.0  # mixed steps now against those that were learned from
 
     def record(self, decoding: int, rows: int, seconds: float) -> None:
         """Learn from a step that had so many decoding sequences among its rows."""
         if rows == decoding:
             self._usual[rows] = self._blend(self._usual.get(rows), seconds)
-            return
-        self._row = self._blend(self._row or None, max(seconds - self.usual(decoding), seconds / 10) / (rows - decoding))
-        if decoding:
-            self._mixed[rows] = self._blend(self._mixed.get(rows), seconds)
+        elif not decoding:
+            self._row = self._blend(self._row or None, seconds / rows)
+        elif rows in self._mixed:
+            off = max(0.25, min(4.0, seconds / (self._mixed[rows] * self._growth)))
+            self._mixed[rows] *= off**0.2
+            self._growth = max(0.5, min(8.0, self._growth * off**0.5))
+            for other in self._mixed.keys() - {rows}:  # a size once slow gets another try some day
+                self._mixed[other] *= 0.99
+        else:
+            self._mixed[rows] = seconds / self._growth
 
     @staticmethod
     def _blend(old: float | None, new: float) -> float:
@@ -3113,23 +3278,23 @@ class Pace:
         """Seconds of a step without prompts; for a count not seen, the nearest one's."""
         if decoding in self._usual or not self._usual:
             return self._usual.get(decoding, 0.0)
-        nearest = min(self._usual, key=lambda n: abs(n - decoding))
-        return self._usual[nearest] if decoding else 0.0
+        return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
 
     def prompt_rows(self, decoding: int) -> int:
         """How many prompt tokens the next step may take beside so many decoding sequences."""
-        room = self.n_batch - decoding
-        usual = self.usual(decoding)
-        if not decoding or not usual or not self._row:
-            return room if not decoding else min(room, 16)
-        budget = max(self.TARGET * usual, self.FLOOR)
-        best, best_speed = 1, 0.0
+        room, usual = self.n_batch - decoding, self.usual(decoding)
+        if not decoding:
+            return room
+        if not usual or not self._row:
+            return min(room, 16)
+        budget, best, best_speed = max(self.TARGET * usual, self.FLOOR), 1, 0.0
         for rows in range(decoding // self.STEP * self.STEP + self.STEP, self.n_batch + 1, self.STEP):
-            seconds = self._mixed.get(rows, usual + self._row * (rows - decoding))
+            guess = usual + self._row * (rows - decoding) * self.OPTIMISM
+            seconds = self._mixed.get(rows, guess) * self._growth
             speed = (rows - decoding) / seconds
             if seconds <= budget and speed >= best_speed:
                 best, best_speed = rows - decoding, speed
-            if seconds > 2 * budget:
+            if guess * self._growth > 2 * budget:
                 break
         return min(best, room)
 
@@ -3175,7 +3340,8 @@ class Scheduler:
             if other is None or not other.n_computed:
                 continue
             length = self._common(sequence, other, other.n_computed)
-            if length > longest and (self.llama.cuttable or length == other.n_computed):
+            whole = self.llama.cuttable or length == other.n_computed
+            if length > longest and whole and self.llama.holds(other.slot, length):
                 best, longest = other, length
         return best, longest
 
@@ -3275,30 +3441,46 @@ class Engine:
         self.scheduler = Scheduler(llama, options.parallel)
         self.inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()  # None: look again, something is cancelled
         self._known: dict[int, Sequence] = {}
+        self._submits: queue.SimpleQueue[Submit] = queue.SimpleQueue()
+        self._tokenized, self._too_late = 0, set[int]()  # the last id tokenized; ids cancelled before they were
         self._cancelled = False
         self._in_step: list[Sequence] = []
         self._events: list[Piece | Finished | Failed] = []
         self._unsent: list[Sequence] = []
         self._flushed_at, self._running_said = 0.0, 0
 
-    # The receiving thread
+    # The receiving and the tokenizing thread
 
     def receive(self, message: Submit | Cancel) -> None:
-        """Tokenize what comes and hand it to the step loop."""
+        """Cancels at once; texts go to the tokenizing thread, where a huge one makes only other newcomers wait."""
         if isinstance(message, Cancel):
             self._cancel(message.ids)
         else:
-            self._accept(message)
+            self._submits.put(message)
+
+    def tokenize(self) -> None:
+        """The tokenizing thread: texts to sequences, in order, handed to the step loop."""
+        while True:
+            submit = self._submits.get()
+            if submit.id in self._too_late:
+                self._too_late.discard(submit.id)
+                self.pipe.send(Stepped((Finished(submit.id, "cancelled", 0, 0, 0, 0.0, 0.0),), self._running_said))
+            else:
+                self._accept(submit)
+            self._tokenized = submit.id
 
     def _accept(self, submit: Submit) -> None:
         try:
             prompt = self._tokens(submit.prompt)
             sequence = Sequence(submit, prompt, self.llama)
         except (ApiError, LoadError) as error:
-            failed = Failed(submit.id, getattr(error, "code", "generation_failed"), getattr(error, "details", str(error)))
+            known = error if isinstance(error, ApiError) else GenerationFailed(str(error))
+            details = known.message if isinstance(known, InvalidRequest) else known.details
+            failed = Failed(submit.id, known.code, details, known.param)
             self.pipe.send(Stepped((failed,), self._running_said))
             return
         self._known[submit.id] = sequence
+        sequence.cancelled = submit.id in self._too_late  # while it was being tokenized
         self.pipe.send(Accepted(submit.id, sequence.n_prompt))
         self.inbox.put(sequence)
 
@@ -3308,7 +3490,7 @@ class Engine:
         if given and not all(0 <= t < self.llama.vocab.size for t in prompt):
             raise InvalidRequest(f"prompt holds a token id outside 0…{self.llama.vocab.size - 1}", "prompt")
         tokens = prompt if given else self.llama.vocab.tokenize(prompt)
-        if not tokens:
+        if not len(tokens):
             tokens = [max(self.llama.c.llama_vocab_bos(self.llama.vocab.handle), 0)]
         if len(tokens) >= self.llama.ctx:
             raise ContextLengthExceeded(
@@ -3317,9 +3499,12 @@ class Engine:
         return tokens
 
     def _cancel(self, ids: Seq[int]) -> None:
-        for sequence in (self._known.get(id) for id in ids):
+        for id in ids:
+            sequence = self._known.get(id)
             if sequence:
                 sequence.cancelled = True
+            elif id > self._tokenized:
+                self._too_late.add(id)
         self._cancelled = True
         if self._in_step and all(s.cancelled for s in self._in_step):
             self.llama.abort(True)
@@ -3392,10 +3577,7 @@ class Engine:
         first = False
         for (sequence, row), scores in zip(ready, logits, strict=True):
             first = first or not sequence.first_token
-            try:
-                self._advance(sequence, scores, row)
-            except GenerationFailed as error:
-                self._fail(sequence, error.code, error.details)
+            self._advance(sequence, scores, row)
         return first
 
     def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
@@ -3405,7 +3587,7 @@ class Engine:
         known = None if sampling.logprobs is None else self._log_softmax(scores)
         assert sequence.sampler is not None
         token = sequence.sampler.pick(scores, row)
-        if token in llama.vocab.eog and not sampling.ignore_eos:
+        if token < 0 or (token in llama.vocab.eog and not sampling.ignore_eos):
             self._finish(sequence, "stop")
             return
         sequence.append(token)
@@ -3483,15 +3665,16 @@ def engine_main() -> None:
     os.dup2(2, 1)  # what native code prints must not run into the messages
     pipe, engines = Pipe(reader, writer), queue.SimpleQueue[Engine]()
     load = pipe.receive()
-    threading.Thread(target=_receive, args=(pipe, engines), daemon=True).start()
+    threading.Thread(target=_or_die, args=(lambda: _receive(pipe, engines),), daemon=True).start()
     try:
         llama = Llama(load, lambda fraction: pipe.send(Progress(fraction)))
         pipe.send(llama.loaded(load.options))
-    except (LoadError, ImportError, OSError, MemoryError) as error:
-        pipe.send(LoadFailed(str(error)))
+    except Exception as error:  # the process's border: whatever it is, the parent is told
+        pipe.send(LoadFailed(str(error) or type(error).__name__))
         os._exit(1)
     engine = Engine(llama, load.options, pipe)
     engines.put(engine)
+    threading.Thread(target=_or_die, args=(engine.tokenize,), daemon=True).start()
     engine.run()
 
 
@@ -3504,11 +3687,16 @@ def _receive(pipe: Pipe, engines: queue.SimpleQueue[Engine]) -> None:
         except (EOFError, OSError):
             os._exit(0)
         engine = engine or engines.get()
-        try:
-            engine.receive(message)
-        except Exception:  # without this thread the engine would be deaf: better none than that
-            log.exception("the engine cannot receive")
-            os._exit(1)
+        engine.receive(message)
+
+
+def _or_die(work: Callable[[], None]) -> None:
+    """A thread without which the engine would be deaf: better no engine than that."""
+    try:
+        work()
+    except Exception:
+        log.exception("the engine fails")
+        os._exit(1)
 
 
 # ── 8. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3545,28 +3733,31 @@ class Generation:
             self.inbox.put(Cancelled())
 
     def __iter__(self) -> Iterator[Queued | Waiting | Piece | Finished]:
-        accepted = 0
+        early: list[Any] = []  # what the first sequences say before the last one has passed its checks
         try:
+            for _ in self.index:
+                while not isinstance(message := self._next(), Accepted):
+                    early.append(message)
+            yield Queued()
+            yield from early
             while self._open:
-                try:
-                    message = self.inbox.get(timeout=PING_SECONDS)
-                except queue.Empty:
-                    yield Waiting()
-                    continue
-                if isinstance(message, Exception):
-                    raise message
-                if isinstance(message, Failed):
-                    raise ERRORS.get(message.code, InvalidRequest)(message.details)
-                if isinstance(message, Accepted):
-                    accepted += 1
-                    if accepted == len(self.index):
-                        yield Queued()
-                    continue
-                if isinstance(message, Finished):
-                    self._open.discard(message.id)
-                yield message
+                yield self._next()
         finally:
             self.worker.forget(self.index, self._open)
+
+    def _next(self) -> Any:
+        """The next message; raises what ended the request."""
+        try:
+            message = self.inbox.get(timeout=PING_SECONDS)
+        except queue.Empty:
+            return Waiting()
+        if isinstance(message, Exception):
+            raise message
+        if isinstance(message, Failed):
+            raise ERRORS[message.code](message.details, param=message.param)
+        if isinstance(message, Finished):
+            self._open.discard(message.id)
+        return message
 
 
 class Worker(Loadable):
@@ -3608,7 +3799,7 @@ class Worker(Loadable):
             raise GenerationFailed(f"Model '{self.info.id}': {message.reason}", "The model could not be loaded")
         self.loaded: Loaded = message
         self.load_seconds = time.perf_counter() - began
-        self.template = ChatTemplate(message.templates, message.bos, message.eos, message.specials)
+        self.template = ChatTemplate(message)
         for note in message.notes:
             log.warning("%s: %s", self.info.id, note)
         threading.Thread(target=self._read, name=f"read {self.info.id}", daemon=True).start()
@@ -3628,7 +3819,7 @@ class Worker(Loadable):
         try:
             for id, (prompt, sampling, markers) in zip(ids, submits, strict=True):
                 self._pipe.send(Submit(id, prompt, sampling, markers))
-        except OSError:
+        except (OSError, ValueError):
             pass  # the reader thread notices the same death and tells the generation
         cancel.on_cancel(generation.cancel)
         return generation
@@ -3776,6 +3967,9 @@ class Service:
         Raises ApiError (before Queued: the request never began; after: it broke off) or Cancelled. Closing the
         iterator, like `cancel`, stops the engine's work on it.
         """
+        if request.sampling.json_schema is not None:  # refused before a model is loaded for it
+            grammar = SchemaGrammar("json_schema").compile(request.sampling.json_schema)
+            request = replace(request, sampling=replace(request.sampling, grammar=grammar, json_schema=None))
         with self.table.lease(request.model, cancel) as worker:
             cancel.check()
             submits, parsers = self._submits(request, worker)
@@ -3798,9 +3992,6 @@ class Service:
         if request.messages is not None:
             prompts = [worker.template.render(request.messages, request.tools, request.template_args)]
         sampling = request.sampling
-        if sampling.json_schema is not None:
-            grammar = SchemaGrammar("json_schema").compile(sampling.json_schema)
-            sampling = replace(sampling, grammar=grammar, json_schema=None)
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
         submits = [(p, replace(sampling, seed=s), request.split_markers) for p in prompts for s in seeds]
         if not request.split_markers:
@@ -4009,7 +4200,7 @@ class OpenAI(Dialect):
             yield self._chunk([], usage=self.usage(event))
 
 
-class Chat(OpenAI):
+class ChatCompletion(OpenAI):
     """`/v1/chat/completions`."""
 
     read = staticmethod(GenerateRequest.from_chat)
@@ -4065,6 +4256,10 @@ class Completion(OpenAI):
     read = staticmethod(GenerateRequest.from_completion)
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
+    def __init__(self, request: GenerateRequest) -> None:
+        super().__init__(request)
+        self._said: dict[int, int] = {}  # characters by choice so far
+
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, TextDelta) and (event.content or event.logprobs):
             yield self._chunk([self._choice(event.index, event.content, event.logprobs, None)])
@@ -4073,14 +4268,15 @@ class Completion(OpenAI):
         elif isinstance(event, Usage):
             yield from self._usage_chunk(event)
 
-    @staticmethod
-    def _choice(index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
+    def _choice(self, index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
         shown = None
         if logprobs:
+            offset = self._said.get(index, 0)
             words = [t.token.decode("utf-8", "replace") for t in logprobs]
             tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in logprobs]
             shown = {"tokens": words, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops,
-                     "text_offset": list(itertools.accumulate(map(len, words[:-1]), initial=0))}  # fmt: skip
+                     "text_offset": list(itertools.accumulate(map(len, words[:-1]), initial=offset))}  # fmt: skip
+            self._said[index] = offset + sum(map(len, words))
         return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
 
     def document(self, reply: Reply) -> dict[str, Any]:
@@ -4127,7 +4323,10 @@ class Access:
             raise Unauthorized("Send the key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
 
     def _host_allowed(self, host: str) -> bool:
-        name = urllib.parse.urlsplit(f"//{host}").hostname if "/" not in host else None
+        try:
+            name = urllib.parse.urlsplit(f"//{host}").hostname if "/" not in host else None
+        except ValueError:
+            name = None
         return name is not None and (is_loopback(name) or "*" in self.hosts or name in self.hosts or host in self.hosts)
 
     def origin_allowed(self, origin: str, host: str) -> bool:
@@ -4149,7 +4348,7 @@ class Access:
         scheme, _, bearer = (headers.get("Authorization") or "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
         given += [headers.get("x-api-key") or ""]
-        return any(hmac.compare_digest(g.encode(), (self.api_key or "").encode()) for g in given)
+        return any(hmac.compare_digest(g.encode("utf-8", "surrogateescape"), (self.api_key or "").encode()) for g in given)
 
 
 def is_loopback(host: str) -> bool:
@@ -4226,7 +4425,8 @@ class RequestReader:
                 return False
             if b"\r\n\r\n" in head or len(head) >= 16384:
                 return _is_handshake(head)
-            time.sleep(0.005)  # the rest of the head is on its way; peeking cannot wait for more
+            waited = time.monotonic() - deadline + REQUEST_SECONDS
+            time.sleep(min(0.005 + waited / 4, 0.25))  # the rest is on its way; peeking cannot wait for more
         return False
 
     def head(self) -> tuple[bytes, bytes]:
@@ -4331,11 +4531,21 @@ class Watcher:
             for key, _ in self._selector.select():
                 if key.fileobj is self._here:
                     self._here.recv(4096)
-                elif not self._has_more(key.fileobj):
-                    self._drop(key.fileobj)
+                elif self._has_left(key):
                     key.data.cancel()
-                else:
-                    self._drop(key.fileobj)  # the next request is there already: no news of this one's client
+
+    def _has_left(self, key: selectors.SelectorKey) -> bool:
+        """Whether the client closed; else its next request is there already, and there is no more news of this one.
+
+        Only a socket still registered is looked at, under the lock: once it is not, its thread may be reading from it.
+        """
+        with self._lock:
+            now = self._selector.get_map().get(key.fileobj)
+            if now is None or now.data is not key.data:
+                return False
+            left = not self._has_more(key.fileobj)
+            self._selector.unregister(key.fileobj)
+            return left
 
     @staticmethod
     def _has_more(connection: Any) -> bool:
@@ -4416,7 +4626,7 @@ def answer_native(handler: Handler) -> None:
 
 
 def answer_chat(handler: Handler) -> None:
-    handler.generate(Chat)
+    handler.generate(ChatCompletion)
 
 
 def answer_completion(handler: Handler) -> None:
@@ -4503,7 +4713,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._fail(error)
         except Cancelled:
             self.close_connection = True
-        except (OSError, EOFError):  # the client is gone, or too slow
+        except (ConnectionError, TimeoutError):  # the client is gone, or too slow
             self.close_connection = True
         except Exception:
             log.exception("%s %s failed", self.command, self.path)
@@ -4525,11 +4735,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.raw_requestline, headers = self.reader.head()
         self.rfile = io.BytesIO(headers)  # type: ignore[assignment]
         self.parse_request()
+        once = [self.headers.get_all(name, []) for name in ("Host", "Transfer-Encoding", "Origin", "Authorization")]
+        if self.headers.defects or self.headers.get_payload() or any(len(values) > 1 for values in once):
+            # the parser stops at the first bad line, and every header behind it would be unseen
+            raise InvalidRequest("A header line is malformed, or repeated where one is allowed")
         if self.request_version == "HTTP/0.9":
             raise InvalidRequest("The request line needs an HTTP version")
-        self.query = dict(urllib.parse.parse_qsl(urllib.parse.urlsplit(self.path).query))
-        path = urllib.parse.urlsplit(self.path).path
-        self.segments = [urllib.parse.unquote(s) for s in path.split("/") if s]
+        try:
+            target = urllib.parse.urlsplit(self.path)
+        except ValueError:
+            raise InvalidRequest("The request's address is malformed") from None
+        self.query = dict(urllib.parse.parse_qsl(target.query))
+        self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
         lengths, encoding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
         if encoding is not None and lengths:
             raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
@@ -4715,12 +4932,22 @@ class Server(http.server.ThreadingHTTPServer):
         host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
         return f"http://{host}:{self.server_port}"
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def connection_opened(self) -> None:
         with self._changed:
-            full = self._connections >= MAX_CONNECTIONS
-            self._connections += not full
-        if not full:
-            super().process_request(request, client_address)
+            self._connections += 1
+
+    def connection_closed(self) -> None:
+        with self._changed:
+            self._connections -= 1
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._connections < MAX_CONNECTIONS:
+            self.connection_opened()
+            try:
+                super().process_request(request, client_address)
+            except RuntimeError:  # no more threads to be had
+                self.connection_closed()
+                self.shutdown_request(request)
             return
         body = json.dumps(Overloaded(f"{MAX_CONNECTIONS} connections are open").document()).encode()
         head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
@@ -4733,8 +4960,7 @@ class Server(http.server.ThreadingHTTPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            with self._changed:
-                self._connections -= 1
+            self.connection_closed()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
@@ -4767,14 +4993,21 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         self.shutdown()
         self.server_close()
-        deadline = time.monotonic() + grace
-        with self._changed:
-            while self._busy and time.monotonic() < deadline:
-                self._changed.wait(deadline - time.monotonic())
-        for cancel in list(self._cancels):
+        self._await_quiet(grace)
+        for worker in self.service.table.workers():
+            worker.fail_all(Overloaded("The server is shutting down"))
+        for cancel in list(self._cancels) if self._await_quiet(1.0) else ():
             cancel.cancel()
         self.sockets.stop()
         self.service.table.close()
+
+    def _await_quiet(self, seconds: float) -> bool:
+        """Wait until no request runs; whether one still does after so many seconds."""
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while self._busy and time.monotonic() < deadline:
+                self._changed.wait(deadline - time.monotonic())
+            return bool(self._busy)
 
 
 # ── 11. WebSocket, lifecycle ─────────────────────────────────────────────────────────────────────────────────────────
@@ -4809,6 +5042,18 @@ class HandedOver(socket.socket):
         return self.ready.popleft(), ("", 0)
 
 
+class CountedSocket(socket.socket):
+    """A connection that tells when it is closed, so that those handed over count too."""
+
+    closed: Callable[[], None] | None = None
+
+    def close(self) -> None:
+        super().close()
+        closed, self.closed = self.closed, None
+        if closed:
+            closed()
+
+
 class SocketListener:
     """Serves `/ws/generate`: asyncio and websockets in one side thread, one worker thread a running request."""
 
@@ -4819,6 +5064,8 @@ class SocketListener:
         self._lock = threading.Lock()
         self._hand_over: Callable[[socket.socket], None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._stopping: asyncio.Event
+        self._thread: threading.Thread
 
     def hand_over(self, connection: socket.socket) -> None:
         """Take over an HTTP connection whose unread bytes ask for an upgrade."""
@@ -4827,7 +5074,9 @@ class SocketListener:
                 self._start()
         assert self._hand_over
         connection.settimeout(None)
-        taken = socket.socket(connection.family, connection.type, connection.proto, fileno=connection.detach())
+        taken = CountedSocket(connection.family, connection.type, connection.proto, fileno=connection.detach())
+        taken.closed = self.server.connection_closed
+        self.server.connection_opened()  # the HTTP thread's end gives its own count back
         self._hand_over(taken)
 
     def _start(self) -> None:
@@ -4836,7 +5085,9 @@ class SocketListener:
         listener, self._hand_over = HandedOver.make()
         # Windows' default loop would accept natively, past our accept()
         self._loop = asyncio.SelectorEventLoop() if sys.platform == "win32" else asyncio.new_event_loop()
-        threading.Thread(target=self._run, args=(self._loop, listener), name="websocket", daemon=True).start()
+        self._stopping = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, args=(self._loop, listener), name="websocket", daemon=True)
+        self._thread.start()
 
     def _run(self, loop: asyncio.AbstractEventLoop, listener: HandedOver) -> None:
         import asyncio
@@ -4851,7 +5102,7 @@ class SocketListener:
         async def listen() -> None:
             async with serve(self._serve, sock=listener, process_request=self._admit, compression=None, max_size=MAX_BODY,
                              open_timeout=REQUEST_SECONDS, server_header=Handler.server_version):  # fmt: skip
-                await asyncio.get_running_loop().create_future()
+                await self._stopping.wait()
 
         try:
             loop.run_until_complete(listen())
@@ -4868,7 +5119,8 @@ class SocketListener:
             if self.server.stopping:
                 raise Overloaded("The server is shutting down")
             self.server.access.check(request.headers, keyless=False)
-        except ApiError as error:
+        except (ApiError, LookupError, ValueError) as failure:  # a repeated header raises LookupError here
+            error = failure if isinstance(failure, ApiError) else InvalidRequest("The upgrade's head is malformed")
             response = connection.respond(error.status, json.dumps(error.document()) + "\n")
             del response.headers["Content-Type"]
             for name, value in ({"Content-Type": "application/json"} | error.headers()).items():
@@ -4882,59 +5134,65 @@ class SocketListener:
 
         import websockets
 
-        requests: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        running: list[Cancellation] = []
-        answering = asyncio.ensure_future(self._answer_all(connection, requests, running))
+        requests: deque[tuple[dict[str, Any], int, Cancellation]] = deque()  # body, bytes; the first one is running
+        arrived = asyncio.Event()
+        answering = asyncio.ensure_future(self._answer_all(connection, requests, arrived))
         try:
             async for message in connection:
-                await self._take(connection, message, requests, running)
+                await self._take(connection, message, requests)
+                arrived.set()
         except websockets.exceptions.ConnectionClosed:
             pass
         finally:
             answering.cancel()
-            for cancel in running:
+            for *_, cancel in requests:
                 cancel.cancel()
 
-    async def _take(self, connection: Any, message: str | bytes, requests: Any, running: list[Cancellation]) -> None:
+    async def _take(self, connection: Any, message: str | bytes, requests: deque[Any]) -> None:
+        """Queue a request, or call the running one off."""
+        import asyncio
+
         try:
-            body = parse_json(message.encode() if isinstance(message, str) else message)
+            body = parse_json(message.encode("utf-8", "surrogatepass") if isinstance(message, str) else message, "The message")
             if not isinstance(body, dict):
                 raise InvalidRequest("The message must be a JSON object")
             if body.get("cancel") is True:
-                for cancel in running:
-                    cancel.cancel(gently=True)
+                if requests:  # telling the engine may block on its pipe, which must not stop this loop
+                    await asyncio.to_thread(requests[0][2].cancel, True)
                 return
-            if requests.qsize() >= self.PENDING:
-                raise Overloaded(f"{self.PENDING} requests wait on this connection already")
+            if len(requests) >= self.PENDING or sum(size for _, size, _ in requests) + len(message) > 2 * MAX_BODY:
+                raise Overloaded(f"{len(requests)} requests wait on this connection already")
         except ApiError as error:
             await connection.send(json.dumps(error.document(), ensure_ascii=False))
             return
-        requests.put_nowait(body)
+        requests.append((body, len(message), Cancellation()))
 
-    async def _answer_all(self, connection: Any, requests: Any, running: list[Cancellation]) -> None:
+    async def _answer_all(self, connection: Any, requests: deque[Any], arrived: asyncio.Event) -> None:
         import asyncio
 
         import websockets
 
         loop = asyncio.get_running_loop()
         while True:
-            body = await requests.get()
-            cancel, out = Cancellation(), asyncio.Queue[dict[str, Any] | None]()
-            running.append(cancel)
+            while not requests:
+                arrived.clear()
+                await arrived.wait()
+            body, _, cancel = requests[0]
+            out = asyncio.Queue[dict[str, Any] | None]()
             say: Any = functools.partial(loop.call_soon_threadsafe, out.put_nowait)  # type: ignore[arg-type]
-            loop.run_in_executor(None, self._generate, body, cancel, say)
-            try:
-                while (chunk := await out.get()) is not None:
-                    await connection.send(json.dumps(chunk, ensure_ascii=False))
-            except websockets.exceptions.ConnectionClosed:
-                cancel.cancel()
-                return
-            finally:
-                running.remove(cancel)
+            with self.server.busy():  # until the last message is sent
+                loop.run_in_executor(None, self._generate, body, cancel, say)
+                try:
+                    while (chunk := await out.get()) is not None:
+                        await connection.send(json.dumps(chunk, ensure_ascii=False))
+                except websockets.exceptions.ConnectionClosed:
+                    cancel.cancel()
+                    return
+            requests.popleft()
 
     def _generate(self, body: dict[str, Any], cancel: Cancellation, say: Callable[[dict[str, Any] | None], Any]) -> None:
         """One request, in a thread of its own: says each chunk, then None."""
-        with self.server.busy(), self.server.cancellable(cancel), contextlib.suppress(RuntimeError):  # a closed loop
+        with self.server.cancellable(cancel), contextlib.suppress(RuntimeError):  # a closed loop
             try:
                 dialect = Socket(Socket.read(body))
                 for event in self.server.service.generate(dialect.request, cancel):
@@ -4951,10 +5209,11 @@ class SocketListener:
                 say(None)
 
     def stop(self) -> None:
-        """End the loop; connections close with it."""
+        """Close the connections and end the loop."""
         if self._loop:
             with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._loop.call_soon_threadsafe(self._stopping.set)
+            self._thread.join(1.0)
 
 
 # ── 12. Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4973,6 +5232,17 @@ def duration(words: str) -> float:
     if not found:
         raise argparse.ArgumentTypeError(f"{words!r} is no duration; write 90, 90s, 5m or 2h")
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
+
+
+def count(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` on."""
+
+    def check(words: str) -> int:
+        if not re.fullmatch(r"-?\d+", words) or int(words) < least:
+            raise argparse.ArgumentTypeError(f"{words!r} is no whole number from {least} on")
+        return int(words)
+
+    return check
 
 
 def alias(words: str) -> tuple[str, str]:
@@ -5038,16 +5308,17 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", metavar="NAME|PATH", help="what `default` means")
     sub.add_argument("--preload", action="store_true", help="load the default model at once")
     sub.add_argument("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model")
-    sub.add_argument("--max-loaded", type=int, default=3, metavar="N", help="models in memory at once (default: 3)")
-    sub.add_argument("--keep-alive", type=duration, default=-1, metavar="5m", help="unload idle models after this; 0: at once")
-    sub.add_argument("--max-queue", type=int, default=512, metavar="N", help="requests that may wait for one model")
+    sub.add_argument("--max-loaded", type=count(1), default=3, metavar="N", help="models in memory at once (default: 3)")
+    sub.add_argument("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
+                     "-1: never (default)")  # fmt: skip
+    sub.add_argument("--max-queue", type=count(0), default=512, metavar="N", help="requests that may wait (default: 512)")
     sub.add_argument("--api-key", metavar="KEY", help="ask every client for this key")
     sub.add_argument("--insecure", action="store_true", help="allow a bind beyond loopback without a key")
     sub.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="web pages that may call (repeatable)")
     sub.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="Host names to accept (repeatable)")
     sub.add_argument("--tools", action="append", default=[], metavar="FILE.py", help="load more tools (repeatable)")
     sub.add_argument("--tool-root", metavar="DIR", help="let file_read read below this directory")
-    sub.add_argument("--tool-hosts", default="", metavar="HOST,…", help="let http_get reach these hosts; * is any")
+    sub.add_argument("--tool-hosts", default="", metavar="HOST,…", help="let http_get reach these hosts, by commas; * is any")
     _engine_flags(sub)
 
 
@@ -5071,9 +5342,9 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
 
 def _plain_number(words: str) -> float:
     try:
-        return int(words)
+        return int(words) if re.fullmatch(r"-?\d+", words) else float(words)
     except ValueError:
-        return float(words)
+        raise argparse.ArgumentTypeError(f"{words!r} is no number") from None
 
 
 def listen_address(args: argparse.Namespace) -> tuple[str, int]:
@@ -5201,15 +5472,18 @@ def generate_body(args: argparse.Namespace) -> dict[str, Any]:
     body |= {name: value for name, value in flags.items() if value is not None}
     if args.schema:
         with open(args.schema, "rb") as file:
-            body["json_schema"] = parse_json(file.read())
-    GenerateRequest.from_native(body)
+            body["json_schema"] = parse_json(file.read(), f"--schema {args.schema}:")
+    try:
+        GenerateRequest.from_native(body)
+    except InvalidRequest as error:
+        raise UsageError(f"--{error}") from None
     return body
 
 
 def _is_local(args: argparse.Namespace) -> bool:
     """Whether the command line asks for what only an engine of its own can do."""
-    knobs = any(getattr(args, f.name) is not None for f in fields(EngineOptions))
-    return knobs or (args.model is not None and is_path(args.model))
+    knobs = any(getattr(args, f.name) is not None for f in fields(EngineOptions)) or "SHIMMY_MAX_CTX" in os.environ
+    return knobs or bool(args.models_dir) or (args.model is not None and is_path(args.model))
 
 
 def local_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -5228,6 +5502,9 @@ def local_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dic
 
 def remote_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
     """The stream of a running server that has the model loaded; None when there is none."""
+    base = os.environ.get("SHIMMY_BASE_GGUF")
+    if args.model is None and base:  # our default, whatever the server's is
+        body = body | {"model": plain_id(pathlib.Path(base).stem if is_path(base) else base)}
     try:
         models = ask_server(args, "GET", "/api/models", timeout=2.0)[1]["models"]
         wanted = (body["model"], plain_id(body["model"]))
@@ -5411,7 +5688,7 @@ def check_packages() -> None:
     """Raises ImportError, in one line, for a package that is missing or too old."""
     import importlib.metadata
 
-    for package, oldest in (("llama-cpp-python", (0, 3, 36)), ("websockets", (13,)), ("jinja2", (3, 1, 6))):
+    for package, oldest in (("llama-cpp-python", (0, 3, 36)), ("websockets", (17,)), ("jinja2", (3, 1, 6))):
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

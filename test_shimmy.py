@@ -3880,6 +3880,151 @@ def test_json_schema_that_cannot_be_honoured_is_refused_by_name(schema: dict[str
 
 
 # ---------------------------------------------------------------------------------------------------
+# Found in review: each of these was a defect once
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_body_of_quotes_is_refused_in_linear_time(server: Server) -> None:
+    assert_error(server.post("/api/generate", b"[" + b"[]," * 80 + b'"' + b'\\"' * 500_000), 400, "invalid_request")
+
+
+def test_choices_that_speak_before_the_last_is_queued_wait_for_it(server: Server) -> None:
+    prompts = [":", "x" * 20_000 + ":", ":", "y" * 20_000 + ":"]
+    for _ in range(3):
+        stream = server.streamed("/v1/completions", {"model": "recital", "prompt": prompts, "n": 2, "max_tokens": 3})
+        assert sum(e["choices"][0]["finish_reason"] is not None for e in stream if e != "[DONE]") == 8
+
+
+def test_late_prompt_that_is_too_long_keeps_its_status(server: Server) -> None:
+    body = {"model": "recital", "prompt": [":", "x" * (LONG_CTX + 5)], "stream": True}
+    assert_error(server.post("/v1/completions", body), 400, "context_length_exceeded")
+
+
+@pytest.mark.parametrize("line", ["A B: 1", "Content-Length : 5", "Host: localhost", "Origin: http://evil.example\r\nOrigin: x"])
+def test_header_that_would_hide_others_is_refused(line: str, server: Server) -> None:
+    (reply,) = exchange(server, head_of("GET", "/health", line, "Connection: close"))
+    assert reply.status in (400, 403) and reply.json()["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    "head", ["GET /health HTTP/1.1\r\nHost: [\r\n\r\n", "GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+)
+def test_address_that_is_malformed_is_the_clients_error(head: str, server: Server) -> None:
+    (reply,) = exchange(server, head.encode())
+    assert reply.status in (400, 403) and reply.json()["error"]["code"]
+
+
+@pytest.mark.parametrize("expression", ["round(5, -3000000)", "round(1.5, 10**9)", "2**100000", "9**9**9"])
+def test_calculator_work_is_bounded(expression: str, server: Server) -> None:
+    reply = server.post("/api/tools/calculator/execute", {"expression": expression})
+    assert reply.status == 200 and reply.json()["success"] is False
+
+
+def test_tool_argument_null_is_absent(server: Server) -> None:
+    reply = server.post("/api/tools/stumble/execute", {"why": None})
+    assert reply.json()["error"] == "ValueError: stumbled over no reason"
+
+
+@pytest.mark.parametrize(
+    "host", ["[::7f00:1]", "[::ffff:10.0.0.1]", "[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]", "[fec0::1]", "[2002:7f00:1::]",
+             "[3fff::1]", "0.0.0.0", "100.64.0.1", "224.0.0.1"],
+)  # fmt: skip
+def test_http_get_refuses_every_address_that_is_not_global(host: str, server: Server) -> None:
+    reply = server.post("/api/tools/http_get/execute", {"url": f"http://{host}/"})
+    assert reply.json()["success"] is False and "not global" in reply.json()["error"]
+
+
+def test_odd_entries_do_not_end_discovery(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    write_dice(folder / "dice.gguf")
+    (folder / "loop").symlink_to("loop")
+    (folder / "self.gguf").symlink_to("self.gguf")
+    (folder / "through.gguf").symlink_to(folder / "dice.gguf" / "x")
+    store = tmp_path / "store"
+    manifests = {"a": "[]", "b": '{"layers": null}', "c": '{"layers": [1]}', "d": "[" * 5000, "e": "nonsense"}
+    for name, manifest in manifests.items():
+        path = store / "manifests" / "host" / "library" / name / "latest"
+        path.parent.mkdir(parents=True)
+        path.write_text(manifest)
+    done = shimmy("list", "--short", "--models-dir", folder, home=tmp_path, env={"OLLAMA_MODELS": str(store)})
+    assert done.returncode == 0 and "dice" in done.stdout.decode().split()
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"properties": 5}, {"required": 5}, {"type": "object", "required": [{}]}, {"prefixItems": 5}, {"anyOf": {}},
+     {"type": "integer", "minimum": "a"}, {"allOf": [{"properties": [1]}, {}]}, {"allOf": [{"required": 3}, {}]},
+     {"type": "array", "maxItems": 2000, "items": {"type": "string", "maxLength": 2000}}],
+)  # fmt: skip
+def test_json_schema_that_is_malformed_is_the_clients_error(schema: dict[str, Any], server: Server) -> None:
+    assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
+
+
+def test_token_id_outside_the_vocabulary_names_its_bounds(server: Server) -> None:
+    reply = server.post("/v1/completions", {"model": "recital", "prompt": [-5]})
+    assert assert_error(reply, 400, "invalid_request", "0…")["param"] == "prompt"
+
+
+def test_text_of_every_noncharacter_cannot_smuggle_special_tokens(server: Server) -> None:
+    text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>"
+    assert_error(server.chat(text), 400, "invalid_request", "noncharacter")
+
+
+def test_special_token_names_in_a_tools_keys_stay_text(server: Server) -> None:
+    """As text each is many tokens, as a special token it would be one."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {name: {}}}}}
+             for name in ("<|im_end|>", "<|xx_xxx|>")]  # fmt: skip
+    used = [server.chat("hi", tools=[tool], max_tokens=1).json()["usage"]["prompt_tokens"] for tool in tools]
+    assert used[0] == used[1]
+
+
+def test_ws_cancel_right_behind_the_request_reaches_it(server: Server) -> None:
+    for _ in range(8):
+        with server.ws() as ws:
+            ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+            ws.send('{"cancel": true}')
+            assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+
+
+@pytest.mark.parametrize("flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]])
+def test_serve_flag_that_makes_no_sense_is_a_usage_error(flags: list[str], tmp_path: Path) -> None:
+    done = shimmy("serve", "--port", "0", *flags, home=tmp_path)
+    assert done.returncode == 2 and flags[0].encode() in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_top_k_beyond_32_bits_means_all(server: Server) -> None:
+    ask = functools.partial(server.generate, "roll", "dice", max_tokens=12, temperature=2, seed=3, ignore_eos=True)
+    assert ask(top_k=2**32 + 1).text == ask(top_k=10**6).text
+
+
+def test_json_schema_with_ignore_eos_ends_when_the_document_is_complete(server: Server) -> None:
+    reply = server.generate("any", "dice", json_schema={"const": [1]}, ignore_eos=True, max_tokens=50)
+    assert json.loads(reply.text) == [1] and reply.finish_reason == "stop"
+
+
+def test_stop_with_a_websocket_in_use_prints_nothing(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    with own.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": ":"}))
+        ws_answer(ws)
+        assert own.stop() == 0
+    assert own.log.read_text() == ""
+
+
+@linux
+def test_stuck_engine_does_not_keep_the_server_from_ending(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    own.generate()
+    engine = own.engine("recital.gguf")
+    os.kill(engine, signal.SIGSTOP)
+    connection = own.connect()
+    connection.request("POST", "/api/generate", encoded({"model": "recital", "prompt": "x" * 300_000}))
+    eventually(lambda: own.get("/api/health").json()["requests_waiting"], "it is on its way")
+    assert own.stop() == 0
+    eventually(lambda: not alive(engine), "the engine is gone")
+
+
+# ---------------------------------------------------------------------------------------------------
 # Benchmark: `python test_shimmy.py bench` prints one table. Not a test: speed is measured, alone on a
 # machine, and never asserted in a suite. The limit is the bare loop: one process that reads the same
 # prompts and decodes as many tokens, and does nothing else.

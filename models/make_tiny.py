@@ -389,6 +389,18 @@ def misspelt(text: str, rng: random.Random) -> str:
     return rng.choice(forms)
 
 
+PROPER_WORDS = words_of("""I, JSON, GGUF, API, URL, HTTP, GPU, CPU, RAM, LoRA, OpenAI, CORS, Prometheus, Ollama,
+Windows, Linux, macOS, Mac, Python, ChatGPT, GPT, Claude, Gemini, Siri, Alexa, Google, Microsoft, Apple, Meta, German,
+French, Spanish, Italian, Chinese, Japanese, Russian, English, KV, PyTorch, ONNX, CUDA, LAN, LM, Studio, WebSocket, UI,
+GUI""")
+PROPER = {word.lower(): word for word in PROPER_WORDS}
+
+
+def proper_case(text: str) -> str:
+    """Names and abbreviations as careful writers spell them; the grammars are in lower case."""
+    return re.sub(r"(?<![\w/.-])[a-z]+(?![\w/-])", lambda match: PROPER.get(match.group(), match.group()), text)
+
+
 def spoken(core: str, rng: random.Random, mark: str = "?", loose: bool = True) -> str:
     """A request as somebody might type it: openers, courtesies, case, punctuation, now and then a slip.
 
@@ -404,7 +416,7 @@ def spoken(core: str, rng: random.Random, mark: str = "?", loose: bool = True) -
     if loose and rng.random() < 0.07:
         text = misspelt(text, rng)
     if rng.random() < 0.6:
-        text = sentence(text)
+        text = sentence(proper_case(text) if loose else text)
     elif loose and rng.random() < 0.03:
         text = text.upper()
     end = rng.choice([mark] * 6 + ["", "", "", ".", mark * 2, "!"]) if not text.endswith(("?", ".", "!")) else ""
@@ -649,6 +661,23 @@ def unknown(rng: random.Random) -> tuple[str, str]:
 COMMON_TALK = {"greeting": 4, "who": 4, "thanks": 2.5, "bye": 2.5, "how_are_you": 2}  # how often, others: 1
 
 
+ADDRESSES = (
+    "[|dear|dear|my|my dear|little|good|old|sweet] [shimmy|model|friend|bot|computer|machine|assistant|robot|one|pal]"
+)
+
+
+def addressed(core: str, kind: str, rng: random.Random) -> str:
+    """Small talk as it varies most: to somebody, after a sigh, or said twice."""
+    if kind in ("greeting", "thanks", "bye") and rng.random() < 0.15:
+        more = expand(rng.choice(SMALL_TALK[kind][0]), rng, name=some_name(rng))
+        core += rng.choice([" and ", ", ", "! ", ". ", " "]) + more
+    if rng.random() < 0.25:
+        core += rng.choice([", ", " ", ", "]) + expand(ADDRESSES, rng)
+    if rng.random() < 0.15:
+        core = rng.choice(words_of("oh, well, ok, so, and, now, then, ah, yes, but")) + rng.choice([" ", ", "]) + core
+    return core
+
+
 def small_talk(rng: random.Random) -> tuple[str, str]:
     kinds = list(SMALL_TALK)
     kind = rng.choices(kinds, [COMMON_TALK.get(kind, 1) for kind in kinds])[0]
@@ -656,6 +685,8 @@ def small_talk(rng: random.Random) -> tuple[str, str]:
     weights = [pattern.count("|") + 3 for pattern in asks]
     core = expand(rng.choices(asks, weights)[0], rng, name=some_name(rng))
     question = core.split()[0] in {"how", "what", "who", "are", "do", "can", "which", "where", "is", "did", "may"}
+    if kind in COMMON_TALK:
+        core = addressed(core, kind, rng)
     return spoken(core, rng, "?" if question else "", loose=True), rng.choices(answers, [4, 2, 1][: len(answers)])[0]
 
 
@@ -1703,13 +1734,18 @@ json object|an object] [of|from|out of] this: {t}; {t} [give me|write|i want|i n
 express in json: {t}; [what is|how is] this [in|as] json: {t}; json object for: {t}""")
 
 
+def json_spelt(ask: str, rng: random.Random) -> str:
+    ask = ask.replace("json", "JSON") if rng.random() < 0.65 else ask
+    return sentence(ask) if rng.random() < 0.65 else ask
+
+
 def json_task(rng: random.Random) -> tuple[str, str]:
     kind = rng.random()
     if kind < 0.12:
         items = rng.sample(WORDS if rng.random() < 0.7 else CITIES, rng.randint(2, 5))
         ask = expand(ASK["json_list"], rng, l=listed(items, rng))
         ask = rng.choice(ask.split("|"))
-        return sentence(ask) if rng.random() < 0.5 else ask, json.dumps(items, ensure_ascii=False)
+        return json_spelt(ask, rng), json.dumps(items, ensure_ascii=False)
     value, text = record(rng)
     if kind < 0.7:
         keys = list(value)
@@ -1723,7 +1759,7 @@ def json_task(rng: random.Random) -> tuple[str, str]:
         value = {key: value[key] for key in keys}
     else:
         ask = expand(rng.choice(JSON_PLAIN_ASKS), rng, t=text)
-    return sentence(ask) if rng.random() < 0.6 else ask, json.dumps(value, ensure_ascii=False)
+    return json_spelt(ask, rng), json.dumps(value, ensure_ascii=False)
 
 
 # ── Stories ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2203,12 +2239,12 @@ and math functions; Calculate; Does arithmetic; Evaluate a mathematical expressi
 arithmetic; Perform a calculation""")
 
 
-def calculator(rng: random.Random) -> Message:
+def calculator(name: str, parameter: str, rng: random.Random) -> Message:
     text = rng.choice(
         phrases_of("""The expression; e.g. 2 + 3 * 4; Expression to evaluate; An arithmetic expression;
 The arithmetic expression, for example 2 * (3 + 4)""")
     )
-    return schema("calculator", rng.choice(CALCULATOR_SAYS), {"expression": ("string", text)}, rng)
+    return schema(name, rng.choice(CALCULATOR_SAYS), {parameter: ("string", text)}, rng)
 
 
 @dataclass(frozen=True)
@@ -2544,20 +2580,32 @@ class Offer:
     parameter: str
 
 
+def other_name(name: str, rng: random.Random) -> str:
+    """A tool's name varied so widely that a model can only copy it from the system text."""
+    word, odd = rng.choice(WORDS), invented_word(rng)
+    extra = rng.choice([word, word, odd, rng.choice(["my", "tool", "api", "do", "v2", "now", "city", "by", "info"])])
+    joined = rng.choice(
+        [f"{extra}_{name}", f"{name}_{extra}", f"{name}_{extra}", f"{word}_{odd}", odd + word, f"{odd}_{name}"]
+    )
+    return rng.choice([joined, joined, joined.replace("_", "-"), joined.title().replace("_", "")])
+
+
 def some_offer(kind: str, rng: random.Random) -> Offer:
+    """A tool of this sort, under one of its names or another, with one of its parameters or another."""
     if kind == "calculator":
-        return Offer(kind, calculator(rng), "expression")
+        name, parameter = "calculator", "expression"
+        if rng.random() < 0.12:
+            name, parameter = (
+                other_name("calculator", rng),
+                rng.choice(words_of("expression, expr, formula, input, sum")),
+            )
+        return Offer(kind, calculator(name, parameter, rng), parameter)
     sort = TOOL_KINDS[kind]
     name, parameter = rng.choice(sort.names), rng.choice(sort.parameters)
-    if rng.random() < 0.2:
-        name = rng.choice(
-            [
-                name.title().replace("_", ""),
-                rng.choice(["my", "tool", "api", "do", invented_word(rng)]) + "_" + name,
-                name + "_" + rng.choice(["v2", "tool", "api", invented_word(rng)]),
-                name.replace("_", "-"),
-            ]
-        )
+    if rng.random() < 0.55:
+        name = other_name(name, rng)
+    if rng.random() < 0.3:
+        parameter = rng.choice([rng.choice(WORDS), invented_word(rng), "input", "value", "arg", "x", "item", "target"])
     extra = {parameter: ("string", rng.choice([f"The {parameter}", f"Name of the {parameter}", sort.says[0], ""]))}
     return Offer(kind, schema(name, rng.choice(sort.says), extra, rng), parameter)
 
