@@ -127,11 +127,15 @@ class InvalidRequest(ApiError):
 
 
 class ContextLengthExceeded(ApiError):
+    """The prompt leaves no room for a token; details give both numbers."""
+
     status, code, kind = 400, "context_length_exceeded", "invalid_request_error"
     message = "The prompt does not fit the model's context"
 
 
 class Unauthorized(ApiError):
+    """The key is missing or wrong."""
+
     status, code, kind, message = 401, "unauthorized", "authentication_error", "A valid API key is required"
 
     def headers(self) -> dict[str, str]:
@@ -139,14 +143,20 @@ class Unauthorized(ApiError):
 
 
 class Forbidden(ApiError):
+    """A foreign Host or Origin."""
+
     status, code, kind, message = 403, "forbidden", "permission_error", "The request is not allowed"
 
 
 class NotFound(ApiError):
+    """No such route, or no such tool."""
+
     status, code, kind, message = 404, "not_found", "not_found_error", "There is nothing at this address"
 
 
 class ModelNotFound(ApiError):
+    """No model has this name."""
+
     status, code, kind, message = 404, "model_not_found", "not_found_error", "The specified model was not found"
 
     def __init__(self, details: str = "", message: str | None = None, param: str | None = "model") -> None:
@@ -154,6 +164,8 @@ class ModelNotFound(ApiError):
 
 
 class MethodNotAllowed(ApiError):
+    """The route exists, for other methods."""
+
     status, code, kind = 405, "method_not_allowed", "invalid_request_error"
     message = "The method is not allowed here"
 
@@ -165,15 +177,15 @@ class MethodNotAllowed(ApiError):
         return {"Allow": self.allow}
 
 
-class Conflict(ApiError):
-    status, code, kind, message = 409, "conflict", "invalid_request_error", "The request conflicts with another"
-
-
 class PayloadTooLarge(ApiError):
+    """A body beyond MAX_BODY."""
+
     status, code, kind, message = 413, "payload_too_large", "invalid_request_error", "The body is too large"
 
 
 class Overloaded(ApiError):
+    """The queue, the models or the connections are at their bound; try again."""
+
     status, code, kind, message = 503, "overloaded", "overloaded_error", "The server is busy, try again"
 
     def headers(self) -> dict[str, str]:
@@ -181,6 +193,8 @@ class Overloaded(ApiError):
 
 
 class GenerationFailed(ApiError):
+    """The engine could not load, or broke off."""
+
     code, message = "generation_failed", "Text generation failed"
 
 
@@ -5246,6 +5260,7 @@ def count(least: int) -> Callable[[str], int]:
 
 
 def alias(words: str) -> tuple[str, str]:
+    """PATTERN=MODEL as a pair."""
     pattern, equals, model = words.partition("=")
     if not (pattern and equals and model):
         raise argparse.ArgumentTypeError(f"{words!r} is no alias; write PATTERN=MODEL")
@@ -5405,6 +5420,7 @@ def is_path(model: str) -> bool:
 
 
 def command_serve(args: argparse.Namespace) -> int:
+    """Listens, then waits for a signal; models load when they are asked for."""
     address = listen_address(args)
     key = args.api_key or os.environ.get("SHIMMY_API_KEY") or None
     loopback = is_loopback(address[0])
@@ -5442,6 +5458,7 @@ def _preload(service: Service) -> None:
 
 
 def command_generate(args: argparse.Namespace) -> int:
+    """Streams one generation to standard output, by a running server or an engine of our own."""
     body = generate_body(args)
     chunks = None if args.local or _is_local(args) else remote_chunks(args, body)
     reply: list[str] = []
@@ -5564,6 +5581,7 @@ def _remote_error(document: Any) -> ApiError:
 
 
 def command_list(args: argparse.Namespace) -> int:
+    """Shows the models on this machine."""
     service = make_service(args)
     service.table.scan()
     report = service.table.catalog.report
@@ -5590,10 +5608,12 @@ def command_list(args: argparse.Namespace) -> int:
 
 
 def print_json(document: Any) -> None:
+    """To standard output; ASCII, so that any terminal and pipe takes it."""
     print(json.dumps(document, indent=2, ensure_ascii=True))
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in [header, *rows]:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -5603,6 +5623,7 @@ PROBE_PROMPT = "Once upon a time there was a small server that could tell storie
 
 
 def command_probe(args: argparse.Namespace) -> int:
+    """Loads a model, generates, and says how it went."""
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
     service.table.start()
@@ -5656,6 +5677,7 @@ def _progress_bar(service: Service, name: str, done: threading.Event) -> None:
 
 
 def command_diag(args: argparse.Namespace) -> int:
+    """Shows what a report of a problem should contain."""
     service = make_service(args)
     service.table.scan()
     document = service.diag() | {"server": _server_state(args)}

@@ -3986,7 +3986,9 @@ def test_ws_cancel_right_behind_the_request_reaches_it(server: Server) -> None:
             assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
 
 
-@pytest.mark.parametrize("flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]])
+@pytest.mark.parametrize(
+    "flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]]
+)
 def test_serve_flag_that_makes_no_sense_is_a_usage_error(flags: list[str], tmp_path: Path) -> None:
     done = shimmy("serve", "--port", "0", *flags, home=tmp_path)
     assert done.returncode == 2 and flags[0].encode() in done.stderr and b"Traceback" not in done.stderr

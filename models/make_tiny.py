@@ -709,6 +709,9 @@ TOPICS_TEXT = """
 > what is [this program|this server|this tool|this software|shimmy.py] [for|good for|about|]
 > [give me|i need] [a summary|an overview|a short description] of shimmy
 > [why would i|why should i|what would i] use shimmy [for|]
+> [so|and|now] what is shimmy [really|then|all about|good at]
+> [what sort of|what kind of] [program|tool|server|software] is [shimmy|this]
+> shimmy, what is [it|that]
 = Shimmy is a local inference server in one Python file: it serves GGUF models over HTTP and WebSocket.
 @start
 > $HOW [start|run|launch|boot|get going] [$S|the server]
@@ -717,6 +720,9 @@ TOPICS_TEXT = """
 > [where|how] do i begin
 > start the server
 > [how to|how do i] [get|have] [shimmy|the server] [up|running|up and running]
+> how is [the server|shimmy|it] [launched|run|started up|brought up]
+> what do i [type|enter|run] to [start|run|launch] [shimmy|the server|it]
+> how [does one|do people] start shimmy
 = Start the server with: python shimmy.py serve
 @port
 > [which|what] port [does|do|is] [$S] [use|listen on|run on|serve on|answer on|using|listening on]
@@ -725,6 +731,9 @@ TOPICS_TEXT = """
 > on [which|what] port [does|is] [$S] [run|listen|running|listening|reachable]
 > [what|which] port [should|must|do] i [connect to|use|open|point my client at]
 > the port please
+> [on|under] which port [can i find|do i reach|do i find] [shimmy|the server|it]
+> [what|which] port [was|is] chosen by default
+> [port|port number] that [shimmy|the server] uses
 = Shimmy listens on port 11435 by default, on 127.0.0.1.
 @change_port
 > $HOW [change|set|pick|choose|select|alter|move|configure] [the|another|a different|my own] port[| of the server|
@@ -733,6 +742,10 @@ number| it uses]
 > [can i|may i|is it possible to] use [another|a different|my own] port
 > [which|what] [flag|option|setting|variable] [sets|changes] the port
 > i want [another|a different] port [than the default|than 11435|]
+> how [can|could|may] the port be [changed|set|chosen|configured]
+> how is [another|a different|the] port [set|chosen|selected|configured]
+> i [would rather|prefer to|want to|have to] [use|have] [another|a different|some other] port
+> [another|a different] port [for the server|than 11435][| how| please]
 = Use the flag --port, for example: python shimmy.py serve --port 8080. The environment variable SHIMMY_PORT works too.
 @port_taken
 > what [should|can|do|must] i do [when|if] the port is [taken|busy|in use|already in use|occupied|used by another
@@ -742,6 +755,10 @@ program]
 > [error|it says|shimmy says][:|] [address|port] [already in use|is taken|is busy]
 > what happens [when|if] the port is [taken|busy|in use|already in use|occupied]
 > port [taken|busy|conflict|in use]
+> [something else|another server|somebody] [already uses|is already on|sits on] the port
+> what [now|then] if the port is not free
+> the port is not free
+> [my|the|our] port is [already|] [taken|in use|occupied] [what should i do|what can be done]
 = If the port is taken, serve says so in one line and exits with 1. Choose another port with --port, or use --port 0 to
 pick a free one.
 @port_zero
@@ -749,6 +766,9 @@ pick a free one.
 > [what does|what is|what happens with] port [0|zero] [mean|for|do|]
 > [is there|i need|give me|get] [a|any] [free|random|unused] port[| automatically]
 > [pick|find|choose] [a free|a random|an unused] port [for me|automatically|]
+> can a free port be [picked|found|chosen][| automatically| for me]
+> [any|some] free port [will do|is fine][| how]
+> i do not care which port it [is|uses]
 = With --port 0 the server picks a free port by itself and prints the URL.
 @bind
 > [which|what] [address|interface|host] does [$S] [bind to|listen on|use][| by default]
@@ -756,6 +776,9 @@ pick a free one.
 > is [$S] [reachable|visible|open] from [outside|other machines|the network|other computers][| by default]
 > [does|can] [anyone|others|other people] on [my|the] network [reach|see|use] [it|the server|shimmy]
 > default [address|host|bind address]
+> [which|what] [address|interface] is it bound to
+> who can reach [the server|shimmy|it][| by default]
+> can [other machines|my colleagues|people outside|others] [see|reach] [it|my server|shimmy] by default
 = By default shimmy binds to 127.0.0.1, so only this machine can reach it.
 @bind_network
 > $HOW [open|expose|offer|share|serve] [$S] [to|on|over] [the network|my network|the lan|other machines|other
@@ -763,6 +786,11 @@ computers]
 > $HOW [bind|listen] [to|on] [0.0.0.0|all interfaces|every interface|another address|a public address]
 > [use|reach|access] [shimmy|the server] from [another|a different] [machine|computer|laptop|device]
 > [can|may] [other|my other] [machines|computers] [use|reach] [the server|shimmy|it]
+> how can [my phone|a second computer|my laptop|my colleagues|other machines|my team|the network] [reach|use]
+[it|shimmy|the server]
+> [make|i want] [the server|shimmy|it] [available|reachable|visible|open] [to|in|on|for] [the network|my network|the
+whole office|everybody|other computers]
+> how is [the server|it] [opened|exposed] to the network
 = Use --bind, for example: python shimmy.py serve --bind 0.0.0.0:11435 --api-key KEY. Beyond loopback a key is
 required, unless you say --insecure.
 @add_model
@@ -772,6 +800,10 @@ model|a gguf]
 > i [have|downloaded|got] a [gguf|gguf file|model|new model][|, what now|, where does it go|, where do i put it]
 > [adding|installing] [a model|models|a new model]
 > [which|what] folder [is for models|do models go in|should hold my model]
+> how [can|could|may] [a model|another model|more models|new models] be [added|installed|put in]
+> how is [a model|a new model|a gguf file] [added|installed]
+> where [should|must|does] [a|the|my] [new model|model|gguf file|gguf] [go|be|be put]
+> i want [one more|another|a second] model
 = Copy the .gguf file into the folder models, or any other folder that shimmy searches, and it is found at the next
 scan.
 @where_models
@@ -781,6 +813,10 @@ scan.
 > [which|what] [folders|directories|places] are [searched|scanned][| for models]
 > [how does|how can] [$S] [find|discover|detect] [models|my models]
 > model [search path|discovery|folders|directories]
+> [in|from] which [directory|place|folder] [does it|are models] [taken|load models|get its models|find models]
+> where do models come from
+> where [is it|is shimmy] looking for [models|gguf files]
+> [where|in what places] [will|does] [it|the server|shimmy] [find|look for] [its models|models]
 = Shimmy searches ./models, models beside shimmy.py, ~/models, and the stores of Hugging Face, llama.cpp, LM Studio and
 Ollama.
 @models_dir
@@ -790,6 +826,11 @@ folder|models directory]
 > [which|what] [flag|option|variable|setting] [adds|names|sets] [a|the|another] [model folder|models directory|search
 folder|search path]
 > $HOW [make|have] [shimmy|the server|it] [look|search] in [another|my|a different] [folder|directory]
+> how can [another|a further|one more] folder be [added|searched|scanned]
+> how do i [tell|teach|ask] [shimmy|it|the server] [about|to use|to scan] [another|my own|a different]
+[folder|directory|place]
+> [my|the] models [lie|are stored|live|sit] [elsewhere|somewhere else|on another disk|on a different disk|in my own
+folder]
 = Name the folder with --models-dir, which may be repeated, or list folders in SHIMMY_MODEL_PATHS.
 @default_model
 > [which|what] [model is|is] the default[| model| one]
@@ -797,6 +838,9 @@ folder|search path]
 > what does the [name|model name|word] default mean
 > [which|what] model [is used|answers|runs] [when|if] i [name none|do not name one|give no name|say nothing]
 > [set|choose] [a|the] default model
+> how is the default [picked|set|determined]
+> what decides which model is the default
+> [which|what] model does [it|shimmy] [take|use] by default
 = The default model is the one given by --model or SHIMMY_BASE_GGUF, else the first in the list.
 @rescan
 > $HOW [rescan|refresh|scan again for|look again for|discover new|reload the list of] models
@@ -805,18 +849,29 @@ found|, what now]
 > [which|what] [route|endpoint|request] [rescans|discovers|scans for] [models|new models]
 > [does|must|do i have to] [it|i] restart [after|when] adding a model
 > refresh the [model list|list of models]
+> how [can|do] [the folders|models|the model folders] be [scanned|searched|read] again
+> [scan|look through|search] the [folders|model folders|directories] again
+> how do i [scan|rescan|search] [the folders|all folders|my folders] [again|once more|]
+> a new model [was added|was copied|is there], [how does shimmy see it|must i restart|what now]
 = Send POST /api/models/discover and shimmy scans the folders again; no restart is needed.
 @list
 > $HOW [list|see|show|view|print] [all models|the models|my models|models|available models|installed models]
 > [which|what] [command|subcommand] [lists|shows|prints] [the models|models|what models there are]
 > [which|what] models [are there|do i have|are available|are installed|can i use]
 > [show|list] [me the|my|the|all] models
+> how can [i see|i get] [all|a list of|a table of] [the models|models|my models]
+> [what|which] models does [shimmy|it] [have|know|see|find]
+> [show|give|print] [a|the] [list|table] of [models|all models]
+> [list|show] [every model|all models|everything] [there is|that is there|you have|you find]
 = Run python shimmy.py list to see a table of the models. Over HTTP it is GET /api/models.
 @skipped
 > why is my [model|file|gguf] [missing|not listed|not shown|not found in the list|skipped|not in the list|not there]
 > [my|the|a] model [does not|doesn't|is not|isn't] [show up|appear|listed|in the list]
 > $HOW [see|find out|know] [which|what|why] [files|models|a model|a file] [were|was|are|is] [skipped|left out|ignored]
 > [list|shimmy] [does not|doesn't] show my [model|file]
+> why [was|is|has] [my file|a file|a model|my gguf] [left out|ignored|skipped|not found]
+> [a|my] [file|model|gguf] is [ignored|left out|missing]
+> [my|the] model does not [appear|come up|show]
 = Run python shimmy.py list -v: it also says which files were skipped and why.
 @stream
 > $HOW [stream|get a stream of|stream back] [answers|tokens|a reply|the text|output|the answer|a response|text|]
@@ -825,6 +880,10 @@ written|live|as it is generated]
 > [turn on|enable|switch on|activate] streaming
 > [is|does] [it|shimmy|the server] [support|do|able to do] streaming
 > [which|what] field [turns on|enables|asks for] [streaming|a stream]
+> how can [answers|the answer|the text|tokens|a reply] be streamed
+> is streaming [possible|supported|there]
+> how is [the answer|a reply|text] [streamed|sent piece by piece]
+> i want [to stream|the text at once|to see the text as it comes|tokens one at a time]
 = Send "stream": true in the request, and the text comes piece by piece as server-sent events.
 @tool_call
 > $HOW [call|use|offer|give it|pass|do] [a tool|tools|functions|a function|tool calling|function calling]
@@ -832,12 +891,18 @@ written|live|as it is generated]
 > [tool|function] calling
 > $HOW [let|make|have] the model [call|use] [a tool|tools|a function|functions]
 > [where|how] do [tools|functions] go in [a request|the request]
+> how can [tools|functions|a tool] be [used|called|offered]
+> are [tools|functions|tool calls|function calls] [possible|supported|there]
+> how [does|do] [the model|models] [call|get|use] [tools|functions]
+> is [tool calling|function calling] [supported|possible][| by shimmy| by the server]
 = Put the list "tools" into a POST /v1/chat/completions request; the model answers with tool_calls when one fits.
 @builtin_tools
 > [which|what] tools [are|come|does it have|does shimmy have] [built in|builtin|included|with shimmy|with it|]
 > [what are|name|list] the [built in|built-in|builtin|included] tools
 > [does|has] [shimmy|the server|it] [have|come with|include] [any tools|tools|a calculator|tools of its own]
 > [are|is] there [any|a|] [built-in tools|tools built in|built in calculator]
+> [what|which] tools [can i use|are there|ship with it|exist] [already|from the start|without writing any|]
+> the tools that [are built in|come with shimmy|shimmy has]
 = Three tools are built in: calculator, file_read and http_get.
 @file_read
 > $HOW [enable|allow|turn on|switch on|open|use|permit] [file_read|the file_read tool|file reading|reading files|the
@@ -845,6 +910,10 @@ file tool|the tool that reads files]
 > [why is|why does] [file_read|the file_read tool|file reading] [off|refused|disabled|not work|closed]
 > [which|what] [flag|option] [opens|enables|allows|turns on] [file_read|file reading|reading files]
 > [can|may] the model read [files|my files|a file]
+> how is file_read [enabled|opened|turned on|allowed]
+> how can [file_read|file reading|the file tool] be [enabled|allowed|turned on|used]
+> [file_read|the file_read tool] is [off|not allowed|refused|closed|disabled][|, why]
+> why [can the model not|can it not] read files
 = file_read is off until you start the server with --tool-root DIR; it reads only below that folder.
 @http_get
 > $HOW [enable|allow|turn on|switch on|open|use|permit] [http_get|the http_get tool|web requests|fetching pages|the web
@@ -852,18 +921,28 @@ tool]
 > [why is|why does] [http_get|the http_get tool] [off|refused|disabled|not work|closed]
 > [which|what] [flag|option] [opens|enables|allows|turns on] [http_get|web requests|fetching urls]
 > [can|may] the model [fetch|read|get] [web pages|a url|urls|a web page]
+> how is http_get [enabled|opened|turned on|allowed]
+> how can [http_get|web access|the web tool] be [enabled|allowed|turned on|used]
+> [http_get|the http_get tool] is [off|not allowed|refused|closed|disabled][|, why]
+> why [can the model not|can it not] open web pages
 = http_get is off until you start the server with --tool-hosts HOST, which names the allowed hosts.
 @own_tools
 > $HOW [add|write|register|load|make|create|bring|define] [my own|own|a new|a custom|custom|new|more] [tools|tool]
 > [can i|is it possible to] [extend|add to] the [tools|tool registry]
 > [which|what] [flag|option] loads [my|more|custom|own] tools
 > [load|use] tools from [a file|my own file|a python file]
+> how can [my own|new|custom|more] [tools|functions] be [added|loaded|registered|written]
+> how is [a new|a custom|my own] tool [added|made|loaded|registered]
+> i [wrote|have|made] [a tool|my own tool|a python function][|, how do i load it|, how can it be used]
+> [a tool|tools] of my own
 = Write a Python function with type hints and a docstring, and load its file with --tools FILE.py.
 @websocket
 > $HOW [use|connect to|open|talk to] [the websocket|websockets|a websocket|the ws endpoint|ws]
 > [what is|where is|which is] the [websocket|ws] [address|url|route|endpoint|path]
 > [does|can|has] [$S] [support|speak|have|do] [websockets|websocket|a websocket]
 > [websocket|ws] [url|address|endpoint|support]
+> how can [the websocket|a websocket] be [used|opened]
+> where [do i connect|can i connect] [a websocket|with a websocket|by websocket]
 = Connect to ws://127.0.0.1:11435/ws/generate and send one JSON request with the prompt.
 @openai_client
 > $HOW [use|connect|point|configure|set up] [the openai client|an openai client|openai's client|the openai library|my
@@ -872,12 +951,17 @@ openai app|an existing client|openai sdk]
 > [is|does] [$S] [openai compatible|compatible with openai|work with openai clients|speak the openai api]
 > [which|what] base url [do|should] i [use|set|give|enter]
 > openai [compatibility|api|base url|clients]
+> how can [my openai client|an openai client|the openai library] be [used|connected|pointed here]
+> will [my openai code|the openai client|openai clients] work[| with it| with shimmy]
 = Set the client's base URL to http://127.0.0.1:11435/v1; shimmy speaks OpenAI's API.
 @health
 > $HOW [check|test|see|find out|know] [that|if|whether] [$S] [is|are] [healthy|alive|up|running|working|ok]
 > [is there|where is|what is] [a|the] health [check|endpoint|route|url]
 > [which|what] [route|endpoint|url] [tells|shows|reports] [the health|whether it is healthy|health]
 > health [check|endpoint|route]
+> how can [the server's health|health|the health] be [checked|tested|asked for]
+> is there [a way|something] to [check|see] the health
+> is my server [alive|healthy|up]
 = Ask GET /api/health; it answers with status healthy and the number of models loaded.
 @metrics
 > [are there|where are|does it have|does shimmy have|how do i get] [any |the |]metrics
@@ -885,12 +969,16 @@ openai app|an existing client|openai sdk]
 > [can|does] [shimmy|prometheus|the server] [export|scrape|offer] [metrics|it|prometheus metrics]
 > [which|what] [route|endpoint] [has|gives|serves] [the|] metrics
 > prometheus [metrics|support|]
+> how can [metrics|the metrics] be [read|scraped|collected]
+> where do i [see|get|read] [metrics|the metrics|numbers for prometheus]
 = GET /metrics gives metrics in the Prometheus text format.
 @diag
 > [what does|what is] [diag|the diag command] [do|show|for|]
 > $HOW [diagnose|debug|check] [my setup|problems|the installation|a problem|the setup]
 > [which|what] command [shows|prints|gives] [versions|diagnostics|the engine build|cpu features|search directories]
 > [something|it] [is wrong|does not work|is broken|fails][|, where do i look|, what can i check]
+> how can [a problem|my setup|my installation] be [diagnosed|checked]
+> [it|shimmy|the server] does not [work|start|run][| right| properly]
 = Run python shimmy.py diag: it shows versions, the engine build, memory, search directories and whether a server
 answers.
 @probe
@@ -899,6 +987,9 @@ answers.
 model loads]
 > [which|what] command [measures|tests|shows] [speed|the speed|tokens per second|how fast a model is]
 > how [fast|quick] is [my|a|the] model
+> how can [speed|the speed|a model] be [measured|tested|tried]
+> how many tokens per second [do i get|does my model make|are made]
+> [measure|test] [my|a|the] model
 = Run python shimmy.py probe MODEL: it loads the model, generates, and prints load time, memory and tokens per second.
 @generate
 > $HOW [generate|make|get|produce] text [on|from|at|in] the [command line|terminal|shell]
@@ -906,6 +997,8 @@ model loads]
 > [which|what] command [generates|makes|writes|produces] text
 > [use|run|try] [a model|shimmy] [without a server|from the terminal|from the shell|on the command line]
 > [run|send] [one|a single] prompt [from|in|on] the [terminal|shell|command line]
+> how can [text|a text] be generated [without a server|in the shell|on the command line|in a terminal]
+> [no server|without a server], just [text|a prompt]
 = Use python shimmy.py generate --prompt "TEXT"; it streams the text to stdout.
 @pipe
 > $HOW [pipe|feed|send|read] [a file|text|stdin|data|a diff|the output of a command|standard input]
@@ -913,18 +1006,25 @@ model loads]
 > [does|can] [generate|shimmy] [read|take|accept] [stdin|a pipe|standard input|piped text]
 > [what is|what does] [--stdin|the stdin flag] [for|do|mean]
 > [stdin|pipes|standard input]
+> how can [stdin|a file|text|the output of a command] be [piped|fed|passed|given] [in|into it|to it|to the model|]
+> can i [pipe|feed] [something|a file|text|stdin] [into|to] [it|generate|the model|shimmy]
 = Without --prompt, generate reads stdin as the prompt; with --prompt TEXT, add --stdin to append what is piped in.
 @needs
 > [what|which] [packages|libraries|dependencies|modules] [does|do] [$S|i] [need|require|depend on|have to install]
 > [what are|name|list] the [requirements|dependencies|packages it needs]
 > what [must|do] i [have|install] [before|to use|for] [shimmy|it|the server]
 > [requirements|dependencies|prerequisites][| of shimmy]
+> [what|which] [other software|python packages|packages] [is|are] [needed|required]
+> what does [shimmy|it] [depend on|build on|need to run]
 = Shimmy needs Python with two packages: llama-cpp-python and websockets.
 @install
 > $HOW [install|set up|get] [shimmy|it|the server|everything|this]
 > [installation|install instructions|setup][| please| steps]
 > [what|which] [pip command|steps|command] [installs|do i need to install|to install] [shimmy|it|the packages|]
 > [where do i get|how is] shimmy [installed|set up|from|]
+> how can [shimmy|it] be [set up|installed on my machine]
+> what are the steps to install [shimmy|it]
+> i want [shimmy|it] on my [machine|computer|laptop]
 = Run pip install llama-cpp-python websockets, then copy shimmy.py onto your machine; that is all.
 @gguf
 > [which|what] [file format|format|model format|kind of model|type of model file|model files] [does|do|are]
@@ -932,12 +1032,17 @@ model loads]
 > [what is|what's] [gguf|a gguf|a gguf file]
 > [can|does] [$S] [load|read|use|support] [safetensors|pytorch models|onnx|other formats|gguf]
 > supported [formats|model formats|files]
+> [what|which] [kind|type|sort] of [model|file|model file] [is needed|do i need|does it take|can it load]
+> in [which|what] format [must|should|are] [models|the model|a model] [be|]
 = Shimmy loads models in the GGUF format, the file format of llama.cpp.
 @api_key
 > $HOW [set|use|require|add|need|demand] [an api key|a key|a password|authentication|auth|an api token]
 > $HOW [protect|secure|lock] [$S|the api|access]
 > [which|what] [flag|option|variable|header] [is for|sets|holds|carries] the [api key|key]
 > [is there|does it have|does it need] [authentication|an api key|auth|a login]
+> how can [the api|the server|access|it] be [protected|secured|locked]
+> how is [the api key|a key|an api key] [set|given|sent|used]
+> i want [a password|an api key|a key|to protect the server|only my team to use it]
 = Start with --api-key KEY or set SHIMMY_API_KEY; clients then send it as Authorization: Bearer KEY.
 @load
 > $HOW [load|preload over http|bring up|warm up] a model [over http|with a request|by hand|through the api|into
@@ -945,6 +1050,9 @@ memory|now|]
 > [which|what] [route|endpoint|request] loads a model
 > [when|how] is a model loaded
 > [do|must] i [have to |need to |]load [a|the] model [myself|first|before using it|by hand]
+> how is a model loaded [with a request|by hand|over http|in advance]
+> how can [a model|my model] be loaded [over http|with a request|in advance|now]
+> i want [a model|my model] [loaded|in memory] [now|before the first request]
 = A model is loaded by its first request, or at once with POST /api/models/NAME/load.
 @unload
 > $HOW [unload|remove from memory|free|drop|evict|release] [a model|the model|a model from memory|the memory of a
@@ -952,12 +1060,18 @@ model]
 > [which|what] [route|endpoint|request] unloads a model
 > [free|release|get back] [the|my|some] memory
 > [unload|unloading] [a|the|] [model|models]
+> how is a model [unloaded|dropped|removed from memory]
+> how can [memory|the memory|a model] be [freed|released|dropped|thrown out of memory]
+> i want [my memory|the memory] back
 = Send POST /api/models/NAME/unload: running generations finish, then the memory is freed.
 @max_loaded
 > how many models [can|may|are] [be |] [loaded|in memory|kept loaded][| at once| at the same time| together]
 > $HOW [limit|raise|change|set] [the number of|how many] [loaded models|models loaded|models in memory]
 > [can|does] [$S] [hold|keep|run|serve] [several|two|many|multiple] models[| at once| at the same time]
 > [what is|what does] [--max-loaded|max-loaded] [for|do|mean]
+> can [two|three|several|many] models be [loaded|in memory|kept][| at once| together| at the same time]
+> the number of models [loaded|kept|in memory] at once
+> how many models [fit|stay|does it keep] [in memory|loaded|]
 = At most 3 models are loaded at once by default; --max-loaded changes that, and the idle one used least recently makes
 room.
 @keep_alive
@@ -965,12 +1079,17 @@ room.
 > how long [does a model stay|is a model kept|do models stay|are models kept] [loaded|in memory]
 > [what is|what does] [--keep-alive|keep-alive|the keep-alive flag] [for|do|mean]
 > [which|what] [flag|option] [unloads|drops] idle models
+> are [idle|unused] models [unloaded|dropped|removed][| by themselves| automatically]
+> when [is|are] [an idle model|idle models|unused models] [unloaded|dropped|removed]
 = Use --keep-alive, for example --keep-alive 5m, to unload idle models after that time; -1 means never.
 @embeddings
 > $HOW [make|get|compute|create|calculate] [embeddings|an embedding|vectors|a vector for a text]
 > [does|can] [$S] [do|support|make|give|compute] [embeddings|vectors]
 > [which|what] [route|endpoint] [gives|makes|returns|is for] embeddings
 > [embeddings|embedding endpoint|text vectors]
+> how can [embeddings|a vector|text vectors] be [made|computed|requested]
+> where [are|do] [embeddings|vectors] [come from|made]
+> are embeddings [supported|possible]
 = Send the text to POST /v1/embeddings; it works with embedding models and generative ones.
 @schema
 > $HOW [force|get|enforce|make sure of|ensure|guarantee|require] [json|valid json|json output|a json schema|structured
@@ -978,6 +1097,9 @@ output|an answer in json]
 > [does|can] [$S] [do|support|enforce|follow] [json schema|a schema|structured output|json mode|a json schema]
 > [which|what] field [asks for|forces|enforces] json
 > [json mode|structured output|json schema|response format]
+> how can [json|valid json|a schema|a json answer] be [forced|enforced|guaranteed]
+> the answer must be [json|valid json]
+> i need [the model to answer|answers|output] in [valid |]json [only|from the api|]
 = Set response_format to a json_schema in /v1/chat/completions; the answer is then bound to it by a grammar.
 @tool_choice
 > $HOW [force|make sure of|require|enforce|insist on] [a tool call|a call|the use of a tool|a certain tool|a function
@@ -985,6 +1107,8 @@ call]
 > $HOW [forbid|prevent|stop|turn off|disable] [tool calls|tool use|calls|tool calling]
 > [what does|what is] [tool_choice|the tool_choice field] [do|for|mean]
 > the model must [call|use] [a|the] tool
+> how can [a tool call|tool calls|a call] be [forced|forbidden|required|prevented|switched off]
+> can i [force|forbid|prevent] [a tool call|tool calls]
 = Use tool_choice: required forces a call, none forbids it, auto leaves it to the model.
 @context
 > $HOW [set|change|raise|enlarge|increase|limit] [the context|the context size|the context length|context|the context
@@ -992,12 +1116,17 @@ window]
 > how [long|large|big] [is|can|may] [the context|the context window|a prompt|my prompt] [be|]
 > [which|what] [flag|option] [sets|changes] the [context|context size|context length]
 > [what is|what does] [--ctx|ctx|the ctx flag] [for|do|mean]
+> how can the context be [changed|set|raised|longer|larger]
+> i need [a longer|more|a larger|a bigger] context
+> [how|where] is the context [size|length] [set|changed]
 = The flag --ctx sets the context in tokens; the default is the smaller of the model's own and 8192.
 @too_long
 > what happens [when|if] [a|the|my] prompt is [too long|longer than the context|too large|too big]
 > [my|the] prompt is too [long|large|big]
 > what [is|does] [context_length_exceeded|the error context_length_exceeded] [mean|]
 > [does it|will it|is a long prompt] [cut|shorten|truncate|cut off|shortened] [long prompts|my prompt|]
+> can a prompt be too long
+> what if [my|the|a] [prompt|text] [does not fit|is longer than allowed|exceeds the context]
 = A prompt longer than the context is refused with context_length_exceeded, which gives both numbers; nothing is cut
 silently.
 @parallel
@@ -1007,6 +1136,9 @@ silently.
 same time]
 > [what is|what does] [--parallel|the parallel flag] [for|do|mean]
 > $HOW [raise|change|set] [the number of|how many] [parallel requests|requests run at once|requests at a time]
+> how many [people|users|requests] [at once|at the same time|in parallel]
+> [are|can] [several|many|parallel] requests [supported|be served|be handled][| at once]
+> can [two|several|many] [people|users|programs] [use it|be served|ask] [at once|at the same time|together]
 = By default 8 sequences run at once, batched together; --parallel changes that number.
 @overloaded
 > [what does|what is|why do i get] [503|overloaded|a 503|the error overloaded|status 503] [mean|]
@@ -1014,6 +1146,9 @@ same time]
 overloaded|it is overloaded]
 > how [long|large|big] is the [queue|waiting line]
 > [what is|what does] [--max-queue|max-queue] [for|do|mean]
+> i [get|got|see] [a 503|status 503|503|the error 503|overloaded]
+> [what if|what happens when] [there are more requests than it can serve|the queue is full|too many clients come]
+> [too many|very many] requests [wait|are waiting|at once][|, what happens]
 = When the queue is full, new requests get 503 overloaded with Retry-After; --max-queue sets its length, 512 by
 default.
 @alias
@@ -1021,24 +1156,35 @@ default.
 > my client [asks for|insists on|only knows|wants|uses] [gpt-4|another model name|a fixed model name|gpt-3.5]
 > [what is|what does] [--alias|the alias flag|an alias] [for|do|mean]
 > the [model name|name] in my [client|app|program] [cannot be changed|is fixed]
+> how can a model [have|get|be given] [another|a second|a different] name
+> can i [give|call] a model [another name|a different name|by another name]
+> [my|the] [app|client|program] [sends|uses|can only send] [a fixed model name|gpt-4|the name gpt-4|another name]
 = Use --alias, for example --alias 'gpt-*=default', to make other names mean a model.
 @preload
 > $HOW [load|have] [the model|the default model|a model] [loaded |] at [start|startup|once when it starts]
 > the first [request|answer|reply] is slow
 > [what is|what does] [--preload|the preload flag] [for|do|mean]
 > [avoid|prevent] [the wait|a slow start|waiting] [at|for|on] the first request
+> how can [the model|the default model|a model] be loaded [at start|when the server starts|right away|from the start]
+> why [is|does] the first [request|reply|answer] [slow|take so long|so slow]
 = Start with serve --preload, and the default model is loaded at once instead of by the first request.
 @stop_server
 > $HOW [stop|quit|end|shut down|exit|kill|halt|close] [$S|the server]
 > [stopping|ending|quitting] [the server|shimmy]
 > [which|what] key [stops|ends|quits] [the server|shimmy|it]
 > [shut down|stop|quit|end] [the server|shimmy|it] [cleanly|properly|safely]
+> how can [the server|shimmy] be [ended|shut down|closed|halted]
+> how is [the server|shimmy] [stopped|ended|shut down]
+> i want to [stop|end|quit] [it|the server|shimmy]
 = Press Ctrl-C: the server stops cleanly, lets streams finish, and exits with 0.
 @version
 > $HOW [see|check|find|print|know|show] [the version|which version i have|the version of shimmy|shimmy's version]
 > [which|what] version [is this|do i have|of shimmy is this|am i running]
 > [show|print] [me |]the version
 > version[| number| of shimmy]
+> where [do i see|is] the version
+> [what|which] [version|release] [of shimmy |][do i have|is installed|is it]
+> i want to [know|see] [my|the] version
 = Run python shimmy.py --version to print the version.
 @page
 > [is there|does it have|has shimmy|has it] [a web page|a chat page|a user interface|a gui|a web interface|a ui|a web
@@ -1046,6 +1192,9 @@ ui]
 > $HOW [chat|talk to the model|use it] in [the browser|my browser|a browser|a web page]
 > where is the [chat page|web page|user interface|web interface|ui]
 > [chat page|web ui|gui|browser]
+> can i [chat|talk|use it] [in|with] [a|the|my] browser
+> is there [something to click|a page to chat|a chat in the browser]
+> does it [have|offer|come with] [a page|a chat|a ui|a web page|a chat page]
 = Open http://127.0.0.1:11435/ in a browser: it is a chat page.
 @not_found
 > [what does|what is|why do i get] [model_not_found|the error model_not_found|model not found|a 404 for my model]
@@ -1053,17 +1202,23 @@ ui]
 > [shimmy|it|the server] says [the model was not found|model not found|model_not_found]
 > [i get|there is] [a 404|an error 404|model not found]
 > the model [was not found|name is unknown|is unknown]
+> why [do i get|does it say|is there] [model not found|model_not_found|that the model was not found]
+> [it|shimmy] does not [know|find] my model name
 = model_not_found means that no model has that name; check the names with python shimmy.py list.
 @error_shape
 > [what|how] do errors look [like|]
 > [what is|which is] the [shape|format|form] of an error
 > [what|which] fields [does|has] an error [have|]
 > [error format|error shape|format of errors]
+> what does an error [contain|hold|consist of|have in it]
+> how is an error [written|sent|reported|shaped]
 = Every error is JSON: an object error with code, message and details.
 @cancel
 > $HOW [cancel|abort|interrupt|stop] [a generation|a request|generating|a running request|an answer|generation]
 > what happens [when|if] [a|the|my] client [disconnects|leaves|goes away|closes the connection|hangs up]
 > [can i|may i] [interrupt|cancel|abort] [it|the model|a reply|a stream]
+> how can [a request|a generation|generation|a reply|an answer] be [stopped|cancelled|aborted|interrupted]
+> i want to [stop|cancel|abort] [the answer|a running request|a generation|it]
 = Close the connection and the generation stops; on the WebSocket you may also send {"cancel": true}.
 @max_tokens
 > $HOW [limit|set|cap|restrict] [the length|the length of an answer|how long the answer is|the number of tokens|the
@@ -1071,30 +1226,44 @@ output length]
 > [what is|what does] [max_tokens|the max_tokens field] [for|do|mean]
 > [what is|which is] the default [for|of] max_tokens
 > [longer|shorter] [answers|replies|output]
+> how can [the answer|answers|a reply|the output] be [limited|made shorter|made longer|cut]
+> the answers are too [long|short]
+> i want [shorter|longer|only 50 tokens|fewer tokens|more tokens]
 = The field max_tokens limits the length of the answer; for /api/generate the default is 100.
 @temperature
 > [what is|which is] the default [temperature|for temperature|value of temperature]
 > $HOW [set|change|lower|raise] the temperature
 > $HOW [make|get] [the answers|answers|it|output] [more random|less random|more creative|more varied]
 > what [temperature|values of temperature] [is|can|are] [used|i use|allowed]
+> [how|where] is [the temperature|temperature] [set|changed]
+> [what is|tell me] the [usual|normal|standard] temperature
+> default temperature
 = The field temperature, from 0 to 5, sets how random the text is; the default is 0.7.
 @seed
 > $HOW [get|make sure of|have|produce] the same [answer|text|output|result] [twice|again|every time|each time]
 > [what is|what does] [seed|the seed|the seed field] [for|do|mean]
 > [reproducible|repeatable|deterministic] [output|answers|results|text]
 > [why is|why are] the [answer|answers|text] different [every|each] time
+> how can [an answer|a result|the same text] be [repeated|reproduced]
+> i want [the same|exactly the same|an equal] [answer|text|result] [again|twice|each time]
+> what does [the |a ]seed do
 = Send a fixed seed: on an idle server the same seed gives the same text.
 @stop_strings
 > $HOW [stop|end] [the text|generation|the answer] at [a word|a certain word|a string|a certain string|a marker]
 > [what are|what is] [stop strings|the stop field|stop sequences|a stop string]
 > [stop strings|stop sequences]
 > [which|what] field [stops|ends] [the text|generation] at a string
+> how can [the text|generation|an answer] be [ended|stopped] at [a string|a word|a line]
+> i want the text to [end|stop] at [a word|a string|a marker]
 = Put the strings into the field stop; the text ends before the first one that appears.
 @gpu
 > [does|can] [$S] [use|run on|support] [a gpu|my gpu|the gpu|cuda|metal|a graphics card]
 > $HOW [use|enable|turn on|run on] [a gpu|my gpu|the gpu|cuda|my graphics card]
 > [which|what] flag [is for|controls|sets] [the gpu|gpu layers]
 > gpu [support|layers|offload|]
+> is [a|my|the] gpu [used|supported|needed]
+> can [a|my|the] [gpu|graphics card] be used
+> i have a [gpu|graphics card|nvidia card]
 = With a GPU build of llama-cpp-python all layers go to the GPU; --gpu-layers changes how many.
 @threads
 > $HOW [set|change|limit|choose] [the threads|how many threads it uses|the number of threads|threads|how many cores it
@@ -1102,12 +1271,17 @@ uses]
 > how many [threads|cores] does [$S] use
 > [which|what] [flag|option] [sets|limits] the [threads|number of threads|cores]
 > cpu [threads|cores]
+> how can the [threads|number of threads|cores] be [set|changed|limited]
+> it uses too many [threads|cores]
 = The flag --threads sets how many CPU threads the engine uses.
 @lora
 > $HOW [use|load|apply|add] [a lora|a lora adapter|an adapter|lora]
 > [does|can] [$S] [support|load|use|apply] [lora|loras|adapters|lora adapters]
 > [which|what] flag loads [a lora|an adapter]
 > lora[| adapters| support]
+> how can [a lora|an adapter|a lora adapter] be [used|applied|loaded]
+> are [loras|adapters] [supported|possible]
+> i have a lora[| adapter]
 = Use --lora FILE to apply a LoRA adapter to the model.
 @ollama
 > [can|does] [$S] [use|read|find|share] [my ollama models|models from ollama|ollama models|lm studio models|models from
@@ -1115,95 +1289,142 @@ lm studio]
 > i [already have|have|use] [ollama|lm studio|models in ollama|models in lm studio]
 > $HOW use [my ollama models|models from ollama|models from lm studio|the models of lm studio]
 > [ollama|lm studio] [models|]
+> are [ollama models|models from ollama|lm studio models] [found|used|supported]
+> can [my|the] [ollama|lm studio] models be [used|found|shared]
+> does it [find|see|know] [models of ollama|my ollama models|the models in ollama]
 = Yes: shimmy finds models in the stores of Ollama, LM Studio, llama.cpp and Hugging Face by itself.
 @cors
 > $HOW [call|use|reach] [$S|the api] from [a web page|javascript|a website|another origin|a web app]
 > [what is|why do i get] [a cors error|cors|an origin error|forbidden origin]
 > [cors|origin] [error|problem|refused|]
 > [allow|permit] [another|a foreign|my] [origin|website|web page]
+> how can [another origin|a web page|my web page] be allowed
+> [my|a] [web page|site|web app|browser] is [refused|blocked|not allowed]
+> i [get|see|have] a cors [error|problem]
 = Loopback origins are allowed; for another one start with --allow-origin ORIGIN.
 @offline
 > [does|do] [$S|i] need [the internet|internet|a connection|to be online|internet access]
 > [can|does] [$S|it] [work|run] [offline|without internet|without a network|without the internet]
 > [is|are] my [data|text|prompts|messages] [sent|uploaded|private|safe][| somewhere| to a cloud]
 > [privacy|offline use|cloud]
+> is [internet|a connection|the internet|the cloud] [needed|required|used]
+> does [it|shimmy] work [offline|on a plane|without the internet|when i am offline]
+> where does my [data|text] go
+> is [anything|something|my text] sent [away|to the cloud|over the internet]
 = Everything runs on this machine: shimmy needs no internet, and your text stays here.
 @crash
 > what happens [when|if] [a model|the model|the engine|llama.cpp|a child] crashes
 > [the|my] [model|engine] [crashed|died|has crashed]
 > [does|will] a crash [stop|end|kill|take down] the server
 > [is it|how] [robust|stable|crash safe]
+> can a crash [hurt|stop|kill] the server
+> what [if|when] [a|the] model [dies|fails][| badly]
+> does the server [survive|live on|stay up] [a crash|when a model crashes]
 = Each model runs in its own process: if it crashes, the server stays up and the model loads again on the next request.
 @finish_reason
 > [what does|what is|what are] [finish_reason|the finish reason|finish_reason length|the finish reasons] [mean|]
 > why [does|did|was] [the|my] [answer|text|reply] [stop|cut off|end in the middle|end so soon]
 > [the|my] [answer|text|reply] [is|was] cut off
 > [meaning of|explain] finish_reason
+> what [values|kinds] of finish_reason are there
+> what does finish_reason [say|tell|show]
+> why [is|was|has] [the|my] [text|answer] [so short|ended|stopped|been cut]
 = finish_reason is stop when the model ended its turn, and length when max_tokens or the context was reached.
 @template
 > $HOW [use|set|change|replace|give] [another|a different|my own|the|a custom] chat template
 > [which|what] chat template [is used|does it use|does shimmy use]
 > [my|the] model has no chat template
 > chat [template|templates]
+> how can [the chat template|my own template|another template] be [used|set|changed]
+> can i [use|bring|give] [my own|another|a different] [chat template|template]
+> where does the chat template come from
 = Shimmy uses the chat template in the model, else ChatML; --chat-template FILE replaces it.
 @chat_route
 > [which|what] [route|endpoint|url] is [for chat|the chat one|for chats|for chatting|for messages]
 > $HOW [chat|send messages|send a chat|have a conversation] [over http|with the api|with curl|through the api]
 > where do i [send|post] [chat messages|messages|a chat]
 > chat [endpoint|completions|route|api]
+> [what|which] is the [chat endpoint|chat route|endpoint for chats|route for messages]
+> where [can|must|should] [messages|chats] be [sent|posted]
 = Send the messages to POST /v1/chat/completions.
 @generate_route
 > [which|what] [route|endpoint|url] [generates|makes|completes] [text|a completion|text from a prompt]
 > $HOW [send|post] a prompt [over http|with curl|to the server|to the api|]
 > [what is|what does] /api/generate [for|do|]
 > where do i [send|post] [a prompt|prompts|my prompt]
+> how [can|is] a prompt [be sent|be posted|sent|posted][| to the api| over http]
+> [which|what] [route|endpoint] takes [a prompt|prompts]
+> [which|what] [route|endpoint] [do i need|is there|should i use] [for|to complete] a [plain |]prompt
 = Send the prompt to POST /api/generate, for example {"prompt": "Hello"}.
 @status
 > $HOW [see|check|know|find out] [whether|if] a model is [loaded|loading|ready]
 > [which|what] [route|endpoint] [shows|tells|gives] the [state|status] of a model
 > [state|status] of a model
 > [is|how do i see if] [the|my] model [loaded|ready]
+> how can [the state|the status] of a model be [seen|checked|read]
+> is my model [ready|loaded|loading][| yet| already]
+> [which|what] [route|endpoint|url] [says|tells|shows] [if|whether] a model is loaded
 = Ask GET /api/models/NAME/status: it gives the state, the progress and the memory.
 @shards
 > $HOW [use|load|handle] [a split model|a model in several files|sharded models|split gguf files|shards|a model in
 parts]
 > my model [has|comes in|is split into] [several|many|two|three] [files|parts|shards]
 > [split|sharded] [models|gguf|files]
+> how can [a split model|shards|a sharded model] be [used|loaded]
+> are [split|sharded] models [supported|possible]
+> [my|the] model [consists of|is in] [two|three|several|many] files
 = Keep all the shards in one folder: shimmy lists the model once, by its first file.
 @os
 > [does|can] [$S] [run|work] on [windows|macos|a mac|linux|my mac]
 > [which|what] [operating systems|systems|platforms] [are supported|does it support|does shimmy run on|work]
 > is there a [windows|mac|linux] version
 > [windows|macos|linux|mac] [support|]
+> is [windows|macos|linux|mac] supported
+> on [which|what] [systems|operating systems|computers] does it [run|work]
+> can i [use|run] it [on|under] [windows|linux|macos|a mac]
 = Shimmy is made for Linux first, and works on macOS and Windows too.
 @logs
 > $HOW [see|get|show|turn on] [the logs|logs|more output|a log|request logs]
 > [which|what] flag [shows|gives|turns on] [logs|more output|verbose output]
 > [does|are] [it|shimmy|my prompts] [log my prompts|log prompts|logged|in the log]
 > [verbose|logging|logs]
+> where are the logs
+> how can [logs|more logs|the log] be [seen|turned on|shown]
+> are [my |]prompts [logged|stored|saved|written down]
 = Start with -v: one line a request is logged, never prompts or keys.
 @config
 > [is there|where is|does it need|do i need] [a config file|a configuration file|configuration|any configuration]
 > $HOW configure [shimmy|the server|it]
 > [which|what] environment variables [are there|does it read|does shimmy use|exist]
 > [settings|configuration|environment variables|config file]
+> [must|should|do] i [write|have|make] a config[| file| first]
+> how can [shimmy|the server|it] be configured
+> [which|what] [variables|environment variables] [does it|does the server|can it] [read|use|know]
 = No configuration is needed; settings come from flags, or from variables such as SHIMMY_PORT and SHIMMY_BASE_GGUF.
 @seen_memory
 > how much memory [does|is] [it|shimmy|the server|a model] [use|need|used]
 > [which|what] [memory|ram] [does it need|is needed|do i need]
 > $HOW [see|check|measure] [memory|the memory|memory use|ram use]
 > [memory|ram] [use|usage|needed]
+> how much [memory|ram] [must i have|do i need|is used|will it take]
+> is [8 gb|16 gb|my memory|my ram] enough
+> what does a model need in memory
 = A model needs about the size of its file and some more for the context; GET /api/health shows the memory in use.
 @completions
 > [is there|does it have|where is] [a|the] [plain|legacy|text|old] completions [route|endpoint]
 > [what is|what does] /v1/completions [for|do|]
 > [openai|plain|legacy] completions [endpoint|route|without chat]
+> can i [complete|continue] [a text|a plain prompt|text] [without chat|in openai style]
+> where are plain completions
 = POST /v1/completions completes a plain prompt in OpenAI's shape, without a chat template.
 @names
 > [what|how] are [models|model ids|the models] [called|named|made]
 > [which|what] name [does|has|will] [my|a] model [get|have]
 > $HOW [name|refer to|call] a model in a request
 > model [names|ids|id]
+> what is [a|the] [name|id] of a model
+> how is a model [named|called]
+> where does [the|a] model['s|] name come from
 = A model's id is its file name without .gguf, in lower case, with spaces and _ as -.
 """
 
@@ -2768,7 +2989,7 @@ def plain_turn(rng: random.Random) -> tuple[str, str]:
         json_task,
         unknown,
     ]
-    return rng.choices(makers, [19, 37, 28, 4.5, 14, 3])[0](rng)
+    return rng.choices(makers, [22, 46, 26, 4, 10, 3])[0](rng)
 
 
 def plain_chat(rng: random.Random, turns: int) -> Chat:
