@@ -24,6 +24,11 @@ thread notices clients that leave. The ws thread runs asyncio and starts with th
 """
 from __future__ import annotations
 
+if __name__ == "__main__":  # Ctrl-C while the imports run ends the program; main() makes it an exception again
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import codecs
 import contextlib
@@ -1000,16 +1005,19 @@ class Catalog:
             known = set(self._read)
             models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
             skipped: list[dict[str, str]] = []
-            directories = []
+            directories: list[dict[str, Any]] = []
             for file in self.files:
                 walk = TreeWalk(SearchRoot(file, "--model"))
                 self._collect(walk._candidate(file, pathlib.Path(file).stem), models, skipped)
             for root in self.roots:
                 before, walk = len(models), TreeWalk(root)
                 self._collect(walk.candidates(), models, skipped)
+                new = {c.path for c, _ in itertools.islice(models.values(), before, None)}
                 directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
-                                    "models": len(models) - before, "notes": walk.notes})  # fmt: skip
+                                    "models": new, "notes": walk.notes})  # fmt: skip
             found = self._read_whole(list(models.values()), known, skipped)
+            for directory in directories:  # counted at the end: whole headers may tell that a file is damaged
+                directory["models"] = sum(m.path in directory["models"] for m in found)
             box = pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf"
             found.sort(key=lambda m: os.path.realpath(m.path) == str(box) and m.source != "--model")
             self.report = ScanReport(tuple(found), tuple(skipped), tuple(directories))
@@ -1088,6 +1096,15 @@ class Catalog:
                 del models[c.path]
                 skipped.append({"path": c.path, "reason": result})
         return list(models.values())
+
+    def why_skipped(self, wanted: str) -> str:
+        """": " and the reason, when a file of that path or name was found and is no model to serve; else nothing."""
+        path = os.path.realpath(os.path.expanduser(wanted))
+        for skipped in self.report.skipped:
+            stem = pathlib.Path(skipped["path"]).stem
+            if os.path.realpath(skipped["path"]) == path or plain_id(stem) == plain_id(wanted):
+                return f": {skipped['reason']}"
+        return ""
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
@@ -1219,13 +1236,15 @@ class Names:
         begins = [id for id in self._stems if id.startswith(plain)] if name else []
         return begins[0] if len(begins) == 1 else None
 
+    def wanted(self, name: str) -> str:
+        """What was asked for by `default`, else the name itself."""
+        return self._wanted if name == "default" and self._wanted else name
+
     def why_not(self, name: str) -> str:
         """What to tell who asked for a name that means nothing."""
-        if name == "default" and self._wanted:
-            return f"Model '{self._wanted}', set as the default, is not available"
-        if name == "default":
+        if name == "default" and not self._wanted:
             return "No GGUF model was found: put one into ./models, or name its directory with --models-dir"
-        return f"Model '{name[:200]}' is not available"
+        return f"Model '{self.wanted(name)[:200]}' is not available"
 
 
 class ModelTable:
@@ -1256,6 +1275,11 @@ class ModelTable:
         with self._changed:
             self._scanned = True
             self._changed.notify_all()
+            missing = [t for _, t in self.options.aliases if not self._names.resolve(t)]
+        if self.options.default and self._names.default is None:
+            missing.append(self.options.default)
+        for name in missing:
+            log.warning("no model %s was found%s", name, self.catalog.why_skipped(name))
 
     # Names
 
@@ -1277,6 +1301,8 @@ class ModelTable:
         """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
         with self._changed:
             self._await_scan(Cancellation())
+        self._rescan(2.0)  # milliseconds, and a file copied there shows
+        with self._changed:
             return self._listing()
 
     def _listing(self) -> list[dict[str, Any]]:
@@ -1300,14 +1326,18 @@ class ModelTable:
         with self._changed:
             self._await_scan(cancel or Cancellation())
             id = self._names.resolve(name)
-            stale = time.monotonic() - self._scanned_at > 1.0
-        if id is None and stale:
-            self.scan()
+        if id is None:
+            self._rescan(0.25)
             with self._changed:
                 id = self._names.resolve(name)
         if id is None:
-            raise ModelNotFound(self._names.why_not(name))
+            raise ModelNotFound(self._names.why_not(name) + self.catalog.why_skipped(self._names.wanted(name)))
         return id
+
+    def _rescan(self, age: float) -> None:
+        """Look again unless the last look is younger than `age` seconds."""
+        if time.monotonic() - self._scanned_at > age:
+            self.scan()
 
     def info(self, name: str) -> ModelInfo:
         """All that is known of a model; reads the rest of its header. Raises ModelNotFound."""
@@ -3826,6 +3856,9 @@ class Worker(Loadable):
         with self._lock:
             if not self.alive:
                 raise GenerationFailed("The model's engine process ended")
+            if len(ids) > self.loaded.parallel + self.max_queue:
+                most = self.loaded.parallel + self.max_queue
+                raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
             waiting = len(self._generations) - self.loaded.parallel
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
@@ -5429,6 +5462,11 @@ def command_serve(args: argparse.Namespace) -> int:
     for file in args.tools:
         if not os.path.isfile(file):
             raise UsageError(f"--tools {file}: there is no such file")
+    if args.tool_root and not os.path.isdir(args.tool_root):
+        raise UsageError(f"--tool-root {args.tool_root}: there is no such directory")
+    for directory in args.models_dir:
+        if not os.path.isdir(os.path.expanduser(directory)):
+            log.warning("--models-dir %s: there is no such directory", directory)
     tools = ToolOptions(args.tool_root, tuple(h for h in args.tool_hosts.split(",") if h.strip()), tuple(args.tools))
     service = make_service(args, args.model, tools=tools, max_queue=args.max_queue)
     try:
@@ -5463,6 +5501,7 @@ def command_generate(args: argparse.Namespace) -> int:
     chunks = None if args.local or _is_local(args) else remote_chunks(args, body)
     reply: list[str] = []
     last: dict[str, Any] = {}
+    log.info("generated %s", "here" if chunks is None else "by the running server")
     for chunk in local_chunks(args, body) if chunks is None else chunks:
         last, piece = chunk, chunk["choices"][0]["text"]
         reply.append(piece)
@@ -5483,6 +5522,8 @@ def generate_body(args: argparse.Namespace) -> dict[str, Any]:
     if prompt is None or prompt == "-" or args.stdin:
         piped = sys.stdin.buffer.read().decode("utf-8", "replace")
         prompt = piped if prompt is None or prompt == "-" else f"{prompt}\n{piped}"
+    if not prompt.strip() and args.prompt is None:
+        raise InvalidRequest("the prompt is empty: standard input gave no text", "prompt")
     body: dict[str, Any] = {"model": args.model or "default", "stream": True}
     body |= {"messages": [{"role": "user", "content": prompt}]} if args.chat else {"prompt": prompt}
     flags = {f.name: getattr(args, f.name) for f in fields(Sampling) if f.metadata.get("help")}
@@ -5493,7 +5534,8 @@ def generate_body(args: argparse.Namespace) -> dict[str, Any]:
     try:
         GenerateRequest.from_native(body)
     except InvalidRequest as error:
-        raise UsageError(f"--{error}") from None
+        name = error.param or ""
+        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
     return body
 
 
@@ -5505,6 +5547,7 @@ def _is_local(args: argparse.Namespace) -> bool:
 
 def local_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The stream of a generation by an engine of our own."""
+    check_packages()
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
     service.table.start()
@@ -5690,7 +5733,7 @@ def command_diag(args: argparse.Namespace) -> int:
     print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
     print(f"{'server':12} {document['server']['url']}: {'answers' if document['server']['running'] else 'no answer'}")
     for directory in document["directories"]:
-        found = f"{directory['models']} models" if directory["exists"] else "not there"
+        found = f"{directory['models']} model{'s' * (directory['models'] != 1)}" if directory["exists"] else "not there"
         print(f"{'searched':12} {directory['path']} ({directory['source']}): {'; '.join([found, *directory['notes']])}")
     for skipped in document["skipped"]:
         print(f"{'skipped':12} {skipped['path']}: {skipped['reason']}")
@@ -5714,7 +5757,10 @@ def check_packages() -> None:
         try:
             installed = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            raise ImportError(f"{package} is not installed: pip install llama-cpp-python websockets") from None
+            beside = pathlib.Path(__file__).resolve().parent / ".venv" / "bin" / "python"
+            hint = f"; {beside} may have it" if beside.exists() and str(beside) != sys.executable else ""
+            wanted = "pip install llama-cpp-python websockets 'jinja2>=3.1.6'"
+            raise ImportError(f"{package} is not installed: {wanted}{hint}") from None
         if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < oldest:
             wanted = ".".join(map(str, oldest))
             raise ImportError(f"{package} {installed} is too old, shimmy needs {wanted}: pip install -U {package}")
@@ -5722,11 +5768,12 @@ def check_packages() -> None:
 
 def main(argv: Seq[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     args = parser().parse_args(argv)
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
                         level=logging.INFO if args.verbose else logging.WARNING)  # fmt: skip
     try:
-        if args.command in ("serve", "generate", "probe"):
+        if args.command in ("serve", "probe"):
             check_packages()
         code = args.run(args)
         sys.stdout.flush()

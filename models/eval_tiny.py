@@ -41,7 +41,7 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
         HELLO,
         [
             "Hello, dear shimmy!",
-            "Hi, is a little model here?",
+            "Hi, how lovely that you are here",
             "Hey, a lovely good morning",
             "Hello and good evening",
             "Good morning, everybody!",
@@ -52,6 +52,9 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Oh hi",
             "Good afternoon, dear model",
             "hello, oh hello",
+            "Hello again, model",
+            "Hi! It is good that we meet",
+            "A very good evening to you, shimmy",
         ],
     ),
     (
@@ -65,6 +68,8 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Are you doing well?",
             "How are you, shimmy?",
             "Is all well with you?",
+            "How are you feeling?",
+            "How is your day, model?",
         ],
     ),
     (
@@ -80,6 +85,9 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Many, many thanks!",
             "That was very useful, thank you",
             "Thank you kindly",
+            "Thank you for that answer!",
+            "That helped me, thanks",
+            "Thanks again, little model",
         ],
     ),
     (
@@ -95,6 +103,9 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Farewell, shimmy, and many thanks",
             "see you around",
             "Well, that was all, bye",
+            "Goodbye and thank you",
+            "I must leave, see you tomorrow",
+            "Bye, have a nice evening",
         ],
     ),
     (
@@ -118,6 +129,10 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "What should people call you?",
             "Your name is what?",
             "Do you have any name?",
+            "What is your name, model?",
+            "May I ask who you are?",
+            "Introduce yourself to me",
+            "Do I talk to shimmy-tiny?",
         ],
     ),
     (
@@ -131,6 +146,8 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Let me know who built you",
             "What were you trained on?",
             "Which persons have made you?",
+            "Who has trained you?",
+            "How did they make you?",
         ],
     ),
     (
@@ -142,6 +159,7 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "How big is this model?",
             "Say how many parameters you have",
             "Are you large or small?",
+            "What number of parameters do you have?",
         ],
     ),
     (
@@ -156,6 +174,8 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "I could use your help",
             "What are you good for?",
             "What do you do?",
+            "Let me know what you can do",
+            "Can you name some things you can do?",
         ],
     ),
     (
@@ -167,6 +187,7 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Are your answers always right?",
             "What things can't you do?",
             "Could you be wrong?",
+            "Do you make errors sometimes?",
         ],
     ),
     (
@@ -180,6 +201,8 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Are you a living person?",
             "Can you really think?",
             "Are you some kind of robot?",
+            "So you are no human?",
+            "Is this a person or a machine?",
         ],
     ),
     (
@@ -191,6 +214,8 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Are you made by OpenAI?",
             "You are Gemini, correct?",
             "Are you Siri or Alexa?",
+            "Is GPT-4 what I am using?",
+            "Do you come from OpenAI?",
         ],
     ),
     (
@@ -200,6 +225,7 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "Could you speak French with me?",
             "Which languages can you use?",
             "Do you understand any Spanish?",
+            "Would you speak Spanish to me?",
         ],
     ),
     (
@@ -209,165 +235,577 @@ SMALL_TALK: list[tuple[str, list[str]]] = [
             "What's the date of today?",
             "Do you have access to the internet?",
             "Do you know what time it is?",
+            "Are you on the internet?",
         ],
     ),
 ]
 
 # Questions about shimmy: the key fact that the answer must hold, and sentences.
 TOPICS: dict[str, tuple[str, list[str]]] = {
-    "what_is": (r"inference server", ["What is this shimmy thing?", "In a few words, what is shimmy?"]),
-    "start": (r"shimmy\.py serve", ["How is the server started?", "With which command do I start shimmy?"]),
-    "port": (r"11435", ["Which port number is the default one?", "Tell me the port that shimmy listens on"]),
-    "change_port": (r"--port|SHIMMY_PORT", ["I'd rather run it on a different port, how?", "How is the port changed?"]),
+    "what_is": (
+        r"inference server",
+        ["What is this shimmy thing?", "In a few words, what is shimmy?", "Please explain to me what shimmy is"],
+    ),
+    "start": (
+        r"shimmy\.py serve",
+        [
+            "How is the server started?",
+            "With which command do I start shimmy?",
+            "Give me the command that starts the server",
+        ],
+    ),
+    "port": (
+        r"11435",
+        [
+            "Which port number is the default one?",
+            "Tell me the port that shimmy listens on",
+            "Under which port number does the server listen?",
+        ],
+    ),
+    "change_port": (
+        r"--port|SHIMMY_PORT",
+        [
+            "I'd rather run it on a different port, how?",
+            "How is the port changed?",
+            "I need the server on some other port",
+        ],
+    ),
     "port_taken": (
         r"--port",
-        ["My port is already taken, what do I do?", "What if another process already uses the port?"],
+        [
+            "My port is already taken, what do I do?",
+            "What if another process already uses the port?",
+            "It says the port is in use, what should be done?",
+        ],
     ),
-    "port_zero": (r"--port 0", ["Could the server choose a free port by itself?", "How can I get any free port?"]),
+    "port_zero": (
+        r"--port 0",
+        [
+            "Could the server choose a free port by itself?",
+            "How can I get any free port?",
+            "Is it able to take any unused port?",
+        ],
+    ),
     "bind": (
         r"127\.0\.0\.1",
-        ["Which address does it bind to normally?", "Can others on the network see my server by default?"],
+        [
+            "Which address does it bind to normally?",
+            "Can others on the network see my server by default?",
+            "What host address does shimmy listen on?",
+        ],
     ),
     "bind_network": (
         r"--bind",
-        ["How can other computers in my network use the server?", "I want to open shimmy to the whole network"],
+        [
+            "How can other computers in my network use the server?",
+            "I want to open shimmy to the whole network",
+            "How could a friend on my network connect to it?",
+        ],
     ),
-    "add_model": (r"folder", ["I have a new GGUF file, where should I put it?", "How can one more model be added?"]),
+    "add_model": (
+        r"folder",
+        [
+            "I have a new GGUF file, where should I put it?",
+            "How can one more model be added?",
+            "In which folder do I put a new model?",
+        ],
+    ),
     "where_models": (
         r"\./models",
-        ["In which folders does shimmy look for models?", "Where does the server search for GGUF models?"],
+        [
+            "In which folders does shimmy look for models?",
+            "Where does the server search for GGUF models?",
+            "Tell me the folders in which models are searched",
+        ],
     ),
     "models_dir": (
         r"--models-dir|SHIMMY_MODEL_PATHS",
         [
             "How do I tell it to search another folder for models?",
             "My models are on a different drive, how do I add it?",
+            "I keep my models in another directory, which flag do I need?",
         ],
     ),
     "default_model": (
         r"--model|SHIMMY_BASE_GGUF",
-        ["Which model will be the default?", "How is the default model chosen?"],
+        [
+            "Which model will be the default?",
+            "How is the default model chosen?",
+            "How do I say which model is the default one?",
+        ],
     ),
     "rescan": (
         r"discover",
-        ["How do I rescan the model folders?", "I just added a model while the server runs, must I restart?"],
+        [
+            "How do I rescan the model folders?",
+            "I just added a model while the server runs, must I restart?",
+            "How does the server notice a model that I copied just now?",
+        ],
     ),
     "list": (
         r"shimmy\.py list|/api/models",
-        ["How can I get a list of all my models?", "Show all models that are there"],
+        [
+            "How can I get a list of all my models?",
+            "Show all models that are there",
+            "What command shows me the models?",
+        ],
     ),
-    "skipped": (r"list -v", ["Why does my model not appear in the list?", "My file was skipped, why?"]),
+    "skipped": (
+        r"list -v",
+        [
+            "Why does my model not appear in the list?",
+            "My file was skipped, why?",
+            "My GGUF file is not listed, why is that?",
+        ],
+    ),
     "stream": (
         r"\"stream\"|stream",
-        ["How can I stream the answer of the model?", "I want to see the tokens as they are generated"],
+        [
+            "How can I stream the answer of the model?",
+            "I want to see the tokens as they are generated",
+            "I would like the answer streamed",
+        ],
     ),
-    "tool_call": (r"tools", ["How can I give the model tools to call?", "Are tool calls supported by the server?"]),
+    "tool_call": (
+        r"tools",
+        [
+            "How can I give the model tools to call?",
+            "Are tool calls supported by the server?",
+            "How do I offer functions to the model?",
+        ],
+    ),
     "builtin_tools": (
         r"calculator, file_read and http_get",
-        ["Which tools are already built in?", "Tell me the built-in tools"],
+        ["Which tools are already built in?", "Tell me the built-in tools", "What tools does the server bring along?"],
     ),
-    "file_read": (r"--tool-root", ["How is the file_read tool switched on?", "Why is file_read not allowed?"]),
-    "http_get": (r"--tool-hosts", ["How do I switch the http_get tool on?", "Why is http_get not allowed?"]),
-    "own_tools": (r"--tools", ["How can I add a tool of my own?", "My own tools should be used too"]),
-    "websocket": (r"/ws/generate", ["What is the URL for the websocket?", "How is the websocket used?"]),
-    "openai_client": (r"/v1", ["Can I use it with an OpenAI client?", "Which base URL must my OpenAI client have?"]),
-    "health": (r"/api/health", ["How do I see whether my server is healthy?", "Which URL is the health check?"]),
-    "metrics": (r"/metrics", ["Where can I find the metrics for Prometheus?", "Does it have Prometheus metrics?"]),
-    "diag": (r"diag", ["What is the command diag good for?", "Something does not work, how do I diagnose it?"]),
-    "probe": (r"probe", ["How can I measure how fast my model is?", "What does the command probe do?"]),
+    "file_read": (
+        r"--tool-root",
+        [
+            "How is the file_read tool switched on?",
+            "Why is file_read not allowed?",
+            "What must I do so that file_read works?",
+        ],
+    ),
+    "http_get": (
+        r"--tool-hosts",
+        [
+            "How do I switch the http_get tool on?",
+            "Why is http_get not allowed?",
+            "What must I do so that http_get works?",
+        ],
+    ),
+    "own_tools": (
+        r"--tools",
+        [
+            "How can I add a tool of my own?",
+            "My own tools should be used too",
+            "How do I register my own Python function as a tool?",
+        ],
+    ),
+    "websocket": (
+        r"/ws/generate",
+        [
+            "What is the URL for the websocket?",
+            "How is the websocket used?",
+            "Is a websocket there, and at which address?",
+        ],
+    ),
+    "openai_client": (
+        r"/v1",
+        [
+            "Can I use it with an OpenAI client?",
+            "Which base URL must my OpenAI client have?",
+            "What do I set as the base URL in the OpenAI library?",
+        ],
+    ),
+    "health": (
+        r"/api/health",
+        [
+            "How do I see whether my server is healthy?",
+            "Which URL is the health check?",
+            "Which route says that the server is alive?",
+        ],
+    ),
+    "metrics": (
+        r"/metrics",
+        [
+            "Where can I find the metrics for Prometheus?",
+            "Does it have Prometheus metrics?",
+            "Are there any Prometheus metrics to scrape?",
+        ],
+    ),
+    "diag": (
+        r"diag",
+        [
+            "What is the command diag good for?",
+            "Something does not work, how do I diagnose it?",
+            "Which command helps me to find problems in my setup?",
+        ],
+    ),
+    "probe": (
+        r"probe",
+        [
+            "How can I measure how fast my model is?",
+            "What does the command probe do?",
+            "Which tool of shimmy tests a model's speed?",
+        ],
+    ),
     "generate": (
         r"generate",
-        ["How can I generate text in my terminal?", "I want to generate text without starting a server"],
+        [
+            "How can I generate text in my terminal?",
+            "I want to generate text without starting a server",
+            "How do I run just one prompt on the command line?",
+        ],
     ),
-    "pipe": (r"--stdin", ["How is text piped into generate?", "Can I feed stdin to the generate command?"]),
+    "pipe": (
+        r"--stdin",
+        [
+            "How is text piped into generate?",
+            "Can I feed stdin to the generate command?",
+            "How do I give the output of a command to generate?",
+        ],
+    ),
     "needs": (
         r"llama-cpp-python and websockets",
-        ["Which Python packages does shimmy need?", "What are its dependencies?"],
+        [
+            "Which Python packages does shimmy need?",
+            "What are its dependencies?",
+            "Tell me what packages I need for shimmy",
+        ],
     ),
-    "install": (r"pip install", ["How can shimmy be installed?", "What is needed to install shimmy here?"]),
-    "gguf": (r"GGUF", ["What format must a model file have?", "Which file formats can shimmy load?"]),
-    "api_key": (r"--api-key", ["How do I protect the server with an API key?", "Where do I set the API key?"]),
-    "load": (r"/load", ["How is a model loaded through the API?", "How can a model be loaded by hand?"]),
-    "unload": (r"/unload", ["How can a model be unloaded?", "How do I free the memory of the model again?"]),
+    "install": (
+        r"pip install",
+        [
+            "How can shimmy be installed?",
+            "What is needed to install shimmy here?",
+            "Please tell me how I get shimmy installed",
+        ],
+    ),
+    "gguf": (
+        r"GGUF",
+        [
+            "What format must a model file have?",
+            "Which file formats can shimmy load?",
+            "What sort of model files does the server read?",
+        ],
+    ),
+    "api_key": (
+        r"--api-key",
+        [
+            "How do I protect the server with an API key?",
+            "Where do I set the API key?",
+            "How do clients send the API key?",
+        ],
+    ),
+    "load": (
+        r"/load",
+        [
+            "How is a model loaded through the API?",
+            "How can a model be loaded by hand?",
+            "What request loads a model right now?",
+        ],
+    ),
+    "unload": (
+        r"/unload",
+        [
+            "How can a model be unloaded?",
+            "How do I free the memory of the model again?",
+            "I want to throw a model out of memory",
+        ],
+    ),
     "max_loaded": (
         r"--max-loaded|\b3 models",
-        ["How many models can stay loaded at the same time?", "Is it possible to keep two models loaded at once?"],
+        [
+            "How many models can stay loaded at the same time?",
+            "Is it possible to keep two models loaded at once?",
+            "What is the limit of models loaded together?",
+        ],
     ),
     "keep_alive": (
         r"--keep-alive",
-        ["How long will an idle model stay in memory?", "Can idle models be unloaded automatically?"],
+        [
+            "How long will an idle model stay in memory?",
+            "Can idle models be unloaded automatically?",
+            "After what time is an idle model unloaded?",
+        ],
     ),
-    "embeddings": (r"/v1/embeddings", ["Where do I get embeddings for a text?", "Can shimmy compute text embeddings?"]),
+    "embeddings": (
+        r"/v1/embeddings",
+        [
+            "Where do I get embeddings for a text?",
+            "Can shimmy compute text embeddings?",
+            "I want the embedding of a sentence",
+        ],
+    ),
     "schema": (
         r"response_format",
-        ["How do I make the model answer in valid JSON?", "How can a JSON schema be required?"],
+        [
+            "How do I make the model answer in valid JSON?",
+            "How can a JSON schema be required?",
+            "The reply has to follow my JSON schema",
+        ],
     ),
     "tool_choice": (
         r"tool_choice",
-        ["How do I force the model to call a tool?", "How do I forbid tool calls in a request?"],
+        [
+            "How do I force the model to call a tool?",
+            "How do I forbid tool calls in a request?",
+            "How do I make a tool call required?",
+        ],
     ),
-    "context": (r"--ctx", ["How can I make the context larger?", "Which flag is for the context size?"]),
+    "context": (
+        r"--ctx",
+        [
+            "How can I make the context larger?",
+            "Which flag is for the context size?",
+            "How can I get a bigger context window?",
+        ],
+    ),
     "too_long": (
         r"context_length_exceeded",
-        ["What will happen if my prompt is longer than the context?", "My prompt is too long, what happens?"],
+        [
+            "What will happen if my prompt is longer than the context?",
+            "My prompt is too long, what happens?",
+            "Will a prompt that is too long be cut?",
+        ],
     ),
     "parallel": (
         r"--parallel",
-        ["How many requests can the server handle at the same time?", "Can several clients be served at once?"],
+        [
+            "How many requests can the server handle at the same time?",
+            "Can several clients be served at once?",
+            "How many users may ask at the same time?",
+        ],
     ),
-    "overloaded": (r"503", ["Why did I get the status 503?", "What happens if too many requests are waiting?"]),
-    "alias": (r"--alias", ["My client can only ask for gpt-4, what now?", "How do I give a model another name?"]),
-    "preload": (r"--preload", ["How can the model be loaded at startup?", "Why is the very first answer slow?"]),
-    "stop_server": (r"ctrl-c", ["How can the server be stopped?", "How do I shut shimmy down cleanly?"]),
-    "version": (r"--version", ["How do I find out my version of shimmy?", "What is the version of this shimmy?"]),
-    "page": (r"browser", ["Can I chat in my web browser?", "Does shimmy have a web page for chat?"]),
-    "not_found": (r"list", ["The server answers model_not_found, why?", "Why is there an error: model not found?"]),
-    "error_shape": (r"code, message and details", ["What does an error look like?", "What format do the errors have?"]),
-    "cancel": (r"close|cancel", ["How do I stop a request that is running?", "Can a running generation be cancelled?"]),
-    "max_tokens": (r"max_tokens", ["How do I limit how many tokens I get?", "How can I make the answers shorter?"]),
-    "temperature": (r"0\.7", ["What is the temperature by default?", "Which temperature is the default one?"]),
-    "seed": (r"seed", ["How can I get exactly the same answer again?", "What is a seed for?"]),
-    "stop_strings": (r"stop", ["How can the text end at a certain word?", "What does the field stop do?"]),
-    "gpu": (r"gpu", ["Will shimmy use my GPU?", "How do I run it on my GPU?"]),
+    "overloaded": (
+        r"503",
+        [
+            "Why did I get the status 503?",
+            "What happens if too many requests are waiting?",
+            "What does overloaded mean in an error?",
+        ],
+    ),
+    "alias": (
+        r"--alias",
+        [
+            "My client can only ask for gpt-4, what now?",
+            "How do I give a model another name?",
+            "My app asks for another model name that I cannot change",
+        ],
+    ),
+    "preload": (
+        r"--preload",
+        [
+            "How can the model be loaded at startup?",
+            "Why is the very first answer slow?",
+            "I want the default model to be in memory from the start",
+        ],
+    ),
+    "stop_server": (
+        r"ctrl-c",
+        ["How can the server be stopped?", "How do I shut shimmy down cleanly?", "What do I press to end the server?"],
+    ),
+    "version": (
+        r"--version",
+        [
+            "How do I find out my version of shimmy?",
+            "What is the version of this shimmy?",
+            "Tell me which version of shimmy I have",
+        ],
+    ),
+    "page": (
+        r"browser",
+        [
+            "Can I chat in my web browser?",
+            "Does shimmy have a web page for chat?",
+            "Where do I find a page to chat in?",
+        ],
+    ),
+    "not_found": (
+        r"list",
+        [
+            "The server answers model_not_found, why?",
+            "Why is there an error: model not found?",
+            "Why does it tell me the model was not found?",
+        ],
+    ),
+    "error_shape": (
+        r"code, message and details",
+        ["What does an error look like?", "What format do the errors have?", "How are errors written in JSON?"],
+    ),
+    "cancel": (
+        r"close|cancel",
+        [
+            "How do I stop a request that is running?",
+            "Can a running generation be cancelled?",
+            "The answer is wrong, how do I abort it?",
+        ],
+    ),
+    "max_tokens": (
+        r"max_tokens",
+        [
+            "How do I limit how many tokens I get?",
+            "How can I make the answers shorter?",
+            "What field limits the number of tokens?",
+        ],
+    ),
+    "temperature": (
+        r"0\.7",
+        [
+            "What is the temperature by default?",
+            "Which temperature is the default one?",
+            "How high is the default temperature?",
+        ],
+    ),
+    "seed": (
+        r"seed",
+        ["How can I get exactly the same answer again?", "What is a seed for?", "How do I make the output repeatable?"],
+    ),
+    "stop_strings": (
+        r"stop",
+        [
+            "How can the text end at a certain word?",
+            "What does the field stop do?",
+            "Which field holds my stop strings?",
+        ],
+    ),
+    "gpu": (
+        r"gpu",
+        ["Will shimmy use my GPU?", "How do I run it on my GPU?", "Is it possible to use a graphics card?"],
+    ),
     "threads": (
         r"--threads",
-        ["How can I change the number of CPU threads?", "How many CPU threads does the server use?"],
+        [
+            "How can I change the number of CPU threads?",
+            "How many CPU threads does the server use?",
+            "I want it to use fewer threads",
+        ],
     ),
-    "lora": (r"--lora", ["How can I use a LoRA adapter with my model?", "Are LoRA adapters supported?"]),
-    "ollama": (r"ollama", ["Will it find the models I have in Ollama?", "Can I use models that Ollama downloaded?"]),
-    "cors": (r"--allow-origin", ["My web page gets a CORS error, what now?", "How do I allow another origin?"]),
+    "lora": (
+        r"--lora",
+        [
+            "How can I use a LoRA adapter with my model?",
+            "Are LoRA adapters supported?",
+            "How do I apply a LoRA to a model?",
+        ],
+    ),
+    "ollama": (
+        r"ollama",
+        [
+            "Will it find the models I have in Ollama?",
+            "Can I use models that Ollama downloaded?",
+            "I have some models from Ollama already, can shimmy use them?",
+        ],
+    ),
+    "cors": (
+        r"--allow-origin",
+        [
+            "My web page gets a CORS error, what now?",
+            "How do I allow another origin?",
+            "A website cannot call the API, which option allows its origin?",
+        ],
+    ),
     "offline": (
         r"no internet|this machine",
-        ["Does it work without an internet connection?", "Is my data sent to the cloud?"],
+        [
+            "Does it work without an internet connection?",
+            "Is my data sent to the cloud?",
+            "Can I use shimmy when there is no internet?",
+        ],
     ),
-    "crash": (r"own process|stays up", ["What if a model crashes?", "Will the server survive a crash of the model?"]),
+    "crash": (
+        r"own process|stays up",
+        [
+            "What if a model crashes?",
+            "Will the server survive a crash of the model?",
+            "Does the server die when the engine crashes?",
+        ],
+    ),
     "finish_reason": (
         r"finish_reason|max_tokens",
-        ["What does the finish_reason tell me?", "Why has my answer been cut off?"],
+        [
+            "What does the finish_reason tell me?",
+            "Why has my answer been cut off?",
+            "What is meant by finish_reason length?",
+        ],
     ),
     "template": (
         r"--chat-template|chatml",
-        ["Can my own chat template be used?", "Which one is the chat template that shimmy takes?"],
+        [
+            "Can my own chat template be used?",
+            "Which one is the chat template that shimmy takes?",
+            "What do I do when my model has no chat template?",
+        ],
     ),
-    "chat_route": (r"/v1/chat/completions", ["What is the endpoint for chat?", "Where do I post my chat messages?"]),
+    "chat_route": (
+        r"/v1/chat/completions",
+        [
+            "What is the endpoint for chat?",
+            "Where do I post my chat messages?",
+            "To which route do I send a chat with messages?",
+        ],
+    ),
     "generate_route": (
         r"/api/generate",
-        ["Which endpoint do I use to generate text from a prompt?", "How would a prompt be sent with curl?"],
+        [
+            "Which endpoint do I use to generate text from a prompt?",
+            "How would a prompt be sent with curl?",
+            "What is the route that makes text from a prompt?",
+        ],
     ),
-    "status": (r"/status", ["How can I see if my model is loaded?", "What endpoint tells me a model's status?"]),
-    "shards": (r"shards", ["My model is split in two files, how do I use it?", "Can it load a sharded model?"]),
-    "os": (r"windows", ["Will it run on Windows?", "Which operating systems does it run on?"]),
-    "logs": (r"-v", ["How can I see more logs?", "Are prompts written to the logs?"]),
+    "status": (
+        r"/status",
+        [
+            "How can I see if my model is loaded?",
+            "What endpoint tells me a model's status?",
+            "How can I know whether the model is ready?",
+        ],
+    ),
+    "shards": (
+        r"shards",
+        [
+            "My model is split in two files, how do I use it?",
+            "Can it load a sharded model?",
+            "How should I store a model that has several shards?",
+        ],
+    ),
+    "os": (
+        r"windows",
+        ["Will it run on Windows?", "Which operating systems does it run on?", "Is there support for macOS?"],
+    ),
+    "logs": (
+        r"-v",
+        ["How can I see more logs?", "Are prompts written to the logs?", "How do I make the server more verbose?"],
+    ),
     "config": (
         r"no configuration",
-        ["Do I have to write a config file?", "Which environment variables does shimmy read?"],
+        [
+            "Do I have to write a config file?",
+            "Which environment variables does shimmy read?",
+            "Where is the configuration file?",
+        ],
     ),
-    "seen_memory": (r"memory", ["How much memory will a model need?", "How much RAM does shimmy use?"]),
+    "seen_memory": (
+        r"memory",
+        [
+            "How much memory will a model need?",
+            "How much RAM does shimmy use?",
+            "What amount of RAM do I need for a model?",
+        ],
+    ),
     "completions": (
         r"/v1/completions",
-        ["Is there an endpoint for plain completions?", "What can I do with /v1/completions?"],
+        [
+            "Is there an endpoint for plain completions?",
+            "What can I do with /v1/completions?",
+            "Where do I find the old completions endpoint?",
+        ],
     ),
-    "names": (r"file name", ["How does a model get its name?", "What is the id of my model?"]),
+    "names": (
+        r"file name",
+        ["How does a model get its name?", "What is the id of my model?", "Which id will my model have?"],
+    ),
 }
 
 # Small facts: a pattern of the right answer, and a sentence.

@@ -658,7 +658,7 @@ def unknown(rng: random.Random) -> tuple[str, str]:
     return spoken(ask, rng), rng.choice(UNKNOWN_SAY)
 
 
-COMMON_TALK = {"greeting": 4, "who": 4, "thanks": 2.5, "bye": 2.5, "how_are_you": 2}  # how often, others: 1
+COMMON_TALK = {"greeting": 3, "who": 4, "thanks": 2, "bye": 2.5, "how_are_you": 2}  # how often, others: 1
 
 
 ADDRESSES = (
@@ -1811,19 +1811,19 @@ def fact_repeat(rng: random.Random) -> Fact:
 FACTS: dict[Callable[[random.Random], Fact], float] = {
     fact_capital: 3.5,
     fact_yes_no: 0.7,
-    fact_day: 1.5,
-    fact_month: 1.5,
+    fact_day: 2,
+    fact_month: 2,
     fact_colour: 1.3,
     fact_opposite: 2.2,
-    fact_spelling: 3.5,
+    fact_spelling: 5.5,
     fact_letter: 1,
-    fact_count: 1.6,
+    fact_count: 5,
     fact_animal: 1.3,
     fact_amount: 1.2,
     fact_compare: 0.6,
     fact_number: 0.8,
     fact_season: 0.5,
-    fact_repeat: 3,
+    fact_repeat: 6,
 }
 
 
@@ -2989,7 +2989,7 @@ def plain_turn(rng: random.Random) -> tuple[str, str]:
         json_task,
         unknown,
     ]
-    return rng.choices(makers, [22, 46, 26, 4, 10, 3])[0](rng)
+    return rng.choices(makers, [30, 32, 40, 3, 9, 3])[0](rng)
 
 
 def plain_chat(rng: random.Random, turns: int) -> Chat:
@@ -3062,7 +3062,7 @@ def tool_chat(rng: random.Random, turns: int) -> Chat:
 
 def conversation(rng: random.Random, long: bool = False) -> Chat:
     """One conversation of any kind; `long` ones fill a window of 2,048 positions."""
-    maker = rng.choices([plain_chat, tool_chat, styled_chat], [50, 38, 12])[0]
+    maker = rng.choices([plain_chat, tool_chat, styled_chat], [52, 32, 16])[0]
     shares = [30, 30, 22, 18] if maker is tool_chat else [60, 22, 12, 6]  # tools take many tokens, so use them well
     turns = rng.randint(8, 30) if long else rng.choices([1, 2, 3, 4], shares)[0]
     while True:
@@ -3627,7 +3627,7 @@ def arguments() -> argparse.Namespace:
         "--steps", type=int, default=STEPS, help=f"training steps of {TOKENS_PER_STEP} tokens (default {STEPS})"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 2, help="CPU threads")
-    parser.add_argument("--work", type=Path, default=HERE / ".make_tiny", help="folder for checkpoint and tokenizer")
+    parser.add_argument("--work", type=Path, default=HERE / ".training", help="folder for checkpoint and tokenizer")
     parser.add_argument("--out", type=Path, default=HERE / "shimmy-tiny.gguf", help="the file to write")
     parser.add_argument("--show", type=int, metavar="N", help="print N generated conversations and stop")
     parser.add_argument("--export-only", action="store_true", help="export the newest checkpoint without training")
