@@ -3281,47 +3281,34 @@ class Candidates:
 
 
 class Pace:
-    """How long steps take, learned as they go, and how much of a prompt fits one without freezing the streams.
+    """How long steps take, learned as they go, and how much of a prompt fits one without freezing the streams."""
 
-    Kernels work in blocks, so sizes differ in efficiency: each size's time is learned by itself (28 rows may take as long
-    as 24), one not tried yet is guessed a little too fast, so that it will be. All grow together with the context.
-    """
-
-    TARGET = 4.2  # a running stream's gap while a prompt is read, as a multiple of its usual gap
+    TARGET = 4.6  # a running stream's gap while a prompt is read, as a multiple of its usual gap
     FLOOR = 5 * FLUSH_SECONDS  # five times the gap that clients of the fastest models see
-    STEP = 4  # sizes tried: multiples of this
-    OPTIMISM = 0.85  # of the cost of a row in a whole batch
+    STEP = 4  # kernels work in blocks: 17 rows take longer than 20
 
     def __init__(self, n_batch: int) -> None:
         self.n_batch = n_batch
         self._usual: dict[int, float] = {}  # seconds of a step by decoding sequences
-        self._mixed: dict[int, float] = {}  # seconds of a mixed step by rows, before `_growth`
-        self._row = 0.0  # seconds of a prompt row in a batch of nothing else
-        self._growth = 1.0  # mixed steps now against those that were learned from
+        self._row = 0.0  # seconds a prompt row adds to a step: grows with the context, so the last steps count
 
     def record(self, decoding: int, rows: int, seconds: float) -> None:
         """Learn from a step that had so many decoding sequences among its rows."""
         if rows == decoding:
             self._usual[rows] = self._blend(self._usual.get(rows), seconds)
-        elif not decoding:
-            self._row = self._blend(self._row or None, seconds / rows)
-        elif rows in self._mixed:
-            off = max(0.25, min(4.0, seconds / (self._mixed[rows] * self._growth)))
-            self._mixed[rows] *= off**0.2
-            self._growth = max(0.5, min(8.0, self._growth * off**0.5))
-            for other in self._mixed.keys() - {rows}:  # a size once slow gets another try some day
-                self._mixed[other] *= 0.99
         else:
-            self._mixed[rows] = seconds / self._growth
+            added = max(seconds - self.usual(decoding), seconds / 10)
+            self._row = self._blend(self._row or None, added / (rows - decoding))
 
     @staticmethod
     def _blend(old: float | None, new: float) -> float:
-        return new if old is None else old + 0.3 * (min(new, 4 * old) - old)
+        """A moving average that one slow step (another process had the core) does not throw off."""
+        return new if old is None else old + 0.3 * (min(new, 1.5 * old) - old)
 
     def usual(self, decoding: int) -> float:
         """Seconds of a step without prompts; for a count not seen, the nearest one's."""
-        if decoding in self._usual or not self._usual:
-            return self._usual.get(decoding, 0.0)
+        if not decoding or not self._usual:
+            return 0.0
         return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
 
     def prompt_rows(self, decoding: int) -> int:
@@ -3331,16 +3318,8 @@ class Pace:
             return room
         if not usual or not self._row:
             return min(room, 16)
-        budget, best, best_speed = max(self.TARGET * usual, self.FLOOR), 1, 0.0
-        for rows in range(decoding // self.STEP * self.STEP + self.STEP, self.n_batch + 1, self.STEP):
-            guess = usual + self._row * (rows - decoding) * self.OPTIMISM
-            seconds = self._mixed.get(rows, guess) * self._growth
-            speed = (rows - decoding) / seconds
-            if seconds <= budget and speed >= best_speed:
-                best, best_speed = rows - decoding, speed
-            if guess * self._growth > 2 * budget:
-                break
-        return min(best, room)
+        rows = decoding + int((max(self.TARGET * usual, self.FLOOR) - usual) / self._row)
+        return max(1, min(rows // self.STEP * self.STEP - decoding, room))
 
 
 class Scheduler:
