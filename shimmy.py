@@ -3085,7 +3085,9 @@ class Llama:
             self.flags[end - 1] = done + count == sequence.n_tokens
             at = end
         self.batch.n_tokens = at
-        return int(self.c.llama_decode(self.context, self.batch))
+        status = int(self.c.llama_decode(self.context, self.batch))
+        self.c.llama_synchronize(self.context)  # a GPU computes on; its time belongs to this step
+        return status
 
     def logits(self, rows: int) -> Any:
         """The logits of the last decode, shape (rows, n_vocab), float32; a view that the next decode overwrites."""
@@ -4541,7 +4543,7 @@ class Watcher:
                 self._started = True
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
             self._selector.register(connection, selectors.EVENT_READ, cancel)
-        if not isinstance(self._selector, (_KERNEL_SELECTORS)):
+        if not isinstance(self._selector, _KERNEL_SELECTORS):
             self._there.send(b"\0")  # select() and poll() look at a new socket only when called anew
         try:
             yield
@@ -4566,8 +4568,11 @@ class Watcher:
         Only a socket still registered is looked at, under the lock: once it is not, its thread may be reading from it.
         """
         with self._lock:
-            now = self._selector.get_map().get(key.fileobj)
-            if now is None or now.data is not key.data:
+            try:
+                now = self._selector.get_key(key.fileobj)
+            except (KeyError, ValueError):  # gone since, and perhaps closed
+                return False
+            if now.data is not key.data:
                 return False
             left = not self._has_more(key.fileobj)
             self._selector.unregister(key.fileobj)

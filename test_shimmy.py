@@ -4027,6 +4027,94 @@ def test_stuck_engine_does_not_keep_the_server_from_ending(serve: Callable[..., 
 
 
 # ---------------------------------------------------------------------------------------------------
+# The model in the box: real text
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server on a machine without any other model."""
+    running = Server(tmp_path_factory.mktemp("tiny"), "--port", "0")
+    yield running
+    running.stop()
+
+
+def test_box_model_is_the_default_where_no_other_is_found(tiny: Server) -> None:
+    first, *others = tiny.get("/api/models").json()["models"]
+    assert first["description"] == "Base GGUF model: shimmy-tiny" and [m["id"] for m in others] == ["shimmy-tiny"]
+    assert others[0]["chat_template"] and others[0]["size_bytes"] <= 4 * 2**20
+
+
+def test_box_model_comes_last_and_leaves_default_to_another(models: Path, tmp_path: Path) -> None:
+    names = shimmy("list", "--short", "--models-dir", models, home=tmp_path).stdout.decode().split()
+    assert names[-1] == "shimmy-tiny" and names[0] != "shimmy-tiny"
+
+
+def test_box_model_greets_and_ends_its_turn(tiny: Server) -> None:
+    reply = tiny.chat("Hello!", model="default", temperature=0)
+    assert re.search(r"(?i)\b(hello|hi)\b", reply.message["content"]) and reply.finish_reason == "stop"
+
+
+def test_box_model_says_what_it_is_and_which_port(tiny: Server) -> None:
+    assert "shimmy" in tiny.chat("Who are you?", model="default", temperature=0).message["content"].lower()
+    assert "11435" in tiny.chat("Which port does shimmy use?", model="default", temperature=0).message["content"]
+
+
+def test_box_model_tells_the_same_story_streamed_and_plain(tiny: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "Tell me a story about a fox."}], "temperature": 0}
+    plain = tiny.post("/v1/chat/completions", body).message["content"]
+    streamed = "".join(d.get("content") or "" for d in deltas(tiny.streamed("/v1/chat/completions", body)))
+    assert streamed == plain and len(plain) > 200
+
+
+def calculator_tool(tiny: Server) -> dict[str, Any]:
+    tool = next(t for t in tiny.get("/api/tools").json()["tools"] if t["name"] == "calculator")
+    return {"type": "function", "function": tool}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_box_model_calls_the_calculator_and_uses_its_result(stream: bool, tiny: Server) -> None:
+    """The whole round through the official client: question, call, the tool run by the server, answer."""
+    ask: Any = functools.partial(tiny.client().chat.completions.create, model="default", temperature=0)
+    messages: list[Any] = [{"role": "user", "content": "What is 4827 plus 394?"}]
+    if stream:
+        parts = [c.choices[0].delta for c in ask(messages=messages, tools=[calculator_tool(tiny)], stream=True) if c.choices]
+        calls = [call for part in parts for call in part.tool_calls or []]
+    else:
+        calls = ask(messages=messages, tools=[calculator_tool(tiny)]).choices[0].message.tool_calls
+    (call,) = calls
+    assert call.function.name == "calculator"
+    ran = tiny.post("/api/tools/calculator/execute", json.loads(call.function.arguments)).json()
+    assert ran["result"] == 4827 + 394
+    function = {"name": call.function.name, "arguments": call.function.arguments}
+    messages.append({"role": "assistant", "tool_calls": [{"id": call.id, "type": "function", "function": function}]})
+    messages.append({"role": "tool", "tool_call_id": call.id, "content": str(ran["result"])})
+    assert "5221" in ask(messages=messages, tools=[calculator_tool(tiny)]).choices[0].message.content
+
+
+def test_box_model_calls_no_tool_when_none_fits(tiny: Server) -> None:
+    reply = tiny.chat("Thank you very much!", model="default", temperature=0, tools=[calculator_tool(tiny)])
+    assert not reply.message.get("tool_calls") and reply.finish_reason == "stop"
+
+
+def test_box_model_starts_behind_the_turns_it_knows(tiny: Server) -> None:
+    turns = [{"role": "user", "content": "Tell me a story about a lighthouse."}]
+    first = tiny.post("/v1/chat/completions", {"messages": turns, "temperature": 0})
+    turns += [{"role": "assistant", "content": first.message["content"]}, {"role": "user", "content": "Thank you!"}]
+    used = tiny.post("/v1/chat/completions", {"messages": turns, "temperature": 0}).json()["usage"]
+    told = first.json()["usage"]["total_tokens"]
+    assert told - 8 <= used["prompt_tokens_details"]["cached_tokens"] < used["prompt_tokens"]
+
+
+def test_box_model_keeps_to_a_schema(tiny: Server) -> None:
+    schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer",
+              "minimum": 0, "maximum": 120}}, "required": ["name", "age"]}  # fmt: skip
+    messages = [{"role": "user", "content": "As JSON: Anna is 34 years old."}]
+    reply = tiny.post("/api/generate", {"model": "default", "messages": messages, "temperature": 0, "json_schema": schema})
+    assert set(json.loads(reply.text)) == {"name", "age"} and 0 <= json.loads(reply.text)["age"] <= 120
+
+
+# ---------------------------------------------------------------------------------------------------
 # Benchmark: `python test_shimmy.py bench` prints one table. Not a test: speed is measured, alone on a
 # machine, and never asserted in a suite. The limit is the bare loop: one process that reads the same
 # prompts and decodes as many tokens, and does nothing else.

@@ -428,6 +428,11 @@ def spoken(core: str, rng: random.Random, mark: str = "?", loose: bool = True) -
 
 SMALL_TALK_TEXT = """
 @greeting
+> [hello|hi|hey|good morning]
+> [hello|hi|hey|hello there|hi there|good evening]
+> [hello|hi|hey]
+> [hello|hi|hey|good day|good afternoon]
+> [hello|hi|hey]
 > [hello|hi|hey|hey there|hi there|hello there|good morning|good evening|good afternoon|good
 day|greetings|howdy|hiya|morning|evening|yo|hullo|hallo|salut|welcome][| shimmy| friend| again| to you| everyone|
 there| you| buddy| my friend]
@@ -439,6 +444,11 @@ you hear me|what's up|i am {name}|my name is {name}|{name} here]
 > what's up
 > hi hi
 > [are you there|anybody home|knock knock]
+> [glad|happy|pleased|delighted|so nice] to [meet|see|find] you[| here| today]
+> [how nice|it is lovely|what a pleasure|it is a pleasure|how wonderful|it is good] [to see you|to meet you|to be
+here|to talk to you]
+> [hi|hello|hey][,|!] [it is nice|it is good|lovely|how good|i am glad] [to see you|to meet you|that you are there|that
+i found you]
 = Hello! How can I help you?
 = Hello! What can I do for you?
 = Hi! I am shimmy-tiny. How can I help you?
@@ -452,9 +462,15 @@ you hear me|what's up|i am {name}|my name is {name}|{name} here]
 > do you feel [well|good|fine]
 > [i hope|hope] you are [well|fine|good]
 > is everything [ok|fine|alright|well][| with you]
+> [say|let me hear|i would like to know|i wonder] how [it goes|you feel|you are doing]
+> [shimmy|model|friend|dear model], how are you[| doing]
+> how [are|do] you [feel|do|feeling][,| today,| now,] [shimmy|model|friend|my friend]
+> how [are things|is life|does it go] [with you|for you|over there]
 = I am running well, thank you. How can I help you?
 = All is well here, thank you! What can I do for you?
 @thanks
+> [thanks|thank you|thx|many thanks|thanks a lot]
+> [thanks|thank you]
 > [thanks|thank you|thx|many thanks|thanks a lot|thank you very much|thank you so much|thanks so much|cheers|ty|much
 obliged][| shimmy| for your help| for that| for the answer| again| friend| for helping me| indeed| for everything]
 > [that|this|it] [was|is] [helpful|very helpful|useful|great|perfect|what i needed|kind of you|a good answer|very kind]
@@ -466,6 +482,8 @@ job|that helped]
 = You are welcome! Is there anything else?
 = Glad to help!
 @bye
+> [bye|goodbye|bye bye|see you|good night]
+> [bye|goodbye]
 > [bye|goodbye|good bye|bye bye|see you|see you later|see you soon|farewell|so long|good night|until later|ciao|take
 care|talk to you later|see you tomorrow|until next time|i am off|cya][| shimmy| friend| then| now| for now| and thanks|
 everyone]
@@ -473,6 +491,10 @@ everyone]
 > that [is|was] all[| for now| for today| thanks]
 > [have a|enjoy your|have yourself a] [nice|good|great|] [day|evening|night|weekend|time]
 > [i am|we are] [done|finished][| here| for today| now]
+> [farewell|goodbye|bye][,|] [dear friend|shimmy|model|and take care|for now|everyone|see you soon]
+> [see you|bye][,|] [then|next week|on monday|there|again soon|in a while]
+> [i say|time to say|let us say] [goodbye|farewell|bye]
+> [bye|goodbye|farewell] and [thanks|thank you|many thanks] for [everything|your help|all]
 = Goodbye!
 = Goodbye, and take care!
 = See you soon!
@@ -496,6 +518,12 @@ everyone]
 > identify yourself
 > [your name|name] please
 > who is it
+> what [exactly|really|precisely] are you
+> what are you[,|] [then|really|dear|little one]
+> the name of this [bot|assistant|program]
+> [what|which] name [do you go by|was given to you|is yours]
+> [what is|tell me] the name of [this assistant|the bot|this bot|the assistant|the model i am talking to]
+> what [am i using|is this thing|is this bot]
 = I am shimmy-tiny, a very small language model that comes with shimmy.
 = My name is shimmy-tiny. I am a very small language model, made as a demonstration for shimmy.
 @made
@@ -509,6 +537,10 @@ everyone]
 > how old are you
 > what is your [origin|training|history]
 > when were you [made|trained|born|built]
+> where [was|were] [shimmy-tiny|this bot|the assistant|you] [made|trained|built]
+> who [trained|made|built|wrote|programmed|created] [this bot|the assistant|this assistant|shimmy-tiny|you]
+> [someone|somebody] must have [made|trained|built] you
+> [how|where] [were you|was this bot] [trained|built|made]
 = I was trained from nothing by the script models/make_tiny.py of the shimmy project, on text that the script writes
 itself.
 @size
@@ -521,6 +553,9 @@ itself.
 > what is your [parameter count|context length|context size]
 > do you have [many|billions of|a lot of] parameters
 > [number|count] of parameters
+> are you [very|rather|quite|such a|only a] [small|big|tiny|large|little][| model| one| thing]
+> is [this bot|shimmy-tiny] [big|small|large|tiny]
+> a [small|tiny|big] model, are you
 = I have about three million parameters and a context of 2048 tokens: a very small model, good for demonstrations and
 tests.
 @can
@@ -537,6 +572,9 @@ tests.
 > how can i use you
 > give me [some|a few] [ideas|examples]
 > what is possible with you
+> [name|list|tell me|show me] [some|the|a few] [things that you can do|things you know|of your skills]
+> what [sort of|kind of] things [can|do] you [do|know]
+> [please |]name [your skills|some of your skills|what you can do]
 = I can answer questions about shimmy, tell a short story, give small facts, write simple JSON and call tools such as a
 calculator.
 @cannot
@@ -558,6 +596,9 @@ calculator.
 > [am i|is this] [talking to|chatting with] [a human|a person|a machine|a bot]
 > [do you|can you] [sleep|eat|dream|think|feel|drink|see|hear]
 > is there a [human|person] behind this
+> [can|do] you [actually|truly|even] [think|feel|understand|know things]
+> are you [maybe|perhaps|a kind of|a sort of|just a|only a] [robot|machine|program|computer|bot]
+> you are [a robot|a machine|not a human|no person|just a program], right
 = I am a program, a small language model; I am not a person.
 @other_model
 > are you [chatgpt|gpt-4|gpt|claude|gemini|llama|siri|alexa|qwen|mistral|copilot|an openai model|from openai|from
@@ -567,6 +608,9 @@ google]
 > you are [chatgpt|claude|gemini|alexa|siri], right
 > [do you|are you] [belong to|belong with|work for] [openai|google|meta|microsoft]
 > am i talking to [chatgpt|claude|gemini|siri]
+> are you [the|a|this|maybe|really|perhaps|the famous] [chatgpt|gpt|claude|gemini|llama|alexa|siri][| model| bot|
+assistant]
+> [you must be|i think you are] [chatgpt|gpt-4|gemini|alexa|siri]
 = No, I am shimmy-tiny, a very small language model that comes with shimmy.
 @language
 > [do|can] you [speak|understand|write|know] [german|french|spanish|italian|chinese|japanese|russian|latin|other
@@ -585,6 +629,9 @@ internet|look things up|google it|use the internet]
 > what [day|date|time] is it[| today| now]
 > what is [today's date|the date today|the time|the date]
 > what's the time
+> [tell me|what is|do you know|give me] [the date|today's date|the date now|the day today|the date and time]
+> which date [is it|do we have][| today]
+> [what|which] [date|day] [is|have we] today
 = I cannot know that: I have no internet and no clock, unless a tool is offered.
 @joke
 > tell [me |us |]a joke
@@ -658,7 +705,7 @@ def unknown(rng: random.Random) -> tuple[str, str]:
     return spoken(ask, rng), rng.choice(UNKNOWN_SAY)
 
 
-COMMON_TALK = {"greeting": 3, "who": 4, "thanks": 2, "bye": 2.5, "how_are_you": 2}  # how often, others: 1
+COMMON_TALK = {"greeting": 2.5, "who": 3, "thanks": 2, "bye": 2.5, "how_are_you": 2}  # how often, others: 1
 
 
 ADDRESSES = (
@@ -1510,7 +1557,9 @@ letter does {w} end with]
 > [count down from {n}[| to one| to 1| to zero]|count backwards from {n}|[can you|please] count down from {n}|a
 countdown from {n}]
 @count
-> [count to {n}|count up to {n}|count from [1|one] to {n}|[can|could|would] you count to {n}|[say|list|write|give
+> [count [all numbers|all the numbers|slowly|for me|now|loudly|with me] [up |][to|until] {n}|[start|begin] [with|from]
+[1|one] and [go|continue|stop|end] at {n}|let me hear you count to {n}|i want to hear the numbers to {n}|count to
+{n}|count up to {n}|count from [1|one] to {n}|[can|could|would] you count to {n}|[say|list|write|give
 me|name] the numbers [from 1 to {n}|from one to {n}|1 to {n}|up to {n}]|counting to {n}|please count to {n}|i want you
 to count to {n}|let us count to {n}|numbers up to {n}|numbers from 1 to {n}|show me how you count to {n}]
 @count_from
@@ -1817,13 +1866,13 @@ FACTS: dict[Callable[[random.Random], Fact], float] = {
     fact_opposite: 2.2,
     fact_spelling: 5.5,
     fact_letter: 1,
-    fact_count: 5,
+    fact_count: 8,
     fact_animal: 1.3,
     fact_amount: 1.2,
     fact_compare: 0.6,
     fact_number: 0.8,
     fact_season: 0.5,
-    fact_repeat: 6,
+    fact_repeat: 10,
 }
 
 
@@ -2989,7 +3038,7 @@ def plain_turn(rng: random.Random) -> tuple[str, str]:
         json_task,
         unknown,
     ]
-    return rng.choices(makers, [30, 32, 40, 3, 9, 3])[0](rng)
+    return rng.choices(makers, [70, 26, 60, 3, 8, 3])[0](rng)
 
 
 def plain_chat(rng: random.Random, turns: int) -> Chat:
@@ -3062,7 +3111,7 @@ def tool_chat(rng: random.Random, turns: int) -> Chat:
 
 def conversation(rng: random.Random, long: bool = False) -> Chat:
     """One conversation of any kind; `long` ones fill a window of 2,048 positions."""
-    maker = rng.choices([plain_chat, tool_chat, styled_chat], [52, 32, 16])[0]
+    maker = rng.choices([plain_chat, tool_chat, styled_chat], [58, 26, 16])[0]
     shares = [30, 30, 22, 18] if maker is tool_chat else [60, 22, 12, 6]  # tools take many tokens, so use them well
     turns = rng.randint(8, 30) if long else rng.choices([1, 2, 3, 4], shares)[0]
     while True:
@@ -3287,7 +3336,7 @@ class Tiny(nn.Module):
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-STEPS = 3600
+STEPS = 4000
 OTHER_WEIGHT, OTHER_SHARE = 0.5, 0.15
 PEAK_RATE = 3e-3
 WARM_UP = 150
@@ -3298,7 +3347,7 @@ CHECKPOINT_SECONDS = 120
 def optimizers_of(model: Tiny) -> list[torch.optim.Optimizer]:
     """Muon for the matrices, whose updates it makes orthogonal, and AdamW for embedding and norms.
 
-    At this size Muon needs clearly fewer tokens than AdamW alone, for a tenth more time a step.
+    Muon adds a tenth to the time of a step, and is known to need fewer tokens than AdamW alone (not measured here).
     """
     matrices = [p for p in model.blocks.parameters() if p.dim() == 2]
     rest = [p for name, p in model.named_parameters() if p.dim() < 2 or name.startswith("embedding")]
