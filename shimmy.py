@@ -3108,10 +3108,21 @@ class Llama:
         """Let `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
         self.c.llama_memory_seq_cp(self.memory, source, target, *((0, count) if self.cuttable else (-1, -1)))
 
-    def holds(self, slot: int, count: int) -> bool:
-        """Whether the cells that position `count` looks back on are all there: a sliding window's may be overwritten."""
-        window = self.n_swa
-        return not window or self.c.llama_memory_seq_pos_min(self.memory, slot) <= max(0, count - window)
+    def oldest(self, slot: int) -> int:
+        """The first position whose cells are there: a sliding window's may be overwritten, all others stay."""
+        return int(self.c.llama_memory_seq_pos_min(self.memory, slot)) if self.n_swa else 0
+
+    def save(self, slot: int) -> Any:
+        """A sequence's cells as bytes, to be kept outside the cache; None if they cannot be had."""
+        size = self.c.llama_state_seq_get_size(self.context, slot)
+        data = self.np.empty(size, self.np.uint8)
+        rows = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
+        return data if self.c.llama_state_seq_get_data(self.context, rows, size, slot) == size else None
+
+    def restore(self, slot: int, data: Any) -> bool:
+        """Put saved cells into a slot that is empty; False when there is no room for them."""
+        rows = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
+        return bool(self.c.llama_state_seq_set_data(self.context, rows, len(data), slot))
 
     def clear(self) -> None:
         self.c.llama_memory_clear(self.memory, True)
@@ -3152,6 +3163,8 @@ class Sequence:
         self.n_shared = 0  # of those, cells a running sequence owns
         self.n_cached = 0  # prompt tokens that were not evaluated
         self.cancelled = self.done = False
+        self.saved: Any = None  # its cells as bytes, while it is parked
+        self.oldest = 0  # the first position they hold
         self.last_used = self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
         self.logprobs: list[TokenLogprob] = []
@@ -3285,9 +3298,10 @@ class Candidates:
 class Pace:
     """How long steps take, learned as they go, and how much of a prompt fits one without freezing the streams."""
 
-    TARGET = 4.6  # a running stream's gap while a prompt is read, as a multiple of its usual gap
+    TARGET = 4.4  # a running stream's gap while a prompt is read, as a multiple of its usual gap
     FLOOR = 5 * FLUSH_SECONDS  # five times the gap that clients of the fastest models see
     STEP = 4  # kernels work in blocks: 17 rows take longer than 20
+    SLICE = 1.3  # what a row costs in a small slice against one in a whole batch, until measured
 
     def __init__(self, n_batch: int) -> None:
         self.n_batch = n_batch
@@ -3299,7 +3313,7 @@ class Pace:
         if rows == decoding:
             self._usual[rows] = self._blend(self._usual.get(rows), seconds)
         else:
-            added = max(seconds - self.usual(decoding), seconds / 10)
+            added = max(seconds - self.usual(decoding), seconds / 10) * (1 if decoding else self.SLICE)
             self._row = self._blend(self._row or None, added / (rows - decoding))
 
     @staticmethod
@@ -3321,17 +3335,20 @@ class Pace:
         if not usual or not self._row:
             return min(room, 16)
         rows = decoding + int((max(self.TARGET * usual, self.FLOOR) - usual) / self._row)
-        return max(1, min(rows // self.STEP * self.STEP - decoding, room))
+        return max(1, min((rows + 1) // self.STEP * self.STEP - decoding, room))
 
 
 class Scheduler:
     """Who runs, who waits, and which cells of the KV cache are whose. Used by the step loop alone.
 
-    A finished sequence keeps its slot, idle, until room is needed: a later prompt with the same beginning starts behind
-    it. A running one lends its beginning too. The pool is shared; when it runs out the idle slot used least recently
-    goes first, then the youngest running sequence steps back to the head of the queue, keeping its tokens and sampler.
+    A finished sequence is kept, idle: a later prompt with the same beginning starts behind it. A running one lends its
+    beginning too. Every step looks at every cell in the cache, whoever's it is, so idle sequences beyond IDLE_CELLS are
+    parked: saved as bytes outside the cache, least recently used first, and put back when a prompt begins as they do.
+    The pool is shared; when it runs out idle sequences leave first, then the youngest running one steps back to the head
+    of the queue, keeping its tokens and sampler.
     """
 
+    IDLE_CELLS = 1024  # 2,600 idle cells were seen to double the time of reading a prompt on the CPU
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
     GROWTH = 16  # cells a newcomer must leave free for each running sequence
 
@@ -3340,6 +3357,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.slots: list[Sequence | None] = [None] * llama.n_seq
+        self.parked: list[Sequence] = []  # the one used least recently first; together no more tokens than the pool
         self.pace = Pace(llama.n_batch)
 
     def admit(self) -> None:
@@ -3354,6 +3372,9 @@ class Scheduler:
             if self.running and not self._fits(sequence.n_tokens - borrowed):
                 return
             self.waiting.remove(sequence)
+            self._park_beyond(self.IDLE_CELLS, donor)
+            if donor and donor.slot < 0 and not self._unpark(donor):
+                donor, shared = None, 0
             self._place(sequence, donor, shared)
             sequence.n_shared = borrowed
             self.running.append(sequence)
@@ -3361,14 +3382,49 @@ class Scheduler:
     def _best_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
         best, longest = None, 0
-        for other in self.slots:
-            if other is None or not other.n_computed:
-                continue
+        for other in (s for s in (*self.slots, *self.parked) if s and s.n_computed):
             length = self._common(sequence, other, other.n_computed)
             whole = self.llama.cuttable or length == other.n_computed
-            if length > longest and whole and self.llama.holds(other.slot, length):
+            if length > longest and whole and self._oldest(other) <= max(0, length - self.llama.n_swa):
                 best, longest = other, length
         return best, longest
+
+    def _oldest(self, sequence: Sequence) -> int:
+        return self.llama.oldest(sequence.slot) if sequence.slot >= 0 else sequence.oldest
+
+    def _idle(self) -> list[Sequence]:
+        """Finished sequences in the cache, the one used least recently first."""
+        return sorted((s for s in self.slots if s and s.done), key=lambda s: s.last_used)
+
+    def _park_beyond(self, cells: int, keep: Sequence | None) -> None:
+        """Leave at most so many idle cells in the cache, `keep` not counted."""
+        idle = [s for s in self._idle() if s is not keep]
+        held = sum(s.n_computed for s in idle)
+        for sequence in idle:
+            if held > cells:
+                held -= sequence.n_computed
+                self._park(sequence)
+
+    def _park(self, sequence: Sequence) -> None:
+        """Move an idle sequence out of the cache; the parked ones used least recently make room."""
+        sequence.saved, sequence.oldest = self.llama.save(sequence.slot), self.llama.oldest(sequence.slot)
+        self._forget(sequence.slot)
+        sequence.slot = -1
+        if sequence.saved is not None:
+            self.parked.append(sequence)
+        while sum(s.n_computed for s in self.parked) > self.llama.pool:
+            self.parked.pop(0)
+
+    def _unpark(self, sequence: Sequence) -> bool:
+        """Put a parked sequence back into the cache, idle; False when there is no room for it there."""
+        self.parked.remove(sequence)
+        slot = self._slot_for(None, 0)
+        self._forget(slot)
+        if not self.llama.restore(slot, sequence.saved):
+            self.llama.drop(slot)
+            return False
+        self.slots[slot], sequence.slot, sequence.saved = sequence, slot, None
+        return True
 
     def _common(self, sequence: Sequence, other: Sequence, limit: int) -> int:
         size = min(sequence.n_tokens - 1, limit)
@@ -3408,9 +3464,8 @@ class Scheduler:
             return donor.slot
         if None in self.slots:
             return self.slots.index(None)
-        idle = [s for s in self.slots if s and s.done]
-        others = [s for s in idle if s is not donor]
-        return min(others or idle, key=lambda s: s.last_used).slot
+        idle = self._idle()
+        return next((s for s in idle if s is not donor), idle[0]).slot
 
     def _forget(self, slot: int) -> None:
         self.llama.drop(slot)
@@ -3431,10 +3486,10 @@ class Scheduler:
         return plan
 
     def make_room(self) -> Sequence | None:
-        """After a step found no free cells: forget an idle sequence (None), or step the youngest back and return it."""
-        idle = [s for s in self.slots if s and s.done]
+        """After a step found no free cells: park an idle sequence (None), or step the youngest back and return it."""
+        idle = self._idle()
         if idle:
-            self._forget(min(idle, key=lambda s: s.last_used).slot)
+            self._park(idle[0])
             return None
         youngest = self.running.pop()
         self._forget(youngest.slot)
