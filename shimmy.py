@@ -3372,9 +3372,9 @@ class Scheduler:
             if self.running and not self._fits(sequence.n_tokens - borrowed):
                 return
             self.waiting.remove(sequence)
-            self._park_beyond(self.IDLE_CELLS, donor)
             if donor and donor.slot < 0 and not self._unpark(donor):
                 donor, shared = None, 0
+            self._park_beyond(self.IDLE_CELLS, donor)
             self._place(sequence, donor, shared)
             sequence.n_shared = borrowed
             self.running.append(sequence)
@@ -3459,13 +3459,15 @@ class Scheduler:
             sequence.n_cached, sequence.started = shared, time.perf_counter()
 
     def _slot_for(self, donor: Sequence | None, shared: int) -> int:
-        """The donor's own slot when nothing in it is lost, else an empty one, else the idle one used least recently."""
+        """The donor's own slot when nothing in it is lost, else an empty one, made by parking if need be."""
         if donor and donor.done and donor.n_computed == shared:
             return donor.slot
-        if None in self.slots:
-            return self.slots.index(None)
-        idle = self._idle()
-        return next((s for s in idle if s is not donor), idle[0]).slot
+        if None not in self.slots:
+            others = [s for s in self._idle() if s is not donor]
+            if donor and not others:
+                return donor.slot
+            self._park(others[0])
+        return self.slots.index(None)
 
     def _forget(self, slot: int) -> None:
         self.llama.drop(slot)

@@ -3680,6 +3680,30 @@ def test_continued_text_starts_behind_what_was_generated(kind: str, kinds: Serve
     fresh(kinds, kind, longer).assert_same(on)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversation_parked_outside_the_cache_comes_back_as_it_was(kind: str, kinds: Server) -> None:
+    """Five of 400 tokens are more idle cells than stay in the cache: the first ones are saved, and put back."""
+    kinds.unload(kind)
+    prompts = [ids(f"{i}{STORY * 4}"[:400]) for i in range(5)]
+    said = [greedy(kinds, kind, prompt) for prompt in prompts]
+    longer = [*prompts[0], *said[0].tokens, *ids(" and")]
+    on = greedy(kinds, kind, longer)
+    assert on.cached == 400 + 23
+    fresh(kinds, kind, longer).assert_same(on)
+
+
+def test_many_conversations_at_random_lose_and_mix_nothing(kinds: Server) -> None:
+    """More of them than slots and than the pool holds, in an order of no pattern, several at once."""
+    kinds.unload("llama")
+    choose, talks = random.Random(4), [ids(f"{i:02d}{STORY * 4}"[: 100 + 9 * i]) for i in range(34)]
+    alone = {i: greedy(kinds, "llama", talk, 8) for i, talk in enumerate(talks)}
+    order = [choose.randrange(34) for _ in range(150)]
+    with ThreadPoolExecutor(6) as pool:
+        runs = list(pool.map(lambda i: greedy(kinds, "llama", talks[i], 8), order))
+    for i, run in zip(order, runs, strict=True):
+        alone[i].assert_same(run)
+
+
 def test_n_choices_share_one_prompt(kinds: Server) -> None:
     kinds.unload("llama")
     made = greedy(kinds, "llama", ids(STORY), n=4)
