@@ -429,6 +429,10 @@ def spoken(core: str, rng: random.Random, mark: str = "?", loose: bool = True) -
 SMALL_TALK_TEXT = """
 @greeting
 > [hello|hi|hey|good morning]
+> [hello|hi|hey|hi there|hello there]
+> [hello|hi|hey]
+> [hello|hi]
+> [hi|hello]
 > [hello|hi|hey|hello there|hi there|good evening]
 > [hello|hi|hey]
 > [hello|hi|hey|good day|good afternoon]
@@ -705,7 +709,7 @@ def unknown(rng: random.Random) -> tuple[str, str]:
     return spoken(ask, rng), rng.choice(UNKNOWN_SAY)
 
 
-COMMON_TALK = {"greeting": 2.5, "who": 3, "thanks": 2, "bye": 2.5, "how_are_you": 2}  # how often, others: 1
+COMMON_TALK = {"greeting": 6, "who": 5, "thanks": 2, "bye": 2.5, "how_are_you": 2}  # how often, others: 1
 
 
 ADDRESSES = (
