@@ -3374,7 +3374,6 @@ class Scheduler:
             self.waiting.remove(sequence)
             if donor and donor.slot < 0 and not self._unpark(donor):
                 donor, shared = None, 0
-            self._park_beyond(self.IDLE_CELLS, donor)
             self._place(sequence, donor, shared)
             sequence.n_shared = borrowed
             self.running.append(sequence)
@@ -3396,14 +3395,13 @@ class Scheduler:
         """Finished sequences in the cache, the one used least recently first."""
         return sorted((s for s in self.slots if s and s.done), key=lambda s: s.last_used)
 
-    def _park_beyond(self, cells: int, keep: Sequence | None) -> None:
-        """Leave at most so many idle cells in the cache, `keep` not counted."""
-        idle = [s for s in self._idle() if s is not keep]
-        held = sum(s.n_computed for s in idle)
-        for sequence in idle:
-            if held > cells:
-                held -= sequence.n_computed
-                self._park(sequence)
+    def tidy(self) -> bool:
+        """Park one idle sequence if too many idle cells are in the cache: between steps that nobody waits for."""
+        idle = self._idle()
+        crowded = sum(s.n_computed for s in idle) > self.IDLE_CELLS
+        if crowded:
+            self._park(idle[0])
+        return crowded
 
     def _park(self, sequence: Sequence) -> None:
         """Move an idle sequence out of the cache; the parked ones used least recently make room."""
@@ -3598,6 +3596,8 @@ class Engine:
         """For ever: take what came, step while anything runs, sleep when nothing does."""
         while True:
             if not (self.scheduler.running or self.scheduler.waiting) or not self.inbox.empty():
+                while self.inbox.empty() and self.scheduler.tidy():
+                    pass
                 self._take(self.inbox.get())
                 continue
             self.step()
@@ -3617,6 +3617,8 @@ class Engine:
         if len(self.scheduler.running) != self._running_said:
             self._flush()
         plan = self.scheduler.schedule()
+        if all(count == 1 for _, count in plan):
+            self.scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
         decoding = sum(1 for s, _ in plan if s.pending == 1)
         self.llama.abort(False)
         self._in_step = [s for s, _ in plan]
