@@ -1339,16 +1339,6 @@ class ModelTable:
         if time.monotonic() - self._scanned_at > age:
             self.scan()
 
-    def info(self, name: str) -> ModelInfo:
-        """All that is known of a model; reads the rest of its header. Raises ModelNotFound."""
-        id = self.resolve(name)
-        with self._changed:
-            entry = self._entry(id)
-        whole = self.catalog.whole(entry.info)
-        with self._changed:
-            entry.info = whole
-        return whole
-
     # Life
 
     @contextlib.contextmanager
@@ -1526,9 +1516,14 @@ class ModelTable:
                 self._changed.wait(max(0.05, min(left, default=self.options.keep_alive)))
 
     def status(self, name: str) -> dict[str, Any]:
+        """The model's status; asked about, it also gets what a scan of many files left unread of its header."""
         id = self.resolve(name)
         with self._changed:
-            return self._entry(id).status()
+            entry = self._entry(id)
+        whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
+        with self._changed:
+            entry.info = whole
+            return entry.status()
 
     def statuses(self) -> list[dict[str, Any]]:
         with self._changed:

@@ -29,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,7 +218,10 @@ def write_dice(path: Path, name: str = "Dice", context: int = 256) -> Path:
     return path
 
 
-def write_header(path: Path, arch: str = "llama", name: str = "", size_label: str = "", **kwargs: Any) -> Path:
+def write_header(
+    path: Path, arch: str = "llama", name: str = "", size_label: str = "",
+    tokens: Seq[str] = ("<unk>", "<s>", "</s>"), **kwargs: Any,
+) -> Path:  # fmt: skip
     """A file that lists as a model and cannot be loaded: a header and one tensor of 64 x 64."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(path), arch, **kwargs)
@@ -230,7 +234,7 @@ def write_header(path: Path, arch: str = "llama", name: str = "", size_label: st
     writer.add_block_count(1)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>"])
+    writer.add_token_list(list(tokens))
     writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
     finish(writer)
     return path
@@ -1433,6 +1437,20 @@ def test_list_steps_over_a_large_vocabulary(tmp_path: Path) -> None:
     finish(writer)
     model = listing(tmp_path, "--models-dir", tmp_path).models["large"]
     assert (model["name"], model["context_length"], model["parameter_count"]) == ("Large", 4096, "1.9M")
+
+
+def test_model_asked_about_has_its_whole_header_read(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """More large vocabularies than a scan reads whole: the last one's template is known once its status was asked."""
+    folder = tmp_path / "many"
+    first = write_header(folder / "a000.gguf", tokens=[f"token{i}" for i in range(150_000)])
+    for i in range(1, 30):
+        shutil.copy(first, folder / f"a{i:03d}.gguf")
+    with (folder / "a029.gguf").open("ab") as largest:
+        largest.write(b"\0" * 64)
+    many = serve("--models-dir", folder)
+    assert many.status("a029")["status"] == "unloaded"
+    listed = {m["id"]: m for m in many.get("/api/models").json()["models"]}
+    assert listed["a029"]["chat_template"] is False
 
 
 def test_list_shows_an_embedding_model(found: Listing) -> None:
