@@ -2900,7 +2900,7 @@ class Vocabulary:
 
 
 class Llama:
-    """llama.cpp's model and context behind the few calls the engine makes. One thread decodes; any may tokenize."""
+    """llama.cpp's model: weights, vocabulary, adapters, and how much context fits. `main` is where sequences live."""
 
     SMALL = 16 * MIB  # a step of a model below this is over before a second thread has woken
 
@@ -2910,6 +2910,7 @@ class Llama:
         import numpy
 
         self.c, self.np, self.ctypes = import_llama(), numpy, ctypes
+        self.options, self.size_bytes = load.options, load.size_bytes
         self.notes: list[str] = []
         self.log_lines: deque[str] = deque(maxlen=20)
         self._log = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
@@ -2919,13 +2920,11 @@ class Llama:
         self.vocab = Vocabulary(self.c, self.model, numpy)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
-        self._make_context(load)
-        self.memory = self.c.llama_get_memory(self.context)
-        # On two cores 1,000 idle cells cost a 1 MB model a third of its speed, 2,600 doubled the reading of a prompt with
-        # half a billion parameters. A GPU hardly feels them, and fetching cells that lie scattered from one is slow.
-        self.parks = self._on_cpu(load.options)
-        self._logits: Any = None
-        self._logits_at: int | None = None
+        self.adapters = self._load_adapters(load.options.lora)
+        self.ctx, self.pool = self._sizes(load)
+        spare = load.options.parallel + 8 if self.cuttable else 2  # idle sequences kept for their prefix
+        n_seq = min(load.options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
+        self.main = Context(self, self.pool, max(load.options.batch, load.options.parallel), n_seq)
 
     def _on_log(self, level: int, line: bytes, _: Any) -> None:
         if level >= 3:  # GGML_LOG_LEVEL_WARN and ERROR
@@ -2933,7 +2932,7 @@ class Llama:
 
     def _load_model(self, load: Load, progress: Callable[[float], None]) -> None:
         free = available_memory()
-        self.left = None if free is None or not self._on_cpu(load.options) else free - load.size_bytes
+        self.left = None if free is None or not self.on_cpu else free - load.size_bytes
         if self.left is not None and self.left < 0:
             raise LoadError(f"the weights need {human_bytes(load.size_bytes)}, {human_bytes(free or 0)} of memory are available")
         params = self.c.llama_model_default_params()
@@ -2951,39 +2950,16 @@ class Llama:
         params.progress_callback = callback
         self.model = self.c.llama_model_load_from_file(os.fsencode(load.path), params)
         if not self.model:
-            raise LoadError(self._reason("llama.cpp cannot load the file"))
+            raise LoadError(self.reason("llama.cpp cannot load the file"))
         if not self.c.llama_model_has_decoder(self.model):
             raise LoadError("an embedding model: it cannot generate text")
         if self.c.llama_model_has_encoder(self.model):
             raise LoadError("an encoder-decoder model (T5 and the like), which is not supported")
 
-    def _reason(self, what: str) -> str:
+    def reason(self, what: str) -> str:
         """What went wrong, with the library's own last words."""
         words = [line.split(": ", 1)[-1] for line in self.log_lines if line]
         return f"{what}: {words[0]}" if words else what
-
-    def _make_context(self, load: Load) -> None:
-        options, c = load.options, self.c
-        self.ctx, self.pool = self._sizes(load)
-        self.n_batch = max(options.batch, options.parallel)
-        spare = options.parallel + 8 if self.cuttable else 2  # idle sequences kept for their prefix
-        self.n_seq = min(options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
-        params = c.llama_context_default_params()
-        params.n_ctx, params.n_seq_max, params.kv_unified, params.swa_full = self.pool, self.n_seq, True, True
-        params.n_batch = params.n_ubatch = self.n_batch
-        params.n_outputs_max = self.n_seq  # else n_ubatch × n_vocab logits are reserved: 300 MiB for a large vocabulary
-        small = load.size_bytes < self.SMALL
-        params.n_threads = params.n_threads_batch = options.threads or (1 if small else physical_cores())
-        params.flash_attn_type = {"auto": -1, "on": 1, "off": 0}[options.flash_attn]
-        params.type_k = params.type_v = getattr(c, f"GGML_TYPE_{options.kv_type.upper()}")
-        params.no_perf = True
-        self._abort = self.ctypes.create_string_buffer(2)
-        params.abort_callback, params.abort_callback_data = self._abort_callback()
-        self.context = c.llama_init_from_model(self.model, params)
-        if not self.context:
-            raise LoadError(self._reason("llama.cpp cannot make a context"))
-        self._apply_lora(options.lora)
-        self._make_batch()
 
     def _sizes(self, load: Load) -> tuple[int, int]:
         """Tokens of one sequence's context and of the shared pool; LoadError with numbers when they cannot fit."""
@@ -2991,7 +2967,7 @@ class Llama:
         ctx = min(options.ctx or min(own, 8192), own)
         if options.ctx and options.ctx > own:
             self.notes.append(f"--ctx {options.ctx} is beyond the model's own context; using {own}")
-        each, pool = self._kv_bytes(options), options.kv_pool or 4 * ctx
+        each, pool = self.kv_bytes(), options.kv_pool or 4 * ctx
         if self.left is not None:
             left = self.left - 64 * MIB - self.vocab.size * 4 * 24  # graph buffers, and logits of every sequence
             if each * ctx > left:
@@ -3003,17 +2979,18 @@ class Llama:
                 pool = min(pool, int(left / 4 // each))
         return ctx, -(-max(pool, ctx) // 256) * 256
 
-    def _on_cpu(self, options: EngineOptions) -> bool:
-        return options.gpu_layers == 0 or not self.c.llama_supports_gpu_offload()
+    @property
+    def on_cpu(self) -> bool:
+        return self.options.gpu_layers == 0 or not self.c.llama_supports_gpu_offload()
 
-    def _kv_bytes(self, options: EngineOptions) -> int:
+    def kv_bytes(self) -> int:
         """Bytes of KV cache a token takes, from the model's shape."""
         c, m = self.c, self.model
         heads = max(c.llama_model_n_head(m), 1)
         architecture = self.metadata("general.architecture")
         usual = c.llama_model_n_embd(m) // heads
         key, value = (int(self.metadata(f"{architecture}.attention.{k}_length") or usual) for k in ("key", "value"))
-        width = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}[options.kv_type]
+        width = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}[self.options.kv_type]
         return max(1, int(c.llama_model_n_layer(m) * c.llama_model_n_head_kv(m) * (key + value) * width))
 
     def metadata(self, key: str) -> str:
@@ -3021,40 +2998,6 @@ class Llama:
         buffer = self.ctypes.create_string_buffer(256)
         size = self.c.llama_model_meta_val_str(self.model, key.encode(), buffer, 256)
         return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
-
-    def _abort_callback(self) -> tuple[Any, Any]:
-        """A callback in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode."""
-        library = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
-        callback = self.ctypes.cast(library.strlen, self.c.ggml_abort_callback)
-        return callback, self.ctypes.cast(self._abort, self.ctypes.c_void_p)
-
-    def abort(self, wanted: bool) -> None:
-        """Make a decode that is under way in another thread return soon (2), or let it be."""
-        self._abort[0] = b"\1" if wanted else b"\0"
-
-    def _apply_lora(self, files: Seq[str]) -> None:
-        adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
-        for file, adapter in zip(files, adapters, strict=True):
-            if not adapter:
-                raise LoadError(self._reason(f"the LoRA adapter {file} cannot be applied"))
-        if adapters:
-            handles = (self.c.llama_adapter_lora_p_ctypes * len(adapters))(*adapters)
-            scales = (self.ctypes.c_float * len(adapters))(*[1.0] * len(adapters))
-            self.c.llama_set_adapters_lora(self.context, handles, len(adapters), scales)
-
-    def _make_batch(self) -> None:
-        """A llama_batch over numpy arrays, with a table of sequence pointers: filling 500 rows takes microseconds."""
-        np, n = self.np, self.n_batch
-        self.tokens, self.positions, self.flags = np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int8)
-        self.sequences, self._ones = np.zeros(n, np.uintp), np.ones(n, np.int32)
-        self._ids = np.arange(self.n_seq, dtype=np.int32)
-        self.pointers = self._ids.ctypes.data + 4 * np.arange(self.n_seq, dtype=np.uintp)
-        self.counting = np.arange(max(self.ctx, self.pool) + 1, dtype=np.int32)
-        self.batch = self.c.llama_batch()
-        kinds = {name: kind for name, kind, *_ in self.c.llama_batch._fields_}
-        for name, rows in {"token": self.tokens, "pos": self.positions, "n_seq_id": self._ones,
-                           "seq_id": self.sequences, "logits": self.flags}.items():  # fmt: skip
-            setattr(self.batch, name, self.ctypes.cast(rows.ctypes.data, kinds[name]))
 
     def loaded(self, options: EngineOptions) -> Loaded:
         """The description of this model that the parent works with."""
@@ -3071,6 +3014,86 @@ class Llama:
             specials=self.vocab.specials, notes=tuple(self.notes),
         )  # fmt: skip
 
+    def _load_adapters(self, files: Seq[str]) -> list[Any]:
+        adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
+        for file, adapter in zip(files, adapters, strict=True):
+            if not adapter:
+                raise LoadError(self.reason(f"the LoRA adapter {file} cannot be applied"))
+        return adapters
+
+
+class Context:
+    """llama.cpp's context behind the few calls the engine makes: a KV cache, and the decoding into it. One thread decodes."""
+
+    PAUSE_EVERY = 2  # operations of a graph; each takes up to 20 ms with 256 rows of a 0.5B model on two cores
+
+    def __init__(self, llama: Llama, cells: int, n_batch: int, n_seq: int, pause: Callable[[], bool] | None = None) -> None:
+        """Room for `cells` tokens of `n_seq` sequences, read in batches of `n_batch`. LoadError when llama.cpp refuses.
+
+        `pause` is called every few operations of a decode, on the decoding thread; False ends the decode there.
+        """
+        self.llama, self.c, self.np, self.ctypes = llama, llama.c, llama.np, llama.ctypes
+        self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
+        self._abort = self.ctypes.create_string_buffer(2)
+        self._callback = self._eval_callback(pause) if pause else None  # kept: llama.cpp calls it
+        self.handle = self.c.llama_init_from_model(llama.model, self._params())
+        if not self.handle:
+            raise LoadError(llama.reason("llama.cpp cannot make a context"))
+        if llama.adapters:
+            count = len(llama.adapters)
+            adapters = (self.c.llama_adapter_lora_p_ctypes * count)(*llama.adapters)
+            self.c.llama_set_adapters_lora(self.handle, adapters, count, (self.ctypes.c_float * count)(*[1.0] * count))
+        self.memory = self.c.llama_get_memory(self.handle)
+        self._logits: Any = None
+        self._logits_at: int | None = None
+        self._make_batch()
+
+    def _params(self) -> Any:
+        options, params = self.llama.options, self.c.llama_context_default_params()
+        params.n_ctx, params.n_seq_max, params.kv_unified, params.swa_full = self.cells, self.n_seq, True, True
+        params.n_batch = params.n_ubatch = self.n_batch
+        params.n_outputs_max = self.n_seq  # else n_ubatch × n_vocab logits are reserved: 300 MiB for a large vocabulary
+        small = self.llama.size_bytes < self.llama.SMALL
+        params.n_threads = params.n_threads_batch = options.threads or (1 if small else physical_cores())
+        params.flash_attn_type = {"auto": -1, "on": 1, "off": 0}[options.flash_attn]
+        params.type_k = params.type_v = getattr(self.c, f"GGML_TYPE_{options.kv_type.upper()}")
+        params.no_perf = True
+        params.abort_callback, params.abort_callback_data = self._abort_callback()
+        if self._callback:
+            params.cb_eval = self._callback
+        return params
+
+    def _eval_callback(self, pause: Callable[[], bool]) -> Any:
+        """llama.cpp asks of every operation whether somebody wants to look at its result, and calls when it is there."""
+        asked = itertools.count(1)
+        return self.c.ggml_backend_sched_eval_callback(
+            lambda _tensor, asks, _data: next(asked) % self.PAUSE_EVERY == 0 if asks else pause()
+        )
+
+    def _abort_callback(self) -> tuple[Any, Any]:
+        """A callback in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode."""
+        library = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
+        callback = self.ctypes.cast(library.strlen, self.c.ggml_abort_callback)
+        return callback, self.ctypes.cast(self._abort, self.ctypes.c_void_p)
+
+    def abort(self, wanted: bool) -> None:
+        """Make a decode that is under way in another thread return soon (2), or let it be."""
+        self._abort[0] = b"\1" if wanted else b"\0"
+
+    def _make_batch(self) -> None:
+        """A llama_batch over numpy arrays, with a table of sequence pointers: filling 500 rows takes microseconds."""
+        np, n = self.np, self.n_batch
+        self.tokens, self.positions, self.flags = np.zeros(n, np.int32), np.zeros(n, np.int32), np.zeros(n, np.int8)
+        self.sequences, self._ones = np.zeros(n, np.uintp), np.ones(n, np.int32)
+        self._ids = np.arange(self.n_seq, dtype=np.int32)
+        self.pointers = self._ids.ctypes.data + 4 * np.arange(self.n_seq, dtype=np.uintp)
+        self.counting = np.arange(max(self.llama.ctx, self.cells) + 1, dtype=np.int32)
+        self.batch = self.c.llama_batch()
+        kinds = {name: kind for name, kind, *_ in self.c.llama_batch._fields_}
+        for name, rows in {"token": self.tokens, "pos": self.positions, "n_seq_id": self._ones,
+                           "seq_id": self.sequences, "logits": self.flags}.items():  # fmt: skip
+            setattr(self.batch, name, self.ctypes.cast(rows.ctypes.data, kinds[name]))
+
     def decode(self, plan: Seq[tuple[Sequence, int]]) -> int:
         """Evaluate so many next tokens of each sequence; llama_decode's return value (ENGINE.md)."""
         at = 0
@@ -3083,16 +3106,16 @@ class Llama:
             self.flags[end - 1] = done + count == sequence.n_tokens
             at = end
         self.batch.n_tokens = at
-        status = int(self.c.llama_decode(self.context, self.batch))
-        self.c.llama_synchronize(self.context)  # a GPU computes on; its time belongs to this step
+        status = int(self.c.llama_decode(self.handle, self.batch))
+        self.c.llama_synchronize(self.handle)  # a GPU computes on; its time belongs to this step
         return status
 
     def logits(self, rows: int) -> Any:
         """The logits of the last decode, shape (rows, n_vocab), float32; a view that the next decode overwrites."""
-        pointer = self.c.llama_get_logits(self.context)
+        pointer = self.c.llama_get_logits(self.handle)
         address = self.ctypes.cast(pointer, self.ctypes.c_void_p).value
         if address != self._logits_at:
-            self._logits = self.np.ctypeslib.as_array(pointer, (self.n_seq, self.vocab.size))
+            self._logits = self.np.ctypeslib.as_array(pointer, (self.n_seq, self.llama.vocab.size))
             self._logits_at = address
         return self._logits[:rows]
 
@@ -3104,23 +3127,23 @@ class Llama:
 
     def share(self, source: int, target: int, count: int) -> None:
         """Let `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
-        self.c.llama_memory_seq_cp(self.memory, source, target, *((0, count) if self.cuttable else (-1, -1)))
+        self.c.llama_memory_seq_cp(self.memory, source, target, *((0, count) if self.llama.cuttable else (-1, -1)))
 
     def oldest(self, slot: int) -> int:
         """The first position whose cells are there: a sliding window's may be overwritten, all others stay."""
-        return int(self.c.llama_memory_seq_pos_min(self.memory, slot)) if self.n_swa else 0
+        return int(self.c.llama_memory_seq_pos_min(self.memory, slot)) if self.llama.n_swa else 0
 
     def save(self, slot: int) -> Any:
         """A sequence's cells as bytes, to be kept outside the cache; None if they cannot be had."""
-        size = self.c.llama_state_seq_get_size(self.context, slot)
+        size = self.c.llama_state_seq_get_size(self.handle, slot)
         data = self.np.empty(size, self.np.uint8)
         rows = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
-        return data if self.c.llama_state_seq_get_data(self.context, rows, size, slot) == size else None
+        return data if self.c.llama_state_seq_get_data(self.handle, rows, size, slot) == size else None
 
     def restore(self, slot: int, data: Any) -> bool:
         """Put saved cells into a slot that is empty; False when there is no room for them."""
         rows = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
-        return bool(self.c.llama_state_seq_set_data(self.context, rows, len(data), slot))
+        return bool(self.c.llama_state_seq_set_data(self.handle, rows, len(data), slot))
 
     def clear(self) -> None:
         self.c.llama_memory_clear(self.memory, True)
@@ -3157,6 +3180,7 @@ class Sequence:
         self.text = TextStream(submit.sampling.stop)
         self.sampler: Sampler | None = Sampler(llama, submit.sampling, prompt)  # kept through steps back
         self.slot = -1  # its row in the KV cache, -1: none
+        self.aside = False  # whether that is the reader's cache
         self.n_computed = 0  # tokens whose keys and values are in the cache
         self.n_shared = 0  # of those, cells a running sequence owns
         self.n_cached = 0  # prompt tokens that were not evaluated
@@ -3246,7 +3270,7 @@ class Sampler:
         if self.grammar:
             return self._pick_with_grammar(logits)
         if self.chain:
-            return int(self.llama.c.llama_sampler_sample(self.chain, self.llama.context, row))
+            return int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
         return int(logits.argmax())
 
     def _pick_with_grammar(self, logits: Any) -> int:
@@ -3286,17 +3310,30 @@ class Candidates:
 
     def __init__(self, llama: Llama, logits: Any, first: int) -> None:
         self.rows = llama.np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])
-        self.rows["id"] = llama.counting[:1] + first if len(logits) == 1 else llama.np.arange(len(logits))
+        self.rows["id"] = llama.main.counting[:1] + first if len(logits) == 1 else llama.np.arange(len(logits))
         self.rows["logit"] = logits
         data = llama.ctypes.cast(self.rows.ctypes.data, llama.c.llama_token_data_p)
         self.array = llama.c.llama_token_data_array(data, len(logits), -1, False)
         self.pointer = llama.ctypes.byref(self.array)
 
 
+def fair_slices(prompts: list[Sequence], rows: int, keep: int = 0) -> list[tuple[Sequence, int]]:
+    """Share `rows` among prompts; what a short one leaves over goes to the long ones. `keep` tokens of each stay unread."""
+    slices = []
+    prompts = sorted(prompts, key=lambda s: s.pending)
+    for i, sequence in enumerate(prompts):
+        count = min(sequence.pending - keep, rows // (len(prompts) - i))
+        rows -= count
+        if count > 0:
+            slices.append((sequence, count))
+    return slices
+
+
 class Pace:
     """How long steps take, learned as they go, and how much of a prompt fits one without freezing the streams."""
 
     TARGET = 4.4  # a running stream's gap while a prompt is read, as a multiple of its usual gap
+    ASIDE = 3.5  # the same for prompts read aside, where nothing is guessed
     FLOOR = 5 * FLUSH_SECONDS  # five times the gap that clients of the fastest models see
     STEP = 4  # kernels work in blocks: 17 rows take longer than 20
     SLICE = 1.3  # what a row costs in a small slice against one in a whole batch, until measured
@@ -3325,6 +3362,11 @@ class Pace:
             return 0.0
         return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
 
+    def interval(self, decoding: int) -> float:
+        """Seconds that the reader may compute between two steps of so many decoding sequences."""
+        usual = self.usual(decoding)
+        return max(self.ASIDE * usual, self.FLOOR) - usual
+
     def prompt_rows(self, decoding: int) -> int:
         """How many prompt tokens the next step may take beside so many decoding sequences."""
         room, usual = self.n_batch - decoding, self.usual(decoding)
@@ -3336,26 +3378,102 @@ class Pace:
         return max(1, min((rows + 1) // self.STEP * self.STEP - decoding, room))
 
 
+class Reader:
+    """Where long prompts are read while streams run: a second context, whose batches stop for the streams' steps.
+
+    In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
+    larger slices make longer gaps. Here whole batches are read; every few operations of one llama.cpp calls `pause`, where
+    the engine lets the streams step when that is due. A prompt's last token is left to the main context, where the
+    sequence goes on.
+    """
+
+    BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
+    TOGETHER = 4  # prompts read at once
+
+    def __init__(self, llama: Llama, pause: Callable[[], bool]) -> None:
+        self.context = Context(llama, llama.ctx, self.BATCH, self.TOGETHER, self._guarded(pause))
+        self.rows: list[Sequence | None] = [None] * self.TOGETHER
+        self._error: Exception | None = None
+
+    def _guarded(self, pause: Callable[[], bool]) -> Callable[[], bool]:
+        """An exception cannot pass through llama.cpp: it ends the decode, and is raised behind it."""
+
+        def guarded() -> bool:
+            try:
+                return pause()
+            except Exception as error:
+                self._error = error
+                return False
+
+        return guarded
+
+    @property
+    def reading(self) -> list[Sequence]:
+        return [s for s in self.rows if s and not s.done]
+
+    def take(self, sequence: Sequence) -> bool:
+        """Take a sequence over from the main context, with its cells; False while there is no room."""
+        self._clean()
+        held = sum(s.n_tokens for s in self.reading)
+        if None not in self.rows or held + sequence.n_tokens > self.context.cells:
+            return False
+        row = self.rows.index(None)
+        data = self.context.llama.main.save(sequence.slot) if sequence.n_computed else None
+        if data is None or not self.context.restore(row, data):
+            self.context.drop(row)
+            sequence.n_computed = 0
+        self.rows[row], sequence.slot, sequence.aside = sequence, row, True
+        return True
+
+    def _clean(self) -> None:
+        """Drop the cells of sequences that were cancelled."""
+        for row, sequence in enumerate(self.rows):
+            if sequence and sequence.done:
+                self.context.drop(row)
+                self.rows[row] = None
+
+    def read(self) -> int:
+        """Read one batch, a fair slice of each prompt; llama_decode's return value. Raises what `pause` raised."""
+        plan = fair_slices(self.reading, self.BATCH, keep=1)
+        status, error, self._error = self.context.decode(plan), self._error, None
+        if error:
+            raise error
+        for sequence, count in plan if not status else ():
+            sequence.n_computed += count
+        return status
+
+    def give(self) -> Iterator[tuple[Sequence, Any]]:
+        """The sequences that are read, all but their last token, and their cells as bytes; they leave."""
+        for row, sequence in enumerate(self.rows):
+            if sequence and not sequence.done and sequence.pending == 1:
+                yield sequence, self.context.save(row)
+                self.context.drop(row)
+                self.rows[row] = None
+
+
 class Scheduler:
     """Who runs, who waits, and which cells of the KV cache are whose. Used by the step loop alone.
 
     A finished sequence is kept, idle: a later prompt with the same beginning starts behind it. A running one lends its
-    beginning too. Every step looks at every cell in the cache, whoever's it is, so idle sequences are parked: saved as
-    bytes outside the cache, least recently used first, and put back when a prompt begins as they do.
+    beginning too. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost a 1 MB
+    model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So idle sequences are
+    parked: saved as bytes outside the cache, least recently used first, and put back when a prompt begins as they do. (Not
+    on a GPU, which hardly feels them, and where fetching cells that lie scattered is slow.)
     The pool is shared; when it runs out idle sequences leave first, then the youngest running one steps back to the head
     of the queue, keeping its tokens and sampler.
     """
 
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
     GROWTH = 16  # cells a newcomer must leave free for each running sequence
+    SLICES = 2  # a prompt that takes more of them beside the streams is read aside
 
     def __init__(self, llama: Llama, parallel: int) -> None:
-        self.llama, self.parallel = llama, parallel
+        self.llama, self.main, self.parallel = llama, llama.main, parallel
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
-        self.slots: list[Sequence | None] = [None] * llama.n_seq
+        self.slots: list[Sequence | None] = [None] * llama.main.n_seq
         self.parked: list[Sequence] = []  # the one used least recently first; together no more tokens than the pool
-        self.pace = Pace(llama.n_batch)
+        self.pace = Pace(llama.main.n_batch)
 
     def admit(self) -> None:
         """Move waiting sequences into the batch while there is room, in order; who waits for a prefix lets others by."""
@@ -3386,7 +3504,7 @@ class Scheduler:
         return best, longest
 
     def _oldest(self, sequence: Sequence) -> int:
-        return self.llama.oldest(sequence.slot) if sequence.slot >= 0 else sequence.oldest
+        return self.main.oldest(sequence.slot) if sequence.slot >= 0 else sequence.oldest
 
     def _idle(self) -> list[Sequence]:
         """Finished sequences in the cache, the one used least recently first."""
@@ -3394,14 +3512,14 @@ class Scheduler:
 
     def tidy(self) -> bool:
         """Park one idle sequence, if there is one: between steps that nobody waits for."""
-        idle = self._idle() if self.llama.parks else []
+        idle = self._idle() if self.llama.on_cpu else []
         if idle:
             self._park(idle[0])
         return bool(idle)
 
     def _park(self, sequence: Sequence) -> None:
         """Move an idle sequence out of the cache; the parked ones used least recently make room."""
-        sequence.saved, sequence.oldest = self.llama.save(sequence.slot), self.llama.oldest(sequence.slot)
+        sequence.saved, sequence.oldest = self.main.save(sequence.slot), self.main.oldest(sequence.slot)
         self._forget(sequence.slot)
         sequence.slot = -1
         if sequence.saved is not None:
@@ -3414,8 +3532,8 @@ class Scheduler:
         self.parked.remove(sequence)
         slot = self._slot_for(None, 0)
         self._forget(slot)
-        if not self.llama.restore(slot, sequence.saved):
-            self.llama.drop(slot)
+        if not self.main.restore(slot, sequence.saved):
+            self.main.drop(slot)
             return False
         self.slots[slot], sequence.slot, sequence.saved = sequence, slot, None
         return True
@@ -3442,11 +3560,11 @@ class Scheduler:
         slot = self._slot_for(donor, shared)
         if donor and slot == donor.slot:
             if donor.n_computed > shared:
-                self.llama.drop(slot, shared)
+                self.main.drop(slot, shared)
         else:
             self._forget(slot)
             if donor:
-                self.llama.share(donor.slot, slot, shared)
+                self.main.share(donor.slot, slot, shared)
         self.slots[slot], sequence.slot = sequence, slot
         sequence.n_computed = shared
         if not sequence.started:
@@ -3464,22 +3582,44 @@ class Scheduler:
         return self.slots.index(None)
 
     def _forget(self, slot: int) -> None:
-        self.llama.drop(slot)
+        self.main.drop(slot)
         self.slots[slot] = None
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """The next step: one row of each decoding sequence, then fair slices of the prompts being read."""
+    def schedule(self, reader: bool = False) -> list[tuple[Sequence, int]]:
+        """The next step: one row of each decoding sequence, then fair slices of the prompts being read.
+
+        With a reader beside it, long prompts are left to that.
+        """
         plan = [(s, 1) for s in self.running if s.pending == 1]
-        prompts = [s for s in self.running if s.pending > 1]
-        if prompts:
-            left = self.pace.prompt_rows(len(plan))
-            prompts.sort(key=lambda s: s.pending)  # what a short one leaves over goes to the long ones
-            for i, sequence in enumerate(prompts):
-                count = min(sequence.pending, max(left // (len(prompts) - i), 0))
-                left -= count
-                if count:
-                    plan.append((sequence, count))
-        return plan
+        long = self.long_prompts() if reader else ()
+        prompts = [s for s in self.running if s.pending > 1 and not s.aside and s not in long]
+        return plan + fair_slices(prompts, self.pace.prompt_rows(len(plan))) if prompts else plan
+
+    def long_prompts(self) -> list[Sequence]:
+        """Those of the main context that it would take many slices to read beside the streams there."""
+        prompts = [s for s in self.running if s.pending > 1 and not s.aside]
+        decoding = sum(1 for s in self.running if s.pending == 1) if prompts else 0
+        return [s for s in prompts if s.pending > self.SLICES * self.pace.prompt_rows(decoding)] if decoding else []
+
+    def interval(self) -> float:
+        """Seconds that the reader may compute before the streams are due."""
+        return self.pace.interval(sum(1 for s in self.running if s.pending == 1 and not s.aside))
+
+    def move_aside(self, sequence: Sequence, reader: Reader) -> None:
+        """From the main context to the reader, with the cells it has; it stays where it is when there is no room."""
+        slot = sequence.slot
+        if reader.take(sequence):
+            self._forget(slot)
+
+    def bring_back(self, sequence: Sequence, data: Any) -> None:
+        """From the reader to the main context. Without room there it waits at the head of the queue, to be read again."""
+        slot = self._slot_for(None, 0)
+        while not (done := self.main.restore(slot, data)) and self._idle():
+            self.make_room()
+        sequence.aside, sequence.slot, sequence.n_shared = False, slot, 0
+        self.slots[slot] = sequence
+        if not done:
+            self._step_back(sequence)
 
     def reading_seconds(self) -> float:
         """How long the prompts that were admitted will take to read."""
@@ -3491,11 +3631,15 @@ class Scheduler:
         if idle:
             self._park(idle[0])
             return None
-        youngest = self.running.pop()
-        self._forget(youngest.slot)
-        youngest.slot, youngest.n_computed, youngest.n_shared = -1, 0, 0
-        self.waiting.appendleft(youngest)
+        youngest = [s for s in self.running if not s.aside][-1]
+        self._step_back(youngest)
         return youngest
+
+    def _step_back(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._forget(sequence.slot)
+        sequence.slot, sequence.n_computed, sequence.n_shared = -1, 0, 0
+        self.waiting.appendleft(sequence)
 
     def retire(self, sequence: Sequence) -> None:
         """Take a sequence out; its slot stays, idle, for whoever begins alike."""
@@ -3509,7 +3653,7 @@ class Scheduler:
 
     def forget_all(self) -> None:
         """After a failed step nothing in the cache can be trusted."""
-        self.llama.clear()
+        self.main.clear()
         self.slots = [None] * len(self.slots)
 
 
@@ -3520,7 +3664,11 @@ class Engine:
     GATHER_MOST = 0.002  # seconds
 
     def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe) -> None:
-        self.llama, self.pipe = llama, pipe
+        self.llama, self.main, self.pipe = llama, llama.main, pipe
+        self.reader: Reader | None = None
+        self._several = False  # whether several sequences have run at once, since that was last asked
+        self._paused_at = self._operation = 0.0  # of the reader's batch: when it went on, and its longest operation
+        self._decoded_at = 0.0  # when the main context's last step ended
         self.scheduler = Scheduler(llama, options.parallel)
         self.inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()  # None: look again, something is cancelled
         self._known: dict[int, Sequence] = {}
@@ -3590,7 +3738,7 @@ class Engine:
                 self._too_late.add(id)
         self._cancelled = True
         if self._in_step and all(s.cancelled for s in self._in_step):
-            self.llama.abort(True)
+            self.main.abort(True)
         self.inbox.put(None)
 
     # The step loop
@@ -3602,6 +3750,8 @@ class Engine:
                 idle = not (self.scheduler.running or self.scheduler.waiting)
                 while idle and self.inbox.empty() and self.scheduler.tidy():
                     pass
+                if idle and self._several and not self.reader and self.llama.on_cpu:  # a GPU is quick with slices
+                    self._make_reader()
                 self._take(self.inbox.get())
                 if idle:
                     self._gather()
@@ -3629,23 +3779,69 @@ class Engine:
             self._flush()
 
     def step(self) -> None:
-        """One decode for everybody: prompts advance, decoding sequences gain a token."""
+        """A step of the main context, or of the reader with the main context's steps in between."""
         self.scheduler.admit()
+        self._several = self._several or len(self.scheduler.running) > 1
+        reader = self.reader
+        if reader:
+            for sequence in self.scheduler.long_prompts():
+                self.scheduler.move_aside(sequence, reader)
+        if reader and reader.reading:
+            self._read_aside(reader)
+        else:
+            self._decode()
+
+    def _make_reader(self) -> None:
+        """For who serves several at once. Clearing its memory takes as long as many steps, so it is made when none runs."""
+        self._several = False
+        free, need = available_memory(), self.llama.kv_bytes() * self.llama.ctx + 64 * MIB
+        try:
+            self.reader = Reader(self.llama, self._pause) if free is None or free > 2 * need else None
+        except LoadError as error:
+            log.warning("long prompts are read in slices: %s", error)
+
+    def _read_aside(self, reader: Reader) -> None:
+        """One batch of the prompts in the reader; those that are read go on in the main context."""
+        self._paused_at = time.perf_counter()
+        status = reader.read()
+        if status:
+            for sequence in reader.reading:
+                self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
+        for sequence, data in reader.give():
+            self.scheduler.bring_back(sequence, data)
+
+    def _pause(self) -> bool:
+        """Between operations of the reader's batch: newcomers come in and streams step, when due; whether to go on."""
+        now = time.perf_counter()
+        self._operation = max(now - self._paused_at, 0.97 * self._operation)
+        if now + self._operation >= self._decoded_at + self.scheduler.interval():
+            while not self.inbox.empty():
+                self._take(self.inbox.get())
+            self.scheduler.admit()
+            self._decode()
+        self._paused_at = time.perf_counter()
+        return self.reader is None or any(not s.cancelled for s in self.reader.reading)
+
+    def _decode(self) -> None:
+        """One decode in the main context for everybody: prompts advance, decoding sequences gain a token."""
         if len(self.scheduler.running) != self._running_said:
             self._flush()
-        plan = self.scheduler.schedule()
+        plan = self.scheduler.schedule(self.reader is not None)
+        if not plan:
+            self._decoded_at = time.perf_counter()
+            return
         if all(count == 1 for _, count in plan):
             self.scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
         decoding = sum(1 for s, _ in plan if s.pending == 1)
-        self.llama.abort(False)
+        self.main.abort(False)
         self._in_step = [s for s, _ in plan]
         started = time.perf_counter()
-        status = self.llama.decode(plan)
-        seconds, self._in_step = time.perf_counter() - started, []
+        status = self.main.decode(plan)
+        self._decoded_at, self._in_step = time.perf_counter(), []
         if status:
             self._recover(status, plan)
             return
-        self.scheduler.pace.record(decoding, sum(count for _, count in plan), seconds)
+        self.scheduler.pace.record(decoding, sum(count for _, count in plan), self._decoded_at - started)
         urgent = self._sample(plan)
         if urgent or self._events or time.perf_counter() - self._flushed_at >= FLUSH_SECONDS:
             self._flush()
@@ -3654,11 +3850,11 @@ class Engine:
         """After a decode that did not do its work (llama.h): 1 no room, 2 called off, below zero an error."""
         if status == 1:
             back = self.scheduler.make_room()
-            if back and not self.scheduler.running:  # alone and still no room: the pool holds a whole context, so no
+            if back and all(s.aside for s in self.scheduler.running):  # alone, and the pool holds a whole context
                 self._fail(back, "generation_failed", "the KV cache is full")
         elif status == 2:
             for sequence, _ in plan:
-                self.llama.drop(sequence.slot, sequence.n_computed if self.llama.cuttable else -1)
+                self.main.drop(sequence.slot, sequence.n_computed if self.llama.cuttable else -1)
                 sequence.n_computed = sequence.n_computed if self.llama.cuttable else 0
         else:
             for sequence in list(self.scheduler.running):
@@ -3674,7 +3870,7 @@ class Engine:
             sequence.n_computed += count
             if sequence.n_computed == sequence.n_tokens:
                 ready.append((sequence, row))
-        logits = self.llama.logits(len(ready)) if ready else ()
+        logits = self.main.logits(len(ready)) if ready else ()
         first = False
         for (sequence, row), scores in zip(ready, logits, strict=True):
             first = first or not sequence.first_token
