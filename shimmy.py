@@ -3145,8 +3145,9 @@ class Context:
         rows = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
         return bool(self.c.llama_state_seq_set_data(self.handle, rows, len(data), slot))
 
-    def clear(self) -> None:
-        self.c.llama_memory_clear(self.memory, True)
+    def clear(self, data: bool) -> None:
+        """Forget all sequences, so that the next cells are the first ones again; with `data`, wipe what they held."""
+        self.c.llama_memory_clear(self.memory, data)
 
 
 class LoadError(Exception):
@@ -3185,7 +3186,7 @@ class Sequence:
         self.n_shared = 0  # of those, cells a running sequence owns
         self.n_cached = 0  # prompt tokens that were not evaluated
         self.cancelled = self.done = False
-        self.saved: Any = None  # its cells as bytes, while it is parked
+        self.saved: Any = None  # its cells as bytes, once it is parked
         self.oldest = 0  # the first position they hold
         self.last_used = self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
@@ -3317,12 +3318,16 @@ class Candidates:
         self.pointer = llama.ctypes.byref(self.array)
 
 
-def fair_slices(prompts: list[Sequence], rows: int, keep: int = 0) -> list[tuple[Sequence, int]]:
-    """Share `rows` among prompts; what a short one leaves over goes to the long ones. `keep` tokens of each stay unread."""
+def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
+    """Share `rows` among prompts; what a short one leaves over goes to the long ones.
+
+    The last token of each is left for a row of its own, as every later token has: asked again, when all but that one is in
+    the cache, the same sums are made in the same order, and greedy text is the same text.
+    """
     slices = []
     prompts = sorted(prompts, key=lambda s: s.pending)
     for i, sequence in enumerate(prompts):
-        count = min(sequence.pending - keep, rows // (len(prompts) - i))
+        count = min(sequence.pending - 1, rows // (len(prompts) - i))
         rows -= count
         if count > 0:
             slices.append((sequence, count))
@@ -3393,6 +3398,7 @@ class Reader:
     def __init__(self, llama: Llama, pause: Callable[[], bool]) -> None:
         self.context = Context(llama, llama.ctx, self.BATCH, self.TOGETHER, self._guarded(pause))
         self.rows: list[Sequence | None] = [None] * self.TOGETHER
+        self._called_off = False
         self._error: Exception | None = None
 
     def _guarded(self, pause: Callable[[], bool]) -> Callable[[], bool]:
@@ -3400,10 +3406,10 @@ class Reader:
 
         def guarded() -> bool:
             try:
-                return pause()
+                self._called_off = not pause()
             except Exception as error:
-                self._error = error
-                return False
+                self._called_off, self._error = True, error
+            return not self._called_off
 
         return guarded
 
@@ -3434,10 +3440,13 @@ class Reader:
 
     def read(self) -> int:
         """Read one batch, a fair slice of each prompt; llama_decode's return value. Raises what `pause` raised."""
-        plan = fair_slices(self.reading, self.BATCH, keep=1)
-        status, error, self._error = self.context.decode(plan), self._error, None
-        if error:
-            raise error
+        plan = fair_slices(self.reading, self.BATCH)
+        self._called_off = False
+        status = self.context.decode(plan)
+        if self._error:
+            raise self._error
+        if self._called_off:  # llama_decode reports success; nothing of what it left can be used
+            status = 2
         for sequence, count in plan if not status else ():
             sequence.n_computed += count
         return status
@@ -3457,8 +3466,8 @@ class Scheduler:
     A finished sequence is kept, idle: a later prompt with the same beginning starts behind it. A running one lends its
     beginning too. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost a 1 MB
     model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So idle sequences are
-    parked: saved as bytes outside the cache, least recently used first, and put back when a prompt begins as they do. (Not
-    on a GPU, which hardly feels them, and where fetching cells that lie scattered is slow.)
+    parked: saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where
+    fetching cells that lie scattered is slow.)
     The pool is shared; when it runs out idle sequences leave first, then the youngest running one steps back to the head
     of the queue, keeping its tokens and sampler.
     """
@@ -3472,7 +3481,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.slots: list[Sequence | None] = [None] * llama.main.n_seq
-        self.parked: list[Sequence] = []  # the one used least recently first; together no more tokens than the pool
+        self.parked: list[Sequence] = []  # together no more tokens than the pool
         self.pace = Pace(llama.main.n_batch)
 
     def admit(self) -> None:
@@ -3487,8 +3496,6 @@ class Scheduler:
             if self.running and not self._fits(sequence.n_tokens - borrowed):
                 return
             self.waiting.remove(sequence)
-            if donor and donor.slot < 0 and not self._unpark(donor):
-                donor, shared = None, 0
             self._place(sequence, donor, shared)
             sequence.n_shared = borrowed
             self.running.append(sequence)
@@ -3522,21 +3529,17 @@ class Scheduler:
         sequence.saved, sequence.oldest = self.main.save(sequence.slot), self.main.oldest(sequence.slot)
         self._forget(sequence.slot)
         sequence.slot = -1
+        if self.llama.cuttable and not any(self.slots):
+            self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
         if sequence.saved is not None:
-            self.parked.append(sequence)
+            self.parked = [s for s in self.parked if not self._covers(sequence, s)] + [sequence]
         while sum(s.n_computed for s in self.parked) > self.llama.pool:
-            self.parked.pop(0)
+            self.parked.remove(min(self.parked, key=lambda s: s.last_used))
 
-    def _unpark(self, sequence: Sequence) -> bool:
-        """Put a parked sequence back into the cache, idle; False when there is no room for it there."""
-        self.parked.remove(sequence)
-        slot = self._slot_for(None, 0)
-        self._forget(slot)
-        if not self.main.restore(slot, sequence.saved):
-            self.main.drop(slot)
-            return False
-        self.slots[slot], sequence.slot, sequence.saved = sequence, slot, None
-        return True
+    def _covers(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether all of the other one's cells are the beginning of this one's, and can be had by cutting."""
+        shorter = self.llama.cuttable and other.n_computed <= sequence.n_computed
+        return shorter and self._common(sequence, other, other.n_computed) == other.n_computed
 
     def _common(self, sequence: Sequence, other: Sequence, limit: int) -> int:
         size = min(sequence.n_tokens - 1, limit)
@@ -3558,21 +3561,30 @@ class Scheduler:
     def _place(self, sequence: Sequence, donor: Sequence | None, shared: int) -> None:
         """Give the sequence a slot that begins with the shared cells."""
         slot = self._slot_for(donor, shared)
-        if donor and slot == donor.slot:
-            if donor.n_computed > shared:
-                self.main.drop(slot, shared)
-        else:
+        if not donor or slot != donor.slot:
             self._forget(slot)
-            if donor:
-                self.main.share(donor.slot, slot, shared)
         self.slots[slot], sequence.slot = sequence, slot
-        sequence.n_computed = shared
+        sequence.n_computed = self._lend(donor, slot, shared) if donor else 0
         if not sequence.started:
-            sequence.n_cached, sequence.started = shared, time.perf_counter()
+            sequence.n_cached, sequence.started = sequence.n_computed, time.perf_counter()
+
+    def _lend(self, donor: Sequence, slot: int, shared: int) -> int:
+        """Let a slot begin with so many cells of the donor; how many it got. Who is parked lends from its bytes."""
+        if donor.slot not in (slot, -1):
+            self.main.share(donor.slot, slot, shared)
+            return shared
+        if donor.slot < 0:
+            donor.last_used = time.monotonic()
+            if not self.main.restore(slot, donor.saved):
+                self.main.drop(slot)
+                return 0
+        if donor.n_computed > shared:
+            self.main.drop(slot, shared)
+        return shared
 
     def _slot_for(self, donor: Sequence | None, shared: int) -> int:
         """The donor's own slot when nothing in it is lost, else an empty one, made by parking if need be."""
-        if donor and donor.done and donor.n_computed == shared:
+        if donor and donor.slot >= 0 and donor.done and donor.n_computed == shared:
             return donor.slot
         if None not in self.slots:
             others = [s for s in self._idle() if s is not donor]
@@ -3653,7 +3665,7 @@ class Scheduler:
 
     def forget_all(self) -> None:
         """After a failed step nothing in the cache can be trusted."""
-        self.main.clear()
+        self.main.clear(True)
         self.slots = [None] * len(self.slots)
 
 
@@ -3804,7 +3816,7 @@ class Engine:
         """One batch of the prompts in the reader; those that are read go on in the main context."""
         self._paused_at = time.perf_counter()
         status = reader.read()
-        if status:
+        if status and status != 2:  # 2: called off, as all of them are cancelled
             for sequence in reader.reading:
                 self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
         for sequence, data in reader.give():
