@@ -3616,6 +3616,22 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running.stop()
 
 
+@pytest.fixture(scope="module")
+def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same models, but every prompt that arrives beside a stream is read aside: by themselves they are too fast for it."""
+    folder, source = tmp_path_factory.mktemp("asides"), SHIMMY.read_text()
+    for kind in KINDS:
+        write_kind(folder / f"{kind}.gguf", kind)
+    for old, new in (("    SLICES = 2 ", "    SLICES = 0 "), ("if idle and self._several and", "if idle and")):
+        assert old in source
+        source = source.replace(old, new)
+    (folder / "shimmy.py").write_text(source)
+    home, flags = tmp_path_factory.mktemp("asides-home"), ("--port", "0", "--models-dir", folder, "--max-loaded", "4")
+    running = Server(home, *flags, script=folder / "shimmy.py")
+    yield running
+    running.stop()
+
+
 @dataclass(frozen=True)
 class Run:
     """A greedy run: token ids of every choice, their log probabilities, prompt tokens that were cached."""
@@ -3720,6 +3736,41 @@ def test_many_conversations_at_random_lose_and_mix_nothing(kinds: Server) -> Non
         runs = list(pool.map(lambda i: greedy(kinds, "llama", talks[i], 8), order))
     for i, run in zip(order, runs, strict=True):
         alone[i].assert_same(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_read_aside_give_the_text_they_give_alone(kind: str, asides: Server) -> None:
+    """Two dozen at once: most arrive while others stream, and go through the reader's context and back."""
+    asides.unload(kind)
+    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 14 * i]) for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda talk: greedy(asides, kind, talk, 40), talks))
+    for talk, run in zip(talks, together, strict=True):
+        greedy(asides, kind, talk, 40).assert_same(run)
+    for i in (3, 23):
+        fresh(asides, kind, talks[i], 40).assert_same(together[i])
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_prompts_read_aside_and_given_up_leave_nothing_behind(kind: str, asides: Server) -> None:
+    asides.unload(kind)
+    body = {"model": kind, "max_tokens": 40, "stream": True}
+    alone = greedy(asides, kind, ids(STORY), 300)
+
+    def give_up(i: int) -> None:
+        data = json.dumps({**body, "prompt": [3 + i, *ids(STORY * 4)[:400]]}).encode()
+        with socket.create_connection((asides.host, asides.port)) as gone:
+            gone.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                         + f"Content-Length: {len(data)}\r\n\r\n".encode() + data)  # fmt: skip
+            time.sleep(i % 5 / 500)
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(greedy, asides, kind, ids(STORY), 300) for _ in range(2)]
+        list(pool.map(give_up, range(40)))
+    for stream in streams:
+        stream.result().assert_same(alone)
+    eventually(lambda: asides.get("/health").json()["requests_running"] == 0, "the engine is idle")
+    fresh(asides, kind, ids(STORY), 300).assert_same(greedy(asides, kind, ids(STORY), 300))
 
 
 def test_n_choices_share_one_prompt(kinds: Server) -> None:
@@ -4100,6 +4151,14 @@ def test_box_model_greets_and_ends_its_turn(tiny: Server) -> None:
 def test_box_model_says_what_it_is_and_which_port(tiny: Server) -> None:
     assert "shimmy" in tiny.chat("Who are you?", model="default", temperature=0).message["content"].lower()
     assert "11435" in tiny.chat("Which port does shimmy use?", model="default", temperature=0).message["content"]
+
+
+def test_box_model_asked_again_at_temperature_0_says_the_same(tiny: Server) -> None:
+    """Cached or not: near ties decide its stories, and batches of other shapes round otherwise."""
+    for thing in ("fox", "cat", "boy", "ship", "bird", "car"):
+        body = {"messages": [{"role": "user", "content": f"Tell me a tale of a {thing}."}], "temperature": 0, "max_tokens": 150}
+        first, second = (tiny.post("/v1/chat/completions", body).message["content"] for _ in range(2))
+        assert first == second
 
 
 def test_box_model_tells_the_same_story_streamed_and_plain(tiny: Server) -> None:
