@@ -3445,10 +3445,11 @@ class Reader:
         status = self.context.decode(plan)
         if self._error:
             raise self._error
-        if self._called_off:  # llama_decode reports success; nothing of what it left can be used
-            status = 2
         for sequence, count in plan if not status else ():
             sequence.n_computed += count
+            if self._called_off:  # llama_decode reports success, but what it left cannot be used
+                self.context.drop(sequence.slot)
+                sequence.n_computed = 0
         return status
 
     def give(self) -> Iterator[tuple[Sequence, Any]]:
@@ -3474,6 +3475,7 @@ class Scheduler:
 
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
     GROWTH = 16  # cells a newcomer must leave free for each running sequence
+    PARKED, PARKED_BYTES = 64, 256 * MIB  # most idle sequences outside the cache, and their bytes where the pool has fewer
     SLICES = 2  # a prompt that takes more of them beside the streams is read aside
 
     def __init__(self, llama: Llama, parallel: int) -> None:
@@ -3481,7 +3483,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.slots: list[Sequence | None] = [None] * llama.main.n_seq
-        self.parked: list[Sequence] = []  # together no more tokens than the pool
+        self.parked: list[Sequence] = []
         self.pace = Pace(llama.main.n_batch)
 
     def admit(self) -> None:
@@ -3531,15 +3533,23 @@ class Scheduler:
         sequence.slot = -1
         if self.llama.cuttable and not any(self.slots):
             self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
-        if sequence.saved is not None:
+        if sequence.saved is not None and sequence.n_computed:
             self.parked = [s for s in self.parked if not self._covers(sequence, s)] + [sequence]
-        while sum(s.n_computed for s in self.parked) > self.llama.pool:
+        while self._too_much_parked():
             self.parked.remove(min(self.parked, key=lambda s: s.last_used))
+
+    def _too_much_parked(self) -> bool:
+        """Tokens measure attention's cells, bytes the states of recurrent models, which are large for the shortest text."""
+        tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
+        most = max(self.llama.pool * self.llama.kv_bytes(), self.PARKED_BYTES)
+        return tokens > self.llama.pool or size > most or len(self.parked) > self.PARKED
 
     def _covers(self, sequence: Sequence, other: Sequence) -> bool:
         """Whether all of the other one's cells are the beginning of this one's, and can be had by cutting."""
-        shorter = self.llama.cuttable and other.n_computed <= sequence.n_computed
-        return shorter and self._common(sequence, other, other.n_computed) == other.n_computed
+        size = other.n_computed
+        if not self.llama.cuttable or size > sequence.n_computed or sequence.oldest > max(0, size - self.llama.n_swa):
+            return False
+        return bool((sequence.tokens[:size] == other.tokens[:size]).all())
 
     def _common(self, sequence: Sequence, other: Sequence, limit: int) -> int:
         size = min(sequence.n_tokens - 1, limit)
@@ -3552,7 +3562,9 @@ class Scheduler:
         if not self.llama.cuttable:
             return False
         reading = [s for s in self.running if s.pending > 1]
-        return any(self._common(sequence, s, s.n_prompt) >= max(shared, s.n_computed) + self.WORTH_WAITING for s in reading)
+        have = [max(shared, 0 if s.aside else s.n_computed) for s in reading]  # who is read aside lends when it is back
+        lent = [self._common(sequence, s, s.n_prompt) for s in reading]
+        return any(soon >= now + self.WORTH_WAITING for soon, now in zip(lent, have, strict=True))
 
     def _fits(self, cells: int) -> bool:
         used = sum(s.n_tokens - s.n_shared for s in self.running)
@@ -3608,27 +3620,39 @@ class Scheduler:
         return plan + fair_slices(prompts, self.pace.prompt_rows(len(plan))) if prompts else plan
 
     def long_prompts(self) -> list[Sequence]:
-        """Those of the main context that it would take many slices to read beside the streams there."""
+        """Those of the main context that it would take many slices to read beside the streams there.
+
+        When they come back no cell of theirs is shared any more: where the pool has no room for that, they stay.
+        """
         prompts = [s for s in self.running if s.pending > 1 and not s.aside]
         decoding = sum(1 for s in self.running if s.pending == 1) if prompts else 0
-        return [s for s in prompts if s.pending > self.SLICES * self.pace.prompt_rows(decoding)] if decoding else []
+        most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
+        return [s for s in prompts if s.pending > most and (not s.n_shared or self._fits(s.n_shared))]
 
     def interval(self) -> float:
         """Seconds that the reader may compute before the streams are due."""
         return self.pace.interval(sum(1 for s in self.running if s.pending == 1 and not s.aside))
 
-    def move_aside(self, sequence: Sequence, reader: Reader) -> None:
-        """From the main context to the reader, with the cells it has; it stays where it is when there is no room."""
+    def move_aside(self, sequence: Sequence, reader: Reader) -> bool:
+        """From the main context to the reader, with the cells it has; False while there is no room."""
         slot = sequence.slot
-        if reader.take(sequence):
+        taken = reader.take(sequence)
+        if taken:
             self._forget(slot)
+            self._count_in_full()
+        return taken
+
+    def _count_in_full(self) -> None:
+        """A sequence leaves its cells: who borrowed some may be their only owner now."""
+        for sequence in self.running:
+            sequence.n_shared = 0
 
     def bring_back(self, sequence: Sequence, data: Any) -> None:
         """From the reader to the main context. Without room there it waits at the head of the queue, to be read again."""
         slot = self._slot_for(None, 0)
-        while not (done := self.main.restore(slot, data)) and self._idle():
+        while not (done := data is not None and self.main.restore(slot, data)) and self._idle():
             self.make_room()
-        sequence.aside, sequence.slot, sequence.n_shared = False, slot, 0
+        sequence.aside, sequence.slot = False, slot
         self.slots[slot] = sequence
         if not done:
             self._step_back(sequence)
@@ -3658,8 +3682,7 @@ class Scheduler:
         sequence.done, sequence.last_used = True, time.monotonic()
         if sequence in self.running:
             self.running.remove(sequence)
-            for other in self.running:  # who borrowed from it may be the only owner now: count in full, to be safe
-                other.n_shared = 0
+            self._count_in_full()
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -3797,7 +3820,8 @@ class Engine:
         reader = self.reader
         if reader:
             for sequence in self.scheduler.long_prompts():
-                self.scheduler.move_aside(sequence, reader)
+                if not self.scheduler.move_aside(sequence, reader):
+                    break  # in order: else a stream of shorter ones would keep it out
         if reader and reader.reading:
             self._read_aside(reader)
         else:
@@ -3816,7 +3840,7 @@ class Engine:
         """One batch of the prompts in the reader; those that are read go on in the main context."""
         self._paused_at = time.perf_counter()
         status = reader.read()
-        if status and status != 2:  # 2: called off, as all of them are cancelled
+        if status:
             for sequence in reader.reading:
                 self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
         for sequence, data in reader.give():
