@@ -3730,6 +3730,7 @@ class Engine:
             submit = self._submits.get()
             if submit.id in self._too_late:
                 self._too_late.discard(submit.id)
+                self.pipe.send(Accepted(submit.id, 0))  # who cancels gently waits for it
                 self.pipe.send(Stepped((Finished(submit.id, "cancelled", 0, 0, 0, 0.0, 0.0),), self._running_said))
             else:
                 self._accept(submit)
@@ -3771,6 +3772,8 @@ class Engine:
                 sequence.cancelled = True
             elif id > self._tokenized:
                 self._too_late.add(id)
+                if id in self._known:  # meanwhile
+                    self._known[id].cancelled = True
         self._cancelled = True
         if self._in_step and all(s.cancelled for s in self._in_step):
             self.main.abort(True)
