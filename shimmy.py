@@ -1132,8 +1132,6 @@ def missing_shards(path: str) -> list[str]:
     return [os.path.basename(p) for p in shard_paths(path) if p != path and not os.path.exists(p)]
 
 
-
-
 class Loadable:
     """What ModelTable asks of a loaded model's process (Worker, section 8)."""
 
@@ -3168,10 +3166,18 @@ def physical_cores() -> int:
     return count
 
 
-class Sequence:
-    """One text in the making. Owned by the step loop; the receiving thread only sets `cancelled`."""
+class Submission:
+    """A Submit on its way through the child's threads, and whether it was cancelled: only the receiving thread sets that."""
 
-    def __init__(self, submit: Submit, prompt: Seq[int], llama: Llama) -> None:
+    def __init__(self, submit: Submit) -> None:
+        self.submit, self.cancelled = submit, False
+
+
+class Sequence:
+    """One text in the making. Owned by the step loop."""
+
+    def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
+        self.submission, submit = submission, submission.submit
         self.id, self.sampling, self.markers = submit.id, submit.sampling, submit.markers
         self.n_prompt = self.n_tokens = len(prompt)
         room = submit.sampling.max_tokens or llama.ctx
@@ -3185,12 +3191,16 @@ class Sequence:
         self.n_computed = 0  # tokens whose keys and values are in the cache
         self.n_shared = 0  # of those, cells a running sequence owns
         self.n_cached = 0  # prompt tokens that were not evaluated
-        self.cancelled = self.done = False
+        self.done = False
         self.saved: Any = None  # its cells as bytes, once it is parked
         self.oldest = 0  # the first position they hold
         self.last_used = self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
         self.logprobs: list[TokenLogprob] = []
+
+    @property
+    def cancelled(self) -> bool:
+        return self.submission.cancelled
 
     @property
     def pending(self) -> int:
@@ -3200,6 +3210,13 @@ class Sequence:
     def append(self, token: int) -> None:
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
+
+    def common(self, other: Sequence, limit: int) -> int:
+        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
+        size = min(self.n_tokens - 1, limit)
+        different = self.tokens[:size] != other.tokens[:size]
+        first = int(different.argmax()) if size else 0
+        return first if size and different[first] else size
 
 
 class Sampler:
@@ -3383,6 +3400,125 @@ class Pace:
         return max(1, min((rows + 1) // self.STEP * self.STEP - decoding, room))
 
 
+class Cache:
+    """Which cells of the main context are whose. Used by the step loop alone.
+
+    A finished sequence is kept, idle: a later prompt with the same beginning starts behind it. A running one lends its
+    beginning too. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost a 1 MB
+    model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So idle sequences are
+    parked: saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where
+    fetching cells that lie scattered is slow.)
+    """
+
+    PARKED, PARKED_BYTES = 64, 256 * MIB  # most idle sequences outside the cache, and their bytes where the pool has fewer
+
+    def __init__(self, llama: Llama) -> None:
+        self.llama, self.main = llama, llama.main
+        self.slots: list[Sequence | None] = [None] * llama.main.n_seq
+        self.parked: list[Sequence] = []
+
+    def best_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
+        best, longest = None, 0
+        for other in (s for s in (*self.slots, *self.parked) if s and s.n_computed):
+            length = sequence.common(other, other.n_computed)
+            whole = self.llama.cuttable or length == other.n_computed
+            if length > longest and whole and self._oldest(other) <= max(0, length - self.llama.n_swa):
+                best, longest = other, length
+        return best, longest
+
+    def _oldest(self, sequence: Sequence) -> int:
+        return self.main.oldest(sequence.slot) if sequence.slot >= 0 else sequence.oldest
+
+    def place(self, sequence: Sequence, donor: Sequence | None, shared: int) -> None:
+        """Give the sequence a slot that begins with so many of the donor's cells."""
+        slot = self._slot_for(donor, shared)
+        if not donor or slot != donor.slot:
+            self.forget(slot)
+        self.slots[slot], sequence.slot = sequence, slot
+        sequence.n_computed = self._lend(donor, slot, shared) if donor else 0
+
+    def _slot_for(self, donor: Sequence | None, shared: int) -> int:
+        """The donor's own slot when nothing in it is lost, else an empty one, made by parking if need be."""
+        if donor and donor.slot >= 0 and donor.done and donor.n_computed == shared:
+            return donor.slot
+        if None not in self.slots:
+            others = [s for s in self._idle() if s is not donor]
+            if donor and not others:
+                return donor.slot
+            self._park(others[0])
+        return self.slots.index(None)
+
+    def _lend(self, donor: Sequence, slot: int, shared: int) -> int:
+        """Let a slot begin with so many cells of the donor; how many it got. Who is parked lends from its bytes."""
+        if donor.slot not in (slot, -1):
+            self.main.share(donor.slot, slot, shared)
+            return shared
+        if donor.slot < 0:
+            donor.last_used = time.monotonic()
+            if not self.main.restore(slot, donor.saved):
+                self.main.drop(slot)
+                return 0
+        if donor.n_computed > shared:
+            self.main.drop(slot, shared)
+        return shared
+
+    def put(self, sequence: Sequence, data: Any) -> bool:
+        """Give the sequence a slot with saved cells; False, and an empty slot, when there is no room for them."""
+        slot = self._slot_for(None, 0)
+        self.slots[slot], sequence.slot = sequence, slot
+        while data is not None and not self.main.restore(slot, data):
+            if not self.park_oldest():
+                return False
+        return data is not None
+
+    def forget(self, slot: int) -> None:
+        """Empty a slot."""
+        self.main.drop(slot)
+        self.slots[slot] = None
+
+    def forget_all(self) -> None:
+        """After a failed step nothing in the cache can be trusted."""
+        self.main.clear(True)
+        self.slots = [None] * len(self.slots)
+
+    def _idle(self) -> list[Sequence]:
+        """Finished sequences in the cache, the one used least recently first."""
+        return sorted((s for s in self.slots if s and s.done), key=lambda s: s.last_used)
+
+    def park_oldest(self) -> bool:
+        """Park the idle sequence used least recently; False when there is none."""
+        idle = self._idle()
+        if idle:
+            self._park(idle[0])
+        return bool(idle)
+
+    def _park(self, sequence: Sequence) -> None:
+        """Move an idle sequence out of the cache; the parked ones used least recently make room."""
+        sequence.saved, sequence.oldest = self.main.save(sequence.slot), self.main.oldest(sequence.slot)
+        self.forget(sequence.slot)
+        sequence.slot = -1
+        if self.llama.cuttable and not any(self.slots):
+            self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+        if sequence.saved is not None and sequence.n_computed:
+            self.parked = [s for s in self.parked if not self._covers(sequence, s)] + [sequence]
+        while self._too_much_parked():
+            self.parked.remove(min(self.parked, key=lambda s: s.last_used))
+
+    def _too_much_parked(self) -> bool:
+        """Tokens measure attention's cells, bytes the states of recurrent models, which are large for the shortest text."""
+        tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
+        most = max(self.llama.pool * self.llama.kv_bytes(), self.PARKED_BYTES)
+        return tokens > self.llama.pool or size > most or len(self.parked) > self.PARKED
+
+    def _covers(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether all of the other one's cells are the beginning of this one's, and can be had by cutting."""
+        size = other.n_computed
+        if not self.llama.cuttable or size > sequence.n_computed or sequence.oldest > max(0, size - self.llama.n_swa):
+            return False
+        return bool((sequence.tokens[:size] == other.tokens[:size]).all())
+
+
 class Reader:
     """Where long prompts are read while streams run: a second context, whose batches stop for the streams' steps.
 
@@ -3462,100 +3598,39 @@ class Reader:
 
 
 class Scheduler:
-    """Who runs, who waits, and which cells of the KV cache are whose. Used by the step loop alone.
+    """Who runs, who waits, and what the next step computes. Used by the step loop alone.
 
-    A finished sequence is kept, idle: a later prompt with the same beginning starts behind it. A running one lends its
-    beginning too. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost a 1 MB
-    model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So idle sequences are
-    parked: saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where
-    fetching cells that lie scattered is slow.)
     The pool is shared; when it runs out idle sequences leave first, then the youngest running one steps back to the head
     of the queue, keeping its tokens and sampler.
     """
 
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
     GROWTH = 16  # cells a newcomer must leave free for each running sequence
-    PARKED, PARKED_BYTES = 64, 256 * MIB  # most idle sequences outside the cache, and their bytes where the pool has fewer
     SLICES = 2  # a prompt that takes more of them beside the streams is read aside
 
     def __init__(self, llama: Llama, parallel: int) -> None:
-        self.llama, self.main, self.parallel = llama, llama.main, parallel
+        self.llama, self.parallel = llama, parallel
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
-        self.slots: list[Sequence | None] = [None] * llama.main.n_seq
-        self.parked: list[Sequence] = []
-        self.pace = Pace(llama.main.n_batch)
+        self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
 
     def admit(self) -> None:
         """Move waiting sequences into the batch while there is room, in order; who waits for a prefix lets others by."""
         for sequence in list(itertools.islice(self.waiting, self.parallel)):
             if len(self.running) >= self.parallel:
                 return
-            donor, shared = self._best_prefix(sequence)
+            donor, shared = self.cache.best_prefix(sequence)
             if self._better_soon(sequence, shared):
                 continue
             borrowed = shared if donor and not donor.done else 0
             if self.running and not self._fits(sequence.n_tokens - borrowed):
                 return
             self.waiting.remove(sequence)
-            self._place(sequence, donor, shared)
+            self.cache.place(sequence, donor, shared)
+            if not sequence.started:
+                sequence.n_cached, sequence.started = sequence.n_computed, time.perf_counter()
             sequence.n_shared = borrowed
             self.running.append(sequence)
-
-    def _best_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
-        """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
-        best, longest = None, 0
-        for other in (s for s in (*self.slots, *self.parked) if s and s.n_computed):
-            length = self._common(sequence, other, other.n_computed)
-            whole = self.llama.cuttable or length == other.n_computed
-            if length > longest and whole and self._oldest(other) <= max(0, length - self.llama.n_swa):
-                best, longest = other, length
-        return best, longest
-
-    def _oldest(self, sequence: Sequence) -> int:
-        return self.main.oldest(sequence.slot) if sequence.slot >= 0 else sequence.oldest
-
-    def _idle(self) -> list[Sequence]:
-        """Finished sequences in the cache, the one used least recently first."""
-        return sorted((s for s in self.slots if s and s.done), key=lambda s: s.last_used)
-
-    def tidy(self) -> bool:
-        """Park one idle sequence, if there is one: between steps that nobody waits for."""
-        idle = self._idle() if self.llama.on_cpu else []
-        if idle:
-            self._park(idle[0])
-        return bool(idle)
-
-    def _park(self, sequence: Sequence) -> None:
-        """Move an idle sequence out of the cache; the parked ones used least recently make room."""
-        sequence.saved, sequence.oldest = self.main.save(sequence.slot), self.main.oldest(sequence.slot)
-        self._forget(sequence.slot)
-        sequence.slot = -1
-        if self.llama.cuttable and not any(self.slots):
-            self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
-        if sequence.saved is not None and sequence.n_computed:
-            self.parked = [s for s in self.parked if not self._covers(sequence, s)] + [sequence]
-        while self._too_much_parked():
-            self.parked.remove(min(self.parked, key=lambda s: s.last_used))
-
-    def _too_much_parked(self) -> bool:
-        """Tokens measure attention's cells, bytes the states of recurrent models, which are large for the shortest text."""
-        tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
-        most = max(self.llama.pool * self.llama.kv_bytes(), self.PARKED_BYTES)
-        return tokens > self.llama.pool or size > most or len(self.parked) > self.PARKED
-
-    def _covers(self, sequence: Sequence, other: Sequence) -> bool:
-        """Whether all of the other one's cells are the beginning of this one's, and can be had by cutting."""
-        size = other.n_computed
-        if not self.llama.cuttable or size > sequence.n_computed or sequence.oldest > max(0, size - self.llama.n_swa):
-            return False
-        return bool((sequence.tokens[:size] == other.tokens[:size]).all())
-
-    def _common(self, sequence: Sequence, other: Sequence, limit: int) -> int:
-        size = min(sequence.n_tokens - 1, limit)
-        different = sequence.tokens[:size] != other.tokens[:size]
-        first = int(different.argmax()) if size else 0
-        return first if size and different[first] else size
 
     def _better_soon(self, sequence: Sequence, shared: int) -> bool:
         """Whether a prompt being read now will soon lend a much longer beginning."""
@@ -3563,51 +3638,16 @@ class Scheduler:
             return False
         reading = [s for s in self.running if s.pending > 1]
         have = [max(shared, 0 if s.aside else s.n_computed) for s in reading]  # who is read aside lends when it is back
-        lent = [self._common(sequence, s, s.n_prompt) for s in reading]
+        lent = [sequence.common(s, s.n_prompt) for s in reading]
         return any(soon >= now + self.WORTH_WAITING for soon, now in zip(lent, have, strict=True))
 
     def _fits(self, cells: int) -> bool:
         used = sum(s.n_tokens - s.n_shared for s in self.running)
         return used + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
 
-    def _place(self, sequence: Sequence, donor: Sequence | None, shared: int) -> None:
-        """Give the sequence a slot that begins with the shared cells."""
-        slot = self._slot_for(donor, shared)
-        if not donor or slot != donor.slot:
-            self._forget(slot)
-        self.slots[slot], sequence.slot = sequence, slot
-        sequence.n_computed = self._lend(donor, slot, shared) if donor else 0
-        if not sequence.started:
-            sequence.n_cached, sequence.started = sequence.n_computed, time.perf_counter()
-
-    def _lend(self, donor: Sequence, slot: int, shared: int) -> int:
-        """Let a slot begin with so many cells of the donor; how many it got. Who is parked lends from its bytes."""
-        if donor.slot not in (slot, -1):
-            self.main.share(donor.slot, slot, shared)
-            return shared
-        if donor.slot < 0:
-            donor.last_used = time.monotonic()
-            if not self.main.restore(slot, donor.saved):
-                self.main.drop(slot)
-                return 0
-        if donor.n_computed > shared:
-            self.main.drop(slot, shared)
-        return shared
-
-    def _slot_for(self, donor: Sequence | None, shared: int) -> int:
-        """The donor's own slot when nothing in it is lost, else an empty one, made by parking if need be."""
-        if donor and donor.slot >= 0 and donor.done and donor.n_computed == shared:
-            return donor.slot
-        if None not in self.slots:
-            others = [s for s in self._idle() if s is not donor]
-            if donor and not others:
-                return donor.slot
-            self._park(others[0])
-        return self.slots.index(None)
-
-    def _forget(self, slot: int) -> None:
-        self.main.drop(slot)
-        self.slots[slot] = None
+    def tidy(self) -> bool:
+        """Park one idle sequence, if there is one: between steps that nobody waits for."""
+        return self.llama.on_cpu and self.cache.park_oldest()
 
     def schedule(self, reader: bool = False) -> list[tuple[Sequence, int]]:
         """The next step: one row of each decoding sequence, then fair slices of the prompts being read.
@@ -3638,7 +3678,7 @@ class Scheduler:
         slot = sequence.slot
         taken = reader.take(sequence)
         if taken:
-            self._forget(slot)
+            self.cache.forget(slot)
             self._count_in_full()
         return taken
 
@@ -3649,12 +3689,8 @@ class Scheduler:
 
     def bring_back(self, sequence: Sequence, data: Any) -> None:
         """From the reader to the main context. Without room there it waits at the head of the queue, to be read again."""
-        slot = self._slot_for(None, 0)
-        while not (done := data is not None and self.main.restore(slot, data)) and self._idle():
-            self.make_room()
-        sequence.aside, sequence.slot = False, slot
-        self.slots[slot] = sequence
-        if not done:
+        sequence.aside = False
+        if not self.cache.put(sequence, data):
             self._step_back(sequence)
 
     def reading_seconds(self) -> float:
@@ -3663,9 +3699,7 @@ class Scheduler:
 
     def make_room(self) -> Sequence | None:
         """After a step found no free cells: park an idle sequence (None), or step the youngest back and return it."""
-        idle = self._idle()
-        if idle:
-            self._park(idle[0])
+        if self.cache.park_oldest():
             return None
         youngest = [s for s in self.running if not s.aside][-1]
         self._step_back(youngest)
@@ -3673,7 +3707,7 @@ class Scheduler:
 
     def _step_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
-        self._forget(sequence.slot)
+        self.cache.forget(sequence.slot)
         sequence.slot, sequence.n_computed, sequence.n_shared = -1, 0, 0
         self.waiting.appendleft(sequence)
 
@@ -3686,70 +3720,56 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def forget_all(self) -> None:
-        """After a failed step nothing in the cache can be trusted."""
-        self.main.clear(True)
-        self.slots = [None] * len(self.slots)
 
+class Intake:
+    """What comes to the engine, on its way to the step loop: cancels take effect at once, texts are tokenized first.
 
-class Engine:
-    """The step loop of one model. `receive` runs in its own thread; everything else in the main thread of the child."""
+    `receive` runs in the receiving thread, `tokenize` in one of its own, where a huge text makes only other newcomers wait.
+    """
 
-    GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
-    GATHER_MOST = 0.002  # seconds
-
-    def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe) -> None:
-        self.llama, self.main, self.pipe = llama, llama.main, pipe
-        self.reader: Reader | None = None
-        self._several = False  # whether several sequences have run at once, since that was last asked
-        self._paused_at = self._operation = 0.0  # of the reader's batch: when it went on, and its longest operation
-        self._decoded_at = 0.0  # when the main context's last step ended
-        self.scheduler = Scheduler(llama, options.parallel)
+    def __init__(self, llama: Llama, pipe: Pipe) -> None:
+        self.llama, self.pipe = llama, pipe
         self.inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()  # None: look again, something is cancelled
-        self._known: dict[int, Sequence] = {}
-        self._submits: queue.SimpleQueue[Submit] = queue.SimpleQueue()
-        self._tokenized, self._too_late = 0, set[int]()  # the last id tokenized; ids cancelled before they were
-        self._cancelled = False
-        self._in_step: list[Sequence] = []
-        self._events: list[Piece | Finished | Failed] = []
-        self._unsent: list[Sequence] = []
-        self._flushed_at, self._running_said = 0.0, 0
-
-    # The receiving and the tokenizing thread
+        self.in_step: Seq[Sequence] = ()  # the step loop says what it decodes
+        self.running = 0  # and how many run, for those who are answered here
+        self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
+        self._known: dict[int, Submission] = {}  # from their arrival to their end
 
     def receive(self, message: Submit | Cancel) -> None:
-        """Cancels at once; texts go to the tokenizing thread, where a huge one makes only other newcomers wait."""
-        if isinstance(message, Cancel):
-            self._cancel(message.ids)
-        else:
-            self._submits.put(message)
+        """A message from the parent. A cancel ends a decode that nobody waits for any more."""
+        if isinstance(message, Submit):
+            submission = self._known[message.id] = Submission(message)
+            self._submits.put(submission)
+            return
+        for submission in filter(None, map(self._known.get, message.ids)):
+            submission.cancelled = True
+        in_step = self.in_step
+        if in_step and all(s.cancelled for s in in_step):
+            self.llama.main.abort(True)
+        self.inbox.put(None)
+
+    def forget(self, id: int) -> None:
+        """The sequence has ended: who cancels it now comes too late."""
+        self._known.pop(id, None)
 
     def tokenize(self) -> None:
         """The tokenizing thread: texts to sequences, in order, handed to the step loop."""
         while True:
-            submit = self._submits.get()
-            if submit.id in self._too_late:
-                self._too_late.discard(submit.id)
-                self.pipe.send(Accepted(submit.id, 0))  # who cancels gently waits for it
-                self.pipe.send(Stepped((Finished(submit.id, "cancelled", 0, 0, 0, 0.0, 0.0),), self._running_said))
+            submission = self._submits.get()
+            id = submission.submit.id
+            try:
+                prompt = () if submission.cancelled else self._tokens(submission.submit.prompt)
+                sequence = Sequence(submission, prompt, self.llama)
+            except (ApiError, LoadError) as error:
+                self._refuse(id, error if isinstance(error, ApiError) else GenerationFailed(str(error)))
             else:
-                self._accept(submit)
-            self._tokenized = submit.id
+                self.pipe.send(Accepted(id, sequence.n_prompt))
+                self.inbox.put(sequence)
 
-    def _accept(self, submit: Submit) -> None:
-        try:
-            prompt = self._tokens(submit.prompt)
-            sequence = Sequence(submit, prompt, self.llama)
-        except (ApiError, LoadError) as error:
-            known = error if isinstance(error, ApiError) else GenerationFailed(str(error))
-            details = known.message if isinstance(known, InvalidRequest) else known.details
-            failed = Failed(submit.id, known.code, details, known.param)
-            self.pipe.send(Stepped((failed,), self._running_said))
-            return
-        self._known[submit.id] = sequence
-        sequence.cancelled = submit.id in self._too_late  # while it was being tokenized
-        self.pipe.send(Accepted(submit.id, sequence.n_prompt))
-        self.inbox.put(sequence)
+    def _refuse(self, id: int, error: ApiError) -> None:
+        self.forget(id)
+        details = error.message if isinstance(error, InvalidRequest) else error.details
+        self.pipe.send(Stepped((Failed(id, error.code, details, error.param),), self.running))
 
     def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
         """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
@@ -3765,53 +3785,63 @@ class Engine:
             )
         return tokens
 
-    def _cancel(self, ids: Seq[int]) -> None:
-        for id in ids:
-            sequence = self._known.get(id)
-            if sequence:
-                sequence.cancelled = True
-            elif id > self._tokenized:
-                self._too_late.add(id)
-                if id in self._known:  # meanwhile
-                    self._known[id].cancelled = True
-        self._cancelled = True
-        if self._in_step and all(s.cancelled for s in self._in_step):
-            self.main.abort(True)
-        self.inbox.put(None)
 
-    # The step loop
+class Engine:
+    """The step loop of one model, in the main thread of the child. What it does not do itself: take in, schedule, read aside."""
+
+    GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
+    GATHER_MOST = 0.002  # seconds
+
+    def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe) -> None:
+        self.llama, self.main, self.pipe = llama, llama.main, pipe
+        self.intake = Intake(llama, pipe)
+        self.inbox = self.intake.inbox
+        self.scheduler = Scheduler(llama, options.parallel)
+        self.reader: Reader | None = None
+        self._several = False  # whether several sequences have run at once, since that was last asked
+        self._paused_at = self._operation = 0.0  # of the reader's batch: when it went on, and its longest operation
+        self._decoded_at = 0.0  # when the main context's last step ended
+        self._events: list[Piece | Finished | Failed] = []
+        self._unsent: list[Sequence] = []
+        self._flushed_at = 0.0
 
     def run(self) -> None:
         """For ever: take what came, step while anything runs, sleep when nothing does."""
         while True:
-            if not (self.scheduler.running or self.scheduler.waiting) or not self.inbox.empty():
-                idle = not (self.scheduler.running or self.scheduler.waiting)
-                while idle and self.inbox.empty() and self.scheduler.tidy():
-                    pass
-                if idle and self._several and not self.reader and self.llama.on_cpu:  # a GPU is quick with slices
-                    self._make_reader()
+            if self.scheduler.running or self.scheduler.waiting:
+                self._take_all()
+                self.step()
+            else:
+                self._rest()
                 self._take(self.inbox.get())
-                if idle:
-                    self._gather()
-                continue
-            self.step()
+                self._gather()
+
+    def _rest(self) -> None:
+        """What an idle engine does until somebody comes: park who is left, make the reader where several ran at once."""
+        while self.inbox.empty() and self.scheduler.tidy():
+            pass
+        if self._several and not self.reader and self.llama.on_cpu:  # a GPU is quick with slices
+            self._make_reader()
 
     def _gather(self) -> None:
         """Before an idle engine's first step: prompts that arrive together are read together, at twice the speed."""
         scheduler = self.scheduler
         while 0 < len(scheduler.running) + len(scheduler.waiting) < scheduler.parallel:
             scheduler.admit()
-            patience = min(self.GATHER * scheduler.reading_seconds(), self.GATHER_MOST)
-            try:
-                self._take(self.inbox.get(timeout=patience))
-            except queue.Empty:
+            # not inbox.get(timeout=…): one of microseconds, over before the wait begins, never ends (CPython 3.11, _queue.c)
+            time.sleep(min(self.GATHER * scheduler.reading_seconds(), self.GATHER_MOST))
+            if self.inbox.empty():
                 return
+            self._take_all()
+
+    def _take_all(self) -> None:
+        while not self.inbox.empty():
+            self._take(self.inbox.get())
 
     def _take(self, sequence: Sequence | None) -> None:
         if sequence is not None:
             self.scheduler.waiting.append(sequence)
-        if self._cancelled or (sequence and sequence.cancelled):
-            self._cancelled = False
+        if sequence is None or sequence.cancelled:
             for gone in [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.cancelled]:
                 self._finish(gone, "cancelled")
             self._flush()
@@ -3854,8 +3884,7 @@ class Engine:
         now = time.perf_counter()
         self._operation = max(now - self._paused_at, 0.97 * self._operation)
         if now + self._operation >= self._decoded_at + self.scheduler.interval():
-            while not self.inbox.empty():
-                self._take(self.inbox.get())
+            self._take_all()
             self.scheduler.admit()
             self._decode()
         self._paused_at = time.perf_counter()
@@ -3863,7 +3892,7 @@ class Engine:
 
     def _decode(self) -> None:
         """One decode in the main context for everybody: prompts advance, decoding sequences gain a token."""
-        if len(self.scheduler.running) != self._running_said:
+        if len(self.scheduler.running) != self.intake.running:
             self._flush()
         plan = self.scheduler.schedule(self.reader is not None)
         if not plan:
@@ -3873,10 +3902,10 @@ class Engine:
             self.scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
         decoding = sum(1 for s, _ in plan if s.pending == 1)
         self.main.abort(False)
-        self._in_step = [s for s, _ in plan]
+        self.intake.in_step = [s for s, _ in plan]
         started = time.perf_counter()
         status = self.main.decode(plan)
-        self._decoded_at, self._in_step = time.perf_counter(), []
+        self._decoded_at, self.intake.in_step = time.perf_counter(), ()
         if status:
             self._recover(status, plan)
             return
@@ -3898,7 +3927,7 @@ class Engine:
         else:
             for sequence in list(self.scheduler.running):
                 self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
-            self.scheduler.forget_all()
+            self.scheduler.cache.forget_all()
         self._flush()
 
     def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
@@ -3972,7 +4001,7 @@ class Engine:
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
-        self._known.pop(sequence.id, None)
+        self.intake.forget(sequence.id)
         if sequence.sampler:
             sequence.sampler.close()
 
@@ -3983,9 +4012,9 @@ class Engine:
             pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs)))
             sequence.unsent = ""
             sequence.logprobs.clear()
-        running = len(self.scheduler.running)
-        message = Stepped((*pieces, *self._events), running)
-        self._unsent, self._events, self._running_said = [], [], running
+        self.intake.running = len(self.scheduler.running)
+        message = Stepped((*pieces, *self._events), self.intake.running)
+        self._unsent, self._events = [], []
         self._flushed_at = time.perf_counter()
         try:
             self.pipe.send(message)
@@ -3999,9 +4028,9 @@ def engine_main() -> None:
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what native code prints must not run into the messages
-    pipe, engines = Pipe(reader, writer), queue.SimpleQueue[Engine]()
+    pipe, ready = Pipe(reader, writer), queue.SimpleQueue[Intake]()
     load = pipe.receive()
-    threading.Thread(target=_or_die, args=(lambda: _receive(pipe, engines),), daemon=True).start()
+    threading.Thread(target=_or_die, args=(lambda: _receive(pipe, ready),), daemon=True).start()
     try:
         llama = Llama(load, lambda fraction: pipe.send(Progress(fraction)))
         pipe.send(llama.loaded(load.options))
@@ -4009,21 +4038,21 @@ def engine_main() -> None:
         pipe.send(LoadFailed(str(error) or type(error).__name__))
         os._exit(1)
     engine = Engine(llama, load.options, pipe)
-    engines.put(engine)
-    threading.Thread(target=_or_die, args=(engine.tokenize,), daemon=True).start()
+    ready.put(engine.intake)
+    threading.Thread(target=_or_die, args=(engine.intake.tokenize,), daemon=True).start()
     engine.run()
 
 
-def _receive(pipe: Pipe, engines: queue.SimpleQueue[Engine]) -> None:
+def _receive(pipe: Pipe, ready: queue.SimpleQueue[Intake]) -> None:
     """The child's receiving thread: there from the first moment, so that a parent that dies during a load is noticed."""
-    engine: Engine | None = None
+    intake: Intake | None = None
     while True:
         try:
             message = pipe.receive()
         except (EOFError, OSError):
             os._exit(0)
-        engine = engine or engines.get()
-        engine.receive(message)
+        intake = intake or ready.get()
+        intake.receive(message)
 
 
 def _or_die(work: Callable[[], None]) -> None:
@@ -4178,17 +4207,20 @@ class Worker(Loadable):
 
     def _read(self) -> None:
         """The reader thread: hand every event to its generation; at the end of the pipe fail them all."""
-        while True:
-            try:
+        try:
+            while True:
                 message = self._pipe.receive()
-            except (EOFError, OSError, ValueError):
-                break
-            if isinstance(message, Stepped):
-                self._running = message.running
-                for event in message.events:
-                    self._give(event)
-            else:
-                self._give(message)
+                if isinstance(message, Stepped):
+                    self._running = message.running
+                    for event in message.events:
+                        self._give(event)
+                else:
+                    self._give(message)
+        except (EOFError, OSError, ValueError):
+            pass
+        except Exception:  # a thread's border: a child that nobody understands is no use
+            log.exception("%s: what the engine process says is unreadable", self.info.id)
+            self.process.kill()
         reason = f"the engine process ended ({self._how_it_ended()})"
         with self._lock:
             self.alive, self._running = False, 0
@@ -4867,27 +4899,26 @@ class Watcher:
 
     def _run(self) -> None:
         while True:
-            for key, _ in self._selector.select():
+            self._selector.select()
+            for cancel in self._left():
+                cancel.cancel()
+
+    def _left(self) -> list[Cancellation]:
+        """The cancellations of clients that closed; where a next request is there already, there is no more news of this one.
+
+        Asked anew under the lock, where no socket comes or goes: what the waiting call told may be of one closed since, whose
+        number another has now, and to read from that would wait.
+        """
+        left = []
+        with self._lock:
+            for key, _ in self._selector.select(0):
                 if key.fileobj is self._here:
                     self._here.recv(4096)
-                elif self._has_left(key):
-                    key.data.cancel()
-
-    def _has_left(self, key: selectors.SelectorKey) -> bool:
-        """Whether the client closed; else its next request is there already, and there is no more news of this one.
-
-        Only a socket still registered is looked at, under the lock: once it is not, its thread may be reading from it.
-        """
-        with self._lock:
-            try:
-                now = self._selector.get_key(key.fileobj)
-            except (KeyError, ValueError):  # gone since, and perhaps closed
-                return False
-            if now.data is not key.data:
-                return False
-            left = not self._has_more(key.fileobj)
-            self._selector.unregister(key.fileobj)
-            return left
+                    continue
+                if not self._has_more(key.fileobj):
+                    left.append(key.data)
+                self._selector.unregister(key.fileobj)
+        return left
 
     @staticmethod
     def _has_more(connection: Any) -> bool:
@@ -4903,23 +4934,28 @@ _KERNEL_SELECTORS = tuple(
 
 
 def answer_health(handler: Handler) -> None:
+    """Up, and with what: Service.health."""
     handler.send(handler.service.health())
 
 
 def answer_diag(handler: Handler) -> None:
+    """What a report of a problem should contain: Service.diag."""
     handler.send(handler.service.diag())
 
 
 def answer_models(handler: Handler) -> None:
+    """The list of models, `default` first: Service.models."""
     handler.send(handler.service.models())
 
 
 def answer_discover(handler: Handler) -> None:
+    """Look at the disk again, and tell what is there."""
     models = handler.service.table.scan()
     handler.send({"discovered": len(models), "models": models})
 
 
 def answer_load(handler: Handler, name: str) -> None:
+    """200 with the status once the model is loaded; with `?wait=false` 202 at once."""
     handler.body()
     wait = handler.query.get("wait", "true").lower() not in ("false", "0", "no")
     with handler.watched() as cancel:
@@ -4928,6 +4964,7 @@ def answer_load(handler: Handler, name: str) -> None:
 
 
 def answer_unload(handler: Handler, name: str) -> None:
+    """200 with the status once its memory is free; `?force=true` ends what runs."""
     handler.body()
     force = handler.query.get("force", "false").lower() in ("true", "1", "yes")
     with handler.watched() as cancel:
@@ -4935,43 +4972,53 @@ def answer_unload(handler: Handler, name: str) -> None:
 
 
 def answer_status(handler: Handler, name: str) -> None:
+    """One model's state and counts: Entry.status."""
     handler.send(handler.service.table.status(name))
 
 
 def answer_tools(handler: Handler) -> None:
+    """Every tool with the JSON schema of its arguments."""
     handler.send({"tools": handler.service.tools.documents()})
 
 
 def answer_execute(handler: Handler, name: str) -> None:
+    """Run a tool on the arguments in the body: success, result, error."""
     handler.send(handler.service.tools.execute(name, parse_json(handler.body() or b"{}")))
 
 
 def answer_upgrade(handler: Handler) -> None:
+    """426: proper upgrades never come here, Handler.handle gives them to SocketListener."""
     raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
 def answer_openai_models(handler: Handler) -> None:
+    """The same models in OpenAI's list object."""
     data = [openai_model(handler, m["id"]) for m in handler.service.table.models()]
     handler.send({"object": "list", "data": data})
 
 
 def answer_openai_model(handler: Handler, name: str) -> None:
+    """One of them, by any name that means it."""
     handler.send(openai_model(handler, handler.service.table.resolve(name)))
 
 
 def openai_model(handler: Handler, id: str) -> dict[str, Any]:
+    """OpenAI's model object; `created` is when this server began."""
     return {"id": id, "object": "model", "created": int(handler.service.started), "owned_by": "shimmy"}
 
 
 def answer_native(handler: Handler) -> None:
+    """Generate, as the Seed has it."""
     handler.generate(Native)
 
 
 def answer_chat(handler: Handler) -> None:
+    """Generate from messages, as OpenAI has it."""
     handler.generate(ChatCompletion)
 
 
 def answer_completion(handler: Handler) -> None:
+    """Generate from prompts, as OpenAI has it."""
     handler.generate(Completion)
 
 

@@ -44,6 +44,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as ws_connect
 
+from shimmy import Cancellation, Watcher
+
 REPO = Path(__file__).resolve().parent
 SHIMMY = REPO / "shimmy.py"
 HANG = 60.0  # seconds: a guard against hangs, never a measurement
@@ -357,7 +359,10 @@ class Server:
     def request(self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None) -> Reply:
         with contextlib.closing(self.connect()) as connection:
             connection.request(method, path, encoded(body), headers or {})
-            response = connection.getresponse()
+            try:
+                response = connection.getresponse()
+            except TimeoutError:
+                raise AssertionError(f"no answer after {HANG} s; {self.get('/health').body!r}; {self.log.read_text()}") from None
             return Reply(response.status, response.headers, response.read())
 
     def get(self, path: str, **headers: str) -> Reply:
@@ -1881,6 +1886,27 @@ def test_client_that_leaves_a_plain_request_stops_the_engine(server: Server) -> 
         sock.sendall(raw_post("/api/generate", body))
         eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+def test_watcher_told_of_a_socket_closed_since_leaves_the_next_one_with_its_number_alone() -> None:
+    """What select() returned may be stale; to look for more from the new socket would wait for it."""
+    watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
+    ours.settimeout(1.0)
+    told, select = threading.Event(), watcher._selector.select
+
+    def stale_select(timeout: float | None = None) -> list[tuple[Any, int]]:
+        if timeout is not None or told.is_set():
+            return select(timeout)
+        eventually(lambda: ours in watcher._selector.get_map(), "the socket is watched")
+        told.set()
+        return [(watcher._selector.get_key(ours), 1)]
+
+    watcher._selector.select = stale_select  # type: ignore[method-assign]
+    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(ours, cancel):
+        assert told.wait(HANG)
+        time.sleep(0.1)
+    time.sleep(0.1)
+    assert not cancel.cancelled
 
 
 def test_client_that_leaves_over_websocket_stops_the_engine(server: Server) -> None:
@@ -3616,18 +3642,28 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running.stop()
 
 
-@pytest.fixture(scope="module")
-def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same models, but every prompt that arrives beside a stream is read aside: by themselves they are too fast for it."""
-    folder, source = tmp_path_factory.mktemp("asides"), SHIMMY.read_text()
-    for kind in KINDS:
-        write_kind(folder / f"{kind}.gguf", kind)
-    for old, new in (("    SLICES = 2 ", "    SLICES = 0 "), ("if idle and self._several and", "if idle and")):
-        assert old in source
+def altered(folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of shimmy.py in which each old text, there once, is the new one."""
+    source = SHIMMY.read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, old
         source = source.replace(old, new)
     (folder / "shimmy.py").write_text(source)
+    return folder / "shimmy.py"
+
+
+# the tiny models are too fast to need a reader
+ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._several and not", "if not"))
+
+
+@pytest.fixture(scope="module")
+def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same models, but every prompt that arrives beside a stream is read aside."""
+    folder = tmp_path_factory.mktemp("asides")
+    for kind in KINDS:
+        write_kind(folder / f"{kind}.gguf", kind)
     home, flags = tmp_path_factory.mktemp("asides-home"), ("--port", "0", "--models-dir", folder, "--max-loaded", "4")
-    running = Server(home, *flags, script=folder / "shimmy.py")
+    running = Server(home, *flags, script=altered(folder, *ALL_ASIDE))
     yield running
     running.stop()
 
@@ -3749,6 +3785,28 @@ def test_prompts_read_aside_give_the_text_they_give_alone(kind: str, asides: Ser
         greedy(asides, kind, talk, 40).assert_same(run)
     for i in (3, 23):
         fresh(asides, kind, talks[i], 40).assert_same(together[i])
+
+
+NO_READER = {
+    "too little memory": ("free, need = available_memory(), ", "free, need = 0, "),
+    "refused by llama.cpp": ("self.context = Context(llama, llama.ctx", "raise LoadError('no')\n        Context(llama, 9"),
+}
+
+
+@pytest.mark.parametrize("why", NO_READER)
+def test_without_memory_for_a_reader_long_prompts_are_read_in_slices(
+    why: str, serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    write_kind(tmp_path / "llama.gguf", "llama")
+    own = serve("--models-dir", tmp_path, script=altered(tmp_path, *ALL_ASIDE, NO_READER[why]))
+    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 30 * i]) for i in range(10)]
+    alone = [greedy(own, "llama", talk, 40) for talk in talks]
+    own.unload("llama")
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda talk: greedy(own, "llama", talk, 40), talks))
+    for one, among in zip(alone, together, strict=True):
+        one.assert_same(among)
+    assert ("read in slices" in own.log.read_text()) == (why == "refused by llama.cpp")
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
