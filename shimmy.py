@@ -8,8 +8,8 @@
     main process                                                    one child per loaded model (spawned)
      HTTP threads ─┐                                                 ┌────────────────────────────────┐
      ws loop thread ├─ Service.generate ── Worker ── stdin: Submit, Cancel ──▶ Engine: waiting, running │
-     CLI ──────────┘         ▲              ▲  ◀── stdout: Accepted, Stepped, Failed  step = prefill    │
-                         ModelTable      reader thread, one a worker │              + decode + sample   │
+     CLI ──────────┘         ▲              ▲  ◀── stdout: Accepted, Stepped   step = prefill, decode,  │
+                         ModelTable      reader thread, one a worker │                  sample           │
                                                                      └────────────────────────────────┘
 
 The file reads downward as the data flows: a body becomes a checked request (2), the request finds its model (3) and
@@ -18,6 +18,8 @@ front doors sends (10 HTTP, 11 WebSocket, 12 command line).
 
 Who owns what. JSON, templates, tool calls and HTTP live in the main process; tokens, KV cache and sampling in the
 child, which alone imports llama_cpp. Frozen dataclasses cross the pipe, one message a step for all sequences together.
+In the child one thread receives and another tokenizes (Intake); its main thread alone decodes: Engine takes the step that
+Scheduler plans (who runs), with the cells that Cache gives out, and reads long prompts aside (Reader).
 The child dies with its pipe: end of file on stdin ends it, however the parent went. A crash in native code ends one
 child; its reader thread notices and fails what was running there. HTTP threads: one a connection, blocking. The watcher
 thread notices clients that leave. The ws thread runs asyncio and starts with the first upgrade.

@@ -4521,7 +4521,7 @@ def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
 def bench_speed(table: BenchTable, client: BenchClient, options: argparse.Namespace, clients: int, bare: Bare | None) -> None:
     """Tokens a second of so many clients, right behind the bare loop's: a median of several where one is over soon."""
     speeds, limits, batch, began = list[float](), list[float](), min(clients, 8), time.perf_counter()
-    while not speeds or (time.perf_counter() - began < 6 and len(speeds) < 9):
+    while not speeds or (time.perf_counter() - began < 20 and len(speeds) < 15):
         limits += [bare(batch)] if bare else []
         speeds.append(client.together(clients, options.words, options.tokens, clients * 100 + len(speeds)))
     if limits and f"bare loop, batch {batch}" not in table.rows:
