@@ -2819,6 +2819,11 @@ class Pipe:
                 self._writer.close()
             self._lock.release()
 
+    def end(self) -> None:
+        """Close both ends, in the thread that receives: to be called when nothing more will come."""
+        self._reader.close()
+        self.close()
+
 
 def import_llama() -> Any:
     """llama_cpp's C bindings alone: the package's own __init__ would add half a second and 20 MB."""
@@ -4163,6 +4168,7 @@ class Worker(Loadable):
             message = LoadFailed(f"{reason} ({self._how_it_ended()})")
         if isinstance(message, LoadFailed):
             self.stop()
+            self._pipe.end()
             raise GenerationFailed(f"Model '{self.info.id}': {message.reason}", "The model could not be loaded")
         self.loaded: Loaded = message
         self.load_seconds = time.perf_counter() - began
@@ -4223,6 +4229,7 @@ class Worker(Loadable):
         except Exception:  # a thread's border: a child that nobody understands is no use
             log.exception("%s: what the engine process says is unreadable", self.info.id)
             self.process.kill()
+        self._pipe.end()
         reason = f"the engine process ended ({self._how_it_ended()})"
         with self._lock:
             self.alive, self._running = False, 0

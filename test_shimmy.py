@@ -3926,17 +3926,37 @@ def test_burst_of_clients_is_served_whole(server: Server) -> None:
     assert all(joined(r) == TEXTS["="] and r[-1] == "[DONE]" for r in replies)
 
 
+def held(server: Server) -> tuple[int, int]:
+    """Descriptors and threads of a server."""
+    return tuple(len(os.listdir(f"/proc/{server.process.pid}/{what}")) for what in ("fd", "task"))  # type: ignore[return-value]
+
+
+def assert_holds_as_before(server: Server, before: tuple[int, int]) -> None:
+    eventually(lambda: all(now <= then + 2 for now, then in zip(held(server), before, strict=True)), "as before")
+
+
 @linux
 def test_many_generations_leave_descriptors_and_threads_as_they_were(server: Server) -> None:
-    def held() -> tuple[int, int]:
-        pid = server.process.pid
-        return len(os.listdir(f"/proc/{pid}/fd")), len(os.listdir(f"/proc/{pid}/task"))
-
     server.generate()
-    before = eventually(held, "a count")
+    before = held(server)
     for _ in range(100):
         assert server.generate(max_tokens=1).status == 200
-    eventually(lambda: all(now <= then + 2 for now, then in zip(held(), before, strict=True)), "as before")
+    assert_holds_as_before(server, before)
+
+
+@linux
+def test_engines_that_ended_or_never_began_leave_no_descriptors(server: Server) -> None:
+    server.generate(model="dice", max_tokens=1)
+    before = held(server)
+    for _ in range(4):
+        assert server.unload("dice").status == 200
+        assert_error(server.load("hollow"), 500, "generation_failed")
+        server.generate(model="dice", max_tokens=1)
+        os.kill(server.engine("dice.gguf"), signal.SIGKILL)
+        eventually(lambda: server.status("dice")["status"] == "failed", "its death is known")
+        server.generate(model="dice", max_tokens=1)
+    assert_holds_as_before(server, before)
+    server.unload("dice")
 
 
 def test_logprobs_agree_with_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
