@@ -2962,7 +2962,7 @@ class Llama:
             raise LoadError("an encoder-decoder model (T5 and the like), which is not supported")
 
     def reason(self, what: str) -> str:
-        """What went wrong, with the library's own last words."""
+        """What went wrong, with the first of what the library said of it."""
         words = [line.split(": ", 1)[-1] for line in self.log_lines if line]
         return f"{what}: {words[0]}" if words else what
 
@@ -3041,6 +3041,7 @@ class Context:
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
         self._abort = self.ctypes.create_string_buffer(2)
         self._callback = self._eval_callback(pause) if pause else None  # kept: llama.cpp calls it
+        llama.log_lines.clear()
         self.handle = self.c.llama_init_from_model(llama.model, self._params())
         if not self.handle:
             raise LoadError(llama.reason("llama.cpp cannot make a context"))
@@ -3196,7 +3197,8 @@ class Sequence:
         self.slot = -1  # its row in the KV cache, -1: none
         self.aside = False  # whether that is the reader's cache
         self.n_computed = 0  # tokens whose keys and values are in the cache
-        self.n_shared = 0  # of those, cells a running sequence owns
+        self.lender: Sequence | None = None  # a running sequence
+        self.n_shared = 0  # of those tokens, the ones whose cells are the lender's
         self.n_cached = 0  # prompt tokens that were not evaluated
         self.done = False
         self.saved: Any = None  # its cells as bytes, once it is parked
@@ -3458,31 +3460,44 @@ class Cache:
 
     def _lend(self, donor: Sequence, slot: int, shared: int) -> int:
         """Let a slot begin with so many cells of the donor; how many it got. Who is parked lends from its bytes."""
+        donor.last_used = time.monotonic()
         if donor.slot not in (slot, -1):
             self.main.share(donor.slot, slot, shared)
             return shared
-        if donor.slot < 0:
-            donor.last_used = time.monotonic()
-            if not self.main.restore(slot, donor.saved):
-                self.main.drop(slot)
-                return 0
+        if donor.slot < 0 and not self._restore(slot, donor.saved):
+            return 0
         if donor.n_computed > shared:
             self.main.drop(slot, shared)
         return shared
 
     def put(self, sequence: Sequence, data: Any) -> bool:
-        """Give the sequence a slot with saved cells; False, and an empty slot, when there is no room for them."""
+        """Give the sequence a slot with saved cells; False, and an empty slot, when there are none, or no room for them."""
         slot = self._slot_for(None, 0)
         self.slots[slot], sequence.slot = sequence, slot
-        while data is not None and not self.main.restore(slot, data):
+        return data is not None and self._restore(slot, data)
+
+    def _restore(self, slot: int, data: Any) -> bool:
+        """Put saved cells into an empty slot; idle sequences make room."""
+        while not self.main.restore(slot, data):
+            self.main.drop(slot)
             if not self.park_oldest():
                 return False
-        return data is not None
+        return True
 
     def forget(self, slot: int) -> None:
         """Empty a slot."""
         self.main.drop(slot)
         self.slots[slot] = None
+
+    def called_off(self, in_step: Seq[Sequence]) -> None:
+        """After a decode that was broken off: what it was to add goes, and recurrent states, whoever's, for it moves them."""
+        if self.llama.cuttable:
+            for sequence in in_step:
+                self.main.drop(sequence.slot, sequence.n_computed)
+            return
+        for sequence in filter(None, self.slots):
+            self.main.drop(sequence.slot)
+            sequence.lender, sequence.n_shared, sequence.n_computed = None, 0, 0
 
     def forget_all(self) -> None:
         """After a failed step nothing in the cache can be trusted."""
@@ -3575,7 +3590,7 @@ class Reader:
         return True
 
     def _clean(self) -> None:
-        """Drop the cells of sequences that were cancelled."""
+        """Drop the cells of sequences that were cancelled or failed."""
         for row, sequence in enumerate(self.rows):
             if sequence and sequence.done:
                 self.context.drop(row)
@@ -3636,7 +3651,7 @@ class Scheduler:
             self.cache.place(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = sequence.n_computed, time.perf_counter()
-            sequence.n_shared = borrowed
+            sequence.lender, sequence.n_shared = (donor, borrowed) if borrowed else (None, 0)
             self.running.append(sequence)
 
     def _better_soon(self, sequence: Sequence, shared: int) -> bool:
@@ -3674,7 +3689,12 @@ class Scheduler:
         prompts = [s for s in self.running if s.pending > 1 and not s.aside]
         decoding = sum(1 for s in self.running if s.pending == 1) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
-        return [s for s in prompts if s.pending > most and (not s.n_shared or self._fits(s.n_shared))]
+        return [s for s in prompts if s.pending > most and self._may_leave(s)]
+
+    def _may_leave(self, sequence: Sequence) -> bool:
+        """Whether the pool has room for what will be there twice when the sequence comes back with a copy of its cells."""
+        twice = sequence.n_shared + max((s.n_shared for s in self._borrowers(sequence)), default=0)
+        return not twice or self._fits(twice)
 
     def interval(self) -> float:
         """Seconds that the reader may compute before the streams are due."""
@@ -3686,13 +3706,21 @@ class Scheduler:
         taken = reader.take(sequence)
         if taken:
             self.cache.forget(slot)
-            self._count_in_full()
+            self._bequeath(sequence)
         return taken
 
-    def _count_in_full(self) -> None:
-        """A sequence leaves its cells: who borrowed some may be their only owner now."""
-        for sequence in self.running:
-            sequence.n_shared = 0
+    def _borrowers(self, sequence: Sequence) -> list[Sequence]:
+        """Those who run with cells of this one, who has most of them first."""
+        return sorted((s for s in self.running if s.lender is sequence), key=lambda s: -s.n_shared)
+
+    def _bequeath(self, sequence: Sequence) -> None:
+        """A sequence leaves its cells: who borrowed most of them owns those now, and lends them to the others."""
+        borrowers = self._borrowers(sequence)
+        for other in borrowers[1:]:
+            other.lender = borrowers[0]
+        for heir in borrowers[:1]:
+            heir.lender, heir.n_shared = sequence.lender, min(heir.n_shared, sequence.n_shared)
+        sequence.lender, sequence.n_shared = None, 0
 
     def bring_back(self, sequence: Sequence, data: Any) -> None:
         """From the reader to the main context. Without room there it waits at the head of the queue, to be read again."""
@@ -3714,8 +3742,9 @@ class Scheduler:
 
     def _step_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self._bequeath(sequence)
         self.cache.forget(sequence.slot)
-        sequence.slot, sequence.n_computed, sequence.n_shared = -1, 0, 0
+        sequence.slot, sequence.n_computed = -1, 0
         self.waiting.appendleft(sequence)
 
     def retire(self, sequence: Sequence) -> None:
@@ -3723,7 +3752,7 @@ class Scheduler:
         sequence.done, sequence.last_used = True, time.monotonic()
         if sequence in self.running:
             self.running.remove(sequence)
-            self._count_in_full()
+            self._bequeath(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
@@ -3750,10 +3779,10 @@ class Intake:
             return
         for submission in filter(None, map(self._known.get, message.ids)):
             submission.cancelled = True
+        self.inbox.put(None)
         in_step = self.in_step
         if in_step and all(s.cancelled for s in in_step):
             self.llama.main.abort(True)
-        self.inbox.put(None)
 
     def forget(self, id: int) -> None:
         """The sequence has ended: who cancels it now comes too late."""
@@ -3805,6 +3834,7 @@ class Engine:
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, options.parallel)
         self.reader: Reader | None = None
+        self._aside = llama.on_cpu  # whether to make a reader: a GPU is quick with slices
         self._several = False  # whether several sequences have run at once, since that was last asked
         self._paused_at = self._operation = 0.0  # of the reader's batch: when it went on, and its longest operation
         self._decoded_at = 0.0  # when the main context's last step ended
@@ -3827,7 +3857,7 @@ class Engine:
         """What an idle engine does until somebody comes: park who is left, make the reader where several ran at once."""
         while self.inbox.empty() and self.scheduler.tidy():
             pass
-        if self._several and not self.reader and self.llama.on_cpu:  # a GPU is quick with slices
+        if self._several and self._aside and not self.reader and self.inbox.empty():
             self._make_reader()
 
     def _gather(self) -> None:
@@ -3859,9 +3889,8 @@ class Engine:
         self._several = self._several or len(self.scheduler.running) > 1
         reader = self.reader
         if reader:
-            for sequence in self.scheduler.long_prompts():
-                if not self.scheduler.move_aside(sequence, reader):
-                    break  # in order: else a stream of shorter ones would keep it out
+            while (long := self.scheduler.long_prompts()) and self.scheduler.move_aside(long[0], reader):
+                pass  # in order: else a stream of shorter ones would keep the first out
         if reader and reader.reading:
             self._read_aside(reader)
         else:
@@ -3874,6 +3903,7 @@ class Engine:
         try:
             self.reader = Reader(self.llama, self._pause) if free is None or free > 2 * need else None
         except LoadError as error:
+            self._aside = False
             log.warning("long prompts are read in slices: %s", error)
 
     def _read_aside(self, reader: Reader) -> None:
@@ -3883,6 +3913,7 @@ class Engine:
         if status:
             for sequence in reader.reading:
                 self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
+            self._flush()
         for sequence, data in reader.give():
             self.scheduler.bring_back(sequence, data)
 
@@ -3928,9 +3959,7 @@ class Engine:
             if back and all(s.aside for s in self.scheduler.running):  # alone, and the pool holds a whole context
                 self._fail(back, "generation_failed", "the KV cache is full")
         elif status == 2:
-            for sequence, _ in plan:
-                self.main.drop(sequence.slot, sequence.n_computed if self.llama.cuttable else -1)
-                sequence.n_computed = sequence.n_computed if self.llama.cuttable else 0
+            self.scheduler.cache.called_off([s for s, _ in plan])
         else:
             for sequence in list(self.scheduler.running):
                 self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
@@ -4224,7 +4253,7 @@ class Worker(Loadable):
                         self._give(event)
                 else:
                     self._give(message)
-        except (EOFError, OSError, ValueError):
+        except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that nobody understands is no use
             log.exception("%s: what the engine process says is unreadable", self.info.id)
@@ -4908,7 +4937,8 @@ class Watcher:
 
     def _run(self) -> None:
         while True:
-            self._selector.select()
+            with contextlib.suppress(OSError, ValueError):  # Windows' select(), of a socket closed meanwhile
+                self._selector.select()
             for cancel in self._left():
                 cancel.cancel()
 
