@@ -320,6 +320,9 @@ def param(check: Check, help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"check": check, "help": help})
 
 
+NATIVE_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "temperature": 0.7}  # of /api/generate (Seed) and of `generate`
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are picked. None means: what the model's file says (general.sampling.*), else llama.cpp's default."""
@@ -384,7 +387,7 @@ class GenerateRequest:
             model=text("model", body["model"]),
             prompts=() if prompt is None else (text("prompt", prompt),),
             messages=messages,
-            sampling=Sampling.from_json(body, max_tokens=100, temperature=0.7),
+            sampling=Sampling.from_json(body, **NATIVE_DEFAULTS),
             stream=_flag(body, "stream"),
         )
 
@@ -2658,7 +2661,8 @@ class EngineOptions:
     parallel: int = knob(8, "sequences decoded at once", type=int)
     kv_pool: int | None = knob(None, "tokens of KV cache all sequences share (default: 4 × ctx, as memory allows)", type=int)
     kv_type: str = knob("f16", "type of the KV cache", choices=("f16", "q8_0", "q4_0"))
-    threads: int | None = knob(None, "CPU threads (default: the physical cores)", type=int)
+    threads: int | None = knob(None, "CPU threads (default: the physical cores, 1 for models below 16 MB); "
+                              "fewer where other programs are busy", type=int)
     gpu_layers: int = knob(-1, "layers on the GPU, where there is a GPU build; -1 is all", type=int)
     flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
@@ -2873,16 +2877,19 @@ class Vocabulary:
 
     def tokenize(self, segments: Seq[str]) -> Any:
         """The prompt's tokens, an int32 array: special tokens parsed, the tokenizer's own first token added once."""
-        parts = []
-        for i, segment in enumerate(segments):
-            data = segment.encode("utf-8", "replace")
-            buffer = self.np.empty(len(data) + 16, self.np.int32)
+        return self.np.concatenate([self._tokenize(s.encode("utf-8", "replace"), i == 0) for i, s in enumerate(segments)])
+
+    def _tokenize(self, data: bytes, first: bool) -> Any:
+        """Mostly fewer tokens than bytes; a space of which the vocabulary knows nothing takes three."""
+        count = len(data) + 16
+        for _ in range(2):
+            buffer = self.np.empty(count, self.np.int32)
             rows = buffer.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_int32))
-            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), i == 0, True)
-            if count < 0:
-                raise GenerationFailed(f"the tokenizer failed ({count})")
-            parts.append(buffer[:count])
-        return self.np.concatenate(parts)
+            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), first, True)
+            if count >= 0:
+                return buffer[:count]
+            count = min(-count, 64 * (len(data) + 16))  # what it would need; INT32_MIN: more than anybody has
+        raise GenerationFailed("the tokenizer failed")
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for in text; control tokens give none."""
@@ -5722,6 +5729,8 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("engine")
     for f in fields(EngineOptions):
         flag, more = "--" + f.name.replace("_", "-"), dict[str, Any](f.metadata)
+        if f.default not in (None, True, ()):
+            more["help"] += f" (default: {f.default})"
         if f.default is True:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, **more)
         elif f.default == ():
@@ -5764,6 +5773,7 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
     for f in fields(Sampling):
         if f.metadata.get("help"):
             flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
+            help += f" (default: {NATIVE_DEFAULTS[f.name]})" if f.name in NATIVE_DEFAULTS else ""
             kinds = {"stop": {"action": "append"}, "ignore_eos": {"action": "store_true", "default": None}}
             group.add_argument(flag, help=help, **kinds.get(f.name, {"type": _plain_number, "metavar": "N"}))  # type: ignore[arg-type]
     _engine_flags(sub)
@@ -5806,6 +5816,8 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     for name, most in {"ctx": 1 << 24, "parallel": 200, "kv_pool": 1 << 26, "threads": 1024, "batch": 65536}.items():
         if given[name] is not None and not 1 <= given[name] <= most:
             raise UsageError(f"--{name.replace('_', '-')} must be from 1 to {most}, not {given[name]}")
+    if given["flash_attn"] == "off" and given["kv_type"] not in (None, "f16"):
+        raise UsageError(f"--kv-type {given['kv_type']} needs flash attention, which --flash-attn off forbids")
     given["lora"] = tuple(given["lora"] or ())
     for file in given["lora"]:
         if not os.path.isfile(file):
@@ -5894,6 +5906,8 @@ def command_generate(args: argparse.Namespace) -> int:
         print_json({"choices": [choice], "usage": last["usage"]})
     elif sys.stdout.isatty():
         print()
+    if last["choices"][0].get("finish_reason") == "length" and sys.stderr.isatty():
+        print("shimmy: the text was cut at its limit, see --max-tokens", file=sys.stderr)
     return 0
 
 
