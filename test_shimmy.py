@@ -4374,8 +4374,10 @@ def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) ->
     rng, width, ffn, raw = np.random.default_rng(0), 896, 4864, path.with_suffix(".f16")
     words = [f"▁{w}" for w in (*BENCH_WORDS, "assistant", "user", "system")]
     pieces = sorted({w[:size] for w in words for size in range(1, len(w) + 1)} | set("".join(words)))  # merged step by step
-    filler = [f"▁filler{i:05d}" for i in range(vocabulary - 259 - len(pieces))]
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), *pieces, *filler]
+    # one character each, so that generated text becomes the same tokens again
+    filler = [chr(c) for c in (*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4))][: vocabulary - 261 - len(pieces)]
+    marks = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    tokens = [*marks, *(f"<0x{b:02X}>" for b in range(256)), *pieces, *filler]
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(raw), "llama")
     writer.add_context_length(8192)
@@ -4390,7 +4392,7 @@ def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) ->
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
     writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * (len(tokens) - 259)])
+    writer.add_token_types([UNKNOWN, *[CONTROL] * 4, *[BYTE] * 256, *[NORMAL] * (len(tokens) - 261)])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
 
