@@ -92,7 +92,7 @@ MAX_TOOLS = 128
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
 SCAN_DETAIL_SECONDS = 0.4  # a scan reads whole headers for so long; the rest are read when asked about
-FLUSH_SECONDS = 0.004  # steps shorter than this share a message: 250 events a second are more than an eye follows
+FLUSH_SECONDS = 0.01  # steps shorter than this share a message: 100 events a second are more than an eye follows
 
 
 class ApiError(Exception):
@@ -3833,7 +3833,7 @@ class Engine:
     """The step loop of one model, in the main thread of the child. What it does not do itself: take in, schedule, read aside."""
 
     GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
-    GATHER_MOST = 0.002  # seconds
+    GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
 
     def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe) -> None:
         self.llama, self.main, self.pipe = llama, llama.main, pipe
@@ -3872,8 +3872,10 @@ class Engine:
         scheduler = self.scheduler
         while 0 < len(scheduler.running) + len(scheduler.waiting) < scheduler.parallel:
             scheduler.admit()
-            # not inbox.get(timeout=…): one of microseconds, over before the wait begins, never ends (CPython 3.11, _queue.c)
-            time.sleep(min(self.GATHER * scheduler.reading_seconds(), self.GATHER_MOST))
+            patience = min(self.GATHER * scheduler.reading_seconds(), self.GATHER_MOST)
+            if patience >= self.GATHER_LEAST:
+                # not inbox.get(timeout=…): one that is over before the wait begins never ends (CPython 3.11, _queue.c)
+                time.sleep(patience)
             if self.inbox.empty():
                 return
             self._take_all()
