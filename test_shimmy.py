@@ -4497,12 +4497,13 @@ class BenchClient:
             times += [time.perf_counter()] * (b'"text": "' in chunk or b'"text":"' in chunk or b'"content":' in chunk)
         ended = time.perf_counter()
         documents = [json.loads(line[6:]) for line in data.splitlines() if line.startswith(b"data: {")]
-        if not documents or not documents[-1].get("usage"):
+        if not documents or "error" in documents[-1] or b"[DONE]" not in data:
             head, _, answer = data.decode("utf-8", "replace").partition("\r\n\r\n")
             raise RuntimeError(f"{head.partition(chr(13))[0]}: {answer.strip()[:300]}")
         choices = [d["choices"][0] for d in documents if d.get("choices")]
-        text = "".join(c.get("text") or c.get("delta", {}).get("content") or "" for c in choices)
-        return Streamed(times, ended, text, documents[-1]["usage"])
+        texts = [text for c in choices if (text := c.get("text") or c.get("delta", {}).get("content"))]
+        usage = documents[-1].get("usage") or {"completion_tokens": len(texts)}  # not every server tells it
+        return Streamed(times, ended, "".join(texts), usage)
 
     def post(self, path: str, body: bytes) -> Iterator[bytes]:
         head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\nContent-Type: application/json\r\n"
@@ -4525,8 +4526,10 @@ class BenchClient:
             began = time.perf_counter()
             streams = list(pool.map(lambda p: self.stream(p, tokens), prompts))
         made = sum(s.usage["completion_tokens"] for s in streams)
-        if made != count * tokens:
+        if made != count * tokens and "prompt_tokens" in streams[0].usage:
             raise RuntimeError(f"{count} clients asked for {tokens} tokens each and got {made} together")
+        if made != count * tokens:
+            print(f"{made} events counted as tokens where {count * tokens} were asked for", file=sys.stderr)
         return made / (max(s.ended for s in streams) - began)
 
     def gaps(self, words: int) -> dict[str, float]:
@@ -4542,16 +4545,17 @@ class BenchClient:
         threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
         for thread in threads:
             thread.start()
-        while min(map(len, streams)) < 48 and all(t.is_alive() for t in threads):
+        patience = time.perf_counter() + 30
+        while min(map(len, streams)) < 48 and all(t.is_alive() for t in threads) and time.perf_counter() < patience:
             time.sleep(0.001)
-        arrived = time.perf_counter()
-        first = self.stream(bench_prompt(words, 73), 2).times[0]
+        together, arrived = min(map(len, streams)) >= 48, time.perf_counter()
+        first = self.stream(bench_prompt(words, 73), 2).times[0] if together else 0.0
         whole = all(t.is_alive() for t in threads)
         answered.set()
         for thread in threads:
             thread.join()
-        if not whole:
-            raise RuntimeError("the streams reached the end of their context before the long prompt was read: take fewer words")
+        if not together or not whole:
+            raise RuntimeError("the streams ended before the long prompt was read" if together else "two do not stream at once")
         usual = statistics.median(b - a for stream in streams for a, b in itertools.pairwise(stream) if b < arrived)
         # Both streams are in every step. One alone may show nothing for a step, while half a character is held back.
         shown = sorted(itertools.chain(*streams))
