@@ -4594,6 +4594,7 @@ def bench(arguments: list[str]) -> None:
     if options.url and not options.model:
         parser.error("--url needs --model NAME, as that server calls it")
     table = BenchTable(options.json)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the `finally` that stops our server
     try:
         if options.url:
             bench_url(table, BenchClient(options.url, options.model, options.key), options, None)
