@@ -38,13 +38,15 @@ from urllib.parse import quote, urlsplit
 
 import gguf
 import numpy as np
-import openai
 import pytest
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as ws_connect
 
 from shimmy import Cancellation, Watcher
+
+if __name__ != "__main__":  # the bench and its bare loops do without: it takes most of a second
+    import openai
 
 REPO = Path(__file__).resolve().parent
 SHIMMY = REPO / "shimmy.py"
@@ -3768,7 +3770,7 @@ def test_many_conversations_at_random_lose_and_mix_nothing(kind: str, kinds: Ser
     kinds.unload(kind)
     choose, talks = random.Random(4), [ids(f"{i:02d}{STORY * 4}"[: 100 + 9 * i]) for i in range(34)]
     alone = {i: greedy(kinds, kind, talk, 8) for i, talk in enumerate(talks)}
-    order = [choose.randrange(34) for _ in range(120)]
+    order = [choose.randrange(34) for _ in range(90)]
 
     def ask(i: int) -> Run | None:
         if i % 3 == 0:
@@ -3791,14 +3793,14 @@ def give_up(server: Server, body: dict[str, Any], seconds: float) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_prompts_read_aside_give_the_text_they_give_alone(kind: str, asides: Server) -> None:
-    """Two dozen at once: most arrive while others stream, and go through the reader's context and back."""
+    """Sixteen at once: most arrive while others stream, and go through the reader's context and back."""
     asides.unload(kind)
-    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 14 * i]) for i in range(24)]
+    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 20 * i]) for i in range(16)]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda talk: greedy(asides, kind, talk, 40), talks))
     for talk, run in zip(talks, together, strict=True):
         greedy(asides, kind, talk, 40).assert_same(run)
-    for i in (3, 23):
+    for i in (3, 15):
         fresh(asides, kind, talks[i], 40).assert_same(together[i])
 
 
@@ -3900,7 +3902,7 @@ def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
         done = threading.Event()
 
         def newcomer() -> None:
-            assert server.generate("x" * 30_000 + ":", max_tokens=1).status == 200
+            assert server.generate("x" * 20_000 + ":", max_tokens=1).status == 200
             done.set()
 
         thread = threading.Thread(target=newcomer)
@@ -4238,8 +4240,8 @@ def test_stop_with_a_websocket_in_use_prints_nothing(serve: Callable[..., Server
 def test_stuck_engine_does_not_keep_the_server_from_ending(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    hurried = altered(tmp_path, ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5"))
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=hurried)
+    hurry = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5"), ("self.process.wait(3.0)", "self.process.wait(0.3)")
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, *hurry))
     own.generate()
     engine = own.engine("recital.gguf")
     os.kill(engine, signal.SIGSTOP)
