@@ -3804,6 +3804,16 @@ def test_prompts_read_aside_give_the_text_they_give_alone(kind: str, asides: Ser
         fresh(asides, kind, talks[i], 40).assert_same(together[i])
 
 
+def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: int) -> None:
+    """Eight at once, on an engine that has seen nothing, say what each says alone."""
+    alone = [greedy(server, "llama", p, tokens) for p in prompts]
+    server.unload("llama")
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda p: greedy(server, "llama", p, tokens), prompts))
+    for one, among in zip(alone, together, strict=True):
+        one.assert_same(among)
+
+
 NO_READER = {
     "too little memory": ("free, need = available_memory(), ", "free, need = 0, "),
     "refused by llama.cpp": ("self.context = Context(llama, llama.ctx", "raise LoadError('no')\n        Context(llama, 9"),
@@ -3817,12 +3827,7 @@ def test_without_memory_for_a_reader_long_prompts_are_read_in_slices(
     write_kind(tmp_path / "llama.gguf", "llama")
     own = serve("--models-dir", tmp_path, script=altered(tmp_path, *ALL_ASIDE, NO_READER[why]))
     talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 30 * i]) for i in range(10)]
-    alone = [greedy(own, "llama", talk, 40) for talk in talks]
-    own.unload("llama")
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda talk: greedy(own, "llama", talk, 40), talks))
-    for one, among in zip(alone, together, strict=True):
-        one.assert_same(among)
+    assert_together_as_alone(own, talks, 40)
     assert ("read in slices" in own.log.read_text()) == (why == "refused by llama.cpp")
 
 
@@ -3859,13 +3864,7 @@ def test_n_choices_differ_under_temperature_and_repeat_with_a_seed(kinds: Server
 
 
 def test_eight_at_once_say_what_each_says_alone(kinds: Server) -> None:
-    prompts = [ids(f"{i} {STORY[i * 7 :]}") for i in range(8)]
-    alone = [greedy(kinds, "llama", p, 16) for p in prompts]
-    kinds.unload("llama")
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda p: greedy(kinds, "llama", p, 16), prompts))
-    for one, among in zip(alone, together, strict=True):
-        one.assert_same(among)
+    assert_together_as_alone(kinds, [ids(f"{i} {STORY[i * 7 :]}") for i in range(8)], 16)
 
 
 def test_step_back_and_resume_gives_the_tokens_of_an_undisturbed_run(serve: Callable[..., Server], tmp_path: Path) -> None:
