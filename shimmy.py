@@ -72,7 +72,7 @@ __version__ = "0.1.0"
 
 log = logging.getLogger("shimmy")
 
-# ── 1. Limits and errors ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── 1. Limits and errors ──────────────────────────────────────────────────────────────────────────────────────────────
 # Every bound with its reason, and every error with its status.
 
 MIB = 1 << 20
@@ -244,8 +244,124 @@ class Cancellation:
             raise Cancelled
 
 
-# ── 2. Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end here.
+# ── 2. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
+# Memory, cores, sizes and versions, as each system reports them.
+
+
+def human_count(count: int) -> str:
+    """1,543,000,000 as 1.5B, 260,000 as 260K."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= size:
+            scaled = count / size
+            return f"{scaled:.0f}{unit}" if scaled >= 100 else f"{scaled:.2g}{unit}" if scaled < 10 else f"{scaled:.3g}{unit}"
+    return str(count)
+
+
+def human_bytes(count: float) -> str:
+    """2254857830 as 2.1GB."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if count < 1024 or unit == "GB":
+            break
+        count /= 1024
+    return f"{count:.0f}{unit}" if unit in ("B", "KB") else f"{count:.1f}{unit}"
+
+
+def available_memory() -> int | None:
+    """Bytes that can be had without swapping, within the container's limit; None where nobody tells."""
+    free = []
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        with open("/proc/meminfo") as file:
+            free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text())
+        free.append(limit - int(pathlib.Path("/sys/fs/cgroup/memory.current").read_text()))
+    if not free and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if not free and sys.platform == "win32":
+        free.append(_windows_memory())
+    return max(0, min(free)) if free else None
+
+
+def _windows_memory() -> int:
+    """Free physical bytes from GlobalMemoryStatusEx (MEMORYSTATUSEX, 64 bytes; ullAvailPhys at 16)."""
+    import ctypes
+
+    status = ctypes.create_string_buffer(64)
+    struct.pack_into("<I", status, 0, 64)
+    vars(ctypes)["windll"].kernel32.GlobalMemoryStatusEx(status)
+    return int(struct.unpack_from("<Q", status, 16)[0])
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Resident bytes of the processes together; those that are gone count nothing."""
+    pids = list(pids)
+    if os.path.isdir("/proc/self"):
+        return sum(_proc_resident(pid) for pid in pids)
+    import subprocess
+
+    if sys.platform == "win32":
+        query = ["tasklist", "/fo", "csv", "/nh", *(f"/fi:PID eq {p}" for p in pids[:1])]
+        shown = subprocess.run(query, capture_output=True, text=True).stdout
+        return int("0" + re.sub(r"\D", "", shown.split('","')[-1])) * 1024
+    shown = subprocess.run(["ps", "-o", "rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True).stdout
+    return sum(int(n) for n in shown.split()) * 1024
+
+
+def _proc_resident(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def physical_cores() -> int:
+    """Cores this process may use, hyperthreads counted once: llama.cpp's kernels gain nothing from the second."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        with contextlib.suppress(OSError):
+            cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
+    count = len(cores) or len(allowed)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what matters, without importing any of it."""
+    import importlib.metadata
+    import platform
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {
+        "version": __version__, "python": platform.python_version(), "platform": platform.platform(),
+        "llama_cpp": version("llama-cpp-python"), "websockets": version("websockets"), "jinja2": version("jinja2"),
+        "numpy": version("numpy"), "cpu_cores": physical_cores(),
+    }  # fmt: skip
+
+
+@functools.cache
+def engine_build() -> dict[str, Any]:
+    """CPU features and GPU offload of the installed llama.cpp, asked in a child: a broken library must not end us."""
+    import subprocess
+
+    try:
+        asked = subprocess.run([sys.executable, os.path.abspath(__file__), "_build"], capture_output=True, text=True, timeout=60)
+        return dict(json.loads(asked.stdout))
+    except (OSError, ValueError, subprocess.SubprocessError):
+        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
+
+
+# ── 3. Requests ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end
+# here.
 
 Check = Callable[[str, Any], Any]
 
@@ -601,8 +717,8 @@ def _has_surrogate(value: Any) -> bool:
     return False
 
 
-# ── 3. GGUF and models ───────────────────────────────────────────────────────────────────────────────────────────────
-# What is on the disk (headers, discovery, names), and what is in memory (the life of each model).
+# ── 4. Model files ────────────────────────────────────────────────────────────────────────────────────────────────────
+# What is on the disk: GGUF headers, search directories, and the catalog of models found there.
 
 
 class GgufError(Exception):
@@ -793,24 +909,6 @@ class ModelInfo:
         """The model as `/api/models` lists it, without its state."""
         shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source")}
         return shown | {"model_type": self.architecture}
-
-
-def human_count(count: int) -> str:
-    """1,543,000,000 as 1.5B, 260,000 as 260K."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            scaled = count / size
-            return f"{scaled:.0f}{unit}" if scaled >= 100 else f"{scaled:.2g}{unit}" if scaled < 10 else f"{scaled:.3g}{unit}"
-    return str(count)
-
-
-def human_bytes(count: float) -> str:
-    """2254857830 as 2.1GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1024 or unit == "GB":
-            break
-        count /= 1024
-    return f"{count:.0f}{unit}" if unit in ("B", "KB") else f"{count:.1f}{unit}"
 
 
 def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> ModelInfo:
@@ -1137,466 +1235,8 @@ def missing_shards(path: str) -> list[str]:
     return [os.path.basename(p) for p in shard_paths(path) if p != path and not os.path.exists(p)]
 
 
-class Loadable:
-    """What ModelTable asks of a loaded model's process (Worker, section 8)."""
-
-    def stop(self) -> None:
-        """End the process; returns when its memory is free."""
-        raise NotImplementedError
-
-    def fail_all(self, error: ApiError) -> None:
-        """End every running generation with the error."""
-        raise NotImplementedError
-
-    def counts(self) -> tuple[int, int]:
-        """Requests running and waiting in the engine."""
-        raise NotImplementedError
-
-    def memory_bytes(self) -> int:
-        """Resident bytes of the process."""
-        raise NotImplementedError
-
-
-StartWorker = Callable[[ModelInfo, Callable[[float], None], Callable[[Any, str], None]], Any]
-
-
-class LoadAttempt:
-    """One try to load a model; everyone who waited for it learns its error."""
-
-    error: ApiError | None = None
-
-
-@dataclass
-class Entry:
-    """A model's life. Owned by ModelTable, touched only under its condition."""
-
-    info: ModelInfo
-    state: str = "unloaded"  # unloaded, loading, loaded, unloading, failed
-    progress: float = 0.0
-    error: str | None = None
-    worker: Any = None
-    attempt: LoadAttempt = field(default_factory=LoadAttempt)
-    leases: int = 0  # requests that use the worker now
-    waiting: int = 0  # requests that wait for the load
-    last_used: float | None = None  # seconds since the epoch
-    idle_since: float = 0.0  # monotonic
-
-    def status(self) -> dict[str, Any]:
-        """The answer of the status, load and unload routes (Seed)."""
-        running, waiting = self.worker.counts() if self.worker else (0, 0)
-        return {
-            "model": self.info.id, "status": self.state, "loaded": self.state == "loaded",
-            "progress": round(self.progress, 3), "memory_bytes": self.worker.memory_bytes() if self.worker else 0,
-            "requests_running": running, "requests_waiting": waiting + self.waiting,
-            "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
-        }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TableOptions:
-    """How many models stay in memory and for how long, and what names mean them."""
-
-    max_loaded: int = 3
-    keep_alive: float = -1  # seconds an idle model stays; 0: not at all, negative: for ever
-    default: str | None = None  # a model's name, or the path among the catalog's files
-    aliases: tuple[tuple[str, str], ...] = ()  # shell pattern, model
-
-
-class Names:
-    """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
-
-    def __init__(self, options: TableOptions) -> None:
-        self._wanted, self._aliases = options.default, options.aliases
-        self._stems: dict[str, str] = {}  # id to file stem, in the order of the list
-        self.default: str | None = None
-
-    def update(self, models: Mapping[str, ModelInfo]) -> None:
-        """Take over what a scan found; `default` stays what it was while that is there."""
-        self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
-        if self.default in self._stems:
-            return
-        path = os.path.realpath(os.path.expanduser(self._wanted or ""))
-        by_path = [id for id, m in models.items() if os.path.realpath(m.path) == path]
-        first = next(iter(models), None)
-        self.default = (by_path[0] if by_path else self._match(self._wanted)) if self._wanted else first
-
-    def resolve(self, name: str) -> str | None:
-        """The id that a name means: `default`, id, alias, stem, letter case, unambiguous prefix, in this order."""
-        if name == "default" or name in self._stems:
-            return self.default if name == "default" else name
-        import fnmatch
-
-        for pattern, target in self._aliases:
-            if fnmatch.fnmatchcase(name, pattern):
-                return self.default if target == "default" else self._match(target)
-        return self._match(name)
-
-    def _match(self, name: str) -> str | None:
-        stems = [id for id, stem in self._stems.items() if stem == name]
-        plain = plain_id(name)
-        if len(stems) == 1 or plain in self._stems:
-            return stems[0] if len(stems) == 1 else plain
-        begins = [id for id in self._stems if id.startswith(plain)] if name else []
-        return begins[0] if len(begins) == 1 else None
-
-    def wanted(self, name: str) -> str:
-        """What was asked for by `default`, else the name itself."""
-        return self._wanted if name == "default" and self._wanted else name
-
-    def why_not(self, name: str) -> str:
-        """What to tell who asked for a name that means nothing."""
-        if name == "default" and not self._wanted:
-            return "No GGUF model was found: put one into ./models, or name its directory with --models-dir"
-        return f"Model '{self.wanted(name)[:200]}' is not available"
-
-
-class ModelTable:
-    """name → Entry, and the life of each: unloaded → loading → loaded → unloading → unloaded, or failed.
-
-    One condition guards all entries; loads and unloads run in threads of their own, so that no wait holds it.
-    """
-
-    def __init__(self, catalog: Catalog, start_worker: StartWorker, options: TableOptions) -> None:
-        self.catalog, self.options, self._start_worker = catalog, options, start_worker
-        self._changed = threading.Condition()
-        self._entries: dict[str, Entry] = {}
-        self._names = Names(options)
-        self._scanned = self._closed = False
-        self._scanned_at = 0.0
-
-    def start(self) -> None:
-        """Begin the first scan, and the watch over idle models, in the background."""
-        threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
-        if self.options.keep_alive > 0:
-            threading.Thread(target=self._expire_idle, name="keep-alive", daemon=True).start()
-
-    def _first_scan(self) -> None:
-        try:
-            self.scan()
-        except Exception:
-            log.exception("the scan for models failed")
-        with self._changed:
-            self._scanned = True
-            self._changed.notify_all()
-            missing = [t for _, t in self.options.aliases if not self._names.resolve(t)]
-        if self.options.default and self._names.default is None:
-            missing.append(self.options.default)
-        for name in missing:
-            log.warning("no model %s was found%s", name, self.catalog.why_skipped(name))
-
-    # Names
-
-    def scan(self) -> list[dict[str, Any]]:
-        """Look for models again; loaded ones stay whatever became of their file. Returns the list of models."""
-        report = self.catalog.scan()
-        with self._changed:
-            kept = {id: e for id, e in self._entries.items() if e.state != "unloaded" or e.waiting or e.leases}
-            found = {m.id: self._entries.get(m.id) or Entry(m) for m in report.models}
-            for model in report.models:
-                found[model.id].info = model
-            self._entries = found | {id: e for id, e in kept.items() if id not in found}
-            self._scanned, self._scanned_at = True, time.monotonic()
-            self._names.update({id: e.info for id, e in self._entries.items()})
-            self._changed.notify_all()
-            return self._listing()
-
-    def models(self) -> list[dict[str, Any]]:
-        """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
-        with self._changed:
-            self._await_scan(Cancellation())
-        self._rescan(2.0)  # milliseconds, and a file copied there shows
-        with self._changed:
-            return self._listing()
-
-    def _listing(self) -> list[dict[str, Any]]:
-        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in self._entries.values()]
-
-    def _await_scan(self, cancel: Cancellation) -> None:
-        while not self._scanned and not self._closed:
-            cancel.check()
-            self._changed.wait(1.0)
-
-    def default_id(self) -> str | None:
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.default
-
-    def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
-        """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
-
-        A name not known looks at the disk again first: a file may have been copied there a moment ago.
-        """
-        with self._changed:
-            self._await_scan(cancel or Cancellation())
-            id = self._names.resolve(name)
-        if id is None:
-            self._rescan(0.25)
-            with self._changed:
-                id = self._names.resolve(name)
-        if id is None:
-            raise ModelNotFound(self._names.why_not(name) + self.catalog.why_skipped(self._names.wanted(name)))
-        return id
-
-    def _rescan(self, age: float) -> None:
-        """Look again unless the last look is younger than `age` seconds."""
-        if time.monotonic() - self._scanned_at > age:
-            self.scan()
-
-    # Life
-
-    @contextlib.contextmanager
-    def lease(self, name: str, cancel: Cancellation) -> Iterator[Any]:
-        """The worker of a model for the time of a request; loads the model when it must.
-
-        Raises ModelNotFound, GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
-        """
-        id = self.resolve(name, cancel)
-        cancel.on_cancel(self._wake)
-        with self._changed:
-            entry = self._entry(id)
-            worker = self._await_worker(entry, cancel)
-            entry.leases += 1
-            entry.last_used = time.time()
-        try:
-            yield worker
-        finally:
-            self._release(entry)
-
-    def _entry(self, id: str) -> Entry:
-        """The entry, under the condition; a scan may have dropped it since the name was resolved."""
-        if id not in self._entries:
-            raise ModelNotFound(self._names.why_not(id))
-        return self._entries[id]
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _await_worker(self, entry: Entry, cancel: Cancellation) -> Any:
-        """Wait, holding the condition, until the model is loaded; whoever comes first begins the load."""
-        deadline = time.monotonic() + LOAD_WAIT_SECONDS
-        attempt: LoadAttempt | None = None
-        entry.waiting += 1
-        try:
-            while True:
-                cancel.check()
-                if self._closed:
-                    raise Overloaded("The server is shutting down")
-                if attempt and attempt.error:
-                    raise attempt.error
-                if entry.state == "loaded":
-                    return entry.worker
-                if entry.state in ("unloaded", "failed") and self._make_room(entry, deadline):
-                    self._begin_load(entry)
-                if entry.state == "loading":
-                    attempt = entry.attempt
-                self._changed.wait(1.0)
-        finally:
-            entry.waiting -= 1
-
-    def _make_room(self, entry: Entry, deadline: float) -> bool:
-        """Whether the model may be loaded now; else the idle one used least recently is on its way out."""
-        held = [e for e in self._entries.values() if e.state in ("loading", "loaded", "unloading")]
-        free = available_memory()
-        crowded = len(held) >= self.options.max_loaded or (held and free is not None and entry.info.size_bytes > free)
-        if not crowded:
-            return True
-        if not any(e.state == "unloading" and not e.leases for e in held):
-            idle = [e for e in held if e.state == "loaded" and not e.leases and not e.waiting]
-            if idle:
-                self._begin_unload(min(idle, key=lambda e: e.last_used or 0.0), None)
-            elif len(held) < self.options.max_loaded:
-                return True  # nothing more to free: the load itself tells whether the memory is enough
-            elif time.monotonic() > deadline:
-                raise Overloaded(f"All {len(held)} loaded models are busy (--max-loaded {self.options.max_loaded})")
-        return False
-
-    def _begin_load(self, entry: Entry) -> None:
-        entry.state, entry.progress, entry.error, entry.attempt = "loading", 0.0, None, LoadAttempt()
-        threading.Thread(target=self._load, args=(entry,), name=f"load {entry.info.id}", daemon=True).start()
-
-    def _load(self, entry: Entry) -> None:
-        def progress(fraction: float) -> None:
-            with self._changed:
-                entry.progress = fraction
-
-        def died(worker: Any, reason: str) -> None:
-            with self._changed:
-                if entry.worker is worker and entry.state == "loaded":
-                    entry.state, entry.error, entry.worker, entry.progress = "failed", reason, None, 0.0
-                    self._changed.notify_all()
-
-        worker, error = None, None
-        try:
-            worker = self._start_worker(entry.info, progress, died)
-        except ApiError as failure:
-            error = failure
-        except Exception as failure:
-            log.exception("loading %s failed", entry.info.id)
-            error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
-        with self._changed:
-            entry.attempt.error, entry.worker, entry.idle_since = error, worker, time.monotonic()
-            entry.state, entry.progress = ("failed", 0.0) if error else ("loaded", 1.0)
-            entry.error = error.details if error else None
-            self._changed.notify_all()
-        if worker is not None and self._closed:
-            worker.stop()
-        elif worker is not None and not worker.alive:
-            died(worker, "the engine process ended right after the load")
-
-    def _release(self, entry: Entry) -> None:
-        with self._changed:
-            entry.leases -= 1
-            entry.idle_since, entry.last_used = time.monotonic(), time.time()
-            if self.options.keep_alive == 0 and not entry.leases and not entry.waiting and entry.state == "loaded":
-                self._begin_unload(entry, None)
-            self._changed.notify_all()
-
-    def load(self, name: str, wait: bool, cancel: Cancellation) -> dict[str, Any]:
-        """`POST …/load`: begin to load unless loaded, and wait for it if asked to. Returns the status."""
-        id = self.resolve(name, cancel)
-        cancel.on_cancel(self._wake)
-        with self._changed:
-            entry = self._entry(id)
-            if wait:
-                self._await_worker(entry, cancel)
-                entry.last_used = time.time()
-            elif entry.state in ("unloaded", "failed", "unloading"):
-                if entry.state != "unloading" and self._make_room(entry, math.inf):
-                    self._begin_load(entry)
-                else:
-                    threading.Thread(target=self._load_later, args=(entry,), daemon=True).start()
-            return entry.status()
-
-    def _load_later(self, entry: Entry) -> None:
-        with self._changed, contextlib.suppress(ApiError):
-            self._await_worker(entry, Cancellation())
-
-    def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
-        """`POST …/unload`: let running generations finish (or end them), free the memory; idempotent."""
-        id = self.resolve(name, cancel)
-        cancel.on_cancel(self._wake)
-        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
-        with self._changed:
-            entry = self._entry(id)
-            attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
-            while entry.attempt is attempt and entry.state in ("loading", "loaded", "unloading") and not self._closed:
-                cancel.check()
-                if entry.state == "loaded":
-                    self._begin_unload(entry, ended if force else None)
-                elif entry.state == "unloading" and force and entry.worker:
-                    entry.worker.fail_all(ended)
-                self._changed.wait(1.0)
-            if entry.state == "failed":
-                entry.state, entry.error = "unloaded", None
-            return entry.status()
-
-    def _begin_unload(self, entry: Entry, ended: ApiError | None) -> None:
-        entry.state = "unloading"
-        if ended:
-            entry.worker.fail_all(ended)
-        threading.Thread(target=self._unload, args=(entry,), name=f"unload {entry.info.id}", daemon=True).start()
-
-    def _unload(self, entry: Entry) -> None:
-        with self._changed:
-            while entry.leases and not self._closed and entry.worker.alive:
-                self._changed.wait(1.0)
-        entry.worker.stop()
-        with self._changed:
-            entry.state, entry.worker, entry.progress = "unloaded", None, 0.0
-            self._changed.notify_all()
-
-    def _expire_idle(self) -> None:
-        """The keep-alive thread: unloads models idle for `keep_alive` seconds."""
-        with self._changed:
-            while not self._closed:
-                now = time.monotonic()
-                idle = [e for e in self._entries.values() if e.state == "loaded" and not e.leases and not e.waiting]
-                for entry in idle:
-                    if now - entry.idle_since >= self.options.keep_alive:
-                        self._begin_unload(entry, None)
-                left = [e.idle_since + self.options.keep_alive - now for e in idle if e.state == "loaded"]
-                self._changed.wait(max(0.05, min(left, default=self.options.keep_alive)))
-
-    def status(self, name: str) -> dict[str, Any]:
-        """The model's status; asked about, it also gets what a scan of many files left unread of its header."""
-        id = self.resolve(name)
-        with self._changed:
-            entry = self._entry(id)
-        whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
-        with self._changed:
-            entry.info = whole
-            return entry.status()
-
-    def statuses(self) -> list[dict[str, Any]]:
-        with self._changed:
-            return [e.status() for e in self._entries.values() if e.worker]
-
-    def workers(self) -> list[Any]:
-        with self._changed:
-            return [e.worker for e in self._entries.values() if e.worker]
-
-    def close(self) -> None:
-        """End every wait and every child; idempotent."""
-        with self._changed:
-            self._closed = True
-            workers = [e.worker for e in self._entries.values() if e.worker]
-            self._changed.notify_all()
-        for worker in workers:
-            worker.stop()
-
-
-def available_memory() -> int | None:
-    """Bytes that can be had without swapping, within the container's limit; None where nobody tells."""
-    free = []
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        with open("/proc/meminfo") as file:
-            free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text())
-        free.append(limit - int(pathlib.Path("/sys/fs/cgroup/memory.current").read_text()))
-    if not free and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    if not free and sys.platform == "win32":
-        free.append(_windows_memory())
-    return max(0, min(free)) if free else None
-
-
-def _windows_memory() -> int:
-    """Free physical bytes from GlobalMemoryStatusEx (MEMORYSTATUSEX, 64 bytes; ullAvailPhys at 16)."""
-    import ctypes
-
-    status = ctypes.create_string_buffer(64)
-    struct.pack_into("<I", status, 0, 64)
-    vars(ctypes)["windll"].kernel32.GlobalMemoryStatusEx(status)
-    return int(struct.unpack_from("<Q", status, 16)[0])
-
-
-def resident_bytes(pids: Iterable[int]) -> int:
-    """Resident bytes of the processes together; those that are gone count nothing."""
-    pids = list(pids)
-    if os.path.isdir("/proc/self"):
-        return sum(_proc_resident(pid) for pid in pids)
-    import subprocess
-
-    if sys.platform == "win32":
-        query = ["tasklist", "/fo", "csv", "/nh", *(f"/fi:PID eq {p}" for p in pids[:1])]
-        shown = subprocess.run(query, capture_output=True, text=True).stdout
-        return int("0" + re.sub(r"\D", "", shown.split('","')[-1])) * 1024
-    shown = subprocess.run(["ps", "-o", "rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True).stdout
-    return sum(int(n) for n in shown.split()) * 1024
-
-
-def _proc_resident(pid: int) -> int:
-    try:
-        with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, IndexError):
-        return 0
-
-
-# ── 4. Chat ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Messages to a prompt (the model's own template), text to reasoning, tool calls and content, a JSON schema to a grammar.
+# ── 5. Chat ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Messages to a prompt by the model's own template; text to reasoning, tool calls and content.
 
 CHATML = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}
@@ -1606,7 +1246,6 @@ CHATML = """{%- for message in messages -%}
 </tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
-
 TOOLS_IN_SYSTEM = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -1620,7 +1259,6 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
-
 NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of them marks where a prompt is cut
 REASONING = ("<think>", "</think>")
 
@@ -1953,6 +1591,10 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
     return longest
 
 
+# ── 6. Structured output ──────────────────────────────────────────────────────────────────────────────────────────────
+# A JSON schema to a grammar that admits only its documents.
+
+
 class SchemaGrammar:
     """A JSON schema as GBNF that admits just its documents; a keyword it cannot honour is refused by name.
 
@@ -2252,7 +1894,7 @@ def _naturals(low: int, high: int) -> list[str]:
     return patterns
 
 
-# ── 5. Tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 7. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A Python function with type hints and a docstring is a tool; three are built in, and two of those start closed.
 
 
@@ -2416,8 +2058,6 @@ MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
         *("asinh", "acosh", "atanh", "degrees", "radians", "floor", "ceil", "trunc", "hypot", "gcd", "fabs", "fmod"),
     )
 } | {"abs": abs, "min": min, "max": max, "ln": math.log}  # fmt: skip
-
-
 OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
     "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv,
     "FloorDiv": operator.floordiv, "Mod": operator.mod,
@@ -2610,40 +2250,9 @@ def is_global(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-# ── 6. Text ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Token pieces to text: whole UTF-8 characters, nothing of a stop string. Runs in the engine child.
+# ── 8. Messages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# What crosses the pipe between the server and an engine, and the pipe.
 
-
-class TextStream:
-    """One sequence's text: bytes in, text out that may be shown; what may yet become a stop string waits."""
-
-    def __init__(self, stop: Seq[str]) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._stop, self._held = stop, ""
-        self.stopped = False
-
-    def push(self, piece: bytes) -> str:
-        """The text that may be shown now; `stopped` turns true at a stop string, whose text is never shown."""
-        text = self._decode(piece)
-        if not self._stop:
-            return text
-        buffer = self._held + text
-        found = [at for at in map(buffer.find, self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return buffer[: min(found)]
-        held = held_back(buffer, self._stop)
-        self._held = buffer[len(buffer) - held :]
-        return buffer[: len(buffer) - held]
-
-    def finish(self) -> str:
-        """What waited for a stop string that did not come; half a character is dropped."""
-        rest, self._held = self._held, ""
-        return "" if self.stopped else rest
-
-
-# ── 7. Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The child process: one model, one llama.cpp context, continuous batching. Only this section imports llama_cpp.
 
 # Messages: parent to child
 
@@ -2829,6 +2438,14 @@ class Pipe:
         self.close()
 
 
+# ── 9. llama.cpp (child) ──────────────────────────────────────────────────────────────────────────────────────────────
+# A narrow binding: vocabulary, model, context, sampler, text. Only this section imports llama_cpp.
+
+
+class LoadError(Exception):
+    """Why a model cannot be loaded, in words for the user."""
+
+
 def import_llama() -> Any:
     """llama_cpp's C bindings alone: the package's own __init__ would add half a second and 20 MB."""
     import importlib.util
@@ -2848,6 +2465,16 @@ def import_llama() -> Any:
         if not hasattr(bindings, name):
             raise ImportError(f"the installed llama-cpp-python lacks {name}: shimmy needs 0.3.36 or newer")
     return bindings
+
+
+def build_main() -> None:
+    """`shimmy.py _build`: what the engine library says of itself, as JSON."""
+    try:
+        llama = import_llama()
+        print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
+                          "gpu_offload": bool(llama.llama_supports_gpu_offload())}))  # fmt: skip
+    except (ImportError, OSError, RuntimeError) as error:
+        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False}))
 
 
 class Vocabulary:
@@ -3163,78 +2790,6 @@ class Context:
         self.c.llama_memory_clear(self.memory, data)
 
 
-class LoadError(Exception):
-    """Why a model cannot be loaded, in words for the user."""
-
-
-def physical_cores() -> int:
-    """Cores this process may use, hyperthreads counted once: llama.cpp's kernels gain nothing from the second."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
-    for cpu in allowed:
-        with contextlib.suppress(OSError):
-            cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
-    count = len(cores) or len(allowed)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
-    return count
-
-
-class Submission:
-    """A Submit on its way through the child's threads, and whether it was cancelled: only the receiving thread sets that."""
-
-    def __init__(self, submit: Submit) -> None:
-        self.submit, self.cancelled = submit, False
-
-
-class Sequence:
-    """One text in the making. Owned by the step loop."""
-
-    def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
-        self.submission, submit = submission, submission.submit
-        self.id, self.sampling, self.markers = submit.id, submit.sampling, submit.markers
-        self.n_prompt = self.n_tokens = len(prompt)
-        room = submit.sampling.max_tokens or llama.ctx
-        self.limit = min(llama.ctx, self.n_prompt + room)  # tokens at which it ends with length
-        self.tokens = llama.np.empty(self.limit, llama.np.int32)
-        self.tokens[: self.n_prompt] = prompt
-        self.text = TextStream(submit.sampling.stop)
-        self.sampler: Sampler | None = Sampler(llama, submit.sampling, prompt)  # kept through steps back
-        self.slot = -1  # its row in the KV cache, -1: none
-        self.aside = False  # whether that is the reader's cache
-        self.n_computed = 0  # tokens whose keys and values are in the cache
-        self.lender: Sequence | None = None  # a running sequence
-        self.n_shared = 0  # of those tokens, the ones whose cells are the lender's
-        self.n_cached = 0  # prompt tokens that were not evaluated
-        self.done = False
-        self.saved: Any = None  # its cells as bytes, once it is parked
-        self.oldest = 0  # the first position they hold
-        self.last_used = self.started = self.first_token = 0.0
-        self.unsent = ""  # text since the last message
-        self.logprobs: list[TokenLogprob] = []
-
-    @property
-    def cancelled(self) -> bool:
-        return self.submission.cancelled
-
-    @property
-    def pending(self) -> int:
-        """Tokens not yet evaluated: 1 while decoding, more while its prompt is read."""
-        return self.n_tokens - self.n_computed
-
-    def append(self, token: int) -> None:
-        self.tokens[self.n_tokens] = token
-        self.n_tokens += 1
-
-    def common(self, other: Sequence, limit: int) -> int:
-        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
-        size = min(self.n_tokens - 1, limit)
-        different = self.tokens[:size] != other.tokens[:size]
-        first = int(different.argmax()) if size else 0
-        return first if size and different[first] else size
-
-
 class Sampler:
     """How one sequence's tokens are picked: greedy straight from the logits, else llama.cpp's chain and defaults.
 
@@ -3349,6 +2904,92 @@ class Candidates:
         data = llama.ctypes.cast(self.rows.ctypes.data, llama.c.llama_token_data_p)
         self.array = llama.c.llama_token_data_array(data, len(logits), -1, False)
         self.pointer = llama.ctypes.byref(self.array)
+
+
+class TextStream:
+    """One sequence's text: bytes in, text out that may be shown; what may yet become a stop string waits."""
+
+    def __init__(self, stop: Seq[str]) -> None:
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._stop, self._held = stop, ""
+        self.stopped = False
+
+    def push(self, piece: bytes) -> str:
+        """The text that may be shown now; `stopped` turns true at a stop string, whose text is never shown."""
+        text = self._decode(piece)
+        if not self._stop:
+            return text
+        buffer = self._held + text
+        found = [at for at in map(buffer.find, self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return buffer[: min(found)]
+        held = held_back(buffer, self._stop)
+        self._held = buffer[len(buffer) - held :]
+        return buffer[: len(buffer) - held]
+
+    def finish(self) -> str:
+        """What waited for a stop string that did not come; half a character is dropped."""
+        rest, self._held = self._held, ""
+        return "" if self.stopped else rest
+
+
+# ── 10. Scheduling (child) ────────────────────────────────────────────────────────────────────────────────────────────
+# Which sequences run, which wait, where their cells are, and what the next step computes.
+
+
+class Submission:
+    """A Submit on its way through the child's threads, and whether it was cancelled: only the receiving thread sets that."""
+
+    def __init__(self, submit: Submit) -> None:
+        self.submit, self.cancelled = submit, False
+
+
+class Sequence:
+    """One text in the making. Owned by the step loop."""
+
+    def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
+        self.submission, submit = submission, submission.submit
+        self.id, self.sampling, self.markers = submit.id, submit.sampling, submit.markers
+        self.n_prompt = self.n_tokens = len(prompt)
+        room = submit.sampling.max_tokens or llama.ctx
+        self.limit = min(llama.ctx, self.n_prompt + room)  # tokens at which it ends with length
+        self.tokens = llama.np.empty(self.limit, llama.np.int32)
+        self.tokens[: self.n_prompt] = prompt
+        self.text = TextStream(submit.sampling.stop)
+        self.sampler: Sampler | None = Sampler(llama, submit.sampling, prompt)  # kept through steps back
+        self.slot = -1  # its row in the KV cache, -1: none
+        self.aside = False  # whether that is the reader's cache
+        self.n_computed = 0  # tokens whose keys and values are in the cache
+        self.lender: Sequence | None = None  # a running sequence
+        self.n_shared = 0  # of those tokens, the ones whose cells are the lender's
+        self.n_cached = 0  # prompt tokens that were not evaluated
+        self.done = False
+        self.saved: Any = None  # its cells as bytes, once it is parked
+        self.oldest = 0  # the first position they hold
+        self.last_used = self.started = self.first_token = 0.0
+        self.unsent = ""  # text since the last message
+        self.logprobs: list[TokenLogprob] = []
+
+    @property
+    def cancelled(self) -> bool:
+        return self.submission.cancelled
+
+    @property
+    def pending(self) -> int:
+        """Tokens not yet evaluated: 1 while decoding, more while its prompt is read."""
+        return self.n_tokens - self.n_computed
+
+    def append(self, token: int) -> None:
+        self.tokens[self.n_tokens] = token
+        self.n_tokens += 1
+
+    def common(self, other: Sequence, limit: int) -> int:
+        """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
+        size = min(self.n_tokens - 1, limit)
+        different = self.tokens[:size] != other.tokens[:size]
+        first = int(different.argmax()) if size else 0
+        return first if size and different[first] else size
 
 
 def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
@@ -3764,6 +3405,10 @@ class Scheduler:
             self.waiting.remove(sequence)
 
 
+# ── 11. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
+# The step loop, and what feeds it: one model, one llama.cpp context, continuous batching.
+
+
 class Intake:
     """What comes to the engine, on its way to the step loop: cancels take effect at once, texts are tokenized first.
 
@@ -4109,7 +3754,7 @@ def _or_die(work: Callable[[], None]) -> None:
         os._exit(1)
 
 
-# ── 8. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 12. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The parent's side of a child: starts it, carries messages, notices its death.
 
 
@@ -4170,7 +3815,7 @@ class Generation:
         return message
 
 
-class Worker(Loadable):
+class Worker:
     """One loaded model's child process. Any thread may submit; one reader thread hands out what comes back."""
 
     _ids = itertools.count(1)
@@ -4315,8 +3960,400 @@ class Worker(Loadable):
             self.alive = False
 
 
-# ── 9. Service and dialects ──────────────────────────────────────────────────────────────────────────────────────────
-# The one way in for HTTP, WebSocket and command line, and the functions from its events to each API's JSON.
+# ── 13. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
+# The table of name to entry, and the life of each model: loading, loaded, unloading.
+
+StartWorker = Callable[[ModelInfo, Callable[[float], None], Callable[[Any, str], None]], Any]
+
+
+class LoadAttempt:
+    """One try to load a model; everyone who waited for it learns its error."""
+
+    error: ApiError | None = None
+
+
+@dataclass
+class Entry:
+    """A model's life. Owned by ModelTable, touched only under its condition."""
+
+    info: ModelInfo
+    state: str = "unloaded"  # unloaded, loading, loaded, unloading, failed
+    progress: float = 0.0
+    error: str | None = None
+    worker: Any = None
+    attempt: LoadAttempt = field(default_factory=LoadAttempt)
+    leases: int = 0  # requests that use the worker now
+    waiting: int = 0  # requests that wait for the load
+    last_used: float | None = None  # seconds since the epoch
+    idle_since: float = 0.0  # monotonic
+
+    def status(self) -> dict[str, Any]:
+        """The answer of the status, load and unload routes (Seed)."""
+        running, waiting = self.worker.counts() if self.worker else (0, 0)
+        return {
+            "model": self.info.id, "status": self.state, "loaded": self.state == "loaded",
+            "progress": round(self.progress, 3), "memory_bytes": self.worker.memory_bytes() if self.worker else 0,
+            "requests_running": running, "requests_waiting": waiting + self.waiting,
+            "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TableOptions:
+    """How many models stay in memory and for how long, and what names mean them."""
+
+    max_loaded: int = 3
+    keep_alive: float = -1  # seconds an idle model stays; 0: not at all, negative: for ever
+    default: str | None = None  # a model's name, or the path among the catalog's files
+    aliases: tuple[tuple[str, str], ...] = ()  # shell pattern, model
+
+
+class Names:
+    """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
+
+    def __init__(self, options: TableOptions) -> None:
+        self._wanted, self._aliases = options.default, options.aliases
+        self._stems: dict[str, str] = {}  # id to file stem, in the order of the list
+        self.default: str | None = None
+
+    def update(self, models: Mapping[str, ModelInfo]) -> None:
+        """Take over what a scan found; `default` stays what it was while that is there."""
+        self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
+        if self.default in self._stems:
+            return
+        path = os.path.realpath(os.path.expanduser(self._wanted or ""))
+        by_path = [id for id, m in models.items() if os.path.realpath(m.path) == path]
+        first = next(iter(models), None)
+        self.default = (by_path[0] if by_path else self._match(self._wanted)) if self._wanted else first
+
+    def resolve(self, name: str) -> str | None:
+        """The id that a name means: `default`, id, alias, stem, letter case, unambiguous prefix, in this order."""
+        if name == "default" or name in self._stems:
+            return self.default if name == "default" else name
+        import fnmatch
+
+        for pattern, target in self._aliases:
+            if fnmatch.fnmatchcase(name, pattern):
+                return self.default if target == "default" else self._match(target)
+        return self._match(name)
+
+    def _match(self, name: str) -> str | None:
+        stems = [id for id, stem in self._stems.items() if stem == name]
+        plain = plain_id(name)
+        if len(stems) == 1 or plain in self._stems:
+            return stems[0] if len(stems) == 1 else plain
+        begins = [id for id in self._stems if id.startswith(plain)] if name else []
+        return begins[0] if len(begins) == 1 else None
+
+    def wanted(self, name: str) -> str:
+        """What was asked for by `default`, else the name itself."""
+        return self._wanted if name == "default" and self._wanted else name
+
+    def why_not(self, name: str) -> str:
+        """What to tell who asked for a name that means nothing."""
+        if name == "default" and not self._wanted:
+            return "No GGUF model was found: put one into ./models, or name its directory with --models-dir"
+        return f"Model '{self.wanted(name)[:200]}' is not available"
+
+
+class ModelTable:
+    """name → Entry, and the life of each: unloaded → loading → loaded → unloading → unloaded, or failed.
+
+    One condition guards all entries; loads and unloads run in threads of their own, so that no wait holds it.
+    """
+
+    def __init__(self, catalog: Catalog, start_worker: StartWorker, options: TableOptions) -> None:
+        self.catalog, self.options, self._start_worker = catalog, options, start_worker
+        self._changed = threading.Condition()
+        self._entries: dict[str, Entry] = {}
+        self._names = Names(options)
+        self._scanned = self._closed = False
+        self._scanned_at = 0.0
+
+    def start(self) -> None:
+        """Begin the first scan, and the watch over idle models, in the background."""
+        threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
+        if self.options.keep_alive > 0:
+            threading.Thread(target=self._expire_idle, name="keep-alive", daemon=True).start()
+
+    def _first_scan(self) -> None:
+        try:
+            self.scan()
+        except Exception:
+            log.exception("the scan for models failed")
+        with self._changed:
+            self._scanned = True
+            self._changed.notify_all()
+            missing = [t for _, t in self.options.aliases if not self._names.resolve(t)]
+        if self.options.default and self._names.default is None:
+            missing.append(self.options.default)
+        for name in missing:
+            log.warning("no model %s was found%s", name, self.catalog.why_skipped(name))
+
+    # Names
+
+    def scan(self) -> list[dict[str, Any]]:
+        """Look for models again; loaded ones stay whatever became of their file. Returns the list of models."""
+        report = self.catalog.scan()
+        with self._changed:
+            kept = {id: e for id, e in self._entries.items() if e.state != "unloaded" or e.waiting or e.leases}
+            found = {m.id: self._entries.get(m.id) or Entry(m) for m in report.models}
+            for model in report.models:
+                found[model.id].info = model
+            self._entries = found | {id: e for id, e in kept.items() if id not in found}
+            self._scanned, self._scanned_at = True, time.monotonic()
+            self._names.update({id: e.info for id, e in self._entries.items()})
+            self._changed.notify_all()
+            return self._listing()
+
+    def models(self) -> list[dict[str, Any]]:
+        """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
+        with self._changed:
+            self._await_scan(Cancellation())
+        self._rescan(2.0)  # milliseconds, and a file copied there shows
+        with self._changed:
+            return self._listing()
+
+    def _listing(self) -> list[dict[str, Any]]:
+        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in self._entries.values()]
+
+    def _await_scan(self, cancel: Cancellation) -> None:
+        while not self._scanned and not self._closed:
+            cancel.check()
+            self._changed.wait(1.0)
+
+    def default_id(self) -> str | None:
+        with self._changed:
+            self._await_scan(Cancellation())
+            return self._names.default
+
+    def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
+        """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
+
+        A name not known looks at the disk again first: a file may have been copied there a moment ago.
+        """
+        with self._changed:
+            self._await_scan(cancel or Cancellation())
+            id = self._names.resolve(name)
+        if id is None:
+            self._rescan(0.25)
+            with self._changed:
+                id = self._names.resolve(name)
+        if id is None:
+            raise ModelNotFound(self._names.why_not(name) + self.catalog.why_skipped(self._names.wanted(name)))
+        return id
+
+    def _rescan(self, age: float) -> None:
+        """Look again unless the last look is younger than `age` seconds."""
+        if time.monotonic() - self._scanned_at > age:
+            self.scan()
+
+    # Life
+
+    @contextlib.contextmanager
+    def lease(self, name: str, cancel: Cancellation) -> Iterator[Any]:
+        """The worker of a model for the time of a request; loads the model when it must.
+
+        Raises ModelNotFound, GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
+        """
+        id = self.resolve(name, cancel)
+        cancel.on_cancel(self._wake)
+        with self._changed:
+            entry = self._entry(id)
+            worker = self._await_worker(entry, cancel)
+            entry.leases += 1
+            entry.last_used = time.time()
+        try:
+            yield worker
+        finally:
+            self._release(entry)
+
+    def _entry(self, id: str) -> Entry:
+        """The entry, under the condition; a scan may have dropped it since the name was resolved."""
+        if id not in self._entries:
+            raise ModelNotFound(self._names.why_not(id))
+        return self._entries[id]
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _await_worker(self, entry: Entry, cancel: Cancellation) -> Any:
+        """Wait, holding the condition, until the model is loaded; whoever comes first begins the load."""
+        deadline = time.monotonic() + LOAD_WAIT_SECONDS
+        attempt: LoadAttempt | None = None
+        entry.waiting += 1
+        try:
+            while True:
+                cancel.check()
+                if self._closed:
+                    raise Overloaded("The server is shutting down")
+                if attempt and attempt.error:
+                    raise attempt.error
+                if entry.state == "loaded":
+                    return entry.worker
+                if entry.state in ("unloaded", "failed") and self._make_room(entry, deadline):
+                    self._begin_load(entry)
+                if entry.state == "loading":
+                    attempt = entry.attempt
+                self._changed.wait(1.0)
+        finally:
+            entry.waiting -= 1
+
+    def _make_room(self, entry: Entry, deadline: float) -> bool:
+        """Whether the model may be loaded now; else the idle one used least recently is on its way out."""
+        held = [e for e in self._entries.values() if e.state in ("loading", "loaded", "unloading")]
+        free = available_memory()
+        crowded = len(held) >= self.options.max_loaded or (held and free is not None and entry.info.size_bytes > free)
+        if not crowded:
+            return True
+        if not any(e.state == "unloading" and not e.leases for e in held):
+            idle = [e for e in held if e.state == "loaded" and not e.leases and not e.waiting]
+            if idle:
+                self._begin_unload(min(idle, key=lambda e: e.last_used or 0.0), None)
+            elif len(held) < self.options.max_loaded:
+                return True  # nothing more to free: the load itself tells whether the memory is enough
+            elif time.monotonic() > deadline:
+                raise Overloaded(f"All {len(held)} loaded models are busy (--max-loaded {self.options.max_loaded})")
+        return False
+
+    def _begin_load(self, entry: Entry) -> None:
+        entry.state, entry.progress, entry.error, entry.attempt = "loading", 0.0, None, LoadAttempt()
+        threading.Thread(target=self._load, args=(entry,), name=f"load {entry.info.id}", daemon=True).start()
+
+    def _load(self, entry: Entry) -> None:
+        def progress(fraction: float) -> None:
+            with self._changed:
+                entry.progress = fraction
+
+        def died(worker: Any, reason: str) -> None:
+            with self._changed:
+                if entry.worker is worker and entry.state == "loaded":
+                    entry.state, entry.error, entry.worker, entry.progress = "failed", reason, None, 0.0
+                    self._changed.notify_all()
+
+        worker, error = None, None
+        try:
+            worker = self._start_worker(entry.info, progress, died)
+        except ApiError as failure:
+            error = failure
+        except Exception as failure:
+            log.exception("loading %s failed", entry.info.id)
+            error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
+        with self._changed:
+            entry.attempt.error, entry.worker, entry.idle_since = error, worker, time.monotonic()
+            entry.state, entry.progress = ("failed", 0.0) if error else ("loaded", 1.0)
+            entry.error = error.details if error else None
+            self._changed.notify_all()
+        if worker is not None and self._closed:
+            worker.stop()
+        elif worker is not None and not worker.alive:
+            died(worker, "the engine process ended right after the load")
+
+    def _release(self, entry: Entry) -> None:
+        with self._changed:
+            entry.leases -= 1
+            entry.idle_since, entry.last_used = time.monotonic(), time.time()
+            if self.options.keep_alive == 0 and not entry.leases and not entry.waiting and entry.state == "loaded":
+                self._begin_unload(entry, None)
+            self._changed.notify_all()
+
+    def load(self, name: str, wait: bool, cancel: Cancellation) -> dict[str, Any]:
+        """`POST …/load`: begin to load unless loaded, and wait for it if asked to. Returns the status."""
+        id = self.resolve(name, cancel)
+        cancel.on_cancel(self._wake)
+        with self._changed:
+            entry = self._entry(id)
+            if wait:
+                self._await_worker(entry, cancel)
+                entry.last_used = time.time()
+            elif entry.state in ("unloaded", "failed", "unloading"):
+                if entry.state != "unloading" and self._make_room(entry, math.inf):
+                    self._begin_load(entry)
+                else:
+                    threading.Thread(target=self._load_later, args=(entry,), daemon=True).start()
+            return entry.status()
+
+    def _load_later(self, entry: Entry) -> None:
+        with self._changed, contextlib.suppress(ApiError):
+            self._await_worker(entry, Cancellation())
+
+    def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
+        """`POST …/unload`: let running generations finish (or end them), free the memory; idempotent."""
+        id = self.resolve(name, cancel)
+        cancel.on_cancel(self._wake)
+        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
+        with self._changed:
+            entry = self._entry(id)
+            attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
+            while entry.attempt is attempt and entry.state in ("loading", "loaded", "unloading") and not self._closed:
+                cancel.check()
+                if entry.state == "loaded":
+                    self._begin_unload(entry, ended if force else None)
+                elif entry.state == "unloading" and force and entry.worker:
+                    entry.worker.fail_all(ended)
+                self._changed.wait(1.0)
+            if entry.state == "failed":
+                entry.state, entry.error = "unloaded", None
+            return entry.status()
+
+    def _begin_unload(self, entry: Entry, ended: ApiError | None) -> None:
+        entry.state = "unloading"
+        if ended:
+            entry.worker.fail_all(ended)
+        threading.Thread(target=self._unload, args=(entry,), name=f"unload {entry.info.id}", daemon=True).start()
+
+    def _unload(self, entry: Entry) -> None:
+        with self._changed:
+            while entry.leases and not self._closed and entry.worker.alive:
+                self._changed.wait(1.0)
+        entry.worker.stop()
+        with self._changed:
+            entry.state, entry.worker, entry.progress = "unloaded", None, 0.0
+            self._changed.notify_all()
+
+    def _expire_idle(self) -> None:
+        """The keep-alive thread: unloads models idle for `keep_alive` seconds."""
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                idle = [e for e in self._entries.values() if e.state == "loaded" and not e.leases and not e.waiting]
+                for entry in idle:
+                    if now - entry.idle_since >= self.options.keep_alive:
+                        self._begin_unload(entry, None)
+                left = [e.idle_since + self.options.keep_alive - now for e in idle if e.state == "loaded"]
+                self._changed.wait(max(0.05, min(left, default=self.options.keep_alive)))
+
+    def status(self, name: str) -> dict[str, Any]:
+        """The model's status; asked about, it also gets what a scan of many files left unread of its header."""
+        id = self.resolve(name)
+        with self._changed:
+            entry = self._entry(id)
+        whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
+        with self._changed:
+            entry.info = whole
+            return entry.status()
+
+    def statuses(self) -> list[dict[str, Any]]:
+        with self._changed:
+            return [e.status() for e in self._entries.values() if e.worker]
+
+    def workers(self) -> list[Any]:
+        with self._changed:
+            return [e.worker for e in self._entries.values() if e.worker]
+
+    def close(self) -> None:
+        """End every wait and every child; idempotent."""
+        with self._changed:
+            self._closed = True
+            workers = [e.worker for e in self._entries.values() if e.worker]
+            self._changed.notify_all()
+        for worker in workers:
+            worker.stop()
+
+
+# ── 14. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# The only way in for HTTP, WebSocket and command line.
 
 
 @dataclass(frozen=True)
@@ -4483,44 +4520,8 @@ class Service:
         }  # fmt: skip
 
 
-def versions() -> dict[str, Any]:
-    """Versions of what matters, without importing any of it."""
-    import importlib.metadata
-    import platform
-
-    def version(package: str) -> str | None:
-        try:
-            return importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-    return {
-        "version": __version__, "python": platform.python_version(), "platform": platform.platform(),
-        "llama_cpp": version("llama-cpp-python"), "websockets": version("websockets"), "jinja2": version("jinja2"),
-        "numpy": version("numpy"), "cpu_cores": physical_cores(),
-    }  # fmt: skip
-
-
-@functools.cache
-def engine_build() -> dict[str, Any]:
-    """CPU features and GPU offload of the installed llama.cpp, asked in a child: a broken library must not end us."""
-    import subprocess
-
-    try:
-        asked = subprocess.run([sys.executable, os.path.abspath(__file__), "_build"], capture_output=True, text=True, timeout=60)
-        return dict(json.loads(asked.stdout))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
-
-
-def build_main() -> None:
-    """`shimmy.py _build`: what the engine library says of itself, as JSON."""
-    try:
-        llama = import_llama()
-        print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
-                          "gpu_offload": bool(llama.llama_supports_gpu_offload())}))  # fmt: skip
-    except (ImportError, OSError, RuntimeError) as error:
-        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False}))
+# ── 15. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# One class an API: a body to a request, events to its documents.
 
 
 class Reply:
@@ -4714,7 +4715,7 @@ class Socket(Native):
             yield {"done": True, "finish_reason": self._reason, "usage": event.document()}
 
 
-# ── 10. HTTP ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 16. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The route table, the handler with its one try/except, server-sent events. One thread a connection.
 
 
@@ -5447,7 +5448,7 @@ class Server(http.server.ThreadingHTTPServer):
             return bool(self._busy)
 
 
-# ── 11. WebSocket, lifecycle ─────────────────────────────────────────────────────────────────────────────────────────
+# ── 17. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
 # The asyncio listener on its side thread, started by the first upgrade; the HTTP side hands it connections.
 
 
@@ -5653,7 +5654,7 @@ class SocketListener:
             self._thread.join(1.0)
 
 
-# ── 12. Command line ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 18. Command line ──────────────────────────────────────────────────────────────────────────────────────────────────
 # One function a command. stdout carries the result, stderr the rest; 0 success, 1 failure, 2 usage, 130 on Ctrl-C.
 
 DEFAULT_PORT = 11435
