@@ -62,7 +62,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol
 
 if TYPE_CHECKING:
     import ast
@@ -83,7 +83,8 @@ MAX_CONNECTIONS = 1024  # one thread each
 REQUEST_SECONDS = 30.0  # from a request's first byte to its last
 IDLE_SECONDS = 120.0  # a kept-alive connection without a request
 WRITE_SECONDS = 60.0  # a client that does not read for so long is gone
-PING_SECONDS = 15.0  # silence in a stream before a comment line keeps proxies patient
+PING_SECONDS = 15.0  # silence before a sign of life keeps clients and proxies patient
+HEAD_SIGNS = 2  # of them before a stream's head goes out, although its request is not queued yet
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
 MAX_STOPS = 16
@@ -92,6 +93,10 @@ MAX_TOOLS = 128
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
 SCAN_DETAIL_SECONDS = 0.4  # a scan reads whole headers for so long; the rest are read when asked about
+HELPER_SECONDS = 1.5  # a helper process's task; the longest chats render in a tenth of that
+HELPER_BYTES = 1 << 30  # of address space, a helper process's
+MAX_HELPERS = 4
+MAX_RENDERED = 2 * MAX_BODY  # characters of a rendered prompt
 FLUSH_SECONDS = 0.01  # steps shorter than this share a message: 100 events a second are more than an eye follows
 
 
@@ -359,7 +364,7 @@ def engine_build() -> dict[str, Any]:
         return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
 
 
-# ── 3. Requests ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 3. Requests and events ────────────────────────────────────────────────────────────────────────────────────────────
 # Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end
 # here.
 
@@ -411,7 +416,7 @@ def one_type(kind: type, words: str) -> Check:
 
 
 boolean = one_type(bool, "true or false")
-text = one_type(str, "a string")
+a_string = one_type(str, "a string")
 an_object = one_type(dict, "an object")
 
 
@@ -440,6 +445,14 @@ NATIVE_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "temperature": 0.7}  # of 
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What a text must keep to: a grammar (GBNF), the request's field that asked for it, for error messages."""
+
+    grammar: str
+    param: str
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are picked. None means: what the model's file says (general.sampling.*), else llama.cpp's default."""
 
@@ -456,7 +469,7 @@ class Sampling:
     ignore_eos: bool = param(boolean, "go on past the model's end of text", False)
     logit_bias: tuple[tuple[int, float], ...] = param(biases, "", ())
     json_schema: Mapping[str, Any] | None = param(an_object, "")
-    grammar: str | None = None  # GBNF, made from json_schema by the service
+    constraint: Constraint | None = None  # made from json_schema by the service
     logprobs: int | None = None  # how many alternatives to report; 0: only the picked token's own
 
     @classmethod
@@ -472,7 +485,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What every front door asks of Service.generate: prompts (text or token ids) or one chat."""
+    """What every dialect asks of Service.generate: prompts (text or token ids) or one chat."""
 
     model: str = "default"
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -481,104 +494,13 @@ class GenerateRequest:
     template_args: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
     n: int = 1
-    stream: bool = False
-    include_usage: bool = False
-    split_markers: bool = False  # take reasoning and tool calls out of the text (OpenAI chat)
-
-    @classmethod
-    def from_native(cls, body: Mapping[str, Any]) -> GenerateRequest:
-        """`POST /api/generate` and the WebSocket (Seed): model and prompt (or messages, system) required."""
-        if body.get("model") is None:
-            raise InvalidRequest("model is required: the id of a model, or default", "model")
-        prompt, messages = body.get("prompt"), read_messages(body)
-        system = body.get("system")
-        if prompt is None and messages is None:
-            raise InvalidRequest("prompt is required (or messages)", "prompt")
-        if prompt is not None and messages is not None:
-            raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
-        if system is not None:
-            turns = messages or ({"role": "user", "content": text("prompt", prompt)},)
-            messages, prompt = ({"role": "system", "content": text("system", system)}, *turns), None
-        return cls(
-            model=text("model", body["model"]),
-            prompts=() if prompt is None else (text("prompt", prompt),),
-            messages=messages,
-            sampling=Sampling.from_json(body, **NATIVE_DEFAULTS),
-            stream=_flag(body, "stream"),
-        )
-
-    @classmethod
-    def from_chat(cls, body: Mapping[str, Any]) -> GenerateRequest:
-        """`POST /v1/chat/completions`."""
-        messages = read_messages(body)
-        if messages is None:
-            raise InvalidRequest("messages is required: a list of messages", "messages")
-        refuse_unbuilt(body)
-        top, wanted = body.get("top_logprobs"), _flag(body, "logprobs")
-        if top is not None and not wanted:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        logprobs = whole(0, 20)("top_logprobs", top or 0) if wanted else None
-        limit = body.get("max_completion_tokens")
-        if limit is not None:
-            body = {**body, "max_tokens": whole(1)("max_completion_tokens", limit)}
-        kwargs = an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
-        return replace(
-            cls._openai(body, logprobs),
-            messages=messages,
-            tools=read_tools(body),
-            template_args=kwargs,
-            split_markers=True,
-        )
-
-    @classmethod
-    def from_completion(cls, body: Mapping[str, Any]) -> GenerateRequest:
-        """`POST /v1/completions`: prompt is a string, a list of strings, token ids, or a list of those."""
-        if body.get("prompt") is None:
-            raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
-        refuse_unbuilt(body)
-        logprobs = body.get("logprobs")
-        count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
-        return replace(cls._openai(body, count), prompts=read_prompts(body["prompt"]))
-
-    @classmethod
-    def _openai(cls, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
-        options = an_object("stream_options", body.get("stream_options") or {})
-        n = body.get("n")
-        return cls(
-            model=text("model", "default" if body.get("model") is None else body["model"]),
-            sampling=Sampling.from_json(body, logprobs=logprobs),
-            n=1 if n is None else whole(1, MAX_CHOICES)("n", n),
-            stream=_flag(body, "stream"),
-            include_usage=_flag(options, "include_usage"),
-        )
+    split_markers: bool = False  # take thoughts and tool calls out of the text
 
 
-def _flag(body: Mapping[str, Any], name: str) -> bool:
+def flag(body: Mapping[str, Any], name: str) -> bool:
+    """A field that is true or false; false when absent."""
     value = body.get(name)
     return False if value is None else bool(boolean(name, value))
-
-
-UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's that are known here but not served yet
-    "response_format": lambda v: v != {"type": "text"},
-    "tool_choice": lambda v: v not in ("none", "auto"),
-    "parallel_tool_calls": lambda v: v is not True,
-    "suffix": lambda v: v != "",
-    "echo": lambda v: v is not False,
-    "best_of": lambda v: v != 1,
-    "functions": lambda v: v != [],
-    "function_call": lambda v: v not in ("none", "auto"),
-    "modalities": lambda v: v != ["text"],
-    "audio": lambda v: True,
-    "prediction": lambda v: True,
-    "web_search_options": lambda v: True,
-}
-
-
-def refuse_unbuilt(body: Mapping[str, Any]) -> None:
-    """A known field that is not built yet is refused by name: to ignore it would be to answer something else."""
-    for name, unserved in UNBUILT.items():
-        if body.get(name) is not None and unserved(body[name]):
-            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here yet", name)
 
 
 def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -629,7 +551,7 @@ def read_message(where: str, message: Any) -> dict[str, Any]:
     read = {"role": "system" if role == "developer" else role, "content": flat_content(f"{where}.content", content)}
     for name in ("name", "tool_call_id", "reasoning_content"):
         if message.get(name) is not None:
-            read[name] = text(f"{where}.{name}", message[name])
+            read[name] = a_string(f"{where}.{name}", message[name])
     if calls:
         read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
     return read
@@ -653,7 +575,7 @@ def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     for i, call in enumerate(one_type(list, "a list")(where, calls)):
         function = an_object(f"{where}[{i}]", call).get("function")
         function = an_object(f"{where}[{i}].function", function)
-        name, arguments = text(f"{where}[{i}].function.name", function.get("name")), function.get("arguments")
+        name, arguments = a_string(f"{where}[{i}].function.name", function.get("name")), function.get("arguments")
         if isinstance(arguments, str):
             with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
                 arguments = parse_json(arguments.encode())
@@ -673,9 +595,93 @@ def read_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
         if an_object(f"tools[{i}]", tool).get("type") != "function":
             raise InvalidRequest(f"tools[{i}].type must be function, not {_said(tool.get('type'))}", f"tools[{i}].type")
         function = an_object(f"tools[{i}].function", tool.get("function"))
-        text(f"tools[{i}].function.name", function.get("name"))
+        a_string(f"tools[{i}].function.name", function.get("name"))
         an_object(f"tools[{i}].function.parameters", function.get("parameters") or {})
     return () if body.get("tool_choice") == "none" else tuple(tools)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A token, its log probability under the full softmax, and the likeliest alternatives, best first."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Every sequence of the request passed its checks and is queued: the answer may begin."""
+
+    model: str  # the id of the model that answers, whatever the request called it
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Nothing happened for PING_SECONDS: a sign of life is due."""
+
+
+@dataclass(frozen=True)
+class Text:
+    """Some text of one choice."""
+
+    index: int
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Thought:
+    """Some reasoning of one choice, which comes before its text."""
+
+    index: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class CallBegan:
+    """A tool call begins; `number` counts the calls of its choice from 0."""
+
+    index: int
+    number: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """More of a call's arguments: JSON text."""
+
+    index: int
+    number: int
+    text: str
+
+
+@dataclass(frozen=True)
+class ChoiceEnd:
+    """A choice is complete."""
+
+    index: int
+    finish_reason: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The last event: tokens over all choices (a prompt shared by n choices counts once), and speeds."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    prompt_seconds: float
+    decode_seconds: float
+
+    def document(self) -> dict[str, int]:
+        total = self.prompt_tokens + self.completion_tokens
+        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
+
+
+Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ChoiceEnd | Usage
 
 
 def parse_json(data: bytes, what: str = "The body") -> Any:
@@ -707,6 +713,14 @@ def _depth_over(source: str, limit: int) -> bool:
         if depth > limit:
             return True
     return False
+
+
+def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
+    """A JSON object, as strictly as parse_json."""
+    value = parse_json(data, what)
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{what} must be a JSON object")
+    return value
 
 
 def _has_surrogate(value: Any) -> bool:
@@ -1236,7 +1250,8 @@ def missing_shards(path: str) -> list[str]:
 
 
 # ── 5. Chat ───────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Messages to a prompt by the model's own template; text to reasoning, tool calls and content.
+# What the model reads and writes: messages to a prompt by the model's own template, its text back to thoughts, tool calls
+# and content. Templates come from downloaded files, so they run in a helper process that can be killed.
 
 CHATML = """{%- for message in messages -%}
 <|im_start|>{{ message.role }}
@@ -1246,6 +1261,8 @@ CHATML = """{%- for message in messages -%}
 </tool_call>{% endfor %}<|im_end|>
 {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
 {% endif %}"""
+CHATML_MARKS = ("<|im_end|>", "<|im_start|>")
+
 TOOLS_IN_SYSTEM = """# Tools
 
 You may call one or more functions to assist with the user query.
@@ -1259,95 +1276,387 @@ For each function call, return a json object with function name and arguments wi
 <tool_call>
 {{"name": <function-name>, "arguments": <args-json-object>}}
 </tool_call>"""
+
 NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of them marks where a prompt is cut
-REASONING = ("<think>", "</think>")
 
 
-class ChatTemplate:
-    """One model's chat template: messages in, prompt segments out.
+@dataclass(frozen=True)
+class CallFormat:
+    """How one family of models writes a tool call: between which markers, and how to read what stands there."""
 
-    A segment is tokenized by itself, special tokens and all; a special token's name in a client's text is cut in two
+    opens: str
+    closes: str
+    parse: Callable[[str], tuple[str, str] | None]  # block to (name, arguments as JSON text); None: not a call
+
+
+def parse_hermes(block: str) -> tuple[str, str] | None:
+    """Reads `{"name": …, "arguments": {…}}`."""
+    try:
+        call = json.loads(block)
+        name, arguments = call["name"], call.get("arguments", call.get("parameters")) or {}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    if not isinstance(name, str) or not name:
+        return None
+    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+CALL_FORMATS = (CallFormat("<tool_call>", "</tool_call>", parse_hermes),)  # Hermes, Qwen 2.5 and 3, Granite 4, MiMo
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """How a family of models writes thoughts and tool calls."""
+
+    thought: tuple[str, str] = ("<think>", "</think>")
+    calls: tuple[CallFormat, ...] = CALL_FORMATS
+
+    @property
+    def markers(self) -> frozenset[str]:
+        return frozenset(self.thought) | {m for f in self.calls for m in (f.opens, f.closes)}
+
+
+CHAT_MARKERS = ChatFormat().markers
+
+
+@dataclass(frozen=True)
+class ChatFacts:
+    """What the engine says of a model, as far as chats need it."""
+
+    templates: Mapping[str, str]  # by name; "" is the usual one
+    bos: str  # what the token that begins a text is called, for templates that write it
+    adds_bos: bool  # the tokenizer puts it first by itself
+    eos: str
+    specials: tuple[str, ...]  # names of control and marker tokens
+
+
+class Chat:
+    """One model's way to chat: messages to prompt segments, its text to events.
+
+    A segment is tokenized by itself, special tokens and all. A special token's name in a client's text is split over two
     segments, so that only the template's own text can become special tokens.
     """
 
-    def __init__(self, loaded: Loaded) -> None:
-        self.sources, self.bos, self.eos = dict(loaded.templates) or {"": CHATML}, loaded.bos, loaded.eos
-        self.adds_bos, specials = loaded.adds_bos, loaded.specials
-        marks = sorted((s for s in specials if len(s) > 1), key=len, reverse=True)
-        self._specials = re.compile("|".join(map(re.escape, marks))) if marks else None
-        self._compiled: dict[str, Any] = {}
+    def __init__(self, facts: ChatFacts, helpers: Helpers) -> None:
+        self.facts, self._helpers = facts, helpers
+        self.format = ChatFormat()
+        self._names = SpecialNames(facts.specials)
+        self.stops = () if facts.templates else tuple(m for m in CHATML_MARKS if m not in facts.specials)
 
-    def render(self, messages: Seq[dict[str, Any]], tools: Seq[dict[str, Any]], args: Mapping[str, Any]) -> tuple[str, ...]:
-        """The prompt's segments. Raises InvalidRequest when the template refuses the messages."""
-        mark = self._mark([list(messages), list(tools), dict(args)])
+    def prompt(self, request: GenerateRequest) -> tuple[str, ...]:
+        """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
+        said: list[Any] = [list(request.messages or ()), list(request.tools), dict(request.template_args)]
+        mark = self._mark(said)
         if mark:
-            messages = [self._guard(m, mark, m["role"] == "assistant") for m in messages]
-            tools, args = self._guard(tools, mark), self._guard(args, mark)
-        rendered = self._render_some_way(list(messages), list(tools), dict(args))
-        if self.adds_bos and self.bos and rendered.startswith(self.bos):
-            rendered = rendered[len(self.bos) :]  # the tokenizer adds it, once
+            said = [[self._guard(m, mark, m["role"] == "assistant") for m in said[0]], *self._guard(said[1:], mark)]
+        templates = dict(self.facts.templates) or {"": CHATML}
+        rendered = self._render(Rendering(templates, self.facts.bos, self.facts.eos, *said))
+        if self.facts.adds_bos and self.facts.bos and rendered.startswith(self.facts.bos):
+            rendered = rendered[len(self.facts.bos) :]  # the tokenizer adds it, once
         return tuple(rendered.split(mark)) if mark else (rendered,)
 
+    def _render(self, rendering: Rendering) -> str:
+        try:
+            return str(self._helpers.run(rendering))
+        except HelperFailed as error:
+            raise InvalidRequest(f"messages do not fit the model's chat template: {error}", "messages") from None
+
     def _mark(self, said: list[Any]) -> str | None:
-        """A character that is nowhere in the client's text, if that text names a special token at all."""
-        words = json.dumps(said, ensure_ascii=False)
-        if not self._specials or not (self._specials.search(words) or self._specials.search(words.replace('\\"', '"'))):
+        """A character that stands nowhere in the client's text, if that text names a special token at all."""
+        texts = list(texts_in(said))
+        if not any(map(self._names.found_in, texts)):
             return None
-        mark = next((c for c in NONCHARACTERS if c not in words), None)
+        mark = next((c for c in NONCHARACTERS if not any(c in t for t in texts)), None)
         if mark is None:
             raise InvalidRequest("messages may not hold every Unicode noncharacter (U+FDD0 to U+FDEF)", "messages")
         return mark
 
     def _guard(self, value: Any, mark: str, assistant: bool = False) -> Any:
-        """The value with every special token's name cut by `mark`; templates may cut an assistant's own thoughts."""
+        """The value with every special token's name split by `mark`; an assistant's own thought markers stay whole."""
         if isinstance(value, dict):
             return {self._guard(k, mark): self._guard(v, mark, assistant) for k, v in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._guard(v, mark, assistant) for v in value]
-        if not isinstance(value, str) or not self._specials:
+        if not isinstance(value, str):
             return value
-        return self._specials.sub(lambda m: m[0] if assistant and m[0] in REASONING else m[0][0] + mark + m[0][1:], value)
+        return self._names.split(value, mark, keep=self.format.thought if assistant else ())
 
-    def _render_some_way(self, messages: list[Any], tools: list[Any], args: dict[str, Any]) -> str:
-        """As the messages are, else in the first of the forms templates insist on that loses nothing of them."""
-        import jinja2
+    def parser(self, request: GenerateRequest, prompt: Seq[str], index: int) -> Parser:
+        """What reads the text of choice `index`; a prompt that ends in an open thought begins in it."""
+        if not request.split_markers:
+            return Parser(index)
+        thinking = prompt[-1].rstrip().endswith(self.format.thought[0])
+        return ChatParser(index, self.format, bool(request.tools), thinking)
 
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every string inside lists and dicts, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from texts_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from texts_in(item)
+
+
+class SpecialNames:
+    """Finds the names of special tokens in text, in time linear in the text: some vocabularies have 6,000 of them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = frozenset(n for n in names if len(n) > 1)
+        self._lengths: dict[str, list[int]] = {}  # by a name's first two characters, longest first
+        for start, length in sorted({(n[:2], len(n)) for n in self._names}, reverse=True):
+            self._lengths.setdefault(start, []).append(length)
+        starts = "|".join(map(re.escape, self._lengths))
+        self._start = re.compile(f"(?={starts})" if starts else r"(?!)")
+
+    def spans(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where names stand, the longest one at each place, from left to right without overlap."""
+        end = 0
+        for found in self._start.finditer(text):
+            at = found.start()
+            if at < end:
+                continue
+            length = next((n for n in self._lengths[text[at : at + 2]] if text[at : at + n] in self._names), 0)
+            if length:
+                end = at + length
+                yield at, end
+
+    def found_in(self, text: str) -> bool:
+        return next(self.spans(text), None) is not None
+
+    def split(self, text: str, mark: str, keep: Seq[str] = ()) -> str:
+        """The text with `mark` behind the first character of each name that is not to be kept."""
+        parts, done = [], 0
+        for at, end in self.spans(text):
+            if text[at:end] not in keep:
+                parts += [text[done : at + 1], mark]
+                done = at + 1
+        return "".join([*parts, text[done:]])
+
+
+# Rendering, in a helper process
+
+
+class HelperFailed(Exception):
+    """A helper's task failed, or broke its bounds: the message says why."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a helper process answers: the task's value, or why it has none."""
+
+    value: Any = None
+    error: str | None = None
+
+
+class Helper:
+    """One helper process. Owned by whoever took it from Helpers."""
+
+    def __init__(self) -> None:
+        import subprocess
+
+        self.process = subprocess.Popen(
+            child_command("helper_main"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
+        )
+        assert self.process.stdin and self.process.stdout
+        self._pipe = Pipe(self.process.stdout, self.process.stdin)
+        self.timed_out = False
+
+    def run(self, task: Any) -> Outcome:
+        """The task's outcome. Raises EOFError or OSError when the process died, of its own or at the time's end."""
+        timer = threading.Timer(HELPER_SECONDS, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            self._pipe.send(task)
+            outcome: Outcome = self._pipe.receive()
+            return outcome
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        self.timed_out = True
+        self.process.kill()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._pipe.end()
+
+
+class Helpers:
+    """Runs work on what may be hostile where a runaway costs only its own request: bounded in time and memory, then killed.
+
+    Processes are kept for the next task; MAX_HELPERS run at once, so that a few that run away leave room for the others.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[Helper] = []
+        self._free = threading.BoundedSemaphore(MAX_HELPERS)
+        self._closed = False
+
+    def warm(self) -> None:
+        """Starts a process unless one waits: its start then overlaps with a model's load."""
+        with self._lock:
+            if not self._idle and not self._closed:
+                self._idle.append(Helper())
+
+    def run(self, task: Any) -> Any:
+        """The value of `task.run()` in a helper. Raises HelperFailed with the reason, Overloaded when all stay busy."""
+        if not self._free.acquire(timeout=HELPER_SECONDS * 4):
+            raise Overloaded(f"{MAX_HELPERS} chat templates run away at once")
+        try:
+            outcome = self._outcome(task)
+        finally:
+            self._free.release()
+        if outcome.error is not None:
+            raise HelperFailed(outcome.error)
+        return outcome.value
+
+    def _outcome(self, task: Any) -> Outcome:
+        with self._lock:
+            helper, fresh = (self._idle.pop(), False) if self._idle else (Helper(), True)
+        try:
+            outcome = helper.run(task)
+        except (EOFError, OSError, ValueError):
+            helper.end()
+            if helper.timed_out:
+                return Outcome(error=f"it takes over {HELPER_SECONDS:g} seconds")
+            return Outcome(error="it ended the process that ran it") if fresh else self._outcome(task)
+        self._keep(helper)
+        return outcome
+
+    def _keep(self, helper: Helper) -> None:
+        with self._lock:
+            keep = not self._idle and not self._closed
+            if keep:
+                self._idle.append(helper)
+        if not keep:
+            helper.end()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            helpers, self._idle = self._idle, []
+        for helper in helpers:
+            helper.end()
+
+
+def helper_main() -> None:
+    """A helper process's main: tasks on stdin, outcomes on stdout. Ends with its pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has no limits to set: there only time is bounded
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (HELPER_BYTES, HELPER_BYTES))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    pipe = Pipe(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
+    os.dup2(2, 1)
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            pipe.send(_outcome_of(pipe.receive()))
+
+
+def _outcome_of(task: Any) -> Outcome:
+    try:
+        return Outcome(task.run())
+    except MemoryError:
+        return Outcome(error=f"it needs over {human_bytes(HELPER_BYTES)} of memory")
+    except RecursionError:
+        return Outcome(error="it recurses without end")
+    except Exception as error:  # the process's border: a template may raise anything
+        return Outcome(error=" ".join(str(error).split())[:500] or type(error).__name__)
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """A task for a helper: messages through a template, by the first form of them that it takes without loss."""
+
+    templates: Mapping[str, str]
+    bos: str
+    eos: str
+    messages: list[Any]
+    tools: list[Any]
+    args: dict[str, Any]
+
+    def run(self) -> str:
         error: Exception | None = None
         rendered: str | None = None
         for reshape in RESHAPES:
-            shaped, offered = reshape(messages, tools)
+            messages, tools = reshape(self.messages, self.tools)
             try:
-                prompt = self._render(shaped, offered, args)
-                if not self._lost(prompt, messages, tools, self._render(shaped, [], args) if offered else ""):
+                prompt = self._render(messages, tools)
+                if not self._loses(prompt, self._render(messages, []) if tools else ""):
                     return prompt
                 rendered = rendered or prompt
-            except (jinja2.TemplateError, TypeError, ValueError, AttributeError, KeyError) as failure:
+            except (MemoryError, RecursionError):
+                raise
+            except Exception as failure:  # a template may raise anything: that is its complaint
                 error = failure
         if rendered is not None:
             return rendered
-        raise InvalidRequest(f"messages do not fit the model's chat template: {error}", "messages") from error
+        assert error
+        raise error
 
-    @staticmethod
-    def _lost(prompt: str, messages: list[Any], tools: list[Any], without_tools: str) -> bool:
-        """Whether the template dropped something silently: an offered tool, a call made, its result, a system text."""
-        names = [t["function"]["name"] for t in tools]
+    def _render(self, messages: list[Any], tools: list[Any]) -> str:
+        name = "tool_use" if tools and "tool_use" in self.templates else next(iter(self.templates))
+        given = {"enable_thinking": True} | ({"tools": tools} if tools else {}) | self.args
+        pieces, size = [], 0
+        for piece in compiled_template(self.templates[name]).generate(
+            messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos, **given
+        ):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_RENDERED:
+                raise MemoryError
+        return "".join(pieces)
+
+    def _loses(self, prompt: str, without_tools: str) -> bool:
+        """True if the template dropped something silently: an offered tool, a call made, its result, a system text."""
+        names = [t["function"]["name"] for t in self.tools]
         if any(prompt.count(name) <= without_tools.count(name) for name in names):
             return True
-        said = [m["content"].strip() for m in messages if m["role"] in ("system", "tool")]
-        for call in (c["function"] for m in messages for c in m.get("tool_calls", [])):
-            arguments = call["arguments"]
-            said += [v for v in arguments.values() if isinstance(v, str)] if isinstance(arguments, dict) else [str(arguments)]
-            if call["name"] not in prompt and json.dumps(arguments, ensure_ascii=False) not in prompt:
+        at = 0
+        for said in self._must_appear():
+            found = next((p for word in said if (p := _position(word, prompt, at)) >= 0), None)
+            if found is None:
                 return True
-        return any(word not in prompt and json.dumps(word, ensure_ascii=False)[1:-1] not in prompt for word in said)
+            at = found
+        return False
 
-    def _render(self, messages: list[Any], tools: list[Any], args: dict[str, Any]) -> str:
-        name = "tool_use" if tools and "tool_use" in self.sources else next(iter(self.sources))
-        if name not in self._compiled:
-            self._compiled[name] = chat_environment().from_string(self.sources[name])
-        given = {"tools": tools} if tools else {}
-        return str(self._compiled[name].render(messages=messages, add_generation_prompt=True, bos_token=self.bos,
-                                               eos_token=self.eos, **{"enable_thinking": True} | given | args))  # fmt: skip
+    def _must_appear(self) -> Iterator[tuple[str, ...]]:
+        """What the prompt must hold, in the messages' order; each as any one of several spellings."""
+        for message in self.messages:
+            if message["role"] in ("system", "tool"):
+                yield _spellings(message["content"].strip())
+            for call in (c["function"] for c in message.get("tool_calls", [])):
+                arguments = call["arguments"]
+                yield call["name"], json.dumps(arguments, ensure_ascii=False)
+                if isinstance(arguments, dict):
+                    yield from (_spellings(v) for v in arguments.values() if isinstance(v, str))
+                else:
+                    yield _spellings(str(arguments))
+
+
+def _spellings(word: str) -> tuple[str, str]:
+    """Text as it is, and as it stands in a JSON string."""
+    return word, json.dumps(word, ensure_ascii=False)[1:-1]
+
+
+def _position(word: str, text: str, start: int) -> int:
+    """Where the word stands, looked for behind `start` first: in order, a long chat costs one pass over its prompt."""
+    found = text.find(word, start)
+    return found if found >= 0 else text.find(word)
+
+
+@functools.lru_cache(maxsize=16)
+def compiled_template(source: str) -> Any:
+    return chat_environment().from_string(source)
 
 
 @functools.cache
@@ -1383,10 +1692,10 @@ def chat_environment() -> Any:
     return environment
 
 
-Chat = tuple[list[Any], list[Any]]  # messages and tools
+Turns = tuple[list[Any], list[Any]]  # messages and tools
 
 
-def arguments_as_text(messages: list[Any], tools: list[Any]) -> Chat:
+def arguments_as_text(messages: list[Any], tools: list[Any]) -> Turns:
     """Tool call arguments as JSON text, which about half of the templates want."""
 
     def as_text(call: Any) -> Any:
@@ -1396,7 +1705,7 @@ def arguments_as_text(messages: list[Any], tools: list[Any]) -> Chat:
     return [{**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages], tools
 
 
-def short_ids(messages: list[Any], tools: list[Any]) -> Chat:
+def short_ids(messages: list[Any], tools: list[Any]) -> Turns:
     """Tool call ids of nine letters and digits, which Mistral's templates insist on."""
 
     def short(id: str) -> str:
@@ -1412,14 +1721,14 @@ def short_ids(messages: list[Any], tools: list[Any]) -> Chat:
     return shaped, tools
 
 
-def system_first(messages: list[Any], tools: list[Any]) -> Chat:
+def system_first(messages: list[Any], tools: list[Any]) -> Turns:
     """One system turn, at the beginning."""
     system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
     turns = [m for m in messages if m["role"] != "system"]
     return ([{"role": "system", "content": system}] if system else []) + turns, tools
 
 
-def tools_in_system(messages: list[Any], tools: list[Any]) -> Chat:
+def tools_in_system(messages: list[Any], tools: list[Any]) -> Turns:
     """The tools described in the system text, for templates that drop them."""
     messages, _ = system_first(messages, [])
     signatures = "\n".join(json.dumps(t, ensure_ascii=False) for t in tools)
@@ -1429,7 +1738,7 @@ def tools_in_system(messages: list[Any], tools: list[Any]) -> Chat:
     return ([{"role": "system", "content": described}] if tools else []) + messages, []
 
 
-def calls_as_text(messages: list[Any], tools: list[Any]) -> Chat:
+def calls_as_text(messages: list[Any], tools: list[Any]) -> Turns:
     """Tools, calls and results as plain text in Hermes' form, for templates that know nothing of them."""
     turns, _ = tools_in_system(messages, tools) if tools else system_first(messages, [])
     shaped = []
@@ -1444,7 +1753,7 @@ def calls_as_text(messages: list[Any], tools: list[Any]) -> Chat:
     return shaped, []
 
 
-def alternating(messages: list[Any], tools: list[Any]) -> Chat:
+def alternating(messages: list[Any], tools: list[Any]) -> Turns:
     """As plain text, neighbours of one role joined, the system text in the first user turn (Gemma 2)."""
     turns, _ = calls_as_text(messages, tools)
     system = "\n\n".join(m["content"] for m in turns if m["role"] == "system")
@@ -1458,7 +1767,7 @@ def alternating(messages: list[Any], tools: list[Any]) -> Chat:
     return joined, []
 
 
-RESHAPES: tuple[Callable[[list[Any], list[Any]], Chat], ...] = (
+RESHAPES: tuple[Callable[[list[Any], list[Any]], Turns], ...] = (
     lambda messages, tools: (messages, tools),
     arguments_as_text,
     short_ids,
@@ -1471,113 +1780,117 @@ RESHAPES: tuple[Callable[[list[Any], list[Any]], Chat], ...] = (
 )
 
 
-@dataclass(frozen=True)
-class ToolFormat:
-    """How one family of models writes a tool call: between which markers, and how to read what is there."""
+class Parser:
+    """Reads one choice's text, as it comes, into events. This one takes all of it for content."""
 
-    opens: str
-    closes: str
-    parse: Callable[[str], tuple[str, str] | None]  # block to (name, arguments as JSON text); None: not a call
+    def __init__(self, index: int) -> None:
+        self.index = index
 
+    def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
+        """The events of some more text; pieces may split anywhere."""
+        yield Text(self.index, text, logprobs)
 
-def parse_hermes(block: str) -> tuple[str, str] | None:
-    """`{"name": …, "arguments": {…}}`"""
-    try:
-        call = json.loads(block)
-        name, arguments = call["name"], call.get("arguments", call.get("parameters")) or {}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    if not isinstance(name, str) or not name:
-        return None
-    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    def finish(self, reason: str) -> Iterator[Event]:
+        """What was held back when the text ended, and the end."""
+        yield ChoiceEnd(self.index, reason)
 
 
-TOOL_FORMATS = (ToolFormat("<tool_call>", "</tool_call>", parse_hermes),)  # Hermes, Qwen 2.5 and 3, Granite 4, MiMo
-CHAT_MARKERS = frozenset(REASONING) | {m for f in TOOL_FORMATS for m in (f.opens, f.closes)}
+class ChatParser(Parser):
+    """Takes a thought and tool calls out of the text. Only an answer's beginning is a thought: later the marker is text."""
 
-
-@dataclass(frozen=True)
-class Delta:
-    """A part of a chat answer: some content, some reasoning, or one tool call (name and arguments as JSON text)."""
-
-    content: str = ""
-    reasoning: str = ""
-    call: tuple[str, str] | None = None
-
-
-class ChatParser:
-    """Takes reasoning and tool calls out of one answer's text, as it comes; pieces may split anywhere."""
-
-    def __init__(self, tools: bool, reasoning: bool) -> None:
-        self._formats = {f.opens: f for f in TOOL_FORMATS} if tools else {}
-        self._opens = (REASONING[0], *self._formats)
+    def __init__(self, index: int, format: ChatFormat, tools: bool, thinking: bool) -> None:
+        super().__init__(index)
+        self._thought = format.thought
+        self._formats = {f.opens: f for f in format.calls} if tools else {}
         self._buffer = ""
-        self._until = REASONING[1] if reasoning else None  # the marker that ends what we are in
-        self._format: ToolFormat | None = None
+        self._until = format.thought[1] if thinking else None  # the marker that ends what we are in
+        self._call: CallFormat | None = None
         self._space = ""  # white space that is dropped if a call follows
-        self._trim = False  # after reasoning or a call, white space before content is dropped
+        self._trim = False  # white space behind a thought or call is dropped
+        self._begun = thinking  # a thought has begun, or content has
         self.calls = 0
 
-    def push(self, piece: str) -> Iterator[Delta]:
-        self._buffer += piece
+    def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
+        for event in self._read(text):
+            if logprobs and isinstance(event, (Text, Thought)):
+                event, logprobs = replace(event, logprobs=logprobs), ()
+            yield event
+        if logprobs:
+            yield Text(self.index, logprobs=logprobs)
+
+    def _read(self, text: str) -> Iterator[Event]:
+        self._buffer += text
         while True:
-            marks = (self._until,) if self._until else self._opens
+            marks = self._marks()
             at, mark = min(((self._buffer.find(m), m) for m in marks if m in self._buffer), default=(-1, ""))
             if at < 0:
                 break
             before, self._buffer = self._buffer[:at], self._buffer[at + len(mark) :]
             yield from self._close(before) if self._until else self._open(before, mark)
-        if self._format is None:
+        if self._call is None:
             held = held_back(self._buffer, marks)
             out, self._buffer = self._buffer[: len(self._buffer) - held], self._buffer[len(self._buffer) - held :]
-            yield from self._text(out)
+            yield from self._say(out)
 
-    def _open(self, before: str, mark: str) -> Iterator[Delta]:
-        yield from self._text("" if mark == REASONING[0] and not before.strip() else before)
-        self._format = self._formats.get(mark)
-        self._until = self._format.closes if self._format else REASONING[1]
-        self._trim = True
+    def _marks(self) -> tuple[str, ...]:
+        """The markers that mean something here."""
+        if self._until:
+            return (self._until,)
+        first = self._buffer.lstrip()
+        may_think = not self._begun and (self._thought[0].startswith(first) or first.startswith(self._thought[0]))
+        return (*((self._thought[0],) if may_think else ()), *self._formats)
 
-    def _close(self, inside: str) -> Iterator[Delta]:
-        if self._format is None:
-            yield from self._text(inside)
+    def _open(self, before: str, mark: str) -> Iterator[Event]:
+        self._call, self._until = self._formats.get(mark), None
+        if self._call:
+            yield from self._say(before)
+        else:
+            self._space = ""  # before a thought there is nothing but white space
+        self._until = self._call.closes if self._call else self._thought[1]
+        self._begun = self._trim = True
+
+    def _close(self, inside: str) -> Iterator[Event]:
+        if self._call is None:
+            yield from self._say(inside)
             self._until, self._trim = None, True
             return
-        format, self._format, self._until = self._format, None, None
-        call = format.parse(inside)
-        if call:
-            self.calls, self._space, self._trim = self.calls + 1, "", True
-            yield Delta(call=call)
-        else:
-            yield from self._text(format.opens + inside + format.closes)
+        yield from self._end_call(inside, self._call.closes)
 
-    def _text(self, out: str) -> Iterator[Delta]:
-        """Content, or reasoning while in that; white space waits where a call may follow."""
-        if self._until and self._format is None:
-            if self._trim:
-                out = out.lstrip("\n")
-                self._trim = not out
-            if out:
-                yield Delta(reasoning=out)
+    def _end_call(self, inside: str, closes: str) -> Iterator[Event]:
+        """A whole block: a call if it reads as one, else the text it is."""
+        assert self._call
+        format, self._call, self._until = self._call, None, None
+        call = format.parse(inside)
+        if call is None:
+            yield from self._say(format.opens + inside + closes)
             return
-        if self._trim:
-            out = out.lstrip()
-            self._trim = not out
+        self.calls, self._space, self._trim = self.calls + 1, "", True
+        yield CallBegan(self.index, self.calls - 1, f"call_{os.urandom(12).hex()}", call[0])
+        yield CallArguments(self.index, self.calls - 1, call[1])
+
+    def _say(self, out: str) -> Iterator[Event]:
+        """Content, or a thought while in one; white space waits where a call may follow."""
+        if self._until and self._call is None:
+            out = out.lstrip("\n") if self._trim else out
+            self._trim = self._trim and not out
+            if out:
+                yield Thought(self.index, out)
+            return
+        out = out.lstrip() if self._trim else out
+        self._trim = self._trim and not out
         out = self._space + out
-        kept = out.rstrip() if self._formats else out
+        kept = out.rstrip() if self._formats or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
-            yield Delta(content=kept)
+            self._begun = True
+            yield Text(self.index, kept)
 
-    def finish(self) -> Iterator[Delta]:
-        """What was held back when the text ended: an unfinished call is one if it parses, else it is text."""
+    def finish(self, reason: str) -> Iterator[Event]:
         rest, self._buffer = self._buffer, ""
-        if self._format:
-            yield from self._close(rest)
-        else:
-            yield from self._text(rest)
+        yield from self._end_call(rest, "") if self._call else self._say(rest)
         if self._space and not self.calls:
-            yield Delta(content=self._space)
+            yield Text(self.index, self._space)
+        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" else reason)
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:
@@ -2343,15 +2656,6 @@ class Accepted:
 
     id: int
     prompt_tokens: int
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """A token, its log probability under the full softmax, and the likeliest alternatives, best first."""
-
-    token: bytes
-    logprob: float
-    top: tuple[tuple[bytes, float], ...]
 
 
 @dataclass(frozen=True)
@@ -3758,16 +4062,6 @@ def _or_die(work: Callable[[], None]) -> None:
 # The parent's side of a child: starts it, carries messages, notices its death.
 
 
-@dataclass(frozen=True)
-class Queued:
-    """Every sequence of a request passed its checks and is queued: the stream may begin."""
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """Nothing came for PING_SECONDS."""
-
-
 class Generation:
     """One request's sequences in the engine: iterate over their messages, cancel at any time.
 
@@ -4356,53 +4650,6 @@ class ModelTable:
 # The only way in for HTTP, WebSocket and command line.
 
 
-@dataclass(frozen=True)
-class TextDelta:
-    """Text of one choice."""
-
-    index: int
-    content: str = ""
-    reasoning: str = ""
-    logprobs: tuple[TokenLogprob, ...] = ()
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """One tool call of one choice; `number` counts from 0, `arguments` is JSON text."""
-
-    index: int
-    number: int
-    id: str
-    name: str
-    arguments: str
-
-
-@dataclass(frozen=True)
-class ChoiceEnd:
-    """A choice is complete."""
-
-    index: int
-    finish_reason: str
-
-
-@dataclass(frozen=True)
-class Usage:
-    """The last event: tokens over all choices (a prompt shared by n choices counts once), and speeds."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    prompt_seconds: float
-    decode_seconds: float
-
-    def document(self) -> dict[str, int]:
-        total = self.prompt_tokens + self.completion_tokens
-        return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
-
-
-Event = Queued | Waiting | TextDelta | ToolCall | ChoiceEnd | Usage
-
-
 class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
@@ -4410,73 +4657,49 @@ class Service:
                  max_queue: int = 512) -> None:  # fmt: skip
         self.engine, self.max_queue = engine, max_queue
         self.table = ModelTable(catalog, self._start_worker, table)
-        self.tools = Tools(tools)
+        self.tools, self.helpers = Tools(tools), Helpers()
         self.started = time.time()
 
     def _start_worker(self, info: ModelInfo, progress: Callable[[float], None], died: Callable[[Any, str], None]) -> Worker:
-        return Worker(info, self.engine, self.max_queue, died).start(progress)
+        worker = Worker(info, self.engine, self.max_queue, died).start(progress)
+        worker.chat = Chat(worker.loaded.chat, self.helpers)
+        return worker
 
     def generate(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
-        """The events of one request: Queued, then text and calls as they are made, an end a choice, Usage.
+        """The events of one request: Queued, then text, thoughts and calls as they are made, an end a choice, Usage.
 
         Raises ApiError (before Queued: the request never began; after: it broke off) or Cancelled. Closing the
         iterator, like `cancel`, stops the engine's work on it.
         """
-        if request.sampling.json_schema is not None:  # refused before a model is loaded for it
-            grammar = SchemaGrammar("json_schema").compile(request.sampling.json_schema)
-            request = replace(request, sampling=replace(request.sampling, grammar=grammar, json_schema=None))
+        request = constrained(request)  # a schema is refused before a model is loaded for it
+        if request.messages is not None:
+            self.helpers.warm()
         with self.table.lease(request.model, cancel) as worker:
             cancel.check()
-            submits, parsers = self._submits(request, worker)
-            generation = worker.submit(submits, cancel)
+            jobs, parsers = self._jobs(request, worker.chat)
+            generation = worker.submit(jobs, cancel)
             ends: list[Finished] = []
             for message in generation:
                 if isinstance(message, Piece):
-                    index = generation.index[message.id]
-                    yield from self._deltas(index, message, parsers[index])
+                    yield from parsers[generation.index[message.id]].push(message.text, message.logprobs)
                 elif isinstance(message, Finished):
                     ends.append(message)
-                    yield from self._end(generation.index[message.id], message, parsers)
+                    yield from parsers[generation.index[message.id]].finish(message.finish_reason)
                 else:
-                    yield message
+                    yield Queued(worker.info.id) if isinstance(message, Accepted) else message
             yield self._usage(ends, generation.index, request.n)
 
-    def _submits(self, request: GenerateRequest, worker: Worker) -> tuple[list[Any], list[ChatParser | None]]:
-        """What goes to the engine: every prompt n times, and for chats a parser each."""
+    @staticmethod
+    def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
+        """What goes to the engine, every prompt n times, and what reads the text that comes back."""
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
-        if request.messages is not None:
-            prompts = [worker.template.render(request.messages, request.tools, request.template_args)]
         sampling = request.sampling
+        if request.messages is not None:
+            prompts = [chat.prompt(request)]
+            sampling = replace(sampling, stop=(*sampling.stop, *chat.stops))
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
-        submits = [(p, replace(sampling, seed=s), request.split_markers) for p in prompts for s in seeds]
-        if not request.split_markers:
-            return submits, [None] * len(submits)
-        thinking = prompts[0][-1].rstrip().endswith(REASONING[0])
-        return submits, [ChatParser(bool(request.tools), thinking) for _ in submits]
-
-    def _deltas(self, index: int, piece: Piece, parser: ChatParser | None) -> Iterator[Event]:
-        if parser is None:
-            yield TextDelta(index, piece.text, logprobs=piece.logprobs)
-            return
-        yield from self._parsed(index, parser, parser.push(piece.text), piece.logprobs)
-
-    def _parsed(self, index: int, parser: ChatParser, deltas: Iterable[Delta],
-                logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:  # fmt: skip
-        for delta in deltas:
-            if delta.call:
-                yield ToolCall(index, parser.calls - 1, f"call_{os.urandom(12).hex()}", *delta.call)
-            else:
-                yield TextDelta(index, delta.content, delta.reasoning, logprobs)
-                logprobs = ()
-        if logprobs:
-            yield TextDelta(index, logprobs=logprobs)
-
-    def _end(self, index: int, end: Finished, parsers: Seq[ChatParser | None]) -> Iterator[Event]:
-        parser, reason = parsers[index], end.finish_reason
-        if parser:
-            yield from self._parsed(index, parser, parser.finish())
-            reason = "tool_calls" if parser.calls and reason == "stop" else reason
-        yield ChoiceEnd(index, reason)
+        jobs = [Generate(p, replace(sampling, seed=s), request.split_markers) for p in prompts for s in seeds]
+        return jobs, [chat.parser(request, job.prompt, index) for index, job in enumerate(jobs)]
 
     @staticmethod
     def _usage(ends: Seq[Finished], index: Mapping[int, int], n: int) -> Usage:
@@ -4488,7 +4711,7 @@ class Service:
         )  # fmt: skip
 
     def health(self) -> dict[str, Any]:
-        """`/api/health` (Seed): memory is the resident set of the server and its engines."""
+        """`/api/health`: memory is the resident set of the server and its engines."""
         statuses = self.table.statuses()
         return {
             "status": "healthy", "models_loaded": sum(s["loaded"] for s in statuses),
@@ -4502,7 +4725,7 @@ class Service:
         return resident_bytes([os.getpid(), *(w.process.pid for w in self.table.workers())])
 
     def models(self) -> dict[str, Any]:
-        """`/api/models` (Seed): `default` first, then every model."""
+        """`/api/models`: `default` first, then every model."""
         models, default = self.table.models(), self.table.default_id()
         real = next((m for m in models if m["id"] == default), None)
         first = [real | {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}] if real else []
@@ -4519,122 +4742,278 @@ class Service:
             "server": {"running": True, "pid": os.getpid()},
         }  # fmt: skip
 
+    def close(self) -> None:
+        """Ends every engine and helper; idempotent."""
+        self.table.close()
+        self.helpers.close()
+
+
+def constrained(request: GenerateRequest) -> GenerateRequest:
+    """The request with its JSON schema made into a grammar. Raises InvalidRequest naming the keyword at fault."""
+    schema = request.sampling.json_schema
+    if schema is None:
+        return request
+    constraint = Constraint(SchemaGrammar("json_schema").compile(schema), "json_schema")
+    return replace(request, sampling=replace(request.sampling, constraint=constraint, json_schema=None))
+
 
 # ── 15. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# One class an API: a body to a request, events to its documents.
+# What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
+
+
+@dataclass
+class Choice:
+    """One choice of a whole answer."""
+
+    texts: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
+    calls: list[dict[str, str]] = field(default_factory=list)  # id, name, arguments
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
 
 
 class Reply:
     """A whole answer, collected from its events: a plain reply is a stream that was waited for."""
 
     def __init__(self) -> None:
-        self.choices: dict[int, dict[str, Any]] = {}
+        self._choices: dict[int, Choice] = {}
         self.usage: Usage | None = None
 
     def add(self, event: Event) -> None:
         if isinstance(event, Usage):
             self.usage = event
-        if not isinstance(event, (TextDelta, ToolCall, ChoiceEnd)):
+        if isinstance(event, (Queued, Waiting, Usage)):
             return
-        empty: dict[str, Any] = {"content": [], "reasoning": [], "calls": [], "logprobs": [], "reason": None}
-        choice = self.choices.setdefault(event.index, empty)
-        if isinstance(event, TextDelta):
-            choice["content"].append(event.content)
-            choice["reasoning"].append(event.reasoning)
-            choice["logprobs"] += event.logprobs
-        elif isinstance(event, ToolCall):
-            choice["calls"].append(event)
+        choice = self._choices.setdefault(event.index, Choice())
+        if isinstance(event, Text):
+            choice.texts.append(event.text)
+            choice.logprobs += event.logprobs
+        elif isinstance(event, Thought):
+            choice.thoughts.append(event.text)
+            choice.logprobs += event.logprobs
+        elif isinstance(event, CallBegan):
+            choice.calls.append({"id": event.id, "name": event.name, "arguments": ""})
+        elif isinstance(event, CallArguments):
+            choice.calls[event.number]["arguments"] += event.text
         else:
-            choice["reason"] = event.finish_reason
+            choice.finish_reason = event.finish_reason
 
-    def texts(self) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        for index, choice in sorted(self.choices.items()):
-            yield index, "".join(choice["content"]), choice
+    def choices(self) -> list[tuple[int, Choice]]:
+        return sorted(self._choices.items())
 
 
 class Dialect:
-    """One API's shapes: a body to a request, an event to stream chunks, a whole reply to a document."""
+    """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
 
-    openai = False
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        """Reads the body. Raises InvalidRequest naming the field at fault."""
+        self.stream = flag(body, "stream")
+        self.request = self.read(body)
+        self.model = self.request.model  # as the request has it, until Queued tells the real id
+        self.usage: Usage | None = None
+        self._reply = Reply()
 
-    def __init__(self, request: GenerateRequest) -> None:
-        self.request, self.id, self.created = request, os.urandom(12).hex(), int(time.time())
-
-    @classmethod
-    def read(cls, body: Mapping[str, Any]) -> GenerateRequest:
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        """The request a body asks for."""
         raise NotImplementedError
 
+    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+        """What to send at an event: the stream's chunks, or one document at the end."""
+        if isinstance(event, Queued):
+            self.model = event.model
+        elif isinstance(event, Usage):
+            self.usage = event
+        if self.stream:
+            yield from self.chunks(event)
+            return
+        self._reply.add(event)
+        if isinstance(event, Usage):
+            yield self.document(self._reply)
+
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        """A stream's documents for one event."""
         raise NotImplementedError
 
     def document(self, reply: Reply) -> dict[str, Any]:
+        """The whole answer."""
         raise NotImplementedError
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        """An error in this API's shape."""
+        return error.document()
 
 
 class Native(Dialect):
-    """`/api/generate` (Seed)."""
+    """`/api/generate`, the documented API."""
 
-    def __init__(self, request: GenerateRequest) -> None:
-        super().__init__(request)
-        self._reason = "stop"
-
-    read = staticmethod(GenerateRequest.from_native)
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        """Model and prompt (or messages, or a system text) are required."""
+        if body.get("model") is None:
+            raise InvalidRequest("model is required: the id of a model, or default", "model")
+        prompt, messages, system = body.get("prompt"), read_messages(body), body.get("system")
+        if prompt is None and messages is None:
+            raise InvalidRequest("prompt is required (or messages)", "prompt")
+        if prompt is not None and messages is not None:
+            raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
+        if system is not None:
+            turns = messages or ({"role": "user", "content": a_string("prompt", prompt)},)
+            messages, prompt = ({"role": "system", "content": a_string("system", system)}, *turns), None
+        return GenerateRequest(
+            model=a_string("model", body["model"]),
+            prompts=() if prompt is None else (a_string("prompt", prompt),),
+            messages=messages,
+            sampling=Sampling.from_json(body, **NATIVE_DEFAULTS),
+        )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, TextDelta) and event.content:
-            yield {"choices": [{"text": event.content, "index": 0}]}
+        if isinstance(event, Text) and event.text:
+            yield self._piece(event.text)
         elif isinstance(event, ChoiceEnd):
             self._reason = event.finish_reason
         elif isinstance(event, Usage):
-            yield {"choices": [{"text": "", "index": 0, "finish_reason": self._reason}], "usage": event.document()}
+            yield self._end(self._reason, event)
+
+    @staticmethod
+    def _piece(text: str) -> dict[str, Any]:
+        return {"choices": [{"text": text, "index": 0}]}
+
+    @staticmethod
+    def _end(reason: str, usage: Usage) -> dict[str, Any]:
+        return {"choices": [{"text": "", "index": 0, "finish_reason": reason}], "usage": usage.document()}
 
     def document(self, reply: Reply) -> dict[str, Any]:
         assert reply.usage
-        choices = [{"text": text, "index": i, "finish_reason": c["reason"]} for i, text, c in reply.texts()]
+        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in reply.choices()]
         return {"choices": choices, "usage": reply.usage.document()}
+
+
+class NativeSocket(Native):
+    """`/ws/generate`, the documented API: tokens, then done."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__(body)
+        self.stream = True
+
+    @staticmethod
+    def _piece(text: str) -> dict[str, Any]:
+        return {"token": text}
+
+    @staticmethod
+    def _end(reason: str, usage: Usage) -> dict[str, Any]:
+        return {"done": True, "finish_reason": reason, "usage": usage.document()}
+
+    @classmethod
+    def cancelled(cls) -> dict[str, Any]:
+        """The last document of a request that was cancelled before the engine had it."""
+        return cls._end("cancelled", Usage(0, 0, 0, 0, 0))
+
+
+UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's that are known here but not served yet
+    "response_format": lambda v: v != {"type": "text"},
+    "tool_choice": lambda v: v not in ("none", "auto"),
+    "parallel_tool_calls": lambda v: v is not True,
+    "suffix": lambda v: v != "",
+    "echo": lambda v: v is not False,
+    "best_of": lambda v: v != 1,
+    "functions": lambda v: v != [],
+    "function_call": lambda v: v not in ("none", "auto"),
+    "modalities": lambda v: v != ["text"],
+    "audio": lambda v: True,
+    "prediction": lambda v: True,
+    "web_search_options": lambda v: True,
+}
+
+
+def refuse_unbuilt(body: Mapping[str, Any]) -> None:
+    """A known field that is not built yet is refused by name: to ignore it would be to answer something else."""
+    for name, unserved in UNBUILT.items():
+        if body.get(name) is not None and unserved(body[name]):
+            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here yet", name)
 
 
 class OpenAI(Dialect):
     """What OpenAI's two text routes share."""
 
-    openai = True
     prefix = object_name = chunk_name = ""
 
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__(body)
+        self._id, self._created = f"{self.prefix}-{os.urandom(12).hex()}", int(time.time())
+        self._include_usage = flag(an_object("stream_options", body.get("stream_options") or {}), "include_usage")
+
+    @staticmethod
+    def common(body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
+        """The fields both routes read alike."""
+        refuse_unbuilt(body)
+        n = body.get("n")
+        return GenerateRequest(
+            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            sampling=Sampling.from_json(body, logprobs=logprobs),
+            n=1 if n is None else whole(1, MAX_CHOICES)("n", n),
+        )
+
     def _envelope(self, name: str, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return {"id": f"{self.prefix}-{self.id}", "object": name, "created": self.created,
-                "model": self.request.model, "choices": choices} | more  # fmt: skip
+        return {"id": self._id, "object": name, "created": self._created, "model": self.model, "choices": choices} | more
 
     def _chunk(self, choices: list[Any], **more: Any) -> dict[str, Any]:
-        if self.request.include_usage:
+        if self._include_usage:
             more.setdefault("usage", None)
         return self._envelope(self.chunk_name, choices, **more)
 
     @staticmethod
-    def usage(usage: Usage | None) -> dict[str, Any]:
+    def _usage(usage: Usage | None) -> dict[str, Any]:
         assert usage
         return usage.document() | {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
 
     def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
-        if self.request.include_usage:
-            yield self._chunk([], usage=self.usage(event))
+        if self._include_usage:
+            yield self._chunk([], usage=self._usage(event))
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        return error.document(openai=True)
 
 
 class ChatCompletion(OpenAI):
     """`/v1/chat/completions`."""
 
-    read = staticmethod(GenerateRequest.from_chat)
     prefix, object_name, chunk_name = "chatcmpl", "chat.completion", "chat.completion.chunk"
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        messages = read_messages(body)
+        if messages is None:
+            raise InvalidRequest("messages is required: a list of messages", "messages")
+        top, wanted = body.get("top_logprobs"), flag(body, "logprobs")
+        if top is not None and not wanted:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
+        limit = body.get("max_completion_tokens")
+        if limit is not None:
+            body = {**body, "max_tokens": whole(1)("max_completion_tokens", limit)}
+        return replace(
+            self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
+            messages=messages,
+            tools=read_tools(body),
+            template_args=an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {}),
+            split_markers=True,
+        )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Queued):
             for index in range(self.request.n):
                 yield self._delta(index, {"role": "assistant", "content": ""})
-        elif isinstance(event, TextDelta):
-            delta = {k: v for k, v in (("content", event.content), ("reasoning_content", event.reasoning)) if v}
-            if delta or event.logprobs:
-                yield self._delta(event.index, delta, event.logprobs)
-        elif isinstance(event, ToolCall):
-            yield self._delta(event.index, {"tool_calls": [{"index": event.number} | self._call(event)]})
+        elif isinstance(event, (Text, Thought)):
+            name = "content" if isinstance(event, Text) else "reasoning_content"
+            if event.text or event.logprobs:
+                yield self._delta(event.index, {name: event.text} if event.text else {}, event.logprobs)
+        elif isinstance(event, CallBegan):
+            yield self._call_delta(event, {"id": event.id, "type": "function"}, {"name": event.name, "arguments": ""})
+        elif isinstance(event, CallArguments):
+            yield self._call_delta(event, {}, {"arguments": event.text})
         elif isinstance(event, ChoiceEnd):
             yield self._chunk([{"index": event.index, "delta": {}, "logprobs": None, "finish_reason": event.finish_reason}])
         elif isinstance(event, Usage):
@@ -4644,9 +5023,8 @@ class ChatCompletion(OpenAI):
         shown = self._logprobs(logprobs) if logprobs else None
         return self._chunk([{"index": index, "delta": delta, "logprobs": shown, "finish_reason": None}])
 
-    @staticmethod
-    def _call(call: ToolCall) -> dict[str, Any]:
-        return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    def _call_delta(self, event: CallBegan | CallArguments, fields: dict[str, Any], function: dict[str, Any]) -> dict[str, Any]:
+        return self._delta(event.index, {"tool_calls": [{"index": event.number, **fields, "function": function}]})
 
     @staticmethod
     def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
@@ -4657,31 +5035,43 @@ class ChatCompletion(OpenAI):
         return {"content": content, "refusal": None}
 
     def document(self, reply: Reply) -> dict[str, Any]:
-        choices = []
-        for index, content, c in reply.texts():
-            message: dict[str, Any] = {"role": "assistant", "content": content or (None if c["calls"] else "")}
-            if any(c["reasoning"]):
-                message["reasoning_content"] = "".join(c["reasoning"])
-            if c["calls"]:
-                message["tool_calls"] = [self._call(call) for call in c["calls"]]
-            shown = self._logprobs(c["logprobs"]) if self.request.sampling.logprobs is not None else None
-            choices.append({"index": index, "message": message, "logprobs": shown, "finish_reason": c["reason"]})
-        return self._envelope(self.object_name, choices, usage=self.usage(reply.usage))
+        choices = [
+            {"index": i, "message": self._message(c), "finish_reason": c.finish_reason,
+             "logprobs": None if self.request.sampling.logprobs is None else self._logprobs(c.logprobs)}
+            for i, c in reply.choices()
+        ]  # fmt: skip
+        return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
+
+    @staticmethod
+    def _message(choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
+        if choice.thoughts:
+            message["reasoning_content"] = "".join(choice.thoughts)
+        if choice.calls:
+            message["tool_calls"] = [
+                {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
+                for c in choice.calls
+            ]
+        return message
 
 
 class Completion(OpenAI):
     """`/v1/completions`."""
 
-    read = staticmethod(GenerateRequest.from_completion)
     prefix, object_name, chunk_name = "cmpl", "text_completion", "text_completion"
 
-    def __init__(self, request: GenerateRequest) -> None:
-        super().__init__(request)
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        """A prompt is a string, a list of strings, token ids, or a list of those."""
         self._said: dict[int, int] = {}  # characters by choice so far
+        if body.get("prompt") is None:
+            raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
+        logprobs = body.get("logprobs")
+        count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
+        return replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, TextDelta) and (event.content or event.logprobs):
-            yield self._chunk([self._choice(event.index, event.content, event.logprobs, None)])
+        if isinstance(event, Text) and (event.text or event.logprobs):
+            yield self._chunk([self._choice(event.index, event.text, event.logprobs, None)])
         elif isinstance(event, ChoiceEnd):
             yield self._chunk([self._choice(event.index, "", (), event.finish_reason)])
         elif isinstance(event, Usage):
@@ -4699,20 +5089,8 @@ class Completion(OpenAI):
         return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
 
     def document(self, reply: Reply) -> dict[str, Any]:
-        choices = [self._choice(i, text, c["logprobs"], c["reason"]) for i, text, c in reply.texts()]
-        return self._envelope(self.object_name, choices, usage=self.usage(reply.usage))
-
-
-class Socket(Native):
-    """`/ws/generate` (Seed): tokens, then done."""
-
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, TextDelta) and event.content:
-            yield {"token": event.content}
-        elif isinstance(event, ChoiceEnd):
-            self._reason = event.finish_reason
-        elif isinstance(event, Usage):
-            yield {"done": True, "finish_reason": self._reason, "usage": event.document()}
+        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in reply.choices()]
+        return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
 
 
 # ── 16. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4982,93 +5360,251 @@ _KERNEL_SELECTORS = tuple(
 )
 
 
-def answer_health(handler: Handler) -> None:
-    """Up, and with what: Service.health."""
-    handler.send(handler.service.health())
+# Wires: documents to bytes
 
 
-def answer_diag(handler: Handler) -> None:
-    """What a report of a problem should contain: Service.diag."""
-    handler.send(handler.service.diag())
+class Output(Protocol):
+    """Where a wire writes: an HTTP connection's answer."""
+
+    def respond(self, answer: Answer) -> None:
+        """Sends a whole answer."""
+
+    def start(self, content_type: str) -> None:
+        """Sends the head of an answer in pieces."""
+
+    def write(self, data: bytes, last: bool = False) -> None:
+        """Sends a piece, and the end of the answer behind the last one."""
 
 
-def answer_models(handler: Handler) -> None:
-    """The list of models, `default` first: Service.models."""
-    handler.send(handler.service.models())
+class Wire:
+    """How a dialect's documents reach one client. `begin` comes before the first document, and from there errors are documents."""
+
+    def begin(self) -> None:
+        """The request is queued: what fails from now on may be told inside the answer."""
+
+    def send(self, document: dict[str, Any]) -> None:
+        """One document."""
+        raise NotImplementedError
+
+    def idle(self) -> None:
+        """A sign of life, so that no client or proxy gives up."""
+
+    def end(self) -> None:
+        """The answer is complete."""
+
+    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
+        """The error, in its dialect's shape; the last that is sent."""
+        raise NotImplementedError
 
 
-def answer_discover(handler: Handler) -> None:
-    """Look at the disk again, and tell what is there."""
-    models = handler.service.table.scan()
-    handler.send({"discovered": len(models), "models": models})
+class Whole(Wire):
+    """One JSON document, with its status."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+
+    def send(self, document: dict[str, Any]) -> None:
+        self._out.respond(Answer(document))
+
+    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
+        self._out.respond(Answer(document, error.status, error.headers()))
 
 
-def answer_load(handler: Handler, name: str) -> None:
+class Sse(Whole):
+    """Server-sent events (WHATWG HTML, 9.2), one a document, then `[DONE]`."""
+
+    content_type = "text/event-stream; charset=utf-8"
+    done = b"data: [DONE]\n\n"
+    _begun = False
+
+    def begin(self) -> None:
+        if not self._begun:
+            self._out.start(self.content_type)
+            self._begun = True
+
+    def send(self, document: dict[str, Any]) -> None:
+        self._out.write(self.encoded(document))
+
+    def idle(self) -> None:
+        if self._begun:
+            self._out.write(b": waiting\n\n")
+
+    def end(self) -> None:
+        self._out.write(self.done, last=True)
+
+    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
+        if self._begun:
+            self._out.write(self.encoded(document), last=True)
+        else:
+            super().fail(error, document)
+
+    @staticmethod
+    def encoded(document: dict[str, Any]) -> bytes:
+        return b"data: %b\n\n" % to_json(document)
+
+
+def to_json(document: Any) -> bytes:
+    """JSON as UTF-8; what cannot be encoded becomes a question mark."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
+    """The one way from events to a client, whichever door it came through. What the events raise passes."""
+    signs = 0
+    with contextlib.closing(events):  # type: ignore[type-var]
+        for event in events:
+            if isinstance(event, Waiting):
+                signs += 1
+            if isinstance(event, Queued) or signs == HEAD_SIGNS:
+                wire.begin()
+            if isinstance(event, Waiting):
+                wire.idle()
+            for document in dialect.documents(event):
+                wire.send(document)
+    wire.end()
+
+
+# One request, through any door
+
+
+class Door(Protocol):
+    """Who waits at the other end of a request."""
+
+    def fail(self, error: ApiError) -> None:
+        """Tells the client about an error."""
+
+    def leave(self) -> None:
+        """The request is off: the client has left, or cancelled."""
+
+
+class RequestLog:
+    """One request's line in the log: what it was, how it ended, how long it took; never its text or key."""
+
+    def __init__(self, what: str = "") -> None:
+        self.what, self.status, self._began = what, 0, time.monotonic()
+        self.dialect: Dialect | None = None
+
+    def write(self) -> None:
+        milliseconds = (time.monotonic() - self._began) * 1000
+        tokens = ""
+        if self.dialect and self.dialect.usage:
+            usage = self.dialect.usage
+            tokens = f" {printable(self.dialect.model)} {usage.prompt_tokens}+{usage.completion_tokens} tokens"
+        log.info("%s %s %.0f ms%s", printable(self.what), self.status, milliseconds, tokens)
+
+
+def run_request(work: Callable[[], None], door: Door, line: RequestLog) -> None:
+    """Runs a request: the one place where errors become answers, and where requests are logged."""
+    try:
+        work()
+    except ApiError as error:
+        line.status = error.status
+        door.fail(error)
+    except (Cancelled, ConnectionError, TimeoutError):  # called off, gone, or too slow
+        door.leave()
+    except Exception:
+        log.exception("%s failed", printable(line.what))
+        line.status = 500
+        door.fail(ApiError("See the server's log"))
+    line.write()
+
+
+# Routes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole answer: a document, or bytes of another kind."""
+
+    document: Any
+    status: int = 200
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> bytes:
+        return self.document if isinstance(self.document, bytes) else to_json(self.document) + b"\n"
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that a route's function sees of a request."""
+
+    service: Service
+    names: tuple[str, ...]  # in the path
+    query: Mapping[str, str]
+    body: bytes
+    cancel: Cancellation
+
+
+def answer_health(call: Call) -> Answer:
+    """Whether the server is up, and with what."""
+    return Answer(call.service.health())
+
+
+def answer_diag(call: Call) -> Answer:
+    """What a report of a problem should contain."""
+    return Answer(call.service.diag())
+
+
+def answer_models(call: Call) -> Answer:
+    """The list of models, `default` first."""
+    return Answer(call.service.models())
+
+
+def answer_discover(call: Call) -> Answer:
+    """Rescans the disk and lists what is there."""
+    models = call.service.table.scan()
+    return Answer({"discovered": len(models), "models": models})
+
+
+def answer_load(call: Call) -> Answer:
     """200 with the status once the model is loaded; with `?wait=false` 202 at once."""
-    handler.body()
-    wait = handler.query.get("wait", "true").lower() not in ("false", "0", "no")
-    with handler.watched() as cancel:
-        status = handler.service.table.load(name, wait, cancel)
-    handler.send(status, 200 if wait or status["loaded"] else 202)
+    wait = call.query.get("wait", "true").lower() not in ("false", "0", "no")
+    status = call.service.table.load(call.names[0], wait, call.cancel)
+    return Answer(status, 200 if wait or status["loaded"] else 202)
 
 
-def answer_unload(handler: Handler, name: str) -> None:
-    """200 with the status once its memory is free; `?force=true` ends what runs."""
-    handler.body()
-    force = handler.query.get("force", "false").lower() in ("true", "1", "yes")
-    with handler.watched() as cancel:
-        handler.send(handler.service.table.unload(name, force, cancel))
+def answer_unload(call: Call) -> Answer:
+    """200 with the status once the model's memory is free; `?force=true` ends what runs."""
+    force = call.query.get("force", "false").lower() in ("true", "1", "yes")
+    return Answer(call.service.table.unload(call.names[0], force, call.cancel))
 
 
-def answer_status(handler: Handler, name: str) -> None:
-    """One model's state and counts: Entry.status."""
-    handler.send(handler.service.table.status(name))
+def answer_status(call: Call) -> Answer:
+    """One model's state and counts."""
+    return Answer(call.service.table.status(call.names[0]))
 
 
-def answer_tools(handler: Handler) -> None:
+def answer_tools(call: Call) -> Answer:
     """Every tool with the JSON schema of its arguments."""
-    handler.send({"tools": handler.service.tools.documents()})
+    return Answer({"tools": call.service.tools.documents()})
 
 
-def answer_execute(handler: Handler, name: str) -> None:
-    """Run a tool on the arguments in the body: success, result, error."""
-    handler.send(handler.service.tools.execute(name, parse_json(handler.body() or b"{}")))
+def answer_execute(call: Call) -> Answer:
+    """Runs a tool on the arguments in the body."""
+    return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}")))
 
 
-def answer_upgrade(handler: Handler) -> None:
+def answer_upgrade(call: Call) -> Answer:
     """426: proper upgrades never come here, Handler.handle gives them to SocketListener."""
     raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
-def answer_openai_models(handler: Handler) -> None:
+def answer_openai_models(call: Call) -> Answer:
     """The same models in OpenAI's list object."""
-    data = [openai_model(handler, m["id"]) for m in handler.service.table.models()]
-    handler.send({"object": "list", "data": data})
+    return Answer({"object": "list", "data": [openai_model(call, m["id"]) for m in call.service.table.models()]})
 
 
-def answer_openai_model(handler: Handler, name: str) -> None:
-    """One of them, by any name that means it."""
-    handler.send(openai_model(handler, handler.service.table.resolve(name)))
+def answer_openai_model(call: Call) -> Answer:
+    """One model, by any name that means it."""
+    return Answer(openai_model(call, call.service.table.resolve(call.names[0])))
 
 
-def openai_model(handler: Handler, id: str) -> dict[str, Any]:
+def openai_model(call: Call, id: str) -> dict[str, Any]:
     """OpenAI's model object; `created` is when this server began."""
-    return {"id": id, "object": "model", "created": int(handler.service.started), "owned_by": "shimmy"}
+    return {"id": id, "object": "model", "created": int(call.service.started), "owned_by": "shimmy"}
 
 
-def answer_native(handler: Handler) -> None:
-    """Generate, as the Seed has it."""
-    handler.generate(Native)
-
-
-def answer_chat(handler: Handler) -> None:
-    """Generate from messages, as OpenAI has it."""
-    handler.generate(ChatCompletion)
-
-
-def answer_completion(handler: Handler) -> None:
-    """Generate from prompts, as OpenAI has it."""
-    handler.generate(Completion)
+Answering = Callable[[Call], Answer]
 
 
 @dataclass(frozen=True)
@@ -5077,49 +5613,53 @@ class Route:
 
     method: str
     path: tuple[str, ...]
-    answer: Callable[..., None]  # called with the handler and the names in the path
+    answer: Answering | type[Dialect]  # a dialect generates
     keyless: bool = False
-    openai: bool = False
+    needs_body: bool = False
+    errors: type[Dialect] = Dialect  # whose shape an error takes
+    wire: type[Sse] = Sse  # of a dialect's streams
 
-    def match(self, segments: Seq[str]) -> list[str] | None:
+    def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
         """The names in the path, or None."""
         if len(segments) != len(self.path):
             return None
         if any(part not in ("{}", segment) for part, segment in zip(self.path, segments, strict=True)):
             return None
-        return [s for part, s in zip(self.path, segments, strict=True) if part == "{}"]
+        return tuple(s for part, s in zip(self.path, segments, strict=True) if part == "{}")
 
 
-def _route(row: str, answer: Callable[..., None], **marks: bool) -> Iterator[Route]:
+def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterator[Route]:
     method, path = row.split()
-    route = Route(method, tuple(path.strip("/").split("/")), answer, **marks)
-    yield route
-    if route.openai:  # these work without /v1 too
-        yield replace(route, path=route.path[1:])
+    if isinstance(answer, type):
+        marks = {"needs_body": True, "errors": answer} | marks
+    segments = tuple(path.strip("/").split("/"))
+    yield Route(method, segments, answer, **marks)
+    if segments[0] == "v1":  # OpenAI's routes work without /v1 too
+        yield Route(method, segments[1:], answer, **marks)
 
 
 ROUTES = (
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
     *_route("GET /diag", answer_diag),
-    *_route("POST /api/generate", answer_native),
+    *_route("POST /api/generate", Native),
     *_route("GET /api/models", answer_models),
     *_route("POST /api/models/discover", answer_discover),
     *_route("POST /api/models/{}/load", answer_load),
     *_route("POST /api/models/{}/unload", answer_unload),
     *_route("GET /api/models/{}/status", answer_status),
     *_route("GET /api/tools", answer_tools),
-    *_route("POST /api/tools/{}/execute", answer_execute),
+    *_route("POST /api/tools/{}/execute", answer_execute, needs_body=True),
     *_route("GET /ws/generate", answer_upgrade),
-    *_route("POST /v1/chat/completions", answer_chat, openai=True),
-    *_route("POST /v1/completions", answer_completion, openai=True),
-    *_route("GET /v1/models", answer_openai_models, openai=True),
-    *_route("GET /v1/models/{}", answer_openai_model, openai=True),
+    *_route("POST /v1/chat/completions", ChatCompletion),
+    *_route("POST /v1/completions", Completion),
+    *_route("GET /v1/models", answer_openai_models, errors=OpenAI),
+    *_route("GET /v1/models/{}", answer_openai_model, errors=OpenAI),
 )
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: requests one after another, each answered by a method that a row of ROUTES names."""
+    """One connection: requests one after another, each read, checked, and answered by its row of ROUTES."""
 
     protocol_version = "HTTP/1.1"
     server_version = f"shimmy/{__version__}"
@@ -5140,33 +5680,27 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
-        """Read, check, answer one request; the one place where errors become answers."""
         self._reset()
-        began = time.monotonic()
-        try:
-            self._read_head()
-            with self.server.busy():
-                self._answer()
-        except ApiError as error:
-            self._fail(error)
-        except Cancelled:
-            self.close_connection = True
-        except (ConnectionError, TimeoutError):  # the client is gone, or too slow
-            self.close_connection = True
-        except Exception:
-            log.exception("%s %s failed", self.command, self.path)
-            self._fail(ApiError("See the server's log"))
-        log.info("%s %s %s %.0f ms", self.command, self.path.partition("?")[0], self.status, (time.monotonic() - began) * 1000)
+        run_request(self._answer_request, self, self.log_line)
         if self.close_connection and self.unread:
             self.reader.drain()
 
     def _reset(self) -> None:
         self.command, self.path, self.request_version = "", "", "HTTP/1.1"
         self.headers = http.client.HTTPMessage()
+        self.log_line = RequestLog()
         self.route: Route | None = None
-        self.status = 0  # of the answer, 0 until its head is sent
-        self.streaming = self.unread = False
+        self.wire: Wire = Whole(self)
+        self.chunked = self.unread = False
         self.segments: list[str] = []
+
+    def _answer_request(self) -> None:
+        self._read_head()
+        self.log_line.what = f"{self.command} {self.path.partition('?')[0]}"
+        with self.server.busy():
+            self._answer()
+
+    # Reading
 
     def _read_head(self) -> None:
         self.unread = True
@@ -5185,6 +5719,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise InvalidRequest("The request's address is malformed") from None
         self.query = dict(urllib.parse.parse_qsl(target.query))
         self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
+        self._read_length()
+        self.connection.settimeout(WRITE_SECONDS)
+
+    def _read_length(self) -> None:
+        """How long the body is (RFC 9112, 6.3)."""
         lengths, encoding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
         if encoding is not None and lengths:
             raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
@@ -5192,9 +5731,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise InvalidRequest("Transfer-Encoding must be chunked")
         if len(set(lengths)) > 1 or not all(re.fullmatch(r"\d{1,15}", n.strip()) for n in lengths):
             raise InvalidRequest("Content-Length must be one whole number")
-        self.length = int(lengths[0]) if lengths else 0
-        self.unread = bool(self.length or encoding)
-        self.connection.settimeout(WRITE_SECONDS)
+        self.length = int(lengths[0]) if lengths else None if encoding is None else -1  # -1: in chunks
+        self.unread = bool(self.length)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What parse_request says of a malformed head, in our shape instead of HTML."""
@@ -5204,64 +5742,113 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """`100 Continue` waits until the head has passed its checks: _body sends it."""
         return True
 
-    def _answer(self) -> None:
-        if self.server.stopping:
-            self.close_connection = True
-            raise Overloaded("The server is shutting down")
-        origin = self.headers.get("Origin")
-        if self.command == "OPTIONS":
-            self.server.access.check({"Host": self.headers.get("Host") or ""}, keyless=True)
-            return self._preflight(origin)
-        matching = [r for r in ROUTES if r.match(self.segments) is not None]
-        if not matching and self.segments:
-            self.server.access.check(self.headers, keyless=False)
-            raise NotFound(f"No route matches /{'/'.join(self.segments)[:200]}")
-        if self.headers.get("Host") is None and self.request_version == "HTTP/1.1":
-            raise InvalidRequest("The Host header is missing")
-        method = "GET" if self.command == "HEAD" else self.command
-        self.route = next((r for r in matching if r.method == method), matching[0] if matching else None)
-        self.server.access.check(self.headers, self.route is not None and self.route.keyless)
-        if self.route is None:
-            raise NotFound("No route matches /")
-        if self.route.method != method:
-            allowed = {r.method for r in matching}
-            raise MethodNotAllowed(self.command, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
-        self.route.answer(self, *(self.route.match(self.segments) or ()))
-
-    def _preflight(self, origin: str | None) -> None:
-        """CORS: what a page of an allowed origin may send. Needs no key."""
-        methods = sorted({r.method for r in ROUTES if r.match(self.segments) is not None} | {"OPTIONS"})
-        asked = self.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
-        allowed = {"Access-Control-Allow-Methods": ", ".join(methods), "Access-Control-Max-Age": "600",
-                   "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)} if self._allowed(origin) else {}  # fmt: skip
-        self._respond(200, b"", allowed | {"Allow": ", ".join(methods)})
-
-    def _allowed(self, origin: str | None) -> bool:
-        return origin is not None and self.server.access.origin_allowed(origin, self.headers.get("Host") or "")
-
-    # Reading and writing
-
-    def body(self) -> bytes:
-        """The request's body, at most MAX_BODY bytes."""
-        if self.length > MAX_BODY:
-            raise PayloadTooLarge(f"The body has {self.length} bytes, up to {MAX_BODY} are read")
+    def _body(self) -> bytes:
+        """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
+        size = self.length or 0
+        if size > MAX_BODY:
+            raise PayloadTooLarge(f"The body has {size} bytes, up to {MAX_BODY} are read")
         if self.unread and (self.headers.get("Expect") or "").lower() == "100-continue":
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        chunked = self.headers.get("Transfer-Encoding") is not None
-        data = self.reader.chunked() if chunked else self.reader.exactly(self.length)
+        data = self.reader.chunked() if size < 0 else self.reader.exactly(size)
         self.unread = False
         self.connection.settimeout(WRITE_SECONDS)
         return data
 
-    def _json(self) -> dict[str, Any]:
-        body = parse_json(self.body())
-        if not isinstance(body, dict):
-            raise InvalidRequest("The body must be a JSON object")
-        return body
+    # Answering
+
+    def _answer(self) -> None:
+        if self.server.stopping:
+            self.close_connection = True
+            raise Overloaded("The server is shutting down")
+        if self.command == "OPTIONS":
+            self.server.access.check({"Host": self.headers.get("Host") or ""}, keyless=True)
+            return self._preflight()
+        self.route, names = self._find_route()
+        if self.route.needs_body and self.length is None:
+            self.unread = True  # whatever follows is no request: the connection closes
+            raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
+        body = self._body()
+        cancel = Cancellation()
+        with self.server.watcher.watching(self.connection, cancel), self.server.cancellable(cancel):
+            call = Call(self.service, names, self.query, body, cancel)
+            if isinstance(self.route.answer, type):
+                self._generate(self.route.answer, call)
+            else:
+                self.respond(self.route.answer(call))
+
+    def _find_route(self) -> tuple[Route, tuple[str, ...]]:
+        """The row for this request, and the names in its path; the access checks come before any answer."""
+        matching = [(r, names) for r in ROUTES if (names := r.match(self.segments)) is not None]
+        if matching and self.headers.get("Host") is None and self.request_version == "HTTP/1.1":
+            raise InvalidRequest("The Host header is missing")
+        method = "GET" if self.command == "HEAD" else self.command
+        found = next((pair for pair in matching if pair[0].method == method), matching[0] if matching else None)
+        self.route = found[0] if found else None
+        self.server.access.check(self.headers, self.route is not None and self.route.keyless)
+        if found is None:
+            raise NotFound(f"No route matches /{'/'.join(self.segments)[:200]}")
+        if found[0].method != method:
+            allowed = {r.method for r, _ in matching}
+            raise MethodNotAllowed(self.command, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
+        return found
+
+    def _generate(self, kind: type[Dialect], call: Call) -> None:
+        dialect = self.log_line.dialect = kind(parse_object(call.body))
+        assert self.route
+        self.wire = self.route.wire(self) if dialect.stream else self.wire
+        deliver(dialect, self.service.generate(dialect.request, call.cancel), self.wire)
+
+    def _preflight(self) -> None:
+        """CORS: what a page of an allowed origin may send. Needs no key."""
+        methods = sorted({r.method for r in ROUTES if r.match(self.segments) is not None} | {"OPTIONS"})
+        headers = {"Allow": ", ".join(methods)}
+        if self._allowed_origin():
+            asked = self.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
+            headers |= {"Access-Control-Allow-Methods": ", ".join(methods), "Access-Control-Max-Age": "600",
+                        "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)}  # fmt: skip
+        self.respond(Answer(b"", headers=headers))
+
+    def _allowed_origin(self) -> str | None:
+        """The request's Origin, if its page may read the answer."""
+        origin = self.headers.get("Origin")
+        allowed = origin is not None and self.server.access.origin_allowed(origin, self.headers.get("Host") or "")
+        return origin if allowed else None
+
+    # Writing: what a Wire calls, and a Door
+
+    def respond(self, answer: Answer) -> None:
+        body = answer.body()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
+        self.connection.sendall(self._head(answer.status, headers) + (b"" if self.command == "HEAD" else body))
+
+    def start(self, content_type: str) -> None:
+        self.chunked = self.request_version == "HTTP/1.1"
+        headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        if self.chunked:
+            headers["Transfer-Encoding"] = "chunked"
+        else:
+            self.close_connection = True
+        self.connection.sendall(self._head(200, headers))
+
+    def write(self, data: bytes, last: bool = False) -> None:
+        if self.chunked:
+            data = b"%x\r\n%b\r\n" % (len(data), data) + (b"0\r\n\r\n" if last else b"")
+        self.connection.sendall(data)
+
+    def fail(self, error: ApiError) -> None:
+        """The error as the whole answer, or as the last event of a stream that has begun."""
+        with contextlib.suppress(OSError):
+            self.wire.fail(error, self._error_shape().error(error))
+
+    def _error_shape(self) -> type[Dialect]:
+        return self.route.errors if self.route else OpenAI if self.segments[:1] == ["v1"] else Dialect
+
+    def leave(self) -> None:
+        self.close_connection = True
 
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        origin = self.headers.get("Origin")
-        if origin is not None and self._allowed(origin):
+        origin = self._allowed_origin()
+        if origin is not None:
             headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         if self.close_connection or self.unread:
             self.close_connection = True
@@ -5269,75 +5856,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         reason = self.responses.get(status, ("",))[0]  # type: ignore[call-overload]
         lines = [f"HTTP/1.1 {status} {reason}", f"Server: {self.server_version}", f"Date: {self.date_time_string()}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.status = status
+        self.log_line.status = status
         return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-
-    def _respond(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
-        given = {"Content-Type": "application/json", "Content-Length": str(len(body)), **(headers or {})}
-        self.connection.sendall(self._head(status, given) + (b"" if self.command == "HEAD" else body))
-
-    def send(self, document: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
-        if self.unread:  # a body nobody asked for must not become the next request
-            self.body()
-        self._respond(status, json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n", headers)
-
-    def _fail(self, error: ApiError) -> None:
-        """The error as the whole answer, or as the last event of a stream that has begun."""
-        document = error.document(self.route.openai if self.route else self.segments[:1] == ["v1"])
-        with contextlib.suppress(OSError):
-            if self.streaming:
-                self._event(json.dumps(document, ensure_ascii=False), last=True)
-            elif not self.status:
-                body = json.dumps(document, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
-                self._respond(error.status, body, error.headers())
-
-    def _begin_stream(self) -> None:
-        self.chunks = self.request_version == "HTTP/1.1"
-        headers = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        if self.chunks:
-            headers["Transfer-Encoding"] = "chunked"
-        else:
-            self.close_connection = True
-        self.connection.sendall(self._head(200, headers))
-        self.streaming = True
-
-    def _event(self, data: str, field: str = "data: ", last: bool = False) -> None:
-        """One server-sent event (or comment, with field ": "), in one write."""
-        payload = f"{field}{data}\n\n".encode("utf-8", "replace")
-        if self.chunks:
-            payload = b"%x\r\n%b\r\n" % (len(payload), payload) + (b"0\r\n\r\n" if last else b"")
-        self.connection.sendall(payload)
-
-    @contextlib.contextmanager
-    def watched(self) -> Iterator[Cancellation]:
-        """A cancellation that the client's leaving, or the server's end, sets off."""
-        cancel = Cancellation()
-        with self.server.watcher.watching(self.connection, cancel), self.server.cancellable(cancel):
-            yield cancel
-
-    def generate(self, dialect_class: type[Dialect]) -> None:
-        """Any dialect's generation: as events while they are made, or collected into one document."""
-        request = dialect_class.read(self._json())
-        dialect = dialect_class(request)
-        with self.watched() as cancel:
-            events = self.service.generate(request, cancel)
-            with contextlib.closing(events):  # type: ignore[type-var]
-                if request.stream:
-                    return self._stream(dialect, events)
-                reply = Reply()
-                for event in events:
-                    reply.add(event)
-        self.send(dialect.document(reply))
-
-    def _stream(self, dialect: Dialect, events: Iterator[Event]) -> None:
-        for event in events:
-            if isinstance(event, Queued):
-                self._begin_stream()
-            elif isinstance(event, Waiting) and self.streaming:
-                self._event("waiting", field=": ")
-            for chunk in dialect.chunks(event):
-                self._event(json.dumps(chunk, ensure_ascii=False))
-        self._event("[DONE]", last=True)
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -5437,7 +5957,7 @@ class Server(http.server.ThreadingHTTPServer):
         for cancel in list(self._cancels) if self._await_quiet(1.0) else ():
             cancel.cancel()
         self.sockets.stop()
-        self.service.table.close()
+        self.service.close()
 
     def _await_quiet(self, seconds: float) -> bool:
         """Wait until no request runs; whether one still does after so many seconds."""
@@ -5490,6 +6010,30 @@ class CountedSocket(socket.socket):
         closed, self.closed = self.closed, None
         if closed:
             closed()
+
+
+@dataclass(frozen=True)
+class SocketRequest:
+    """A request on a WebSocket: its message, and the way to cancel it."""
+
+    message: bytes
+    cancel: Cancellation = field(default_factory=Cancellation)
+
+
+class SocketFrames(Wire):
+    """Documents as WebSocket messages; also the Door of a request that came in one."""
+
+    def __init__(self, say: Callable[[dict[str, Any] | None], Any]) -> None:
+        self._say = say
+
+    def send(self, document: dict[str, Any]) -> None:
+        self._say(document)
+
+    def fail(self, error: ApiError, document: dict[str, Any] | None = None) -> None:
+        self._say(document or NativeSocket.error(error))
+
+    def leave(self) -> None:
+        self._say(NativeSocket.cancelled())
 
 
 class SocketListener:
@@ -5572,40 +6116,66 @@ class SocketListener:
 
         import websockets
 
-        requests: deque[tuple[dict[str, Any], int, Cancellation]] = deque()  # body, bytes; the first one is running
+        requests: deque[SocketRequest] = deque()  # the first one is running
         arrived = asyncio.Event()
         answering = asyncio.ensure_future(self._answer_all(connection, requests, arrived))
         try:
-            async for message in connection:
-                await self._take(connection, message, requests)
+            while True:
+                await self._take(connection, await self._message(connection), requests)
                 arrived.set()
         except websockets.exceptions.ConnectionClosed:
             pass
+        except TimeoutError:
+            await connection.close(1008, f"a message took over {REQUEST_SECONDS:g} seconds")
         finally:
             answering.cancel()
-            for *_, cancel in requests:
-                cancel.cancel()
+            for request in requests:
+                request.cancel.cancel()
 
-    async def _take(self, connection: Any, message: str | bytes, requests: deque[Any]) -> None:
-        """Queue a request, or call the running one off."""
+    @staticmethod
+    async def _message(connection: Any) -> bytes:
+        """The next message as bytes. Raises TimeoutError when its fragments take longer than any request may."""
         import asyncio
 
+        fragments = connection.recv_streaming(decode=False)
+        parts = [await anext(fragments)]
+
+        async def rest() -> None:
+            async for fragment in fragments:
+                parts.append(fragment)
+
         try:
-            body = parse_json(message.encode("utf-8", "surrogatepass") if isinstance(message, str) else message, "The message")
-            if not isinstance(body, dict):
-                raise InvalidRequest("The message must be a JSON object")
-            if body.get("cancel") is True:
-                if requests:  # telling the engine may block on its pipe, which must not stop this loop
-                    await asyncio.to_thread(requests[0][2].cancel, True)
-                return
-            if len(requests) >= self.PENDING or sum(size for _, size, _ in requests) + len(message) > 2 * MAX_BODY:
+            await asyncio.wait_for(rest(), REQUEST_SECONDS)
+        except asyncio.TimeoutError:
+            raise TimeoutError from None
+        return b"".join(parts)
+
+    async def _take(self, connection: Any, message: bytes, requests: deque[SocketRequest]) -> None:
+        """Queues a request, or cancels the running one."""
+        import asyncio
+
+        if len(message) <= 256 and self._is_cancel(message):
+            if requests:  # telling the engine may block on its pipe, which must not stop this loop
+                await asyncio.to_thread(requests[0].cancel.cancel, True)
+            return
+        try:
+            if self.server.stopping:
+                raise Overloaded("The server is shutting down")
+            if len(requests) >= self.PENDING or sum(len(r.message) for r in requests) + len(message) > 2 * MAX_BODY:
                 raise Overloaded(f"{len(requests)} requests wait on this connection already")
         except ApiError as error:
-            await connection.send(json.dumps(error.document(), ensure_ascii=False))
+            await connection.send(to_json(NativeSocket.error(error)).decode())
             return
-        requests.append((body, len(message), Cancellation()))
+        requests.append(SocketRequest(message))
 
-    async def _answer_all(self, connection: Any, requests: deque[Any], arrived: asyncio.Event) -> None:
+    @staticmethod
+    def _is_cancel(message: bytes) -> bool:
+        try:
+            return parse_object(message).get("cancel") is True
+        except InvalidRequest:
+            return False
+
+    async def _answer_all(self, connection: Any, requests: deque[SocketRequest], arrived: asyncio.Event) -> None:
         import asyncio
 
         import websockets
@@ -5615,36 +6185,31 @@ class SocketListener:
             while not requests:
                 arrived.clear()
                 await arrived.wait()
-            body, _, cancel = requests[0]
+            request = requests[0]
             out = asyncio.Queue[dict[str, Any] | None]()
             say: Any = functools.partial(loop.call_soon_threadsafe, out.put_nowait)  # type: ignore[arg-type]
             with self.server.busy():  # until the last message is sent
-                loop.run_in_executor(None, self._generate, body, cancel, say)
+                loop.run_in_executor(None, self._answer_one, request, say)
                 try:
-                    while (chunk := await out.get()) is not None:
-                        await connection.send(json.dumps(chunk, ensure_ascii=False))
+                    while (document := await out.get()) is not None:
+                        await connection.send(to_json(document).decode())
                 except websockets.exceptions.ConnectionClosed:
-                    cancel.cancel()
+                    request.cancel.cancel()
                     return
             requests.popleft()
 
-    def _generate(self, body: dict[str, Any], cancel: Cancellation, say: Callable[[dict[str, Any] | None], Any]) -> None:
-        """One request, in a thread of its own: says each chunk, then None."""
-        with self.server.cancellable(cancel), contextlib.suppress(RuntimeError):  # a closed loop
-            try:
-                dialect = Socket(Socket.read(body))
-                for event in self.server.service.generate(dialect.request, cancel):
-                    for chunk in dialect.chunks(event):
-                        say(chunk)
-            except ApiError as error:
-                say(error.document())
-            except Cancelled:
-                say({"done": True, "finish_reason": "cancelled", "usage": Usage(0, 0, 0, 0, 0).document()})
-            except Exception:
-                log.exception("a WebSocket request failed")
-                say(ApiError("See the server's log").document())
-            finally:
-                say(None)
+    def _answer_one(self, request: SocketRequest, say: Callable[[dict[str, Any] | None], Any]) -> None:
+        """One request, in a thread of its own: says each document, then None."""
+        line, door = RequestLog("WS /ws/generate"), SocketFrames(say)
+
+        def work() -> None:
+            dialect = line.dialect = NativeSocket(parse_object(request.message, "The message"))
+            line.status = 200
+            deliver(dialect, self.server.service.generate(dialect.request, request.cancel), door)
+
+        with self.server.cancellable(request.cancel), contextlib.suppress(RuntimeError):  # a closed loop
+            run_request(work, door, line)
+            say(None)
 
     def stop(self) -> None:
         """Close the connections and end the loop."""
@@ -5894,24 +6459,42 @@ def _preload(service: Service) -> None:
 def command_generate(args: argparse.Namespace) -> int:
     """Streams one generation to standard output, by a running server or an engine of our own."""
     body = generate_body(args)
-    chunks = None if args.local or _is_local(args) else remote_chunks(args, body)
-    reply: list[str] = []
-    last: dict[str, Any] = {}
-    log.info("generated %s", "here" if chunks is None else "by the running server")
-    for chunk in local_chunks(args, body) if chunks is None else chunks:
-        last, piece = chunk, chunk["choices"][0]["text"]
-        reply.append(piece)
-        if not args.json and piece:
-            sys.stdout.buffer.write(piece.encode("utf-8", "replace"))
-            sys.stdout.buffer.flush()
-    if args.json:
-        choice = {"text": "".join(reply), "index": 0, "finish_reason": last["choices"][0]["finish_reason"]}
-        print_json({"choices": [choice], "usage": last["usage"]})
-    elif sys.stdout.isatty():
-        print()
-    if last["choices"][0].get("finish_reason") == "length" and sys.stderr.isatty():
+    dialect = Native(body | {"stream": not args.json})
+    events = None if args.local or _is_local(args) else remote_events(args, body)
+    log.info("generated %s", "here" if events is None else "by the running server")
+    wire = PrintedJson() if args.json else PrintedText()
+    deliver(dialect, local_events(args, dialect.request) if events is None else events, wire)
+    if wire.finish_reason == "length" and sys.stderr.isatty():
         print("shimmy: the text was cut at its limit, see --max-tokens", file=sys.stderr)
     return 0
+
+
+class PrintedText(Wire):
+    """A native stream on standard output: the text alone, each piece flushed."""
+
+    finish_reason: str | None = None
+
+    def send(self, document: dict[str, Any]) -> None:
+        choice = document["choices"][0]
+        self.finish_reason = choice.get("finish_reason")
+        if choice["text"]:
+            sys.stdout.buffer.write(choice["text"].encode("utf-8", "replace"))
+            sys.stdout.buffer.flush()
+
+    def end(self) -> None:
+        if sys.stdout.isatty():
+            print()
+
+
+class PrintedJson(PrintedText):
+    """A native document on standard output."""
+
+    def send(self, document: dict[str, Any]) -> None:
+        self.finish_reason = document["choices"][0]["finish_reason"]
+        print_json(document)
+
+    def end(self) -> None:
+        """The document ends with a newline already."""
 
 
 def generate_body(args: argparse.Namespace) -> dict[str, Any]:
@@ -5930,7 +6513,7 @@ def generate_body(args: argparse.Namespace) -> dict[str, Any]:
         with open(args.schema, "rb") as file:
             body["json_schema"] = parse_json(file.read(), f"--schema {args.schema}:")
     try:
-        GenerateRequest.from_native(body)
+        Native(body)
     except InvalidRequest as error:
         name = error.param or ""
         raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
@@ -5943,23 +6526,20 @@ def _is_local(args: argparse.Namespace) -> bool:
     return knobs or bool(args.models_dir) or (args.model is not None and is_path(args.model))
 
 
-def local_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The stream of a generation by an engine of our own."""
+def local_events(args: argparse.Namespace, request: GenerateRequest) -> Iterator[Event]:
+    """A generation by an engine of our own."""
     check_packages()
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
     service.table.start()
     try:
-        dialect = Native(GenerateRequest.from_native(body | {"model": "default"} if path else body))
-        with contextlib.closing(service.generate(dialect.request, Cancellation())) as events:  # type: ignore[type-var]
-            for event in events:
-                yield from dialect.chunks(event)
+        yield from service.generate(replace(request, model="default") if path else request, Cancellation())
     finally:
-        service.table.close()
+        service.close()
 
 
-def remote_chunks(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]] | None:
-    """The stream of a running server that has the model loaded; None when there is none."""
+def remote_events(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[Event] | None:
+    """A generation by a running server that has the model loaded; None when there is none."""
     base = os.environ.get("SHIMMY_BASE_GGUF")
     if args.model is None and base:  # our default, whatever the server's is
         body = body | {"model": plain_id(pathlib.Path(base).stem if is_path(base) else base)}
@@ -5994,7 +6574,7 @@ def ask_server(args: argparse.Namespace, method: str, path: str, timeout: float)
         connection.close()
 
 
-def _remote_stream(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def _remote_stream(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[Event]:
     connection = _connect(args, None)
     try:
         headers = {"Content-Type": "application/json", **_server_headers()}
@@ -6003,17 +6583,24 @@ def _remote_stream(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[d
         if response.status != 200:
             raise _remote_error(json.loads(response.read(MAX_BODY)))
         for line in response:
-            if not line.startswith(b"data: "):
-                continue
             if line.strip() == b"data: [DONE]":
                 return
-            chunk = json.loads(line[6:])
-            if "error" in chunk:
-                raise _remote_error(chunk)
-            yield chunk
+            if line.startswith(b"data: "):
+                yield from _events_of(json.loads(line[6:]))
         raise GenerationFailed("the server closed the connection in mid-answer")
     finally:
         connection.close()
+
+
+def _events_of(chunk: dict[str, Any]) -> Iterator[Event]:
+    """The events that a chunk of a native stream was made from."""
+    if "error" in chunk:
+        raise _remote_error(chunk)
+    choice = chunk["choices"][0]
+    yield Text(0, choice["text"])
+    if "usage" in chunk:
+        yield ChoiceEnd(0, choice["finish_reason"])
+        yield Usage(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"], 0, 0.0, 0.0)
 
 
 def _remote_error(document: Any) -> ApiError:
