@@ -2784,9 +2784,13 @@ def build_main() -> None:
 class Vocabulary:
     """A model's tokens: text to tokens (any thread), tokens to the bytes they stand for."""
 
+    SHORT_TEXT = 8192  # characters that are tokenized without asking how long pieces are
+    RUN_STACK = 8192  # bytes of a thread's stack for each character of `max_run`: nine times what was measured
+
     def __init__(self, c: Any, model: Any, np: Any) -> None:
         import ctypes
 
+        self.max_run = MIB // self.RUN_STACK  # characters without a break given to the tokenizer; for a stack of 1 MiB
         self.c, self.np, self.ctypes, self.handle = c, np, ctypes, c.llama_model_get_vocab(model)
         self.size = c.llama_vocab_n_tokens(self.handle)
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
@@ -2796,9 +2800,10 @@ class Vocabulary:
         self.specials = tuple(self._read_specials())
 
     def _read_specials(self) -> Iterator[str]:
-        """The names of control and marker tokens, which text from users must not become."""
-        attribute, control = self.c.llama_vocab_get_attr, self.c.LLAMA_TOKEN_ATTR_CONTROL
-        special = control | self.c.LLAMA_TOKEN_ATTR_USER_DEFINED
+        """The names of control, unknown and marker tokens, which text from users must not become."""
+        attribute = self.c.llama_vocab_get_attr
+        control = self.c.LLAMA_TOKEN_ATTR_CONTROL | self.c.LLAMA_TOKEN_ATTR_UNKNOWN
+        special = control | self.c.LLAMA_TOKEN_ATTR_USER_DEFINED  # what llama.cpp finds in a text whose specials it parses
         for token in [t for t in range(self.size) if attribute(self.handle, t) & special]:
             name = self.name(token).decode("utf-8", "replace")
             if name in CHAT_MARKERS:
@@ -2806,12 +2811,37 @@ class Vocabulary:
             if attribute(self.handle, token) & control or re.fullmatch(r"[<\[].*[>\]]", name):
                 yield name
 
+    def least_tokens(self, segments: Seq[str]) -> int:
+        """A lower bound of the tokens these texts become: none stands for more bytes than the longest piece has."""
+        size = sum(len(s) for s in segments)  # characters: no more than there are bytes
+        return -(-size // self.longest) if size > self.SHORT_TEXT else 0
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Bytes of the longest piece, or a little more. A walk over the vocabulary, so only long texts ask for it."""
+        return max(4, *(len(self.c.llama_vocab_get_text(self.handle, t)) for t in range(self.size)))
+
     def tokenize(self, segments: Seq[str]) -> Any:
         """The prompt's tokens, an int32 array: special tokens parsed, the tokenizer's own first token added once."""
-        return self.np.concatenate([self._tokenize(s.encode("utf-8", "replace"), i == 0) for i, s in enumerate(segments)])
+        parts = [part.encode("utf-8", "replace") for segment in segments for part in self._cut_runs(segment)]
+        return self.np.concatenate([self._tokenize(part, i == 0) for i, part in enumerate(parts)])
+
+    def _cut_runs(self, text: str) -> Iterator[str]:
+        """Cuts what has no white space, or nothing else, for over `max_run` characters.
+
+        A byte-pair tokenizer splits the text with std::regex first, which recurses once a character of a match
+        (libstdc++; 0.9 KiB of stack each). Such a run gets a token boundary at each cut; other texts are left whole.
+        """
+        start, most = 0, self.max_run
+        if len(text) > most and self.c.llama_vocab_type(self.handle) == self.c.LLAMA_VOCAB_TYPE_BPE:
+            for run in re.finditer(r"\S+|\s+", text):
+                for at in range(run.start() + most, run.end(), most):
+                    yield text[start:at]
+                    start = at
+        yield text[start:]
 
     def _tokenize(self, data: bytes, first: bool) -> Any:
-        """Mostly fewer tokens than bytes; a space of which the vocabulary knows nothing takes three."""
+        """Usually fewer tokens than bytes; an unknown space takes three."""
         count = len(data) + 16
         for _ in range(2):
             buffer = self.np.empty(count, self.np.int32)
@@ -3102,17 +3132,21 @@ class Sampler:
 
     DEFAULTS: ClassVar = {"temperature": ("temp", 0.8), "top_k": ("top_k", 40), "top_p": ("top_p", 0.95),
                           "min_p": ("min_p", 0.05), "repeat_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
+    CHECKS: ClassVar = {f.name: f.metadata["check"] for f in fields(Sampling) if f.metadata}
     LAST_N = 64  # tokens that penalties look back on
+    COLDEST = 1e-4  # temperatures below are 0: logits divided by less would leave float32, and infinities have no softmax
 
     def __init__(self, llama: Llama, sampling: Sampling, prompt: Any) -> None:
+        """Raises InvalidRequest for a bias of a token that does not exist, and for a grammar llama.cpp refuses."""
         self.llama, self.sampling = llama, sampling
         value = {name: self._value(name) for name in self.DEFAULTS}
         presence, frequency = sampling.presence_penalty or 0.0, sampling.frequency_penalty or 0.0
         penalties = value["repeat_penalty"] != 1.0 or presence != 0 or frequency != 0
-        self.banned = llama.vocab.eog_array if sampling.ignore_eos else None
+        self.never = self._banned()
         self.grammar = self._grammar(sampling.grammar) if sampling.grammar else None
         self.chain: Any = None
-        if value["temperature"] <= 0 and not penalties and not sampling.logit_bias:
+        greedy = value["temperature"] < self.COLDEST
+        if greedy and not penalties and not sampling.logit_bias:
             return
         c = llama.c
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
@@ -3120,7 +3154,7 @@ class Sampler:
             self._add(self._logit_bias(sampling.logit_bias))
         if penalties:
             self._add(c.llama_sampler_init_penalties(llama.vocab.size, self.LAST_N, value["repeat_penalty"], frequency, presence))
-        if value["temperature"] <= 0:
+        if greedy:
             self._add(c.llama_sampler_init_greedy())
         else:
             self._add(c.llama_sampler_init_top_k(min(int(value["top_k"]), llama.vocab.size)))
@@ -3133,22 +3167,30 @@ class Sampler:
                 c.llama_sampler_accept(self.chain, int(token))
 
     def _value(self, name: str) -> float:
-        """The request's value, else the model file's own (general.sampling.*), else llama.cpp's."""
+        """The request's value, else the model file's own (general.sampling.*) if it makes sense, else llama.cpp's."""
         key, default = self.DEFAULTS[name]
         given = getattr(self.sampling, name)
         if given is None:
-            with contextlib.suppress(ValueError):
-                return float(self.llama.metadata(f"general.sampling.{key}"))
+            with contextlib.suppress(ValueError, ApiError):
+                return float(self.CHECKS[name](name, float(self.llama.metadata(f"general.sampling.{key}"))))
         return default if given is None else given
+
+    def _banned(self) -> frozenset[int]:
+        """Tokens that must not come: biased by −100, or those that end the text when that is to be ignored."""
+        size = self.llama.vocab.size
+        for token, _ in self.sampling.logit_bias:
+            if token >= size:
+                raise InvalidRequest(f"logit_bias: the model has no token {token}; its tokens are 0…{size - 1}", "logit_bias")
+        banned = frozenset(token for token, bias in self.sampling.logit_bias if bias == -math.inf)
+        return banned | (self.llama.vocab.eog if self.sampling.ignore_eos else frozenset())
 
     def _add(self, sampler: Any) -> None:
         self.llama.c.llama_sampler_chain_add(self.chain, sampler)
 
     def _logit_bias(self, biases: Seq[tuple[int, float]]) -> Any:
         c = self.llama.c
-        known = [(token, bias) for token, bias in biases if token < self.llama.vocab.size]
-        rows = (c.llama_logit_bias * len(known))(*(c.llama_logit_bias(t, b) for t, b in known))
-        return c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(known), rows)
+        rows = (c.llama_logit_bias * len(biases))(*(c.llama_logit_bias(t, b) for t, b in biases))
+        return c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(biases), rows)
 
     def _grammar(self, grammar: str) -> Any:
         made = self.llama.c.llama_sampler_init_grammar(self.llama.vocab.handle, grammar.encode(), b"root")
@@ -3158,35 +3200,44 @@ class Sampler:
 
     def pick(self, logits: Any, row: int) -> int:
         """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index."""
-        if self.banned is not None:
-            logits[self.banned] = -math.inf
+        if self.sampling.ignore_eos:
+            logits[self.llama.vocab.eog_array] = -math.inf
         if self.grammar:
             return self._pick_with_grammar(logits)
         if self.chain:
-            return int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
-        return int(logits.argmax())
+            token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
+        else:
+            token = int(logits.argmax())
+        return -1 if token in self.never else token
 
     def _pick_with_grammar(self, logits: Any) -> int:
+        """Accepts only what the grammar left with a finite logit: to accept any other token aborts the process."""
         c = self.llama.c
-        token = self._choose(self._candidates(logits))
+        token, finite = self._choose(self._candidates(logits))
         alone = self._candidates(logits[token : token + 1], token)
         c.llama_sampler_apply(self.grammar, alone.pointer)
-        if alone.rows["logit"][0] == -math.inf:
+        if not finite or alone.rows["logit"][0] == -math.inf:
             everything = self._candidates(logits)
             c.llama_sampler_apply(self.grammar, everything.pointer)
-            if everything.rows["logit"].max() == -math.inf:  # to accept any token now would abort the process
-                return -1  # the document is complete, and the end of text is banned or has no token
-            token = self._choose(everything)
+            token, finite = self._choose(everything)
+            if not finite:
+                return -1  # all that may follow is banned, or has no token
         c.llama_sampler_accept(self.grammar, token)
         if self.chain:
             c.llama_sampler_accept(self.chain, token)
         return token
 
-    def _choose(self, candidates: Candidates) -> int:
+    def _choose(self, candidates: Candidates) -> tuple[int, bool]:
+        """A token, and whether its logit is finite, as it is unless all of them are banned."""
         if not self.chain:
-            return int(candidates.rows["id"][candidates.rows["logit"].argmax()])
+            best = candidates.rows["logit"].argmax()
+            return int(candidates.rows["id"][best]), bool(candidates.rows["logit"][best] > -math.inf)
         self.llama.c.llama_sampler_apply(self.chain, candidates.pointer)
-        return int(candidates.array.data[candidates.array.selected].id)
+        array = candidates.array
+        if not 0 <= array.selected < array.size:
+            return 0, False
+        chosen = array.data[array.selected]
+        return int(chosen.id), math.isfinite(chosen.logit)
 
     def _candidates(self, logits: Any, first: int = 0) -> Candidates:
         return Candidates(self.llama, logits, first)
@@ -3211,11 +3262,15 @@ class Candidates:
 
 
 class TextStream:
-    """One sequence's text: bytes in, text out that may be shown; what may yet become a stop string waits."""
+    """One sequence's text: bytes in, text out that may be shown; what may yet become a stop string waits.
+
+    A piece costs about the same however long the stop strings are: where one might begin only moves forward.
+    """
 
     def __init__(self, stop: Seq[str]) -> None:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-        self._stop, self._held = stop, ""
+        self._stop, self._first = stop, frozenset(s[0] for s in stop)
+        self._held = ""  # a stop string begins so
         self.stopped = False
 
     def push(self, piece: bytes) -> str:
@@ -3223,17 +3278,23 @@ class TextStream:
         text = self._decode(piece)
         if not self._stop:
             return text
-        buffer = self._held + text
-        found = [at for at in map(buffer.find, self._stop) if at >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return buffer[: min(found)]
-        held = held_back(buffer, self._stop)
-        self._held = buffer[len(buffer) - held :]
-        return buffer[: len(buffer) - held]
+        seen, buffer = len(self._held), self._held + text
+        found = [at for s in self._stop if (at := buffer.find(s, max(0, seen - len(s) + 1))) >= 0]
+        shown = min(found) if found else self._may_begin(buffer)
+        self.stopped, self._held = bool(found), "" if found else buffer[shown:]
+        return buffer[:shown]
+
+    def _may_begin(self, buffer: str) -> int:
+        """The first position from which on all that is there is the beginning of a stop string."""
+        for at, character in enumerate(buffer):
+            if character in self._first:
+                tail = buffer[at:]
+                if any(s.startswith(tail) for s in self._stop):
+                    return at
+        return len(buffer)
 
     def finish(self) -> str:
-        """What waited for a stop string that did not come; half a character is dropped."""
+        """Flushes held text; drops an incomplete character."""
         rest, self._held = self._held, ""
         return "" if self.stopped else rest
 
