@@ -211,7 +211,7 @@ class GenerationFailed(ApiError):
 
 
 class Cancelled(Exception):
-    """The client left or called the request off: there is nobody to answer."""
+    """The client left or cancelled the request: there is nobody to answer."""
 
 
 ERRORS: dict[str, Callable[..., ApiError]] = {  # by the code that crosses the pipe
@@ -220,7 +220,7 @@ ERRORS: dict[str, Callable[..., ApiError]] = {  # by the code that crosses the p
 
 
 class Cancellation:
-    """One request's way to be called off: any thread may cancel, whoever waits is told by its callback."""
+    """Cancels one request; callbacks wake its waiters. Any thread may cancel."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -229,6 +229,7 @@ class Cancellation:
         self.gently = False  # the client still listens: let the engine say how far it came
 
     def cancel(self, gently: bool = False) -> None:
+        """Ends the request now; gently: with the engine's own end, whose finish_reason is cancelled."""
         with self._lock:
             callbacks = list(self._callbacks)
             self.cancelled, self.gently = True, gently
@@ -236,7 +237,7 @@ class Cancellation:
             callback()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
-        """Call `callback` at the cancel, at once if that has been."""
+        """Runs `callback` on cancel; immediately if already cancelled."""
         with self._lock:
             if not self.cancelled:
                 self._callbacks.append(callback)
@@ -244,7 +245,7 @@ class Cancellation:
         callback()
 
     def check(self) -> None:
-        """Raises Cancelled when the request has been called off."""
+        """Raises Cancelled when the request has been cancelled."""
         if self.cancelled:
             raise Cancelled
 
@@ -352,13 +353,79 @@ def versions() -> dict[str, Any]:
     }  # fmt: skip
 
 
+# What a helper process runs: this file from its cached bytecode, under whatever name and folder, then one function.
+# Its imports see this file's folder first, as a script's do, not the working directory that -c puts there. Only the
+# file's own bytecode is looked for below the prefix; that of the packages it imports stays where it is.
+STARTER = """\
+import sys
+path, prefix, entry = sys.argv[1:]
+if sys.path[0] == '':
+    sys.path[0] = path.rpartition('/')[0] or path.rpartition(chr(92))[0]
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+loader = SourceFileLoader('shimmy', path)
+kept, sys.pycache_prefix = sys.pycache_prefix, prefix or sys.pycache_prefix
+code = loader.get_code('shimmy')
+sys.pycache_prefix = kept
+module = sys.modules['shimmy'] = module_from_spec(spec_from_loader('shimmy', loader))
+exec(code, vars(module))
+getattr(module, entry)()
+"""
+
+
+def child_command(entry: str) -> list[str]:
+    """The command line of a process that runs the function `entry` of this file, without compiling the file anew.
+
+    The cached bytecode is Python's own kind, checked against the file's size and time before it is used. It lies in
+    __pycache__ beside the file, or in the user's cache where that cannot be written, or others may write it too.
+    """
+    path = os.path.realpath(__file__)
+    flags = ["-B"] if sys.dont_write_bytecode else []
+    return [sys.executable, *flags, "-c", STARTER, path, _bytecode_prefix(path), entry]
+
+
+def _bytecode_prefix(path: str) -> str:
+    """Below which folder the file's bytecode lies; "" is beside it, and what is no folder has none."""
+    from importlib.util import cache_from_source
+
+    beside = os.path.dirname(cache_from_source(path))
+    owners = {0, os.stat(path).st_uid}  # who may change the bytecode must be who may change the file
+    if sys.pycache_prefix or _trusted(beside if os.path.isdir(beside) else os.path.dirname(path), owners, beside):
+        return ""
+    own = str(user_cache() / "bytecode")
+    with contextlib.suppress(OSError):
+        os.makedirs(own, mode=0o700, exist_ok=True)
+    return own if _trusted(own, set(), own) else os.devnull
+
+
+def _trusted(folder: str, owners: set[int], cache: str) -> bool:
+    """Whether we may write the folder and nobody may but `owners`; with it the bytecode of this file in `cache`."""
+    if not os.access(folder, os.W_OK):
+        return False
+    stem = pathlib.Path(__file__).stem
+    try:
+        inside = [os.path.join(cache, n) for n in os.listdir(cache) if n.startswith(stem)] if os.path.isdir(cache) else []
+        found = [os.stat(f) for f in (folder, *inside)]
+    except OSError:
+        return False
+    return os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+
+
+def user_cache() -> pathlib.Path:
+    """The folder for what can be made again."""
+    home = os.path.expanduser("~")
+    usual = {"win32": os.environ.get("LOCALAPPDATA") or home, "darwin": os.path.join(home, "Library", "Caches")}
+    own = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform) or os.path.join(home, ".cache")
+    return pathlib.Path(own) / "shimmy"
+
+
 @functools.cache
 def engine_build() -> dict[str, Any]:
     """CPU features and GPU offload of the installed llama.cpp, asked in a child: a broken library must not end us."""
     import subprocess
 
     try:
-        asked = subprocess.run([sys.executable, os.path.abspath(__file__), "_build"], capture_output=True, text=True, timeout=60)
+        asked = subprocess.run(child_command("build_main"), capture_output=True, text=True, timeout=60)
         return dict(json.loads(asked.stdout))
     except (OSError, ValueError, subprocess.SubprocessError):
         return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
@@ -2772,7 +2839,7 @@ def import_llama() -> Any:
 
 
 def build_main() -> None:
-    """`shimmy.py _build`: what the engine library says of itself, as JSON."""
+    """A helper process's main: prints what the engine library says of itself, as JSON."""
     try:
         llama = import_llama()
         print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
@@ -6838,9 +6905,4 @@ def main(argv: Seq[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["_engine"]:
-        engine_main()
-    elif sys.argv[1:] == ["_build"]:
-        build_main()
-    else:
-        sys.exit(main())
+    sys.exit(main())
