@@ -272,6 +272,14 @@ def human_bytes(count: float) -> str:
     return f"{count:.0f}{unit}" if unit in ("B", "KB") else f"{count:.1f}{unit}"
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """Text from a file or a client, safe for a terminal and a log: escapes what does not print, cuts at `limit`."""
+    if len(text) <= limit and text.isprintable():
+        return text
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, within the container's limit; None where nobody tells."""
     free = []
@@ -1448,11 +1456,11 @@ class Chat:
             return value
         return self._names.split(value, mark, keep=self.format.thought if assistant else ())
 
-    def parser(self, request: GenerateRequest, prompt: Seq[str], index: int) -> Parser:
-        """What reads the text of choice `index`; a prompt that ends in an open thought begins in it."""
+    def parser(self, request: GenerateRequest, last: Seq[Any], index: int) -> Parser:
+        """What reads the text of choice `index`; a prompt whose last segment ends in an open thought begins in it."""
         if not request.split_markers:
             return Parser(index)
-        thinking = prompt[-1].rstrip().endswith(self.format.thought[0])
+        thinking = str(last[0]).rstrip().endswith(self.format.thought[0])
         return ChatParser(index, self.format, bool(request.tools), thinking)
 
 
@@ -2669,13 +2677,22 @@ class Load:
 
 
 @dataclass(frozen=True)
+class Generate:
+    """A job: write one text. A prompt is segments of text, tokenized one by one, or token ids."""
+
+    prompt: tuple[str, ...] | tuple[int, ...]
+    sampling: Sampling
+    markers: bool  # render reasoning and tool call markers even where they are control tokens
+
+
+@dataclass(frozen=True)
 class Submit:
-    """One sequence to generate. A prompt is segments of text, tokenized one by one, or token ids."""
+    """One job. Whatever comes back about it carries its id."""
 
     id: int
     prompt: tuple[str, ...] | tuple[int, ...]
     sampling: Sampling
-    markers: bool  # render reasoning and tool call markers even where they are control tokens
+    markers: bool
 
 
 @dataclass(frozen=True)
@@ -2697,16 +2714,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model is ready: its context, and what the parent needs to render chats."""
+    """The model is ready: its context, and what the parent needs to know of it."""
 
     ctx: int
     pool: int
     parallel: int
-    templates: Mapping[str, str]
-    bos: str  # what the token that begins a text is called, for templates that write it
-    adds_bos: bool  # the tokenizer puts it first by itself
-    eos: str
-    specials: tuple[str, ...]  # names of control and marker tokens
+    chat: ChatFacts
     notes: tuple[str, ...]
 
 
@@ -3048,11 +3061,10 @@ class Llama:
             source = c.llama_model_chat_template(self.model, name)
             if source and source.decode("utf-8", "replace") not in templates.values():
                 templates[(name or b"").decode()] = source.decode("utf-8", "replace")
-        return Loaded(
-            ctx=self.ctx, pool=self.pool, parallel=options.parallel, templates=templates,
-            bos=bos, adds_bos=bool(c.llama_vocab_get_add_bos(vocab)), eos=eos,
-            specials=self.vocab.specials, notes=tuple(self.notes),
-        )  # fmt: skip
+        if not templates:
+            self.notes.append("the model has no chat template; chats are written in ChatML")
+        chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials)
+        return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes))
 
     def _load_adapters(self, files: Seq[str]) -> list[Any]:
         adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
@@ -3210,7 +3222,7 @@ class Sampler:
         presence, frequency = sampling.presence_penalty or 0.0, sampling.frequency_penalty or 0.0
         penalties = value["repeat_penalty"] != 1.0 or presence != 0 or frequency != 0
         self.never = self._banned()
-        self.grammar = self._grammar(sampling.grammar) if sampling.grammar else None
+        self.grammar = self._grammar(sampling.constraint) if sampling.constraint else None
         self.chain: Any = None
         greedy = value["temperature"] < self.COLDEST
         if greedy and not penalties and not sampling.logit_bias:
@@ -3259,10 +3271,10 @@ class Sampler:
         rows = (c.llama_logit_bias * len(biases))(*(c.llama_logit_bias(t, b) for t, b in biases))
         return c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(biases), rows)
 
-    def _grammar(self, grammar: str) -> Any:
-        made = self.llama.c.llama_sampler_init_grammar(self.llama.vocab.handle, grammar.encode(), b"root")
+    def _grammar(self, constraint: Constraint) -> Any:
+        made = self.llama.c.llama_sampler_init_grammar(self.llama.vocab.handle, constraint.grammar.encode(), b"root")
         if not made:
-            raise InvalidRequest("json_schema: the schema makes a grammar that is too large for llama.cpp", "json_schema")
+            raise InvalidRequest(f"{constraint.param}: it makes a grammar that is too large for llama.cpp", constraint.param)
         return made
 
     def pick(self, logits: Any, row: int) -> int:
@@ -4215,7 +4227,7 @@ class Generation:
             for _ in self.index:
                 while not isinstance(message := self._next(), Accepted):
                     early.append(message)
-            yield Queued()
+            yield Queued(self.worker.info.id)
             yield from early
             while self._open:
                 yield self._next()
@@ -4250,6 +4262,7 @@ class Worker:
         self._running = 0
         self._stopping = False
         self.alive = True
+        self.chat: Chat  # made by the service from what the model says of itself
 
     def start(self, progress: Callable[[float], None]) -> Worker:
         """Start the child and wait until the model is loaded. Raises GenerationFailed with the reason if it is not."""
@@ -4257,7 +4270,7 @@ class Worker:
 
         began = time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, os.path.abspath(__file__), "_engine"],
+            child_command("engine_main"),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
         )  # fmt: skip
         assert self.process.stdin and self.process.stdout
@@ -4277,7 +4290,6 @@ class Worker:
             raise GenerationFailed(f"Model '{self.info.id}': {message.reason}", "The model could not be loaded")
         self.loaded: Loaded = message
         self.load_seconds = time.perf_counter() - began
-        self.template = ChatTemplate(message)
         for note in message.notes:
             log.warning("%s: %s", self.info.id, note)
         threading.Thread(target=self._read, name=f"read {self.info.id}", daemon=True).start()
@@ -4805,7 +4817,7 @@ class Service:
         with self.table.lease(request.model, cancel) as worker:
             cancel.check()
             jobs, parsers = self._jobs(request, worker.chat)
-            generation = worker.submit(jobs, cancel)
+            generation = worker.submit([(j.prompt, j.sampling, j.markers) for j in jobs], cancel)
             ends: list[Finished] = []
             for message in generation:
                 if isinstance(message, Piece):
@@ -4814,7 +4826,7 @@ class Service:
                     ends.append(message)
                     yield from parsers[generation.index[message.id]].finish(message.finish_reason)
                 else:
-                    yield Queued(worker.info.id) if isinstance(message, Accepted) else message
+                    yield message
             yield self._usage(ends, generation.index, request.n)
 
     @staticmethod
@@ -4827,7 +4839,7 @@ class Service:
             sampling = replace(sampling, stop=(*sampling.stop, *chat.stops))
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
         jobs = [Generate(p, replace(sampling, seed=s), request.split_markers) for p in prompts for s in seeds]
-        return jobs, [chat.parser(request, job.prompt, index) for index, job in enumerate(jobs)]
+        return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
 
     @staticmethod
     def _usage(ends: Seq[Finished], index: Mapping[int, int], n: int) -> Usage:
@@ -5505,7 +5517,7 @@ class Output(Protocol):
 
 
 class Wire:
-    """How a dialect's documents reach one client. `begin` comes before the first document, and from there errors are documents."""
+    """How a dialect's documents reach one client. `begin` comes first; from there on errors are documents too."""
 
     def begin(self) -> None:
         """The request is queued: what fails from now on may be told inside the answer."""
