@@ -88,6 +88,8 @@ HEAD_SIGNS = 2  # of them before a stream's head goes out, although its request 
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
 MAX_STOPS = 16
+MAX_STOP = 256  # characters of one; each is looked for with every token
+MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
 MAX_TOOLS = 128
 MAX_SCAN_DEPTH = 12  # directories below a search root
@@ -447,7 +449,9 @@ Check = Callable[[str, Any], Any]
 
 
 def _said(value: Any) -> str:
-    """A client's value, short enough for a message."""
+    """Abbreviates a value for an error message."""
+    if isinstance(value, int) and value.bit_length() > 1024:
+        return "a number of over 300 digits"  # to write it out takes quadratic time, or is refused by Python
     shown = json.dumps(value, ensure_ascii=True)
     return shown if len(shown) <= 40 else shown[:37] + "..."
 
@@ -479,6 +483,11 @@ def whole(low: int | None = None, high: int | None = None) -> Check:
     return check
 
 
+def token_limit(name: str, value: Any) -> int | None:
+    """A number of tokens; -1 means none, up to the context's end, as llama-server and Ollama have it."""
+    return None if value == -1 and not isinstance(value, bool) else whole(1)(name, value)
+
+
 def one_type(kind: type, words: str) -> Check:
     """Accepts a value of one JSON type."""
 
@@ -500,6 +509,8 @@ def stops(name: str, value: Any) -> tuple[str, ...]:
     listed = [value] if isinstance(value, str) else value
     if not isinstance(listed, list) or len(listed) > MAX_STOPS or not all(isinstance(s, str) for s in listed):
         raise InvalidRequest(f"{name} must be a string or a list of up to {MAX_STOPS} strings, not {_said(value)}", name)
+    if any(len(s) > MAX_STOP for s in listed):
+        raise InvalidRequest(f"{name} may have up to {MAX_STOP} characters, not {max(map(len, listed))}", name)
     return tuple(s for s in listed if s)
 
 
@@ -516,7 +527,20 @@ def param(check: Check, help: str, default: Any = None) -> Any:
     return field(default=default, metadata={"check": check, "help": help})
 
 
-NATIVE_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "temperature": 0.7}  # of /api/generate (Seed) and of `generate`
+NATIVE_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "temperature": 0.7}  # of /api/generate and of `generate`
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A JSON schema that a field of the request (`param`) asks the text to fit."""
+
+    param: str
+    schema: Mapping[str, Any]
+
+
+def a_schema(name: str, value: Any) -> Schema:
+    """A JSON schema; whether it can be honoured shows when it becomes a grammar."""
+    return Schema(name, an_object(name, value))
 
 
 @dataclass(frozen=True)
@@ -531,7 +555,7 @@ class Constraint:
 class Sampling:
     """How tokens are picked. None means: what the model's file says (general.sampling.*), else llama.cpp's default."""
 
-    max_tokens: int | None = param(whole(1), "most tokens to generate")
+    max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end")
     temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token")
     top_p: float | None = param(number(0, 1), "keep the likeliest tokens that sum to this probability")
     top_k: int | None = param(whole(0), "keep this many likeliest tokens; 0 keeps all")
@@ -543,7 +567,7 @@ class Sampling:
     stop: tuple[str, ...] = param(stops, "end before this text (repeatable)", ())
     ignore_eos: bool = param(boolean, "go on past the model's end of text", False)
     logit_bias: tuple[tuple[int, float], ...] = param(biases, "", ())
-    json_schema: Mapping[str, Any] | None = param(an_object, "")
+    json_schema: Schema | None = param(a_schema, "")
     constraint: Constraint | None = None  # made from json_schema by the service
     logprobs: int | None = None  # how many alternatives to report; 0: only the picked token's own
 
@@ -610,6 +634,8 @@ def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"messages may hold up to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
     return tuple(read_message(f"messages[{i}]", message) for i, message in enumerate(messages))
 
 
@@ -4893,7 +4919,7 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
     schema = request.sampling.json_schema
     if schema is None:
         return request
-    constraint = Constraint(SchemaGrammar("json_schema").compile(schema), "json_schema")
+    constraint = Constraint(SchemaGrammar(schema.param).compile(schema.schema), schema.param)
     return replace(request, sampling=replace(request.sampling, constraint=constraint, json_schema=None))
 
 
