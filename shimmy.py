@@ -253,7 +253,7 @@ class Cancellation:
 
 
 # ── 2. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Memory, cores, sizes and versions, as each system reports them.
+# Memory, cores and versions, as each system reports them, and how sizes and foreign text are shown.
 
 
 def human_count(count: int) -> str:
@@ -282,15 +282,48 @@ def printable(text: str, limit: int = 200) -> str:
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
+OWN_CGROUPS = "/proc/self/cgroup"
+CGROUPS = "/sys/fs/cgroup"
+
+
+def _cgroups(controller: str) -> list[pathlib.Path]:
+    """The directories of our control group and of those around it, innermost first (cgroups(7), versions 1 and 2)."""
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in pathlib.Path(OWN_CGROUPS).read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and controller not in controllers.split(","):
+                continue
+            top = pathlib.Path(CGROUPS, controller if controllers else "")
+            names = [] if ".." in path else [name for name in path.split("/") if name]
+            found += [top.joinpath(*names[:depth]) for depth in range(len(names), -1, -1)]
+    return found or [pathlib.Path(CGROUPS)]
+
+
+# limit, usage, and what of the usage is page cache that the kernel gives back when asked: mapped weights among it
+CGROUP_MEMORY = (
+    ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
+
+
+def _cgroup_memory(directory: pathlib.Path) -> Iterator[int]:
+    """Bytes left below the limit of a control group, if it has one."""
+    for limit, usage, caches in CGROUP_MEMORY:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            left = int((directory / limit).read_text()) - int((directory / usage).read_text())
+            rows = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
+            yield left + sum(int(row[1]) for row in rows if row[0] in caches)
+
+
 def available_memory() -> int | None:
     """Bytes that can be had without swapping, within the container's limit; None where nobody tells."""
     free = []
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo") as file:
             free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    with contextlib.suppress(OSError, ValueError):
-        limit = int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text())
-        free.append(limit - int(pathlib.Path("/sys/fs/cgroup/memory.current").read_text()))
+    for directory in _cgroups("memory"):
+        free += _cgroup_memory(directory)
     if not free and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
         free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if not free and sys.platform == "win32":
@@ -339,9 +372,10 @@ def physical_cores() -> int:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
     count = len(cores) or len(allowed)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = pathlib.Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, max(1, int(quota) // int(period)))
+    for directory in _cgroups("cpu"):
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the quota is "max"
+            quota, period = (directory / "cpu.max").read_text().split()
+            count = min(count, max(1, int(quota) // int(period)))
     return count
 
 
@@ -431,7 +465,7 @@ def user_cache() -> pathlib.Path:
 
 @functools.cache
 def engine_build() -> dict[str, Any]:
-    """CPU features and GPU offload of the installed llama.cpp, asked in a child: a broken library must not end us."""
+    """CPU features and GPU offload of the installed llama.cpp; a child asks, as a broken library may crash."""
     import subprocess
 
     try:
