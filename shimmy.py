@@ -52,6 +52,7 @@ import re
 import selectors
 import signal
 import socket
+import stat
 import struct
 import sys
 import threading
@@ -871,7 +872,20 @@ def _has_surrogate(value: Any) -> bool:
 
 
 class GgufError(Exception):
-    """Why a file is no model to serve."""
+    """The file cannot be served; the message says why."""
+
+
+def open_regular(path: str) -> BinaryIO:
+    """Opens a regular file for reading, unbuffered. Raises GgufError for a pipe, a device or a directory.
+
+    O_NONBLOCK: opening a pipe that nobody writes to would wait for ever; the check afterwards is of what was opened.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise GgufError("not a regular file")
+    return open(descriptor, "rb", buffering=0)
 
 
 class HeaderReader:
@@ -882,22 +896,35 @@ class HeaderReader:
 
     SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
     KEEP_STRING = MIB  # chat templates reach 20 kB
-    KEEP_ARRAY = 1024  # per-layer numbers; vocabularies are passed over
+    KEEP_STRINGS = 8 * MIB  # of all strings together
+    KEEP_ARRAY = 1024  # per-layer numbers; vocabularies are skipped
+    MAX_PAIRS = 16_384  # models have about 50
+    MAX_TENSORS = 262_144  # 60 layers of 384 experts, each in three tensors of its own, are 70,000
+    SECONDS = 2.0  # of processor time for one model; the largest vocabulary takes 0.1
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.file, self.size = file, size
+    def __init__(self, file: BinaryIO, size: int, deadline: float) -> None:
+        self.file, self.size, self.deadline = file, size, deadline  # deadline on time.thread_time's clock
         self.data, self.base, self.at = b"", 0, 0  # data holds the file from base on; at is relative to base
+        self.kept = 0  # bytes of strings
 
     def need(self, count: int) -> None:
-        """Make `count` bytes available at `at`."""
+        """Makes `count` bytes available at `at`."""
         if self.at + count <= len(self.data):
             return
         if self.base + self.at + count > self.size:
             raise GgufError("the header is truncated")
-        self.base, self.data, self.at = self.base + self.at, self.data[self.at :], 0
+        self._refill_at(self.base + self.at)
         self.data += self.file.read(max(count - len(self.data), 8192 if self.base == 0 else MIB))
         if count > len(self.data):
             raise GgufError("the header is truncated")
+
+    def _refill_at(self, position: int) -> None:
+        """Lets `data` begin at this position of the file; the one place where a slow header is given up."""
+        if time.thread_time() > self.deadline:
+            raise GgufError(f"the header takes more than {self.SECONDS:.0f} s to read")
+        self.data, self.base, self.at = self.data[position - self.base :], position, 0
+        if not self.data:
+            self.file.seek(position)
 
     def scalar(self, code: str) -> Any:
         size = struct.calcsize("<" + code)
@@ -907,14 +934,19 @@ class HeaderReader:
         return value
 
     def string(self) -> str:
+        """The next string, or its first KEEP_STRING bytes."""
         length = self.scalar("Q")
-        self.need(length)
-        raw = self.data[self.at : self.at + min(length, self.KEEP_STRING)]
-        self.at += length
+        keep = min(length, self.KEEP_STRING)
+        self.kept += keep
+        if self.kept > self.KEEP_STRINGS:
+            raise GgufError(f"the header holds more than {self.KEEP_STRINGS // MIB} MiB of text")
+        self.need(keep)
+        raw = self.data[self.at : self.at + keep]
+        self.skip_bytes(length)
         return raw.decode("utf-8", "replace")
 
     def skip_strings(self, count: int) -> None:
-        """Step over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
+        """Steps over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
         unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
         end = len(data) - 8
         for _ in range(count):
@@ -936,11 +968,10 @@ class HeaderReader:
         if self.base + self.at > self.size:
             raise GgufError("the header is truncated")
         if self.at > len(self.data):
-            self.base, self.data, self.at = self.base + self.at, b"", 0
-            self.file.seek(self.base)
+            self._refill_at(self.base + self.at)
 
     def value(self, kind: int) -> Any:
-        """One metadata value; long arrays are passed over and give None."""
+        """One metadata value; long arrays are skipped and give None."""
         if kind in self.SCALARS:
             return self.scalar(self.SCALARS[kind])
         if kind == 8:
@@ -979,24 +1010,14 @@ BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 2
           34: (256, 54), 35: (256, 66), 39: (32, 17)}  # fmt: skip
 
 
-def read_gguf_header(path: str, size: int, whole_header: bool = True) -> GgufHeader:
+def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
     """A GGUF file's header; not `whole_header` stops before the vocabulary (0.05 ms instead of up to 100 ms).
 
     Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged; OSError as open() does.
     """
-    with open(path, "rb", buffering=0) as file:
-        reader = HeaderReader(file, size)
-        if size < 24:
-            raise GgufError("too short to be a GGUF file")
-        reader.need(24)
-        magic, version, tensors, pairs = struct.unpack_from("<4sIQQ", reader.data)
-        if magic != b"GGUF":
-            raise GgufError("not a GGUF file (wrong magic)")
-        if not version & 0xFFFF:
-            raise GgufError("big-endian GGUF file, for another kind of machine")
-        if version not in (2, 3):
-            raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
-        reader.at = 24
+    with open_regular(path) as file:
+        reader = HeaderReader(file, size, deadline or time.thread_time() + HeaderReader.SECONDS)
+        tensors, pairs = _read_counts(reader)
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
             key = reader.string()
@@ -1008,11 +1029,29 @@ def read_gguf_header(path: str, size: int, whole_header: bool = True) -> GgufHea
         return GgufHeader(metadata, tensors, True, parameters, data_end)
 
 
+def _read_counts(reader: HeaderReader) -> tuple[int, int]:
+    """The first 24 bytes: how many tensors and how many metadata pairs follow. Raises GgufError for another format."""
+    if reader.size < 24:
+        raise GgufError("too short to be a GGUF file")
+    reader.need(24)
+    magic, version, tensors, pairs = struct.unpack_from("<4sIQQ", reader.data)
+    if magic != b"GGUF":
+        raise GgufError("not a GGUF file (wrong magic)")
+    if not version & 0xFFFF:
+        raise GgufError("big-endian GGUF file, for another kind of machine")
+    if version not in (2, 3):
+        raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
+    if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
+        raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
+    reader.at = 24
+    return tensors, pairs
+
+
 def _read_tensors(reader: HeaderReader, count: int, metadata: Mapping[str, Any]) -> tuple[int, int]:
     """Parameters in all tensors, and where in the file the last one ends."""
     parameters, end = 0, 0
     for _ in range(count):
-        reader.string()
+        reader.skip_strings(1)
         dimensions = reader.scalar("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
@@ -1031,7 +1070,11 @@ FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9:
               19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL",
               26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16",
               36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4"}  # fmt: skip  llama.h, enum llama_ftype
-EMBEDDERS = ("bert", "nomic-bert", "jina-bert", "modern-bert", "neo-bert", "gemma-embedding", "t5encoder")
+# architectures without a decoder, and those that give a token for every place at once (llama-arch.cpp)
+EMBEDDERS = {"bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert", "jina-bert-v2", "jina-bert-v3",
+             "eurobert", "gemma-embedding", "llama-embed", "t5encoder"}  # fmt: skip
+DIFFUSERS = {"dream", "llada", "llada-moe", "rnd1"}
+POOLINGS = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.h, enum llama_pooling_type; 0 is none, rank a reranker's
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 QUANT_IN_NAME = re.compile(r"(?:^|[-._])((?:I?Q\d[\w]*|BF16|F16|F32|MXFP4\w*))(?=$|[-.])", re.I)
 SIZE_IN_NAME = re.compile(r"(?:^|[-_.])(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[BM])(?=$|[-_.])", re.I)
@@ -1050,7 +1093,8 @@ class ModelInfo:
     parameter_count: str | None
     quantization: str | None
     context_length: int | None
-    embedding: bool
+    embedding: bool  # it makes vectors or scores, and cannot generate
+    pooling: str | None  # how it makes one vector of a text's: mean, cls, last; rank: it scores a document for a query
     chat_template: bool | None  # None: not read so far
     description: str
 
@@ -1061,26 +1105,44 @@ class ModelInfo:
 
 
 def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> ModelInfo:
-    """The ModelInfo of a header. Raises GgufError when the file is not a model to serve."""
+    """The ModelInfo of a header, its texts printable and short. Raises GgufError when the file is not a model to serve."""
     meta, stem = header.metadata, SHARD.sub("", pathlib.Path(path).stem)
     architecture = str(meta.get("general.architecture") or "unknown")
     refuse_other_kinds(meta, architecture, header)
-    stated, label = meta.get("general.parameter_count"), meta.get("general.size_label")
-    in_name, quant_name = SIZE_IN_NAME.search(stem), QUANT_IN_NAME.search(stem)
-    count = (human_count(stated) if isinstance(stated, int) and stated else None) or (str(label) if label else None)
-    if count is None and header.complete and "split.count" not in meta:
-        count = human_count(header.parameters)
-    quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or (quant_name[1].upper() if quant_name else None)
+    quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
     context = meta.get(f"{architecture}.context_length")
-    name = str(meta.get("general.name") or stem)
+    name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
     return ModelInfo(
-        id=id, name=name, path=path, source=source, size_bytes=size, architecture=architecture,
-        parameter_count=count or (in_name[1].upper() if in_name else None), quantization=quantization,
+        id=id, name=name, path=path, source=source, size_bytes=size, architecture=shown,
+        parameter_count=_parameter_count(header) or _in_name(SIZE_IN_NAME, stem), quantization=quantization,
         context_length=context if isinstance(context, int) else None,
-        embedding=architecture in EMBEDDERS or bool(meta.get(f"{architecture}.pooling_type")),
+        embedding=_is_embedding(meta, architecture), pooling=POOLINGS.get(meta.get(f"{architecture}.pooling_type", 0)),
         chat_template="tokenizer.chat_template" in meta if header.complete else None,
-        description=str(meta.get("general.description") or f"{name} ({architecture})"),
+        description=printable(str(meta.get("general.description") or f"{name} ({shown})")),
     )  # fmt: skip
+
+
+def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
+    found = pattern.search(stem)
+    return found[1].upper() if found else None
+
+
+def _parameter_count(header: GgufHeader) -> str | None:
+    """As stated, else as labelled, else summed over the tensors of a model in one file."""
+    stated, label = header.metadata.get("general.parameter_count"), header.metadata.get("general.size_label")
+    if isinstance(stated, int) and stated:
+        return human_count(stated)
+    if label:
+        return printable(str(label))
+    return human_count(header.parameters) if header.complete and "split.count" not in header.metadata else None
+
+
+def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
+    """Encoders, and decoders turned into embedders or rerankers: they pool, or attend in both directions."""
+    pooling, causal = meta.get(f"{architecture}.pooling_type"), meta.get(f"{architecture}.attention.causal")
+    if architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0):
+        return True
+    return causal is False and architecture not in DIFFUSERS
 
 
 def refuse_other_kinds(meta: Mapping[str, Any], architecture: str, header: GgufHeader) -> None:
@@ -1109,7 +1171,7 @@ class SearchRoot:
 
 
 def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
-    """Every place SPEC names, in the order that decides `default`; each directory once."""
+    """Every place to look in, in the order that decides `default`; each directory once."""
     env, home, here = os.environ.get, pathlib.Path(os.path.expanduser("~")), pathlib.Path(__file__).resolve().parent
     paths = re.split(f"[;{os.pathsep}]" if os.pathsep != ":" else "[;:]", env("SHIMMY_MODEL_PATHS", ""))
     roots = [SearchRoot(p, "--models-dir") for p in explicit]
@@ -1152,10 +1214,11 @@ class ScanReport:
     models: tuple[ModelInfo, ...] = ()
     skipped: tuple[dict[str, str], ...] = ()
     directories: tuple[dict[str, Any], ...] = ()
+    began: float = -math.inf  # time.monotonic()
 
 
 class TreeWalk:
-    """Candidates below one root: bounded in depth and entries, safe against symlink loops."""
+    """Walks one root for candidates, bounded in depth and entries; a symlink loop does no harm."""
 
     def __init__(self, root: SearchRoot) -> None:
         self.root, self.entries, self.notes = root, 0, list[str]()
@@ -1170,7 +1233,7 @@ class TreeWalk:
             listing = sorted(os.scandir(directory), key=lambda e: e.name)
         except OSError as error:
             if depth or not isinstance(error, FileNotFoundError):
-                self.notes.append(f"{directory}: {error.strerror or error}")
+                self._note(f"{directory}: {error.strerror or error}")
             return
         if (status.st_dev, status.st_ino) in self._seen:
             return
@@ -1178,35 +1241,40 @@ class TreeWalk:
         for entry in listing:
             self.entries += 1
             if self.entries > MAX_SCAN_ENTRIES:
-                self._cut(f"stopped after {MAX_SCAN_ENTRIES} entries")
+                self._note(f"stopped after {MAX_SCAN_ENTRIES} entries")
                 return
             yield from self._visit(entry, depth)
 
     def _visit(self, entry: os.DirEntry[str], depth: int) -> Iterator[Candidate]:
         try:
-            is_file, is_dir = entry.is_file(), entry.is_dir()
+            is_dir = entry.is_dir()
         except OSError as error:  # a link to itself, or through a file
-            self._cut(f"{entry.path}: {error.strerror or error}")
+            self._note(f"{entry.path}: {error.strerror or error}")
             return
-        if entry.name.lower().endswith(".gguf") and is_file:
-            yield from self._candidate(entry.path, entry.name[:-5])
-        elif is_dir and self.root.depth:
+        if is_dir and self.root.depth:
             if depth >= self.root.depth:
-                self._cut(f"stopped {self.root.depth} levels down")
+                self._note(f"stopped {self.root.depth} levels down")
             else:
                 yield from self._walk(entry.path, depth + 1)
+        elif entry.name.lower().endswith(".gguf") and not is_dir:
+            yield from self.candidate(entry.path, entry.name[:-5])
 
-    def _cut(self, note: str) -> None:
+    def _note(self, note: str) -> None:
+        note = printable(note, 400)
         if note not in self.notes:
             self.notes.append(note)
 
-    def _candidate(self, path: str, label: str) -> Iterator[Candidate]:
+    def candidate(self, path: str, label: str) -> Iterator[Candidate]:
+        """The file, if it is a regular one that exists."""
         try:
             s = os.stat(path)
         except OSError as error:
-            self.notes.append(f"{path}: {error.strerror or error}")
+            self._note(f"{path}: {error.strerror or error}")
             return
-        yield Candidate(path, self.root.source, label, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
+        if stat.S_ISREG(s.st_mode):
+            yield Candidate(path, self.root.source, label, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
+        else:
+            self._note(f"{path}: not a regular file")
 
     def _ollama(self) -> Iterator[Candidate]:
         """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
@@ -1215,17 +1283,17 @@ class TreeWalk:
             self.entries += 1
             try:
                 digest = _model_digest(manifest)
-            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # JSON of any shape
-                self.notes.append(f"{manifest}: {error}")
+            except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # JSON of any shape
+                self._note(f"{manifest}: {error}")
                 continue
             if digest:
                 label = f"{manifest.parent.name}:{manifest.name}"
-                yield from self._candidate(str(store / "blobs" / f"sha256-{digest}"), label)
+                yield from self.candidate(str(store / "blobs" / f"sha256-{digest}"), label)
 
 
 def _model_digest(manifest: pathlib.Path) -> str | None:
     """The 64 hex digits of an Ollama manifest's model layer; ValueError when it is not that."""
-    with open(manifest, "rb") as file:
+    with open_regular(str(manifest)) as file:
         layers = json.loads(file.read(MIB)).get("layers", [])
     for layer in layers:
         if layer.get("mediaType") == "application/vnd.ollama.image.model":
@@ -1236,61 +1304,81 @@ def _model_digest(manifest: pathlib.Path) -> str | None:
     return None
 
 
+MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are two of them
+
+
 def plain_id(label: str) -> str:
-    """A file's stem as a model id: lower-case, spaces and `_` as `-`, without the shard number."""
-    return re.sub(r"[\s_]+", "-", SHARD.sub("", label).strip().lower()) or "model"
+    """A file's stem as a model id: lower-case, without the shard number, `-` for spaces, `_` and what does not print."""
+    spelled = "".join(c if c.isprintable() else " " for c in SHARD.sub("", label))
+    return re.sub(r"[\s_]+", "-", spelled.strip().lower()) or "model"
+
+
+class Findings:
+    """What one scan has found so far: models in order, by device and inode, and skipped files with their reasons."""
+
+    def __init__(self) -> None:
+        self.models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
+        self.skipped: dict[str, str] = {}  # reason by path
+        self.directories: list[dict[str, Any]] = []
+
+    def add(self, candidates: Iterable[Candidate], examine: Callable[[Candidate, bool], ModelInfo | str]) -> set[str]:
+        """Takes in the models among the candidates; returns the paths of those that are new."""
+        before = len(self.models)
+        for candidate in candidates:
+            have = self.models.get(candidate.file_id)
+            if have is not None and not _has_shards_beside(candidate.path):
+                continue
+            result = examine(candidate, False)
+            if isinstance(result, ModelInfo):
+                self.models[candidate.file_id] = (candidate, result)
+            elif have is None:
+                self.skipped.setdefault(candidate.path, result)
+        return {candidate.path for candidate, _ in itertools.islice(self.models.values(), before, None)}
+
+    def report(self, began: float) -> ScanReport:
+        """The report; the model that comes with shimmy stands last, unless it was asked for by path."""
+        box = str(pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf")
+        models = [info for _, info in self.models.values()]
+        models.sort(key=lambda m: os.path.realpath(m.path) == box and m.source != "--model")
+        paths = {m.path for m in models}
+        directories = (d | {"models": len(d["models"] & paths)} for d in self.directories)
+        skipped = ({"path": path, "reason": reason} for path, reason in self.skipped.items())
+        return ScanReport(tuple(models), tuple(skipped), tuple(directories), began)
 
 
 class Catalog:
-    """The models on the disk. `scan` may run in any thread, one at a time; what it has read of unchanged files stays."""
+    """The models on the disk. Any thread may scan or ask; what was read of a file is kept while that is unchanged."""
 
     def __init__(self, roots: Seq[SearchRoot], files: Seq[str] = ()) -> None:
         self.roots, self.files = roots, files
         self.report = ScanReport()
-        self._lock = threading.Lock()
+        self._scanning = threading.Lock()
         self._read: dict[tuple[str, int, int], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
-    def scan(self) -> ScanReport:
-        """Look again; a rescan of unchanged files costs a stat each."""
-        with self._lock:
-            known = set(self._read)
-            models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
-            skipped: list[dict[str, str]] = []
-            directories: list[dict[str, Any]] = []
-            for file in self.files:
-                walk = TreeWalk(SearchRoot(file, "--model"))
-                self._collect(walk._candidate(file, pathlib.Path(file).stem), models, skipped)
-            for root in self.roots:
-                before, walk = len(models), TreeWalk(root)
-                self._collect(walk.candidates(), models, skipped)
-                new = {c.path for c, _ in itertools.islice(models.values(), before, None)}
-                directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
-                                    "models": new, "notes": walk.notes})  # fmt: skip
-            found = self._read_whole(list(models.values()), known, skipped)
-            for directory in directories:  # counted at the end: whole headers may tell that a file is damaged
-                directory["models"] = sum(m.path in directory["models"] for m in found)
-            box = pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf"
-            found.sort(key=lambda m: os.path.realpath(m.path) == str(box) and m.source != "--model")
-            self.report = ScanReport(tuple(found), tuple(skipped), tuple(directories))
+    def scan(self, age: float = 0.0) -> ScanReport:
+        """Looks at the disk, unless a scan has that began at most `age` seconds ago: one serves all who wait for it.
+
+        A rescan costs a stat for each unchanged file.
+        """
+        oldest = time.monotonic() - age
+        with self._scanning:
+            if self.report.began <= oldest:
+                self.report = self._look(time.monotonic())
             return self.report
 
-    def _collect(self, candidates: Iterable[Candidate], models: dict[tuple[int, int], tuple[Candidate, ModelInfo]],
-                 skipped: list[dict[str, str]]) -> None:  # fmt: skip
-        for candidate in candidates:
-            have = models.get(candidate.file_id)
-            if have is not None and not self._has_shards_beside(candidate.path):
-                continue
-            result = self._examine(candidate, whole_header=False)
-            if isinstance(result, ModelInfo):
-                models[candidate.file_id] = (candidate, result)
-            elif have is None and not any(s["path"] == candidate.path for s in skipped):
-                skipped.append({"path": candidate.path, "reason": result})
-
-    @staticmethod
-    def _has_shards_beside(path: str) -> bool:
-        shard = SHARD.search(pathlib.Path(path).stem)
-        return bool(shard) and not missing_shards(path)
+    def _look(self, began: float) -> ScanReport:
+        known, findings = set(self._read), Findings()
+        for file in self.files:
+            walk = TreeWalk(SearchRoot(file, "--model"))
+            findings.add(walk.candidate(file, pathlib.Path(file).stem), self._examine)
+        for root in self.roots:
+            walk = TreeWalk(root)
+            new = findings.add(walk.candidates(), self._examine)
+            findings.directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
+                                         "models": new, "notes": walk.notes})  # fmt: skip
+        self._read_whole(findings, known)
+        return findings.report(began)
 
     def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
         """The candidate's ModelInfo, or why it is none; remembered by path, size and time."""
@@ -1298,10 +1386,12 @@ class Catalog:
         result, whole = self._read.get(key, ("", False))
         if key not in self._read or (whole_header and not whole):
             result = self._describe(c, whole_header)
-            self._read[key] = (result, whole_header)
+            if whole_header or key not in self._read:  # another thread may have read it whole meanwhile
+                self._read[key] = (result, whole_header)
         return result
 
     def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
+        deadline = time.thread_time() + HeaderReader.SECONDS
         try:
             shard = SHARD.search(pathlib.Path(c.path).stem)
             if shard and shard[1] != "00001":
@@ -1309,18 +1399,18 @@ class Catalog:
             missing = missing_shards(c.path)
             if missing:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
-            header = read_gguf_header(c.path, c.size, whole_header)
+            header = read_gguf_header(c.path, c.size, whole_header, deadline)
             if header.data_end > c.size:
                 raise GgufError(f"truncated: {c.size} of {header.data_end} bytes")
-            parts = shard_paths(c.path)
-            size = sum(os.path.getsize(p) for p in parts)
-            if whole_header and len(parts) > 1:
-                header = replace(header, parameters=sum(read_gguf_header(p, os.path.getsize(p)).parameters for p in parts),
+            sizes = {part: os.path.getsize(part) for part in shard_paths(c.path)}
+            if whole_header and len(sizes) > 1:
+                parts = [read_gguf_header(part, size, deadline=deadline) for part, size in sizes.items()]
+                header = replace(header, parameters=sum(part.parameters for part in parts),
                                  metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
-            return describe(header, c.path, self._id_for(c), c.source, size)
+            return describe(header, c.path, self._id_for(c), c.source, sum(sizes.values()))
         except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
-            return (error.strerror if isinstance(error, OSError) else None) or str(error)
+            return printable((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
 
     def _id_for(self, c: Candidate) -> str:
         """The candidate's id; a second file of the same name gets a suffix made from its path, which never changes."""
@@ -1333,41 +1423,44 @@ class Catalog:
             self._ids[c.path] = id
         return self._ids[c.path]
 
-    def _read_whole(self, found: Seq[tuple[Candidate, ModelInfo]], known: set[Any],
-                    skipped: list[dict[str, str]]) -> list[ModelInfo]:  # fmt: skip
-        """Read the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; keeps the order."""
+    def _read_whole(self, findings: Findings, known: set[Any]) -> None:
+        """Reads the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; drops those found damaged."""
         deadline = time.monotonic() + SCAN_DETAIL_SECONDS
-        models = {c.path: info for c, info in found}
-        for c, _ in sorted(found, key=lambda pair: pair[0].size):
+        for file_id, (c, _) in sorted(findings.models.items(), key=lambda item: item[1][0].size):
             if (c.path, c.size, c.mtime_ns) in known or time.monotonic() > deadline:
                 continue
             result = self._examine(c, whole_header=True)
             if isinstance(result, ModelInfo):
-                models[c.path] = result
+                findings.models[file_id] = (c, result)
             else:
-                del models[c.path]
-                skipped.append({"path": c.path, "reason": result})
-        return list(models.values())
+                del findings.models[file_id]
+                findings.skipped[c.path] = result
 
-    def why_skipped(self, wanted: str) -> str:
-        """": " and the reason, when a file of that path or name was found and is no model to serve; else nothing."""
-        path = os.path.realpath(os.path.expanduser(wanted))
-        for skipped in self.report.skipped:
-            stem = pathlib.Path(skipped["path"]).stem
-            if os.path.realpath(skipped["path"]) == path or plain_id(stem) == plain_id(wanted):
-                return f": {skipped['reason']}"
-        return ""
+    def why_skipped(self, name: str) -> str:
+        """Why a file of that name was found and is no model to serve: ": " and the reason; else nothing."""
+        reasons = (s["reason"] for s in self.report.skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name))
+        return next((f": {reason}" for reason in reasons), "")
+
+    def why_path_skipped(self, path: str) -> str:
+        """The same for a path that the operator gave."""
+        wanted = os.path.realpath(os.path.expanduser(path))
+        reasons = (s["reason"] for s in self.report.skipped if os.path.realpath(s["path"]) == wanted)
+        return next((f": {reason}" for reason in reasons), "") or self.why_skipped(path)
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
-        with self._lock:
-            try:
-                s = os.stat(model.path)
-            except OSError:
-                return model
-            c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-            result = self._examine(c, whole_header=True)
-            return result if isinstance(result, ModelInfo) else model
+        try:
+            s = os.stat(model.path)
+        except OSError:
+            return model
+        c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
+        result = self._examine(c, whole_header=True)
+        return result if isinstance(result, ModelInfo) else model
+
+
+def _has_shards_beside(path: str) -> bool:
+    shard = SHARD.search(pathlib.Path(path).stem)
+    return bool(shard) and not missing_shards(path)
 
 
 def shard_paths(path: str) -> list[str]:
