@@ -34,6 +34,7 @@ if __name__ == "__main__":  # Ctrl-C while the imports run ends the program; mai
 import argparse
 import codecs
 import contextlib
+import copy
 import functools
 import http.client
 import http.server
@@ -174,8 +175,21 @@ class ModelNotFound(ApiError):
 
     status, code, kind, message = 404, "model_not_found", "not_found_error", "The specified model was not found"
 
-    def __init__(self, details: str = "", message: str | None = None, param: str | None = "model") -> None:
+    def __init__(
+        self, details: str = "", message: str | None = None, param: str | None = "model", hint: str = ""
+    ) -> None:
         super().__init__(details, message, param)
+        self.hint = hint  # what the caller could name instead
+
+    def __str__(self) -> str:
+        return super().__str__() + self.hint
+
+    def document(self, openai: bool = False) -> dict[str, Any]:
+        """OpenAI's packages show only `message`, so there it says everything; elsewhere it is as documented."""
+        document = super().document(openai)
+        if openai:
+            document["error"]["message"] = str(self)
+        return document
 
 
 class MethodNotAllowed(ApiError):
@@ -4548,38 +4562,53 @@ class Worker:
 
 
 # ── 13. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
-# The table of name to entry, and the life of each model: loading, loaded, unloading.
+# The life of each model: loading, loaded, unloading; what the names in requests mean; and the table of both.
 
-StartWorker = Callable[[ModelInfo, Callable[[float], None], Callable[[Any, str], None]], Any]
+StartWorker = Callable[[ModelInfo, Callable[[float], None], Callable[[Worker, str], None]], Worker]
 
 
 class LoadAttempt:
     """One try to load a model; everyone who waited for it learns its error."""
 
-    error: ApiError | None = None
+    def __init__(self) -> None:
+        self.error: ApiError | None = None
+
+    def check(self) -> None:
+        """Raises the load's error, a copy for each waiter: a raised exception holds the frames it passed through."""
+        if self.error is not None:
+            raise copy.copy(self.error)
 
 
 @dataclass
 class Entry:
-    """A model's life. Owned by ModelTable, touched only under its condition."""
+    """A model's life. Owned by Residents, touched only under its condition."""
 
     info: ModelInfo
-    state: str = "unloaded"  # unloaded, loading, loaded, unloading, failed
+    state: str = "unloaded"  # unloaded, loading, loaded, unloading, failed; changed by Residents.move alone
     progress: float = 0.0
     error: str | None = None
-    worker: Any = None
+    worker: Worker | None = None  # while loaded and unloading
     attempt: LoadAttempt = field(default_factory=LoadAttempt)
+    pending: Cancellation | None = None  # a load that nobody waits for and that has no room yet
     leases: int = 0  # requests that use the worker now
     waiting: int = 0  # requests that wait for the load
     last_used: float | None = None  # seconds since the epoch
     idle_since: float = 0.0  # monotonic
 
+    @property
+    def in_memory(self) -> bool:
+        return self.state in ("loading", "loaded", "unloading")
+
+    @property
+    def idle(self) -> bool:
+        return self.state == "loaded" and not self.leases and not self.waiting
+
     def status(self) -> dict[str, Any]:
-        """The answer of the status, load and unload routes (Seed)."""
+        """The document of the status, load and unload routes, but for its memory: asking for that takes too long here."""
         running, waiting = self.worker.counts() if self.worker else (0, 0)
         return {
             "model": self.info.id, "status": self.state, "loaded": self.state == "loaded",
-            "progress": round(self.progress, 3), "memory_bytes": self.worker.memory_bytes() if self.worker else 0,
+            "progress": round(self.progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
         }  # fmt: skip
@@ -4595,117 +4624,392 @@ class TableOptions:
     aliases: tuple[tuple[str, str], ...] = ()  # shell pattern, model
 
 
+def start_thread(work: Callable[..., None], *args: Any, name: str) -> None:
+    """Runs work in a thread of its own. Raises Overloaded when the system has no thread to give."""
+    try:
+        threading.Thread(target=work, args=args, name=name, daemon=True).start()
+    except RuntimeError as error:
+        raise Overloaded(f"The system gives no more threads ({error})") from None
+
+
+class Residents:
+    """The models in memory: loads, evicts and unloads them.
+
+    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries; loads
+    and unloads run in threads of their own, so that no wait holds it. Methods are called with it held, unless they
+    say that they take it.
+    """
+
+    def __init__(self, start_worker: StartWorker, options: TableOptions) -> None:
+        self.changed = threading.Condition()
+        self.entries: dict[str, Entry] = {}  # by id
+        self.closed = False
+        self._start_worker, self._options = start_worker, options
+
+    def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
+        """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
+        entry.state, entry.worker, entry.error = state, worker, error
+        entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
+        self.changed.notify_all()
+
+    def wake(self) -> None:
+        """Lets waiters look again; takes the condition."""
+        with self.changed:
+            self.changed.notify_all()
+
+    # Loading
+
+    def acquire(self, entry: Entry, cancel: Cancellation) -> Worker:
+        """Waits until the model is loaded; whoever comes first begins the load.
+
+        Raises GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
+        """
+        deadline = time.monotonic() + LOAD_WAIT_SECONDS
+        attempt = LoadAttempt()
+        entry.waiting += 1
+        try:
+            while True:
+                cancel.check()
+                if self.closed:
+                    raise Overloaded("The server is shutting down")
+                attempt.check()
+                if entry.state == "loaded":
+                    assert entry.worker
+                    entry.last_used = time.time()
+                    return entry.worker
+                if not entry.in_memory and self._make_room(entry, deadline):
+                    self._begin_load(entry)
+                if entry.state == "loading":
+                    attempt = entry.attempt
+                self.changed.wait(1.0)
+        finally:
+            entry.waiting -= 1
+
+    def load_in_background(self, entry: Entry) -> None:
+        """Begins to load; without room one thread waits for it, however often this is asked."""
+        if entry.pending or entry.state in ("loading", "loaded"):
+            return
+        if entry.state != "unloading" and self._make_room(entry, math.inf):
+            self._begin_load(entry)
+            return
+        pending = Cancellation()
+        start_thread(self._load_pending, entry, pending, name=f"load {entry.info.id}")
+        entry.pending = pending
+        if entry.state == "failed":
+            self.move(entry, "unloaded")
+
+    def _load_pending(self, entry: Entry, pending: Cancellation) -> None:
+        """The thread of a load that waits for room; its refusal becomes the entry's error."""
+        pending.on_cancel(self.wake)
+        with self.changed:
+            try:
+                self.acquire(entry, pending)
+            except Cancelled:
+                pass  # an unload came
+            except ApiError as refusal:
+                if entry.state == "unloaded":
+                    self.move(entry, "failed", error=refusal.details)
+            finally:
+                entry.pending = None
+
+    def _make_room(self, entry: Entry, deadline: float) -> bool:
+        """True if a load may start; otherwise starts evicting the least recently used idle model.
+
+        Raises Overloaded when all are busy beyond the deadline.
+        """
+        held = [e for e in self.entries.values() if e.in_memory]
+        free = available_memory()
+        crowded = len(held) >= self._options.max_loaded or (held and free is not None and entry.info.size_bytes > free)
+        if not crowded:
+            return True
+        if not any(e.state == "unloading" and not e.leases for e in held):
+            idle = [e for e in held if e.idle]
+            if idle:
+                self._begin_unload(min(idle, key=lambda e: e.last_used or 0.0))
+            elif len(held) < self._options.max_loaded:
+                return True  # nothing more to free: the load itself tells whether the memory is enough
+            elif time.monotonic() > deadline:
+                raise Overloaded(f"All {len(held)} loaded models are busy (--max-loaded {self._options.max_loaded})")
+        return False
+
+    def _begin_load(self, entry: Entry) -> None:
+        attempt = LoadAttempt()
+        start_thread(self._load, entry, attempt, name=f"load {entry.info.id}")  # before the state says that one runs
+        entry.attempt = attempt
+        self.move(entry, "loading")
+
+    def _load(self, entry: Entry, attempt: LoadAttempt) -> None:
+        """The thread of a load; takes the condition to say how far it is and how it ended."""
+
+        def progress(fraction: float) -> None:
+            with self.changed:
+                entry.progress = fraction
+
+        worker, error = None, None
+        try:
+            worker = self._start_worker(entry.info, progress, functools.partial(self._died, entry))
+        except ApiError as failure:
+            error = copy.copy(failure)
+        except Exception as failure:
+            log.exception("loading %s failed", entry.info.id)
+            error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
+        with self.changed:
+            attempt.error, entry.idle_since = error, time.monotonic()
+            self.move(entry, "failed" if error else "loaded", worker, error.details if error else None)
+        if worker is not None and self.closed:
+            worker.stop()
+        elif worker is not None and not worker.alive:
+            self._died(entry, worker, "the engine process ended right after the load")
+
+    def _died(self, entry: Entry, worker: Worker, reason: str) -> None:
+        """A child ended by itself; takes the condition."""
+        with self.changed:
+            if entry.worker is worker and entry.state == "loaded":
+                self.move(entry, "failed", error=reason)
+
+    # Unloading
+
+    def release(self, entry: Entry) -> None:
+        """A request is done with the worker."""
+        entry.leases -= 1
+        entry.idle_since, entry.last_used = time.monotonic(), time.time()
+        if self._options.keep_alive == 0 and entry.idle:
+            self._evict(entry)
+        self.changed.notify_all()
+
+    def unload(self, entry: Entry, force: bool, cancel: Cancellation) -> None:
+        """Waits until the model is out of memory; force ends what runs, otherwise it may finish."""
+        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
+        if entry.pending:
+            entry.pending.cancel()
+        attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
+        while entry.attempt is attempt and entry.in_memory and not self.closed:
+            cancel.check()
+            if entry.state == "loaded":
+                self._begin_unload(entry)
+            if entry.state == "unloading" and force and entry.worker:
+                entry.worker.fail_all(ended)
+            self.changed.wait(1.0)
+        if entry.state == "failed":
+            self.move(entry, "unloaded")
+
+    def _begin_unload(self, entry: Entry) -> None:
+        start_thread(self._unload, entry, entry.worker, name=f"unload {entry.info.id}")
+        self.move(entry, "unloading", entry.worker)
+
+    def _unload(self, entry: Entry, worker: Worker) -> None:
+        """The thread of an unload: waits for the requests that use the worker, then ends it; takes the condition."""
+        with self.changed:
+            while entry.leases and not self.closed and worker.alive:
+                self.changed.wait(1.0)
+        worker.stop()
+        with self.changed:
+            self.move(entry, "unloaded")
+
+    def _evict(self, entry: Entry) -> None:
+        """Unloads an idle model that nobody waits to see gone: without a thread to do it, it stays for now."""
+        try:
+            self._begin_unload(entry)
+        except Overloaded as error:
+            log.warning("%s stays in memory: %s", entry.info.id, error.details)
+            entry.idle_since = time.monotonic()  # for as long again
+
+    def expire_idle(self) -> None:
+        """The keep-alive thread: unloads models idle for `keep_alive` seconds; takes the condition."""
+        keep_alive = self._options.keep_alive
+        with self.changed:
+            while not self.closed:
+                now = time.monotonic()
+                idle = [e for e in self.entries.values() if e.idle]
+                for entry in idle:
+                    if now - entry.idle_since >= keep_alive:
+                        self._evict(entry)
+                left = [e.idle_since + keep_alive - now for e in idle if e.state == "loaded"]
+                self.changed.wait(max(0.05, min(left, default=keep_alive)))
+
+    def close(self) -> None:
+        """Ends every wait and every child; idempotent; takes the condition."""
+        with self.changed:
+            self.closed = True
+            workers = [e.worker for e in self.entries.values() if e.worker]
+            self.changed.notify_all()
+        for worker in workers:
+            worker.stop()
+
+
+@dataclass(frozen=True)
+class Unresolved:
+    """A model that the command line names and no scan has found."""
+
+    setting: str  # "--model" (which SHIMMY_BASE_GGUF may stand for), or "--alias PATTERN"
+    value: str
+    near: tuple[str, ...]  # ids that are spelled alike, or that the value could mean
+    reason: str  # ": " and why a file of that name was skipped, or ""
+
+
+def some_of(names: Seq[str], most: int = 5) -> str:
+    """a, b and 7 more."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
 class Names:
     """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
 
     def __init__(self, options: TableOptions) -> None:
         self._wanted, self._aliases = options.default, options.aliases
-        self._stems: dict[str, str] = {}  # id to file stem, in the order of the list
+        self._models: dict[str, ModelInfo] = {}  # by id, in the order of the list
+        self._stems: dict[str, str] = {}  # id to file stem
         self.default: str | None = None
 
-    def update(self, models: Mapping[str, ModelInfo]) -> None:
-        """Take over what a scan found; `default` stays what it was while that is there."""
+    def update(self, models: dict[str, ModelInfo]) -> None:
+        """Takes over what a scan found; `default` stays what it was while that is there."""
+        self._models = models
         self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
-        if self.default in self._stems:
-            return
-        path = os.path.realpath(os.path.expanduser(self._wanted or ""))
-        by_path = [id for id, m in models.items() if os.path.realpath(m.path) == path]
-        first = next(iter(models), None)
-        self.default = (by_path[0] if by_path else self._match(self._wanted)) if self._wanted else first
+        if self._wanted and self.default not in models:
+            self.default = self._find_wanted(self._wanted)
+        elif not self._wanted and (self.default not in models or models[self.default].embedding):
+            self.default = next((id for id, m in models.items() if not m.embedding), None)
 
-    def resolve(self, name: str) -> str | None:
-        """The id that a name means: `default`, id, alias, stem, letter case, unambiguous prefix, in this order."""
-        if name == "default" or name in self._stems:
-            return self.default if name == "default" else name
+    def _find_wanted(self, wanted: str) -> str | None:
+        path = os.path.realpath(os.path.expanduser(wanted))
+        by_path = [id for id, m in self._models.items() if os.path.realpath(m.path) == path]
+        found = by_path or self._match(wanted)
+        return found[0] if len(found) == 1 else None
+
+    def resolve(self, name: str) -> list[str]:
+        """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
+        if name == "default":
+            return [self.default] if self.default else []
+        if name in self._models:
+            return [name]
         import fnmatch
 
         for pattern, target in self._aliases:
             if fnmatch.fnmatchcase(name, pattern):
-                return self.default if target == "default" else self._match(target)
+                return self.resolve("default") if target == "default" else self._match(target)
         return self._match(name)
 
-    def _match(self, name: str) -> str | None:
-        stems = [id for id, stem in self._stems.items() if stem == name]
-        plain = plain_id(name)
-        if len(stems) == 1 or plain in self._stems:
-            return stems[0] if len(stems) == 1 else plain
-        begins = [id for id in self._stems if id.startswith(plain)] if name else []
-        return begins[0] if len(begins) == 1 else None
+    def _match(self, name: str) -> list[str]:
+        """A name as it is, then as LM Studio (NAME.gguf) and Ollama (NAME:latest) write it, then as a prefix."""
+        if not name.strip():
+            return []
+        for form in dict.fromkeys((name, re.sub(r"(?i)(?<=.)(\.gguf|:latest)$", "", name))):
+            stems = [id for id, stem in self._stems.items() if stem == form]
+            plain = plain_id(form)
+            if len(stems) == 1 or plain in self._models:
+                return stems if len(stems) == 1 else [plain]
+        return [id for id in self._models if id.startswith(plain_id(name))]
 
     def wanted(self, name: str) -> str:
         """What was asked for by `default`, else the name itself."""
         return self._wanted if name == "default" and self._wanted else name
 
-    def why_not(self, name: str) -> str:
-        """What to tell who asked for a name that means nothing."""
+    def not_found(self, name: str, reason: str = "") -> ModelNotFound:
+        """The error for a name that means nothing, or several models; `reason` may say why a file of that name is none."""
+        known = self._available()
         if name == "default" and not self._wanted:
-            return "No GGUF model was found: put one into ./models, or name its directory with --models-dir"
-        return f"Model '{self.wanted(name)[:200]}' is not available"
+            if self._models:
+                return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
+            return ModelNotFound("No GGUF model was found: put one into ./models, or name its directory with --models-dir")
+        wanted = self.wanted(name)
+        could_be = self.resolve(name) if name != "default" else self._match(wanted)
+        if could_be:
+            reason = f": it could mean {some_of(could_be)}"
+        details = f"Model '{printable(wanted)}' is not available{reason}"
+        if could_be or not known:
+            return ModelNotFound(details)
+        alias = f"; --alias '{printable(name, 40)}=MODEL' gives a model this name" if name != "default" else ""
+        return ModelNotFound(details, hint=f" (available: {known}{alias})")
+
+    def _available(self) -> str:
+        return some_of(list(self._models))
+
+    def unresolved(self, catalog: Catalog) -> list[Unresolved]:
+        """What the command line names and what is not there, each with ids that are spelled alike."""
+        import difflib
+
+        named = [("--model", self._wanted, self.resolve("default"))] if self._wanted else []
+        named += [(f"--alias {p}", t, self.resolve("default") if t == "default" else self._match(t)) for p, t in self._aliases]
+        result = []
+        for setting, value, found in named:
+            if len(found) != 1 and value != "default":
+                alike = difflib.get_close_matches(plain_id(value)[:MAX_MODEL_NAME], self._models, n=3, cutoff=0.5)
+                near = tuple(self._match(value)[:3] or alike)
+                result.append(Unresolved(setting, value, near, catalog.why_path_skipped(value)))
+        return result
 
 
 class ModelTable:
-    """name → Entry, and the life of each: unloaded → loading → loaded → unloading → unloaded, or failed.
-
-    One condition guards all entries; loads and unloads run in threads of their own, so that no wait holds it.
-    """
+    """The models by name, those on the disk and those in memory: what Service and the routes ask."""
 
     def __init__(self, catalog: Catalog, start_worker: StartWorker, options: TableOptions) -> None:
-        self.catalog, self.options, self._start_worker = catalog, options, start_worker
-        self._changed = threading.Condition()
-        self._entries: dict[str, Entry] = {}
+        self.catalog, self.options = catalog, options
+        self._residents = Residents(start_worker, options)
+        self._changed = self._residents.changed  # guards the names too
         self._names = Names(options)
-        self._scanned = self._closed = False
-        self._scanned_at = 0.0
+        self._scanned = False  # the first scan is over, whatever came of it
+        self._taken = -math.inf  # when the scan began whose report is in the table
 
     def start(self) -> None:
-        """Begin the first scan, and the watch over idle models, in the background."""
+        """Begins the first scan, and the watch over idle models, in the background."""
         threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
         if self.options.keep_alive > 0:
-            threading.Thread(target=self._expire_idle, name="keep-alive", daemon=True).start()
+            threading.Thread(target=self._residents.expire_idle, name="keep-alive", daemon=True).start()
 
     def _first_scan(self) -> None:
         try:
-            self.scan()
+            self._refresh(math.inf)
         except Exception:
             log.exception("the scan for models failed")
-        with self._changed:
-            self._scanned = True
-            self._changed.notify_all()
-            missing = [t for _, t in self.options.aliases if not self._names.resolve(t)]
-        if self.options.default and self._names.default is None:
-            missing.append(self.options.default)
-        for name in missing:
-            log.warning("no model %s was found%s", name, self.catalog.why_skipped(name))
-
-    # Names
+        finally:
+            with self._changed:
+                self._scanned = True
+                self._changed.notify_all()
+        for lost in self.unresolved():
+            near = f" (near: {', '.join(lost.near)})" if lost.near else ""
+            log.warning("no model %s was found for %s%s%s", printable(lost.value), printable(lost.setting), lost.reason, near)
 
     def scan(self) -> list[dict[str, Any]]:
-        """Look for models again; loaded ones stay whatever became of their file. Returns the list of models."""
-        report = self.catalog.scan()
+        """Looks for models again; loaded ones stay whatever became of their file. Returns the list of models."""
+        self._refresh(0.0)
         with self._changed:
-            kept = {id: e for id, e in self._entries.items() if e.state != "unloaded" or e.waiting or e.leases}
-            found = {m.id: self._entries.get(m.id) or Entry(m) for m in report.models}
-            for model in report.models:
-                found[model.id].info = model
-            self._entries = found | {id: e for id, e in kept.items() if id not in found}
-            self._scanned, self._scanned_at = True, time.monotonic()
-            self._names.update({id: e.info for id, e in self._entries.items()})
-            self._changed.notify_all()
             return self._listing()
+
+    def _refresh(self, age: float) -> None:
+        """Takes over what a scan found that began at most `age` seconds ago; takes the condition."""
+        report = self.catalog.scan(age)
+        with self._changed:
+            if report.began > self._taken:  # threads may come out of the catalog in another order
+                self._taken, self._scanned = report.began, True
+                self._take(report)
+
+    def _take(self, report: ScanReport) -> None:
+        entries = self._residents.entries
+        found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
+        for model in report.models:
+            found[model.id].info = model
+        used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.pending}
+        entries = self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
+        self._names.update({id: e.info for id, e in entries.items()})
+        self._changed.notify_all()
+
+    # Names
 
     def models(self) -> list[dict[str, Any]]:
         """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
         with self._changed:
             self._await_scan(Cancellation())
-        self._rescan(2.0)  # milliseconds, and a file copied there shows
+        self._refresh(2.0)  # milliseconds, and a file copied there shows
         with self._changed:
             return self._listing()
 
     def _listing(self) -> list[dict[str, Any]]:
-        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in self._entries.values()]
+        entries = self._residents.entries.values()
+        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
 
     def _await_scan(self, cancel: Cancellation) -> None:
-        while not self._scanned and not self._closed:
+        while not self._scanned and not self._residents.closed:
             cancel.check()
             self._changed.wait(1.0)
 
@@ -4714,229 +5018,130 @@ class ModelTable:
             self._await_scan(Cancellation())
             return self._names.default
 
+    def unresolved(self) -> list[Unresolved]:
+        """The models that --model and --alias name and that the first scan, waited for, has not found."""
+        with self._changed:
+            self._await_scan(Cancellation())
+            return self._names.unresolved(self.catalog)
+
     def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
 
         A name not known looks at the disk again first: a file may have been copied there a moment ago.
         """
+        if len(name) > MAX_MODEL_NAME:
+            raise ModelNotFound(f"Model '{printable(name, 80)}' is not available")
         with self._changed:
             self._await_scan(cancel or Cancellation())
-            id = self._names.resolve(name)
-        if id is None:
-            self._rescan(0.25)
+            found = self._names.resolve(name)
+        if len(found) != 1:
+            self._refresh(0.25)
             with self._changed:
-                id = self._names.resolve(name)
-        if id is None:
-            raise ModelNotFound(self._names.why_not(name) + self.catalog.why_skipped(self._names.wanted(name)))
-        return id
+                found = self._names.resolve(name)
+                if len(found) != 1:
+                    raise self._names.not_found(name, self._why_skipped(name))
+        return found[0]
 
-    def _rescan(self, age: float) -> None:
-        """Look again unless the last look is younger than `age` seconds."""
-        if time.monotonic() - self._scanned_at > age:
-            self.scan()
+    def _why_skipped(self, name: str) -> str:
+        """Only `default` may be a path: the operator named it, a request never does."""
+        wanted = self._names.wanted(name)
+        return self.catalog.why_path_skipped(wanted) if name == "default" else self.catalog.why_skipped(wanted)
+
+    def _entry(self, id: str) -> Entry:
+        """The entry, under the condition; a scan may have dropped it since the name was resolved."""
+        if id not in self._residents.entries:
+            raise self._names.not_found(id)
+        return self._residents.entries[id]
+
+    def _read_whole(self, id: str) -> ModelInfo:
+        """What a scan of many files left unread of a model's header is read now; takes the condition."""
+        with self._changed:
+            info = self._entry(id).info
+        if info.chat_template is not None:
+            return info
+        whole = self.catalog.whole(info)  # not under the condition: a large vocabulary takes 0.1 s
+        with self._changed:
+            self._entry(id).info = whole
+        return whole
+
+    def _check_generates(self, id: str) -> None:
+        """Raises InvalidRequest for a model that cannot generate, before anything is loaded for it."""
+        info = self._read_whole(id)
+        if info.embedding:
+            kind = "a reranker" if info.pooling == "rank" else "an embedding model"
+            raise InvalidRequest(f"model: '{id}' is {kind}; it cannot generate text", "model")
 
     # Life
 
     @contextlib.contextmanager
-    def lease(self, name: str, cancel: Cancellation) -> Iterator[Any]:
+    def lease(self, name: str, cancel: Cancellation) -> Iterator[Worker]:
         """The worker of a model for the time of a request; loads the model when it must.
 
-        Raises ModelNotFound, GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
+        Raises ModelNotFound, InvalidRequest for an embedding model, GenerationFailed with the load's reason,
+        Overloaded when no room comes, Cancelled.
         """
         id = self.resolve(name, cancel)
-        cancel.on_cancel(self._wake)
+        self._check_generates(id)
+        cancel.on_cancel(self._residents.wake)
         with self._changed:
             entry = self._entry(id)
-            worker = self._await_worker(entry, cancel)
+            worker = self._residents.acquire(entry, cancel)
             entry.leases += 1
-            entry.last_used = time.time()
         try:
             yield worker
         finally:
-            self._release(entry)
-
-    def _entry(self, id: str) -> Entry:
-        """The entry, under the condition; a scan may have dropped it since the name was resolved."""
-        if id not in self._entries:
-            raise ModelNotFound(self._names.why_not(id))
-        return self._entries[id]
-
-    def _wake(self) -> None:
-        with self._changed:
-            self._changed.notify_all()
-
-    def _await_worker(self, entry: Entry, cancel: Cancellation) -> Any:
-        """Wait, holding the condition, until the model is loaded; whoever comes first begins the load."""
-        deadline = time.monotonic() + LOAD_WAIT_SECONDS
-        attempt: LoadAttempt | None = None
-        entry.waiting += 1
-        try:
-            while True:
-                cancel.check()
-                if self._closed:
-                    raise Overloaded("The server is shutting down")
-                if attempt and attempt.error:
-                    raise attempt.error
-                if entry.state == "loaded":
-                    return entry.worker
-                if entry.state in ("unloaded", "failed") and self._make_room(entry, deadline):
-                    self._begin_load(entry)
-                if entry.state == "loading":
-                    attempt = entry.attempt
-                self._changed.wait(1.0)
-        finally:
-            entry.waiting -= 1
-
-    def _make_room(self, entry: Entry, deadline: float) -> bool:
-        """Whether the model may be loaded now; else the idle one used least recently is on its way out."""
-        held = [e for e in self._entries.values() if e.state in ("loading", "loaded", "unloading")]
-        free = available_memory()
-        crowded = len(held) >= self.options.max_loaded or (held and free is not None and entry.info.size_bytes > free)
-        if not crowded:
-            return True
-        if not any(e.state == "unloading" and not e.leases for e in held):
-            idle = [e for e in held if e.state == "loaded" and not e.leases and not e.waiting]
-            if idle:
-                self._begin_unload(min(idle, key=lambda e: e.last_used or 0.0), None)
-            elif len(held) < self.options.max_loaded:
-                return True  # nothing more to free: the load itself tells whether the memory is enough
-            elif time.monotonic() > deadline:
-                raise Overloaded(f"All {len(held)} loaded models are busy (--max-loaded {self.options.max_loaded})")
-        return False
-
-    def _begin_load(self, entry: Entry) -> None:
-        entry.state, entry.progress, entry.error, entry.attempt = "loading", 0.0, None, LoadAttempt()
-        threading.Thread(target=self._load, args=(entry,), name=f"load {entry.info.id}", daemon=True).start()
-
-    def _load(self, entry: Entry) -> None:
-        def progress(fraction: float) -> None:
             with self._changed:
-                entry.progress = fraction
-
-        def died(worker: Any, reason: str) -> None:
-            with self._changed:
-                if entry.worker is worker and entry.state == "loaded":
-                    entry.state, entry.error, entry.worker, entry.progress = "failed", reason, None, 0.0
-                    self._changed.notify_all()
-
-        worker, error = None, None
-        try:
-            worker = self._start_worker(entry.info, progress, died)
-        except ApiError as failure:
-            error = failure
-        except Exception as failure:
-            log.exception("loading %s failed", entry.info.id)
-            error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
-        with self._changed:
-            entry.attempt.error, entry.worker, entry.idle_since = error, worker, time.monotonic()
-            entry.state, entry.progress = ("failed", 0.0) if error else ("loaded", 1.0)
-            entry.error = error.details if error else None
-            self._changed.notify_all()
-        if worker is not None and self._closed:
-            worker.stop()
-        elif worker is not None and not worker.alive:
-            died(worker, "the engine process ended right after the load")
-
-    def _release(self, entry: Entry) -> None:
-        with self._changed:
-            entry.leases -= 1
-            entry.idle_since, entry.last_used = time.monotonic(), time.time()
-            if self.options.keep_alive == 0 and not entry.leases and not entry.waiting and entry.state == "loaded":
-                self._begin_unload(entry, None)
-            self._changed.notify_all()
+                self._residents.release(entry)
 
     def load(self, name: str, wait: bool, cancel: Cancellation) -> dict[str, Any]:
-        """`POST …/load`: begin to load unless loaded, and wait for it if asked to. Returns the status."""
+        """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status."""
         id = self.resolve(name, cancel)
-        cancel.on_cancel(self._wake)
+        self._check_generates(id)
+        cancel.on_cancel(self._residents.wake)
         with self._changed:
             entry = self._entry(id)
             if wait:
-                self._await_worker(entry, cancel)
-                entry.last_used = time.time()
-            elif entry.state in ("unloaded", "failed", "unloading"):
-                if entry.state != "unloading" and self._make_room(entry, math.inf):
-                    self._begin_load(entry)
-                else:
-                    threading.Thread(target=self._load_later, args=(entry,), daemon=True).start()
-            return entry.status()
-
-    def _load_later(self, entry: Entry) -> None:
-        with self._changed, contextlib.suppress(ApiError):
-            self._await_worker(entry, Cancellation())
+                self._residents.acquire(entry, cancel)
+            else:
+                self._residents.load_in_background(entry)
+        return self._status(entry)
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
-        """`POST …/unload`: let running generations finish (or end them), free the memory; idempotent."""
+        """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
         id = self.resolve(name, cancel)
-        cancel.on_cancel(self._wake)
-        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
+        cancel.on_cancel(self._residents.wake)
         with self._changed:
             entry = self._entry(id)
-            attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
-            while entry.attempt is attempt and entry.state in ("loading", "loaded", "unloading") and not self._closed:
-                cancel.check()
-                if entry.state == "loaded":
-                    self._begin_unload(entry, ended if force else None)
-                elif entry.state == "unloading" and force and entry.worker:
-                    entry.worker.fail_all(ended)
-                self._changed.wait(1.0)
-            if entry.state == "failed":
-                entry.state, entry.error = "unloaded", None
-            return entry.status()
-
-    def _begin_unload(self, entry: Entry, ended: ApiError | None) -> None:
-        entry.state = "unloading"
-        if ended:
-            entry.worker.fail_all(ended)
-        threading.Thread(target=self._unload, args=(entry,), name=f"unload {entry.info.id}", daemon=True).start()
-
-    def _unload(self, entry: Entry) -> None:
-        with self._changed:
-            while entry.leases and not self._closed and entry.worker.alive:
-                self._changed.wait(1.0)
-        entry.worker.stop()
-        with self._changed:
-            entry.state, entry.worker, entry.progress = "unloaded", None, 0.0
-            self._changed.notify_all()
-
-    def _expire_idle(self) -> None:
-        """The keep-alive thread: unloads models idle for `keep_alive` seconds."""
-        with self._changed:
-            while not self._closed:
-                now = time.monotonic()
-                idle = [e for e in self._entries.values() if e.state == "loaded" and not e.leases and not e.waiting]
-                for entry in idle:
-                    if now - entry.idle_since >= self.options.keep_alive:
-                        self._begin_unload(entry, None)
-                left = [e.idle_since + self.options.keep_alive - now for e in idle if e.state == "loaded"]
-                self._changed.wait(max(0.05, min(left, default=self.options.keep_alive)))
+            self._residents.unload(entry, force, cancel)
+        return self._status(entry)
 
     def status(self, name: str) -> dict[str, Any]:
         """The model's status; asked about, it also gets what a scan of many files left unread of its header."""
         id = self.resolve(name)
+        self._read_whole(id)
         with self._changed:
             entry = self._entry(id)
-        whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
+        return self._status(entry)
+
+    def _status(self, entry: Entry) -> dict[str, Any]:
+        """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
         with self._changed:
-            entry.info = whole
-            return entry.status()
+            status, worker = entry.status(), entry.worker
+        return status | {"memory_bytes": worker.memory_bytes() if worker else 0}
 
     def statuses(self) -> list[dict[str, Any]]:
+        """The status of each model in memory."""
         with self._changed:
-            return [e.status() for e in self._entries.values() if e.worker]
+            entries = [e for e in self._residents.entries.values() if e.worker]
+        return [self._status(entry) for entry in entries]
 
-    def workers(self) -> list[Any]:
+    def workers(self) -> list[Worker]:
         with self._changed:
-            return [e.worker for e in self._entries.values() if e.worker]
+            return [e.worker for e in self._residents.entries.values() if e.worker]
 
     def close(self) -> None:
-        """End every wait and every child; idempotent."""
-        with self._changed:
-            self._closed = True
-            workers = [e.worker for e in self._entries.values() if e.worker]
-            self._changed.notify_all()
-        for worker in workers:
-            worker.stop()
+        """Ends every wait and every child; idempotent."""
+        self._residents.close()
 
 
 # ── 14. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
