@@ -616,8 +616,9 @@ class Sampling:
     stop: tuple[str, ...] = param(stops, "end before this text (repeatable)", ())
     ignore_eos: bool = param(boolean, "go on past the model's end of text", False)
     logit_bias: tuple[tuple[int, float], ...] = param(biases, "", ())
-    json_schema: Schema | None = param(a_schema, "")
-    constraint: Constraint | None = None  # made from json_schema by the service
+    json_schema: Schema | None = param(a_schema, "")  # noqa: RUF009  param gives a field
+    grammar: str | None = param(a_string, "")  # GBNF
+    constraint: Constraint | None = None  # made from json_schema or grammar by the service
     logprobs: int | None = None  # how many alternatives to report; 0: only the picked token's own
 
     @classmethod
@@ -826,9 +827,21 @@ class Usage:
     prompt_seconds: float
     decode_seconds: float
 
-    def document(self) -> dict[str, int]:
+    def document(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
+
+    def timings(self) -> dict[str, float]:
+        """Speeds in llama-server's shape: milliseconds, and tokens per second."""
+        read = self.prompt_tokens - self.cached_tokens
+        return {"cache_n": self.cached_tokens} | _timing("prompt", read, self.prompt_seconds) | _timing(
+            "predicted", self.completion_tokens, self.decode_seconds)  # fmt: skip
+
+
+def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
+    each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
+    return {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
+            f"{name}_per_second": round(rate, 2)}  # fmt: skip
 
 
 Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ChoiceEnd | Usage
@@ -5248,11 +5261,17 @@ class Service:
 
 def constrained(request: GenerateRequest) -> GenerateRequest:
     """The request with its JSON schema made into a grammar. Raises InvalidRequest naming the keyword at fault."""
-    schema = request.sampling.json_schema
-    if schema is None:
+    sampling = request.sampling
+    schema, grammar = sampling.json_schema, sampling.grammar
+    if schema and grammar:
+        raise InvalidRequest("grammar and json_schema exclude each other: send one of them", "grammar")
+    if schema:
+        constraint = Constraint(SchemaGrammar(schema.param).compile(schema.schema), schema.param)
+    elif grammar:
+        constraint = Constraint(grammar, "grammar")
+    else:
         return request
-    constraint = Constraint(SchemaGrammar(schema.param).compile(schema.schema), schema.param)
-    return replace(request, sampling=replace(request.sampling, constraint=constraint, json_schema=None))
+    return replace(request, sampling=replace(sampling, constraint=constraint, json_schema=None, grammar=None))
 
 
 # ── 15. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5411,13 +5430,9 @@ class NativeSocket(Native):
         return cls._end("cancelled", Usage(0, 0, 0, 0, 0))
 
 
-UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's that are known here but not served yet
-    "response_format": lambda v: v != {"type": "text"},
+UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's that are known here but not served
     "tool_choice": lambda v: v not in ("none", "auto"),
-    "parallel_tool_calls": lambda v: v is not True,
     "suffix": lambda v: v != "",
-    "echo": lambda v: v is not False,
-    "best_of": lambda v: v != 1,
     "functions": lambda v: v != [],
     "function_call": lambda v: v not in ("none", "auto"),
     "modalities": lambda v: v != ["text"],
@@ -5431,7 +5446,23 @@ def refuse_unbuilt(body: Mapping[str, Any]) -> None:
     """A known field that is not built yet is refused by name: to ignore it would be to answer something else."""
     for name, unserved in UNBUILT.items():
         if body.get(name) is not None and unserved(body[name]):
-            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here yet", name)
+            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
+
+
+def response_schema(format: Any) -> Schema | None:
+    """The schema a `response_format` asks for: any object for json_object, none for text."""
+    if format is None:
+        return None
+    kind = an_object("response_format", format).get("type")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return Schema("response_format", {"type": "object"})
+    if kind != "json_schema":
+        served = "text, json_object or json_schema"
+        raise InvalidRequest(f"response_format.type must be {served}, not {_said(kind)}", "response_format")
+    holder = an_object("response_format.json_schema", format.get("json_schema"))
+    return Schema("response_format", an_object("response_format.json_schema.schema", holder.get("schema")))
 
 
 class OpenAI(Dialect):
@@ -5448,10 +5479,13 @@ class OpenAI(Dialect):
     def common(body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
         """The fields both routes read alike."""
         refuse_unbuilt(body)
-        n = body.get("n")
+        n, sampling = body.get("n"), Sampling.from_json(body, logprobs=logprobs)
+        schema = response_schema(body.get("response_format"))
+        if schema and (sampling.json_schema or sampling.grammar):
+            raise InvalidRequest("response_format excludes json_schema and grammar: send one of them", "response_format")
         return GenerateRequest(
             model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            sampling=Sampling.from_json(body, logprobs=logprobs),
+            sampling=replace(sampling, json_schema=schema) if schema else sampling,
             n=1 if n is None else whole(1, MAX_CHOICES)("n", n),
         )
 
@@ -5466,7 +5500,7 @@ class OpenAI(Dialect):
     @staticmethod
     def _usage(usage: Usage | None) -> dict[str, Any]:
         assert usage
-        return usage.document() | {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}}
+        return usage.document() | {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}, "timings": usage.timings()}
 
     def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
         if self._include_usage:
@@ -5565,7 +5599,26 @@ class Completion(OpenAI):
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
         logprobs = body.get("logprobs")
         count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
-        return replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
+        request = replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
+        if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
+            raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
+        self._echo = self._echoes(body, request)
+        return request
+
+    @staticmethod
+    def _echoes(body: Mapping[str, Any], request: GenerateRequest) -> Seq[str]:
+        """What each choice begins with: with `echo` its prompt."""
+        if not flag(body, "echo"):
+            return ()
+        if request.sampling.logprobs is not None or not all(isinstance(p, str) for p in request.prompts):
+            raise InvalidRequest("echo is served for prompts of text without logprobs", "echo")
+        return [str(p) for p in request.prompts for _ in range(request.n)]
+
+    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+        yield from super().documents(event)
+        if isinstance(event, Queued):
+            for index, prompt in enumerate(self._echo):
+                yield from super().documents(Text(index, prompt))
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Text) and (event.text or event.logprobs):
