@@ -2162,30 +2162,642 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 # ── 6. Structured output ──────────────────────────────────────────────────────────────────────────────────────────────
 # A JSON schema to a grammar that admits only its documents.
 
+Node = tuple[int, ...]  # schemas that must all hold for one value, by their number in SchemaReader; () allows everything
 
-class SchemaGrammar:
-    """A JSON schema as GBNF that admits just its documents; a keyword it cannot honour is refused by name.
 
-    Yardstick: llama.cpp's common/json-schema-to-grammar.cpp. As there, an object without additionalProperties has no
-    other properties than the named ones.
+@dataclass(frozen=True)
+class Constant:
+    """One value, as JSON text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """A string: its length in code points and its format, one of SchemaReader.FORMATS or ""."""
+
+    low: int = 0
+    high: int | None = None
+    format: str = ""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number, or an integer if `whole`. A bound is its value and whether the value itself is left out."""
+
+    whole: bool = False
+    low: tuple[float, bool] | None = None
+    high: tuple[float, bool] | None = None
+
+
+@dataclass(frozen=True)
+class Array:
+    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all."""
+
+    first: tuple[Node, ...] = ()
+    rest: Node | None = ()
+    low: int = 0
+    high: int | None = None
+
+    def at(self, index: int) -> Node | None:
+        """The schema of one element; None where the array has ended."""
+        if self.high is not None and index >= self.high:
+            return None
+        return self.first[index] if index < len(self.first) else self.rest
+
+
+@dataclass(frozen=True, eq=False)
+class Members:
+    """What an object still holds from here on: one property and then `rest`, or (name None) only unnamed ones.
+
+    Equal ones are one object, so that objects which end alike share their ends. Unnamed properties follow `node`
+    (None: there are none) and have a name outside `taken`.
     """
 
-    MAX_RULES, MAX_DEPTH, MAX_LENGTH = 2000, 32, 2000  # native code recurses over these
+    number: int
+    ends: bool  # nothing required is left
+    name: str | None
+    node: Node | None
+    required: bool = False
+    rest: Members | None = None
+    taken: frozenset[str] = frozenset()
+
+    def reachable(self) -> Iterator[Members]:
+        """The members that may come next: up to the first required one, else to the unnamed ones at the end."""
+        here: Members | None = self
+        while here is not None:
+            yield here
+            here = None if here.required else here.rest
+
+
+Shape = Constant | Text | Number | Array | Members
+Choice = tuple[Shape, ...]  # a value that has one of these shapes
+
+
+class SchemaReader:
+    """What a JSON schema allows, as shapes: references followed, allOf merged, alternatives multiplied out.
+
+    Schemas are numbered, equal ones once, so that alternatives which say the same are one. A keyword that cannot be
+    honoured is refused by name. An object without additionalProperties holds only the properties it names, as in
+    llama.cpp's common/json-schema-to-grammar.cpp; `loose` shapes hold everything the schema would accept.
+    """
+
+    MAX_STEPS = 30_000  # schemas read, merged and compared, some 10 µs each
+    MAX_TEXT = 1_000_000  # characters of names and constants, and of a grammar: llama.cpp takes 20 times as much memory
+    MAX_OPTIONS = 1000  # alternatives of one value, multiplied out
+    MAX_DEPTH = 64
+    MAX_LENGTH, MAX_ITEMS = 2000, 1996  # llama.cpp repeats 2,000 times at most, counting the rules around an array
+    MAX_BOUND = 2**64  # a number beyond is no bound that an integer type has
     UNSUPPORTED = ("not", "if", "then", "else", "patternProperties", "propertyNames", "dependentRequired", "pattern",
-                   "dependentSchemas", "unevaluatedProperties", "uniqueItems", "contains", "multipleOf",
-                   "minProperties", "maxProperties", "dependencies")  # fmt: skip
-    ANNOTATIONS = ("title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "nullable",
-                   "$defs", "definitions", "$schema", "$id", "$comment")  # fmt: skip
-    SHAPES: ClassVar = (
-        dict.fromkeys(("properties", "$defs", "definitions"), (dict, "an object"))
-        | dict.fromkeys(("required", "prefixItems", "allOf", "anyOf", "oneOf", "enum"), (list, "a list"))
-        | dict.fromkeys(("minimum", "maximum"), ((int, float), "a finite number"))
-        | dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), ((int, float), "a finite number"))
-    )
+                   "dependentSchemas", "uniqueItems", "contains", "multipleOf", "minProperties", "maxProperties",
+                   "dependencies", "unevaluatedItems", "additionalItems", "$dynamicRef", "$recursiveRef")  # fmt: skip
+    HARMLESS = ("uniqueItems", "not", "additionalItems", "then", "else")  # where they are false
+    TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
+    HINTS: ClassVar = {"object": {"properties", "required", "additionalProperties"}, "string": {"minLength", "maxLength"},
+                       "array": {"items", "prefixItems", "minItems", "maxItems"},
+                       "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}}  # fmt: skip
+    FORMATS: ClassVar = {"date": (10, 10), "time": (9, 18), "date-time": (20, 29), "uuid": (36, 36)}  # shortest, longest
+    COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "nullable", "discriminator")
+
+    def __init__(self, name: str, root: Any) -> None:
+        self.name, self.root, self.steps, self.size, self.dead_end = name, root, 0, 0, ""
+        self.schemas: list[dict[str, Any]] = []
+        self.numbers: dict[str, int] = {}  # JSON text → number
+        self.members: dict[tuple[Any, ...], Members] = {}
+        self.exclusive: list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = []  # oneOf's pairs, to be told apart
+        self._read: dict[int, int] = {}  # id of a client's dict → number
+        self._targets: dict[str, int] = {}
+        self._branches: dict[int, list[tuple[int, ...]]] = {}
+        self._choices: dict[tuple[Node, bool], Choice] = {}
+        self._shapes: dict[tuple[tuple[int, ...], bool], Choice] = {}
+        self._names: dict[Members, dict[str | None, Members]] = {}
+        self._enums: dict[int, set[Any]] = {}
+        self._following: list[int] = []  # schemas being followed with no bracket between them
+        self.never = self.number({"enum": []})
+        self.null = self.number({"enum": [None]})
+
+    def refuse(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"{self.name}: {what}", self.name)
+
+    def spend(self, steps: int = 1) -> None:
+        self.steps += steps
+        if self.steps > self.MAX_STEPS:
+            raise self.refuse("the schema is too large, or its allOf, anyOf and $ref unfold into too many cases")
+
+    def keep(self, text: str) -> None:
+        """Counts text that the grammar will hold."""
+        self.size += len(text)
+        if self.size > self.MAX_TEXT:
+            raise self.refuse(f"the schema's names and constants are over {self.MAX_TEXT} characters")
+
+    # Reading: the client's dicts become numbered ones with known keywords and checked values.
+
+    def number(self, schema: dict[str, Any]) -> int:
+        text = json.dumps(schema)  # not sorted: properties are written in the order that the client gave
+        if text not in self.numbers:
+            self.numbers[text] = len(self.schemas)
+            self.schemas.append(schema)
+        return self.numbers[text]
+
+    def read(self, schema: Any, depth: int = 0, where: str = "the schema") -> int:
+        """The number of a client's schema."""
+        self.spend()
+        if isinstance(schema, bool):
+            return self.number({}) if schema else self.never
+        if not isinstance(schema, dict):
+            raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
+        if depth > self.MAX_DEPTH:
+            raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
+        if id(schema) not in self._read:
+            self._read[id(schema)] = self.number(self._tidy(schema, depth + 1))
+        return self._read[id(schema)]
+
+    def said(self, value: Any) -> str:
+        """A client's value for a message; large ones are not written out, which may take long or be refused by Python."""
+        if isinstance(value, (dict, list)):
+            return "an object" if isinstance(value, dict) else "a list"
+        return "a huge number" if isinstance(value, int) and abs(value) > self.MAX_BOUND else _said(value)
+
+    def _tidy(self, schema: dict[str, Any], depth: int) -> dict[str, Any]:
+        """The keywords that matter, null ones left out, with numbers for the schemas inside."""
+        given = {key: value for key, value in schema.items() if value is not None or key == "const"}
+        self._check_keywords(given)
+        if schema is not self.root and not str(given.get("$id", "#")).startswith("#"):
+            raise self.refuse("keyword $id is not supported inside a schema")  # it would change what $ref means there
+        found: dict[str, Any] = {}
+        for key in ("items", "additionalProperties"):
+            if key in given:
+                found[key] = self.read(given[key], depth, key)
+        for key in ("prefixItems", "allOf", "anyOf", "oneOf"):
+            if key in given:
+                found[key] = [self.read(one, depth, key) for one in self._list(given, key)]
+        if "properties" in given:
+            found["properties"] = self._properties(given["properties"], depth)
+        for key in ("minLength", "maxLength", "minItems", "maxItems"):
+            if key in given:
+                found[key] = self._count(key, given[key])
+        if given.get("nullable") is True:
+            found["nullable"] = True
+        if isinstance(given.get("format"), str) and given["format"] in self.FORMATS:
+            found["format"] = given["format"]
+        if isinstance(given.get("discriminator"), dict) and isinstance(given["discriminator"].get("propertyName"), str):
+            found["discriminator"] = given["discriminator"]["propertyName"]
+        return found | self._bounds(given) | self._data(given)
+
+    def _check_keywords(self, given: dict[str, Any]) -> None:
+        for key in self.UNSUPPORTED:
+            if key in given and not (given[key] is False and key in self.HARMLESS):
+                raise self.refuse(f"keyword {key} is not supported")
+        if "unevaluatedProperties" in given:
+            if given["unevaluatedProperties"] is not False or set(given) & set(self.COMBINED):
+                raise self.refuse("keyword unevaluatedProperties is supported as false, without $ref, allOf, anyOf and oneOf")
+            given.setdefault("additionalProperties", False)
+
+    def _list(self, given: dict[str, Any], key: str) -> list[Any]:
+        if not isinstance(given[key], list) or not given[key]:
+            raise self.refuse(f"{key} must be a list of at least one element")
+        return list(given[key])
+
+    def _properties(self, properties: Any, depth: int) -> dict[str, int]:
+        if not isinstance(properties, dict):
+            raise self.refuse(f"properties must be an object, not {self.said(properties)}")
+        for name in properties:
+            self.keep(name)
+        return {name: self.read(schema, depth, "properties") for name, schema in properties.items()}
+
+    def _count(self, key: str, value: Any) -> int:
+        most = self.MAX_LENGTH if key.endswith("Length") else self.MAX_ITEMS
+        if not self._is_number(value) or not 0 <= value <= most or value != int(value):
+            raise self.refuse(f"{key} must be a whole number from 0 to {most}, not {self.said(value)}")
+        return int(value)
+
+    def _is_number(self, value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    def _bounds(self, given: dict[str, Any]) -> dict[str, Any]:
+        """minimum and maximum, with JSON Schema 4's `exclusiveMinimum: true` in the words of later versions."""
+        keys = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+        found: dict[str, Any] = {key: given[key] for key in keys if key in given}
+        for key, partner in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+            if found.get(key) is True:
+                if partner not in found:
+                    raise self.refuse(f"{key}: true needs {partner} beside it")
+                found[key] = found.pop(partner)
+            elif found.get(key) is False:
+                del found[key]
+        for key, value in found.items():
+            if not self._is_number(value):
+                raise self.refuse(f"{key} must be a number, not {self.said(value)}")
+            if not -self.MAX_BOUND <= value <= self.MAX_BOUND:
+                raise self.refuse(f"{key} must lie within 64 bits")
+        return found
+
+    def _data(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The keywords whose values are data: type, required, enum, const and $ref."""
+        found: dict[str, Any] = {}
+        if "type" in given:
+            types = given["type"] if isinstance(given["type"], list) else [given["type"]]
+            self.spend(len(types))
+            if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
+                raise self.refuse(f"type {self.said(given['type'])} is unknown")
+            found["type"] = list(dict.fromkeys(types))
+        if "required" in given:
+            if not isinstance(given["required"], list) or not all(isinstance(name, str) for name in given["required"]):
+                raise self.refuse("required must be a list of names")
+            self.spend(len(given["required"]))
+            found["required"] = sorted(set(given["required"]))
+        for key in ("enum", "const"):
+            if key in given:
+                found[key] = self._list(given, key) if key == "enum" else given[key]
+                self.spend(len(found[key]) if key == "enum" else 1)
+        if "$ref" in given:
+            found["$ref"] = given["$ref"]
+        try:
+            self.keep(json.dumps(found, ensure_ascii=False, allow_nan=False))
+        except ValueError:
+            raise self.refuse("a number is too large for JSON") from None
+        return found
+
+    def target(self, ref: Any) -> int:
+        """The number of what a local JSON pointer names (RFC 6901)."""
+        if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
+            raise self.refuse(f"$ref {self.said(ref)} is not inside the schema")
+        if ref not in self._targets:
+            target = self.root
+            for part in ref[1:].split("/")[1:]:
+                part = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
+                try:
+                    target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
+                except (KeyError, IndexError, ValueError, TypeError):
+                    raise self.refuse(f"$ref {_said(ref)} names nothing") from None
+            self._targets[ref] = self.read(target, 0, "$ref")
+        return self._targets[ref]
+
+    def node(self, numbers: Iterable[int]) -> Node:
+        """Schemas that must all hold; one that only points to others is replaced by those."""
+        found: dict[int, None] = {}
+        todo, seen = list(numbers)[::-1], set()
+        while todo:
+            number = todo.pop()
+            schema = self.schemas[number]
+            if number not in seen and len(schema) == 1 and ("$ref" in schema or "allOf" in schema):
+                seen.add(number)
+                todo += [self.target(schema["$ref"])] if "$ref" in schema else schema["allOf"][::-1]
+            elif schema:
+                found[number] = None
+        return (self.never,) if self.never in found else tuple(found)
+
+    # Alternatives: a schema as branches, of which one must hold; a branch is schemas without combining keywords that
+    # must all hold.
+
+    def branches(self, number: int) -> list[tuple[int, ...]]:
+        if number not in self._branches:
+            if number in self._following:
+                raise self.refuse("a $ref leads back to itself")
+            if len(self._following) > self.MAX_DEPTH:
+                raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
+            self._following.append(number)
+            self._branches[number] = self._unfold(self.schemas[number])
+            self._following.pop()
+        return self._branches[number]
+
+    def _unfold(self, schema: dict[str, Any]) -> list[tuple[int, ...]]:
+        plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
+        found: list[tuple[int, ...]] = [(self.number(plain),)] if plain else [()]
+        if "$ref" in schema:
+            found = self._both(found, self.branches(self.target(schema["$ref"])), "$ref")
+        for number in schema.get("allOf", ()):
+            found = self._both(found, self.branches(number), "allOf")
+        if "discriminator" in schema:  # OpenAPI's: with the property that tells options apart always there, they are
+            found = self._both(found, [(self.number({"required": [schema["discriminator"]]}),)], "discriminator")
+        for key in ("anyOf", "oneOf"):
+            if key in schema:
+                options = [self._both(found, self.branches(number), key) for number in schema[key]]
+                if key == "oneOf":
+                    self._tell_apart(options)
+                found = list(dict.fromkeys(itertools.chain.from_iterable(options)))
+        return [*found, (self.null,)] if "nullable" in schema else found
+
+    def _both(self, ours: list[tuple[int, ...]], theirs: list[tuple[int, ...]], key: str) -> list[tuple[int, ...]]:
+        """Each of one side with each of the other."""
+        if len(ours) * len(theirs) > self.MAX_OPTIONS:
+            raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
+        self.spend(len(ours) * len(theirs))
+        return list(dict.fromkeys(tuple(dict.fromkeys(one + two)) for one in ours for two in theirs))
+
+    def _tell_apart(self, options: list[list[tuple[int, ...]]]) -> None:
+        """Notes that no document may fit two of oneOf's options: looked into when all is read."""
+        self.spend(len(options) ** 2)
+        self.exclusive += itertools.combinations(options, 2)
+
+    def choice(self, node: Node, loose: bool = False) -> Choice:
+        """The shapes of a value, without those that others contain."""
+        if (node, loose) not in self._choices:
+            found: list[tuple[int, ...]] = [()]
+            for number in node:
+                found = self._both(found, self.branches(number), "allOf")
+            shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
+            self._choices[node, loose] = self._simplify(list(shapes))
+        return self._choices[node, loose]
+
+    def everything(self) -> Choice:
+        return (Constant("null"), Constant("true"), Constant("false"), Number(), Text(), Array(), self.member(None, ()))
+
+    def _simplify(self, shapes: list[Shape]) -> Choice:
+        if set(shapes) >= set(self.everything()):
+            return self.everything()
+        free = {type(shape) for shape in shapes if shape in self.everything() and not isinstance(shape, Constant)}
+        return tuple(shape for shape in shapes if shape in self.everything() or (
+            type(shape) not in free and not (Text in free and isinstance(shape, Constant) and shape.text[0] == '"')))  # fmt: skip
+
+    # Shapes: what all schemas of a branch demand together.
+
+    def shapes(self, branch: tuple[int, ...], loose: bool) -> Choice:
+        if (branch, loose) not in self._shapes:
+            self.spend(1 + len(branch))
+            self._shapes[branch, loose] = tuple(self._made([self.schemas[number] for number in branch], loose))
+        return self._shapes[branch, loose]
+
+    def _made(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[Shape]:
+        listed = next(([s["const"]] if "const" in s else s["enum"] for s in schemas if "const" in s or "enum" in s), None)
+        if listed is not None:
+            yield from (Constant(self.json(value)) for value in listed if all(self._fits(value, s) for s in schemas))
+            return
+        for kind in self._kinds(schemas, loose):
+            if kind in ("integer", "number"):
+                yield from self._number(schemas, kind == "integer")
+            elif kind == "boolean":
+                yield from (Constant("true"), Constant("false"))
+            elif kind == "null":
+                yield Constant("null")
+            elif kind == "string":
+                yield from self._text(schemas)
+            else:
+                yield from self._array(schemas, loose) if kind == "array" else self._object(schemas, loose)
+
+    def json(self, value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    def _kinds(self, schemas: list[dict[str, Any]], loose: bool) -> list[str]:
+        """The types that all of them allow; where none says one, what their other keywords are about."""
+        said = [schema["type"] for schema in schemas if "type" in schema]
+        kinds = [kind for kind in (*(said[0] if said else ()), *self.TYPES)
+                 if all(kind in types or (kind == "integer" and "number" in types) for types in said)]  # fmt: skip
+        kinds = [kind for kind in dict.fromkeys(kinds) if kind != "integer" or "number" not in kinds]
+        if not kinds:
+            self.dead_end = f"nothing is both {_said(said[0])} and {_said(said[-1])}"
+        if loose or said:
+            return kinds
+        keywords = set().union(*schemas)
+        hinted = [kind for kind in ("object", "array", "number", "string") if self.HINTS[kind] & keywords]
+        return hinted[:1] or (["string"] if "format" in keywords else kinds)
+
+    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[Text]:
+        low, high = self._range(schemas, "minLength", "maxLength")
+        formats = sorted({schema["format"] for schema in schemas if "format" in schema})
+        if len(formats) > 1:
+            raise self.refuse(f"format cannot be both {' and '.join(formats)}")
+        if formats:
+            shortest, longest = self.FORMATS[formats[0]]
+            if low > shortest or (high is not None and high < longest):
+                raise self.refuse(f"format {formats[0]} beside minLength or maxLength is not supported")
+            yield Text(format=formats[0])
+        elif high is None or low <= high:
+            yield Text(low, high)
+
+    def _range(self, schemas: list[dict[str, Any]], least: str, most: str) -> tuple[int, int | None]:
+        low = max((schema[least] for schema in schemas if least in schema), default=0)
+        high = min((schema[most] for schema in schemas if most in schema), default=None)
+        if high is not None and low > high:
+            self.dead_end = f"{least} {low} is more than {most} {high}"
+        return low, high
+
+    def _number(self, schemas: list[dict[str, Any]], whole: bool) -> Iterator[Number]:
+        lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
+        highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
+        low, (high, inclusive) = max(lows, default=None), min(highs, default=(None, True))
+        if whole and low:
+            low = (math.floor(low[0]) + 1 if low[1] else math.ceil(low[0]), False)
+        if whole and high is not None:
+            high, inclusive = math.floor(high) if inclusive else math.ceil(high) - 1, True
+        if low and high is not None and (low[0] > high or (low[0] == high and (low[1] or not inclusive))):
+            self.dead_end = f"no {'integer' if whole else 'number'} lies between {low[0]} and {high}"
+            return
+        yield Number(whole, low, None if high is None else (high, not inclusive))
+
+    def _array(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[Array]:
+        low, high = self._range(schemas, "minItems", "maxItems")
+        longest = max(len(schema.get("prefixItems", ())) for schema in schemas) if schemas else 0
+        self.spend(longest * len(schemas))
+        first = [self.node(self._element(schemas, index)) for index in range(longest)]
+        said = [schema["items"] for schema in schemas if "items" in schema]
+        rest: Node | None = self.node(said) if said else () if loose or not first else None
+        if first and not loose and not any("minItems" in schema for schema in schemas):
+            low = longest if high is None else min(longest, high)  # a tuple is written whole
+        stops = [index for index, node in enumerate(first) if node == (self.never,)]
+        if stops or rest is None or rest == (self.never,):
+            high = min([*stops[:1], longest, *([] if high is None else [high])])
+            rest = None
+        if high is None or low <= high:
+            yield Array(tuple(first), rest, low, high)
+
+    @staticmethod
+    def _element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
+        for schema in schemas:
+            if index < len(schema.get("prefixItems", ())):
+                yield schema["prefixItems"][index]
+            elif "items" in schema:
+                yield schema["items"]
+
+    def _object(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[Members]:
+        required = set().union(*(schema.get("required", ()) for schema in schemas))
+        names = dict.fromkeys(name for schema in schemas for name in schema.get("properties", ()))
+        names |= dict.fromkeys(sorted(required - set(names)))
+        self.spend(len(names) * len(schemas))
+        said = [schema["additionalProperties"] for schema in schemas if "additionalProperties" in schema]
+        extra: Node | None = self.node(said) if said else () if loose or not names else None
+        members = self.member(None, None if extra == (self.never,) else extra, taken=frozenset(names))
+        for name in reversed(names):
+            node = self.node(self._property(schemas, name))
+            members = self.member(name, node, name in required, members)
+        yield members
+
+    @staticmethod
+    def _property(schemas: list[dict[str, Any]], name: str) -> Iterator[int]:
+        for schema in schemas:
+            if name in schema.get("properties", ()):
+                yield schema["properties"][name]
+            elif "additionalProperties" in schema:
+                yield schema["additionalProperties"]
+
+    def member(self, name: str | None, node: Node | None, required: bool = False, rest: Members | None = None,
+               taken: frozenset[str] = frozenset()) -> Members:  # fmt: skip
+        taken = taken if node is not None else frozenset()
+        key = (name, node, required, rest, taken)
+        if key not in self.members:
+            ends = rest is None or (not required and rest.ends)
+            self.members[key] = Members(len(self.members), ends, name, node, required, rest, taken)
+        return self.members[key]
+
+    # Constants: does a value fit a schema?
+
+    def fits(self, value: Any, number: int) -> bool:
+        """Whether a value is a document of a schema."""
+        schema = self.schemas[number]
+        self.branches(number)  # raises for a reference that leads back to itself
+        if value is None and "nullable" in schema:
+            return True
+        among = {key: [self.fits(value, one) for one in schema[key]] for key in ("allOf", "anyOf", "oneOf") if key in schema}
+        return (self._fits(value, schema) and all(among.get("allOf", ())) and any(among.get("anyOf", (True,)))
+                and sum(among.get("oneOf", (True,))) == 1
+                and ("$ref" not in schema or self.fits(value, self.target(schema["$ref"]))))  # fmt: skip
+
+    def _fits(self, value: Any, schema: dict[str, Any]) -> bool:
+        self.spend()
+        if "type" in schema and not any(is_of_type(value, kind) for kind in schema["type"]):
+            return False
+        if "const" in schema and comparable(schema["const"]) != comparable(value):
+            return False
+        if "enum" in schema and comparable(value) not in self._listed(schema):
+            return False
+        if isinstance(value, dict):
+            return self._fits_object(value, schema)
+        if isinstance(value, list):
+            return self._fits_length(len(value), schema, "Items") and all(
+                self.fits(one, number) for i, one in enumerate(value) for number in self._element([schema], i))  # fmt: skip
+        if isinstance(value, str):
+            return self._fits_length(len(value), schema, "Length")
+        return not self._is_number(value) or (
+            schema.get("minimum", value) <= value <= schema.get("maximum", value)
+            and ("exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"])
+            and ("exclusiveMaximum" not in schema or value < schema["exclusiveMaximum"]))  # fmt: skip
+
+    def _listed(self, schema: dict[str, Any]) -> set[Any]:
+        """enum's values to compare with, made once for each schema."""
+        if id(schema) not in self._enums:  # schemas stay in self.schemas, so an id stays theirs
+            self._enums[id(schema)] = {comparable(value) for value in schema["enum"]}
+        return self._enums[id(schema)]
+
+    @staticmethod
+    def _fits_length(length: int, schema: dict[str, Any], what: str) -> bool:
+        return bool(schema.get(f"min{what}", 0) <= length <= schema.get(f"max{what}", length))
+
+    def _fits_object(self, value: dict[str, Any], schema: dict[str, Any]) -> bool:
+        return set(schema.get("required", ())) <= set(value) and all(
+            self.fits(one, number) for name, one in value.items() for number in self._property([schema], name))  # fmt: skip
+
+    # oneOf: what is written for one option must not fit another.
+
+    def check_exclusive(self) -> None:
+        for ours, theirs in self.exclusive:
+            pairs = [(one, two) for one in ours for two in theirs]
+            if not all(self._apart(one, two) and self._apart(two, one) for one, two in pairs):
+                raise self.refuse("oneOf: a document may fit two of its options; tell them apart by a required constant, "
+                                  "or write anyOf")  # fmt: skip
+
+    def _apart(self, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
+        return self._disjoint(self.shapes(ours, False), self.shapes(theirs, True), 0)
+
+    def _disjoint(self, ours: Choice, theirs: Choice, depth: int) -> bool:
+        """True if nothing that is written for `ours` is accepted by `theirs`, as far as a look 4 levels deep tells."""
+        self.spend(len(ours) * len(theirs))
+        return depth < 4 and all(self._unlike(one, two, depth) for one in ours for two in theirs)
+
+    def _unlike(self, one: Shape, two: Shape, depth: int) -> bool:
+        if opening(one) != opening(two):
+            return True
+        if isinstance(one, Members) and isinstance(two, Members):
+            return self._objects_unlike(one, two, depth + 1)
+        if isinstance(one, Array) and isinstance(two, Array):
+            return self._arrays_unlike(one, two, depth + 1)
+        if isinstance(one, Text) and isinstance(two, Text):
+            return apart(one, two)
+        if isinstance(one, Constant) and isinstance(two, Constant):
+            return bool(comparable(json.loads(one.text)) != comparable(json.loads(two.text)))
+        return isinstance(one, Number) and isinstance(two, Number) and (beyond(one, two) or beyond(two, one))
+
+    def _arrays_unlike(self, one: Array, two: Array, depth: int) -> bool:
+        if apart(one, two):
+            return True
+        both = ((one.at(index), two.at(index)) for index in range(min(one.low, two.low, 8)))
+        return any(a is not None and b is not None and self._disjoint(self.choice(a), self.choice(b, True), depth)
+                   for a, b in both)  # fmt: skip
+
+    def _objects_unlike(self, one: Members, two: Members, depth: int) -> bool:
+        ours, theirs = self._named(one), self._named(two)
+        for name in [*ours, *theirs]:
+            mine, other = ours.get(name, ours[None]), theirs.get(name, theirs[None])
+            if mine.required or other.required:  # whatever fits both has it
+                if mine.node is None or other.node is None:
+                    return True
+                if self._disjoint(self.choice(mine.node), self.choice(other.node, True), depth):
+                    return True
+        return False
+
+    def _named(self, members: Members) -> dict[str | None, Members]:
+        if members not in self._names:
+            found: dict[str | None, Members] = {}
+            here: Members | None = members
+            while here is not None:
+                found[here.name] = here
+                here = here.rest
+            self.spend(len(found))
+            self._names[members] = found
+        return self._names[members]
+
+
+def is_of_type(value: Any, kind: str) -> bool:
+    """Whether a value has a JSON schema's type; 1.0 is an integer there."""
+    if isinstance(value, bool) or value is None:
+        return kind == ("null" if value is None else "boolean")
+    if isinstance(value, (int, float)):
+        return kind == "number" or (kind == "integer" and (isinstance(value, int) or value.is_integer()))
+    return kind == ("object" if isinstance(value, dict) else "array" if isinstance(value, list) else "string")
+
+
+def comparable(value: Any) -> Any:
+    """A JSON value that compares and hashes as JSON's values do: 1 is 1.0 and not true."""
+    if isinstance(value, dict):
+        return frozenset((name, comparable(one)) for name, one in value.items())
+    if isinstance(value, list):
+        return tuple(map(comparable, value))
+    return (type(value), value) if isinstance(value, bool) else value
+
+
+def opening(shape: Shape) -> str:
+    """The kind of value: what its first character tells."""
+    if isinstance(shape, Constant):
+        return shape.text[0] if shape.text[0] in '{["tfn' else "0"
+    return "{" if isinstance(shape, Members) else "[" if isinstance(shape, Array) else '"' if isinstance(shape, Text) else "0"
+
+
+def apart(one: Text | Array, two: Text | Array) -> bool:
+    """True if no length is within the bounds of both."""
+    return (two.high is not None and one.low > two.high) or (one.high is not None and one.high < two.low)
+
+
+def beyond(one: Number, two: Number) -> bool:
+    """True if all of `one` lies above all of `two`."""
+    if one.low is None or two.high is None:
+        return False
+    return one.low[0] > two.high[0] or (one.low[0] == two.high[0] and (one.low[1] or two.high[1]))
+
+
+class SchemaGrammar:
+    """A JSON schema as GBNF that admits just its documents; what cannot be said is refused by name.
+
+    Objects that may stand in one place share a rule for each set of them that is still possible, as an automaton is made
+    deterministic, so that llama.cpp follows few readings of a text at once (Readings has the bound).
+    """
+
+    MAX_RULES = 2000  # beside those that tell names apart; llama.cpp looks for left recursion over them
+    MAX_REPEATS = 50_000  # llama.cpp makes a rule of each repetition, about 300 bytes
+    MAX_NAMES = 10_000  # characters of names that unnamed properties must avoid: a rule each
     BASICS: ClassVar = {
         "ws": r'(" " | "\n" [ \t]{0,20})?',
         "hex": "[0-9a-fA-F]",
-        "char": r'[^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt/] | "u" ([0-9a-cA-CefEF] hex{3} | [dD] [0-7] hex{2}))',
+        "plain": r'[^"\\\x7F\x00-\x1F]',
+        "char": r'plain | "\\" (["\\bfnrt/] | "u" ([0-9a-cA-CefEF] hex{3} | [dD] [0-7] hex{2}))',
         "string": r'"\"" char* "\""',
         "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
         "number": 'integer ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?',
@@ -2194,237 +2806,403 @@ class SchemaGrammar:
         "value": "object | array | string | number | boolean | null",
         "object": r'"{" ws (string ":" ws value ("," ws string ":" ws value)*)? "}"',
         "array": '"[" ws (value ("," ws value)*)? "]"',
-        "date": '[0-9]{4} "-" ("0" [1-9] | "1" [0-2]) "-" ("0" [1-9] | [12] [0-9] | "3" [01])',
-        "time": '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9] ":" [0-5] [0-9] ("." [0-9]{3})? ("Z" | [-+] [0-9]{2} ":" [0-9]{2})',
+        "day": '"0" [1-9] | "1" [0-9] | "2" [0-8]',
+        "month-day": '("0" [1-9] | "1" [0-2]) "-" day | ("0" [13-9] | "1" [0-2]) "-" ("29" | "30") | '
+                     '("0" [13578] | "1" [02]) "-31"',
+        "leap-year": '[0-9]{2} ("0" [48] | [2468] [048] | [13579] [26]) | ([02468] [048] | [13579] [26]) "00"',
+        "date": '[0-9]{4} "-" month-day | leap-year "-02-29"',
+        "hours": '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9]',
+        "time": 'hours ":" [0-5] [0-9] ("." [0-9]{3})? ("Z" | [-+] hours)',
+        "date-time": 'date "T" time',
         "uuid": 'hex{8} "-" hex{4} "-" hex{4} "-" hex{4} "-" hex{12}',
-    }
+    }  # fmt: skip
 
     def __init__(self, name: str) -> None:
-        self.name, self.rules, self.refs = name, dict(self.BASICS), dict[str, str]()
-        self.root: Any = {}
-        self._open: list[Any] = []  # references being followed with nothing written between
+        self.name, self.rules, self.size, self.helpers, self.repeats = name, dict(self.BASICS), 0, 0, 0
+        self.names: dict[tuple[str, Any], str] = {}  # (what, of what) → rule
+        self.choices: dict[str, Choice] = {}  # a value's rule → what it is made of
+        self._choice: dict[Node, Choice] = {}
+        self._todo: list[tuple[str, str, Any]] = []
+        self._steps: dict[tuple[Members, ...], list[Step]] = {}
 
     def compile(self, schema: Mapping[str, Any]) -> str:
         """The grammar's text. Raises InvalidRequest naming the keyword at fault."""
-        self.root = schema
-        self.rules["root"] = self.visit(schema, 0)
-        return "\n".join(f"{name} ::= {body}" for name, body in self.rules.items()) + "\n"
+        self.reader = SchemaReader(self.name, schema)
+        try:
+            return self._compile(schema)
+        except RecursionError:
+            raise self.refuse("the schema is nested too deep") from None
+
+    def _compile(self, schema: Mapping[str, Any]) -> str:
+        root = self.reader.node([self.reader.read(schema)])
+        self.possible = self._possible(root)
+        self.reader.check_exclusive()
+        if root not in self.possible:
+            raise self.refuse(f"no document can fit the schema{': ' if self.reader.dead_end else ''}{self.reader.dead_end}")
+        self.add("root", self.value(self.choice(root)))
+        while self._todo:
+            what, name, of = self._todo.pop()
+            self.add(name, getattr(self, f"_write_{what}")(of))
+        Readings(self).check(self.rules["root"])
+        return self._text()
 
     def refuse(self, what: str) -> InvalidRequest:
-        return InvalidRequest(f"{self.name}: {what}", self.name)
+        return self.reader.refuse(what)
 
-    def rule(self, body: str, name: str | None = None) -> str:
-        name = name or f"r{len(self.rules)}"
-        if len(self.rules) >= self.MAX_RULES:
-            raise self.refuse("the schema is too large")
+    def _text(self) -> str:
+        text = "\n".join(f"{name} ::= {body}" for name, body in self.rules.items()) + "\n"
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise self.refuse("a name or constant holds half of a surrogate pair") from None
+        return text
+
+    def add(self, name: str, body: str) -> None:
+        self.size += len(name) + len(body) + 6
+        if self.size > SchemaReader.MAX_TEXT or len(self.rules) - self.helpers > self.MAX_RULES:
+            raise self.refuse("the schema is too large: its grammar is over a million characters or 2,000 rules")
         self.rules[name] = body
-        return name
 
-    def visit(self, schema: Any, depth: int) -> str:
-        """The expression for one schema."""
-        if depth > self.MAX_DEPTH:
-            raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
-        if schema is True or schema == {}:
-            return "value"
-        if not isinstance(schema, dict):
-            raise self.refuse(f"{_said(schema)} is not a schema that a document can fit")
-        self._check(schema)
-        found = self._special(schema, depth)
-        if schema.get("nullable") is True:
-            return f"({found} | null)"
+    def rule(self, what: str, of: Any) -> str:
+        """The name of a rule that is written later."""
+        if (what, of) not in self.names:
+            self.names[what, of] = name = f"{what}{len(self.names)}"
+            self._todo.append((what, name, of))
+        return self.names[what, of]
+
+    # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
+
+    def _possible(self, root: Node) -> set[Node]:
+        nodes, found = {root: None}, set[Node]()
+        for node in (todo := [root]):
+            for inner in self._inside(self.reader.choice(node)):
+                if inner not in nodes:
+                    nodes[inner] = None
+                    todo.append(inner)
+        before = -1
+        while before < len(found):  # a list that must hold lists is never finished
+            before = len(found)
+            for node in reversed(nodes):
+                if node not in found:
+                    self.reader.spend()
+                    if any(self._is_possible(shape, found) for shape in self.reader.choice(node)):
+                        found.add(node)
         return found
 
-    def _check(self, schema: dict[str, Any]) -> None:
-        """Refuses keywords that are not honoured, and values no schema has there."""
-        for keyword in self.UNSUPPORTED:
-            if keyword in schema and schema[keyword] is not False:
-                raise self.refuse(f"keyword {keyword} is not supported")
-        for keyword, (kind, words) in self.SHAPES.items():
-            value = schema.get(keyword)
-            if value is not None and (not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value))):
-                raise self.refuse(f"{keyword} must be {words}, not {_said(value)}")
-        if not all(isinstance(name, str) for name in schema.get("required") or ()):
-            raise self.refuse("required must be a list of names")
+    def _inside(self, choice: Choice) -> Iterator[Node]:
+        for shape in choice:
+            if isinstance(shape, Array):
+                yield from shape.first
+            here = shape if isinstance(shape, Members) else None
+            while here is not None:
+                self.reader.spend()
+                if here.node is not None:
+                    yield here.node
+                here = here.rest
+            if isinstance(shape, Array) and shape.rest is not None:
+                yield shape.rest
 
-    def _special(self, schema: dict[str, Any], depth: int) -> str:
-        if "$ref" in schema:
-            return self._ref(schema["$ref"], depth)
-        if "const" in schema:
-            return self._literal(schema["const"])
-        if "enum" in schema:
-            return self._either([self._literal(v) for v in self._list(schema, "enum")])
-        for keyword in ("anyOf", "oneOf"):
-            if keyword in schema:
-                options = [self._merge([*self._beside(schema, keyword), s]) for s in self._list(schema, keyword)]
-                return self._either([self.visit(option, depth + 1) for option in options])
-        if "allOf" in schema:
-            return self.visit(self._merge(self._beside(schema, "allOf") + self._list(schema, "allOf")), depth + 1)
-        kinds = schema.get("type") or self._guess_type(schema)
-        if isinstance(kinds, list):
-            return self._either([self._typed(k, schema, depth) for k in kinds])
-        return self._typed(kinds, schema, depth)
+    def _is_possible(self, shape: Shape, possible: set[Node]) -> bool:
+        if isinstance(shape, Array):
+            return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
+        here = shape if isinstance(shape, Members) else None
+        while here is not None and not here.ends:
+            self.reader.spend()
+            if here.required and here.node not in possible:
+                return False
+            here = here.rest
+        return True
 
-    @staticmethod
-    def _guess_type(schema: dict[str, Any]) -> str:
-        if "properties" in schema or "additionalProperties" in schema:
-            return "object"
-        if "items" in schema or "prefixItems" in schema:
-            return "array"
-        if {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"} & set(schema):
-            return "number"
-        return "string" if {"minLength", "maxLength"} & set(schema) else "value"
+    def choice(self, node: Node) -> Choice:
+        """The shapes of a value that can be written."""
+        if node not in self._choice:
+            self._choice[node] = tuple(s for s in self.reader.choice(node) if self._is_possible(s, self.possible))
+        return self._choice[node]
 
-    def _list(self, schema: dict[str, Any], keyword: str) -> list[Any]:
-        if not isinstance(schema[keyword], list) or not schema[keyword]:
-            raise self.refuse(f"{keyword} must be a list of at least one element")
-        return list(schema[keyword])
+    # Writing: a method for each kind of rule.
 
-    def _literal(self, value: Any) -> str:
-        try:
-            return gbnf_literal(json.dumps(value, ensure_ascii=False, allow_nan=False))
-        except ValueError:
-            raise self.refuse("a number is too large for JSON") from None
+    def value(self, choice: Choice) -> str:
+        name = "value" if choice == self.reader.everything() else self.rule("v", choice)
+        self.choices[name] = choice
+        return name
 
-    def _either(self, options: list[str]) -> str:
-        return f"({' | '.join(options)})"
+    def _write_v(self, choice: Choice) -> str:
+        constants = [shape.text for shape in choice if isinstance(shape, Constant)]
+        objects = ordered(choice)
+        parts = [literals(constants)] if constants else []
+        if objects:
+            free = objects == (self.reader.member(None, ()),)
+            parts.append("object" if free else f'"{{" ws {self.rule("o", objects)}')
+        for shape in choice:
+            if isinstance(shape, Array):
+                parts.append("array" if shape == Array() else f'"[" ws {self.rule("a", (shape, 0))}')
+            elif isinstance(shape, Text):
+                parts.append(self._string(shape))
+            elif isinstance(shape, Number):
+                parts.append(self._number(shape))
+        return " | ".join(parts)
 
-    def _beside(self, schema: dict[str, Any], keyword: str) -> list[Any]:
-        """What a schema demands beside one keyword, as a list of no or one schema."""
-        rest = {k: v for k, v in schema.items() if k != keyword and k not in self.ANNOTATIONS}
-        return [rest] if rest else []
+    def steps(self, states: tuple[Members, ...]) -> list[Step]:
+        """What may come next in an object that may be any of several; what leads to the same is one step."""
+        if states not in self._steps:
+            leads: dict[tuple[str | None, frozenset[str]], dict[Shape, dict[Members, None]]] = {}
+            for member in (member for state in states for member in state.reachable()):
+                self.reader.spend()
+                if member.node is None or member.node not in self.possible:
+                    continue
+                shapes = leads.setdefault((member.name, member.taken), {})
+                for shape in self.choice(member.node):
+                    shapes.setdefault(shape, {})[member.rest or member] = None
+            self._steps[states] = [step for key, shapes in leads.items() for step in self._grouped(key, shapes)]
+        return self._steps[states]
 
-    def _merge(self, schemas: list[Any]) -> Any:
-        """Schemas that must all hold, as one: properties and required together, the last word otherwise."""
-        if len(schemas) == 1:
-            return schemas[0]  # a $ref stays one, so that a type may refer to itself
-        merged: dict[str, Any] = {}
-        for schema in schemas:
-            if isinstance(schema, dict) and "$ref" in schema:
-                schema = self._target(schema["$ref"])
-                if isinstance(schema, dict) and "$ref" in schema:
-                    raise self.refuse(f"allOf and anyOf beside properties do not follow $ref to $ref ({_said(schema['$ref'])})")
-            if schema is True:
-                continue
-            if not isinstance(schema, dict):
-                raise self.refuse(f"{_said(schema)} is not a schema that a document can fit")
-            self._check(schema)
-            if "type" in merged and schema.get("type", merged["type"]) != merged["type"]:
-                raise self.refuse(f"nothing is both {_said(merged['type'])} and {_said(schema['type'])}")
-            properties = {**merged.get("properties", {}), **schema.get("properties", {})}
-            required = [*merged.get("required", []), *schema.get("required", [])]
-            merged |= schema
-            merged |= {"properties": properties} if properties else {}
-            merged |= {"required": required} if required else {}
-        return merged
+    def _grouped(self, key: tuple[str | None, frozenset[str]], shapes: dict[Shape, dict[Members, None]]) -> Iterator[Step]:
+        groups: dict[tuple[Members, ...], list[Shape]] = {}
+        for shape, leads in shapes.items():
+            groups.setdefault(ordered(leads), []).append(shape)
+        for rests, alike in groups.items():
+            yield Step(*key, self.value(tuple(alike)), rests)
 
-    def _target(self, ref: Any) -> Any:
-        """What a local JSON pointer names (RFC 6901)."""
-        if not isinstance(ref, str) or not ref.startswith("#"):
-            raise self.refuse(f"$ref {_said(ref)} is not inside the schema")
-        target = self.root
-        for part in ref[1:].split("/")[1:]:
-            part = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(part)] if isinstance(target, list) else target[part]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise self.refuse(f"$ref {_said(ref)} names nothing") from None
-        return target
+    def _write_o(self, states: tuple[Members, ...]) -> str:
+        """An object behind its bracket."""
+        keys = [self.rule("k", states)] if self._goes_on(states) else []
+        return " | ".join([*(['"}"'] if any(state.ends for state in states) else []), *keys])
 
-    def _ref(self, ref: Any, depth: int) -> str:
-        target = self._target(ref)
-        if ref in self._open:
-            raise self.refuse(f"$ref {_said(ref)} leads back to itself")
-        if ref not in self.refs:
-            self.refs[ref] = self.rule("", f"ref{len(self.refs)}")
-            self._open.append(ref)
-            self.rules[self.refs[ref]] = self.visit(target, depth + 1)
-            self._open.pop()
-        return self.refs[ref]
+    def _write_m(self, states: tuple[Members, ...]) -> str:
+        """An object behind a property."""
+        keys = [f'"," ws {self.rule("k", states)}'] if self._goes_on(states) else []
+        return " | ".join([*(['"}"'] if any(state.ends for state in states) else []), *keys])
 
-    def _typed(self, kind: Any, schema: dict[str, Any], depth: int) -> str:
-        if kind in ("object", "array"):
-            outside, self._open = self._open, []  # a bracket is written: what is inside may refer to us
-            found = self._object(schema, depth) if kind == "object" else self._array(schema, depth)
-            self._open = outside
-            return found
-        if kind == "string":
-            return self._string(schema)
-        if kind in ("integer", "number"):
-            return self._number(kind, schema)
-        if kind in ("boolean", "null", "value"):
-            return str(kind)
-        raise self.refuse(f"type {_said(kind)} is unknown")
+    def _goes_on(self, states: tuple[Members, ...]) -> bool:
+        return any(member.node in self.possible for state in states for member in state.reachable())
 
-    def _object(self, schema: dict[str, Any], depth: int) -> str:
-        properties, required = schema.get("properties", {}), set(schema.get("required", []))
-        more = schema.get("additionalProperties", not properties and not required)
-        properties = dict(properties) | {r: {} for r in sorted(required - set(properties))}
-        pairs = [(f"{gbnf_literal(json.dumps(name, ensure_ascii=False))} \":\" ws {self.visit(s, depth + 1)}",
-                  name in required) for name, s in properties.items()]  # fmt: skip
-        extra = f'string ":" ws {self.visit(more, depth + 1)}' if more is not False else None
-        return f'"{{" ws {self._pairs(pairs, extra)} "}}"'
+    def _write_k(self, states: tuple[Members, ...]) -> str:
+        """The next property. One object's optional ones form a chain, so that n of them make n rules of one length."""
+        (state, *others), later = states, []
+        steps = self.steps(states) if others else self.step_of(state)
+        if not others and state.rest is not None and not state.required and self._goes_on((state.rest,)):
+            later = [self.rule("k", (state.rest,))]
+        return " | ".join([*(self._property(step) for step in steps), *later])
 
-    def _pairs(self, pairs: list[tuple[str, bool]], extra: str | None) -> str:
-        """Named properties in order, optional ones left out at will; commas only between. Two rules a property."""
-        first = self.rule(f'({extra} ("," ws {extra})*)?') if extra else '""'
-        later = self.rule(f'("," ws {extra})*') if extra else '""'
-        for pair, required in reversed(pairs):
-            with_it, after_it = f"{pair} {later}", f'"," ws {pair} {later}'
-            first = self.rule(with_it if required else f"{with_it} | {first}")
-            later = self.rule(after_it if required else f"{after_it} | {later}")
+    def step_of(self, state: Members) -> list[Step]:
+        """The steps by one object's next property alone."""
+        if state.node is None or state.node not in self.possible:
+            return []
+        return [Step(state.name, state.taken, self.value(self.choice(state.node)), (state.rest or state,))]
+
+    def _property(self, step: Step) -> str:
+        name = f'{self.rule("n", step.taken) if step.taken else "string"} ":"'
+        if step.name is not None:
+            name = gbnf_literal(json.dumps(step.name, ensure_ascii=False) + ":")
+        return f"{name} ws {step.value} {self.rule('m', step.rests)}"
+
+    def _write_n(self, taken: frozenset[str]) -> str:
+        """A property's name that is none of those taken: a rule for each beginning of one. Without escapes, which could
+        spell a taken name otherwise."""
+        taken = frozenset(name for name in taken if all(c >= " " and c not in '"\\\x7f' for c in name))
+        if sum(map(len, taken)) > self.MAX_NAMES:
+            raise self.refuse(f"additionalProperties beside names of over {self.MAX_NAMES} characters is not supported")
+        tree: dict[str, Any] = {}
+        for name in sorted(taken):
+            here = tree
+            for char in name:
+                here = here.setdefault(char, {})
+            here[""] = {}
+        return f'"\\"" {self._other_names(tree)} "\\""'
+
+    def _other_names(self, tree: dict[str, Any]) -> str:
+        """A rule for each node of a tree of names: go on to one below, or leave the tree, or end where no name does."""
+        first = f"x{self.helpers}"
+        todo = [(first, tree)]
+        self.helpers += 1
+        while todo:
+            name, here = todo.pop()
+            chars = [char for char in here if char]
+            below = [(f"x{self.helpers + i}", here[char]) for i, char in enumerate(chars)]
+            self.helpers += len(below)
+            parts = [f"{gbnf_literal(char)} {rule}" for char, (rule, _) in zip(chars, below, strict=True)]
+            others = "".join(f"\\U{ord(char):08X}" for char in chars)
+            parts += [rf'[^"\\\x7F\x00-\x1F{others}] plain*', *([] if "" in here else ['""'])]
+            self.add(name, " | ".join(parts))
+            todo += below
         return first
 
-    def _array(self, schema: dict[str, Any], depth: int) -> str:
-        low, high = self._bounds(schema, "minItems", "maxItems")
-        fixed = [self.visit(s, depth + 1) for s in schema.get("prefixItems", [])]
-        items = schema.get("items", not fixed)
-        if fixed:
-            tail = f' ("," ws {self.rule(self.visit(items, depth + 1))})*' if items is not False else ""
-            joined = ' "," ws '.join(fixed)
-            return f'"[" ws {joined}{tail} "]"'
-        item = self.rule(self.visit(items, depth + 1))
-        if high == 0:
-            return '"[" ws "]"'
-        repeat = f"{{{max(low - 1, 0)},{'' if high is None else high - 1}}}"
-        some = f'{item} ("," ws {item}){repeat}'
-        return f'"[" ws {some} "]"' if low else f'"[" ws ({some})? "]"'
+    def _write_a(self, of: tuple[Array, int]) -> str:
+        """An array behind its bracket, or behind its first `index` elements."""
+        array, index = of
+        comma = '"," ws ' if index else ""
+        parts = ['"]"'] if index >= array.low else []
+        node = array.at(index)
+        if node is None or node not in self.possible:
+            return parts[0]
+        item = self.value(self.choice(node))
+        if index < len(array.first):
+            parts.append(f'{comma}{item} {self.rule("a", (array, index + 1))}')
+            return " | ".join(parts)
+        least, most = max(array.low - index, 0), None if array.high is None else array.high - index
+        if index:
+            return f'("," ws {item}){self.repeat(least, most)} "]"'
+        more = self.repeat(max(least - 1, 0), None if most is None else most - 1)
+        return " | ".join([*parts, f'{item} ("," ws {item}){more} "]"'])
 
-    def _bounds(self, schema: dict[str, Any], least: str, most: str) -> tuple[int, int | None]:
-        low = whole(0, self.MAX_LENGTH)(f"{self.name}: {least}", schema.get(least, 0))
-        high = schema.get(most)
-        if high is not None:
-            high = whole(low, self.MAX_LENGTH)(f"{self.name}: {most}", high)
-        return low, high
+    def _string(self, text: Text) -> str:
+        if text.format:
+            return f'"\\"" {text.format} "\\""'
+        return "string" if text == Text() else self.rule("t", (text.low, text.high))
 
-    def _string(self, schema: dict[str, Any]) -> str:
-        format = schema.get("format")
-        if format in ("date", "time", "uuid"):
-            return f'"\\"" {format} "\\""'
-        if format == "date-time":
-            return '"\\"" date "T" time "\\""'
-        low, high = self._bounds(schema, "minLength", "maxLength")
-        if not low and high is None:
-            return "string"
-        return f'"\\"" char{{{low},{"" if high is None else high}}} "\\""'
+    def _write_t(self, length: tuple[int, int | None]) -> str:
+        return f'"\\"" char{self.repeat(*length)} "\\""'
 
-    def _number(self, kind: str, schema: dict[str, Any]) -> str:
-        bounds = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-        if not any(isinstance(schema.get(b), (int, float)) for b in bounds):
-            return kind
-        if kind == "number":
-            if set(schema) & set(bounds[1:]) or schema["minimum"] != 0:
-                raise self.refuse("bounds of a number are supported for integers, and minimum 0")
+    def repeat(self, low: int, high: int | None) -> str:
+        self.repeats += low if high is None else high
+        if self.repeats > self.MAX_REPEATS:
+            raise self.refuse(f"minLength, maxLength, minItems and maxItems add up to over {self.MAX_REPEATS}")
+        return f"{{{low},{'' if high is None else high}}}"
+
+    def _number(self, number: Number) -> str:
+        if number.low is None and number.high is None:
+            return "integer" if number.whole else "number"
+        if not number.whole:
+            if number.low != (0, False) or number.high is not None:
+                raise self.refuse("minimum and maximum of a number are supported for integers, and minimum 0")
             return '("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,15})?'
-        low, high = schema.get("minimum"), schema.get("maximum")
-        if isinstance(schema.get("exclusiveMinimum"), (int, float)):
-            low = max(math.floor(schema["exclusiveMinimum"]) + 1, -math.inf if low is None else low)
-        if isinstance(schema.get("exclusiveMaximum"), (int, float)):
-            high = min(math.ceil(schema["exclusiveMaximum"]) - 1, math.inf if high is None else high)
-        low = -(10**15) + 1 if low is None else math.ceil(low)
-        high = 10**15 - 1 if high is None else math.floor(high)
-        if low > high:
-            raise self.refuse(f"no integer lies between {low} and {high}")
-        return self.rule(integers_between(low, high))
+        limit = 10**15 - 1  # where no bound is given; doubles hold integers up to 9 · 10^15
+        low, high = (int(bound[0]) if bound else None for bound in (number.low, number.high))
+        return self.rule("i", (min(-limit, high or 0) if low is None else low, max(limit, low or 0) if high is None else high))
+
+    def _write_i(self, bounds: tuple[int, int]) -> str:
+        return integers_between(*bounds)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One property that may come next: its name (None: any but those taken), its value's rule, what may follow."""
+
+    name: str | None
+    taken: frozenset[str]
+    value: str
+    rests: tuple[Members, ...]
+
+
+class Readings:
+    """Refuses a schema of which llama.cpp would follow too many readings of a text at once.
+
+    llama.cpp keeps one stack for each reading and works on all of them for each character. Where two alternatives begin
+    alike and hold alternatives that begin alike, readings multiply with every level; where such a schema refers to
+    itself they do so without end. A set of values that are read at once is followed inward, property by property and
+    element by element, to the sets that are read at once there.
+    """
+
+    MAX_READINGS = 64  # with 64 a step looks for an allowed token among 49,000 in 0.05 s
+    MAX_NAMES = 1000  # property names that could come next, of all readings together: 0.1 s
+    OPEN_AT_ONCE: ClassVar = {Text: 1, Number: 4}  # an integer's bounds are some 40 alternatives, but soon over
+
+    def __init__(self, grammar: SchemaGrammar) -> None:
+        self.grammar, self.spend = grammar, grammar.reader.spend
+
+    def check(self, root: str) -> None:
+        """Raises InvalidRequest when there is no bound, or looking for it takes too long."""
+        todo: list[tuple[str, ...]] = [(root,)]
+        seen = set(todo)
+        while todo:
+            for values in self._within(todo.pop()):
+                self.spend(len(values))
+                if len(values) > self.MAX_READINGS:
+                    raise self._refuse()
+                found = tuple(sorted(values))
+                if found not in seen:
+                    seen.add(found)
+                    todo.append(found)
+
+    def _refuse(self) -> InvalidRequest:
+        return self.grammar.refuse(
+            f"anyOf, oneOf or type: over {self.MAX_READINGS} alternatives that begin alike would have to be followed at once; "
+            "give each a first property that is a constant of its own")
+
+    def _within(self, values: tuple[str, ...]) -> Iterator[list[str]]:
+        """The values inside these that are read at once."""
+        shapes = [self.grammar.choices[value] for value in values]
+        arrays = [shape for choice in shapes for shape in choice if isinstance(shape, Array)]
+        texts = sum(self.OPEN_AT_ONCE.get(type(shape), 0) for choice in shapes for shape in choice)
+        if max(len(arrays), texts) > self.MAX_READINGS:
+            raise self._refuse()
+        yield from self._elements(arrays)
+        objects = [ordered(choice) for choice in shapes]
+        yield from self._properties(tuple(states for states in objects if states))
+
+    def _elements(self, arrays: list[Array]) -> Iterator[list[str]]:
+        for index in range(max((len(array.first) for array in arrays), default=-1) + 1):
+            nodes = [array.at(index) for array in arrays]
+            self.spend(len(nodes))
+            yield [self._value(node) for node in nodes if node in self.grammar.possible and node is not None]
+
+    def _value(self, node: Node) -> str:
+        return self.grammar.value(self.grammar.choice(node))
+
+    def _properties(self, objects: tuple[tuple[Members, ...], ...]) -> Iterator[list[str]]:
+        if len(objects) == 1 and len(objects[0]) == 1:  # one object: its properties, each read alone
+            here: Members | None = objects[0][0]
+            while here is not None:
+                yield [step.value for step in self.grammar.step_of(here)]
+                here = here.rest
+            return
+        todo, seen = [objects], {objects}
+        while todo:
+            for steps in self._alike(todo.pop()):
+                yield [step.value for step in steps]
+                rests = tuple(sorted((step.rests for step in steps), key=lambda states: [m.number for m in states]))
+                if len(rests) > self.MAX_READINGS:
+                    raise self._refuse()
+                if rests not in seen:
+                    seen.add(rests)
+                    todo.append(rests)
+
+    def _alike(self, objects: tuple[tuple[Members, ...], ...]) -> Iterator[list[Step]]:
+        """The steps that one name and the same value may take together, for each name and one that nobody names."""
+        steps = [step for states in objects for step in self.grammar.steps(states)]
+        if len(steps) > self.MAX_NAMES:
+            raise self._refuse()
+        for name in dict.fromkeys(step.name for step in steps):
+            self.spend(len(steps))
+            named = [step for step in steps if step.name == name or (step.name is None and name not in step.taken)]
+            yield from self._told_apart(named) if len(named) > 1 else [named]
+
+    def _told_apart(self, steps: list[Step]) -> Iterator[list[Step]]:
+        """Steps by value: those for one constant, or for one kind of value that is no constant, go on together."""
+        constants: dict[str, list[Step]] = {}
+        kinds: dict[str, list[Step]] = {}
+        for step in steps:
+            shapes = self.grammar.choices[step.value]
+            self.spend(len(shapes))
+            for shape in shapes:
+                if isinstance(shape, Constant):
+                    constants.setdefault(shape.text, []).append(step)
+                elif step not in kinds.setdefault(opening(shape), []):
+                    kinds[opening(shape)].append(step)
+        yield from kinds.values()
+        for text, found in constants.items():
+            alike = [step for step in kinds.get(opening(Constant(text)), ()) if step not in found]
+            self.spend(len(alike))
+            yield found + alike
+
+
+def ordered(shapes: Iterable[Shape]) -> tuple[Members, ...]:
+    """The objects among shapes, in an order that does not depend on where they came from."""
+    return tuple(sorted((shape for shape in shapes if isinstance(shape, Members)), key=lambda members: members.number))
+
+
+def literals(texts: list[str], depth: int = 0) -> str:
+    """Constants as alternatives that share their beginnings, so that few are followed at once."""
+    first, last = min(texts), max(texts)
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    prefix = first[:shared] if depth < 8 else ""
+    rests = [text[len(prefix) :] for text in dict.fromkeys(texts)]
+    if len(rests) == 1:
+        return gbnf_literal(prefix + rests[0])
+    groups: dict[str, list[str]] = {}
+    for rest in rests:
+        groups.setdefault(rest[:1] if depth < 8 else rest, []).append(rest)
+    return f"{gbnf_literal(prefix) if prefix else ''}({' | '.join(literals(group, depth + 1) for group in groups.values())})"
 
 
 def gbnf_literal(words: str) -> str:
