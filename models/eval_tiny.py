@@ -1,18 +1,17 @@
 #!/usr/bin/env python3
-"""Measures shimmy-tiny.gguf through the real server, on phrasings and numbers that its training never saw.
+"""Measures shimmy-tiny.gguf through the real server, on sentences and numbers that its training never saw.
 
     python models/eval_tiny.py                       start shimmy, ask, print the table, write it into models/README.md
     python models/eval_tiny.py --limit 20 --keep     a quick look; README.md stays as it is
 
-Every sentence below is kept out of training by make_tiny.py, which imports PHRASES; the operands are those for which
-`held_out` is true. Each request goes over POST /v1/chat/completions at temperature 0. Exit status 1: a threshold was
+The sentences are those of models/text/eval_*.txt, the operands those for which `held_out` is true; `generator` keeps
+both out of training. Each request goes over POST /v1/chat/completions at temperature 0. Exit status 1: a threshold was
 missed.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import re
@@ -21,1168 +20,20 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from generator import unseen
+from generator.language import Message, in_words, word_list
+from generator.unseen import FACT_TEXTS, TASK_TEXTS
+
 HERE = Path(__file__).resolve().parent
-Message = dict[str, Any]
 
-# ── What is asked ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Small talk: a pattern that a right answer matches, and sentences.
-
-HELLO = r"hello|hi\b|i am shimmy"
-WHO = r"shimmy-tiny"
-PROGRAM = r"program|not a person"
-SMALL_TALK: list[tuple[str, list[str]]] = [
-    (
-        HELLO,
-        [
-            "Hello, dear shimmy!",
-            "Hi, how lovely that you are here",
-            "Hey, a lovely good morning",
-            "Hello and good evening",
-            "Good morning, everybody!",
-            "hi there, little friend!!",
-            "Hey hey hey",
-            "Well, well, hello there model!",
-            "A warm hello to you",
-            "Oh hi",
-            "Good afternoon, dear model",
-            "hello, oh hello",
-            "Hello again, model",
-            "Hi! It is good that we meet",
-            "A very good evening to you, shimmy",
-        ],
-    ),
-    (
-        r"running well|all is well",
-        [
-            "How are you feeling today?",
-            "Tell me how you are, shimmy",
-            "And how are you this morning?",
-            "How have you been?",
-            "Hello, how is everything going?",
-            "Are you doing well?",
-            "How are you, shimmy?",
-            "Is all well with you?",
-            "How are you feeling?",
-            "How is your day, model?",
-        ],
-    ),
-    (
-        r"welcome|glad",
-        [
-            "Thank you, you helped me a lot",
-            "Oh, thanks a lot for this answer",
-            "Thanks, my friend!",
-            "Thank you so much for your help, shimmy",
-            "Great answer, thanks!",
-            "thx a lot",
-            "Perfect, thank you very much",
-            "Many, many thanks!",
-            "That was very useful, thank you",
-            "Thank you kindly",
-            "Thank you for that answer!",
-            "That helped me, thanks",
-            "Thanks again, little model",
-        ],
-    ),
-    (
-        r"goodbye|see you",
-        [
-            "Ok, bye then, model",
-            "Goodbye, my dear friend",
-            "I have to go to bed now, bye",
-            "See you next time",
-            "Bye for today!",
-            "Good night, little model!",
-            "I am leaving now, goodbye",
-            "Farewell, shimmy, and many thanks",
-            "see you around",
-            "Well, that was all, bye",
-            "Goodbye and thank you",
-            "I must leave, see you tomorrow",
-            "Bye, have a nice evening",
-        ],
-    ),
-    (
-        WHO,
-        [
-            "So who might you be?",
-            "Who exactly are you?",
-            "Please let me have your name",
-            "What is the name of this model?",
-            "Which name do you have?",
-            "Could you introduce yourself?",
-            "Hello! What sort of model are you?",
-            "And who may you be?",
-            "Tell me a little about yourself",
-            "What are you exactly, shimmy?",
-            "With whom am I chatting?",
-            "I'd like to know your name",
-            "How are you called?",
-            "You are what model?",
-            "Who is this speaking?",
-            "What should people call you?",
-            "Your name is what?",
-            "Do you have any name?",
-            "What is your name, model?",
-            "May I ask who you are?",
-            "Introduce yourself to me",
-            "Do I talk to shimmy-tiny?",
-        ],
-    ),
-    (
-        r"make_tiny|trained from nothing",
-        [
-            "Who was it that made you?",
-            "By whom were you trained?",
-            "Who are your creators?",
-            "Where was this model trained?",
-            "Who programmed this model?",
-            "Let me know who built you",
-            "What were you trained on?",
-            "Which persons have made you?",
-            "Who has trained you?",
-            "How did they make you?",
-        ],
-    ),
-    (
-        r"three million|very small model",
-        [
-            "How many parameters are in you?",
-            "Just how big are you?",
-            "Are you a really small model?",
-            "How big is this model?",
-            "Say how many parameters you have",
-            "Are you large or small?",
-            "What number of parameters do you have?",
-        ],
-    ),
-    (
-        r"can answer questions about shimmy",
-        [
-            "What can you do for people?",
-            "So what is it that you can do?",
-            "Tell me what you are able to do",
-            "What are the things you can do?",
-            "In what ways can you help me?",
-            "What sort of questions can you answer?",
-            "I could use your help",
-            "What are you good for?",
-            "What do you do?",
-            "Let me know what you can do",
-            "Can you name some things you can do?",
-        ],
-    ),
-    (
-        r"can be wrong|very small",
-        [
-            "Can I trust what you say?",
-            "Do you sometimes make mistakes?",
-            "What are your limits, then?",
-            "Are your answers always right?",
-            "What things can't you do?",
-            "Could you be wrong?",
-            "Do you make errors sometimes?",
-        ],
-    ),
-    (
-        PROGRAM,
-        [
-            "Are you really a human?",
-            "Are you a human or a machine?",
-            "Do you have any feelings?",
-            "Are you just a computer program?",
-            "Am I chatting with a real person?",
-            "Are you a living person?",
-            "Can you really think?",
-            "Are you some kind of robot?",
-            "So you are no human?",
-            "Is this a person or a machine?",
-        ],
-    ),
-    (
-        WHO,
-        [
-            "Are you the model ChatGPT?",
-            "Is this really ChatGPT?",
-            "So you are Claude?",
-            "Are you made by OpenAI?",
-            "You are Gemini, correct?",
-            "Are you Siri or Alexa?",
-            "Is GPT-4 what I am using?",
-            "Do you come from OpenAI?",
-        ],
-    ),
-    (
-        r"english",
-        [
-            "Do you also speak German?",
-            "Could you speak French with me?",
-            "Which languages can you use?",
-            "Do you understand any Spanish?",
-            "Would you speak Spanish to me?",
-        ],
-    ),
-    (
-        r"internet|clock",
-        [
-            "Can you go online?",
-            "What's the date of today?",
-            "Do you have access to the internet?",
-            "Do you know what time it is?",
-            "Are you on the internet?",
-        ],
-    ),
-]
-
-# Questions about shimmy: the key fact that the answer must hold, and sentences.
-TOPICS: dict[str, tuple[str, list[str]]] = {
-    "what_is": (
-        r"inference server",
-        ["What is this shimmy thing?", "In a few words, what is shimmy?", "Please explain to me what shimmy is"],
-    ),
-    "start": (
-        r"shimmy\.py serve",
-        [
-            "How is the server started?",
-            "With which command do I start shimmy?",
-            "Give me the command that starts the server",
-        ],
-    ),
-    "port": (
-        r"11435",
-        [
-            "Which port number is the default one?",
-            "Tell me the port that shimmy listens on",
-            "Under which port number does the server listen?",
-        ],
-    ),
-    "change_port": (
-        r"--port|SHIMMY_PORT",
-        [
-            "I'd rather run it on a different port, how?",
-            "How is the port changed?",
-            "I need the server on some other port",
-        ],
-    ),
-    "port_taken": (
-        r"--port",
-        [
-            "My port is already taken, what do I do?",
-            "What if another process already uses the port?",
-            "It says the port is in use, what should be done?",
-        ],
-    ),
-    "port_zero": (
-        r"--port 0",
-        [
-            "Could the server choose a free port by itself?",
-            "How can I get any free port?",
-            "Is it able to take any unused port?",
-        ],
-    ),
-    "bind": (
-        r"127\.0\.0\.1",
-        [
-            "Which address does it bind to normally?",
-            "Can others on the network see my server by default?",
-            "What host address does shimmy listen on?",
-        ],
-    ),
-    "bind_network": (
-        r"--bind",
-        [
-            "How can other computers in my network use the server?",
-            "I want to open shimmy to the whole network",
-            "How could a friend on my network connect to it?",
-        ],
-    ),
-    "add_model": (
-        r"folder",
-        [
-            "I have a new GGUF file, where should I put it?",
-            "How can one more model be added?",
-            "In which folder do I put a new model?",
-        ],
-    ),
-    "where_models": (
-        r"\./models",
-        [
-            "In which folders does shimmy look for models?",
-            "Where does the server search for GGUF models?",
-            "Tell me the folders in which models are searched",
-        ],
-    ),
-    "models_dir": (
-        r"--models-dir|SHIMMY_MODEL_PATHS",
-        [
-            "How do I tell it to search another folder for models?",
-            "My models are on a different drive, how do I add it?",
-            "I keep my models in another directory, which flag do I need?",
-        ],
-    ),
-    "default_model": (
-        r"--model|SHIMMY_BASE_GGUF",
-        [
-            "Which model will be the default?",
-            "How is the default model chosen?",
-            "How do I say which model is the default one?",
-        ],
-    ),
-    "rescan": (
-        r"discover",
-        [
-            "How do I rescan the model folders?",
-            "I just added a model while the server runs, must I restart?",
-            "How does the server notice a model that I copied just now?",
-        ],
-    ),
-    "list": (
-        r"shimmy\.py list|/api/models",
-        [
-            "How can I get a list of all my models?",
-            "Show all models that are there",
-            "What command shows me the models?",
-        ],
-    ),
-    "skipped": (
-        r"list -v",
-        [
-            "Why does my model not appear in the list?",
-            "My file was skipped, why?",
-            "My GGUF file is not listed, why is that?",
-        ],
-    ),
-    "stream": (
-        r"\"stream\"|stream",
-        [
-            "How can I stream the answer of the model?",
-            "I want to see the tokens as they are generated",
-            "I would like the answer streamed",
-        ],
-    ),
-    "tool_call": (
-        r"tools",
-        [
-            "How can I give the model tools to call?",
-            "Are tool calls supported by the server?",
-            "How do I offer functions to the model?",
-        ],
-    ),
-    "builtin_tools": (
-        r"calculator, file_read and http_get",
-        ["Which tools are already built in?", "Tell me the built-in tools", "What tools does the server bring along?"],
-    ),
-    "file_read": (
-        r"--tool-root",
-        [
-            "How is the file_read tool switched on?",
-            "Why is file_read not allowed?",
-            "What must I do so that file_read works?",
-        ],
-    ),
-    "http_get": (
-        r"--tool-hosts",
-        [
-            "How do I switch the http_get tool on?",
-            "Why is http_get not allowed?",
-            "What must I do so that http_get works?",
-        ],
-    ),
-    "own_tools": (
-        r"--tools",
-        [
-            "How can I add a tool of my own?",
-            "My own tools should be used too",
-            "How do I register my own Python function as a tool?",
-        ],
-    ),
-    "websocket": (
-        r"/ws/generate",
-        [
-            "What is the URL for the websocket?",
-            "How is the websocket used?",
-            "Is a websocket there, and at which address?",
-        ],
-    ),
-    "openai_client": (
-        r"/v1",
-        [
-            "Can I use it with an OpenAI client?",
-            "Which base URL must my OpenAI client have?",
-            "What do I set as the base URL in the OpenAI library?",
-        ],
-    ),
-    "health": (
-        r"/api/health",
-        [
-            "How do I see whether my server is healthy?",
-            "Which URL is the health check?",
-            "Which route says that the server is alive?",
-        ],
-    ),
-    "metrics": (
-        r"/metrics",
-        [
-            "Where can I find the metrics for Prometheus?",
-            "Does it have Prometheus metrics?",
-            "Are there any Prometheus metrics to scrape?",
-        ],
-    ),
-    "diag": (
-        r"diag",
-        [
-            "What is the command diag good for?",
-            "Something does not work, how do I diagnose it?",
-            "Which command helps me to find problems in my setup?",
-        ],
-    ),
-    "probe": (
-        r"probe",
-        [
-            "How can I measure how fast my model is?",
-            "What does the command probe do?",
-            "Which tool of shimmy tests a model's speed?",
-        ],
-    ),
-    "generate": (
-        r"generate",
-        [
-            "How can I generate text in my terminal?",
-            "I want to generate text without starting a server",
-            "How do I run just one prompt on the command line?",
-        ],
-    ),
-    "pipe": (
-        r"--stdin",
-        [
-            "How is text piped into generate?",
-            "Can I feed stdin to the generate command?",
-            "How do I give the output of a command to generate?",
-        ],
-    ),
-    "needs": (
-        r"llama-cpp-python and websockets",
-        [
-            "Which Python packages does shimmy need?",
-            "What are its dependencies?",
-            "Tell me what packages I need for shimmy",
-        ],
-    ),
-    "install": (
-        r"pip install",
-        [
-            "How can shimmy be installed?",
-            "What is needed to install shimmy here?",
-            "Please tell me how I get shimmy installed",
-        ],
-    ),
-    "gguf": (
-        r"GGUF",
-        [
-            "What format must a model file have?",
-            "Which file formats can shimmy load?",
-            "What sort of model files does the server read?",
-        ],
-    ),
-    "api_key": (
-        r"--api-key",
-        [
-            "How do I protect the server with an API key?",
-            "Where do I set the API key?",
-            "How do clients send the API key?",
-        ],
-    ),
-    "load": (
-        r"/load",
-        [
-            "How is a model loaded through the API?",
-            "How can a model be loaded by hand?",
-            "What request loads a model right now?",
-        ],
-    ),
-    "unload": (
-        r"/unload",
-        [
-            "How can a model be unloaded?",
-            "How do I free the memory of the model again?",
-            "I want to throw a model out of memory",
-        ],
-    ),
-    "max_loaded": (
-        r"--max-loaded|\b3 models",
-        [
-            "How many models can stay loaded at the same time?",
-            "Is it possible to keep two models loaded at once?",
-            "What is the limit of models loaded together?",
-        ],
-    ),
-    "keep_alive": (
-        r"--keep-alive",
-        [
-            "How long will an idle model stay in memory?",
-            "Can idle models be unloaded automatically?",
-            "After what time is an idle model unloaded?",
-        ],
-    ),
-    "embeddings": (
-        r"/v1/embeddings",
-        [
-            "Where do I get embeddings for a text?",
-            "Can shimmy compute text embeddings?",
-            "I want the embedding of a sentence",
-        ],
-    ),
-    "schema": (
-        r"response_format",
-        [
-            "How do I make the model answer in valid JSON?",
-            "How can a JSON schema be required?",
-            "The reply has to follow my JSON schema",
-        ],
-    ),
-    "tool_choice": (
-        r"tool_choice",
-        [
-            "How do I force the model to call a tool?",
-            "How do I forbid tool calls in a request?",
-            "How do I make a tool call required?",
-        ],
-    ),
-    "context": (
-        r"--ctx",
-        [
-            "How can I make the context larger?",
-            "Which flag is for the context size?",
-            "How can I get a bigger context window?",
-        ],
-    ),
-    "too_long": (
-        r"context_length_exceeded",
-        [
-            "What will happen if my prompt is longer than the context?",
-            "My prompt is too long, what happens?",
-            "Will a prompt that is too long be cut?",
-        ],
-    ),
-    "parallel": (
-        r"--parallel",
-        [
-            "How many requests can the server handle at the same time?",
-            "Can several clients be served at once?",
-            "How many users may ask at the same time?",
-        ],
-    ),
-    "overloaded": (
-        r"503",
-        [
-            "Why did I get the status 503?",
-            "What happens if too many requests are waiting?",
-            "What does overloaded mean in an error?",
-        ],
-    ),
-    "alias": (
-        r"--alias",
-        [
-            "My client can only ask for gpt-4, what now?",
-            "How do I give a model another name?",
-            "My app asks for another model name that I cannot change",
-        ],
-    ),
-    "preload": (
-        r"--preload",
-        [
-            "How can the model be loaded at startup?",
-            "Why is the very first answer slow?",
-            "I want the default model to be in memory from the start",
-        ],
-    ),
-    "stop_server": (
-        r"ctrl-c",
-        ["How can the server be stopped?", "How do I shut shimmy down cleanly?", "What do I press to end the server?"],
-    ),
-    "version": (
-        r"--version",
-        [
-            "How do I find out my version of shimmy?",
-            "What is the version of this shimmy?",
-            "Tell me which version of shimmy I have",
-        ],
-    ),
-    "page": (
-        r"browser",
-        [
-            "Can I chat in my web browser?",
-            "Does shimmy have a web page for chat?",
-            "Where do I find a page to chat in?",
-        ],
-    ),
-    "not_found": (
-        r"list",
-        [
-            "The server answers model_not_found, why?",
-            "Why is there an error: model not found?",
-            "Why does it tell me the model was not found?",
-        ],
-    ),
-    "error_shape": (
-        r"code, message and details",
-        ["What does an error look like?", "What format do the errors have?", "How are errors written in JSON?"],
-    ),
-    "cancel": (
-        r"close|cancel",
-        [
-            "How do I stop a request that is running?",
-            "Can a running generation be cancelled?",
-            "The answer is wrong, how do I abort it?",
-        ],
-    ),
-    "max_tokens": (
-        r"max_tokens",
-        [
-            "How do I limit how many tokens I get?",
-            "How can I make the answers shorter?",
-            "What field limits the number of tokens?",
-        ],
-    ),
-    "temperature": (
-        r"0\.7",
-        [
-            "What is the temperature by default?",
-            "Which temperature is the default one?",
-            "How high is the default temperature?",
-        ],
-    ),
-    "seed": (
-        r"seed",
-        ["How can I get exactly the same answer again?", "What is a seed for?", "How do I make the output repeatable?"],
-    ),
-    "stop_strings": (
-        r"stop",
-        [
-            "How can the text end at a certain word?",
-            "What does the field stop do?",
-            "Which field holds my stop strings?",
-        ],
-    ),
-    "gpu": (
-        r"gpu",
-        ["Will shimmy use my GPU?", "How do I run it on my GPU?", "Is it possible to use a graphics card?"],
-    ),
-    "threads": (
-        r"--threads",
-        [
-            "How can I change the number of CPU threads?",
-            "How many CPU threads does the server use?",
-            "I want it to use fewer threads",
-        ],
-    ),
-    "lora": (
-        r"--lora",
-        [
-            "How can I use a LoRA adapter with my model?",
-            "Are LoRA adapters supported?",
-            "How do I apply a LoRA to a model?",
-        ],
-    ),
-    "ollama": (
-        r"ollama",
-        [
-            "Will it find the models I have in Ollama?",
-            "Can I use models that Ollama downloaded?",
-            "I have some models from Ollama already, can shimmy use them?",
-        ],
-    ),
-    "cors": (
-        r"--allow-origin",
-        [
-            "My web page gets a CORS error, what now?",
-            "How do I allow another origin?",
-            "A website cannot call the API, which option allows its origin?",
-        ],
-    ),
-    "offline": (
-        r"no internet|this machine",
-        [
-            "Does it work without an internet connection?",
-            "Is my data sent to the cloud?",
-            "Can I use shimmy when there is no internet?",
-        ],
-    ),
-    "crash": (
-        r"own process|stays up",
-        [
-            "What if a model crashes?",
-            "Will the server survive a crash of the model?",
-            "Does the server die when the engine crashes?",
-        ],
-    ),
-    "finish_reason": (
-        r"finish_reason|max_tokens",
-        [
-            "What does the finish_reason tell me?",
-            "Why has my answer been cut off?",
-            "What is meant by finish_reason length?",
-        ],
-    ),
-    "template": (
-        r"--chat-template|chatml",
-        [
-            "Can my own chat template be used?",
-            "Which one is the chat template that shimmy takes?",
-            "What do I do when my model has no chat template?",
-        ],
-    ),
-    "chat_route": (
-        r"/v1/chat/completions",
-        [
-            "What is the endpoint for chat?",
-            "Where do I post my chat messages?",
-            "To which route do I send a chat with messages?",
-        ],
-    ),
-    "generate_route": (
-        r"/api/generate",
-        [
-            "Which endpoint do I use to generate text from a prompt?",
-            "How would a prompt be sent with curl?",
-            "What is the route that makes text from a prompt?",
-        ],
-    ),
-    "status": (
-        r"/status",
-        [
-            "How can I see if my model is loaded?",
-            "What endpoint tells me a model's status?",
-            "How can I know whether the model is ready?",
-        ],
-    ),
-    "shards": (
-        r"shards",
-        [
-            "My model is split in two files, how do I use it?",
-            "Can it load a sharded model?",
-            "How should I store a model that has several shards?",
-        ],
-    ),
-    "os": (
-        r"windows",
-        ["Will it run on Windows?", "Which operating systems does it run on?", "Is there support for macOS?"],
-    ),
-    "logs": (
-        r"-v",
-        ["How can I see more logs?", "Are prompts written to the logs?", "How do I make the server more verbose?"],
-    ),
-    "config": (
-        r"no configuration",
-        [
-            "Do I have to write a config file?",
-            "Which environment variables does shimmy read?",
-            "Where is the configuration file?",
-        ],
-    ),
-    "seen_memory": (
-        r"memory",
-        [
-            "How much memory will a model need?",
-            "How much RAM does shimmy use?",
-            "What amount of RAM do I need for a model?",
-        ],
-    ),
-    "completions": (
-        r"/v1/completions",
-        [
-            "Is there an endpoint for plain completions?",
-            "What can I do with /v1/completions?",
-            "Where do I find the old completions endpoint?",
-        ],
-    ),
-    "names": (
-        r"file name",
-        ["How does a model get its name?", "What is the id of my model?", "Which id will my model have?"],
-    ),
-}
-
-# Small facts: a pattern of the right answer, and a sentence.
-CAPITALS = {
-    "France": "Paris",
-    "Germany": "Berlin",
-    "Italy": "Rome",
-    "Spain": "Madrid",
-    "Japan": "Tokyo",
-    "Norway": "Oslo",
-    "Egypt": "Cairo",
-    "Kenya": "Nairobi",
-    "Peru": "Lima",
-    "Canada": "Ottawa",
-    "Greece": "Athens",
-    "Poland": "Warsaw",
-    "Cuba": "Havana",
-    "Austria": "Vienna",
-    "Portugal": "Lisbon",
-    "Australia": "Canberra",
-    "China": "Beijing",
-    "Thailand": "Bangkok",
-    "Ireland": "Dublin",
-    "Hungary": "Budapest",
-    "Iceland": "Reykjavik",
-    "Chile": "Santiago",
-}
-CAPITAL_PHRASES = [
-    "What name does the capital of {} have?",
-    "Which city is {}'s capital?",
-    "I forgot the capital of {}. What is it?",
-    "So what would be the capital of {}?",
-]
-OPPOSITES = {
-    "hot": "cold",
-    "big": "small",
-    "tall": "short",
-    "fast": "slow",
-    "happy": "sad",
-    "full": "empty",
-    "old": "young|new",
-    "rich": "poor",
-    "strong": "weak",
-    "wet": "dry",
-    "loud": "quiet",
-    "deep": "shallow",
-    "sweet": "sour",
-    "north": "south",
-    "clean": "dirty",
-    "early": "late",
-}
-OPPOSITE_PHRASES = [
-    "What would be the opposite of {}?",
-    "Can you say the opposite of the word {}?",
-    "The opposite of {} is what?",
-]
-SPELLINGS = [
-    "apple",
-    "river",
-    "garden",
-    "planet",
-    "rabbit",
-    "bridge",
-    "candle",
-    "robot",
-    "silver",
-    "music",
-    "winter",
-    "castle",
-    "tiger",
-    "honey",
-    "pencil",
-    "dragon",
-]
-SPELLING_PHRASES = [
-    "Will you spell {} for me?",
-    "I do not know how to spell {}",
-    "What letters does {} have?",
-    "Let me see you spell {}",
-]
-COUNT_PHRASES = [
-    "Please could you count up to {}?",
-    "Start at 1 and count to {}",
-    "I would like you to count to {}",
-    "Count all the way to {}",
-]
-REPEATS = [
-    "the green lamp sings at noon",
-    "seven brave horses",
-    "Clara walks to Lisbon",
-    "bottle of honey",
-    "we like pancakes",
-    "bread and silver bells",
-    "the robot paints a door",
-    "moon river",
-    "orange basket under the stairs",
-    "nobody knows the old king",
-    "quiet storm",
-    "please wait here",
-    "Milo and Freya",
-    "three cups of tea",
-]
-REPEAT_PHRASES = ["Now say this: {}", "Please repeat after me: {}", "Repeat exactly: {}", "Can you echo this: {}"]
-FACTS: list[tuple[str, str]] = [
-    (r"tuesday", "Which day do we have after Monday?"),
-    (r"thursday", "Can you say what day comes after Wednesday?"),
-    (r"saturday", "What day is right after Friday?"),
-    (r"sunday", "What is the day that follows Saturday?"),
-    (r"monday", "Which day comes before Tuesday, please?"),
-    (r"friday", "What day was it before Saturday?"),
-    (r"monday", "What is the first day in the week?"),
-    (r"monday.*sunday", "Tell me all the days of the week"),
-    (r"wednesday", "If it is Tuesday today, which day is tomorrow?"),
-    (r"sunday", "And which day is before Monday?"),
-    (r"february", "Which month do we have after January?"),
-    (r"june", "What month is right after May?"),
-    (r"december", "What is the last month, after November?"),
-    (r"march", "Can you say which month is before April?"),
-    (r"july", "Which month is the seventh month of the year?"),
-    (r"january.*december", "Tell me all the months of the year"),
-    (r"31", "How many days are there in the month of May?"),
-    (r"30", "How many days has the month of June?"),
-    (r"28", "How many days are in the month February?"),
-    (r"august", "What month is it after July?"),
-    (r"green", "What is the colour that grass has?"),
-    (r"blue", "Do you know which colour the sky has?"),
-    (r"white", "Which colour has snow?"),
-    (r"yellow", "Of what colour is a lemon?"),
-    (r"red", "What colour is blood, please?"),
-    (r"black", "So what colour is coal?"),
-    (r"green", "What do I get when I mix blue and yellow?"),
-    (r"orange", "Which colour is made by red and yellow?"),
-    (r"purple", "If I mix red and blue, what colour is it?"),
-    (r"orange", "A carrot is which colour?"),
-    (r"woof", "What sound can a dog make?"),
-    (r"meow", "So what does the cat say?"),
-    (r"moo", "Which sound comes from a cow?"),
-    (r"8", "Do you know how many legs a spider has?"),
-    (r"4", "How many legs are there on a horse?"),
-    (r"puppy", "What is the word for a young dog?"),
-    (r"kitten", "How do you call a young cat?"),
-    (r"calf", "What is the baby of a cow called?"),
-    (r"7", "How many days does one week have?"),
-    (r"12", "How many months are in one year?"),
-    (r"24", "How many hours are in one day?"),
-    (r"60", "How many minutes does one hour have?"),
-    (r"26", "How many letters are there in the whole alphabet?"),
-    (r"spring.*winter", "Tell me all the seasons"),
-    (r"summer", "Which season do we have after spring?"),
-    (r"\bB\b", "Which letter do we have after A?"),
-    (r"winter", "Which season comes right after autumn?"),
-    (r"366", "How many days are there in one leap year?"),
-]
-
-# Sums: {a} and {b} are operands. Taking order: every phrasing names the first operand of the expression as {a}.
-SUMS: dict[str, list[str]] = {
-    "+": [
-        "How much would I get for {a} plus {b}?",
-        "Hello there, what value has {a} + {b}?",
-        "I must know the sum of {a} and {b}",
-        "Would you please add {a} and {b}?",
-        "Tell me what {a} plus {b} is",
-        "Do the sum {a} + {b} for me",
-        "{a} plus {b} gives what?",
-        "Are you able to add {a} to {b}?",
-        "Can you tell me the total of {a} and {b}?",
-    ],
-    "-": [
-        "How much would I get for {a} minus {b}?",
-        "Hello there, what value has {a} - {b}?",
-        "I must know the difference of {a} and {b}",
-        "Would you please subtract {b} from {a}?",
-        "Tell me what {a} minus {b} is",
-        "{a} minus {b} gives what?",
-        "Are you able to take {b} away from {a}?",
-        "Do {a} - {b} for me",
-    ],
-    "*": [
-        "How much would I get for {a} times {b}?",
-        "Hello there, what value has {a} * {b}?",
-        "I must know the product of {a} and {b}",
-        "Would you please multiply {a} by {b}?",
-        "Tell me what {a} times {b} is",
-        "{a} times {b} gives what?",
-        "Are you able to multiply {a} and {b}?",
-        "Do {a} x {b} for me",
-    ],
-    "/": [
-        "How much would I get for {a} divided by {b}?",
-        "Hello there, what value has {a} / {b}?",
-        "I must know the quotient of {a} and {b}",
-        "Would you please divide {a} by {b}?",
-        "Tell me what {a} divided by {b} is",
-        "{a} divided by {b} gives what?",
-        "Are you able to divide {a} by {b}?",
-        "Do {a} / {b} for me",
-    ],
-}
-WEATHER = [
-    "So how is the weather over in {}?",
-    "Hello, what's the weather in {} like?",
-    "Would it be cold in {} today?",
-    "I want to know the weather in {}",
-    "Could you check the weather in {} for me?",
-    "Is it going to rain in {}?",
-    "I am in {}, is it sunny?",
-    "Please say how warm it is in {}",
-    "What will the weather be in {}?",
-    "Tell me if it rains in {}",
-]
-WEATHER_CITIES = [
-    "Paris",
-    "Oslo",
-    "Toronto",
-    "Kyoto",
-    "Lagos",
-    "Hamburg",
-    "Lima",
-    "Seattle",
-    "Dubai",
-    "Porto",
-    "Helsinki",
-    "Tamrin",
-    "Velo",
-    "Kastor",
-    "New York",
-    "Cape Town",
-]
-STORIES = {
-    "fox": "Would you tell us a story about a fox?",
-    "robot": "Let me read a short story about a robot",
-    "princess": "I feel like a story about a princess",
-    "owl": "Please tell me a nice story about an owl",
-    "boat": "Make a little story about a boat",
-    "bear": "A story about a bear would be nice",
-    "dragon": "I want a story of a dragon",
-    "cat": "Can you make a story about a cat?",
-    "wizard": "Tell the story of a wizard",
-    "penguin": "Could I hear a story about a penguin?",
-    "mouse": "Now a story about a mouse",
-    "farmer": "Write one story about a farmer",
-    "star": "One story about a star, please",
-    "horse": "Do you have a story about a horse?",
-    "king": "Tell my child a story about a king",
-    "train": "A very short story about a train please",
-    "turtle": "Let us have a story about a turtle",
-    "pirate": "Tell a story with a pirate",
-    "lion": "May I have a story about a lion?",
-    "snowman": "Think of a story about a snowman",
-    "rabbit": "A bedtime story about a rabbit",
-    "giant": "Please write a tale about a giant",
-    "duck": "Story about a duck, please",
-    "tree": "I would love a story about a tree",
-    "sailor": "Read me the story of a sailor",
-    "wolf": "Tell me some story about a wolf",
-    "queen": "Do tell a story about a queen",
-    "bee": "Any story about a bee?",
-    "ghost": "How about a story about a ghost?",
-    "tiger": "A tale about a tiger for my son",
-}
-NAMES = [
-    "Anna",
-    "Tom",
-    "Clara",
-    "Hugo",
-    "Nora",
-    "Ben",
-    "Lucy",
-    "Victor",
-    "Mia",
-    "Oscar",
-    "Ravi",
-    "Stella",
-    "Jana",
-    "Piet",
-    "Solveig",
-    "Marlon",
-    "Tilda",
-    "Enzo",
-]
-JSON_PHRASES = [
-    "Please write a JSON object with name and age: {n} is {a} years old.",
-    "{n} is {a} years old. Could you give me that as JSON?",
-    "Could you make JSON with name and age from this? {n} is {a}.",
-    "I need name and age as a JSON object: {n} is {a} years old.",
-    "Write the following as JSON: {n} is {a} years old.",
-    "JSON with the keys name and age for this text: {n}, aged {a}.",
-]
-JSON_CITY = [
-    "Please write a JSON object with name and city: {n} lives in {c}.",
-    "{n} lives in {c}. Could you give me that as JSON?",
-    "I need name and city as a JSON object: {n} is from {c}.",
-    "Could you make JSON with name and city from this? {n} comes from {c}.",
-]
-UPPER = [
-    "Please answer in upper case.",
-    "Only use capital letters.",
-    "Every answer must be in upper case letters.",
-    "You are an assistant that always writes in capital letters.",
-]
-ONE_WORD = [
-    "Please answer with one word.",
-    "Answer with just a single word.",
-    "Every answer must be one word.",
-    "You are an assistant that replies with a single word.",
-]
-
-CALCULATOR: Message = {
-    "type": "function",
-    "function": {
-        "name": "calculator",
-        "description": "Evaluate an arithmetic expression.",
-        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
-    },
-}
-CALCULATORS = [
-    CALCULATOR,
-    {
-        "type": "function",
-        "function": {
-            "name": "calculator",
-            "description": "Computes arithmetic for the user",
-            "parameters": {
-                "type": "object",
-                "properties": {"expression": {"type": "string", "description": "The arithmetic to compute"}},
-                "required": ["expression"],
-            },
-        },
-    },
-]
-WEATHER_TOOLS: list[Message] = [
-    {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": text,
-            "parameters": {
-                "type": "object",
-                "properties": {key: {"type": "string", "description": about}},
-                "required": [key],
-            },
-        },
-    }
-    for name, text, key, about in [
-        ("get_weather", "Get the current weather", "city", "The city"),
-        ("weather_for", "Weather of a city", "town", "Name of the town"),
-        ("lookup_city_weather", "Looks up the current weather in a city", "location", "The location"),
-        ("get_weather_now", "Returns the current weather", "place", ""),
-    ]
-]
-
-
-def held_out(*values: object) -> bool:
-    """The same tenth of all operand tuples that make_tiny.py leaves out."""
-    return hashlib.sha256(repr(values).encode()).digest()[0] < 26
-
-
-def all_phrases() -> list[str]:
-    """Every fixed sentence that is asked, for make_tiny.py to leave out."""
-    fixed = [text for _, texts in SMALL_TALK for text in texts] + [
-        text for _, texts in TOPICS.values() for text in texts
-    ]
-    fixed += [text for _, text in FACTS] + list(STORIES.values())
-    fixed += [phrase.format(country) for phrase in CAPITAL_PHRASES for country in CAPITALS]
-    fixed += [phrase.format(word) for phrase in OPPOSITE_PHRASES for word in OPPOSITES] + [
-        phrase.format(word) for phrase in SPELLING_PHRASES for word in SPELLINGS
-    ]
-    fixed += [phrase.format(end) for phrase in COUNT_PHRASES for end in range(1, 31)] + [
-        phrase.format(text) for phrase in REPEAT_PHRASES for text in REPEATS
-    ]
-    return fixed + [phrase.format(city) for phrase in WEATHER for city in WEATHER_CITIES] + UPPER + ONE_WORD
-
-
-PHRASES = all_phrases()
-
-
-# ── Cases ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Judges ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -1214,10 +65,6 @@ class Case:
     judge: Judge
     tools: list[Message] = field(default_factory=list)
     also: dict[str, Judge] = field(default_factory=dict)
-
-
-def user(text: str) -> list[Message]:
-    return [{"role": "user", "content": text}]
 
 
 def says(pattern: str) -> Judge:
@@ -1285,122 +132,138 @@ def no_call(reply: Reply) -> bool:
     return not reply.calls and "tool_call" not in reply.text
 
 
+def is_upper(reply: Reply) -> bool:
+    return reply.text == reply.text.upper()
+
+
+def is_one_word(reply: Reply) -> bool:
+    return len(reply.text.split()) == 1
+
+
+def is_story_length(reply: Reply) -> bool:
+    return 80 <= reply.tokens <= 300
+
+
+# ── Tools on offer ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def tool(name: str, description: str, parameter: str, about: str | None = None) -> Message:
+    described = {} if about is None else {"description": about}
+    properties = {parameter: {"type": "string", **described}}
+    parameters = {"type": "object", "properties": properties, "required": [parameter]}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+def name_of(offered: Message) -> str:
+    return str(offered["function"]["name"])
+
+
+def parameter_of(offered: Message) -> str:
+    return str(next(iter(offered["function"]["parameters"]["properties"])))
+
+
+CALCULATOR = tool("calculator", "Evaluate an arithmetic expression.", "expression")
+CALCULATORS = [
+    CALCULATOR,
+    tool("calculator", "Computes arithmetic for the user", "expression", "The arithmetic to compute"),
+]
+WEATHER_TOOLS = [
+    tool("get_weather", "Get the current weather", "city", "The city"),
+    tool("weather_for", "Weather of a city", "town", "Name of the town"),
+    tool("lookup_city_weather", "Looks up the current weather in a city", "location", "The location"),
+    tool("get_weather_now", "Returns the current weather", "place", ""),
+]
+
+
+# ── Cases ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+WEATHER = TASK_TEXTS["weather"][0]
+CAPITAL_ASKS = FACT_TEXTS["capital_asks"][0]
+COMPUTED = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+
+def user(text: str) -> list[Message]:
+    return [{"role": "user", "content": text}]
+
+
 def talk_cases() -> Iterable[Case]:
-    for pattern, texts in SMALL_TALK:
+    for texts, (pattern,) in unseen.TALK.values():
         for text in texts:
             yield Case("greetings and identity", user(text), says(pattern))
 
 
 def topic_cases() -> Iterable[Case]:
-    for pattern, texts in TOPICS.values():
+    for texts, (pattern,) in unseen.TOPICS.values():
         for text in texts:
             yield Case("shimmy questions", user(text), says(pattern))
 
 
-def fact_cases(rng: random.Random) -> Iterable[Case]:
-    name = "small facts"
-    for pattern, text in FACTS:
-        yield Case(name, user(text), says(pattern))
-    for country, city in CAPITALS.items():
-        yield Case(name, user(rng.choice(CAPITAL_PHRASES).format(country)), says(city))
-    for word, other in OPPOSITES.items():
-        yield Case(name, user(rng.choice(OPPOSITE_PHRASES).format(word)), says(rf"\b({other})\b"))
-    for word in SPELLINGS:
-        yield Case(
-            name, user(rng.choice(SPELLING_PHRASES).format(word)), says(r"\b" + r",? ?-?".join(word.upper()) + r"\b")
-        )
+def fact_questions(rng: random.Random) -> Iterable[tuple[str, Judge]]:
+    """Every small fact once, with what a right answer is."""
+    for text, pattern in unseen.FACTS:
+        yield text, says(pattern)
+    for country, city in unseen.CAPITALS.items():
+        yield rng.choice(CAPITAL_ASKS).format(country), says(city)
+    for word, other in unseen.OPPOSITES.items():
+        yield rng.choice(FACT_TEXTS["opposite_asks"][0]).format(word), says(rf"\b({other})\b")
+    for word in unseen.SPELLINGS:
+        letters = r",? ?-?".join(word.upper())
+        yield rng.choice(FACT_TEXTS["spelling_asks"][0]).format(word), says(rf"\b{letters}\b")
     for end in rng.sample(range(2, 31), 14):
-        yield Case(
-            name, user(rng.choice(COUNT_PHRASES).format(end)), says_exactly(", ".join(map(str, range(1, end + 1))))
-        )
-    for text in REPEATS:
-        yield Case(name, user(rng.choice(REPEAT_PHRASES).format(text)), says_exactly(text))
+        numbers = ", ".join(map(str, range(1, end + 1)))
+        yield rng.choice(FACT_TEXTS["count_asks"][0]).format(end), says_exactly(numbers)
+    for text in unseen.REPEATS:
+        yield rng.choice(FACT_TEXTS["repeat_asks"][0]).format(text), says_exactly(text)
 
 
-NUMBERS = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
-seventeen eighteen nineteen"""
-ONES, TENS = (
-    NUMBERS.split(),
-    ["", "", *(word + "ty" for word in ("twen", "thir", "for", "fif", "six", "seven", "eigh", "nine"))],
-)
-
-
-def in_words(number: int) -> str:
-    if number < 20:
-        return ONES[number]
-    if number < 100:
-        return TENS[number // 10] + (" " + ONES[number % 10] if number % 10 else "")
-    return in_words(number // 100) + " hundred" + (" " + in_words(number % 100) if number % 100 else "")
+def fact_cases(rng: random.Random) -> Iterable[Case]:
+    for text, judge in fact_questions(rng):
+        yield Case("small facts", user(text), judge)
 
 
 def held_out_operands(rng: random.Random, operator: str, digits: int) -> tuple[int, int]:
     while True:
-        pair = tuple(
-            rng.randint(0 if size == 1 else 10 ** (size - 1), 10**size - 1)
-            for size in (rng.randint(1, digits), rng.randint(1, digits))
-        )
-        if held_out(pair[0], operator, pair[1]):
-            return pair[0], pair[1]
+        sizes = rng.randint(1, digits), rng.randint(1, digits)
+        first, second = (rng.randint(0 if size == 1 else 10 ** (size - 1), 10**size - 1) for size in sizes)
+        if unseen.held_out(first, operator, second):
+            return first, second
 
 
-def calculator_cases(rng: random.Random, count: int) -> Iterable[Case]:
+def called(category: str, text: str, judge: Judge, tools: list[Message]) -> Case:
+    """A request that needs a call; it counts among well-formed calls too."""
+    return Case(category, user(text), judge, tools, {"valid call syntax": lambda reply: well_formed(reply, tools)})
+
+
+def digit_cases(rng: random.Random, count: int) -> Iterable[Case]:
     for at in range(count):
         operator = "+-*/"[at % 4]
         first, second = held_out_operands(rng, operator, 4)
         tools = [rng.choice(CALCULATORS)] + ([rng.choice(WEATHER_TOOLS)] if at % 2 else [])
-        text = rng.choice(SUMS[operator]).format(a=first, b=second)
-        yield called(
-            Case(
-                "calculator call exact (digits)",
-                user(text),
-                calls_sum(first, operator, second),
-                tools,
-            )
-        )
-    for at in range(count // 2):
+        text = rng.choice(TASK_TEXTS[f"sum.{operator}"][0]).format(a=first, b=second)
+        yield called("calculator call exact (digits)", text, calls_sum(first, operator, second), tools)
+
+
+def word_cases(rng: random.Random, count: int) -> Iterable[Case]:
+    for at in range(count):
         operator = "+-*/"[at % 4]
         first, second = held_out_operands(rng, operator, 3)
-        worded = [text for text in SUMS[operator] if not re.search(r"\} [-+*/x] \{", text)]
+        worded = [text for text in TASK_TEXTS[f"sum.{operator}"][0] if not re.search(r"\} [-+*/x] \{", text)]
         text = rng.choice(worded).format(a=in_words(first), b=in_words(second))
-        yield called(
-            Case(
-                "calculator call exact (words)",
-                user(text),
-                calls_sum(first, operator, second),
-                [rng.choice(CALCULATORS)],
-            )
-        )
-
-
-def called(case: Case) -> Case:
-    """The case, counted among well-formed calls too."""
-    return Case(
-        case.category,
-        case.messages,
-        case.judge,
-        case.tools,
-        {"valid call syntax": lambda reply: well_formed(reply, case.tools)},
-    )
+        judge = calls_sum(first, operator, second)
+        yield called("calculator call exact (words)", text, judge, [rng.choice(CALCULATORS)])
 
 
 def weather_cases(rng: random.Random, count: int) -> Iterable[Case]:
     for at in range(count):
-        tool, city = WEATHER_TOOLS[at % len(WEATHER_TOOLS)], rng.choice(WEATHER_CITIES)
-        parameter = next(iter(tool["function"]["parameters"]["properties"]))
-        tools = [tool, CALCULATOR] if at % 2 else [tool]
-        judge = calls(tool["function"]["name"], {parameter: city})
-        yield called(Case("weather call exact", user(WEATHER[at % len(WEATHER)].format(city)), judge, tools))
+        weather, city = WEATHER_TOOLS[at % len(WEATHER_TOOLS)], rng.choice(unseen.CITIES)
+        judge = calls(name_of(weather), {parameter_of(weather): city})
+        tools = [weather, CALCULATOR] if at % 2 else [weather]
+        yield called("weather call exact", WEATHER[at % len(WEATHER)].format(city), judge, tools)
 
 
 def quiet_cases(rng: random.Random, count: int) -> Iterable[Case]:
     """Requests that need no tool, with tools on offer."""
-    pool = (
-        [text for _, texts in SMALL_TALK for text in texts]
-        + [text for _, texts in TOPICS.values() for text in texts]
-        + [text for _, text in FACTS]
-        + list(STORIES.values())
-    )
-    for text in rng.sample(pool, count):
+    for text in rng.sample(unseen.FIXED, count):
         tools = [rng.choice(CALCULATORS)] + ([rng.choice(WEATHER_TOOLS)] if rng.random() < 0.5 else [])
         yield Case("no call when none fits", user(text), no_call, tools)
 
@@ -1408,23 +271,26 @@ def quiet_cases(rng: random.Random, count: int) -> Iterable[Case]:
 def result_cases(rng: random.Random, count: int) -> Iterable[Case]:
     """The call was made and its result is given back: the answer must hold it."""
     for at in range(count):
-        if at % 3 < 2:
-            operator = "+-*"[at % 3 if at % 2 else 2]
-            first, second = held_out_operands(rng, operator, 4)
-            expression = f"{first} {operator} {second}"
-            result = str({"+": first + second, "-": first - second, "*": first * second}[operator])
-            content = result if at % 2 else json.dumps({"result": int(result)})
-            messages = user(rng.choice(SUMS[operator]).format(a=first, b=second)) + call_and_result(
-                "calculator", {"expression": expression}, content
-            )
-            yield Case("tool result used", messages, says(rf"(?<!\d){re.escape(result)}(?!\d)"), [CALCULATOR])
-        else:
-            tool, city, degrees = rng.choice(WEATHER_TOOLS), rng.choice(WEATHER_CITIES), rng.randint(-9, 38)
-            sky = rng.choice(["sunny", "cloudy", "rainy", "foggy", "clear"])
-            content = rng.choice([f"{sky}, {degrees} °C", json.dumps({"condition": sky, "temperature": degrees})])
-            name, parameter = tool["function"]["name"], next(iter(tool["function"]["parameters"]["properties"]))
-            messages = user(rng.choice(WEATHER).format(city)) + call_and_result(name, {parameter: city}, content)
-            yield Case("tool result used", messages, says_all(sky, str(degrees)), [tool])
+        yield sum_result_case(rng, at) if at % 3 < 2 else weather_result_case(rng)
+
+
+def sum_result_case(rng: random.Random, at: int) -> Case:
+    operator = "+-*"[at % 3 if at % 2 else 2]
+    first, second = held_out_operands(rng, operator, 4)
+    result = COMPUTED[operator](first, second)
+    content = str(result) if at % 2 else json.dumps({"result": result})
+    request = user(rng.choice(TASK_TEXTS[f"sum.{operator}"][0]).format(a=first, b=second))
+    call = call_and_result("calculator", {"expression": f"{first} {operator} {second}"}, content)
+    return Case("tool result used", request + call, says(rf"(?<!\d){re.escape(str(result))}(?!\d)"), [CALCULATOR])
+
+
+def weather_result_case(rng: random.Random) -> Case:
+    weather, city, degrees = rng.choice(WEATHER_TOOLS), rng.choice(unseen.CITIES), rng.randint(-9, 38)
+    sky = rng.choice(["sunny", "cloudy", "rainy", "foggy", "clear"])
+    content = rng.choice([f"{sky}, {degrees} °C", json.dumps({"condition": sky, "temperature": degrees})])
+    request = user(rng.choice(WEATHER).format(city))
+    call = call_and_result(name_of(weather), {parameter_of(weather): city}, content)
+    return Case("tool result used", request + call, says_all(sky, str(degrees)), [weather])
 
 
 def call_and_result(name: str, arguments: Message, content: str) -> list[Message]:
@@ -1436,46 +302,35 @@ def call_and_result(name: str, arguments: Message, content: str) -> list[Message
 
 
 def json_cases(rng: random.Random, count: int) -> Iterable[Case]:
+    names = word_list(TASK_TEXTS, "names")
     for at in range(count):
-        name = NAMES[at % len(NAMES)]
+        wanted: Message = {"name": names[at % len(names)]}
         if at % 3 < 2:
-            age = rng.randint(2, 98)
-            text, wanted = rng.choice(JSON_PHRASES).format(n=name, a=age), {"name": name, "age": age}
+            wanted["age"] = rng.randint(2, 98)
+            text = rng.choice(TASK_TEXTS["json_age"][0]).format(n=wanted["name"], a=wanted["age"])
         else:
-            city = rng.choice(WEATHER_CITIES)
-            text, wanted = rng.choice(JSON_CITY).format(n=name, c=city), {"name": name, "city": city}
+            wanted["city"] = rng.choice(unseen.CITIES)
+            text = rng.choice(TASK_TEXTS["json_city"][0]).format(n=wanted["name"], c=wanted["city"])
         yield Case("valid JSON", user(text), is_object, also={"JSON holds the right values": is_json(wanted)})
-
-
-def is_upper(reply: Reply) -> bool:
-    return reply.text == reply.text.upper()
-
-
-def is_one_word(reply: Reply) -> bool:
-    return len(reply.text.split()) == 1
 
 
 def style_cases(rng: random.Random, count: int) -> Iterable[Case]:
     """A system prompt that asks for upper case, or for one word; and the answer must be right as well."""
-    short = [fact for fact in FACTS if "*" not in fact[0]]  # a list of seven days is no one-word answer
+    short = [(pattern, text) for text, pattern in unseen.FACTS if "*" not in pattern]  # a list of days is not one word
     for at in range(count):
-        upper = at % 2 == 0
-        system = {"role": "system", "content": rng.choice(UPPER if upper else ONE_WORD)}
-        country, city = rng.choice(list(CAPITALS.items()))
-        pattern, text = rng.choice([(city, rng.choice(CAPITAL_PHRASES).format(country)), rng.choice(short)])
-        category = "system prompt: upper case" if upper else "system prompt: one word"
-        also = {"…and the answer is right": says(pattern)}
-        yield Case(category, [system, *user(text)], is_upper if upper else is_one_word, also=also)
+        style, category, judge = (
+            ("one_word", "system prompt: one word", is_one_word) if at % 2 else ("upper", "system prompt: upper case", is_upper)
+        )
+        system = {"role": "system", "content": rng.choice(TASK_TEXTS[style][0])}
+        country, city = rng.choice(list(unseen.CAPITALS.items()))
+        pattern, text = rng.choice([(city, rng.choice(CAPITAL_ASKS).format(country)), rng.choice(short)])
+        yield Case(category, [system, *user(text)], judge, also={"…and the answer is right": says(pattern)})
 
 
 def story_cases() -> Iterable[Case]:
-    for subject, text in STORIES.items():
-        yield Case(
-            "stories: 80 to 300 tokens",
-            user(text),
-            lambda reply: 80 <= reply.tokens <= 300,
-            also={"stories: about their subject": says(rf"\b{subject}")},
-        )
+    for text, subject in unseen.STORIES:
+        also = {"stories: about their subject": says(rf"\b{subject}")}
+        yield Case("stories: 80 to 300 tokens", user(text), is_story_length, also=also)
 
 
 def all_cases() -> list[Case]:
@@ -1483,7 +338,8 @@ def all_cases() -> list[Case]:
     makers = [
         talk_cases(),
         topic_cases(),
-        calculator_cases(rng, 160),
+        digit_cases(rng, 160),
+        word_cases(rng, 80),
         weather_cases(rng, 100),
         quiet_cases(rng, 150),
         result_cases(rng, 120),
@@ -1495,7 +351,7 @@ def all_cases() -> list[Case]:
     return [case for cases in makers for case in cases]
 
 
-# name in the table, threshold in percent (None: measured only)
+# The lines of the table: the share in percent that is wanted; None means that it is measured only.
 THRESHOLDS: dict[str, float | None] = {
     "greetings and identity": 95,
     "shimmy questions": 85,
@@ -1610,6 +466,17 @@ def write_table(text: str) -> None:
         readme.write_text(page, encoding="utf-8")
 
 
+def first_of_each(cases: list[Case], count: int) -> list[Case]:
+    """The first `count` cases of each category."""
+    seen: Counter[str] = Counter()
+    kept = []
+    for case in cases:
+        seen[case.category] += 1
+        if seen[case.category] <= count:
+            kept.append(case)
+    return kept
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure shimmy-tiny.gguf through the real server.")
     parser.add_argument("--model", type=Path, default=HERE / "shimmy-tiny.gguf")
@@ -1619,11 +486,7 @@ def main() -> int:
     options = parser.parse_args()
     cases = all_cases()
     if options.limit:
-        cases = [
-            case
-            for at, case in enumerate(cases)
-            if sum(other.category == case.category for other in cases[:at]) < options.limit
-        ]
+        cases = first_of_each(cases, options.limit)
     server, began = Server(options.model), time.monotonic()
     try:
         text, met = table(measure(server, cases, options.show))
