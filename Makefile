@@ -31,7 +31,7 @@ model-eval: .venv/.test
 	$(BIN)/python models/eval_tiny.py $(ARGS)
 
 clean:
-	rm -rf .venv __pycache__ .pytest_cache .mypy_cache .ruff_cache models/.training
+	rm -rf .venv __pycache__ models/__pycache__ models/generator/__pycache__ .pytest_cache .mypy_cache .ruff_cache models/.training
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
