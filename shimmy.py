@@ -2173,7 +2173,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class Text:
+class String:
     """A string: its length in code points and its format, one of SchemaReader.FORMATS or ""."""
 
     low: int = 0
@@ -2230,8 +2230,8 @@ class Members:
             here = None if here.required else here.rest
 
 
-Shape = Constant | Text | Number | Array | Members
-Choice = tuple[Shape, ...]  # a value that has one of these shapes
+Shape = Constant | String | Number | Array | Members
+Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 
 
 class SchemaReader:
@@ -2268,8 +2268,8 @@ class SchemaReader:
         self._read: dict[int, int] = {}  # id of a client's dict → number
         self._targets: dict[str, int] = {}
         self._branches: dict[int, list[tuple[int, ...]]] = {}
-        self._choices: dict[tuple[Node, bool], Choice] = {}
-        self._shapes: dict[tuple[tuple[int, ...], bool], Choice] = {}
+        self._choices: dict[tuple[Node, bool], Shapes] = {}
+        self._shapes: dict[tuple[tuple[int, ...], bool], Shapes] = {}
         self._names: dict[Members, dict[str | None, Members]] = {}
         self._enums: dict[int, set[Any]] = {}
         self._following: list[int] = []  # schemas being followed with no bracket between them
@@ -2490,7 +2490,7 @@ class SchemaReader:
         self.spend(len(options) ** 2)
         self.exclusive += itertools.combinations(options, 2)
 
-    def choice(self, node: Node, loose: bool = False) -> Choice:
+    def choice(self, node: Node, loose: bool = False) -> Shapes:
         """The shapes of a value, without those that others contain."""
         if (node, loose) not in self._choices:
             found: list[tuple[int, ...]] = [()]
@@ -2500,19 +2500,24 @@ class SchemaReader:
             self._choices[node, loose] = self._simplify(list(shapes))
         return self._choices[node, loose]
 
-    def everything(self) -> Choice:
-        return (Constant("null"), Constant("true"), Constant("false"), Number(), Text(), Array(), self.member(None, ()))
+    def everything(self) -> Shapes:
+        return (Constant("null"), Constant("true"), Constant("false"), Number(), String(), Array(), self.member(None, ()))
 
-    def _simplify(self, shapes: list[Shape]) -> Choice:
+    def _simplify(self, shapes: list[Shape]) -> Shapes:
         if set(shapes) >= set(self.everything()):
             return self.everything()
-        free = {type(shape) for shape in shapes if shape in self.everything() and not isinstance(shape, Constant)}
-        return tuple(shape for shape in shapes if shape in self.everything() or (
-            type(shape) not in free and not (Text in free and isinstance(shape, Constant) and shape.text[0] == '"')))  # fmt: skip
+        everything = self.everything()
+        free = {type(shape) for shape in shapes if shape in everything and not isinstance(shape, Constant)}
+
+        def covered(shape: Shape) -> bool:
+            text_too = String in free and isinstance(shape, Constant) and shape.text[0] == '"'
+            return shape not in everything and (type(shape) in free or text_too)
+
+        return tuple(shape for shape in shapes if not covered(shape))
 
     # Shapes: what all schemas of a branch demand together.
 
-    def shapes(self, branch: tuple[int, ...], loose: bool) -> Choice:
+    def shapes(self, branch: tuple[int, ...], loose: bool) -> Shapes:
         if (branch, loose) not in self._shapes:
             self.spend(1 + len(branch))
             self._shapes[branch, loose] = tuple(self._made([self.schemas[number] for number in branch], loose))
@@ -2552,7 +2557,7 @@ class SchemaReader:
         hinted = [kind for kind in ("object", "array", "number", "string") if self.HINTS[kind] & keywords]
         return hinted[:1] or (["string"] if "format" in keywords else kinds)
 
-    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[Text]:
+    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[String]:
         low, high = self._range(schemas, "minLength", "maxLength")
         formats = sorted({schema["format"] for schema in schemas if "format" in schema})
         if len(formats) > 1:
@@ -2561,9 +2566,9 @@ class SchemaReader:
             shortest, longest = self.FORMATS[formats[0]]
             if low > shortest or (high is not None and high < longest):
                 raise self.refuse(f"format {formats[0]} beside minLength or maxLength is not supported")
-            yield Text(format=formats[0])
+            yield String(format=formats[0])
         elif high is None or low <= high:
-            yield Text(low, high)
+            yield String(low, high)
 
     def _range(self, schemas: list[dict[str, Any]], least: str, most: str) -> tuple[int, int | None]:
         low = max((schema[least] for schema in schemas if least in schema), default=0)
@@ -2698,7 +2703,7 @@ class SchemaReader:
     def _apart(self, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
         return self._disjoint(self.shapes(ours, False), self.shapes(theirs, True), 0)
 
-    def _disjoint(self, ours: Choice, theirs: Choice, depth: int) -> bool:
+    def _disjoint(self, ours: Shapes, theirs: Shapes, depth: int) -> bool:
         """True if nothing that is written for `ours` is accepted by `theirs`, as far as a look 4 levels deep tells."""
         self.spend(len(ours) * len(theirs))
         return depth < 4 and all(self._unlike(one, two, depth) for one in ours for two in theirs)
@@ -2710,7 +2715,7 @@ class SchemaReader:
             return self._objects_unlike(one, two, depth + 1)
         if isinstance(one, Array) and isinstance(two, Array):
             return self._arrays_unlike(one, two, depth + 1)
-        if isinstance(one, Text) and isinstance(two, Text):
+        if isinstance(one, String) and isinstance(two, String):
             return apart(one, two)
         if isinstance(one, Constant) and isinstance(two, Constant):
             return bool(comparable(json.loads(one.text)) != comparable(json.loads(two.text)))
@@ -2768,10 +2773,10 @@ def opening(shape: Shape) -> str:
     """The kind of value: what its first character tells."""
     if isinstance(shape, Constant):
         return shape.text[0] if shape.text[0] in '{["tfn' else "0"
-    return "{" if isinstance(shape, Members) else "[" if isinstance(shape, Array) else '"' if isinstance(shape, Text) else "0"
+    return "{" if isinstance(shape, Members) else "[" if isinstance(shape, Array) else '"' if isinstance(shape, String) else "0"
 
 
-def apart(one: Text | Array, two: Text | Array) -> bool:
+def apart(one: String | Array, two: String | Array) -> bool:
     """True if no length is within the bounds of both."""
     return (two.high is not None and one.low > two.high) or (one.high is not None and one.high < two.low)
 
@@ -2820,8 +2825,8 @@ class SchemaGrammar:
     def __init__(self, name: str) -> None:
         self.name, self.rules, self.size, self.helpers, self.repeats = name, dict(self.BASICS), 0, 0, 0
         self.names: dict[tuple[str, Any], str] = {}  # (what, of what) → rule
-        self.choices: dict[str, Choice] = {}  # a value's rule → what it is made of
-        self._choice: dict[Node, Choice] = {}
+        self.choices: dict[str, Shapes] = {}  # a value's rule → what it is made of
+        self._choice: dict[Node, Shapes] = {}
         self._todo: list[tuple[str, str, Any]] = []
         self._steps: dict[tuple[Members, ...], list[Step]] = {}
 
@@ -2889,7 +2894,7 @@ class SchemaGrammar:
                         found.add(node)
         return found
 
-    def _inside(self, choice: Choice) -> Iterator[Node]:
+    def _inside(self, choice: Shapes) -> Iterator[Node]:
         for shape in choice:
             if isinstance(shape, Array):
                 yield from shape.first
@@ -2913,7 +2918,7 @@ class SchemaGrammar:
             here = here.rest
         return True
 
-    def choice(self, node: Node) -> Choice:
+    def choice(self, node: Node) -> Shapes:
         """The shapes of a value that can be written."""
         if node not in self._choice:
             self._choice[node] = tuple(s for s in self.reader.choice(node) if self._is_possible(s, self.possible))
@@ -2921,12 +2926,12 @@ class SchemaGrammar:
 
     # Writing: a method for each kind of rule.
 
-    def value(self, choice: Choice) -> str:
+    def value(self, choice: Shapes) -> str:
         name = "value" if choice == self.reader.everything() else self.rule("v", choice)
         self.choices[name] = choice
         return name
 
-    def _write_v(self, choice: Choice) -> str:
+    def _write_v(self, choice: Shapes) -> str:
         constants = [shape.text for shape in choice if isinstance(shape, Constant)]
         objects = ordered(choice)
         parts = [literals(constants)] if constants else []
@@ -2936,7 +2941,7 @@ class SchemaGrammar:
         for shape in choice:
             if isinstance(shape, Array):
                 parts.append("array" if shape == Array() else f'"[" ws {self.rule("a", (shape, 0))}')
-            elif isinstance(shape, Text):
+            elif isinstance(shape, String):
                 parts.append(self._string(shape))
             elif isinstance(shape, Number):
                 parts.append(self._number(shape))
@@ -3045,10 +3050,10 @@ class SchemaGrammar:
         more = self.repeat(max(least - 1, 0), None if most is None else most - 1)
         return " | ".join([*parts, f'{item} ("," ws {item}){more} "]"'])
 
-    def _string(self, text: Text) -> str:
+    def _string(self, text: String) -> str:
         if text.format:
             return f'"\\"" {text.format} "\\""'
-        return "string" if text == Text() else self.rule("t", (text.low, text.high))
+        return "string" if text == String() else self.rule("t", (text.low, text.high))
 
     def _write_t(self, length: tuple[int, int | None]) -> str:
         return f'"\\"" char{self.repeat(*length)} "\\""'
@@ -3095,7 +3100,7 @@ class Readings:
 
     MAX_READINGS = 64  # with 64 a step looks for an allowed token among 49,000 in 0.05 s
     MAX_NAMES = 1000  # property names that could come next, of all readings together: 0.1 s
-    OPEN_AT_ONCE: ClassVar = {Text: 1, Number: 4}  # an integer's bounds are some 40 alternatives, but soon over
+    OPEN_AT_ONCE: ClassVar = {String: 1, Number: 4}  # an integer's bounds are some 40 alternatives, but soon over
 
     def __init__(self, grammar: SchemaGrammar) -> None:
         self.grammar, self.spend = grammar, grammar.reader.spend
