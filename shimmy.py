@@ -448,7 +448,10 @@ def _bytecode_prefix(path: str) -> str:
     from importlib.util import cache_from_source
 
     beside = os.path.dirname(cache_from_source(path))
-    owners = {0, os.stat(path).st_uid}  # who may change the bytecode must be who may change the file
+    source = os.stat(path)
+    if time.time() - source.st_mtime < 2.0:  # bytecode knows the second of its source: another change may come within it
+        return os.devnull
+    owners = {0, source.st_uid}  # who may change the bytecode must be who may change the file
     if sys.pycache_prefix or _trusted(beside if os.path.isdir(beside) else os.path.dirname(path), owners, beside):
         return ""
     own = str(user_cache() / "bytecode")
@@ -3645,7 +3648,10 @@ class Generate:
 
     prompt: tuple[str, ...] | tuple[int, ...]
     sampling: Sampling
-    markers: bool  # render reasoning and tool call markers even where they are control tokens
+    markers: bool
+
+
+Job = Generate  # everything an engine computes is one of these; Engine.JOBS says who computes it
 
 
 @dataclass(frozen=True)
@@ -3653,14 +3659,12 @@ class Submit:
     """One job. Whatever comes back about it carries its id."""
 
     id: int
-    prompt: tuple[str, ...] | tuple[int, ...]
-    sampling: Sampling
-    markers: bool
+    job: Job
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Sequences nobody waits for any more."""
+    """Ends jobs within a step."""
 
     ids: tuple[int, ...]
 
@@ -3687,6 +3691,13 @@ class Loaded:
 
 
 @dataclass(frozen=True)
+class Alive:
+    """Sent every second, whatever the child does: for each of its working threads the task, and how many it has begun."""
+
+    tasks: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class LoadFailed:
     """Why the model cannot be served; the child ends."""
 
@@ -3695,7 +3706,7 @@ class LoadFailed:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The sequence passed its checks and waits for its first step."""
+    """The job passed its checks and waits for its first step."""
 
     id: int
     prompt_tokens: int
@@ -3725,7 +3736,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A sequence that cannot go on; `code` names the ApiError."""
+    """A job that cannot go on; `code` names the ApiError."""
 
     id: int
     code: str
@@ -3735,14 +3746,14 @@ class Failed:
 
 @dataclass(frozen=True)
 class Stepped:
-    """What one step, or the steps of the last few milliseconds, made of all sequences together."""
+    """What one step, or the steps of the last few milliseconds, gave all sequences together."""
 
     events: tuple[Piece | Finished | Failed, ...]
     running: int  # sequences in the batch now
 
 
 class _Unpickler(pickle.Unpickler):
-    """Messages are this file's own dataclasses, whatever the module is called on either side."""
+    """Finds a message's class in this file, whatever the module is called on either side."""
 
     def find_class(self, module: str, name: str) -> Any:
         return globals()[name]
@@ -3773,14 +3784,14 @@ class Pipe:
         return _Unpickler(io.BytesIO(data)).load()
 
     def close(self) -> None:
-        """The other side sees the end of the stream; not while a send is stuck in it, which only its death ends."""
+        """Shows the other side the end of the stream, unless a send is stuck in it: only the other side's death ends that."""
         if self._lock.acquire(timeout=1.0):
             with contextlib.suppress(OSError, ValueError):
                 self._writer.close()
             self._lock.release()
 
     def end(self) -> None:
-        """Close both ends, in the thread that receives: to be called when nothing more will come."""
+        """Closes both ends; called by the thread that receives when nothing more will come."""
         self._reader.close()
         self.close()
 
@@ -3790,11 +3801,11 @@ class Pipe:
 
 
 class LoadError(Exception):
-    """Why a model cannot be loaded, in words for the user."""
+    """The model cannot be loaded; the message tells the user why."""
 
 
 def import_llama() -> Any:
-    """llama_cpp's C bindings alone: the package's own __init__ would add half a second and 20 MB."""
+    """llama_cpp's C bindings alone; the package's own __init__ would add half a second and 20 MB."""
     import importlib.util
     import types
 
@@ -3973,7 +3984,7 @@ class Llama:
             raise LoadError("an encoder-decoder model (T5 and the like), which is not supported")
 
     def reason(self, what: str) -> str:
-        """What went wrong, with the first of what the library said of it."""
+        """`what`, with the first warning that llama.cpp logged."""
         words = [line.split(": ", 1)[-1] for line in self.log_lines if line]
         return f"{what}: {words[0]}" if words else what
 
@@ -4037,8 +4048,21 @@ class Llama:
         return adapters
 
 
+class Rows(Protocol):
+    """What a decode reads of a sequence."""
+
+    tokens: Any  # int32, at least n_tokens of them
+    n_tokens: int
+    n_computed: int  # the first ones, whose cells are in the context
+
+    @property
+    def row(self) -> int:
+        """The sequence's number in the context."""
+        ...
+
+
 class Context:
-    """llama.cpp's context behind the few calls the engine makes: a KV cache, and the decoding into it. One thread decodes."""
+    """llama.cpp's context: a KV cache, and the decoding into it. One thread decodes."""
 
     PAUSE_EVERY = 2  # operations of a graph; each takes up to 20 ms with 256 rows of a 0.5B model on two cores
 
@@ -4080,7 +4104,7 @@ class Context:
         return params
 
     def _eval_callback(self, pause: Callable[[], bool]) -> Any:
-        """llama.cpp asks of every operation whether somebody wants to look at its result, and calls when it is there."""
+        """llama.cpp asks before each operation whether its result is wanted, and calls again when it is there."""
         asked = itertools.count(1)
         return self.c.ggml_backend_sched_eval_callback(
             lambda _tensor, asks, _data: next(asked) % self.PAUSE_EVERY == 0 if asks else pause()
@@ -4093,7 +4117,7 @@ class Context:
         return callback, self.ctypes.cast(self._abort, self.ctypes.c_void_p)
 
     def abort(self, wanted: bool) -> None:
-        """Make a decode that is under way in another thread return soon (2), or let it be."""
+        """Makes a decode that another thread runs return 2 soon; False takes that back."""
         self._abort[0] = b"\1" if wanted else b"\0"
 
     def _make_batch(self) -> None:
@@ -4110,14 +4134,17 @@ class Context:
                            "seq_id": self.sequences, "logits": self.flags}.items():  # fmt: skip
             setattr(self.batch, name, self.ctypes.cast(rows.ctypes.data, kinds[name]))
 
-    def decode(self, plan: Seq[tuple[Sequence, int]]) -> int:
-        """Evaluate so many next tokens of each sequence; llama_decode's return value (ENGINE.md)."""
+    def decode(self, plan: Seq[tuple[Rows, int]]) -> int:
+        """Evaluates so many next tokens of each sequence.
+
+        Returns llama_decode's status: 0 done, 1 no free cells, 2 aborted, below zero an error. At 1 nothing has changed.
+        """
         at = 0
         for sequence, count in plan:
             done, end = sequence.n_computed, at + count
             self.tokens[at:end] = sequence.tokens[done : done + count]
             self.positions[at:end] = self.counting[done : done + count]
-            self.sequences[at:end] = self.pointers[sequence.slot]
+            self.sequences[at:end] = self.pointers[sequence.row]
             self.flags[at:end] = 0
             self.flags[end - 1] = done + count == sequence.n_tokens
             at = end
@@ -4137,32 +4164,32 @@ class Context:
 
     # KV cache. Cutting needs `cuttable`; whole sequences can always be dropped and copied.
 
-    def drop(self, slot: int, start: int = -1) -> None:
-        """Forget a sequence's cells from position `start` on."""
-        self.c.llama_memory_seq_rm(self.memory, slot, start, -1)
+    def drop(self, row: int, start: int = -1) -> None:
+        """Frees a sequence's cells from position `start` on."""
+        self.c.llama_memory_seq_rm(self.memory, row, start, -1)
 
     def share(self, source: int, target: int, count: int) -> None:
-        """Let `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
+        """Lets `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
         self.c.llama_memory_seq_cp(self.memory, source, target, *((0, count) if self.llama.cuttable else (-1, -1)))
 
-    def oldest(self, slot: int) -> int:
-        """The first position whose cells are there: a sliding window's may be overwritten, all others stay."""
-        return int(self.c.llama_memory_seq_pos_min(self.memory, slot)) if self.llama.n_swa else 0
+    def oldest(self, row: int) -> int:
+        """The first position whose cells are there: only a sliding window overwrites any."""
+        return int(self.c.llama_memory_seq_pos_min(self.memory, row)) if self.llama.n_swa else 0
 
-    def save(self, slot: int) -> Any:
+    def save(self, row: int) -> Any:
         """A sequence's cells as bytes, to be kept outside the cache; None if they cannot be had."""
-        size = self.c.llama_state_seq_get_size(self.handle, slot)
+        size = self.c.llama_state_seq_get_size(self.handle, row)
         data = self.np.empty(size, self.np.uint8)
-        rows = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
-        return data if self.c.llama_state_seq_get_data(self.handle, rows, size, slot) == size else None
+        target = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
+        return data if self.c.llama_state_seq_get_data(self.handle, target, size, row) == size else None
 
-    def restore(self, slot: int, data: Any) -> bool:
-        """Put saved cells into a slot that is empty; False when there is no room for them."""
-        rows = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
-        return bool(self.c.llama_state_seq_set_data(self.handle, rows, len(data), slot))
+    def restore(self, row: int, data: Any) -> bool:
+        """Puts saved cells into an empty row; False when there is no room for them."""
+        source = data.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_uint8))
+        return bool(self.c.llama_state_seq_set_data(self.handle, source, len(data), row))
 
     def clear(self, data: bool) -> None:
-        """Forget all sequences, so that the next cells are the first ones again; with `data`, wipe what they held."""
+        """Frees all cells, so that the next ones are the first again; with `data`, wipes what they held."""
         self.c.llama_memory_clear(self.memory, data)
 
 
@@ -4291,6 +4318,29 @@ class Sampler:
         self.chain = self.grammar = None
 
 
+class LogProbs:
+    """The log probabilities of every token after one step, under the full softmax."""
+
+    LEAST = -9999.0  # what OpenAI says where there is none: JSON has no infinity
+
+    def __init__(self, vocab: Vocabulary, logits: Any) -> None:
+        wide = logits.astype(vocab.np.float64)
+        wide -= wide.max()
+        self.vocab, self.values = vocab, wide - math.log(vocab.np.exp(wide).sum())
+
+    def of(self, token: int, alternatives: int) -> TokenLogprob:
+        """A token's own, and those of the likeliest ones."""
+        values, name = self.values, self.vocab.name
+        if alternatives:
+            best = self.vocab.np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives]
+        top = sorted(((self._said(t), name(int(t))) for t in best), reverse=True) if alternatives else ()
+        return TokenLogprob(name(token), self._said(token), tuple((name, logprob) for logprob, name in top))
+
+    def _said(self, token: int) -> float:
+        value = float(self.values[token])
+        return value if value > self.LEAST else self.LEAST
+
+
 class Candidates:
     """A llama_token_data_array over numpy rows (id, logit, p), for samplers applied by hand."""
 
@@ -4349,24 +4399,32 @@ class Submission:
     """A Submit on its way through the child's threads, and whether it was cancelled: only the receiving thread sets that."""
 
     def __init__(self, submit: Submit) -> None:
-        self.submit, self.cancelled = submit, False
+        self.id, self.job, self.cancelled = submit.id, submit.job, False
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sequence's cells are: which context, and its row there."""
+
+    context: Context
+    row: int
 
 
 class Sequence:
     """One text in the making. Owned by the step loop."""
 
     def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
-        self.submission, submit = submission, submission.submit
-        self.id, self.sampling, self.markers = submit.id, submit.sampling, submit.markers
+        self.submission, job = submission, submission.job
+        self.id, self.sampling, self.markers = submission.id, job.sampling, job.markers
         self.n_prompt = self.n_tokens = len(prompt)
-        room = submit.sampling.max_tokens or llama.ctx
+        room = job.sampling.max_tokens or llama.ctx
         self.limit = min(llama.ctx, self.n_prompt + room)  # tokens at which it ends with length
         self.tokens = llama.np.empty(self.limit, llama.np.int32)
         self.tokens[: self.n_prompt] = prompt
-        self.text = TextStream(submit.sampling.stop)
-        self.sampler: Sampler | None = Sampler(llama, submit.sampling, prompt)  # kept through steps back
-        self.slot = -1  # its row in the KV cache, -1: none
-        self.aside = False  # whether that is the reader's cache
+        self.text = TextStream(job.sampling.stop)
+        self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
+        self.place: Place | None = None  # None: it waits, or is parked
+        self._main = llama.main
         self.n_computed = 0  # tokens whose keys and values are in the cache
         self.lender: Sequence | None = None  # a running sequence
         self.n_shared = 0  # of those tokens, the ones whose cells are the lender's
@@ -4381,6 +4439,16 @@ class Sequence:
     @property
     def cancelled(self) -> bool:
         return self.submission.cancelled
+
+    @property
+    def row(self) -> int:
+        assert self.place
+        return self.place.row
+
+    @property
+    def aside(self) -> bool:
+        """Whether its prompt is being read in the prompt reader's context."""
+        return self.place is not None and self.place.context is not self._main
 
     @property
     def pending(self) -> int:
@@ -4400,10 +4468,10 @@ class Sequence:
 
 
 def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
-    """Share `rows` among prompts; what a short one leaves over goes to the long ones.
+    """Shares `rows` among prompts; the long ones get what the short ones leave.
 
-    The last token of each is left for a row of its own, as every later token has: asked again, when all but that one is in
-    the cache, the same sums are made in the same order, and greedy text is the same text.
+    Each prompt's last token is left for a row of its own, as every later token has. So a prompt asked again, with all but
+    that token in the cache, makes the same sums in the same order, and greedy text is the same text.
     """
     slices = []
     prompts = sorted(prompts, key=lambda s: s.pending)
@@ -4416,7 +4484,7 @@ def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]
 
 
 class Pace:
-    """How long steps take, learned as they go, and how much of a prompt fits one without freezing the streams."""
+    """Learns how long steps take, and says how much of a prompt fits one without freezing the streams."""
 
     TARGET = 4.4  # a running stream's gap while a prompt is read, as a multiple of its usual gap
     ASIDE = 3.5  # the same for prompts read aside, where nothing is guessed
@@ -4465,9 +4533,9 @@ class Pace:
 
 
 class Cache:
-    """Which cells of the main context are whose. Used by the step loop alone.
+    """Tracks which sequence owns which cells of the main context. Used by the step loop alone.
 
-    A finished sequence is kept, idle: a later prompt with the same beginning starts behind it. A running one lends its
+    A finished sequence stays, idle: a later prompt with the same beginning starts behind it. A running one lends its
     beginning too. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost a 1 MB
     model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So idle sequences are
     parked: saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where
@@ -4478,13 +4546,13 @@ class Cache:
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.main = llama, llama.main
-        self.slots: list[Sequence | None] = [None] * llama.main.n_seq
+        self.rows: list[Sequence | None] = [None] * llama.main.n_seq
         self.parked: list[Sequence] = []
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
         best, longest = None, 0
-        for other in (s for s in (*self.slots, *self.parked) if s and s.n_computed):
+        for other in (s for s in (*self.rows, *self.parked) if s and s.n_computed):
             length = sequence.common(other, other.n_computed)
             whole = self.llama.cuttable or length == other.n_computed
             if length > longest and whole and self._oldest(other) <= max(0, length - self.llama.n_swa):
@@ -4492,90 +4560,93 @@ class Cache:
         return best, longest
 
     def _oldest(self, sequence: Sequence) -> int:
-        return self.main.oldest(sequence.slot) if sequence.slot >= 0 else sequence.oldest
+        return self.main.oldest(sequence.row) if sequence.place else sequence.oldest
 
-    def place(self, sequence: Sequence, donor: Sequence | None, shared: int) -> None:
-        """Give the sequence a slot that begins with so many of the donor's cells."""
-        slot = self._slot_for(donor, shared)
-        if not donor or slot != donor.slot:
-            self.forget(slot)
-        self.slots[slot], sequence.slot = sequence, slot
-        sequence.n_computed = self._lend(donor, slot, shared) if donor else 0
+    def settle(self, sequence: Sequence, donor: Sequence | None, shared: int) -> None:
+        """Gives the sequence a row that begins with so many of the donor's cells."""
+        row = self._row_for(donor, shared)
+        if not donor or not donor.place or row != donor.row:
+            self.empty(row)
+        self._assign(row, sequence)
+        sequence.n_computed = self._lend(donor, row, shared) if donor else 0
 
-    def _slot_for(self, donor: Sequence | None, shared: int) -> int:
-        """The donor's own slot when nothing in it is lost, else an empty one, made by parking if need be."""
-        if donor and donor.slot >= 0 and donor.done and donor.n_computed == shared:
-            return donor.slot
-        if None not in self.slots:
+    def _assign(self, row: int, sequence: Sequence) -> None:
+        self.rows[row], sequence.place = sequence, Place(self.main, row)
+
+    def _row_for(self, donor: Sequence | None, shared: int) -> int:
+        """The donor's own row when nothing in it is lost, else an empty one, made by parking if need be."""
+        if donor and donor.place and donor.done and donor.n_computed == shared:
+            return donor.row
+        if None not in self.rows:
             others = [s for s in self._idle() if s is not donor]
             if donor and not others:
-                return donor.slot
+                return donor.row
             self._park(others[0])
-        return self.slots.index(None)
+        return self.rows.index(None)
 
-    def _lend(self, donor: Sequence, slot: int, shared: int) -> int:
-        """Let a slot begin with so many cells of the donor; how many it got. Who is parked lends from its bytes."""
+    def _lend(self, donor: Sequence, row: int, shared: int) -> int:
+        """Lets a row begin with so many cells of the donor; returns how many it got. A parked donor lends from its bytes."""
         donor.last_used = time.monotonic()
-        if donor.slot not in (slot, -1):
-            self.main.share(donor.slot, slot, shared)
+        if donor.place and donor.row != row:
+            self.main.share(donor.row, row, shared)
             return shared
-        if donor.slot < 0 and not self._restore(slot, donor.saved):
+        if not donor.place and not self._restore(row, donor.saved):
             return 0
         if donor.n_computed > shared:
-            self.main.drop(slot, shared)
+            self.main.drop(row, shared)
         return shared
 
-    def put(self, sequence: Sequence, data: Any) -> bool:
-        """Give the sequence a slot with saved cells; False, and an empty slot, when there are none, or no room for them."""
-        slot = self._slot_for(None, 0)
-        self.slots[slot], sequence.slot = sequence, slot
-        return data is not None and self._restore(slot, data)
+    def settle_saved(self, sequence: Sequence, data: Any) -> bool:
+        """Gives the sequence a row with saved cells; False, and an empty row, without any, or without room for them."""
+        row = self._row_for(None, 0)
+        self._assign(row, sequence)
+        return data is not None and self._restore(row, data)
 
-    def _restore(self, slot: int, data: Any) -> bool:
-        """Put saved cells into an empty slot; idle sequences make room."""
-        while not self.main.restore(slot, data):
-            self.main.drop(slot)
+    def _restore(self, row: int, data: Any) -> bool:
+        """Puts saved cells into an empty row; idle sequences make room."""
+        while not self.main.restore(row, data):
+            self.main.drop(row)
             if not self.park_oldest():
                 return False
         return True
 
-    def forget(self, slot: int) -> None:
-        """Empty a slot."""
-        self.main.drop(slot)
-        self.slots[slot] = None
+    def empty(self, row: int) -> None:
+        """Frees a row and its cells."""
+        self.main.drop(row)
+        self.rows[row] = None
 
-    def called_off(self, in_step: Seq[Sequence]) -> None:
-        """After a decode that was broken off: what it was to add goes, and recurrent states, whoever's, for it moves them."""
+    def undo(self, in_step: Seq[Sequence]) -> None:
+        """After an aborted decode: drops what it was to add, and every recurrent state, for it has moved them."""
         if self.llama.cuttable:
             for sequence in in_step:
-                self.main.drop(sequence.slot, sequence.n_computed)
+                self.main.drop(sequence.row, sequence.n_computed)
             return
-        for sequence in filter(None, self.slots):
-            self.main.drop(sequence.slot)
+        for sequence in filter(None, self.rows):
+            self.main.drop(sequence.row)
             sequence.lender, sequence.n_shared, sequence.n_computed = None, 0, 0
 
-    def forget_all(self) -> None:
+    def clear(self) -> None:
         """After a failed step nothing in the cache can be trusted."""
         self.main.clear(True)
-        self.slots = [None] * len(self.slots)
+        self.rows = [None] * len(self.rows)
 
     def _idle(self) -> list[Sequence]:
         """Finished sequences in the cache, the one used least recently first."""
-        return sorted((s for s in self.slots if s and s.done), key=lambda s: s.last_used)
+        return sorted((s for s in self.rows if s and s.done), key=lambda s: s.last_used)
 
     def park_oldest(self) -> bool:
-        """Park the idle sequence used least recently; False when there is none."""
+        """Parks the idle sequence used least recently; False when there is none."""
         idle = self._idle()
         if idle:
             self._park(idle[0])
         return bool(idle)
 
     def _park(self, sequence: Sequence) -> None:
-        """Move an idle sequence out of the cache; the parked ones used least recently make room."""
-        sequence.saved, sequence.oldest = self.main.save(sequence.slot), self.main.oldest(sequence.slot)
-        self.forget(sequence.slot)
-        sequence.slot = -1
-        if self.llama.cuttable and not any(self.slots):
+        """Moves an idle sequence out of the cache; the parked ones used least recently make room."""
+        sequence.saved, sequence.oldest = self.main.save(sequence.row), self.main.oldest(sequence.row)
+        self.empty(sequence.row)
+        sequence.place = None
+        if self.llama.cuttable and not any(self.rows):
             self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
         if sequence.saved is not None and sequence.n_computed:
             self.parked = [s for s in self.parked if not self._covers(sequence, s)] + [sequence]
@@ -4583,89 +4654,93 @@ class Cache:
             self.parked.remove(min(self.parked, key=lambda s: s.last_used))
 
     def _too_much_parked(self) -> bool:
-        """Tokens measure attention's cells, bytes the states of recurrent models, which are large for the shortest text."""
+        """Counts tokens for attention's cells, bytes for recurrent states, which are large for the shortest text."""
         tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
         most = max(self.llama.pool * self.llama.kv_bytes(), self.PARKED_BYTES)
         return tokens > self.llama.pool or size > most or len(self.parked) > self.PARKED
 
     def _covers(self, sequence: Sequence, other: Sequence) -> bool:
-        """Whether all of the other one's cells are the beginning of this one's, and can be had by cutting."""
+        """Whether this sequence begins with all of the other's cells, and can be cut to them."""
         size = other.n_computed
         if not self.llama.cuttable or size > sequence.n_computed or sequence.oldest > max(0, size - self.llama.n_swa):
             return False
         return bool((sequence.tokens[:size] == other.tokens[:size]).all())
 
 
-class Reader:
-    """Where long prompts are read while streams run: a second context, whose batches stop for the streams' steps.
+class PromptReader:
+    """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
 
     In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
-    larger slices make longer gaps. Here whole batches are read; every few operations of one llama.cpp calls `pause`, where
-    the engine lets the streams step when that is due. A prompt's last token is left to the main context, where the
-    sequence goes on.
+    larger slices make longer gaps. Here whole batches are read; every few operations of one llama.cpp calls `_pause`, which
+    lets the streams step when that is due. A prompt's last token is left to the main context, where the sequence goes on.
     """
 
     BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
     TOGETHER = 4  # prompts read at once
 
-    def __init__(self, llama: Llama, pause: Callable[[], bool]) -> None:
-        self.context = Context(llama, llama.ctx, self.BATCH, self.TOGETHER, self._guarded(pause))
+    def __init__(self, llama: Llama, due: Callable[[], float], step: Callable[[], None]) -> None:
+        """`due` says when the streams' next step should begin (perf_counter), `step` takes it. Raises LoadError."""
+        self._due, self._step = due, step
+        self.context = Context(llama, llama.ctx, self.BATCH, self.TOGETHER, self._pause)
         self.rows: list[Sequence | None] = [None] * self.TOGETHER
-        self._called_off = False
+        self._resumed_at = 0.0  # when the batch last began or went on
+        self._longest = 0.0  # seconds between two pauses; slowly forgotten
+        self._aborted = False
         self._error: Exception | None = None
 
-    def _guarded(self, pause: Callable[[], bool]) -> Callable[[], bool]:
-        """An exception cannot pass through llama.cpp: it ends the decode, and is raised behind it."""
-
-        def guarded() -> bool:
-            try:
-                self._called_off = not pause()
-            except Exception as error:
-                self._called_off, self._error = True, error
-            return not self._called_off
-
-        return guarded
+    def _pause(self) -> bool:
+        """Between operations of a batch; whether to go on. An exception cannot pass through llama.cpp: it ends the batch."""
+        try:
+            now = time.perf_counter()
+            self._longest = max(now - self._resumed_at, 0.97 * self._longest)
+            if now + self._longest >= self._due():
+                self._step()
+            self._resumed_at = time.perf_counter()
+            self._aborted = all(s.cancelled for s in self.reading)
+        except Exception as error:
+            self._aborted, self._error = True, error
+        return not self._aborted
 
     @property
     def reading(self) -> list[Sequence]:
         return [s for s in self.rows if s and not s.done]
 
     def take(self, sequence: Sequence) -> bool:
-        """Take a sequence over from the main context, with its cells; False while there is no room."""
-        self._clean()
+        """Takes a sequence over from the main context, with its cells; False while there is no room."""
+        self._drop_done()
         held = sum(s.n_tokens for s in self.reading)
         if None not in self.rows or held + sequence.n_tokens > self.context.cells:
             return False
         row = self.rows.index(None)
-        data = self.context.llama.main.save(sequence.slot) if sequence.n_computed else None
+        data = self.context.llama.main.save(sequence.row) if sequence.n_computed else None
         if data is None or not self.context.restore(row, data):
             self.context.drop(row)
             sequence.n_computed = 0
-        self.rows[row], sequence.slot, sequence.aside = sequence, row, True
+        self.rows[row], sequence.place = sequence, Place(self.context, row)
         return True
 
-    def _clean(self) -> None:
-        """Drop the cells of sequences that were cancelled or failed."""
+    def _drop_done(self) -> None:
+        """Frees the rows of sequences that were cancelled or failed."""
         for row, sequence in enumerate(self.rows):
             if sequence and sequence.done:
                 self.context.drop(row)
                 self.rows[row] = None
 
     def read(self) -> int:
-        """Read one batch, a fair slice of each prompt; llama_decode's return value. Raises what `pause` raised."""
+        """Reads one batch, a fair slice of each prompt; llama_decode's status. Raises what `step` raised."""
         plan = fair_slices(self.reading, self.BATCH)
-        self._called_off = False
+        self._aborted, self._resumed_at = False, time.perf_counter()
         status = self.context.decode(plan)
         if self._error:
             raise self._error
         for sequence, count in plan if not status else ():
             sequence.n_computed += count
-            if self._called_off:  # llama_decode reports success, but what it left cannot be used
-                self.context.drop(sequence.slot)
+            if self._aborted:  # llama_decode reports success, but what it left cannot be used
+                self.context.drop(sequence.row)
                 sequence.n_computed = 0
         return status
 
-    def give(self) -> Iterator[tuple[Sequence, Any]]:
+    def give_back(self) -> Iterator[tuple[Sequence, Any]]:
         """The sequences that are read, all but their last token, and their cells as bytes; they leave."""
         for row, sequence in enumerate(self.rows):
             if sequence and not sequence.done and sequence.pending == 1:
@@ -4675,9 +4750,9 @@ class Reader:
 
 
 class Scheduler:
-    """Who runs, who waits, and what the next step computes. Used by the step loop alone.
+    """Decides who runs, who waits, and what the next step computes. Used by the step loop alone.
 
-    The pool is shared; when it runs out idle sequences leave first, then the youngest running one steps back to the head
+    The pool is shared. When it runs out, idle sequences leave first; then the youngest running one steps back to the head
     of the queue, keeping its tokens and sampler.
     """
 
@@ -4690,9 +4765,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
+        self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
 
     def admit(self) -> None:
-        """Move waiting sequences into the batch while there is room, in order; who waits for a prefix lets others by."""
+        """Moves waiting sequences into the batch while there is room, in order; one that waits for a prefix lets others by."""
         for sequence in list(itertools.islice(self.waiting, self.parallel)):
             if len(self.running) >= self.parallel:
                 return
@@ -4703,7 +4779,7 @@ class Scheduler:
             if self.running and not self._fits(sequence.n_tokens - borrowed):
                 return
             self.waiting.remove(sequence)
-            self.cache.place(sequence, donor, shared)
+            self.cache.settle(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = sequence.n_computed, time.perf_counter()
             sequence.lender, sequence.n_shared = (donor, borrowed) if borrowed else (None, 0)
@@ -4714,7 +4790,7 @@ class Scheduler:
         if not self.llama.cuttable:
             return False
         reading = [s for s in self.running if s.pending > 1]
-        have = [max(shared, 0 if s.aside else s.n_computed) for s in reading]  # who is read aside lends when it is back
+        have = [max(shared, 0 if s.aside else s.n_computed) for s in reading]  # one that is read aside lends when it is back
         lent = [sequence.common(s, s.n_prompt) for s in reading]
         return any(soon >= now + self.WORTH_WAITING for soon, now in zip(lent, have, strict=True))
 
@@ -4723,13 +4799,13 @@ class Scheduler:
         return used + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
 
     def tidy(self) -> bool:
-        """Park one idle sequence, if there is one: between steps that nobody waits for."""
+        """Parks an idle sequence, between steps that nobody waits for; False when there is none."""
         return self.llama.on_cpu and self.cache.park_oldest()
 
     def schedule(self, reader: bool = False) -> list[tuple[Sequence, int]]:
         """The next step: one row of each decoding sequence, then fair slices of the prompts being read.
 
-        With a reader beside it, long prompts are left to that.
+        With a prompt reader at work, long prompts are left to it.
         """
         plan = [(s, 1) for s in self.running if s.pending == 1]
         long = self.long_prompts() if reader else ()
@@ -4737,9 +4813,9 @@ class Scheduler:
         return plan + fair_slices(prompts, self.pace.prompt_rows(len(plan))) if prompts else plan
 
     def long_prompts(self) -> list[Sequence]:
-        """Those of the main context that it would take many slices to read beside the streams there.
+        """Prompts in the main context that would take many slices to read beside the streams there.
 
-        When they come back no cell of theirs is shared any more: where the pool has no room for that, they stay.
+        When they come back no cell of theirs is shared any more; where the pool has no room for that, they stay.
         """
         prompts = [s for s in self.running if s.pending > 1 and not s.aside]
         decoding = sum(1 for s in self.running if s.pending == 1) if prompts else 0
@@ -4751,25 +4827,25 @@ class Scheduler:
         twice = sequence.n_shared + max((s.n_shared for s in self._borrowers(sequence)), default=0)
         return not twice or self._fits(twice)
 
-    def interval(self) -> float:
-        """Seconds that the reader may compute before the streams are due."""
-        return self.pace.interval(sum(1 for s in self.running if s.pending == 1 and not s.aside))
+    def due(self) -> float:
+        """When the streams' next step should begin while a prompt is read aside (perf_counter)."""
+        return self.stepped_at + self.pace.interval(sum(1 for s in self.running if s.pending == 1 and not s.aside))
 
-    def move_aside(self, sequence: Sequence, reader: Reader) -> bool:
-        """From the main context to the reader, with the cells it has; False while there is no room."""
-        slot = sequence.slot
+    def move_aside(self, sequence: Sequence, reader: PromptReader) -> bool:
+        """Moves a sequence from the main context to the prompt reader, with its cells; False while there is no room."""
+        row = sequence.row
         taken = reader.take(sequence)
         if taken:
-            self.cache.forget(slot)
+            self.cache.empty(row)
             self._bequeath(sequence)
         return taken
 
     def _borrowers(self, sequence: Sequence) -> list[Sequence]:
-        """Those who run with cells of this one, who has most of them first."""
+        """The sequences that run with cells of this one, the largest borrower first."""
         return sorted((s for s in self.running if s.lender is sequence), key=lambda s: -s.n_shared)
 
     def _bequeath(self, sequence: Sequence) -> None:
-        """A sequence leaves its cells: who borrowed most of them owns those now, and lends them to the others."""
+        """Transfers the cells that a leaving sequence lent to the largest borrower, who lends them on."""
         borrowers = self._borrowers(sequence)
         for other in borrowers[1:]:
             other.lender = borrowers[0]
@@ -4778,17 +4854,16 @@ class Scheduler:
         sequence.lender, sequence.n_shared = None, 0
 
     def bring_back(self, sequence: Sequence, data: Any) -> None:
-        """From the reader to the main context. Without room there it waits at the head of the queue, to be read again."""
-        sequence.aside = False
-        if not self.cache.put(sequence, data):
+        """Moves a read prompt to the main context; without room there it waits at the head of the queue, to be read again."""
+        if not self.cache.settle_saved(sequence, data):
             self._step_back(sequence)
 
     def reading_seconds(self) -> float:
-        """How long the prompts that were admitted will take to read."""
+        """How long the admitted prompts will take to read."""
         return self.pace.row * sum(s.pending for s in self.running)
 
     def make_room(self) -> Sequence | None:
-        """After a step found no free cells: park an idle sequence (None), or step the youngest back and return it."""
+        """After a step found no free cells: parks an idle sequence (None), or steps the youngest back and returns it."""
         if self.cache.park_oldest():
             return None
         youngest = [s for s in self.running if not s.aside][-1]
@@ -4798,12 +4873,12 @@ class Scheduler:
     def _step_back(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._bequeath(sequence)
-        self.cache.forget(sequence.slot)
-        sequence.slot, sequence.n_computed = -1, 0
+        self.cache.empty(sequence.row)
+        sequence.place, sequence.n_computed = None, 0
         self.waiting.appendleft(sequence)
 
     def retire(self, sequence: Sequence) -> None:
-        """Take a sequence out; its slot stays, idle, for whoever begins alike."""
+        """Takes a sequence out; its row stays, idle, for whoever begins alike."""
         sequence.done, sequence.last_used = True, time.monotonic()
         if sequence in self.running:
             self.running.remove(sequence)
@@ -4816,104 +4891,201 @@ class Scheduler:
 # The step loop, and what feeds it: one model, one llama.cpp context, continuous batching.
 
 
+class Pulse:
+    """What one of the child's threads is doing, for the heartbeat. Written by that thread alone."""
+
+    def __init__(self) -> None:
+        self.task, self.begun = "rest", 0
+
+    def begin(self, task: str) -> None:
+        self.task = task
+        self.begun += 1
+
+
+class Outbox:
+    """What the step loop has to say, gathered until a message is due. Any thread may call what sends at once."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._events: list[Finished | Failed] = []
+        self._unsent: list[Sequence] = []  # those with text or log probabilities to send
+        self._sent_at = 0.0
+        self.running = 0  # sequences in the batch, as the parent was told last
+
+    def text(self, sequence: Sequence, text: str) -> None:
+        if text:
+            if not sequence.unsent:
+                self._unsent.append(sequence)
+            sequence.unsent += text
+
+    def finished(self, sequence: Sequence, reason: str) -> None:
+        """The end of a sequence, behind the text it held back and the log probabilities of tokens without text."""
+        self.text(sequence, sequence.text.finish())
+        if sequence.logprobs and sequence not in self._unsent:
+            self._unsent.append(sequence)
+        now = time.perf_counter()
+        started, first = sequence.started or now, sequence.first_token or now
+        generated = sequence.n_tokens - sequence.n_prompt
+        spent = (first - started, now - first)
+        self._events.append(Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent))
+
+    def failed(self, sequence: Sequence, details: str) -> None:
+        self._events.append(Failed(sequence.id, GenerationFailed.code, details))
+
+    def refuse(self, id: int, error: ApiError) -> None:
+        """Sends at once why a job never began. Any thread."""
+        details = error.message if isinstance(error, InvalidRequest) else error.details
+        self._send(Stepped((Failed(id, error.code, details, error.param),), self.running))
+
+    def accept(self, id: int, prompt_tokens: int) -> None:
+        """Sends at once that a job waits for its first step. Any thread."""
+        self._send(Accepted(id, prompt_tokens))
+
+    def never_began(self, id: int) -> None:
+        """Sends at once that a job was cancelled before its prompt was tokenized. Any thread."""
+        self.accept(id, 0)
+        self._send(Stepped((Finished(id, "cancelled", 0, 0, 0, 0.0, 0.0),), self.running))
+
+    def due(self) -> bool:
+        """Whether a message should go out now: something ended, or the last one was FLUSH_SECONDS ago."""
+        return bool(self._events) or time.perf_counter() - self._sent_at >= FLUSH_SECONDS
+
+    def flush(self, running: int) -> None:
+        """Sends one message for all that the last steps made."""
+        pieces = []
+        for sequence in self._unsent:
+            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs)))
+            sequence.unsent = ""
+            sequence.logprobs.clear()
+        message = Stepped((*pieces, *self._events), running)
+        self._unsent, self._events, self.running = [], [], running
+        self._sent_at = time.perf_counter()
+        self._send(message)
+
+    def _send(self, message: Any) -> None:
+        """With the parent gone the process ends."""
+        try:
+            self._pipe.send(message)
+        except OSError:
+            os._exit(0)
+
+
 class Intake:
-    """What comes to the engine, on its way to the step loop: cancels take effect at once, texts are tokenized first.
+    """Takes in jobs and cancels: cancels take effect at once, texts are tokenized first.
 
     `receive` runs in the receiving thread, `tokenize` in one of its own, where a huge text makes only other newcomers wait.
     """
 
-    def __init__(self, llama: Llama, pipe: Pipe) -> None:
-        self.llama, self.pipe = llama, pipe
+    JOBS: ClassVar[dict[type, Callable[[Submission, Seq[int], Llama], Sequence]]] = {Generate: Sequence}
+
+    def __init__(self, llama: Llama, outbox: Outbox) -> None:
+        self.llama, self.outbox, self.pulse = llama, outbox, Pulse()
         self.inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()  # None: look again, something is cancelled
         self.in_step: Seq[Sequence] = ()  # the step loop says what it decodes
-        self.running = 0  # and how many run, for those who are answered here
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
+        self._arriving: dict[int, Submission] = {}  # until they are tokenized; whoever takes one out answers for it
         self._known: dict[int, Submission] = {}  # from their arrival to their end
 
     def receive(self, message: Submit | Cancel) -> None:
-        """A message from the parent. A cancel ends a decode that nobody waits for any more."""
+        """Takes a message from the parent."""
         if isinstance(message, Submit):
-            submission = self._known[message.id] = Submission(message)
+            submission = self._known[message.id] = self._arriving[message.id] = Submission(message)
             self._submits.put(submission)
             return
         for submission in filter(None, map(self._known.get, message.ids)):
             submission.cancelled = True
+            if self._arriving.pop(submission.id, None):  # its text may be in the tokenizer, for seconds
+                self._known.pop(submission.id, None)
+                self.outbox.never_began(submission.id)
         self.inbox.put(None)
         in_step = self.in_step
-        if in_step and all(s.cancelled for s in in_step):
+        if in_step and all(s.cancelled for s in in_step):  # nobody waits for what is being decoded
             self.llama.main.abort(True)
 
-    def forget(self, id: int) -> None:
-        """The sequence has ended: who cancels it now comes too late."""
+    def ended(self, id: int) -> None:
+        """The job has ended: a cancel comes too late now."""
         self._known.pop(id, None)
 
     def tokenize(self) -> None:
-        """The tokenizing thread: texts to sequences, in order, handed to the step loop."""
+        """The tokenizing thread: makes texts sequences, in order, and hands them to the step loop."""
         while True:
+            self.pulse.begin("rest")
             submission = self._submits.get()
-            id = submission.submit.id
+            self.pulse.begin("tokenize")
+            if submission.cancelled:
+                continue
             try:
-                prompt = () if submission.cancelled else self._tokens(submission.submit.prompt)
-                sequence = Sequence(submission, prompt, self.llama)
-            except (ApiError, LoadError) as error:
-                self._refuse(id, error if isinstance(error, ApiError) else GenerationFailed(str(error)))
-            else:
-                self.pipe.send(Accepted(id, sequence.n_prompt))
-                self.inbox.put(sequence)
+                self._admit(submission)
+            except ApiError as error:
+                self._refuse(submission, error)
+            except Exception as error:  # a job's border: one that nobody foresaw must not end the others
+                log.exception("a job cannot begin")
+                self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
 
-    def _refuse(self, id: int, error: ApiError) -> None:
-        self.forget(id)
-        details = error.message if isinstance(error, InvalidRequest) else error.details
-        self.pipe.send(Stepped((Failed(id, error.code, details, error.param),), self.running))
+    def _admit(self, submission: Submission) -> None:
+        tokens = self._tokens(submission.job.prompt)
+        sequence = self.JOBS[type(submission.job)](submission, tokens, self.llama)
+        if self._arriving.pop(submission.id, None):
+            self.outbox.accept(submission.id, len(tokens))
+            self.inbox.put(sequence)
+        elif sequence.sampler:
+            sequence.sampler.close()
+
+    def _refuse(self, submission: Submission, error: ApiError) -> None:
+        if self._arriving.pop(submission.id, None):
+            self.ended(submission.id)
+            self.outbox.refuse(submission.id, error)
 
     def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
         """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
+        vocab = self.llama.vocab
         given = bool(prompt) and isinstance(prompt[0], int)
-        if given and not all(0 <= t < self.llama.vocab.size for t in prompt):
-            raise InvalidRequest(f"prompt holds a token id outside 0…{self.llama.vocab.size - 1}", "prompt")
-        tokens = prompt if given else self.llama.vocab.tokenize(prompt)
-        if not len(tokens):
-            tokens = [max(self.llama.c.llama_vocab_bos(self.llama.vocab.handle), 0)]
+        if given and not all(0 <= t < vocab.size for t in prompt):
+            raise InvalidRequest(f"prompt holds a token id outside 0…{vocab.size - 1}", "prompt")
+        least = len(prompt) if given else vocab.least_tokens(prompt)
+        if least >= self.llama.ctx:  # not tokenized to say exactly: megabytes take seconds
+            self._too_long(f"{'' if given else 'at least '}{least}")
+        tokens = prompt if given else vocab.tokenize(prompt)
         if len(tokens) >= self.llama.ctx:
-            raise ContextLengthExceeded(
-                f"The prompt has {len(tokens)} tokens; the context holds {self.llama.ctx}, at least one of them for the answer"
-            )
-        return tokens
+            self._too_long(str(len(tokens)))
+        return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
+
+    def _too_long(self, count: str) -> None:
+        raise ContextLengthExceeded(
+            f"The prompt has {count} tokens; the context holds {self.llama.ctx}, at least one of them for the answer"
+        )
 
 
 class Engine:
-    """The step loop of one model, in the main thread of the child. What it does not do itself: take in, schedule, read aside."""
+    """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader and Outbox do the rest."""
 
     GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
     GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
 
-    def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe) -> None:
-        self.llama, self.main, self.pipe = llama, llama.main, pipe
-        self.intake = Intake(llama, pipe)
+    def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe, pulse: Pulse) -> None:
+        self.llama, self.main, self.pulse = llama, llama.main, pulse
+        self.outbox = Outbox(pipe)
+        self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, options.parallel)
-        self.reader: Reader | None = None
-        self._aside = llama.on_cpu  # whether to make a reader: a GPU is quick with slices
+        self.reader: PromptReader | None = None
+        self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         self._several = False  # whether several sequences have run at once, since that was last asked
-        self._paused_at = self._operation = 0.0  # of the reader's batch: when it went on, and its longest operation
-        self._decoded_at = 0.0  # when the main context's last step ended
-        self._events: list[Piece | Finished | Failed] = []
-        self._unsent: list[Sequence] = []
-        self._flushed_at = 0.0
 
     def run(self) -> None:
-        """For ever: take what came, step while anything runs, sleep when nothing does."""
+        """For ever: takes what came, steps while anything runs, sleeps when nothing does."""
         while True:
             if self.scheduler.running or self.scheduler.waiting:
                 self._take_all()
                 self.step()
             else:
                 self._rest()
+                self.pulse.begin("rest")
                 self._take(self.inbox.get())
                 self._gather()
 
     def _rest(self) -> None:
-        """What an idle engine does until somebody comes: park who is left, make the reader where several ran at once."""
+        """Idle work: parks finished sequences, makes the prompt reader where several ran at once."""
         while self.inbox.empty() and self.scheduler.tidy():
             pass
         if self._several and self._aside and not self.reader and self.inbox.empty():
@@ -4945,7 +5117,7 @@ class Engine:
             self._flush()
 
     def step(self) -> None:
-        """A step of the main context, or of the reader with the main context's steps in between."""
+        """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
         self.scheduler.admit()
         self._several = self._several or len(self.scheduler.running) > 1
         reader = self.reader
@@ -4962,181 +5134,159 @@ class Engine:
         self._several = False
         free, need = available_memory(), self.llama.kv_bytes() * self.llama.ctx + 64 * MIB
         try:
-            self.reader = Reader(self.llama, self._pause) if free is None or free > 2 * need else None
+            if free is None or free > 2 * need:
+                self.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
         except LoadError as error:
             self._aside = False
             log.warning("long prompts are read in slices: %s", error)
 
-    def _read_aside(self, reader: Reader) -> None:
-        """One batch of the prompts in the reader; those that are read go on in the main context."""
-        self._paused_at = time.perf_counter()
+    def _read_aside(self, reader: PromptReader) -> None:
+        """Reads one batch of the prompts aside; those that are read go on in the main context."""
+        self.pulse.begin("decode")
         status = reader.read()
         if status:
             for sequence in reader.reading:
-                self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
+                self._fail(sequence, f"llama_decode returned {status}")
             self._flush()
-        for sequence, data in reader.give():
+        for sequence, data in reader.give_back():
             self.scheduler.bring_back(sequence, data)
 
-    def _pause(self) -> bool:
-        """Between operations of the reader's batch: newcomers come in and streams step, when due; whether to go on."""
-        now = time.perf_counter()
-        self._operation = max(now - self._paused_at, 0.97 * self._operation)
-        if now + self._operation >= self._decoded_at + self.scheduler.interval():
-            self._take_all()
-            self.scheduler.admit()
-            self._decode()
-        self._paused_at = time.perf_counter()
-        return self.reader is None or any(not s.cancelled for s in self.reader.reading)
+    def _step_streams(self) -> None:
+        """In the middle of the prompt reader's batch: lets newcomers in and streams step."""
+        self._take_all()
+        self.scheduler.admit()
+        self._decode()
+        self.pulse.begin("decode")  # the batch goes on
 
     def _decode(self) -> None:
         """One decode in the main context for everybody: prompts advance, decoding sequences gain a token."""
-        if len(self.scheduler.running) != self.intake.running:
+        scheduler = self.scheduler
+        if len(scheduler.running) != self.outbox.running:
             self._flush()
-        plan = self.scheduler.schedule(self.reader is not None)
+        plan = scheduler.schedule(self.reader is not None)
         if not plan:
-            self._decoded_at = time.perf_counter()
+            scheduler.stepped_at = time.perf_counter()
             return
         if all(count == 1 for _, count in plan):
-            self.scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
+            scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
         decoding = sum(1 for s, _ in plan if s.pending == 1)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
+        self.pulse.begin("decode")
         started = time.perf_counter()
         status = self.main.decode(plan)
-        self._decoded_at, self.intake.in_step = time.perf_counter(), ()
+        scheduler.stepped_at, self.intake.in_step = time.perf_counter(), ()
         if status:
             self._recover(status, plan)
             return
-        self.scheduler.pace.record(decoding, sum(count for _, count in plan), self._decoded_at - started)
+        scheduler.pace.record(decoding, sum(count for _, count in plan), scheduler.stepped_at - started)
+        self.pulse.begin("sample")
         urgent = self._sample(plan)
-        if urgent or self._events or time.perf_counter() - self._flushed_at >= FLUSH_SECONDS:
+        if urgent or self.outbox.due():
             self._flush()
 
     def _recover(self, status: int, plan: Seq[tuple[Sequence, int]]) -> None:
-        """After a decode that did not do its work (llama.h): 1 no room, 2 called off, below zero an error."""
+        """After a decode that did not do its work (llama.h): 1 no free cells, 2 aborted, below zero an error."""
         if status == 1:
             back = self.scheduler.make_room()
             if back and all(s.aside for s in self.scheduler.running):  # alone, and the pool holds a whole context
-                self._fail(back, "generation_failed", "the KV cache is full")
+                self._fail(back, "the KV cache is full")
         elif status == 2:
-            self.scheduler.cache.called_off([s for s, _ in plan])
+            self.scheduler.cache.undo([s for s, _ in plan])
         else:
             for sequence in list(self.scheduler.running):
-                self._fail(sequence, "generation_failed", f"llama_decode returned {status}")
-            self.scheduler.cache.forget_all()
+                self._fail(sequence, f"llama_decode returned {status}")
+            self.scheduler.cache.clear()
         self._flush()
 
     def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
-        """Pick a token for every sequence that is fully evaluated; whether one of them is a first token."""
+        """Picks a token for every sequence that is fully evaluated; whether one of them is a first token."""
         ready, row = [], -1
         for sequence, count in plan:
             row += count
             sequence.n_computed += count
             if sequence.n_computed == sequence.n_tokens:
                 ready.append((sequence, row))
-        logits = self.main.logits(len(ready)) if ready else ()
+        if not ready:
+            return False
+        logits = self.main.logits(len(ready))
+        peaks = logits.max(axis=1)  # not a number if one of them is none: what sorts them may then leave its array
         first = False
-        for (sequence, row), scores in zip(ready, logits, strict=True):
+        for (sequence, row), scores, peak in zip(ready, logits, peaks, strict=True):
             first = first or not sequence.first_token
-            self._advance(sequence, scores, row)
+            if math.isfinite(peak):
+                self._advance(sequence, scores, row)
+            else:
+                self._fail(sequence, "the model's output is not a number")
         return first
 
     def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
         """One more token for one sequence, and its end if that was the last."""
-        sampling, llama = sequence.sampling, self.llama
+        sampling, vocab = sequence.sampling, self.llama.vocab
         sequence.first_token = sequence.first_token or time.perf_counter()
-        known = None if sampling.logprobs is None else self._log_softmax(scores)
-        assert sequence.sampler is not None
+        known = None if sampling.logprobs is None else LogProbs(vocab, scores)
+        assert sequence.sampler
         token = sequence.sampler.pick(scores, row)
-        if token < 0 or (token in llama.vocab.eog and not sampling.ignore_eos):
+        if token < 0 or (token in vocab.eog and not sampling.ignore_eos):
             self._finish(sequence, "stop")
             return
         sequence.append(token)
-        piece = (sequence.markers and llama.vocab.marker_pieces.get(token)) or llama.vocab.piece(token)
-        if known is not None:
-            sequence.logprobs.append(self._token_logprob(known, token, sampling.logprobs or 0))
-        self._say(sequence, sequence.text.push(piece))
+        piece = (sequence.markers and vocab.marker_pieces.get(token)) or vocab.piece(token)
+        if known:
+            sequence.logprobs.append(known.of(token, sampling.logprobs or 0))
+        self.outbox.text(sequence, sequence.text.push(piece))
         if sequence.text.stopped:
             self._finish(sequence, "stop")
         elif sequence.n_tokens >= sequence.limit:
             self._finish(sequence, "length")
 
-    def _say(self, sequence: Sequence, text: str) -> None:
-        if text:
-            if not sequence.unsent:
-                self._unsent.append(sequence)
-            sequence.unsent += text
-
-    def _log_softmax(self, scores: Any) -> Any:
-        wide = scores.astype(self.llama.np.float64)
-        wide -= wide.max()
-        return wide - math.log(self.llama.np.exp(wide).sum())
-
-    def _token_logprob(self, known: Any, token: int, count: int) -> TokenLogprob:
-        def said(t: int) -> float:  # no logits or not a number: JSON has neither, and OpenAI says -9999 there
-            return float(known[t]) if known[t] > -9999.0 else -9999.0
-
-        best = self.llama.np.argpartition(-known, min(count, len(known) - 1))[:count] if count else ()
-        top = sorted(((said(int(t)), self.llama.vocab.name(int(t))) for t in best), reverse=True)
-        return TokenLogprob(self.llama.vocab.name(token), said(token), tuple((name, logprob) for logprob, name in top))
-
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        self._say(sequence, sequence.text.finish())
-        if sequence.logprobs and sequence not in self._unsent:
-            self._unsent.append(sequence)
-        now = time.perf_counter()
-        started, first = sequence.started or now, sequence.first_token or now
-        generated = sequence.n_tokens - sequence.n_prompt
-        spent = (first - started, now - first)
-        self._events.append(Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent))
+        self.outbox.finished(sequence, reason)
         self._retire(sequence)
 
-    def _fail(self, sequence: Sequence, code: str, details: str) -> None:
-        self._events.append(Failed(sequence.id, code, details))
+    def _fail(self, sequence: Sequence, details: str) -> None:
+        self.outbox.failed(sequence, details)
         self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
-        self.intake.forget(sequence.id)
+        self.intake.ended(sequence.id)
         if sequence.sampler:
             sequence.sampler.close()
 
     def _flush(self) -> None:
-        """One message for all that the last steps made; the parent gone ends the process."""
-        pieces = []
-        for sequence in self._unsent:
-            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs)))
-            sequence.unsent = ""
-            sequence.logprobs.clear()
-        self.intake.running = len(self.scheduler.running)
-        message = Stepped((*pieces, *self._events), self.intake.running)
-        self._unsent, self._events = [], []
-        self._flushed_at = time.perf_counter()
-        try:
-            self.pipe.send(message)
-        except OSError:
-            os._exit(0)
+        self.outbox.flush(len(self.scheduler.running))
+
+
+BEAT_SECONDS = 1.0  # between two heartbeats of a child
 
 
 def engine_main() -> None:
-    """The child's main: `shimmy.py _engine`, messages on stdin and stdout. Never returns."""
+    """The child's main: messages on stdin and stdout. Never returns."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what native code prints must not run into the messages
     pipe, ready = Pipe(reader, writer), queue.SimpleQueue[Intake]()
-    load = pipe.receive()
-    threading.Thread(target=_or_die, args=(lambda: _receive(pipe, ready),), daemon=True).start()
+    load, pulses = pipe.receive(), [Pulse()]
+    start_or_die(lambda: _receive(pipe, ready))
+    start_or_die(lambda: _beat(pipe, pulses))
+
+    def progress(fraction: float) -> None:
+        pulses[0].begin("load")
+        pipe.send(Progress(fraction))
+
     try:
-        llama = Llama(load, lambda fraction: pipe.send(Progress(fraction)))
+        pulses[0].begin("load")
+        llama = Llama(load, progress)
         pipe.send(llama.loaded(load.options))
     except Exception as error:  # the process's border: whatever it is, the parent is told
         pipe.send(LoadFailed(str(error) or type(error).__name__))
         os._exit(1)
-    engine = Engine(llama, load.options, pipe)
+    engine = Engine(llama, load.options, pipe, pulses[0])
+    pulses.append(engine.intake.pulse)
+    llama.vocab.max_run = start_or_die(engine.intake.tokenize, stack=512 * MIB) // Vocabulary.RUN_STACK
     ready.put(engine.intake)
-    threading.Thread(target=_or_die, args=(engine.intake.tokenize,), daemon=True).start()
     engine.run()
 
 
@@ -5152,13 +5302,36 @@ def _receive(pipe: Pipe, ready: queue.SimpleQueue[Intake]) -> None:
         intake.receive(message)
 
 
-def _or_die(work: Callable[[], None]) -> None:
-    """A thread without which the engine would be deaf: better no engine than that."""
-    try:
-        work()
-    except Exception:
-        log.exception("the engine fails")
-        os._exit(1)
+def _beat(pipe: Pipe, pulses: Seq[Pulse]) -> None:
+    """The child's heartbeat thread: native code lets it run, so its silence means that the whole process hangs."""
+    while True:
+        try:
+            pipe.send(Alive(tuple((pulse.task, pulse.begun) for pulse in pulses)))
+        except OSError:
+            os._exit(0)
+        time.sleep(BEAT_SECONDS)
+
+
+def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
+    """Starts a thread whose failure ends the process. Returns its stack's bytes: `stack`, or what can be had of it."""
+
+    def guarded() -> None:
+        try:
+            work()
+        except Exception:
+            log.exception("the engine fails")
+            os._exit(1)
+
+    while stack >= 2 * MIB:
+        with contextlib.suppress(ValueError, RuntimeError):  # no such size here; not so much address space
+            threading.stack_size(stack)
+            threading.Thread(target=guarded, daemon=True).start()
+            threading.stack_size(0)
+            return stack
+        stack //= 2
+    threading.stack_size(0)
+    threading.Thread(target=guarded, daemon=True).start()
+    return MIB // 2  # the smallest default, macOS's
 
 
 # ── 12. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5166,26 +5339,29 @@ def _or_die(work: Callable[[], None]) -> None:
 
 
 class Generation:
-    """One request's sequences in the engine: iterate over their messages, cancel at any time.
+    """One request's jobs in the engine: iterate over their messages, cancel at any time.
 
-    Iteration ends when every sequence has finished; it raises ApiError when one failed or the child died, and
-    Cancelled after a cancel.
+    Iteration ends when every job has finished. It raises ApiError when one failed or the child died, and Cancelled after
+    a cancel that was not gentle. Closing the iterator cancels what has not finished.
     """
 
-    def __init__(self, worker: Worker, ids: Seq[int], cancel: Cancellation) -> None:
+    def __init__(self, worker: Worker, ids: Seq[int]) -> None:
         self.worker, self.index = worker, {id: i for i, id in enumerate(ids)}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._cancel, self._open = cancel, set(ids)
+        self._open = set(ids)
 
-    def cancel(self) -> None:
-        """End the iteration now, or gently: the engine ends the sequences and says so."""
-        if self._cancel.gently:
+    def cancel(self, gently: bool = False) -> None:
+        """Ends the engine's work at once; the iteration too, or gently with what the engine says of its end.
+
+        Any thread: the one that iterates may just be stuck in a write to a client that does not read.
+        """
+        if self._open:
             self.worker.cancel(self.index)
-        else:
+        if not gently:
             self.inbox.put(Cancelled())
 
     def __iter__(self) -> Iterator[Queued | Waiting | Piece | Finished]:
-        early: list[Any] = []  # what the first sequences say before the last one has passed its checks
+        early: list[Any] = []  # what the first jobs say before the last one has passed its checks
         try:
             for _ in self.index:
                 while not isinstance(message := self._next(), Accepted):
@@ -5212,8 +5388,55 @@ class Generation:
         return message
 
 
+class Heartbeat:
+    """Tells from a child's messages whether it gets on.
+
+    It counts beats and ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
+    continued, finds its children alive.
+    """
+
+    SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
+    STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
+    STUCK: ClassVar = {  # seconds for one task; those not named may take for ever
+        "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
+        "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
+        "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
+        "tokenize": 300,  # one text: a megabyte takes a second, a grammar's start a tenth
+    }
+
+    def __init__(self) -> None:
+        self._heard = self._seen = self._silent = 0
+        self._silence = self.STARTING
+        self._tasks: tuple[tuple[str, int], ...] = ()
+        self._beats: list[int] = []  # of each thread, since its task last changed
+
+    def hear(self, message: Any) -> str | None:
+        """Notes a message, in the thread that reads them. Why to give the child up, or None."""
+        self._heard += 1
+        if not isinstance(message, Alive):
+            self._silence = self.SILENCE
+            return None
+        known = dict(enumerate(zip(self._tasks, self._beats, strict=True)))
+        self._beats = [known[i][1] + 1 if i in known and known[i][0] == task else 0 for i, task in enumerate(message.tasks)]
+        self._tasks = message.tasks
+        for (task, _), beats in zip(self._tasks, self._beats, strict=True):
+            if beats * BEAT_SECONDS > self.STUCK.get(task, math.inf):
+                return f"'{task}' did not come to an end within {self.STUCK[task]} s"
+        return None
+
+    def tick(self) -> str | None:
+        """Called every second by the thread that watches. Why to give the child up, or None."""
+        self._silent = self._silent + 1 if self._heard == self._seen else 0
+        self._seen = self._heard
+        return f"it said nothing for {self._silence} s" if self._silent * BEAT_SECONDS > self._silence else None
+
+
 class Worker:
-    """One loaded model's child process. Any thread may submit; one reader thread hands out what comes back."""
+    """One model's child process, and three threads: one reads its messages, one writes to it, one watches over it.
+
+    Service uses `start`, `loaded`, `submit` and what `submit` returns; ModelTable `alive`, `counts`, `memory_bytes`,
+    `fail_all` and `stop`. All may be called from any thread, and none but `start` waits for the child.
+    """
 
     _ids = itertools.count(1)
 
@@ -5221,47 +5444,57 @@ class Worker:
         self.info, self.max_queue, self._died = info, max_queue, died
         self._options = options
         self._lock = threading.Lock()
-        self._generations: dict[int, Generation] = {}  # by sequence id, from submit to the last message
+        self._generations: dict[int, Generation] = {}  # by job id, from submit to the last message
+        self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
+        self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
+        self._heartbeat = Heartbeat()
+        self._ended = threading.Event()
+        self._why = ""  # why the child was given up
         self._running = 0
-        self._stopping = False
+        self._serving = self._stopping = False
         self.alive = True
         self.chat: Chat  # made by the service from what the model says of itself
 
     def start(self, progress: Callable[[float], None]) -> Worker:
-        """Start the child and wait until the model is loaded. Raises GenerationFailed with the reason if it is not."""
-        import subprocess
+        """Starts the child and waits until the model is loaded.
 
+        Raises GenerationFailed with the reason if it is not: llama.cpp refused, the child died or hung, or another thread
+        called `stop`.
+        """
         began = time.perf_counter()
-        self.process = subprocess.Popen(
-            child_command("engine_main"),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
-        )  # fmt: skip
-        assert self.process.stdin and self.process.stdout
-        self._pipe = Pipe(self.process.stdout, self.process.stdin)
-        reason = "the engine process ended while loading"
-        try:
-            self._pipe.send(Load(os.path.abspath(self.info.path), self.info.size_bytes, self._options))
-            message = self._pipe.receive()
-            while isinstance(message, Progress):
-                progress(message.fraction)
-                message = self._pipe.receive()
-        except (EOFError, OSError):
-            message = LoadFailed(f"{reason} ({self._how_it_ended()})")
+        self._start_child()
+        self._outbox.put(Load(os.path.abspath(self.info.path), self.info.size_bytes, self._options))
+        while isinstance(message := self._loading.get(), Progress):
+            progress(message.fraction)
         if isinstance(message, LoadFailed):
             self.stop()
-            self._pipe.end()
             raise GenerationFailed(f"Model '{self.info.id}': {message.reason}", "The model could not be loaded")
         self.loaded: Loaded = message
         self.load_seconds = time.perf_counter() - began
         for note in message.notes:
             log.warning("%s: %s", self.info.id, note)
-        threading.Thread(target=self._read, name=f"read {self.info.id}", daemon=True).start()
+        self._serving = True
         return self
 
-    def submit(self, submits: Seq[tuple[Any, Sampling, bool]], cancel: Cancellation) -> Generation:
-        """Queue sequences (prompt, sampling, markers) as one generation. Raises Overloaded when the queue is full."""
-        ids = [next(self._ids) for _ in submits]
-        generation = Generation(self, ids, cancel)
+    def _start_child(self) -> None:
+        import subprocess
+
+        with self._lock:
+            if self._stopping:
+                raise GenerationFailed(f"Model '{self.info.id}': unloaded before it was loaded", "The model could not be loaded")
+            self.process = subprocess.Popen(
+                child_command("engine_main"),
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
+            )  # fmt: skip
+        assert self.process.stdin and self.process.stdout
+        self._pipe = Pipe(self.process.stdout, self.process.stdin)
+        for work in (self._read, self._write, self._watch):
+            threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
+
+    def submit(self, jobs: Seq[Job], cancel: Cancellation) -> Generation:
+        """Queues jobs as one generation. Raises Overloaded when the queue is full, GenerationFailed without a child."""
+        ids = [next(self._ids) for _ in jobs]
+        generation = Generation(self, ids)
         with self._lock:
             if not self.alive:
                 raise GenerationFailed("The model's engine process ended")
@@ -5272,12 +5505,9 @@ class Worker:
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
             self._generations |= dict.fromkeys(ids, generation)
-        try:
-            for id, (prompt, sampling, markers) in zip(ids, submits, strict=True):
-                self._pipe.send(Submit(id, prompt, sampling, markers))
-        except (OSError, ValueError):
-            pass  # the reader thread notices the same death and tells the generation
-        cancel.on_cancel(generation.cancel)
+        for id, job in zip(ids, jobs, strict=True):
+            self._outbox.put(Submit(id, job))
+        cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
 
     def forget(self, ids: Iterable[int], still_open: Iterable[int]) -> None:
@@ -5289,20 +5519,29 @@ class Worker:
             self.cancel(still_open)
 
     def cancel(self, ids: Iterable[int]) -> None:
-        """Let the engine end these sequences within a step."""
-        with contextlib.suppress(OSError, ValueError):  # a dead child has ended them already
-            self._pipe.send(Cancel(tuple(ids)))
+        """Lets the engine end these jobs within a step. Never waits: the child may hang."""
+        self._outbox.put(Cancel(tuple(ids)))
+
+    def _write(self) -> None:
+        """The writing thread: a child that hangs, with its pipe full, holds up this one only."""
+        with contextlib.suppress(OSError, ValueError):  # the reading thread notices the same death
+            while (message := self._outbox.get()) is not None:
+                self._pipe.send(message)
 
     def _read(self) -> None:
-        """The reader thread: hand every event to its generation; at the end of the pipe fail them all."""
+        """The reading thread: hands every message to whom it is for."""
         try:
             while True:
                 message = self._pipe.receive()
+                if why := self._heartbeat.hear(message):
+                    self._give_up(why)
                 if isinstance(message, Stepped):
                     self._running = message.running
                     for event in message.events:
                         self._give(event)
-                else:
+                elif isinstance(message, (Progress, Loaded, LoadFailed)):
+                    self._loading.put(message)
+                elif isinstance(message, Accepted):
                     self._give(message)
         except (EOFError, OSError):
             pass
@@ -5310,18 +5549,42 @@ class Worker:
             log.exception("%s: what the engine process says is unreadable", self.info.id)
             self.process.kill()
         self._pipe.end()
-        reason = f"the engine process ended ({self._how_it_ended()})"
-        with self._lock:
-            self.alive, self._running = False, 0
-        if not self._stopping:
-            log.error("%s: %s", self.info.id, reason)
-        self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
-        self._died(self, reason)
+        self._end()
 
     def _give(self, event: Any) -> None:
         generation = self._generations.get(event.id)
         if generation:
             generation.inbox.put(event)
+
+    def _watch(self) -> None:
+        """The watching thread: gives up a child that is silent, and one that not even a kill ends."""
+        while not self._ended.wait(BEAT_SECONDS):
+            if why := self._heartbeat.tick():
+                self._give_up(why)
+        self._outbox.put(None)
+
+    def _give_up(self, why: str) -> None:
+        """Kills the child; whoever it carried learns why."""
+        self._why = self._why or f"the engine process was ended: {why}"
+        self.process.kill()
+        with contextlib.suppress(Exception):
+            self.process.wait(5.0)  # in an uninterruptible wait for a disk it stays
+        self._end()
+
+    def _end(self) -> None:
+        """The child is gone: fails everybody who waits for it. Only the first call counts."""
+        reason = self._why or f"the engine process ended ({self._how_it_ended()})"
+        with self._lock:
+            if self._ended.is_set():
+                return
+            self.alive, self._running = False, 0
+            self._ended.set()
+        if not self._stopping:
+            log.error("%s: %s", self.info.id, reason)
+        self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason))
+        self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
+        if self._serving:
+            self._died(self, reason)
 
     def _how_it_ended(self) -> str:
         with contextlib.suppress(Exception):
@@ -5330,12 +5593,14 @@ class Worker:
         return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
 
     def fail_all(self, error: ApiError) -> None:
+        """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
         with self._lock:
             generations = set(self._generations.values())
         for generation in generations:
-            generation.inbox.put(error)
+            generation.inbox.put(type(error)(error.details, error.message, error.param))
 
     def counts(self) -> tuple[int, int]:
+        """Jobs that run, and jobs that wait."""
         with self._lock:
             total = len(self._generations)
         running = min(self._running, total)
@@ -5345,16 +5610,24 @@ class Worker:
         return resident_bytes([self.process.pid]) if self.alive else 0
 
     def stop(self) -> None:
-        """End the child; it goes at the end of its pipe, else is killed. Idempotent."""
-        self._stopping = True
+        """Ends the child: it goes at the end of its pipe, else is killed. While it loads, `start` raises. Idempotent.
+
+        Waits some ten seconds at most.
+        """
+        with self._lock:
+            self._stopping = True
+            self.alive = False
+            process = getattr(self, "process", None)
+        if process is None:
+            return
         self._pipe.close()
         try:
             self.process.wait(3.0)
         except Exception:
-            self.process.kill()
-            self.process.wait()
-        with self._lock:
-            self.alive = False
+            process.kill()
+            with contextlib.suppress(Exception):
+                process.wait(5.0)
+        self._end()
 
 
 # ── 13. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -5971,7 +6244,7 @@ class Service:
         with self.table.lease(request.model, cancel) as worker:
             cancel.check()
             jobs, parsers = self._jobs(request, worker.chat)
-            generation = worker.submit([(j.prompt, j.sampling, j.markers) for j in jobs], cancel)
+            generation = worker.submit(jobs, cancel)
             ends: list[Finished] = []
             for message in generation:
                 if isinstance(message, Piece):
