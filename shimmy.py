@@ -5453,7 +5453,7 @@ class Worker:
         self._running = 0
         self._serving = self._stopping = False
         self.alive = True
-        self.chat: Chat  # made by the service from what the model says of itself
+        self.chat: Chat | None = None  # the service's
 
     def start(self, progress: Callable[[float], None]) -> Worker:
         """Starts the child and waits until the model is loaded.
@@ -5633,7 +5633,7 @@ class Worker:
 # ── 13. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
 # The life of each model: loading, loaded, unloading; what the names in requests mean; and the table of both.
 
-StartWorker = Callable[[ModelInfo, Callable[[float], None], Callable[[Worker, str], None]], Worker]
+MakeWorker = Callable[[ModelInfo, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
 
 
 class LoadAttempt:
@@ -5657,6 +5657,7 @@ class Entry:
     progress: float = 0.0
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
+    starting: Worker | None = None  # while loading
     attempt: LoadAttempt = field(default_factory=LoadAttempt)
     pending: Cancellation | None = None  # a load that nobody waits for and that has no room yet
     leases: int = 0  # requests that use the worker now
@@ -5709,15 +5710,15 @@ class Residents:
     say that they take it.
     """
 
-    def __init__(self, start_worker: StartWorker, options: TableOptions) -> None:
+    def __init__(self, make_worker: MakeWorker, options: TableOptions) -> None:
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
         self.closed = False
-        self._start_worker, self._options = start_worker, options
+        self._make_worker, self._options = make_worker, options
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
-        entry.state, entry.worker, entry.error = state, worker, error
+        entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         self.changed.notify_all()
 
@@ -5816,7 +5817,12 @@ class Residents:
 
         worker, error = None, None
         try:
-            worker = self._start_worker(entry.info, progress, functools.partial(self._died, entry))
+            starting = self._make_worker(entry.info, functools.partial(self._died, entry))
+            with self.changed:
+                entry.starting = starting
+                if self.closed:
+                    raise Overloaded("The server is shutting down")
+            worker = starting.start(progress)
         except ApiError as failure:
             error = copy.copy(failure)
         except Exception as failure:
@@ -5858,6 +5864,9 @@ class Residents:
                 self._begin_unload(entry)
             if entry.state == "unloading" and force and entry.worker:
                 entry.worker.fail_all(ended)
+            if entry.state == "loading" and force and entry.starting:
+                start_thread(entry.starting.stop, name=f"stop {entry.info.id}")
+                entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
             self.move(entry, "unloaded")
@@ -5900,7 +5909,7 @@ class Residents:
         """Ends every wait and every child; idempotent; takes the condition."""
         with self.changed:
             self.closed = True
-            workers = [e.worker for e in self.entries.values() if e.worker]
+            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w]
             self.changed.notify_all()
         for worker in workers:
             worker.stop()
@@ -6012,9 +6021,9 @@ class Names:
 class ModelTable:
     """The models by name, those on the disk and those in memory: what Service and the routes ask."""
 
-    def __init__(self, catalog: Catalog, start_worker: StartWorker, options: TableOptions) -> None:
+    def __init__(self, catalog: Catalog, make_worker: MakeWorker, options: TableOptions) -> None:
         self.catalog, self.options = catalog, options
-        self._residents = Residents(start_worker, options)
+        self._residents = Residents(make_worker, options)
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options)
         self._scanned = False  # the first scan is over, whatever came of it
@@ -6223,14 +6232,17 @@ class Service:
     def __init__(self, catalog: Catalog, table: TableOptions, engine: EngineOptions, tools: ToolOptions = ToolOptions(),
                  max_queue: int = 512) -> None:  # fmt: skip
         self.engine, self.max_queue = engine, max_queue
-        self.table = ModelTable(catalog, self._start_worker, table)
+        self.table = ModelTable(catalog, self._make_worker, table)
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started = time.time()
 
-    def _start_worker(self, info: ModelInfo, progress: Callable[[float], None], died: Callable[[Any, str], None]) -> Worker:
-        worker = Worker(info, self.engine, self.max_queue, died).start(progress)
-        worker.chat = Chat(worker.loaded.chat, self.helpers)
-        return worker
+    def _make_worker(self, info: ModelInfo, died: Callable[[Worker, str], None]) -> Worker:
+        return Worker(info, self.engine, self.max_queue, died)
+
+    def _chat(self, worker: Worker) -> Chat:
+        """How the model chats, made from what it says of itself when first asked."""
+        worker.chat = worker.chat or Chat(worker.loaded.chat, self.helpers)
+        return worker.chat
 
     def generate(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
         """The events of one request: Queued, then text, thoughts and calls as they are made, an end a choice, Usage.
@@ -6243,7 +6255,7 @@ class Service:
             self.helpers.warm()
         with self.table.lease(request.model, cancel) as worker:
             cancel.check()
-            jobs, parsers = self._jobs(request, worker.chat)
+            jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel)
             ends: list[Finished] = []
             for message in generation:
