@@ -5365,7 +5365,10 @@ class Generation:
         try:
             for _ in self.index:
                 while not isinstance(message := self._next(), Accepted):
-                    early.append(message)
+                    if isinstance(message, Waiting):
+                        yield message
+                    else:
+                        early.append(message)
             yield Queued(self.worker.info.id)
             yield from early
             while self._open:
@@ -5729,31 +5732,19 @@ class Residents:
 
     # Loading
 
-    def acquire(self, entry: Entry, cancel: Cancellation) -> Worker:
-        """Waits until the model is loaded; whoever comes first begins the load.
+    def worker_for(self, entry: Entry, deadline: float) -> Worker | None:
+        """The worker if the model is loaded; otherwise begins the load unless one runs, as soon as there is room.
 
-        Raises GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
+        Raises Overloaded when no room came until the deadline, or the server ends.
         """
-        deadline = time.monotonic() + LOAD_WAIT_SECONDS
-        attempt = LoadAttempt()
-        entry.waiting += 1
-        try:
-            while True:
-                cancel.check()
-                if self.closed:
-                    raise Overloaded("The server is shutting down")
-                attempt.check()
-                if entry.state == "loaded":
-                    assert entry.worker
-                    entry.last_used = time.time()
-                    return entry.worker
-                if not entry.in_memory and self._make_room(entry, deadline):
-                    self._begin_load(entry)
-                if entry.state == "loading":
-                    attempt = entry.attempt
-                self.changed.wait(1.0)
-        finally:
-            entry.waiting -= 1
+        if self.closed:
+            raise Overloaded("The server is shutting down")
+        if entry.state == "loaded":
+            entry.last_used = time.time()
+            return entry.worker
+        if not entry.in_memory and self._make_room(entry, deadline):
+            self._begin_load(entry)
+        return None
 
     def load_in_background(self, entry: Entry) -> None:
         """Begins to load; without room one thread waits for it, however often this is asked."""
@@ -5770,16 +5761,17 @@ class Residents:
 
     def _load_pending(self, entry: Entry, pending: Cancellation) -> None:
         """The thread of a load that waits for room; its refusal becomes the entry's error."""
-        pending.on_cancel(self.wake)
-        with self.changed:
-            try:
-                self.acquire(entry, pending)
-            except Cancelled:
-                pass  # an unload came
-            except ApiError as refusal:
+        try:
+            with Lease(self, entry, pending, uses=False) as lease:
+                lease.wait()
+        except Cancelled:
+            pass  # an unload came
+        except ApiError as refusal:
+            with self.changed:
                 if entry.state == "unloaded":
                     self.move(entry, "failed", error=refusal.details)
-            finally:
+        finally:
+            with self.changed:
                 entry.pending = None
 
     def _make_room(self, entry: Entry, deadline: float) -> bool:
@@ -5913,6 +5905,50 @@ class Residents:
             self.changed.notify_all()
         for worker in workers:
             worker.stop()
+
+
+class Lease:
+    """A request's claim on a model: waits for the load, then keeps the worker in memory until the request is done."""
+
+    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, uses: bool = True) -> None:
+        """`uses` is false for who only wants the model loaded."""
+        self._residents, self._entry, self._cancel, self._uses = residents, entry, cancel, uses
+        self._deadline = time.monotonic() + LOAD_WAIT_SECONDS
+        self._attempt = LoadAttempt()
+        self._waiting = True
+
+    def __enter__(self) -> Lease:
+        self._cancel.on_cancel(self._residents.wake)
+        with self._residents.changed:
+            self._entry.waiting += 1
+        return self
+
+    def wait(self, seconds: float = math.inf) -> Worker | None:
+        """The worker, once the model is loaded; None after so many seconds. Whoever comes first begins the load.
+
+        Raises GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
+        """
+        until, entry = time.monotonic() + seconds, self._entry
+        with self._residents.changed:
+            while (left := until - time.monotonic()) > 0:
+                self._cancel.check()
+                self._attempt.check()
+                worker = self._residents.worker_for(entry, self._deadline)
+                if worker:
+                    entry.waiting, entry.leases = entry.waiting - 1, entry.leases + self._uses
+                    self._waiting = False
+                    return worker
+                if entry.state == "loading":
+                    self._attempt = entry.attempt
+                self._residents.changed.wait(min(left, 1.0))
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        with self._residents.changed:
+            if self._waiting:
+                self._entry.waiting -= 1
+            elif self._uses:
+                self._residents.release(self._entry)
 
 
 @dataclass(frozen=True)
@@ -6151,37 +6187,24 @@ class ModelTable:
 
     # Life
 
-    @contextlib.contextmanager
-    def lease(self, name: str, cancel: Cancellation) -> Iterator[Worker]:
-        """The worker of a model for the time of a request; loads the model when it must.
-
-        Raises ModelNotFound, InvalidRequest for an embedding model, GenerationFailed with the load's reason,
-        Overloaded when no room comes, Cancelled.
-        """
+    def lease(self, name: str, cancel: Cancellation) -> Lease:
+        """A request's claim on the model. Raises ModelNotFound, or InvalidRequest for an embedding model."""
         id = self.resolve(name, cancel)
         self._check_generates(id)
-        cancel.on_cancel(self._residents.wake)
         with self._changed:
-            entry = self._entry(id)
-            worker = self._residents.acquire(entry, cancel)
-            entry.leases += 1
-        try:
-            yield worker
-        finally:
-            with self._changed:
-                self._residents.release(entry)
+            return Lease(self._residents, self._entry(id), cancel)
 
     def load(self, name: str, wait: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status."""
         id = self.resolve(name, cancel)
         self._check_generates(id)
-        cancel.on_cancel(self._residents.wake)
         with self._changed:
             entry = self._entry(id)
-            if wait:
-                self._residents.acquire(entry, cancel)
-            else:
+            if not wait:
                 self._residents.load_in_background(entry)
+        if wait:
+            with Lease(self._residents, entry, cancel, uses=False) as lease:
+                lease.wait()
         return self._status(entry)
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
@@ -6253,7 +6276,9 @@ class Service:
         request = constrained(request)  # a schema is refused before a model is loaded for it
         if request.messages is not None:
             self.helpers.warm()
-        with self.table.lease(request.model, cancel) as worker:
+        with self.table.lease(request.model, cancel) as lease:
+            while (worker := lease.wait(PING_SECONDS)) is None:
+                yield Waiting()
             cancel.check()
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel)
@@ -8297,7 +8322,9 @@ def command_probe(args: argparse.Namespace) -> int:
 def probe(service: Service, name: str) -> dict[str, Any]:
     """Load a model for real and generate 64 tokens; speeds in tokens per second."""
     cancel = Cancellation()
-    with service.table.lease(name, cancel) as worker:
+    with service.table.lease(name, cancel) as lease:
+        worker = lease.wait()
+        assert worker
         words = min(worker.loaded.ctx // 8, 100)  # a word is up to six tokens in the smallest vocabularies
         prompt = " ".join(PROBE_PROMPT.split()[:words])
         sampling = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
