@@ -53,9 +53,9 @@ SHIMMY = REPO / "shimmy.py"
 HANG = 60.0  # seconds: a guard against hangs, never a measurement
 LONG_CTX = 65536  # tokens: an endless recital lasts long enough to be interrupted
 
-# ---------------------------------------------------------------------------------------------------
-# Models: written with the gguf package, small enough to load in a blink
-# ---------------------------------------------------------------------------------------------------
+
+# ── Models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Written with the gguf package, small enough to load in a blink.
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|quiet|>"]
@@ -99,13 +99,22 @@ TEMPLATE = (
     "{% elif 'stopping' in last.content %}|{% elif 'unicode' in last.content %}~{% else %}:{% endif %}{% endif %}"
 )
 
-
 PLAIN_TEMPLATE = (  # knows nothing of tools, wants arguments as a string, and uses what Hugging Face's renderer offers
     "{% for m in messages %}{% if m.content == 'unsaid' %}{% continue %}{% endif %}"
     "[{{ m.role }}]{% generation %}{{ m.content }}{% endgeneration %}"
     "{% for c in m.tool_calls or [] %}{{ c.function.arguments.strip() }}{% endfor %}{% endfor %}"
     "{{ strftime_now('%Y')[:2] }}{% if add_generation_prompt %}W{% endif %}"
 )
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather in a city",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
 
 def recital_vocabulary() -> list[str]:
@@ -244,9 +253,178 @@ def write_header(
     return path
 
 
-# ---------------------------------------------------------------------------------------------------
-# Helpers: the command line, a server, raw HTTP, WebSocket
-# ---------------------------------------------------------------------------------------------------
+def write_lora(path: Path) -> Path:
+    """An adapter under which a prompt's last ":" is followed by the "=" script from w30 on."""
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 1.0)
+    width = 32 * (len(VOCABULARY) // 32 + 1)
+    before, after = np.zeros((1, width), np.float32), np.zeros((len(VOCABULARY), 1), np.float32)
+    before[0, TOKEN_ID["<0x3A>"]] = after[TOKEN_ID["w30 "], 0] = 5
+    writer.add_tensor("output.weight.lora_a", before)
+    writer.add_tensor("output.weight.lora_b", after)
+    finish(writer)
+    return path
+
+
+KINDS = ("llama", "gemma2", "mamba", "lfm2")  # full attention, sliding window, recurrent, hybrid
+
+
+def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2) -> Path:
+    """A small random model of one kind of memory; token 17 reads " w017", so what it says can be given back as ids."""
+    rng, width = np.random.default_rng(11), 64
+    writer = gguf.GGUFWriter(str(path), kind)
+    writer.add_context_length(context)
+    writer.add_embedding_length(width)
+    writer.add_block_count(4)
+    writer.add_feed_forward_length(96)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"▁w{i:03d}" for i in range(3, 257))])
+    writer.add_token_scores([0.0] * 257)
+    writer.add_token_types([UNKNOWN, CONTROL, CONTROL] + [NORMAL] * 254)
+    writer.add_eos_token_id(2)
+    writer.add_add_bos_token(False)
+    KIND_METADATA[kind](writer, kv_heads)
+
+    def matrix(name: str, *shape: int) -> None:
+        writer.add_tensor(name, rng.normal(0, 0.35 / np.sqrt(shape[-1] / 16), shape).astype(np.float32))
+
+    def ones(name: str, *shape: int, array: Any = None) -> None:
+        writer.add_tensor(name, np.ones(shape or (width,), np.float32) if array is None else array.astype(np.float32))
+
+    writer.add_tensor("token_embd.weight", rng.normal(0, 1, (257, width)).astype(np.float32))
+    ones("token_embd_norm.weight" if kind == "lfm2" else "output_norm.weight")
+    for layer in range(4):
+        KIND_LAYERS[kind](f"blk.{layer}", layer, matrix, ones, width, kv_heads)
+    if kind in ("llama", "mamba"):
+        matrix("output.weight", 257, width)
+    finish(writer)
+    return path
+
+
+def attention_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
+    writer.add_head_count(max(4, kv_heads))
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_rope_dimension_count(16)
+
+
+def window_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
+    attention_metadata(writer, kv_heads)
+    writer.add_sliding_window(32)
+
+
+def mamba_metadata(writer: gguf.GGUFWriter, _: int) -> None:
+    writer.add_head_count(0)
+    writer.add_ssm_conv_kernel(4)
+    writer.add_ssm_inner_size(128)
+    writer.add_ssm_state_size(16)
+    writer.add_ssm_time_step_rank(4)
+
+
+def hybrid_metadata(writer: gguf.GGUFWriter, _: int) -> None:
+    writer.add_head_count(4)
+    writer.add_head_count_kv([0, 2, 0, 2])
+    writer.add_rope_dimension_count(16)
+    writer.add_shortconv_l_cache(3)
+    writer.add_vocab_size(257)
+
+
+def attention_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
+    ones(f"{b}.attn_norm.weight")
+    ones(f"{b}.ffn_norm.weight")
+    heads = max(4, kv_heads) * 16
+    for name, rows in (("attn_q", heads), ("attn_k", kv_heads * 16), ("attn_v", kv_heads * 16), ("ffn_gate", 96), ("ffn_up", 96)):
+        matrix(f"{b}.{name}.weight", rows, width)
+    matrix(f"{b}.attn_output.weight", width, heads)
+    matrix(f"{b}.ffn_down.weight", width, 96)
+
+
+def gemma_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
+    attention_layer(b, layer, matrix, ones, width, kv_heads)
+    ones(f"{b}.post_attention_norm.weight")
+    ones(f"{b}.post_ffw_norm.weight")
+
+
+def mamba_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
+    ones(f"{b}.attn_norm.weight")
+    matrix(f"{b}.ssm_in.weight", 256, width)
+    matrix(f"{b}.ssm_conv1d.weight", 128, 4)
+    ones(f"{b}.ssm_conv1d.bias", 128)
+    matrix(f"{b}.ssm_x.weight", 36, 128)
+    matrix(f"{b}.ssm_dt.weight", 128, 4)
+    ones(f"{b}.ssm_dt.bias", 128)
+    decay = -np.exp(np.random.default_rng(layer).normal(0, 0.5, (128, 16)))  # negative: the state decays
+    ones(f"{b}.ssm_a", array=decay)
+    ones(f"{b}.ssm_d", 128)
+    matrix(f"{b}.ssm_out.weight", width, 128)
+
+
+def hybrid_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
+    ones(f"{b}.attn_norm.weight")
+    ones(f"{b}.ffn_norm.weight")
+    for name, shape in (("ffn_gate", (96, width)), ("ffn_up", (96, width)), ("ffn_down", (width, 96))):
+        matrix(f"{b}.{name}.weight", *shape)
+    if layer % 2:
+        ones(f"{b}.attn_q_norm.weight", 16)
+        ones(f"{b}.attn_k_norm.weight", 16)
+        for name, rows in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32)):
+            matrix(f"{b}.{name}.weight", rows, width)
+        matrix(f"{b}.attn_output.weight", width, 64)
+    else:
+        matrix(f"{b}.shortconv.conv.weight", width, 3)
+        matrix(f"{b}.shortconv.in_proj.weight", 3 * width, width)
+        matrix(f"{b}.shortconv.out_proj.weight", width, width)
+
+
+KIND_METADATA = {"llama": attention_metadata, "gemma2": window_metadata, "mamba": mamba_metadata, "lfm2": hybrid_metadata}
+KIND_LAYERS = {"llama": attention_layer, "gemma2": gemma_layer, "mamba": mamba_layer, "lfm2": hybrid_layer}
+
+
+def with_bytes(path: Path, offset: int, data: bytes) -> Path:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    return path
+
+
+def hf_snapshot(hub: Path, repo: str, write: Callable[[Path], Path], stem: str) -> None:
+    """The hub cache's layout: a snapshot of symlinks into blobs named by their digest."""
+    folder = hub / f"models--{repo.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    (folder / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    written = write(folder / "new" / f"{stem}.gguf").parent
+    for file in list(written.glob("*.gguf")):
+        blob = folder / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+        file.rename(blob)
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    written.rmdir()
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
+
+
+def ollama_model(store: Path, name: str, tag: str, digest: str | None = None) -> None:
+    """The layout of Ollama's store: a manifest whose model layer names a blob."""
+    made = write_header(store / "new.gguf", name=name)
+    real = hashlib.sha256(made.read_bytes()).hexdigest()
+    (store / "blobs").mkdir(parents=True, exist_ok=True)
+    made.rename(store / "blobs" / f"sha256-{real}")
+    manifest = store / "manifests" / "registry.ollama.ai" / "library" / name / tag
+    manifest.parent.mkdir(parents=True, exist_ok=True)
+    layers = [
+        {"mediaType": "application/vnd.ollama.image.license", "digest": "sha256:" + "1" * 64, "size": 1},
+        {"mediaType": "application/vnd.ollama.image.model", "digest": digest or f"sha256:{real}", "size": 1},
+    ]
+    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
+
+
+# ── Servers and clients ───────────────────────────────────────────────────────────────────────────────────────────────
+# The command line, a server, raw HTTP, WebSocket.
 
 
 def environment(home: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
@@ -526,6 +704,27 @@ def ws_ask(server: Server, **fields: Any) -> tuple[str, dict[str, Any]]:
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds engine processes through /proc")
 
 
+def altered(folder: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of shimmy.py in which each old text, there once, is the new one."""
+    source = SHIMMY.read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (folder / "shimmy.py").write_text(source)
+    return folder / "shimmy.py"
+
+
+def give_up(server: Server, body: dict[str, Any], seconds: float) -> None:
+    """Send a completion and leave after so many seconds, whatever has come."""
+    with socket.create_connection((server.host, server.port)) as gone:
+        gone.sendall(raw_post("/v1/completions", json.dumps(body).encode()))
+        time.sleep(seconds)
+
+
+# ── Fixtures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What several sections share; a fixture of one section alone stands at its head.
+
+
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """recital, plain and dice, and hollow, which lists but cannot be loaded."""
@@ -610,629 +809,294 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
         each.stop()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Command line: options, exit codes, pipes
-# ---------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a small random model of every kind of memory."""
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind in KINDS:
+        write_kind(folder / f"{kind}.gguf", kind)
+    running = Server(tmp_path_factory.mktemp("kinds-home"), "--port", "0", "--models-dir", folder, "--max-loaded", "4")
+    yield running
+    running.stop()
 
 
-@pytest.mark.parametrize("args", [["--version"], ["-V"], ["list", "--version"], ["serve", "-V"]])
-def test_version_before_and_after_the_command(args: list[str], tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path)
-    assert done.returncode == 0
-    assert re.fullmatch(rb"shimmy \d+\.\d+\.\d+\n", done.stdout)
+# ── The file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# A script that runs from anywhere and names its dependencies.
 
 
-@pytest.mark.parametrize("args", [["-h"], ["--help"], ["generate", "-h"], ["serve", "--help"]])
-def test_help_goes_to_stdout_with_exit_0(args: list[str], tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path)
-    assert done.returncode == 0 and b"--verbose" in done.stdout
-    assert done.stderr == b""
+def test_script_names_its_dependencies_for_uv_run() -> None:
+    block = re.search(r"(?m)^# /// script$\s(?P<content>(?:^#(?:| .*)$\s)+)^# ///$", SHIMMY.read_text())
+    assert block and "llama-cpp-python" in block["content"] and "websockets" in block["content"]
+    assert "requires-python" in block["content"]
 
 
-def test_help_names_every_command(tmp_path: Path) -> None:
-    text = shimmy("--help", home=tmp_path).stdout.decode()
-    assert all(command in text for command in ("serve", "generate", "list", "probe", "diag"))
-
-
-@pytest.mark.parametrize(
-    "args",
-    [["bogus"], ["list", "--bogus"], ["serve", "--port", "many"], ["serve", "--port", "70000"],
-     ["serve", "--keep-alive", "soon"], ["serve", "--max-loaded", "none"], ["serve", "--kv-type", "f13"],
-     ["serve", "--alias", "nothing"], ["generate", "--max-tokens", "many"], ["generate", "a", "b"]],
-)  # fmt: skip
-def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path)
-    assert done.returncode == 2 and done.stdout == b""
-    assert done.stderr and b"Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(("option", "value"), [("--temperature", "9"), ("--top-p", "1.5"), ("--max-tokens", "0"), ("--ctx", "0")])
-def test_generate_with_a_number_out_of_range_names_the_option(option: str, value: str, models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", ":", option, value, "--models-dir", models, home=tmp_path)
-    assert done.returncode in (1, 2) and done.stdout == b""
-    assert option.strip("-").replace("-", "_") in done.stderr.decode().replace("-", "_")
-    assert b"Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    ("args", "env", "word"),
-    [(["serve"], {"SHIMMY_PORT": "many"}, "SHIMMY_PORT"), (["serve"], {"SHIMMY_MAX_CTX": "much"}, "SHIMMY_MAX_CTX"),
-     (["serve", "--bind", "::1::x"], {}, "--bind"), (["serve", "--lora", "none.gguf"], {}, "none.gguf"),
-     (["serve", "--tools", "none.py"], {}, "none.py"),
-     (["generate", "--schema", "none.json", "--prompt", "x"], {}, "none.json")],
-)  # fmt: skip
-def test_setting_that_cannot_be_is_one_line_naming_it(args: list[str], env: dict[str, str], word: str, tmp_path: Path) -> None:
-    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": "0", **env})
-    assert done.returncode in (1, 2) and word in done.stderr.decode()
-    assert b"Traceback" not in done.stderr and done.stdout == b""
-
-
-@pytest.mark.parametrize(("package", "old"), [("llama_cpp_python", "0.2.90"), ("websockets", "9.1"), ("jinja2", "3.1.5")])
-def test_package_that_is_too_old_is_named_in_one_line(package: str, old: str, models: Path, tmp_path: Path) -> None:
-    info = tmp_path / "old" / f"{package}-{old}.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {old}\n")
-    args: list[str | Path] = ["generate", "recital", "--chat", "--prompt", "hi", "--models-dir", models]
-    assert_failed(shimmy(*args, home=tmp_path, env={"PYTHONPATH": str(info.parent)}), 1, old)
-
-
-def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
-    done = shimmy(home=tmp_path)
-    assert done.returncode == 2
-    assert b"usage" in done.stdout + done.stderr
-
-
-def test_list_short_prints_names_only(models: Path, tmp_path: Path) -> None:
-    done = shimmy("list", "--short", "--models-dir", models, home=tmp_path)
-    assert done.returncode == 0
-    assert {"recital", "dice", "hollow"} <= set(done.stdout.decode().splitlines())
-
-
-def test_list_prints_a_table_with_what_matters(models: Path, tmp_path: Path) -> None:
-    text = shimmy("list", "--models-dir", models, home=tmp_path).stdout.decode()
-    (line,) = [line for line in text.splitlines() if re.search(r"\brecital\b", line)]
-    assert "F16" in line and str(LONG_CTX) in line.replace(",", "")
-    assert str(models) in text
-
-
-def test_list_without_any_model_says_so_and_succeeds(tmp_path: Path) -> None:
-    script = shutil.copy(SHIMMY, tmp_path / "shimmy.py")
-    done = shimmy("list", home=tmp_path, script=Path(script))
-    assert done.returncode == 0
-    assert b"gguf" in (done.stdout + done.stderr).lower()
-
-
-def test_list_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: Path) -> None:
-    command = f"'{sys.executable}' '{SHIMMY}' list --models-dir '{models}' | true; echo ${{PIPESTATUS[0]}}"
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
-    )
-    assert done.stderr == b""
-
-
-def test_generate_prints_only_the_text(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", "Say :", "--models-dir", models, home=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.decode().removesuffix("\n") == "Hello wide world"
-
-
-def test_generate_prints_the_same_text_as_http_for_unicode(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path)
-    assert done.stdout.decode().removesuffix("\n") == TEXTS["~"]
-
-
-@pytest.mark.parametrize("args", [[], ["--prompt", "-"]])
-def test_generate_without_a_prompt_reads_stdin(args: list[str], models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", *args, "--models-dir", models, home=tmp_path, stdin=b"say =")
-    assert done.stdout.decode().removesuffix("\n") == TEXTS["="].removesuffix("\n")
-
-
-def test_generate_stdin_is_appended_after_a_newline(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["generate", "recital", "--prompt", "Sum:", "--stdin", "--json", "--models-dir", models]
-    document = json.loads(shimmy(*args, home=tmp_path, stdin=b"log =").stdout)
-    assert document["choices"][0]["text"] == TEXTS["="]
-    assert document["usage"]["prompt_tokens"] == 1 + len("Sum:\nlog =")
-
-
-def test_generate_with_a_prompt_leaves_stdin_alone(models: Path, tmp_path: Path) -> None:
-    reading, writing = os.pipe()  # stays open: reading it would hang
-    command = [sys.executable, str(SHIMMY), "generate", "recital", "--prompt", ":", "--models-dir", str(models)]
-    done = subprocess.run(
-        command, stdin=reading, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
-    )
-    os.close(writing)
-    os.close(reading)
-    assert done.stdout.startswith(b"Hello wide world")
-
-
-def test_generate_json_prints_one_api_generate_document(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
-    document = json.loads(done.stdout)
-    assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
-    usage = document["usage"]
-    assert usage["prompt_tokens"] == 4
-    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-
-
-def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> None:
-    args = ["--json", "--max-tokens", "5", "--stop", "w03", "--temperature", "0", "--top-p", "0.9", "--top-k", "3"]
-    done = shimmy("generate", "recital", "--prompt", "=", *args, "--models-dir", models, home=tmp_path)
-    choice = json.loads(done.stdout)["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
-
-
-def test_generate_with_a_seed_repeats(models: Path, tmp_path: Path) -> None:
-    args = ["generate", "dice", "--prompt", "Once", "--seed", "5", "--temperature", "1", "--max-tokens", "20"]
-    first, second = (shimmy(*args, "--models-dir", models, home=tmp_path).stdout for _ in range(2))
-    assert first == second and first
-
-
-def test_generate_chat_applies_the_template(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = [
-        "generate",
-        "recital",
-        "--chat",
-        "--prompt",
-        "please count",
-        "--json",
-        "--models-dir",
-        models,
-    ]
-    document = json.loads(shimmy(*args, home=tmp_path).stdout)
-    assert document["choices"][0]["text"] == TEXTS["="]
-    assert document["usage"]["prompt_tokens"] == 1 + len("[user]please count[assistant]=")
-
-
-def test_generate_takes_a_path_to_a_gguf(models: Path, tmp_path: Path) -> None:
-    shutil.copy(models / "recital.gguf", tmp_path / "elsewhere.gguf")
-    done = shimmy("generate", "./elsewhere.gguf", "--prompt", ":", home=tmp_path)
+def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
+    shutil.copytree(models, tmp_path / "models")
+    done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, script=copy)
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
 
 
-def test_generate_without_a_model_name_uses_the_base_gguf(models: Path, tmp_path: Path) -> None:
-    env = {"SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
-    done = shimmy("generate", "--prompt", ":", home=tmp_path, env=env)
-    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+# ── Limits and errors ─────────────────────────────────────────────────────────────────────────────────────────────────
+# Every error has its status and its code, and says what is wrong in numbers and names.
 
 
-def test_generate_without_any_model_is_one_line_and_exit_1(tmp_path: Path) -> None:
-    script = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
-    assert_failed(shimmy("generate", "--prompt", ":", home=tmp_path, script=script), 1, "GGUF")
+def test_unknown_model_gives_exactly_the_documented_error(server: Server) -> None:
+    reply = server.generate(model="invalid-model")
+    assert reply.status == 404
+    assert reply.json() == {
+        "error": {
+            "code": "model_not_found",
+            "message": "The specified model was not found",
+            "details": "Model 'invalid-model' is not available",
+        }
+    }
 
 
-def test_generate_writes_utf_8_whatever_the_locale(models: Path, tmp_path: Path) -> None:
-    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path, env=env)
-    assert done.stdout.decode().removesuffix("\n") == TEXTS["~"], done.stderr
+def test_v1_unknown_model_is_model_not_found(server: Server) -> None:
+    error = assert_error(server.chat(model="nonesuch"), 404, "model_not_found", "nonesuch")
+    assert (error["type"], error["param"]) == ("not_found_error", "model")
 
 
-def test_generate_with_a_schema_file_prints_json_of_that_schema(models: Path, tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes", "no"]}')
-    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path)
-    assert json.loads(done.stdout) in ("yes", "no"), done.stderr
+def test_prompt_beyond_the_context_gives_both_numbers(server: Server) -> None:
+    assert_error(server.generate("a" * 300, "dice"), 400, "context_length_exceeded", "300", "256")
 
 
-@pytest.mark.parametrize("schema", ["{", "[]", "\xff", '{"type": "wrong"}', '{"$ref": "#/nowhere"}'])
-def test_generate_with_a_schema_that_is_none_is_one_line(schema: str, models: Path, tmp_path: Path) -> None:
-    (tmp_path / "schema.json").write_text(schema, "latin-1")
-    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
-    done = shimmy(*args, home=tmp_path)
-    assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
+def test_prompt_far_beyond_the_context_is_400_not_413(server: Server) -> None:
+    assert_error(server.generate("a" * 500_000, "dice"), 400, "context_length_exceeded", "500000", "256")
 
 
-def test_generate_with_a_stranger_on_the_port_loads_the_model_itself(models: Path, tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as stranger:
-        threading.Thread(target=lambda: stranger.accept()[0].sendall(b"220 mail.example ESMTP\r\n"), daemon=True).start()
-        env = {"SHIMMY_PORT": str(stranger.getsockname()[1]), "SHIMMY_MODEL_PATHS": str(models)}
-        done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, env=env)
-    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+def test_v1_prompt_beyond_the_context_gives_both_numbers(server: Server) -> None:
+    reply = server.post("/v1/completions", {"model": "dice", "prompt": "a" * 300})
+    error = assert_error(reply, 400, "context_length_exceeded", "300", "256")
+    assert error["type"] == "invalid_request_error"
 
 
-def test_generate_with_an_unknown_model_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "nonesuch", "--prompt", ":", "--models-dir", models, home=tmp_path)
-    assert_failed(done, 1, "nonesuch")
+def test_stream_error_before_the_first_byte_keeps_its_status(server: Server) -> None:
+    assert_error(server.generate(model="nonesuch", stream=True), 404, "model_not_found")
+    assert_error(server.generate("a" * 300, model="dice", stream=True), 400, "context_length_exceeded")
+    assert_error(server.generate(temperature=9, stream=True), 400, "invalid_request")
 
 
-def test_generate_with_a_model_that_does_not_load_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
-    assert_failed(shimmy("generate", "hollow", "--prompt", ":", "--models-dir", models, home=tmp_path), 1, "load")
+def test_late_prompt_that_is_too_long_keeps_its_status(server: Server) -> None:
+    body = {"model": "recital", "prompt": [":", "x" * (LONG_CTX + 5)], "stream": True}
+    assert_error(server.post("/v1/completions", body), 400, "context_length_exceeded")
 
 
-def test_generate_with_a_missing_file_is_one_line_and_exit_1(tmp_path: Path) -> None:
-    assert_failed(shimmy("generate", "./missing.gguf", "--prompt", ":", home=tmp_path), 1, "missing.gguf")
+# ── The machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Memory and versions, as the server reports them.
 
 
-def test_generate_beyond_the_context_names_both_numbers(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["generate", "recital", "--ctx", "128", "--prompt", "a" * 200, "--models-dir", models]
-    assert_failed(shimmy(*args, home=tmp_path), 1, "201", "128")
+def test_health_counts_the_memory_of_engines(server: Server) -> None:
+    def megabytes() -> float:
+        number, unit = re.findall(r"([\d.]+)([KMG]B)", server.get("/health").json()["memory_usage"])[0]
+        return float(number) * {"KB": 1 / 1024, "MB": 1, "GB": 1024}[unit]
 
-
-def write_lora(path: Path) -> Path:
-    """An adapter under which a prompt's last ":" is followed by the "=" script from w30 on."""
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_type("adapter")
-    writer.add_string("adapter.type", "lora")
-    writer.add_float32("adapter.lora.alpha", 1.0)
-    width = 32 * (len(VOCABULARY) // 32 + 1)
-    before, after = np.zeros((1, width), np.float32), np.zeros((len(VOCABULARY), 1), np.float32)
-    before[0, TOKEN_ID["<0x3A>"]] = after[TOKEN_ID["w30 "], 0] = 5
-    writer.add_tensor("output.weight.lora_a", before)
-    writer.add_tensor("output.weight.lora_b", after)
-    finish(writer)
-    return path
-
-
-def test_generate_with_a_lora_adapter(models: Path, tmp_path: Path) -> None:
-    adapter = write_lora(tmp_path / "adapter.gguf")
-    done = shimmy("generate", "recital", "--prompt", ":", "--lora", adapter, "--models-dir", models, home=tmp_path)
-    assert done.stdout.decode().split() == [f"w{i}" for i in range(30, 40)], done.stderr
-
-
-def test_generate_takes_the_engines_knobs(models: Path, tmp_path: Path) -> None:
-    knobs = [
-        "--threads",
-        "1",
-        "--batch",
-        "32",
-        "--no-mmap",
-        "--kv-type",
-        "q8_0",
-        "--gpu-layers",
-        "0",
-        "--parallel",
-        "2",
-    ]
-    done = shimmy("generate", "recital", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models, home=tmp_path)
-    assert done.stdout.decode().split() == TEXTS["="].split(), done.stderr
-
-
-def test_generate_survives_a_closed_pipe(models: Path, tmp_path: Path) -> None:
-    command = (
-        f"'{sys.executable}' '{SHIMMY}' generate recital --models-dir '{models}' --ctx {LONG_CTX}"
-        f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
-    )
-    done = subprocess.run(
-        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
-    )
-    assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
-
-
-def test_generate_flushes_each_piece_and_ctrl_c_exits_130(models: Path, tmp_path: Path) -> None:
-    args = ["generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
-    running = subprocess.Popen(
-        [sys.executable, str(SHIMMY), *args, "--models-dir", str(models)], cwd=tmp_path, env=environment(tmp_path),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-    )  # fmt: skip
-    assert running.stdout and running.stdout.read(10) == b"Tick tock "
-    os.killpg(running.pid, signal.SIGINT)  # a terminal sends it to the whole group
-    _, stderr = running.communicate(timeout=HANG)
-    assert running.returncode == 130 and b"Traceback" not in stderr
-
-
-def through(server: Server, models: Path) -> dict[str, str]:
-    """Settings under which `generate` finds the server and could also load the model itself."""
-    return {"SHIMMY_PORT": str(server.port), "SHIMMY_MODEL_PATHS": str(models)}
-
-
-def test_generate_uses_a_running_server_that_has_the_model_loaded(server: Server, models: Path, tmp_path: Path) -> None:
-    server.load("recital")
-    before = server.status("recital")["last_used"]
-    done = shimmy("generate", "recital", "--prompt", "=", home=tmp_path, env=through(server, models))
-    assert done.stdout.decode().removesuffix("\n") == TEXTS["="]
-    assert server.status("recital")["last_used"] != before
-
-
-def test_generate_loads_the_model_itself_when_the_server_has_not(server: Server, models: Path, tmp_path: Path) -> None:
     server.unload("recital")
-    done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, env=through(server, models))
-    assert done.stdout.startswith(b"Hello wide world"), done.stderr
-    assert server.status("recital")["status"] == "unloaded"
-
-
-def test_generate_local_never_asks_a_server(server: Server, models: Path, tmp_path: Path) -> None:
+    without = megabytes()
     server.load("recital")
-    before = server.status("recital")["last_used"]
-    done = shimmy("generate", "recital", "--local", "--prompt", ":", home=tmp_path, env=through(server, models))
-    assert done.stdout.startswith(b"Hello wide world")
-    assert server.status("recital")["last_used"] == before
+    assert megabytes() > without + 5
 
 
-def test_generate_through_a_server_gives_its_error_in_one_line(server: Server, models: Path, tmp_path: Path) -> None:
-    server.load("dice")
-    done = shimmy("generate", "dice", "--prompt", "a" * 300, home=tmp_path, env=through(server, models))
-    assert_failed(done, 1, "300", "256")
-
-
-def test_generate_through_a_server_that_dies_fails_in_one_line(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
-    server.load("recital")
-    command = [sys.executable, str(SHIMMY), "generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX)]
-    env = environment(tmp_path, through(server, models))
-    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
-        assert running.stdout and running.stdout.read(5) == b"Tick "
-        server.process.kill()
-        _, stderr = running.communicate(timeout=HANG)
-    assert running.returncode == 1 and len(stderr.splitlines()) == 1 and b"Traceback" not in stderr
-
-
-def test_generate_through_a_server_survives_a_closed_pipe(server: Server, models: Path, tmp_path: Path) -> None:
-    server.load("recital")
-    command = f"'{sys.executable}' '{SHIMMY}' generate recital --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
-    env = environment(tmp_path, through(server, models))
-    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=HANG, check=False)
-    assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the server stops generating")
-
-
-def test_probe_json_reports_what_it_measured(models: Path, tmp_path: Path) -> None:
-    done = shimmy("probe", "recital", "--json", "--models-dir", models, home=tmp_path)
-    report = json.loads(done.stdout)
-    assert report["model"] == "recital" and report["context_length"] > 0
-    for figure in ("load_seconds", "memory_bytes", "prompt_tokens_per_second", "generated_tokens_per_second"):
-        assert report[figure] > 0, figure
-
-
-def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp_path: Path) -> None:
-    done = shimmy("probe", "dice", "--models-dir", models, home=tmp_path)
-    assert done.returncode == 0 and b"tokens/s" in done.stdout
-    assert b"\r" not in done.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
-def test_probe_draws_a_progress_bar_on_a_terminal(models: Path, tmp_path: Path) -> None:
-    mine, its = os.openpty()
-    command = [sys.executable, str(SHIMMY), "probe", "recital", "--json", "--models-dir", str(models)]
-    done = subprocess.run(command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True)
-    os.close(its)
-    assert b"\r" in os.read(mine, 65536) and json.loads(done.stdout)["model"] == "recital"
-    os.close(mine)
-
-
-def test_probe_of_a_model_that_does_not_load_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
-    assert_failed(shimmy("probe", "hollow", "--models-dir", models, home=tmp_path), 1, "load")
-
-
-def test_diag_json_names_versions_memory_and_directories(models: Path, tmp_path: Path) -> None:
-    done = shimmy("diag", "--json", "--models-dir", models, home=tmp_path)
-    report = json.loads(done.stdout)
+def test_diag_over_http_has_what_the_command_has(server: Server, models: Path) -> None:
+    report = server.get("/diag").json()
     assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
     assert str(models) in [entry["path"] for entry in report["directories"]]
 
 
-def test_diag_prints_text_and_says_whether_a_server_answers(server: Server, tmp_path: Path) -> None:
-    here = shimmy("diag", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
-    away = shimmy("diag", home=tmp_path)
-    assert here.returncode == away.returncode == 0
-    assert b"llama" in here.stdout and here.stdout != away.stdout
+# ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What a body may hold, on every route that takes one.
+
+MALFORMED = {
+    "nothing": b"",
+    "half": b'{"model": "recital", ',
+    "a list": b"[]",
+    "a string": b'"prompt"',
+    "null": b"null",
+    "two documents": b"{} {}",
+    "NaN": b'{"model": "recital", "prompt": ":", "temperature": NaN}',
+    "Infinity": b'{"model": "recital", "prompt": ":", "x": -Infinity}',
+    "a huge float": b'{"model": "recital", "prompt": ":", "temperature": 1e999}',
+    "invalid UTF-8": b'{"model": "recital", "prompt": "\xff:"}',
+    "UTF-16": '{"model": "recital", "prompt": ":"}'.encode("utf-16"),
+    "a lone surrogate": b'{"model": "recital", "prompt": "\\ud800:"}',
+    "a lone surrogate in a key": b'{"model": "recital", "prompt": ":", "\\udfff": 1}',
+    "70 levels": b'{"model": "recital", "prompt": ":", "x": ' + b"[" * 70 + b"]" * 70 + b"}",
+    "100000 levels": b'{"model": "recital", "prompt": ":", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    "a number of 5000 digits": b'{"model": "recital", "prompt": ":", "max_tokens": -' + b"1" * 5000 + b"}",
+}
 
 
-# ---------------------------------------------------------------------------------------------------
-# serve: addresses, environment, signals
-# ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("kind", list(MALFORMED))
+def test_malformed_body_is_400(kind: str, path: str, server: Server) -> None:
+    error = assert_error(server.post(path, MALFORMED[kind]), 400, "invalid_request")
+    assert ("type" in error) == path.startswith("/v1")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return sock.getsockname()[1]
+def test_body_of_quotes_is_refused_in_linear_time(server: Server) -> None:
+    assert_error(server.post("/api/generate", b"[" + b"[]," * 80 + b'"' + b'\\"' * 500_000), 400, "invalid_request")
 
 
-def test_serve_prints_one_line_with_its_url(server: Server) -> None:
-    assert server.first_line.count("\n") == 1
-    assert f"http://127.0.0.1:{server.port}" in server.first_line
+@pytest.mark.parametrize(("levels", "status"), [(64, 200), (65, 400)])
+def test_json_may_be_64_levels_deep(levels: int, status: int, server: Server) -> None:
+    lists = levels - 1  # the object is the first level
+    body = b'{"model": "recital", "prompt": ":", "x": ' + b"[" * lists + b"]" * lists + b"}"
+    assert server.post("/api/generate", body).status == status
 
 
-def test_serve_on_a_taken_port_is_one_line_and_exit_1(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        assert_failed(shimmy("serve", "--port", port, home=tmp_path), 1, port)
+def test_surrogate_pair_and_escapes_are_one_character(server: Server) -> None:
+    body = b'{"model": "recital", "prompt": "\\ud83d\\ude00:"}'
+    assert server.post("/api/generate", body).json()["usage"]["prompt_tokens"] == 1 + 4 + 1
 
 
-def test_serve_port_wins_over_bind(serve: Callable[..., Server]) -> None:
-    port = free_port()
-    server = serve("--bind", "127.0.0.1:1", "--port", str(port), own_port=True)
-    assert server.port == port and server.get("/health").status == 200
+def test_null_fields_are_absent_and_unknown_ones_ignored(server: Server) -> None:
+    names = ("max_tokens", "temperature", "stream", "top_p", "seed", "stop", "ignore_eos")
+    nulls: dict[str, Any] = dict.fromkeys(names)
+    assert server.generate(**nulls, colour="blue", options={"deep": [1]}).text == "Hello wide world"
 
 
-def test_serve_takes_the_port_from_bind(serve: Callable[..., Server]) -> None:
-    port = free_port()
-    server = serve("--bind", f"127.0.0.1:{port}", env={"SHIMMY_PORT": "1"}, own_port=True)
-    assert server.port == port and server.get("/health").status == 200
-
-
-def test_serve_on_ipv6_loopback(serve: Callable[..., Server]) -> None:
-    try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("no IPv6 here")
-    server = serve("--bind", "[::1]:0", own_port=True)
-    server.host = "::1"
-    assert f"[::1]:{server.port}" in server.first_line
-    assert server.get("/health", Host=f"[::1]:{server.port}").status == 200
-
-
-def test_serve_settings_come_from_the_environment(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    port = free_port()
-    write_header(tmp_path / "one" / "first-path.gguf")
-    write_header(tmp_path / "two" / "second-path.gguf")
-    env = {
-        "SHIMMY_BASE_GGUF": str(models / "recital.gguf"),
-        "SHIMMY_MODEL_PATHS": f"{tmp_path / 'one'};{tmp_path / 'two'}",
-        "SHIMMY_BIND_ADDRESS": "127.0.0.1",
-        "SHIMMY_PORT": str(port),
-        "SHIMMY_API_KEY": "k3y",
-        "SHIMMY_MAX_CTX": "128",
+def test_limits_are_inside_their_ranges(server: Server) -> None:
+    lowest: dict[str, Any] = {
+        "temperature": 0,
+        "top_p": 0,
+        "min_p": 0,
+        "presence_penalty": -2,
+        "frequency_penalty": -2,
+        "seed": -1,
     }
-    server = serve(env=env, own_port=True)
-    key = {"Authorization": "Bearer k3y"}
-    listed = server.get("/api/models", **key).json()["models"]
-    assert server.port == port
-    assert listed[0]["description"] == "Base GGUF model: recital"
-    assert {"first-path", "second-path"} <= {model["id"] for model in listed}
-    assert server.get("/api/models").status == 401
-    body = {"model": "default", "prompt": "a" * 300}
-    assert_error(server.post("/api/generate", body, **key), 400, "context_length_exceeded", "301", "128")
+    highest: dict[str, Any] = {
+        "temperature": 5,
+        "top_p": 1,
+        "min_p": 1,
+        "presence_penalty": 2,
+        "frequency_penalty": 2,
+        "seed": 2**32,
+    }
+    for fields in (lowest, highest):
+        assert server.generate(model="dice", max_tokens=2, **fields).status == 200
 
 
-def test_serve_flag_wins_over_the_environment(serve: Callable[..., Server], models: Path) -> None:
-    env = {"SHIMMY_PORT": "1", "SHIMMY_API_KEY": "other", "SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
-    server = serve("--api-key", "mine", "--model", "dice", "--models-dir", models, env=env)
-    reply = server.get("/api/models", **{"x-api-key": "mine"})
-    assert server.port != 1
-    assert reply.json()["models"][0]["description"] == "Base GGUF model: dice"
+WRONG_VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # and the bounds that the message has to name
+    "max_tokens": ([0, -1, 1.5, "5", True, [], {}], ("1",)),
+    "temperature": ([-0.1, 5.1, "hot", True, [1]], ("0", "5")),
+    "top_p": ([-0.1, 1.1, "x"], ("0", "1")),
+    "min_p": ([-0.1, 1.1, "x"], ("0", "1")),
+    "presence_penalty": ([-2.1, 2.1, "x"], ("-2", "2")),
+    "frequency_penalty": ([-2.1, 2.1, False], ("-2", "2")),
+    "top_k": ([1.5, "x"], ()),
+    "repeat_penalty": (["x", [], True], ()),
+    "seed": ([1.5, "7", []], ()),
+    "stream": (["yes", 1], ()),
+    "ignore_eos": (["no", 0], ()),
+    "stop": ([5, [1], {"a": 1}, ["x"] * 17], ()),
+}
+WRONG_FIELDS = [(field, value, bounds) for field, (values, bounds) in WRONG_VALUES.items() for value in values]
 
 
-def test_serve_bind_address_variable_may_hold_the_port(serve: Callable[..., Server]) -> None:
-    port = free_port()
-    server = serve(env={"SHIMMY_BIND_ADDRESS": f"127.0.0.1:{port}"}, own_port=True)
-    assert server.port == port
+@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
+def test_wrong_field_is_400_naming_it_and_its_bounds(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
+    assert_error(server.generate(**{field: value}), 400, "invalid_request", field, *bounds)
 
 
-def test_serve_beyond_loopback_without_a_key_is_refused(tmp_path: Path) -> None:
-    done = shimmy("serve", "--bind", "0.0.0.0", "--port", "0", home=tmp_path)
-    assert done.returncode in (1, 2) and b"Traceback" not in done.stderr
-    assert b"--api-key" in done.stderr and b"--insecure" in done.stderr
+@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
+def test_wrong_field_on_v1_carries_type_and_param(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
+    error = assert_error(server.chat(**{field: value}), 400, "invalid_request", field, *bounds)
+    assert (error["type"], error["param"]) == ("invalid_request_error", field)
 
 
-@pytest.mark.parametrize("flags", [["--insecure"], ["--api-key", "k3y"]])
-def test_serve_beyond_loopback_when_told_so(flags: list[str], serve: Callable[..., Server]) -> None:
-    server = serve("--bind", "0.0.0.0", *flags)
-    assert server.get("/health", Host="some.lan.name").status == 200
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [({"prompt": ":"}, "model"), ({"model": None, "prompt": ":"}, "model"), ({"model": 5, "prompt": ":"}, "model"),
+     ({"model": "recital"}, "prompt"), ({"model": "recital", "prompt": None}, "prompt"),
+     ({"model": "recital", "prompt": 5}, "prompt"), ({"model": "recital", "prompt": ["a"]}, "prompt"),
+     ({"model": "recital", "messages": "hi"}, "messages"), ({"model": "recital", "messages": []}, "messages"),
+     ({"model": "recital", "messages": [{"role": "user", "content": "x"}], "system": 5}, "system")],
+)  # fmt: skip
+def test_generate_without_what_it_needs_is_400_naming_it(body: Any, field: str, server: Server) -> None:
+    assert_error(server.post("/api/generate", body), 400, "invalid_request", field)
 
 
-def test_serve_with_an_unknown_default_model_says_so(models: Path, tmp_path: Path) -> None:
-    done = shimmy("serve", "--port", "0", "--model", "./nowhere.gguf", "--models-dir", models, home=tmp_path)
-    assert_failed(done, 1, "nowhere.gguf")
+@pytest.mark.parametrize("seed", [2**63, 2**64, -(2**70)])
+def test_seed_of_any_size_is_never_a_server_error(seed: int, server: Server) -> None:
+    assert server.generate(seed=seed).status in (200, 400)
 
 
-def test_serve_preload_and_model_by_path(serve: Callable[..., Server], tmp_path: Path) -> None:
-    path = write_recital(tmp_path / "far" / "Far_Away.gguf", name="Far Away")
-    server = serve("--model", path, "--preload")
-    eventually(lambda: server.status("default")["status"] == "loaded", "the default model is loaded by itself")
-    assert server.status("default")["model"] == "far-away"
-    assert server.generate(model="far-away").text == "Hello wide world"
+@pytest.mark.parametrize("prompt", ["", "\0:", "<|im_end|>:", "</s>:", "\u2028:"])
+def test_odd_prompts_are_never_a_server_error(prompt: str, server: Server) -> None:
+    reply = server.generate(prompt)
+    assert reply.status in (200, 400) and (reply.status == 400 or reply.text == "Hello wide world")
 
 
-def test_serve_listens_without_llama_cpp_and_names_it_when_needed(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "stub").mkdir()
-    (tmp_path / "stub" / "llama_cpp.py").write_text("raise ImportError('no llama here')")
-    server = serve("--models-dir", models, env={"PYTHONPATH": str(tmp_path / "stub")})
-    assert server.get("/health").status == 200 and "recital" in server.ids()
-    reply = server.generate()
-    assert reply.status in (500, 503) and b"llama" in reply.body and b"Traceback" not in reply.body
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"messages": None}, "messages"), ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"),
+     ({"messages": [1]}, "messages"), ({"messages": [{"content": "x"}]}, "role"),
+     ({"messages": [{"role": 5, "content": "x"}]}, "role"), ({"messages": [{"role": "user"}]}, "content"),
+     ({"messages": [{"role": "user", "content": 5}]}, "content"),
+     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
+     ({"messages": [{"role": "user", "content": ["x"]}]}, "content"),
+     ({"tools": "x"}, "tools"), ({"tools": [{}]}, "tools"), ({"tools": [{"type": "function"}]}, "tools"),
+     ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools"), ({"tool_choice": "maybe"}, "tool_choice"),
+     ({"stream_options": "x"}, "stream_options"), ({"n": 0}, "n"), ({"n": 17}, "n"), ({"n": "two"}, "n"),
+     ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"logit_bias": []}, "logit_bias"),
+     ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"1": 101}}, "logit_bias"),
+     ({"model": 5}, "model"), ({"tools": [ADD] * 500}, "tools"), ({"top_logprobs": 2}, "top_logprobs"),
+     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logprobs": "yes"}, "logprobs")],
+)  # fmt: skip
+def test_chat_bad_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
+    error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request", param)
+    assert error["type"] == "invalid_request_error" and param in error["param"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_serve_ends_cleanly_on_a_signal(number: int, serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models)
-    assert server.generate().status == 200
-    children = descendants(server.process.pid)
-    os.killpg(server.process.pid, number)
-    assert server.process.wait(HANG) == 0
-    assert children and "Traceback" not in server.log.read_text()
-    eventually(lambda: not any(map(alive, children)), "no child is left")
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"response_format": {"type": "json_object"}}, "response_format"),
+     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
+     ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
+     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
+     ({"tools": [{"type": "builtin", "name": "calculator"}]}, "tools")],
+)  # fmt: skip
+def test_chat_field_that_is_not_built_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
+    error = assert_error(server.chat(**fields), 400, "invalid_request", param)
+    assert param in error["param"]
 
 
-def test_serve_ends_although_connections_are_open(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models)
-    with contextlib.ExitStack() as stack:
-        idle, half = (stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(2))
-        idle.sendall(head_of("GET", "/health"))
-        half.sendall(b"POST /api/generate HTTP/1.1\r\nContent-Le")
-        assert read_reply(idle).status == 200
-        ws = stack.enter_context(server.ws())
-        server.signal(signal.SIGTERM)
-        assert server.process.wait(HANG) == 0
-        with pytest.raises(ConnectionClosed):
-            ws.recv(HANG)
-    assert "Traceback" not in server.log.read_text()
+@pytest.mark.parametrize("field", ["suffix", "echo", "best_of"])
+def test_completions_field_that_is_not_built_is_400_naming_it(field: str, server: Server) -> None:
+    value = {"suffix": "end", "echo": True, "best_of": 2}[field]
+    reply = server.post("/v1/completions", {"model": "recital", "prompt": ":", field: value})
+    assert assert_error(reply, 400, "invalid_request", field)["param"] == field
 
 
-def test_serve_stays_up_when_the_preloaded_model_fails(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--model", "hollow", "--preload")
-    eventually(lambda: server.status("hollow")["status"] == "failed", "the load fails")
-    assert server.generate(":", "recital").text == "Hello wide world"
+def test_chat_response_format_text_is_the_default(server: Server) -> None:
+    assert server.chat(response_format={"type": "text"}).message["content"] == "Hello wide world"
 
 
-def test_serve_lets_a_stream_finish_before_it_ends(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models)
-    body = {"model": "recital", "prompt": "#", "max_tokens": 1000}
-    with server.stream("/api/generate", body) as stream:
-        first = next(stream)
-        server.signal(signal.SIGTERM)
-        rest = list(stream)
-    assert len(joined([first, *rest]).split()) == 1000
-    assert rest[-1] == "[DONE]" and server.process.wait(HANG) == 0
+@pytest.mark.parametrize("prompt", [[":", "="], [[1, TOKEN_ID["<0x3A>"]], [1, TOKEN_ID["<0x3D>"]]]])
+def test_completions_take_several_prompts_as_text_or_tokens(prompt: Any, server: Server) -> None:
+    choices = server.post("/v1/completions", {"model": "recital", "prompt": prompt, "max_tokens": 50}).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1]
+    assert [choice["text"] for choice in choices] == [TEXTS[":"], TEXTS["="]]
 
 
-def test_serve_ends_at_once_on_a_second_signal(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
-    with server.endless() as stream:
-        next(stream)
-        children = descendants(server.process.pid)
-        server.signal(signal.SIGTERM)
-        time.sleep(0.3)  # two signals at the same moment are one
-        server.signal(signal.SIGTERM)
-        server.process.wait(HANG)
-    eventually(lambda: not any(map(alive, children)), "the engine ends")
+@pytest.mark.parametrize("prompt", [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]])
+def test_completions_with_a_prompt_that_is_none_are_400(prompt: Any, server: Server) -> None:
+    assert_error(server.post("/v1/completions", {"model": "recital", "prompt": prompt}), 400, "invalid_request", "prompt")
 
 
-@linux
-def test_serve_killed_outright_leaves_no_engine_behind(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
-    with server.endless() as stream:
-        next(stream)
-        children = descendants(server.process.pid)
-        server.process.kill()
-        server.process.wait(HANG)
-    assert children
-    eventually(lambda: not any(map(alive, children)), "every child ends by itself")
+def test_completions_without_a_prompt_is_400(server: Server) -> None:
+    assert_error(server.post("/v1/completions", {"model": "recital"}), 400, "invalid_request", "prompt")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Discovery and metadata
-# ---------------------------------------------------------------------------------------------------
+def test_token_id_outside_the_vocabulary_names_its_bounds(server: Server) -> None:
+    reply = server.post("/v1/completions", {"model": "recital", "prompt": [-5]})
+    assert assert_error(reply, 400, "invalid_request", "0…")["param"] == "prompt"
 
 
-def hf_snapshot(hub: Path, repo: str, write: Callable[[Path], Path], stem: str) -> None:
-    """The hub cache's layout: a snapshot of symlinks into blobs named by their digest."""
-    folder = hub / f"models--{repo.replace('/', '--')}"
-    snapshot = folder / "snapshots" / ("0" * 40)
-    (folder / "blobs").mkdir(parents=True)
-    snapshot.mkdir(parents=True)
-    written = write(folder / "new" / f"{stem}.gguf").parent
-    for file in list(written.glob("*.gguf")):
-        blob = folder / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
-        file.rename(blob)
-        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
-    written.rmdir()
-    (folder / "refs").mkdir()
-    (folder / "refs" / "main").write_text("0" * 40)
-
-
-def ollama_model(store: Path, name: str, tag: str, digest: str | None = None) -> None:
-    """The layout of Ollama's store: a manifest whose model layer names a blob."""
-    made = write_header(store / "new.gguf", name=name)
-    real = hashlib.sha256(made.read_bytes()).hexdigest()
-    (store / "blobs").mkdir(parents=True, exist_ok=True)
-    made.rename(store / "blobs" / f"sha256-{real}")
-    manifest = store / "manifests" / "registry.ollama.ai" / "library" / name / tag
-    manifest.parent.mkdir(parents=True, exist_ok=True)
-    layers = [
-        {"mediaType": "application/vnd.ollama.image.license", "digest": "sha256:" + "1" * 64, "size": 1},
-        {"mediaType": "application/vnd.ollama.image.model", "digest": digest or f"sha256:{real}", "size": 1},
-    ]
-    manifest.write_text(json.dumps({"schemaVersion": 2, "layers": layers}))
-
-
-def with_bytes(path: Path, offset: int, data: bytes) -> Path:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
-    return path
+# ── Model files ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# What `list` finds on a disk, and what it says of each file.
 
 
 def write_skipped(folder: Path) -> None:
@@ -1414,6 +1278,12 @@ def test_list_gives_equal_stems_different_ids(found: Listing) -> None:
     assert len(set(ids)) == 2 and all(key.startswith("twin") for key in ids)
 
 
+def test_list_gives_the_same_ids_again(found: Listing) -> None:
+    again = listing(found.home, "--models-dir", found.home / "odd")
+    twins = [key for side in ("left", "right") for key in found.at("odd", side, "twin.gguf")]
+    assert twins == [key for side in ("left", "right") for key in again.at("odd", side, "twin.gguf")]
+
+
 def test_list_shows_a_file_reached_twice_once(found: Listing) -> None:
     assert len([key for key in found.models if key in ("only", "same")]) == 1
 
@@ -1540,10 +1410,20 @@ def test_list_survives_any_byte_of_a_header_being_wrong(tmp_path: Path) -> None:
     assert len(result.models) + len(result.skipped) >= 151 and "whole" in result.models
 
 
-def test_list_gives_the_same_ids_again(found: Listing) -> None:
-    again = listing(found.home, "--models-dir", found.home / "odd")
-    twins = [key for side in ("left", "right") for key in found.at("odd", side, "twin.gguf")]
-    assert twins == [key for side in ("left", "right") for key in again.at("odd", side, "twin.gguf")]
+def test_odd_entries_do_not_end_discovery(tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    write_dice(folder / "dice.gguf")
+    (folder / "loop").symlink_to("loop")
+    (folder / "self.gguf").symlink_to("self.gguf")
+    (folder / "through.gguf").symlink_to(folder / "dice.gguf" / "x")
+    store = tmp_path / "store"
+    manifests = {"a": "[]", "b": '{"layers": null}', "c": '{"layers": [1]}', "d": "[" * 5000, "e": "nonsense"}
+    for name, manifest in manifests.items():
+        path = store / "manifests" / "host" / "library" / name / "latest"
+        path.parent.mkdir(parents=True)
+        path.write_text(manifest)
+    done = shimmy("list", "--short", "--models-dir", folder, home=tmp_path, env={"OLLAMA_MODELS": str(store)})
+    assert done.returncode == 0 and "dice" in done.stdout.decode().split()
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
@@ -1583,6 +1463,1185 @@ def test_generate_loads_a_sharded_model_from_a_hugging_face_snapshot(found: List
     assert done.stdout.decode().removesuffix("\n") == "Hello wide world", done.stderr
 
 
+def test_discover_finds_a_new_file_and_forgets_a_deleted_one(server: Server, models: Path) -> None:
+    late = write_header(models / "late-comer.gguf")
+    reply = server.post("/api/models/discover").json()
+    assert isinstance(reply["discovered"], int) and "late-comer" in [model["id"] for model in reply["models"]]
+    late.unlink()
+    server.post("/api/models/discover")
+    assert "late-comer" not in server.ids()
+
+
+# ── Chat ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Messages become a prompt by the model's template; its text becomes reasoning, tool calls and content.
+
+
+def test_messages_replace_the_prompt(server: Server) -> None:
+    messages = [{"role": "user", "content": "please count"}]
+    reply = server.post("/api/generate", {"model": "recital", "messages": messages, "system": "Be brief"})
+    assert reply.text == TEXTS["="]
+    rendered = "[system]Be brief[user]please count[assistant]="
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
+
+
+def test_chat_renders_every_message_with_the_models_template(server: Server) -> None:
+    messages = [
+        {"role": "system", "content": "Be brief"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": [{"type": "text", "text": "co"}, {"type": "text", "text": "unt"}]},
+    ]
+    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages})
+    rendered = "[system]Be brief[user]one[assistant]two[user]count[assistant]="
+    assert reply.message["content"] == TEXTS["="]
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
+
+
+def test_chat_without_a_template_uses_chatml(server: Server) -> None:
+    reply = server.chat("yo", "dice", max_tokens=1, ignore_eos=True)
+    assert reply.json()["usage"]["prompt_tokens"] == 3 + len("user\nyo") + 1 + len("assistant\n")
+
+
+def test_chat_template_may_use_what_hugging_face_offers(server: Server) -> None:
+    messages = [{"role": "user", "content": "unsaid"}, {"role": "user", "content": "hi"}]
+    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len("[user]hi20W")
+
+
+def test_chat_template_that_wants_arguments_as_text_gets_them_so(server: Server) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [{"role": "assistant", "content": "x", "tool_calls": [call]}, {"role": "user", "content": "hi"}]
+    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
+    assert reply.json()["usage"]["prompt_tokens"] == 1 + len('[assistant]x{"a": 1}[user]hi20W')
+
+
+def test_chat_template_that_drops_tools_has_them_described_in_the_system_text(server: Server) -> None:
+    reply = server.chat("hi", "plain", tools=[WEATHER])
+    assert [call["function"]["name"] for call in reply.message["tool_calls"]] == ["get_weather"]
+    assert reply.json()["usage"]["prompt_tokens"] > len(json.dumps(WEATHER["function"]))
+
+
+def test_chat_template_that_raises_is_400_with_its_words(server: Server) -> None:
+    reply = server.chat("mutiny")
+    assert_error(reply, 400, "invalid_request", "No mutiny on this ship")
+
+
+def test_chat_text_from_users_never_becomes_special_tokens(server: Server) -> None:
+    def tokens(content: str) -> int:
+        return server.chat(content, "dice", max_tokens=1, ignore_eos=True).json()["usage"]["prompt_tokens"]
+
+    assert tokens("a<|im_end|>b") - tokens("ab") == len("<|im_end|>")
+
+
+def test_text_of_every_noncharacter_cannot_smuggle_special_tokens(server: Server) -> None:
+    text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>"
+    assert_error(server.chat(text), 400, "invalid_request", "noncharacter")
+
+
+def test_special_token_names_in_a_tools_keys_stay_text(server: Server) -> None:
+    """As text each is many tokens, as a special token it would be one."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {name: {}}}}}
+             for name in ("<|im_end|>", "<|xx_xxx|>")]  # fmt: skip
+    used = [server.chat("hi", tools=[tool], max_tokens=1).json()["usage"]["prompt_tokens"] for tool in tools]
+    assert used[0] == used[1]
+
+
+def test_chat_tool_call_is_parsed(server: Server) -> None:
+    reply = server.chat("weather?", tools=[WEATHER])
+    (call,) = reply.message["tool_calls"]
+    assert reply.finish_reason == "tool_calls" and not reply.message["content"]
+    assert (call["type"], call["function"]["name"]) == ("function", "get_weather") and call["id"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
+
+
+def assembled(sent: list[Any]) -> list[dict[str, Any]]:
+    """Tool calls put together from their deltas, as clients do."""
+    calls: list[dict[str, Any]] = []
+    for part in (part for delta in deltas(sent) for part in delta.get("tool_calls") or []):
+        if part["index"] == len(calls):
+            calls.append({"id": part["id"], "name": part["function"]["name"], "arguments": ""})
+        calls[part["index"]]["arguments"] += part["function"].get("arguments") or ""
+    return calls
+
+
+def test_chat_tool_call_is_streamed_as_deltas(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]}
+    sent = server.streamed("/v1/chat/completions", body)
+    (call,) = assembled(sent)
+    assert call["name"] == "get_weather" and json.loads(call["arguments"]) == {"city": "Paris"}
+    assert "".join(delta.get("content") or "" for delta in deltas(sent)).strip() == ""
+    assert sent[-2]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_two_tool_calls_after_text_keep_order_and_have_unique_ids(stream: bool, server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "twice"}], "tools": [ADD]}
+    if stream:
+        sent = server.streamed("/v1/chat/completions", body)
+        content, calls = "".join(delta.get("content") or "" for delta in deltas(sent)), assembled(sent)
+    else:
+        message = server.post("/v1/chat/completions", body).message
+        content, calls = message["content"], [{"id": call["id"], **call["function"]} for call in message["tool_calls"]]
+    assert content.strip() == "Both:"
+    assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [("add", {"a": 1}), ("add", {"a": 2})]
+    assert len({call["id"] for call in calls}) == 2
+
+
+def test_chat_botched_tool_call_stays_text(server: Server) -> None:
+    reply = server.chat("botched", tools=[ADD])
+    assert "oops" in reply.message["content"] and not reply.message.get("tool_calls")
+    assert reply.finish_reason == "stop"
+
+
+def test_chat_tool_markup_without_tools_is_text(server: Server) -> None:
+    reply = server.chat("hi", "plain")
+    assert not reply.message.get("tool_calls") and reply.finish_reason == "stop"
+    assert "get_weather" in reply.message["content"]
+
+
+def test_chat_tool_choice_none_leaves_the_tools_out(server: Server) -> None:
+    reply = server.chat("weather?", tools=[WEATHER], tool_choice="none")
+    assert not reply.message.get("tool_calls") and reply.message["content"]
+
+
+def test_chat_takes_tool_results_back(server: Server) -> None:
+    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
+    messages = [
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
+    ]
+    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages, "tools": [WEATHER]})
+    assert (reply.message["content"], reply.finish_reason) == (TEXTS["S"], "stop")
+
+
+def test_chat_reasoning_is_kept_apart(server: Server) -> None:
+    message = server.chat("think").message
+    assert message["content"].strip() == "Four!!"
+    assert message["reasoning_content"].strip() == "two and two"
+
+
+def test_chat_reasoning_is_streamed_apart(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "think"}]}
+    parts = deltas(server.streamed("/v1/chat/completions", body))
+    assert "".join(part.get("content") or "" for part in parts).strip() == "Four!!"
+    assert "".join(part.get("reasoning_content") or "" for part in parts).strip() == "two and two"
+
+
+# ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
+# A JSON schema binds what the model may write, or is refused.
+
+
+def test_json_schema_binds_the_answer(server: Server) -> None:
+    schema = {"type": "string", "enum": ["yes", "no"]}
+    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=20)
+    assert json.loads(reply.text) in ("yes", "no")
+
+
+def test_json_schema_of_an_object_binds_its_keys(server: Server) -> None:
+    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
+    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=100)
+    assert json.loads(reply.text) in ({"ok": True}, {"ok": False})
+
+
+SCHEMAS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
+    ({"type": "integer", "minimum": -12, "maximum": 345}, lambda v: -12 <= v <= 345),
+    ({"enum": ["red", "green", 3, None]}, lambda v: v in ("red", "green", 3, None)),
+    ({"const": {"a": [1, 'quo"te']}}, lambda v: v == {"a": [1, 'quo"te']}),
+    ({"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4}, lambda v: 2 <= len(v) <= 4),
+    ({"type": "array", "prefixItems": [{"type": "null"}, {"const": "é"}], "items": False}, lambda v: v == [None, "é"]),
+    ({"type": "string", "minLength": 3, "maxLength": 5}, lambda v: 3 <= len(v) <= 5),
+    ({"type": "string", "format": "date"}, lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None),
+    ({"type": ["boolean", "null"]}, lambda v: v in (True, False, None)),
+    ({"anyOf": [{"const": 1}, {"const": 2}]}, lambda v: v in (1, 2)),
+    ({"allOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": {"const": 2}}, "required": ["b"]}]},
+     lambda v: v == {"a": 1, "b": 2}),
+    ({"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}, "c": {"const": 3}}, "required": ["b"]},
+     lambda v: v["b"] == 2 and set(v) <= {"a", "b", "c"}),
+    ({"$defs": {"leaf": {"enum": ["x"]}}, "type": "object", "properties": {"l": {"$ref": "#/$defs/leaf"}}, "required": ["l"]},
+     lambda v: v == {"l": "x"}),
+    ({"$defs": {"node": {"type": "object", "properties": {"v": {"const": 1}, "next": {"anyOf": [{"$ref": "#/$defs/node"},
+      {"type": "null"}], "title": "Next"}}, "required": ["v", "next"]}}, "$ref": "#/$defs/node"}, lambda v: v["v"] == 1),
+    ({"type": "object", "properties": {"n": {"type": "boolean", "nullable": True}}, "required": ["n"]},
+     lambda v: v["n"] in (True, False, None)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(SCHEMAS)))
+def test_json_schema_holds_a_random_model_to_its_documents(number: int, server: Server) -> None:
+    schema, fits = SCHEMAS[number]
+    for seed in range(2):
+        reply = server.generate("any", "dice", json_schema=schema, max_tokens=200, temperature=1, seed=seed)
+        assert fits(json.loads(reply.text)), reply.text
+
+
+def test_json_schema_with_ignore_eos_ends_when_the_document_is_complete(server: Server) -> None:
+    reply = server.generate("any", "dice", json_schema={"const": [1]}, ignore_eos=True, max_tokens=50)
+    assert json.loads(reply.text) == [1] and reply.finish_reason == "stop"
+
+
+def nested(levels: int) -> dict[str, Any]:
+    return {"type": "array", "items": nested(levels - 1)} if levels else {"type": "null"}
+
+
+IMPOSSIBLE: dict[str, Any] = {
+    "no object": 5,
+    "a list": [],
+    "no such type": {"type": "wrong"},
+    "itself": {"$ref": "#"},
+    "in a ring": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    "nowhere": {"$ref": "#/$defs/nowhere"},
+    "nothing to choose": {"enum": []},
+    "no way out": {"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1}}, "$ref": "#/$defs/n"},
+    "a bad pattern": {"type": "string", "pattern": "["},
+    "more than less": {"type": "integer", "minimum": 5, "maximum": 3},
+    "a long string": {"type": "string", "minLength": 10**9},
+    "a long list": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
+    "deep": nested(58),
+}
+
+
+@pytest.mark.parametrize("kind", list(IMPOSSIBLE))
+def test_json_schema_that_cannot_be_is_400_and_harms_nobody(kind: str, server: Server) -> None:
+    reply = server.generate("Well", "dice", json_schema=IMPOSSIBLE[kind], max_tokens=20)
+    if reply.status != 200 or kind in ("no object", "a list", "nowhere"):
+        assert_error(reply, 400, "invalid_request", "json_schema")
+
+
+@pytest.mark.parametrize("schema", [{"type": "string", "pattern": "a+"}, {"not": {}}, {"type": "what"}, {"$ref": "#/nowhere"},
+                                    {"type": "array", "uniqueItems": True}, {"enum": []}])  # fmt: skip
+def test_json_schema_that_cannot_be_honoured_is_refused_by_name(schema: dict[str, Any], server: Server) -> None:
+    assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [{"properties": 5}, {"required": 5}, {"type": "object", "required": [{}]}, {"prefixItems": 5}, {"anyOf": {}},
+     {"type": "integer", "minimum": "a"}, {"allOf": [{"properties": [1]}, {}]}, {"allOf": [{"required": 3}, {}]},
+     {"type": "array", "maxItems": 2000, "items": {"type": "string", "maxLength": 2000}}],
+)  # fmt: skip
+def test_json_schema_that_is_malformed_is_the_clients_error(schema: dict[str, Any], server: Server) -> None:
+    assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
+
+
+# ── Tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The three built-in ones, those of a file, and the bounds of each.
+
+
+def execute(server: Server, name: str, value: Any) -> Reply:
+    """Runs a tool with `value` as its one required argument."""
+    tools = {tool["name"]: tool for tool in server.get("/api/tools").json()["tools"]}
+    (argument,) = tools[name]["parameters"]["required"]
+    return server.post(f"/api/tools/{name}/execute", {argument: value})
+
+
+def assert_tool_failed(reply: Reply, *words: str) -> None:
+    answer = reply.json()
+    assert reply.status == 200 and answer["success"] is False and answer["error"], answer
+    assert "Traceback" not in answer["error"]
+    for word in words:
+        assert word in answer["error"]
+
+
+def test_tools_are_listed_with_a_json_schema(server: Server) -> None:
+    tools = {tool["name"]: tool for tool in server.get("/api/tools").json()["tools"]}
+    assert {"calculator", "file_read", "http_get", "double"} <= set(tools)
+    for tool in tools.values():
+        assert tool["description"] and tool["parameters"]["type"] == "object"
+    assert tools["double"]["description"].startswith("Twice a number.")
+    assert tools["double"]["parameters"]["properties"]["n"]["type"] == "integer"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"wrong": 1}, [], "2+2", None])
+def test_tool_arguments_outside_the_schema_are_400(arguments: Any, server: Server) -> None:
+    body = b"" if arguments is None else arguments
+    assert_error(server.post("/api/tools/calculator/execute", body), 400, "invalid_request")
+
+
+def test_tool_argument_of_the_wrong_type_is_400_naming_it(server: Server) -> None:
+    assert_error(server.post("/api/tools/double/execute", {"n": "five"}), 400, "invalid_request", "n", "integer")
+    assert_error(execute(server, "calculator", 5), 400, "invalid_request", "string")
+
+
+def test_tool_argument_null_is_absent(server: Server) -> None:
+    reply = server.post("/api/tools/stumble/execute", {"why": None})
+    assert reply.json()["error"] == "ValueError: stumbled over no reason"
+
+
+def test_tool_nobody_registered_is_not_found(server: Server) -> None:
+    assert_error(server.post("/api/tools/hammer/execute", {}), 404, "not_found", "hammer")
+
+
+def test_tool_from_a_file_runs(server: Server) -> None:
+    answer = server.post("/api/tools/double/execute", {"n": 21}).json()
+    assert answer["success"] is True and answer["result"] == 42
+
+
+def test_tool_that_raises_answers_200_without_success(server: Server) -> None:
+    assert_tool_failed(server.post("/api/tools/stumble/execute", {"why": "a stone"}), "stumbled over a stone")
+    assert_tool_failed(server.post("/api/tools/stumble/execute", {}), "no reason")
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [("import nothing_like_it", "nothing_like_it"), ("def (", "broken.py"), ("raise ValueError('so there')", "so there"),
+     ("1 / 0", "zero"), ("from shimmy import tool\n@tool\ndef f(x): ...", "x")],
+)  # fmt: skip
+def test_tools_file_that_does_not_load_is_one_line_and_exit_1(source: str, word: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text(source + "\n")
+    done = shimmy("serve", "--port", "0", "--tools", tmp_path / "broken.py", home=tmp_path)
+    assert_failed(done, 1, word)
+
+
+def test_tools_that_are_off_stay_listed_and_name_their_flag(guarded: Server) -> None:
+    key = {"Authorization": "Bearer s3cret"}
+    tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
+    assert {"calculator", "file_read", "http_get"} <= set(tools)
+    (argument,) = tools["file_read"]["parameters"]["required"]
+    reply = guarded.post("/api/tools/file_read/execute", {argument: "x"}, **key)
+    assert_tool_failed(reply, "--tool-root")
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [("2 + 3*4", 14), ("(1 + 2) / 4", 0.75), ("-7 // 2", -4), ("7 % 4", 3), ("2**10", 1024), ("sqrt(16)", 4),
+     ("abs(-3)", 3), ("floor(2.9)", 2), ("max(1, 5, 3)", 5), ("factorial(5)", 120), ("round(2.345, 1)", 2.3)],
+)  # fmt: skip
+def test_calculator_calculates(expression: str, result: float, server: Server) -> None:
+    answer = execute(server, "calculator", expression).json()
+    assert answer["success"] is True and answer["result"] == pytest.approx(result) and not answer["error"]
+
+
+def test_calculator_knows_pi_and_functions(server: Server) -> None:
+    answer = execute(server, "calculator", "sin(pi / 2) + log(e)").json()
+    assert answer["result"] == pytest.approx(2)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["1/0", "", "2 +", "__import__('os')", "().__class__", "(1).real", "[1 for _ in 'ab']", "lambda: 1", "x", "'a' * 9",
+     "open('/etc/passwd')", "9**9**9", "10**1000000", "factorial(10**6)", "1e308 * 10", "1 << 10**9", "sqrt(-1)",
+     "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2",
+     "(-8) ** 0.5", "2 ** 500000", "factorial(-1)"],
+)  # fmt: skip
+def test_calculator_refuses_what_is_no_bounded_arithmetic(expression: str, server: Server) -> None:
+    reply = execute(server, "calculator", expression)
+    if expression or reply.status != 400:
+        assert_tool_failed(reply)
+
+
+@pytest.mark.parametrize("expression", ["round(5, -3000000)", "round(1.5, 10**9)", "2**100000", "9**9**9"])
+def test_calculator_work_is_bounded(expression: str, server: Server) -> None:
+    reply = server.post("/api/tools/calculator/execute", {"expression": expression})
+    assert reply.status == 200 and reply.json()["success"] is False
+
+
+@pytest.mark.parametrize("long", ["parentheses", "sum", "minuses", "digits"])
+def test_calculator_survives_a_long_expression(long: str, server: Server) -> None:
+    n = 20_000
+    text = {"parentheses": "(" * n + "1" + ")" * n, "sum": "1" + "+1" * n, "minuses": "-" * n + "1", "digits": "9" * n}
+    reply = execute(server, "calculator", text[long])
+    assert reply.status in (200, 400) and b"Traceback" not in reply.body
+    assert reply.status == 400 or reply.json()["error"] or reply.json()["result"] in (1, n + 1)
+
+
+@pytest.mark.parametrize(("path", "text"), [("note.txt", "a café note"), ("sub/deep.txt", "deep"),
+                                            ("sub/../note.txt", "a café note")])  # fmt: skip
+def test_file_read_reads_under_its_root(path: str, text: str, server: Server) -> None:
+    answer = execute(server, "file_read", path).json()
+    assert answer["success"] is True and text in json.dumps(answer["result"], ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "path", ["../secret.txt", "sub/../../secret.txt", "escape.txt", "up/secret.txt", "/etc/passwd", "missing.txt",
+             "sub", ".", "", "pipe", "note.txt\0.png", "a" * 300, "~/x", "/dev/zero", "/proc/self/environ"]
+)  # fmt: skip
+def test_file_read_refuses(path: str, server: Server) -> None:
+    reply = execute(server, "file_read", path)
+    if reply.status != 400:
+        assert_tool_failed(reply)
+    assert b'secret"' not in reply.body
+
+
+def test_file_read_takes_an_absolute_path_only_inside_the_root(server: Server, tool_root: Path) -> None:
+    assert_tool_failed(execute(server, "file_read", str(tool_root.parent / "secret.txt")))
+
+
+def test_file_read_is_capped(server: Server) -> None:
+    reply = execute(server, "file_read", "huge.bin")
+    assert reply.status == 200 and len(reply.body) < 20 << 20
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://127.0.0.1:{port}/health", "http://localhost:{port}/health", "http://[::1]:{port}/", "http://0.0.0.0:{port}/",
+     "http://2130706433:{port}/", "http://127.1:{port}/health", "http://[::ffff:127.0.0.1]:{port}/", "http://10.0.0.1/",
+     "http://192.168.1.1/", "http://169.254.169.254/latest/meta-data", "http://100.64.0.1/", "http://[fe80::1]/",
+     "http://[fc00::1]/", "http://224.0.0.1/", "file:///etc/passwd", "ftp://example.com/", "gopher://x/", "http://",
+     "nonsense", "http://user@127.0.0.1:{port}/health", "http://[64:ff9b::7f00:1]/"],
+)  # fmt: skip
+def test_http_get_refuses(url: str, server: Server) -> None:
+    reply = execute(server, "http_get", url.format(port=server.port))
+    if reply.status != 400:
+        assert_tool_failed(reply)
+    assert b"healthy" not in reply.body
+
+
+@pytest.mark.parametrize(
+    "host", ["[::7f00:1]", "[::ffff:10.0.0.1]", "[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]", "[fec0::1]", "[2002:7f00:1::]",
+             "[3fff::1]", "0.0.0.0", "100.64.0.1", "224.0.0.1"],
+)  # fmt: skip
+def test_http_get_refuses_every_address_that_is_not_global(host: str, server: Server) -> None:
+    reply = server.post("/api/tools/http_get/execute", {"url": f"http://{host}/"})
+    assert reply.json()["success"] is False and "not global" in reply.json()["error"]
+
+
+def test_http_get_refuses_a_host_that_is_not_listed(guarded: Server) -> None:
+    key = {"Authorization": "Bearer s3cret"}
+    tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
+    (argument,) = tools["http_get"]["parameters"]["required"]
+    reply = guarded.post("/api/tools/http_get/execute", {argument: "http://other.example/"}, **key)
+    assert_tool_failed(reply, "other.example")
+
+
+def test_http_get_off_names_its_flag(serve: Callable[..., Server]) -> None:
+    assert_tool_failed(execute(serve(), "http_get", "http://example.com/"), "--tool-hosts")
+
+
+# ── llama.cpp ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Tokens, sampling and text, on the real thing.
+
+
+def test_spaces_that_the_vocabulary_does_not_know_are_three_tokens_each(serve: Callable[..., Server], tmp_path: Path) -> None:
+    path = write_recital(tmp_path / "spaceless.gguf")
+    data, length = path.read_bytes(), struct.pack("<Q", 3)
+    assert data.count(length + "▁".encode()) == 1
+    path.write_bytes(data.replace(length + "▁".encode(), length + b"ooo"))
+    reply = serve("--models-dir", tmp_path, "--ctx", "16384").generate(" " * 3000 + ":", "spaceless")
+    assert reply.text == TEXTS[":"] and reply.json()["usage"]["prompt_tokens"] > 9000
+
+
+def test_special_tokens_never_leak(server: Server) -> None:
+    reply = server.generate("/")
+    assert (reply.text, reply.finish_reason) == ("Goodbye", "stop")
+
+
+def test_stream_never_splits_a_character(server: Server) -> None:
+    pieces = server.streamed("/api/generate", {"model": "recital", "prompt": "~"})[:-1]
+    texts = [piece["choices"][0]["text"] for piece in pieces]
+    assert "".join(texts) == TEXTS["~"] and not any("\ufffd" in text for text in texts)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+def test_generate_cut_inside_a_character_leaks_no_half(count: int, server: Server) -> None:
+    text = server.generate("~", max_tokens=count).text
+    assert text in ("caf", "café", "café and") and "\ufffd" not in text
+
+
+def test_stream_joined_is_the_plain_answer_for_random_bytes(server: Server) -> None:
+    body = {"model": "dice", "prompt": "Once", "seed": 3, "temperature": 1.5, "max_tokens": 120, "ignore_eos": True}
+    plain = server.post("/api/generate", body).text
+    assert joined(server.streamed("/api/generate", body)) == plain and len(plain) > 20
+
+
+@pytest.mark.parametrize("stop", ["STOP", ["STOP"], ["never", "STOP"], ["STOPPED", "STOP"]])
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_string_across_pieces_never_leaks(stop: Any, stream: bool, server: Server) -> None:
+    body = {"model": "recital", "prompt": "|", "stop": stop}
+    if stream:
+        sent = server.streamed("/api/generate", body)
+        assert (joined(sent), sent[-2]["choices"][0]["finish_reason"]) == ("alpha ", "stop")
+    else:
+        reply = server.post("/api/generate", body)
+        assert (reply.text, reply.finish_reason) == ("alpha ", "stop")
+
+
+def test_stop_string_that_only_begins_is_given_out_at_the_end(server: Server) -> None:
+    assert server.generate("|", stop=["omegaX", "STOPPX"]).text == TEXTS["|"]
+
+
+def test_stop_string_that_comes_first_wins(server: Server) -> None:
+    assert server.generate("|", stop=["TOPP", "ha S"]).text == "alp"
+
+
+@pytest.mark.parametrize("stop", [None, []])
+def test_stop_absent_stops_nothing(stop: Any, server: Server) -> None:
+    assert server.generate("|", stop=stop).text == TEXTS["|"]
+
+
+def test_chat_stop_string_never_leaks(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "stopping"}], "stop": "STOP"}
+    sent = server.streamed("/v1/chat/completions", body)
+    assert "".join(delta.get("content") or "" for delta in deltas(sent)) == "alpha "
+    assert server.chat("stopping", stop=["STOP"]).message["content"] == "alpha "
+
+
+def test_same_seed_gives_the_same_text_and_another_seed_another(server: Server) -> None:
+    def roll(seed: int) -> str:
+        return server.generate("Once", "dice", seed=seed, temperature=1, max_tokens=40, ignore_eos=True).text
+
+    assert roll(11) == roll(11) != roll(12)
+
+
+def test_without_a_seed_texts_differ(server: Server) -> None:
+    fields: dict[str, Any] = {"temperature": 1.5, "max_tokens": 40, "ignore_eos": True}
+    assert len({server.generate("Once", "dice", **fields).text for _ in range(3)}) == 3
+
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("only_best", [{"top_k": 1}, {"min_p": 1}, {"top_p": 0}])
+def test_sampling_narrowed_to_the_best_token_is_greedy(only_best: dict[str, Any], server: Server) -> None:
+    greedy = server.generate("Once", "dice", **GREEDY).text
+    assert server.generate("Once", "dice", **{**GREEDY, "temperature": 3, **only_best}).text == greedy
+
+
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repeat_penalty": 3}])
+def test_penalty_changes_a_greedy_text(penalty: dict[str, Any], server: Server) -> None:
+    greedy = server.generate("Once", "dice", **GREEDY).text
+    assert server.generate("Once", "dice", **GREEDY, **penalty).text != greedy
+
+
+def test_top_k_beyond_32_bits_means_all(server: Server) -> None:
+    ask = functools.partial(server.generate, "roll", "dice", max_tokens=12, temperature=2, seed=3, ignore_eos=True)
+    assert ask(top_k=2**32 + 1).text == ask(top_k=10**6).text
+
+
+def test_models_own_sampling_defaults_are_honoured(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """general.sampling.temp 0 in the file makes an unspecified temperature greedy."""
+    path = write_dice(tmp_path / "models" / "calm.gguf")
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(str(tmp_path / "models" / "set.gguf"), "llama")
+    for key, value in reader.fields.items():
+        if key.startswith("GGUF.") or key == "general.architecture":
+            continue
+        kind = value.types[0]
+        sub = value.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+        writer.add_key_value(key, value.contents(), kind, sub_type=sub)
+    writer.add_float32("general.sampling.temp", 0.0)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data)
+    finish(writer)
+    own = serve("--models-dir", tmp_path / "models")
+    ask = {"prompt": "roll", "max_tokens": 24, "ignore_eos": True}
+    said = [own.post("/v1/completions", {**ask, "model": "set"}).text for _ in range(2)]
+    assert said[0] == said[1] == own.post("/v1/completions", {**ask, "model": "set", "temperature": 0}).text
+    wild = {own.post("/v1/completions", {**ask, "model": "calm", "temperature": 1.5}).text for _ in range(3)}
+    assert len(wild) > 1
+
+
+def test_chat_logit_bias_forces_a_token(server: Server) -> None:
+    bias = {str(TOKEN_ID["w07 "]): 100}
+    assert server.chat("count", logit_bias=bias, max_tokens=3).message["content"] == "w07 w07 w07 "
+
+
+def test_chat_logprobs_are_given_when_asked(server: Server) -> None:
+    choice = server.chat(logprobs=True, top_logprobs=2, temperature=0).json()["choices"][0]
+    tokens = choice["logprobs"]["content"]
+    assert "".join(token["token"] for token in tokens) == "Hello wide world"
+    assert all(token["logprob"] == pytest.approx(0, abs=0.01) and len(token["top_logprobs"]) == 2 for token in tokens)
+
+
+def test_completions_logprobs_are_given_when_asked(server: Server) -> None:
+    body = {"model": "recital", "prompt": ":", "logprobs": 2, "temperature": 0}
+    logprobs = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    assert "".join(logprobs["tokens"]) == "Hello wide world"
+    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"])
+    assert logprobs["text_offset"][:3] == [0, 5, 10]
+
+
+def test_logprobs_agree_with_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
+    import llama_cpp
+
+    path = write_kind(tmp_path / "same.gguf", "llama")
+    prompt = ids("What comes next")
+    llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    llama.eval(prompt)
+    scores = llama.scores[len(prompt) - 1].astype(np.float64)
+    expected = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+    body = {"model": "llama", "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5, "ignore_eos": True}
+    shown = kinds.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    assert shown["token_logprobs"][0] == pytest.approx(expected.max(), abs=2e-2)
+    top = sorted(shown["top_logprobs"][0].values(), reverse=True)
+    assert top == pytest.approx(sorted(expected, reverse=True)[:5], abs=2e-2)
+
+
+def test_context_that_cannot_fit_is_refused_with_one_that_would(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_kind(tmp_path / "wide.gguf", "llama", context=1 << 24, kv_heads=1024)
+    large = serve("--models-dir", tmp_path, "--ctx", str(1 << 24))
+    refused = large.load("wide")
+    error = assert_error(refused, 500, "generation_failed", "would fit", "KV cache")
+    found = re.search(r"--ctx (\d+) would fit", error["details"])
+    assert found and 256 <= int(found[1]) < 1 << 24
+
+
+def test_ctx_beyond_the_models_own_is_lowered_with_a_note(tmp_path: Path) -> None:
+    write_dice(tmp_path / "dice.gguf", context=256)
+    done = shimmy("probe", "dice", "--models-dir", tmp_path, "--ctx", "4096", "--json", home=tmp_path)
+    assert json.loads(done.stdout)["context_length"] == 256 and b"using 256" in done.stderr
+
+
+# ── Scheduling ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Sequences begin, share, wait, step back and end; none loses a token or takes another's.
+
+# the tiny models are too fast to need a reader
+ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._several and self._aside", "if self._aside"))
+
+
+@pytest.fixture(scope="module")
+def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """The same models, but every prompt that arrives beside a stream is read aside."""
+    folder = tmp_path_factory.mktemp("asides")
+    for kind in KINDS:
+        write_kind(folder / f"{kind}.gguf", kind)
+    home, flags = tmp_path_factory.mktemp("asides-home"), ("--port", "0", "--models-dir", folder, "--max-loaded", "4")
+    running = Server(home, *flags, script=altered(folder, *ALL_ASIDE))
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def tight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two sequences at once in a pool that holds one, and one place in the queue."""
+    flags = ["--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64"]
+    running = Server(tmp_path_factory.mktemp("tight"), "--port", "0", "--models-dir", models, *flags)
+    running.load("recital")
+    yield running
+    running.stop()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A greedy run: token ids of every choice, their log probabilities, prompt tokens that were cached."""
+
+    choices: list[list[int]]
+    logprobs: list[float]
+    cached: int
+    usage: dict[str, Any]
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.choices[0]
+
+    def assert_same(self, other: Run) -> None:
+        """The same run but for rounding: batches of other shapes round otherwise, which may tip a tie and nothing else."""
+        pairs = zip(self.tokens, other.tokens, strict=True)
+        until = next((i for i, (mine, its) in enumerate(pairs) if mine != its), len(self.tokens) - 1)
+        assert other.logprobs[: until + 1] == pytest.approx(self.logprobs[: until + 1], abs=0.1)
+
+
+def greedy(server: Server, model: str, prompt: list[int], tokens: int = 24, **fields: Any) -> Run:
+    """A completion at temperature 0 that ignores the end of text."""
+    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
+    reply = server.post("/v1/completions", {**body, **fields})
+    assert reply.status == 200, reply.body
+    document = reply.json()
+    shown = [choice["logprobs"] for choice in document["choices"]]
+    names = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    choices = [[names[t] if t in names else int(t.strip(" w")) for t in each["tokens"]] for each in shown]
+    usage = document["usage"]
+    return Run(choices, shown[0]["token_logprobs"], usage["prompt_tokens_details"]["cached_tokens"], usage)
+
+
+def fresh(server: Server, model: str, prompt: list[int], tokens: int = 24) -> Run:
+    """The run of an engine that has seen nothing before."""
+    assert server.unload(model).status == 200
+    made = greedy(server, model, prompt, tokens)
+    assert made.cached == 0
+    return made
+
+
+def ids(words: str) -> list[int]:
+    """Token ids, one a character."""
+    return [3 + byte for byte in words.encode("ascii")]
+
+
+STORY = "In the beginning there was a very long sentence, longer than any window that slides over it, and then "
+
+
+def test_generate_stops_at_max_tokens_with_length(server: Server) -> None:
+    reply = server.generate("=", max_tokens=7)
+    assert (reply.text, reply.finish_reason) == ("".join(f"w{i:02d} " for i in range(7)), "length")
+    assert reply.json()["usage"]["completion_tokens"] == 7
+
+
+def test_generate_makes_100_tokens_by_default(server: Server) -> None:
+    assert server.generate("#").json()["usage"]["completion_tokens"] == 100
+
+
+def test_max_tokens_beyond_the_context_means_up_to_its_end(server: Server) -> None:
+    reply = server.generate("a" * 200, "dice", max_tokens=10**30, ignore_eos=True)
+    assert reply.finish_reason == "length"
+    assert reply.json()["usage"]["total_tokens"] in (255, 256)
+
+
+def test_prompt_that_just_fits_gets_one_token(server: Server) -> None:
+    reply = server.generate("a" * 255, "dice", ignore_eos=True)
+    assert (reply.json()["usage"]["completion_tokens"], reply.finish_reason) == (1, "length")
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_chat_stops_at(field: str, server: Server) -> None:
+    limit: dict[str, Any] = {field: 3}
+    reply = server.chat("count", **limit)
+    assert (reply.message["content"], reply.finish_reason) == ("w00 w01 w02 ", "length")
+
+
+def test_chat_without_max_tokens_goes_to_the_end_of_the_context(server: Server) -> None:
+    reply = server.chat("a" * 100, "dice", ignore_eos=True)
+    assert reply.finish_reason == "length" and reply.json()["usage"]["total_tokens"] in (255, 256)
+
+
+def test_ignore_eos_goes_on(server: Server) -> None:
+    reply = server.generate("=", ignore_eos=True, max_tokens=60)
+    assert reply.text == (TEXTS["="] * 2)[: 60 * 4]
+    assert reply.finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefix_reuse_gives_the_tokens_of_a_fresh_run(kind: str, kinds: Server) -> None:
+    """The same prompt again, its continuation, a fork in its middle, and the first one after all that."""
+    prompt = ids(STORY)
+    fork = [*prompt[:60], *ids("something else came up entirely")]
+    expected = fresh(kinds, kind, prompt)
+    continued = [*prompt, *ids("x" * 10), *ids(" and on it goes")]
+    expected_fork, expected_on = fresh(kinds, kind, fork), fresh(kinds, kind, continued)
+    kinds.unload(kind)
+    first, on, forked = (prompt, expected), (continued, expected_on), (fork, expected_fork)
+    for asked, wanted in [first, first, on, forked, first]:
+        wanted.assert_same(greedy(kinds, kind, asked))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_prompt_asked_again_is_cached_but_for_its_last_token(kind: str, kinds: Server) -> None:
+    kinds.unload(kind)
+    prompt = ids(STORY)
+    assert greedy(kinds, kind, prompt).cached == 0
+    assert greedy(kinds, kind, prompt).cached == len(prompt) - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_continued_text_starts_behind_what_was_generated(kind: str, kinds: Server) -> None:
+    kinds.unload(kind)
+    prompt = ids(STORY)
+    made = greedy(kinds, kind, prompt, 8)
+    longer = [*prompt, *made.tokens, *ids(" on")]
+    on = greedy(kinds, kind, longer)
+    assert on.cached == len(prompt) + 7  # all but the last token, which nobody had evaluated
+    fresh(kinds, kind, longer).assert_same(on)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_conversation_parked_outside_the_cache_comes_back_as_it_was(kind: str, kinds: Server) -> None:
+    """Idle sequences are saved, as many tokens as the pool holds, and put back."""
+    kinds.unload(kind)
+    prompts = [ids(f"{i}{STORY * 4}"[:380]) for i in range(5)]
+    said = [greedy(kinds, kind, prompt) for prompt in prompts]
+    longer = [*prompts[0], *said[0].tokens, *ids(" and")]
+    on = greedy(kinds, kind, longer)
+    assert on.cached == 380 + 23
+    fresh(kinds, kind, longer).assert_same(on)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_many_conversations_at_random_lose_and_mix_nothing(kind: str, kinds: Server) -> None:
+    """More of them than slots and than the pool holds, in an order of no pattern, several at once, some given up."""
+    kinds.unload(kind)
+    choose, talks = random.Random(4), [ids(f"{i:02d}{STORY * 4}"[: 100 + 9 * i]) for i in range(34)]
+    alone = {i: greedy(kinds, kind, talk, 8) for i, talk in enumerate(talks)}
+    order = [choose.randrange(34) for _ in range(90)]
+
+    def ask(i: int) -> Run | None:
+        if i % 3 == 0:
+            give_up(kinds, {"model": kind, "prompt": talks[i], "max_tokens": 40}, i / 20_000)
+        return greedy(kinds, kind, talks[i], 8) if i % 3 else None
+
+    with ThreadPoolExecutor(6) as pool:
+        runs = list(pool.map(ask, order))
+    for i, run in zip(order, runs, strict=True):
+        if run:
+            alone[i].assert_same(run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_prompts_read_aside_give_the_text_they_give_alone(kind: str, asides: Server) -> None:
+    """Sixteen at once: most arrive while others stream, and go through the reader's context and back."""
+    asides.unload(kind)
+    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 20 * i]) for i in range(16)]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda talk: greedy(asides, kind, talk, 40), talks))
+    for talk, run in zip(talks, together, strict=True):
+        greedy(asides, kind, talk, 40).assert_same(run)
+    for i in (3, 15):
+        fresh(asides, kind, talks[i], 40).assert_same(together[i])
+
+
+def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: int) -> None:
+    """Eight at once, on an engine that has seen nothing, say what each says alone."""
+    alone = [greedy(server, "llama", p, tokens) for p in prompts]
+    server.unload("llama")
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(lambda p: greedy(server, "llama", p, tokens), prompts))
+    for one, among in zip(alone, together, strict=True):
+        one.assert_same(among)
+
+
+NO_READER = {
+    "too little memory": ("free, need = available_memory(), ", "free, need = 0, "),
+    "refused by llama.cpp": ("self.context = Context(llama, llama.ctx", "raise LoadError('no')\n        Context(llama, 9"),
+}
+
+
+@pytest.mark.parametrize("why", NO_READER)
+def test_without_memory_for_a_reader_long_prompts_are_read_in_slices(
+    why: str, serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    write_kind(tmp_path / "llama.gguf", "llama")
+    own = serve("--models-dir", tmp_path, script=altered(tmp_path, *ALL_ASIDE, NO_READER[why]))
+    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 30 * i]) for i in range(10)]
+    assert_together_as_alone(own, talks, 40)
+    assert ("read in slices" in own.log.read_text()) == (why == "refused by llama.cpp")
+
+
+@pytest.mark.parametrize("kind", ["llama", "mamba"])
+def test_prompts_read_aside_and_given_up_leave_nothing_behind(kind: str, asides: Server) -> None:
+    asides.unload(kind)
+    alone = greedy(asides, kind, ids(STORY), 300)
+
+    def leave(i: int) -> None:
+        give_up(asides, {"model": kind, "max_tokens": 40, "prompt": [3 + i, *ids(STORY * 4)[:400]]}, i % 5 / 500)
+
+    with ThreadPoolExecutor(8) as pool:
+        streams = [pool.submit(greedy, asides, kind, ids(STORY), 300) for _ in range(2)]
+        list(pool.map(leave, range(40)))
+    for stream in streams:
+        stream.result().assert_same(alone)
+    eventually(lambda: asides.get("/health").json()["requests_running"] == 0, "the engine is idle")
+    fresh(asides, kind, ids(STORY), 300).assert_same(greedy(asides, kind, ids(STORY), 300))
+
+
+def test_n_choices_share_one_prompt(kinds: Server) -> None:
+    kinds.unload("llama")
+    made = greedy(kinds, "llama", ids(STORY), n=4)
+    assert len(made.choices) == 4 and made.choices[0][:3] == made.choices[3][:3]
+    assert made.usage["prompt_tokens"] == len(STORY)
+    assert made.usage["completion_tokens"] == 4 * 24
+
+
+def test_n_choices_differ_under_temperature_and_repeat_with_a_seed(kinds: Server) -> None:
+    ask = functools.partial(greedy, kinds, "llama", ids(STORY), temperature=1, n=3, seed=5)
+    first = ask().choices
+    assert first[0] != first[1] != first[2]
+    assert [c[:3] for c in first] == [c[:3] for c in ask().choices]
+
+
+def test_chat_n_gives_as_many_choices(server: Server) -> None:
+    choices = server.chat(n=3).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in choices} == {"Hello wide world"}
+
+
+def test_chat_n_is_streamed_by_index(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "count"}], "n": 2}
+    texts = ["", ""]
+    for event in server.streamed("/v1/chat/completions", body)[:-1]:
+        for choice in event["choices"]:
+            texts[choice["index"]] += choice["delta"].get("content") or ""
+    assert texts == [TEXTS["="]] * 2
+
+
+def test_eight_at_once_say_what_each_says_alone(kinds: Server) -> None:
+    assert_together_as_alone(kinds, [ids(f"{i} {STORY[i * 7 :]}") for i in range(8)], 16)
+
+
+def test_step_back_and_resume_gives_the_tokens_of_an_undisturbed_run(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Four of 189 tokens in a pool of 256: the youngest step back and go on where they were."""
+    write_kind(tmp_path / "llama.gguf", "llama", context=256)
+    small = serve("--models-dir", tmp_path, "--kv-pool", "256", "--parallel", "4")
+    prompts = [ids(f"{i} bottles of beer on the wall") for i in range(4)]
+    alone = [greedy(small, "llama", p, 160) for p in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda p: greedy(small, "llama", p, 160), prompts))
+    for one, among in zip(alone, together, strict=True):
+        one.assert_same(among)
+
+
+def test_shared_beginning_counts_once_when_who_read_it_has_left(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Three streams behind one beginning of 1,000 tokens in a pool of 3,000: there is room for a fourth."""
+    write_kind(tmp_path / "llama.gguf", "llama", context=8192)
+    small = serve("--models-dir", tmp_path, "--ctx", "2048", "--kv-pool", "3000")
+    body = {"model": "llama", "prompt": ids((STORY * 10)[:1000]), "max_tokens": 400, "ignore_eos": True}
+    with ThreadPoolExecutor(4) as pool:
+        reading = pool.submit(small.post, "/v1/completions", {**body, "max_tokens": 20})
+        eventually(lambda: small.status("llama")["requests_running"] == 1, "the first one reads")
+        for _ in range(3):
+            pool.submit(small.post, "/v1/completions", body)
+        reading.result()
+        with small.stream("/v1/completions", body) as fourth:
+            next(fourth)
+            assert small.status("llama")["requests_running"] == 4
+
+
+def test_pool_that_runs_out_loses_and_repeats_nothing(tight: Server) -> None:
+    with ThreadPoolExecutor() as pool:
+        replies = list(pool.map(lambda _: tight.generate("#", max_tokens=5000), range(2)))
+    assert [reply.text for reply in replies] == [("Tick " + "tock tick " * 2500)[: 5 * 5000]] * 2
+    assert {reply.finish_reason for reply in replies} == {"length"}
+
+
+def test_prompt_longer_than_a_batch_is_read_in_slices(tight: Server) -> None:
+    reply = tight.generate("a" * 3000 + "=")
+    assert reply.text == TEXTS["="]
+    assert reply.json()["usage"]["prompt_tokens"] == 3002
+
+
+def test_full_queue_answers_503_with_retry_after(tight: Server) -> None:
+    endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
+    with ThreadPoolExecutor() as pool:
+        with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
+            next(one), next(two)
+            waiting = pool.submit(tight.generate, ":")
+            eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "one waits")
+            reply = tight.generate(":")
+            assert_error(reply, 503, "overloaded")
+            assert int(reply.headers["Retry-After"]) > 0
+            assert tight.chat().json()["error"]["type"] == "overloaded_error"
+        assert waiting.result().text == "Hello wide world"
+
+
+def test_queue_beyond_its_bound_answers_503_with_retry_after(serve: Callable[..., Server], models: Path) -> None:
+    small = serve("--models-dir", models, "--parallel", "1", "--max-queue", "2", "--ctx", str(LONG_CTX))
+    with contextlib.ExitStack() as stack:
+        next(stack.enter_context(small.endless()))
+        for _ in range(2):
+            stack.enter_context(small.endless())
+        status = eventually(lambda: small.status("recital")["requests_waiting"] == 2 and small.status("recital"), "two wait")
+        assert status["requests_running"] == 1
+        refused = small.generate()
+        assert_error(refused, 503, "overloaded", "--max-queue 2")
+        assert int(refused.headers["Retry-After"]) >= 1
+    eventually(lambda: small.status("recital")["requests_waiting"] == 0, "the queue is empty")
+    assert small.generate().text == TEXTS[":"]
+
+
+def test_client_that_leaves_while_it_waits_gives_its_place_up(tight: Server) -> None:
+    endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
+    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
+    with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
+        next(one), next(two)
+        with socket.create_connection((tight.host, tight.port)) as sock:
+            sock.sendall(raw_post("/api/generate", body))
+            eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "it waits")
+        eventually(lambda: tight.status("recital")["requests_waiting"] == 0, "its place is free again")
+
+
+# ── Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Many requests at once, and clients that leave in the middle of theirs.
+
+
+def test_many_requests_at_once_are_all_answered_in_full(server: Server) -> None:
+    prompts = [":", "=", "~", "|", "/"] * 5  # more than --parallel
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        replies = list(pool.map(server.generate, prompts))
+    assert [reply.text for reply in replies] == [TEXTS[prompt] for prompt in prompts]
+
+
+def test_short_request_overtakes_a_long_one(server: Server) -> None:
+    with server.endless() as stream:
+        next(stream)
+        assert server.generate("=").text == TEXTS["="]
+        assert server.status("recital")["requests_running"] == 1
+
+
+def test_burst_of_clients_is_served_whole(server: Server) -> None:
+    with ThreadPoolExecutor(100) as pool:
+        replies = list(pool.map(lambda _: server.streamed("/api/generate", {"model": "recital", "prompt": "="}), range(100)))
+    assert all(joined(r) == TEXTS["="] and r[-1] == "[DONE]" for r in replies)
+
+
+def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
+    with server.endless() as stream:
+        next(stream)
+        done = threading.Event()
+
+        def newcomer() -> None:
+            assert server.generate("x" * 20_000 + ":", max_tokens=1).status == 200
+            done.set()
+
+        thread = threading.Thread(target=newcomer)
+        thread.start()
+        pieces = 0
+        while not done.is_set():
+            next(stream)
+            pieces += 1
+        thread.join()
+    assert pieces > 20
+
+
+def test_choices_that_speak_before_the_last_is_queued_wait_for_it(server: Server) -> None:
+    prompts = [":", "x" * 20_000 + ":", ":", "y" * 20_000 + ":"]
+    for _ in range(3):
+        stream = server.streamed("/v1/completions", {"model": "recital", "prompt": prompts, "n": 2, "max_tokens": 3})
+        assert sum(e["choices"][0]["finish_reason"] is not None for e in stream if e != "[DONE]") == 8
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/v1/completions"])
+def test_client_that_leaves_a_stream_stops_the_engine(path: str, server: Server) -> None:
+    with server.stream(path, {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}) as stream:
+        next(stream)
+        assert server.status("recital")["requests_running"] == 1
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+def test_client_that_leaves_a_plain_request_stops_the_engine(server: Server) -> None:
+    server.load("recital")
+    body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}).encode()
+    with socket.create_connection((server.host, server.port)) as sock:
+        sock.sendall(raw_post("/api/generate", body))
+        eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+def test_client_that_leaves_over_websocket_stops_the_engine(server: Server) -> None:
+    with server.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        assert json.loads(ws.recv(HANG))["token"].startswith("Tick ")
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+def test_client_that_leaves_in_mid_prompt_stops_the_engine(server: Server) -> None:
+    connection = server.connect()
+    connection.request("POST", "/api/generate", encoded({"model": "recital", "prompt": "y" * 60_000, "max_tokens": 5}))
+    eventually(lambda: server.status("recital")["requests_running"] == 1, "the prompt is being read")
+    connection.sock.close()
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the engine let go")
+    assert server.generate().text == TEXTS[":"]
+
+
+def test_dropped_streams_leave_the_engine_idle(server: Server) -> None:
+    for _ in range(30):
+        with server.endless() as stream:
+            next(stream)
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "all are gone")
+    status = server.status("recital")
+    assert status["requests_waiting"] == 0 and server.generate().text == TEXTS[":"]
+
+
+# ── Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Engines that die, never begin or are done with: the server notices, says so and keeps nothing of them.
+
+
+@linux
+def test_killed_engine_ends_its_stream_with_generation_failed_and_reloads(server: Server) -> None:
+    with server.endless() as stream:
+        next(stream)
+        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
+        rest = [event for event in stream if event != "[DONE]"]
+    assert rest[-1]["error"]["code"] == "generation_failed" and rest[-1]["error"]["message"]
+    assert server.generate("=").text == TEXTS["="]
+
+
+@linux
+def test_killed_engine_answers_plain_and_websocket_clients_with_generation_failed(server: Server) -> None:
+    server.load("recital")
+    fields: dict[str, Any] = {"prompt": "#", "max_tokens": LONG_CTX}
+    with ThreadPoolExecutor() as pool:
+        plain = pool.submit(server.generate, **fields)
+        over_ws = pool.submit(ws_ask, server, **fields)
+        over_v1 = pool.submit(server.chat, "forever", max_tokens=LONG_CTX)
+        eventually(lambda: server.status("recital")["requests_running"] == 3, "all three run")
+        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
+        assert_error(plain.result(), 500, "generation_failed")
+        assert over_ws.result()[1]["error"]["code"] == "generation_failed"
+        assert assert_error(over_v1.result(), 500, "generation_failed")["type"] == "server_error"
+    assert server.generate("=").text == TEXTS["="]
+
+
+@linux
+def test_engine_killed_while_idle_reloads_on_the_next_request(server: Server) -> None:
+    server.load("dice")
+    os.kill(server.engine("dice.gguf"), signal.SIGKILL)
+    eventually(lambda: not server.status("dice")["loaded"], "the death is noticed")
+    assert server.generate("Once", "dice", max_tokens=3, ignore_eos=True).status == 200
+
+
+def test_corrupt_tensor_type_fails_the_load_and_not_the_server(serve: Callable[..., Server], tmp_path: Path) -> None:
+    path = write_dice(tmp_path / "bad" / "corrupt.gguf")
+    data = path.read_bytes()
+    name = b"blk.0.attn_q.weight"
+    at = data.index(name) + len(name) + 4 + 2 * 8  # past the name, the dimension count and two dimensions
+    with_bytes(path, at, struct.pack("<I", 4000))
+    server = serve("--models-dir", path.parent)
+    if "corrupt" in server.ids():
+        reply = server.generate(model="corrupt")
+        assert reply.status == 500 and server.status("corrupt")["status"] == "failed"
+    assert server.get("/health").status == 200
+
+
+def test_model_that_aborts_the_engine_while_it_loads_fails_cleanly(serve: Callable[..., Server], tmp_path: Path) -> None:
+    doubled = [*VOCABULARY[:-1], VOCABULARY[-2]]  # two tokens of one text: llama.cpp calls abort()
+    write_recital(tmp_path / "bad" / "doubled.gguf", tokens=doubled)
+    write_recital(tmp_path / "bad" / "good.gguf")
+    server = serve("--models-dir", tmp_path / "bad")
+    reply = server.generate(model="doubled")
+    assert reply.status == 500 and server.status("doubled")["status"] == "failed"
+    assert server.generate(model="good").text == "Hello wide world"
+
+
+def held(server: Server) -> tuple[int, int]:
+    """Descriptors and threads of a server."""
+    return tuple(len(os.listdir(f"/proc/{server.process.pid}/{what}")) for what in ("fd", "task"))  # type: ignore[return-value]
+
+
+def assert_holds_as_before(server: Server, before: tuple[int, int]) -> None:
+    eventually(lambda: all(now <= then + 1 for now, then in zip(held(server), before, strict=True)), "as before")
+
+
+@linux
+def test_many_generations_leave_descriptors_and_threads_as_they_were(server: Server) -> None:
+    server.generate()
+    before = held(server)
+    for _ in range(100):
+        assert server.generate(max_tokens=1).status == 200
+    assert_holds_as_before(server, before)
+
+
+@linux
+def test_engines_that_ended_or_never_began_leave_no_descriptors(server: Server) -> None:
+    server.generate(model="dice", max_tokens=1)
+    before = held(server)
+    for _ in range(2):
+        assert server.unload("dice").status == 200
+        assert_error(server.load("hollow"), 500, "generation_failed")
+        server.generate(model="dice", max_tokens=1)
+        os.kill(server.engine("dice.gguf"), signal.SIGKILL)
+        eventually(lambda: server.status("dice")["status"] == "failed", "its death is known")
+        server.generate(model="dice", max_tokens=1)
+    assert_holds_as_before(server, before)
+    server.unload("dice")
+
+
+# ── Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────────
+# Names, loading, unloading, eviction, and loads that fail.
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """At most two of three equal models at once."""
+    folder = tmp_path_factory.mktemp("zoo")
+    for name in ("ant", "bee", "cat"):
+        write_recital(folder / f"{name}.gguf", name=name)
+    flags = ["--max-loaded", "2", "--ctx", str(LONG_CTX), "--keep-alive", "-1"]
+    running = Server(tmp_path_factory.mktemp("zoo-home"), "--port", "0", "--models-dir", folder, *flags)
+    yield running
+    running.stop()
+
+
+def loaded(server: Server) -> set[str]:
+    return {model["id"] for model in server.get("/api/models").json()["models"] if model["loaded"]} - {"default"}
+
+
 @pytest.mark.parametrize("name", ["recital", "Recital", "RECITAL", "reci", "default", "gpt-4o", "die"])
 def test_request_may_name_a_model_as(name: str, server: Server) -> None:
     reply = server.generate(model=name, max_tokens=1)
@@ -1606,6 +2665,12 @@ def test_request_with_an_ambiguous_prefix_is_not_found(serve: Callable[..., Serv
 def test_request_names_a_model_never_a_path(server: Server, models: Path) -> None:
     for path in (str(models / "recital.gguf"), "../models/recital.gguf", "./recital.gguf"):
         assert_error(server.generate(model=path), 404, "model_not_found", path)
+
+
+@pytest.mark.parametrize("model", [{}, {"model": None}, {"model": "default"}, {"model": "gpt-4o-mini"}])
+def test_v1_model_absent_or_aliased_means_default(model: dict[str, Any], server: Server) -> None:
+    body = {**model, "messages": [{"role": "user", "content": "hi"}]}
+    assert server.post("/v1/chat/completions", body).message["content"] == "Hello wide world"
 
 
 def test_default_without_a_base_is_the_first_in_the_list(serve: Callable[..., Server], tmp_path: Path) -> None:
@@ -1633,9 +2698,20 @@ def test_server_without_any_model_is_healthy_and_says_what_is_missing(serve: Cal
     assert_error(server.generate(model="default"), 404, "model_not_found")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Lifecycle: load, unload, eviction, failure
-# ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("action", ["load", "unload"])
+def test_lifecycle_of_an_unknown_model_is_404(action: str, server: Server) -> None:
+    reply = server.post(f"/api/models/nonesuch/{action}")
+    assert_error(reply, 404, "model_not_found", "nonesuch")
+    assert_error(server.get("/api/models/nonesuch/status"), 404, "model_not_found", "nonesuch")
+
+
+def test_lifecycle_takes_default_and_percent_encoded_ids(serve: Callable[..., Server]) -> None:
+    server = serve()
+    ollama_model(server.home / ".ollama" / "models", "tiny", "latest")
+    assert server.post("/api/models/discover").json()["discovered"] >= 1
+    assert server.get("/api/models/tiny%3Alatest/status").json()["model"] == "tiny:latest"
+    assert server.get("/v1/models/tiny%3Alatest").json()["id"] == "tiny:latest"
+    assert server.get("/api/models/default/status").status == 200
 
 
 def test_status_has_the_whole_shape(server: Server) -> None:
@@ -1659,6 +2735,15 @@ def test_load_without_waiting_answers_202(server: Server) -> None:
     assert reply.status == 202 and reply.json()["status"] in ("loading", "loaded")
     assert 0 <= reply.json()["progress"] <= 1
     eventually(lambda: server.status("dice")["loaded"], "dice is loaded")
+
+
+@linux
+def test_concurrent_requests_for_one_model_load_it_once(server: Server) -> None:
+    server.unload("recital")
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(lambda _: server.generate("="), range(6)))
+    assert {reply.text for reply in replies} == {TEXTS["="]}
+    assert len(engines(server.process.pid, "recital.gguf")) == 1
 
 
 @linux
@@ -1689,29 +2774,13 @@ def test_unload_by_force_ends_a_stream_with_an_error_event(server: Server) -> No
     assert [event for event in rest if event != "[DONE]"][-1]["error"]["code"]
 
 
-@pytest.mark.parametrize("action", ["load", "unload"])
-def test_lifecycle_of_an_unknown_model_is_404(action: str, server: Server) -> None:
-    reply = server.post(f"/api/models/nonesuch/{action}")
-    assert_error(reply, 404, "model_not_found", "nonesuch")
-    assert_error(server.get("/api/models/nonesuch/status"), 404, "model_not_found", "nonesuch")
+def test_load_unload_and_generate_at_once_lose_nothing(server: Server) -> None:
+    def act(number: int) -> Reply:
+        return server.unload("dice") if number % 3 == 0 else server.generate("Once", "dice", max_tokens=5, ignore_eos=True)
 
-
-def test_lifecycle_takes_default_and_percent_encoded_ids(serve: Callable[..., Server]) -> None:
-    server = serve()
-    ollama_model(server.home / ".ollama" / "models", "tiny", "latest")
-    assert server.post("/api/models/discover").json()["discovered"] >= 1
-    assert server.get("/api/models/tiny%3Alatest/status").json()["model"] == "tiny:latest"
-    assert server.get("/v1/models/tiny%3Alatest").json()["id"] == "tiny:latest"
-    assert server.get("/api/models/default/status").status == 200
-
-
-def test_discover_finds_a_new_file_and_forgets_a_deleted_one(server: Server, models: Path) -> None:
-    late = write_header(models / "late-comer.gguf")
-    reply = server.post("/api/models/discover").json()
-    assert isinstance(reply["discovered"], int) and "late-comer" in [model["id"] for model in reply["models"]]
-    late.unlink()
-    server.post("/api/models/discover")
-    assert "late-comer" not in server.ids()
+    with ThreadPoolExecutor(6) as pool:
+        replies = list(pool.map(act, range(9)))
+    assert [reply.status for reply in replies] == [200] * 9
 
 
 def test_failing_load_answers_with_the_reason_and_is_remembered(server: Server) -> None:
@@ -1749,29 +2818,6 @@ def test_unload_of_a_failed_model_forgets_the_failure(server: Server) -> None:
     assert (status["status"], status["error"]) == ("unloaded", None)
 
 
-def test_corrupt_tensor_type_fails_the_load_and_not_the_server(serve: Callable[..., Server], tmp_path: Path) -> None:
-    path = write_dice(tmp_path / "bad" / "corrupt.gguf")
-    data = path.read_bytes()
-    name = b"blk.0.attn_q.weight"
-    at = data.index(name) + len(name) + 4 + 2 * 8  # past the name, the dimension count and two dimensions
-    with_bytes(path, at, struct.pack("<I", 4000))
-    server = serve("--models-dir", path.parent)
-    if "corrupt" in server.ids():
-        reply = server.generate(model="corrupt")
-        assert reply.status == 500 and server.status("corrupt")["status"] == "failed"
-    assert server.get("/health").status == 200
-
-
-def test_model_that_aborts_the_engine_while_it_loads_fails_cleanly(serve: Callable[..., Server], tmp_path: Path) -> None:
-    doubled = [*VOCABULARY[:-1], VOCABULARY[-2]]  # two tokens of one text: llama.cpp calls abort()
-    write_recital(tmp_path / "bad" / "doubled.gguf", tokens=doubled)
-    write_recital(tmp_path / "bad" / "good.gguf")
-    server = serve("--models-dir", tmp_path / "bad")
-    reply = server.generate(model="doubled")
-    assert reply.status == 500 and server.status("doubled")["status"] == "failed"
-    assert server.generate(model="good").text == "Hello wide world"
-
-
 def test_model_whose_file_is_gone_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
     path = write_recital(tmp_path / "short" / "lived.gguf")
     server = serve("--models-dir", path.parent)
@@ -1779,40 +2825,6 @@ def test_model_whose_file_is_gone_is_an_error(serve: Callable[..., Server], tmp_
     path.unlink()
     reply = server.generate(model="lived")
     assert reply.status in (404, 500) and reply.json()["error"]["code"] in ("model_not_found", "generation_failed")
-
-
-def test_load_unload_and_generate_at_once_lose_nothing(server: Server) -> None:
-    def act(number: int) -> Reply:
-        return server.unload("dice") if number % 3 == 0 else server.generate("Once", "dice", max_tokens=5, ignore_eos=True)
-
-    with ThreadPoolExecutor(6) as pool:
-        replies = list(pool.map(act, range(9)))
-    assert [reply.status for reply in replies] == [200] * 9
-
-
-@linux
-def test_concurrent_requests_for_one_model_load_it_once(server: Server) -> None:
-    server.unload("recital")
-    with ThreadPoolExecutor(6) as pool:
-        replies = list(pool.map(lambda _: server.generate("="), range(6)))
-    assert {reply.text for reply in replies} == {TEXTS["="]}
-    assert len(engines(server.process.pid, "recital.gguf")) == 1
-
-
-@pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """At most two of three equal models at once."""
-    folder = tmp_path_factory.mktemp("zoo")
-    for name in ("ant", "bee", "cat"):
-        write_recital(folder / f"{name}.gguf", name=name)
-    flags = ["--max-loaded", "2", "--ctx", str(LONG_CTX), "--keep-alive", "-1"]
-    running = Server(tmp_path_factory.mktemp("zoo-home"), "--port", "0", "--models-dir", folder, *flags)
-    yield running
-    running.stop()
-
-
-def loaded(server: Server) -> set[str]:
-    return {model["id"] for model in server.get("/api/models").json()["models"] if model["loaded"]} - {"default"}
 
 
 def test_max_loaded_evicts_the_least_recently_used(zoo: Server) -> None:
@@ -1854,167 +2866,8 @@ def test_keep_alive_zero_unloads_at_once(serve: Callable[..., Server], models: P
     eventually(lambda: server.status("recital")["status"] == "unloaded", "the model goes")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The engine child: batching, limits, cancellation, death
-# ---------------------------------------------------------------------------------------------------
-
-
-def test_many_requests_at_once_are_all_answered_in_full(server: Server) -> None:
-    prompts = [":", "=", "~", "|", "/"] * 5  # more than --parallel
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        replies = list(pool.map(server.generate, prompts))
-    assert [reply.text for reply in replies] == [TEXTS[prompt] for prompt in prompts]
-
-
-def test_short_request_overtakes_a_long_one(server: Server) -> None:
-    with server.endless() as stream:
-        next(stream)
-        assert server.generate("=").text == TEXTS["="]
-        assert server.status("recital")["requests_running"] == 1
-
-
-@pytest.mark.parametrize("path", ["/api/generate", "/v1/completions"])
-def test_client_that_leaves_a_stream_stops_the_engine(path: str, server: Server) -> None:
-    with server.stream(path, {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}) as stream:
-        next(stream)
-        assert server.status("recital")["requests_running"] == 1
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-def test_client_that_leaves_a_plain_request_stops_the_engine(server: Server) -> None:
-    server.load("recital")
-    body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}).encode()
-    with socket.create_connection((server.host, server.port)) as sock:
-        sock.sendall(raw_post("/api/generate", body))
-        eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-def test_watcher_told_of_a_socket_closed_since_leaves_the_next_one_with_its_number_alone() -> None:
-    """What select() returned may be stale; to look for more from the new socket would wait for it."""
-    watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
-    ours.settimeout(1.0)
-    told, select = threading.Event(), watcher._selector.select
-
-    def stale_select(timeout: float | None = None) -> list[tuple[Any, int]]:
-        if timeout is not None or told.is_set():
-            return select(timeout)
-        eventually(lambda: ours in watcher._selector.get_map(), "the socket is watched")
-        told.set()
-        return [(watcher._selector.get_key(ours), 1)]
-
-    watcher._selector.select = stale_select  # type: ignore[method-assign]
-    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(ours, cancel):
-        assert told.wait(HANG)
-        time.sleep(0.1)
-    time.sleep(0.1)
-    assert not cancel.cancelled
-
-
-def test_client_that_leaves_over_websocket_stops_the_engine(server: Server) -> None:
-    with server.ws() as ws:
-        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
-        assert json.loads(ws.recv(HANG))["token"].startswith("Tick ")
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-def test_client_that_does_not_read_holds_up_nobody(server: Server) -> None:
-    server.load("recital")
-    body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}).encode()
-    with socket.create_connection((server.host, server.port)) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.sendall(raw_post("/api/generate", body))
-        eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
-        for _ in range(3):
-            assert server.generate("=").text == TEXTS["="]
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
-
-
-@linux
-def test_killed_engine_ends_its_stream_with_generation_failed_and_reloads(server: Server) -> None:
-    with server.endless() as stream:
-        next(stream)
-        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
-        rest = [event for event in stream if event != "[DONE]"]
-    assert rest[-1]["error"]["code"] == "generation_failed" and rest[-1]["error"]["message"]
-    assert server.generate("=").text == TEXTS["="]
-
-
-@linux
-def test_killed_engine_answers_plain_and_websocket_clients_with_generation_failed(server: Server) -> None:
-    server.load("recital")
-    fields: dict[str, Any] = {"prompt": "#", "max_tokens": LONG_CTX}
-    with ThreadPoolExecutor() as pool:
-        plain = pool.submit(server.generate, **fields)
-        over_ws = pool.submit(ws_ask, server, **fields)
-        over_v1 = pool.submit(server.chat, "forever", max_tokens=LONG_CTX)
-        eventually(lambda: server.status("recital")["requests_running"] == 3, "all three run")
-        os.kill(server.engine("recital.gguf"), signal.SIGKILL)
-        assert_error(plain.result(), 500, "generation_failed")
-        assert over_ws.result()[1]["error"]["code"] == "generation_failed"
-        assert assert_error(over_v1.result(), 500, "generation_failed")["type"] == "server_error"
-    assert server.generate("=").text == TEXTS["="]
-
-
-@linux
-def test_engine_killed_while_idle_reloads_on_the_next_request(server: Server) -> None:
-    server.load("dice")
-    os.kill(server.engine("dice.gguf"), signal.SIGKILL)
-    eventually(lambda: not server.status("dice")["loaded"], "the death is noticed")
-    assert server.generate("Once", "dice", max_tokens=3, ignore_eos=True).status == 200
-
-
-@pytest.fixture(scope="module")
-def tight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two sequences at once in a pool that holds one, and one place in the queue."""
-    flags = ["--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64"]
-    running = Server(tmp_path_factory.mktemp("tight"), "--port", "0", "--models-dir", models, *flags)
-    running.load("recital")
-    yield running
-    running.stop()
-
-
-def test_pool_that_runs_out_loses_and_repeats_nothing(tight: Server) -> None:
-    with ThreadPoolExecutor() as pool:
-        replies = list(pool.map(lambda _: tight.generate("#", max_tokens=5000), range(2)))
-    assert [reply.text for reply in replies] == [("Tick " + "tock tick " * 2500)[: 5 * 5000]] * 2
-    assert {reply.finish_reason for reply in replies} == {"length"}
-
-
-def test_prompt_longer_than_a_batch_is_read_in_slices(tight: Server) -> None:
-    reply = tight.generate("a" * 3000 + "=")
-    assert reply.text == TEXTS["="]
-    assert reply.json()["usage"]["prompt_tokens"] == 3002
-
-
-def test_full_queue_answers_503_with_retry_after(tight: Server) -> None:
-    endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
-    with ThreadPoolExecutor() as pool:
-        with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
-            next(one), next(two)
-            waiting = pool.submit(tight.generate, ":")
-            eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "one waits")
-            reply = tight.generate(":")
-            assert_error(reply, 503, "overloaded")
-            assert int(reply.headers["Retry-After"]) > 0
-            assert tight.chat().json()["error"]["type"] == "overloaded_error"
-        assert waiting.result().text == "Hello wide world"
-
-
-def test_client_that_leaves_while_it_waits_gives_its_place_up(tight: Server) -> None:
-    endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
-    body = json.dumps({"model": "recital", "prompt": ":"}).encode()
-    with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
-        next(one), next(two)
-        with socket.create_connection((tight.host, tight.port)) as sock:
-            sock.sendall(raw_post("/api/generate", body))
-            eventually(lambda: tight.status("recital")["requests_waiting"] == 1, "it waits")
-        eventually(lambda: tight.status("recital")["requests_waiting"] == 0, "its place is free again")
-
-
-# ---------------------------------------------------------------------------------------------------
-# POST /api/generate
-# ---------------------------------------------------------------------------------------------------
+# ── Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The same generation in the words of the native API and of OpenAI's.
 
 
 def test_generate_answers_in_the_documented_shape(server: Server) -> None:
@@ -2038,12 +2891,6 @@ def test_stream_joined_is_the_plain_answer(prompt: str, server: Server) -> None:
     assert joined(server.streamed("/api/generate", body)) == TEXTS[prompt] == server.generate(prompt).text
 
 
-def test_stream_joined_is_the_plain_answer_for_random_bytes(server: Server) -> None:
-    body = {"model": "dice", "prompt": "Once", "seed": 3, "temperature": 1.5, "max_tokens": 120, "ignore_eos": True}
-    plain = server.post("/api/generate", body).text
-    assert joined(server.streamed("/api/generate", body)) == plain and len(plain) > 20
-
-
 def test_stream_events_have_the_documented_shape(server: Server) -> None:
     *pieces, last, done = server.streamed("/api/generate", {"model": "recital", "prompt": ":"})
     assert all(set(piece) == {"choices"} and piece["choices"][0]["index"] == 0 for piece in pieces)
@@ -2060,306 +2907,99 @@ def test_stream_lines_are_data_lines_with_a_blank_between(server: Server) -> Non
     assert all(block.startswith(("data: ", ":")) and "\n" not in block for block in text.split("\n\n")[:-1])
 
 
-def test_stream_never_splits_a_character(server: Server) -> None:
-    pieces = server.streamed("/api/generate", {"model": "recital", "prompt": "~"})[:-1]
-    texts = [piece["choices"][0]["text"] for piece in pieces]
-    assert "".join(texts) == TEXTS["~"] and not any("\ufffd" in text for text in texts)
-
-
-def test_stream_leaves_the_connection_usable(server: Server) -> None:
-    body = json.dumps({"model": "recital", "prompt": ":", "stream": True})
-    with contextlib.closing(server.connect()) as connection:
-        for _ in range(3):
-            connection.request("POST", "/api/generate", body)
-            assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
-        connection.request("GET", "/health")
-        assert connection.getresponse().status == 200
-
-
-def test_stream_error_before_the_first_byte_keeps_its_status(server: Server) -> None:
-    assert_error(server.generate(model="nonesuch", stream=True), 404, "model_not_found")
-    assert_error(server.generate("a" * 300, model="dice", stream=True), 400, "context_length_exceeded")
-    assert_error(server.generate(temperature=9, stream=True), 400, "invalid_request")
-
-
-def test_generate_stops_at_max_tokens_with_length(server: Server) -> None:
-    reply = server.generate("=", max_tokens=7)
-    assert (reply.text, reply.finish_reason) == ("".join(f"w{i:02d} " for i in range(7)), "length")
-    assert reply.json()["usage"]["completion_tokens"] == 7
-
-
-def test_generate_makes_100_tokens_by_default(server: Server) -> None:
-    assert server.generate("#").json()["usage"]["completion_tokens"] == 100
-
-
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
-def test_generate_cut_inside_a_character_leaks_no_half(count: int, server: Server) -> None:
-    text = server.generate("~", max_tokens=count).text
-    assert text in ("caf", "café", "café and") and "\ufffd" not in text
-
-
-@pytest.mark.parametrize("stop", ["STOP", ["STOP"], ["never", "STOP"], ["STOPPED", "STOP"]])
-@pytest.mark.parametrize("stream", [False, True])
-def test_stop_string_across_pieces_never_leaks(stop: Any, stream: bool, server: Server) -> None:
-    body = {"model": "recital", "prompt": "|", "stop": stop}
-    if stream:
-        sent = server.streamed("/api/generate", body)
-        assert (joined(sent), sent[-2]["choices"][0]["finish_reason"]) == ("alpha ", "stop")
-    else:
-        reply = server.post("/api/generate", body)
-        assert (reply.text, reply.finish_reason) == ("alpha ", "stop")
-
-
-def test_stop_string_that_only_begins_is_given_out_at_the_end(server: Server) -> None:
-    assert server.generate("|", stop=["omegaX", "STOPPX"]).text == TEXTS["|"]
-
-
-def test_stop_string_that_comes_first_wins(server: Server) -> None:
-    assert server.generate("|", stop=["TOPP", "ha S"]).text == "alp"
-
-
-@pytest.mark.parametrize("stop", [None, []])
-def test_stop_absent_stops_nothing(stop: Any, server: Server) -> None:
-    assert server.generate("|", stop=stop).text == TEXTS["|"]
-
-
-def test_special_tokens_never_leak(server: Server) -> None:
-    reply = server.generate("/")
-    assert (reply.text, reply.finish_reason) == ("Goodbye", "stop")
-
-
-def test_ignore_eos_goes_on(server: Server) -> None:
-    reply = server.generate("=", ignore_eos=True, max_tokens=60)
-    assert reply.text == (TEXTS["="] * 2)[: 60 * 4]
-    assert reply.finish_reason == "length"
-
-
-def test_messages_replace_the_prompt(server: Server) -> None:
-    messages = [{"role": "user", "content": "please count"}]
-    reply = server.post("/api/generate", {"model": "recital", "messages": messages, "system": "Be brief"})
-    assert reply.text == TEXTS["="]
-    rendered = "[system]Be brief[user]please count[assistant]="
-    assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
-
-
-def test_same_seed_gives_the_same_text_and_another_seed_another(server: Server) -> None:
-    def roll(seed: int) -> str:
-        return server.generate("Once", "dice", seed=seed, temperature=1, max_tokens=40, ignore_eos=True).text
-
-    assert roll(11) == roll(11) != roll(12)
-
-
-def test_without_a_seed_texts_differ(server: Server) -> None:
-    fields: dict[str, Any] = {"temperature": 1.5, "max_tokens": 40, "ignore_eos": True}
-    assert len({server.generate("Once", "dice", **fields).text for _ in range(3)}) == 3
-
-
-GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
-
-
-@pytest.mark.parametrize("only_best", [{"top_k": 1}, {"min_p": 1}, {"top_p": 0}])
-def test_sampling_narrowed_to_the_best_token_is_greedy(only_best: dict[str, Any], server: Server) -> None:
-    greedy = server.generate("Once", "dice", **GREEDY).text
-    assert server.generate("Once", "dice", **{**GREEDY, "temperature": 3, **only_best}).text == greedy
-
-
-@pytest.mark.parametrize("penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repeat_penalty": 3}])
-def test_penalty_changes_a_greedy_text(penalty: dict[str, Any], server: Server) -> None:
-    greedy = server.generate("Once", "dice", **GREEDY).text
-    assert server.generate("Once", "dice", **GREEDY, **penalty).text != greedy
-
-
-def test_json_schema_binds_the_answer(server: Server) -> None:
-    schema = {"type": "string", "enum": ["yes", "no"]}
-    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=20)
-    assert json.loads(reply.text) in ("yes", "no")
-
-
-def test_json_schema_of_an_object_binds_its_keys(server: Server) -> None:
-    schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
-    reply = server.generate("Well", "dice", json_schema=schema, max_tokens=100)
-    assert json.loads(reply.text) in ({"ok": True}, {"ok": False})
-
-
-def nested(levels: int) -> dict[str, Any]:
-    return {"type": "array", "items": nested(levels - 1)} if levels else {"type": "null"}
-
-
-IMPOSSIBLE: dict[str, Any] = {
-    "no object": 5,
-    "a list": [],
-    "no such type": {"type": "wrong"},
-    "itself": {"$ref": "#"},
-    "in a ring": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
-    "nowhere": {"$ref": "#/$defs/nowhere"},
-    "nothing to choose": {"enum": []},
-    "no way out": {"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1}}, "$ref": "#/$defs/n"},
-    "a bad pattern": {"type": "string", "pattern": "["},
-    "more than less": {"type": "integer", "minimum": 5, "maximum": 3},
-    "a long string": {"type": "string", "minLength": 10**9},
-    "a long list": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
-    "deep": nested(58),
-}
-
-
-@pytest.mark.parametrize("kind", list(IMPOSSIBLE))
-def test_json_schema_that_cannot_be_is_400_and_harms_nobody(kind: str, server: Server) -> None:
-    reply = server.generate("Well", "dice", json_schema=IMPOSSIBLE[kind], max_tokens=20)
-    if reply.status != 200 or kind in ("no object", "a list", "nowhere"):
-        assert_error(reply, 400, "invalid_request", "json_schema")
-
-
-def test_prompt_beyond_the_context_gives_both_numbers(server: Server) -> None:
-    assert_error(server.generate("a" * 300, "dice"), 400, "context_length_exceeded", "300", "256")
-
-
-def test_prompt_far_beyond_the_context_is_400_not_413(server: Server) -> None:
-    assert_error(server.generate("a" * 500_000, "dice"), 400, "context_length_exceeded", "500000", "256")
-
-
-def test_max_tokens_beyond_the_context_means_up_to_its_end(server: Server) -> None:
-    reply = server.generate("a" * 200, "dice", max_tokens=10**30, ignore_eos=True)
-    assert reply.finish_reason == "length"
-    assert reply.json()["usage"]["total_tokens"] in (255, 256)
-
-
-def test_prompt_that_just_fits_gets_one_token(server: Server) -> None:
-    reply = server.generate("a" * 255, "dice", ignore_eos=True)
-    assert (reply.json()["usage"]["completion_tokens"], reply.finish_reason) == (1, "length")
-
-
-def test_null_fields_are_absent_and_unknown_ones_ignored(server: Server) -> None:
-    names = ("max_tokens", "temperature", "stream", "top_p", "seed", "stop", "ignore_eos")
-    nulls: dict[str, Any] = dict.fromkeys(names)
-    assert server.generate(**nulls, colour="blue", options={"deep": [1]}).text == "Hello wide world"
-
-
-def test_limits_are_inside_their_ranges(server: Server) -> None:
-    lowest: dict[str, Any] = {
-        "temperature": 0,
-        "top_p": 0,
-        "min_p": 0,
-        "presence_penalty": -2,
-        "frequency_penalty": -2,
-        "seed": -1,
-    }
-    highest: dict[str, Any] = {
-        "temperature": 5,
-        "top_p": 1,
-        "min_p": 1,
-        "presence_penalty": 2,
-        "frequency_penalty": 2,
-        "seed": 2**32,
-    }
-    for fields in (lowest, highest):
-        assert server.generate(model="dice", max_tokens=2, **fields).status == 200
-
-
-WRONG_VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # and the bounds that the message has to name
-    "max_tokens": ([0, -1, 1.5, "5", True, [], {}], ("1",)),
-    "temperature": ([-0.1, 5.1, "hot", True, [1]], ("0", "5")),
-    "top_p": ([-0.1, 1.1, "x"], ("0", "1")),
-    "min_p": ([-0.1, 1.1, "x"], ("0", "1")),
-    "presence_penalty": ([-2.1, 2.1, "x"], ("-2", "2")),
-    "frequency_penalty": ([-2.1, 2.1, False], ("-2", "2")),
-    "top_k": ([1.5, "x"], ()),
-    "repeat_penalty": (["x", [], True], ()),
-    "seed": ([1.5, "7", []], ()),
-    "stream": (["yes", 1], ()),
-    "ignore_eos": (["no", 0], ()),
-    "stop": ([5, [1], {"a": 1}, ["x"] * 17], ()),
-}
-WRONG_FIELDS = [(field, value, bounds) for field, (values, bounds) in WRONG_VALUES.items() for value in values]
-
-
-@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
-def test_wrong_field_is_400_naming_it_and_its_bounds(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
-    assert_error(server.generate(**{field: value}), 400, "invalid_request", field, *bounds)
-
-
-@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
-def test_wrong_field_on_v1_carries_type_and_param(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
-    error = assert_error(server.chat(**{field: value}), 400, "invalid_request", field, *bounds)
-    assert (error["type"], error["param"]) == ("invalid_request_error", field)
-
-
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [({"prompt": ":"}, "model"), ({"model": None, "prompt": ":"}, "model"), ({"model": 5, "prompt": ":"}, "model"),
-     ({"model": "recital"}, "prompt"), ({"model": "recital", "prompt": None}, "prompt"),
-     ({"model": "recital", "prompt": 5}, "prompt"), ({"model": "recital", "prompt": ["a"]}, "prompt"),
-     ({"model": "recital", "messages": "hi"}, "messages"), ({"model": "recital", "messages": []}, "messages"),
-     ({"model": "recital", "messages": [{"role": "user", "content": "x"}], "system": 5}, "system")],
-)  # fmt: skip
-def test_generate_without_what_it_needs_is_400_naming_it(body: Any, field: str, server: Server) -> None:
-    assert_error(server.post("/api/generate", body), 400, "invalid_request", field)
-
-
-MALFORMED = {
-    "nothing": b"",
-    "half": b'{"model": "recital", ',
-    "a list": b"[]",
-    "a string": b'"prompt"',
-    "null": b"null",
-    "two documents": b"{} {}",
-    "NaN": b'{"model": "recital", "prompt": ":", "temperature": NaN}',
-    "Infinity": b'{"model": "recital", "prompt": ":", "x": -Infinity}',
-    "a huge float": b'{"model": "recital", "prompt": ":", "temperature": 1e999}',
-    "invalid UTF-8": b'{"model": "recital", "prompt": "\xff:"}',
-    "UTF-16": '{"model": "recital", "prompt": ":"}'.encode("utf-16"),
-    "a lone surrogate": b'{"model": "recital", "prompt": "\\ud800:"}',
-    "a lone surrogate in a key": b'{"model": "recital", "prompt": ":", "\\udfff": 1}',
-    "70 levels": b'{"model": "recital", "prompt": ":", "x": ' + b"[" * 70 + b"]" * 70 + b"}",
-    "100000 levels": b'{"model": "recital", "prompt": ":", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
-    "a number of 5000 digits": b'{"model": "recital", "prompt": ":", "max_tokens": -' + b"1" * 5000 + b"}",
-}
-
-
-@pytest.mark.parametrize("path", ["/api/generate", "/v1/chat/completions", "/v1/completions"])
-@pytest.mark.parametrize("kind", list(MALFORMED))
-def test_malformed_body_is_400(kind: str, path: str, server: Server) -> None:
-    error = assert_error(server.post(path, MALFORMED[kind]), 400, "invalid_request")
-    assert ("type" in error) == path.startswith("/v1")
-
-
-@pytest.mark.parametrize(("levels", "status"), [(64, 200), (65, 400)])
-def test_json_may_be_64_levels_deep(levels: int, status: int, server: Server) -> None:
-    lists = levels - 1  # the object is the first level
-    body = b'{"model": "recital", "prompt": ":", "x": ' + b"[" * lists + b"]" * lists + b"}"
-    assert server.post("/api/generate", body).status == status
-
-
-def test_surrogate_pair_and_escapes_are_one_character(server: Server) -> None:
-    body = b'{"model": "recital", "prompt": "\\ud83d\\ude00:"}'
-    assert server.post("/api/generate", body).json()["usage"]["prompt_tokens"] == 1 + 4 + 1
-
-
-@pytest.mark.parametrize("seed", [2**63, 2**64, -(2**70)])
-def test_seed_of_any_size_is_never_a_server_error(seed: int, server: Server) -> None:
-    assert server.generate(seed=seed).status in (200, 400)
-
-
-@pytest.mark.parametrize("prompt", ["", "\0:", "<|im_end|>:", "</s>:", "\u2028:"])
-def test_odd_prompts_are_never_a_server_error(prompt: str, server: Server) -> None:
-    reply = server.generate(prompt)
-    assert reply.status in (200, 400) and (reply.status == 400 or reply.text == "Hello wide world")
-
-
-# ---------------------------------------------------------------------------------------------------
-# The other native routes
-# ---------------------------------------------------------------------------------------------------
-
-
-def test_unknown_model_gives_exactly_the_documented_error(server: Server) -> None:
-    reply = server.generate(model="invalid-model")
-    assert reply.status == 404
-    assert reply.json() == {
-        "error": {
-            "code": "model_not_found",
-            "message": "The specified model was not found",
-            "details": "Model 'invalid-model' is not available",
-        }
-    }
+def test_chat_answers_in_openai_shape(server: Server) -> None:
+    document = server.chat().json()
+    assert document["object"] == "chat.completion" and document["id"].startswith("chatcmpl-")
+    assert abs(document["created"] - time.time()) < 60 and document["model"]
+    (choice,) = document["choices"]
+    assert (choice["index"], choice["finish_reason"]) == (0, "stop")
+    assert (choice["message"]["role"], choice["message"]["content"]) == ("assistant", "Hello wide world")
+    assert document["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
+
+
+def test_chat_stream_has_openai_chunks(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}]}
+    *chunks, done = server.streamed("/v1/chat/completions", body)
+    assert done == "[DONE]" and {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
+    assert len({chunk["id"] for chunk in chunks}) == 1
+    assert deltas(chunks)[0]["role"] == "assistant"
+    assert "".join(delta.get("content") or "" for delta in deltas(chunks)) == "Hello wide world"
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+    assert not any(chunk.get("usage") for chunk in chunks)
+
+
+def test_chat_stream_includes_usage_when_asked(server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}],
+            "stream_options": {"include_usage": True}}  # fmt: skip
+    *_, last, done = server.streamed("/v1/chat/completions", body)
+    assert done == "[DONE]" and last["choices"] == []
+    assert last["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
+
+
+def test_completions_answer_in_openai_shape(server: Server) -> None:
+    document = server.post("/v1/completions", {"model": "recital", "prompt": "Say :"}).json()
+    assert document["object"] == "text_completion" and document["id"].startswith("cmpl-") and document["created"]
+    (choice,) = document["choices"]
+    assert (choice["text"], choice["index"], choice["finish_reason"]) == ("Hello wide world", 0, "stop")
+    assert choice["logprobs"] is None and document["usage"]["prompt_tokens"] == 6
+
+
+def test_completions_stream_ends_with_usage_when_asked(server: Server) -> None:
+    body = {"model": "recital", "prompt": "=", "stream_options": {"include_usage": True}}
+    *chunks, usage, done = server.streamed("/v1/completions", body)
+    assert joined(chunks) == TEXTS["="] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
+    assert usage["choices"] == [] and usage["usage"]["prompt_tokens"] == 2 and done == "[DONE]"
+
+
+def test_openai_client_chats(server: Server) -> None:
+    with server.client() as client:
+        answer = client.chat.completions.create(model="recital", messages=[{"role": "user", "content": "hi"}])
+    assert answer.choices[0].message.content == "Hello wide world"
+    assert answer.usage and answer.usage.total_tokens > 20
+
+
+def test_openai_client_streams_a_chat(server: Server) -> None:
+    with server.client() as client:
+        stream = client.chat.completions.create(
+            model="recital", messages=[{"role": "user", "content": "count"}], stream=True,
+            stream_options={"include_usage": True},
+        )  # fmt: skip
+        chunks = list(stream)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == TEXTS["="]
+    assert chunks[-1].usage and chunks[-1].usage.completion_tokens >= 40
+
+
+def test_openai_client_streams_a_tool_call(server: Server) -> None:
+    with (
+        server.client() as client,
+        client.chat.completions.stream(
+            model="recital",
+            messages=[{"role": "user", "content": "weather?"}],
+            tools=[WEATHER],  # type: ignore[list-item]
+        ) as stream,
+    ):
+        message = stream.get_final_completion().choices[0].message
+    assert message.tool_calls and json.loads(message.tool_calls[0].function.arguments) == {"city": "Paris"}
+
+
+def test_openai_client_completes_and_lists_models(server: Server) -> None:
+    with server.client() as client:
+        assert client.completions.create(model="recital", prompt="=").choices[0].text == TEXTS["="]
+        assert "recital" in [model.id for model in client.models.list()]
+
+
+def test_openai_client_raises_its_own_errors(server: Server) -> None:
+    with server.client() as client:
+        with pytest.raises(openai.NotFoundError) as caught:
+            client.completions.create(model="nonesuch", prompt=":")
+        assert caught.value.code == "model_not_found" and caught.value.type == "not_found_error"
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.completions.create(model="recital", prompt=":", temperature=9)
+        assert bad.value.param == "temperature"
+
+
+# ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Routes, connections, bodies on the wire, and who may ask.
 
 
 def test_models_begins_with_default_and_has_the_whole_shape(server: Server) -> None:
@@ -2386,15 +3026,24 @@ def test_models_answers_while_the_engine_works(server: Server) -> None:
         assert "recital" in server.ids()
 
 
-def test_health_counts_the_memory_of_engines(server: Server) -> None:
-    def megabytes() -> float:
-        number, unit = re.findall(r"([\d.]+)([KMG]B)", server.get("/health").json()["memory_usage"])[0]
-        return float(number) * {"KB": 1 / 1024, "MB": 1, "GB": 1024}[unit]
+def test_v1_models_has_openai_shape(server: Server) -> None:
+    document = server.get("/v1/models").json()
+    assert document["object"] == "list"
+    models = {model["id"]: model for model in document["data"]}
+    assert {"recital", "dice"} <= set(models) and models["dice"]["object"] == "model"
+    assert isinstance(models["dice"]["created"], int) and models["dice"]["owned_by"]
+    assert server.get("/v1/models/dice").json()["id"] == "dice"
 
-    server.unload("recital")
-    without = megabytes()
-    server.load("recital")
-    assert megabytes() > without + 5
+
+def test_v1_model_that_is_unknown_is_404(server: Server) -> None:
+    assert_error(server.get("/v1/models/nonesuch"), 404, "model_not_found", "nonesuch")
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/models"])
+def test_v1_paths_work_without_the_prefix(path: str, server: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "prompt": ":"}
+    reply = server.get(path) if path == "/models" else server.post(path, body)
+    assert reply.status == 200 and reply.json()["object"] in ("list", "chat.completion", "text_completion")
 
 
 @pytest.mark.parametrize("path", ["/api/health", "/health"])
@@ -2403,12 +3052,6 @@ def test_health_has_the_documented_shape(path: str, server: Server) -> None:
     health = server.get(path).json()
     assert health["status"] == "healthy" and health["models_loaded"] >= 1
     assert re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB)", health["memory_usage"])
-
-
-def test_diag_over_http_has_what_the_command_has(server: Server, models: Path) -> None:
-    report = server.get("/diag").json()
-    assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
-    assert str(models) in [entry["path"] for entry in report["directories"]]
 
 
 @pytest.mark.parametrize(
@@ -2447,14 +3090,19 @@ def test_wrong_method_is_405_with_allow(method: str, path: str, allowed: str, se
     assert allowed in re.split(r",\s*", reply.headers["Allow"])
 
 
-# ---------------------------------------------------------------------------------------------------
-# HTTP on the wire
-# ---------------------------------------------------------------------------------------------------
-
-
 def test_connection_is_kept_alive(server: Server) -> None:
     replies = exchange(server, *[head_of("GET", "/health")] * 3)
     assert [reply.status for reply in replies] == [200] * 3
+
+
+def test_stream_leaves_the_connection_usable(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":", "stream": True})
+    with contextlib.closing(server.connect()) as connection:
+        for _ in range(3):
+            connection.request("POST", "/api/generate", body)
+            assert connection.getresponse().read().endswith(b"data: [DONE]\n\n")
+        connection.request("GET", "/health")
+        assert connection.getresponse().status == 200
 
 
 def test_requests_sent_in_one_go_are_answered_in_order(server: Server) -> None:
@@ -2585,6 +3233,20 @@ def test_malformed_request_gets_a_status_line_and_the_error_object(line: bytes, 
     assert 400 <= reply.status < 600 and reply.json()["error"]["code"]
 
 
+@pytest.mark.parametrize("line", ["A B: 1", "Content-Length : 5", "Host: localhost", "Origin: http://evil.example\r\nOrigin: x"])
+def test_header_that_would_hide_others_is_refused(line: str, server: Server) -> None:
+    (reply,) = exchange(server, head_of("GET", "/health", line, "Connection: close"))
+    assert reply.status in (400, 403) and reply.json()["error"]["code"]
+
+
+@pytest.mark.parametrize(
+    "head", ["GET /health HTTP/1.1\r\nHost: [\r\n\r\n", "GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+)
+def test_address_that_is_malformed_is_the_clients_error(head: str, server: Server) -> None:
+    (reply,) = exchange(server, head.encode())
+    assert reply.status in (400, 403) and reply.json()["error"]["code"]
+
+
 def test_slow_client_holds_up_nobody(server: Server) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(20):
@@ -2592,6 +3254,39 @@ def test_slow_client_holds_up_nobody(server: Server) -> None:
             slow.sendall(b"POST /api/generate HTTP/1.1\r\nContent-Length: 100\r\nX: ")
         assert server.get("/health").status == 200
         assert server.generate().text == "Hello wide world"
+
+
+def test_client_that_does_not_read_holds_up_nobody(server: Server) -> None:
+    server.load("recital")
+    body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}).encode()
+    with socket.create_connection((server.host, server.port)) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        sock.sendall(raw_post("/api/generate", body))
+        eventually(lambda: server.status("recital")["requests_running"] == 1, "it runs")
+        for _ in range(3):
+            assert server.generate("=").text == TEXTS["="]
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
+
+
+def test_watcher_told_of_a_socket_closed_since_leaves_the_next_one_with_its_number_alone() -> None:
+    """What select() returned may be stale; to look for more from the new socket would wait for it."""
+    watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
+    ours.settimeout(1.0)
+    told, select = threading.Event(), watcher._selector.select
+
+    def stale_select(timeout: float | None = None) -> list[tuple[Any, int]]:
+        if timeout is not None or told.is_set():
+            return select(timeout)
+        eventually(lambda: ours in watcher._selector.get_map(), "the socket is watched")
+        told.set()
+        return [(watcher._selector.get_key(ours), 1)]
+
+    watcher._selector.select = stale_select  # type: ignore[method-assign]
+    with contextlib.closing(ours), contextlib.closing(theirs), watcher.watching(ours, cancel):
+        assert told.wait(HANG)
+        time.sleep(0.1)
+    time.sleep(0.1)
+    assert not cancel.cancelled
 
 
 def test_expect_100_continue_is_answered(server: Server) -> None:
@@ -2612,564 +3307,129 @@ def test_http_1_0_client_is_answered_and_closed(server: Server) -> None:
     assert "Transfer-Encoding" not in reply.headers
 
 
-# ---------------------------------------------------------------------------------------------------
-# Tools
-# ---------------------------------------------------------------------------------------------------
+KEYED = [("GET", "/api/models"), ("POST", "/api/generate"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions"),
+         ("GET", "/diag"), ("GET", "/api/tools"), ("POST", "/api/tools/calculator/execute"),
+         ("POST", "/api/models/recital/load"), ("GET", "/api/models/recital/status"), ("POST", "/api/models/discover"),
+         ("HEAD", "/api/models"), ("GET", "/ws/generate")]  # fmt: skip
 
 
-def execute(server: Server, name: str, value: Any) -> Reply:
-    """Runs a tool with `value` as its one required argument."""
-    tools = {tool["name"]: tool for tool in server.get("/api/tools").json()["tools"]}
-    (argument,) = tools[name]["parameters"]["required"]
-    return server.post(f"/api/tools/{name}/execute", {argument: value})
+@pytest.mark.parametrize(("method", "path"), KEYED)
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"},
+                                     {"x-api-key": "s3cre"}, {"x-api-key": "s3cret\xe9"}])  # fmt: skip
+def test_key_is_asked_for(method: str, path: str, headers: dict[str, str], guarded: Server) -> None:
+    reply = guarded.request(method, path, b"{}" if method == "POST" else None, headers)
+    assert reply.status == 401
+    if method != "HEAD":
+        error = assert_error(reply, 401, "unauthorized")
+        assert error.get("type") == ("authentication_error" if path.startswith("/v1") else None)
 
 
-def assert_tool_failed(reply: Reply, *words: str) -> None:
-    answer = reply.json()
-    assert reply.status == 200 and answer["success"] is False and answer["error"], answer
-    assert "Traceback" not in answer["error"]
-    for word in words:
-        assert word in answer["error"]
+@pytest.mark.parametrize("headers", [{"Authorization": "Bearer s3cret"}, {"authorization": "bearer s3cret"},
+                                     {"x-api-key": "s3cret"}, {"X-API-Key": "s3cret"}])  # fmt: skip
+def test_key_opens(headers: dict[str, str], guarded: Server) -> None:
+    assert guarded.request("GET", "/api/models", None, headers).status == 200
 
 
-def test_tools_are_listed_with_a_json_schema(server: Server) -> None:
-    tools = {tool["name"]: tool for tool in server.get("/api/tools").json()["tools"]}
-    assert {"calculator", "file_read", "http_get", "double"} <= set(tools)
-    for tool in tools.values():
-        assert tool["description"] and tool["parameters"]["type"] == "object"
-    assert tools["double"]["description"].startswith("Twice a number.")
-    assert tools["double"]["parameters"]["properties"]["n"]["type"] == "integer"
+@pytest.mark.parametrize("path", ["/health", "/api/health", "/api/health/"])
+def test_key_is_not_asked_for_health(path: str, guarded: Server) -> None:
+    assert guarded.get(path).status == 200
 
 
-@pytest.mark.parametrize(
-    ("expression", "result"),
-    [("2 + 3*4", 14), ("(1 + 2) / 4", 0.75), ("-7 // 2", -4), ("7 % 4", 3), ("2**10", 1024), ("sqrt(16)", 4),
-     ("abs(-3)", 3), ("floor(2.9)", 2), ("max(1, 5, 3)", 5), ("factorial(5)", 120), ("round(2.345, 1)", 2.3)],
-)  # fmt: skip
-def test_calculator_calculates(expression: str, result: float, server: Server) -> None:
-    answer = execute(server, "calculator", expression).json()
-    assert answer["success"] is True and answer["result"] == pytest.approx(result) and not answer["error"]
+def test_key_is_never_logged(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("-v", "--models-dir", models, "--api-key", "hush-hush")
+    body = {"model": "recital", "prompt": "private words :"}
+    assert server.post("/api/generate", body, **{"x-api-key": "hush-hush"}).status == 200
+    assert server.post("/api/generate", body, **{"x-api-key": "wrong-key"}).status == 401
+    server.stop()
+    log = server.log.read_text()
+    assert "/api/generate" in log
+    assert not [word for word in ("hush-hush", "wrong-key", "private words") if word in log]
 
 
-def test_calculator_knows_pi_and_functions(server: Server) -> None:
-    answer = execute(server, "calculator", "sin(pi / 2) + log(e)").json()
-    assert answer["result"] == pytest.approx(2)
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil"])
+def test_foreign_host_is_refused(host: str, server: Server) -> None:
+    reply = server.get("/api/models", Host=host.format(port=server.port))
+    assert_error(reply, 403, "forbidden")
 
 
-@pytest.mark.parametrize(
-    "expression",
-    ["1/0", "", "2 +", "__import__('os')", "().__class__", "(1).real", "[1 for _ in 'ab']", "lambda: 1", "x", "'a' * 9",
-     "open('/etc/passwd')", "9**9**9", "10**1000000", "factorial(10**6)", "1e308 * 10", "1 << 10**9", "sqrt(-1)",
-     "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2",
-     "(-8) ** 0.5", "2 ** 500000", "factorial(-1)"],
-)  # fmt: skip
-def test_calculator_refuses_what_is_no_bounded_arithmetic(expression: str, server: Server) -> None:
-    reply = execute(server, "calculator", expression)
-    if expression or reply.status != 400:
-        assert_tool_failed(reply)
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}", "127.0.0.2"])
+def test_loopback_host_passes(host: str, server: Server) -> None:
+    assert server.get("/api/models", Host=host.format(port=server.port)).status == 200
 
 
-@pytest.mark.parametrize("long", ["parentheses", "sum", "minuses", "digits"])
-def test_calculator_survives_a_long_expression(long: str, server: Server) -> None:
-    n = 20_000
-    text = {"parentheses": "(" * n + "1" + ")" * n, "sum": "1" + "+1" * n, "minuses": "-" * n + "1", "digits": "9" * n}
-    reply = execute(server, "calculator", text[long])
-    assert reply.status in (200, 400) and b"Traceback" not in reply.body
-    assert reply.status == 400 or reply.json()["error"] or reply.json()["result"] in (1, n + 1)
+def test_allowed_host_passes(guarded: Server) -> None:
+    headers = {"Host": "my.box:80", "x-api-key": "s3cret"}
+    assert guarded.request("GET", "/api/models", None, headers).status == 200
+    assert guarded.request("GET", "/api/models", None, {**headers, "Host": "your.box"}).status == 403
 
 
-@pytest.mark.parametrize("arguments", [{}, {"wrong": 1}, [], "2+2", None])
-def test_tool_arguments_outside_the_schema_are_400(arguments: Any, server: Server) -> None:
-    body = b"" if arguments is None else arguments
-    assert_error(server.post("/api/tools/calculator/execute", body), 400, "invalid_request")
+FOREIGN = ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil", "file://",
+           "https://evil.example/?http://localhost"]  # fmt: skip
+FRIENDLY = ["http://localhost:3000", "http://127.0.0.1", "https://localhost", "http://[::1]:8080", "tauri://localhost",
+            "app://obsidian.md", "vscode-webview://abc"]  # fmt: skip
 
 
-def test_tool_argument_of_the_wrong_type_is_400_naming_it(server: Server) -> None:
-    assert_error(server.post("/api/tools/double/execute", {"n": "five"}), 400, "invalid_request", "n", "integer")
-    assert_error(execute(server, "calculator", 5), 400, "invalid_request", "string")
+@pytest.mark.parametrize("origin", FOREIGN)
+def test_foreign_origin_is_refused_before_anything_runs(origin: str, server: Server) -> None:
+    server.unload("dice")
+    reply = server.post("/api/models/dice/load", None, Origin=origin)
+    assert_error(reply, 403, "forbidden")
+    assert "Access-Control-Allow-Origin" not in reply.headers
+    assert server.status("dice")["status"] == "unloaded"
 
 
-def test_tool_nobody_registered_is_not_found(server: Server) -> None:
-    assert_error(server.post("/api/tools/hammer/execute", {}), 404, "not_found", "hammer")
+@pytest.mark.parametrize("origin", FRIENDLY)
+def test_friendly_origin_is_reflected(origin: str, server: Server) -> None:
+    reply = server.get("/api/models", Origin=origin)
+    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
+    assert "origin" in reply.headers["Vary"].lower()
 
 
-def test_tool_from_a_file_runs(server: Server) -> None:
-    answer = server.post("/api/tools/double/execute", {"n": 21}).json()
-    assert answer["success"] is True and answer["result"] == 42
+def test_friendly_origin_may_read_errors_and_streams(server: Server) -> None:
+    origin = {"Origin": "http://localhost:3000"}
+    for body in ({"model": "nonesuch", "prompt": ":"}, {"model": "recital", "prompt": ":", "stream": True}):
+        reply = server.post("/api/generate", body, **origin)
+        assert reply.headers["Access-Control-Allow-Origin"] == origin["Origin"]
 
 
-def test_tool_that_raises_answers_200_without_success(server: Server) -> None:
-    assert_tool_failed(server.post("/api/tools/stumble/execute", {"why": "a stone"}), "stumbled over a stone")
-    assert_tool_failed(server.post("/api/tools/stumble/execute", {}), "no reason")
+def test_allowed_origin_passes(guarded: Server) -> None:
+    reply = guarded.get("/api/models", Origin="https://my.app", **{"x-api-key": "s3cret"})
+    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == "https://my.app"
+    assert guarded.get("/api/models", Origin="https://my.app.evil", **{"x-api-key": "s3cret"}).status == 403
 
 
-@pytest.mark.parametrize(("path", "text"), [("note.txt", "a café note"), ("sub/deep.txt", "deep"),
-                                            ("sub/../note.txt", "a café note")])  # fmt: skip
-def test_file_read_reads_under_its_root(path: str, text: str, server: Server) -> None:
-    answer = execute(server, "file_read", path).json()
-    assert answer["success"] is True and text in json.dumps(answer["result"], ensure_ascii=False)
+def test_allowed_origin_may_read_that_the_key_is_missing(guarded: Server) -> None:
+    reply = guarded.get("/api/models", Origin="https://my.app")
+    assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (401, "https://my.app")
 
-
-@pytest.mark.parametrize(
-    "path", ["../secret.txt", "sub/../../secret.txt", "escape.txt", "up/secret.txt", "/etc/passwd", "missing.txt",
-             "sub", ".", "", "pipe", "note.txt\0.png", "a" * 300, "~/x", "/dev/zero", "/proc/self/environ"]
-)  # fmt: skip
-def test_file_read_refuses(path: str, server: Server) -> None:
-    reply = execute(server, "file_read", path)
-    if reply.status != 400:
-        assert_tool_failed(reply)
-    assert b'secret"' not in reply.body
-
-
-def test_file_read_takes_an_absolute_path_only_inside_the_root(server: Server, tool_root: Path) -> None:
-    assert_tool_failed(execute(server, "file_read", str(tool_root.parent / "secret.txt")))
-
-
-def test_file_read_is_capped(server: Server) -> None:
-    reply = execute(server, "file_read", "huge.bin")
-    assert reply.status == 200 and len(reply.body) < 20 << 20
-
-
-@pytest.mark.parametrize(
-    "url",
-    ["http://127.0.0.1:{port}/health", "http://localhost:{port}/health", "http://[::1]:{port}/", "http://0.0.0.0:{port}/",
-     "http://2130706433:{port}/", "http://127.1:{port}/health", "http://[::ffff:127.0.0.1]:{port}/", "http://10.0.0.1/",
-     "http://192.168.1.1/", "http://169.254.169.254/latest/meta-data", "http://100.64.0.1/", "http://[fe80::1]/",
-     "http://[fc00::1]/", "http://224.0.0.1/", "file:///etc/passwd", "ftp://example.com/", "gopher://x/", "http://",
-     "nonsense", "http://user@127.0.0.1:{port}/health", "http://[64:ff9b::7f00:1]/"],
-)  # fmt: skip
-def test_http_get_refuses(url: str, server: Server) -> None:
-    reply = execute(server, "http_get", url.format(port=server.port))
-    if reply.status != 400:
-        assert_tool_failed(reply)
-    assert b"healthy" not in reply.body
-
-
-def test_tools_that_are_off_stay_listed_and_name_their_flag(guarded: Server) -> None:
-    key = {"Authorization": "Bearer s3cret"}
-    tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
-    assert {"calculator", "file_read", "http_get"} <= set(tools)
-    (argument,) = tools["file_read"]["parameters"]["required"]
-    reply = guarded.post("/api/tools/file_read/execute", {argument: "x"}, **key)
-    assert_tool_failed(reply, "--tool-root")
 
+def test_no_origin_no_cors_headers(server: Server) -> None:
+    assert "Access-Control-Allow-Origin" not in server.get("/api/models").headers
 
-def test_http_get_off_names_its_flag(serve: Callable[..., Server]) -> None:
-    assert_tool_failed(execute(serve(), "http_get", "http://example.com/"), "--tool-hosts")
 
+def preflight(server: Server, origin: str) -> Reply:
+    headers = {"Origin": origin, "Access-Control-Request-Method": "POST",
+               "Access-Control-Request-Headers": "content-type,authorization"}  # fmt: skip
+    return server.request("OPTIONS", "/v1/chat/completions", None, headers)
 
-def test_http_get_refuses_a_host_that_is_not_listed(guarded: Server) -> None:
-    key = {"Authorization": "Bearer s3cret"}
-    tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
-    (argument,) = tools["http_get"]["parameters"]["required"]
-    reply = guarded.post("/api/tools/http_get/execute", {argument: "http://other.example/"}, **key)
-    assert_tool_failed(reply, "other.example")
 
-
-@pytest.mark.parametrize(
-    ("source", "word"),
-    [("import nothing_like_it", "nothing_like_it"), ("def (", "broken.py"), ("raise ValueError('so there')", "so there"),
-     ("1 / 0", "zero"), ("from shimmy import tool\n@tool\ndef f(x): ...", "x")],
-)  # fmt: skip
-def test_tools_file_that_does_not_load_is_one_line_and_exit_1(source: str, word: str, tmp_path: Path) -> None:
-    (tmp_path / "broken.py").write_text(source + "\n")
-    done = shimmy("serve", "--port", "0", "--tools", tmp_path / "broken.py", home=tmp_path)
-    assert_failed(done, 1, word)
+@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://my.app"])
+def test_preflight_of_an_allowed_origin_needs_no_key(origin: str, guarded: Server) -> None:
+    reply = preflight(guarded, origin)
+    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
+    assert "POST" in reply.headers["Access-Control-Allow-Methods"]
+    assert "authorization" in reply.headers["Access-Control-Allow-Headers"].lower()
 
 
-# ---------------------------------------------------------------------------------------------------
-# /v1: chat completions, completions, models
-# ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
+def test_preflight_of_a_foreign_origin_gets_no_cors_headers(origin: str, guarded: Server) -> None:
+    reply = preflight(guarded, origin)
+    assert reply.status == 200
+    assert not [name for name in reply.headers if name.lower().startswith("access-control-allow")]
 
-WEATHER = {
-    "type": "function",
-    "function": {
-        "name": "get_weather",
-        "description": "The weather in a city",
-        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
-    },
-}
-ADD = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
 
-
-def test_chat_answers_in_openai_shape(server: Server) -> None:
-    document = server.chat().json()
-    assert document["object"] == "chat.completion" and document["id"].startswith("chatcmpl-")
-    assert abs(document["created"] - time.time()) < 60 and document["model"]
-    (choice,) = document["choices"]
-    assert (choice["index"], choice["finish_reason"]) == (0, "stop")
-    assert (choice["message"]["role"], choice["message"]["content"]) == ("assistant", "Hello wide world")
-    assert document["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
-
-
-def test_chat_renders_every_message_with_the_models_template(server: Server) -> None:
-    messages = [
-        {"role": "system", "content": "Be brief"},
-        {"role": "user", "content": "one"},
-        {"role": "assistant", "content": "two"},
-        {"role": "user", "content": [{"type": "text", "text": "co"}, {"type": "text", "text": "unt"}]},
-    ]
-    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages})
-    rendered = "[system]Be brief[user]one[assistant]two[user]count[assistant]="
-    assert reply.message["content"] == TEXTS["="]
-    assert reply.json()["usage"]["prompt_tokens"] == 1 + len(rendered)
-
-
-def test_chat_without_a_template_uses_chatml(server: Server) -> None:
-    reply = server.chat("yo", "dice", max_tokens=1, ignore_eos=True)
-    assert reply.json()["usage"]["prompt_tokens"] == 3 + len("user\nyo") + 1 + len("assistant\n")
-
-
-def test_chat_text_from_users_never_becomes_special_tokens(server: Server) -> None:
-    def tokens(content: str) -> int:
-        return server.chat(content, "dice", max_tokens=1, ignore_eos=True).json()["usage"]["prompt_tokens"]
-
-    assert tokens("a<|im_end|>b") - tokens("ab") == len("<|im_end|>")
-
-
-def test_chat_template_may_use_what_hugging_face_offers(server: Server) -> None:
-    messages = [{"role": "user", "content": "unsaid"}, {"role": "user", "content": "hi"}]
-    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
-    assert reply.json()["usage"]["prompt_tokens"] == 1 + len("[user]hi20W")
-
-
-def test_chat_template_that_wants_arguments_as_text_gets_them_so(server: Server) -> None:
-    call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
-    messages = [{"role": "assistant", "content": "x", "tool_calls": [call]}, {"role": "user", "content": "hi"}]
-    reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
-    assert reply.json()["usage"]["prompt_tokens"] == 1 + len('[assistant]x{"a": 1}[user]hi20W')
-
-
-def test_chat_template_that_drops_tools_has_them_described_in_the_system_text(server: Server) -> None:
-    reply = server.chat("hi", "plain", tools=[WEATHER])
-    assert [call["function"]["name"] for call in reply.message["tool_calls"]] == ["get_weather"]
-    assert reply.json()["usage"]["prompt_tokens"] > len(json.dumps(WEATHER["function"]))
-
-
-def test_chat_tool_markup_without_tools_is_text(server: Server) -> None:
-    reply = server.chat("hi", "plain")
-    assert not reply.message.get("tool_calls") and reply.finish_reason == "stop"
-    assert "get_weather" in reply.message["content"]
-
-
-def test_chat_template_that_raises_is_400_with_its_words(server: Server) -> None:
-    reply = server.chat("mutiny")
-    assert_error(reply, 400, "invalid_request", "No mutiny on this ship")
-
-
-def test_chat_stream_has_openai_chunks(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}]}
-    *chunks, done = server.streamed("/v1/chat/completions", body)
-    assert done == "[DONE]" and {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-    assert len({chunk["id"] for chunk in chunks}) == 1
-    assert deltas(chunks)[0]["role"] == "assistant"
-    assert "".join(delta.get("content") or "" for delta in deltas(chunks)) == "Hello wide world"
-    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
-    assert not any(chunk.get("usage") for chunk in chunks)
-
-
-def test_chat_stream_includes_usage_when_asked(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}],
-            "stream_options": {"include_usage": True}}  # fmt: skip
-    *_, last, done = server.streamed("/v1/chat/completions", body)
-    assert done == "[DONE]" and last["choices"] == []
-    assert last["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
-
-
-@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
-def test_chat_stops_at(field: str, server: Server) -> None:
-    limit: dict[str, Any] = {field: 3}
-    reply = server.chat("count", **limit)
-    assert (reply.message["content"], reply.finish_reason) == ("w00 w01 w02 ", "length")
-
-
-def test_chat_without_max_tokens_goes_to_the_end_of_the_context(server: Server) -> None:
-    reply = server.chat("a" * 100, "dice", ignore_eos=True)
-    assert reply.finish_reason == "length" and reply.json()["usage"]["total_tokens"] in (255, 256)
-
-
-def test_chat_stop_string_never_leaks(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "stopping"}], "stop": "STOP"}
-    sent = server.streamed("/v1/chat/completions", body)
-    assert "".join(delta.get("content") or "" for delta in deltas(sent)) == "alpha "
-    assert server.chat("stopping", stop=["STOP"]).message["content"] == "alpha "
-
-
-def test_chat_tool_call_is_parsed(server: Server) -> None:
-    reply = server.chat("weather?", tools=[WEATHER])
-    (call,) = reply.message["tool_calls"]
-    assert reply.finish_reason == "tool_calls" and not reply.message["content"]
-    assert (call["type"], call["function"]["name"]) == ("function", "get_weather") and call["id"]
-    assert json.loads(call["function"]["arguments"]) == {"city": "Paris"}
-
-
-def assembled(sent: list[Any]) -> list[dict[str, Any]]:
-    """Tool calls put together from their deltas, as clients do."""
-    calls: list[dict[str, Any]] = []
-    for part in (part for delta in deltas(sent) for part in delta.get("tool_calls") or []):
-        if part["index"] == len(calls):
-            calls.append({"id": part["id"], "name": part["function"]["name"], "arguments": ""})
-        calls[part["index"]]["arguments"] += part["function"].get("arguments") or ""
-    return calls
-
-
-def test_chat_tool_call_is_streamed_as_deltas(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "weather?"}], "tools": [WEATHER]}
-    sent = server.streamed("/v1/chat/completions", body)
-    (call,) = assembled(sent)
-    assert call["name"] == "get_weather" and json.loads(call["arguments"]) == {"city": "Paris"}
-    assert "".join(delta.get("content") or "" for delta in deltas(sent)).strip() == ""
-    assert sent[-2]["choices"][0]["finish_reason"] == "tool_calls"
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_chat_two_tool_calls_after_text_keep_order_and_have_unique_ids(stream: bool, server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "twice"}], "tools": [ADD]}
-    if stream:
-        sent = server.streamed("/v1/chat/completions", body)
-        content, calls = "".join(delta.get("content") or "" for delta in deltas(sent)), assembled(sent)
-    else:
-        message = server.post("/v1/chat/completions", body).message
-        content, calls = message["content"], [{"id": call["id"], **call["function"]} for call in message["tool_calls"]]
-    assert content.strip() == "Both:"
-    assert [(call["name"], json.loads(call["arguments"])) for call in calls] == [("add", {"a": 1}), ("add", {"a": 2})]
-    assert len({call["id"] for call in calls}) == 2
-
-
-def test_chat_botched_tool_call_stays_text(server: Server) -> None:
-    reply = server.chat("botched", tools=[ADD])
-    assert "oops" in reply.message["content"] and not reply.message.get("tool_calls")
-    assert reply.finish_reason == "stop"
-
-
-def test_chat_tool_choice_none_leaves_the_tools_out(server: Server) -> None:
-    reply = server.chat("weather?", tools=[WEATHER], tool_choice="none")
-    assert not reply.message.get("tool_calls") and reply.message["content"]
-
-
-def test_chat_takes_tool_results_back(server: Server) -> None:
-    call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
-    messages = [
-        {"role": "user", "content": "weather?"},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
-    ]
-    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages, "tools": [WEATHER]})
-    assert (reply.message["content"], reply.finish_reason) == (TEXTS["S"], "stop")
-
-
-def test_chat_reasoning_is_kept_apart(server: Server) -> None:
-    message = server.chat("think").message
-    assert message["content"].strip() == "Four!!"
-    assert message["reasoning_content"].strip() == "two and two"
-
-
-def test_chat_reasoning_is_streamed_apart(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "think"}]}
-    parts = deltas(server.streamed("/v1/chat/completions", body))
-    assert "".join(part.get("content") or "" for part in parts).strip() == "Four!!"
-    assert "".join(part.get("reasoning_content") or "" for part in parts).strip() == "two and two"
-
-
-def test_chat_n_gives_as_many_choices(server: Server) -> None:
-    choices = server.chat(n=3).json()["choices"]
-    assert [choice["index"] for choice in choices] == [0, 1, 2]
-    assert {choice["message"]["content"] for choice in choices} == {"Hello wide world"}
-
-
-def test_chat_n_is_streamed_by_index(server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "count"}], "n": 2}
-    texts = ["", ""]
-    for event in server.streamed("/v1/chat/completions", body)[:-1]:
-        for choice in event["choices"]:
-            texts[choice["index"]] += choice["delta"].get("content") or ""
-    assert texts == [TEXTS["="]] * 2
-
-
-def test_chat_logit_bias_forces_a_token(server: Server) -> None:
-    bias = {str(TOKEN_ID["w07 "]): 100}
-    assert server.chat("count", logit_bias=bias, max_tokens=3).message["content"] == "w07 w07 w07 "
-
-
-def test_chat_logprobs_are_given_when_asked(server: Server) -> None:
-    choice = server.chat(logprobs=True, top_logprobs=2, temperature=0).json()["choices"][0]
-    tokens = choice["logprobs"]["content"]
-    assert "".join(token["token"] for token in tokens) == "Hello wide world"
-    assert all(token["logprob"] == pytest.approx(0, abs=0.01) and len(token["top_logprobs"]) == 2 for token in tokens)
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [({"messages": None}, "messages"), ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"),
-     ({"messages": [1]}, "messages"), ({"messages": [{"content": "x"}]}, "role"),
-     ({"messages": [{"role": 5, "content": "x"}]}, "role"), ({"messages": [{"role": "user"}]}, "content"),
-     ({"messages": [{"role": "user", "content": 5}]}, "content"),
-     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
-     ({"messages": [{"role": "user", "content": ["x"]}]}, "content"),
-     ({"tools": "x"}, "tools"), ({"tools": [{}]}, "tools"), ({"tools": [{"type": "function"}]}, "tools"),
-     ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools"), ({"tool_choice": "maybe"}, "tool_choice"),
-     ({"stream_options": "x"}, "stream_options"), ({"n": 0}, "n"), ({"n": 17}, "n"), ({"n": "two"}, "n"),
-     ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"logit_bias": []}, "logit_bias"),
-     ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"1": 101}}, "logit_bias"),
-     ({"model": 5}, "model"), ({"tools": [ADD] * 500}, "tools"), ({"top_logprobs": 2}, "top_logprobs"),
-     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logprobs": "yes"}, "logprobs")],
-)  # fmt: skip
-def test_chat_bad_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
-    error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request", param)
-    assert error["type"] == "invalid_request_error" and param in error["param"]
-
-
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [({"response_format": {"type": "json_object"}}, "response_format"),
-     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
-     ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
-     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
-     ({"tools": [{"type": "builtin", "name": "calculator"}]}, "tools")],
-)  # fmt: skip
-def test_chat_field_that_is_not_built_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
-    error = assert_error(server.chat(**fields), 400, "invalid_request", param)
-    assert param in error["param"]
-
-
-@pytest.mark.parametrize("field", ["suffix", "echo", "best_of"])
-def test_completions_field_that_is_not_built_is_400_naming_it(field: str, server: Server) -> None:
-    value = {"suffix": "end", "echo": True, "best_of": 2}[field]
-    reply = server.post("/v1/completions", {"model": "recital", "prompt": ":", field: value})
-    assert assert_error(reply, 400, "invalid_request", field)["param"] == field
-
-
-def test_chat_response_format_text_is_the_default(server: Server) -> None:
-    assert server.chat(response_format={"type": "text"}).message["content"] == "Hello wide world"
-
-
-@pytest.mark.parametrize("model", [{}, {"model": None}, {"model": "default"}, {"model": "gpt-4o-mini"}])
-def test_v1_model_absent_or_aliased_means_default(model: dict[str, Any], server: Server) -> None:
-    body = {**model, "messages": [{"role": "user", "content": "hi"}]}
-    assert server.post("/v1/chat/completions", body).message["content"] == "Hello wide world"
-
-
-def test_v1_unknown_model_is_model_not_found(server: Server) -> None:
-    error = assert_error(server.chat(model="nonesuch"), 404, "model_not_found", "nonesuch")
-    assert (error["type"], error["param"]) == ("not_found_error", "model")
-
-
-def test_v1_prompt_beyond_the_context_gives_both_numbers(server: Server) -> None:
-    reply = server.post("/v1/completions", {"model": "dice", "prompt": "a" * 300})
-    error = assert_error(reply, 400, "context_length_exceeded", "300", "256")
-    assert error["type"] == "invalid_request_error"
-
-
-def test_completions_answer_in_openai_shape(server: Server) -> None:
-    document = server.post("/v1/completions", {"model": "recital", "prompt": "Say :"}).json()
-    assert document["object"] == "text_completion" and document["id"].startswith("cmpl-") and document["created"]
-    (choice,) = document["choices"]
-    assert (choice["text"], choice["index"], choice["finish_reason"]) == ("Hello wide world", 0, "stop")
-    assert choice["logprobs"] is None and document["usage"]["prompt_tokens"] == 6
-
-
-def test_completions_stream_ends_with_usage_when_asked(server: Server) -> None:
-    body = {"model": "recital", "prompt": "=", "stream_options": {"include_usage": True}}
-    *chunks, usage, done = server.streamed("/v1/completions", body)
-    assert joined(chunks) == TEXTS["="] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    assert usage["choices"] == [] and usage["usage"]["prompt_tokens"] == 2 and done == "[DONE]"
-
-
-def test_completions_logprobs_are_given_when_asked(server: Server) -> None:
-    body = {"model": "recital", "prompt": ":", "logprobs": 2, "temperature": 0}
-    logprobs = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
-    assert "".join(logprobs["tokens"]) == "Hello wide world"
-    assert len(logprobs["tokens"]) == len(logprobs["token_logprobs"]) == len(logprobs["top_logprobs"])
-    assert logprobs["text_offset"][:3] == [0, 5, 10]
-
-
-@pytest.mark.parametrize("prompt", [[":", "="], [[1, TOKEN_ID["<0x3A>"]], [1, TOKEN_ID["<0x3D>"]]]])
-def test_completions_take_several_prompts_as_text_or_tokens(prompt: Any, server: Server) -> None:
-    choices = server.post("/v1/completions", {"model": "recital", "prompt": prompt, "max_tokens": 50}).json()["choices"]
-    assert [choice["index"] for choice in choices] == [0, 1]
-    assert [choice["text"] for choice in choices] == [TEXTS[":"], TEXTS["="]]
-
-
-@pytest.mark.parametrize("prompt", [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]])
-def test_completions_with_a_prompt_that_is_none_are_400(prompt: Any, server: Server) -> None:
-    assert_error(server.post("/v1/completions", {"model": "recital", "prompt": prompt}), 400, "invalid_request", "prompt")
-
-
-def test_completions_without_a_prompt_is_400(server: Server) -> None:
-    assert_error(server.post("/v1/completions", {"model": "recital"}), 400, "invalid_request", "prompt")
-
-
-@pytest.mark.parametrize("path", ["/chat/completions", "/completions", "/models"])
-def test_v1_paths_work_without_the_prefix(path: str, server: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "hi"}], "prompt": ":"}
-    reply = server.get(path) if path == "/models" else server.post(path, body)
-    assert reply.status == 200 and reply.json()["object"] in ("list", "chat.completion", "text_completion")
-
-
-def test_v1_models_has_openai_shape(server: Server) -> None:
-    document = server.get("/v1/models").json()
-    assert document["object"] == "list"
-    models = {model["id"]: model for model in document["data"]}
-    assert {"recital", "dice"} <= set(models) and models["dice"]["object"] == "model"
-    assert isinstance(models["dice"]["created"], int) and models["dice"]["owned_by"]
-    assert server.get("/v1/models/dice").json()["id"] == "dice"
-
-
-def test_v1_model_that_is_unknown_is_404(server: Server) -> None:
-    assert_error(server.get("/v1/models/nonesuch"), 404, "model_not_found", "nonesuch")
-
-
-def test_openai_client_chats(server: Server) -> None:
-    with server.client() as client:
-        answer = client.chat.completions.create(model="recital", messages=[{"role": "user", "content": "hi"}])
-    assert answer.choices[0].message.content == "Hello wide world"
-    assert answer.usage and answer.usage.total_tokens > 20
-
-
-def test_openai_client_streams_a_chat(server: Server) -> None:
-    with server.client() as client:
-        stream = client.chat.completions.create(
-            model="recital", messages=[{"role": "user", "content": "count"}], stream=True,
-            stream_options={"include_usage": True},
-        )  # fmt: skip
-        chunks = list(stream)
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == TEXTS["="]
-    assert chunks[-1].usage and chunks[-1].usage.completion_tokens >= 40
-
-
-def test_openai_client_streams_a_tool_call(server: Server) -> None:
-    with (
-        server.client() as client,
-        client.chat.completions.stream(
-            model="recital",
-            messages=[{"role": "user", "content": "weather?"}],
-            tools=[WEATHER],  # type: ignore[list-item]
-        ) as stream,
-    ):
-        message = stream.get_final_completion().choices[0].message
-    assert message.tool_calls and json.loads(message.tool_calls[0].function.arguments) == {"city": "Paris"}
-
-
-def test_openai_client_completes_and_lists_models(server: Server) -> None:
-    with server.client() as client:
-        assert client.completions.create(model="recital", prompt="=").choices[0].text == TEXTS["="]
-        assert "recital" in [model.id for model in client.models.list()]
-
-
-def test_openai_client_raises_its_own_errors(server: Server) -> None:
-    with server.client() as client:
-        with pytest.raises(openai.NotFoundError) as caught:
-            client.completions.create(model="nonesuch", prompt=":")
-        assert caught.value.code == "model_not_found" and caught.value.type == "not_found_error"
-        with pytest.raises(openai.BadRequestError) as bad:
-            client.completions.create(model="recital", prompt=":", temperature=9)
-        assert bad.value.param == "temperature"
-
-
-# ---------------------------------------------------------------------------------------------------
-# WebSocket
-# ---------------------------------------------------------------------------------------------------
+# ── WebSocket ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# One connection, one request after another; upgrades, cancels, and who may connect.
 
 
 @pytest.mark.parametrize("prompt", list(TEXTS))
@@ -3235,6 +3495,14 @@ def test_ws_cancel_with_nothing_running_does_no_harm(server: Server) -> None:
         if last.get("finish_reason") == "cancelled" or "error" in last:
             text, last = ws_answer(ws)
         assert (text, last["finish_reason"]) == ("Hello wide world", "stop")
+
+
+def test_ws_cancel_right_behind_the_request_reaches_it(server: Server) -> None:
+    for _ in range(8):
+        with server.ws() as ws:
+            ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+            ws.send('{"cancel": true}')
+            assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
 
 
 @pytest.mark.parametrize(
@@ -3333,38 +3601,6 @@ def test_ws_client_that_vanishes_stops_the_engine(server: Server) -> None:
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
 
 
-# ---------------------------------------------------------------------------------------------------
-# Trust: key, Host, Origin
-# ---------------------------------------------------------------------------------------------------
-
-KEYED = [("GET", "/api/models"), ("POST", "/api/generate"), ("GET", "/v1/models"), ("POST", "/v1/chat/completions"),
-         ("GET", "/diag"), ("GET", "/api/tools"), ("POST", "/api/tools/calculator/execute"),
-         ("POST", "/api/models/recital/load"), ("GET", "/api/models/recital/status"), ("POST", "/api/models/discover"),
-         ("HEAD", "/api/models"), ("GET", "/ws/generate")]  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "path"), KEYED)
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"},
-                                     {"x-api-key": "s3cre"}, {"x-api-key": "s3cret\xe9"}])  # fmt: skip
-def test_key_is_asked_for(method: str, path: str, headers: dict[str, str], guarded: Server) -> None:
-    reply = guarded.request(method, path, b"{}" if method == "POST" else None, headers)
-    assert reply.status == 401
-    if method != "HEAD":
-        error = assert_error(reply, 401, "unauthorized")
-        assert error.get("type") == ("authentication_error" if path.startswith("/v1") else None)
-
-
-@pytest.mark.parametrize("headers", [{"Authorization": "Bearer s3cret"}, {"authorization": "bearer s3cret"},
-                                     {"x-api-key": "s3cret"}, {"X-API-Key": "s3cret"}])  # fmt: skip
-def test_key_opens(headers: dict[str, str], guarded: Server) -> None:
-    assert guarded.request("GET", "/api/models", None, headers).status == 200
-
-
-@pytest.mark.parametrize("path", ["/health", "/api/health", "/api/health/"])
-def test_key_is_not_asked_for_health(path: str, guarded: Server) -> None:
-    assert guarded.get(path).status == 200
-
-
 def test_key_is_asked_for_on_websocket(guarded: Server) -> None:
     with pytest.raises(InvalidStatus) as refused:
         guarded.ws()
@@ -3372,99 +3608,6 @@ def test_key_is_asked_for_on_websocket(guarded: Server) -> None:
     with guarded.ws(additional_headers={"Authorization": "Bearer s3cret"}) as ws:
         ws.send('{"model": "recital", "prompt": ":"}')
         assert ws_answer(ws)[0] == "Hello wide world"
-
-
-def test_key_is_never_logged(serve: Callable[..., Server], models: Path) -> None:
-    server = serve("-v", "--models-dir", models, "--api-key", "hush-hush")
-    body = {"model": "recital", "prompt": "private words :"}
-    assert server.post("/api/generate", body, **{"x-api-key": "hush-hush"}).status == 200
-    assert server.post("/api/generate", body, **{"x-api-key": "wrong-key"}).status == 401
-    server.stop()
-    log = server.log.read_text()
-    assert "/api/generate" in log
-    assert not [word for word in ("hush-hush", "wrong-key", "private words") if word in log]
-
-
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil"])
-def test_foreign_host_is_refused(host: str, server: Server) -> None:
-    reply = server.get("/api/models", Host=host.format(port=server.port))
-    assert_error(reply, 403, "forbidden")
-
-
-@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}", "127.0.0.2"])
-def test_loopback_host_passes(host: str, server: Server) -> None:
-    assert server.get("/api/models", Host=host.format(port=server.port)).status == 200
-
-
-def test_allowed_host_passes(guarded: Server) -> None:
-    headers = {"Host": "my.box:80", "x-api-key": "s3cret"}
-    assert guarded.request("GET", "/api/models", None, headers).status == 200
-    assert guarded.request("GET", "/api/models", None, {**headers, "Host": "your.box"}).status == 403
-
-
-FOREIGN = ["https://evil.example", "null", "http://localhost.evil.example", "http://127.0.0.1.evil", "file://",
-           "https://evil.example/?http://localhost"]  # fmt: skip
-FRIENDLY = ["http://localhost:3000", "http://127.0.0.1", "https://localhost", "http://[::1]:8080", "tauri://localhost",
-            "app://obsidian.md", "vscode-webview://abc"]  # fmt: skip
-
-
-@pytest.mark.parametrize("origin", FOREIGN)
-def test_foreign_origin_is_refused_before_anything_runs(origin: str, server: Server) -> None:
-    server.unload("dice")
-    reply = server.post("/api/models/dice/load", None, Origin=origin)
-    assert_error(reply, 403, "forbidden")
-    assert "Access-Control-Allow-Origin" not in reply.headers
-    assert server.status("dice")["status"] == "unloaded"
-
-
-@pytest.mark.parametrize("origin", FRIENDLY)
-def test_friendly_origin_is_reflected(origin: str, server: Server) -> None:
-    reply = server.get("/api/models", Origin=origin)
-    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
-    assert "origin" in reply.headers["Vary"].lower()
-
-
-def test_friendly_origin_may_read_errors_and_streams(server: Server) -> None:
-    origin = {"Origin": "http://localhost:3000"}
-    for body in ({"model": "nonesuch", "prompt": ":"}, {"model": "recital", "prompt": ":", "stream": True}):
-        reply = server.post("/api/generate", body, **origin)
-        assert reply.headers["Access-Control-Allow-Origin"] == origin["Origin"]
-
-
-def test_allowed_origin_may_read_that_the_key_is_missing(guarded: Server) -> None:
-    reply = guarded.get("/api/models", Origin="https://my.app")
-    assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (401, "https://my.app")
-
-
-def test_no_origin_no_cors_headers(server: Server) -> None:
-    assert "Access-Control-Allow-Origin" not in server.get("/api/models").headers
-
-
-def preflight(server: Server, origin: str) -> Reply:
-    headers = {"Origin": origin, "Access-Control-Request-Method": "POST",
-               "Access-Control-Request-Headers": "content-type,authorization"}  # fmt: skip
-    return server.request("OPTIONS", "/v1/chat/completions", None, headers)
-
-
-@pytest.mark.parametrize("origin", ["http://localhost:3000", "https://my.app"])
-def test_preflight_of_an_allowed_origin_needs_no_key(origin: str, guarded: Server) -> None:
-    reply = preflight(guarded, origin)
-    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
-    assert "POST" in reply.headers["Access-Control-Allow-Methods"]
-    assert "authorization" in reply.headers["Access-Control-Allow-Headers"].lower()
-
-
-@pytest.mark.parametrize("origin", ["https://evil.example", "null"])
-def test_preflight_of_a_foreign_origin_gets_no_cors_headers(origin: str, guarded: Server) -> None:
-    reply = preflight(guarded, origin)
-    assert reply.status == 200
-    assert not [name for name in reply.headers if name.lower().startswith("access-control-allow")]
-
-
-def test_allowed_origin_passes(guarded: Server) -> None:
-    reply = guarded.get("/api/models", Origin="https://my.app", **{"x-api-key": "s3cret"})
-    assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == "https://my.app"
-    assert guarded.get("/api/models", Origin="https://my.app.evil", **{"x-api-key": "s3cret"}).status == 403
 
 
 @pytest.mark.parametrize("origin", FOREIGN[:3])
@@ -3488,742 +3631,69 @@ def test_ws_with_a_foreign_host_is_refused(server: Server) -> None:
     assert_error(reply, 403, "forbidden")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The file itself, and what the shared server has to say after all this
-# ---------------------------------------------------------------------------------------------------
-
-
-def test_script_names_its_dependencies_for_uv_run() -> None:
-    block = re.search(r"(?m)^# /// script$\s(?P<content>(?:^#(?:| .*)$\s)+)^# ///$", SHIMMY.read_text())
-    assert block and "llama-cpp-python" in block["content"] and "websockets" in block["content"]
-    assert "requires-python" in block["content"]
-
-
-def test_server_logged_no_traceback_of_its_own(server: Server, guarded: Server) -> None:
-    tracebacks = (server.log.read_text() + guarded.log.read_text()).split("Traceback")[1:]
-    assert not [text for text in tracebacks if "mytools.py" not in text]
-    assert server.get("/health").status == guarded.get("/health").status == 200
-
-
-def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
-    shutil.copytree(models, tmp_path / "models")
-    done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, script=copy)
-    assert done.stdout.startswith(b"Hello wide world"), done.stderr
-
-
-# ---------------------------------------------------------------------------------------------------
-# Engine: batching, prefix reuse, the shared pool, the queue
-# ---------------------------------------------------------------------------------------------------
-
-KINDS = ("llama", "gemma2", "mamba", "lfm2")  # full attention, sliding window, recurrent, hybrid
-
-
-def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2) -> Path:
-    """A small random model of one kind of memory; token 17 reads " w017", so what it says can be given back as ids."""
-    rng, width = np.random.default_rng(11), 64
-    writer = gguf.GGUFWriter(str(path), kind)
-    writer.add_context_length(context)
-    writer.add_embedding_length(width)
-    writer.add_block_count(4)
-    writer.add_feed_forward_length(96)
-    writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"▁w{i:03d}" for i in range(3, 257))])
-    writer.add_token_scores([0.0] * 257)
-    writer.add_token_types([UNKNOWN, CONTROL, CONTROL] + [NORMAL] * 254)
-    writer.add_eos_token_id(2)
-    writer.add_add_bos_token(False)
-    KIND_METADATA[kind](writer, kv_heads)
-
-    def matrix(name: str, *shape: int) -> None:
-        writer.add_tensor(name, rng.normal(0, 0.35 / np.sqrt(shape[-1] / 16), shape).astype(np.float32))
-
-    def ones(name: str, *shape: int, array: Any = None) -> None:
-        writer.add_tensor(name, np.ones(shape or (width,), np.float32) if array is None else array.astype(np.float32))
-
-    writer.add_tensor("token_embd.weight", rng.normal(0, 1, (257, width)).astype(np.float32))
-    ones("token_embd_norm.weight" if kind == "lfm2" else "output_norm.weight")
-    for layer in range(4):
-        KIND_LAYERS[kind](f"blk.{layer}", layer, matrix, ones, width, kv_heads)
-    if kind in ("llama", "mamba"):
-        matrix("output.weight", 257, width)
-    finish(writer)
-    return path
-
-
-def attention_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
-    writer.add_head_count(max(4, kv_heads))
-    writer.add_head_count_kv(kv_heads)
-    writer.add_key_length(16)
-    writer.add_value_length(16)
-    writer.add_rope_dimension_count(16)
-
-
-def window_metadata(writer: gguf.GGUFWriter, kv_heads: int) -> None:
-    attention_metadata(writer, kv_heads)
-    writer.add_sliding_window(32)
-
-
-def mamba_metadata(writer: gguf.GGUFWriter, _: int) -> None:
-    writer.add_head_count(0)
-    writer.add_ssm_conv_kernel(4)
-    writer.add_ssm_inner_size(128)
-    writer.add_ssm_state_size(16)
-    writer.add_ssm_time_step_rank(4)
-
-
-def hybrid_metadata(writer: gguf.GGUFWriter, _: int) -> None:
-    writer.add_head_count(4)
-    writer.add_head_count_kv([0, 2, 0, 2])
-    writer.add_rope_dimension_count(16)
-    writer.add_shortconv_l_cache(3)
-    writer.add_vocab_size(257)
-
-
-def attention_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
-    ones(f"{b}.attn_norm.weight")
-    ones(f"{b}.ffn_norm.weight")
-    heads = max(4, kv_heads) * 16
-    for name, rows in (("attn_q", heads), ("attn_k", kv_heads * 16), ("attn_v", kv_heads * 16), ("ffn_gate", 96), ("ffn_up", 96)):
-        matrix(f"{b}.{name}.weight", rows, width)
-    matrix(f"{b}.attn_output.weight", width, heads)
-    matrix(f"{b}.ffn_down.weight", width, 96)
-
-
-def gemma_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, kv_heads: int) -> None:
-    attention_layer(b, layer, matrix, ones, width, kv_heads)
-    ones(f"{b}.post_attention_norm.weight")
-    ones(f"{b}.post_ffw_norm.weight")
-
-
-def mamba_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
-    ones(f"{b}.attn_norm.weight")
-    matrix(f"{b}.ssm_in.weight", 256, width)
-    matrix(f"{b}.ssm_conv1d.weight", 128, 4)
-    ones(f"{b}.ssm_conv1d.bias", 128)
-    matrix(f"{b}.ssm_x.weight", 36, 128)
-    matrix(f"{b}.ssm_dt.weight", 128, 4)
-    ones(f"{b}.ssm_dt.bias", 128)
-    decay = -np.exp(np.random.default_rng(layer).normal(0, 0.5, (128, 16)))  # negative: the state decays
-    ones(f"{b}.ssm_a", array=decay)
-    ones(f"{b}.ssm_d", 128)
-    matrix(f"{b}.ssm_out.weight", width, 128)
-
-
-def hybrid_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) -> None:
-    ones(f"{b}.attn_norm.weight")
-    ones(f"{b}.ffn_norm.weight")
-    for name, shape in (("ffn_gate", (96, width)), ("ffn_up", (96, width)), ("ffn_down", (width, 96))):
-        matrix(f"{b}.{name}.weight", *shape)
-    if layer % 2:
-        ones(f"{b}.attn_q_norm.weight", 16)
-        ones(f"{b}.attn_k_norm.weight", 16)
-        for name, rows in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32)):
-            matrix(f"{b}.{name}.weight", rows, width)
-        matrix(f"{b}.attn_output.weight", width, 64)
-    else:
-        matrix(f"{b}.shortconv.conv.weight", width, 3)
-        matrix(f"{b}.shortconv.in_proj.weight", 3 * width, width)
-        matrix(f"{b}.shortconv.out_proj.weight", width, width)
-
-
-KIND_METADATA = {"llama": attention_metadata, "gemma2": window_metadata, "mamba": mamba_metadata, "lfm2": hybrid_metadata}
-KIND_LAYERS = {"llama": attention_layer, "gemma2": gemma_layer, "mamba": mamba_layer, "lfm2": hybrid_layer}
-
-
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a small random model of every kind of memory."""
-    folder = tmp_path_factory.mktemp("kinds")
-    for kind in KINDS:
-        write_kind(folder / f"{kind}.gguf", kind)
-    running = Server(tmp_path_factory.mktemp("kinds-home"), "--port", "0", "--models-dir", folder, "--max-loaded", "4")
-    yield running
-    running.stop()
-
-
-def altered(folder: Path, *changes: tuple[str, str]) -> Path:
-    """A copy of shimmy.py in which each old text, there once, is the new one."""
-    source = SHIMMY.read_text()
-    for old, new in changes:
-        assert source.count(old) == 1, old
-        source = source.replace(old, new)
-    (folder / "shimmy.py").write_text(source)
-    return folder / "shimmy.py"
-
-
-# the tiny models are too fast to need a reader
-ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._several and self._aside", "if self._aside"))
-
-
-@pytest.fixture(scope="module")
-def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same models, but every prompt that arrives beside a stream is read aside."""
-    folder = tmp_path_factory.mktemp("asides")
-    for kind in KINDS:
-        write_kind(folder / f"{kind}.gguf", kind)
-    home, flags = tmp_path_factory.mktemp("asides-home"), ("--port", "0", "--models-dir", folder, "--max-loaded", "4")
-    running = Server(home, *flags, script=altered(folder, *ALL_ASIDE))
-    yield running
-    running.stop()
-
-
-@dataclass(frozen=True)
-class Run:
-    """A greedy run: token ids of every choice, their log probabilities, prompt tokens that were cached."""
-
-    choices: list[list[int]]
-    logprobs: list[float]
-    cached: int
-    usage: dict[str, Any]
-
-    @property
-    def tokens(self) -> list[int]:
-        return self.choices[0]
-
-    def assert_same(self, other: Run) -> None:
-        """The same run but for rounding: batches of other shapes round otherwise, which may tip a tie and nothing else."""
-        pairs = zip(self.tokens, other.tokens, strict=True)
-        until = next((i for i, (mine, its) in enumerate(pairs) if mine != its), len(self.tokens) - 1)
-        assert other.logprobs[: until + 1] == pytest.approx(self.logprobs[: until + 1], abs=0.1)
-
-
-def greedy(server: Server, model: str, prompt: list[int], tokens: int = 24, **fields: Any) -> Run:
-    """A completion at temperature 0 that ignores the end of text."""
-    body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
-    reply = server.post("/v1/completions", {**body, **fields})
-    assert reply.status == 200, reply.body
-    document = reply.json()
-    shown = [choice["logprobs"] for choice in document["choices"]]
-    names = {"<unk>": 0, "<s>": 1, "</s>": 2}
-    choices = [[names[t] if t in names else int(t.strip(" w")) for t in each["tokens"]] for each in shown]
-    usage = document["usage"]
-    return Run(choices, shown[0]["token_logprobs"], usage["prompt_tokens_details"]["cached_tokens"], usage)
-
-
-def fresh(server: Server, model: str, prompt: list[int], tokens: int = 24) -> Run:
-    """The run of an engine that has seen nothing before."""
-    assert server.unload(model).status == 200
-    made = greedy(server, model, prompt, tokens)
-    assert made.cached == 0
-    return made
-
-
-def ids(words: str) -> list[int]:
-    """Token ids, one a character."""
-    return [3 + byte for byte in words.encode("ascii")]
-
-
-STORY = "In the beginning there was a very long sentence, longer than any window that slides over it, and then "
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_prefix_reuse_gives_the_tokens_of_a_fresh_run(kind: str, kinds: Server) -> None:
-    """The same prompt again, its continuation, a fork in its middle, and the first one after all that."""
-    prompt = ids(STORY)
-    fork = [*prompt[:60], *ids("something else came up entirely")]
-    expected = fresh(kinds, kind, prompt)
-    continued = [*prompt, *ids("x" * 10), *ids(" and on it goes")]
-    expected_fork, expected_on = fresh(kinds, kind, fork), fresh(kinds, kind, continued)
-    kinds.unload(kind)
-    first, on, forked = (prompt, expected), (continued, expected_on), (fork, expected_fork)
-    for asked, wanted in [first, first, on, forked, first]:
-        wanted.assert_same(greedy(kinds, kind, asked))
-
-
-@pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_prompt_asked_again_is_cached_but_for_its_last_token(kind: str, kinds: Server) -> None:
-    kinds.unload(kind)
-    prompt = ids(STORY)
-    assert greedy(kinds, kind, prompt).cached == 0
-    assert greedy(kinds, kind, prompt).cached == len(prompt) - 1
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_continued_text_starts_behind_what_was_generated(kind: str, kinds: Server) -> None:
-    kinds.unload(kind)
-    prompt = ids(STORY)
-    made = greedy(kinds, kind, prompt, 8)
-    longer = [*prompt, *made.tokens, *ids(" on")]
-    on = greedy(kinds, kind, longer)
-    assert on.cached == len(prompt) + 7  # all but the last token, which nobody had evaluated
-    fresh(kinds, kind, longer).assert_same(on)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_conversation_parked_outside_the_cache_comes_back_as_it_was(kind: str, kinds: Server) -> None:
-    """Idle sequences are saved, as many tokens as the pool holds, and put back."""
-    kinds.unload(kind)
-    prompts = [ids(f"{i}{STORY * 4}"[:380]) for i in range(5)]
-    said = [greedy(kinds, kind, prompt) for prompt in prompts]
-    longer = [*prompts[0], *said[0].tokens, *ids(" and")]
-    on = greedy(kinds, kind, longer)
-    assert on.cached == 380 + 23
-    fresh(kinds, kind, longer).assert_same(on)
-
-
-@pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_many_conversations_at_random_lose_and_mix_nothing(kind: str, kinds: Server) -> None:
-    """More of them than slots and than the pool holds, in an order of no pattern, several at once, some given up."""
-    kinds.unload(kind)
-    choose, talks = random.Random(4), [ids(f"{i:02d}{STORY * 4}"[: 100 + 9 * i]) for i in range(34)]
-    alone = {i: greedy(kinds, kind, talk, 8) for i, talk in enumerate(talks)}
-    order = [choose.randrange(34) for _ in range(90)]
-
-    def ask(i: int) -> Run | None:
-        if i % 3 == 0:
-            give_up(kinds, {"model": kind, "prompt": talks[i], "max_tokens": 40}, i / 20_000)
-        return greedy(kinds, kind, talks[i], 8) if i % 3 else None
-
-    with ThreadPoolExecutor(6) as pool:
-        runs = list(pool.map(ask, order))
-    for i, run in zip(order, runs, strict=True):
-        if run:
-            alone[i].assert_same(run)
-
-
-def give_up(server: Server, body: dict[str, Any], seconds: float) -> None:
-    """Send a completion and leave after so many seconds, whatever has come."""
-    with socket.create_connection((server.host, server.port)) as gone:
-        gone.sendall(raw_post("/v1/completions", json.dumps(body).encode()))
-        time.sleep(seconds)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_prompts_read_aside_give_the_text_they_give_alone(kind: str, asides: Server) -> None:
-    """Sixteen at once: most arrive while others stream, and go through the reader's context and back."""
-    asides.unload(kind)
-    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 20 * i]) for i in range(16)]
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda talk: greedy(asides, kind, talk, 40), talks))
-    for talk, run in zip(talks, together, strict=True):
-        greedy(asides, kind, talk, 40).assert_same(run)
-    for i in (3, 15):
-        fresh(asides, kind, talks[i], 40).assert_same(together[i])
-
-
-def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: int) -> None:
-    """Eight at once, on an engine that has seen nothing, say what each says alone."""
-    alone = [greedy(server, "llama", p, tokens) for p in prompts]
-    server.unload("llama")
-    with ThreadPoolExecutor(8) as pool:
-        together = list(pool.map(lambda p: greedy(server, "llama", p, tokens), prompts))
-    for one, among in zip(alone, together, strict=True):
-        one.assert_same(among)
-
-
-NO_READER = {
-    "too little memory": ("free, need = available_memory(), ", "free, need = 0, "),
-    "refused by llama.cpp": ("self.context = Context(llama, llama.ctx", "raise LoadError('no')\n        Context(llama, 9"),
-}
-
-
-@pytest.mark.parametrize("why", NO_READER)
-def test_without_memory_for_a_reader_long_prompts_are_read_in_slices(
-    why: str, serve: Callable[..., Server], tmp_path: Path
-) -> None:
-    write_kind(tmp_path / "llama.gguf", "llama")
-    own = serve("--models-dir", tmp_path, script=altered(tmp_path, *ALL_ASIDE, NO_READER[why]))
-    talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 30 * i]) for i in range(10)]
-    assert_together_as_alone(own, talks, 40)
-    assert ("read in slices" in own.log.read_text()) == (why == "refused by llama.cpp")
-
-
-@pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_prompts_read_aside_and_given_up_leave_nothing_behind(kind: str, asides: Server) -> None:
-    asides.unload(kind)
-    alone = greedy(asides, kind, ids(STORY), 300)
-
-    def leave(i: int) -> None:
-        give_up(asides, {"model": kind, "max_tokens": 40, "prompt": [3 + i, *ids(STORY * 4)[:400]]}, i % 5 / 500)
-
-    with ThreadPoolExecutor(8) as pool:
-        streams = [pool.submit(greedy, asides, kind, ids(STORY), 300) for _ in range(2)]
-        list(pool.map(leave, range(40)))
-    for stream in streams:
-        stream.result().assert_same(alone)
-    eventually(lambda: asides.get("/health").json()["requests_running"] == 0, "the engine is idle")
-    fresh(asides, kind, ids(STORY), 300).assert_same(greedy(asides, kind, ids(STORY), 300))
-
-
-def test_n_choices_share_one_prompt(kinds: Server) -> None:
-    kinds.unload("llama")
-    made = greedy(kinds, "llama", ids(STORY), n=4)
-    assert len(made.choices) == 4 and made.choices[0][:3] == made.choices[3][:3]
-    assert made.usage["prompt_tokens"] == len(STORY)
-    assert made.usage["completion_tokens"] == 4 * 24
-
-
-def test_n_choices_differ_under_temperature_and_repeat_with_a_seed(kinds: Server) -> None:
-    ask = functools.partial(greedy, kinds, "llama", ids(STORY), temperature=1, n=3, seed=5)
-    first = ask().choices
-    assert first[0] != first[1] != first[2]
-    assert [c[:3] for c in first] == [c[:3] for c in ask().choices]
-
-
-def test_eight_at_once_say_what_each_says_alone(kinds: Server) -> None:
-    assert_together_as_alone(kinds, [ids(f"{i} {STORY[i * 7 :]}") for i in range(8)], 16)
-
-
-def test_step_back_and_resume_gives_the_tokens_of_an_undisturbed_run(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """Four of 189 tokens in a pool of 256: the youngest step back and go on where they were."""
-    write_kind(tmp_path / "llama.gguf", "llama", context=256)
-    small = serve("--models-dir", tmp_path, "--kv-pool", "256", "--parallel", "4")
-    prompts = [ids(f"{i} bottles of beer on the wall") for i in range(4)]
-    alone = [greedy(small, "llama", p, 160) for p in prompts]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda p: greedy(small, "llama", p, 160), prompts))
-    for one, among in zip(alone, together, strict=True):
-        one.assert_same(among)
-
-
-def test_shared_beginning_counts_once_when_who_read_it_has_left(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """Three streams behind one beginning of 1,000 tokens in a pool of 3,000: there is room for a fourth."""
-    write_kind(tmp_path / "llama.gguf", "llama", context=8192)
-    small = serve("--models-dir", tmp_path, "--ctx", "2048", "--kv-pool", "3000")
-    body = {"model": "llama", "prompt": ids((STORY * 10)[:1000]), "max_tokens": 400, "ignore_eos": True}
-    with ThreadPoolExecutor(4) as pool:
-        reading = pool.submit(small.post, "/v1/completions", {**body, "max_tokens": 20})
-        eventually(lambda: small.status("llama")["requests_running"] == 1, "the first one reads")
-        for _ in range(3):
-            pool.submit(small.post, "/v1/completions", body)
-        reading.result()
-        with small.stream("/v1/completions", body) as fourth:
-            next(fourth)
-            assert small.status("llama")["requests_running"] == 4
-
-
-def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
+# ── Lifecycle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# A server ends when told to, lets streams finish, and leaves no process behind.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_cleanly_on_a_signal(number: int, serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models)
+    assert server.generate().status == 200
+    children = descendants(server.process.pid)
+    os.killpg(server.process.pid, number)
+    assert server.process.wait(HANG) == 0
+    assert children and "Traceback" not in server.log.read_text()
+    eventually(lambda: not any(map(alive, children)), "no child is left")
+
+
+def test_serve_ends_although_connections_are_open(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models)
+    with contextlib.ExitStack() as stack:
+        idle, half = (stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(2))
+        idle.sendall(head_of("GET", "/health"))
+        half.sendall(b"POST /api/generate HTTP/1.1\r\nContent-Le")
+        assert read_reply(idle).status == 200
+        ws = stack.enter_context(server.ws())
+        server.signal(signal.SIGTERM)
+        assert server.process.wait(HANG) == 0
+        with pytest.raises(ConnectionClosed):
+            ws.recv(HANG)
+    assert "Traceback" not in server.log.read_text()
+
+
+def test_serve_lets_a_stream_finish_before_it_ends(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models)
+    body = {"model": "recital", "prompt": "#", "max_tokens": 1000}
+    with server.stream("/api/generate", body) as stream:
+        first = next(stream)
+        server.signal(signal.SIGTERM)
+        rest = list(stream)
+    assert len(joined([first, *rest]).split()) == 1000
+    assert rest[-1] == "[DONE]" and server.process.wait(HANG) == 0
+
+
+def test_serve_ends_at_once_on_a_second_signal(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     with server.endless() as stream:
         next(stream)
-        done = threading.Event()
-
-        def newcomer() -> None:
-            assert server.generate("x" * 20_000 + ":", max_tokens=1).status == 200
-            done.set()
-
-        thread = threading.Thread(target=newcomer)
-        thread.start()
-        pieces = 0
-        while not done.is_set():
-            next(stream)
-            pieces += 1
-        thread.join()
-    assert pieces > 20
-
-
-def test_client_that_leaves_in_mid_prompt_stops_the_engine(server: Server) -> None:
-    connection = server.connect()
-    connection.request("POST", "/api/generate", encoded({"model": "recital", "prompt": "y" * 60_000, "max_tokens": 5}))
-    eventually(lambda: server.status("recital")["requests_running"] == 1, "the prompt is being read")
-    connection.sock.close()
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "the engine let go")
-    assert server.generate().text == TEXTS[":"]
-
-
-def test_dropped_streams_leave_the_engine_idle(server: Server) -> None:
-    for _ in range(30):
-        with server.endless() as stream:
-            next(stream)
-    eventually(lambda: server.status("recital")["requests_running"] == 0, "all are gone")
-    status = server.status("recital")
-    assert status["requests_waiting"] == 0 and server.generate().text == TEXTS[":"]
-
-
-def test_queue_beyond_its_bound_answers_503_with_retry_after(serve: Callable[..., Server], models: Path) -> None:
-    small = serve("--models-dir", models, "--parallel", "1", "--max-queue", "2", "--ctx", str(LONG_CTX))
-    with contextlib.ExitStack() as stack:
-        next(stack.enter_context(small.endless()))
-        for _ in range(2):
-            stack.enter_context(small.endless())
-        status = eventually(lambda: small.status("recital")["requests_waiting"] == 2 and small.status("recital"), "two wait")
-        assert status["requests_running"] == 1
-        refused = small.generate()
-        assert_error(refused, 503, "overloaded", "--max-queue 2")
-        assert int(refused.headers["Retry-After"]) >= 1
-    eventually(lambda: small.status("recital")["requests_waiting"] == 0, "the queue is empty")
-    assert small.generate().text == TEXTS[":"]
-
-
-def test_burst_of_clients_is_served_whole(server: Server) -> None:
-    with ThreadPoolExecutor(100) as pool:
-        replies = list(pool.map(lambda _: server.streamed("/api/generate", {"model": "recital", "prompt": "="}), range(100)))
-    assert all(joined(r) == TEXTS["="] and r[-1] == "[DONE]" for r in replies)
-
-
-def held(server: Server) -> tuple[int, int]:
-    """Descriptors and threads of a server."""
-    return tuple(len(os.listdir(f"/proc/{server.process.pid}/{what}")) for what in ("fd", "task"))  # type: ignore[return-value]
-
-
-def assert_holds_as_before(server: Server, before: tuple[int, int]) -> None:
-    eventually(lambda: all(now <= then + 1 for now, then in zip(held(server), before, strict=True)), "as before")
+        children = descendants(server.process.pid)
+        server.signal(signal.SIGTERM)
+        time.sleep(0.3)  # two signals at the same moment are one
+        server.signal(signal.SIGTERM)
+        server.process.wait(HANG)
+    eventually(lambda: not any(map(alive, children)), "the engine ends")
 
 
 @linux
-def test_many_generations_leave_descriptors_and_threads_as_they_were(server: Server) -> None:
-    server.generate()
-    before = held(server)
-    for _ in range(100):
-        assert server.generate(max_tokens=1).status == 200
-    assert_holds_as_before(server, before)
-
-
-@linux
-def test_engines_that_ended_or_never_began_leave_no_descriptors(server: Server) -> None:
-    server.generate(model="dice", max_tokens=1)
-    before = held(server)
-    for _ in range(2):
-        assert server.unload("dice").status == 200
-        assert_error(server.load("hollow"), 500, "generation_failed")
-        server.generate(model="dice", max_tokens=1)
-        os.kill(server.engine("dice.gguf"), signal.SIGKILL)
-        eventually(lambda: server.status("dice")["status"] == "failed", "its death is known")
-        server.generate(model="dice", max_tokens=1)
-    assert_holds_as_before(server, before)
-    server.unload("dice")
-
-
-def test_spaces_that_the_vocabulary_does_not_know_are_three_tokens_each(serve: Callable[..., Server], tmp_path: Path) -> None:
-    path = write_recital(tmp_path / "spaceless.gguf")
-    data, length = path.read_bytes(), struct.pack("<Q", 3)
-    assert data.count(length + "▁".encode()) == 1
-    path.write_bytes(data.replace(length + "▁".encode(), length + b"ooo"))
-    reply = serve("--models-dir", tmp_path, "--ctx", "16384").generate(" " * 3000 + ":", "spaceless")
-    assert reply.text == TEXTS[":"] and reply.json()["usage"]["prompt_tokens"] > 9000
-
-
-def test_bench_measures_every_row_on_a_model_it_made(tmp_path: Path) -> None:
-    model = write_bench_model(tmp_path / "made.gguf", layers=1, vocabulary=1000)
-    flags = ["--tokens", "8", "--words", "4", "--long", "200", "--seconds", "0", "--threads", "1", "--json"]
-    done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
-    rows = json.loads(done.stdout)
-    assert done.returncode == 0 and "not measured" not in done.stderr and len(rows) == 18
-    assert all(row["value"] > 0 for row in rows.values())
-
-
-def test_bench_without_a_server_says_so_in_a_line() -> None:
-    flags = ["--url", "http://127.0.0.1:9", "--model", "x"]
-    done = subprocess.run([sys.executable, __file__, "bench", *flags], capture_output=True, text=True)
-    assert done.returncode and "Traceback" not in done.stderr and done.stderr.strip()
-
-
-def test_logprobs_agree_with_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
-    import llama_cpp
-
-    path = write_kind(tmp_path / "same.gguf", "llama")
-    prompt = ids("What comes next")
-    llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
-    llama.eval(prompt)
-    scores = llama.scores[len(prompt) - 1].astype(np.float64)
-    expected = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
-    body = {"model": "llama", "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5, "ignore_eos": True}
-    shown = kinds.post("/v1/completions", body).json()["choices"][0]["logprobs"]
-    assert shown["token_logprobs"][0] == pytest.approx(expected.max(), abs=2e-2)
-    top = sorted(shown["top_logprobs"][0].values(), reverse=True)
-    assert top == pytest.approx(sorted(expected, reverse=True)[:5], abs=2e-2)
-
-
-def test_models_own_sampling_defaults_are_honoured(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """general.sampling.temp 0 in the file makes an unspecified temperature greedy."""
-    path = write_dice(tmp_path / "models" / "calm.gguf")
-    reader = gguf.GGUFReader(path)
-    writer = gguf.GGUFWriter(str(tmp_path / "models" / "set.gguf"), "llama")
-    for key, value in reader.fields.items():
-        if key.startswith("GGUF.") or key == "general.architecture":
-            continue
-        kind = value.types[0]
-        sub = value.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-        writer.add_key_value(key, value.contents(), kind, sub_type=sub)
-    writer.add_float32("general.sampling.temp", 0.0)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data)
-    finish(writer)
-    own = serve("--models-dir", tmp_path / "models")
-    ask = {"prompt": "roll", "max_tokens": 24, "ignore_eos": True}
-    said = [own.post("/v1/completions", {**ask, "model": "set"}).text for _ in range(2)]
-    assert said[0] == said[1] == own.post("/v1/completions", {**ask, "model": "set", "temperature": 0}).text
-    wild = {own.post("/v1/completions", {**ask, "model": "calm", "temperature": 1.5}).text for _ in range(3)}
-    assert len(wild) > 1
-
-
-def test_context_that_cannot_fit_is_refused_with_one_that_would(serve: Callable[..., Server], tmp_path: Path) -> None:
-    write_kind(tmp_path / "wide.gguf", "llama", context=1 << 24, kv_heads=1024)
-    large = serve("--models-dir", tmp_path, "--ctx", str(1 << 24))
-    refused = large.load("wide")
-    error = assert_error(refused, 500, "generation_failed", "would fit", "KV cache")
-    found = re.search(r"--ctx (\d+) would fit", error["details"])
-    assert found and 256 <= int(found[1]) < 1 << 24
-
-
-def test_ctx_beyond_the_models_own_is_lowered_with_a_note(tmp_path: Path) -> None:
-    write_dice(tmp_path / "dice.gguf", context=256)
-    done = shimmy("probe", "dice", "--models-dir", tmp_path, "--ctx", "4096", "--json", home=tmp_path)
-    assert json.loads(done.stdout)["context_length"] == 256 and b"using 256" in done.stderr
-
-
-SCHEMAS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
-    ({"type": "integer", "minimum": -12, "maximum": 345}, lambda v: -12 <= v <= 345),
-    ({"enum": ["red", "green", 3, None]}, lambda v: v in ("red", "green", 3, None)),
-    ({"const": {"a": [1, 'quo"te']}}, lambda v: v == {"a": [1, 'quo"te']}),
-    ({"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4}, lambda v: 2 <= len(v) <= 4),
-    ({"type": "array", "prefixItems": [{"type": "null"}, {"const": "é"}], "items": False}, lambda v: v == [None, "é"]),
-    ({"type": "string", "minLength": 3, "maxLength": 5}, lambda v: 3 <= len(v) <= 5),
-    ({"type": "string", "format": "date"}, lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None),
-    ({"type": ["boolean", "null"]}, lambda v: v in (True, False, None)),
-    ({"anyOf": [{"const": 1}, {"const": 2}]}, lambda v: v in (1, 2)),
-    ({"allOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": {"const": 2}}, "required": ["b"]}]},
-     lambda v: v == {"a": 1, "b": 2}),
-    ({"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}, "c": {"const": 3}}, "required": ["b"]},
-     lambda v: v["b"] == 2 and set(v) <= {"a", "b", "c"}),
-    ({"$defs": {"leaf": {"enum": ["x"]}}, "type": "object", "properties": {"l": {"$ref": "#/$defs/leaf"}}, "required": ["l"]},
-     lambda v: v == {"l": "x"}),
-    ({"$defs": {"node": {"type": "object", "properties": {"v": {"const": 1}, "next": {"anyOf": [{"$ref": "#/$defs/node"},
-      {"type": "null"}], "title": "Next"}}, "required": ["v", "next"]}}, "$ref": "#/$defs/node"}, lambda v: v["v"] == 1),
-    ({"type": "object", "properties": {"n": {"type": "boolean", "nullable": True}}, "required": ["n"]},
-     lambda v: v["n"] in (True, False, None)),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("number", range(len(SCHEMAS)))
-def test_json_schema_holds_a_random_model_to_its_documents(number: int, server: Server) -> None:
-    schema, fits = SCHEMAS[number]
-    for seed in range(2):
-        reply = server.generate("any", "dice", json_schema=schema, max_tokens=200, temperature=1, seed=seed)
-        assert fits(json.loads(reply.text)), reply.text
-
-
-@pytest.mark.parametrize("schema", [{"type": "string", "pattern": "a+"}, {"not": {}}, {"type": "what"}, {"$ref": "#/nowhere"},
-                                    {"type": "array", "uniqueItems": True}, {"enum": []}])  # fmt: skip
-def test_json_schema_that_cannot_be_honoured_is_refused_by_name(schema: dict[str, Any], server: Server) -> None:
-    assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
-
-
-# ---------------------------------------------------------------------------------------------------
-# Found in review: each of these was a defect once
-# ---------------------------------------------------------------------------------------------------
-
-
-def test_body_of_quotes_is_refused_in_linear_time(server: Server) -> None:
-    assert_error(server.post("/api/generate", b"[" + b"[]," * 80 + b'"' + b'\\"' * 500_000), 400, "invalid_request")
-
-
-def test_choices_that_speak_before_the_last_is_queued_wait_for_it(server: Server) -> None:
-    prompts = [":", "x" * 20_000 + ":", ":", "y" * 20_000 + ":"]
-    for _ in range(3):
-        stream = server.streamed("/v1/completions", {"model": "recital", "prompt": prompts, "n": 2, "max_tokens": 3})
-        assert sum(e["choices"][0]["finish_reason"] is not None for e in stream if e != "[DONE]") == 8
-
-
-def test_late_prompt_that_is_too_long_keeps_its_status(server: Server) -> None:
-    body = {"model": "recital", "prompt": [":", "x" * (LONG_CTX + 5)], "stream": True}
-    assert_error(server.post("/v1/completions", body), 400, "context_length_exceeded")
-
-
-@pytest.mark.parametrize("line", ["A B: 1", "Content-Length : 5", "Host: localhost", "Origin: http://evil.example\r\nOrigin: x"])
-def test_header_that_would_hide_others_is_refused(line: str, server: Server) -> None:
-    (reply,) = exchange(server, head_of("GET", "/health", line, "Connection: close"))
-    assert reply.status in (400, 403) and reply.json()["error"]["code"]
-
-
-@pytest.mark.parametrize(
-    "head", ["GET /health HTTP/1.1\r\nHost: [\r\n\r\n", "GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n"]
-)
-def test_address_that_is_malformed_is_the_clients_error(head: str, server: Server) -> None:
-    (reply,) = exchange(server, head.encode())
-    assert reply.status in (400, 403) and reply.json()["error"]["code"]
-
-
-@pytest.mark.parametrize("expression", ["round(5, -3000000)", "round(1.5, 10**9)", "2**100000", "9**9**9"])
-def test_calculator_work_is_bounded(expression: str, server: Server) -> None:
-    reply = server.post("/api/tools/calculator/execute", {"expression": expression})
-    assert reply.status == 200 and reply.json()["success"] is False
-
-
-def test_tool_argument_null_is_absent(server: Server) -> None:
-    reply = server.post("/api/tools/stumble/execute", {"why": None})
-    assert reply.json()["error"] == "ValueError: stumbled over no reason"
-
-
-@pytest.mark.parametrize(
-    "host", ["[::7f00:1]", "[::ffff:10.0.0.1]", "[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]", "[fec0::1]", "[2002:7f00:1::]",
-             "[3fff::1]", "0.0.0.0", "100.64.0.1", "224.0.0.1"],
-)  # fmt: skip
-def test_http_get_refuses_every_address_that_is_not_global(host: str, server: Server) -> None:
-    reply = server.post("/api/tools/http_get/execute", {"url": f"http://{host}/"})
-    assert reply.json()["success"] is False and "not global" in reply.json()["error"]
-
-
-def test_odd_entries_do_not_end_discovery(tmp_path: Path) -> None:
-    folder = tmp_path / "models"
-    write_dice(folder / "dice.gguf")
-    (folder / "loop").symlink_to("loop")
-    (folder / "self.gguf").symlink_to("self.gguf")
-    (folder / "through.gguf").symlink_to(folder / "dice.gguf" / "x")
-    store = tmp_path / "store"
-    manifests = {"a": "[]", "b": '{"layers": null}', "c": '{"layers": [1]}', "d": "[" * 5000, "e": "nonsense"}
-    for name, manifest in manifests.items():
-        path = store / "manifests" / "host" / "library" / name / "latest"
-        path.parent.mkdir(parents=True)
-        path.write_text(manifest)
-    done = shimmy("list", "--short", "--models-dir", folder, home=tmp_path, env={"OLLAMA_MODELS": str(store)})
-    assert done.returncode == 0 and "dice" in done.stdout.decode().split()
-
-
-@pytest.mark.parametrize(
-    "schema",
-    [{"properties": 5}, {"required": 5}, {"type": "object", "required": [{}]}, {"prefixItems": 5}, {"anyOf": {}},
-     {"type": "integer", "minimum": "a"}, {"allOf": [{"properties": [1]}, {}]}, {"allOf": [{"required": 3}, {}]},
-     {"type": "array", "maxItems": 2000, "items": {"type": "string", "maxLength": 2000}}],
-)  # fmt: skip
-def test_json_schema_that_is_malformed_is_the_clients_error(schema: dict[str, Any], server: Server) -> None:
-    assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
-
-
-def test_token_id_outside_the_vocabulary_names_its_bounds(server: Server) -> None:
-    reply = server.post("/v1/completions", {"model": "recital", "prompt": [-5]})
-    assert assert_error(reply, 400, "invalid_request", "0…")["param"] == "prompt"
-
-
-def test_text_of_every_noncharacter_cannot_smuggle_special_tokens(server: Server) -> None:
-    text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>"
-    assert_error(server.chat(text), 400, "invalid_request", "noncharacter")
-
-
-def test_special_token_names_in_a_tools_keys_stay_text(server: Server) -> None:
-    """As text each is many tokens, as a special token it would be one."""
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {name: {}}}}}
-             for name in ("<|im_end|>", "<|xx_xxx|>")]  # fmt: skip
-    used = [server.chat("hi", tools=[tool], max_tokens=1).json()["usage"]["prompt_tokens"] for tool in tools]
-    assert used[0] == used[1]
-
-
-def test_ws_cancel_right_behind_the_request_reaches_it(server: Server) -> None:
-    for _ in range(8):
-        with server.ws() as ws:
-            ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
-            ws.send('{"cancel": true}')
-            assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
-
-
-@pytest.mark.parametrize(
-    "flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]]
-)
-def test_serve_flag_that_makes_no_sense_is_a_usage_error(flags: list[str], tmp_path: Path) -> None:
-    done = shimmy("serve", "--port", "0", *flags, home=tmp_path)
-    assert done.returncode == 2 and flags[0].encode() in done.stderr and b"Traceback" not in done.stderr
-
-
-def test_top_k_beyond_32_bits_means_all(server: Server) -> None:
-    ask = functools.partial(server.generate, "roll", "dice", max_tokens=12, temperature=2, seed=3, ignore_eos=True)
-    assert ask(top_k=2**32 + 1).text == ask(top_k=10**6).text
-
-
-def test_json_schema_with_ignore_eos_ends_when_the_document_is_complete(server: Server) -> None:
-    reply = server.generate("any", "dice", json_schema={"const": [1]}, ignore_eos=True, max_tokens=50)
-    assert json.loads(reply.text) == [1] and reply.finish_reason == "stop"
+def test_serve_killed_outright_leaves_no_engine_behind(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with server.endless() as stream:
+        next(stream)
+        children = descendants(server.process.pid)
+        server.process.kill()
+        server.process.wait(HANG)
+    assert children
+    eventually(lambda: not any(map(alive, children)), "every child ends by itself")
 
 
 def test_stop_with_a_websocket_in_use_prints_nothing(serve: Callable[..., Server], models: Path) -> None:
@@ -4251,9 +3721,526 @@ def test_stuck_engine_does_not_keep_the_server_from_ending(
     eventually(lambda: not alive(engine), "the engine is gone")
 
 
-# ---------------------------------------------------------------------------------------------------
-# The model in the box: real text
-# ---------------------------------------------------------------------------------------------------
+# ── Command line ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# Options, exit codes and pipes of every command.
+
+
+@pytest.mark.parametrize("args", [["--version"], ["-V"], ["list", "--version"], ["serve", "-V"]])
+def test_version_before_and_after_the_command(args: list[str], tmp_path: Path) -> None:
+    done = shimmy(*args, home=tmp_path)
+    assert done.returncode == 0
+    assert re.fullmatch(rb"shimmy \d+\.\d+\.\d+\n", done.stdout)
+
+
+@pytest.mark.parametrize("args", [["-h"], ["--help"], ["generate", "-h"], ["serve", "--help"]])
+def test_help_goes_to_stdout_with_exit_0(args: list[str], tmp_path: Path) -> None:
+    done = shimmy(*args, home=tmp_path)
+    assert done.returncode == 0 and b"--verbose" in done.stdout
+    assert done.stderr == b""
+
+
+def test_help_names_every_command(tmp_path: Path) -> None:
+    text = shimmy("--help", home=tmp_path).stdout.decode()
+    assert all(command in text for command in ("serve", "generate", "list", "probe", "diag"))
+
+
+def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
+    done = shimmy(home=tmp_path)
+    assert done.returncode == 2
+    assert b"usage" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["bogus"], ["list", "--bogus"], ["serve", "--port", "many"], ["serve", "--port", "70000"],
+     ["serve", "--keep-alive", "soon"], ["serve", "--max-loaded", "none"], ["serve", "--kv-type", "f13"],
+     ["serve", "--alias", "nothing"], ["generate", "--max-tokens", "many"], ["generate", "a", "b"]],
+)  # fmt: skip
+def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path) -> None:
+    done = shimmy(*args, home=tmp_path)
+    assert done.returncode == 2 and done.stdout == b""
+    assert done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]]
+)
+def test_serve_flag_that_makes_no_sense_is_a_usage_error(flags: list[str], tmp_path: Path) -> None:
+    done = shimmy("serve", "--port", "0", *flags, home=tmp_path)
+    assert done.returncode == 2 and flags[0].encode() in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "word"),
+    [(["serve"], {"SHIMMY_PORT": "many"}, "SHIMMY_PORT"), (["serve"], {"SHIMMY_MAX_CTX": "much"}, "SHIMMY_MAX_CTX"),
+     (["serve", "--bind", "::1::x"], {}, "--bind"), (["serve", "--lora", "none.gguf"], {}, "none.gguf"),
+     (["serve", "--tools", "none.py"], {}, "none.py"),
+     (["generate", "--schema", "none.json", "--prompt", "x"], {}, "none.json")],
+)  # fmt: skip
+def test_setting_that_cannot_be_is_one_line_naming_it(args: list[str], env: dict[str, str], word: str, tmp_path: Path) -> None:
+    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": "0", **env})
+    assert done.returncode in (1, 2) and word in done.stderr.decode()
+    assert b"Traceback" not in done.stderr and done.stdout == b""
+
+
+@pytest.mark.parametrize(("package", "old"), [("llama_cpp_python", "0.2.90"), ("websockets", "9.1"), ("jinja2", "3.1.5")])
+def test_package_that_is_too_old_is_named_in_one_line(package: str, old: str, models: Path, tmp_path: Path) -> None:
+    info = tmp_path / "old" / f"{package}-{old}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {old}\n")
+    args: list[str | Path] = ["generate", "recital", "--chat", "--prompt", "hi", "--models-dir", models]
+    assert_failed(shimmy(*args, home=tmp_path, env={"PYTHONPATH": str(info.parent)}), 1, old)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        return sock.getsockname()[1]
+
+
+def test_serve_prints_one_line_with_its_url(server: Server) -> None:
+    assert server.first_line.count("\n") == 1
+    assert f"http://127.0.0.1:{server.port}" in server.first_line
+
+
+def test_serve_on_a_taken_port_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert_failed(shimmy("serve", "--port", port, home=tmp_path), 1, port)
+
+
+def test_serve_port_wins_over_bind(serve: Callable[..., Server]) -> None:
+    port = free_port()
+    server = serve("--bind", "127.0.0.1:1", "--port", str(port), own_port=True)
+    assert server.port == port and server.get("/health").status == 200
+
+
+def test_serve_takes_the_port_from_bind(serve: Callable[..., Server]) -> None:
+    port = free_port()
+    server = serve("--bind", f"127.0.0.1:{port}", env={"SHIMMY_PORT": "1"}, own_port=True)
+    assert server.port == port and server.get("/health").status == 200
+
+
+def test_serve_on_ipv6_loopback(serve: Callable[..., Server]) -> None:
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("no IPv6 here")
+    server = serve("--bind", "[::1]:0", own_port=True)
+    server.host = "::1"
+    assert f"[::1]:{server.port}" in server.first_line
+    assert server.get("/health", Host=f"[::1]:{server.port}").status == 200
+
+
+def test_serve_settings_come_from_the_environment(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    port = free_port()
+    write_header(tmp_path / "one" / "first-path.gguf")
+    write_header(tmp_path / "two" / "second-path.gguf")
+    env = {
+        "SHIMMY_BASE_GGUF": str(models / "recital.gguf"),
+        "SHIMMY_MODEL_PATHS": f"{tmp_path / 'one'};{tmp_path / 'two'}",
+        "SHIMMY_BIND_ADDRESS": "127.0.0.1",
+        "SHIMMY_PORT": str(port),
+        "SHIMMY_API_KEY": "k3y",
+        "SHIMMY_MAX_CTX": "128",
+    }
+    server = serve(env=env, own_port=True)
+    key = {"Authorization": "Bearer k3y"}
+    listed = server.get("/api/models", **key).json()["models"]
+    assert server.port == port
+    assert listed[0]["description"] == "Base GGUF model: recital"
+    assert {"first-path", "second-path"} <= {model["id"] for model in listed}
+    assert server.get("/api/models").status == 401
+    body = {"model": "default", "prompt": "a" * 300}
+    assert_error(server.post("/api/generate", body, **key), 400, "context_length_exceeded", "301", "128")
+
+
+def test_serve_flag_wins_over_the_environment(serve: Callable[..., Server], models: Path) -> None:
+    env = {"SHIMMY_PORT": "1", "SHIMMY_API_KEY": "other", "SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
+    server = serve("--api-key", "mine", "--model", "dice", "--models-dir", models, env=env)
+    reply = server.get("/api/models", **{"x-api-key": "mine"})
+    assert server.port != 1
+    assert reply.json()["models"][0]["description"] == "Base GGUF model: dice"
+
+
+def test_serve_bind_address_variable_may_hold_the_port(serve: Callable[..., Server]) -> None:
+    port = free_port()
+    server = serve(env={"SHIMMY_BIND_ADDRESS": f"127.0.0.1:{port}"}, own_port=True)
+    assert server.port == port
+
+
+def test_serve_beyond_loopback_without_a_key_is_refused(tmp_path: Path) -> None:
+    done = shimmy("serve", "--bind", "0.0.0.0", "--port", "0", home=tmp_path)
+    assert done.returncode in (1, 2) and b"Traceback" not in done.stderr
+    assert b"--api-key" in done.stderr and b"--insecure" in done.stderr
+
+
+@pytest.mark.parametrize("flags", [["--insecure"], ["--api-key", "k3y"]])
+def test_serve_beyond_loopback_when_told_so(flags: list[str], serve: Callable[..., Server]) -> None:
+    server = serve("--bind", "0.0.0.0", *flags)
+    assert server.get("/health", Host="some.lan.name").status == 200
+
+
+def test_serve_with_an_unknown_default_model_says_so(models: Path, tmp_path: Path) -> None:
+    done = shimmy("serve", "--port", "0", "--model", "./nowhere.gguf", "--models-dir", models, home=tmp_path)
+    assert_failed(done, 1, "nowhere.gguf")
+
+
+def test_serve_preload_and_model_by_path(serve: Callable[..., Server], tmp_path: Path) -> None:
+    path = write_recital(tmp_path / "far" / "Far_Away.gguf", name="Far Away")
+    server = serve("--model", path, "--preload")
+    eventually(lambda: server.status("default")["status"] == "loaded", "the default model is loaded by itself")
+    assert server.status("default")["model"] == "far-away"
+    assert server.generate(model="far-away").text == "Hello wide world"
+
+
+def test_serve_stays_up_when_the_preloaded_model_fails(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models, "--model", "hollow", "--preload")
+    eventually(lambda: server.status("hollow")["status"] == "failed", "the load fails")
+    assert server.generate(":", "recital").text == "Hello wide world"
+
+
+def test_serve_listens_without_llama_cpp_and_names_it_when_needed(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub" / "llama_cpp.py").write_text("raise ImportError('no llama here')")
+    server = serve("--models-dir", models, env={"PYTHONPATH": str(tmp_path / "stub")})
+    assert server.get("/health").status == 200 and "recital" in server.ids()
+    reply = server.generate()
+    assert reply.status in (500, 503) and b"llama" in reply.body and b"Traceback" not in reply.body
+
+
+def test_list_short_prints_names_only(models: Path, tmp_path: Path) -> None:
+    done = shimmy("list", "--short", "--models-dir", models, home=tmp_path)
+    assert done.returncode == 0
+    assert {"recital", "dice", "hollow"} <= set(done.stdout.decode().splitlines())
+
+
+def test_list_prints_a_table_with_what_matters(models: Path, tmp_path: Path) -> None:
+    text = shimmy("list", "--models-dir", models, home=tmp_path).stdout.decode()
+    (line,) = [line for line in text.splitlines() if re.search(r"\brecital\b", line)]
+    assert "F16" in line and str(LONG_CTX) in line.replace(",", "")
+    assert str(models) in text
+
+
+def test_list_without_any_model_says_so_and_succeeds(tmp_path: Path) -> None:
+    script = shutil.copy(SHIMMY, tmp_path / "shimmy.py")
+    done = shimmy("list", home=tmp_path, script=Path(script))
+    assert done.returncode == 0
+    assert b"gguf" in (done.stdout + done.stderr).lower()
+
+
+def test_list_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: Path) -> None:
+    command = f"'{sys.executable}' '{SHIMMY}' list --models-dir '{models}' | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
+    )
+    assert done.stderr == b""
+
+
+def test_generate_prints_only_the_text(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--prompt", "Say :", "--models-dir", models, home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode().removesuffix("\n") == "Hello wide world"
+
+
+def test_generate_prints_the_same_text_as_http_for_unicode(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path)
+    assert done.stdout.decode().removesuffix("\n") == TEXTS["~"]
+
+
+@pytest.mark.parametrize("args", [[], ["--prompt", "-"]])
+def test_generate_without_a_prompt_reads_stdin(args: list[str], models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", *args, "--models-dir", models, home=tmp_path, stdin=b"say =")
+    assert done.stdout.decode().removesuffix("\n") == TEXTS["="].removesuffix("\n")
+
+
+def test_generate_stdin_is_appended_after_a_newline(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["generate", "recital", "--prompt", "Sum:", "--stdin", "--json", "--models-dir", models]
+    document = json.loads(shimmy(*args, home=tmp_path, stdin=b"log =").stdout)
+    assert document["choices"][0]["text"] == TEXTS["="]
+    assert document["usage"]["prompt_tokens"] == 1 + len("Sum:\nlog =")
+
+
+def test_generate_with_a_prompt_leaves_stdin_alone(models: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()  # stays open: reading it would hang
+    command = [sys.executable, str(SHIMMY), "generate", "recital", "--prompt", ":", "--models-dir", str(models)]
+    done = subprocess.run(
+        command, stdin=reading, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
+    )
+    os.close(writing)
+    os.close(reading)
+    assert done.stdout.startswith(b"Hello wide world")
+
+
+def test_generate_json_prints_one_api_generate_document(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
+    document = json.loads(done.stdout)
+    assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
+    usage = document["usage"]
+    assert usage["prompt_tokens"] == 4
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> None:
+    args = ["--json", "--max-tokens", "5", "--stop", "w03", "--temperature", "0", "--top-p", "0.9", "--top-k", "3"]
+    done = shimmy("generate", "recital", "--prompt", "=", *args, "--models-dir", models, home=tmp_path)
+    choice = json.loads(done.stdout)["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
+
+
+@pytest.mark.parametrize(("option", "value"), [("--temperature", "9"), ("--top-p", "1.5"), ("--max-tokens", "0"), ("--ctx", "0")])
+def test_generate_with_a_number_out_of_range_names_the_option(option: str, value: str, models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--prompt", ":", option, value, "--models-dir", models, home=tmp_path)
+    assert done.returncode in (1, 2) and done.stdout == b""
+    assert option.strip("-").replace("-", "_") in done.stderr.decode().replace("-", "_")
+    assert b"Traceback" not in done.stderr
+
+
+def test_generate_with_a_seed_repeats(models: Path, tmp_path: Path) -> None:
+    args = ["generate", "dice", "--prompt", "Once", "--seed", "5", "--temperature", "1", "--max-tokens", "20"]
+    first, second = (shimmy(*args, "--models-dir", models, home=tmp_path).stdout for _ in range(2))
+    assert first == second and first
+
+
+def test_generate_chat_applies_the_template(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = [
+        "generate",
+        "recital",
+        "--chat",
+        "--prompt",
+        "please count",
+        "--json",
+        "--models-dir",
+        models,
+    ]
+    document = json.loads(shimmy(*args, home=tmp_path).stdout)
+    assert document["choices"][0]["text"] == TEXTS["="]
+    assert document["usage"]["prompt_tokens"] == 1 + len("[user]please count[assistant]=")
+
+
+def test_generate_takes_a_path_to_a_gguf(models: Path, tmp_path: Path) -> None:
+    shutil.copy(models / "recital.gguf", tmp_path / "elsewhere.gguf")
+    done = shimmy("generate", "./elsewhere.gguf", "--prompt", ":", home=tmp_path)
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+
+
+def test_generate_without_a_model_name_uses_the_base_gguf(models: Path, tmp_path: Path) -> None:
+    env = {"SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
+    done = shimmy("generate", "--prompt", ":", home=tmp_path, env=env)
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+
+
+def test_generate_without_any_model_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    script = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
+    assert_failed(shimmy("generate", "--prompt", ":", home=tmp_path, script=script), 1, "GGUF")
+
+
+def test_generate_writes_utf_8_whatever_the_locale(models: Path, tmp_path: Path) -> None:
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path, env=env)
+    assert done.stdout.decode().removesuffix("\n") == TEXTS["~"], done.stderr
+
+
+def test_generate_with_a_schema_file_prints_json_of_that_schema(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes", "no"]}')
+    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
+    done = shimmy(*args, home=tmp_path)
+    assert json.loads(done.stdout) in ("yes", "no"), done.stderr
+
+
+@pytest.mark.parametrize("schema", ["{", "[]", "\xff", '{"type": "wrong"}', '{"$ref": "#/nowhere"}'])
+def test_generate_with_a_schema_that_is_none_is_one_line(schema: str, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text(schema, "latin-1")
+    args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
+    done = shimmy(*args, home=tmp_path)
+    assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
+
+
+def test_generate_with_a_stranger_on_the_port_loads_the_model_itself(models: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        threading.Thread(target=lambda: stranger.accept()[0].sendall(b"220 mail.example ESMTP\r\n"), daemon=True).start()
+        env = {"SHIMMY_PORT": str(stranger.getsockname()[1]), "SHIMMY_MODEL_PATHS": str(models)}
+        done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, env=env)
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+
+
+def test_generate_with_an_unknown_model_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "nonesuch", "--prompt", ":", "--models-dir", models, home=tmp_path)
+    assert_failed(done, 1, "nonesuch")
+
+
+def test_generate_with_a_model_that_does_not_load_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
+    assert_failed(shimmy("generate", "hollow", "--prompt", ":", "--models-dir", models, home=tmp_path), 1, "load")
+
+
+def test_generate_with_a_missing_file_is_one_line_and_exit_1(tmp_path: Path) -> None:
+    assert_failed(shimmy("generate", "./missing.gguf", "--prompt", ":", home=tmp_path), 1, "missing.gguf")
+
+
+def test_generate_beyond_the_context_names_both_numbers(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["generate", "recital", "--ctx", "128", "--prompt", "a" * 200, "--models-dir", models]
+    assert_failed(shimmy(*args, home=tmp_path), 1, "201", "128")
+
+
+def test_generate_with_a_lora_adapter(models: Path, tmp_path: Path) -> None:
+    adapter = write_lora(tmp_path / "adapter.gguf")
+    done = shimmy("generate", "recital", "--prompt", ":", "--lora", adapter, "--models-dir", models, home=tmp_path)
+    assert done.stdout.decode().split() == [f"w{i}" for i in range(30, 40)], done.stderr
+
+
+def test_generate_takes_the_engines_knobs(models: Path, tmp_path: Path) -> None:
+    knobs = [
+        "--threads",
+        "1",
+        "--batch",
+        "32",
+        "--no-mmap",
+        "--kv-type",
+        "q8_0",
+        "--gpu-layers",
+        "0",
+        "--parallel",
+        "2",
+    ]
+    done = shimmy("generate", "recital", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models, home=tmp_path)
+    assert done.stdout.decode().split() == TEXTS["="].split(), done.stderr
+
+
+def test_generate_survives_a_closed_pipe(models: Path, tmp_path: Path) -> None:
+    command = (
+        f"'{sys.executable}' '{SHIMMY}' generate recital --models-dir '{models}' --ctx {LONG_CTX}"
+        f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
+    )
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
+    )
+    assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
+
+
+def test_generate_flushes_each_piece_and_ctrl_c_exits_130(models: Path, tmp_path: Path) -> None:
+    args = ["generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
+    running = subprocess.Popen(
+        [sys.executable, str(SHIMMY), *args, "--models-dir", str(models)], cwd=tmp_path, env=environment(tmp_path),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+    assert running.stdout and running.stdout.read(10) == b"Tick tock "
+    os.killpg(running.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    _, stderr = running.communicate(timeout=HANG)
+    assert running.returncode == 130 and b"Traceback" not in stderr
+
+
+def through(server: Server, models: Path) -> dict[str, str]:
+    """Settings under which `generate` finds the server and could also load the model itself."""
+    return {"SHIMMY_PORT": str(server.port), "SHIMMY_MODEL_PATHS": str(models)}
+
+
+def test_generate_uses_a_running_server_that_has_the_model_loaded(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("recital")
+    before = server.status("recital")["last_used"]
+    done = shimmy("generate", "recital", "--prompt", "=", home=tmp_path, env=through(server, models))
+    assert done.stdout.decode().removesuffix("\n") == TEXTS["="]
+    assert server.status("recital")["last_used"] != before
+
+
+def test_generate_loads_the_model_itself_when_the_server_has_not(server: Server, models: Path, tmp_path: Path) -> None:
+    server.unload("recital")
+    done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, env=through(server, models))
+    assert done.stdout.startswith(b"Hello wide world"), done.stderr
+    assert server.status("recital")["status"] == "unloaded"
+
+
+def test_generate_local_never_asks_a_server(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("recital")
+    before = server.status("recital")["last_used"]
+    done = shimmy("generate", "recital", "--local", "--prompt", ":", home=tmp_path, env=through(server, models))
+    assert done.stdout.startswith(b"Hello wide world")
+    assert server.status("recital")["last_used"] == before
+
+
+def test_generate_through_a_server_gives_its_error_in_one_line(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("dice")
+    done = shimmy("generate", "dice", "--prompt", "a" * 300, home=tmp_path, env=through(server, models))
+    assert_failed(done, 1, "300", "256")
+
+
+def test_generate_through_a_server_that_dies_fails_in_one_line(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    server.load("recital")
+    command = [sys.executable, str(SHIMMY), "generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX)]
+    env = environment(tmp_path, through(server, models))
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout and running.stdout.read(5) == b"Tick "
+        server.process.kill()
+        _, stderr = running.communicate(timeout=HANG)
+    assert running.returncode == 1 and len(stderr.splitlines()) == 1 and b"Traceback" not in stderr
+
+
+def test_generate_through_a_server_survives_a_closed_pipe(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("recital")
+    command = f"'{sys.executable}' '{SHIMMY}' generate recital --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
+    env = environment(tmp_path, through(server, models))
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=HANG, check=False)
+    assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "the server stops generating")
+
+
+def test_probe_json_reports_what_it_measured(models: Path, tmp_path: Path) -> None:
+    done = shimmy("probe", "recital", "--json", "--models-dir", models, home=tmp_path)
+    report = json.loads(done.stdout)
+    assert report["model"] == "recital" and report["context_length"] > 0
+    for figure in ("load_seconds", "memory_bytes", "prompt_tokens_per_second", "generated_tokens_per_second"):
+        assert report[figure] > 0, figure
+
+
+def test_probe_prints_a_report_and_no_progress_bar_into_a_pipe(models: Path, tmp_path: Path) -> None:
+    done = shimmy("probe", "dice", "--models-dir", models, home=tmp_path)
+    assert done.returncode == 0 and b"tokens/s" in done.stdout
+    assert b"\r" not in done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_probe_draws_a_progress_bar_on_a_terminal(models: Path, tmp_path: Path) -> None:
+    mine, its = os.openpty()
+    command = [sys.executable, str(SHIMMY), "probe", "recital", "--json", "--models-dir", str(models)]
+    done = subprocess.run(command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=its, timeout=HANG, check=True)
+    os.close(its)
+    assert b"\r" in os.read(mine, 65536) and json.loads(done.stdout)["model"] == "recital"
+    os.close(mine)
+
+
+def test_probe_of_a_model_that_does_not_load_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
+    assert_failed(shimmy("probe", "hollow", "--models-dir", models, home=tmp_path), 1, "load")
+
+
+def test_diag_json_names_versions_memory_and_directories(models: Path, tmp_path: Path) -> None:
+    done = shimmy("diag", "--json", "--models-dir", models, home=tmp_path)
+    report = json.loads(done.stdout)
+    assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
+    assert str(models) in [entry["path"] for entry in report["directories"]]
+
+
+def test_diag_prints_text_and_says_whether_a_server_answers(server: Server, tmp_path: Path) -> None:
+    here = shimmy("diag", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+    away = shimmy("diag", home=tmp_path)
+    assert here.returncode == away.returncode == 0
+    assert b"llama" in here.stdout and here.stdout != away.stdout
+
+
+# ── What the shared servers logged ────────────────────────────────────────────────────────────────────────────────────
+# After all of the above, and therefore last of the tests that use them.
+
+
+def test_server_logged_no_traceback_of_its_own(server: Server, guarded: Server) -> None:
+    tracebacks = (server.log.read_text() + guarded.log.read_text()).split("Traceback")[1:]
+    assert not [text for text in tracebacks if "mytools.py" not in text]
+    assert server.get("/health").status == guarded.get("/health").status == 200
+
+
+# ── The model in the box ──────────────────────────────────────────────────────────────────────────────────────────────
+# Real text from the model that ships with shimmy.
 
 
 @pytest.fixture(scope="module")
@@ -4262,6 +4249,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     running = Server(tmp_path_factory.mktemp("tiny"), "--port", "0")
     yield running
     running.stop()
+
+
+def calculator_tool(tiny: Server) -> dict[str, Any]:
+    tool = next(t for t in tiny.get("/api/tools").json()["tools"] if t["name"] == "calculator")
+    return {"type": "function", "function": tool}
 
 
 def test_box_model_is_the_default_where_no_other_is_found(tiny: Server) -> None:
@@ -4298,11 +4290,6 @@ def test_box_model_tells_the_same_story_streamed_and_plain(tiny: Server) -> None
     plain = tiny.post("/v1/chat/completions", body).message["content"]
     streamed = "".join(d.get("content") or "" for d in deltas(tiny.streamed("/v1/chat/completions", body)))
     assert streamed == plain and len(plain) > 200
-
-
-def calculator_tool(tiny: Server) -> dict[str, Any]:
-    tool = next(t for t in tiny.get("/api/tools").json()["tools"] if t["name"] == "calculator")
-    return {"type": "function", "function": tool}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -4347,11 +4334,26 @@ def test_box_model_keeps_to_a_schema(tiny: Server) -> None:
     assert set(json.loads(reply.text)) == {"name", "age"} and 0 <= json.loads(reply.text)["age"] <= 120
 
 
-# ---------------------------------------------------------------------------------------------------
-# Benchmark: `python test_shimmy.py bench` prints one table. Not a test: speed is measured, alone on a
+# ── Benchmark ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# `python test_shimmy.py bench` prints one table. Not a test: speed is measured, alone on a
 # machine, and never asserted in a suite. The limit is the bare loop: one process that reads the same
 # prompts and decodes as many tokens, and does nothing else.
-# ---------------------------------------------------------------------------------------------------
+
+
+def test_bench_measures_every_row_on_a_model_it_made(tmp_path: Path) -> None:
+    model = write_bench_model(tmp_path / "made.gguf", layers=1, vocabulary=1000)
+    flags = ["--tokens", "8", "--words", "4", "--long", "200", "--seconds", "0", "--threads", "1", "--json"]
+    done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
+    rows = json.loads(done.stdout)
+    assert done.returncode == 0 and "not measured" not in done.stderr and len(rows) == 18
+    assert all(row["value"] > 0 for row in rows.values())
+
+
+def test_bench_without_a_server_says_so_in_a_line() -> None:
+    flags = ["--url", "http://127.0.0.1:9", "--model", "x"]
+    done = subprocess.run([sys.executable, __file__, "bench", *flags], capture_output=True, text=True)
+    assert done.returncode and "Traceback" not in done.stderr and done.stderr.strip()
+
 
 BENCH_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"]
 
