@@ -85,6 +85,14 @@ TEXTS = {
     "/": "Goodbye",
     "S": "It is sunny in Paris",
 }
+TEXT_NAMES = {  # for the ids of tests that go through all of them
+    ":": "three words",
+    "=": "forty words",
+    "~": "characters of several tokens",
+    "|": "stop string in pieces",
+    "/": "special token inside",
+    "S": "sentence",
+}
 TEMPLATE = (
     "{{ bos_token }}"
     "{% if 'mutiny' in messages[-1].content %}"
@@ -498,6 +506,12 @@ def assert_error(reply: Reply, status: int, code: str, *words: str) -> dict[str,
     return error
 
 
+def cases(names: str, by_id: dict[str, Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test: readable id to value, or to a tuple of values where `names` has several."""
+    several = "," in names
+    return pytest.mark.parametrize(names, [pytest.param(*(v if several else (v,)), id=id) for id, v in by_id.items()])
+
+
 def encoded(body: Any) -> bytes | None:
     return body if body is None or isinstance(body, bytes) else json.dumps(body).encode()
 
@@ -701,6 +715,8 @@ def ws_ask(server: Server, **fields: Any) -> tuple[str, dict[str, Any]]:
         return ws_answer(ws)
 
 
+streamed_and_plain = cases("stream", {"plain": False, "streamed": True})
+every_text = pytest.mark.parametrize("prompt", list(TEXTS), ids=TEXT_NAMES.__getitem__)
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds engine processes through /proc")
 
 
@@ -938,7 +954,7 @@ def test_body_of_quotes_is_refused_in_linear_time(server: Server) -> None:
     assert_error(server.post("/api/generate", b"[" + b"[]," * 80 + b'"' + b'\\"' * 500_000), 400, "invalid_request")
 
 
-@pytest.mark.parametrize(("levels", "status"), [(64, 200), (65, 400)])
+@cases("levels, status", {"64 levels are read": (64, 200), "65 are too many": (65, 400)})
 def test_json_may_be_64_levels_deep(levels: int, status: int, server: Server) -> None:
     lists = levels - 1  # the object is the first level
     body = b'{"model": "recital", "prompt": ":", "x": ' + b"[" * lists + b"]" * lists + b"}"
@@ -991,7 +1007,11 @@ WRONG_VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # and the bounds
     "ignore_eos": (["no", 0], ()),
     "stop": ([5, [1], {"a": 1}, ["x"] * 17], ()),
 }
-WRONG_FIELDS = [(field, value, bounds) for field, (values, bounds) in WRONG_VALUES.items() for value in values]
+WRONG_FIELDS = [
+    pytest.param(field, value, bounds, id=f"{field}={'17 strings' if value == ['x'] * 17 else json.dumps(value)}")
+    for field, (values, bounds) in WRONG_VALUES.items()
+    for value in values
+]
 
 
 @pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
@@ -1005,58 +1025,89 @@ def test_wrong_field_on_v1_carries_type_and_param(field: str, value: Any, bounds
     assert (error["type"], error["param"]) == ("invalid_request_error", field)
 
 
-@pytest.mark.parametrize(
-    ("body", "field"),
-    [({"prompt": ":"}, "model"), ({"model": None, "prompt": ":"}, "model"), ({"model": 5, "prompt": ":"}, "model"),
-     ({"model": "recital"}, "prompt"), ({"model": "recital", "prompt": None}, "prompt"),
-     ({"model": "recital", "prompt": 5}, "prompt"), ({"model": "recital", "prompt": ["a"]}, "prompt"),
-     ({"model": "recital", "messages": "hi"}, "messages"), ({"model": "recital", "messages": []}, "messages"),
-     ({"model": "recital", "messages": [{"role": "user", "content": "x"}], "system": 5}, "system")],
-)  # fmt: skip
+@cases(
+    "body, field",
+    {
+        "no model": ({"prompt": ":"}, "model"),
+        "model null": ({"model": None, "prompt": ":"}, "model"),
+        "model a number": ({"model": 5, "prompt": ":"}, "model"),
+        "no prompt": ({"model": "recital"}, "prompt"),
+        "prompt null": ({"model": "recital", "prompt": None}, "prompt"),
+        "prompt a number": ({"model": "recital", "prompt": 5}, "prompt"),
+        "prompt a list": ({"model": "recital", "prompt": ["a"]}, "prompt"),
+        "messages a string": ({"model": "recital", "messages": "hi"}, "messages"),
+        "messages empty": ({"model": "recital", "messages": []}, "messages"),
+        "system a number": ({"model": "recital", "messages": [{"role": "user", "content": "x"}], "system": 5}, "system"),
+    },
+)
 def test_generate_without_what_it_needs_is_400_naming_it(body: Any, field: str, server: Server) -> None:
     assert_error(server.post("/api/generate", body), 400, "invalid_request", field)
 
 
-@pytest.mark.parametrize("seed", [2**63, 2**64, -(2**70)])
+@cases("seed", {"2**63": 2**63, "2**64": 2**64, "-(2**70)": -(2**70)})
 def test_seed_of_any_size_is_never_a_server_error(seed: int, server: Server) -> None:
     assert server.generate(seed=seed).status in (200, 400)
 
 
-@pytest.mark.parametrize("prompt", ["", "\0:", "<|im_end|>:", "</s>:", "\u2028:"])
+@cases("prompt", {"empty": "", "NUL": "\0:", "a special token": "<|im_end|>:", "the end token": "</s>:", "U+2028": "\u2028:"})
 def test_odd_prompts_are_never_a_server_error(prompt: str, server: Server) -> None:
     reply = server.generate(prompt)
     assert reply.status in (200, 400) and (reply.status == 400 or reply.text == "Hello wide world")
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [({"messages": None}, "messages"), ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"),
-     ({"messages": [1]}, "messages"), ({"messages": [{"content": "x"}]}, "role"),
-     ({"messages": [{"role": 5, "content": "x"}]}, "role"), ({"messages": [{"role": "user"}]}, "content"),
-     ({"messages": [{"role": "user", "content": 5}]}, "content"),
-     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "content"),
-     ({"messages": [{"role": "user", "content": ["x"]}]}, "content"),
-     ({"tools": "x"}, "tools"), ({"tools": [{}]}, "tools"), ({"tools": [{"type": "function"}]}, "tools"),
-     ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools"), ({"tool_choice": "maybe"}, "tool_choice"),
-     ({"stream_options": "x"}, "stream_options"), ({"n": 0}, "n"), ({"n": 17}, "n"), ({"n": "two"}, "n"),
-     ({"max_completion_tokens": 0}, "max_completion_tokens"), ({"logit_bias": []}, "logit_bias"),
-     ({"logit_bias": {"x": 1}}, "logit_bias"), ({"logit_bias": {"1": 101}}, "logit_bias"),
-     ({"model": 5}, "model"), ({"tools": [ADD] * 500}, "tools"), ({"top_logprobs": 2}, "top_logprobs"),
-     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"), ({"logprobs": "yes"}, "logprobs")],
-)  # fmt: skip
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+
+
+@cases(
+    "fields, param",
+    {
+        "messages null": ({"messages": None}, "messages"),
+        "messages empty": ({"messages": []}, "messages"),
+        "messages a string": ({"messages": "hi"}, "messages"),
+        "a message that is a number": ({"messages": [1]}, "messages"),
+        "a message without a role": ({"messages": [{"content": "x"}]}, "role"),
+        "role a number": ({"messages": [{"role": 5, "content": "x"}]}, "role"),
+        "a message without content": ({"messages": [{"role": "user"}]}, "content"),
+        "content a number": ({"messages": [{"role": "user", "content": 5}]}, "content"),
+        "content an image": ({"messages": [{"role": "user", "content": [IMAGE]}]}, "content"),
+        "content a list of strings": ({"messages": [{"role": "user", "content": ["x"]}]}, "content"),
+        "tools a string": ({"tools": "x"}, "tools"),
+        "a tool that is empty": ({"tools": [{}]}, "tools"),
+        "a tool without a function": ({"tools": [{"type": "function"}]}, "tools"),
+        "a tool's name a number": ({"tools": [{"type": "function", "function": {"name": 5}}]}, "tools"),
+        "500 tools": ({"tools": [ADD] * 500}, "tools"),
+        "tool_choice unknown": ({"tool_choice": "maybe"}, "tool_choice"),
+        "stream_options a string": ({"stream_options": "x"}, "stream_options"),
+        "n=0": ({"n": 0}, "n"),
+        "n=17": ({"n": 17}, "n"),
+        "n a string": ({"n": "two"}, "n"),
+        "max_completion_tokens=0": ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        "logit_bias a list": ({"logit_bias": []}, "logit_bias"),
+        "logit_bias of no token id": ({"logit_bias": {"x": 1}}, "logit_bias"),
+        "logit_bias beyond 100": ({"logit_bias": {"1": 101}}, "logit_bias"),
+        "model a number": ({"model": 5}, "model"),
+        "top_logprobs without logprobs": ({"top_logprobs": 2}, "top_logprobs"),
+        "top_logprobs=21": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        "logprobs a string": ({"logprobs": "yes"}, "logprobs"),
+    },
+)
 def test_chat_bad_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
     error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request", param)
     assert error["type"] == "invalid_request_error" and param in error["param"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "param"),
-    [({"response_format": {"type": "json_object"}}, "response_format"),
-     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
-     ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
-     ({"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
-     ({"tools": [{"type": "builtin", "name": "calculator"}]}, "tools")],
+@cases(
+    "fields, param",
+    {
+        "JSON mode": ({"response_format": {"type": "json_object"}}, "response_format"),
+        "a JSON schema": (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
+        "a call required": ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
+        "a function required": (
+            {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
+        "a built-in tool": ({"tools": [{"type": "builtin", "name": "calculator"}]}, "tools"),
+    },
 )  # fmt: skip
 def test_chat_field_that_is_not_built_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
     error = assert_error(server.chat(**fields), 400, "invalid_request", param)
@@ -1074,14 +1125,14 @@ def test_chat_response_format_text_is_the_default(server: Server) -> None:
     assert server.chat(response_format={"type": "text"}).message["content"] == "Hello wide world"
 
 
-@pytest.mark.parametrize("prompt", [[":", "="], [[1, TOKEN_ID["<0x3A>"]], [1, TOKEN_ID["<0x3D>"]]]])
+@cases("prompt", {"text": [":", "="], "tokens": [[1, TOKEN_ID["<0x3A>"]], [1, TOKEN_ID["<0x3D>"]]]})
 def test_completions_take_several_prompts_as_text_or_tokens(prompt: Any, server: Server) -> None:
     choices = server.post("/v1/completions", {"model": "recital", "prompt": prompt, "max_tokens": 50}).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1]
     assert [choice["text"] for choice in choices] == [TEXTS[":"], TEXTS["="]]
 
 
-@pytest.mark.parametrize("prompt", [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]])
+@pytest.mark.parametrize("prompt", [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]], ids=json.dumps)
 def test_completions_with_a_prompt_that_is_none_are_400(prompt: Any, server: Server) -> None:
     assert_error(server.post("/v1/completions", {"model": "recital", "prompt": prompt}), 400, "invalid_request", "prompt")
 
@@ -1345,8 +1396,14 @@ def test_list_reads_or_clearly_refuses_the_other_byte_order(found: Listing) -> N
         assert re.search("endian|byte order", found.reason("swapped.gguf"))
 
 
-@pytest.mark.parametrize(
-    ("variable", "folder"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("LLAMA_CACHE", ""), ("OLLAMA_MODELS", "")]
+@cases(
+    "variable, folder",
+    {
+        "HF_HUB_CACHE": ("HF_HUB_CACHE", ""),
+        "HF_HOME": ("HF_HOME", "hub"),
+        "LLAMA_CACHE": ("LLAMA_CACHE", ""),
+        "OLLAMA_MODELS": ("OLLAMA_MODELS", ""),
+    },
 )
 def test_list_follows_the_variable_of_a_store(variable: str, folder: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
@@ -1382,7 +1439,16 @@ def test_list_survives_a_directory_that_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == 0 and b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("junk", ["", "GGUF", "GGUF\x03\0\0\0", "GGUF\x03\0\0\0" + "\xff" * 400, "FUGG" * 100])
+@cases(
+    "junk",
+    {
+        "nothing": "",
+        "the magic number alone": "GGUF",
+        "no counts": "GGUF\x03\0\0\0",
+        "counts of 2**64 - 1": "GGUF\x03\0\0\0" + "\xff" * 400,
+        "another magic number": "FUGG" * 100,
+    },
+)
 def test_list_survives_junk(junk: str, tmp_path: Path) -> None:
     write_header(tmp_path / "models" / "fine.gguf")
     (tmp_path / "models" / "junk.gguf").write_bytes(junk.encode("latin-1"))
@@ -1573,7 +1639,7 @@ def test_chat_tool_call_is_streamed_as_deltas(server: Server) -> None:
     assert sent[-2]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@streamed_and_plain
 def test_chat_two_tool_calls_after_text_keep_order_and_have_unique_ids(stream: bool, server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "twice"}], "tools": [ADD]}
     if stream:
@@ -1644,32 +1710,39 @@ def test_json_schema_of_an_object_binds_its_keys(server: Server) -> None:
     assert json.loads(reply.text) in ({"ok": True}, {"ok": False})
 
 
-SCHEMAS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
-    ({"type": "integer", "minimum": -12, "maximum": 345}, lambda v: -12 <= v <= 345),
-    ({"enum": ["red", "green", 3, None]}, lambda v: v in ("red", "green", 3, None)),
-    ({"const": {"a": [1, 'quo"te']}}, lambda v: v == {"a": [1, 'quo"te']}),
+SCHEMAS: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
+    "bounded integer": ({"type": "integer", "minimum": -12, "maximum": 345}, lambda v: -12 <= v <= 345),
+    "enum": ({"enum": ["red", "green", 3, None]}, lambda v: v in ("red", "green", 3, None)),
+    "const": ({"const": {"a": [1, 'quo"te']}}, lambda v: v == {"a": [1, 'quo"te']}),
+    "bounded array":
     ({"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 4}, lambda v: 2 <= len(v) <= 4),
+    "prefixItems":
     ({"type": "array", "prefixItems": [{"type": "null"}, {"const": "é"}], "items": False}, lambda v: v == [None, "é"]),
-    ({"type": "string", "minLength": 3, "maxLength": 5}, lambda v: 3 <= len(v) <= 5),
-    ({"type": "string", "format": "date"}, lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None),
-    ({"type": ["boolean", "null"]}, lambda v: v in (True, False, None)),
-    ({"anyOf": [{"const": 1}, {"const": 2}]}, lambda v: v in (1, 2)),
+    "bounded string": ({"type": "string", "minLength": 3, "maxLength": 5}, lambda v: 3 <= len(v) <= 5),
+    "date": ({"type": "string", "format": "date"}, lambda v: re.fullmatch(r"\d{4}-\d\d-\d\d", v) is not None),
+    "several types": ({"type": ["boolean", "null"]}, lambda v: v in (True, False, None)),
+    "anyOf": ({"anyOf": [{"const": 1}, {"const": 2}]}, lambda v: v in (1, 2)),
+    "allOf":
     ({"allOf": [{"properties": {"a": {"const": 1}}, "required": ["a"]}, {"properties": {"b": {"const": 2}}, "required": ["b"]}]},
      lambda v: v == {"a": 1, "b": 2}),
+    "optional properties":
     ({"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}, "c": {"const": 3}}, "required": ["b"]},
      lambda v: v["b"] == 2 and set(v) <= {"a", "b", "c"}),
+    "$ref":
     ({"$defs": {"leaf": {"enum": ["x"]}}, "type": "object", "properties": {"l": {"$ref": "#/$defs/leaf"}}, "required": ["l"]},
      lambda v: v == {"l": "x"}),
+    "recursion":
     ({"$defs": {"node": {"type": "object", "properties": {"v": {"const": 1}, "next": {"anyOf": [{"$ref": "#/$defs/node"},
       {"type": "null"}], "title": "Next"}}, "required": ["v", "next"]}}, "$ref": "#/$defs/node"}, lambda v: v["v"] == 1),
+    "nullable":
     ({"type": "object", "properties": {"n": {"type": "boolean", "nullable": True}}, "required": ["n"]},
      lambda v: v["n"] in (True, False, None)),
-]  # fmt: skip
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("number", range(len(SCHEMAS)))
-def test_json_schema_holds_a_random_model_to_its_documents(number: int, server: Server) -> None:
-    schema, fits = SCHEMAS[number]
+@pytest.mark.parametrize("kind", list(SCHEMAS))
+def test_json_schema_holds_a_random_model_to_its_documents(kind: str, server: Server) -> None:
+    schema, fits = SCHEMAS[kind]
     for seed in range(2):
         reply = server.generate("any", "dice", json_schema=schema, max_tokens=200, temperature=1, seed=seed)
         assert fits(json.loads(reply.text)), reply.text
@@ -1708,18 +1781,35 @@ def test_json_schema_that_cannot_be_is_400_and_harms_nobody(kind: str, server: S
         assert_error(reply, 400, "invalid_request", "json_schema")
 
 
-@pytest.mark.parametrize("schema", [{"type": "string", "pattern": "a+"}, {"not": {}}, {"type": "what"}, {"$ref": "#/nowhere"},
-                                    {"type": "array", "uniqueItems": True}, {"enum": []}])  # fmt: skip
+@cases(
+    "schema",
+    {
+        "pattern": {"type": "string", "pattern": "a+"},
+        "not": {"not": {}},
+        "an unknown type": {"type": "what"},
+        "$ref to nowhere": {"$ref": "#/nowhere"},
+        "uniqueItems": {"type": "array", "uniqueItems": True},
+        "enum of nothing": {"enum": []},
+    },
+)
 def test_json_schema_that_cannot_be_honoured_is_refused_by_name(schema: dict[str, Any], server: Server) -> None:
     assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
 
 
-@pytest.mark.parametrize(
+@cases(
     "schema",
-    [{"properties": 5}, {"required": 5}, {"type": "object", "required": [{}]}, {"prefixItems": 5}, {"anyOf": {}},
-     {"type": "integer", "minimum": "a"}, {"allOf": [{"properties": [1]}, {}]}, {"allOf": [{"required": 3}, {}]},
-     {"type": "array", "maxItems": 2000, "items": {"type": "string", "maxLength": 2000}}],
-)  # fmt: skip
+    {
+        "properties a number": {"properties": 5},
+        "required a number": {"required": 5},
+        "required a list of objects": {"type": "object", "required": [{}]},
+        "prefixItems a number": {"prefixItems": 5},
+        "anyOf an object": {"anyOf": {}},
+        "minimum a string": {"type": "integer", "minimum": "a"},
+        "properties a list in allOf": {"allOf": [{"properties": [1]}, {}]},
+        "required a number in allOf": {"allOf": [{"required": 3}, {}]},
+        "2000 x 2000 characters": {"type": "array", "maxItems": 2000, "items": {"type": "string", "maxLength": 2000}},
+    },
+)
 def test_json_schema_that_is_malformed_is_the_clients_error(schema: dict[str, Any], server: Server) -> None:
     assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
 
@@ -1752,7 +1842,7 @@ def test_tools_are_listed_with_a_json_schema(server: Server) -> None:
     assert tools["double"]["parameters"]["properties"]["n"]["type"] == "integer"
 
 
-@pytest.mark.parametrize("arguments", [{}, {"wrong": 1}, [], "2+2", None])
+@cases("arguments", {"none": {}, "another name": {"wrong": 1}, "a list": [], "a string": "2+2", "an empty body": None})
 def test_tool_arguments_outside_the_schema_are_400(arguments: Any, server: Server) -> None:
     body = b"" if arguments is None else arguments
     assert_error(server.post("/api/tools/calculator/execute", body), 400, "invalid_request")
@@ -1782,11 +1872,16 @@ def test_tool_that_raises_answers_200_without_success(server: Server) -> None:
     assert_tool_failed(server.post("/api/tools/stumble/execute", {}), "no reason")
 
 
-@pytest.mark.parametrize(
-    ("source", "word"),
-    [("import nothing_like_it", "nothing_like_it"), ("def (", "broken.py"), ("raise ValueError('so there')", "so there"),
-     ("1 / 0", "zero"), ("from shimmy import tool\n@tool\ndef f(x): ...", "x")],
-)  # fmt: skip
+@cases(
+    "source, word",
+    {
+        "imports what is not there": ("import nothing_like_it", "nothing_like_it"),
+        "a syntax error": ("def (", "broken.py"),
+        "raises": ("raise ValueError('so there')", "so there"),
+        "divides by zero": ("1 / 0", "zero"),
+        "a parameter without a type": ("from shimmy import tool\n@tool\ndef f(x): ...", "x"),
+    },
+)
 def test_tools_file_that_does_not_load_is_one_line_and_exit_1(source: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(source + "\n")
     done = shimmy("serve", "--port", "0", "--tools", tmp_path / "broken.py", home=tmp_path)
@@ -1802,11 +1897,13 @@ def test_tools_that_are_off_stay_listed_and_name_their_flag(guarded: Server) -> 
     assert_tool_failed(reply, "--tool-root")
 
 
-@pytest.mark.parametrize(
-    ("expression", "result"),
-    [("2 + 3*4", 14), ("(1 + 2) / 4", 0.75), ("-7 // 2", -4), ("7 % 4", 3), ("2**10", 1024), ("sqrt(16)", 4),
-     ("abs(-3)", 3), ("floor(2.9)", 2), ("max(1, 5, 3)", 5), ("factorial(5)", 120), ("round(2.345, 1)", 2.3)],
-)  # fmt: skip
+SUMS = {
+    "2 + 3*4": 14, "(1 + 2) / 4": 0.75, "-7 // 2": -4, "7 % 4": 3, "2**10": 1024, "sqrt(16)": 4,
+    "abs(-3)": 3, "floor(2.9)": 2, "max(1, 5, 3)": 5, "factorial(5)": 120, "round(2.345, 1)": 2.3,
+}  # fmt: skip
+
+
+@cases("expression, result", {f"{sum} = {result}": (sum, result) for sum, result in SUMS.items()})
 def test_calculator_calculates(expression: str, result: float, server: Server) -> None:
     answer = execute(server, "calculator", expression).json()
     assert answer["success"] is True and answer["result"] == pytest.approx(result) and not answer["error"]
@@ -1823,6 +1920,7 @@ def test_calculator_knows_pi_and_functions(server: Server) -> None:
      "open('/etc/passwd')", "9**9**9", "10**1000000", "factorial(10**6)", "1e308 * 10", "1 << 10**9", "sqrt(-1)",
      "pow(9, 10**9)", "comb(10**6, 5 * 10**5)", "(a := 1)", "'a'.join(['b'])", "f'{1}'", "1; 2",
      "(-8) ** 0.5", "2 ** 500000", "factorial(-1)"],
+    ids=lambda expression: expression or "nothing",
 )  # fmt: skip
 def test_calculator_refuses_what_is_no_bounded_arithmetic(expression: str, server: Server) -> None:
     reply = execute(server, "calculator", expression)
@@ -1845,17 +1943,39 @@ def test_calculator_survives_a_long_expression(long: str, server: Server) -> Non
     assert reply.status == 400 or reply.json()["error"] or reply.json()["result"] in (1, n + 1)
 
 
-@pytest.mark.parametrize(("path", "text"), [("note.txt", "a café note"), ("sub/deep.txt", "deep"),
-                                            ("sub/../note.txt", "a café note")])  # fmt: skip
+@cases(
+    "path, text",
+    {
+        "at the root": ("note.txt", "a café note"),
+        "in a folder": ("sub/deep.txt", "deep"),
+        "up again": ("sub/../note.txt", "a café note"),
+    },
+)
 def test_file_read_reads_under_its_root(path: str, text: str, server: Server) -> None:
     answer = execute(server, "file_read", path).json()
     assert answer["success"] is True and text in json.dumps(answer["result"], ensure_ascii=False)
 
 
-@pytest.mark.parametrize(
-    "path", ["../secret.txt", "sub/../../secret.txt", "escape.txt", "up/secret.txt", "/etc/passwd", "missing.txt",
-             "sub", ".", "", "pipe", "note.txt\0.png", "a" * 300, "~/x", "/dev/zero", "/proc/self/environ"]
-)  # fmt: skip
+@cases(
+    "path",
+    {
+        "above the root": "../secret.txt",
+        "above the root by a detour": "sub/../../secret.txt",
+        "a link to a file outside": "escape.txt",
+        "through a link to a folder outside": "up/secret.txt",
+        "an absolute path": "/etc/passwd",
+        "a file that is not there": "missing.txt",
+        "a folder": "sub",
+        "the root itself": ".",
+        "nothing": "",
+        "a pipe": "pipe",
+        "a NUL in the name": "note.txt\0.png",
+        "a name of 300 characters": "a" * 300,
+        "the home folder": "~/x",
+        "a device": "/dev/zero",
+        "a process's environment": "/proc/self/environ",
+    },
+)
 def test_file_read_refuses(path: str, server: Server) -> None:
     reply = execute(server, "file_read", path)
     if reply.status != 400:
@@ -1932,7 +2052,7 @@ def test_stream_never_splits_a_character(server: Server) -> None:
     assert "".join(texts) == TEXTS["~"] and not any("\ufffd" in text for text in texts)
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 7], ids="{} tokens".format)
 def test_generate_cut_inside_a_character_leaks_no_half(count: int, server: Server) -> None:
     text = server.generate("~", max_tokens=count).text
     assert text in ("caf", "café", "café and") and "\ufffd" not in text
@@ -1944,8 +2064,8 @@ def test_stream_joined_is_the_plain_answer_for_random_bytes(server: Server) -> N
     assert joined(server.streamed("/api/generate", body)) == plain and len(plain) > 20
 
 
-@pytest.mark.parametrize("stop", ["STOP", ["STOP"], ["never", "STOP"], ["STOPPED", "STOP"]])
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stop", ["STOP", ["STOP"], ["never", "STOP"], ["STOPPED", "STOP"]], ids=json.dumps)
+@streamed_and_plain
 def test_stop_string_across_pieces_never_leaks(stop: Any, stream: bool, server: Server) -> None:
     body = {"model": "recital", "prompt": "|", "stop": stop}
     if stream:
@@ -1964,7 +2084,7 @@ def test_stop_string_that_comes_first_wins(server: Server) -> None:
     assert server.generate("|", stop=["TOPP", "ha S"]).text == "alp"
 
 
-@pytest.mark.parametrize("stop", [None, []])
+@pytest.mark.parametrize("stop", [None, []], ids=json.dumps)
 def test_stop_absent_stops_nothing(stop: Any, server: Server) -> None:
     assert server.generate("|", stop=stop).text == TEXTS["|"]
 
@@ -1991,13 +2111,13 @@ def test_without_a_seed_texts_differ(server: Server) -> None:
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 60, "ignore_eos": True}
 
 
-@pytest.mark.parametrize("only_best", [{"top_k": 1}, {"min_p": 1}, {"top_p": 0}])
+@pytest.mark.parametrize("only_best", [{"top_k": 1}, {"min_p": 1}, {"top_p": 0}], ids=json.dumps)
 def test_sampling_narrowed_to_the_best_token_is_greedy(only_best: dict[str, Any], server: Server) -> None:
     greedy = server.generate("Once", "dice", **GREEDY).text
     assert server.generate("Once", "dice", **{**GREEDY, "temperature": 3, **only_best}).text == greedy
 
 
-@pytest.mark.parametrize("penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repeat_penalty": 3}])
+@pytest.mark.parametrize("penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repeat_penalty": 3}], ids=json.dumps)
 def test_penalty_changes_a_greedy_text(penalty: dict[str, Any], server: Server) -> None:
     greedy = server.generate("Once", "dice", **GREEDY).text
     assert server.generate("Once", "dice", **GREEDY, **penalty).text != greedy
@@ -2667,7 +2787,10 @@ def test_request_names_a_model_never_a_path(server: Server, models: Path) -> Non
         assert_error(server.generate(model=path), 404, "model_not_found", path)
 
 
-@pytest.mark.parametrize("model", [{}, {"model": None}, {"model": "default"}, {"model": "gpt-4o-mini"}])
+@cases(
+    "model",
+    {"absent": {}, "null": {"model": None}, "default": {"model": "default"}, "an alias": {"model": "gpt-4o-mini"}},
+)
 def test_v1_model_absent_or_aliased_means_default(model: dict[str, Any], server: Server) -> None:
     body = {**model, "messages": [{"role": "user", "content": "hi"}]}
     assert server.post("/v1/chat/completions", body).message["content"] == "Hello wide world"
@@ -2885,7 +3008,7 @@ def test_generate_without_stream_is_json_with_a_length(server: Server) -> None:
     assert int(reply.headers["Content-Length"]) == len(reply.body)
 
 
-@pytest.mark.parametrize("prompt", list(TEXTS))
+@every_text
 def test_stream_joined_is_the_plain_answer(prompt: str, server: Server) -> None:
     body = {"model": "recital", "prompt": prompt}
     assert joined(server.streamed("/api/generate", body)) == TEXTS[prompt] == server.generate(prompt).text
@@ -3078,12 +3201,14 @@ def test_unknown_path_on_v1_carries_a_type(server: Server) -> None:
     assert assert_error(server.get("/v1/nope"), 404, "not_found")["type"] == "not_found_error"
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "allowed"),
-    [("GET", "/api/generate", "POST"), ("POST", "/api/health", "GET"), ("DELETE", "/api/models", "GET"),
-     ("PUT", "/v1/chat/completions", "POST"), ("PATCH", "/api/tools/calculator/execute", "POST"),
-     ("GET", "/api/models/recital/load", "POST"), ("BREW", "/health", "GET")],
-)  # fmt: skip
+WRONG_METHODS = [
+    ("GET", "/api/generate", "POST"), ("POST", "/api/health", "GET"), ("DELETE", "/api/models", "GET"),
+    ("PUT", "/v1/chat/completions", "POST"), ("PATCH", "/api/tools/calculator/execute", "POST"),
+    ("GET", "/api/models/recital/load", "POST"), ("BREW", "/health", "GET"),
+]  # fmt: skip
+
+
+@cases("method, path, allowed", {f"{method} {path}": (method, path, allowed) for method, path, allowed in WRONG_METHODS})
 def test_wrong_method_is_405_with_allow(method: str, path: str, allowed: str, server: Server) -> None:
     reply = server.request(method, path)
     assert_error(reply, 405, "method_not_allowed")
@@ -3162,19 +3287,31 @@ def test_chunked_body_is_read(server: Server) -> None:
     assert replies[0].text == "Hello wide world" and replies[1].status == 200
 
 
-@pytest.mark.parametrize(
-    "chunks", [b"zz\r\nhello\r\n0\r\n\r\n", b"-5\r\nhello\r\n0\r\n\r\n", b"5\r\nhelloXX0\r\n\r\n", b"\r\n\r\n"]
+@cases(
+    "chunks",
+    {
+        "a size that is no number": b"zz\r\nhello\r\n0\r\n\r\n",
+        "a negative size": b"-5\r\nhello\r\n0\r\n\r\n",
+        "no line end behind the data": b"5\r\nhelloXX0\r\n\r\n",
+        "no size": b"\r\n\r\n",
+    },
 )
 def test_malformed_chunks_are_400(chunks: bytes, server: Server) -> None:
     (reply,) = exchange(server, head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks)
     assert_error(reply, 400, "invalid_request")
 
 
-@pytest.mark.parametrize(
+@cases(
     "lines",
-    [("Content-Length: 5", "Transfer-Encoding: chunked"), ("Content-Length: -1",), ("Content-Length: five",),
-     ("Content-Length: 5", "Content-Length: 6"), ("Content-Length: +5",), ("Transfer-Encoding: gzip",)],
-)  # fmt: skip
+    {
+        "a length and chunks": ("Content-Length: 5", "Transfer-Encoding: chunked"),
+        "a negative length": ("Content-Length: -1",),
+        "a length in words": ("Content-Length: five",),
+        "two lengths": ("Content-Length: 5", "Content-Length: 6"),
+        "a length with a sign": ("Content-Length: +5",),
+        "an encoding that is not chunked": ("Transfer-Encoding: gzip",),
+    },
+)
 def test_unclear_body_length_is_refused(lines: tuple[str, ...], server: Server) -> None:
     (reply,) = exchange(server, head_of("POST", "/api/generate", *lines))
     assert 400 <= reply.status < 500 or reply.status == 501
@@ -3224,23 +3361,42 @@ def test_path_that_is_too_long_is_an_error_object(server: Server) -> None:
     assert reply.status in (404, 414, 431) and reply.json()["error"]["code"]
 
 
-@pytest.mark.parametrize(
-    "line", [b"GARBAGE\r\n\r\n", b"GET /health\r\n\r\n", b"GET  HTTP/1.1\r\n\r\n", b"GET /health HTTP/9.9\r\n\r\n",
-             b"GET /health HTTP/1.1\r\nno colon here\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\r\n\r\n"]
-)  # fmt: skip
+@cases(
+    "line",
+    {
+        "one word": b"GARBAGE\r\n\r\n",
+        "no version": b"GET /health\r\n\r\n",
+        "no path": b"GET  HTTP/1.1\r\n\r\n",
+        "version 9.9": b"GET /health HTTP/9.9\r\n\r\n",
+        "a header without a colon": b"GET /health HTTP/1.1\r\nno colon here\r\n\r\n",
+        "a TLS handshake": b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
+    },
+)
 def test_malformed_request_gets_a_status_line_and_the_error_object(line: bytes, server: Server) -> None:
     (reply,) = exchange(server, line)
     assert 400 <= reply.status < 600 and reply.json()["error"]["code"]
 
 
-@pytest.mark.parametrize("line", ["A B: 1", "Content-Length : 5", "Host: localhost", "Origin: http://evil.example\r\nOrigin: x"])
+@cases(
+    "line",
+    {
+        "a space in its name": "A B: 1",
+        "a space before the colon": "Content-Length : 5",
+        "a second Host": "Host: localhost",
+        "two Origins": "Origin: http://evil.example\r\nOrigin: x",
+    },
+)
 def test_header_that_would_hide_others_is_refused(line: str, server: Server) -> None:
     (reply,) = exchange(server, head_of("GET", "/health", line, "Connection: close"))
     assert reply.status in (400, 403) and reply.json()["error"]["code"]
 
 
-@pytest.mark.parametrize(
-    "head", ["GET /health HTTP/1.1\r\nHost: [\r\n\r\n", "GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n"]
+@cases(
+    "head",
+    {
+        "in Host": "GET /health HTTP/1.1\r\nHost: [\r\n\r\n",
+        "in the request line": "GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    },
 )
 def test_address_that_is_malformed_is_the_clients_error(head: str, server: Server) -> None:
     (reply,) = exchange(server, head.encode())
@@ -3313,9 +3469,17 @@ KEYED = [("GET", "/api/models"), ("POST", "/api/generate"), ("GET", "/v1/models"
          ("HEAD", "/api/models"), ("GET", "/ws/generate")]  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "path"), KEYED)
-@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"},
-                                     {"x-api-key": "s3cre"}, {"x-api-key": "s3cret\xe9"}])  # fmt: skip
+@cases("method, path", {f"{method} {path}": (method, path) for method, path in KEYED})
+@cases(
+    "headers",
+    {
+        "no key": {},
+        "another key": {"Authorization": "Bearer wrong"},
+        "another scheme": {"Authorization": "Basic s3cret"},
+        "a part of the key": {"x-api-key": "s3cre"},
+        "more than the key": {"x-api-key": "s3cret\xe9"},
+    },
+)
 def test_key_is_asked_for(method: str, path: str, headers: dict[str, str], guarded: Server) -> None:
     reply = guarded.request(method, path, b"{}" if method == "POST" else None, headers)
     assert reply.status == 401
@@ -3325,7 +3489,7 @@ def test_key_is_asked_for(method: str, path: str, headers: dict[str, str], guard
 
 
 @pytest.mark.parametrize("headers", [{"Authorization": "Bearer s3cret"}, {"authorization": "bearer s3cret"},
-                                     {"x-api-key": "s3cret"}, {"X-API-Key": "s3cret"}])  # fmt: skip
+                                     {"x-api-key": "s3cret"}, {"X-API-Key": "s3cret"}], ids=json.dumps)  # fmt: skip
 def test_key_opens(headers: dict[str, str], guarded: Server) -> None:
     assert guarded.request("GET", "/api/models", None, headers).status == 200
 
@@ -3432,7 +3596,7 @@ def test_preflight_of_a_foreign_origin_gets_no_cors_headers(origin: str, guarded
 # One connection, one request after another; upgrades, cancels, and who may connect.
 
 
-@pytest.mark.parametrize("prompt", list(TEXTS))
+@every_text
 def test_ws_text_is_the_same_as_over_http(prompt: str, server: Server) -> None:
     assert ws_ask(server, prompt=prompt)[0] == TEXTS[prompt]
 
@@ -3505,17 +3669,21 @@ def test_ws_cancel_right_behind_the_request_reaches_it(server: Server) -> None:
             assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
 
 
-@pytest.mark.parametrize(
-    ("message", "code", "word"),
-    [("{", "invalid_request", ""), ("[]", "invalid_request", ""), ("5", "invalid_request", ""),
-     ('{"model": "recital"}', "invalid_request", "prompt"),
-     ('{"model": "recital", "prompt": ":", "temperature": 9}', "invalid_request", "temperature"),
-     ('{"model": "recital", "prompt": ":", "top_p": NaN}', "invalid_request", ""),
-     ('{"model": "recital", "prompt": "\\ud800"}', "invalid_request", ""),
-     ('{"x": ' + "[" * 100 + "]" * 100 + "}", "invalid_request", ""),
-     ('{"model": "nonesuch", "prompt": ":"}', "model_not_found", "nonesuch"),
-     (json.dumps({"model": "dice", "prompt": "a" * 300}), "context_length_exceeded", "256")],
-)  # fmt: skip
+@cases(
+    "message, code, word",
+    {
+        "half an object": ("{", "invalid_request", ""),
+        "a list": ("[]", "invalid_request", ""),
+        "a number": ("5", "invalid_request", ""),
+        "no prompt": ('{"model": "recital"}', "invalid_request", "prompt"),
+        "temperature out of range": ('{"model": "recital", "prompt": ":", "temperature": 9}', "invalid_request", "temperature"),
+        "NaN": ('{"model": "recital", "prompt": ":", "top_p": NaN}', "invalid_request", ""),
+        "a lone surrogate": ('{"model": "recital", "prompt": "\\ud800"}', "invalid_request", ""),
+        "100 levels": ('{"x": ' + "[" * 100 + "]" * 100 + "}", "invalid_request", ""),
+        "an unknown model": ('{"model": "nonesuch", "prompt": ":"}', "model_not_found", "nonesuch"),
+        "a prompt beyond the context": (json.dumps({"model": "dice", "prompt": "a" * 300}), "context_length_exceeded", "256"),
+    },
+)
 def test_ws_error_is_the_error_object_and_the_connection_goes_on(message: str, code: str, word: str, server: Server) -> None:
     with server.ws() as ws:
         ws.send(message)
@@ -3568,12 +3736,19 @@ def test_ws_upgrade_sent_one_byte_at_a_time(server: Server) -> None:
     assert answer.startswith(b"HTTP/1.1 101 ") and b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in answer
 
 
-@pytest.mark.parametrize(
+@cases(
     "wrong",
-    [{"Sec-WebSocket-Key": None}, {"Sec-WebSocket-Key": "short"}, {"Sec-WebSocket-Version": "8"}, {"Connection": None},
-     {"Sec-WebSocket-Version": None}, {"Upgrade": "h2c"}, {"Bad Name": "x"}, {"X-Large": "x" * 100_000}],
-    ids=lambda wrong: "-".join(f"{name}={str(value)[:10]}" for name, value in wrong.items()),
-)  # fmt: skip
+    {
+        "no key": {"Sec-WebSocket-Key": None},
+        "a short key": {"Sec-WebSocket-Key": "short"},
+        "version 8": {"Sec-WebSocket-Version": "8"},
+        "no version": {"Sec-WebSocket-Version": None},
+        "no Connection": {"Connection": None},
+        "another protocol": {"Upgrade": "h2c"},
+        "a header with a space in its name": {"Bad Name": "x"},
+        "a header of 100000 characters": {"X-Large": "x" * 100_000},
+    },
+)
 def test_ws_upgrade_that_is_wrong_is_an_error_object(wrong: dict[str, str | None], server: Server) -> None:
     lines = [f"{name}: {value}" for name, value in {**UPGRADE, **wrong}.items() if value is not None]
     (reply,) = exchange(server, head_of("GET", "/ws/generate", *lines))
@@ -3635,7 +3810,7 @@ def test_ws_with_a_foreign_host_is_refused(server: Server) -> None:
 # A server ends when told to, lets streams finish, and leaves no process behind.
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@cases("number", {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT})
 def test_serve_ends_cleanly_on_a_signal(number: int, serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models)
     assert server.generate().status == 200
@@ -3725,14 +3900,14 @@ def test_stuck_engine_does_not_keep_the_server_from_ending(
 # Options, exit codes and pipes of every command.
 
 
-@pytest.mark.parametrize("args", [["--version"], ["-V"], ["list", "--version"], ["serve", "-V"]])
+@pytest.mark.parametrize("args", [["--version"], ["-V"], ["list", "--version"], ["serve", "-V"]], ids=" ".join)
 def test_version_before_and_after_the_command(args: list[str], tmp_path: Path) -> None:
     done = shimmy(*args, home=tmp_path)
     assert done.returncode == 0
     assert re.fullmatch(rb"shimmy \d+\.\d+\.\d+\n", done.stdout)
 
 
-@pytest.mark.parametrize("args", [["-h"], ["--help"], ["generate", "-h"], ["serve", "--help"]])
+@pytest.mark.parametrize("args", [["-h"], ["--help"], ["generate", "-h"], ["serve", "--help"]], ids=" ".join)
 def test_help_goes_to_stdout_with_exit_0(args: list[str], tmp_path: Path) -> None:
     done = shimmy(*args, home=tmp_path)
     assert done.returncode == 0 and b"--verbose" in done.stdout
@@ -3755,6 +3930,7 @@ def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
     [["bogus"], ["list", "--bogus"], ["serve", "--port", "many"], ["serve", "--port", "70000"],
      ["serve", "--keep-alive", "soon"], ["serve", "--max-loaded", "none"], ["serve", "--kv-type", "f13"],
      ["serve", "--alias", "nothing"], ["generate", "--max-tokens", "many"], ["generate", "a", "b"]],
+    ids=" ".join,
 )  # fmt: skip
 def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path) -> None:
     done = shimmy(*args, home=tmp_path)
@@ -3763,20 +3939,24 @@ def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    "flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]]
+    "flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]], ids=" ".join
 )
 def test_serve_flag_that_makes_no_sense_is_a_usage_error(flags: list[str], tmp_path: Path) -> None:
     done = shimmy("serve", "--port", "0", *flags, home=tmp_path)
     assert done.returncode == 2 and flags[0].encode() in done.stderr and b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("args", "env", "word"),
-    [(["serve"], {"SHIMMY_PORT": "many"}, "SHIMMY_PORT"), (["serve"], {"SHIMMY_MAX_CTX": "much"}, "SHIMMY_MAX_CTX"),
-     (["serve", "--bind", "::1::x"], {}, "--bind"), (["serve", "--lora", "none.gguf"], {}, "none.gguf"),
-     (["serve", "--tools", "none.py"], {}, "none.py"),
-     (["generate", "--schema", "none.json", "--prompt", "x"], {}, "none.json")],
-)  # fmt: skip
+@cases(
+    "args, env, word",
+    {
+        "SHIMMY_PORT=many": (["serve"], {"SHIMMY_PORT": "many"}, "SHIMMY_PORT"),
+        "SHIMMY_MAX_CTX=much": (["serve"], {"SHIMMY_MAX_CTX": "much"}, "SHIMMY_MAX_CTX"),
+        "--bind ::1::x": (["serve", "--bind", "::1::x"], {}, "--bind"),
+        "--lora none.gguf": (["serve", "--lora", "none.gguf"], {}, "none.gguf"),
+        "--tools none.py": (["serve", "--tools", "none.py"], {}, "none.py"),
+        "--schema none.json": (["generate", "--schema", "none.json", "--prompt", "x"], {}, "none.json"),
+    },
+)
 def test_setting_that_cannot_be_is_one_line_naming_it(args: list[str], env: dict[str, str], word: str, tmp_path: Path) -> None:
     done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": "0", **env})
     assert done.returncode in (1, 2) and word in done.stderr.decode()
@@ -3874,7 +4054,7 @@ def test_serve_beyond_loopback_without_a_key_is_refused(tmp_path: Path) -> None:
     assert b"--api-key" in done.stderr and b"--insecure" in done.stderr
 
 
-@pytest.mark.parametrize("flags", [["--insecure"], ["--api-key", "k3y"]])
+@pytest.mark.parametrize("flags", [["--insecure"], ["--api-key", "k3y"]], ids=" ".join)
 def test_serve_beyond_loopback_when_told_so(flags: list[str], serve: Callable[..., Server]) -> None:
     server = serve("--bind", "0.0.0.0", *flags)
     assert server.get("/health", Host="some.lan.name").status == 200
@@ -3949,7 +4129,7 @@ def test_generate_prints_the_same_text_as_http_for_unicode(models: Path, tmp_pat
     assert done.stdout.decode().removesuffix("\n") == TEXTS["~"]
 
 
-@pytest.mark.parametrize("args", [[], ["--prompt", "-"]])
+@cases("args", {"no --prompt": [], "--prompt -": ["--prompt", "-"]})
 def test_generate_without_a_prompt_reads_stdin(args: list[str], models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "recital", *args, "--models-dir", models, home=tmp_path, stdin=b"say =")
     assert done.stdout.decode().removesuffix("\n") == TEXTS["="].removesuffix("\n")
@@ -3989,7 +4169,10 @@ def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> Non
     assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
 
 
-@pytest.mark.parametrize(("option", "value"), [("--temperature", "9"), ("--top-p", "1.5"), ("--max-tokens", "0"), ("--ctx", "0")])
+TOO_MUCH = {"--temperature": "9", "--top-p": "1.5", "--max-tokens": "0", "--ctx": "0"}
+
+
+@cases("option, value", {f"{option} {value}": (option, value) for option, value in TOO_MUCH.items()})
 def test_generate_with_a_number_out_of_range_names_the_option(option: str, value: str, models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "recital", "--prompt", ":", option, value, "--models-dir", models, home=tmp_path)
     assert done.returncode in (1, 2) and done.stdout == b""
@@ -4049,7 +4232,16 @@ def test_generate_with_a_schema_file_prints_json_of_that_schema(models: Path, tm
     assert json.loads(done.stdout) in ("yes", "no"), done.stderr
 
 
-@pytest.mark.parametrize("schema", ["{", "[]", "\xff", '{"type": "wrong"}', '{"$ref": "#/nowhere"}'])
+@cases(
+    "schema",
+    {
+        "half an object": "{",
+        "a list": "[]",
+        "not UTF-8": "\xff",
+        "an unknown type": '{"type": "wrong"}',
+        "$ref to nowhere": '{"$ref": "#/nowhere"}',
+    },
+)
 def test_generate_with_a_schema_that_is_none_is_one_line(schema: str, models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text(schema, "latin-1")
     args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
@@ -4292,7 +4484,7 @@ def test_box_model_tells_the_same_story_streamed_and_plain(tiny: Server) -> None
     assert streamed == plain and len(plain) > 200
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@streamed_and_plain
 def test_box_model_calls_the_calculator_and_uses_its_result(stream: bool, tiny: Server) -> None:
     """The whole round through the official client: question, call, the tool run by the server, answer."""
     ask: Any = functools.partial(tiny.client().chat.completions.create, model="default", temperature=0)
