@@ -360,7 +360,7 @@ def resident_bytes(pids: Iterable[int]) -> int:
     """Resident bytes of the processes together; those that are gone count nothing."""
     pids = list(pids)
     if os.path.isdir("/proc/self"):
-        return sum(_proc_resident(pid) for pid in pids)
+        return sum(_proc_pages(pid, 1) for pid in pids)
     import subprocess
 
     if sys.platform == "win32":
@@ -371,10 +371,16 @@ def resident_bytes(pids: Iterable[int]) -> int:
     return sum(int(n) for n in shown.split()) * 1024
 
 
-def _proc_resident(pid: int) -> int:
+def mapped_bytes(pids: Iterable[int]) -> int:
+    """Resident bytes of files that the processes have mapped, weights above all; 0 where nobody tells."""
+    return sum(_proc_pages(pid, 2) for pid in pids)
+
+
+def _proc_pages(pid: int, column: int) -> int:
+    """A column of /proc/PID/statm in bytes: 1 is what is resident, 2 what of it belongs to files (proc(5))."""
     try:
         with open(f"/proc/{pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+            return int(file.read().split()[column]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
         return 0
 
@@ -5780,9 +5786,7 @@ class Residents:
         Raises Overloaded when all are busy beyond the deadline.
         """
         held = [e for e in self.entries.values() if e.in_memory]
-        free = available_memory()
-        crowded = len(held) >= self._options.max_loaded or (held and free is not None and entry.info.size_bytes > free)
-        if not crowded:
+        if len(held) < self._options.max_loaded and self._fits_beside(entry, held):
             return True
         if not any(e.state == "unloading" and not e.leases for e in held):
             idle = [e for e in held if e.idle]
@@ -5793,6 +5797,12 @@ class Residents:
             elif time.monotonic() > deadline:
                 raise Overloaded(f"All {len(held)} loaded models are busy (--max-loaded {self._options.max_loaded})")
         return False
+
+    @staticmethod
+    def _fits_beside(entry: Entry, held: Seq[Entry]) -> bool:
+        """Whether free memory holds the weights; what the engines have mapped counts as free, but is in use."""
+        free = available_memory() if held else None
+        return free is None or entry.info.size_bytes <= free - mapped_bytes(e.worker.process.pid for e in held if e.worker)
 
     def _begin_load(self, entry: Entry) -> None:
         attempt = LoadAttempt()
