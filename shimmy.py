@@ -2797,6 +2797,71 @@ def beyond(one: Number, two: Number) -> bool:
     return one.low[0] > two.high[0] or (one.low[0] == two.high[0] and (one.low[1] or two.high[1]))
 
 
+def literals(texts: list[str], depth: int = 0) -> str:
+    """Constants as alternatives that share their beginnings, so that few are followed at once."""
+    first, last = min(texts), max(texts)
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    prefix = first[:shared] if depth < 8 else ""
+    rests = [text[len(prefix) :] for text in dict.fromkeys(texts)]
+    if len(rests) == 1:
+        return gbnf_literal(prefix + rests[0])
+    groups: dict[str, list[str]] = {}
+    for rest in rests:
+        groups.setdefault(rest[:1] if depth < 8 else rest, []).append(rest)
+    return f"{gbnf_literal(prefix) if prefix else ''}({' | '.join(literals(group, depth + 1) for group in groups.values())})"
+
+
+def gbnf_literal(words: str) -> str:
+    """A string as a GBNF literal."""
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
+    return '"' + "".join(escapes.get(c) or (f"\\x{ord(c):02X}" if c < " " else c) for c in words) + '"'
+
+
+def plain_but(chars: str) -> str:
+    """The characters that a JSON string holds as they are, without some, as a GBNF class.
+
+    It lists what is allowed: llama.cpp lets bytes that are no UTF-8 pass where a class lists what is not.
+    """
+    left_out = sorted({-1, *range(0x20), 0x22, 0x5C, 0x7F, *map(ord, chars)})
+    gaps = [(low + 1, high - 1) for low, high in itertools.pairwise([*left_out, 0x110000]) if low + 1 < high]
+    parts = [(max(low, first), min(high, last)) for low, high in gaps for first, last in ((0, 0xD7FF), (0xE000, 0x10FFFF))]
+    return "[" + "".join(f"{gbnf_char(low)}-{gbnf_char(high)}" for low, high in parts if low <= high) + "]"
+
+
+def gbnf_char(code: int) -> str:
+    """A code point as GBNF's shortest escape."""
+    return f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
+
+
+def integers_between(low: int, high: int) -> str:
+    """GBNF alternatives for the decimal integers from low to high."""
+    parts = []
+    if low < 0:
+        parts += [f'"-" ({p})' for p in _naturals(max(1, -high), -low)] if high < 0 else [
+            f'"-" ({p})' for p in _naturals(1, -low)]  # fmt: skip
+    if high >= 0:
+        parts += _naturals(max(low, 0), high)
+    return " | ".join(parts)
+
+
+def _naturals(low: int, high: int) -> list[str]:
+    """Digit patterns that together cover low…high: split where all nines end, then where all zeros begin."""
+    patterns, edges = [], [high]
+    for step in (10**k for k in range(1, len(str(high)) + 1)):
+        up = low // step * step + step - 1
+        if low <= up < high:
+            edges.append(up)
+        down = (high + 1) // step * step - 1
+        if low <= down < high:
+            edges.append(down)
+    start = low
+    for edge in sorted(set(edges)):
+        pairs = zip(str(start), str(edge), strict=True)
+        patterns.append(" ".join(f'"{a}"' if a == b else f"[{a}-{b}]" for a, b in pairs))
+        start = edge + 1
+    return patterns
+
+
 class SchemaGrammar:
     """A JSON schema as GBNF that admits just its documents; what cannot be said is refused by name.
 
@@ -2810,7 +2875,7 @@ class SchemaGrammar:
     BASICS: ClassVar = {
         "ws": r'(" " | "\n" [ \t]{0,20})?',
         "hex": "[0-9a-fA-F]",
-        "plain": r'[^"\\\x7F\x00-\x1F]',
+        "plain": plain_but(""),
         "char": r'plain | "\\" (["\\bfnrt/] | "u" ([0-9a-cA-CefEF] hex{3} | [dD] [0-7] hex{2}))',
         "string": r'"\"" char* "\""',
         "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
@@ -3035,8 +3100,7 @@ class SchemaGrammar:
             below = [(f"x{self.helpers + i}", here[char]) for i, char in enumerate(chars)]
             self.helpers += len(below)
             parts = [f"{gbnf_literal(char)} {rule}" for char, (rule, _) in zip(chars, below, strict=True)]
-            others = "".join(f"\\U{ord(char):08X}" for char in chars)
-            parts += [rf'[^"\\\x7F\x00-\x1F{others}] plain*', *([] if "" in here else ['""'])]
+            parts += [f"{plain_but(''.join(chars))} plain*", *([] if "" in here else ['""'])]
             self.add(name, " | ".join(parts))
             todo += below
         return first
@@ -3183,75 +3247,25 @@ class Readings:
 
     def _told_apart(self, steps: list[Step]) -> Iterator[list[Step]]:
         """Steps by value: those for one constant, or for one kind of value that is no constant, go on together."""
-        constants: dict[str, list[Step]] = {}
-        kinds: dict[str, list[Step]] = {}
-        for step in steps:
+        constants: dict[str, set[int]] = {}
+        kinds: dict[str, set[int]] = {}
+        for index, step in enumerate(steps):
             shapes = self.grammar.choices[step.value]
             self.spend(len(shapes))
             for shape in shapes:
                 if isinstance(shape, Constant):
-                    constants.setdefault(shape.text, []).append(step)
-                elif step not in kinds.setdefault(opening(shape), []):
-                    kinds[opening(shape)].append(step)
-        yield from kinds.values()
-        for text, found in constants.items():
-            alike = [step for step in kinds.get(opening(Constant(text)), ()) if step not in found]
-            self.spend(len(alike))
-            yield found + alike
+                    constants.setdefault(shape.text, set()).add(index)
+                else:
+                    kinds.setdefault(opening(shape), set()).add(index)
+        alike = [found | kinds.get(opening(Constant(text)), set()) for text, found in constants.items()]
+        for together in (*kinds.values(), *alike):
+            self.spend(len(together))
+            yield [steps[index] for index in together]
 
 
 def ordered(shapes: Iterable[Shape]) -> tuple[Members, ...]:
     """The objects among shapes, in an order that does not depend on where they came from."""
     return tuple(sorted((shape for shape in shapes if isinstance(shape, Members)), key=lambda members: members.number))
-
-
-def literals(texts: list[str], depth: int = 0) -> str:
-    """Constants as alternatives that share their beginnings, so that few are followed at once."""
-    first, last = min(texts), max(texts)
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    prefix = first[:shared] if depth < 8 else ""
-    rests = [text[len(prefix) :] for text in dict.fromkeys(texts)]
-    if len(rests) == 1:
-        return gbnf_literal(prefix + rests[0])
-    groups: dict[str, list[str]] = {}
-    for rest in rests:
-        groups.setdefault(rest[:1] if depth < 8 else rest, []).append(rest)
-    return f"{gbnf_literal(prefix) if prefix else ''}({' | '.join(literals(group, depth + 1) for group in groups.values())})"
-
-
-def gbnf_literal(words: str) -> str:
-    """A string as a GBNF literal."""
-    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return '"' + "".join(escapes.get(c) or (f"\\x{ord(c):02X}" if c < " " else c) for c in words) + '"'
-
-
-def integers_between(low: int, high: int) -> str:
-    """GBNF alternatives for the decimal integers from low to high."""
-    parts = []
-    if low < 0:
-        parts += [f'"-" ({p})' for p in _naturals(max(1, -high), -low)] if high < 0 else [
-            f'"-" ({p})' for p in _naturals(1, -low)]  # fmt: skip
-    if high >= 0:
-        parts += _naturals(max(low, 0), high)
-    return " | ".join(parts)
-
-
-def _naturals(low: int, high: int) -> list[str]:
-    """Digit patterns that together cover low…high: split where all nines end, then where all zeros begin."""
-    patterns, edges = [], [high]
-    for step in (10**k for k in range(1, len(str(high)) + 1)):
-        up = low // step * step + step - 1
-        if low <= up < high:
-            edges.append(up)
-        down = (high + 1) // step * step - 1
-        if low <= down < high:
-            edges.append(down)
-    start = low
-    for edge in sorted(set(edges)):
-        pairs = zip(str(start), str(edge), strict=True)
-        patterns.append(" ".join(f'"{a}"' if a == b else f"[{a}-{b}]" for a, b in pairs))
-        start = edge + 1
-    return patterns
 
 
 # ── 7. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
