@@ -76,6 +76,23 @@ def test_free_memory_within_a_container(case: str, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["memory"]["available_bytes"] == 1_600_000
 
 
+COUNT_BUILDS = """
+import sys
+if "_build" in sys.orig_argv:
+    with open({file!r}, "a") as file:
+        print("asked", file=file)
+"""
+
+
+def test_first_diags_at_once_ask_for_the_build_once(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(COUNT_BUILDS.format(file=str(tmp_path / "asked")))
+    server = serve(env={"PYTHONPATH": str(tmp_path / "site")})
+    with ThreadPoolExecutor(12) as pool:
+        assert {reply.status for reply in pool.map(lambda _: server.get("/diag"), range(12))} == {200}
+    assert (tmp_path / "asked").read_text().count("asked") == 1
+
+
 # ---------------------------------------------------------------------------------------------------
 # Model files
 # ---------------------------------------------------------------------------------------------------
@@ -248,6 +265,15 @@ def test_name_of_a_file_cannot_forge_a_row(tmp_path: Path) -> None:
     assert all(note.isprintable() for folder in report["directories"] for note in folder["notes"])
 
 
+def test_name_that_prints_nothing_means_no_model(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_header(tmp_path / "odd" / "model-one.gguf")
+    write_header(tmp_path / "odd" / "a.gguf").rename(tmp_path / "odd" / "\x01\x02.gguf")
+    server = serve("--models-dir", tmp_path / "odd")
+    assert {"model", "model-one"} <= set(server.ids())
+    for name in ("\0", " ", "\x1b"):
+        assert_error(server.generate(model=name), 404, "model_not_found")
+
+
 def test_file_whose_name_is_no_utf_8_can_be_addressed(serve: Callable[..., Server], tmp_path: Path) -> None:
     write_recital(tmp_path / "odd" / "made.gguf").rename(os.fsdecode(os.fsencode(tmp_path / "odd") + b"/caf\xe9-one.gguf"))
     server = serve("--models-dir", tmp_path / "odd")
@@ -290,8 +316,8 @@ def test_request_may_name_a_model_as_other_servers_do(name: str, server: Server)
     assert server.generate(model=name, max_tokens=1).status == 200
 
 
-@pytest.mark.parametrize("name", ["reci:latest", ".gguf", ":latest", "recital.gguf.gguf", " "])
-def test_request_by_half_a_name_of_another_servers_is_not_found(name: str, server: Server) -> None:
+@pytest.mark.parametrize("name", ["reci:latest", ".gguf", ":latest", "recital.gguf.gguf", " ", "\0"])
+def test_request_by_half_a_name_is_not_found(name: str, server: Server) -> None:
     assert_error(server.generate(model=name, max_tokens=1), 404, "model_not_found")
 
 

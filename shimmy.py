@@ -487,9 +487,18 @@ def user_cache() -> pathlib.Path:
     return pathlib.Path(own) / "shimmy"
 
 
-@functools.cache
+_asking_build = threading.Lock()
+
+
 def engine_build() -> dict[str, Any]:
-    """CPU features and GPU offload of the installed llama.cpp; a child asks, as a broken library may crash."""
+    """CPU features and GPU offload of the installed llama.cpp; asked once, whoever comes first."""
+    with _asking_build:
+        return _ask_engine_build()
+
+
+@functools.cache
+def _ask_engine_build() -> dict[str, Any]:
+    """A child asks, as a broken library may crash."""
     import subprocess
 
     try:
@@ -1106,10 +1115,10 @@ FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9:
               19: "IQ2_XXS", 20: "IQ2_XS", 21: "Q2_K_S", 22: "IQ3_XS", 23: "IQ3_XXS", 24: "IQ1_S", 25: "IQ4_NL",
               26: "IQ3_S", 27: "IQ3_M", 28: "IQ2_S", 29: "IQ2_M", 30: "IQ4_XS", 31: "IQ1_M", 32: "BF16",
               36: "TQ1_0", 37: "TQ2_0", 38: "MXFP4"}  # fmt: skip  llama.h, enum llama_ftype
-# architectures without a decoder, and those that give a token for every place at once (llama-arch.cpp)
+# architectures without a decoder (llama-arch.cpp)
 EMBEDDERS = {"bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert", "jina-bert-v2", "jina-bert-v3",
              "eurobert", "gemma-embedding", "llama-embed", "t5encoder"}  # fmt: skip
-DIFFUSERS = {"dream", "llada", "llada-moe", "rnd1"}
+DIFFUSERS = {"dream", "llada", "llada-moe", "rnd1"}  # attend in both directions and generate all the same
 POOLINGS = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.h, enum llama_pooling_type; 0 is none, rank a reranker's
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 QUANT_IN_NAME = re.compile(r"(?:^|[-._])((?:I?Q\d[\w]*|BF16|F16|F32|MXFP4\w*))(?=$|[-.])", re.I)
@@ -1130,7 +1139,7 @@ class ModelInfo:
     quantization: str | None
     context_length: int | None
     embedding: bool  # it makes vectors or scores, and cannot generate
-    pooling: str | None  # how it makes one vector of a text's: mean, cls, last; rank: it scores a document for a query
+    pooling: str | None  # how tokens' vectors become one: mean, cls, last; rank: it scores a document for a query
     chat_template: bool | None  # None: not read so far
     description: str
 
@@ -1346,7 +1355,7 @@ MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are tw
 def plain_id(label: str) -> str:
     """A file's stem as a model id: lower-case, without the shard number, `-` for spaces, `_` and what does not print."""
     spelled = "".join(c if c.isprintable() else " " for c in SHARD.sub("", label))
-    return re.sub(r"[\s_]+", "-", spelled.strip().lower()) or "model"
+    return re.sub(r"[\s_]+", "-", spelled.strip().lower())
 
 
 class Findings:
@@ -1451,7 +1460,7 @@ class Catalog:
     def _id_for(self, c: Candidate) -> str:
         """The candidate's id; a second file of the same name gets a suffix made from its path, which never changes."""
         if c.path not in self._ids:
-            id, taken = plain_id(c.label), set(self._ids.values())
+            id, taken = plain_id(c.label) or "model", set(self._ids.values())
             if id in taken or id == "default":
                 import hashlib
 
@@ -6030,7 +6039,7 @@ class Names:
 
     def _match(self, name: str) -> list[str]:
         """A name as it is, then as LM Studio (NAME.gguf) and Ollama (NAME:latest) write it, then as a prefix."""
-        if not name.strip():
+        if not plain_id(name):
             return []
         for form in dict.fromkeys((name, re.sub(r"(?i)(?<=.)(\.gguf|:latest)$", "", name))):
             stems = [id for id, stem in self._stems.items() if stem == form]
