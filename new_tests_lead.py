@@ -108,7 +108,7 @@ def test_stream_of_a_model_that_loads_slowly_shows_signs_of_life(serve: Callable
     script = altered(
         tmp_path,
         ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"),
-        ('    load = pipe.receive()\n', '    load = pipe.receive()\n    time.sleep(2)\n'),
+        ('        pulses[0].begin("load")\n        llama =', '        time.sleep(2)\n        pulses[0].begin("load")\n        llama ='),
     )
     folder = tmp_path / "models"
     folder.mkdir()
@@ -213,6 +213,39 @@ def test_ws_message_whose_fragments_never_end_closes_the_connection(serve: Calla
 
 def test_ws_requests_are_logged(serve: Callable[..., Server], models: Path) -> None:
     server = serve("-v", "--models-dir", models)
-    ws_ask(server)
+    ws_ask(server, prompt=":")
     line = eventually(lambda: re.search(r"WS /ws/generate 200 \d+ ms recital \d+\+\d+ tokens", server.log.read_text()), "a line")
     assert line
+
+
+BUILTIN = {"type": "builtin", "name": "calculator"}
+
+
+def test_chat_runs_a_builtin_tool_and_answers_with_its_result(tiny: Server) -> None:
+    reply = tiny.chat("What is 4827 plus 394?", "default", tools=[BUILTIN], temperature=0)
+    assert "5221" in reply.message["content"]
+    (result,) = reply.message["tool_results"]
+    assert (result["name"], result["result"], result["error"]) == ("calculator", 5221, None)
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert "tool_calls" not in reply.message
+
+
+def test_chat_streams_a_builtin_tools_result_and_the_answer(tiny: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "What is 4827 plus 394?"}], "tools": [BUILTIN], "temperature": 0}
+    parts = deltas(tiny.streamed("/v1/chat/completions", body))
+    assert [r["result"] for p in parts for r in p.get("tool_results", [])] == [5221]
+    assert "5221" in "".join(p.get("content") or "" for p in parts)
+    assert not any("tool_calls" in p for p in parts)
+
+
+def test_chat_tells_the_model_when_a_builtin_tool_fails(server: Server) -> None:
+    tool = {"type": "builtin", "name": "file_read"}
+    reply = server.chat("weather", tools=[{"type": "builtin", "name": "calculator"}, tool])
+    assert reply.status == 200
+    assert_error(server.chat("hi", tools=[BUILTIN], n=2), 400, "invalid_request", "tools", "n")
+
+
+@pytest.mark.parametrize("name", ["hammer", "", None], ids=["unknown", "empty", "absent"])
+def test_chat_with_a_builtin_tool_that_is_not_there_names_those_that_are(name: Any, server: Server) -> None:
+    error = assert_error(server.chat("hi", tools=[{"type": "builtin", "name": name}]), 400, "invalid_request", "tools")
+    assert name is None or "calculator" in error["message"]

@@ -94,6 +94,8 @@ MAX_STOP = 256  # characters of one; each is looked for with every token
 MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
 MAX_TOOLS = 128
+MAX_TOOL_ROUNDS = 8  # of built-in tools called in one answer
+TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
 SCAN_DETAIL_SECONDS = 0.4  # a scan reads whole headers for so long; the rest are read when asked about
@@ -657,7 +659,8 @@ class GenerateRequest:
     model: str = "default"
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[dict[str, Any], ...] | None = None
-    tools: tuple[dict[str, Any], ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()  # functions that the client runs
+    builtins: tuple[str, ...] = ()  # tools that the server itself runs
     template_args: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
     n: int = 1
@@ -753,20 +756,23 @@ def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     return read
 
 
-def read_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The functions a chat offers, checked; none when tool_choice is "none"."""
-    tools = body.get("tools")
-    if not tools:
-        return ()
+def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
+    """What a chat offers, checked: functions, and names of built-in tools; none when tool_choice is "none"."""
+    tools = body.get("tools") or []
     if len(one_type(list, "a list")("tools", tools)) > MAX_TOOLS:
         raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(tools)}", "tools")
-    for i, tool in enumerate(tools):
-        if an_object(f"tools[{i}]", tool).get("type") != "function":
-            raise InvalidRequest(f"tools[{i}].type must be function, not {_said(tool.get('type'))}", f"tools[{i}].type")
-        function = an_object(f"tools[{i}].function", tool.get("function"))
-        a_string(f"tools[{i}].function.name", function.get("name"))
-        an_object(f"tools[{i}].function.parameters", function.get("parameters") or {})
-    return () if body.get("tool_choice") == "none" else tuple(tools)
+    functions, builtins = [], []
+    for where, tool in ((f"tools[{i}]", an_object(f"tools[{i}]", tool)) for i, tool in enumerate(tools)):
+        if tool.get("type") == "builtin":
+            builtins.append(a_string(f"{where}.name", tool.get("name")))
+        elif tool.get("type") == "function":
+            function = an_object(f"{where}.function", tool.get("function"))
+            a_string(f"{where}.function.name", function.get("name"))
+            an_object(f"{where}.function.parameters", function.get("parameters") or {})
+            functions.append(tool)
+        else:
+            raise InvalidRequest(f"{where}.type must be function or builtin, not {_said(tool.get('type'))}", f"{where}.type")
+    return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
 
 
 @dataclass(frozen=True)
@@ -828,6 +834,18 @@ class CallArguments:
 
 
 @dataclass(frozen=True)
+class ToolResult:
+    """The server has run a built-in tool for the model."""
+
+    index: int
+    id: str
+    name: str
+    arguments: str  # JSON text
+    result: Any
+    error: str | None
+
+
+@dataclass(frozen=True)
 class ChoiceEnd:
     """A choice is complete."""
 
@@ -862,7 +880,7 @@ def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
             f"{name}_per_second": round(rate, 2)}  # fmt: skip
 
 
-Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ChoiceEnd | Usage
+Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Usage
 
 
 def parse_json(data: bytes, what: str = "The body") -> Any:
@@ -3363,6 +3381,13 @@ class Tools:
 
     def documents(self) -> list[dict[str, Any]]:
         return [t.document() for t in self._tools.values()]
+
+    def function(self, name: str) -> dict[str, Any]:
+        """A tool as a chat offers it. Raises InvalidRequest when there is none of that name."""
+        if name not in self._tools:
+            known = ", ".join(self._tools)
+            raise InvalidRequest(f"tools: there is no built-in tool {_said(name)}; there are {known}", "tools")
+        return {"type": "function", "function": self._tools[name].document()}
 
     def execute(self, name: str, arguments: Any) -> dict[str, Any]:
         """Runs a tool: {"success", "result", "error"}. Raises NotFound, and InvalidRequest outside its schema."""
@@ -6309,6 +6334,10 @@ class Service:
         request = constrained(request)  # a schema is refused before a model is loaded for it
         if request.messages is not None:
             self.helpers.warm()
+        yield from ToolLoop(self.tools, request, cancel).run(self._answer) if request.builtins else self._answer(request, cancel)
+
+    def _answer(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
+        """One answer of the model's."""
         with self.table.lease(request.model, cancel) as lease:
             while (worker := lease.wait(PING_SECONDS)) is None:
                 yield Waiting()
@@ -6385,6 +6414,97 @@ class Service:
         self.helpers.close()
 
 
+@dataclass
+class Called:
+    """A call as the model wrote it."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+
+class ToolLoop:
+    """One request with built-in tools: runs what the model calls and asks again, until it answers.
+
+    The rounds and their time are bounded: in the last one no tool is offered. Calls of the client's own functions are
+    left to the client and end the loop.
+    """
+
+    def __init__(self, tools: Tools, request: GenerateRequest, cancel: Cancellation) -> None:
+        if request.messages is None or request.n != 1:
+            raise InvalidRequest("built-in tools need messages, and n to be 1", "tools")
+        self._tools, self._cancel = tools, cancel
+        offered = tuple(tools.function(name) for name in request.builtins)
+        self._request = replace(request, tools=(*request.tools, *offered), split_markers=True)
+        self._deadline = time.monotonic() + TOOL_LOOP_SECONDS
+        self._used: list[Usage] = []
+        self._client_calls = 0
+
+    def run(self, answer: Callable[[GenerateRequest, Cancellation], Iterator[Event]]) -> Iterator[Event]:
+        for count in range(MAX_TOOL_ROUNDS + 1):
+            last = count == MAX_TOOL_ROUNDS or time.monotonic() > self._deadline
+            request = replace(self._request, tools=self._request.tools[: len(self._request.tools) * (not last)])
+            self._calls: dict[int, Called] = {}
+            self._said: list[str] = []
+            self._reason = "stop"
+            with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
+                yield from self._passed_on(events, first=count == 0)
+            ours = [call for call in self._calls.values() if call.name in self._request.builtins]
+            results = [self._execute(call) for call in ours]
+            yield from results
+            if not results or self._client_calls or self._reason == "length":
+                break
+            self._extend(ours, results)
+        yield ChoiceEnd(0, "tool_calls" if self._client_calls else "stop" if self._reason == "tool_calls" else self._reason)
+        yield self._usage()
+
+    def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
+        """The events of one round that the client sees: calls of built-in tools show as results only."""
+        for event in events:
+            if isinstance(event, CallBegan):
+                self._calls[event.number] = Called(event.id, event.name)
+                self._client_calls += event.name not in self._request.builtins
+            elif isinstance(event, CallArguments):
+                self._calls[event.number].arguments += event.text
+            elif isinstance(event, Text):
+                self._said.append(event.text)
+            elif isinstance(event, ChoiceEnd):
+                self._reason = event.finish_reason
+            elif isinstance(event, Usage):
+                self._used.append(event)
+            if isinstance(event, (CallBegan, CallArguments)):
+                if self._calls[event.number].name not in self._request.builtins:
+                    yield replace(event, number=self._client_calls - 1)
+            elif isinstance(event, (Text, Thought, Waiting)) or (isinstance(event, Queued) and first):
+                yield event
+
+    def _execute(self, call: Called) -> ToolResult:
+        """Runs a call; what is wrong with it is told to the model."""
+        self._cancel.check()
+        try:
+            answer = self._tools.execute(call.name, parse_json(call.arguments.encode("utf-8", "replace"), "The arguments"))
+        except ApiError as error:
+            answer = {"result": None, "error": str(error)}
+        return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])
+
+    def _extend(self, calls: Seq[Called], results: Seq[ToolResult]) -> None:
+        """Adds the model's turn and the results to the conversation."""
+        said = []
+        for call in calls:
+            arguments: Any = call.arguments
+            with contextlib.suppress(InvalidRequest):
+                arguments = parse_json(call.arguments.encode("utf-8", "replace"))
+            said.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
+        turns = [{"role": "assistant", "content": "".join(self._said), "tool_calls": said}]
+        for result in results:
+            content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
+            turns.append({"role": "tool", "tool_call_id": result.id, "name": result.name, "content": content})
+        self._request = replace(self._request, messages=(*(self._request.messages or ()), *turns))
+
+    def _usage(self) -> Usage:
+        return Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
+
+
 def constrained(request: GenerateRequest) -> GenerateRequest:
     """The request with its JSON schema made into a grammar. Raises InvalidRequest naming the keyword at fault."""
     sampling = request.sampling
@@ -6411,6 +6531,7 @@ class Choice:
     texts: list[str] = field(default_factory=list)
     thoughts: list[str] = field(default_factory=list)
     calls: list[dict[str, str]] = field(default_factory=list)  # id, name, arguments
+    results: list[ToolResult] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -6442,6 +6563,8 @@ class Reply:
             choice.calls.append({"id": event.id, "name": event.name, "arguments": ""})
         elif isinstance(event, CallArguments):
             choice.calls[event.number]["arguments"] += event.text
+        elif isinstance(event, ToolResult):
+            choice.results.append(event)
         else:
             choice.finish_reason = event.finish_reason
 
@@ -6506,10 +6629,14 @@ class Native(Dialect):
         if system is not None:
             turns = messages or ({"role": "user", "content": a_string("prompt", prompt)},)
             messages, prompt = ({"role": "system", "content": a_string("system", system)}, *turns), None
+        functions, builtins = read_tools(body)
+        if functions:
+            raise InvalidRequest("tools may hold built-in tools here; /v1/chat/completions takes functions", "tools")
         return GenerateRequest(
             model=a_string("model", body["model"]),
             prompts=() if prompt is None else (a_string("prompt", prompt),),
             messages=messages,
+            builtins=builtins,
             sampling=Sampling.from_json(body, **NATIVE_DEFAULTS),
         )
 
@@ -6652,10 +6779,12 @@ class ChatCompletion(OpenAI):
         limit = body.get("max_completion_tokens")
         if limit is not None:
             body = {**body, "max_tokens": whole(1)("max_completion_tokens", limit)}
+        functions, builtins = read_tools(body)
         return replace(
             self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
             messages=messages,
-            tools=read_tools(body),
+            tools=functions,
+            builtins=builtins,
             template_args=an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {}),
             split_markers=True,
         )
@@ -6672,6 +6801,8 @@ class ChatCompletion(OpenAI):
             yield self._call_delta(event, {"id": event.id, "type": "function"}, {"name": event.name, "arguments": ""})
         elif isinstance(event, CallArguments):
             yield self._call_delta(event, {}, {"arguments": event.text})
+        elif isinstance(event, ToolResult):
+            yield self._delta(event.index, {"tool_results": [self._result(event)]})
         elif isinstance(event, ChoiceEnd):
             yield self._chunk([{"index": event.index, "delta": {}, "logprobs": None, "finish_reason": event.finish_reason}])
         elif isinstance(event, Usage):
@@ -6700,8 +6831,7 @@ class ChatCompletion(OpenAI):
         ]  # fmt: skip
         return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
 
-    @staticmethod
-    def _message(choice: Choice) -> dict[str, Any]:
+    def _message(self, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
         if choice.thoughts:
             message["reasoning_content"] = "".join(choice.thoughts)
@@ -6710,7 +6840,14 @@ class ChatCompletion(OpenAI):
                 {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
                 for c in choice.calls
             ]
+        if choice.results:
+            message["tool_results"] = [self._result(r) for r in choice.results]
         return message
+
+    @staticmethod
+    def _result(result: ToolResult) -> dict[str, Any]:
+        """A built-in tool's call and result, an extension: `tool_calls` would ask the client to run it."""
+        return {k: v for k, v in asdict(result).items() if k != "index"}
 
 
 class Completion(OpenAI):
