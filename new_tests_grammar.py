@@ -26,8 +26,8 @@ def recursive(schema: dict[str, Any]) -> dict[str, Any]:
 
 INTEGER, FLAG, SHORT = {"type": "integer"}, {"type": "boolean"}, {"type": "string", "maxLength": 3}
 FITTING: dict[str, tuple[Any, Callable[[Any], bool]]] = {
-    "exclusive false beside": ({**INTEGER, "minimum": 5, "exclusiveMinimum": False, "maximum": 6}, lambda v: v in (5, 6)),
-    "exclusive false alone": ({**INTEGER, "exclusiveMaximum": False, "maximum": 0, "minimum": -1}, lambda v: v in (-1, 0)),
+    "exclusiveMinimum false": ({**INTEGER, "minimum": -3, "exclusiveMinimum": False, "maximum": 0}, lambda v: -3 <= v <= 0),
+    "exclusiveMaximum false": ({**INTEGER, "minimum": 0, "exclusiveMaximum": False, "maximum": 0}, lambda v: v == 0),
     "exclusive true": ({**INTEGER, "minimum": 5, "exclusiveMinimum": True, "maximum": 7, "exclusiveMaximum": True},
                        lambda v: v == 6),
     "two minimums": (both({**INTEGER, "minimum": 7}, {"minimum": 3}, {"maximum": 9}, {"maximum": 8}), lambda v: v in (7, 8)),
@@ -62,7 +62,7 @@ FITTING: dict[str, tuple[Any, Callable[[Any], bool]]] = {
     "null keywords": ({"type": "object", "properties": {"a": FLAG}, "required": None, "allOf": None, "enum": None,
                        "additionalProperties": None, "$ref": None, "minProperties": None}, lambda v: set(v) <= {"a"}),
     "const null": ({"const": None}, lambda v: v is None),
-    "impossible option": (options({**INTEGER, "minimum": 5, "maximum": 3}, {"const": "x"}, False), lambda v: v == "x"),
+    "impossible option": (options({**INTEGER, "minimum": 5, "maximum": 3}, {"const": "x"}, {"enum": [1], "const": 2}), lambda v: v == "x"),
     "impossible property": ({"properties": {"a": False, "b": FLAG}, "required": ["b"]}, lambda v: set(v) == {"b"}),
     "oneOf told apart": ({"oneOf": [holding({"const": 1}), holding({"const": 2})]}, lambda v: v["v"] in (1, 2)),
     "date": ({"type": "string", "format": "date"}, lambda v: time.strptime(v.replace("0000", "2000"), "%Y-%m-%d") is not None),
@@ -135,8 +135,8 @@ def test_json_schema_names_what_it_refuses(kind: str, server: Server) -> None:
 
 
 def chained(option: Callable[[int, int], dict[str, Any]]) -> dict[str, Any]:
-    """Fifteen definitions, each anyOf of four times allOf of the next."""
-    defs = {f"d{i}": {"anyOf": [{**both({"$ref": f"#/$defs/d{i + 1}"}), **option(i, j)} for j in range(4)]} for i in range(15)}
+    """Fifteen definitions, each anyOf of four times allOf of the next and an option."""
+    defs = {f"d{i}": {"anyOf": [both({"$ref": f"#/$defs/d{i + 1}"}, option(i, j)) for j in range(4)]} for i in range(15)}
     return {"$defs": defs | {"d15": FLAG}, "$ref": "#/$defs/d0"}
 
 
@@ -146,10 +146,11 @@ def alike(property: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
 
 SELF = {"$ref": "#/$defs/R"}
 HOSTILE: dict[str, Any] = {
-    "chained, all alike": chained(lambda i, j: {}),
-    "chained, all different": chained(lambda i, j: {"title": "x", "maxLength": 4 * i + j}),
+    "chained, all alike": chained(lambda i, j: {"title": f"{i} {j}"}),
+    "chained, all different": chained(lambda i, j: {"maxLength": 4 * i + j}),
     "chained without brackets": {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)}, "$ref": "#/$defs/d0"},
     "ten alike": alike(lambda i: {"a": SELF}),
+    "ten alike that need themselves": recursive(options(*10 * [{**holding(SELF), "title": "x"}])),
     "ten alike, then different": alike(lambda i: {"a": SELF, f"b{i}": FLAG}),
     "ten that hold different": alike(lambda i: {"a": options(SELF, {"const": i}), f"b{i}": FLAG}),
     "ten in arrays": alike(lambda i: {"a": {"type": "array", "items": SELF, "maxItems": i}, f"b{i}": FLAG}),
@@ -169,10 +170,11 @@ HOSTILE: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", list(HOSTILE))
 def test_json_schema_that_is_hostile_costs_little(kind: str, server: Server) -> None:
-    """Either a 400, or a grammar with which the text goes on; and the model serves others afterwards."""
+    """Either a 400, or a grammar with which the text goes on, deeper and deeper; and the model serves others afterwards."""
     server.generate("warm", "dice", max_tokens=1)
+    bias = {str(byte_alphabet().index(char)): 30 for char in '{[:"a'}
     began = time.monotonic()
-    reply = server.generate("any", "dice", json_schema=HOSTILE[kind], max_tokens=60, temperature=1, seed=1)
+    reply = server.generate("any", "dice", json_schema=HOSTILE[kind], max_tokens=60, temperature=1, seed=1, logit_bias=bias)
     assert time.monotonic() - began < 10
     if reply.status != 200:
         assert_error(reply, 400, "invalid_request", "json_schema")
@@ -196,6 +198,7 @@ USEFUL: dict[str, Any] = {
     "any JSON": recursive(options(SHORT, {"type": "number"}, {"type": "null"}, {"type": "array", "items": SELF},
                                   {"type": "object", "additionalProperties": SELF})),
     "eight objects": options(*({"properties": {"x": INTEGER, f"y{i}": SHORT}, "required": ["x", f"y{i}"]} for i in range(8))),
+    "constants with titles": {"oneOf": [{"const": f"c{i}", "title": f"Choice {i}"} for i in range(300)]},
     "zod's integer": {**INTEGER, "minimum": -(2**53) + 1, "maximum": 2**53 - 1},
 }  # fmt: skip
 

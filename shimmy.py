@@ -2209,7 +2209,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class String:
+class StringShape:
     """A string: its length in code points and its format, one of SchemaReader.FORMATS or ""."""
 
     low: int = 0
@@ -2218,7 +2218,7 @@ class String:
 
 
 @dataclass(frozen=True)
-class Number:
+class NumberShape:
     """A number, or an integer if `whole`. A bound is its value and whether the value itself is left out."""
 
     whole: bool = False
@@ -2227,7 +2227,7 @@ class Number:
 
 
 @dataclass(frozen=True)
-class Array:
+class ArrayShape:
     """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all."""
 
     first: tuple[Node, ...] = ()
@@ -2266,21 +2266,16 @@ class Members:
             here = None if here.required else here.rest
 
 
-Shape = Constant | String | Number | Array | Members
+Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
+Shape = Constant | StringShape | NumberShape | ArrayShape | Members
 Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 
 
 class SchemaReader:
-    """What a JSON schema allows, as shapes: references followed, allOf merged, alternatives multiplied out.
-
-    Schemas are numbered, equal ones once, so that alternatives which say the same are one. A keyword that cannot be
-    honoured is refused by name. An object without additionalProperties holds only the properties it names, as in
-    llama.cpp's common/json-schema-to-grammar.cpp; `loose` shapes hold everything the schema would accept.
-    """
+    """A client's JSON schema as checked dicts with a number each, equal ones once; a keyword not honoured is refused."""
 
     MAX_STEPS = 30_000  # schemas read, merged and compared, some 10 µs each
-    MAX_TEXT = 1_000_000  # characters of names and constants, and of a grammar: llama.cpp takes 20 times as much memory
-    MAX_OPTIONS = 1000  # alternatives of one value, multiplied out
+    MAX_TEXT = 1_000_000  # characters of names and constants, and of a grammar, of which llama.cpp makes 19 MB
     MAX_DEPTH = 64
     MAX_LENGTH, MAX_ITEMS = 2000, 1996  # llama.cpp repeats 2,000 times at most, counting the rules around an array
     MAX_BOUND = 2**64  # a number beyond is no bound that an integer type has
@@ -2296,19 +2291,11 @@ class SchemaReader:
     COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "nullable", "discriminator")
 
     def __init__(self, name: str, root: Any) -> None:
-        self.name, self.root, self.steps, self.size, self.dead_end = name, root, 0, 0, ""
+        self.name, self.root, self.steps, self.size = name, root, 0, 0
         self.schemas: list[dict[str, Any]] = []
         self.numbers: dict[str, int] = {}  # JSON text → number
-        self.members: dict[tuple[Any, ...], Members] = {}
-        self.exclusive: list[tuple[list[tuple[int, ...]], list[tuple[int, ...]]]] = []  # oneOf's pairs, to be told apart
         self._read: dict[int, int] = {}  # id of a client's dict → number
         self._targets: dict[str, int] = {}
-        self._branches: dict[int, list[tuple[int, ...]]] = {}
-        self._choices: dict[tuple[Node, bool], Shapes] = {}
-        self._shapes: dict[tuple[tuple[int, ...], bool], Shapes] = {}
-        self._names: dict[Members, dict[str | None, Members]] = {}
-        self._enums: dict[int, set[Any]] = {}
-        self._following: list[int] = []  # schemas being followed with no bracket between them
         self.never = self.number({"enum": []})
         self.null = self.number({"enum": [None]})
 
@@ -2325,8 +2312,6 @@ class SchemaReader:
         self.size += len(text)
         if self.size > self.MAX_TEXT:
             raise self.refuse(f"the schema's names and constants are over {self.MAX_TEXT} characters")
-
-    # Reading: the client's dicts become numbered ones with known keywords and checked values.
 
     def number(self, schema: dict[str, Any]) -> int:
         text = json.dumps(schema)  # not sorted: properties are written in the order that the client gave
@@ -2483,10 +2468,30 @@ class SchemaReader:
                 found[number] = None
         return (self.never,) if self.never in found else tuple(found)
 
-    # Alternatives: a schema as branches, of which one must hold; a branch is schemas without combining keywords that
-    # must all hold.
 
-    def branches(self, number: int) -> list[tuple[int, ...]]:
+class SchemaShapes(SchemaReader):
+    """What a JSON schema allows, as shapes.
+
+    A schema is first unfolded into branches, of which one must hold: schemas without allOf, anyOf and the like that must
+    all hold. A branch is then made into shapes that demand what all of its schemas do. An object without
+    additionalProperties holds only the properties it names, as in llama.cpp's common/json-schema-to-grammar.cpp; `loose`
+    shapes hold everything that the schema accepts.
+    """
+
+    MAX_OPTIONS = 1000  # branches of one value
+
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name, root)
+        self.dead_end = ""  # why a branch came to nothing
+        self.members: dict[tuple[Any, ...], Members] = {}
+        self.exclusive: list[list[list[Branch]]] = []  # the options of each oneOf
+        self._branches: dict[int, list[Branch]] = {}
+        self._choices: dict[tuple[Node, bool], Shapes] = {}
+        self._shapes: dict[tuple[Branch, bool], Shapes] = {}
+        self._enums: dict[int, set[Any]] = {}
+        self._following: list[int] = []  # schemas being followed with no bracket between them
+
+    def branches(self, number: int) -> list[Branch]:
         if number not in self._branches:
             if number in self._following:
                 raise self.refuse("a $ref leads back to itself")
@@ -2497,9 +2502,9 @@ class SchemaReader:
             self._following.pop()
         return self._branches[number]
 
-    def _unfold(self, schema: dict[str, Any]) -> list[tuple[int, ...]]:
+    def _unfold(self, schema: dict[str, Any]) -> list[Branch]:
         plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
-        found: list[tuple[int, ...]] = [(self.number(plain),)] if plain else [()]
+        found: list[Branch] = [(self.number(plain),)] if plain else [()]
         if "$ref" in schema:
             found = self._both(found, self.branches(self.target(schema["$ref"])), "$ref")
         for number in schema.get("allOf", ()):
@@ -2510,26 +2515,21 @@ class SchemaReader:
             if key in schema:
                 options = [self._both(found, self.branches(number), key) for number in schema[key]]
                 if key == "oneOf":
-                    self._tell_apart(options)
+                    self.exclusive.append(options)
                 found = list(dict.fromkeys(itertools.chain.from_iterable(options)))
         return [*found, (self.null,)] if "nullable" in schema else found
 
-    def _both(self, ours: list[tuple[int, ...]], theirs: list[tuple[int, ...]], key: str) -> list[tuple[int, ...]]:
+    def _both(self, ours: list[Branch], theirs: list[Branch], key: str) -> list[Branch]:
         """Each of one side with each of the other."""
         if len(ours) * len(theirs) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         self.spend(len(ours) * len(theirs))
         return list(dict.fromkeys(tuple(dict.fromkeys(one + two)) for one in ours for two in theirs))
 
-    def _tell_apart(self, options: list[list[tuple[int, ...]]]) -> None:
-        """Notes that no document may fit two of oneOf's options: looked into when all is read."""
-        self.spend(len(options) ** 2)
-        self.exclusive += itertools.combinations(options, 2)
-
     def choice(self, node: Node, loose: bool = False) -> Shapes:
         """The shapes of a value, without those that others contain."""
         if (node, loose) not in self._choices:
-            found: list[tuple[int, ...]] = [()]
+            found: list[Branch] = [()]
             for number in node:
                 found = self._both(found, self.branches(number), "allOf")
             shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
@@ -2537,23 +2537,21 @@ class SchemaReader:
         return self._choices[node, loose]
 
     def everything(self) -> Shapes:
-        return (Constant("null"), Constant("true"), Constant("false"), Number(), String(), Array(), self.member(None, ()))
+        constants = (Constant("null"), Constant("true"), Constant("false"))
+        return (*constants, NumberShape(), StringShape(), ArrayShape(), self.member(None, ()))
 
     def _simplify(self, shapes: list[Shape]) -> Shapes:
         if set(shapes) >= set(self.everything()):
             return self.everything()
         everything = self.everything()
         free = {type(shape) for shape in shapes if shape in everything and not isinstance(shape, Constant)}
-
-        def covered(shape: Shape) -> bool:
-            text_too = String in free and isinstance(shape, Constant) and shape.text[0] == '"'
-            return shape not in everything and (type(shape) in free or text_too)
-
-        return tuple(shape for shape in shapes if not covered(shape))
+        if StringShape in free:
+            shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
+        return tuple(shape for shape in shapes if shape in everything or type(shape) not in free)
 
     # Shapes: what all schemas of a branch demand together.
 
-    def shapes(self, branch: tuple[int, ...], loose: bool) -> Shapes:
+    def shapes(self, branch: Branch, loose: bool) -> Shapes:
         if (branch, loose) not in self._shapes:
             self.spend(1 + len(branch))
             self._shapes[branch, loose] = tuple(self._made([self.schemas[number] for number in branch], loose))
@@ -2593,7 +2591,7 @@ class SchemaReader:
         hinted = [kind for kind in ("object", "array", "number", "string") if self.HINTS[kind] & keywords]
         return hinted[:1] or (["string"] if "format" in keywords else kinds)
 
-    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[String]:
+    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[StringShape]:
         low, high = self._range(schemas, "minLength", "maxLength")
         formats = sorted({schema["format"] for schema in schemas if "format" in schema})
         if len(formats) > 1:
@@ -2602,9 +2600,9 @@ class SchemaReader:
             shortest, longest = self.FORMATS[formats[0]]
             if low > shortest or (high is not None and high < longest):
                 raise self.refuse(f"format {formats[0]} beside minLength or maxLength is not supported")
-            yield String(format=formats[0])
+            yield StringShape(format=formats[0])
         elif high is None or low <= high:
-            yield String(low, high)
+            yield StringShape(low, high)
 
     def _range(self, schemas: list[dict[str, Any]], least: str, most: str) -> tuple[int, int | None]:
         low = max((schema[least] for schema in schemas if least in schema), default=0)
@@ -2613,7 +2611,7 @@ class SchemaReader:
             self.dead_end = f"{least} {low} is more than {most} {high}"
         return low, high
 
-    def _number(self, schemas: list[dict[str, Any]], whole: bool) -> Iterator[Number]:
+    def _number(self, schemas: list[dict[str, Any]], whole: bool) -> Iterator[NumberShape]:
         lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
         highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
         low, (high, inclusive) = max(lows, default=None), min(highs, default=(None, True))
@@ -2624,9 +2622,9 @@ class SchemaReader:
         if low and high is not None and (low[0] > high or (low[0] == high and (low[1] or not inclusive))):
             self.dead_end = f"no {'integer' if whole else 'number'} lies between {low[0]} and {high}"
             return
-        yield Number(whole, low, None if high is None else (high, not inclusive))
+        yield NumberShape(whole, low, None if high is None else (high, not inclusive))
 
-    def _array(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[Array]:
+    def _array(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[ArrayShape]:
         low, high = self._range(schemas, "minItems", "maxItems")
         longest = max(len(schema.get("prefixItems", ())) for schema in schemas) if schemas else 0
         self.spend(longest * len(schemas))
@@ -2640,7 +2638,7 @@ class SchemaReader:
             high = min([*stops[:1], longest, *([] if high is None else [high])])
             rest = None
         if high is None or low <= high:
-            yield Array(tuple(first), rest, low, high)
+            yield ArrayShape(tuple(first), rest, low, high)
 
     @staticmethod
     def _element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
@@ -2727,41 +2725,61 @@ class SchemaReader:
         return set(schema.get("required", ())) <= set(value) and all(
             self.fits(one, number) for name, one in value.items() for number in self._property([schema], name))  # fmt: skip
 
-    # oneOf: what is written for one option must not fit another.
 
-    def check_exclusive(self) -> None:
-        for ours, theirs in self.exclusive:
-            pairs = [(one, two) for one in ours for two in theirs]
-            if not all(self._apart(one, two) and self._apart(two, one) for one, two in pairs):
-                raise self.refuse("oneOf: a document may fit two of its options; tell them apart by a required constant, "
-                                  "or write anyOf")  # fmt: skip
+class OneOf:
+    """Refuses oneOf whose options may overlap: what is written for one of them must not fit another."""
 
-    def _apart(self, ours: tuple[int, ...], theirs: tuple[int, ...]) -> bool:
-        return self._disjoint(self.shapes(ours, False), self.shapes(theirs, True), 0)
+    def __init__(self, schemas: SchemaShapes) -> None:
+        self.schemas = schemas
+        self._names: dict[Members, dict[str | None, Members]] = {}
+
+    def check(self) -> None:
+        """Raises InvalidRequest unless every two options are told apart."""
+        for options in self.schemas.exclusive:
+            if not self._are_constants(options):
+                self.schemas.spend(len(options) ** 2)
+                for ours, theirs in itertools.combinations(options, 2):
+                    if not all(self._apart(one, two) and self._apart(two, one) for one in ours for two in theirs):
+                        raise self._refuse()
+
+    def _refuse(self) -> InvalidRequest:
+        return self.schemas.refuse(
+            "oneOf: a document may fit two of its options; tell them apart by a required constant, or write anyOf")
+
+    def _are_constants(self, options: list[list[Branch]]) -> bool:
+        """True if they are nothing but constants, and all different: the usual way to give enum's values titles."""
+        shapes = [shape for option in options for branch in option for shape in self.schemas.shapes(branch, True)]
+        texts = [shape.text for shape in shapes if isinstance(shape, Constant)]
+        return len(texts) == len(shapes) and len({comparable(json.loads(text)) for text in texts}) == len(texts)
+
+    def _apart(self, ours: Branch, theirs: Branch) -> bool:
+        return self._disjoint(self.schemas.shapes(ours, False), self.schemas.shapes(theirs, True), 0)
 
     def _disjoint(self, ours: Shapes, theirs: Shapes, depth: int) -> bool:
         """True if nothing that is written for `ours` is accepted by `theirs`, as far as a look 4 levels deep tells."""
-        self.spend(len(ours) * len(theirs))
+        self.schemas.spend(len(ours) * len(theirs))
         return depth < 4 and all(self._unlike(one, two, depth) for one in ours for two in theirs)
 
     def _unlike(self, one: Shape, two: Shape, depth: int) -> bool:
-        if opening(one) != opening(two):
+        if opening_of(one) != opening_of(two):
             return True
         if isinstance(one, Members) and isinstance(two, Members):
             return self._objects_unlike(one, two, depth + 1)
-        if isinstance(one, Array) and isinstance(two, Array):
+        if isinstance(one, ArrayShape) and isinstance(two, ArrayShape):
             return self._arrays_unlike(one, two, depth + 1)
-        if isinstance(one, String) and isinstance(two, String):
-            return apart(one, two)
+        if isinstance(one, StringShape) and isinstance(two, StringShape):
+            return lengths_apart(one, two)
         if isinstance(one, Constant) and isinstance(two, Constant):
             return bool(comparable(json.loads(one.text)) != comparable(json.loads(two.text)))
-        return isinstance(one, Number) and isinstance(two, Number) and (beyond(one, two) or beyond(two, one))
+        if isinstance(one, NumberShape) and isinstance(two, NumberShape):
+            return bounds_apart(one, two) or bounds_apart(two, one)
+        return False
 
-    def _arrays_unlike(self, one: Array, two: Array, depth: int) -> bool:
-        if apart(one, two):
+    def _arrays_unlike(self, one: ArrayShape, two: ArrayShape, depth: int) -> bool:
+        if lengths_apart(one, two):
             return True
         both = ((one.at(index), two.at(index)) for index in range(min(one.low, two.low, 8)))
-        return any(a is not None and b is not None and self._disjoint(self.choice(a), self.choice(b, True), depth)
+        return any(a is not None and b is not None and self._disjoint(self.schemas.choice(a), self.schemas.choice(b, True), depth)
                    for a, b in both)  # fmt: skip
 
     def _objects_unlike(self, one: Members, two: Members, depth: int) -> bool:
@@ -2771,7 +2789,7 @@ class SchemaReader:
             if mine.required or other.required:  # whatever fits both has it
                 if mine.node is None or other.node is None:
                     return True
-                if self._disjoint(self.choice(mine.node), self.choice(other.node, True), depth):
+                if self._disjoint(self.schemas.choice(mine.node), self.schemas.choice(other.node, True), depth):
                     return True
         return False
 
@@ -2782,7 +2800,7 @@ class SchemaReader:
             while here is not None:
                 found[here.name] = here
                 here = here.rest
-            self.spend(len(found))
+            self.schemas.spend(len(found))
             self._names[members] = found
         return self._names[members]
 
@@ -2805,26 +2823,27 @@ def comparable(value: Any) -> Any:
     return (type(value), value) if isinstance(value, bool) else value
 
 
-def opening(shape: Shape) -> str:
+def opening_of(shape: Shape) -> str:
     """The kind of value: what its first character tells."""
     if isinstance(shape, Constant):
         return shape.text[0] if shape.text[0] in '{["tfn' else "0"
-    return "{" if isinstance(shape, Members) else "[" if isinstance(shape, Array) else '"' if isinstance(shape, String) else "0"
+    kinds: dict[type, str] = {Members: "{", ArrayShape: "[", StringShape: '"', NumberShape: "0"}
+    return kinds[type(shape)]
 
 
-def apart(one: String | Array, two: String | Array) -> bool:
+def lengths_apart(one: StringShape | ArrayShape, two: StringShape | ArrayShape) -> bool:
     """True if no length is within the bounds of both."""
     return (two.high is not None and one.low > two.high) or (one.high is not None and one.high < two.low)
 
 
-def beyond(one: Number, two: Number) -> bool:
+def bounds_apart(one: NumberShape, two: NumberShape) -> bool:
     """True if all of `one` lies above all of `two`."""
     if one.low is None or two.high is None:
         return False
     return one.low[0] > two.high[0] or (one.low[0] == two.high[0] and (one.low[1] or two.high[1]))
 
 
-def literals(texts: list[str], depth: int = 0) -> str:
+def gbnf_constants(texts: list[str], depth: int = 0) -> str:
     """Constants as alternatives that share their beginnings, so that few are followed at once."""
     first, last = min(texts), max(texts)
     shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
@@ -2835,7 +2854,8 @@ def literals(texts: list[str], depth: int = 0) -> str:
     groups: dict[str, list[str]] = {}
     for rest in rests:
         groups.setdefault(rest[:1] if depth < 8 else rest, []).append(rest)
-    return f"{gbnf_literal(prefix) if prefix else ''}({' | '.join(literals(group, depth + 1) for group in groups.values())})"
+    options = " | ".join(gbnf_constants(group, depth + 1) for group in groups.values())
+    return f"{gbnf_literal(prefix) if prefix else ''}({options})"
 
 
 def gbnf_literal(words: str) -> str:
@@ -2896,8 +2916,8 @@ class SchemaGrammar:
     deterministic, so that llama.cpp follows few readings of a text at once (Readings has the bound).
     """
 
-    MAX_RULES = 2000  # beside those that tell names apart; llama.cpp looks for left recursion over them
-    MAX_REPEATS = 50_000  # llama.cpp makes a rule of each repetition, about 300 bytes
+    MAX_RULES = 4000  # llama.cpp recurses over those of one object: 1,900 properties fit a stack of 256 KB
+    MAX_REPEATS = 50_000  # llama.cpp makes a rule of each: some 20 ms and 20 MB for these
     MAX_NAMES = 10_000  # characters of names that unnamed properties must avoid: a rule each
     BASICS: ClassVar = {
         "ws": r'(" " | "\n" [ \t]{0,20})?',
@@ -2929,11 +2949,11 @@ class SchemaGrammar:
         self.choices: dict[str, Shapes] = {}  # a value's rule → what it is made of
         self._choice: dict[Node, Shapes] = {}
         self._todo: list[tuple[str, str, Any]] = []
-        self._steps: dict[tuple[Members, ...], list[Step]] = {}
+        self._steps: dict[tuple[Members, ...], list[NextKey]] = {}
 
     def compile(self, schema: Mapping[str, Any]) -> str:
         """The grammar's text. Raises InvalidRequest naming the keyword at fault."""
-        self.reader = SchemaReader(self.name, schema)
+        self.reader = SchemaShapes(self.name, schema)
         try:
             return self._compile(schema)
         except RecursionError:
@@ -2942,7 +2962,7 @@ class SchemaGrammar:
     def _compile(self, schema: Mapping[str, Any]) -> str:
         root = self.reader.node([self.reader.read(schema)])
         self.possible = self._possible(root)
-        self.reader.check_exclusive()
+        OneOf(self.reader).check()
         if root not in self.possible:
             raise self.refuse(f"no document can fit the schema{': ' if self.reader.dead_end else ''}{self.reader.dead_end}")
         self.add("root", self.value(self.choice(root)))
@@ -2966,13 +2986,13 @@ class SchemaGrammar:
     def add(self, name: str, body: str) -> None:
         self.size += len(name) + len(body) + 6
         if self.size > SchemaReader.MAX_TEXT or len(self.rules) - self.helpers > self.MAX_RULES:
-            raise self.refuse("the schema is too large: its grammar is over a million characters or 2,000 rules")
+            raise self.refuse("the schema is too large: its grammar is over a million characters or 4,000 rules")
         self.rules[name] = body
 
     def rule(self, what: str, of: Any) -> str:
-        """The name of a rule that is written later."""
+        """The name of a rule that `_write_…` will write; the same one for the same thing."""
         if (what, of) not in self.names:
-            self.names[what, of] = name = f"{what}{len(self.names)}"
+            self.names[what, of] = name = f"{what[0]}{len(self.names)}"
             self._todo.append((what, name, of))
         return self.names[what, of]
 
@@ -2997,7 +3017,7 @@ class SchemaGrammar:
 
     def _inside(self, choice: Shapes) -> Iterator[Node]:
         for shape in choice:
-            if isinstance(shape, Array):
+            if isinstance(shape, ArrayShape):
                 yield from shape.first
             here = shape if isinstance(shape, Members) else None
             while here is not None:
@@ -3005,11 +3025,11 @@ class SchemaGrammar:
                 if here.node is not None:
                     yield here.node
                 here = here.rest
-            if isinstance(shape, Array) and shape.rest is not None:
+            if isinstance(shape, ArrayShape) and shape.rest is not None:
                 yield shape.rest
 
     def _is_possible(self, shape: Shape, possible: set[Node]) -> bool:
-        if isinstance(shape, Array):
+        if isinstance(shape, ArrayShape):
             return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
         here = shape if isinstance(shape, Members) else None
         while here is not None and not here.ends:
@@ -3028,27 +3048,27 @@ class SchemaGrammar:
     # Writing: a method for each kind of rule.
 
     def value(self, choice: Shapes) -> str:
-        name = "value" if choice == self.reader.everything() else self.rule("v", choice)
+        name = "value" if choice == self.reader.everything() else self.rule("value", choice)
         self.choices[name] = choice
         return name
 
-    def _write_v(self, choice: Shapes) -> str:
+    def _write_value(self, choice: Shapes) -> str:
         constants = [shape.text for shape in choice if isinstance(shape, Constant)]
-        objects = ordered(choice)
-        parts = [literals(constants)] if constants else []
+        objects = objects_among(choice)
+        parts = [gbnf_constants(constants)] if constants else []
         if objects:
             free = objects == (self.reader.member(None, ()),)
-            parts.append("object" if free else f'"{{" ws {self.rule("o", objects)}')
+            parts.append("object" if free else f'"{{" ws {self.rule("object", objects)}')
         for shape in choice:
-            if isinstance(shape, Array):
-                parts.append("array" if shape == Array() else f'"[" ws {self.rule("a", (shape, 0))}')
-            elif isinstance(shape, String):
+            if isinstance(shape, ArrayShape):
+                parts.append("array" if shape == ArrayShape() else f'"[" ws {self.rule("array", (shape, 0))}')
+            elif isinstance(shape, StringShape):
                 parts.append(self._string(shape))
-            elif isinstance(shape, Number):
+            elif isinstance(shape, NumberShape):
                 parts.append(self._number(shape))
         return " | ".join(parts)
 
-    def steps(self, states: tuple[Members, ...]) -> list[Step]:
+    def steps(self, states: tuple[Members, ...]) -> list[NextKey]:
         """What may come next in an object that may be any of several; what leads to the same is one step."""
         if states not in self._steps:
             leads: dict[tuple[str | None, frozenset[str]], dict[Shape, dict[Members, None]]] = {}
@@ -3062,49 +3082,48 @@ class SchemaGrammar:
             self._steps[states] = [step for key, shapes in leads.items() for step in self._grouped(key, shapes)]
         return self._steps[states]
 
-    def _grouped(self, key: tuple[str | None, frozenset[str]], shapes: dict[Shape, dict[Members, None]]) -> Iterator[Step]:
+    def _grouped(self, key: tuple[str | None, frozenset[str]], shapes: dict[Shape, dict[Members, None]]) -> Iterator[NextKey]:
         groups: dict[tuple[Members, ...], list[Shape]] = {}
         for shape, leads in shapes.items():
-            groups.setdefault(ordered(leads), []).append(shape)
+            groups.setdefault(objects_among(leads), []).append(shape)
         for rests, alike in groups.items():
-            yield Step(*key, self.value(tuple(alike)), rests)
+            yield NextKey(*key, self.value(tuple(alike)), rests)
 
-    def _write_o(self, states: tuple[Members, ...]) -> str:
+    def _write_object(self, states: tuple[Members, ...]) -> str:
         """An object behind its bracket."""
-        keys = [self.rule("k", states)] if self._goes_on(states) else []
+        keys = [self.rule("key", states)] if self._goes_on(states) else []
         return " | ".join([*(['"}"'] if any(state.ends for state in states) else []), *keys])
 
-    def _write_m(self, states: tuple[Members, ...]) -> str:
+    def _write_members(self, states: tuple[Members, ...]) -> str:
         """An object behind a property."""
-        keys = [f'"," ws {self.rule("k", states)}'] if self._goes_on(states) else []
+        keys = [f'"," ws {self.rule("key", states)}'] if self._goes_on(states) else []
         return " | ".join([*(['"}"'] if any(state.ends for state in states) else []), *keys])
 
     def _goes_on(self, states: tuple[Members, ...]) -> bool:
         return any(member.node in self.possible for state in states for member in state.reachable())
 
-    def _write_k(self, states: tuple[Members, ...]) -> str:
+    def _write_key(self, states: tuple[Members, ...]) -> str:
         """The next property. One object's optional ones form a chain, so that n of them make n rules of one length."""
         (state, *others), later = states, []
         steps = self.steps(states) if others else self.step_of(state)
         if not others and state.rest is not None and not state.required and self._goes_on((state.rest,)):
-            later = [self.rule("k", (state.rest,))]
+            later = [self.rule("key", (state.rest,))]
         return " | ".join([*(self._property(step) for step in steps), *later])
 
-    def step_of(self, state: Members) -> list[Step]:
+    def step_of(self, state: Members) -> list[NextKey]:
         """The steps by one object's next property alone."""
         if state.node is None or state.node not in self.possible:
             return []
-        return [Step(state.name, state.taken, self.value(self.choice(state.node)), (state.rest or state,))]
+        return [NextKey(state.name, state.taken, self.value(self.choice(state.node)), (state.rest or state,))]
 
-    def _property(self, step: Step) -> str:
-        name = f'{self.rule("n", step.taken) if step.taken else "string"} ":"'
+    def _property(self, step: NextKey) -> str:
+        name = f'{self.rule("name", step.taken) if step.taken else "string"} ":"'
         if step.name is not None:
             name = gbnf_literal(json.dumps(step.name, ensure_ascii=False) + ":")
-        return f"{name} ws {step.value} {self.rule('m', step.rests)}"
+        return f"{name} ws {step.value} {self.rule('members', step.rests)}"
 
-    def _write_n(self, taken: frozenset[str]) -> str:
-        """A property's name that is none of those taken: a rule for each beginning of one. Without escapes, which could
-        spell a taken name otherwise."""
+    def _write_name(self, taken: frozenset[str]) -> str:
+        """A property's name that is not taken. It has no escapes, which could spell a taken one in another way."""
         taken = frozenset(name for name in taken if all(c >= " " and c not in '"\\\x7f' for c in name))
         if sum(map(len, taken)) > self.MAX_NAMES:
             raise self.refuse(f"additionalProperties beside names of over {self.MAX_NAMES} characters is not supported")
@@ -3132,7 +3151,7 @@ class SchemaGrammar:
             todo += below
         return first
 
-    def _write_a(self, of: tuple[Array, int]) -> str:
+    def _write_array(self, of: tuple[ArrayShape, int]) -> str:
         """An array behind its bracket, or behind its first `index` elements."""
         array, index = of
         comma = '"," ws ' if index else ""
@@ -3142,7 +3161,7 @@ class SchemaGrammar:
             return parts[0]
         item = self.value(self.choice(node))
         if index < len(array.first):
-            parts.append(f'{comma}{item} {self.rule("a", (array, index + 1))}')
+            parts.append(f'{comma}{item} {self.rule("array", (array, index + 1))}')
             return " | ".join(parts)
         least, most = max(array.low - index, 0), None if array.high is None else array.high - index
         if index:
@@ -3150,12 +3169,12 @@ class SchemaGrammar:
         more = self.repeat(max(least - 1, 0), None if most is None else most - 1)
         return " | ".join([*parts, f'{item} ("," ws {item}){more} "]"'])
 
-    def _string(self, text: String) -> str:
+    def _string(self, text: StringShape) -> str:
         if text.format:
             return f'"\\"" {text.format} "\\""'
-        return "string" if text == String() else self.rule("t", (text.low, text.high))
+        return "string" if text == StringShape() else self.rule("text", (text.low, text.high))
 
-    def _write_t(self, length: tuple[int, int | None]) -> str:
+    def _write_text(self, length: tuple[int, int | None]) -> str:
         return f'"\\"" char{self.repeat(*length)} "\\""'
 
     def repeat(self, low: int, high: int | None) -> str:
@@ -3164,7 +3183,7 @@ class SchemaGrammar:
             raise self.refuse(f"minLength, maxLength, minItems and maxItems add up to over {self.MAX_REPEATS}")
         return f"{{{low},{'' if high is None else high}}}"
 
-    def _number(self, number: Number) -> str:
+    def _number(self, number: NumberShape) -> str:
         if number.low is None and number.high is None:
             return "integer" if number.whole else "number"
         if not number.whole:
@@ -3173,14 +3192,15 @@ class SchemaGrammar:
             return '("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,15})?'
         limit = 10**15 - 1  # where no bound is given; doubles hold integers up to 9 · 10^15
         low, high = (int(bound[0]) if bound else None for bound in (number.low, number.high))
-        return self.rule("i", (min(-limit, high or 0) if low is None else low, max(limit, low or 0) if high is None else high))
+        low = min(-limit, high or 0) if low is None else low
+        return self.rule("integer", (low, max(limit, low) if high is None else high))
 
-    def _write_i(self, bounds: tuple[int, int]) -> str:
+    def _write_integer(self, bounds: tuple[int, int]) -> str:
         return integers_between(*bounds)
 
 
 @dataclass(frozen=True)
-class Step:
+class NextKey:
     """One property that may come next: its name (None: any but those taken), its value's rule, what may follow."""
 
     name: str | None
@@ -3200,7 +3220,7 @@ class Readings:
 
     MAX_READINGS = 64  # with 64 a step looks for an allowed token among 49,000 in 0.05 s
     MAX_NAMES = 1000  # property names that could come next, of all readings together: 0.1 s
-    OPEN_AT_ONCE: ClassVar = {String: 1, Number: 4}  # an integer's bounds are some 40 alternatives, but soon over
+    OPEN_AT_ONCE: ClassVar = {StringShape: 1, NumberShape: 4}  # an integer's bounds are some 40 alternatives, but soon over
 
     def __init__(self, grammar: SchemaGrammar) -> None:
         self.grammar, self.spend = grammar, grammar.reader.spend
@@ -3227,15 +3247,15 @@ class Readings:
     def _within(self, values: tuple[str, ...]) -> Iterator[list[str]]:
         """The values inside these that are read at once."""
         shapes = [self.grammar.choices[value] for value in values]
-        arrays = [shape for choice in shapes for shape in choice if isinstance(shape, Array)]
+        arrays = [shape for choice in shapes for shape in choice if isinstance(shape, ArrayShape)]
         texts = sum(self.OPEN_AT_ONCE.get(type(shape), 0) for choice in shapes for shape in choice)
         if max(len(arrays), texts) > self.MAX_READINGS:
             raise self._refuse()
         yield from self._elements(arrays)
-        objects = [ordered(choice) for choice in shapes]
+        objects = [objects_among(choice) for choice in shapes]
         yield from self._properties(tuple(states for states in objects if states))
 
-    def _elements(self, arrays: list[Array]) -> Iterator[list[str]]:
+    def _elements(self, arrays: list[ArrayShape]) -> Iterator[list[str]]:
         for index in range(max((len(array.first) for array in arrays), default=-1) + 1):
             nodes = [array.at(index) for array in arrays]
             self.spend(len(nodes))
@@ -3262,7 +3282,7 @@ class Readings:
                     seen.add(rests)
                     todo.append(rests)
 
-    def _alike(self, objects: tuple[tuple[Members, ...], ...]) -> Iterator[list[Step]]:
+    def _alike(self, objects: tuple[tuple[Members, ...], ...]) -> Iterator[list[NextKey]]:
         """The steps that one name and the same value may take together, for each name and one that nobody names."""
         steps = [step for states in objects for step in self.grammar.steps(states)]
         if len(steps) > self.MAX_NAMES:
@@ -3272,7 +3292,7 @@ class Readings:
             named = [step for step in steps if step.name == name or (step.name is None and name not in step.taken)]
             yield from self._told_apart(named) if len(named) > 1 else [named]
 
-    def _told_apart(self, steps: list[Step]) -> Iterator[list[Step]]:
+    def _told_apart(self, steps: list[NextKey]) -> Iterator[list[NextKey]]:
         """Steps by value: those for one constant, or for one kind of value that is no constant, go on together."""
         constants: dict[str, set[int]] = {}
         kinds: dict[str, set[int]] = {}
@@ -3283,14 +3303,14 @@ class Readings:
                 if isinstance(shape, Constant):
                     constants.setdefault(shape.text, set()).add(index)
                 else:
-                    kinds.setdefault(opening(shape), set()).add(index)
-        alike = [found | kinds.get(opening(Constant(text)), set()) for text, found in constants.items()]
+                    kinds.setdefault(opening_of(shape), set()).add(index)
+        alike = [found | kinds.get(opening_of(Constant(text)), set()) for text, found in constants.items()]
         for together in (*kinds.values(), *alike):
             self.spend(len(together))
             yield [steps[index] for index in together]
 
 
-def ordered(shapes: Iterable[Shape]) -> tuple[Members, ...]:
+def objects_among(shapes: Iterable[Shape]) -> tuple[Members, ...]:
     """The objects among shapes, in an order that does not depend on where they came from."""
     return tuple(sorted((shape for shape in shapes if isinstance(shape, Members)), key=lambda members: members.number))
 
