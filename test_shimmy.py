@@ -1,9 +1,9 @@
-"""The tests of shimmy.py, through its public entries: the command line, HTTP and WebSocket.
+"""Tests shimmy.py through its public entry points: command line, HTTP and WebSocket.
 
-Every model is made here. *Recital* models decode predictably on the real engine: attention and
-feed-forward are zero, embeddings are one-hot and the output matrix maps each token to its successor,
-so the last byte of a prompt chooses which script is recited, and with one token a byte (and one BOS)
-`usage` can be checked exactly. *Dice* is a small random model for everything about sampling.
+Every model is written here. *Recital* models decode predictably on the real engine: attention and feed-forward are
+zero, embeddings are one-hot, and the output matrix maps each token to its successor. So the last byte of a prompt
+chooses the script that is recited, and since every byte is one token (plus one BOS), `usage` can be checked exactly.
+*Dice* is a small random model for tests of sampling.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ from websockets.sync.client import connect as ws_connect
 
 from shimmy import Cancellation, Watcher
 
-if __name__ != "__main__":  # the bench and its bare loops do without: it takes most of a second
+if __name__ != "__main__":  # the benchmark does not need it, and importing it takes most of a second
     import openai
 
 REPO = Path(__file__).resolve().parent
 SHIMMY = REPO / "shimmy.py"
-HANG = 60.0  # seconds: a guard against hangs, never a measurement
-LONG_CTX = 65536  # tokens: an endless recital lasts long enough to be interrupted
+HANG = 60.0  # seconds until a test counts as hung; never a measurement
+LONG_CTX = 65536  # tokens; leaves time to interrupt an endless recital
 
 
 # ── Models ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Written with the gguf package, small enough to load in a blink.
+# Written with the gguf package; small enough to load in milliseconds.
 
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 SPECIALS = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|quiet|>"]
 EOS, EOT, QUIET = "</s>", "<|im_end|>", "<|quiet|>"
 
-# last byte of the prompt -> what is recited; pieces are unique and never reachable from prompt text
+# Maps the prompt's last byte to the tokens recited. Pieces are unique, and no prompt text tokenizes to them.
 SCRIPTS: dict[str, list[str]] = {
     ":": ["Hello", " wide", " world", EOS],
-    "#": ["Tick ", "tock ", "tick "],  # goes round for ever
+    "#": ["Tick ", "tock ", "tick "],  # repeats endlessly
     "=": [*(f"w{i:02d} " for i in range(40)), EOS],
     "~": ["caf", "<0xC3>", "<0xA9>", " and", "<0xF0>", "<0x9F>", "<0x98>", "<0x80>", "!!!", EOS],
     "|": ["alp", "ha S", "TOPP", "STO", "P om", "ega", EOS],
@@ -85,7 +85,7 @@ TEXTS = {
     "/": "Goodbye",
     "S": "It is sunny in Paris",
 }
-TEXT_NAMES = {  # for the ids of tests that go through all of them
+TEXT_NAMES = {  # ids for tests parametrized over TEXTS
     ":": "three words",
     "=": "forty words",
     "~": "characters of several tokens",
@@ -107,7 +107,7 @@ TEMPLATE = (
     "{% elif 'stopping' in last.content %}|{% elif 'unicode' in last.content %}~{% else %}:{% endif %}{% endif %}"
 )
 
-PLAIN_TEMPLATE = (  # knows nothing of tools, wants arguments as a string, and uses what Hugging Face's renderer offers
+PLAIN_TEMPLATE = (  # ignores tools, needs arguments as a string, and uses Hugging Face extensions
     "{% for m in messages %}{% if m.content == 'unsaid' %}{% continue %}{% endif %}"
     "[{{ m.role }}]{% generation %}{{ m.content }}{% endgeneration %}"
     "{% for c in m.tool_calls or [] %}{{ c.function.arguments.strip() }}{% endfor %}{% endfor %}"
@@ -136,7 +136,7 @@ TOKEN_ID = {text.replace("▁", " "): index for index, text in enumerate(VOCABUL
 
 
 def successor_matrix(width: int) -> np.ndarray:
-    """Rows: next token, columns: this token. 3 for the script's next piece, 1.5 for its beginning."""
+    """Scores the next token (row) after each token (column): 3 for the script's next piece, 1.5 for its first."""
     matrix = np.zeros((len(VOCABULARY), width), np.float16)
     matrix[TOKEN_ID["Hello"], : len(VOCABULARY)] = 3
     for trigger, script in SCRIPTS.items():
@@ -208,14 +208,14 @@ def write_recital(
 
 
 def byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-ins for the 256 bytes, in the order of the bytes."""
+    """Returns GPT-2's printable character for each of the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     spare = iter(range(256, 512))
     return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
 
 def write_dice(path: Path, name: str = "Dice", context: int = 256) -> Path:
-    """Random weights under a byte-level BPE tokenizer with a few merges and no chat template."""
+    """Writes a random model with a byte-level BPE tokenizer, a few merges and no chat template."""
     rng, width = np.random.default_rng(7), 64
     merges = ["t h", "th e", "Ġ the", "i n"]
     tokens = [*byte_alphabet(), *(merge.replace(" ", "") for merge in merges), "<|endoftext|>", *SPECIALS[3:5]]
@@ -243,7 +243,7 @@ def write_header(
     path: Path, arch: str = "llama", name: str = "", size_label: str = "",
     tokens: Seq[str] = ("<unk>", "<s>", "</s>"), **kwargs: Any,
 ) -> Path:  # fmt: skip
-    """A file that lists as a model and cannot be loaded: a header and one tensor of 64 x 64."""
+    """Writes a file that is listed as a model but cannot be loaded: a header and one 64 x 64 tensor."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(str(path), arch, **kwargs)
     if name:
@@ -262,7 +262,7 @@ def write_header(
 
 
 def write_lora(path: Path) -> Path:
-    """An adapter under which a prompt's last ":" is followed by the "=" script from w30 on."""
+    """Writes an adapter that makes ":" continue with the "=" script from w30."""
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
@@ -280,7 +280,7 @@ KINDS = ("llama", "gemma2", "mamba", "lfm2")  # full attention, sliding window, 
 
 
 def write_kind(path: Path, kind: str, context: int = 512, kv_heads: int = 2) -> Path:
-    """A small random model of one kind of memory; token 17 reads " w017", so what it says can be given back as ids."""
+    """Writes a small random model with one kind of memory. Token 17 reads " w017", so its text converts back to ids."""
     rng, width = np.random.default_rng(11), 64
     writer = gguf.GGUFWriter(str(path), kind)
     writer.add_context_length(context)
@@ -366,7 +366,7 @@ def mamba_layer(b: str, layer: int, matrix: Any, ones: Any, width: int, _: int) 
     matrix(f"{b}.ssm_x.weight", 36, 128)
     matrix(f"{b}.ssm_dt.weight", 128, 4)
     ones(f"{b}.ssm_dt.bias", 128)
-    decay = -np.exp(np.random.default_rng(layer).normal(0, 0.5, (128, 16)))  # negative: the state decays
+    decay = -np.exp(np.random.default_rng(layer).normal(0, 0.5, (128, 16)))  # negative, so that the state decays
     ones(f"{b}.ssm_a", array=decay)
     ones(f"{b}.ssm_d", 128)
     matrix(f"{b}.ssm_out.weight", width, 128)
@@ -401,7 +401,7 @@ def with_bytes(path: Path, offset: int, data: bytes) -> Path:
 
 
 def hf_snapshot(hub: Path, repo: str, write: Callable[[Path], Path], stem: str) -> None:
-    """The hub cache's layout: a snapshot of symlinks into blobs named by their digest."""
+    """Writes a model in the Hugging Face cache layout: a snapshot of symlinks to blobs named by digest."""
     folder = hub / f"models--{repo.replace('/', '--')}"
     snapshot = folder / "snapshots" / ("0" * 40)
     (folder / "blobs").mkdir(parents=True)
@@ -417,7 +417,7 @@ def hf_snapshot(hub: Path, repo: str, write: Callable[[Path], Path], stem: str) 
 
 
 def ollama_model(store: Path, name: str, tag: str, digest: str | None = None) -> None:
-    """The layout of Ollama's store: a manifest whose model layer names a blob."""
+    """Writes a model in Ollama's layout: a manifest whose model layer names a blob."""
     made = write_header(store / "new.gguf", name=name)
     real = hashlib.sha256(made.read_bytes()).hexdigest()
     (store / "blobs").mkdir(parents=True, exist_ok=True)
@@ -432,11 +432,11 @@ def ollama_model(store: Path, name: str, tag: str, digest: str | None = None) ->
 
 
 # ── Servers and clients ───────────────────────────────────────────────────────────────────────────────────────────────
-# The command line, a server, raw HTTP, WebSocket.
+# Run the command line and servers, and talk to them over HTTP, raw sockets and WebSocket.
 
 
 def environment(home: Path, extra: dict[str, str] | None = None) -> dict[str, str]:
-    """A bare environment: nothing of the user's models or settings, and no server at the configured port."""
+    """Returns a clean environment: none of the user's models or settings, and a port without a server."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if name in os.environ}
     return {**kept, "HOME": str(home), "USERPROFILE": str(home), "LANG": "C.UTF-8", "SHIMMY_PORT": "9", **(extra or {})}
 
@@ -451,7 +451,7 @@ def shimmy(
 
 
 def assert_failed(done: subprocess.CompletedProcess[bytes], code: int, *words: str) -> None:
-    """A failure is one plain line on stderr and nothing on stdout."""
+    """Asserts exit code `code`, one line on stderr that contains `words`, and nothing on stdout."""
     message = done.stderr.decode()
     assert done.returncode == code, message
     assert done.stdout == b"" and "Traceback" not in message
@@ -461,7 +461,7 @@ def assert_failed(done: subprocess.CompletedProcess[bytes], code: int, *words: s
 
 
 def eventually(check: Callable[[], Any], what: str) -> Any:
-    """The first true answer of `check`, asked again and again."""
+    """Polls `check` and returns its first true result."""
     deadline = time.monotonic() + HANG
     while time.monotonic() < deadline:
         if answer := check():
@@ -496,7 +496,7 @@ class Reply:
 
 
 def assert_error(reply: Reply, status: int, code: str, *words: str) -> dict[str, Any]:
-    """The error object, with `words` in what it says, whatever the route."""
+    """Asserts the status and the error object, with `words` in its message or details; returns the object."""
     assert reply.status == status, reply.body
     error = reply.json()["error"]
     assert error["code"] == code and error["message"] and isinstance(error["details"], str)
@@ -507,7 +507,7 @@ def assert_error(reply: Reply, status: int, code: str, *words: str) -> dict[str,
 
 
 def cases(names: str, by_id: dict[str, Any]) -> pytest.MarkDecorator:
-    """Parametrizes a test: readable id to value, or to a tuple of values where `names` has several."""
+    """Parametrizes a test from a dict of readable ids; the values are tuples when there are several names."""
     several = "," in names
     return pytest.mark.parametrize(names, [pytest.param(*(v if several else (v,)), id=id) for id, v in by_id.items()])
 
@@ -517,7 +517,7 @@ def encoded(body: Any) -> bytes | None:
 
 
 class Server:
-    """`shimmy.py serve` on a port of its own; `home` is its HOME and working directory."""
+    """Runs `shimmy.py serve` on its own port, with `home` as HOME and working directory."""
 
     def __init__(self, home: Path, *flags: str | Path, env: dict[str, str] | None = None, script: Path = SHIMMY):
         home.mkdir(parents=True, exist_ok=True)
@@ -574,7 +574,7 @@ class Server:
 
     @contextlib.contextmanager
     def stream(self, path: str, body: Any) -> Iterator[Iterator[Any]]:
-        """The stream's events, `[DONE]` as that string; leaving the block leaves the server."""
+        """Yields the stream's events ([DONE] as a string); leaving the block disconnects."""
         with contextlib.closing(self.connect()) as connection:
             connection.request("POST", path, encoded({**body, "stream": True}))
             response = connection.getresponse()
@@ -608,7 +608,7 @@ class Server:
         return [model["id"] for model in self.get("/api/models").json()["models"]]
 
     def engine(self, file: str) -> int:
-        """The process id of the child that has this model file mapped."""
+        """Returns the process id of the child that has this model file mapped."""
         (pid,) = eventually(lambda: engines(self.process.pid, file), f"an engine for {file}")
         return pid
 
@@ -620,7 +620,7 @@ class Server:
         self.process.send_signal(number)
 
     def stop(self) -> int:
-        """Ends the server and says its exit code; whatever is still there is killed."""
+        """Terminates the server and returns its exit code; kills it if it does not exit."""
         if self.process.poll() is None:
             self.process.terminate()
         try:
@@ -647,7 +647,7 @@ def deltas(stream: list[Any]) -> list[dict[str, Any]]:
 
 
 def descendants(pid: int) -> list[int]:
-    """Every process below `pid`."""
+    """Returns all descendants of `pid`."""
     table = subprocess.run(["ps", "-Ao", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
     pairs = [tuple(map(int, line.split())) for line in table.splitlines()]
     found = [pid]
@@ -668,7 +668,7 @@ def engines(pid: int, file: str) -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie does not)."""
+    """True if a process is running; zombies do not count."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -690,7 +690,7 @@ def raw_post(path: str, body: bytes) -> bytes:
 
 
 def exchange(server: Server, *requests: bytes, method: str = "GET") -> list[Reply]:
-    """Raw requests over one connection, each sent when the one before was answered."""
+    """Sends raw requests over one connection, each after the previous reply."""
     replies = []
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         for request in requests:
@@ -700,7 +700,7 @@ def exchange(server: Server, *requests: bytes, method: str = "GET") -> list[Repl
 
 
 def ws_answer(ws: ClientConnection) -> tuple[str, dict[str, Any]]:
-    """The tokens joined, and the message that ended them."""
+    """Returns the joined tokens and the message that ended them."""
     text = ""
     while True:
         message = json.loads(ws.recv(HANG))
@@ -721,7 +721,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds e
 
 
 def altered(folder: Path, *changes: tuple[str, str]) -> Path:
-    """A copy of shimmy.py in which each old text, there once, is the new one."""
+    """Writes a copy of shimmy.py with each old text, which must occur exactly once, replaced by the new one."""
     source = SHIMMY.read_text()
     for old, new in changes:
         assert source.count(old) == 1, old
@@ -731,19 +731,19 @@ def altered(folder: Path, *changes: tuple[str, str]) -> Path:
 
 
 def give_up(server: Server, body: dict[str, Any], seconds: float) -> None:
-    """Send a completion and leave after so many seconds, whatever has come."""
+    """Sends a completion and disconnects after `seconds`."""
     with socket.create_connection((server.host, server.port)) as gone:
         gone.sendall(raw_post("/v1/completions", json.dumps(body).encode()))
         time.sleep(seconds)
 
 
 # ── Fixtures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What several sections share; a fixture of one section alone stands at its head.
+# Shared by several sections; a fixture that only one section uses is defined there.
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """recital, plain and dice, and hollow, which lists but cannot be loaded."""
+    """Holds recital, plain, dice, and hollow, which is listed but cannot be loaded."""
     folder = tmp_path_factory.mktemp("models")
     write_recital(folder / "plain.gguf", name="Plain", template=PLAIN_TEMPLATE)
     write_recital(folder / "recital.gguf")
@@ -754,7 +754,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tool_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for file_read with a secret outside it, and links that lead there."""
+    """Holds files for file_read, with a secret outside the root and links that lead to it."""
     folder = tmp_path_factory.mktemp("tools")
     (folder / "secret.txt").write_text("secret")
     root = folder / "root"
@@ -786,7 +786,7 @@ def stumble(why: str = "no reason") -> str:
 
 @pytest.fixture(scope="session")
 def server(models: Path, tool_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The server that most tests share: nothing may be left loaded or running that others would mind."""
+    """The server most tests share; a test must not leave it in a state that breaks others."""
     home = tmp_path_factory.mktemp("home")
     (home / "mytools.py").write_text(TOOL_FILE)
     running = Server(
@@ -800,7 +800,7 @@ def server(models: Path, tool_root: Path, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="session")
 def guarded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a key, one more origin and host, and no tool opened but one http host."""
+    """A server with an API key, one extra origin and host, and one host allowed for http_get."""
     running = Server(
         tmp_path_factory.mktemp("guarded"), "--port", "0", "--models-dir", models, "--api-key", "s3cret",
         "--allow-origin", "https://my.app", "--allow-host", "my.box", "--tool-hosts", "tools.example",
@@ -812,7 +812,7 @@ def guarded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """Starts servers of a test's own: serve(*flags, env=…, script=…)."""
+    """Starts servers for one test: serve(*flags, env=…, script=…)."""
     running: list[Server] = []
 
     def start(*flags: str | Path, **options: Any) -> Server:
@@ -827,7 +827,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server with a small random model of every kind of memory."""
+    """A server with one small random model for each kind of memory."""
     folder = tmp_path_factory.mktemp("kinds")
     for kind in KINDS:
         write_kind(folder / f"{kind}.gguf", kind)
@@ -837,10 +837,10 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A script that runs from anywhere and names its dependencies.
+# A script that runs from anywhere and declares its dependencies.
 
 
-def test_script_names_its_dependencies_for_uv_run() -> None:
+def test_script_declares_its_dependencies_for_uv_run() -> None:
     block = re.search(r"(?m)^# /// script$\s(?P<content>(?:^#(?:| .*)$\s)+)^# ///$", SHIMMY.read_text())
     assert block and "llama-cpp-python" in block["content"] and "websockets" in block["content"]
     assert "requires-python" in block["content"]
@@ -854,10 +854,10 @@ def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:
 
 
 # ── Limits and errors ─────────────────────────────────────────────────────────────────────────────────────────────────
-# Every error has its status and its code, and says what is wrong in numbers and names.
+# Every error has a status and a code, and its message has the names and numbers.
 
 
-def test_unknown_model_gives_exactly_the_documented_error(server: Server) -> None:
+def test_unknown_model_returns_the_documented_error(server: Server) -> None:
     reply = server.generate(model="invalid-model")
     assert reply.status == 404
     assert reply.json() == {
@@ -869,20 +869,20 @@ def test_unknown_model_gives_exactly_the_documented_error(server: Server) -> Non
     }
 
 
-def test_v1_unknown_model_is_model_not_found(server: Server) -> None:
+def test_v1_unknown_model_is_404(server: Server) -> None:
     error = assert_error(server.chat(model="nonesuch"), 404, "model_not_found", "nonesuch")
     assert (error["type"], error["param"]) == ("not_found_error", "model")
 
 
-def test_prompt_beyond_the_context_gives_both_numbers(server: Server) -> None:
+def test_prompt_longer_than_the_context_reports_both_lengths(server: Server) -> None:
     assert_error(server.generate("a" * 300, "dice"), 400, "context_length_exceeded", "300", "256")
 
 
-def test_prompt_far_beyond_the_context_is_400_not_413(server: Server) -> None:
-    assert_error(server.generate("a" * 500_000, "dice"), 400, "context_length_exceeded", "at least", "256")
+def test_prompt_far_longer_than_the_context_is_400_not_413(server: Server) -> None:
+    assert_error(server.generate("a" * 500_000, "dice"), 400, "context_length_exceeded", "500000", "256")
 
 
-def test_v1_prompt_beyond_the_context_gives_both_numbers(server: Server) -> None:
+def test_v1_prompt_longer_than_the_context_reports_both_lengths(server: Server) -> None:
     reply = server.post("/v1/completions", {"model": "dice", "prompt": "a" * 300})
     error = assert_error(reply, 400, "context_length_exceeded", "300", "256")
     assert error["type"] == "invalid_request_error"
@@ -894,16 +894,16 @@ def test_stream_error_before_the_first_byte_keeps_its_status(server: Server) -> 
     assert_error(server.generate(temperature=9, stream=True), 400, "invalid_request")
 
 
-def test_late_prompt_that_is_too_long_keeps_its_status(server: Server) -> None:
+def test_last_prompt_too_long_is_400_even_when_streaming(server: Server) -> None:
     body = {"model": "recital", "prompt": [":", "x" * (LONG_CTX + 5)], "stream": True}
     assert_error(server.post("/v1/completions", body), 400, "context_length_exceeded")
 
 
 # ── The machine ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Memory and versions, as the server reports them.
+# Memory and versions that the server reports.
 
 
-def test_health_counts_the_memory_of_engines(server: Server) -> None:
+def test_health_includes_engine_memory(server: Server) -> None:
     def megabytes() -> float:
         number, unit = re.findall(r"([\d.]+)([KMG]B)", server.get("/health").json()["memory_usage"])[0]
         return float(number) * {"KB": 1 / 1024, "MB": 1, "GB": 1024}[unit]
@@ -914,18 +914,18 @@ def test_health_counts_the_memory_of_engines(server: Server) -> None:
     assert megabytes() > without + 5
 
 
-def test_diag_over_http_has_what_the_command_has(server: Server, models: Path) -> None:
+def test_diag_over_http_matches_the_command(server: Server, models: Path) -> None:
     report = server.get("/diag").json()
     assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
     assert str(models) in [entry["path"] for entry in report["directories"]]
 
 
 # ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# What a body may hold, on every route that takes one.
+# Valid and invalid bodies, on every route that reads one.
 
 MALFORMED = {
-    "nothing": b"",
-    "half": b'{"model": "recital", ',
+    "empty": b"",
+    "half an object": b'{"model": "recital", ',
     "a list": b"[]",
     "a string": b'"prompt"',
     "null": b"null",
@@ -950,29 +950,29 @@ def test_malformed_body_is_400(kind: str, path: str, server: Server) -> None:
     assert ("type" in error) == path.startswith("/v1")
 
 
-def test_body_of_quotes_is_refused_in_linear_time(server: Server) -> None:
+def test_body_of_escaped_quotes_is_rejected_in_linear_time(server: Server) -> None:
     assert_error(server.post("/api/generate", b"[" + b"[]," * 80 + b'"' + b'\\"' * 500_000), 400, "invalid_request")
 
 
 @cases("levels, status", {"64 levels are read": (64, 200), "65 are too many": (65, 400)})
-def test_json_may_be_64_levels_deep(levels: int, status: int, server: Server) -> None:
-    lists = levels - 1  # the object is the first level
+def test_json_nesting_is_limited_to_64_levels(levels: int, status: int, server: Server) -> None:
+    lists = levels - 1  # the object itself is the first level
     body = b'{"model": "recital", "prompt": ":", "x": ' + b"[" * lists + b"]" * lists + b"}"
     assert server.post("/api/generate", body).status == status
 
 
-def test_surrogate_pair_and_escapes_are_one_character(server: Server) -> None:
+def test_escaped_surrogate_pair_is_one_character(server: Server) -> None:
     body = b'{"model": "recital", "prompt": "\\ud83d\\ude00:"}'
     assert server.post("/api/generate", body).json()["usage"]["prompt_tokens"] == 1 + 4 + 1
 
 
-def test_null_fields_are_absent_and_unknown_ones_ignored(server: Server) -> None:
+def test_null_and_unknown_fields_are_ignored(server: Server) -> None:
     names = ("max_tokens", "temperature", "stream", "top_p", "seed", "stop", "ignore_eos")
     nulls: dict[str, Any] = dict.fromkeys(names)
     assert server.generate(**nulls, colour="blue", options={"deep": [1]}).text == "Hello wide world"
 
 
-def test_limits_are_inside_their_ranges(server: Server) -> None:
+def test_range_limits_are_inclusive(server: Server) -> None:
     lowest: dict[str, Any] = {
         "temperature": 0,
         "top_p": 0,
@@ -993,7 +993,7 @@ def test_limits_are_inside_their_ranges(server: Server) -> None:
         assert server.generate(model="dice", max_tokens=2, **fields).status == 200
 
 
-WRONG_VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # and the bounds that the message has to name
+WRONG_VALUES: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # invalid values, and bounds that the message must contain
     "max_tokens": ([0, -2, 1.5, "5", True, [], {}], ("1",)),
     "temperature": ([-0.1, 5.1, "hot", True, [1]], ("0", "5")),
     "top_p": ([-0.1, 1.1, "x"], ("0", "1")),
@@ -1015,12 +1015,12 @@ WRONG_FIELDS = [
 
 
 @pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
-def test_wrong_field_is_400_naming_it_and_its_bounds(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
+def test_invalid_field_is_400_naming_it_and_its_bounds(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
     assert_error(server.generate(**{field: value}), 400, "invalid_request", field, *bounds)
 
 
 @pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
-def test_wrong_field_on_v1_carries_type_and_param(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
+def test_invalid_field_on_v1_has_type_and_param(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
     error = assert_error(server.chat(**{field: value}), 400, "invalid_request", field, *bounds)
     assert (error["type"], error["param"]) == ("invalid_request_error", field)
 
@@ -1040,17 +1040,17 @@ def test_wrong_field_on_v1_carries_type_and_param(field: str, value: Any, bounds
         "system a number": ({"model": "recital", "messages": [{"role": "user", "content": "x"}], "system": 5}, "system"),
     },
 )
-def test_generate_without_what_it_needs_is_400_naming_it(body: Any, field: str, server: Server) -> None:
+def test_generate_missing_or_mistyped_field_is_400_naming_it(body: Any, field: str, server: Server) -> None:
     assert_error(server.post("/api/generate", body), 400, "invalid_request", field)
 
 
 @cases("seed", {"2**63": 2**63, "2**64": 2**64, "-(2**70)": -(2**70)})
-def test_seed_of_any_size_is_never_a_server_error(seed: int, server: Server) -> None:
+def test_huge_seed_is_never_a_server_error(seed: int, server: Server) -> None:
     assert server.generate(seed=seed).status in (200, 400)
 
 
 @cases("prompt", {"empty": "", "NUL": "\0:", "a special token": "<|im_end|>:", "the end token": "</s>:", "U+2028": "\u2028:"})
-def test_odd_prompts_are_never_a_server_error(prompt: str, server: Server) -> None:
+def test_odd_prompt_is_never_a_server_error(prompt: str, server: Server) -> None:
     reply = server.generate(prompt)
     assert reply.status in (200, 400) and (reply.status == 400 or reply.text == "Hello wide world")
 
@@ -1083,7 +1083,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         "n a string": ({"n": "two"}, "n"),
         "max_completion_tokens=0": ({"max_completion_tokens": 0}, "max_completion_tokens"),
         "logit_bias a list": ({"logit_bias": []}, "logit_bias"),
-        "logit_bias of no token id": ({"logit_bias": {"x": 1}}, "logit_bias"),
+        "logit_bias key not a number": ({"logit_bias": {"x": 1}}, "logit_bias"),
         "logit_bias beyond 100": ({"logit_bias": {"1": 101}}, "logit_bias"),
         "model a number": ({"model": 5}, "model"),
         "top_logprobs without logprobs": ({"top_logprobs": 2}, "top_logprobs"),
@@ -1091,7 +1091,7 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         "logprobs a string": ({"logprobs": "yes"}, "logprobs"),
     },
 )
-def test_chat_bad_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
+def test_chat_invalid_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
     error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request", param)
     assert error["type"] == "invalid_request_error" and param in error["param"]
@@ -1107,49 +1107,49 @@ def test_chat_bad_field_is_400_naming_it(fields: dict[str, Any], param: str, ser
         "a built-in tool": ({"tools": [{"type": "builtin", "name": "calculator"}]}, "tools"),
     },
 )  # fmt: skip
-def test_chat_field_that_is_not_built_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
+def test_chat_unsupported_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
     error = assert_error(server.chat(**fields), 400, "invalid_request", param)
     assert param in error["param"]
 
 
 @pytest.mark.parametrize("field", ["suffix"])
-def test_completions_field_that_is_not_built_is_400_naming_it(field: str, server: Server) -> None:
+def test_completions_unsupported_field_is_400_naming_it(field: str, server: Server) -> None:
     value = {"suffix": "end", "echo": True, "best_of": 2}[field]
     reply = server.post("/v1/completions", {"model": "recital", "prompt": ":", field: value})
     assert assert_error(reply, 400, "invalid_request", field)["param"] == field
 
 
-def test_chat_response_format_text_is_the_default(server: Server) -> None:
+def test_chat_response_format_text_is_accepted(server: Server) -> None:
     assert server.chat(response_format={"type": "text"}).message["content"] == "Hello wide world"
 
 
 @cases("prompt", {"text": [":", "="], "tokens": [[1, TOKEN_ID["<0x3A>"]], [1, TOKEN_ID["<0x3D>"]]]})
-def test_completions_take_several_prompts_as_text_or_tokens(prompt: Any, server: Server) -> None:
+def test_completions_accept_several_prompts_as_text_or_tokens(prompt: Any, server: Server) -> None:
     choices = server.post("/v1/completions", {"model": "recital", "prompt": prompt, "max_tokens": 50}).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1]
     assert [choice["text"] for choice in choices] == [TEXTS[":"], TEXTS["="]]
 
 
 @pytest.mark.parametrize("prompt", [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]], ids=json.dumps)
-def test_completions_with_a_prompt_that_is_none_are_400(prompt: Any, server: Server) -> None:
+def test_completions_with_an_invalid_prompt_are_400(prompt: Any, server: Server) -> None:
     assert_error(server.post("/v1/completions", {"model": "recital", "prompt": prompt}), 400, "invalid_request", "prompt")
 
 
-def test_completions_without_a_prompt_is_400(server: Server) -> None:
+def test_completions_without_a_prompt_are_400(server: Server) -> None:
     assert_error(server.post("/v1/completions", {"model": "recital"}), 400, "invalid_request", "prompt")
 
 
-def test_token_id_outside_the_vocabulary_names_its_bounds(server: Server) -> None:
+def test_token_id_outside_the_vocabulary_is_400_naming_its_bounds(server: Server) -> None:
     reply = server.post("/v1/completions", {"model": "recital", "prompt": [-5]})
     assert assert_error(reply, 400, "invalid_request", "0…")["param"] == "prompt"
 
 
 # ── Model files ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# What `list` finds on a disk, and what it says of each file.
+# Which files `list` finds, and what it reports about each.
 
 
 def write_skipped(folder: Path) -> None:
-    """Every kind of file that is not listed."""
+    """Writes one file for every reason to skip it."""
     write_header(folder / "mmproj-tiny.gguf", arch="clip", name="Projector")
     adapter = gguf.GGUFWriter(str(folder / "adapter.gguf"), "llama")
     adapter.add_type("adapter")
@@ -1179,7 +1179,7 @@ SKIPPED = ["mmproj-tiny", "adapter", "vocab-only", "garbage", "empty", "ancient"
 
 
 def write_oddities(folder: Path) -> None:
-    """Files that are listed although they are unusual."""
+    """Writes unusual files that are listed all the same."""
     write_header(folder / "My_Model Q4.gguf")
     write_header(folder / "left" / "twin.gguf", name="Left")
     write_header(folder / "right" / "twin.gguf", name="Right")
@@ -1202,7 +1202,7 @@ class Listing:
     skipped: dict[str, str]  # reason by path
 
     def at(self, *parts: str) -> list[str]:
-        """Ids of the models at a path relative to HOME."""
+        """Returns the ids of the models at a path below HOME."""
         path = self.home.joinpath(*parts)
         return [key for key, model in self.models.items() if Path(model["path"]).absolute() == path]
 
@@ -1222,7 +1222,7 @@ def listing(home: Path, *args: str | Path, env: dict[str, str] | None = None, sc
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Listing:
-    """One `list --json` on a machine that has everything."""
+    """The output of `list --json` on a machine with every kind of store."""
     home = tmp_path_factory.mktemp("found")
     write_header(home / "models" / "homely.gguf")
     write_header(home / "cwd" / "models" / "nearby.gguf")
@@ -1272,27 +1272,27 @@ def test_list_finds_hugging_face_snapshots_once(found: Listing) -> None:
     assert not [model for model in found.models.values() if "/hub/" in model["path"] and "/blobs/" in model["path"]]
 
 
-def test_list_finds_an_ollama_manifest_by_model_and_tag(found: Listing) -> None:
+def test_list_names_ollama_models_by_model_and_tag(found: Listing) -> None:
     assert "tiny:latest" in found.models
     assert re.search(r"sha256-[0-9a-f]{64}$", found.models["tiny:latest"]["path"])
 
 
-def test_list_never_follows_an_ollama_digest_that_is_none(found: Listing) -> None:
+def test_list_rejects_malformed_ollama_digests(found: Listing) -> None:
     assert not [key for key in found.models if key.startswith(("evil", "short"))]
     assert len(found.at("base", "base.gguf")) == 1
 
 
-def test_list_looks_only_into_the_base_files_own_folder(found: Listing) -> None:
+def test_list_does_not_search_below_the_base_files_folder(found: Listing) -> None:
     assert "beneath" not in found.models
 
 
 @pytest.mark.parametrize("stem", SKIPPED)
-def test_list_leaves_out_and_gives_a_reason_for(stem: str, found: Listing) -> None:
+def test_list_skips_with_a_reason(stem: str, found: Listing) -> None:
     assert stem not in found.models
     assert found.reason(f"{stem}.gguf")
 
 
-def test_list_leaves_out_an_incomplete_shard_set(found: Listing) -> None:
+def test_list_skips_an_incomplete_shard_set(found: Listing) -> None:
     assert not [key for key in found.models if "lonely" in key]
     reasons = [reason for path, reason in found.skipped.items() if "lonely" in Path(path).name]
     assert any("2" in reason or "incomplete" in reason or "missing" in reason for reason in reasons)
@@ -1305,19 +1305,19 @@ def test_list_shows_a_complete_shard_set_as_one_model(found: Listing) -> None:
     assert model["size_bytes"] == total
 
 
-def test_list_survives_a_dangling_link(found: Listing) -> None:
+def test_list_ignores_a_dangling_link(found: Listing) -> None:
     assert "dangling" not in found.models
 
 
-def test_list_says_why_a_projector_is_no_model(found: Listing) -> None:
+def test_list_says_why_a_projector_is_skipped(found: Listing) -> None:
     assert re.search("projector|mmproj|clip", found.reason("mmproj-tiny.gguf"), re.IGNORECASE)
 
 
-def test_list_says_why_an_adapter_is_no_model(found: Listing) -> None:
+def test_list_says_why_an_adapter_is_skipped(found: Listing) -> None:
     assert re.search("adapter|lora", found.reason("adapter.gguf"), re.IGNORECASE)
 
 
-def test_list_makes_ids_of_stems_lower_case_with_dashes(found: Listing) -> None:
+def test_list_ids_are_lower_case_stems_with_dashes(found: Listing) -> None:
     assert found.at("odd", "My_Model Q4.gguf") == ["my-model-q4"]
     assert found.at("odd", "UPPER.GGUF") == ["upper"]
 
@@ -1327,32 +1327,32 @@ def test_list_gives_equal_stems_different_ids(found: Listing) -> None:
     assert len(set(ids)) == 2 and all(key.startswith("twin") for key in ids)
 
 
-def test_list_gives_the_same_ids_again(found: Listing) -> None:
+def test_list_ids_are_stable(found: Listing) -> None:
     again = listing(found.home, "--models-dir", found.home / "odd")
     twins = [key for side in ("left", "right") for key in found.at("odd", side, "twin.gguf")]
     assert twins == [key for side in ("left", "right") for key in again.at("odd", side, "twin.gguf")]
 
 
-def test_list_shows_a_file_reached_twice_once(found: Listing) -> None:
+def test_list_shows_a_file_found_twice_only_once(found: Listing) -> None:
     assert len([key for key in found.models if key in ("only", "same")]) == 1
 
 
-def test_list_takes_the_parameter_count_stated(found: Listing) -> None:
+def test_list_uses_the_stated_parameter_count(found: Listing) -> None:
     model = found.models["sized"]
     assert (model["name"], model["parameter_count"]) == ("A Name", "0.5B")
 
 
-def test_list_sums_the_parameters_when_none_are_stated(found: Listing) -> None:
+def test_list_counts_parameters_when_none_are_stated(found: Listing) -> None:
     assert found.models["summed"]["parameter_count"] in ("4K", "4.1K", "4.10K", "0.004M", "4096")
 
 
-def test_list_reads_the_header_for_everything_it_shows(found: Listing) -> None:
+def test_list_shows_metadata_from_the_header(found: Listing) -> None:
     model = found.models["sized"]
     assert (model["model_type"], model["quantization"], model["context_length"]) == ("llama", "Q8_0", 2048)
     assert model["size_bytes"] == (found.home / "odd" / "sized.gguf").stat().st_size
 
 
-def test_list_steps_over_a_large_vocabulary(tmp_path: Path) -> None:
+def test_list_reads_past_a_large_vocabulary(tmp_path: Path) -> None:
     path = tmp_path / "large.gguf"
     writer = writer_of(path, "Large", 4096, 64, layers=1)
     writer.add_tokenizer_model("gpt2")
@@ -1365,8 +1365,8 @@ def test_list_steps_over_a_large_vocabulary(tmp_path: Path) -> None:
     assert (model["name"], model["context_length"], model["parameter_count"]) == ("Large", 4096, "1.9M")
 
 
-def test_model_asked_about_has_its_whole_header_read(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """More large vocabularies than a scan reads whole: the last one's template is known once its status was asked."""
+def test_status_reads_the_whole_header(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """A scan reads only some of so many large vocabularies; asking for a status reads the rest of that header."""
     folder = tmp_path / "many"
     first = write_header(folder / "a000.gguf", tokens=[f"token{i}" for i in range(150_000)])
     for i in range(1, 30):
@@ -1383,11 +1383,11 @@ def test_list_shows_an_embedding_model(found: Listing) -> None:
     assert found.models["bert"]["model_type"] == "bert"
 
 
-def test_list_reads_version_two(found: Listing) -> None:
+def test_list_reads_gguf_version_2(found: Listing) -> None:
     assert found.models["version-two"]["context_length"] == 2048
 
 
-def test_list_reads_or_clearly_refuses_the_other_byte_order(found: Listing) -> None:
+def test_list_reads_or_rejects_big_endian_files(found: Listing) -> None:
     if "swapped" in found.models:
         assert found.models["swapped"]["context_length"] == 2048
     else:
@@ -1403,7 +1403,7 @@ def test_list_reads_or_clearly_refuses_the_other_byte_order(found: Listing) -> N
         "OLLAMA_MODELS": ("OLLAMA_MODELS", ""),
     },
 )
-def test_list_follows_the_variable_of_a_store(variable: str, folder: str, tmp_path: Path) -> None:
+def test_list_follows_the_cache_variable(variable: str, folder: str, tmp_path: Path) -> None:
     store = tmp_path / "store"
     if variable == "OLLAMA_MODELS":
         ollama_model(store, "moved", "1b")
@@ -1415,14 +1415,14 @@ def test_list_follows_the_variable_of_a_store(variable: str, folder: str, tmp_pa
     assert [key for key in ids if key.startswith("moved")] == ["moved:1b" if variable == "OLLAMA_MODELS" else "moved"]
 
 
-def test_list_separates_paths_as_the_system_does(tmp_path: Path) -> None:
+def test_list_splits_model_paths_at_the_systems_separator(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_header(tmp_path / name / f"in-{name}.gguf")
     env = {"SHIMMY_MODEL_PATHS": os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b"), str(tmp_path / "none")])}
     assert {"in-a", "in-b"} <= set(listing(tmp_path, env=env).models)
 
 
-def test_list_survives_names_that_are_no_text(tmp_path: Path) -> None:
+def test_list_survives_undecodable_file_names(tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     made = write_header(tmp_path / "odd.gguf")
     for name in (b"b\xffad.gguf", "m\u00f6del.gguf".encode()):
@@ -1432,7 +1432,7 @@ def test_list_survives_names_that_are_no_text(tmp_path: Path) -> None:
         assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
 
 
-def test_list_survives_a_directory_that_is_not_there(tmp_path: Path) -> None:
+def test_list_survives_a_missing_directory(tmp_path: Path) -> None:
     done = shimmy("list", "--models-dir", tmp_path / "nowhere", home=tmp_path)
     assert done.returncode == 0 and b"Traceback" not in done.stderr
 
@@ -1447,14 +1447,14 @@ def test_list_survives_a_directory_that_is_not_there(tmp_path: Path) -> None:
         "another magic number": "FUGG" * 100,
     },
 )
-def test_list_survives_junk(junk: str, tmp_path: Path) -> None:
+def test_list_survives_a_junk_file(junk: str, tmp_path: Path) -> None:
     write_header(tmp_path / "models" / "fine.gguf")
     (tmp_path / "models" / "junk.gguf").write_bytes(junk.encode("latin-1"))
     result = listing(tmp_path, "--models-dir", tmp_path / "models")
     assert "fine" in result.models and "junk" not in result.models and result.reason("junk.gguf")
 
 
-def test_list_survives_a_header_cut_anywhere(tmp_path: Path) -> None:
+def test_list_survives_a_truncated_header(tmp_path: Path) -> None:
     whole = write_header(tmp_path / "whole.gguf", name="Whole").read_bytes()
     for length in range(0, 700, 7):
         (tmp_path / f"cut-{length}.gguf").write_bytes(whole[:length])
@@ -1462,7 +1462,7 @@ def test_list_survives_a_header_cut_anywhere(tmp_path: Path) -> None:
     assert [key for key in result.models if key.startswith("cut")] == [] and "whole" in result.models
 
 
-def test_list_survives_any_byte_of_a_header_being_wrong(tmp_path: Path) -> None:
+def test_list_survives_a_corrupted_header(tmp_path: Path) -> None:
     whole = write_header(tmp_path / "whole.gguf", name="Whole").read_bytes()
     rng = np.random.default_rng(1)
     for number in range(150):
@@ -1474,7 +1474,7 @@ def test_list_survives_any_byte_of_a_header_being_wrong(tmp_path: Path) -> None:
     assert len(result.models) + len(result.skipped) >= 151 and "whole" in result.models
 
 
-def test_odd_entries_do_not_end_discovery(tmp_path: Path) -> None:
+def test_list_survives_link_loops_and_malformed_manifests(tmp_path: Path) -> None:
     folder = tmp_path / "models"
     write_dice(folder / "dice.gguf")
     (folder / "loop").symlink_to("loop")
@@ -1500,7 +1500,7 @@ def test_list_skips_a_directory_it_cannot_read(tmp_path: Path) -> None:
     assert "fine" in result.models and "shut" not in result.models
 
 
-def test_list_bounds_the_depth_of_a_scan_and_says_so(tmp_path: Path) -> None:
+def test_list_limits_scan_depth_and_says_so(tmp_path: Path) -> None:
     write_header(tmp_path / "models" / "fine.gguf")
     write_header(tmp_path.joinpath("models", *["d"] * 100, "abyss.gguf"))
     done = shimmy("-v", "list", home=tmp_path)
@@ -1514,7 +1514,7 @@ def test_list_verbose_says_what_was_skipped_and_why(found: Listing) -> None:
     assert "garbage.gguf" in text and "adapter.gguf" in text
 
 
-def test_diag_remembers_what_was_skipped(found: Listing) -> None:
+def test_diag_reports_what_was_skipped(found: Listing) -> None:
     done = shimmy("diag", "--json", "--models-dir", found.home / "skips", home=found.home)
     skipped = {Path(entry["path"]).name: entry["reason"] for entry in json.loads(done.stdout)["skipped"]}
     assert skipped["garbage.gguf"]
@@ -1537,10 +1537,10 @@ def test_discover_finds_a_new_file_and_forgets_a_deleted_one(server: Server, mod
 
 
 # ── Chat ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Messages become a prompt by the model's template; its text becomes reasoning, tool calls and content.
+# Messages to a prompt by the model's template; the model's text to reasoning, tool calls and content.
 
 
-def test_messages_replace_the_prompt(server: Server) -> None:
+def test_generate_accepts_messages_instead_of_a_prompt(server: Server) -> None:
     messages = [{"role": "user", "content": "please count"}]
     reply = server.post("/api/generate", {"model": "recital", "messages": messages, "system": "Be brief"})
     assert reply.text == TEXTS["="]
@@ -1566,44 +1566,44 @@ def test_chat_without_a_template_uses_chatml(server: Server) -> None:
     assert reply.json()["usage"]["prompt_tokens"] == 3 + len("user\nyo") + 1 + len("assistant\n")
 
 
-def test_chat_template_may_use_what_hugging_face_offers(server: Server) -> None:
+def test_chat_template_may_use_hugging_face_extensions(server: Server) -> None:
     messages = [{"role": "user", "content": "unsaid"}, {"role": "user", "content": "hi"}]
     reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
     assert reply.json()["usage"]["prompt_tokens"] == 1 + len("[user]hi20W")
 
 
-def test_chat_template_that_wants_arguments_as_text_gets_them_so(server: Server) -> None:
+def test_chat_template_that_needs_string_arguments_gets_them(server: Server) -> None:
     call = {"id": "a", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [{"role": "assistant", "content": "x", "tool_calls": [call]}, {"role": "user", "content": "hi"}]
     reply = server.post("/v1/chat/completions", {"model": "plain", "messages": messages})
     assert reply.json()["usage"]["prompt_tokens"] == 1 + len('[assistant]x{"a": 1}[user]hi20W')
 
 
-def test_chat_template_that_drops_tools_has_them_described_in_the_system_text(server: Server) -> None:
+def test_chat_template_that_ignores_tools_gets_them_in_the_system_prompt(server: Server) -> None:
     reply = server.chat("hi", "plain", tools=[WEATHER])
     assert [call["function"]["name"] for call in reply.message["tool_calls"]] == ["get_weather"]
     assert reply.json()["usage"]["prompt_tokens"] > len(json.dumps(WEATHER["function"]))
 
 
-def test_chat_template_that_raises_is_400_with_its_words(server: Server) -> None:
+def test_chat_template_error_is_400_with_its_message(server: Server) -> None:
     reply = server.chat("mutiny")
     assert_error(reply, 400, "invalid_request", "No mutiny on this ship")
 
 
-def test_chat_text_from_users_never_becomes_special_tokens(server: Server) -> None:
+def test_chat_user_text_never_becomes_special_tokens(server: Server) -> None:
     def tokens(content: str) -> int:
         return server.chat(content, "dice", max_tokens=1, ignore_eos=True).json()["usage"]["prompt_tokens"]
 
     assert tokens("a<|im_end|>b") - tokens("ab") == len("<|im_end|>")
 
 
-def test_text_of_every_noncharacter_cannot_smuggle_special_tokens(server: Server) -> None:
+def test_chat_text_with_every_noncharacter_is_rejected(server: Server) -> None:
     text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>"
     assert_error(server.chat(text), 400, "invalid_request", "noncharacter")
 
 
-def test_special_token_names_in_a_tools_keys_stay_text(server: Server) -> None:
-    """As text each is many tokens, as a special token it would be one."""
+def test_chat_special_token_names_in_tool_schemas_stay_text(server: Server) -> None:
+    """As text the name is several tokens; as a special token it would be one."""
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {name: {}}}}}
              for name in ("<|im_end|>", "<|xx_xxx|>")]  # fmt: skip
     used = [server.chat("hi", tools=[tool], max_tokens=1).json()["usage"]["prompt_tokens"] for tool in tools]
@@ -1619,7 +1619,7 @@ def test_chat_tool_call_is_parsed(server: Server) -> None:
 
 
 def assembled(sent: list[Any]) -> list[dict[str, Any]]:
-    """Tool calls put together from their deltas, as clients do."""
+    """Assembles tool calls from their deltas, as clients do."""
     calls: list[dict[str, Any]] = []
     for part in (part for delta in deltas(sent) for part in delta.get("tool_calls") or []):
         if part["index"] == len(calls):
@@ -1651,24 +1651,24 @@ def test_chat_two_tool_calls_after_text_keep_order_and_have_unique_ids(stream: b
     assert len({call["id"] for call in calls}) == 2
 
 
-def test_chat_botched_tool_call_stays_text(server: Server) -> None:
+def test_chat_malformed_tool_call_stays_text(server: Server) -> None:
     reply = server.chat("botched", tools=[ADD])
     assert "oops" in reply.message["content"] and not reply.message.get("tool_calls")
     assert reply.finish_reason == "stop"
 
 
-def test_chat_tool_markup_without_tools_is_text(server: Server) -> None:
+def test_chat_tool_call_markup_without_tools_stays_text(server: Server) -> None:
     reply = server.chat("hi", "plain")
     assert not reply.message.get("tool_calls") and reply.finish_reason == "stop"
     assert "get_weather" in reply.message["content"]
 
 
-def test_chat_tool_choice_none_leaves_the_tools_out(server: Server) -> None:
+def test_chat_tool_choice_none_hides_the_tools(server: Server) -> None:
     reply = server.chat("weather?", tools=[WEATHER], tool_choice="none")
     assert not reply.message.get("tool_calls") and reply.message["content"]
 
 
-def test_chat_takes_tool_results_back(server: Server) -> None:
+def test_chat_continues_from_a_tool_result(server: Server) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "Paris"}'}}
     messages = [
         {"role": "user", "content": "weather?"},
@@ -1679,13 +1679,13 @@ def test_chat_takes_tool_results_back(server: Server) -> None:
     assert (reply.message["content"], reply.finish_reason) == (TEXTS["S"], "stop")
 
 
-def test_chat_reasoning_is_kept_apart(server: Server) -> None:
+def test_chat_reasoning_is_separated_from_content(server: Server) -> None:
     message = server.chat("think").message
     assert message["content"].strip() == "Four!!"
     assert message["reasoning_content"].strip() == "two and two"
 
 
-def test_chat_reasoning_is_streamed_apart(server: Server) -> None:
+def test_chat_reasoning_is_streamed_separately(server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "think"}]}
     parts = deltas(server.streamed("/v1/chat/completions", body))
     assert "".join(part.get("content") or "" for part in parts).strip() == "Four!!"
@@ -1693,16 +1693,16 @@ def test_chat_reasoning_is_streamed_apart(server: Server) -> None:
 
 
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
-# A JSON schema binds what the model may write, or is refused.
+# A JSON schema constrains what the model writes, or is rejected.
 
 
-def test_json_schema_binds_the_answer(server: Server) -> None:
+def test_json_schema_constrains_the_answer(server: Server) -> None:
     schema = {"type": "string", "enum": ["yes", "no"]}
     reply = server.generate("Well", "dice", json_schema=schema, max_tokens=20)
     assert json.loads(reply.text) in ("yes", "no")
 
 
-def test_json_schema_of_an_object_binds_its_keys(server: Server) -> None:
+def test_json_schema_constrains_the_keys_of_an_object(server: Server) -> None:
     schema = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"], "additionalProperties": False}
     reply = server.generate("Well", "dice", json_schema=schema, max_tokens=100)
     assert json.loads(reply.text) in ({"ok": True}, {"ok": False})
@@ -1739,7 +1739,7 @@ SCHEMAS: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
 
 
 @pytest.mark.parametrize("kind", list(SCHEMAS))
-def test_json_schema_holds_a_random_model_to_its_documents(kind: str, server: Server) -> None:
+def test_json_schema_constrains_a_random_model(kind: str, server: Server) -> None:
     schema, fits = SCHEMAS[kind]
     for seed in range(2):
         reply = server.generate("any", "dice", json_schema=schema, max_tokens=200, temperature=1, seed=seed)
@@ -1756,26 +1756,26 @@ def nested(levels: int) -> dict[str, Any]:
 
 
 IMPOSSIBLE: dict[str, Any] = {
-    "no object": 5,
+    "not an object": 5,
     "a list": [],
-    "no such type": {"type": "wrong"},
-    "itself": {"$ref": "#"},
-    "in a ring": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
-    "nowhere": {"$ref": "#/$defs/nowhere"},
-    "nothing to choose": {"enum": []},
-    "no way out": {"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1}}, "$ref": "#/$defs/n"},
-    "a bad pattern": {"type": "string", "pattern": "["},
-    "more than less": {"type": "integer", "minimum": 5, "maximum": 3},
-    "a long string": {"type": "string", "minLength": 10**9},
-    "a long list": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
-    "deep": nested(58),
+    "an unknown type": {"type": "wrong"},
+    "$ref to itself": {"$ref": "#"},
+    "$refs in a ring": {"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"},
+    "$ref to nowhere": {"$ref": "#/$defs/nowhere"},
+    "an empty enum": {"enum": []},
+    "endless recursion": {"$defs": {"n": {"type": "array", "items": {"$ref": "#/$defs/n"}, "minItems": 1}}, "$ref": "#/$defs/n"},
+    "an invalid pattern": {"type": "string", "pattern": "["},
+    "minimum above maximum": {"type": "integer", "minimum": 5, "maximum": 3},
+    "an enormous string": {"type": "string", "minLength": 10**9},
+    "an enormous array": {"type": "array", "items": {"type": "integer"}, "minItems": 10**9},
+    "58 levels": nested(58),
 }
 
 
 @pytest.mark.parametrize("kind", list(IMPOSSIBLE))
-def test_json_schema_that_cannot_be_is_400_and_harms_nobody(kind: str, server: Server) -> None:
+def test_json_schema_that_is_impossible_is_never_a_server_error(kind: str, server: Server) -> None:
     reply = server.generate("Well", "dice", json_schema=IMPOSSIBLE[kind], max_tokens=20)
-    if reply.status != 200 or kind in ("no object", "a list", "nowhere"):
+    if reply.status != 200 or kind in ("not an object", "a list", "$ref to nowhere"):
         assert_error(reply, 400, "invalid_request", "json_schema")
 
 
@@ -1787,10 +1787,10 @@ def test_json_schema_that_cannot_be_is_400_and_harms_nobody(kind: str, server: S
         "an unknown type": {"type": "what"},
         "$ref to nowhere": {"$ref": "#/nowhere"},
         "uniqueItems": {"type": "array", "uniqueItems": True},
-        "enum of nothing": {"enum": []},
+        "an empty enum": {"enum": []},
     },
 )
-def test_json_schema_that_cannot_be_honoured_is_refused_by_name(schema: dict[str, Any], server: Server) -> None:
+def test_json_schema_that_is_unsupported_is_400_naming_the_field(schema: dict[str, Any], server: Server) -> None:
     assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
 
 
@@ -1808,12 +1808,12 @@ def test_json_schema_that_cannot_be_honoured_is_refused_by_name(schema: dict[str
         "2000 x 2000 characters": {"type": "array", "maxItems": 2000, "items": {"type": "string", "maxLength": 2000}},
     },
 )
-def test_json_schema_that_is_malformed_is_the_clients_error(schema: dict[str, Any], server: Server) -> None:
+def test_json_schema_that_is_malformed_is_400_naming_the_field(schema: dict[str, Any], server: Server) -> None:
     assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
 
 
 # ── Tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The three built-in ones, those of a file, and the bounds of each.
+# The three built-in tools and tools from a file, with their limits.
 
 
 def execute(server: Server, name: str, value: Any) -> Reply:
@@ -1840,7 +1840,7 @@ def test_tools_are_listed_with_a_json_schema(server: Server) -> None:
     assert tools["double"]["parameters"]["properties"]["n"]["type"] == "integer"
 
 
-@cases("arguments", {"none": {}, "another name": {"wrong": 1}, "a list": [], "a string": "2+2", "an empty body": None})
+@cases("arguments", {"none": {}, "an unknown argument": {"wrong": 1}, "a list": [], "a string": "2+2", "an empty body": None})
 def test_tool_arguments_outside_the_schema_are_400(arguments: Any, server: Server) -> None:
     body = b"" if arguments is None else arguments
     assert_error(server.post("/api/tools/calculator/execute", body), 400, "invalid_request")
@@ -1851,12 +1851,12 @@ def test_tool_argument_of_the_wrong_type_is_400_naming_it(server: Server) -> Non
     assert_error(execute(server, "calculator", 5), 400, "invalid_request", "string")
 
 
-def test_tool_argument_null_is_absent(server: Server) -> None:
+def test_tool_argument_null_counts_as_absent(server: Server) -> None:
     reply = server.post("/api/tools/stumble/execute", {"why": None})
     assert reply.json()["error"] == "ValueError: stumbled over no reason"
 
 
-def test_tool_nobody_registered_is_not_found(server: Server) -> None:
+def test_unknown_tool_is_404(server: Server) -> None:
     assert_error(server.post("/api/tools/hammer/execute", {}), 404, "not_found", "hammer")
 
 
@@ -1865,7 +1865,7 @@ def test_tool_from_a_file_runs(server: Server) -> None:
     assert answer["success"] is True and answer["result"] == 42
 
 
-def test_tool_that_raises_answers_200_without_success(server: Server) -> None:
+def test_tool_that_raises_is_200_with_success_false(server: Server) -> None:
     assert_tool_failed(server.post("/api/tools/stumble/execute", {"why": "a stone"}), "stumbled over a stone")
     assert_tool_failed(server.post("/api/tools/stumble/execute", {}), "no reason")
 
@@ -1873,20 +1873,20 @@ def test_tool_that_raises_answers_200_without_success(server: Server) -> None:
 @cases(
     "source, word",
     {
-        "imports what is not there": ("import nothing_like_it", "nothing_like_it"),
+        "a missing import": ("import nothing_like_it", "nothing_like_it"),
         "a syntax error": ("def (", "broken.py"),
         "raises": ("raise ValueError('so there')", "so there"),
         "divides by zero": ("1 / 0", "zero"),
         "a parameter without a type": ("from shimmy import tool\n@tool\ndef f(x): ...", "x"),
     },
 )
-def test_tools_file_that_does_not_load_is_one_line_and_exit_1(source: str, word: str, tmp_path: Path) -> None:
+def test_tools_file_that_fails_to_load_exits_1_with_one_line(source: str, word: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text(source + "\n")
     done = shimmy("serve", "--port", "0", "--tools", tmp_path / "broken.py", home=tmp_path)
     assert_failed(done, 1, word)
 
 
-def test_tools_that_are_off_stay_listed_and_name_their_flag(guarded: Server) -> None:
+def test_disabled_tool_stays_listed_and_names_its_flag(guarded: Server) -> None:
     key = {"Authorization": "Bearer s3cret"}
     tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
     assert {"calculator", "file_read", "http_get"} <= set(tools)
@@ -1902,7 +1902,7 @@ SUMS = {
 
 
 @cases("expression, result", {f"{sum} = {result}": (sum, result) for sum, result in SUMS.items()})
-def test_calculator_calculates(expression: str, result: float, server: Server) -> None:
+def test_calculator_evaluates(expression: str, result: float, server: Server) -> None:
     answer = execute(server, "calculator", expression).json()
     assert answer["success"] is True and answer["result"] == pytest.approx(result) and not answer["error"]
 
@@ -1920,14 +1920,14 @@ def test_calculator_knows_pi_and_functions(server: Server) -> None:
      "(-8) ** 0.5", "2 ** 500000", "factorial(-1)"],
     ids=lambda expression: expression or "nothing",
 )  # fmt: skip
-def test_calculator_refuses_what_is_no_bounded_arithmetic(expression: str, server: Server) -> None:
+def test_calculator_rejects(expression: str, server: Server) -> None:
     reply = execute(server, "calculator", expression)
     if expression or reply.status != 400:
         assert_tool_failed(reply)
 
 
 @pytest.mark.parametrize("expression", ["round(5, -3000000)", "round(1.5, 10**9)", "2**100000", "9**9**9"])
-def test_calculator_work_is_bounded(expression: str, server: Server) -> None:
+def test_calculator_rejects_expensive_expressions(expression: str, server: Server) -> None:
     reply = server.post("/api/tools/calculator/execute", {"expression": expression})
     assert reply.status == 200 and reply.json()["success"] is False
 
@@ -1946,10 +1946,10 @@ def test_calculator_survives_a_long_expression(long: str, server: Server) -> Non
     {
         "at the root": ("note.txt", "a café note"),
         "in a folder": ("sub/deep.txt", "deep"),
-        "up again": ("sub/../note.txt", "a café note"),
+        "through ..": ("sub/../note.txt", "a café note"),
     },
 )
-def test_file_read_reads_under_its_root(path: str, text: str, server: Server) -> None:
+def test_file_read_reads_a_file_inside_its_root(path: str, text: str, server: Server) -> None:
     answer = execute(server, "file_read", path).json()
     assert answer["success"] is True and text in json.dumps(answer["result"], ensure_ascii=False)
 
@@ -1958,11 +1958,11 @@ def test_file_read_reads_under_its_root(path: str, text: str, server: Server) ->
     "path",
     {
         "above the root": "../secret.txt",
-        "above the root by a detour": "sub/../../secret.txt",
+        "above the root through a folder": "sub/../../secret.txt",
         "a link to a file outside": "escape.txt",
         "through a link to a folder outside": "up/secret.txt",
         "an absolute path": "/etc/passwd",
-        "a file that is not there": "missing.txt",
+        "a missing file": "missing.txt",
         "a folder": "sub",
         "the root itself": ".",
         "nothing": "",
@@ -1974,18 +1974,18 @@ def test_file_read_reads_under_its_root(path: str, text: str, server: Server) ->
         "a process's environment": "/proc/self/environ",
     },
 )
-def test_file_read_refuses(path: str, server: Server) -> None:
+def test_file_read_rejects(path: str, server: Server) -> None:
     reply = execute(server, "file_read", path)
     if reply.status != 400:
         assert_tool_failed(reply)
     assert b'secret"' not in reply.body
 
 
-def test_file_read_takes_an_absolute_path_only_inside_the_root(server: Server, tool_root: Path) -> None:
+def test_file_read_rejects_an_absolute_path_outside_the_root(server: Server, tool_root: Path) -> None:
     assert_tool_failed(execute(server, "file_read", str(tool_root.parent / "secret.txt")))
 
 
-def test_file_read_is_capped(server: Server) -> None:
+def test_file_read_limits_its_result(server: Server) -> None:
     reply = execute(server, "file_read", "huge.bin")
     assert reply.status == 200 and len(reply.body) < 20 << 20
 
@@ -1998,7 +1998,7 @@ def test_file_read_is_capped(server: Server) -> None:
      "http://[fc00::1]/", "http://224.0.0.1/", "file:///etc/passwd", "ftp://example.com/", "gopher://x/", "http://",
      "nonsense", "http://user@127.0.0.1:{port}/health", "http://[64:ff9b::7f00:1]/"],
 )  # fmt: skip
-def test_http_get_refuses(url: str, server: Server) -> None:
+def test_http_get_rejects(url: str, server: Server) -> None:
     reply = execute(server, "http_get", url.format(port=server.port))
     if reply.status != 400:
         assert_tool_failed(reply)
@@ -2009,12 +2009,12 @@ def test_http_get_refuses(url: str, server: Server) -> None:
     "host", ["[::7f00:1]", "[::ffff:10.0.0.1]", "[64:ff9b::a00:1]", "[64:ff9b:1::a00:1]", "[fec0::1]", "[2002:7f00:1::]",
              "[3fff::1]", "0.0.0.0", "100.64.0.1", "224.0.0.1"],
 )  # fmt: skip
-def test_http_get_refuses_every_address_that_is_not_global(host: str, server: Server) -> None:
+def test_http_get_rejects_a_non_global_address(host: str, server: Server) -> None:
     reply = server.post("/api/tools/http_get/execute", {"url": f"http://{host}/"})
     assert reply.json()["success"] is False and "not global" in reply.json()["error"]
 
 
-def test_http_get_refuses_a_host_that_is_not_listed(guarded: Server) -> None:
+def test_http_get_rejects_an_unlisted_host(guarded: Server) -> None:
     key = {"Authorization": "Bearer s3cret"}
     tools = {tool["name"]: tool for tool in guarded.get("/api/tools", **key).json()["tools"]}
     (argument,) = tools["http_get"]["parameters"]["required"]
@@ -2022,15 +2022,15 @@ def test_http_get_refuses_a_host_that_is_not_listed(guarded: Server) -> None:
     assert_tool_failed(reply, "other.example")
 
 
-def test_http_get_off_names_its_flag(serve: Callable[..., Server]) -> None:
+def test_disabled_http_get_names_its_flag(serve: Callable[..., Server]) -> None:
     assert_tool_failed(execute(serve(), "http_get", "http://example.com/"), "--tool-hosts")
 
 
 # ── llama.cpp ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Tokens, sampling and text, on the real thing.
+# Tokens, text and sampling on the real engine.
 
 
-def test_spaces_that_the_vocabulary_does_not_know_are_three_tokens_each(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_spaces_missing_from_the_vocabulary_take_three_tokens_each(serve: Callable[..., Server], tmp_path: Path) -> None:
     path = write_recital(tmp_path / "spaceless.gguf")
     data, length = path.read_bytes(), struct.pack("<Q", 3)
     assert data.count(length + "▁".encode()) == 1
@@ -2039,7 +2039,7 @@ def test_spaces_that_the_vocabulary_does_not_know_are_three_tokens_each(serve: C
     assert reply.text == TEXTS[":"] and reply.json()["usage"]["prompt_tokens"] > 9000
 
 
-def test_special_tokens_never_leak(server: Server) -> None:
+def test_special_tokens_never_appear_in_text(server: Server) -> None:
     reply = server.generate("/")
     assert (reply.text, reply.finish_reason) == ("Goodbye", "stop")
 
@@ -2051,12 +2051,12 @@ def test_stream_never_splits_a_character(server: Server) -> None:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 7], ids="{} tokens".format)
-def test_generate_cut_inside_a_character_leaks_no_half(count: int, server: Server) -> None:
+def test_text_cut_inside_a_character_drops_it(count: int, server: Server) -> None:
     text = server.generate("~", max_tokens=count).text
     assert text in ("caf", "café", "café and") and "\ufffd" not in text
 
 
-def test_stream_joined_is_the_plain_answer_for_random_bytes(server: Server) -> None:
+def test_streamed_and_plain_text_are_equal_for_random_bytes(server: Server) -> None:
     body = {"model": "dice", "prompt": "Once", "seed": 3, "temperature": 1.5, "max_tokens": 120, "ignore_eos": True}
     plain = server.post("/api/generate", body).text
     assert joined(server.streamed("/api/generate", body)) == plain and len(plain) > 20
@@ -2064,7 +2064,7 @@ def test_stream_joined_is_the_plain_answer_for_random_bytes(server: Server) -> N
 
 @pytest.mark.parametrize("stop", ["STOP", ["STOP"], ["never", "STOP"], ["STOPPED", "STOP"]], ids=json.dumps)
 @streamed_and_plain
-def test_stop_string_across_pieces_never_leaks(stop: Any, stream: bool, server: Server) -> None:
+def test_stop_string_split_across_pieces_never_leaks(stop: Any, stream: bool, server: Server) -> None:
     body = {"model": "recital", "prompt": "|", "stop": stop}
     if stream:
         sent = server.streamed("/api/generate", body)
@@ -2074,16 +2074,16 @@ def test_stop_string_across_pieces_never_leaks(stop: Any, stream: bool, server: 
         assert (reply.text, reply.finish_reason) == ("alpha ", "stop")
 
 
-def test_stop_string_that_only_begins_is_given_out_at_the_end(server: Server) -> None:
+def test_unfinished_stop_string_is_flushed_at_the_end(server: Server) -> None:
     assert server.generate("|", stop=["omegaX", "STOPPX"]).text == TEXTS["|"]
 
 
-def test_stop_string_that_comes_first_wins(server: Server) -> None:
+def test_earliest_stop_string_wins(server: Server) -> None:
     assert server.generate("|", stop=["TOPP", "ha S"]).text == "alp"
 
 
 @pytest.mark.parametrize("stop", [None, []], ids=json.dumps)
-def test_stop_absent_stops_nothing(stop: Any, server: Server) -> None:
+def test_null_or_empty_stop_stops_nothing(stop: Any, server: Server) -> None:
     assert server.generate("|", stop=stop).text == TEXTS["|"]
 
 
@@ -2094,7 +2094,7 @@ def test_chat_stop_string_never_leaks(server: Server) -> None:
     assert server.chat("stopping", stop=["STOP"]).message["content"] == "alpha "
 
 
-def test_same_seed_gives_the_same_text_and_another_seed_another(server: Server) -> None:
+def test_same_seed_repeats_and_another_seed_differs(server: Server) -> None:
     def roll(seed: int) -> str:
         return server.generate("Once", "dice", seed=seed, temperature=1, max_tokens=40, ignore_eos=True).text
 
@@ -2116,7 +2116,7 @@ def test_sampling_narrowed_to_the_best_token_is_greedy(only_best: dict[str, Any]
 
 
 @pytest.mark.parametrize("penalty", [{"presence_penalty": 2}, {"frequency_penalty": 2}, {"repeat_penalty": 3}], ids=json.dumps)
-def test_penalty_changes_a_greedy_text(penalty: dict[str, Any], server: Server) -> None:
+def test_penalty_changes_greedy_text(penalty: dict[str, Any], server: Server) -> None:
     greedy = server.generate("Once", "dice", **GREEDY).text
     assert server.generate("Once", "dice", **GREEDY, **penalty).text != greedy
 
@@ -2126,8 +2126,8 @@ def test_top_k_beyond_32_bits_means_all(server: Server) -> None:
     assert ask(top_k=2**32 + 1).text == ask(top_k=10**6).text
 
 
-def test_models_own_sampling_defaults_are_honoured(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """general.sampling.temp 0 in the file makes an unspecified temperature greedy."""
+def test_sampling_defaults_in_the_model_file_are_used(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """With general.sampling.temp 0 in the file, requests without a temperature are greedy."""
     path = write_dice(tmp_path / "models" / "calm.gguf")
     reader = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(str(tmp_path / "models" / "set.gguf"), "llama")
@@ -2154,14 +2154,14 @@ def test_chat_logit_bias_forces_a_token(server: Server) -> None:
     assert server.chat("count", logit_bias=bias, max_tokens=3).message["content"] == "w07 w07 w07 "
 
 
-def test_chat_logprobs_are_given_when_asked(server: Server) -> None:
+def test_chat_returns_logprobs_on_request(server: Server) -> None:
     choice = server.chat(logprobs=True, top_logprobs=2, temperature=0).json()["choices"][0]
     tokens = choice["logprobs"]["content"]
     assert "".join(token["token"] for token in tokens) == "Hello wide world"
     assert all(token["logprob"] == pytest.approx(0, abs=0.01) and len(token["top_logprobs"]) == 2 for token in tokens)
 
 
-def test_completions_logprobs_are_given_when_asked(server: Server) -> None:
+def test_completions_return_logprobs_on_request(server: Server) -> None:
     body = {"model": "recital", "prompt": ":", "logprobs": 2, "temperature": 0}
     logprobs = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
     assert "".join(logprobs["tokens"]) == "Hello wide world"
@@ -2169,7 +2169,7 @@ def test_completions_logprobs_are_given_when_asked(server: Server) -> None:
     assert logprobs["text_offset"][:3] == [0, 5, 10]
 
 
-def test_logprobs_agree_with_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
+def test_logprobs_match_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
     import llama_cpp
 
     path = write_kind(tmp_path / "same.gguf", "llama")
@@ -2185,7 +2185,7 @@ def test_logprobs_agree_with_a_full_softmax(kinds: Server, tmp_path: Path) -> No
     assert top == pytest.approx(sorted(expected, reverse=True)[:5], abs=2e-2)
 
 
-def test_context_that_cannot_fit_is_refused_with_one_that_would(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_context_too_large_for_memory_is_refused_with_a_size_that_fits(serve: Callable[..., Server], tmp_path: Path) -> None:
     write_kind(tmp_path / "wide.gguf", "llama", context=1 << 24, kv_heads=1024)
     large = serve("--models-dir", tmp_path, "--ctx", str(1 << 24))
     refused = large.load("wide")
@@ -2194,22 +2194,22 @@ def test_context_that_cannot_fit_is_refused_with_one_that_would(serve: Callable[
     assert found and 256 <= int(found[1]) < 1 << 24
 
 
-def test_ctx_beyond_the_models_own_is_lowered_with_a_note(tmp_path: Path) -> None:
+def test_ctx_larger_than_the_models_is_lowered_with_a_note(tmp_path: Path) -> None:
     write_dice(tmp_path / "dice.gguf", context=256)
     done = shimmy("probe", "dice", "--models-dir", tmp_path, "--ctx", "4096", "--json", home=tmp_path)
     assert json.loads(done.stdout)["context_length"] == 256 and b"using 256" in done.stderr
 
 
 # ── Scheduling ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Sequences begin, share, wait, step back and end; none loses a token or takes another's.
+# Sequences start, share cells, wait, get preempted and end without losing or mixing tokens.
 
-# the tiny models are too fast to need a reader
+# Reads every prompt aside: the models here are too fast for the reader to be used otherwise.
 ALL_ASIDE = (("    SLICES = 2 ", "    SLICES = 0 "), ("if self._several and self._aside", "if self._aside"))
 
 
 @pytest.fixture(scope="module")
 def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """The same models, but every prompt that arrives beside a stream is read aside."""
+    """The same models on a server that reads every prompt aside when it arrives during a stream."""
     folder = tmp_path_factory.mktemp("asides")
     for kind in KINDS:
         write_kind(folder / f"{kind}.gguf", kind)
@@ -2221,7 +2221,7 @@ def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def tight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two sequences at once in a pool that holds one, and one place in the queue."""
+    """A server for two sequences in a pool that holds one, with one place in the queue."""
     flags = ["--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64"]
     running = Server(tmp_path_factory.mktemp("tight"), "--port", "0", "--models-dir", models, *flags)
     running.load("recital")
@@ -2231,7 +2231,7 @@ def tight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
 
 @dataclass(frozen=True)
 class Run:
-    """A greedy run: token ids of every choice, their log probabilities, prompt tokens that were cached."""
+    """A greedy run: every choice's token ids, the first one's logprobs, and the number of cached prompt tokens."""
 
     choices: list[list[int]]
     logprobs: list[float]
@@ -2243,14 +2243,14 @@ class Run:
         return self.choices[0]
 
     def assert_same(self, other: Run) -> None:
-        """The same run but for rounding: batches of other shapes round otherwise, which may tip a tie and nothing else."""
+        """Asserts the same run up to rounding: differently shaped batches round differently, which may break a tie."""
         pairs = zip(self.tokens, other.tokens, strict=True)
         until = next((i for i, (mine, its) in enumerate(pairs) if mine != its), len(self.tokens) - 1)
         assert other.logprobs[: until + 1] == pytest.approx(self.logprobs[: until + 1], abs=0.1)
 
 
 def greedy(server: Server, model: str, prompt: list[int], tokens: int = 24, **fields: Any) -> Run:
-    """A completion at temperature 0 that ignores the end of text."""
+    """Runs a completion at temperature 0 that ignores end tokens."""
     body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     reply = server.post("/v1/completions", {**body, **fields})
     assert reply.status == 200, reply.body
@@ -2263,7 +2263,7 @@ def greedy(server: Server, model: str, prompt: list[int], tokens: int = 24, **fi
 
 
 def fresh(server: Server, model: str, prompt: list[int], tokens: int = 24) -> Run:
-    """The run of an engine that has seen nothing before."""
+    """Runs a completion on a freshly loaded engine."""
     assert server.unload(model).status == 200
     made = greedy(server, model, prompt, tokens)
     assert made.cached == 0
@@ -2271,7 +2271,7 @@ def fresh(server: Server, model: str, prompt: list[int], tokens: int = 24) -> Ru
 
 
 def ids(words: str) -> list[int]:
-    """Token ids, one a character."""
+    """Returns one token id per character."""
     return [3 + byte for byte in words.encode("ascii")]
 
 
@@ -2284,11 +2284,11 @@ def test_generate_stops_at_max_tokens_with_length(server: Server) -> None:
     assert reply.json()["usage"]["completion_tokens"] == 7
 
 
-def test_generate_makes_100_tokens_by_default(server: Server) -> None:
+def test_generate_defaults_to_100_tokens(server: Server) -> None:
     assert server.generate("#").json()["usage"]["completion_tokens"] == 100
 
 
-def test_max_tokens_beyond_the_context_means_up_to_its_end(server: Server) -> None:
+def test_huge_max_tokens_fills_the_context(server: Server) -> None:
     reply = server.generate("a" * 200, "dice", max_tokens=10**30, ignore_eos=True)
     assert reply.finish_reason == "length"
     assert reply.json()["usage"]["total_tokens"] in (255, 256)
@@ -2306,20 +2306,20 @@ def test_chat_stops_at(field: str, server: Server) -> None:
     assert (reply.message["content"], reply.finish_reason) == ("w00 w01 w02 ", "length")
 
 
-def test_chat_without_max_tokens_goes_to_the_end_of_the_context(server: Server) -> None:
+def test_chat_without_max_tokens_fills_the_context(server: Server) -> None:
     reply = server.chat("a" * 100, "dice", ignore_eos=True)
     assert reply.finish_reason == "length" and reply.json()["usage"]["total_tokens"] in (255, 256)
 
 
-def test_ignore_eos_goes_on(server: Server) -> None:
+def test_ignore_eos_continues_past_the_end_token(server: Server) -> None:
     reply = server.generate("=", ignore_eos=True, max_tokens=60)
     assert reply.text == (TEXTS["="] * 2)[: 60 * 4]
     assert reply.finish_reason == "length"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prefix_reuse_gives_the_tokens_of_a_fresh_run(kind: str, kinds: Server) -> None:
-    """The same prompt again, its continuation, a fork in its middle, and the first one after all that."""
+def test_prefix_reuse_generates_the_same_as_a_fresh_run(kind: str, kinds: Server) -> None:
+    """Repeats a prompt, continues it, forks it in the middle, and then repeats it again."""
     prompt = ids(STORY)
     fork = [*prompt[:60], *ids("something else came up entirely")]
     expected = fresh(kinds, kind, prompt)
@@ -2332,7 +2332,7 @@ def test_prefix_reuse_gives_the_tokens_of_a_fresh_run(kind: str, kinds: Server) 
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_prompt_asked_again_is_cached_but_for_its_last_token(kind: str, kinds: Server) -> None:
+def test_repeated_prompt_is_cached_except_its_last_token(kind: str, kinds: Server) -> None:
     kinds.unload(kind)
     prompt = ids(STORY)
     assert greedy(kinds, kind, prompt).cached == 0
@@ -2340,19 +2340,19 @@ def test_prompt_asked_again_is_cached_but_for_its_last_token(kind: str, kinds: S
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_continued_text_starts_behind_what_was_generated(kind: str, kinds: Server) -> None:
+def test_continuation_reuses_prompt_and_generated_tokens(kind: str, kinds: Server) -> None:
     kinds.unload(kind)
     prompt = ids(STORY)
     made = greedy(kinds, kind, prompt, 8)
     longer = [*prompt, *made.tokens, *ids(" on")]
     on = greedy(kinds, kind, longer)
-    assert on.cached == len(prompt) + 7  # all but the last token, which nobody had evaluated
+    assert on.cached == len(prompt) + 7  # all but the last token, which was never evaluated
     fresh(kinds, kind, longer).assert_same(on)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_conversation_parked_outside_the_cache_comes_back_as_it_was(kind: str, kinds: Server) -> None:
-    """Idle sequences are saved, as many tokens as the pool holds, and put back."""
+def test_parked_conversation_is_restored_intact(kind: str, kinds: Server) -> None:
+    """Idle sequences are saved, up to the pool's size in tokens, and restored."""
     kinds.unload(kind)
     prompts = [ids(f"{i}{STORY * 4}"[:380]) for i in range(5)]
     said = [greedy(kinds, kind, prompt) for prompt in prompts]
@@ -2363,8 +2363,8 @@ def test_conversation_parked_outside_the_cache_comes_back_as_it_was(kind: str, k
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_many_conversations_at_random_lose_and_mix_nothing(kind: str, kinds: Server) -> None:
-    """More of them than slots and than the pool holds, in an order of no pattern, several at once, some given up."""
+def test_random_mix_of_conversations_stays_correct(kind: str, kinds: Server) -> None:
+    """More conversations than slots or the pool can hold, in random order, six at a time, some cancelled."""
     kinds.unload(kind)
     choose, talks = random.Random(4), [ids(f"{i:02d}{STORY * 4}"[: 100 + 9 * i]) for i in range(34)]
     alone = {i: greedy(kinds, kind, talk, 8) for i, talk in enumerate(talks)}
@@ -2383,8 +2383,8 @@ def test_many_conversations_at_random_lose_and_mix_nothing(kind: str, kinds: Ser
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_prompts_read_aside_give_the_text_they_give_alone(kind: str, asides: Server) -> None:
-    """Sixteen at once: most arrive while others stream, and go through the reader's context and back."""
+def test_prompts_read_aside_generate_the_same_as_alone(kind: str, asides: Server) -> None:
+    """Eight at a time, sixteen in all: most arrive during other streams and pass through the reader's context."""
     asides.unload(kind)
     talks = [ids(f"{i:02d}{STORY * 4}"[: 60 + 20 * i]) for i in range(16)]
     with ThreadPoolExecutor(8) as pool:
@@ -2396,7 +2396,7 @@ def test_prompts_read_aside_give_the_text_they_give_alone(kind: str, asides: Ser
 
 
 def assert_together_as_alone(server: Server, prompts: list[list[int]], tokens: int) -> None:
-    """Eight at once, on an engine that has seen nothing, say what each says alone."""
+    """Asserts that eight concurrent requests on a fresh engine generate what each generates alone."""
     alone = [greedy(server, "llama", p, tokens) for p in prompts]
     server.unload("llama")
     with ThreadPoolExecutor(8) as pool:
@@ -2412,7 +2412,7 @@ NO_READER = {
 
 
 @pytest.mark.parametrize("why", NO_READER)
-def test_without_memory_for_a_reader_long_prompts_are_read_in_slices(
+def test_prompts_are_read_in_slices_when_a_reader_cannot_be_made(
     why: str, serve: Callable[..., Server], tmp_path: Path
 ) -> None:
     write_kind(tmp_path / "llama.gguf", "llama")
@@ -2423,7 +2423,7 @@ def test_without_memory_for_a_reader_long_prompts_are_read_in_slices(
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])
-def test_prompts_read_aside_and_given_up_leave_nothing_behind(kind: str, asides: Server) -> None:
+def test_cancelled_prompts_read_aside_leave_nothing_behind(kind: str, asides: Server) -> None:
     asides.unload(kind)
     alone = greedy(asides, kind, ids(STORY), 300)
 
@@ -2447,20 +2447,20 @@ def test_n_choices_share_one_prompt(kinds: Server) -> None:
     assert made.usage["completion_tokens"] == 4 * 24
 
 
-def test_n_choices_differ_under_temperature_and_repeat_with_a_seed(kinds: Server) -> None:
+def test_n_choices_differ_with_temperature_and_repeat_with_a_seed(kinds: Server) -> None:
     ask = functools.partial(greedy, kinds, "llama", ids(STORY), temperature=1, n=3, seed=5)
     first = ask().choices
     assert first[0] != first[1] != first[2]
     assert [c[:3] for c in first] == [c[:3] for c in ask().choices]
 
 
-def test_chat_n_gives_as_many_choices(server: Server) -> None:
+def test_chat_n_returns_that_many_choices(server: Server) -> None:
     choices = server.chat(n=3).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1, 2]
     assert {choice["message"]["content"] for choice in choices} == {"Hello wide world"}
 
 
-def test_chat_n_is_streamed_by_index(server: Server) -> None:
+def test_chat_n_streams_choices_by_index(server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "count"}], "n": 2}
     texts = ["", ""]
     for event in server.streamed("/v1/chat/completions", body)[:-1]:
@@ -2469,12 +2469,12 @@ def test_chat_n_is_streamed_by_index(server: Server) -> None:
     assert texts == [TEXTS["="]] * 2
 
 
-def test_eight_at_once_say_what_each_says_alone(kinds: Server) -> None:
+def test_eight_concurrent_requests_generate_the_same_as_alone(kinds: Server) -> None:
     assert_together_as_alone(kinds, [ids(f"{i} {STORY[i * 7 :]}") for i in range(8)], 16)
 
 
-def test_step_back_and_resume_gives_the_tokens_of_an_undisturbed_run(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """Four of 189 tokens in a pool of 256: the youngest step back and go on where they were."""
+def test_preempted_sequences_generate_the_same_as_undisturbed(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Four sequences of 189 tokens in a pool of 256: the youngest are preempted and resume."""
     write_kind(tmp_path / "llama.gguf", "llama", context=256)
     small = serve("--models-dir", tmp_path, "--kv-pool", "256", "--parallel", "4")
     prompts = [ids(f"{i} bottles of beer on the wall") for i in range(4)]
@@ -2485,8 +2485,8 @@ def test_step_back_and_resume_gives_the_tokens_of_an_undisturbed_run(serve: Call
         one.assert_same(among)
 
 
-def test_shared_beginning_counts_once_when_who_read_it_has_left(serve: Callable[..., Server], tmp_path: Path) -> None:
-    """Three streams behind one beginning of 1,000 tokens in a pool of 3,000: there is room for a fourth."""
+def test_shared_prefix_counts_once_after_its_first_reader_leaves(serve: Callable[..., Server], tmp_path: Path) -> None:
+    """Three streams share a prefix of 1,000 tokens in a pool of 3,000, so a fourth still fits."""
     write_kind(tmp_path / "llama.gguf", "llama", context=8192)
     small = serve("--models-dir", tmp_path, "--ctx", "2048", "--kv-pool", "3000")
     body = {"model": "llama", "prompt": ids((STORY * 10)[:1000]), "max_tokens": 400, "ignore_eos": True}
@@ -2501,7 +2501,7 @@ def test_shared_beginning_counts_once_when_who_read_it_has_left(serve: Callable[
             assert small.status("llama")["requests_running"] == 4
 
 
-def test_pool_that_runs_out_loses_and_repeats_nothing(tight: Server) -> None:
+def test_full_pool_loses_and_repeats_no_tokens(tight: Server) -> None:
     with ThreadPoolExecutor() as pool:
         replies = list(pool.map(lambda _: tight.generate("#", max_tokens=5000), range(2)))
     assert [reply.text for reply in replies] == [("Tick " + "tock tick " * 2500)[: 5 * 5000]] * 2
@@ -2528,7 +2528,7 @@ def test_full_queue_answers_503_with_retry_after(tight: Server) -> None:
         assert waiting.result().text == "Hello wide world"
 
 
-def test_queue_beyond_its_bound_answers_503_with_retry_after(serve: Callable[..., Server], models: Path) -> None:
+def test_full_queue_error_names_its_limit(serve: Callable[..., Server], models: Path) -> None:
     small = serve("--models-dir", models, "--parallel", "1", "--max-queue", "2", "--ctx", str(LONG_CTX))
     with contextlib.ExitStack() as stack:
         next(stack.enter_context(small.endless()))
@@ -2543,7 +2543,7 @@ def test_queue_beyond_its_bound_answers_503_with_retry_after(serve: Callable[...
     assert small.generate().text == TEXTS[":"]
 
 
-def test_client_that_leaves_while_it_waits_gives_its_place_up(tight: Server) -> None:
+def test_client_that_leaves_while_queued_frees_its_place(tight: Server) -> None:
     endless = {"model": "recital", "prompt": "#", "max_tokens": 8000}
     body = json.dumps({"model": "recital", "prompt": ":"}).encode()
     with tight.stream("/api/generate", endless) as one, tight.stream("/api/generate", endless) as two:
@@ -2555,11 +2555,11 @@ def test_client_that_leaves_while_it_waits_gives_its_place_up(tight: Server) -> 
 
 
 # ── Engine ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Many requests at once, and clients that leave in the middle of theirs.
+# Concurrent requests, and clients that leave before theirs are done.
 
 
-def test_many_requests_at_once_are_all_answered_in_full(server: Server) -> None:
-    prompts = [":", "=", "~", "|", "/"] * 5  # more than --parallel
+def test_concurrent_requests_are_all_answered_in_full(server: Server) -> None:
+    prompts = [":", "=", "~", "|", "/"] * 5  # more than --parallel allows
     with ThreadPoolExecutor(len(prompts)) as pool:
         replies = list(pool.map(server.generate, prompts))
     assert [reply.text for reply in replies] == [TEXTS[prompt] for prompt in prompts]
@@ -2572,7 +2572,7 @@ def test_short_request_overtakes_a_long_one(server: Server) -> None:
         assert server.status("recital")["requests_running"] == 1
 
 
-def test_burst_of_clients_is_served_whole(server: Server) -> None:
+def test_burst_of_100_streams_is_answered_in_full(server: Server) -> None:
     with ThreadPoolExecutor(100) as pool:
         replies = list(pool.map(lambda _: server.streamed("/api/generate", {"model": "recital", "prompt": "="}), range(100)))
     assert all(joined(r) == TEXTS["="] and r[-1] == "[DONE]" for r in replies)
@@ -2584,7 +2584,7 @@ def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
         done = threading.Event()
 
         def newcomer() -> None:
-            assert server.generate("z" * 40_000 + ":", max_tokens=1).status == 200  # a letter of its own: not cached
+            assert server.generate("z" * 40_000 + ":", max_tokens=1).status == 200  # no other test sends z, so nothing is cached
             done.set()
 
         thread = threading.Thread(target=newcomer)
@@ -2597,7 +2597,7 @@ def test_long_prompt_does_not_freeze_a_running_stream(server: Server) -> None:
     assert pieces > 20
 
 
-def test_choices_that_speak_before_the_last_is_queued_wait_for_it(server: Server) -> None:
+def test_every_choice_finishes_when_some_start_before_the_last_is_queued(server: Server) -> None:
     prompts = [":", "x" * 20_000 + ":", ":", "y" * 20_000 + ":"]
     for _ in range(3):
         stream = server.streamed("/v1/completions", {"model": "recital", "prompt": prompts, "n": 2, "max_tokens": 3})
@@ -2605,14 +2605,14 @@ def test_choices_that_speak_before_the_last_is_queued_wait_for_it(server: Server
 
 
 @pytest.mark.parametrize("path", ["/api/generate", "/v1/completions"])
-def test_client_that_leaves_a_stream_stops_the_engine(path: str, server: Server) -> None:
+def test_leaving_a_stream_cancels_its_generation(path: str, server: Server) -> None:
     with server.stream(path, {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}) as stream:
         next(stream)
         assert server.status("recital")["requests_running"] == 1
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
 
 
-def test_client_that_leaves_a_plain_request_stops_the_engine(server: Server) -> None:
+def test_leaving_a_plain_request_cancels_its_generation(server: Server) -> None:
     server.load("recital")
     body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}).encode()
     with socket.create_connection((server.host, server.port)) as sock:
@@ -2621,14 +2621,14 @@ def test_client_that_leaves_a_plain_request_stops_the_engine(server: Server) -> 
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
 
 
-def test_client_that_leaves_over_websocket_stops_the_engine(server: Server) -> None:
+def test_closing_a_websocket_cancels_its_generation(server: Server) -> None:
     with server.ws() as ws:
         ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
         assert json.loads(ws.recv(HANG))["token"].startswith("Tick ")
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
 
 
-def test_client_that_leaves_in_mid_prompt_stops_the_engine(server: Server) -> None:
+def test_leaving_while_the_prompt_is_read_cancels_the_request(server: Server) -> None:
     connection = server.connect()
     connection.request("POST", "/api/generate", encoded({"model": "recital", "prompt": "y" * 60_000, "max_tokens": 5}))
     eventually(lambda: server.status("recital")["requests_running"] == 1, "the prompt is being read")
@@ -2647,7 +2647,7 @@ def test_dropped_streams_leave_the_engine_idle(server: Server) -> None:
 
 
 # ── Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Engines that die, never begin or are done with: the server notices, says so and keeps nothing of them.
+# Engines that crash, fail to start or are unloaded: the server notices, reports it and cleans up.
 
 
 @linux
@@ -2661,7 +2661,7 @@ def test_killed_engine_ends_its_stream_with_generation_failed_and_reloads(server
 
 
 @linux
-def test_killed_engine_answers_plain_and_websocket_clients_with_generation_failed(server: Server) -> None:
+def test_killed_engine_fails_plain_and_websocket_requests(server: Server) -> None:
     server.load("recital")
     fields: dict[str, Any] = {"prompt": "#", "max_tokens": LONG_CTX}
     with ThreadPoolExecutor() as pool:
@@ -2684,11 +2684,11 @@ def test_engine_killed_while_idle_reloads_on_the_next_request(server: Server) ->
     assert server.generate("Once", "dice", max_tokens=3, ignore_eos=True).status == 200
 
 
-def test_corrupt_tensor_type_fails_the_load_and_not_the_server(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_corrupt_tensor_type_fails_only_the_load(serve: Callable[..., Server], tmp_path: Path) -> None:
     path = write_dice(tmp_path / "bad" / "corrupt.gguf")
     data = path.read_bytes()
     name = b"blk.0.attn_q.weight"
-    at = data.index(name) + len(name) + 4 + 2 * 8  # past the name, the dimension count and two dimensions
+    at = data.index(name) + len(name) + 4 + 2 * 8  # skips the name, the dimension count and two dimensions
     with_bytes(path, at, struct.pack("<I", 4000))
     server = serve("--models-dir", path.parent)
     if "corrupt" in server.ids():
@@ -2697,8 +2697,8 @@ def test_corrupt_tensor_type_fails_the_load_and_not_the_server(serve: Callable[.
     assert server.get("/health").status == 200
 
 
-def test_model_that_aborts_the_engine_while_it_loads_fails_cleanly(serve: Callable[..., Server], tmp_path: Path) -> None:
-    doubled = [*VOCABULARY[:-1], VOCABULARY[-2]]  # two tokens of one text: llama.cpp calls abort()
+def test_engine_that_aborts_while_loading_fails_only_that_load(serve: Callable[..., Server], tmp_path: Path) -> None:
+    doubled = [*VOCABULARY[:-1], VOCABULARY[-2]]  # two tokens with the same text make llama.cpp call abort()
     write_recital(tmp_path / "bad" / "doubled.gguf", tokens=doubled)
     write_recital(tmp_path / "bad" / "good.gguf")
     server = serve("--models-dir", tmp_path / "bad")
@@ -2708,7 +2708,7 @@ def test_model_that_aborts_the_engine_while_it_loads_fails_cleanly(serve: Callab
 
 
 def held(server: Server) -> tuple[int, int]:
-    """Descriptors and threads of a server."""
+    """Counts a server's open descriptors and threads."""
     return tuple(len(os.listdir(f"/proc/{server.process.pid}/{what}")) for what in ("fd", "task"))  # type: ignore[return-value]
 
 
@@ -2717,7 +2717,7 @@ def assert_holds_as_before(server: Server, before: tuple[int, int]) -> None:
 
 
 @linux
-def test_many_generations_leave_descriptors_and_threads_as_they_were(server: Server) -> None:
+def test_generations_leak_no_descriptors_or_threads(server: Server) -> None:
     server.generate()
     before = held(server)
     for _ in range(100):
@@ -2726,7 +2726,7 @@ def test_many_generations_leave_descriptors_and_threads_as_they_were(server: Ser
 
 
 @linux
-def test_engines_that_ended_or_never_began_leave_no_descriptors(server: Server) -> None:
+def test_ended_and_failed_engines_leak_no_descriptors(server: Server) -> None:
     server.generate(model="dice", max_tokens=1)
     before = held(server)
     for _ in range(2):
@@ -2746,7 +2746,7 @@ def test_engines_that_ended_or_never_began_leave_no_descriptors(server: Server) 
 
 @pytest.fixture(scope="module")
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """At most two of three equal models at once."""
+    """A server with three equal models, at most two loaded."""
     folder = tmp_path_factory.mktemp("zoo")
     for name in ("ant", "bee", "cat"):
         write_recital(folder / f"{name}.gguf", name=name)
@@ -2766,21 +2766,21 @@ def test_request_may_name_a_model_as(name: str, server: Server) -> None:
     assert reply.status == 200
 
 
-def test_request_by_exact_stem_reaches_the_model(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_request_by_file_stem_finds_the_model(serve: Callable[..., Server], tmp_path: Path) -> None:
     write_recital(tmp_path / "stems" / "My_Recital One.gguf")
     server = serve("--models-dir", tmp_path / "stems")
     for name in ("My_Recital One", "my-recital-one", "MY_RECITAL ONE"):
         assert server.generate(model=name).text == "Hello wide world"
 
 
-def test_request_with_an_ambiguous_prefix_is_not_found(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_request_with_an_ambiguous_prefix_is_404(serve: Callable[..., Server], tmp_path: Path) -> None:
     for name in ("ape-one", "ape-two"):
         write_header(tmp_path / "apes" / f"{name}.gguf")
     server = serve("--models-dir", tmp_path / "apes")
     assert_error(server.generate(model="ape"), 404, "model_not_found", "ape")
 
 
-def test_request_names_a_model_never_a_path(server: Server, models: Path) -> None:
+def test_request_cannot_name_a_path(server: Server, models: Path) -> None:
     for path in (str(models / "recital.gguf"), "../models/recital.gguf", "./recital.gguf"):
         assert_error(server.generate(model=path), 404, "model_not_found", path)
 
@@ -2794,7 +2794,7 @@ def test_v1_model_absent_or_aliased_means_default(model: dict[str, Any], server:
     assert server.post("/v1/chat/completions", body).message["content"] == "Hello wide world"
 
 
-def test_default_without_a_base_is_the_first_in_the_list(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_default_without_a_base_model_is_the_first_listed(serve: Callable[..., Server], tmp_path: Path) -> None:
     for name in ("b-model", "a-model"):
         write_header(tmp_path / "two" / f"{name}.gguf")
     listed = serve("--models-dir", tmp_path / "two").get("/api/models").json()["models"]
@@ -2803,7 +2803,7 @@ def test_default_without_a_base_is_the_first_in_the_list(serve: Callable[..., Se
     assert listed[1]["id"] in ("a-model", "b-model")
 
 
-def test_default_does_not_change_under_a_client(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_default_stays_the_same_after_a_rescan(serve: Callable[..., Server], tmp_path: Path) -> None:
     write_header(tmp_path / "grow" / "m-model.gguf")
     server = serve("--models-dir", tmp_path / "grow")
     before = server.get("/api/models").json()["models"][0]["description"]
@@ -2813,20 +2813,20 @@ def test_default_does_not_change_under_a_client(serve: Callable[..., Server], tm
     assert server.get("/api/models").json()["models"][0]["description"] == before
 
 
-def test_server_without_any_model_is_healthy_and_says_what_is_missing(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_server_without_models_is_healthy_and_generate_is_404(serve: Callable[..., Server], tmp_path: Path) -> None:
     server = serve(script=Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py")))
     assert server.get("/health").json()["models_loaded"] == 0
     assert_error(server.generate(model="default"), 404, "model_not_found")
 
 
 @pytest.mark.parametrize("action", ["load", "unload"])
-def test_lifecycle_of_an_unknown_model_is_404(action: str, server: Server) -> None:
+def test_load_unload_and_status_of_an_unknown_model_are_404(action: str, server: Server) -> None:
     reply = server.post(f"/api/models/nonesuch/{action}")
     assert_error(reply, 404, "model_not_found", "nonesuch")
     assert_error(server.get("/api/models/nonesuch/status"), 404, "model_not_found", "nonesuch")
 
 
-def test_lifecycle_takes_default_and_percent_encoded_ids(serve: Callable[..., Server]) -> None:
+def test_model_routes_accept_default_and_percent_encoded_ids(serve: Callable[..., Server]) -> None:
     server = serve()
     ollama_model(server.home / ".ollama" / "models", "tiny", "latest")
     assert server.post("/api/models/discover").json()["discovered"] >= 1
@@ -2835,7 +2835,7 @@ def test_lifecycle_takes_default_and_percent_encoded_ids(serve: Callable[..., Se
     assert server.get("/api/models/default/status").status == 200
 
 
-def test_status_has_the_whole_shape(server: Server) -> None:
+def test_status_has_every_field(server: Server) -> None:
     status = server.status("dice")
     names = {"model", "status", "loaded", "progress", "memory_bytes", "requests_running", "requests_waiting",
              "last_used", "error"}  # fmt: skip
@@ -2850,7 +2850,7 @@ def test_load_waits_until_the_model_is_loaded(server: Server) -> None:
     assert status["memory_bytes"] > 0 and server.load("dice").status == 200
 
 
-def test_load_without_waiting_answers_202(server: Server) -> None:
+def test_load_without_waiting_is_202(server: Server) -> None:
     server.unload("dice")
     reply = server.post("/api/models/dice/load?wait=false")
     assert reply.status == 202 and reply.json()["status"] in ("loading", "loaded")
@@ -2887,7 +2887,7 @@ def test_unload_lets_a_running_generation_finish(server: Server) -> None:
     assert len(joined([first, *rest]).split()) == 2000 and rest[-1] == "[DONE]"
 
 
-def test_unload_by_force_ends_a_stream_with_an_error_event(server: Server) -> None:
+def test_forced_unload_ends_a_stream_with_an_error_event(server: Server) -> None:
     with server.endless() as stream:
         next(stream)
         assert server.unload("recital", "?force=true").json()["status"] == "unloaded"
@@ -2895,7 +2895,7 @@ def test_unload_by_force_ends_a_stream_with_an_error_event(server: Server) -> No
     assert [event for event in rest if event != "[DONE]"][-1]["error"]["code"]
 
 
-def test_load_unload_and_generate_at_once_lose_nothing(server: Server) -> None:
+def test_concurrent_load_unload_and_generate_all_succeed(server: Server) -> None:
     def act(number: int) -> Reply:
         return server.unload("dice") if number % 3 == 0 else server.generate("Once", "dice", max_tokens=5, ignore_eos=True)
 
@@ -2904,27 +2904,27 @@ def test_load_unload_and_generate_at_once_lose_nothing(server: Server) -> None:
     assert [reply.status for reply in replies] == [200] * 9
 
 
-def test_failing_load_answers_with_the_reason_and_is_remembered(server: Server) -> None:
+def test_failed_load_reports_the_reason_and_keeps_it_in_the_status(server: Server) -> None:
     reply = server.load("hollow")
     assert reply.status == 500 and reply.json()["error"]["code"] in ("generation_failed", "server_error")
     status = server.status("hollow")
     assert (status["status"], status["loaded"]) == ("failed", False) and status["error"]
 
 
-def test_failing_load_reaches_every_waiter(server: Server) -> None:
+def test_failed_load_fails_every_waiter(server: Server) -> None:
     with ThreadPoolExecutor(6) as pool:
         waiting = [pool.submit(server.generate, ":", "hollow", stream=bool(i % 2)) for i in range(6)]
         replies = [each.result() for each in waiting]
     for reply in replies:
-        assert_error(reply, 500, reply.json()["error"]["code"], "llama.attention")  # the key it lacks
+        assert_error(reply, 500, reply.json()["error"]["code"], "llama.attention")  # the missing key
 
 
-def test_failing_load_answers_over_websocket(server: Server) -> None:
+def test_failed_load_is_reported_over_websocket(server: Server) -> None:
     text, last = ws_ask(server, model="hollow", prompt=":")
     assert text == "" and last["error"]["message"]
 
 
-def test_model_that_failed_can_be_loaded_once_it_is_repaired(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_failed_model_loads_after_its_file_is_repaired(serve: Callable[..., Server], tmp_path: Path) -> None:
     path = write_header(tmp_path / "mend" / "mended.gguf")
     server = serve("--models-dir", path.parent)
     assert server.generate(model="mended").status == 500
@@ -2933,13 +2933,13 @@ def test_model_that_failed_can_be_loaded_once_it_is_repaired(serve: Callable[...
     assert server.generate(model="mended").text == "Hello wide world"
 
 
-def test_unload_of_a_failed_model_forgets_the_failure(server: Server) -> None:
+def test_unload_clears_a_failure(server: Server) -> None:
     server.load("hollow")
     status = server.unload("hollow").json()
     assert (status["status"], status["error"]) == ("unloaded", None)
 
 
-def test_model_whose_file_is_gone_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_model_with_a_deleted_file_is_an_error(serve: Callable[..., Server], tmp_path: Path) -> None:
     path = write_recital(tmp_path / "short" / "lived.gguf")
     server = serve("--models-dir", path.parent)
     assert "lived" in server.ids()
@@ -2956,7 +2956,7 @@ def test_max_loaded_evicts_the_least_recently_used(zoo: Server) -> None:
     assert loaded(zoo) == {"ant", "cat"}
 
 
-def test_max_loaded_counts_real_models_only(zoo: Server) -> None:
+def test_max_loaded_does_not_count_the_default_alias(zoo: Server) -> None:
     assert zoo.generate(model="ant").status == 200
     assert zoo.get("/api/health").json()["models_loaded"] == len(loaded(zoo)) <= 2
 
@@ -2981,17 +2981,17 @@ def test_keep_alive_unloads_an_idle_model(serve: Callable[..., Server], models: 
     assert server.generate().text == "Hello wide world"
 
 
-def test_keep_alive_zero_unloads_at_once(serve: Callable[..., Server], models: Path) -> None:
+def test_keep_alive_zero_unloads_immediately(serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models, "--keep-alive", "0")
     assert server.generate("=").text == TEXTS["="]
     eventually(lambda: server.status("recital")["status"] == "unloaded", "the model goes")
 
 
 # ── Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The same generation in the words of the native API and of OpenAI's.
+# One generation in the native format and in OpenAI's.
 
 
-def test_generate_answers_in_the_documented_shape(server: Server) -> None:
+def test_generate_response_has_the_documented_shape(server: Server) -> None:
     reply = server.generate("Say :")
     document = reply.json()
     assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
@@ -3000,14 +3000,14 @@ def test_generate_answers_in_the_documented_shape(server: Server) -> None:
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
 
 
-def test_generate_without_stream_is_json_with_a_length(server: Server) -> None:
+def test_generate_response_is_json_with_a_content_length(server: Server) -> None:
     reply = server.generate()
     assert reply.headers["Content-Type"].startswith("application/json")
     assert int(reply.headers["Content-Length"]) == len(reply.body)
 
 
 @every_text
-def test_stream_joined_is_the_plain_answer(prompt: str, server: Server) -> None:
+def test_streamed_and_plain_text_are_equal(prompt: str, server: Server) -> None:
     body = {"model": "recital", "prompt": prompt}
     assert joined(server.streamed("/api/generate", body)) == TEXTS[prompt] == server.generate(prompt).text
 
@@ -3021,14 +3021,14 @@ def test_stream_events_have_the_documented_shape(server: Server) -> None:
     assert done == "[DONE]"
 
 
-def test_stream_lines_are_data_lines_with_a_blank_between(server: Server) -> None:
+def test_stream_is_well_formed_server_sent_events(server: Server) -> None:
     body = {"model": "recital", "prompt": ":", "stream": True}
     text = server.post("/api/generate", body).body.decode()
     assert text.endswith("data: [DONE]\n\n") and "\r" not in text
     assert all(block.startswith(("data: ", ":")) and "\n" not in block for block in text.split("\n\n")[:-1])
 
 
-def test_chat_answers_in_openai_shape(server: Server) -> None:
+def test_chat_response_has_openai_shape(server: Server) -> None:
     document = server.chat().json()
     assert document["object"] == "chat.completion" and document["id"].startswith("chatcmpl-")
     assert abs(document["created"] - time.time()) < 60 and document["model"]
@@ -3049,7 +3049,7 @@ def test_chat_stream_has_openai_chunks(server: Server) -> None:
     assert not any(chunk.get("usage") for chunk in chunks)
 
 
-def test_chat_stream_includes_usage_when_asked(server: Server) -> None:
+def test_chat_stream_includes_usage_on_request(server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}],
             "stream_options": {"include_usage": True}}  # fmt: skip
     *_, last, done = server.streamed("/v1/chat/completions", body)
@@ -3057,7 +3057,7 @@ def test_chat_stream_includes_usage_when_asked(server: Server) -> None:
     assert last["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
 
 
-def test_completions_answer_in_openai_shape(server: Server) -> None:
+def test_completions_response_has_openai_shape(server: Server) -> None:
     document = server.post("/v1/completions", {"model": "recital", "prompt": "Say :"}).json()
     assert document["object"] == "text_completion" and document["id"].startswith("cmpl-") and document["created"]
     (choice,) = document["choices"]
@@ -3065,7 +3065,7 @@ def test_completions_answer_in_openai_shape(server: Server) -> None:
     assert choice["logprobs"] is None and document["usage"]["prompt_tokens"] == 6
 
 
-def test_completions_stream_ends_with_usage_when_asked(server: Server) -> None:
+def test_completions_stream_ends_with_usage_on_request(server: Server) -> None:
     body = {"model": "recital", "prompt": "=", "stream_options": {"include_usage": True}}
     *chunks, usage, done = server.streamed("/v1/completions", body)
     assert joined(chunks) == TEXTS["="] and chunks[-1]["choices"][0]["finish_reason"] == "stop"
@@ -3120,10 +3120,10 @@ def test_openai_client_raises_its_own_errors(server: Server) -> None:
 
 
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Routes, connections, bodies on the wire, and who may ask.
+# Routes, connections, bodies on the wire, and access.
 
 
-def test_models_begins_with_default_and_has_the_whole_shape(server: Server) -> None:
+def test_models_starts_with_default_and_has_every_field(server: Server) -> None:
     first, *rest = server.get("/api/models").json()["models"]
     assert (first["id"], first["name"], first["description"]) == (
         "default", "Default Model", "Base GGUF model: recital")  # fmt: skip
@@ -3134,14 +3134,14 @@ def test_models_begins_with_default_and_has_the_whole_shape(server: Server) -> N
     assert (recital["model_type"], recital["quantization"], recital["context_length"]) == ("llama", "F16", LONG_CTX)
 
 
-def test_models_shows_the_state_of_each(server: Server) -> None:
+def test_models_shows_each_models_state(server: Server) -> None:
     server.load("recital"), server.unload("dice")
     state = {model["id"]: (model["state"], model["loaded"]) for model in server.get("/api/models").json()["models"]}
     assert state["recital"] == state["default"] == ("loaded", True)
     assert state["dice"] == ("unloaded", False)
 
 
-def test_models_answers_while_the_engine_works(server: Server) -> None:
+def test_models_responds_while_the_engine_is_busy(server: Server) -> None:
     with server.endless() as stream:
         next(stream)
         assert "recital" in server.ids()
@@ -3178,7 +3178,7 @@ def test_health_has_the_documented_shape(path: str, server: Server) -> None:
 @pytest.mark.parametrize(
     "path", ["//api//health", "/api/health/", "/api/health?verbose=1", "///api/health//?a=b&c", "/api/%68ealth"]
 )
-def test_paths_are_forgiving(path: str, server: Server) -> None:
+def test_path_variant_reaches_its_route(path: str, server: Server) -> None:
     assert server.get(path).json()["status"] == "healthy"
 
 
@@ -3190,12 +3190,12 @@ def test_head_is_get_without_a_body(path: str, server: Server) -> None:
 
 @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
 @pytest.mark.parametrize("path", ["/nope", "/api", "/api/models/recital/dance", "/api/generate/more", "/%00"])
-def test_unknown_path_is_404_in_the_error_object(method: str, path: str, server: Server) -> None:
+def test_unknown_path_is_404_with_the_error_object(method: str, path: str, server: Server) -> None:
     error = assert_error(server.request(method, path), 404, "not_found")
     assert "type" not in error
 
 
-def test_unknown_path_on_v1_carries_a_type(server: Server) -> None:
+def test_unknown_path_on_v1_is_404_with_a_type(server: Server) -> None:
     assert assert_error(server.get("/v1/nope"), 404, "not_found")["type"] == "not_found_error"
 
 
@@ -3228,7 +3228,7 @@ def test_stream_leaves_the_connection_usable(server: Server) -> None:
         assert connection.getresponse().status == 200
 
 
-def test_requests_sent_in_one_go_are_answered_in_order(server: Server) -> None:
+def test_pipelined_requests_are_answered_in_order(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":"}).encode()
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.sendall(raw_post("/api/generate", body) + head_of("GET", "/nope") + head_of("GET", "/health", "Connection: close"))
@@ -3244,7 +3244,7 @@ def test_connection_close_is_honoured(server: Server) -> None:
 
 
 @pytest.mark.parametrize("path", ["/nope", "/api/generate", "/api/health", "/v1/nope"])
-def test_connection_is_in_step_after_an_error_with_a_body(path: str, server: Server) -> None:
+def test_connection_stays_in_sync_after_an_error_with_a_body(path: str, server: Server) -> None:
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.sendall(raw_post(path, b"GET /evil HTTP/1.1\r\n\r\n" * 50))
         first = read_reply(sock)
@@ -3255,7 +3255,7 @@ def test_connection_is_in_step_after_an_error_with_a_body(path: str, server: Ser
         assert read_reply(sock).json()["status"] == "healthy"
 
 
-def test_connection_is_in_step_after_a_head_and_a_generation(server: Server) -> None:
+def test_connection_stays_in_sync_after_head_and_post(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":"}).encode()
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.sendall(head_of("HEAD", "/health"))
@@ -3273,11 +3273,11 @@ def test_request_sent_one_byte_at_a_time_is_answered(server: Server) -> None:
         for index, byte in enumerate(raw_post("/api/generate", body)):
             sock.sendall(bytes([byte]))
             if index in (0, 10, 30):
-                time.sleep(0.05)  # so that the server does see these beginnings alone
+                time.sleep(0.05)  # so that the server reads these first bytes alone
         assert read_reply(sock).text == "Hello wide world"
 
 
-def test_chunked_body_is_read(server: Server) -> None:
+def test_chunked_body_is_accepted(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":"}).encode()
     chunks = b"".join(b"%x;note=1\r\n%s\r\n" % (len(part), part) for part in (body[:5], body[5:6], body[6:]))
     request = head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks + b"0\r\nTrailer: x\r\n\r\n"
@@ -3288,9 +3288,9 @@ def test_chunked_body_is_read(server: Server) -> None:
 @cases(
     "chunks",
     {
-        "a size that is no number": b"zz\r\nhello\r\n0\r\n\r\n",
+        "a size that is not a number": b"zz\r\nhello\r\n0\r\n\r\n",
         "a negative size": b"-5\r\nhello\r\n0\r\n\r\n",
-        "no line end behind the data": b"5\r\nhelloXX0\r\n\r\n",
+        "no line end after the data": b"5\r\nhelloXX0\r\n\r\n",
         "no size": b"\r\n\r\n",
     },
 )
@@ -3304,19 +3304,19 @@ def test_malformed_chunks_are_400(chunks: bytes, server: Server) -> None:
     {
         "a length and chunks": ("Content-Length: 5", "Transfer-Encoding: chunked"),
         "a negative length": ("Content-Length: -1",),
-        "a length in words": ("Content-Length: five",),
+        "a length that is not a number": ("Content-Length: five",),
         "two lengths": ("Content-Length: 5", "Content-Length: 6"),
         "a length with a sign": ("Content-Length: +5",),
         "an encoding that is not chunked": ("Transfer-Encoding: gzip",),
     },
 )
-def test_unclear_body_length_is_refused(lines: tuple[str, ...], server: Server) -> None:
+def test_ambiguous_body_length_is_rejected(lines: tuple[str, ...], server: Server) -> None:
     (reply,) = exchange(server, head_of("POST", "/api/generate", *lines))
     assert 400 <= reply.status < 500 or reply.status == 501
     assert reply.json()["error"]["code"]
 
 
-def test_body_beyond_16_mib_is_413_before_it_is_sent(server: Server) -> None:
+def test_body_over_16_mib_is_413_before_it_is_sent(server: Server) -> None:
     (reply,) = exchange(server, head_of("POST", "/api/generate", f"Content-Length: {17 << 20}"))
     assert_error(reply, 413, "payload_too_large", "16")
 
@@ -3328,10 +3328,10 @@ def test_body_one_byte_too_long_is_413_on_every_route(path: str, server: Server)
     assert reply.json()["error"]["code"]
 
 
-def test_chunked_body_beyond_16_mib_is_413(server: Server) -> None:
+def test_chunked_body_over_16_mib_is_413(server: Server) -> None:
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.sendall(head_of("POST", "/v1/completions", "Transfer-Encoding: chunked"))
-        with contextlib.suppress(ConnectionError):  # it may stop reading early
+        with contextlib.suppress(ConnectionError):  # the server may stop reading early
             for _ in range(17):
                 sock.sendall(b"100000\r\n" + b" " * (1 << 20) + b"\r\n")
         with contextlib.suppress(ConnectionError):
@@ -3339,12 +3339,12 @@ def test_chunked_body_beyond_16_mib_is_413(server: Server) -> None:
     assert server.get("/health").status == 200
 
 
-def test_body_of_15_mib_is_read(server: Server) -> None:
+def test_body_of_15_mib_is_accepted(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":", "x": "y" * (15 << 20)}).encode()
     assert server.post("/api/generate", body).text == "Hello wide world"
 
 
-def test_headers_that_are_too_large_are_431(server: Server) -> None:
+def test_oversized_headers_are_431(server: Server) -> None:
     reply = server.get("/health", **{"X-Large": "x" * 100_000})
     assert_error(reply, 431, "invalid_request")
 
@@ -3354,7 +3354,7 @@ def test_too_many_headers_are_431(server: Server) -> None:
     assert reply.status in (400, 431) and reply.json()["error"]["code"]
 
 
-def test_path_that_is_too_long_is_an_error_object(server: Server) -> None:
+def test_overlong_path_is_an_error_object(server: Server) -> None:
     reply = server.get("/" + "a" * 100_000)
     assert reply.status in (404, 414, 431) and reply.json()["error"]["code"]
 
@@ -3370,7 +3370,7 @@ def test_path_that_is_too_long_is_an_error_object(server: Server) -> None:
         "a TLS handshake": b"\x16\x03\x01\x02\x00\x01\r\n\r\n",
     },
 )
-def test_malformed_request_gets_a_status_line_and_the_error_object(line: bytes, server: Server) -> None:
+def test_malformed_request_gets_a_status_line_and_an_error_object(line: bytes, server: Server) -> None:
     (reply,) = exchange(server, line)
     assert 400 <= reply.status < 600 and reply.json()["error"]["code"]
 
@@ -3384,7 +3384,7 @@ def test_malformed_request_gets_a_status_line_and_the_error_object(line: bytes, 
         "two Origins": "Origin: http://evil.example\r\nOrigin: x",
     },
 )
-def test_header_that_would_hide_others_is_refused(line: str, server: Server) -> None:
+def test_ambiguous_header_is_rejected(line: str, server: Server) -> None:
     (reply,) = exchange(server, head_of("GET", "/health", line, "Connection: close"))
     assert reply.status in (400, 403) and reply.json()["error"]["code"]
 
@@ -3396,12 +3396,12 @@ def test_header_that_would_hide_others_is_refused(line: str, server: Server) -> 
         "in the request line": "GET http://[x/ HTTP/1.1\r\nHost: localhost\r\n\r\n",
     },
 )
-def test_address_that_is_malformed_is_the_clients_error(head: str, server: Server) -> None:
+def test_malformed_address_is_a_client_error(head: str, server: Server) -> None:
     (reply,) = exchange(server, head.encode())
     assert reply.status in (400, 403) and reply.json()["error"]["code"]
 
 
-def test_slow_client_holds_up_nobody(server: Server) -> None:
+def test_slow_clients_do_not_block_others(server: Server) -> None:
     with contextlib.ExitStack() as stack:
         for _ in range(20):
             slow = stack.enter_context(socket.create_connection((server.host, server.port)))
@@ -3410,7 +3410,7 @@ def test_slow_client_holds_up_nobody(server: Server) -> None:
         assert server.generate().text == "Hello wide world"
 
 
-def test_client_that_does_not_read_holds_up_nobody(server: Server) -> None:
+def test_client_that_does_not_read_does_not_block_others(server: Server) -> None:
     server.load("recital")
     body = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}).encode()
     with socket.create_connection((server.host, server.port)) as sock:
@@ -3422,8 +3422,8 @@ def test_client_that_does_not_read_holds_up_nobody(server: Server) -> None:
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
 
 
-def test_watcher_told_of_a_socket_closed_since_leaves_the_next_one_with_its_number_alone() -> None:
-    """What select() returned may be stale; to look for more from the new socket would wait for it."""
+def test_watcher_ignores_a_stale_event_for_a_reused_descriptor() -> None:
+    """What select() returned may be stale, and reading from the new socket would block."""
     watcher, cancel, (ours, theirs) = Watcher(), Cancellation(), socket.socketpair()
     ours.settimeout(1.0)
     told, select = threading.Event(), watcher._selector.select
@@ -3452,7 +3452,7 @@ def test_expect_100_continue_is_answered(server: Server) -> None:
         assert read_reply(sock).text == "Hello wide world"
 
 
-def test_http_1_0_client_is_answered_and_closed(server: Server) -> None:
+def test_http_1_0_response_is_not_chunked(server: Server) -> None:
     body = json.dumps({"model": "recital", "prompt": ":", "stream": True}).encode()
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.sendall(b"POST /api/generate HTTP/1.0\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
@@ -3474,11 +3474,11 @@ KEYED = [("GET", "/api/models"), ("POST", "/api/generate"), ("GET", "/v1/models"
         "no key": {},
         "another key": {"Authorization": "Bearer wrong"},
         "another scheme": {"Authorization": "Basic s3cret"},
-        "a part of the key": {"x-api-key": "s3cre"},
-        "more than the key": {"x-api-key": "s3cret\xe9"},
+        "part of the key": {"x-api-key": "s3cre"},
+        "the key and one more byte": {"x-api-key": "s3cret\xe9"},
     },
 )
-def test_key_is_asked_for(method: str, path: str, headers: dict[str, str], guarded: Server) -> None:
+def test_key_is_required(method: str, path: str, headers: dict[str, str], guarded: Server) -> None:
     reply = guarded.request(method, path, b"{}" if method == "POST" else None, headers)
     assert reply.status == 401
     if method != "HEAD":
@@ -3488,16 +3488,16 @@ def test_key_is_asked_for(method: str, path: str, headers: dict[str, str], guard
 
 @pytest.mark.parametrize("headers", [{"Authorization": "Bearer s3cret"}, {"authorization": "bearer s3cret"},
                                      {"x-api-key": "s3cret"}, {"X-API-Key": "s3cret"}], ids=json.dumps)  # fmt: skip
-def test_key_opens(headers: dict[str, str], guarded: Server) -> None:
+def test_key_is_accepted(headers: dict[str, str], guarded: Server) -> None:
     assert guarded.request("GET", "/api/models", None, headers).status == 200
 
 
 @pytest.mark.parametrize("path", ["/health", "/api/health", "/api/health/"])
-def test_key_is_not_asked_for_health(path: str, guarded: Server) -> None:
+def test_health_needs_no_key(path: str, guarded: Server) -> None:
     assert guarded.get(path).status == 200
 
 
-def test_key_is_never_logged(serve: Callable[..., Server], models: Path) -> None:
+def test_keys_and_prompts_are_never_logged(serve: Callable[..., Server], models: Path) -> None:
     server = serve("-v", "--models-dir", models, "--api-key", "hush-hush")
     body = {"model": "recital", "prompt": "private words :"}
     assert server.post("/api/generate", body, **{"x-api-key": "hush-hush"}).status == 200
@@ -3509,17 +3509,17 @@ def test_key_is_never_logged(serve: Callable[..., Server], models: Path) -> None
 
 
 @pytest.mark.parametrize("host", ["evil.example", "evil.example:{port}", "127.0.0.1.evil.example", "10.0.0.1", "localhost.evil"])
-def test_foreign_host_is_refused(host: str, server: Server) -> None:
+def test_foreign_host_is_rejected(host: str, server: Server) -> None:
     reply = server.get("/api/models", Host=host.format(port=server.port))
     assert_error(reply, 403, "forbidden")
 
 
 @pytest.mark.parametrize("host", ["localhost", "LOCALHOST:{port}", "127.0.0.1:{port}", "[::1]:{port}", "127.0.0.2"])
-def test_loopback_host_passes(host: str, server: Server) -> None:
+def test_loopback_host_is_accepted(host: str, server: Server) -> None:
     assert server.get("/api/models", Host=host.format(port=server.port)).status == 200
 
 
-def test_allowed_host_passes(guarded: Server) -> None:
+def test_allowed_host_is_accepted(guarded: Server) -> None:
     headers = {"Host": "my.box:80", "x-api-key": "s3cret"}
     assert guarded.request("GET", "/api/models", None, headers).status == 200
     assert guarded.request("GET", "/api/models", None, {**headers, "Host": "your.box"}).status == 403
@@ -3532,7 +3532,7 @@ FRIENDLY = ["http://localhost:3000", "http://127.0.0.1", "https://localhost", "h
 
 
 @pytest.mark.parametrize("origin", FOREIGN)
-def test_foreign_origin_is_refused_before_anything_runs(origin: str, server: Server) -> None:
+def test_foreign_origin_is_rejected_before_anything_runs(origin: str, server: Server) -> None:
     server.unload("dice")
     reply = server.post("/api/models/dice/load", None, Origin=origin)
     assert_error(reply, 403, "forbidden")
@@ -3547,25 +3547,25 @@ def test_friendly_origin_is_reflected(origin: str, server: Server) -> None:
     assert "origin" in reply.headers["Vary"].lower()
 
 
-def test_friendly_origin_may_read_errors_and_streams(server: Server) -> None:
+def test_friendly_origin_can_read_errors_and_streams(server: Server) -> None:
     origin = {"Origin": "http://localhost:3000"}
     for body in ({"model": "nonesuch", "prompt": ":"}, {"model": "recital", "prompt": ":", "stream": True}):
         reply = server.post("/api/generate", body, **origin)
         assert reply.headers["Access-Control-Allow-Origin"] == origin["Origin"]
 
 
-def test_allowed_origin_passes(guarded: Server) -> None:
+def test_allowed_origin_is_accepted(guarded: Server) -> None:
     reply = guarded.get("/api/models", Origin="https://my.app", **{"x-api-key": "s3cret"})
     assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == "https://my.app"
     assert guarded.get("/api/models", Origin="https://my.app.evil", **{"x-api-key": "s3cret"}).status == 403
 
 
-def test_allowed_origin_may_read_that_the_key_is_missing(guarded: Server) -> None:
+def test_allowed_origin_can_read_the_401(guarded: Server) -> None:
     reply = guarded.get("/api/models", Origin="https://my.app")
     assert (reply.status, reply.headers["Access-Control-Allow-Origin"]) == (401, "https://my.app")
 
 
-def test_no_origin_no_cors_headers(server: Server) -> None:
+def test_no_cors_headers_without_an_origin(server: Server) -> None:
     assert "Access-Control-Allow-Origin" not in server.get("/api/models").headers
 
 
@@ -3576,7 +3576,7 @@ def preflight(server: Server, origin: str) -> Reply:
 
 
 @pytest.mark.parametrize("origin", ["http://localhost:3000", "https://my.app"])
-def test_preflight_of_an_allowed_origin_needs_no_key(origin: str, guarded: Server) -> None:
+def test_preflight_from_an_allowed_origin_needs_no_key(origin: str, guarded: Server) -> None:
     reply = preflight(guarded, origin)
     assert reply.status == 200 and reply.headers["Access-Control-Allow-Origin"] == origin
     assert "POST" in reply.headers["Access-Control-Allow-Methods"]
@@ -3584,18 +3584,18 @@ def test_preflight_of_an_allowed_origin_needs_no_key(origin: str, guarded: Serve
 
 
 @pytest.mark.parametrize("origin", ["https://evil.example", "null"])
-def test_preflight_of_a_foreign_origin_gets_no_cors_headers(origin: str, guarded: Server) -> None:
+def test_preflight_from_a_foreign_origin_gets_no_cors_headers(origin: str, guarded: Server) -> None:
     reply = preflight(guarded, origin)
     assert reply.status == 200
     assert not [name for name in reply.headers if name.lower().startswith("access-control-allow")]
 
 
 # ── WebSocket ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# One connection, one request after another; upgrades, cancels, and who may connect.
+# Requests one after another on one connection, cancels, upgrades, and access.
 
 
 @every_text
-def test_ws_text_is_the_same_as_over_http(prompt: str, server: Server) -> None:
+def test_ws_text_matches_http(prompt: str, server: Server) -> None:
     assert ws_ask(server, prompt=prompt)[0] == TEXTS[prompt]
 
 
@@ -3614,7 +3614,7 @@ def test_ws_token_messages_hold_only_the_token(server: Server) -> None:
     assert all(set(message) == {"token"} for message in messages[:-1])
 
 
-def test_ws_connection_serves_one_request_after_another(server: Server) -> None:
+def test_ws_serves_one_request_after_another(server: Server) -> None:
     with server.ws() as ws:
         for prompt in (":", "=", "~", ":"):
             ws.send(json.dumps({"model": "recital", "prompt": prompt}))
@@ -3628,7 +3628,7 @@ def test_ws_request_sent_during_another_waits(server: Server) -> None:
         assert [ws_answer(ws)[0] for _ in range(3)] == [TEXTS["="], TEXTS[":"], TEXTS["|"]]
 
 
-def test_ws_cancel_ends_the_running_request_and_the_next_is_served(server: Server) -> None:
+def test_ws_cancel_ends_the_request_and_keeps_the_connection(server: Server) -> None:
     with server.ws() as ws:
         ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
         ws.recv(HANG)
@@ -3649,7 +3649,7 @@ def test_ws_cancel_leaves_the_waiting_request_alone(server: Server) -> None:
         assert ws_answer(ws)[0] == TEXTS["="]
 
 
-def test_ws_cancel_with_nothing_running_does_no_harm(server: Server) -> None:
+def test_ws_cancel_with_nothing_running_is_harmless(server: Server) -> None:
     with server.ws() as ws:
         ws.send('{"cancel": true}')
         ws.send('{"model": "recital", "prompt": ":"}')
@@ -3659,7 +3659,7 @@ def test_ws_cancel_with_nothing_running_does_no_harm(server: Server) -> None:
         assert (text, last["finish_reason"]) == ("Hello wide world", "stop")
 
 
-def test_ws_cancel_right_behind_the_request_reaches_it(server: Server) -> None:
+def test_ws_cancel_sent_right_after_the_request_cancels_it(server: Server) -> None:
     for _ in range(8):
         with server.ws() as ws:
             ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
@@ -3679,10 +3679,10 @@ def test_ws_cancel_right_behind_the_request_reaches_it(server: Server) -> None:
         "a lone surrogate": ('{"model": "recital", "prompt": "\\ud800"}', "invalid_request", ""),
         "100 levels": ('{"x": ' + "[" * 100 + "]" * 100 + "}", "invalid_request", ""),
         "an unknown model": ('{"model": "nonesuch", "prompt": ":"}', "model_not_found", "nonesuch"),
-        "a prompt beyond the context": (json.dumps({"model": "dice", "prompt": "a" * 300}), "context_length_exceeded", "256"),
+        "a prompt that is too long": (json.dumps({"model": "dice", "prompt": "a" * 300}), "context_length_exceeded", "256"),
     },
 )
-def test_ws_error_is_the_error_object_and_the_connection_goes_on(message: str, code: str, word: str, server: Server) -> None:
+def test_ws_error_keeps_the_connection(message: str, code: str, word: str, server: Server) -> None:
     with server.ws() as ws:
         ws.send(message)
         error = json.loads(ws.recv(HANG))["error"]
@@ -3691,13 +3691,13 @@ def test_ws_error_is_the_error_object_and_the_connection_goes_on(message: str, c
         assert ws_answer(ws)[0] == "Hello wide world"
 
 
-def test_ws_request_in_many_fragments_is_read(server: Server) -> None:
+def test_ws_request_in_many_fragments_is_accepted(server: Server) -> None:
     with server.ws() as ws:
         ws.send(iter('{"model": "recital", "prompt": "~"}'))
         assert ws_answer(ws)[0] == TEXTS["~"]
 
 
-def test_ws_binary_message_does_no_harm(server: Server) -> None:
+def test_ws_binary_message_is_harmless(server: Server) -> None:
     with server.ws() as ws:
         ws.send(b'\xff\xfe{"model"')
         with contextlib.suppress(ConnectionClosed):
@@ -3705,14 +3705,14 @@ def test_ws_binary_message_does_no_harm(server: Server) -> None:
     assert ws_ask(server, prompt=":")[0] == "Hello wide world"
 
 
-def test_ws_frame_beyond_the_limit_closes_with_1009(server: Server) -> None:
+def test_ws_oversized_frame_closes_with_1009(server: Server) -> None:
     with server.ws() as ws, pytest.raises(ConnectionClosed) as closed:
         ws.send("x" * (17 << 20))
         ws.recv(HANG)
     assert closed.value.rcvd and closed.value.rcvd.code == 1009
 
 
-def test_ws_many_connections_at_once(server: Server) -> None:
+def test_ws_concurrent_connections_are_all_answered(server: Server) -> None:
     with ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda _: ws_ask(server, prompt="=")[0], range(12)))
     assert answers == [TEXTS["="]] * 12
@@ -3722,14 +3722,14 @@ UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Versi
            "Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}  # fmt: skip
 
 
-def test_ws_upgrade_sent_one_byte_at_a_time(server: Server) -> None:
+def test_ws_upgrade_sent_one_byte_at_a_time_is_accepted(server: Server) -> None:
     lines = [f"{name}: {value}" for name, value in UPGRADE.items()]
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for index, byte in enumerate(head_of("GET", "/ws/generate", *lines)):
             sock.sendall(bytes([byte]))
             if index in (0, 6, 30):
-                time.sleep(0.05)  # so that the server does see these beginnings alone
+                time.sleep(0.05)  # so that the server reads these first bytes alone
         answer = sock.recv(4096)
     assert answer.startswith(b"HTTP/1.1 101 ") and b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" in answer
 
@@ -3747,7 +3747,7 @@ def test_ws_upgrade_sent_one_byte_at_a_time(server: Server) -> None:
         "a header of 100000 characters": {"X-Large": "x" * 100_000},
     },
 )
-def test_ws_upgrade_that_is_wrong_is_an_error_object(wrong: dict[str, str | None], server: Server) -> None:
+def test_ws_malformed_upgrade_is_an_error_object(wrong: dict[str, str | None], server: Server) -> None:
     lines = [f"{name}: {value}" for name, value in {**UPGRADE, **wrong}.items() if value is not None]
     (reply,) = exchange(server, head_of("GET", "/ws/generate", *lines))
     assert 400 <= reply.status < 500 and reply.json()["error"]["code"]
@@ -3759,22 +3759,22 @@ def test_ws_route_without_an_upgrade_is_an_error_object(server: Server) -> None:
     assert server.post("/ws/generate", {}).status in (400, 405, 426)
 
 
-def test_ws_upgrade_on_another_path_is_not_found(server: Server) -> None:
+def test_ws_upgrade_on_another_path_is_404(server: Server) -> None:
     with pytest.raises(InvalidStatus) as refused:
         ws_connect(f"ws://127.0.0.1:{server.port}/ws/nope", proxy=None)
     assert refused.value.response.status_code == 404
     assert json.loads(refused.value.response.body or b"{}")["error"]["code"] == "not_found"
 
 
-def test_ws_client_that_vanishes_stops_the_engine(server: Server) -> None:
+def test_ws_connection_lost_without_a_close_cancels_its_generation(server: Server) -> None:
     with server.ws() as ws:
         ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
         ws.recv(HANG)
-        ws.socket.shutdown(socket.SHUT_RDWR)  # no closing handshake
+        ws.socket.shutdown(socket.SHUT_RDWR)  # skips the closing handshake
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the generation is cancelled")
 
 
-def test_key_is_asked_for_on_websocket(guarded: Server) -> None:
+def test_ws_key_is_required(guarded: Server) -> None:
     with pytest.raises(InvalidStatus) as refused:
         guarded.ws()
     assert refused.value.response.status_code == 401
@@ -3784,20 +3784,20 @@ def test_key_is_asked_for_on_websocket(guarded: Server) -> None:
 
 
 @pytest.mark.parametrize("origin", FOREIGN[:3])
-def test_ws_with_a_foreign_origin_is_refused(origin: str, server: Server) -> None:
+def test_ws_foreign_origin_is_rejected(origin: str, server: Server) -> None:
     with pytest.raises(InvalidStatus) as refused:
         server.ws(additional_headers={"Origin": origin})
     assert refused.value.response.status_code == 403
 
 
 @pytest.mark.parametrize("origin", FRIENDLY[:2] + FRIENDLY[-1:])
-def test_ws_with_a_friendly_origin_passes(origin: str, server: Server) -> None:
+def test_ws_friendly_origin_is_accepted(origin: str, server: Server) -> None:
     with server.ws(additional_headers={"Origin": origin}) as ws:
         ws.send('{"model": "recital", "prompt": ":"}')
         assert ws_answer(ws)[0] == "Hello wide world"
 
 
-def test_ws_with_a_foreign_host_is_refused(server: Server) -> None:
+def test_ws_foreign_host_is_rejected(server: Server) -> None:
     lines = b"Upgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Version: 13\r\n"
     request = b"GET /ws/generate HTTP/1.1\r\nHost: evil.example\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
     (reply,) = exchange(server, request + lines + b"\r\n")
@@ -3805,11 +3805,11 @@ def test_ws_with_a_foreign_host_is_refused(server: Server) -> None:
 
 
 # ── Lifecycle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A server ends when told to, lets streams finish, and leaves no process behind.
+# The server exits on a signal, lets streams finish, and leaves no process behind.
 
 
 @cases("number", {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT})
-def test_serve_ends_cleanly_on_a_signal(number: int, serve: Callable[..., Server], models: Path) -> None:
+def test_serve_exits_cleanly_on_a_signal(number: int, serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models)
     assert server.generate().status == 200
     children = descendants(server.process.pid)
@@ -3819,7 +3819,7 @@ def test_serve_ends_cleanly_on_a_signal(number: int, serve: Callable[..., Server
     eventually(lambda: not any(map(alive, children)), "no child is left")
 
 
-def test_serve_ends_although_connections_are_open(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_exits_with_connections_open(serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models)
     with contextlib.ExitStack() as stack:
         idle, half = (stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(2))
@@ -3834,7 +3834,7 @@ def test_serve_ends_although_connections_are_open(serve: Callable[..., Server], 
     assert "Traceback" not in server.log.read_text()
 
 
-def test_serve_lets_a_stream_finish_before_it_ends(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_lets_a_stream_finish_before_it_exits(serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models)
     body = {"model": "recital", "prompt": "#", "max_tokens": 1000}
     with server.stream("/api/generate", body) as stream:
@@ -3845,20 +3845,20 @@ def test_serve_lets_a_stream_finish_before_it_ends(serve: Callable[..., Server],
     assert rest[-1] == "[DONE]" and server.process.wait(HANG) == 0
 
 
-def test_serve_ends_at_once_on_a_second_signal(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_exits_immediately_on_a_second_signal(serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     with server.endless() as stream:
         next(stream)
         children = descendants(server.process.pid)
         server.signal(signal.SIGTERM)
-        time.sleep(0.3)  # two signals at the same moment are one
+        time.sleep(0.3)  # two signals sent at once count as one
         server.signal(signal.SIGTERM)
         server.process.wait(HANG)
     eventually(lambda: not any(map(alive, children)), "the engine ends")
 
 
 @linux
-def test_serve_killed_outright_leaves_no_engine_behind(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_killed_leaves_no_engine_behind(serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     with server.endless() as stream:
         next(stream)
@@ -3869,7 +3869,7 @@ def test_serve_killed_outright_leaves_no_engine_behind(serve: Callable[..., Serv
     eventually(lambda: not any(map(alive, children)), "every child ends by itself")
 
 
-def test_stop_with_a_websocket_in_use_prints_nothing(serve: Callable[..., Server], models: Path) -> None:
+def test_stop_with_an_open_websocket_logs_nothing(serve: Callable[..., Server], models: Path) -> None:
     own = serve("--models-dir", models)
     with own.ws() as ws:
         ws.send(json.dumps({"model": "recital", "prompt": ":"}))
@@ -3879,7 +3879,7 @@ def test_stop_with_a_websocket_in_use_prints_nothing(serve: Callable[..., Server
 
 
 @linux
-def test_stuck_engine_does_not_keep_the_server_from_ending(
+def test_stuck_engine_does_not_block_shutdown(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
     hurry = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5"), ("self.process.wait(3.0)", "self.process.wait(0.3)")
@@ -3895,7 +3895,7 @@ def test_stuck_engine_does_not_keep_the_server_from_ending(
 
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# Options, exit codes and pipes of every command.
+# Options, output, exit codes and pipes of every command.
 
 
 @pytest.mark.parametrize("args", [["--version"], ["-V"], ["list", "--version"], ["serve", "-V"]], ids=" ".join)
@@ -3912,7 +3912,7 @@ def test_help_goes_to_stdout_with_exit_0(args: list[str], tmp_path: Path) -> Non
     assert done.stderr == b""
 
 
-def test_help_names_every_command(tmp_path: Path) -> None:
+def test_help_lists_every_command(tmp_path: Path) -> None:
     text = shimmy("--help", home=tmp_path).stdout.decode()
     assert all(command in text for command in ("serve", "generate", "list", "probe", "diag"))
 
@@ -3939,7 +3939,7 @@ def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path
 @pytest.mark.parametrize(
     "flags", [["--max-loaded", "0"], ["--max-queue", "-5"], ["--keep-alive", "soon"], ["--alias", "nothing"]], ids=" ".join
 )
-def test_serve_flag_that_makes_no_sense_is_a_usage_error(flags: list[str], tmp_path: Path) -> None:
+def test_invalid_serve_flag_is_a_usage_error(flags: list[str], tmp_path: Path) -> None:
     done = shimmy("serve", "--port", "0", *flags, home=tmp_path)
     assert done.returncode == 2 and flags[0].encode() in done.stderr and b"Traceback" not in done.stderr
 
@@ -3955,14 +3955,14 @@ def test_serve_flag_that_makes_no_sense_is_a_usage_error(flags: list[str], tmp_p
         "--schema none.json": (["generate", "--schema", "none.json", "--prompt", "x"], {}, "none.json"),
     },
 )
-def test_setting_that_cannot_be_is_one_line_naming_it(args: list[str], env: dict[str, str], word: str, tmp_path: Path) -> None:
+def test_invalid_setting_is_reported_by_name(args: list[str], env: dict[str, str], word: str, tmp_path: Path) -> None:
     done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": "0", **env})
     assert done.returncode in (1, 2) and word in done.stderr.decode()
     assert b"Traceback" not in done.stderr and done.stdout == b""
 
 
 @pytest.mark.parametrize(("package", "old"), [("llama_cpp_python", "0.2.90"), ("websockets", "9.1"), ("jinja2", "3.1.5")])
-def test_package_that_is_too_old_is_named_in_one_line(package: str, old: str, models: Path, tmp_path: Path) -> None:
+def test_outdated_package_is_named_in_one_line(package: str, old: str, models: Path, tmp_path: Path) -> None:
     info = tmp_path / "old" / f"{package}-{old}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: {old}\n")
@@ -3980,13 +3980,13 @@ def test_serve_prints_one_line_with_its_url(server: Server) -> None:
     assert f"http://127.0.0.1:{server.port}" in server.first_line
 
 
-def test_serve_on_a_taken_port_is_one_line_and_exit_1(tmp_path: Path) -> None:
+def test_serve_on_a_taken_port_exits_1_with_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert_failed(shimmy("serve", "--port", port, home=tmp_path), 1, port)
 
 
-def test_serve_port_wins_over_bind(serve: Callable[..., Server]) -> None:
+def test_serve_port_overrides_bind(serve: Callable[..., Server]) -> None:
     port = free_port()
     server = serve("--bind", "127.0.0.1:1", "--port", str(port), own_port=True)
     assert server.port == port and server.get("/health").status == 200
@@ -3998,7 +3998,7 @@ def test_serve_takes_the_port_from_bind(serve: Callable[..., Server]) -> None:
     assert server.port == port and server.get("/health").status == 200
 
 
-def test_serve_on_ipv6_loopback(serve: Callable[..., Server]) -> None:
+def test_serve_listens_on_ipv6_loopback(serve: Callable[..., Server]) -> None:
     try:
         socket.create_server(("::1", 0), family=socket.AF_INET6).close()
     except OSError:
@@ -4009,7 +4009,7 @@ def test_serve_on_ipv6_loopback(serve: Callable[..., Server]) -> None:
     assert server.get("/health", Host=f"[::1]:{server.port}").status == 200
 
 
-def test_serve_settings_come_from_the_environment(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_serve_reads_settings_from_the_environment(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     port = free_port()
     write_header(tmp_path / "one" / "first-path.gguf")
     write_header(tmp_path / "two" / "second-path.gguf")
@@ -4032,7 +4032,7 @@ def test_serve_settings_come_from_the_environment(serve: Callable[..., Server], 
     assert_error(server.post("/api/generate", body, **key), 400, "context_length_exceeded", "301", "128")
 
 
-def test_serve_flag_wins_over_the_environment(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_flags_override_the_environment(serve: Callable[..., Server], models: Path) -> None:
     env = {"SHIMMY_PORT": "1", "SHIMMY_API_KEY": "other", "SHIMMY_BASE_GGUF": str(models / "recital.gguf")}
     server = serve("--api-key", "mine", "--model", "dice", "--models-dir", models, env=env)
     reply = server.get("/api/models", **{"x-api-key": "mine"})
@@ -4040,7 +4040,7 @@ def test_serve_flag_wins_over_the_environment(serve: Callable[..., Server], mode
     assert reply.json()["models"][0]["description"] == "Base GGUF model: dice"
 
 
-def test_serve_bind_address_variable_may_hold_the_port(serve: Callable[..., Server]) -> None:
+def test_serve_bind_address_variable_may_include_the_port(serve: Callable[..., Server]) -> None:
     port = free_port()
     server = serve(env={"SHIMMY_BIND_ADDRESS": f"127.0.0.1:{port}"}, own_port=True)
     assert server.port == port
@@ -4053,17 +4053,17 @@ def test_serve_beyond_loopback_without_a_key_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--insecure"], ["--api-key", "k3y"]], ids=" ".join)
-def test_serve_beyond_loopback_when_told_so(flags: list[str], serve: Callable[..., Server]) -> None:
+def test_serve_beyond_loopback_is_allowed_with(flags: list[str], serve: Callable[..., Server]) -> None:
     server = serve("--bind", "0.0.0.0", *flags)
     assert server.get("/health", Host="some.lan.name").status == 200
 
 
-def test_serve_with_an_unknown_default_model_says_so(models: Path, tmp_path: Path) -> None:
+def test_serve_with_a_missing_default_model_exits_1_with_one_line(models: Path, tmp_path: Path) -> None:
     done = shimmy("serve", "--port", "0", "--model", "./nowhere.gguf", "--models-dir", models, home=tmp_path)
     assert_failed(done, 1, "nowhere.gguf")
 
 
-def test_serve_preload_and_model_by_path(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_serve_preloads_a_model_given_by_path(serve: Callable[..., Server], tmp_path: Path) -> None:
     path = write_recital(tmp_path / "far" / "Far_Away.gguf", name="Far Away")
     server = serve("--model", path, "--preload")
     eventually(lambda: server.status("default")["status"] == "loaded", "the default model is loaded by itself")
@@ -4071,7 +4071,7 @@ def test_serve_preload_and_model_by_path(serve: Callable[..., Server], tmp_path:
     assert server.generate(model="far-away").text == "Hello wide world"
 
 
-def test_serve_stays_up_when_the_preloaded_model_fails(serve: Callable[..., Server], models: Path) -> None:
+def test_serve_stays_up_when_preloading_fails(serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models, "--model", "hollow", "--preload")
     eventually(lambda: server.status("hollow")["status"] == "failed", "the load fails")
     assert server.generate(":", "recital").text == "Hello wide world"
@@ -4094,21 +4094,21 @@ def test_list_short_prints_names_only(models: Path, tmp_path: Path) -> None:
     assert {"recital", "dice", "hollow"} <= set(done.stdout.decode().splitlines())
 
 
-def test_list_prints_a_table_with_what_matters(models: Path, tmp_path: Path) -> None:
+def test_list_prints_a_table(models: Path, tmp_path: Path) -> None:
     text = shimmy("list", "--models-dir", models, home=tmp_path).stdout.decode()
     (line,) = [line for line in text.splitlines() if re.search(r"\brecital\b", line)]
     assert "F16" in line and str(LONG_CTX) in line.replace(",", "")
     assert str(models) in text
 
 
-def test_list_without_any_model_says_so_and_succeeds(tmp_path: Path) -> None:
+def test_list_without_models_says_so_and_exits_0(tmp_path: Path) -> None:
     script = shutil.copy(SHIMMY, tmp_path / "shimmy.py")
     done = shimmy("list", home=tmp_path, script=Path(script))
     assert done.returncode == 0
     assert b"gguf" in (done.stdout + done.stderr).lower()
 
 
-def test_list_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: Path) -> None:
+def test_list_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
     command = f"'{sys.executable}' '{SHIMMY}' list --models-dir '{models}' | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
@@ -4122,7 +4122,7 @@ def test_generate_prints_only_the_text(models: Path, tmp_path: Path) -> None:
     assert done.stdout.decode().removesuffix("\n") == "Hello wide world"
 
 
-def test_generate_prints_the_same_text_as_http_for_unicode(models: Path, tmp_path: Path) -> None:
+def test_generate_prints_unicode(models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path)
     assert done.stdout.decode().removesuffix("\n") == TEXTS["~"]
 
@@ -4140,8 +4140,8 @@ def test_generate_stdin_is_appended_after_a_newline(models: Path, tmp_path: Path
     assert document["usage"]["prompt_tokens"] == 1 + len("Sum:\nlog =")
 
 
-def test_generate_with_a_prompt_leaves_stdin_alone(models: Path, tmp_path: Path) -> None:
-    reading, writing = os.pipe()  # stays open: reading it would hang
+def test_generate_with_a_prompt_does_not_read_stdin(models: Path, tmp_path: Path) -> None:
+    reading, writing = os.pipe()  # never closed, so reading it would hang
     command = [sys.executable, str(SHIMMY), "generate", "recital", "--prompt", ":", "--models-dir", str(models)]
     done = subprocess.run(
         command, stdin=reading, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False
@@ -4151,7 +4151,7 @@ def test_generate_with_a_prompt_leaves_stdin_alone(models: Path, tmp_path: Path)
     assert done.stdout.startswith(b"Hello wide world")
 
 
-def test_generate_json_prints_one_api_generate_document(models: Path, tmp_path: Path) -> None:
+def test_generate_json_prints_the_documented_response(models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "recital", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
     document = json.loads(done.stdout)
     assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
@@ -4167,11 +4167,11 @@ def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> Non
     assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
 
 
-TOO_MUCH = {"--temperature": "9", "--top-p": "1.5", "--max-tokens": "0", "--ctx": "0"}
+OUT_OF_RANGE = {"--temperature": "9", "--top-p": "1.5", "--max-tokens": "0", "--ctx": "0"}
 
 
-@cases("option, value", {f"{option} {value}": (option, value) for option, value in TOO_MUCH.items()})
-def test_generate_with_a_number_out_of_range_names_the_option(option: str, value: str, models: Path, tmp_path: Path) -> None:
+@cases("option, value", {f"{option} {value}": (option, value) for option, value in OUT_OF_RANGE.items()})
+def test_generate_option_out_of_range_is_named(option: str, value: str, models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "recital", "--prompt", ":", option, value, "--models-dir", models, home=tmp_path)
     assert done.returncode in (1, 2) and done.stdout == b""
     assert option.strip("-").replace("-", "_") in done.stderr.decode().replace("-", "_")
@@ -4200,7 +4200,7 @@ def test_generate_chat_applies_the_template(models: Path, tmp_path: Path) -> Non
     assert document["usage"]["prompt_tokens"] == 1 + len("[user]please count[assistant]=")
 
 
-def test_generate_takes_a_path_to_a_gguf(models: Path, tmp_path: Path) -> None:
+def test_generate_accepts_a_path_to_a_gguf(models: Path, tmp_path: Path) -> None:
     shutil.copy(models / "recital.gguf", tmp_path / "elsewhere.gguf")
     done = shimmy("generate", "./elsewhere.gguf", "--prompt", ":", home=tmp_path)
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
@@ -4212,18 +4212,18 @@ def test_generate_without_a_model_name_uses_the_base_gguf(models: Path, tmp_path
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
 
 
-def test_generate_without_any_model_is_one_line_and_exit_1(tmp_path: Path) -> None:
+def test_generate_without_models_exits_1_with_one_line(tmp_path: Path) -> None:
     script = Path(shutil.copy(SHIMMY, tmp_path / "shimmy.py"))
     assert_failed(shimmy("generate", "--prompt", ":", home=tmp_path, script=script), 1, "GGUF")
 
 
-def test_generate_writes_utf_8_whatever_the_locale(models: Path, tmp_path: Path) -> None:
+def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> None:
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path, env=env)
     assert done.stdout.decode().removesuffix("\n") == TEXTS["~"], done.stderr
 
 
-def test_generate_with_a_schema_file_prints_json_of_that_schema(models: Path, tmp_path: Path) -> None:
+def test_generate_with_a_schema_file_prints_matching_json(models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes", "no"]}')
     args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
     done = shimmy(*args, home=tmp_path)
@@ -4240,14 +4240,14 @@ def test_generate_with_a_schema_file_prints_json_of_that_schema(models: Path, tm
         "$ref to nowhere": '{"$ref": "#/nowhere"}',
     },
 )
-def test_generate_with_a_schema_that_is_none_is_one_line(schema: str, models: Path, tmp_path: Path) -> None:
+def test_generate_with_an_invalid_schema_fails_with_one_line(schema: str, models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text(schema, "latin-1")
     args: list[str | Path] = ["generate", "dice", "--prompt", "Well", "--schema", "schema.json", "--models-dir", models]
     done = shimmy(*args, home=tmp_path)
     assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and b"Traceback" not in done.stderr
 
 
-def test_generate_with_a_stranger_on_the_port_loads_the_model_itself(models: Path, tmp_path: Path) -> None:
+def test_generate_loads_the_model_itself_when_another_service_has_the_port(models: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as stranger:
         threading.Thread(target=lambda: stranger.accept()[0].sendall(b"220 mail.example ESMTP\r\n"), daemon=True).start()
         env = {"SHIMMY_PORT": str(stranger.getsockname()[1]), "SHIMMY_MODEL_PATHS": str(models)}
@@ -4255,31 +4255,31 @@ def test_generate_with_a_stranger_on_the_port_loads_the_model_itself(models: Pat
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
 
 
-def test_generate_with_an_unknown_model_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
+def test_generate_with_an_unknown_model_exits_1_with_one_line(models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "nonesuch", "--prompt", ":", "--models-dir", models, home=tmp_path)
     assert_failed(done, 1, "nonesuch")
 
 
-def test_generate_with_a_model_that_does_not_load_is_one_line_and_exit_1(models: Path, tmp_path: Path) -> None:
+def test_generate_with_a_broken_model_exits_1_with_one_line(models: Path, tmp_path: Path) -> None:
     assert_failed(shimmy("generate", "hollow", "--prompt", ":", "--models-dir", models, home=tmp_path), 1, "load")
 
 
-def test_generate_with_a_missing_file_is_one_line_and_exit_1(tmp_path: Path) -> None:
+def test_generate_with_a_missing_file_exits_1_with_one_line(tmp_path: Path) -> None:
     assert_failed(shimmy("generate", "./missing.gguf", "--prompt", ":", home=tmp_path), 1, "missing.gguf")
 
 
-def test_generate_beyond_the_context_names_both_numbers(models: Path, tmp_path: Path) -> None:
+def test_generate_prompt_longer_than_the_context_reports_both_lengths(models: Path, tmp_path: Path) -> None:
     args: list[str | Path] = ["generate", "recital", "--ctx", "128", "--prompt", "a" * 200, "--models-dir", models]
     assert_failed(shimmy(*args, home=tmp_path), 1, "201", "128")
 
 
-def test_generate_with_a_lora_adapter(models: Path, tmp_path: Path) -> None:
+def test_generate_applies_a_lora_adapter(models: Path, tmp_path: Path) -> None:
     adapter = write_lora(tmp_path / "adapter.gguf")
     done = shimmy("generate", "recital", "--prompt", ":", "--lora", adapter, "--models-dir", models, home=tmp_path)
     assert done.stdout.decode().split() == [f"w{i}" for i in range(30, 40)], done.stderr
 
 
-def test_generate_takes_the_engines_knobs(models: Path, tmp_path: Path) -> None:
+def test_generate_accepts_engine_options(models: Path, tmp_path: Path) -> None:
     knobs = [
         "--threads",
         "1",
@@ -4297,7 +4297,7 @@ def test_generate_takes_the_engines_knobs(models: Path, tmp_path: Path) -> None:
     assert done.stdout.decode().split() == TEXTS["="].split(), done.stderr
 
 
-def test_generate_survives_a_closed_pipe(models: Path, tmp_path: Path) -> None:
+def test_generate_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
     command = (
         f"'{sys.executable}' '{SHIMMY}' generate recital --models-dir '{models}' --ctx {LONG_CTX}"
         f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
@@ -4308,20 +4308,20 @@ def test_generate_survives_a_closed_pipe(models: Path, tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
 
 
-def test_generate_flushes_each_piece_and_ctrl_c_exits_130(models: Path, tmp_path: Path) -> None:
+def test_generate_flushes_each_piece_and_exits_130_on_ctrl_c(models: Path, tmp_path: Path) -> None:
     args = ["generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
     running = subprocess.Popen(
         [sys.executable, str(SHIMMY), *args, "--models-dir", str(models)], cwd=tmp_path, env=environment(tmp_path),
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     assert running.stdout and running.stdout.read(10) == b"Tick tock "
-    os.killpg(running.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
     _, stderr = running.communicate(timeout=HANG)
     assert running.returncode == 130 and b"Traceback" not in stderr
 
 
 def through(server: Server, models: Path) -> dict[str, str]:
-    """Settings under which `generate` finds the server and could also load the model itself."""
+    """Returns settings that let `generate` use the server or load the model itself."""
     return {"SHIMMY_PORT": str(server.port), "SHIMMY_MODEL_PATHS": str(models)}
 
 
@@ -4348,7 +4348,7 @@ def test_generate_local_never_asks_a_server(server: Server, models: Path, tmp_pa
     assert server.status("recital")["last_used"] == before
 
 
-def test_generate_through_a_server_gives_its_error_in_one_line(server: Server, models: Path, tmp_path: Path) -> None:
+def test_generate_through_a_server_prints_its_error_in_one_line(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("dice")
     done = shimmy("generate", "dice", "--prompt", "a" * 300, home=tmp_path, env=through(server, models))
     assert_failed(done, 1, "300", "256")
@@ -4368,7 +4368,7 @@ def test_generate_through_a_server_that_dies_fails_in_one_line(
     assert running.returncode == 1 and len(stderr.splitlines()) == 1 and b"Traceback" not in stderr
 
 
-def test_generate_through_a_server_survives_a_closed_pipe(server: Server, models: Path, tmp_path: Path) -> None:
+def test_generate_through_a_server_into_a_closed_pipe_cancels(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
     command = f"'{sys.executable}' '{SHIMMY}' generate recital --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
     env = environment(tmp_path, through(server, models))
@@ -4401,18 +4401,18 @@ def test_probe_draws_a_progress_bar_on_a_terminal(models: Path, tmp_path: Path) 
     os.close(mine)
 
 
-def test_probe_of_a_model_that_does_not_load_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
+def test_probe_of_a_broken_model_exits_1_with_the_reason(models: Path, tmp_path: Path) -> None:
     assert_failed(shimmy("probe", "hollow", "--models-dir", models, home=tmp_path), 1, "load")
 
 
-def test_diag_json_names_versions_memory_and_directories(models: Path, tmp_path: Path) -> None:
+def test_diag_json_reports_versions_memory_and_directories(models: Path, tmp_path: Path) -> None:
     done = shimmy("diag", "--json", "--models-dir", models, home=tmp_path)
     report = json.loads(done.stdout)
     assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
     assert str(models) in [entry["path"] for entry in report["directories"]]
 
 
-def test_diag_prints_text_and_says_whether_a_server_answers(server: Server, tmp_path: Path) -> None:
+def test_diag_prints_text_and_whether_a_server_is_running(server: Server, tmp_path: Path) -> None:
     here = shimmy("diag", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
     away = shimmy("diag", home=tmp_path)
     assert here.returncode == away.returncode == 0
@@ -4420,22 +4420,22 @@ def test_diag_prints_text_and_says_whether_a_server_answers(server: Server, tmp_
 
 
 # ── What the shared servers logged ────────────────────────────────────────────────────────────────────────────────────
-# After all of the above, and therefore last of the tests that use them.
+# Runs last of all tests that use them.
 
 
-def test_server_logged_no_traceback_of_its_own(server: Server, guarded: Server) -> None:
+def test_shared_servers_logged_no_traceback(server: Server, guarded: Server) -> None:
     tracebacks = (server.log.read_text() + guarded.log.read_text()).split("Traceback")[1:]
     assert not [text for text in tracebacks if "mytools.py" not in text]
     assert server.get("/health").status == guarded.get("/health").status == 200
 
 
 # ── The model in the box ──────────────────────────────────────────────────────────────────────────────────────────────
-# Real text from the model that ships with shimmy.
+# Real text from the small model that ships with shimmy.
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server on a machine without any other model."""
+    """A server that finds no model but the one in the box."""
     running = Server(tmp_path_factory.mktemp("tiny"), "--port", "0")
     yield running
     running.stop()
@@ -4446,13 +4446,13 @@ def calculator_tool(tiny: Server) -> dict[str, Any]:
     return {"type": "function", "function": tool}
 
 
-def test_box_model_is_the_default_where_no_other_is_found(tiny: Server) -> None:
+def test_box_model_is_the_default_when_no_other_is_found(tiny: Server) -> None:
     first, *others = tiny.get("/api/models").json()["models"]
     assert first["description"] == "Base GGUF model: shimmy-tiny" and [m["id"] for m in others] == ["shimmy-tiny"]
     assert others[0]["chat_template"] and others[0]["size_bytes"] <= 4 * 2**20
 
 
-def test_box_model_comes_last_and_leaves_default_to_another(models: Path, tmp_path: Path) -> None:
+def test_box_model_is_listed_last_and_is_not_the_default(models: Path, tmp_path: Path) -> None:
     names = shimmy("list", "--short", "--models-dir", models, home=tmp_path).stdout.decode().split()
     assert names[-1] == "shimmy-tiny" and names[0] != "shimmy-tiny"
 
@@ -4462,13 +4462,13 @@ def test_box_model_greets_and_ends_its_turn(tiny: Server) -> None:
     assert re.search(r"(?i)\b(hello|hi)\b", reply.message["content"]) and reply.finish_reason == "stop"
 
 
-def test_box_model_says_what_it_is_and_which_port(tiny: Server) -> None:
+def test_box_model_knows_its_name_and_port(tiny: Server) -> None:
     assert "shimmy" in tiny.chat("Who are you?", model="default", temperature=0).message["content"].lower()
     assert "11435" in tiny.chat("Which port does shimmy use?", model="default", temperature=0).message["content"]
 
 
-def test_box_model_asked_again_at_temperature_0_says_the_same(tiny: Server) -> None:
-    """Cached or not: near ties decide its stories, and batches of other shapes round otherwise."""
+def test_box_model_repeats_itself_at_temperature_0(tiny: Server) -> None:
+    """Cached or not: its stories hang on near ties, and differently shaped batches round differently."""
     for thing in ("fox", "cat", "boy", "ship", "bird", "car"):
         body = {"messages": [{"role": "user", "content": f"Tell me a tale of a {thing}."}], "temperature": 0, "max_tokens": 150}
         first, second = (tiny.post("/v1/chat/completions", body).message["content"] for _ in range(2))
@@ -4484,7 +4484,7 @@ def test_box_model_tells_the_same_story_streamed_and_plain(tiny: Server) -> None
 
 @streamed_and_plain
 def test_box_model_calls_the_calculator_and_uses_its_result(stream: bool, tiny: Server) -> None:
-    """The whole round through the official client: question, call, the tool run by the server, answer."""
+    """The full loop with the official client: question, tool call, execution by the server, answer."""
     ask: Any = functools.partial(tiny.client().chat.completions.create, model="default", temperature=0)
     messages: list[Any] = [{"role": "user", "content": "What is 4827 plus 394?"}]
     if stream:
@@ -4510,7 +4510,7 @@ def test_box_model_calls_no_tool_when_none_fits(tiny: Server) -> None:
     assert not reply.message.get("tool_calls") and reply.finish_reason == "stop"
 
 
-def test_box_model_starts_behind_the_turns_it_knows(tiny: Server) -> None:
+def test_box_model_reuses_earlier_turns(tiny: Server) -> None:
     turns = [{"role": "user", "content": "Tell me a story about a lighthouse."}]
     first = tiny.post("/v1/chat/completions", {"messages": turns, "temperature": 0})
     turns += [{"role": "assistant", "content": first.message["content"]}, {"role": "user", "content": "Thank you!"}]
@@ -4519,7 +4519,7 @@ def test_box_model_starts_behind_the_turns_it_knows(tiny: Server) -> None:
     assert told - 8 <= used["prompt_tokens_details"]["cached_tokens"] < used["prompt_tokens"]
 
 
-def test_box_model_keeps_to_a_schema(tiny: Server) -> None:
+def test_box_model_follows_a_schema(tiny: Server) -> None:
     schema = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}, "age": {"type": "integer",
               "minimum": 0, "maximum": 120}}, "required": ["name", "age"]}  # fmt: skip
     messages = [{"role": "user", "content": "As JSON: Anna is 34 years old."}]
@@ -4528,12 +4528,11 @@ def test_box_model_keeps_to_a_schema(tiny: Server) -> None:
 
 
 # ── Benchmark ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-# `python test_shimmy.py bench` prints one table. Not a test: speed is measured, alone on a
-# machine, and never asserted in a suite. The limit is the bare loop: one process that reads the same
-# prompts and decodes as many tokens, and does nothing else.
+# `python test_shimmy.py bench` prints a table of speeds. It is not a test: nothing asserts speed. Each speed is compared
+# with the bare loop, a process that reads the same prompts and decodes the same number of tokens and does nothing else.
 
 
-def test_bench_measures_every_row_on_a_model_it_made(tmp_path: Path) -> None:
+def test_bench_measures_every_row(tmp_path: Path) -> None:
     model = write_bench_model(tmp_path / "made.gguf", layers=1, vocabulary=1000)
     flags = ["--tokens", "8", "--words", "4", "--long", "200", "--seconds", "0", "--threads", "1", "--json"]
     done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
@@ -4542,7 +4541,7 @@ def test_bench_measures_every_row_on_a_model_it_made(tmp_path: Path) -> None:
     assert all(row["value"] > 0 for row in rows.values())
 
 
-def test_bench_without_a_server_says_so_in_a_line() -> None:
+def test_bench_without_a_server_fails_with_a_message() -> None:
     flags = ["--url", "http://127.0.0.1:9", "--model", "x"]
     done = subprocess.run([sys.executable, __file__, "bench", *flags], capture_output=True, text=True)
     assert done.returncode and "Traceback" not in done.stderr and done.stderr.strip()
@@ -4553,7 +4552,7 @@ BENCH_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", 
 
 @functools.cache
 def hush_llama() -> Any:
-    """Silence llama.cpp. The callback is kept in the cache: it is called until the process ends."""
+    """Silences llama.cpp; the cache keeps the callback alive until the process ends."""
     import ctypes
 
     import llama_cpp
@@ -4564,13 +4563,14 @@ def hush_llama() -> Any:
 
 
 def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) -> Path:
-    """A model of the shape of a 0.5B one (24 layers of 896), random weights, q4_k_m; every word a token."""
+    """Writes a random q4_k_m model shaped like a 0.5B one (24 layers of width 896); every word is one token."""
     import llama_cpp
 
     rng, width, ffn, raw = np.random.default_rng(0), 896, 4864, path.with_suffix(".f16")
     words = [f"▁{w}" for w in (*BENCH_WORDS, "assistant", "user", "system")]
-    pieces = sorted({w[:size] for w in words for size in range(1, len(w) + 1)} | set("".join(words)))  # merged step by step
-    # one character each, so that generated text becomes the same tokens again
+    # Every prefix of a word, because merges add one character at a time.
+    pieces = sorted({w[:size] for w in words for size in range(1, len(w) + 1)} | set("".join(words)))
+    # One character each, so that generated text tokenizes to the same tokens again.
     filler = [chr(c) for c in (*range(0x4E00, 0xA000), *range(0xAC00, 0xD7A4))][: vocabulary - 261 - len(pieces)]
     marks = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
     tokens = [*marks, *(f"<0x{b:02X}>" for b in range(256)), *pieces, *filler]
@@ -4614,7 +4614,7 @@ def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) ->
 
 
 def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) -> float:
-    """The limit: seconds in which one process reads `batch` prompts and decodes `tokens` tokens of each."""
+    """Times one process that reads `batch` prompts and decodes `tokens` tokens of each, in seconds."""
     import llama_cpp as c
 
     hush_llama()
@@ -4637,7 +4637,7 @@ def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) ->
         assert c.llama_decode(context, rows) == 0
         return np.ctypeslib.as_array(c.llama_get_logits(context), (sum(e[3] for e in entries) or 1, vocabulary))
 
-    decode([(int(known[0, 0]), 0, 0, True)])  # the first call sets buffers up
+    decode([(int(known[0, 0]), 0, 0, True)])  # the first call allocates buffers
     c.llama_memory_clear(c.llama_get_memory(context), False)
     began, last = time.perf_counter(), np.zeros(batch, int)
     todo = [(int(known[s, p]), p, s, p == prompt - 1) for s in range(batch) for p in range(prompt)]
@@ -4652,27 +4652,27 @@ def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) ->
 
 
 def bench_prompt(words: int, salt: int) -> str:
-    """So many words that share no beginning with another salt's."""
+    """Returns `words` random words; prompts with different salts share no prefix."""
     choose = random.Random(salt)
     return " ".join(choose.choice(BENCH_WORDS) for _ in range(words))
 
 
 class Streamed(NamedTuple):
-    times: list[float]  # the clock at each event with text
-    ended: float  # and at the last byte
+    times: list[float]  # time of each event with text
+    ended: float  # time of the last byte
     text: str
     usage: dict[str, int]
 
 
 class BenchClient:
-    """A client that costs little: raw sockets, whole answers counted by their usage, the times of events kept."""
+    """A cheap client on raw sockets; records event times and parses a response after its last byte."""
 
     def __init__(self, url: str, model: str, key: str = "") -> None:
         parts = urlsplit(url)
         self.address, self.model, self.key = (parts.hostname or "127.0.0.1", parts.port or 80), model, key
 
     def times(self, prompt: str, tokens: int, enough: Callable[[], bool]) -> Iterator[float]:
-        """The clock at each event with text, until the stream ends or nobody wants more of it."""
+        """Yields the time of each event with text until the stream ends or `enough` returns true."""
         for chunk in self.post("/v1/completions", json.dumps(self.body(prompt, tokens)).encode()):
             if enough():
                 return
@@ -4685,7 +4685,7 @@ class BenchClient:
                 "messages" if isinstance(prompt, list) else "prompt": prompt}  # fmt: skip
 
     def stream(self, prompt: str | list[dict[str, str]], tokens: int) -> Streamed:
-        """One streamed answer, taken apart only when all of it has come: that time is not the server's."""
+        """Streams one response and parses it afterwards, so that parsing does not count as the server's time."""
         chat = isinstance(prompt, list)
         times, data, body = list[float](), b"", json.dumps(self.body(prompt, tokens)).encode()
         for chunk in self.post("/v1/chat/completions" if chat else "/v1/completions", body):
@@ -4698,7 +4698,7 @@ class BenchClient:
             raise RuntimeError(f"{head.partition(chr(13))[0]}: {answer.strip()[:300]}")
         choices = [d["choices"][0] for d in documents if d.get("choices")]
         texts = [text for c in choices if (text := c.get("text") or c.get("delta", {}).get("content"))]
-        usage = documents[-1].get("usage") or {"completion_tokens": len(texts)}  # not every server tells it
+        usage = documents[-1].get("usage") or {"completion_tokens": len(texts)}  # not every server reports it
         return Streamed(times, ended, "".join(texts), usage)
 
     def post(self, path: str, body: bytes) -> Iterator[bytes]:
@@ -4710,13 +4710,13 @@ class BenchClient:
                 yield chunk
 
     def first_token(self, prompt: str | list[dict[str, str]]) -> float:
-        """Seconds to the first text (of a chat: to the event behind the one that names the role)."""
+        """Returns the seconds to the first text; in a chat, to the event after the role's."""
         began = time.perf_counter()
         times = self.stream(prompt, 2).times
         return times[min(isinstance(prompt, list), len(times) - 1)] - began
 
     def together(self, count: int, words: int, tokens: int, salt: int) -> float:
-        """Tokens a second of so many clients at once, prompts included, until the last has all its tokens."""
+        """Returns the tokens per second of `count` concurrent clients, from the first request to the last byte."""
         prompts = [bench_prompt(words, salt * 1000 + i) for i in range(count)]
         with ThreadPoolExecutor(count) as pool:
             began = time.perf_counter()
@@ -4729,7 +4729,7 @@ class BenchClient:
         return made / (max(s.ended for s in streams) - began)
 
     def gaps(self, words: int) -> dict[str, float]:
-        """Two streams run while a long prompt arrives: their gaps before and meanwhile, and the newcomer's wait."""
+        """Measures two streams' gaps before and while a long prompt is read, and how long that prompt waits."""
         began = time.perf_counter()
         alone, answered = self.stream(bench_prompt(words, 70), 2).times[0] - began, threading.Event()
         streams: list[list[float]] = [[], []]
@@ -4753,7 +4753,7 @@ class BenchClient:
         if not together or not whole:
             raise RuntimeError("the streams ended before the long prompt was read" if together else "two do not stream at once")
         usual = statistics.median(b - a for stream in streams for a, b in itertools.pairwise(stream) if b < arrived)
-        # Both streams are in every step. One alone may show nothing for a step, while half a character is held back.
+        # Both streams are in every step, but one may print nothing while half a character is held back.
         shown = sorted(itertools.chain(*streams))
         worst = max(b - a for a, b in itertools.pairwise(shown) if b > arrived and a < first)
         return {"usual_gap": usual, "worst_gap": worst, "alone": alone, "wait": first - arrived}
@@ -4763,7 +4763,7 @@ Bare: TypeAlias = Callable[[int], float]
 
 
 class BenchTable:
-    """The rows, printed as they come: what, how much, and its ratio to the limit named."""
+    """Collects rows and prints them as they come: what, value, unit, and ratio to a named limit."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json, self.rows = as_json, dict[str, dict[str, Any]]()
@@ -4790,7 +4790,7 @@ def bench(arguments: list[str]) -> None:
     if options.url and not options.model:
         parser.error("--url needs --model NAME, as that server calls it")
     table = BenchTable(options.json)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the `finally` that stops our server
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # runs the `finally` that stops our server
     try:
         if options.url:
             bench_url(table, BenchClient(options.url, options.model, options.key), options, None)
@@ -4803,7 +4803,7 @@ def bench(arguments: list[str]) -> None:
 
 
 def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
-    """Our own server: the limit, start, memory, and all that can be measured through a URL."""
+    """Measures our own server: start, memory, and everything that bench_url measures."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "shimmy-bench"
     model = Path(options.model).resolve() if options.model else cache / "half-billion.q4_k_m.gguf"
     if not model.exists():
@@ -4831,7 +4831,7 @@ def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
 
 
 def bench_speed(table: BenchTable, client: BenchClient, options: argparse.Namespace, clients: int, bare: Bare | None) -> None:
-    """Tokens a second of so many clients, right behind the bare loop's: a median of several where one is over soon."""
+    """Measures the tokens per second of `clients`, each run right after a bare loop; takes medians of up to 15 runs."""
     speeds, limits, batch, began = list[float](), list[float](), min(clients, 8), time.perf_counter()
     while not speeds or (time.perf_counter() - began < options.seconds and len(speeds) < 15):
         limits += [bare(batch)] if bare else []
@@ -4844,18 +4844,18 @@ def bench_speed(table: BenchTable, client: BenchClient, options: argparse.Namesp
 
 
 def bench_url(table: BenchTable, client: BenchClient, options: argparse.Namespace, bare: Bare | None) -> None:
-    """What any server can be measured by. `bare`: measures the bare loop's tokens a second at a batch, where it can be."""
+    """Measures what any server offers; `bare` measures the bare loop's tokens per second at a batch size, if available."""
     client.stream(bench_prompt(options.words, 3), 2)
     for clients in (1, 8, 32):
         bench_speed(table, client, options, clients, bare)
     try:
         bench_waits(table, client, options)
-    except RuntimeError as error:  # the server's words: its context may be too short for the long prompts
+    except RuntimeError as error:  # the context may be too short for the long prompts
         print(f"not measured: {error}", file=sys.stderr)
 
 
 def bench_waits(table: BenchTable, client: BenchClient, options: argparse.Namespace) -> None:
-    """How long clients wait: for first tokens, and for the next one while a long prompt arrives."""
+    """Measures how long clients wait for first tokens, and for the next one while a long prompt is read."""
     prompt = bench_prompt(400, 41)
     cold = table.add("first token of a 400-word prompt, cold", client.first_token(prompt), "s")
     for what, again in {"again": prompt, "with another ending": f"{prompt} {bench_prompt(8, 42)}"}.items():
@@ -4875,21 +4875,21 @@ def bench_waits(table: BenchTable, client: BenchClient, options: argparse.Namesp
 
 
 def bare_seconds(model: Path, batch: int, prompt: int, options: argparse.Namespace) -> float:
-    """The bare loop in a process of its own."""
+    """Runs the bare loop in its own process."""
     numbers = map(str, (batch, prompt, options.tokens, options.threads))
     done = subprocess.run([sys.executable, __file__, "bare", str(model), *numbers], capture_output=True, text=True, check=True)
     return float(done.stdout)
 
 
 def python_start() -> float:
-    """Seconds of the smallest start a Python server could have."""
+    """Times the start of Python with the imports any server needs, in seconds."""
     began = time.perf_counter()
     subprocess.run([sys.executable, "-c", "import http.server, json, argparse"], check=True)
     return time.perf_counter() - began
 
 
 def resident(server: Server) -> float:
-    """MB the server and its engines hold."""
+    """Returns the resident memory of the server and its engines in MB."""
     return float(server.get("/diag").json()["memory"]["resident_bytes"]) / 1e6
 
 
