@@ -1,11 +1,13 @@
+# ruff: noqa: F403, F405, I001
 """Tests of the engine's restructuring: sampling without aborts, hostile texts, children that hang, cached bytecode."""
 from __future__ import annotations
 
 import importlib.util
 import marshal
+import types
 
 import shimmy as module_under_test
-from test_shimmy import *  # noqa: F403
+from test_shimmy import *
 
 # Sampling never reaches an abort
 
@@ -292,6 +294,21 @@ def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], mo
         ws.send('{"cancel": true}')
         assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
     assert time.monotonic() - started < 10
+
+
+def test_cancel_stops_the_engine_although_nobody_iterates(models: Path) -> None:
+    """The thread that iterates may be stuck in a write to a client that does not read."""
+    info: Any = types.SimpleNamespace(id="recital", path=str(models / "recital.gguf"), size_bytes=10**6)
+    options = module_under_test.EngineOptions(ctx=LONG_CTX, threads=1)
+    worker = module_under_test.Worker(info, options, 9, lambda *_: None).start(lambda _: None)
+    cancel, sampling = Cancellation(), module_under_test.Sampling(max_tokens=LONG_CTX, temperature=0)
+    events = iter(worker.submit([module_under_test.Generate(("#",), sampling, False)], cancel))
+    while not isinstance(next(events), module_under_test.Piece):
+        pass
+    assert worker.counts() == (1, 0)
+    cancel.cancel()
+    eventually(lambda: worker.counts()[0] == 0, "the engine is idle")
+    worker.stop()
 
 
 def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(

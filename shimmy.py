@@ -3725,7 +3725,7 @@ class Generate:
     markers: bool
 
 
-Job = Generate  # everything an engine computes is one of these; Engine.JOBS says who computes it
+Job = Generate  # everything an engine computes is one of these; Intake.JOBS says what computes it
 
 
 @dataclass(frozen=True)
@@ -3912,7 +3912,7 @@ def build_main() -> None:
 class Vocabulary:
     """A model's tokens: text to tokens (any thread), tokens to the bytes they stand for."""
 
-    SHORT_TEXT = 8192  # characters that are tokenized without asking how long pieces are
+    SHORTEST = 4  # bytes that the longest piece has at least; a character has no more
     RUN_STACK = 8192  # bytes of a thread's stack for each character of `max_run`: nine times what was measured
 
     def __init__(self, c: Any, model: Any, np: Any) -> None:
@@ -3939,15 +3939,18 @@ class Vocabulary:
             if attribute(self.handle, token) & control or re.fullmatch(r"[<\[].*[>\]]", name):
                 yield name
 
-    def least_tokens(self, segments: Seq[str]) -> int:
-        """A lower bound of the tokens these texts become: none stands for more bytes than the longest piece has."""
+    def least_tokens(self, segments: Seq[str], ctx: int) -> int:
+        """A lower bound of the tokens these texts become, or 0 where it cannot reach `ctx`.
+
+        No token stands for more bytes than the longest piece has, and that one has at least SHORTEST.
+        """
         size = sum(len(s) for s in segments)  # characters: no more than there are bytes
-        return -(-size // self.longest) if size > self.SHORT_TEXT else 0
+        return -(-size // self.longest) if size >= self.SHORTEST * ctx else 0
 
     @functools.cached_property
     def longest(self) -> int:
-        """Bytes of the longest piece, or a little more. A walk over the vocabulary, so only long texts ask for it."""
-        return max(4, *(len(self.c.llama_vocab_get_text(self.handle, t)) for t in range(self.size)))
+        """Bytes of the longest piece, or a little more. A walk of 0.1 s over a large vocabulary, so only long texts ask."""
+        return max(self.SHORTEST, *(len(self.c.llama_vocab_get_text(self.handle, t)) for t in range(self.size)))
 
     def tokenize(self, segments: Seq[str]) -> Any:
         """The prompt's tokens, an int32 array: special tokens parsed, the tokenizer's own first token added once."""
@@ -4952,7 +4955,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def retire(self, sequence: Sequence) -> None:
-        """Takes a sequence out; its row stays, idle, for whoever begins alike."""
+        """Takes a sequence out; its row stays, idle, for a prompt that begins alike."""
         sequence.done, sequence.last_used = True, time.monotonic()
         if sequence in self.running:
             self.running.remove(sequence)
@@ -5057,7 +5060,7 @@ class Intake:
         self.inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()  # None: look again, something is cancelled
         self.in_step: Seq[Sequence] = ()  # the step loop says what it decodes
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
-        self._arriving: dict[int, Submission] = {}  # until they are tokenized; whoever takes one out answers for it
+        self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
         self._known: dict[int, Submission] = {}  # from their arrival to their end
 
     def receive(self, message: Submit | Cancel) -> None:
@@ -5116,7 +5119,7 @@ class Intake:
         given = bool(prompt) and isinstance(prompt[0], int)
         if given and not all(0 <= t < vocab.size for t in prompt):
             raise InvalidRequest(f"prompt holds a token id outside 0…{vocab.size - 1}", "prompt")
-        least = len(prompt) if given else vocab.least_tokens(prompt)
+        least = len(prompt) if given else vocab.least_tokens(prompt, self.llama.ctx)
         if least >= self.llama.ctx:  # not tokenized to say exactly: megabytes take seconds
             self._too_long(f"{'' if given else 'at least '}{least}")
         tokens = prompt if given else vocab.tokenize(prompt)
@@ -5204,7 +5207,7 @@ class Engine:
             self._decode()
 
     def _make_reader(self) -> None:
-        """For who serves several at once. Clearing its memory takes as long as many steps, so it is made when none runs."""
+        """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
         self._several = False
         free, need = available_memory(), self.llama.kv_bytes() * self.llama.ctx + 64 * MIB
         try:
@@ -5606,7 +5609,7 @@ class Worker:
                 self._pipe.send(message)
 
     def _read(self) -> None:
-        """The reading thread: hands every message to whom it is for."""
+        """The reading thread: hands every message to its generation, or to the load."""
         try:
             while True:
                 message = self._pipe.receive()
@@ -5622,7 +5625,7 @@ class Worker:
                     self._give(message)
         except (EOFError, OSError):
             pass
-        except Exception:  # a thread's border: a child that nobody understands is no use
+        except Exception:  # a thread's border: a child that cannot be understood is no use
             log.exception("%s: what the engine process says is unreadable", self.info.id)
             self.process.kill()
         self._pipe.end()
@@ -5641,7 +5644,7 @@ class Worker:
         self._outbox.put(None)
 
     def _give_up(self, why: str) -> None:
-        """Kills the child; whoever it carried learns why."""
+        """Kills the child, and tells everybody it carried why."""
         self._why = self._why or f"the engine process was ended: {why}"
         self.process.kill()
         with contextlib.suppress(Exception):
