@@ -1,4 +1,4 @@
-# ruff: noqa: F403, F405, I001
+# ruff: noqa: F403, F405
 """Tests of the engine's restructuring: sampling without aborts, hostile texts, children that hang, cached bytecode."""
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_engine_that_hangs_while_idle_is_replaced(serve: Callable[..., Server], 
 
 
 @linux
-def test_engine_with_a_full_pipe_that_hangs_is_unloaded_by_force(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_engine_with_a_full_pipe_that_hangs_is_unloaded_by_force(serve: Callable[..., Server], models: Path) -> None:
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     own.generate()
     engine = own.engine("recital.gguf")
@@ -217,7 +217,8 @@ def test_engine_with_a_full_pipe_that_hangs_is_unloaded_by_force(serve: Callable
 
 STOPS_ITSELF = (
     "        self.c.llama_backend_init()\n",
-    "        if not os.path.exists('once'):\n            open('once', 'w').close()\n            os.kill(os.getpid(), signal.SIGSTOP)\n",
+    "        if not os.path.exists('once'):\n"
+    "            open('once', 'w').close()\n            os.kill(os.getpid(), signal.SIGSTOP)\n",
 )
 
 

@@ -5568,8 +5568,12 @@ class Worker:
             )  # fmt: skip
         assert self.process.stdin and self.process.stdout
         self._pipe = Pipe(self.process.stdout, self.process.stdin)
-        for work in (self._read, self._write, self._watch):
-            threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
+        try:
+            for work in (self._read, self._write, self._watch):
+                threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
+        except RuntimeError:  # no more threads to be had
+            self.stop()
+            raise
 
     def submit(self, jobs: Seq[Job], cancel: Cancellation) -> Generation:
         """Queues jobs as one generation. Raises Overloaded when the queue is full, GenerationFailed without a child."""
