@@ -3913,6 +3913,7 @@ class Vocabulary:
     """A model's tokens: text to tokens (any thread), tokens to the bytes they stand for."""
 
     SHORTEST = 4  # bytes that the longest piece has at least; a character has no more
+    COUNTED = MIB  # characters that are always tokenized, to say exactly how many tokens: a megabyte takes about a second
     RUN_STACK = 8192  # bytes of a thread's stack for each character of `max_run`: nine times what was measured
 
     def __init__(self, c: Any, model: Any, np: Any) -> None:
@@ -3940,12 +3941,12 @@ class Vocabulary:
                 yield name
 
     def least_tokens(self, segments: Seq[str], ctx: int) -> int:
-        """A lower bound of the tokens these texts become, or 0 where it cannot reach `ctx`.
+        """A lower bound of the tokens these texts become; 0 where it cannot reach `ctx`, or to count them takes no time.
 
         No token stands for more bytes than the longest piece has, and that one has at least SHORTEST.
         """
         size = sum(len(s) for s in segments)  # characters: no more than there are bytes
-        return -(-size // self.longest) if size >= self.SHORTEST * ctx else 0
+        return -(-size // self.longest) if size >= max(self.SHORTEST * ctx, self.COUNTED) else 0
 
     @functools.cached_property
     def longest(self) -> int:
