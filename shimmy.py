@@ -789,6 +789,7 @@ class Queued:
     """Every sequence of the request passed its checks and is queued: the answer may begin."""
 
     model: str  # the id of the model that answers, whatever the request called it
+    prompt_tokens: int = 0  # of all its sequences; 0: not known
 
 
 @dataclass(frozen=True)
@@ -3762,6 +3763,7 @@ class Loaded:
     parallel: int
     chat: ChatFacts
     notes: tuple[str, ...]
+    pool_bytes: int = 0  # memory that the pool's KV cache takes
 
 
 @dataclass(frozen=True)
@@ -4116,7 +4118,7 @@ class Llama:
         if not templates:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials)
-        return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes))
+        return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), self.pool * self.kv_bytes())
 
     def _load_adapters(self, files: Seq[str]) -> list[Any]:
         adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
@@ -5440,6 +5442,7 @@ class Generation:
 
     def __iter__(self) -> Iterator[Queued | Waiting | Piece | Finished]:
         early: list[Any] = []  # what the first jobs say before the last one has passed its checks
+        prompt_tokens = 0
         try:
             for _ in self.index:
                 while not isinstance(message := self._next(), Accepted):
@@ -5447,7 +5450,8 @@ class Generation:
                         yield message
                     else:
                         early.append(message)
-            yield Queued(self.worker.info.id)
+                prompt_tokens += message.prompt_tokens
+            yield Queued(self.worker.info.id, prompt_tokens)
             yield from early
             while self._open:
                 yield self._next()
@@ -5521,8 +5525,10 @@ class Worker:
 
     _ids = itertools.count(1)
 
-    def __init__(self, info: ModelInfo, options: EngineOptions, max_queue: int, died: Callable[[Any, str], None]) -> None:
-        self.info, self.max_queue, self._died = info, max_queue, died
+    def __init__(self, info: ModelInfo, options: EngineOptions, max_queue: int, died: Callable[[Worker, str], None],
+                 report: Callable[[str], None]) -> None:  # fmt: skip
+        """`died` is called when the child ends by itself, `report` gets a line about each step of the load."""
+        self.info, self.max_queue, self._died, self._report = info, max_queue, died, report
         self._options = options
         self._lock = threading.Lock()
         self._generations: dict[int, Generation] = {}  # by job id, from submit to the last message
@@ -5542,18 +5548,22 @@ class Worker:
         Raises GenerationFailed with the reason if it is not: llama.cpp refused, the child died or hung, or another thread
         called `stop`.
         """
-        began = time.perf_counter()
+        began, id = time.perf_counter(), printable(self.info.id)
+        self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
         self._outbox.put(Load(os.path.abspath(self.info.path), self.info.size_bytes, self._options))
         while isinstance(message := self._loading.get(), Progress):
             progress(message.fraction)
         if isinstance(message, LoadFailed):
             self.stop()
+            self._report(f"{id} could not be loaded: {printable(message.reason)}")
             raise GenerationFailed(f"Model '{self.info.id}': {message.reason}", "The model could not be loaded")
         self.loaded: Loaded = message
         self.load_seconds = time.perf_counter() - began
         for note in message.notes:
-            log.warning("%s: %s", self.info.id, note)
+            log.warning("%s: %s", id, printable(note))
+        self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory; its KV pool of "
+                     f"{message.pool:,} tokens takes {human_bytes(message.pool_bytes)}")  # fmt: skip
         self._serving = True
         return self
 
@@ -6344,9 +6354,10 @@ class Service:
         self.table = ModelTable(catalog, self._make_worker, table)
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started = time.time()
+        self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
 
     def _make_worker(self, info: ModelInfo, died: Callable[[Worker, str], None]) -> Worker:
-        return Worker(info, self.engine, self.max_queue, died)
+        return Worker(info, self.engine, self.max_queue, died, lambda line: self.report(line))
 
     def _chat(self, worker: Worker) -> Chat:
         """How the model chats, made from what it says of itself when first asked."""
