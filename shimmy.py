@@ -29,7 +29,8 @@ from __future__ import annotations
 if __name__ == "__main__":  # Ctrl-C while the imports run ends the program; main() makes it an exception again
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import codecs
@@ -64,7 +65,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import ast
@@ -8073,17 +8074,25 @@ class SocketListener:
 
 
 # ── 18. Command line ──────────────────────────────────────────────────────────────────────────────────────────────────
-# One function a command. stdout carries the result, stderr the rest; 0 success, 1 failure, 2 usage, 130 on Ctrl-C.
+# One function a command. stdout carries the result, stderr the rest; 0 success, 1 failure, 2 usage. Ctrl-C ends us by
+# SIGINT (a shell shows 130), so that a loop around us stops too.
 
 DEFAULT_PORT = 11435
 
 
 class UsageError(Exception):
-    """The command line asks for what cannot be: exit 2."""
+    """The command line asks for something impossible: exit 2."""
+
+
+class Arguments(argparse.ArgumentParser):
+    """argparse that says what is wrong first, in one line, instead of twelve lines of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\ntry: {self.prog} --help\n")
 
 
 def duration(words: str) -> float:
-    """Seconds from 90, 90s, 5m, 2h; −1 stays −1."""
+    """Seconds from 90, 90s, 5m or 2h; -1 stays -1."""
     found = re.fullmatch(r"(-?\d+(?:\.\d+)?)(s|m|h|d)?", words)
     if not found:
         raise argparse.ArgumentTypeError(f"{words!r} is no duration; write 90, 90s, 5m or 2h")
@@ -8091,7 +8100,7 @@ def duration(words: str) -> float:
 
 
 def count(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from `least` on."""
+    """An argparse type: a whole number, at least `least`."""
 
     def check(words: str) -> int:
         if not re.fullmatch(r"-?\d+", words) or int(words) < least:
@@ -8109,20 +8118,20 @@ def alias(words: str) -> tuple[str, str]:
     return pattern, model
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line. Global options stand before and after the command alike."""
-    top = argparse.ArgumentParser(prog="shimmy", description="Serve the GGUF models on this machine.")
+def parser() -> Arguments:
+    """The whole command line. Global options work before and after the command."""
+    top = Arguments(prog="shimmy", description="Serve the GGUF models on this machine.")
     top.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
-    shared = argparse.ArgumentParser(add_help=False)
+    shared = Arguments(add_help=False)
     shared.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}", help=argparse.SUPPRESS)
     shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log to stderr")
     shared.add_argument("--models-dir", action="append", default=[], metavar="DIR", help="also look for models here (repeatable)")
-    commands = top.add_subparsers(dest="command", required=True)
+    commands = top.add_subparsers(dest="command")
 
-    def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+    def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> Arguments:
         sub = commands.add_parser(name, parents=[shared], help=help, description=help[0].upper() + help[1:] + ".")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, parser=sub)
         return sub
 
     _serve_flags(command("serve", "start the server", command_serve))
@@ -8138,6 +8147,20 @@ def parser() -> argparse.ArgumentParser:
     diag.add_argument("--json", action="store_true", help="as JSON")
     _address_flags(diag)
     return top
+
+
+def parse(argv: Seq[str] | None) -> argparse.Namespace:
+    """The checked command line. A wrong one exits with 2, `--help` and `--version` with 0."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if args.command is None:
+        top.print_help(sys.stderr)
+        top.exit(2)
+    if args.command == "generate" and len(rest) == 1 and not rest[0].startswith("-") and args.text is None:
+        args.text = rest.pop()  # argparse before 3.13 gives up on a second positional behind an option
+    if rest:
+        args.parser.error(f"unrecognized arguments: {' '.join(map(printable, rest))}")
+    return args
 
 
 def _address_flags(sub: argparse.ArgumentParser) -> None:
@@ -8183,10 +8206,15 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
 
 def _generate_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    sub.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt, like --prompt")
     sub.add_argument("--prompt", metavar="TEXT", help="the prompt; without it, or with -, standard input is")
-    sub.add_argument("--stdin", action="store_true", help="append standard input to --prompt")
-    sub.add_argument("--chat", action="store_true", help="apply the chat template")
+    sub.add_argument("--stdin", action="store_true", help="append standard input to the prompt")
+    how = sub.add_mutually_exclusive_group()
+    how.add_argument("--chat", action="store_true", help="apply the chat template (default where the model has one)")
+    how.add_argument("--raw", action="store_true", help="continue the prompt as it is, and add no newline at the end")
     sub.add_argument("--json", action="store_true", help="print one /api/generate document")
+    sub.add_argument("--lines", action="store_true", help="each line of standard input is a prompt (behind --prompt, if given); "
+                     "several run at once, and one line of JSON each is printed in order")  # fmt: skip
     sub.add_argument("--schema", metavar="FILE", help="answer with JSON that fits this JSON schema")
     sub.add_argument("--local", action="store_true", help="never ask a running server")
     _address_flags(sub)
@@ -8262,203 +8290,619 @@ def make_service(args: argparse.Namespace, model: str | None = None, **more: Any
 
 
 def is_path(model: str) -> bool:
-    """Whether a MODEL argument is a file rather than a name."""
+    """True if a MODEL argument is a file rather than a name."""
     return model.lower().endswith(".gguf") or (os.sep in model and os.path.exists(os.path.expanduser(model)))
 
 
+# serve
+
+
+class StopSignals:
+    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once.
+
+    The handler takes no lock, so it cannot wait for code that it interrupts: the interpreter itself writes a byte to a
+    socket, and the main thread waits for that.
+    """
+
+    def __init__(self) -> None:
+        self.asked, self._code = False, 0
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)
+            if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
+                continue  # ignored by who started us: a shell's background job, nohup
+            signal.signal(number, self._handle)
+
+    def _handle(self, *_: Any) -> None:
+        if self.asked:
+            os._exit(0)
+        self.asked = True
+
+    def stop(self, code: int) -> None:
+        """Ends `wait` from another thread."""
+        self._code = code
+        self._writer.send(b"\0")
+
+    def wait(self) -> int:
+        """Blocks until a signal or `stop`; returns the exit code."""
+        self._reader.recv(1)
+        return self._code
+
+
 def command_serve(args: argparse.Namespace) -> int:
-    """Listens, then waits for a signal; models load when they are asked for."""
+    """Listens, then waits for a signal; models load on demand. Exits with 2 if a model named by a flag is not found."""
+    signals = StopSignals()
     address = listen_address(args)
-    key = args.api_key or os.environ.get("SHIMMY_API_KEY") or None
-    loopback = is_loopback(address[0])
+    access = serve_access(args, address[0])
+    tools = serve_tools(args)
+    for directory in args.models_dir:
+        if not os.path.isdir(os.path.expanduser(directory)):
+            log.warning("--models-dir %s: there is no such directory", directory)
+    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue)
+    service.report = log.warning
+    try:
+        server = Server(address, service, access)
+    except OSError as error:
+        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}") from None
+    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
+    print(f"shimmy {__version__} is listening on {server.url}", flush=True)
+    service.table.start()
+    threading.Thread(target=_after_scan, args=(args, service, signals), name="names", daemon=True).start()
+    code = signals.wait()
+    log.warning("shutting down%s", _waited_for(service))
+    server.stop()
+    return code
+
+
+def serve_access(args: argparse.Namespace, host: str) -> Access:
+    """Who may call, from the flags. Raises UsageError for an empty key, and for a network address without a key."""
+    if args.api_key is not None and not args.api_key.strip():
+        raise UsageError("--api-key is empty: give a key, or leave the flag out")
+    key, loopback = args.api_key or os.environ.get("SHIMMY_API_KEY") or None, is_loopback(host)
     if not loopback and not key and not args.insecure:
-        raise UsageError(f"--bind {address[0]} opens the server to the network: set --api-key KEY, or say --insecure")
+        raise UsageError(f"--bind {host} opens the server to the network: set --api-key KEY, or say --insecure")
+    return Access(loopback, key, tuple(args.allow_origin), tuple(args.allow_host))
+
+
+def serve_tools(args: argparse.Namespace) -> ToolOptions:
+    """What the tools may do, from the flags. Raises UsageError for files and directories that are not there."""
     for file in args.tools:
         if not os.path.isfile(file):
             raise UsageError(f"--tools {file}: there is no such file")
     if args.tool_root and not os.path.isdir(args.tool_root):
         raise UsageError(f"--tool-root {args.tool_root}: there is no such directory")
-    for directory in args.models_dir:
-        if not os.path.isdir(os.path.expanduser(directory)):
-            log.warning("--models-dir %s: there is no such directory", directory)
-    tools = ToolOptions(args.tool_root, tuple(h for h in args.tool_hosts.split(",") if h.strip()), tuple(args.tools))
-    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue)
-    try:
-        server = Server(address, service, Access(loopback, key, tuple(args.allow_origin), tuple(args.allow_host)))
-    except OSError as error:
-        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}") from None
-    stop = threading.Event()
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), lambda *_: os._exit(0) if stop.is_set() else stop.set())
-    threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
-    print(f"shimmy {__version__} is listening on {server.url}", flush=True)
-    service.table.start()
+    return ToolOptions(args.tool_root, tuple(h for h in args.tool_hosts.split(",") if h.strip()), tuple(args.tools))
+
+
+def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals) -> None:
+    """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
+    lost, default = service.table.unresolved(), service.table.default_id()
+    if signals.asked:
+        return
+    for each in lost:
+        setting = "SHIMMY_BASE_GGUF" if each.setting == "--model" and not args.model else each.setting
+        value = f"={each.value}" if each.setting.startswith("--alias") else f" {each.value}"
+        near = f"; did you mean {' or '.join(each.near)}?" if each.near else ""
+        print(f"shimmy serve: error: {printable(setting + value)}: no such model{each.reason}{near}", file=sys.stderr)
+    if lost:
+        signals.stop(2)
+        return
+    count = len(service.table.models())
+    log.warning("default model: %s; %d model%s found", printable(default or "none"), count, "s" * (count != 1))
     if args.preload:
-        threading.Thread(target=_preload, args=(service,), name="preload", daemon=True).start()
-    while not stop.wait(1.0):
-        pass
-    server.stop()
-    return 0
+        try:
+            service.table.load("default", True, Cancellation())
+        except ApiError as error:
+            log.error("preload: %s", error)
 
 
-def _preload(service: Service) -> None:
+def _waited_for(service: Service) -> str:
+    """": waiting …" with the requests of each model, or nothing when none runs."""
+    busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
+    who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
+    return f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else ""
+
+
+# generate: who does it
+
+
+class NoServer(Exception):
+    """No running server can do the work; the message says why, for -v."""
+
+
+class Generator(Protocol):
+    """Who generates: the running server, or an engine of our own."""
+
+    model: str  # the model's id
+    has_template: bool | None  # None: not known
+    queued: Queued | None  # the request passed its checks
+    poll_seconds: float  # how often to ask for the status
+
+    def status(self) -> dict[str, Any]:
+        """The model's status, as the status route tells it."""
+
+    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        """Generates what a body of /api/generate asks for."""
+
+    def close(self) -> None:
+        """Ends whatever still runs."""
+
+
+def choose_generator(args: argparse.Namespace) -> Generator:
+    """The running server if it knows the model, else an engine of our own; -v says which and why."""
     try:
-        service.table.load("default", True, Cancellation())
-    except ApiError as error:
-        log.error("preload: %s", error)
+        why = why_own(args)
+        if why:
+            raise NoServer(why)
+        server = RunningServer(args)
+    except NoServer as reason:
+        log.info("an engine of its own does the work: %s", reason)
+        return OwnEngine(args)
+    log.info("the server at %s does the work, with %s", server.url, printable(server.model))
+    return server
 
 
-def command_generate(args: argparse.Namespace) -> int:
-    """Streams one generation to standard output, by a running server or an engine of our own."""
-    body = generate_body(args)
-    dialect = Native(body | {"stream": not args.json})
-    events = None if args.local or _is_local(args) else remote_events(args, body)
-    log.info("generated %s", "here" if events is None else "by the running server")
-    wire = PrintedJson() if args.json else PrintedText()
-    deliver(dialect, local_events(args, dialect.request) if events is None else events, wire)
-    if wire.finish_reason == "length" and sys.stderr.isatty():
-        print("shimmy: the text was cut at its limit, see --max-tokens", file=sys.stderr)
-    return 0
+def why_own(args: argparse.Namespace) -> str | None:
+    """Why only an engine of our own can do what the command line asks; None when a server can too."""
+    if args.local:
+        return "--local"
+    for f in fields(EngineOptions):
+        if getattr(args, f.name) is not None:
+            return f"--{f.name.replace('_', '-')} sets up an engine"
+    if os.environ.get("SHIMMY_MAX_CTX"):
+        return "SHIMMY_MAX_CTX sets up an engine"
+    return "MODEL is a file" if args.model is not None and is_path(args.model) else None
 
 
-class PrintedText(Wire):
-    """A native stream on standard output: the text alone, each piece flushed."""
+class OwnEngine:
+    """Generates with an engine that lives as long as the command."""
 
-    finish_reason: str | None = None
+    poll_seconds = 0.1
 
-    def send(self, document: dict[str, Any]) -> None:
-        choice = document["choices"][0]
-        self.finish_reason = choice.get("finish_reason")
-        if choice["text"]:
-            sys.stdout.buffer.write(choice["text"].encode("utf-8", "replace"))
-            sys.stdout.buffer.flush()
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Finds the model; the first generation loads it. Raises ModelNotFound, ImportError."""
+        check_packages()
+        path = args.model if args.model and is_path(args.model) else None
+        self._service = make_service(args, path)
+        self._service.table.start()
+        self.model = self._service.table.resolve("default" if path else args.model or "default")
+        self.queued: Queued | None = None
+        self.status()  # reads the whole header
+        self.has_template = next(m["chat_template"] for m in self._service.table.models() if m["id"] == self.model)
 
-    def end(self) -> None:
-        if sys.stdout.isatty():
-            print()
+    def status(self) -> dict[str, Any]:
+        return self._service.table.status(self.model)
 
+    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        with contextlib.closing(self._service.generate(Native(body).request, Cancellation())) as events:  # type: ignore[type-var]
+            for event in events:
+                if isinstance(event, Queued):
+                    self.queued = event
+                yield event
 
-class PrintedJson(PrintedText):
-    """A native document on standard output."""
-
-    def send(self, document: dict[str, Any]) -> None:
-        self.finish_reason = document["choices"][0]["finish_reason"]
-        print_json(document)
-
-    def end(self) -> None:
-        """The document ends with a newline already."""
-
-
-def generate_body(args: argparse.Namespace) -> dict[str, Any]:
-    """The /api/generate body a command line means. Raises InvalidRequest as the API would."""
-    prompt = args.prompt
-    if prompt is None or prompt == "-" or args.stdin:
-        piped = sys.stdin.buffer.read().decode("utf-8", "replace")
-        prompt = piped if prompt is None or prompt == "-" else f"{prompt}\n{piped}"
-    if not prompt.strip() and args.prompt is None:
-        raise InvalidRequest("the prompt is empty: standard input gave no text", "prompt")
-    body: dict[str, Any] = {"model": args.model or "default", "stream": True}
-    body |= {"messages": [{"role": "user", "content": prompt}]} if args.chat else {"prompt": prompt}
-    flags = {f.name: getattr(args, f.name) for f in fields(Sampling) if f.metadata.get("help")}
-    body |= {name: value for name, value in flags.items() if value is not None}
-    if args.schema:
-        with open(args.schema, "rb") as file:
-            body["json_schema"] = parse_json(file.read(), f"--schema {args.schema}:")
-    try:
-        Native(body)
-    except InvalidRequest as error:
-        name = error.param or ""
-        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
-    return body
+    def close(self) -> None:
+        self._service.close()
 
 
-def _is_local(args: argparse.Namespace) -> bool:
-    """Whether the command line asks for what only an engine of its own can do."""
-    knobs = any(getattr(args, f.name) is not None for f in fields(EngineOptions)) or "SHIMMY_MAX_CTX" in os.environ
-    return knobs or bool(args.models_dir) or (args.model is not None and is_path(args.model))
+class RunningServer:
+    """Generates with the server at the configured address."""
+
+    poll_seconds = 0.5
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        """Has the server resolve the model's name. Raises NoServer; ApiError when the server refuses the key."""
+        self._args, self.url = args, server_url(args)
+        self._open: set[http.client.HTTPConnection] = set()
+        self.queued: Queued | None = None
+        self.model, size = named_model(args)
+        try:
+            self.model = self.status()["model"]
+            found = next(m for m in self._ask("/api/models")["models"] if m["id"] == self.model)
+            self.has_template, theirs = found["chat_template"], found["size_bytes"]
+        except (KeyError, TypeError, StopIteration):
+            raise NoServer(f"what answers at {self.url} is no shimmy server of this version") from None
+        if size not in (None, theirs):
+            raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
+
+    def _ask(self, path: str) -> dict[str, Any]:
+        try:
+            status, document = ask_server(self._args, path, timeout=5.0)
+        except (OSError, http.client.HTTPException, ValueError):
+            raise NoServer(f"no server answers at {self.url}") from None
+        if status == 200 and isinstance(document, dict):
+            return document
+        error = document.get("error") if isinstance(document, dict) else None
+        if not isinstance(error, dict) or not {"code", "message", "details"} <= error.keys():
+            raise NoServer(f"what answers at {self.url} is no shimmy server")
+        if error["code"] == "model_not_found":
+            raise NoServer(f"the server at {self.url} knows no model {printable(self.model)}")
+        raise self._error(document)
+
+    def _error(self, document: Any) -> ApiError:
+        """The server's error object as an exception."""
+        said = document.get("error", {})
+        if said.get("code") == "unauthorized":
+            return ApiError(message=f"the server at {self.url} {_key_refusal()}")
+        error = ApiError(str(said.get("details", "")), str(said.get("message", "The server failed")))
+        error.code = str(said.get("code", error.code))
+        return error
+
+    def status(self) -> dict[str, Any]:
+        return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
+
+    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        connection = connect_to_server(self._args, None)
+        self._open.add(connection)
+        try:
+            response = self._post(connection, to_json(body | {"stream": True}))
+            self.queued = Queued(self.model)
+            yield self.queued
+            for line in response:
+                if line.strip() == b"data: [DONE]":
+                    return
+                if line.startswith(b"data: "):
+                    yield from self._events_of(json.loads(line[6:]))
+            raise GenerationFailed("The server closed the connection in mid-answer")
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None
+        finally:
+            self._open.discard(connection)
+            connection.close()
+
+    def _post(self, connection: http.client.HTTPConnection, body: bytes) -> http.client.HTTPResponse:
+        """The head of a stream. Raises the server's error."""
+        headers = {"Content-Type": b"application/json", **server_headers()}
+        with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
+            connection.request("POST", "/api/generate", body, headers)
+        response = connection.getresponse()
+        if response.status != 200:
+            raise self._error(json.loads(response.read(MAX_BODY)))
+        return response
+
+    def _events_of(self, chunk: dict[str, Any]) -> Iterator[Event]:
+        """The events that a chunk of a native stream was made from."""
+        if "error" in chunk:
+            raise self._error(chunk)
+        choice = chunk["choices"][0]
+        yield Text(0, choice["text"])
+        if "usage" in chunk:
+            yield ChoiceEnd(0, choice["finish_reason"])
+            yield Usage(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"], 0, 0.0, 0.0)
+
+    def close(self) -> None:
+        for connection in list(self._open):
+            with contextlib.suppress(OSError, AttributeError):  # AttributeError: not connected yet
+                connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-def local_events(args: argparse.Namespace, request: GenerateRequest) -> Iterator[Event]:
-    """A generation by an engine of our own."""
-    check_packages()
-    path = args.model if args.model and is_path(args.model) else None
-    service = make_service(args, path)
-    service.table.start()
-    try:
-        yield from service.generate(replace(request, model="default") if path else request, Cancellation())
-    finally:
-        service.close()
+def named_model(args: argparse.Namespace) -> tuple[str, int | None]:
+    """What to ask a server for, and the size of the file that --models-dir has under that name."""
+    base = os.environ.get("SHIMMY_BASE_GGUF")  # our default, whatever the server's is
+    name = args.model or (base and plain_id(pathlib.Path(base).stem if is_path(base) else base)) or "default"
+    if args.models_dir:
+        here = Catalog([SearchRoot(os.path.expanduser(d), "--models-dir") for d in args.models_dir]).scan().models
+        for model in here:
+            if name == "default" or plain_id(name) == model.id:
+                return model.id, model.size_bytes
+    return name, None
 
 
-def remote_events(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[Event] | None:
-    """A generation by a running server that has the model loaded; None when there is none."""
-    base = os.environ.get("SHIMMY_BASE_GGUF")
-    if args.model is None and base:  # our default, whatever the server's is
-        body = body | {"model": plain_id(pathlib.Path(base).stem if is_path(base) else base)}
-    try:
-        models = ask_server(args, "GET", "/api/models", timeout=2.0)[1]["models"]
-        wanted = (body["model"], plain_id(body["model"]))
-        loaded = any(m["id"] in wanted and m["loaded"] for m in models)
-    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError):
-        return None
-    return _remote_stream(args, body) if loaded else None
+def server_url(args: argparse.Namespace) -> str:
+    """The configured address as a URL."""
+    host, port = listen_address(args)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def _connect(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
+def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
+    """A connection to the configured address, not opened yet."""
     host, port = listen_address(args)
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return http.client.HTTPConnection(reachable, port, timeout=timeout)
 
 
-def _server_headers() -> dict[str, str]:
+def server_headers() -> dict[str, bytes]:
+    """The key from SHIMMY_API_KEY, if one is set, as UTF-8: http.client would write Latin-1 or fail."""
     key = os.environ.get("SHIMMY_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+    if key and not key.isprintable():
+        raise UsageError("SHIMMY_API_KEY holds a character that cannot be sent, such as a line break")
+    return {"Authorization": b"Bearer " + key.encode()} if key else {}
 
 
-def ask_server(args: argparse.Namespace, method: str, path: str, timeout: float) -> tuple[int, Any]:
-    """A request to the server at the configured address: status and document. Raises OSError when nobody answers."""
-    connection = _connect(args, timeout)
+def _key_refusal() -> str:
+    if os.environ.get("SHIMMY_API_KEY"):
+        return "refused the key in SHIMMY_API_KEY"
+    return "asks for a key: set SHIMMY_API_KEY"
+
+
+def ask_server(args: argparse.Namespace, path: str, timeout: float) -> tuple[int, Any]:
+    """GETs a path from the configured address: status and document. Raises OSError when nobody answers."""
+    connection = connect_to_server(args, timeout)
     try:
-        connection.request(method, path, headers=_server_headers())
+        connection.request("GET", path, headers=server_headers())
         response = connection.getresponse()
         return response.status, json.loads(response.read(MAX_BODY))
     finally:
         connection.close()
 
 
-def _remote_stream(args: argparse.Namespace, body: dict[str, Any]) -> Iterator[Event]:
-    connection = _connect(args, None)
+# generate: the prompt, and what is printed
+
+
+def command_generate(args: argparse.Namespace) -> int:
+    """Streams one generation, or one a line, to standard output."""
+    if args.text is not None and args.prompt is not None:
+        raise UsageError("the prompt is given twice: behind MODEL, and with --prompt")
+    args.prompt = args.text if args.prompt is None else args.prompt
+    sampling = sampling_fields(args)
+    prompt = None if args.lines else read_prompt(args)
+    with contextlib.closing(choose_generator(args)) as generator:
+        if prompt is None:
+            return generate_lines(args, generator, sampling)
+        note_ignored_input(args)
+        body = generate_body(args, generator, prompt, sampling)
+        with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
+            wire = PrintedJson(line, args.raw) if args.json else PrintedText(line, args.raw)
+            try:
+                deliver(Native(body | {"stream": not args.json}), generator.events(body), wire)
+            except ApiError:
+                wire.end()  # the message gets a line of its own
+                raise
+    return report_cut(args, wire)
+
+
+def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The sampling flags as fields of a body. Raises UsageError naming the flag at fault."""
+    given = {f.name: getattr(args, f.name) for f in fields(Sampling) if f.metadata.get("help")}
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.schema:
+        with open(args.schema, "rb") as file:
+            given["json_schema"] = parse_json(file.read(), f"--schema {args.schema}:")
     try:
-        headers = {"Content-Type": "application/json", **_server_headers()}
-        connection.request("POST", "/api/generate", json.dumps(body).encode(), headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise _remote_error(json.loads(response.read(MAX_BODY)))
-        for line in response:
-            if line.strip() == b"data: [DONE]":
-                return
-            if line.startswith(b"data: "):
-                yield from _events_of(json.loads(line[6:]))
-        raise GenerationFailed("the server closed the connection in mid-answer")
-    finally:
-        connection.close()
+        Native({"model": "default", "prompt": ""} | given)
+    except InvalidRequest as error:
+        name = error.param or ""
+        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
+    return given
 
 
-def _events_of(chunk: dict[str, Any]) -> Iterator[Event]:
-    """The events that a chunk of a native stream was made from."""
-    if "error" in chunk:
-        raise _remote_error(chunk)
-    choice = chunk["choices"][0]
-    yield Text(0, choice["text"])
-    if "usage" in chunk:
-        yield ChoiceEnd(0, choice["finish_reason"])
-        yield Usage(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"], 0, 0.0, 0.0)
+def generate_body(args: argparse.Namespace, generator: Generator, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The /api/generate body: a chat where the model has a template, unless --raw or --chat decide."""
+    chat = args.chat or (not args.raw and generator.has_template is not False)
+    said = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    return {"model": generator.model} | said | sampling
 
 
-def _remote_error(document: Any) -> ApiError:
-    error = document.get("error", {})
-    return ApiError(str(error.get("details", "")), str(error.get("message", "The server failed")))
+def read_prompt(args: argparse.Namespace) -> str:
+    """The prompt: from the command line, from standard input, or from both with a newline between."""
+    given = None if args.prompt in (None, "-") else decoded(os.fsencode(args.prompt), "--prompt")
+    if given is not None and not args.stdin:
+        return given
+    if sys.stdin.isatty():
+        print("reading standard input, end with Ctrl-D", file=sys.stderr)
+    data = sys.stdin.buffer.read(MAX_BODY + 1)
+    if len(data) > MAX_BODY:
+        raise PayloadTooLarge(f"standard input is over {human_bytes(MAX_BODY)}, the most that a request may have")
+    piped = decoded(data, "standard input")
+    if given is None and not piped.strip():
+        raise InvalidRequest("the prompt is empty: standard input gave no text", "prompt")
+    return piped if given is None else f"{given}\n{piped}"
+
+
+def decoded(data: bytes, what: str) -> str:
+    """UTF-8 as text; what is none is named on stderr and replaced."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        print(f"shimmy: {what} is not UTF-8 (byte {error.start}): what cannot be read becomes U+FFFD", file=sys.stderr)
+        return data.decode("utf-8", "replace")
+
+
+def note_ignored_input(args: argparse.Namespace) -> None:
+    """Says so when data waits in a pipe that nobody reads. It is never read: it may be the file list of a loop around us."""
+    if args.prompt in (None, "-") or args.stdin:
+        return
+    with contextlib.suppress(ImportError, AttributeError, OSError):  # no POSIX, or nothing that can be asked
+        import fcntl
+        import stat
+        import termios
+
+        waiting = fcntl.ioctl(0, termios.FIONREAD, bytes(4))  # bytes; a pipe at its end has none
+        if stat.S_ISFIFO(os.fstat(0).st_mode) and any(waiting):
+            print("shimmy: standard input is ignored; --stdin appends it to the prompt", file=sys.stderr)
+
+
+class WaitingLine:
+    """On a terminal, a line on stderr that says what is being waited for; `clear` removes it, and so does the end.
+
+    A thread redraws it. The cursor stays at the line's beginning, so that log messages overwrite it.
+    """
+
+    def __init__(self, what: Callable[[], str], seconds: float) -> None:
+        self._what, self._seconds = what, seconds
+        self._began, self._lock, self._cleared = time.monotonic(), threading.Lock(), threading.Event()
+        if not sys.stderr.isatty():
+            self._cleared.set()
+
+    def __enter__(self) -> WaitingLine:
+        if not self._cleared.is_set():
+            threading.Thread(target=self._redraw, name="waiting line", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def _redraw(self) -> None:
+        while not self._cleared.is_set():
+            try:
+                text = self._what()
+            except Exception:  # a thread's border: the command itself tells what went wrong
+                text = ""
+            seconds = int(time.monotonic() - self._began)
+            self._draw(f"{text} ({seconds} s)" if text and seconds >= 2 else text)
+            self._cleared.wait(self._seconds)
+
+    def _draw(self, text: str) -> None:
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+        except (OSError, ValueError):
+            width = 0
+        with self._lock:
+            if not self._cleared.is_set():
+                print(f"\r{text[: (width or 80) - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Removes the line for good; idempotent."""
+        with self._lock:
+            if not self._cleared.is_set():
+                self._cleared.set()
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def waiting_for(generator: Generator) -> str:
+    """What a generation waits for, before its first word."""
+    if generator.queued is None:
+        return loading_stage(generator.status()) or "reading the prompt"
+    tokens = generator.queued.prompt_tokens
+    return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
+
+
+def loading_stage(status: dict[str, Any]) -> str:
+    """What a load is doing; "" once the model is loaded, or failed."""
+    model, progress = printable(status["model"], 40), status["progress"]
+    if status["status"] == "loading":
+        weights = f"loading {model} {progress:.0%}" if progress else f"starting the engine for {model}"
+        return weights if progress < 1 else f"preparing the context of {model}"
+    return f"waiting to load {model}" if status["status"] in ("unloaded", "unloading") else ""
+
+
+class PrintedText(Wire):
+    """A native stream on standard output: the text alone, each piece flushed."""
+
+    finish_reason: str | None = None
+    completion_tokens = 0
+
+    def __init__(self, line: WaitingLine, raw: bool) -> None:
+        self._line, self._raw, self._last = line, raw, ""
+
+    def send(self, document: dict[str, Any]) -> None:
+        self._note_end(document)
+        text = document["choices"][0]["text"]
+        if text:
+            self._line.clear()
+            self._last = text[-1]
+            self._write(text)
+
+    def _note_end(self, document: dict[str, Any]) -> None:
+        self.finish_reason = document["choices"][0].get("finish_reason")
+        self.completion_tokens = document.get("usage", {}).get("completion_tokens", 0)
+
+    def _write(self, text: str) -> None:
+        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+        sys.stdout.buffer.flush()
+
+    def end(self) -> None:
+        """The last line gets its newline; only a terminal gets it with --raw."""
+        self._line.clear()
+        if self._last not in ("", "\n") and (not self._raw or sys.stdout.isatty()):
+            self._write("\n")
+
+
+class PrintedJson(PrintedText):
+    """A native document on standard output."""
+
+    def send(self, document: dict[str, Any]) -> None:
+        self._note_end(document)
+        self._line.clear()
+        print_json(document)
+
+
+def report_cut(args: argparse.Namespace, wire: PrintedText) -> int:
+    """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
+    if wire.finish_reason != "length":
+        return 0
+    most = NATIVE_DEFAULTS["max_tokens"] if args.max_tokens is None else args.max_tokens
+    limit = f"--max-tokens {most}" if 0 <= most <= wire.completion_tokens else "the end of the context, see --ctx"
+    what = "the JSON document is not whole: it" if args.schema else "the text"
+    print(f"shimmy: {what} was cut at {limit}", file=sys.stderr)
+    return 1 if args.schema else 0
+
+
+# generate --lines
+
+
+class Collected(Wire):
+    """Keeps the one document of a plain reply."""
+
+    document: dict[str, Any]
+
+    def send(self, document: dict[str, Any]) -> None:
+        self.document = document
+
+
+def generate_lines(args: argparse.Namespace, generator: Generator, sampling: dict[str, Any]) -> int:
+    """Answers every line of standard input: as many at once as the engine batches, in order, one line of JSON each."""
+    parallel = engine_options(args).parallel
+    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * parallel)  # reads ahead so far
+    jobs: queue.SimpleQueue[tuple[str | ApiError, queue.SimpleQueue[dict[str, Any]]]] = queue.SimpleQueue()
+
+    def read() -> None:
+        for line in prompt_lines(args):
+            answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+            answers.put(answer)
+            jobs.put((line, answer))
+        answers.put(None)
+
+    def work() -> None:
+        while True:
+            line, answer = jobs.get()
+            answer.put(answer_line(args, generator, line, sampling))
+
+    for target in (read, *[work] * parallel):  # daemons: one may be waiting for input that never comes
+        threading.Thread(target=target, daemon=True).start()
+    failed = False
+    while (answer := answers.get()) is not None:
+        document = answer.get()
+        print(json.dumps(document), flush=True)
+        cut = bool(args.schema) and document.get("choices", [{}])[0].get("finish_reason") == "length"
+        failed = failed or cut or "error" in document
+    return int(failed)
+
+
+def answer_line(args: argparse.Namespace, generator: Generator, line: str | ApiError, sampling: dict[str, Any]) -> dict[str, Any]:
+    """One line's /api/generate document, or its error object."""
+    try:
+        if isinstance(line, ApiError):
+            raise line
+        body, wire = generate_body(args, generator, line, sampling), Collected()
+        deliver(Native(body), generator.events(body), wire)
+        return wire.document
+    except ApiError as error:
+        return error.document()
+    except Exception as error:  # a thread's border: the line's reader must hear something
+        log.debug("a line failed", exc_info=True)
+        return ApiError(f"{type(error).__name__}: {error}").document()
+
+
+def prompt_lines(args: argparse.Namespace) -> Iterator[str | ApiError]:
+    """The prompts of --lines: each line of standard input, behind --prompt if that is given."""
+    before = "" if args.prompt in (None, "-") else decoded(os.fsencode(args.prompt), "--prompt") + "\n"
+    number, noted = 0, False
+    try:
+        while data := sys.stdin.buffer.readline(MAX_BODY + 1):
+            number += 1
+            if len(data) > MAX_BODY:
+                yield PayloadTooLarge(f"line {number} is over {human_bytes(MAX_BODY)}")
+                while data and not data.endswith(b"\n"):
+                    data = sys.stdin.buffer.readline(MAX_BODY)
+                continue
+            line = data.decode("utf-8", "replace") if noted else decoded(data, f"line {number}")
+            noted = noted or "\ufffd" in line
+            line = line.rstrip("\r\n")
+            yield before + line if line.strip() or before else InvalidRequest(f"line {number} is empty", "prompt")
+    except OSError as error:
+        yield ApiError(f"standard input cannot be read: {error.strerror}")
 
 
 def command_list(args: argparse.Namespace) -> int:
@@ -8467,25 +8911,40 @@ def command_list(args: argparse.Namespace) -> int:
     service.table.scan()
     report = service.table.catalog.report
     if args.json:
-        places = {m.id: {"path": m.path, "source": m.source} for m in report.models}
-        models = [m | places[m["id"]] for m in service.table.models()]
+        more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m)} for m in report.models}
+        models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
         print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
     elif args.short:
         for model in report.models:
-            print(model.id)
+            print(printable(model.id))
     else:
-        cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, m.path)
-                 for m in report.models]  # fmt: skip
-        rows = [[str(cell or "-") for cell in row] for row in cells]
-        print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "WHERE"], rows)
-        if not report.models:
-            print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
+        print_models(report.models)
     if args.verbose and not args.json:
         for skipped in report.skipped:
-            print(f"skipped {skipped['path']}: {skipped['reason']}", file=sys.stderr)
+            print(f"skipped {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}", file=sys.stderr)
         for note in (note for d in report.directories for note in d["notes"]):
-            print(f"note: {note}", file=sys.stderr)
+            print(f"note: {printable(note, MAX_SHOWN_PATH)}", file=sys.stderr)
     return 0
+
+
+MAX_SHOWN_PATH = 4096  # characters of a path in tables: Linux has none that are longer
+
+
+def fits_memory(model: ModelInfo) -> bool | None:
+    """True if the weights fit the memory that is free now, with 64 MiB for the least context; None: nobody knows."""
+    free = available_memory()
+    return None if free is None else model.size_bytes + 64 * MIB <= free
+
+
+def print_models(models: Seq[ModelInfo]) -> None:
+    """The table of `list`."""
+    fits = {True: "yes", False: "no", None: None}
+    cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, fits[fits_memory(m)], m.path)
+             for m in models]  # fmt: skip
+    rows = [[printable(str(cell or "-"), MAX_SHOWN_PATH if cell is row[-1] else 200) for cell in row] for row in cells]
+    print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"], rows)
+    if not models:
+        print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
 
 
 def print_json(document: Any) -> None:
@@ -8508,28 +8967,22 @@ def command_probe(args: argparse.Namespace) -> int:
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
     service.table.start()
-    try:
+    with contextlib.closing(service):
         name = service.table.resolve("default" if path or args.model is None else args.model)
-        done = threading.Event()
-        if sys.stderr.isatty():
-            threading.Thread(target=_progress_bar, args=(service, name, done), daemon=True).start()
-        try:
+        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring", 0.1):
             result = probe(service, name)
-        finally:
-            done.set()
-    finally:
-        service.table.close()
     if args.json:
         print_json(result)
         return 0
-    print(f"{result['model']}: loaded in {result['load_seconds']:.2f} s, {human_bytes(result['memory_bytes'])} of memory, "
-          f"context {result['context_length']}, {result['prompt_tokens_per_second']:.0f} tokens/s prompt, "
+    print(f"{printable(result['model'])}: loaded in {result['load_seconds']:.2f} s, "
+          f"{human_bytes(result['memory_bytes'])} of memory, context {result['context_length']}, "
+          f"{result['prompt_tokens_per_second']:.0f} tokens/s prompt, "
           f"{result['generated_tokens_per_second']:.0f} tokens/s generated")  # fmt: skip
     return 0
 
 
 def probe(service: Service, name: str) -> dict[str, Any]:
-    """Load a model for real and generate 64 tokens; speeds in tokens per second."""
+    """Loads a model for real and generates 64 tokens; speeds in tokens per second."""
     cancel = Cancellation()
     with service.table.lease(name, cancel) as lease:
         worker = lease.wait()
@@ -8548,45 +9001,42 @@ def probe(service: Service, name: str) -> dict[str, Any]:
         }  # fmt: skip
 
 
-def _progress_bar(service: Service, name: str, done: threading.Event) -> None:
-    """Redraws one line on the terminal until the model is loaded."""
-    while not done.wait(0.1):
-        status = service.table.status(name)
-        bar = ("#" * int(status["progress"] * 30)).ljust(30)
-        print(f"\rloading {name} [{bar}] {status['progress']:4.0%}", end="", file=sys.stderr, flush=True)
-        if status["loaded"] or status["status"] == "failed":
-            break
-    print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 def command_diag(args: argparse.Namespace) -> int:
     """Shows what a report of a problem should contain."""
     service = make_service(args)
     service.table.scan()
-    document = service.diag() | {"server": _server_state(args)}
+    document = service.diag() | {"server": server_state(args)}
     if args.json:
         print_json(document)
         return 0
     for key in [*versions(), *engine_build()]:
-        print(f"{key:12} {document[key]}")
+        print(f"{key:12} {printable(str(document[key]))}")
     free = document["memory"]["available_bytes"]
     print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
-    print(f"{'server':12} {document['server']['url']}: {'answers' if document['server']['running'] else 'no answer'}")
+    print(f"{'server':12} {document['server']['url']}: {_server_words(document['server'])}")
     for directory in document["directories"]:
         found = f"{directory['models']} model{'s' * (directory['models'] != 1)}" if directory["exists"] else "not there"
-        print(f"{'searched':12} {directory['path']} ({directory['source']}): {'; '.join([found, *directory['notes']])}")
+        where, said = f"{directory['path']} ({directory['source']})", "; ".join([found, *directory["notes"]])
+        print(f"{'searched':12} {printable(where, MAX_SHOWN_PATH)}: {printable(said, MAX_SHOWN_PATH)}")
     for skipped in document["skipped"]:
-        print(f"{'skipped':12} {skipped['path']}: {skipped['reason']}")
+        print(f"{'skipped':12} {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}")
     return 0
 
 
-def _server_state(args: argparse.Namespace) -> dict[str, Any]:
-    host, port = listen_address(args)
-    state = {"running": False, "url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}
+def server_state(args: argparse.Namespace) -> dict[str, Any]:
+    """Whether a server answers at the configured address, what it says of its health, and if it takes our key."""
+    state: dict[str, Any] = {"running": False, "url": server_url(args)}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        status, document = ask_server(args, "GET", "/api/health", timeout=2.0)
+        status, document = ask_server(args, "/api/health", timeout=2.0)
         state |= {"running": status == 200, "health": document}
+        state["key_accepted"] = ask_server(args, "/api/tools", timeout=2.0)[0] != 401
     return state
+
+
+def _server_words(state: dict[str, Any]) -> str:
+    if not state["running"]:
+        return "no answer"
+    return "answers" if state.get("key_accepted", True) else f"answers, but {_key_refusal()}"
 
 
 def check_packages() -> None:
@@ -8606,29 +9056,82 @@ def check_packages() -> None:
             raise ImportError(f"{package} {installed} is too old, shimmy needs {wanted}: pip install -U {package}")
 
 
+def open_closed_streams() -> bool:
+    """Opens the null device for each standard stream that is closed; returns whether stdout was.
+
+    Otherwise the next file or socket that we open would get the stream's number.
+    """
+    no_stdout = sys.stdout is None
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    return no_stdout
+
+
+def end_interrupted() -> int:
+    """Ends this process by SIGINT, as Ctrl-C would have, so that a shell's loop ends too; 130 where there is no such end."""
+    stream = next((s for s in (sys.stderr, sys.stdout) if s.isatty()), None)
+    if stream:
+        print(file=stream, flush=True)  # behind the terminal's ^C
+    if os.name == "posix":
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    return 130
+
+
 def main(argv: Seq[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    args = parser().parse_args(argv)
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S",
-                        level=logging.INFO if args.verbose else logging.WARNING)  # fmt: skip
+    no_stdout = open_closed_streams()
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file's name or a × must not end a command where the locale is C
+            stream.reconfigure(errors="backslashreplace")
     try:
-        if args.command in ("serve", "probe"):
-            check_packages()
-        code = args.run(args)
-        sys.stdout.flush()
-        return int(code)
-    except UsageError as error:
-        print(f"shimmy: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # `| head` has seen enough; keep the interpreter from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 0
-    except (ApiError, OSError, ImportError) as error:
-        print(f"shimmy: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        args = parse(argv)
+        clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
+        logging.basicConfig(stream=sys.stderr, format=f"{clear}%(asctime)s %(message)s", datefmt="%H:%M:%S",
+                            level=logging.INFO if args.verbose else logging.WARNING)  # fmt: skip
+        if no_stdout and args.command != "serve":
+            raise OSError("standard output is closed")
+        return run_command(args)
     except KeyboardInterrupt:
-        return 130
+        return end_interrupted()
+    except BrokenPipeError:  # `| head` has seen enough
+        code = 0
+    except UsageError as error:
+        code = complain(error, 2)
+    except (ApiError, OSError, ImportError) as error:
+        code = complain(error, 1)
+    if not _flushed():  # keeps the interpreter from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    return code
+
+
+def run_command(args: argparse.Namespace) -> int:
+    if args.command in ("serve", "probe"):
+        check_packages()
+    code = args.run(args)
+    sys.stdout.flush()
+    return int(code)
+
+
+def complain(error: Exception, code: int) -> int:
+    """One plain line on stderr."""
+    print(f"shimmy: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _flushed() -> bool:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":
