@@ -31,7 +31,7 @@ import time
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 from urllib.parse import quote, urlsplit
@@ -235,6 +235,100 @@ def write_dice(path: Path, name: str = "Dice", context: int = 256) -> Path:
     writer.add_tensor("token_embd.weight", make(len(tokens), width))
     writer.add_tensor("output.weight", make(len(tokens), width))
     add_layers(writer, width, 2, make)
+    finish(writer)
+    return path
+
+
+@dataclass(frozen=True)
+class Spelled:
+    """What a speller spells, and what a chat makes of it."""
+
+    text: str
+    content: str
+    thought: str = ""
+    calls: tuple[tuple[str, dict[str, Any]], ...] = ()
+
+
+def hermes(name: str, arguments: dict[str, Any]) -> str:
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments}, ensure_ascii=False)}\n</tool_call>"
+
+
+SPELLED = {
+    "prose": Spelled("naïve 😀 and 日本", "naïve 😀 and 日本"),
+    "thought": Spelled("<think>\nTwo and two?\n</think>\n\nFour.", "Four.", "Two and two?"),
+    "near misses in a thought": Spelled("<think>a </thin b </think >c<</think>d", "d", "a </thin b </think >c<"),
+    "call": Spelled(hermes("get_weather", {"city": "Zürich"}), "", "", (("get_weather", {"city": "Zürich"}),)),
+    "text and call": Spelled(f"Look: <b> \n{hermes('add', {})}", "Look: <b>", "", (("add", {}),)),
+    "two calls": Spelled(
+        f"{hermes('add', {'a': 1})}\n{hermes('add', {'a': 2})}\n", "", "", (("add", {"a": 1}), ("add", {"a": 2}))
+    ),
+    "thought, text and call": Spelled(
+        f"<think>\nHm\n</think>\n\nSo: \n{hermes('add', {'a': '}'})}", "So:", "Hm", (("add", {"a": "}"}),)
+    ),
+    "near miss in a call": Spelled(hermes("add", {"a": "</tool_cal>"}), "", "", (("add", {"a": "</tool_cal>"}),)),
+    "malformed call": Spelled("<tool_call>\n{oops}\n</tool_call>", "<tool_call>\n{oops}\n</tool_call>"),
+    "near misses": Spelled("<tool_cal> <tool_call <<tool_c", "<tool_cal> <tool_call <<tool_c"),
+    "stops": Spelled("one STO two STOPP café three", "one STO two STOPP café three"),
+}
+SPELLER_PROMPT = 768  # tokens reserved for prompts
+SPELLER_STARTS = dict(
+    zip(
+        SPELLED,
+        itertools.accumulate((len(each.text.encode()) + 1 for each in SPELLED.values()), initial=SPELLER_PROMPT),
+        strict=False,
+    )
+)
+SPELLER_TEMPLATE = (  # pads the prompt to the position where the text that the last message names begins
+    "{% set prompt %}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% endset %}{{ prompt }}"
+    "{% if add_generation_prompt %}{% set starts = " + json.dumps(SPELLER_STARTS) + " %}"
+    "{{ '.' * (starts.get(messages[-1].content, 0) - prompt | length) }}{% endif %}"
+)
+
+
+def write_speller(path: Path) -> Path:
+    """Writes a model that spells SPELLED one byte per token, whatever the prompt says: only its length counts.
+
+    A recital cannot spell, for each of its tokens has one successor. Here token embeddings are zero, position embeddings
+    are one-hot, and the output matrix maps each position to its token.
+    """
+    end = len(byte_alphabet())
+    tape = [token for each in SPELLED.values() for token in (*each.text.encode(), end)]
+    width = 64 * (len(tape) // 64 + 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(path), "gpt2")
+    writer.add_context_length(SPELLER_PROMPT + len(tape))
+    writer.add_embedding_length(width)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(32)
+    writer.add_head_count(width // 64)
+    writer.add_layer_norm_eps(1e-6)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    alphabet = byte_alphabet()
+    writer.add_token_list([*alphabet, "<|endoftext|>", alphabet[0] + alphabet[1]])
+    writer.add_token_types([NORMAL] * end + [CONTROL, NORMAL])
+    writer.add_token_merges([f"{alphabet[0]} {alphabet[1]}"])
+    writer.add_bos_token_id(end)
+    writer.add_eos_token_id(end)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(SPELLER_TEMPLATE)
+    positions = np.zeros((SPELLER_PROMPT + len(tape), width), np.float16)
+    output = np.zeros((end + 2, width), np.float16)
+    for place, token in enumerate(tape):
+        positions[SPELLER_PROMPT + place - 1, place] = 1  # the last token read decides the next one
+        output[token, place] = 1
+    writer.add_tensor("token_embd.weight", np.zeros((end + 2, width), np.float16))
+    writer.add_tensor("position_embd.weight", positions)
+    writer.add_tensor("output.weight", output)
+    for norm in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+        writer.add_tensor(f"{norm}.weight", np.ones(width, np.float32))
+        writer.add_tensor(f"{norm}.bias", np.zeros(width, np.float32))
+    for name, rows, columns in (("attn_qkv", 3 * width, width), ("attn_output", width, width), ("ffn_up", 32, width),
+                                ("ffn_down", width, 32)):  # fmt: skip
+        writer.add_tensor(f"blk.0.{name}.weight", np.zeros((rows, columns), np.float16))
+        writer.add_tensor(f"blk.0.{name}.bias", np.zeros(rows, np.float32))
     finish(writer)
     return path
 
@@ -832,6 +926,17 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for kind in KINDS:
         write_kind(folder / f"{kind}.gguf", kind)
     running = Server(tmp_path_factory.mktemp("kinds-home"), "--port", "0", "--models-dir", folder, "--max-loaded", "4")
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="session")
+def spelling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a speller that sends each character by itself instead of 10 ms of them together."""
+    folder = tmp_path_factory.mktemp("spelling")
+    write_speller(folder / "models" / "speller.gguf")
+    script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"))
+    running = Server(folder / "home", "--port", "0", "--models-dir", folder / "models", script=script)
     yield running
     running.stop()
 
@@ -1692,6 +1797,41 @@ def test_chat_reasoning_is_streamed_separately(server: Server) -> None:
     assert "".join(part.get("reasoning_content") or "" for part in parts).strip() == "two and two"
 
 
+def spelled_chat(server: Server, name: str, **fields: Any) -> tuple[Spelled, Spelled]:
+    """Has the speller spell one of SPELLED in a chat, plain and streamed; returns what each reply says."""
+    messages = [{"role": "user", "content": name}]
+    body = {"model": "speller", "messages": messages, "tools": [WEATHER, ADD], "temperature": 0, **fields}
+    message = server.post("/v1/chat/completions", body).message
+    calls = [call["function"] for call in message.get("tool_calls") or []]
+    plain = (message["content"] or "", message.get("reasoning_content") or "", calls)
+    sent = server.streamed("/v1/chat/completions", body)
+    parts = {field: "".join(delta.get(field) or "" for delta in deltas(sent)) for field in ("content", "reasoning_content")}
+    streamed = (parts["content"], parts["reasoning_content"], assembled(sent))
+    return tuple(  # type: ignore[return-value]
+        Spelled(SPELLED[name].text, content, thought, tuple((c["name"], json.loads(c["arguments"])) for c in calls))
+        for content, thought, calls in (plain, streamed)
+    )
+
+
+@pytest.mark.parametrize("name", list(SPELLED))
+def test_chat_format_spelled_one_character_at_a_time_is_parsed(name: str, spelling: Server) -> None:
+    plain, streamed = spelled_chat(spelling, name)
+    assert plain == streamed
+    assert replace(plain, content=plain.content.strip(), thought=plain.thought.strip()) == SPELLED[name]
+
+
+def test_chat_content_spelled_one_character_at_a_time_is_streamed_so(spelling: Server) -> None:
+    body = {"model": "speller", "messages": [{"role": "user", "content": "prose"}], "temperature": 0}
+    parts = [delta["content"] for delta in deltas(spelling.streamed("/v1/chat/completions", body)) if delta.get("content")]
+    assert parts == list(SPELLED["prose"].text)
+
+
+def test_chat_cut_anywhere_says_the_same_streamed_and_plain(spelling: Server) -> None:
+    for length in range(1, len(SPELLED["thought, text and call"].text), 4):
+        plain, streamed = spelled_chat(spelling, "thought, text and call", max_tokens=length)
+        assert plain == streamed
+
+
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A JSON schema constrains what the model writes, or is rejected.
 
@@ -2080,6 +2220,25 @@ def test_unfinished_stop_string_is_flushed_at_the_end(server: Server) -> None:
 
 def test_earliest_stop_string_wins(server: Server) -> None:
     assert server.generate("|", stop=["TOPP", "ha S"]).text == "alp"
+
+
+@cases(
+    "stop, said",
+    {
+        "one word": ("STOP", "one STO two "),
+        "the earlier of two": (["café", "STOP"], "one STO two "),
+        "one that contains another": (["STOPPED", "STOPP"], "one STO two "),
+        "one with a character of two bytes": ("fé", "one STO two STOPP ca"),
+        "at the very end": (["three"], "one STO two STOPP café "),
+        "one that never comes": (["STOPS", "threes"], SPELLED["stops"].text),
+    },
+)
+def test_stop_string_spelled_one_character_at_a_time_never_leaks(stop: Any, said: str, spelling: Server) -> None:
+    body = {"model": "speller", "prompt": "." * SPELLER_STARTS["stops"], "stop": stop, "temperature": 0}
+    assert spelling.post("/api/generate", body).text == said
+    assert joined(spelling.streamed("/api/generate", body)) == said
+    assert joined(spelling.streamed("/v1/completions", body)) == said
+    assert ws_ask(spelling, **body)[0] == said
 
 
 @pytest.mark.parametrize("stop", [None, []], ids=json.dumps)
