@@ -1209,7 +1209,7 @@ def test_chat_invalid_field_is_400_naming_it(fields: dict[str, Any], param: str,
         "a call required": ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice"),
         "a function required": (
             {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
-        "a built-in tool": ({"tools": [{"type": "builtin", "name": "calculator"}]}, "tools"),
+        "a tool of an unknown type": ({"tools": [{"type": "web_search"}]}, "tools"),
     },
 )  # fmt: skip
 def test_chat_unsupported_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
@@ -4028,13 +4028,13 @@ def test_serve_killed_leaves_no_engine_behind(serve: Callable[..., Server], mode
     eventually(lambda: not any(map(alive, children)), "every child ends by itself")
 
 
-def test_stop_with_an_open_websocket_logs_nothing(serve: Callable[..., Server], models: Path) -> None:
+def test_stop_with_an_open_websocket_logs_no_error(serve: Callable[..., Server], models: Path) -> None:
     own = serve("--models-dir", models)
     with own.ws() as ws:
         ws.send(json.dumps({"model": "recital", "prompt": ":"}))
         ws_answer(ws)
         assert own.stop() == 0
-    assert own.log.read_text() == ""
+    assert not re.search("error|exception|traceback", own.log.read_text(), re.I)
 
 
 @linux
