@@ -33,6 +33,7 @@ if __name__ == "__main__":  # Ctrl-C while the imports run ends the program; mai
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import array
 import codecs
 import contextlib
 import copy
@@ -885,35 +886,98 @@ def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
 Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Usage
 
 
+TURN_BYTES = MIB  # a body beyond this waits for its turn to be parsed, or for room to be read
+TURN_SECONDS = 10.0  # for that; a full-sized body takes about 0.1 s to parse
+MAX_JSON_VALUES = 1_000_000  # keys count too: about 100 bytes each in memory; 1 MiB of token ids has 200,000
+
+
+class Budget:
+    """Bytes that all threads together may hold at once; who would exceed them waits, in order of arrival."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+        self._changed = threading.Condition()
+        self._waiting: deque[object] = deque()
+
+    def take(self, size: int) -> None:
+        """Waits for room for `size` bytes. Raises Overloaded when there is none within TURN_SECONDS."""
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            fits = self._changed.wait_for(lambda: self._fits(ticket, size), TURN_SECONDS)
+            self._waiting.remove(ticket)
+            self.used += size if fits else 0
+            self._changed.notify_all()  # the next in line
+        if not fits:
+            raise Overloaded(f"Bodies of {self.size // MIB} MiB in all are being read already")
+
+    def _fits(self, ticket: object, size: int) -> bool:
+        """A body larger than the whole budget fits when it is alone."""
+        return self._waiting[0] is ticket and (not self.used or self.used + size <= self.size)
+
+    def give(self, size: int) -> None:
+        """Returns what was taken."""
+        with self._changed:
+            self.used -= size
+            self._changed.notify_all()
+
+    @contextlib.contextmanager
+    def hold(self, size: int) -> Iterator[None]:
+        """Takes `size` bytes while the block runs."""
+        self.take(size)
+        try:
+            yield
+        finally:
+            self.give(size)
+
+
+PARSING = Budget(MAX_BODY)  # one full-sized body at a time, or several smaller ones
+
+
 def parse_json(data: bytes, what: str = "The body") -> Any:
-    """Strict JSON: UTF-8, no NaN, no lone surrogates, MAX_JSON_DEPTH deep. Raises InvalidRequest."""
-    try:
-        source = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
-    if _depth_over(source, MAX_JSON_DEPTH):
-        raise InvalidRequest(f"{what} is nested over {MAX_JSON_DEPTH} levels deep")
-    try:
-        value = json.loads(source, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
-    except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
-    if "\\u" in source and _has_surrogate(value):
-        raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
-    return value
+    """Strict JSON: UTF-8, no NaN, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values.
+
+    Beyond TURN_BYTES it waits for its turn. Raises InvalidRequest, and Overloaded when its turn does not come.
+    """
+    with PARSING.hold(len(data)) if len(data) > TURN_BYTES else contextlib.nullcontext():
+        try:
+            source = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
+        _check_nesting(data, what)
+        try:
+            value = json.loads(source, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
+        except (ValueError, RecursionError) as error:
+            raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
+        if "\\u" in source and _has_surrogate(value):
+            raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
+        return value
 
 
-def _depth_over(source: str, limit: int) -> bool:
-    """Whether brackets outside strings nest deeper than `limit`, without recursing."""
-    if source.count("[") + source.count("{") <= limit:
-        return False
-    depth = 0
-    # an unterminated string matches to the end: else each of its quotes would be scanned from again
-    for token in re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\Z)|[\[\]{}]', source, re.S):
-        mark = token[0]
-        depth += (mark in ("[", "{")) - (mark in ("]", "}"))
-        if depth > limit:
-            return True
-    return False
+_NO_MARKS = bytes(set(range(256)) - set(b'"[]{},:'))
+_STEPS = bytes.maketrans(b"[{]}", b"\1\1\xff\xff")  # as signed bytes: one level down, one level up
+_BLOCK = 1 << 16  # bytes: what is split at once stays small
+
+
+def _check_nesting(data: bytes, what: str) -> None:
+    """Refuses JSON with too many levels or values. One pass of C loops: the worst 16 MiB take 0.4 s."""
+    opened = data.count(b"[") + data.count(b"{")
+    if opened <= MAX_JSON_DEPTH and opened + data.count(b",") + data.count(b":") < MAX_JSON_VALUES:
+        return
+    # without escapes every quote begins or ends a string; two in a row cancel out
+    marks = data.replace(b"\\\\", b"").replace(b'\\"', b"").translate(None, _NO_MARKS).replace(b'""', b"")
+    depth = values = inside = 0
+    for start in range(0, len(marks), _BLOCK):
+        pieces = marks[start : start + _BLOCK].split(b'"')
+        outside = b"".join(pieces[inside::2])
+        inside = (inside + len(pieces) - 1) % 2
+        steps = array.array("b", outside.translate(_STEPS, b",:"))
+        values += len(outside) - steps.count(-1)  # each value but the first follows an opening bracket, comma or colon
+        if max(itertools.accumulate(steps, initial=depth)) > MAX_JSON_DEPTH:
+            raise InvalidRequest(f"{what} is nested over {MAX_JSON_DEPTH} levels deep")
+        if values > MAX_JSON_VALUES:
+            raise InvalidRequest(f"{what} holds over {MAX_JSON_VALUES} values")
+        depth += sum(steps)
 
 
 def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
