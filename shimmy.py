@@ -37,6 +37,7 @@ import array
 import codecs
 import contextlib
 import copy
+import errno
 import functools
 import http.client
 import http.server
@@ -3413,7 +3414,7 @@ def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
     import inspect
 
     described = inspect.getdoc(function) or ""
-    lines = dict(re.findall(r"^\s*(\w+): (.+)$", described, re.M))
+    lines = dict(re.findall(r"^[ \t]*(\w+): (.+)$", described, re.M))
     properties, required = {}, []
     for parameter in inspect.signature(function).parameters.values():
         hint = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
@@ -3454,6 +3455,11 @@ class ToolOptions:
     files: tuple[str, ...] = ()  # Python files with more tools
 
 
+TOOL_SECONDS = 30.0  # for one call; http_get ends itself after 10
+MAX_STUCK = 4  # calls of one tool that may run on after TOOL_SECONDS: each holds a thread
+MAX_CALLS = 256  # of one tool at once
+
+
 class Tools:
     """The registry: lists tools, checks arguments and runs a tool."""
 
@@ -3464,6 +3470,8 @@ class Tools:
         for path in options.files:
             load_tools(path)
         self._tools |= REGISTERED
+        self._lock = threading.Lock()
+        self._calls: dict[str, dict[threading.Thread, float]] = {}  # by the tool's name: when each began, monotonic
 
     def documents(self) -> list[dict[str, Any]]:
         return [t.document() for t in self._tools.values()]
@@ -3475,21 +3483,61 @@ class Tools:
             raise InvalidRequest(f"tools: there is no built-in tool {_said(name)}; there are {known}", "tools")
         return {"type": "function", "function": self._tools[name].document()}
 
-    def execute(self, name: str, arguments: Any) -> dict[str, Any]:
-        """Runs a tool: {"success", "result", "error"}. Raises NotFound, and InvalidRequest outside its schema."""
+    def execute(self, name: str, arguments: Any, cancel: Cancellation | None = None) -> dict[str, Any]:
+        """Runs a tool: {"success", "result", "error"}. Raises NotFound, Overloaded, InvalidRequest outside its schema."""
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
         tool = self._tools[name]
         arguments = check_arguments(tool, arguments)
         try:
-            result = tool.function(**arguments)
-            json.dumps(result, allow_nan=False)  # somebody's function may return anything
-            return {"success": True, "result": result, "error": None}
+            return {"success": True, "result": self._run(tool, arguments, cancel), "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
+        except (Overloaded, Cancelled):
+            raise
         except Exception as error:
             log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
+
+    def _run(self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None) -> Any:
+        """Calls the function in a thread of its own, which is left behind when it takes over TOOL_SECONDS."""
+        outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+        thread = threading.Thread(target=_call, args=(tool, arguments, outcome), name=f"tool {tool.name}", daemon=True)
+        self._start(tool, thread)
+        if cancel:
+            cancel.on_cancel(lambda: outcome.put((None, Cancelled())))
+        try:
+            result, error = outcome.get(timeout=TOOL_SECONDS)
+        except queue.Empty:
+            raise ToolError(f"{tool.name} took over {TOOL_SECONDS:g} seconds") from None
+        if error:
+            raise error
+        return result
+
+    def _start(self, tool: Tool, thread: threading.Thread) -> None:
+        """Starts a call. Raises ToolError where MAX_STUCK calls never came back, Overloaded beyond MAX_CALLS."""
+        now = time.monotonic()
+        with self._lock:
+            calls = self._calls[tool.name] = {t: b for t, b in self._calls.get(tool.name, {}).items() if t.is_alive()}
+            stuck = sum(now - began > TOOL_SECONDS for began in calls.values())
+            if stuck >= MAX_STUCK:
+                raise ToolError(f"{stuck} calls of {tool.name} have not come back yet")
+            if len(calls) >= MAX_CALLS:
+                raise Overloaded(f"{len(calls)} calls of {tool.name} are running")
+            thread.start()
+            calls[thread] = now
+
+
+def _call(tool: Tool, arguments: dict[str, Any], outcome: queue.SimpleQueue[tuple[Any, BaseException | None]]) -> None:
+    """Runs in the tool's thread. The function is somebody's: it may return and raise anything, SystemExit too."""
+    try:
+        result = tool.function(**arguments)
+        json.dumps(result, allow_nan=False)
+        outcome.put((result, None))
+    except Exception as error:
+        outcome.put((None, error))
+    except BaseException as error:
+        outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
 
 
 def load_tools(path: str) -> None:
@@ -3632,7 +3680,9 @@ class FileReader:
                 raise ToolError("the path leads outside the tool root")
             if not target.is_file():
                 raise ToolError("there is no regular file at that path")
-            with open(target, "rb") as file:
+            with open(self._open(self.root, target.relative_to(self.root).parts), "rb") as file:
+                if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                    raise ToolError("there is no regular file at that path")
                 data = file.read(self.MAX_BYTES + 1)
         except (OSError, ValueError) as error:
             raise ToolError(f"the file cannot be read: {getattr(error, 'strerror', None) or error}") from None
@@ -3640,11 +3690,31 @@ class FileReader:
             raise ToolError(f"the file is over {self.MAX_BYTES} bytes")
         return data.decode("utf-8", "replace")
 
+    @staticmethod
+    def _open(root: pathlib.Path, parts: Seq[str]) -> int:
+        """Opens a resolved path below `root`, each part from the directory before and following no link.
+
+        So what was swapped for a link since it was resolved is not followed (ELOOP), and a pipe put there is not waited for.
+        """
+        nonblocking = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+        if os.open not in os.supports_dir_fd:  # Windows
+            return os.open(root.joinpath(*parts), os.O_RDONLY | nonblocking)
+        here = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        for i, part in enumerate(parts, 1):
+            try:
+                flags = nonblocking if i == len(parts) else os.O_DIRECTORY | getattr(os, "O_PATH", 0)
+                there = os.open(part, os.O_RDONLY | os.O_NOFOLLOW | flags, dir_fd=here)
+            finally:
+                os.close(here)
+            here = there
+        return here
+
 
 class HttpGetter:
     """Fetches pages from allowed hosts at global addresses, connecting to the very address that was checked."""
 
     MAX_BYTES, MAX_SECONDS, MAX_REDIRECTS = MIB, 10.0, 5
+    MAX_URL = 8192  # characters; urlsplit keeps the last 128
 
     def __init__(self, hosts: Seq[str]) -> None:
         self.hosts = {h.strip().lower() for h in hosts}
@@ -3658,6 +3728,8 @@ class HttpGetter:
             raise ToolError("http_get is off: start the server with --tool-hosts HOST,… (or *) to open hosts")
         deadline = time.monotonic() + self.MAX_SECONDS
         for _ in range(self.MAX_REDIRECTS + 1):
+            if len(url) > self.MAX_URL:
+                raise ToolError(f"the address is over {self.MAX_URL} characters")
             try:
                 status, headers, body = self._fetch(url, deadline)
             except (OSError, http.client.HTTPException, ValueError) as error:
@@ -3687,7 +3759,10 @@ class HttpGetter:
             connection.request("GET", target, headers={"User-Agent": f"shimmy/{__version__}", "Connection": "close"})
             response = connection.getresponse()
             data = self._read(response, deadline)
-            return response.status, response.headers, data.decode(response.headers.get_content_charset() or "utf-8", "replace")
+            charset = codecs.lookup(response.headers.get_content_charset() or "utf-8").name
+            if charset in ("punycode", "idna"):  # of host names; the first takes a minute for 1 MiB
+                raise LookupError(charset)
+            return response.status, response.headers, data.decode(charset, "replace")
         except LookupError:
             raise ToolError("the page is in an unknown character set") from None
         finally:
@@ -3727,21 +3802,28 @@ class HttpGetter:
         raise ToolError(f"the answer is over {self.MAX_BYTES} bytes")
 
 
-GLOBAL_UNICAST, DOCUMENTATION = ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("3fff::/20")  # IANA's registry
+# IANA's special-purpose registries, multicast and reserved space, written out: `ipaddress` knows a different part of
+# them in each version of Python. AS112 and AMT (192.31.196, 192.52.193, 192.175.48) route globally and serve no pages.
+SPECIAL_IPV4 = tuple(map(ipaddress.IPv4Network, (
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+    "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24",
+    "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+)))  # fmt: skip
+GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")  # the rest is special, or not given out
+SPECIAL_IPV6 = tuple(map(ipaddress.IPv6Network, (  # within it; 2001::/23 holds Teredo and ORCHID, 2002::/16 is 6to4
+    "2001::/23", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20",
+)))  # fmt: skip
+NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_global(address: str) -> bool:
-    """Whether an IP address is of the public internet, whatever it is wrapped in (mapped, 6to4, Teredo, NAT64)."""
+    """Whether an IP address is of the public internet; one mapped into IPv6, or behind NAT64, counts as what it is."""
     ip = ipaddress.ip_address(address.split("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        if ip in ipaddress.IPv6Network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_global(str(inner))
-        if ip not in GLOBAL_UNICAST or ip in DOCUMENTATION:
-            return False
-    return ip.is_global and not ip.is_multicast
+        if ip.ipv4_mapped or ip in NAT64:
+            return is_global(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        return ip in GLOBAL_UNICAST and not any(ip in network for network in SPECIAL_IPV6)
+    return not any(ip in network for network in SPECIAL_IPV4)
 
 
 # ── 8. Messages ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7028,47 +7110,59 @@ class Access:
 
     def check(self, headers: Any, keyless: bool) -> None:
         """Raises Forbidden for a foreign Host or Origin, Unauthorized without the key where one is set."""
-        host = headers.get("Host") or ""
-        if self.loopback and host and not self._host_allowed(host):
+        host = headers.get("Host")
+        if self.loopback and host is not None and not self._host_allowed(host):
             raise Forbidden(f"Host '{host[:100]}' is not a loopback name; --allow-host opens more")
         origin = headers.get("Origin")
-        if origin is not None and not self.origin_allowed(origin, host):
+        if origin is not None and not self.origin_allowed(origin, host or ""):
             raise Forbidden(f"Origin '{origin[:100]}' is not allowed; --allow-origin opens more")
         if self.api_key and not keyless and not self._key_fits(headers):
             raise Unauthorized("Send the key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
 
     def _host_allowed(self, host: str) -> bool:
-        try:
-            name = urllib.parse.urlsplit(f"//{host}").hostname if "/" not in host else None
-        except ValueError:
-            name = None
-        return name is not None and (is_loopback(name) or "*" in self.hosts or name in self.hosts or host in self.hosts)
+        name = host_name(host)
+        return name is not None and (is_loopback(name) or bool({"*", name, host} & set(self.hosts)))
 
     def origin_allowed(self, origin: str, host: str) -> bool:
         """Loopback pages on any port, desktop apps, pages this server itself serves, and what was opened."""
         if "*" in self.origins or origin in self.origins:
             return True
-        try:
-            parts = urllib.parse.urlsplit(origin)
-            name = parts.hostname or ""
-        except ValueError:
-            return False
-        if parts.scheme in ("http", "https"):
-            return is_loopback(name) or (not self.loopback and parts.netloc == host)
-        return parts.scheme in self.APP_SCHEMES
+        scheme, separator, place = origin.partition("://")
+        if scheme in ("http", "https"):
+            name = host_name(place)
+            return name is not None and (is_loopback(name) or (not self.loopback and place.lower() == host.lower()))
+        return bool(separator) and scheme in self.APP_SCHEMES and APP_PLACE.fullmatch(place) is not None
 
     def _key_fits(self, headers: Any) -> bool:
+        """Compares bytes: headers arrive as latin-1, or as ASCII with surrogates (websockets), whatever the client meant."""
         import hmac
 
         scheme, _, bearer = (headers.get("Authorization") or "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
         given += [headers.get("x-api-key") or ""]
-        return any(hmac.compare_digest(g.encode("utf-8", "surrogateescape"), (self.api_key or "").encode()) for g in given)
+        sent = [g.encode("latin-1", "surrogateescape") for g in given]
+        keys = [(self.api_key or "").encode("utf-8", "surrogateescape")]
+        with contextlib.suppress(UnicodeEncodeError):
+            keys.append((self.api_key or "").encode("latin-1"))  # what Python's http.client makes of it
+        return any(hmac.compare_digest(s, k) for s in sent for k in keys)
+
+
+APP_PLACE = re.compile(r"[\w.~-]*(?::\d{1,5})?", re.ASCII)  # app://obsidian.md, and Electron's app://.
+HOST = re.compile(r"([\w-]+(?:\.[\w-]+)*|\[[0-9a-f:.]+\])(?::(\d{1,5}))?", re.ASCII | re.I)
+
+
+def host_name(host: str) -> str | None:
+    """The lower-case name in HOST[:PORT], as a Host header and an Origin have it; None for anything else.
+
+    Strict, because a lenient parser finds "127.0.0.1" in "127.0.0.1:80.evil.example".
+    """
+    found = HOST.fullmatch(host)
+    return found[1].strip("[]").lower() if found and int(found[2] or 0) < 65536 else None
 
 
 def is_loopback(host: str) -> bool:
     """Whether a name or address stands for this machine alone."""
-    host = host.strip("[]").lower().rstrip(".")
+    host = host.strip("[]").lower()
     if host == "localhost" or host.endswith(".localhost"):
         return True
     try:
@@ -7078,16 +7172,36 @@ def is_loopback(host: str) -> bool:
 
 
 UPGRADE_START = b"GET /ws/"
+MAX_UPGRADE_HEAD = 16384  # bytes; it is peeked at whole, before websockets reads it
+MAX_UPGRADE_LINE = 8190  # what websockets reads (its MAX_LINE_LENGTH without CRLF)
+TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
+HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
+
+
+def _wants_upgrade(head: bytes) -> bool:
+    """Whether the bytes read so far are, or may become, a request below /ws/."""
+    start = re.sub(rb"/+", b"/", head[:256])
+    return bool(start) and (start.startswith(UPGRADE_START) or UPGRADE_START.startswith(start))
+
+
+def _fits_websockets(head: bytes) -> bool:
+    """Whether the websockets package would read a head so large; what it refuses, it refuses without an error object."""
+    lines = head.split(b"\r\n")
+    return len(head) <= MAX_UPGRADE_HEAD and len(lines) < 128 and all(len(line) <= MAX_UPGRADE_LINE for line in lines)
 
 
 def _is_handshake(head: bytes) -> bool:
     """Whether a request head asks for a WebSocket as RFC 6455, 4.2.1 wants it."""
-    line, _, rest = head.partition(b"\r\n")
-    fields, end, _ = rest.partition(b"\r\n\r\n")
-    lines = [re.fullmatch(rb"([!#$%&'*+.^_`|~\w-]+):[ \t]*(.*?)[ \t]*", f) for f in fields.split(b"\r\n")]
-    if not end or not line.endswith(b" HTTP/1.1") or not all(lines):
+    head, end, _ = head.partition(b"\r\n\r\n")
+    line, *fields = head.split(b"\r\n")
+    if not end or HEAD_FAULT.search(head) or not line.endswith(b" HTTP/1.1") or not _fits_websockets(head):
         return False
-    given = {f[1].lower(): f[2] for f in lines if f}
+    given = {}
+    for field_line in fields:
+        name, colon, value = field_line.partition(b":")
+        if not colon or b"\n" in value or not TOKEN.fullmatch(name):
+            return False
+        given[name.lower()] = value.strip(b" \t")
     return (
         given.get(b"upgrade", b"").lower() == b"websocket"
         and b"upgrade" in given.get(b"connection", b"").lower()
@@ -7096,11 +7210,19 @@ def _is_handshake(head: bytes) -> bool:
     )
 
 
+READING = Budget(8 * MAX_BODY)  # bytes of bodies that arrive or wait to be parsed, of all connections together
+READ_FREE = 1 << 16  # of each body, not counted
+
+
 class RequestReader:
-    """A connection's incoming bytes: every read ends by `deadline` (monotonic seconds), every size is bounded."""
+    """A connection's incoming bytes: every read ends by `deadline` (monotonic seconds), every size is bounded.
+
+    A body's bytes count against READING until `release`.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.buffer, self.deadline = connection, b"", math.inf
+        self.connection, self.buffer, self.deadline = connection, bytearray(), math.inf
+        self._held = 0  # taken from READING
 
     def _fill(self) -> None:
         left = self.deadline - time.monotonic()
@@ -7113,11 +7235,11 @@ class RequestReader:
         self.buffer += data
 
     def begin(self) -> bool:
-        """Wait for a request's first byte, then start its clock; False when the connection is over."""
+        """Waits for a request's first byte, then starts its clock; False when the connection is over."""
+        self.release()
         self.deadline = time.monotonic() + IDLE_SECONDS
         try:
-            while not self.buffer.lstrip(b"\r\n"):  # empty lines before a request are fine (RFC 9112, 2.2)
-                self.buffer = b""
+            while not self._skip_empty_lines():
                 self.connection.settimeout(max(0.0, self.deadline - time.monotonic()))
                 if self.is_upgrade():
                     return True
@@ -7127,6 +7249,11 @@ class RequestReader:
         self.deadline = time.monotonic() + REQUEST_SECONDS
         return True
 
+    def _skip_empty_lines(self) -> bytearray:
+        """Empty lines before a request are fine (RFC 9112, 2.2)."""
+        del self.buffer[: len(self.buffer) - len(self.buffer.lstrip(b"\r\n"))]
+        return self.buffer
+
     def is_upgrade(self) -> bool:
         """Whether the unread bytes are a proper WebSocket upgrade; peeks, so that the WebSocket side reads them itself.
 
@@ -7134,81 +7261,168 @@ class RequestReader:
         """
         deadline = time.monotonic() + REQUEST_SECONDS
         while not self.buffer and time.monotonic() < deadline:
-            head = self.connection.recv(16384, socket.MSG_PEEK)
-            start = re.sub(rb"/+", b"/", head[:64].lstrip())
-            if not head or not (start.startswith(UPGRADE_START) or UPGRADE_START.startswith(start)):
+            head = self.connection.recv(MAX_UPGRADE_HEAD, socket.MSG_PEEK)
+            if empty := len(head) - len(head.lstrip(b"\r\n")):
+                self.connection.recv(empty)
+                continue
+            if not _wants_upgrade(head):
                 return False
-            if b"\r\n\r\n" in head or len(head) >= 16384:
+            if b"\r\n\r\n" in head or len(head) >= MAX_UPGRADE_HEAD:
                 return _is_handshake(head)
             waited = time.monotonic() - deadline + REQUEST_SECONDS
             time.sleep(min(0.005 + waited / 4, 0.25))  # the rest is on its way; peeking cannot wait for more
         return False
 
     def head(self) -> tuple[bytes, bytes]:
-        """The request line and the header lines. Raises InvalidRequest (414, 431) beyond MAX_HEAD."""
-        while True:
-            self.buffer = self.buffer.lstrip(b"\r\n")
-            end = re.search(rb"\r?\n\r?\n", self.buffer)
-            if end:
-                break
+        """The request line and the header lines. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
+        searched = 0
+        while not (end := self._head_end(searched)):
             if len(self.buffer) > MAX_HEAD:
                 what, status = ("headers are", 431) if b"\n" in self.buffer else ("request line is", 414)
                 raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
+            searched = max(0, len(self.buffer) - 2)  # a head sent byte by byte is not searched from its start each time
             self._fill()
-        head, self.buffer = self.buffer[: end.end()], self.buffer[end.end() :]
+        head = bytes(self.buffer[:end])
+        del self.buffer[:end]
+        self._check_head(head)
         line, _, headers = head.partition(b"\n")
-        if len(head) > MAX_HEAD:
-            raise InvalidRequest(f"The headers are over {MAX_HEAD} bytes", status=431)
         return line + b"\n", headers
 
+    def _head_end(self, start: int) -> int:
+        """Where the empty line ends that ends a head, 0 while there is none."""
+        found = [at + len(mark) for mark in (b"\n\r\n", b"\n\n") if (at := self.buffer.find(mark, start)) >= 0]
+        return min(found, default=0)
+
+    @staticmethod
+    def _check_head(head: bytes) -> None:
+        if len(head) > MAX_HEAD:
+            raise InvalidRequest(f"The headers are over {MAX_HEAD} bytes", status=431)
+        if HEAD_FAULT.search(head):
+            raise InvalidRequest("The request's head holds a control character, a CR without LF or a folded line")
+        if _wants_upgrade(head) and b"\nupgrade:" in head.lower() and not _fits_websockets(head[:-4]):
+            limits = f"{MAX_UPGRADE_HEAD} bytes, a line {MAX_UPGRADE_LINE}"
+            raise InvalidRequest(f"The headers of an upgrade may have up to {limits}", status=431)
+
     def exactly(self, size: int) -> bytes:
-        parts = []
-        while size > 0:
+        """A body of `size` bytes. Raises Overloaded when too many bodies arrive at once."""
+        body = bytearray()
+        self._read_into(body, size)
+        return bytes(body)
+
+    def _read_into(self, body: bytearray, size: int) -> None:
+        end = len(body) + size
+        while len(body) < end:
             if not self.buffer:
                 self._fill()
-            parts.append(self.buffer[:size])
-            self.buffer = self.buffer[size:]
-            size -= len(parts[-1])
-        return b"".join(parts)
+            part = self.buffer[: end - len(body)]
+            del self.buffer[: len(part)]
+            body += part
+            if len(body) > READ_FREE + self._held:
+                READING.take(MIB)  # as they arrive, so that a body which is announced and never sent keeps nobody waiting
+                self._held += MIB
+
+    def release(self) -> None:
+        """Gives the body's bytes back to READING: it has been parsed, or the connection ends."""
+        held, self._held = self._held, 0
+        if held:
+            READING.give(held)
 
     def line(self) -> bytes:
-        while b"\n" not in self.buffer:
+        """A line of a chunked body, stripped. Raises InvalidRequest beyond 1,024 bytes."""
+        while (end := self.buffer.find(b"\n", 0, 1025)) < 0:
             if len(self.buffer) > 1024:
                 raise InvalidRequest("A chunk's size line is too long")
             self._fill()
-        line, _, self.buffer = self.buffer.partition(b"\n")
+        line = bytes(self.buffer[:end])
+        del self.buffer[: end + 1]
         return line.strip()
 
     def chunked(self) -> bytes:
         """A body in chunks (RFC 9112, 7.1); trailers are read and dropped."""
-        parts, total = [], 0
-        while True:
-            size_text = self.line().partition(b";")[0].strip()
-            if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size_text):
-                raise InvalidRequest("A chunk's size is malformed")
-            size = int(size_text, 16)
-            total += size
-            if total > MAX_BODY:
+        body = bytearray()
+        while size := self._chunk_size():
+            if len(body) + size > MAX_BODY:
                 raise PayloadTooLarge(f"Bodies may have up to {MAX_BODY} bytes")
-            if not size:
-                break
-            parts.append(self.exactly(size))
+            self._read_into(body, size)
             if self.line():
                 raise InvalidRequest("A chunk is longer than its size")
         for _ in range(100):
             if not self.line():
-                return b"".join(parts)
+                return bytes(body)
         raise InvalidRequest("Too many trailers")
 
+    def _chunk_size(self) -> int:
+        size_text = self.line().partition(b";")[0].strip()
+        if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size_text):
+            raise InvalidRequest("A chunk's size is malformed")
+        return int(size_text, 16)
+
     def drain(self) -> None:
-        """Read on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
+        """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
         self.deadline = time.monotonic() + 2.0
-        self.buffer = b""
+        self.buffer.clear()
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
             for _ in range(2048):
                 self._fill()
-                self.buffer = b""
+                self.buffer.clear()
+
+
+POLL_SECONDS = 0.02  # how often a client that has ended its side is looked at: a reset is a round trip away
+PROBE_SECONDS = 1.0, 16.0  # between probes of a client that only listens: at first, and at most
+
+Probe = Callable[[], bool]  # writes what a client skips; False where nothing can be written. Must not block
+
+
+@dataclass(eq=False)
+class Watched:
+    """A request's connection, and what to do when its client leaves. Owned by Watcher, under its lock."""
+
+    connection: socket.socket
+    cancel: Cancellation
+    probe: Probe | None
+    due: float = 0.0  # monotonic seconds of the next probe
+    pause: float = PROBE_SECONDS[0]
+
+    def look(self) -> tuple[bool, bool]:
+        """Whether the client has left, and whether the socket has nothing more to tell a selector. Must be readable.
+
+        Close and half-close look the same here, an end of file (RFC 9293, 3.6). They differ in the answer to
+        whatever is sent next: a closed client's kernel resets the connection, a half-closed one's accepts it.
+        """
+        try:
+            data = self.connection.recv(4096, socket.MSG_PEEK)
+            if empty := len(data) - len(data.lstrip(b"\r\n")):
+                self.connection.recv(empty)  # empty lines between requests mean nothing (RFC 9112, 2.2)
+                data = data[empty:]
+                if not data:
+                    return False, False
+            ended = not data or tcp_state(self.connection) in (TCP_CLOSE_WAIT, TCP_CLOSE)  # behind a next request
+            return ended and self._is_gone(), True
+        except OSError:
+            return True, True
+
+    def _is_gone(self) -> bool:
+        if tcp_state(self.connection) == TCP_CLOSE or self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            return True
+        now = time.monotonic()
+        if now < self.due:
+            return False
+        self.due, self.pause = now + self.pause, min(2 * self.pause, PROBE_SECONDS[1])
+        return self.probe is None or not self.probe()
+
+
+TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8  # linux/tcp_states.h
+
+
+def tcp_state(connection: socket.socket) -> int:
+    """The connection's state, which Linux's TCP_INFO begins with; 0 where nobody tells."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except OSError:  # no TCP
+        return 0
 
 
 class Watcher:
@@ -7216,6 +7430,7 @@ class Watcher:
 
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
+        self._aside: dict[socket.socket, Watched] = {}  # readable for good, hence polled
         self._lock = threading.Lock()
         self._here, self._there = socket.socketpair()
         self._here.setblocking(False)
@@ -7223,13 +7438,17 @@ class Watcher:
         self._started = False
 
     @contextlib.contextmanager
-    def watching(self, connection: socket.socket, cancel: Cancellation) -> Iterator[None]:
-        """Cancels when the client closes its connection."""
+    def watching(self, connection: socket.socket, cancel: Cancellation, probe: Probe | None = None) -> Iterator[None]:
+        """Cancels when the client leaves.
+
+        At an end of file `probe` is called, in the watcher's thread and only while the block runs: a client that has
+        closed answers with a reset, one that has only ended its side keeps its request. Without it both have left.
+        """
         with self._lock:
             if not self._started:
                 self._started = True
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
-            self._selector.register(connection, selectors.EVENT_READ, cancel)
+            self._selector.register(connection, selectors.EVENT_READ, Watched(connection, cancel, probe))
         if not isinstance(self._selector, _KERNEL_SELECTORS):
             self._there.send(b"\0")  # select() and poll() look at a new socket only when called anew
         try:
@@ -7237,40 +7456,45 @@ class Watcher:
         finally:
             self._drop(connection)
 
-    def _drop(self, connection: Any) -> None:
+    def _drop(self, connection: socket.socket) -> None:
         with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
-            self._selector.unregister(connection)
+            if not self._aside.pop(connection, None):
+                self._selector.unregister(connection)
 
     def _run(self) -> None:
         while True:
             with contextlib.suppress(OSError, ValueError):  # Windows' select(), of a socket closed meanwhile
-                self._selector.select()
+                self._selector.select(*([POLL_SECONDS] if self._aside else []))
             for cancel in self._left():
                 cancel.cancel()
 
     def _left(self) -> list[Cancellation]:
-        """The cancellations of clients that closed; where a next request is there already, there is no more news of this one.
+        """The cancellations of clients that left.
 
         Asked anew under the lock, where no socket comes or goes: what the waiting call told may be of one closed since, whose
         number another has now, and to read from that would wait.
         """
         left = []
         with self._lock:
-            for key, _ in self._selector.select(0):
-                if key.fileobj is self._here:
-                    self._here.recv(4096)
-                    continue
-                if not self._has_more(key.fileobj):
-                    left.append(key.data)
-                self._selector.unregister(key.fileobj)
+            for watched in [*self._readable(), *self._aside.values()]:
+                gone, polled = watched.look()
+                if gone or polled:
+                    self._set_aside(watched)
+                if gone:
+                    del self._aside[watched.connection]
+                    left.append(watched.cancel)
         return left
 
-    @staticmethod
-    def _has_more(connection: Any) -> bool:
-        try:
-            return bool(connection.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
+    def _readable(self) -> list[Watched]:
+        keys = [key for key, _ in self._selector.select(0)]
+        if any(key.fileobj is self._here for key in keys):
+            self._here.recv(4096)
+        return [key.data for key in keys if key.data]
+
+    def _set_aside(self, watched: Watched) -> None:
+        if watched.connection not in self._aside:
+            self._selector.unregister(watched.connection)
+            self._aside[watched.connection] = watched
 
 
 _KERNEL_SELECTORS = tuple(
@@ -7778,6 +8002,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
 
 
+RESERVED_DESCRIPTORS = 128  # for pipes of engines (3 each), model files, sockets of tools, refused connections
+REFUSED_SECONDS, REFUSED_AT_ONCE = 1.0, 32  # a refused connection stays open for its client to read why
+_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+def raise_descriptor_limit() -> int:
+    """Raises the soft limit of open descriptors to the hard one; how many there may be then."""
+    try:
+        import resource
+    except ImportError:  # Windows counts no descriptors
+        return sys.maxsize
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for limit in (hard, 10240):  # macOS says "unlimited" and takes no more than OPEN_MAX
+        if soft == resource.RLIM_INFINITY or 0 <= limit <= soft:
+            break
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            soft = limit
+    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
+
+
+def connection_bound(limit: int) -> int:
+    """How many connections fit `limit` descriptors: a tenth at least, however few there are."""
+    opened = 32
+    with contextlib.suppress(OSError):
+        opened = len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"))
+    return max(1, limit // 10, min(MAX_CONNECTIONS, limit - opened - RESERVED_DESCRIPTORS))
+
+
 class Server(http.server.ThreadingHTTPServer):
     """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
 
@@ -7788,11 +8041,14 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service, self.access = service, access
+        self.max_connections = min(MAX_CONNECTIONS, connection_bound(raise_descriptor_limit()))
         self.watcher, self.sockets = Watcher(), SocketListener(self)
         self.stopping = False
         self._changed = threading.Condition()
         self._busy = self._connections = 0
         self._cancels: set[Cancellation] = set()
+        self._refused: deque[tuple[float, socket.socket]] = deque()  # close at (monotonic seconds); the accept thread's
+        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # given up for a moment when descriptors run out
         super().__init__(address, Handler)
 
     def server_bind(self) -> None:
@@ -7816,21 +8072,60 @@ class Server(http.server.ThreadingHTTPServer):
         with self._changed:
             self._connections -= 1
 
+    def get_request(self) -> tuple[Any, Any]:
+        """Accepts a connection. Without a descriptor for it, it is refused with the spare one: left alone, it would spin us."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in _OUT_OF_DESCRIPTORS:
+                self._refuse_with_spare()
+            raise
+
+    def _refuse_with_spare(self) -> None:
+        if self._spare is not None:
+            os.close(self._spare)
+            self._spare = None
+        try:
+            with contextlib.closing(self.socket.accept()[0]) as connection:
+                self._send_refusal(connection, "No descriptor is left for another connection")
+                with contextlib.suppress(OSError):
+                    connection.settimeout(0.2)
+                    connection.recv(65536)  # see _refuse
+        except OSError:  # a thread took the descriptor first
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+
     def process_request(self, request: Any, client_address: Any) -> None:
-        if self._connections < MAX_CONNECTIONS:
-            self.connection_opened()
-            try:
-                super().process_request(request, client_address)
-            except RuntimeError:  # no more threads to be had
-                self.connection_closed()
-                self.shutdown_request(request)
-            return
-        body = json.dumps(Overloaded(f"{MAX_CONNECTIONS} connections are open").document()).encode()
+        """Starts the connection's thread, or answers 503 where it would be one too many."""
+        if self._connections >= self.max_connections:
+            return self._refuse(request, f"{self.max_connections} connections are open")
+        self.connection_opened()
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError:  # can't start new thread
+            self.connection_closed()
+            self._refuse(request, "No thread can be started for another connection")
+
+    def _refuse(self, connection: socket.socket, why: str) -> None:
+        """503, and a second to read it: to close over a request that is on its way would destroy the answer (RST)."""
+        self._send_refusal(connection, why)
+        self._refused.append((time.monotonic() + REFUSED_SECONDS, connection))
+        self.service_actions()
+
+    @staticmethod
+    def _send_refusal(connection: socket.socket, why: str) -> None:
+        body = json.dumps(Overloaded(why).document()).encode()
         head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
         with contextlib.suppress(OSError):
-            request.settimeout(1.0)
-            request.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
-        self.shutdown_request(request)
+            connection.settimeout(1.0)
+            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+            connection.shutdown(socket.SHUT_WR)
+
+    def service_actions(self) -> None:
+        """Closes refused connections whose time is over; serve_forever calls it after each look for new ones."""
+        while self._refused and (self._refused[0][0] < time.monotonic() or len(self._refused) > REFUSED_AT_ONCE):
+            self._refused.popleft()[1].close()
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
