@@ -53,6 +53,7 @@ import pathlib
 import pickle
 import queue
 import re
+import select
 import selectors
 import signal
 import socket
@@ -3323,8 +3324,8 @@ class Readings:
         yield from self._properties(tuple(states for states in objects if states))
 
     def _elements(self, arrays: list[ArrayShape]) -> Iterator[list[str]]:
-        for index in range(max((len(array.first) for array in arrays), default=-1) + 1):
-            nodes = [array.at(index) for array in arrays]
+        for index in range(max((len(shape.first) for shape in arrays), default=-1) + 1):
+            nodes = [shape.at(index) for shape in arrays]
             self.spend(len(nodes))
             yield [self._value(node) for node in nodes if node in self.grammar.possible and node is not None]
 
@@ -7812,6 +7813,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         super().setup()
         self.service, self.reader = self.server.service, RequestReader(self.connection)
+        self._sending = threading.RLock()  # this thread answers, and the watcher's may probe
 
     def handle(self) -> None:
         self.close_connection = False
@@ -7911,7 +7913,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
         body = self._body()
         cancel = Cancellation()
-        with self.server.watcher.watching(self.connection, cancel), self.server.cancellable(cancel):
+        with self.server.watcher.watching(self.connection, cancel, self._probe), self.server.cancellable(cancel):
             call = Call(self.service, names, self.query, body, cancel)
             if isinstance(self.route.answer, type):
                 self._generate(self.route.answer, call)
@@ -7961,7 +7963,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def respond(self, answer: Answer) -> None:
         body = answer.body()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
-        self.connection.sendall(self._head(answer.status, headers) + (b"" if self.command == "HEAD" else body))
+        with self._sending:
+            self.connection.sendall(self._head(answer.status, headers) + (b"" if self.command == "HEAD" else body))
 
     def start(self, content_type: str) -> None:
         self.chunked = self.request_version == "HTTP/1.1"
@@ -7970,12 +7973,33 @@ class Handler(http.server.BaseHTTPRequestHandler):
             headers["Transfer-Encoding"] = "chunked"
         else:
             self.close_connection = True
-        self.connection.sendall(self._head(200, headers))
+        with self._sending:
+            self.connection.sendall(self._head(200, headers))
 
     def write(self, data: bytes, last: bool = False) -> None:
         if self.chunked:
             data = b"%x\r\n%b\r\n" % (len(data), data) + (b"0\r\n\r\n" if last else b"")
-        self.connection.sendall(data)
+        with self._sending:
+            self.connection.sendall(data)
+
+    def _probe(self) -> bool:
+        """Sends what a client skips, to learn whether one that ended its side still listens; False where there is nothing.
+
+        Before the answer that is an interim response: 100, the only one that Python's own client skips.
+        """
+        if self.request_version != "HTTP/1.1" or not self._sending.acquire(blocking=False):
+            return self.request_version == "HTTP/1.1"
+        try:
+            if select.select([], [self.connection], [], 0)[1]:  # else what was sent already tells
+                if self.log_line.status:
+                    self.wire.idle()
+                else:
+                    self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            return True
+        except OSError:
+            return False
+        finally:
+            self._sending.release()
 
     def fail(self, error: ApiError) -> None:
         """The error as the whole answer, or as the last event of a stream that has begun."""
