@@ -65,7 +65,7 @@ import time
 import urllib.parse
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol
@@ -1639,43 +1639,109 @@ For each function call, return a json object with function name and arguments wi
 NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of them marks where a prompt is cut
 
 
+# How a family writes thoughts and calls
+
+ID, ANY, KEY = NONCHARACTERS[-3:]  # in a format's text: a call's id, what differs from call to call, a parameter's name
+MARKER = re.compile(r"<[^<>\s]*>?|\[[A-Z][A-Z_/ ]*\]|\s+|\w+|.", re.S)  # what text between calls is made of
+
+
 @dataclass(frozen=True)
-class CallFormat:
-    """How one family of models writes a tool call: between which markers, and how to read what stands there."""
+class Params:
+    """How arguments stand one by one: opens NAME keyed VALUE closes. A quote surrounds strings that are written as such."""
 
     opens: str
+    keyed: str
     closes: str
-    parse: Callable[[str], tuple[str, str] | None]  # block to (name, arguments as JSON text); None: not a call
+    quote: str = ""
 
 
-def parse_hermes(block: str) -> tuple[str, str] | None:
-    """Reads `{"name": …, "arguments": {…}}`."""
-    try:
-        call = json.loads(block)
-        name, arguments = call["name"], call.get("arguments", call.get("parameters")) or {}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-    if not isinstance(name, str) or not name:
-        return None
-    return name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+@dataclass(frozen=True)
+class CallFormat:
+    """How one family writes tool calls: opens NAME named ARGUMENTS, then `again` and the next call, or `closes`.
+
+    With `keys`, `head` stands before each name and begins a JSON object, which has the name and the arguments under these
+    two keys (no keys: the name is itself the key of the arguments). With `params` the arguments stand one by one, else they
+    are a JSON object.
+    """
+
+    opens: str
+    named: str
+    closes: str
+    again: str = ""  # "": one call a turn, or each opens anew
+    head: str = ""
+    keys: tuple[str, str] | None = None
+    params: Params | None = None
+
+    @functools.cached_property
+    def call_opens(self) -> str:
+        """What begins each call, the first one's section marker left out."""
+        return common_suffix(self.opens, self.again) if self.again else self.opens
+
+    @functools.cached_property
+    def closers(self) -> frozenset[str]:
+        """The pieces of text that may stand between two calls, and behind the last."""
+        between = self.again.removesuffix(self.call_opens)
+        return frozenset(p for p in MARKER.findall(between + self.closes) if not p.isspace())
 
 
-CALL_FORMATS = (CallFormat("<tool_call>", "</tool_call>", parse_hermes),)  # Hermes, Qwen 2.5 and 3, Granite 4, MiMo
+HERMES = CallFormat("<tool_call>\n", '", "arguments": ', "}\n</tool_call>", head='{"name": "', keys=("name", "arguments"),
+                    again="}\n</tool_call>\n<tool_call>\n")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """How a family of models writes thoughts and tool calls."""
+    """How a family of models writes thoughts and tool calls; `drops` is other markup around its text."""
 
     thought: tuple[str, str] = ("<think>", "</think>")
-    calls: tuple[CallFormat, ...] = CALL_FORMATS
+    calls: tuple[CallFormat, ...] = (HERMES,)
+    drops: tuple[str, ...] = ()
 
     @property
-    def markers(self) -> frozenset[str]:
-        return frozenset(self.thought) | {m for f in self.calls for m in (f.opens, f.closes)}
+    def literals(self) -> str:
+        """All text that the parser must see, whether or not tokens of it are special."""
+        calls = (f"{c.opens}{c.head} {c.named} {c.again} {c.closes} {c.params}" for c in self.calls)
+        return " ".join([*self.thought, *self.drops, *calls])
 
 
-CHAT_MARKERS = ChatFormat().markers
+# What a template cannot tell, by a text that only this family's templates hold; a row's fields replace what was derived.
+FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("<|channel|>analysis<|message|>", {  # gpt-oss: the model's own order differs from the template's
+        "thought": ("<|channel|>analysis<|message|>", "<|end|>"),
+        "calls": (CallFormat("to=functions.", f"<|channel|>{ANY}<|message|>", "<|call|>"),
+                  CallFormat("<|channel|>commentary to=functions.", f"{ANY}<|message|>", "<|call|>")),
+        "drops": ("<|start|>assistant", "<|channel|>final<|message|>", "<|channel|>commentary<|message|>", "<|end|>"),
+    }),
+    ("end_of_msg", {  # Kimi K3: every part of a message has such a pair
+        "thought": ("<|open|>think<|sep|>", "<|close|>think<|sep|>"),
+        "drops": ("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>", "<|sep|>"),
+    }),
+    ("<|begin|>assistant", {"drops": ("<|begin|>assistant", "<|content|>", "<|end|>")}),  # Solar
+    ("<atem:function_calls>", {  # Muse: the name stands twice
+        "thought": ("to=self<|message|>", "<|eom|>"),
+        "calls": (CallFormat("to=", f'<|message|><atem:function_calls>\n<atem:invoke name="{ANY}">', "\n</atem:invoke>\n</atem:function_calls>",
+                             params=Params('\n<atem:parameter name="', '">', "</atem:parameter>")),),
+    }),
+    (">>>all", {"drops": (">>>all\n",)}),  # Functionary 3.2: whom each part of an answer is for
+    ("Here are my reasoning steps:", {"thought": ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]")}),  # Apriel
+    ("[THINK]", {"thought": ("[THINK]", "[/THINK]")}),  # Mistral: a part of the content
+    ("<|channel>thought", {"thought": ("<|channel>thought", "<channel|>")}),  # Gemma 4
+    ("<|START_THINKING|>", {"thought": ("<|START_THINKING|>", "<|END_THINKING|>")}),  # Cohere
+    ("List of tools: ", {  # LFM 2: a call is content to its template
+        "calls": (CallFormat("<|tool_call_start|>[", "(", ")]<|tool_call_end|>", "), ", params=Params("", "=", "", "'")),),
+    }),
+)  # fmt: skip
+
+
+def common_prefix(a: str, b: str) -> str:
+    """What two texts both begin with, in whole pieces."""
+    pairs = zip(MARKER.findall(a), MARKER.findall(b), strict=False)
+    return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def common_suffix(a: str, b: str) -> str:
+    """What two texts both end with, in whole pieces."""
+    pairs = zip(reversed(MARKER.findall(a)), reversed(MARKER.findall(b)), strict=False)
+    return "".join(reversed([x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]))
 
 
 @dataclass(frozen=True)
@@ -1687,6 +1753,7 @@ class ChatFacts:
     adds_bos: bool  # the tokenizer puts it first by itself
     eos: str
     specials: tuple[str, ...]  # names of control and marker tokens
+    ends: tuple[str, ...] = ()  # of those, the ones that end a turn
 
 
 class Chat:
@@ -1698,7 +1765,7 @@ class Chat:
 
     def __init__(self, facts: ChatFacts, helpers: Helpers) -> None:
         self.facts, self._helpers = facts, helpers
-        self.format = ChatFormat()
+        self._templates = dict(facts.templates) or {"": CHATML}
         self._names = SpecialNames(facts.specials)
         self.stops = () if facts.templates else tuple(m for m in CHATML_MARKS if m not in facts.specials)
 
@@ -1708,8 +1775,7 @@ class Chat:
         mark = self._mark(said)
         if mark:
             said = [[self._guard(m, mark, m["role"] == "assistant") for m in said[0]], *self._guard(said[1:], mark)]
-        templates = dict(self.facts.templates) or {"": CHATML}
-        rendered = self._render(Rendering(templates, self.facts.bos, self.facts.eos, *said))
+        rendered = self._render(Rendering(self._templates, self.facts.bos, self.facts.eos, *said))
         if self.facts.adds_bos and self.facts.bos and rendered.startswith(self.facts.bos):
             rendered = rendered[len(self.facts.bos) :]  # the tokenizer adds it, once
         return tuple(rendered.split(mark)) if mark else (rendered,)
@@ -1744,8 +1810,24 @@ class Chat:
         """What reads the text of choice `index`; a prompt whose last segment ends in an open thought begins in it."""
         if not request.split_markers:
             return Parser(index)
-        thinking = str(last[0]).rstrip().endswith(self.format.thought[0])
-        return ChatParser(index, self.format, bool(request.tools), thinking)
+        schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in request.tools}
+        return ChatParser(index, self.format, schemas, str(last[0]), frozenset(self.facts.specials) - self.markers)
+
+    @functools.cached_property
+    def format(self) -> ChatFormat:
+        """How the model writes thoughts and calls."""
+        derivation = Derivation(self._templates, self.facts.bos, self.facts.eos, self.facts.ends)
+        try:
+            format: ChatFormat = self._helpers.run(derivation)
+        except HelperFailed:  # a template that runs away here is refused when it renders
+            return ChatFormat()
+        return format
+
+    @functools.cached_property
+    def markers(self) -> frozenset[str]:
+        """Names of the special tokens that the parser must see."""
+        text = self.format.literals
+        return frozenset(text[start:end] for start, end in self._names.spans(text))
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -1942,32 +2024,33 @@ class Rendering:
     messages: list[Any]
     tools: list[Any]
     args: dict[str, Any]
+    generation: bool = True  # ends with the beginning of an answer
+    native: bool = False  # only forms in which the template itself writes tools and calls
 
     def run(self) -> str:
         error: Exception | None = None
         rendered: str | None = None
-        for reshape in RESHAPES:
+        for reshape in RESHAPES[:NATIVE] if self.native else RESHAPES:
             messages, tools = reshape(self.messages, self.tools)
             try:
                 prompt = self._render(messages, tools)
                 if not self._loses(prompt, self._render(messages, []) if tools else ""):
                     return prompt
                 rendered = rendered or prompt
-            except (MemoryError, RecursionError):
+            except MemoryError:
                 raise
             except Exception as failure:  # a template may raise anything: that is its complaint
                 error = failure
-        if rendered is not None:
+        if rendered is not None and not self.native:
             return rendered
-        assert error
-        raise error
+        raise error or ValueError("the template drops a part of the messages")
 
     def _render(self, messages: list[Any], tools: list[Any]) -> str:
         name = "tool_use" if tools and "tool_use" in self.templates else next(iter(self.templates))
         given = {"enable_thinking": True} | ({"tools": tools} if tools else {}) | self.args
         pieces, size = [], 0
         for piece in compiled_template(self.templates[name]).generate(
-            messages=messages, add_generation_prompt=True, bos_token=self.bos, eos_token=self.eos, **given
+            messages=messages, add_generation_prompt=self.generation, bos_token=self.bos, eos_token=self.eos, **given
         ):
             pieces.append(piece)
             size += len(piece)
@@ -2042,7 +2125,13 @@ def chat_environment() -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+        """Lets templates collect things in their own lists, as Kimi K2's do; the messages are this process's copy."""
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            return (type(obj) is list and attr == "append") or super().is_safe_attribute(obj, attr, value)
+
+    environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = tojson
@@ -2139,6 +2228,166 @@ RESHAPES: tuple[Callable[[list[Any], list[Any]], Turns], ...] = (
 )
 
 
+@dataclass(frozen=True)
+class Derivation:
+    """A task for a helper: how a model writes thoughts and calls, read off what its template makes of known ones.
+
+    The template renders a turn of the assistant's with a known thought, and one with two known calls. What stands between
+    the known words is the format; what a turn without them has too belongs to the turn.
+    """
+
+    NAMES: ClassVar = ("first_tool", "second_tool")
+    ARGUMENTS: ClassVar = ({"key_a": "value a", "key_b": "value b"}, {"key_a": 7351, "key_b": "value d"})
+    IDS: ClassVar = (("callid001", "callid002"), ("functions.first_tool:0", "functions.second_tool:1"))  # Kimi: name in id
+    CONTENT: ClassVar = "some content"
+    THOUGHT: ClassVar = "some thought"
+    USER: ClassVar = "some question"
+
+    templates: Mapping[str, str]
+    bos: str
+    eos: str
+    ends: tuple[str, ...]  # names of the tokens that end a turn
+
+    def run(self) -> ChatFormat:
+        found: dict[str, Any] = {}
+        for mark, row in FAMILIES:
+            if any(mark in t for t in self.templates.values()):
+                found |= row | ({"calls": (*row["calls"], HERMES)} if "calls" in row else {})
+        with contextlib.suppress(Exception):  # a template may raise anything: then it tells nothing
+            found.setdefault("thought", self._thought())
+        with contextlib.suppress(Exception):
+            found.setdefault("calls", self._calls(found.get("thought") or ChatFormat.thought))
+        return ChatFormat(**{k: v for k, v in found.items() if v})
+
+    def _turn(self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any) -> str:
+        """What the template writes behind the user's turn when the assistant says this."""
+        parameters = {"type": "object", "properties": {k: {"type": "string", "description": k} for k in self.ARGUMENTS[0]}}
+        tools = [{"type": "function", "function": {"name": n, "description": n, "parameters": parameters}} for n in self.NAMES]
+        messages = [{"role": "user", "content": self.USER}, {"role": "assistant", "content": "", **said}]
+        messages, tools = messages[: 1 if generation else 2], tools if offered else []
+        text = Rendering(self.templates, self.bos, self.eos, messages, tools, {}, generation, native).run()
+        return text[text.rindex(self.USER) + len(self.USER) :]
+
+    def _thought(self) -> tuple[str, str] | None:
+        """The markers around a thought: from the last one before it, up to the first one behind."""
+        for name in ("reasoning_content", "reasoning", "thinking"):
+            text = self._turn(content=self.CONTENT, **{name: self.THOUGHT})
+            before, found, rest = text.partition(self.THOUGHT)
+            between, content, _ = rest.partition(self.CONTENT)
+            opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
+            closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
+            if found and content and opens and closes:
+                return before[opens[-1] :].strip(), between[: closes[0]].strip()
+        return None
+
+    def _calls(self, thought: tuple[str, str]) -> tuple[CallFormat, ...]:
+        """As the template writes calls; where it does not show all there is to show, also as our own words for it do."""
+        for offered, native in ((True, True), (False, True), (True, False)):
+            for ids, count in itertools.product(self.IDS, (2, 1)):  # some templates refuse two calls a turn, or drop one
+                with contextlib.suppress(Exception):
+                    text = self._with_calls(ids[:count], thought, offered, native)
+                    if count == 1 or self.NAMES[1] in text:
+                        return (self._read(text),) if offered and count == 2 else (self._read(text), HERMES)
+        return ()
+
+    def _with_calls(self, ids: Seq[str], thought: tuple[str, str], offered: bool, native: bool) -> str:
+        """The part of a turn that makes calls: without its content and thought, its beginning and end."""
+        calls = [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+                 for id, name, arguments in zip(ids, self.NAMES, self.ARGUMENTS, strict=False)]  # fmt: skip
+        header, _, end = self._turn(offered, content=self.CONTENT).partition(self.CONTENT)
+        beside = self._turn(offered, native, content=self.CONTENT, tool_calls=calls).partition(self.CONTENT)[2]
+        alone = self._turn(offered, native, tool_calls=calls)
+        begin = self._turn(offered, generation=True)
+        texts = [beside[len(common_prefix(beside, end)) :],
+                 alone[max(len(common_prefix(alone, header)), len(common_prefix(alone, begin))) :]]  # fmt: skip
+        texts = [self._without_end(self._behind_thought(t, thought[1]), end) for t in texts if self.NAMES[0] in t]
+        text = min(texts, key=lambda t: t.index(self.NAMES[0]))
+        if ids[0].startswith("functions."):
+            return text
+        return functools.reduce(lambda t, id: t.replace(id, ID), ids, text)
+
+    def _behind_thought(self, text: str, closes: str) -> str:
+        """The text behind a thought that stands before the calls: some templates write an empty one."""
+        at = text.rfind(closes, 0, text.index(self.NAMES[0]))
+        return text[at + len(closes) :] if at >= 0 else text
+
+    def _without_end(self, text: str, end: str) -> str:
+        """The text without what ends every turn."""
+        last = text.rindex("value ")
+        cuts = [at for mark in (*self.ends, self.eos) if mark and (at := text.find(mark, last)) >= 0]
+        return text[: min(cuts, default=len(text))].removesuffix(common_suffix(text, end))
+
+    def _read(self, text: str) -> CallFormat:
+        """The format of the one or two calls that stand in `text`. Raises ValueError where it makes no sense."""
+        ends, starts = [], [text.index(n) for n in self.NAMES if n in text]
+        named = []
+        for at, name in zip(starts, self.NAMES, strict=False):
+            key = text.index("key_a", at)
+            object = re.search(r'\{\s*"$', text[:key])
+            if not object or not re.match(r'key_a"\s*:', text[key:]):
+                return self._with_params(text, starts)
+            named.append(text[at + len(name) : object.start()])
+            ends.append(json_end(text, object.start()))
+        again = text[ends[0] : starts[1]] if len(starts) == 2 else ""
+        format = CallFormat(text[: starts[0]], differing(named), text[ends[-1] :], again)
+        for brace in re.finditer(r"\{", format.opens):
+            with contextlib.suppress(ValueError):
+                value, end = json.JSONDecoder().raw_decode(text, brace.start())
+                if end > ends[0]:
+                    return self._in_object(value, brace.start(), format)
+        if not format.opens.strip():
+            raise ValueError("nothing tells where a call begins")
+        return format
+
+    def _in_object(self, value: Any, brace: int, format: CallFormat) -> CallFormat:
+        """A format in which name and arguments stand in one JSON object, perhaps one level down."""
+        for object in (value, *(v for v in value.values() if isinstance(v, dict))):
+            keys = {json.dumps(v): k for k, v in object.items()}
+            name, arguments = keys.get(json.dumps(self.NAMES[0])), keys.get(json.dumps(self.ARGUMENTS[0]))
+            if self.NAMES[0] in object or (name and arguments):
+                pair = ("", "") if self.NAMES[0] in object else (str(name), str(arguments))
+                again = format.again[: format.again.find("{")] if format.again else ""
+                return replace(format, opens=format.opens[:brace], head=format.opens[brace:], again=again, keys=pair)
+        raise ValueError("the call's object holds no name")
+
+    def _with_params(self, text: str, starts: list[int]) -> CallFormat:
+        """A format in which arguments stand one by one."""
+        between, at = [], [starts[0] + len(self.NAMES[0])]
+        for word in ("key_a", "value a", "key_b", "value b"):
+            at.append(text.index(word, at[-1]) + len(word))
+            between.append(text[at[-2] : at[-1] - len(word)])
+        named, keyed, after, _ = between
+        named = differing([named, *(text[s + len(self.NAMES[1]) : text.index("key_a", s)] for s in starts[1:])])
+        opens = common_suffix(named, after)
+        quote = next((q for q in ('<|"|>', "'", '"') if keyed.endswith(q) and after.startswith(q)), "")
+        keyed, after = keyed.removesuffix(quote), after.removeprefix(quote).removesuffix(opens)
+        if len(starts) == 2:  # what tells a number from a string is left open
+            keyed = differing([keyed, text[text.index("key_a", starts[1]) + 5 : text.index("7351", starts[1])]])
+        params = Params(opens, keyed, "" if quote else after.replace("key_a", KEY), quote)
+        rest = [text[at[-1] : starts[1]], text[text.index("value d") + 7 :]] if len(starts) == 2 else ["", text[at[-1] :]]
+        last = after.replace("key_a", "key_b")
+        again, closes = (r[len(quote) :] if quote else r[len(common_prefix(r, last)) :] for r in rest)
+        if not text[: starts[0]].strip():
+            raise ValueError("nothing tells where a call begins")
+        return CallFormat(text[: starts[0]], named.removesuffix(opens), closes, again, params=params)
+
+
+def differing(texts: Seq[str]) -> str:
+    """A text with what differs between its two forms left open."""
+    first, last = texts[0], texts[-1]
+    if first == last:
+        return first
+    begin = common_prefix(first, last)
+    end = common_suffix(first[len(begin) :], last[len(begin) :])
+    return begin + ANY + end
+
+
+def json_end(text: str, start: int) -> int:
+    """Where the JSON value that begins at `start` ends. Raises ValueError when it does not."""
+    return json.JSONDecoder().raw_decode(text, start)[1]
+NATIVE = 5  # of these, the first ones
+
+
 class Parser:
     """Reads one choice's text, as it comes, into events. This one takes all of it for content."""
 
@@ -2154,102 +2403,565 @@ class Parser:
         yield ChoiceEnd(self.index, reason)
 
 
-class ChatParser(Parser):
-    """Takes a thought and tool calls out of the text. Only an answer's beginning is a thought: later the marker is text."""
+Reading = Generator[None, None, Any]  # a coroutine that waits for text at each yield
+PAIR = r'\s*"[^"\\]*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{)\s*'  # in a JSON object; or it begins an inner one
+MAX_HEADER = 512  # characters from a call's marker to its arguments
 
-    def __init__(self, index: int, format: ChatFormat, tools: bool, thinking: bool) -> None:
+
+@dataclass(frozen=True)
+class Found:
+    """A call's beginning: `size` characters up to its arguments, or up to its end where those stood before the name."""
+
+    opener: Opener
+    name: str
+    id: str
+    size: int
+    depth: int  # JSON objects left open around the arguments
+    arguments: str | None = None
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Recognizes one way in which a call of the offered functions begins."""
+
+    format: CallFormat
+    prefix: str  # up to the name, or to the JSON object that holds it
+    schemas: Mapping[str, Any]
+    inner: Opener | None = None  # what begins the next call in the same section
+
+    @functools.cached_property
+    def mark(self) -> str:
+        """The first text to look for."""
+        return re.split(rf"\s*\n|[{ID}{ANY}]", self.prefix)[0]
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        if self.format.keys is None:
+            names = "|".join(re.escape(n) for n in sorted(self.schemas, key=len, reverse=True))
+            behind = r"(?=[^\w.-])" if not self.format.named.strip() else ""
+            return re.compile(rf"\s*{flexible(self.prefix)}(?P<name>{names}){behind}{flexible(self.format.named.rstrip())}", re.S)
+        name, arguments = map(re.escape, self.format.keys)
+        inside = rf'(?:(?!\s*"(?:{name}|{arguments})"){PAIR},?)*?\s*"{name}"\s*:\s*"(?P<name>[^"\\]*)"'
+        inside = inside if name else r'\s*"(?P<name>[^"\\]*)"\s*:\s*(?=\S)'
+        return re.compile(rf"{flexible(self.prefix)}\s*(?:\[\s*)?(?P<object>\{{{inside})", re.S)
+
+    def find(self, text: str) -> Found | None:
+        """The call that begins at the text's first character, once its name is known."""
+        match = self.pattern.match(text)
+        if not match:
+            return self._arguments_first(text)
+        if match["name"] not in self.schemas:
+            return None
+        groups = match.groupdict()
+        return Found(self, match["name"], groups.get("id") or "", match.end(), (groups.get("object") or "").count("{"))
+
+    def _arguments_first(self, text: str) -> Found | None:
+        if not self.format.keys or "{" not in text[len(self.mark) :]:
+            return None
+        with contextlib.suppress(ValueError, RecursionError):
+            call, end = json.JSONDecoder().raw_decode(text, text.index("{", len(self.mark)))
+            name, arguments = (call.get(k) for k in self.format.keys)
+            if name in self.schemas and isinstance(arguments, dict):
+                return Found(self, name, "", end, 0, json.dumps(arguments, ensure_ascii=False))
+        return None
+
+    def may_begin(self, text: str) -> bool:
+        """Whether more text may make it a call."""
+        plain, text = squeezed(re.split(f"[{ID}{ANY}]", self.prefix)[0]), squeezed(text)
+        if len(text) <= len(plain):
+            return plain.startswith(text)
+        if not text.startswith(plain) or (len(text) > MAX_HEADER and not self.format.keys):
+            return False
+        rest = text[len(plain) :]
+        if self.format.keys:
+            return self._object_may_begin(rest.removeprefix("["))
+        return ID in self.prefix or ANY in self.prefix or any(self._named(name, rest) for name in map(squeezed, self.schemas))
+
+    def _named(self, name: str, text: str) -> bool:
+        """Whether the text may become this name and what follows it."""
+        whole = name + squeezed(re.split(f"[{ID}{ANY}]", self.format.named)[0])
+        return whole.startswith(text) or (text.startswith(whole) and (ID in self.format.named or ANY in self.format.named))
+
+    def _object_may_begin(self, text: str) -> bool:
+        assert self.format.keys
+        if text[:1] not in ("", "{") or re.match(r'\{[^"]', text):
+            return False
+        known = re.match(rf'\{{"{re.escape(self.format.keys[0])}":"', text) if self.format.keys[0] else re.match(r'\{"', text)
+        if known:  # the name stands first, as nearly always
+            name, quote, _ = text[known.end() :].partition('"')
+            return any(n == name or (not quote and n.startswith(name)) for n in map(squeezed, self.schemas))
+        with contextlib.suppress(ValueError, RecursionError):
+            return json_end(text, 0) < 0  # all of it is there, and find() did not want it
+        return len(text) <= MAX_HEADER or text.startswith(f'{{"{self.format.keys[1]}"')
+
+
+def openers(format: CallFormat, schemas: Mapping[str, Any]) -> list[Opener]:
+    """How the first call of a section begins, and how each begins: some models leave the section's marker out."""
+    in_list = "[ \n" if format.keys else ""
+    call = Opener(format, format.call_opens.lstrip().rstrip(in_list), schemas)
+    first = Opener(format, format.opens.lstrip().rstrip(in_list), schemas, None if call.mark else call)
+    return [first] + ([call] if call.mark and call.mark != first.mark else [])
+
+
+def squeezed(text: str) -> str:
+    """Text without its white space."""
+    return "".join(text.split())
+
+
+def flexible(text: str) -> str:
+    """A pattern for a format's text: any white space where it has some, and its open places."""
+    opened = {ID: r"(?P<id>\S{1,64}?)", ANY: r".{0,64}?"}
+    return "".join(r"\s*" if m.isspace() else opened.get(m) or re.escape(m) for m in MARKER.findall(text))
+
+
+class JsonEnd:
+    """Finds where a JSON value ends, in text that comes in pieces."""
+
+    OUTSIDE = frozenset(' \t\r\n,:.+-0123456789eE' "truefalsn")  # what stands between strings and brackets
+
+    def __init__(self, depth: int = 0) -> None:
+        self._depth, self._string, self._escaped = depth, False, False
+
+    def find(self, text: str) -> int | None:
+        """Where it ends in this next piece: behind its last character, or before what is no JSON."""
+        for at, c in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._string:
+                self._escaped, self._string = c == "\\", c != '"'
+                if not self._string and not self._depth:
+                    return at + 1
+            elif c == '"':
+                self._string = True
+            elif c in "{[":
+                self._depth += 1
+            elif c in "}]":
+                self._depth -= 1
+                if self._depth <= 0:
+                    return at + 1
+            elif c not in self.OUTSIDE:
+                return at
+        return None
+
+
+class LiteralEnd:
+    """Finds where one of several literals ends: at a comma or bracket outside its quotes and brackets."""
+
+    def __init__(self, quote: str) -> None:
+        self._quotes = (quote,) if len(quote) > 1 else ("'", '"')
+        self._at, self._depth, self._inside = 0, 0, ""
+
+    def find(self, text: str) -> int | None:
+        """Where it ends in all the text so far; scanned once."""
+        while self._at < len(text):
+            at, c = self._at, text[self._at]
+            quotes = (self._inside,) if self._inside else self._quotes
+            quote = next((q for q in quotes if text.startswith(q, at)), "")
+            if not quote and any(q.startswith(text[at:]) for q in quotes):
+                return None
+            if quote:
+                self._inside = "" if self._inside else quote
+            elif self._inside:
+                self._at += c == "\\" and len(self._inside) == 1
+            elif c in "{[(":
+                self._depth += 1
+            elif c in ",)]}":
+                if not self._depth:
+                    return at
+                self._depth -= c != ","
+            self._at += len(quote) or 1
+        return None
+
+
+def json_text(text: str) -> str:
+    """What a JSON string says that may have been cut."""
+    for whole in (text, *(text[: len(text) - n] + '"' for n in range(7))):  # half an escape has up to 6 characters
+        with contextlib.suppress(ValueError):
+            return str(json.loads(whole))
+    return ""
+
+
+def typed(text: str, types: frozenset[str]) -> str:
+    """An argument that stands without quotes, as JSON of one of these types."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        if "string" not in types or json_type(value) in types:
+            return text.strip()
+    if "string" not in types:
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+            return python_as_json(text)
+    return json.dumps(text, ensure_ascii=False)
+
+
+def python_as_json(text: str) -> str:
+    """Some templates print a list or an object as Python does. Raises ValueError or SyntaxError."""
+    import ast
+
+    return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False, allow_nan=False)
+
+
+def literal_as_json(text: str, quote: str) -> str:
+    """A literal as JSON: Python's, or one with quotes of the family's own and keys without any."""
+    if len(quote) > 1:
+        parts = text.split(quote)
+        for i, part in enumerate(parts):
+            bare = re.sub(r"([{,]\s*)([^\s{}\[\],:]+)(?=\s*:)", r'\1"\2"', part)
+            parts[i] = json.dumps(part, ensure_ascii=False) if i % 2 else bare
+        text = "".join(parts)
+    with contextlib.suppress(ValueError, RecursionError):
+        json.loads(text)
+        return text
+    with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return python_as_json(text)
+    return json.dumps(text, ensure_ascii=False)
+
+
+def json_type(value: Any) -> str:
+    """What a schema calls this value's type."""
+    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
+    return kinds.get(type(value), "null")
+
+
+def types_of(schema: Any) -> frozenset[str]:
+    """The types a schema names; none if it does not say."""
+    if not isinstance(schema, dict):
+        return frozenset()
+    options = [s for k in ("anyOf", "oneOf") for s in schema.get(k) or ()]
+    if options:
+        return frozenset().union(*map(types_of, options))
+    if isinstance(schema.get("enum"), list):
+        return frozenset(map(json_type, schema["enum"]))
+    kind = schema.get("type") or ()
+    return frozenset([kind] if isinstance(kind, str) else kind)
+
+
+class Alignment:
+    """Knows which tokens' log probabilities belong to which stretch of the text."""
+
+    def __init__(self, hidden: frozenset[str]) -> None:
+        self._hidden = hidden  # names of tokens that give no text
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._tokens: deque[tuple[int, TokenLogprob]] = deque()
+        self._size = 0
+
+    def add(self, logprobs: Seq[TokenLogprob]) -> None:
+        for logprob in logprobs:
+            self._tokens.append((self._size, logprob))
+            if logprob.token.decode("utf-8", "replace") not in self._hidden:
+                self._size += len(self._decode(logprob.token))
+
+    def until(self, end: int | None) -> tuple[TokenLogprob, ...]:
+        """Takes the tokens that begin before this character; None: all."""
+        taken = []
+        while self._tokens and (end is None or self._tokens[0][0] < end):
+            taken.append(self._tokens.popleft()[1])
+        return tuple(taken)
+
+
+class ChatParser(Parser):
+    """Takes thoughts and tool calls out of the text, as a coroutine that stops wherever it needs more text to go on.
+
+    Only an answer's beginning is a thought: later its marker is text. What looks like a call but names no offered function
+    is text. Pieces may split anywhere; the events' texts joined are the same.
+    """
+
+    def __init__(self, index: int, format: ChatFormat, schemas: Mapping[str, Any], prompt_end: str, hidden: frozenset[str],
+                 continued: bool = False) -> None:  # fmt: skip
         super().__init__(index)
-        self._thought = format.thought
-        self._formats = {f.opens: f for f in format.calls} if tools else {}
+        self._format, self._schemas = format, schemas
+        self._openers = [o for call in format.calls for o in openers(call, schemas)] if schemas else []
+        self._marks = tuple({o.mark for o in self._openers if o.mark} | set(format.drops))
+        self._logprobs = Alignment(hidden)
         self._buffer = ""
-        self._until = format.thought[1] if thinking else None  # the marker that ends what we are in
-        self._call: CallFormat | None = None
+        self._reason: str | None = None  # why the text ended, once it has
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
-        self._begun = thinking  # a thought has begun, or content has
+        self._thinking = prompt_end.rstrip().endswith(format.thought[0])
+        self._continued = continued
+        self._begun = continued or self._thinking  # a thought has begun, or content has
+        self._events: list[Event] = []
         self.calls = 0
+        opened = next((m for m in self._marks if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
+        self._taken = -len(opened)
+        self._reading = self._answer()
+        self._feed(opened)
 
     def push(self, text: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Iterator[Event]:
-        for event in self._read(text):
-            if logprobs and isinstance(event, (Text, Thought)):
-                event, logprobs = replace(event, logprobs=logprobs), ()
-            yield event
-        if logprobs:
-            yield Text(self.index, logprobs=logprobs)
+        self._logprobs.add(logprobs)
+        return self._feed(text)
 
-    def _read(self, text: str) -> Iterator[Event]:
+    def finish(self, reason: str) -> Iterator[Event]:
+        self._reason = reason
+        yield from self._feed("")
+        if self._space and not self.calls:
+            self._emit(Text(self.index, self._space))
+        if rest := self._logprobs.until(None):
+            self._events.append(Text(self.index, logprobs=rest))
+        yield from self._drain()
+        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" else reason)
+
+    def _feed(self, text: str) -> Iterator[Event]:
         self._buffer += text
-        while True:
-            marks = self._marks()
-            at, mark = min(((self._buffer.find(m), m) for m in marks if m in self._buffer), default=(-1, ""))
-            if at < 0:
+        next(self._reading, None)
+        return self._drain()
+
+    def _drain(self) -> Iterator[Event]:
+        events, self._events = self._events, []
+        return iter(events)
+
+    def _emit(self, event: Event) -> None:
+        if isinstance(event, (Text, Thought)):
+            event = replace(event, logprobs=self._logprobs.until(self._taken - len(self._space)))
+        self._events.append(event)
+
+    def _take(self, size: int) -> str:
+        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        self._taken += len(taken)
+        return taken
+
+    def _drop(self, size: int) -> None:
+        """Takes markup: its tokens' log probabilities belong to no text."""
+        self._take(size)
+        self._logprobs.until(self._taken)
+
+    # From here on generators: each `yield` waits for more text
+
+    def _answer(self) -> Reading:
+        if self._thinking or (yield from self._thought_begins()):
+            yield from self._thought()
+        if not self._continued and any(not o.mark for o in self._openers):
+            while not self._buffer.strip() and not self._reason:
+                yield
+            yield from self._call("")  # Llama 3: an answer that is a call has no marker
+        while self._buffer or not self._reason:
+            yield from self._content()
+
+    def _thought_begins(self) -> Reading:
+        """Whether the answer begins with a thought's opening marker; takes that and the white space before it."""
+        opens = self._format.thought[0]
+        while not self._begun:
+            first = self._buffer.lstrip()
+            if first.startswith(opens):
+                self._drop(len(self._buffer) - len(first) + len(opens))
+                self._begun = self._thinking = True
+                return True
+            if self._reason or not opens.startswith(first):
                 break
-            before, self._buffer = self._buffer[:at], self._buffer[at + len(mark) :]
-            yield from self._close(before) if self._until else self._open(before, mark)
-        if self._call is None:
-            held = held_back(self._buffer, marks)
-            out, self._buffer = self._buffer[: len(self._buffer) - held], self._buffer[len(self._buffer) - held :]
-            yield from self._say(out)
+            yield
+        return False
 
-    def _marks(self) -> tuple[str, ...]:
-        """The markers that mean something here."""
-        if self._until:
-            return (self._until,)
-        first = self._buffer.lstrip()
-        may_think = not self._begun and (self._thought[0].startswith(first) or first.startswith(self._thought[0]))
-        return (*((self._thought[0],) if may_think else ()), *self._formats)
+    def _thought(self) -> Reading:
+        """A thought up to its closing marker, without the line breaks around it."""
+        begun, closes = False, self._format.thought[1]
+        while True:
+            at = self._buffer.find(closes)
+            size = at if at >= 0 else len(self._buffer) - (0 if self._reason else held_back(self._buffer, (closes,)))
+            if size:
+                said = self._take(size) if begun else self._take(size).lstrip("\n")
+                begun = begun or bool(said)
+                if said:
+                    self._emit(Thought(self.index, said))
+            if at >= 0:
+                self._drop(len(closes))
+            if at >= 0 or self._reason:
+                self._trim = True
+                return
+            yield
 
-    def _open(self, before: str, mark: str) -> Iterator[Event]:
-        self._call, self._until = self._formats.get(mark), None
-        if self._call:
-            yield from self._say(before)
+    def _content(self) -> Reading:
+        """Content up to the next marker, and the call that it begins."""
+        at, mark = min(((self._buffer.find(m), m) for m in self._marks if m in self._buffer), default=(-1, ""))
+        if at < 0:
+            held = 0 if self._reason else held_back(self._buffer, self._marks)
+            self._say(self._take(len(self._buffer) - held))
+            if not self._reason:
+                yield
+            return
+        self._say(self._take(at))
+        if (yield from self._call(mark)):
+            return
+        if mark in self._format.drops:
+            self._drop(len(mark))
+            self._trim = self._trim or not self._begun
         else:
-            self._space = ""  # before a thought there is nothing but white space
-        self._until = self._call.closes if self._call else self._thought[1]
-        self._begun = self._trim = True
+            self._say(self._take(len(mark)))
 
-    def _close(self, inside: str) -> Iterator[Event]:
-        if self._call is None:
-            yield from self._say(inside)
-            self._until, self._trim = None, True
-            return
-        yield from self._end_call(inside, self._call.closes)
-
-    def _end_call(self, inside: str, closes: str) -> Iterator[Event]:
-        """A whole block: a call if it reads as one, else the text it is."""
-        assert self._call
-        format, self._call, self._until = self._call, None, None
-        call = format.parse(inside)
-        if call is None:
-            yield from self._say(format.opens + inside + closes)
-            return
-        self.calls, self._space, self._trim = self.calls + 1, "", True
-        yield CallBegan(self.index, self.calls - 1, f"call_{os.urandom(12).hex()}", call[0])
-        yield CallArguments(self.index, self.calls - 1, call[1])
-
-    def _say(self, out: str) -> Iterator[Event]:
-        """Content, or a thought while in one; white space waits where a call may follow."""
-        if self._until and self._call is None:
-            out = out.lstrip("\n") if self._trim else out
-            self._trim = self._trim and not out
-            if out:
-                yield Thought(self.index, out)
-            return
+    def _say(self, out: str) -> None:
+        """Content; white space waits where a call may follow."""
         out = out.lstrip() if self._trim else out
         self._trim = self._trim and not out
+        if self._trim:
+            self._logprobs.until(self._taken)
         out = self._space + out
-        kept = out.rstrip() if self._formats or not self._begun else out
+        kept = out.rstrip() if self._openers or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
             self._begun = True
-            yield Text(self.index, kept)
+            self._emit(Text(self.index, kept))
 
-    def finish(self, reason: str) -> Iterator[Event]:
-        rest, self._buffer = self._buffer, ""
-        yield from self._end_call(rest, "") if self._call else self._say(rest)
-        if self._space and not self.calls:
-            yield Text(self.index, self._space)
-        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" else reason)
+    def _call(self, mark: str) -> Reading:
+        """A call, and those that follow in its section; false if the text only looks like one, which then is untouched."""
+        found: Found | None = None
+        candidates = [o for o in self._openers if o.mark == mark]
+        while candidates:
+            found = next((f for o in candidates if (f := o.find(self._buffer))), None)
+            candidates = [o for o in candidates if not found and not self._reason and o.may_begin(self._buffer)]
+            if candidates:
+                yield
+        if not found:
+            return False
+        while found:
+            yield from self._read_call(found)
+            format, opener, found = found.opener.format, found.opener.inner, None
+            if (yield from self._closers(format)) and opener:
+                while not (found := opener.find(self._buffer)) and not self._reason and opener.may_begin(self._buffer):
+                    yield
+        return True
+
+    def _read_call(self, found: Found) -> Reading:
+        self._space, self._begun, self._trim = "", True, True
+        self.calls += 1
+        id = found.id if len(found.id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
+        self._emit(CallBegan(self.index, self.calls - 1, id, found.name))
+        self._drop(found.size)
+        format = found.opener.format
+        if found.arguments is not None:
+            self._write(found.arguments)
+        elif format.params:
+            yield from self._arguments(format.params, self._schemas[found.name])
+        else:
+            yield from self._object(format.keys, found.depth)
+
+    def _write(self, text: str) -> None:
+        if text:
+            self._emit(CallArguments(self.index, self.calls - 1, text))
+
+    def _object(self, keys: tuple[str, str] | None, depth: int) -> Reading:
+        """Arguments that are a JSON object, or its text in a string; then the rest of the `depth` objects around them."""
+        if keys and keys[1]:
+            between = re.compile(rf'\s*(?:,{PAIR})*?,\s*"{re.escape(keys[1])}"\s*:\s*(?=\S)')
+            while not (found := between.match(self._buffer)):
+                rest = self._buffer.lstrip()
+                if self._reason or rest[:1] not in ("", ",") or len(rest) > MAX_HEADER:
+                    break
+                yield
+            if found:
+                depth += found[0].count("{")
+                self._drop(found.end())
+            elif self._buffer.lstrip()[:1] == "}":
+                self._write("{}")
+        while not self._buffer.strip() and not self._reason:
+            yield
+        self._drop(len(self._buffer) - len(self._buffer.lstrip()))
+        if self._buffer[:1] == '"':
+            yield from self._until_end(JsonEnd(), lambda text: self._write(json_text(text)), whole=True)
+        elif self._buffer[:1] in ("{", "["):
+            yield from self._until_end(JsonEnd(), self._write)
+        if depth:
+            yield from self._until_end(JsonEnd(depth), lambda text: None)
+
+    def _until_end(self, end: JsonEnd, write: Callable[[str], None], whole: bool = False) -> Reading:
+        """Writes a JSON value as it comes, or at its end."""
+        held = ""
+        while True:
+            size = end.find(self._buffer)
+            text = self._buffer if size is None else self._buffer[:size]
+            self._drop(len(text))
+            held += text
+            if not whole or size is not None or self._reason:
+                write(held)
+                held = ""
+            if size is not None or self._reason:
+                return
+            yield
+
+    def _arguments(self, params: Params, schema: Any) -> Reading:
+        """Arguments that stand one by one, written as a JSON object; what was cut is left open."""
+        properties = schema.get("properties") if isinstance(schema, dict) else None
+        self._write("{")
+        comma = ""
+        while key := (yield from self._key(params)):
+            types = types_of((properties or {}).get(key))
+            self._write(f"{comma}{json.dumps(key, ensure_ascii=False)}: ")
+            comma = ", "
+            if params.quote:
+                yield from self._literal(params)
+            else:
+                yield from self._value(params, params.closes.replace(KEY, key), types)
+        if self._buffer.strip() or self._reason != "length":
+            self._write("}")
+
+    def _key(self, params: Params) -> Reading:
+        """The next argument's name; None when there is none."""
+        name = r"[^\s<>\"',:=(){}]+" if params.quote else r"[^\n<>\"/][^\n<>\"]*?"
+        keyed = re.compile(rf"[\s,]*{flexible(params.opens)}(?P<key>{name}){flexible(params.keyed.rstrip())}")
+        opens = params.opens.strip()
+        while True:
+            if found := keyed.match(self._buffer):
+                self._drop(found.end())
+                return found["key"]
+            rest = self._buffer.lstrip(" \n\t,")
+            if self._reason or not (rest.startswith(opens) or opens.startswith(rest)) or len(rest) > MAX_HEADER:
+                return None
+            if not opens and rest and not re.match(r"[\w$.-]", rest):
+                return None
+            yield
+
+    def _value(self, params: Params, closes: str, types: frozenset[str]) -> Reading:
+        """One argument's value up to `closes`: a string as it comes, what has another type at its end."""
+        core, lead = closes.strip(), params.keyed[len(params.keyed.rstrip()) :]
+        trail = closes[: len(closes) - len(closes.lstrip())]
+        while len(self._buffer) < len(lead) and not self._reason:
+            yield
+        if lead and self._buffer.startswith(lead):
+            self._drop(len(lead))
+        streams = types == {"string"}
+        self._write('"' if streams else "")
+        held = ""
+        while True:
+            at = self._buffer.find(core)
+            size = at if at >= 0 else len(self._buffer) - held_back(self._buffer, (core, trail + core))
+            size = len(self._buffer) if self._reason and at < 0 else size
+            held += self._buffer[:size]
+            self._drop(size)
+            if at >= 0:
+                self._drop(len(core))
+                held = held.removesuffix(trail)
+                self._write(json.dumps(held, ensure_ascii=False)[1:-1] + '"' if streams else typed(held, types))
+                return
+            if streams or self._reason:
+                self._write(json.dumps(held, ensure_ascii=False)[1:-1] if streams else held)
+                held = ""
+            if self._reason:
+                return
+            yield
+
+    def _literal(self, params: Params) -> Reading:
+        """One argument's value as a literal of Python's, or with quotes of the family's own; at its end."""
+        end = LiteralEnd(params.quote)
+        while (size := end.find(self._buffer)) is None:
+            if self._reason:
+                self._drop(len(self._buffer))
+                return
+            yield
+        text = self._buffer[:size]
+        self._drop(size)
+        self._write(literal_as_json(text.strip(), params.quote))
+
+    def _closers(self, format: CallFormat) -> Reading:
+        """Takes what stands behind a call; true if another may follow in the same section."""
+        last = next((m for m in reversed(MARKER.findall(format.closes)) if not m.isspace()), None)
+        while True:
+            rest = self._buffer.lstrip()
+            closer = max((c for c in format.closers if rest.startswith(c)), key=len, default="")
+            if closer:
+                self._drop(len(self._buffer) - len(rest) + len(closer))
+                if closer == last:
+                    return False
+            elif self._reason or not any(c.startswith(rest) for c in format.closers):
+                return True
+            else:
+                yield
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:
@@ -3871,7 +4583,7 @@ class Generate:
 
     prompt: tuple[str, ...] | tuple[int, ...]
     sampling: Sampling
-    markers: bool
+    markers: frozenset[str]  # control tokens that are shown: reasoning, tool calls
 
 
 Job = Generate  # everything an engine computes is one of these; Intake.JOBS says what computes it
@@ -4075,7 +4787,7 @@ class Vocabulary:
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
         self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
         self._pieces: dict[int, bytes] = {}
-        self.marker_pieces: dict[int, bytes] = {}  # control tokens that chats show: reasoning, tool calls
+        self.marker_pieces: dict[int, str] = {}  # names of control tokens: a chat shows those of its format
         self.specials = tuple(self._read_specials())
 
     def _read_specials(self) -> Iterator[str]:
@@ -4085,8 +4797,8 @@ class Vocabulary:
         special = control | self.c.LLAMA_TOKEN_ATTR_USER_DEFINED  # what llama.cpp finds in a text whose specials it parses
         for token in [t for t in range(self.size) if attribute(self.handle, t) & special]:
             name = self.name(token).decode("utf-8", "replace")
-            if name in CHAT_MARKERS:
-                self.marker_pieces[token] = name.encode()
+            if attribute(self.handle, token) & control:
+                self.marker_pieces[token] = name
             if attribute(self.handle, token) & control or re.fullmatch(r"[<\[].*[>\]]", name):
                 yield name
 
@@ -4265,7 +4977,8 @@ class Llama:
                 templates[(name or b"").decode()] = source.decode("utf-8", "replace")
         if not templates:
             self.notes.append("the model has no chat template; chats are written in ChatML")
-        chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials)
+        ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
+        chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends)
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), self.pool * self.kv_bytes())
 
     def _load_adapters(self, files: Seq[str]) -> list[Any]:
@@ -5459,7 +6172,8 @@ class Engine:
             self._finish(sequence, "stop")
             return
         sequence.append(token)
-        piece = (sequence.markers and vocab.marker_pieces.get(token)) or vocab.piece(token)
+        marker = vocab.marker_pieces.get(token) if sequence.markers else None
+        piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
         if known:
             sequence.logprobs.append(known.of(token, sampling.logprobs or 0))
         self.outbox.text(sequence, sequence.text.push(piece))
@@ -6551,7 +7265,8 @@ class Service:
             prompts = [chat.prompt(request)]
             sampling = replace(sampling, stop=(*sampling.stop, *chat.stops))
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
-        jobs = [Generate(p, replace(sampling, seed=s), request.split_markers) for p in prompts for s in seeds]
+        markers = chat.markers if request.split_markers else frozenset()
+        jobs = [Generate(p, replace(sampling, seed=s), markers) for p in prompts for s in seeds]
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
 
     @staticmethod
