@@ -20,8 +20,8 @@ OFFERED = [
 CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "one": [("get_weather", {"text": "Paris"})],
     "two": [("get_weather", {"text": "Paris", "count": 1}), ("add_to_list", {"text": "milk and honey", "yes": True})],
-    "types": [("get_weather", {"text": "x", "count": -3, "share": 0.25, "yes": False, "gone": None, "list": [1, "a"], "inner": {}})],
-    "nested": [("get_weather", {"text": "x", "inner": {"deep": {"list": [{"a": [1, 2]}, {"b": {}}]}, "word": "w"}})],
+    "types": [("get_weather", {"text": "some words", "count": -3, "share": 0.25, "yes": False, "gone": None, "list": [1, "a"], "inner": {}})],
+    "nested": [("get_weather", {"text": "some words", "inner": {"deep": {"list": [{"a": [1, 2]}, {"b": {}}]}, "word": "w"}})],
     "quotes": [("get_weather", {"text": 'say "hi", it\'s \\ fine'})],
     "lines": [("get_weather", {"text": "one\ntwo\n\n  three"})],
     "marker": [("get_weather", {"text": "a </tool_call> b"})],
@@ -45,12 +45,13 @@ def turn(source: str, ids: tuple[str, ...] = ("abcdefgh1", "abcdefgh2"), **said:
         rendering = module.Rendering({"": source}, "<bos>", "<eos>", messages, OFFERED, {}, generation)
         return rendering.run()
 
-    prompt, whole = render([user], True), render([user, {"role": "assistant", **said}], False)
+    prompt, whole = (text[text.rindex("A question") :] for text in (
+        render([user], True), render([user, {"role": "assistant", **said}], False)))  # fmt: skip
     at = len(os.path.commonprefix([prompt, whole]))
-    for mark in ("<", "["):  # not in the middle of a marker
-        if (start := prompt.rfind(mark, 0, at)) > prompt.rfind({"<": ">", "[": "]"}[mark], 0, at):
+    for opens, closes in ("<>", "[]"):  # not in the middle of a marker
+        if (start := prompt.rfind(opens, 0, at)) > prompt.rfind(closes, 0, at):
             at = start
-    return whole[:at] + (prompt[at:] if prompt[at:].strip() and whole[at:].lstrip().startswith("</") else ""), whole[at:]
+    return (prompt if whole[at:].lstrip().startswith("</") else whole[:at]), whole[at:]
 
 
 def read(format: Any, prompt: str, text: str, size: int) -> tuple[str, str, list[tuple[str, Any]], list[Any]]:

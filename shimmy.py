@@ -1642,7 +1642,7 @@ NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of th
 # How a family writes thoughts and calls
 
 ID, ANY, KEY = NONCHARACTERS[-3:]  # in a format's text: a call's id, what differs from call to call, a parameter's name
-MARKER = re.compile(r"<[^<>\s]*>?|\[[A-Z][A-Z_/ ]*\]|\s+|\w+|.", re.S)  # what text between calls is made of
+MARKER = re.compile(r"<[^<>\s]*>?|\[[A-Z][A-Z_/ ]*\]|\s+|\w+|`+|.", re.S)  # what text between calls is made of
 
 
 @dataclass(frozen=True)
@@ -1718,8 +1718,10 @@ FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("<|begin|>assistant", {"drops": ("<|begin|>assistant", "<|content|>", "<|end|>")}),  # Solar
     ("<atem:function_calls>", {  # Muse: the name stands twice
         "thought": ("to=self<|message|>", "<|eom|>"),
-        "calls": (CallFormat("to=", f'<|message|><atem:function_calls>\n<atem:invoke name="{ANY}">', "\n</atem:invoke>\n</atem:function_calls>",
+        "calls": (CallFormat("to=", f'<|message|><atem:function_calls>\n<atem:invoke name="{ANY}">',
+                             "\n</atem:invoke>\n</atem:function_calls>",
                              params=Params('\n<atem:parameter name="', '">', "</atem:parameter>")),),
+        "drops": ("<|eom|>", "<|start|>assistant"),
     }),
     (">>>all", {"drops": (">>>all\n",)}),  # Functionary 3.2: whom each part of an answer is for
     ("Here are my reasoning steps:", {"thought": ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]")}),  # Apriel
@@ -2048,6 +2050,7 @@ class Rendering:
     def _render(self, messages: list[Any], tools: list[Any]) -> str:
         name = "tool_use" if tools and "tool_use" in self.templates else next(iter(self.templates))
         given = {"enable_thinking": True} | ({"tools": tools} if tools else {}) | self.args
+        given |= {"functions": json.dumps(tools, ensure_ascii=False), "datetime": time.strftime("%B %d %Y")}  # Firefunction
         pieces, size = [], 0
         for piece in compiled_template(self.templates[name]).generate(
             messages=messages, add_generation_prompt=self.generation, bos_token=self.bos, eos_token=self.eos, **given
@@ -2259,7 +2262,9 @@ class Derivation:
             found.setdefault("calls", self._calls(found.get("thought") or ChatFormat.thought))
         return ChatFormat(**{k: v for k, v in found.items() if v})
 
-    def _turn(self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any) -> str:
+    def _turn(
+        self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any
+    ) -> str:
         """What the template writes behind the user's turn when the assistant says this."""
         parameters = {"type": "object", "properties": {k: {"type": "string", "description": k} for k in self.ARGUMENTS[0]}}
         tools = [{"type": "function", "function": {"name": n, "description": n, "parameters": parameters}} for n in self.NAMES]
@@ -2271,7 +2276,8 @@ class Derivation:
     def _thought(self) -> tuple[str, str] | None:
         """The markers around a thought: from the last one before it, up to the first one behind."""
         for name in ("reasoning_content", "reasoning", "thinking"):
-            text = self._turn(content=self.CONTENT, **{name: self.THOUGHT})
+            said: dict[str, Any] = {"content": self.CONTENT, name: self.THOUGHT}
+            text = self._turn(**said)
             before, found, rest = text.partition(self.THOUGHT)
             between, content, _ = rest.partition(self.CONTENT)
             opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
@@ -2295,13 +2301,17 @@ class Derivation:
         calls = [{"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
                  for id, name, arguments in zip(ids, self.NAMES, self.ARGUMENTS, strict=False)]  # fmt: skip
         header, _, end = self._turn(offered, content=self.CONTENT).partition(self.CONTENT)
-        beside = self._turn(offered, native, content=self.CONTENT, tool_calls=calls).partition(self.CONTENT)[2]
-        alone = self._turn(offered, native, tool_calls=calls)
         begin = self._turn(offered, generation=True)
-        texts = [beside[len(common_prefix(beside, end)) :],
-                 alone[max(len(common_prefix(alone, header)), len(common_prefix(alone, begin))) :]]  # fmt: skip
+        texts = []
+        with contextlib.suppress(Exception):  # some templates take no content beside calls
+            beside = self._turn(offered, native, content=self.CONTENT, tool_calls=calls).partition(self.CONTENT)[2]
+            texts.append(beside[len(common_prefix(beside, end)) :])
+        with contextlib.suppress(Exception):  # some want it
+            alone = self._turn(offered, native, tool_calls=calls)
+            texts.append(alone[max(len(common_prefix(alone, header)), len(common_prefix(alone, begin))) :])
         texts = [self._without_end(self._behind_thought(t, thought[1]), end) for t in texts if self.NAMES[0] in t]
-        text = min(texts, key=lambda t: t.index(self.NAMES[0]))
+        opens = [t[: t.index(self.NAMES[0])] for t in texts]
+        text = texts[min(range(len(texts)), key=lambda i: (not opens[i].strip(), len(opens[i])))]
         if ids[0].startswith("functions."):
             return text
         return functools.reduce(lambda t, id: t.replace(id, ID), ids, text)
@@ -2559,6 +2569,10 @@ class LiteralEnd:
             quote = next((q for q in quotes if text.startswith(q, at)), "")
             if not quote and any(q.startswith(text[at:]) for q in quotes):
                 return None
+            if quote and self._inside:  # an apostrophe ends nothing
+                if len(text) == at + len(quote):
+                    return None
+                quote = quote if text[at + len(quote)] in ",:)]} \n" else ""
             if quote:
                 self._inside = "" if self._inside else quote
             elif self._inside:
@@ -2613,6 +2627,7 @@ def literal_as_json(text: str, quote: str) -> str:
         return text
     with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return python_as_json(text)
+    text = text[1:-1] if text[:1] in ("'", '"') and text[-1:] == text[0] else text
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -2741,11 +2756,15 @@ class ChatParser(Parser):
         opens = self._format.thought[0]
         while not self._begun:
             first = self._buffer.lstrip()
+            if first.startswith(self._format.thought[1]):  # the end of a thought that was none
+                self._drop(len(self._buffer) - len(first) + len(self._format.thought[1]))
+                self._trim = True
+                return False
             if first.startswith(opens):
                 self._drop(len(self._buffer) - len(first) + len(opens))
                 self._begun = self._thinking = True
                 return True
-            if self._reason or not opens.startswith(first):
+            if self._reason or not any(m.startswith(first) for m in self._format.thought):
                 break
             yield
         return False
@@ -2770,9 +2789,10 @@ class ChatParser(Parser):
 
     def _content(self) -> Reading:
         """Content up to the next marker, and the call that it begins."""
-        at, mark = min(((self._buffer.find(m), m) for m in self._marks if m in self._buffer), default=(-1, ""))
-        if at < 0:
-            held = 0 if self._reason else held_back(self._buffer, self._marks)
+        found = [(self._buffer.find(m), -len(m), m) for m in self._marks if m in self._buffer]
+        at, _, mark = min(found, default=(-1, 0, ""))
+        held = 0 if self._reason else held_back(self._buffer, self._marks)
+        if at < 0 or at >= len(self._buffer) - held:  # none yet, or what may become a longer one stands before it
             self._say(self._take(len(self._buffer) - held))
             if not self._reason:
                 yield
@@ -2909,12 +2929,17 @@ class ChatParser(Parser):
 
     def _value(self, params: Params, closes: str, types: frozenset[str]) -> Reading:
         """One argument's value up to `closes`: a string as it comes, what has another type at its end."""
-        core, lead = closes.strip(), params.keyed[len(params.keyed.rstrip()) :]
+        core, lead, cdata = closes.strip(), params.keyed[len(params.keyed.rstrip()) :], "<![CDATA["
         trail = closes[: len(closes) - len(closes.lstrip())]
         while len(self._buffer) < len(lead) and not self._reason:
             yield
         if lead and self._buffer.startswith(lead):
             self._drop(len(lead))
+        while cdata.startswith(self._buffer) and len(self._buffer) < len(cdata) and not self._reason:
+            yield
+        if self._buffer.startswith(cdata):
+            self._drop(len(cdata))
+            core, trail = f"]]>{core}", ""
         streams = types == {"string"}
         self._write('"' if streams else "")
         held = ""
@@ -2951,17 +2976,20 @@ class ChatParser(Parser):
     def _closers(self, format: CallFormat) -> Reading:
         """Takes what stands behind a call; true if another may follow in the same section."""
         last = next((m for m in reversed(MARKER.findall(format.closes)) if not m.isspace()), None)
+        begins = [o.mark for o in self._openers if o.format is format and o.mark]
         while True:
             rest = self._buffer.lstrip()
+            if any(rest.startswith(mark) for mark in begins):
+                return False
             closer = max((c for c in format.closers if rest.startswith(c)), key=len, default="")
-            if closer:
+            if not self._reason and any(m.startswith(rest) for m in (*begins, *format.closers) if len(m) > len(closer)):
+                yield  # more text may make it another one
+            elif not closer:
+                return True
+            else:
                 self._drop(len(self._buffer) - len(rest) + len(closer))
                 if closer == last:
                     return False
-            elif self._reason or not any(c.startswith(rest) for c in format.closers):
-                return True
-            else:
-                yield
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:
