@@ -13,6 +13,7 @@ from test_shimmy import (  # what * leaves out, and what mypy and ruff want name
     TEXTS,
     Any,
     Callable,
+    Iterator,
     Path,
     Server,
     alive,
@@ -132,13 +133,13 @@ def test_generate_that_is_cut_says_so_without_a_terminal(flags: list[str], word:
 
 def test_generate_with_a_schema_that_is_cut_fails(models: Path, tmp_path: Path) -> None:
     (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes and no and yes and no"]}')
-    args = ["--schema", "schema.json", "--max-tokens", "3", "--models-dir", models]
+    args: list[str | Path] = ["--schema", "schema.json", "--max-tokens", "3", "--models-dir", models]
     done = shimmy("generate", "dice", "--prompt", "Well", *args, home=tmp_path)
     assert done.returncode == 1 and "--max-tokens 3" in done.stderr.decode()
 
 
 def test_generate_max_tokens_minus_one_goes_to_the_end_of_the_context(models: Path, tmp_path: Path) -> None:
-    args = ["--max-tokens", "-1", "--ctx", "256", "--json", "--models-dir", models]
+    args: list[str | Path] = ["--max-tokens", "-1", "--ctx", "256", "--json", "--models-dir", models]
     done = shimmy("generate", "recital", "--raw", "--prompt", "#", *args, home=tmp_path)
     assert json.loads(done.stdout)["usage"]["total_tokens"] == 256, done.stderr
 
@@ -158,7 +159,7 @@ def test_generate_bounds_its_standard_input(models: Path, tmp_path: Path) -> Non
 
 
 def test_generate_says_that_a_pipe_with_data_is_ignored(models: Path, tmp_path: Path) -> None:
-    args = ["generate", "recital", "--prompt", "hi", "--models-dir", models]
+    args: list[str | Path] = ["generate", "recital", "--prompt", "hi", "--models-dir", models]
     done = shimmy(*args, home=tmp_path, stdin=b"a diff")
     assert done.stdout.startswith(b"Hello") and "--stdin" in done.stderr.decode()
     assert shimmy(*args, home=tmp_path).stderr == b""
@@ -171,19 +172,19 @@ def test_generate_in_a_loop_leaves_the_loops_input_alone(models: Path, tmp_path:
     assert [line for line in done.stdout.split() if len(line) == 1] == [b"a", b"b", b"c"]
 
 
-CLOSED = ["generate recital --prompt : >&-", "generate recital <&-", "generate recital --prompt : <&-", "list >&-", "list <&-",
-          "diag >&-", "diag <&- >&-", "probe recital >&-", "generate recital --prompt : 2>&-", "list <&- 2>&-",
-          "--version >&-", "generate --bogus 2>&-", "generate recital --prompt : <&- >&- 2>&-"]  # fmt: skip
-
-
-@pytest.mark.parametrize("words", CLOSED)
-def test_closed_standard_stream_gives_no_traceback(words: str, models: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("generate recital --prompt : >&-", 1), ("generate recital <&-", 1), ("generate recital --prompt : <&-", 0), ("list >&-", 1),
+     ("list <&-", 0), ("diag >&-", 1), ("diag <&- >&-", 1), ("probe recital >&-", 1), ("generate recital --prompt : 2>&-", 0),
+     ("list <&- 2>&-", 0), ("--version >&-", 0), ("generate --bogus 2>&-", 2), ("generate recital --prompt : <&- >&- 2>&-", 1)],
+    ids=lambda value: re.sub(r"\W+", "-", value.translate({60: "in", 62: "out"})) if isinstance(value, str) else str(value),
+)  # fmt: skip
+def test_closed_standard_stream_gives_no_traceback(words: str, code: int, models: Path, tmp_path: Path) -> None:
     line = f"'{sys.executable}' '{SHIMMY}' {words}"
     env = environment(tmp_path, {"SHIMMY_MODEL_PATHS": str(models)})
     done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, timeout=HANG, check=False)
+    assert done.returncode == code, done.stderr
     assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr and len(done.stderr.splitlines()) <= 1
-    assert done.returncode == (2 if "--bogus" in words else 1 if ">&-" in words.replace("2>&-", "") or words.endswith("l <&-") else 0) \
-        or "--version" in words  # fmt: skip
 
 
 def test_serve_with_closed_streams_serves(models: Path, tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_generate_says_why_it_uses_an_engine_of_its_own(
     args: list[str], words: str, server: Server, models: Path, tmp_path: Path
 ) -> None:
     write_recital(tmp_path / "models" / "unheard.gguf")
-    args = [a.format(models=models) for a in args]
+    args: list[str | Path] = [a.format(models=models) for a in args]
     done = shimmy("generate", "-v", *args, "--prompt", "hi", home=tmp_path, env=through(server, models))
     assert done.stdout == b"Hello wide world\n", done.stderr
     assert f"an engine of its own does the work: {words}" in re.sub(r"the server at \S+ ", "", done.stderr.decode())
@@ -233,7 +234,7 @@ def test_generate_without_a_server_says_that_none_answers(models: Path, tmp_path
 
 
 def test_generate_with_models_dir_uses_the_server_that_has_the_same_model(server: Server, models: Path, tmp_path: Path) -> None:
-    args = ["-v", "generate", "recital", "--prompt", "hi", "--models-dir", models]
+    args: list[str | Path] = ["-v", "generate", "recital", "--prompt", "hi", "--models-dir", models]
     done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
     assert done.stdout == b"Hello wide world\n" and "does the work, with recital" in done.stderr.decode()
 
@@ -242,7 +243,7 @@ def test_generate_with_models_dir_loads_its_own_file_when_the_server_has_another
     server: Server, models: Path, tmp_path: Path
 ) -> None:
     write_recital(tmp_path / "other" / "recital.gguf", name="A longer name than the other one has")
-    args = ["-v", "generate", "recital", "--prompt", "hi", "--models-dir", tmp_path / "other"]
+    args: list[str | Path] = ["-v", "generate", "recital", "--prompt", "hi", "--models-dir", tmp_path / "other"]
     done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
     assert done.stdout == b"Hello wide world\n" and "--models-dir holds another recital" in done.stderr.decode()
 
@@ -322,13 +323,13 @@ def test_serve_goes_on_ignoring_a_signal_that_its_parent_ignores(name: str, mode
 
 
 def test_generate_goes_on_in_the_background_of_a_shell_that_ignores_ctrl_c(models: Path, tmp_path: Path) -> None:
-    args = f"generate recital --raw --prompt '#' --max-tokens 20000 --ctx {LONG_CTX} --models-dir '{models}'"
+    args = f"generate recital --raw --prompt '#' --temperature 0 --max-tokens 3000 --ctx {LONG_CTX} --models-dir '{models}'"
     command = ["bash", "-c", f"trap '' INT; exec '{sys.executable}' '{SHIMMY}' {args}"]
     with subprocess.Popen(command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
         assert running.stdout and running.stdout.read(10) == b"Tick tock "
         running.send_signal(signal.SIGINT)
         rest, _ = running.communicate(timeout=HANG)
-    assert running.returncode == 0 and rest.endswith(b"Tick tock \n")
+    assert running.returncode == 0 and len(rest.split()) == 3000 - 2, rest[-100:]
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
@@ -422,7 +423,10 @@ class Screen:
 
 
 @contextlib.contextmanager
-def terminal(*args: str | Path, home: Path, env: dict[str, str] | None = None, script: Path = SHIMMY, stdin: Any = subprocess.DEVNULL):
+def terminal(
+    *args: str | Path, home: Path, env: dict[str, str] | None = None, script: Path = SHIMMY, stdin: Any = subprocess.DEVNULL
+) -> Iterator[Screen]:
+    """Runs the command on a terminal of its own; stdin None is the keyboard."""
     mine, its = os.openpty()
     command = [sys.executable, str(script), *map(str, args)]
     process = subprocess.Popen(
@@ -440,11 +444,8 @@ def terminal(*args: str | Path, home: Path, env: dict[str, str] | None = None, s
 
 def slow_load(folder: Path) -> Path:
     """A shimmy.py that takes its time over starting the engine and over the context."""
-    return altered(
-        folder,
-        ("        self.main = Context(self, ", "        time.sleep(0.7)\n        self.main = Context(self, "),
-        ("        llama = Llama(load, lambda", "        time.sleep(0.7)\n        llama = Llama(load, lambda"),
-    )
+    places = ("        self.main = Context(self, ", "        self.c, self.np, self.ctypes = import")
+    return altered(folder, *((place, "        time.sleep(0.7)\n" + place) for place in places))
 
 
 pty = pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
@@ -495,7 +496,7 @@ def test_generate_that_reads_the_keyboard_says_so(models: Path, tmp_path: Path) 
 def test_list_says_whether_a_model_fits_the_memory(models: Path, tmp_path: Path) -> None:
     with write_header(tmp_path / "huge" / "huge.gguf").open("r+b") as huge:
         huge.truncate(1 << 43)  # sparse
-    args = ["--models-dir", models, "--models-dir", tmp_path / "huge"]
+    args: list[str | Path] = ["--models-dir", models, "--models-dir", tmp_path / "huge"]
     table = shimmy("list", *args, home=tmp_path).stdout.decode().splitlines()
     column = table[0].index("FITS")
     fits = {line.split()[0]: line[column:].split()[0] for line in table[1:]}
@@ -509,7 +510,7 @@ def test_list_escapes_what_does_not_print(flags: list[str], tmp_path: Path) -> N
     write_header(tmp_path / "models" / "evil\x1b[31m\nforged  row.gguf")
     (tmp_path / "models" / "broken\x1b[31m\nforged.gguf").write_bytes(b"nothing")
     done = shimmy("list", *flags, home=tmp_path)
-    assert done.returncode == 0 and b"evil\\x1b[31m\\nforged" in done.stdout.replace(b"-", b"") or b"\\x1b" in done.stdout
+    assert done.returncode == 0 and b"evil" in done.stdout
     assert b"\x1b" not in done.stdout + done.stderr
     assert not any(line.startswith(b"forged") for line in (done.stdout + done.stderr).splitlines())
 
@@ -535,13 +536,13 @@ def test_generate_lines_answers_each_line_in_order(where: str, server: Server, m
 
 
 def test_generate_lines_puts_prompt_before_each_line(models: Path, tmp_path: Path) -> None:
-    args = ["--raw", "--lines", "--prompt", "Sum", "--models-dir", models]
+    args: list[str | Path] = ["--raw", "--lines", "--prompt", "Sum", "--models-dir", models]
     done = shimmy("generate", "recital", *args, home=tmp_path, stdin=b"ab:\r\nc:\n")
     assert [line["usage"]["prompt_tokens"] for line in lines_of(done)] == [1 + len("Sum\nab:"), 1 + len("Sum\nc:")]
 
 
 def test_generate_lines_with_a_line_that_fails_goes_on_and_exits_1(models: Path, tmp_path: Path) -> None:
-    args = ["--raw", "--lines", "--ctx", "128", "--models-dir", models]
+    args: list[str | Path] = ["--raw", "--lines", "--ctx", "128", "--models-dir", models]
     done = shimmy("generate", "recital", *args, home=tmp_path, stdin=b"a:\n" + b"b" * 300 + b"\n\nc:\n")
     first, long, empty, last = lines_of(done)
     assert done.returncode == 1 and first["choices"][0]["text"] == last["choices"][0]["text"] == TEXTS[":"]
@@ -633,7 +634,7 @@ def test_generate_beyond_the_context_names_both_numbers(models: Path, tmp_path: 
 
 def test_generate_takes_the_engines_knobs(models: Path, tmp_path: Path) -> None:
     knobs = ["--threads", "1", "--batch", "32", "--no-mmap", "--kv-type", "q8_0", "--gpu-layers", "0", "--parallel", "2"]
-    args = ["generate", "recital", "--raw", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models]
+    args: list[str | Path] = ["generate", "recital", "--raw", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models]
     done = shimmy(*args, home=tmp_path)
     assert done.stdout.decode().split() == TEXTS["="].split(), done.stderr
 

@@ -9420,9 +9420,6 @@ def is_path(model: str) -> bool:
     return model.lower().endswith(".gguf") or (os.sep in model and os.path.exists(os.path.expanduser(model)))
 
 
-# serve
-
-
 class StopSignals:
     """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once.
 
@@ -9477,7 +9474,8 @@ def command_serve(args: argparse.Namespace) -> int:
     service.table.start()
     threading.Thread(target=_after_scan, args=(args, service, signals), name="names", daemon=True).start()
     code = signals.wait()
-    log.warning("shutting down%s", _waited_for(service))
+    if not code:
+        log.warning("shutting down%s", _waited_for(service))
     server.stop()
     return code
 
@@ -9531,7 +9529,256 @@ def _waited_for(service: Service) -> str:
     return f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else ""
 
 
-# generate: who does it
+def command_list(args: argparse.Namespace) -> int:
+    """Shows the models on this machine."""
+    service = make_service(args)
+    service.table.scan()
+    report = service.table.catalog.report
+    if args.json:
+        more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m)} for m in report.models}
+        models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
+        print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
+    elif args.short:
+        for model in report.models:
+            print(printable(model.id))
+    else:
+        print_models(report.models)
+    if args.verbose and not args.json:
+        for skipped in report.skipped:
+            print(f"skipped {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}", file=sys.stderr)
+        for note in (note for d in report.directories for note in d["notes"]):
+            print(f"note: {printable(note, MAX_SHOWN_PATH)}", file=sys.stderr)
+    return 0
+
+
+MAX_SHOWN_PATH = 4096  # characters of a path in tables: Linux has none that are longer
+
+
+def fits_memory(model: ModelInfo) -> bool | None:
+    """True if the weights fit the memory that is free now, with 64 MiB for the least context; None: nobody knows."""
+    free = available_memory()
+    return None if free is None else model.size_bytes + 64 * MIB <= free
+
+
+def print_models(models: Seq[ModelInfo]) -> None:
+    """The table of `list`."""
+    fits = {True: "yes", False: "no", None: None}
+    cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, fits[fits_memory(m)], m.path)
+             for m in models]  # fmt: skip
+    rows = [[printable(str(cell or "-"), MAX_SHOWN_PATH if cell is row[-1] else 200) for cell in row] for row in cells]
+    print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"], rows)
+    if not models:
+        print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
+
+
+def print_json(document: Any) -> None:
+    """To standard output; ASCII, so that any terminal and pipe takes it."""
+    print(json.dumps(document, indent=2, ensure_ascii=True))
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Columns as wide as their widest cell."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+class WaitingLine:
+    """On a terminal, a line on stderr that says what is being waited for; `clear` removes it, and so does the end.
+
+    A thread redraws it. The cursor stays at the line's beginning, so that log messages overwrite it.
+    """
+
+    def __init__(self, what: Callable[[], str], seconds: float) -> None:
+        self._what, self._seconds = what, seconds
+        self._began, self._lock, self._cleared = time.monotonic(), threading.Lock(), threading.Event()
+        if not sys.stderr.isatty():
+            self._cleared.set()
+
+    def __enter__(self) -> WaitingLine:
+        if not self._cleared.is_set():
+            threading.Thread(target=self._redraw, name="waiting line", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+    def _redraw(self) -> None:
+        while not self._cleared.is_set():
+            try:
+                text = self._what()
+            except Exception:  # a thread's border: the command itself tells what went wrong
+                text = ""
+            seconds = int(time.monotonic() - self._began)
+            self._draw(f"{text} ({seconds} s)" if text and seconds >= 2 else text)
+            self._cleared.wait(self._seconds)
+
+    def _draw(self, text: str) -> None:
+        try:
+            width = os.get_terminal_size(sys.stderr.fileno()).columns
+        except (OSError, ValueError):
+            width = 0
+        with self._lock:
+            if not self._cleared.is_set():
+                print(f"\r{text[: (width or 80) - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Removes the line for good; idempotent."""
+        with self._lock:
+            if not self._cleared.is_set():
+                self._cleared.set()
+                print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def loading_stage(status: dict[str, Any]) -> str:
+    """What a load is doing; "" once the model is loaded, or failed."""
+    model, progress = printable(status["model"], 40), status["progress"]
+    if status["status"] == "loading":
+        weights = f"loading {model} {progress:.0%}" if progress else f"starting the engine for {model}"
+        return weights if progress < 1 else f"preparing the context of {model}"
+    return f"waiting to load {model}" if status["status"] in ("unloaded", "unloading") else ""
+
+
+PROBE_PROMPT = "Once upon a time there was a small server that could tell stories, and every day somebody asked for one. " * 8
+
+
+def command_probe(args: argparse.Namespace) -> int:
+    """Loads a model, generates, and says how it went."""
+    path = args.model if args.model and is_path(args.model) else None
+    service = make_service(args, path)
+    service.table.start()
+    with contextlib.closing(service):
+        name = service.table.resolve("default" if path or args.model is None else args.model)
+        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring", 0.1):
+            result = probe(service, name)
+    if args.json:
+        print_json(result)
+        return 0
+    print(f"{printable(result['model'])}: loaded in {result['load_seconds']:.2f} s, "
+          f"{human_bytes(result['memory_bytes'])} of memory, context {result['context_length']}, "
+          f"{result['prompt_tokens_per_second']:.0f} tokens/s prompt, "
+          f"{result['generated_tokens_per_second']:.0f} tokens/s generated")  # fmt: skip
+    return 0
+
+
+def probe(service: Service, name: str) -> dict[str, Any]:
+    """Loads a model for real and generates 64 tokens; speeds in tokens per second."""
+    cancel = Cancellation()
+    with service.table.lease(name, cancel) as lease:
+        worker = lease.wait()
+        assert worker
+        words = min(worker.loaded.ctx // 8, 100)  # a word is up to six tokens in the smallest vocabularies
+        prompt = " ".join(PROBE_PROMPT.split()[:words])
+        sampling = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
+        events = list(service.generate(GenerateRequest(name, (prompt,), sampling=sampling), cancel))
+        usage = next(e for e in events if isinstance(e, Usage))
+        return {
+            "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
+            "memory_bytes": worker.memory_bytes(), "context_length": worker.loaded.ctx,
+            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
+            "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
+            "generated_tokens_per_second": round((usage.completion_tokens - 1) / max(usage.decode_seconds, 1e-9), 1),
+        }  # fmt: skip
+
+
+def server_url(args: argparse.Namespace) -> str:
+    """The configured address as a URL."""
+    host, port = listen_address(args)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
+    """A connection to the configured address, not opened yet."""
+    host, port = listen_address(args)
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return http.client.HTTPConnection(reachable, port, timeout=timeout)
+
+
+def server_headers() -> dict[str, bytes]:
+    """The key from SHIMMY_API_KEY, if one is set, as UTF-8: http.client would write Latin-1 or fail."""
+    key = os.environ.get("SHIMMY_API_KEY")
+    if key and not key.isprintable():
+        raise UsageError("SHIMMY_API_KEY holds a character that cannot be sent, such as a line break")
+    return {"Authorization": b"Bearer " + key.encode()} if key else {}
+
+
+def _key_refusal() -> str:
+    if os.environ.get("SHIMMY_API_KEY"):
+        return "refused the key in SHIMMY_API_KEY"
+    return "asks for a key: set SHIMMY_API_KEY"
+
+
+def ask_server(args: argparse.Namespace, path: str, timeout: float) -> tuple[int, Any]:
+    """GETs a path from the configured address: status and document. Raises OSError when nobody answers."""
+    connection = connect_to_server(args, timeout)
+    try:
+        connection.request("GET", path, headers=server_headers())
+        response = connection.getresponse()
+        return response.status, json.loads(response.read(MAX_BODY))
+    finally:
+        connection.close()
+
+
+def command_diag(args: argparse.Namespace) -> int:
+    """Shows what a report of a problem should contain."""
+    service = make_service(args)
+    service.table.scan()
+    document = service.diag() | {"server": server_state(args)}
+    if args.json:
+        print_json(document)
+        return 0
+    for key in [*versions(), *engine_build()]:
+        print(f"{key:12} {printable(str(document[key]))}")
+    free = document["memory"]["available_bytes"]
+    print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
+    print(f"{'server':12} {document['server']['url']}: {_server_words(document['server'])}")
+    for directory in document["directories"]:
+        found = f"{directory['models']} model{'s' * (directory['models'] != 1)}" if directory["exists"] else "not there"
+        where, said = f"{directory['path']} ({directory['source']})", "; ".join([found, *directory["notes"]])
+        print(f"{'searched':12} {printable(where, MAX_SHOWN_PATH)}: {printable(said, MAX_SHOWN_PATH)}")
+    for skipped in document["skipped"]:
+        print(f"{'skipped':12} {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}")
+    return 0
+
+
+def server_state(args: argparse.Namespace) -> dict[str, Any]:
+    """Whether a server answers at the configured address, what it says of its health, and if it takes our key."""
+    state: dict[str, Any] = {"running": False, "url": server_url(args)}
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        status, document = ask_server(args, "/api/health", timeout=2.0)
+        state |= {"running": status == 200, "health": document}
+        state["key_accepted"] = ask_server(args, "/api/tools", timeout=2.0)[0] != 401
+    return state
+
+
+def _server_words(state: dict[str, Any]) -> str:
+    if not state["running"]:
+        return "no answer"
+    return "answers" if state.get("key_accepted", True) else f"answers, but {_key_refusal()}"
+
+
+def check_packages() -> None:
+    """Raises ImportError, in one line, for a package that is missing or too old."""
+    import importlib.metadata
+
+    for package, oldest in (("llama-cpp-python", (0, 3, 36)), ("websockets", (17,)), ("jinja2", (3, 1, 6))):
+        try:
+            installed = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            beside = pathlib.Path(__file__).resolve().parent / ".venv" / "bin" / "python"
+            hint = f"; {beside} may have it" if beside.exists() and str(beside) != sys.executable else ""
+            wanted = "pip install llama-cpp-python websockets 'jinja2>=3.1.6'"
+            raise ImportError(f"{package} is not installed: {wanted}{hint}") from None
+        if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < oldest:
+            wanted = ".".join(map(str, oldest))
+            raise ImportError(f"{package} {installed} is too old, shimmy needs {wanted}: pip install -U {package}")
+
+
+# ── 19. generate ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# The command that a running server may do as well as an engine of our own; and main.
+
+
+# Who does it
 
 
 class NoServer(Exception):
@@ -9715,45 +9962,7 @@ def named_model(args: argparse.Namespace) -> tuple[str, int | None]:
     return name, None
 
 
-def server_url(args: argparse.Namespace) -> str:
-    """The configured address as a URL."""
-    host, port = listen_address(args)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
-
-
-def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
-    """A connection to the configured address, not opened yet."""
-    host, port = listen_address(args)
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return http.client.HTTPConnection(reachable, port, timeout=timeout)
-
-
-def server_headers() -> dict[str, bytes]:
-    """The key from SHIMMY_API_KEY, if one is set, as UTF-8: http.client would write Latin-1 or fail."""
-    key = os.environ.get("SHIMMY_API_KEY")
-    if key and not key.isprintable():
-        raise UsageError("SHIMMY_API_KEY holds a character that cannot be sent, such as a line break")
-    return {"Authorization": b"Bearer " + key.encode()} if key else {}
-
-
-def _key_refusal() -> str:
-    if os.environ.get("SHIMMY_API_KEY"):
-        return "refused the key in SHIMMY_API_KEY"
-    return "asks for a key: set SHIMMY_API_KEY"
-
-
-def ask_server(args: argparse.Namespace, path: str, timeout: float) -> tuple[int, Any]:
-    """GETs a path from the configured address: status and document. Raises OSError when nobody answers."""
-    connection = connect_to_server(args, timeout)
-    try:
-        connection.request("GET", path, headers=server_headers())
-        response = connection.getresponse()
-        return response.status, json.loads(response.read(MAX_BODY))
-    finally:
-        connection.close()
-
-
-# generate: the prompt, and what is printed
+# The prompt, and what is printed
 
 
 def command_generate(args: argparse.Namespace) -> int:
@@ -9839,68 +10048,12 @@ def note_ignored_input(args: argparse.Namespace) -> None:
             print("shimmy: standard input is ignored; --stdin appends it to the prompt", file=sys.stderr)
 
 
-class WaitingLine:
-    """On a terminal, a line on stderr that says what is being waited for; `clear` removes it, and so does the end.
-
-    A thread redraws it. The cursor stays at the line's beginning, so that log messages overwrite it.
-    """
-
-    def __init__(self, what: Callable[[], str], seconds: float) -> None:
-        self._what, self._seconds = what, seconds
-        self._began, self._lock, self._cleared = time.monotonic(), threading.Lock(), threading.Event()
-        if not sys.stderr.isatty():
-            self._cleared.set()
-
-    def __enter__(self) -> WaitingLine:
-        if not self._cleared.is_set():
-            threading.Thread(target=self._redraw, name="waiting line", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.clear()
-
-    def _redraw(self) -> None:
-        while not self._cleared.is_set():
-            try:
-                text = self._what()
-            except Exception:  # a thread's border: the command itself tells what went wrong
-                text = ""
-            seconds = int(time.monotonic() - self._began)
-            self._draw(f"{text} ({seconds} s)" if text and seconds >= 2 else text)
-            self._cleared.wait(self._seconds)
-
-    def _draw(self, text: str) -> None:
-        try:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-        except (OSError, ValueError):
-            width = 0
-        with self._lock:
-            if not self._cleared.is_set():
-                print(f"\r{text[: (width or 80) - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        """Removes the line for good; idempotent."""
-        with self._lock:
-            if not self._cleared.is_set():
-                self._cleared.set()
-                print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 def waiting_for(generator: Generator) -> str:
     """What a generation waits for, before its first word."""
     if generator.queued is None:
         return loading_stage(generator.status()) or "reading the prompt"
     tokens = generator.queued.prompt_tokens
     return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
-
-
-def loading_stage(status: dict[str, Any]) -> str:
-    """What a load is doing; "" once the model is loaded, or failed."""
-    model, progress = printable(status["model"], 40), status["progress"]
-    if status["status"] == "loading":
-        weights = f"loading {model} {progress:.0%}" if progress else f"starting the engine for {model}"
-        return weights if progress < 1 else f"preparing the context of {model}"
-    return f"waiting to load {model}" if status["status"] in ("unloaded", "unloading") else ""
 
 
 class PrintedText(Wire):
@@ -9955,7 +10108,7 @@ def report_cut(args: argparse.Namespace, wire: PrintedText) -> int:
     return 1 if args.schema else 0
 
 
-# generate --lines
+# --lines
 
 
 class Collected(Wire):
@@ -10031,155 +10184,7 @@ def prompt_lines(args: argparse.Namespace) -> Iterator[str | ApiError]:
         yield ApiError(f"standard input cannot be read: {error.strerror}")
 
 
-def command_list(args: argparse.Namespace) -> int:
-    """Shows the models on this machine."""
-    service = make_service(args)
-    service.table.scan()
-    report = service.table.catalog.report
-    if args.json:
-        more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m)} for m in report.models}
-        models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
-        print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
-    elif args.short:
-        for model in report.models:
-            print(printable(model.id))
-    else:
-        print_models(report.models)
-    if args.verbose and not args.json:
-        for skipped in report.skipped:
-            print(f"skipped {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}", file=sys.stderr)
-        for note in (note for d in report.directories for note in d["notes"]):
-            print(f"note: {printable(note, MAX_SHOWN_PATH)}", file=sys.stderr)
-    return 0
-
-
-MAX_SHOWN_PATH = 4096  # characters of a path in tables: Linux has none that are longer
-
-
-def fits_memory(model: ModelInfo) -> bool | None:
-    """True if the weights fit the memory that is free now, with 64 MiB for the least context; None: nobody knows."""
-    free = available_memory()
-    return None if free is None else model.size_bytes + 64 * MIB <= free
-
-
-def print_models(models: Seq[ModelInfo]) -> None:
-    """The table of `list`."""
-    fits = {True: "yes", False: "no", None: None}
-    cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, fits[fits_memory(m)], m.path)
-             for m in models]  # fmt: skip
-    rows = [[printable(str(cell or "-"), MAX_SHOWN_PATH if cell is row[-1] else 200) for cell in row] for row in cells]
-    print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"], rows)
-    if not models:
-        print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
-
-
-def print_json(document: Any) -> None:
-    """To standard output; ASCII, so that any terminal and pipe takes it."""
-    print(json.dumps(document, indent=2, ensure_ascii=True))
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-PROBE_PROMPT = "Once upon a time there was a small server that could tell stories, and every day somebody asked for one. " * 8
-
-
-def command_probe(args: argparse.Namespace) -> int:
-    """Loads a model, generates, and says how it went."""
-    path = args.model if args.model and is_path(args.model) else None
-    service = make_service(args, path)
-    service.table.start()
-    with contextlib.closing(service):
-        name = service.table.resolve("default" if path or args.model is None else args.model)
-        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring", 0.1):
-            result = probe(service, name)
-    if args.json:
-        print_json(result)
-        return 0
-    print(f"{printable(result['model'])}: loaded in {result['load_seconds']:.2f} s, "
-          f"{human_bytes(result['memory_bytes'])} of memory, context {result['context_length']}, "
-          f"{result['prompt_tokens_per_second']:.0f} tokens/s prompt, "
-          f"{result['generated_tokens_per_second']:.0f} tokens/s generated")  # fmt: skip
-    return 0
-
-
-def probe(service: Service, name: str) -> dict[str, Any]:
-    """Loads a model for real and generates 64 tokens; speeds in tokens per second."""
-    cancel = Cancellation()
-    with service.table.lease(name, cancel) as lease:
-        worker = lease.wait()
-        assert worker
-        words = min(worker.loaded.ctx // 8, 100)  # a word is up to six tokens in the smallest vocabularies
-        prompt = " ".join(PROBE_PROMPT.split()[:words])
-        sampling = Sampling(max_tokens=64, temperature=0.0, ignore_eos=True)
-        events = list(service.generate(GenerateRequest(name, (prompt,), sampling=sampling), cancel))
-        usage = next(e for e in events if isinstance(e, Usage))
-        return {
-            "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
-            "memory_bytes": worker.memory_bytes(), "context_length": worker.loaded.ctx,
-            "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
-            "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
-            "generated_tokens_per_second": round((usage.completion_tokens - 1) / max(usage.decode_seconds, 1e-9), 1),
-        }  # fmt: skip
-
-
-def command_diag(args: argparse.Namespace) -> int:
-    """Shows what a report of a problem should contain."""
-    service = make_service(args)
-    service.table.scan()
-    document = service.diag() | {"server": server_state(args)}
-    if args.json:
-        print_json(document)
-        return 0
-    for key in [*versions(), *engine_build()]:
-        print(f"{key:12} {printable(str(document[key]))}")
-    free = document["memory"]["available_bytes"]
-    print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
-    print(f"{'server':12} {document['server']['url']}: {_server_words(document['server'])}")
-    for directory in document["directories"]:
-        found = f"{directory['models']} model{'s' * (directory['models'] != 1)}" if directory["exists"] else "not there"
-        where, said = f"{directory['path']} ({directory['source']})", "; ".join([found, *directory["notes"]])
-        print(f"{'searched':12} {printable(where, MAX_SHOWN_PATH)}: {printable(said, MAX_SHOWN_PATH)}")
-    for skipped in document["skipped"]:
-        print(f"{'skipped':12} {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}")
-    return 0
-
-
-def server_state(args: argparse.Namespace) -> dict[str, Any]:
-    """Whether a server answers at the configured address, what it says of its health, and if it takes our key."""
-    state: dict[str, Any] = {"running": False, "url": server_url(args)}
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        status, document = ask_server(args, "/api/health", timeout=2.0)
-        state |= {"running": status == 200, "health": document}
-        state["key_accepted"] = ask_server(args, "/api/tools", timeout=2.0)[0] != 401
-    return state
-
-
-def _server_words(state: dict[str, Any]) -> str:
-    if not state["running"]:
-        return "no answer"
-    return "answers" if state.get("key_accepted", True) else f"answers, but {_key_refusal()}"
-
-
-def check_packages() -> None:
-    """Raises ImportError, in one line, for a package that is missing or too old."""
-    import importlib.metadata
-
-    for package, oldest in (("llama-cpp-python", (0, 3, 36)), ("websockets", (17,)), ("jinja2", (3, 1, 6))):
-        try:
-            installed = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            beside = pathlib.Path(__file__).resolve().parent / ".venv" / "bin" / "python"
-            hint = f"; {beside} may have it" if beside.exists() and str(beside) != sys.executable else ""
-            wanted = "pip install llama-cpp-python websockets 'jinja2>=3.1.6'"
-            raise ImportError(f"{package} is not installed: {wanted}{hint}") from None
-        if tuple(int(n) for n in re.findall(r"\d+", installed)[:3]) < oldest:
-            wanted = ".".join(map(str, oldest))
-            raise ImportError(f"{package} {installed} is too old, shimmy needs {wanted}: pip install -U {package}")
+# main
 
 
 def open_closed_streams() -> bool:
@@ -10248,7 +10253,8 @@ def run_command(args: argparse.Namespace) -> int:
 
 def complain(error: Exception, code: int) -> int:
     """One plain line on stderr."""
-    print(f"shimmy: {' '.join(str(error).split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # 2>&1 into a pipe that is closed
+        print(f"shimmy: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
 
