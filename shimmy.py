@@ -9785,7 +9785,7 @@ class NoServer(Exception):
     """No running server can do the work; the message says why, for -v."""
 
 
-class Generator(Protocol):
+class TextSource(Protocol):
     """Who generates: the running server, or an engine of our own."""
 
     model: str  # the model's id
@@ -9803,7 +9803,7 @@ class Generator(Protocol):
         """Ends whatever still runs."""
 
 
-def choose_generator(args: argparse.Namespace) -> Generator:
+def choose_generator(args: argparse.Namespace) -> TextSource:
     """The running server if it knows the model, else an engine of our own; -v says which and why."""
     try:
         why = why_own(args)
@@ -10002,7 +10002,7 @@ def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
     return given
 
 
-def generate_body(args: argparse.Namespace, generator: Generator, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+def generate_body(args: argparse.Namespace, generator: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
     """The /api/generate body: a chat where the model has a template, unless --raw or --chat decide."""
     chat = args.chat or (not args.raw and generator.has_template is not False)
     said = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
@@ -10048,7 +10048,7 @@ def note_ignored_input(args: argparse.Namespace) -> None:
             print("shimmy: standard input is ignored; --stdin appends it to the prompt", file=sys.stderr)
 
 
-def waiting_for(generator: Generator) -> str:
+def waiting_for(generator: TextSource) -> str:
     """What a generation waits for, before its first word."""
     if generator.queued is None:
         return loading_stage(generator.status()) or "reading the prompt"
@@ -10120,7 +10120,7 @@ class Collected(Wire):
         self.document = document
 
 
-def generate_lines(args: argparse.Namespace, generator: Generator, sampling: dict[str, Any]) -> int:
+def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
     """Answers every line of standard input: as many at once as the engine batches, in order, one line of JSON each."""
     parallel = engine_options(args).parallel
     answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * parallel)  # reads ahead so far
@@ -10149,7 +10149,7 @@ def generate_lines(args: argparse.Namespace, generator: Generator, sampling: dic
     return int(failed)
 
 
-def answer_line(args: argparse.Namespace, generator: Generator, line: str | ApiError, sampling: dict[str, Any]) -> dict[str, Any]:
+def answer_line(args: argparse.Namespace, generator: TextSource, line: str | ApiError, sampling: dict[str, Any]) -> dict[str, Any]:
     """One line's /api/generate document, or its error object."""
     try:
         if isinstance(line, ApiError):
