@@ -10149,7 +10149,9 @@ def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: di
     return int(failed)
 
 
-def answer_line(args: argparse.Namespace, generator: TextSource, line: str | ApiError, sampling: dict[str, Any]) -> dict[str, Any]:
+def answer_line(
+    args: argparse.Namespace, generator: TextSource, line: str | ApiError, sampling: dict[str, Any]
+) -> dict[str, Any]:
     """One line's /api/generate document, or its error object."""
     try:
         if isinstance(line, ApiError):
