@@ -5,24 +5,29 @@
 # ///
 """shimmy: the GGUF models on this machine as a local inference service, in one file.
 
-    main process                                                    one child per loaded model (spawned)
-     HTTP threads ─┐                                                 ┌────────────────────────────────┐
-     ws loop thread ├─ Service.generate ── Worker ── stdin: Submit, Cancel ──▶ Engine: waiting, running │
-     CLI ──────────┘         ▲              ▲  ◀── stdout: Accepted, Stepped   step = prefill, decode,  │
-                         ModelTable      reader thread, one a worker │                  sample           │
-                                                                     └────────────────────────────────┘
+    main process                                                   one child per loaded model
+     HTTP threads ──┐                                               ┌─────────────────────────────────────┐
+     ws loop thread ├─ Service.generate ── Worker ── Submit, Cancel ──▶ Intake ─▶ Engine: waiting, running │
+     CLI ───────────┘     ▲          ▲       ▲  ◀── Accepted, Stepped    step = prefill + decode + sample  │
+                     ModelTable   Helpers    three threads a worker └─────────────────────────────────────┘
 
-The file reads downward as the data flows: a body becomes a checked request (2), the request finds its model (3) and
-becomes a prompt (4, 5), the prompt becomes tokens and the tokens text (6, 7, 8), the text a reply (9) that one of the
-front doors sends (10 HTTP, 11 WebSocket, 12 command line).
+The file reads downward as the data flows. A body becomes a checked request (3) and finds its model (4); a chat becomes a
+prompt (5), a schema a grammar (6). The request becomes jobs that cross a pipe (8), tokens (9), steps (10, 11) and text
+that comes back (12) from a model that was loaded for it (13). Service (14) ties these together; a dialect (15) turns the
+events into documents, and a wire sends them through one of the doors: HTTP (16), WebSocket (17), command line (18, 19).
 
-Who owns what. JSON, templates, tool calls and HTTP live in the main process; tokens, KV cache and sampling in the
-child, which alone imports llama_cpp. Frozen dataclasses cross the pipe, one message a step for all sequences together.
-In the child one thread receives and another tokenizes (Intake); its main thread alone decodes: Engine takes the step that
-Scheduler plans (who runs), with the cells that Cache gives out, and reads long prompts aside (Reader).
-The child dies with its pipe: end of file on stdin ends it, however the parent went. A crash in native code ends one
-child; its reader thread notices and fails what was running there. HTTP threads: one a connection, blocking. The watcher
-thread notices clients that leave. The ws thread runs asyncio and starts with the first upgrade.
+Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them, `deliver` is the one
+loop between. What the model writes: Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived
+from its template. What the engine computes: a Job, which a Submit carries.
+
+Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in a
+helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone imports
+llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together. In the child one thread
+receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine takes the step that Scheduler plans,
+in cells that Cache gives out, and reads long prompts aside (PromptReader). A child ends with its pipe, however the parent
+went. A crash in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran there.
+HTTP threads are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio
+and starts with the first upgrade.
 """
 from __future__ import annotations
 
