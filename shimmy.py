@@ -31,9 +31,103 @@ and starts with the first upgrade.
 """
 from __future__ import annotations
 
-if __name__ == "__main__":  # Ctrl-C while the imports run ends the program; main() makes it an exception again
+import os
+import sys
+import time
+
+# What another process of ours runs: this file from its cached bytecode, under whatever name and folder, then one
+# function. Its imports see this file's folder first, as a script's do, not the working directory that -c puts there.
+# Only the file's own bytecode is looked for below the prefix; that of the packages it imports stays where it is.
+STARTER = """\
+import signal, sys
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+prefix, entry, path = sys.argv[1:4]
+sys.argv = sys.argv[3:]
+if sys.path[0] == '':
+    sys.path[0] = path.rpartition('/')[0] or path.rpartition(chr(92))[0]
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+loader = SourceFileLoader('shimmy', path)
+kept, sys.pycache_prefix = sys.pycache_prefix, prefix or sys.pycache_prefix
+code = loader.get_code('shimmy')
+sys.pycache_prefix = kept
+module = sys.modules['shimmy'] = module_from_spec(spec_from_loader('shimmy', loader))
+exec(code, vars(module))
+sys.exit(getattr(module, entry)())
+"""
+
+
+def child_command(entry: str, *arguments: str) -> list[str]:
+    """The command line of a process that runs the function `entry` of this file, without compiling the file anew.
+
+    The cached bytecode is Python's own kind, checked against the file's size and time before it is used. It lies in
+    __pycache__ beside the file, or in the user's cache where that cannot be written, or others may write it too.
+    """
+    path = os.path.realpath(__file__)
+    flags = ["-B"] if sys.dont_write_bytecode else []
+    return [sys.executable, *flags, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
+
+
+def _bytecode_prefix(path: str) -> str:
+    """Below which folder the file's bytecode lies; "" is beside it, and what is no folder has none."""
+    from importlib.util import cache_from_source
+
+    beside = os.path.dirname(cache_from_source(path))
+    source = os.stat(path)
+    if time.time() - source.st_mtime < 2.0:  # bytecode knows the second of its source: another change may come within it
+        return os.devnull
+    owners = {0, source.st_uid}  # who may change the bytecode must be who may change the file
+    if sys.pycache_prefix or _trusted(beside if os.path.isdir(beside) else os.path.dirname(path), owners, beside):
+        return ""
+    own = os.path.join(user_cache(), "bytecode")
+    try:
+        os.makedirs(own, mode=0o700, exist_ok=True)
+    except OSError:
+        return os.devnull
+    return own if _trusted(own, set(), own) else os.devnull
+
+
+def _trusted(folder: str, owners: set[int], cache: str) -> bool:
+    """Whether we may write the folder and nobody may but `owners`; with it the bytecode of this file in `cache`."""
+    if not os.access(folder, os.W_OK):
+        return False
+    stem = os.path.splitext(os.path.basename(__file__))[0]
+    try:
+        inside = [os.path.join(cache, n) for n in os.listdir(cache) if n.startswith(stem)] if os.path.isdir(cache) else []
+        found = [os.stat(f) for f in (folder, *inside)]
+    except OSError:
+        return False
+    return os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+
+
+def user_cache() -> str:
+    """The folder for what can be made again."""
+    home = os.path.expanduser("~")
+    usual = {"win32": os.environ.get("LOCALAPPDATA") or home, "darwin": os.path.join(home, "Library", "Caches")}
+    own = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform) or os.path.join(home, ".cache")
+    return os.path.join(own, "shimmy")
+
+
+def restart_from_bytecode() -> None:
+    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 25 MB, while it runs.
+
+    Only a server lives long enough for that to matter more than the 15 ms it takes.
+    """
+    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]  # the interpreter's own
+    python, *rest = child_command("main", *sys.argv[1:])
+    try:
+        os.execv(python, [python, *options, *rest])
+    except OSError:
+        pass  # then as the script that we are
+
+
+if __name__ == "__main__":
+    if os.name == "posix" and "serve" in sys.argv[1:3]:
+        restart_from_bytecode()
     import signal
 
+    # Ctrl-C while the imports run ends the program; main() makes it an exception again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -53,7 +147,6 @@ import json
 import logging
 import math
 import operator
-import os
 import pathlib
 import pickle
 import queue
@@ -64,9 +157,7 @@ import signal
 import socket
 import stat
 import struct
-import sys
 import threading
-import time
 import urllib.parse
 import zlib
 from collections import deque
@@ -427,75 +518,6 @@ def versions() -> dict[str, Any]:
         "llama_cpp": version("llama-cpp-python"), "websockets": version("websockets"), "jinja2": version("jinja2"),
         "numpy": version("numpy"), "cpu_cores": physical_cores(),
     }  # fmt: skip
-
-
-# What a helper process runs: this file from its cached bytecode, under whatever name and folder, then one function.
-# Its imports see this file's folder first, as a script's do, not the working directory that -c puts there. Only the
-# file's own bytecode is looked for below the prefix; that of the packages it imports stays where it is.
-STARTER = """\
-import sys
-path, prefix, entry = sys.argv[1:]
-if sys.path[0] == '':
-    sys.path[0] = path.rpartition('/')[0] or path.rpartition(chr(92))[0]
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-loader = SourceFileLoader('shimmy', path)
-kept, sys.pycache_prefix = sys.pycache_prefix, prefix or sys.pycache_prefix
-code = loader.get_code('shimmy')
-sys.pycache_prefix = kept
-module = sys.modules['shimmy'] = module_from_spec(spec_from_loader('shimmy', loader))
-exec(code, vars(module))
-getattr(module, entry)()
-"""
-
-
-def child_command(entry: str) -> list[str]:
-    """The command line of a process that runs the function `entry` of this file, without compiling the file anew.
-
-    The cached bytecode is Python's own kind, checked against the file's size and time before it is used. It lies in
-    __pycache__ beside the file, or in the user's cache where that cannot be written, or others may write it too.
-    """
-    path = os.path.realpath(__file__)
-    flags = ["-B"] if sys.dont_write_bytecode else []
-    return [sys.executable, *flags, "-c", STARTER, path, _bytecode_prefix(path), entry]
-
-
-def _bytecode_prefix(path: str) -> str:
-    """Below which folder the file's bytecode lies; "" is beside it, and what is no folder has none."""
-    from importlib.util import cache_from_source
-
-    beside = os.path.dirname(cache_from_source(path))
-    source = os.stat(path)
-    if time.time() - source.st_mtime < 2.0:  # bytecode knows the second of its source: another change may come within it
-        return os.devnull
-    owners = {0, source.st_uid}  # who may change the bytecode must be who may change the file
-    if sys.pycache_prefix or _trusted(beside if os.path.isdir(beside) else os.path.dirname(path), owners, beside):
-        return ""
-    own = str(user_cache() / "bytecode")
-    with contextlib.suppress(OSError):
-        os.makedirs(own, mode=0o700, exist_ok=True)
-    return own if _trusted(own, set(), own) else os.devnull
-
-
-def _trusted(folder: str, owners: set[int], cache: str) -> bool:
-    """Whether we may write the folder and nobody may but `owners`; with it the bytecode of this file in `cache`."""
-    if not os.access(folder, os.W_OK):
-        return False
-    stem = pathlib.Path(__file__).stem
-    try:
-        inside = [os.path.join(cache, n) for n in os.listdir(cache) if n.startswith(stem)] if os.path.isdir(cache) else []
-        found = [os.stat(f) for f in (folder, *inside)]
-    except OSError:
-        return False
-    return os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
-
-
-def user_cache() -> pathlib.Path:
-    """The folder for what can be made again."""
-    home = os.path.expanduser("~")
-    usual = {"win32": os.environ.get("LOCALAPPDATA") or home, "darwin": os.path.join(home, "Library", "Caches")}
-    own = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform) or os.path.join(home, ".cache")
-    return pathlib.Path(own) / "shimmy"
 
 
 _asking_build = threading.Lock()
