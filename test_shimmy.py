@@ -725,6 +725,24 @@ class Server:
             self.process.stdout.close()
 
 
+def assert_healthy(server: Server) -> None:
+    """Asserts that a server still responds and has logged no traceback, except from the test's own tools file."""
+    tracebacks = server.log.read_text().split("Traceback")[1:]
+    assert not [text for text in tracebacks if "mytools.py" not in text]
+    assert server.get("/health").status == 200
+
+
+@contextlib.contextmanager
+def shared(home: Path, *flags: str | Path, script: Path = SHIMMY) -> Iterator[Server]:
+    """Runs a server for several tests, and checks at the end that it is still healthy."""
+    running = Server(home, "--port", "0", *flags, script=script)
+    try:
+        yield running
+        assert_healthy(running)
+    finally:
+        running.stop()
+
+
 def events(response: http.client.HTTPResponse) -> Iterator[Any]:
     for line in response:
         if line.startswith(b"data: "):
@@ -883,25 +901,23 @@ def server(models: Path, tool_root: Path, tmp_path_factory: pytest.TempPathFacto
     """The server most tests share; a test must not leave it in a state that breaks others."""
     home = tmp_path_factory.mktemp("home")
     (home / "mytools.py").write_text(TOOL_FILE)
-    running = Server(
-        home, "--port", "0", "--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX),
-        "--alias", "gpt-*=default", "--alias", "die=dice", "--tool-root", tool_root, "--tool-hosts", "*",
-        "--tools", home / "mytools.py",
-    )  # fmt: skip
-    yield running
-    running.stop()
+    flags: list[str | Path] = [
+        "--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX), "--alias", "gpt-*=default",
+        "--alias", "die=dice", "--tool-root", tool_root, "--tool-hosts", "*", "--tools", home / "mytools.py",
+    ]  # fmt: skip
+    with shared(home, *flags) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
 def guarded(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with an API key, one extra origin and host, and one host allowed for http_get."""
-    running = Server(
-        tmp_path_factory.mktemp("guarded"), "--port", "0", "--models-dir", models, "--api-key", "s3cret",
-        "--allow-origin", "https://my.app", "--allow-host", "my.box", "--tool-hosts", "tools.example",
-        "--model", "recital",
-    )  # fmt: skip
-    yield running
-    running.stop()
+    flags: list[str | Path] = [
+        "--models-dir", models, "--model", "recital", "--api-key", "s3cret", "--allow-origin", "https://my.app",
+        "--allow-host", "my.box", "--tool-hosts", "tools.example",
+    ]  # fmt: skip
+    with shared(tmp_path_factory.mktemp("guarded"), *flags) as running:
+        yield running
 
 
 @pytest.fixture
@@ -925,9 +941,8 @@ def kinds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("kinds")
     for kind in KINDS:
         write_kind(folder / f"{kind}.gguf", kind)
-    running = Server(tmp_path_factory.mktemp("kinds-home"), "--port", "0", "--models-dir", folder, "--max-loaded", "4")
-    yield running
-    running.stop()
+    with shared(tmp_path_factory.mktemp("kinds-home"), "--models-dir", folder, "--max-loaded", "4") as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
@@ -936,9 +951,8 @@ def spelling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("spelling")
     write_speller(folder / "models" / "speller.gguf")
     script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"))
-    running = Server(folder / "home", "--port", "0", "--models-dir", folder / "models", script=script)
-    yield running
-    running.stop()
+    with shared(folder / "home", "--models-dir", folder / "models", script=script) as running:
+        yield running
 
 
 # ── The file ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2379,20 +2393,19 @@ def asides(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("asides")
     for kind in KINDS:
         write_kind(folder / f"{kind}.gguf", kind)
-    home, flags = tmp_path_factory.mktemp("asides-home"), ("--port", "0", "--models-dir", folder, "--max-loaded", "4")
-    running = Server(home, *flags, script=altered(folder, *ALL_ASIDE))
-    yield running
-    running.stop()
+    script = altered(folder, *ALL_ASIDE)
+    home = tmp_path_factory.mktemp("asides-home")
+    with shared(home, "--models-dir", folder, "--max-loaded", "4", script=script) as running:
+        yield running
 
 
 @pytest.fixture(scope="module")
 def tight(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server for two sequences in a pool that holds one, with one place in the queue."""
     flags = ["--ctx", "8192", "--kv-pool", "8192", "--parallel", "2", "--max-queue", "1", "--batch", "64"]
-    running = Server(tmp_path_factory.mktemp("tight"), "--port", "0", "--models-dir", models, *flags)
-    running.load("recital")
-    yield running
-    running.stop()
+    with shared(tmp_path_factory.mktemp("tight"), "--models-dir", models, *flags) as running:
+        running.load("recital")
+        yield running
 
 
 @dataclass(frozen=True)
@@ -2917,9 +2930,8 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for name in ("ant", "bee", "cat"):
         write_recital(folder / f"{name}.gguf", name=name)
     flags = ["--max-loaded", "2", "--ctx", str(LONG_CTX), "--keep-alive", "-1"]
-    running = Server(tmp_path_factory.mktemp("zoo-home"), "--port", "0", "--models-dir", folder, *flags)
-    yield running
-    running.stop()
+    with shared(tmp_path_factory.mktemp("zoo-home"), "--models-dir", folder, *flags) as running:
+        yield running
 
 
 def loaded(server: Server) -> set[str]:
@@ -4590,9 +4602,8 @@ def test_diag_prints_text_and_whether_a_server_is_running(server: Server, tmp_pa
 
 
 def test_shared_servers_logged_no_traceback(server: Server, guarded: Server) -> None:
-    tracebacks = (server.log.read_text() + guarded.log.read_text()).split("Traceback")[1:]
-    assert not [text for text in tracebacks if "mytools.py" not in text]
-    assert server.get("/health").status == guarded.get("/health").status == 200
+    assert_healthy(server)
+    assert_healthy(guarded)
 
 
 # ── The model in the box ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -4602,9 +4613,8 @@ def test_shared_servers_logged_no_traceback(server: Server, guarded: Server) -> 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that finds no model but the one in the box."""
-    running = Server(tmp_path_factory.mktemp("tiny"), "--port", "0")
-    yield running
-    running.stop()
+    with shared(tmp_path_factory.mktemp("tiny")) as running:
+        yield running
 
 
 def calculator_tool(tiny: Server) -> dict[str, Any]:
