@@ -649,6 +649,7 @@ class Constraint:
 
     grammar: str
     param: str
+    after: str | None = None  # the text behind which it begins; None: at once
 
 
 @dataclass(frozen=True)
@@ -692,6 +693,9 @@ class GenerateRequest:
     messages: tuple[dict[str, Any], ...] | None = None
     tools: tuple[dict[str, Any], ...] = ()  # functions that the client runs
     builtins: tuple[str, ...] = ()  # tools that the server itself runs
+    tool_choice: str = "auto"  # none, auto, required, or "function:" and the one to call
+    parallel_tool_calls: bool = True
+    continue_final_message: bool | None = None  # None: when the last message is the assistant's
     template_args: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
     n: int = 1
@@ -1756,7 +1760,7 @@ FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("<|channel>thought", {"thought": ("<|channel>thought", "<channel|>")}),  # Gemma 4
     ("<|START_THINKING|>", {"thought": ("<|START_THINKING|>", "<|END_THINKING|>")}),  # Cohere
     ("List of tools: ", {  # LFM 2: a call is content to its template
-        "calls": (CallFormat("<|tool_call_start|>[", "(", ")]<|tool_call_end|>", "), ", params=Params("", "=", "", "'")),),
+        "calls": (CallFormat("<|tool_call_start|>[", "(", ")]<|tool_call_end|>", "), ", params=Params("", "=", ", ", "'")),),
     }),
 )  # fmt: skip
 
@@ -1841,6 +1845,26 @@ class Chat:
             return Parser(index)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in request.tools}
         return ChatParser(index, self.format, schemas, str(last[0]), frozenset(self.facts.specials) - self.markers)
+
+    def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
+        """What holds the answer to the calls that were asked for; `last` is the prompt's last segment, as for the parser."""
+        named = request.tool_choice.removeprefix("function:") if request.tool_choice.startswith("function:") else None
+        forced = request.tool_choice == "required" or named is not None
+        tools = [t for t in request.tools if named in (None, t["function"]["name"])]
+        calls, (opens, closes) = self.format.calls[0], self.format.thought
+        if not tools or request.tool_choice == "none" or not (forced or not request.parallel_tool_calls):
+            return None
+        grammar, end, mark = CallsGrammar(calls, tools), str(last[0]).rstrip(), openers(calls, {})[0].mark
+        if not forced:  # the first call is the only one
+            return Constraint(grammar.text("", mark, False), "parallel_tool_calls", mark) if mark else None
+        many = request.parallel_tool_calls and named is None
+        opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
+        if end.endswith(opens):
+            return Constraint(grammar.text("[ \\n]{0,2}", "", many), "tool_choice", closes)
+        begin = ""
+        if any(opens in t for t in self._templates.values()) and not end.endswith(closes):  # it may think, or not
+            begin = f"({gbnf_literal(opens)} {anything_but(closes)}* {gbnf_literal(closes)} [ \\n]{{0,2}})?"
+        return Constraint(grammar.text(begin, opened, many), "tool_choice")
 
     @functools.cached_property
     def format(self) -> ChatFormat:
@@ -2400,7 +2424,7 @@ class Derivation:
         keyed, after = keyed.removesuffix(quote), after.removeprefix(quote).removesuffix(opens)
         if len(starts) == 2:  # what tells a number from a string is left open
             keyed = differing([keyed, text[text.index("key_a", starts[1]) + 5 : text.index("7351", starts[1])]])
-        params = Params(opens, keyed, "" if quote else after.replace("key_a", KEY), quote)
+        params = Params(opens, keyed, after.replace("key_a", KEY), quote)
         rest = [text[at[-1] : starts[1]], text[text.index("value d") + 7 :]] if len(starts) == 2 else ["", text[at[-1] :]]
         last = after.replace("key_a", "key_b")
         again, closes = (r[len(quote) :] if quote else r[len(common_prefix(r, last)) :] for r in rest)
@@ -2585,7 +2609,7 @@ class LiteralEnd:
     """Finds where one of several literals ends: at a comma or bracket outside its quotes and brackets."""
 
     def __init__(self, quote: str) -> None:
-        self._quotes = (quote,) if len(quote) > 1 else ("'", '"')
+        self._quotes = (quote, '"') if len(quote) > 1 else ("'", '"')
         self._at, self._depth, self._inside = 0, 0, ""
 
     def find(self, text: str) -> int | None:
@@ -3028,6 +3052,90 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
                 longest = size
                 break
     return longest
+
+
+# Calls by grammar
+
+
+class CallsGrammar:
+    """GBNF for calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
+
+    def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
+        self._format = format
+        self._rules = {"id": "[a-zA-Z0-9]{9}", "any": "[a-zA-Z0-9]{1,24}"}
+        calls = [self._call(f"tools[{i}].function.parameters", tool["function"]) for i, tool in enumerate(tools)]
+        self._rules["call"] = " | ".join(calls)
+
+    def text(self, begin: str, opened: str, many: bool) -> str:
+        """The grammar: `begin`, then one call or several; `opened`, the first one's beginning, stands there already."""
+        first, again = (self._literal(o + self._format.head) for o in (self._format.opens.lstrip(), self._format.again))
+        if opened:
+            first = self._literal((self._format.opens.lstrip() + self._format.head).removeprefix(opened))
+        more = f"({again} call){{0,15}}" if many and self._format.again else ""
+        root = f"{begin} {first} call {more} {self._literal(self._format.closes.rstrip())}"
+        return "\n".join(f"{name} ::= {body}" for name, body in {"root": root, **self._rules}.items()) + "\n"
+
+    def _rule(self, body: str) -> str:
+        name = f"c{len(self._rules)}"
+        self._rules[name] = body
+        return name
+
+    def _literal(self, text: str) -> str:
+        """A format's text, what it leaves open filled in."""
+        parts = (p for p in re.split(f"([{ID}{ANY}])", text) if p)
+        return " ".join({ID: "id", ANY: "any"}.get(p) or gbnf_literal(p) for p in parts) or '""'
+
+    def _call(self, where: str, function: dict[str, Any]) -> str:
+        schema = function.get("parameters") or {}
+        schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
+        name = function["name"] if self._format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
+        arguments = self._one_by_one(where, schema, self._format.params) if self._format.params else self._json(where, schema)
+        return self._rule(f"{gbnf_literal(name)} {self._literal(self._format.named)} {arguments}")
+
+    def _json(self, where: str, schema: Mapping[str, Any]) -> str:
+        """The rule for a JSON value; the schema's own rules get names of their own."""
+        prefix = f"s{len(self._rules)}-"
+        words = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|[A-Za-z][\w-]*')
+        for line in SchemaGrammar(where).compile(schema).splitlines():
+            name, _, body = line.partition(" ::= ")
+            self._rules[prefix + name] = words.sub(lambda m: m[0] if m[0][0] in '"[' else prefix + m[0], body)
+        return f"{prefix}root"
+
+    def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> str:
+        """Named arguments in their order, optional ones left out at will."""
+        separator = self._literal(params.closes) if params.quote else '""'
+        first = later = '""'
+        for key, kind in reversed(list((schema.get("properties") or {}).items())):
+            kind = {**kind, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if isinstance(kind, dict) else {}
+            closes = "" if params.quote else params.closes.replace(KEY, key)
+            begin, end = self._literal(params.opens + key + params.keyed), self._literal(closes)
+            one = self._rule(f"{begin} {self._value(f'{where}.properties.{key}', kind, params, closes.strip())} {end}")
+            required = key in (schema.get("required") or ())
+            with_it, behind = f"{one} {later}", f"{separator} {one} {later}"
+            first = self._rule(with_it if required else f"{with_it} | {first}")
+            later = self._rule(behind if required else f"{behind} | {later}")
+        return first
+
+    def _value(self, where: str, kind: dict[str, Any], params: Params, closes: str) -> str:
+        """One value: a string without quotes or in the family's, other types as JSON."""
+        quote, types = gbnf_literal(params.quote), types_of(kind)
+        if types and types != {"string"}:
+            return self._json(where, kind)
+        options = [kind["const"]] if isinstance(kind.get("const"), str) else kind.get("enum")
+        if options:
+            text = f"({' | '.join(gbnf_literal(o) for o in options)})"
+        else:
+            most = kind.get("maxLength")
+            text = f"{anything_but(closes or params.quote)}{{{kind.get('minLength') or 0},{'' if most is None else most}}}"
+        return f"{quote} {text} {quote}"
+
+
+def anything_but(marker: str) -> str:
+    """A GBNF expression for one character or two of a text that never holds the marker, nor what looks much like it."""
+    first, second = (f"\\x{ord(c):02X}" if ord(c) < 256 else c for c in (marker + "  ")[:2])
+    if len(marker) == 1:
+        return f"[^{first}\\\\\\n]"
+    return f'([^{first}] | "{first}" [^{first}{second}])'
 
 
 # ── 6. Structured output ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -7318,7 +7426,8 @@ class Service:
         sampling = request.sampling
         if request.messages is not None:
             prompts = [chat.prompt(request)]
-            sampling = replace(sampling, stop=(*sampling.stop, *chat.stops))
+            constraint = sampling.constraint or chat.constraint(request, prompts[0][-1:])
+            sampling = replace(sampling, stop=(*sampling.stop, *chat.stops), constraint=constraint)
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
         markers = chat.markers if request.split_markers else frozenset()
         jobs = [Generate(p, replace(sampling, seed=s), markers) for p in prompts for s in seeds]
