@@ -1804,14 +1804,27 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        said: list[Any] = [list(request.messages or ()), list(request.tools), dict(request.template_args)]
+        messages = without_noise(request.messages or ())
+        begun = messages.pop() if continues(request) else {}
+        said: list[Any] = [messages, list(request.tools), dict(request.template_args), begun]
         mark = self._mark(said)
         if mark:
-            said = [[self._guard(m, mark, m["role"] == "assistant") for m in said[0]], *self._guard(said[1:], mark)]
-        rendered = self._render(Rendering(self._templates, self.facts.bos, self.facts.eos, *said))
+            said = [[self._guard(m, mark, m["role"] == "assistant") for m in messages], *self._guard(said[1:], mark)]
+        rendered = self._render(Rendering(self._templates, self.facts.bos, self.facts.eos, *said[:3]))
         if self.facts.adds_bos and self.facts.bos and rendered.startswith(self.facts.bos):
             rendered = rendered[len(self.facts.bos) :]  # the tokenizer adds it, once
-        return tuple(rendered.split(mark)) if mark else (rendered,)
+        segments = [rendered, *([said[3]["content"]] if begun else [])]
+        if begun and (thought := self._thought_before(rendered, said[3].get("reasoning_content"))):
+            segments[1] = thought + segments[1]
+        return tuple(part for s in segments for part in (s.split(mark) if mark else (s,)))
+
+    def _thought_before(self, rendered: str, thought: str | None) -> str:
+        """What must stand between the prompt and an answer that has begun: its thought, and the end of an open one."""
+        opens, closes = self.format.thought
+        is_open = rendered.rstrip().endswith(opens)
+        if not is_open and not thought:
+            return ""
+        return f"{'' if is_open else opens}\n{thought or ''}\n{closes}\n\n"
 
     def _render(self, rendering: Rendering) -> str:
         try:
@@ -1844,7 +1857,8 @@ class Chat:
         if not request.split_markers:
             return Parser(index)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in request.tools}
-        return ChatParser(index, self.format, schemas, str(last[0]), frozenset(self.facts.specials) - self.markers)
+        hidden = frozenset(self.facts.specials) - self.markers
+        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request))
 
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
         """What holds the answer to the calls that were asked for; `last` is the prompt's last segment, as for the parser."""
@@ -1881,6 +1895,21 @@ class Chat:
         """Names of the special tokens that the parser must see."""
         text = self.format.literals
         return frozenset(text[start:end] for start, end in self._names.spans(text))
+
+
+def continues(request: GenerateRequest) -> bool:
+    """Whether the answer goes on where the last message, the assistant's, stops."""
+    last = request.messages[-1] if request.messages and len(request.messages) > 1 else {"role": "user"}
+    return last["role"] == "assistant" and not last.get("tool_calls") and request.continue_final_message is not False
+
+
+def without_noise(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages without Claude Code's first system line, which differs in each request: the rest is cached then."""
+    kept = [dict(m) for m in messages]
+    if kept and kept[0]["role"] == "system" and kept[0]["content"].startswith("x-anthropic-billing-header"):
+        kept[0]["content"] = kept[0]["content"].partition("\n")[2].lstrip("\n")
+        kept = kept if kept[0]["content"] else kept[1:]
+    return kept
 
 
 def texts_in(value: Any) -> Iterator[str]:
@@ -2118,25 +2147,26 @@ class Rendering:
         if any(prompt.count(name) <= without_tools.count(name) for name in names):
             return True
         at = 0
-        for said in self._must_appear():
+        for role, said in self._must_appear():
             found = next((p for word in said if (p := _position(word, prompt, at)) >= 0), None)
-            if found is None:
+            if role == "user":
+                at = at if found is None else found
+            elif found is None or (role == "system" and found < at):  # moved to the front, it would change every prompt
                 return True
-            at = found
+            else:
+                at = found
         return False
 
-    def _must_appear(self) -> Iterator[tuple[str, ...]]:
+    def _must_appear(self) -> Iterator[tuple[str, tuple[str, ...]]]:
         """What the prompt must hold, in the messages' order; each as any one of several spellings."""
         for message in self.messages:
-            if message["role"] in ("system", "tool"):
-                yield _spellings(message["content"].strip())
+            if message["role"] != "assistant":
+                yield message["role"], _spellings(message["content"].strip())
             for call in (c["function"] for c in message.get("tool_calls", [])):
                 arguments = call["arguments"]
-                yield call["name"], json.dumps(arguments, ensure_ascii=False)
-                if isinstance(arguments, dict):
-                    yield from (_spellings(v) for v in arguments.values() if isinstance(v, str))
-                else:
-                    yield _spellings(str(arguments))
+                yield "call", (call["name"], json.dumps(arguments, ensure_ascii=False))
+                words = arguments.values() if isinstance(arguments, dict) else [str(arguments)]
+                yield from (("call", _spellings(v)) for v in words if isinstance(v, str))
 
 
 def _spellings(word: str) -> tuple[str, str]:
@@ -2223,26 +2253,50 @@ def short_ids(messages: list[Any], tools: list[Any]) -> Turns:
     return shaped, tools
 
 
-def system_first(messages: list[Any], tools: list[Any]) -> Turns:
-    """One system turn, at the beginning."""
-    system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
-    turns = [m for m in messages if m["role"] != "system"]
-    return ([{"role": "system", "content": system}] if system else []) + turns, tools
+def folded(messages: list[Any], tools: list[Any]) -> Turns:
+    """Turns as the strictest templates want them: one system turn at the beginning, then a user's, then by turns.
+
+    A later system text and the result of no call become the user's words; neighbours of one role become one turn. No turn
+    changes what stands before it but in its own neighbour, so that a longer conversation begins as the shorter one did.
+    """
+    shaped: list[Any] = []
+    called: set[str] = set()
+    for message in messages:
+        role = message["role"]
+        called |= {c["id"] for c in message.get("tool_calls", [])}
+        if role in ("tool", "function") and message.get("tool_call_id", "") not in called:
+            message = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
+        elif role == "system" and any(m["role"] != "system" for m in shaped):
+            message = {"role": "user", "content": message["content"]}
+        if message["role"] == "assistant" and not any(m["role"] != "system" for m in shaped):
+            shaped.append({"role": "user", "content": ""})
+        if shaped and shaped[-1]["role"] == message["role"] and message["role"] in ("system", "user", "assistant"):
+            shaped[-1] = joined(shaped[-1], message)
+        else:
+            shaped.append(message)
+    return shaped, tools
+
+
+def joined(first: Any, second: Any) -> Any:
+    """Two turns of one role as one."""
+    both = {**first, **second, "content": "\n\n".join(t["content"] for t in (first, second) if t["content"])}
+    calls = [*first.get("tool_calls", []), *second.get("tool_calls", [])]
+    return both | ({"tool_calls": calls} if calls else {})
 
 
 def tools_in_system(messages: list[Any], tools: list[Any]) -> Turns:
     """The tools described in the system text, for templates that drop them."""
-    messages, _ = system_first(messages, [])
+    messages, _ = folded(messages, [])
     signatures = "\n".join(json.dumps(t, ensure_ascii=False) for t in tools)
     described = TOOLS_IN_SYSTEM.format(signatures=signatures)
-    if messages and messages[0]["role"] == "system":
+    if tools and messages and messages[0]["role"] == "system":
         return [{**messages[0], "content": f"{messages[0]['content']}\n\n{described}"}, *messages[1:]], []
     return ([{"role": "system", "content": described}] if tools else []) + messages, []
 
 
 def calls_as_text(messages: list[Any], tools: list[Any]) -> Turns:
     """Tools, calls and results as plain text in Hermes' form, for templates that know nothing of them."""
-    turns, _ = tools_in_system(messages, tools) if tools else system_first(messages, [])
+    turns, _ = tools_in_system(messages, tools)
     shaped = []
     for turn in turns:
         calls = [json.dumps({k: c["function"][k] for k in ("name", "arguments")}, ensure_ascii=False)
@@ -2252,34 +2306,35 @@ def calls_as_text(messages: list[Any], tools: list[Any]) -> Turns:
             shaped.append({"role": "user", "content": f"<tool_response>\n{turn['content']}\n</tool_response>"})
         else:
             shaped.append({"role": turn["role"], "content": "\n".join(w for w in words if w)})
-    return shaped, []
+    return folded(shaped, [])
 
 
-def alternating(messages: list[Any], tools: list[Any]) -> Turns:
-    """As plain text, neighbours of one role joined, the system text in the first user turn (Gemma 2)."""
+def without_system(messages: list[Any], tools: list[Any]) -> Turns:
+    """As plain text, the system text in the first user turn (Gemma 2)."""
     turns, _ = calls_as_text(messages, tools)
-    system = "\n\n".join(m["content"] for m in turns if m["role"] == "system")
-    joined: list[Any] = []
-    for turn in ({"role": "user", "content": system}, *(t for t in turns if t["role"] != "system")):
-        if joined and joined[-1]["role"] == turn["role"]:
-            words = [joined[-1]["content"], turn["content"]]
-            joined[-1] = {**turn, "content": "\n\n".join(w for w in words if w)}
-        elif turn["content"]:
-            joined.append(turn)
-    return joined, []
+    return folded([{**t, "role": "user"} if t["role"] == "system" else t for t in turns], [])
+
+
+def both(*reshapes: Callable[[list[Any], list[Any]], Turns]) -> Callable[[list[Any], list[Any]], Turns]:
+    """One form after the other."""
+    return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
 RESHAPES: tuple[Callable[[list[Any], list[Any]], Turns], ...] = (
-    lambda messages, tools: (messages, tools),
+    both(),
     arguments_as_text,
     short_ids,
-    lambda messages, tools: short_ids(*arguments_as_text(messages, tools)),
-    system_first,
+    both(arguments_as_text, short_ids),
+    folded,
+    both(folded, arguments_as_text),
+    both(folded, short_ids),
+    both(folded, arguments_as_text, short_ids),
     tools_in_system,
-    lambda messages, tools: tools_in_system(*arguments_as_text(messages, tools)),
+    both(tools_in_system, arguments_as_text),
     calls_as_text,
-    alternating,
+    without_system,
 )
+NATIVE = 8  # the first ones: the template itself writes tools and calls
 
 
 @dataclass(frozen=True)
@@ -2884,6 +2939,7 @@ class ChatParser(Parser):
         while found:
             yield from self._read_call(found)
             format, opener, found = found.opener.format, found.opener.inner, None
+            opener = opener or next((o.inner for o in self._openers if o.inner and o.format is format), None)
             if (yield from self._closers(format)) and opener:
                 while not (found := opener.find(self._buffer)) and not self._reason and opener.may_begin(self._buffer):
                     yield
@@ -3071,7 +3127,7 @@ class CallsGrammar:
         first, again = (self._literal(o + self._format.head) for o in (self._format.opens.lstrip(), self._format.again))
         if opened:
             first = self._literal((self._format.opens.lstrip() + self._format.head).removeprefix(opened))
-        more = f"({again} call){{0,15}}" if many and self._format.again else ""
+        more = f"({again} call){{0,7}}" if many and self._format.again else ""
         root = f"{begin} {first} call {more} {self._literal(self._format.closes.rstrip())}"
         return "\n".join(f"{name} ::= {body}" for name, body in {"root": root, **self._rules}.items()) + "\n"
 
