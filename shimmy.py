@@ -9796,14 +9796,17 @@ class WaitingLine:
         self.clear()
 
     def _redraw(self) -> None:
-        while not self._cleared.is_set():
+        drawn = None
+        while not self._cleared.wait(self._seconds if drawn is not None else 0):
             try:
                 text = self._what()
             except Exception:  # a thread's border: the command itself tells what went wrong
                 text = ""
             seconds = int(time.monotonic() - self._began)
-            self._draw(f"{text} ({seconds} s)" if text and seconds >= 2 else text)
-            self._cleared.wait(self._seconds)
+            text = f"{text} ({seconds} s)" if text and seconds >= 2 else text
+            if text != drawn:
+                self._draw(text)
+            drawn = text
 
     def _draw(self, text: str) -> None:
         try:
@@ -10004,9 +10007,20 @@ def choose_generator(args: argparse.Namespace) -> TextSource:
         server = RunningServer(args)
     except NoServer as reason:
         log.info("an engine of its own does the work: %s", reason)
-        return OwnEngine(args)
+        return own_engine(args)
     log.info("the server at %s does the work, with %s", server.url, printable(server.model))
     return server
+
+
+def own_engine(args: argparse.Namespace) -> OwnEngine:
+    """Raises UsageError for a MODEL that looks like the prompt, as `generate "Tell me a joke"` has it."""
+    try:
+        return OwnEngine(args)
+    except ModelNotFound:
+        if args.model and " " in args.model and args.prompt is None:
+            advice = "say --prompt TEXT, or name the model before it"
+            raise UsageError(f"no model is called '{printable(args.model, 60)}'; if that is the prompt, {advice}") from None
+        raise
 
 
 def why_own(args: argparse.Namespace) -> str | None:
@@ -10163,12 +10177,10 @@ def command_generate(args: argparse.Namespace) -> int:
         raise UsageError("the prompt is given twice: behind MODEL, and with --prompt")
     args.prompt = args.text if args.prompt is None else args.prompt
     sampling = sampling_fields(args)
-    prompt = None if args.lines else read_prompt(args)
     with contextlib.closing(choose_generator(args)) as generator:
-        if prompt is None:
+        if args.lines:
             return generate_lines(args, generator, sampling)
-        note_ignored_input(args)
-        body = generate_body(args, generator, prompt, sampling)
+        body = generate_body(args, generator, read_prompt(args), sampling)
         with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
             wire = PrintedJson(line, args.raw) if args.json else PrintedText(line, args.raw)
             try:
@@ -10205,6 +10217,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     """The prompt: from the command line, from standard input, or from both with a newline between."""
     given = None if args.prompt in (None, "-") else decoded(os.fsencode(args.prompt), "--prompt")
     if given is not None and not args.stdin:
+        note_ignored_input()
         return given
     if sys.stdin.isatty():
         print("reading standard input, end with Ctrl-D", file=sys.stderr)
@@ -10226,10 +10239,8 @@ def decoded(data: bytes, what: str) -> str:
         return data.decode("utf-8", "replace")
 
 
-def note_ignored_input(args: argparse.Namespace) -> None:
+def note_ignored_input() -> None:
     """Says so when data waits in a pipe that nobody reads. It is never read: it may be the file list of a loop around us."""
-    if args.prompt in (None, "-") or args.stdin:
-        return
     with contextlib.suppress(ImportError, AttributeError, OSError):  # no POSIX, or nothing that can be asked
         import fcntl
         import stat
