@@ -7257,9 +7257,6 @@ class ModelTable:
             with self._changed:
                 self._scanned = True
                 self._changed.notify_all()
-        for lost in self.unresolved():
-            near = f" (near: {', '.join(lost.near)})" if lost.near else ""
-            log.warning("no model %s was found for %s%s%s", printable(lost.value), printable(lost.setting), lost.reason, near)
 
     def scan(self) -> list[dict[str, Any]]:
         """Looks for models again; loaded ones stay whatever became of their file. Returns the list of models."""
