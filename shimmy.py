@@ -9702,7 +9702,7 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
     if lost:
         signals.stop(2)
         return
-    count = len(service.table.models())
+    count = len(service.table.catalog.report.models)
     log.warning("default model: %s; %d model%s found", printable(default or "none"), count, "s" * (count != 1))
     if args.preload:
         try:
@@ -10027,8 +10027,6 @@ def why_own(args: argparse.Namespace) -> str | None:
     for f in fields(EngineOptions):
         if getattr(args, f.name) is not None:
             return f"--{f.name.replace('_', '-')} sets up an engine"
-    if os.environ.get("SHIMMY_MAX_CTX"):
-        return "SHIMMY_MAX_CTX sets up an engine"
     return "MODEL is a file" if args.model is not None and is_path(args.model) else None
 
 
@@ -10121,8 +10119,10 @@ class RunningServer:
                 if line.startswith(b"data: "):
                     yield from self._events_of(json.loads(line[6:]))
             raise GenerationFailed("The server closed the connection in mid-answer")
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException) as error:
             raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise GenerationFailed(f"What the server at {self.url} answers is no stream of shimmy's") from None
         finally:
             self._open.discard(connection)
             connection.close()
@@ -10130,6 +10130,7 @@ class RunningServer:
     def _post(self, connection: http.client.HTTPConnection, body: bytes) -> http.client.HTTPResponse:
         """The head of a stream. Raises the server's error."""
         headers = {"Content-Type": b"application/json", **server_headers()}
+        connection.connect()
         with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
             connection.request("POST", "/api/generate", body, headers)
         response = connection.getresponse()
@@ -10217,7 +10218,7 @@ def read_prompt(args: argparse.Namespace) -> str:
         note_ignored_input()
         return given
     if sys.stdin.isatty():
-        print("reading standard input, end with Ctrl-D", file=sys.stderr)
+        note_keyboard()
     data = sys.stdin.buffer.read(MAX_BODY + 1)
     if len(data) > MAX_BODY:
         raise PayloadTooLarge(f"standard input is over {human_bytes(MAX_BODY)}, the most that a request may have")
@@ -10225,6 +10226,11 @@ def read_prompt(args: argparse.Namespace) -> str:
     if given is None and not piped.strip():
         raise InvalidRequest("the prompt is empty: standard input gave no text", "prompt")
     return piped if given is None else f"{given}\n{piped}"
+
+
+def note_keyboard() -> None:
+    """Says that the prompt is read from the keyboard: the command would seem to hang."""
+    print(f"reading standard input, end with {'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'}", file=sys.stderr)
 
 
 def decoded(data: bytes, what: str) -> str:
@@ -10321,7 +10327,23 @@ class Collected(Wire):
 
 
 def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
-    """Answers every line of standard input: as many at once as the engine batches, in order, one line of JSON each."""
+    """Answers every line of standard input in order, each with one line of JSON; 1 if any failed."""
+    failed = False
+    line = WaitingLine(lambda: waiting_for(generator), generator.poll_seconds)
+    if sys.stdin.isatty():
+        line.clear()  # it would be drawn over what is being typed
+        note_keyboard()
+    with line:
+        for document in line_documents(args, generator, sampling):
+            line.clear()
+            print(json.dumps(document), flush=True)
+            cut = bool(args.schema) and document.get("choices", [{}])[0].get("finish_reason") == "length"
+            failed = failed or cut or "error" in document
+    return int(failed)
+
+
+def line_documents(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The lines' documents in order, made as many at once as the engine batches."""
     parallel = engine_options(args).parallel
     answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * parallel)  # reads ahead so far
     jobs: queue.SimpleQueue[tuple[str | ApiError, queue.SimpleQueue[dict[str, Any]]]] = queue.SimpleQueue()
@@ -10340,13 +10362,8 @@ def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: di
 
     for target in (read, *[work] * parallel):  # daemons: one may be waiting for input that never comes
         threading.Thread(target=target, daemon=True).start()
-    failed = False
     while (answer := answers.get()) is not None:
-        document = answer.get()
-        print(json.dumps(document), flush=True)
-        cut = bool(args.schema) and document.get("choices", [{}])[0].get("finish_reason") == "length"
-        failed = failed or cut or "error" in document
-    return int(failed)
+        yield answer.get()
 
 
 def answer_line(
