@@ -132,7 +132,6 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import array
 import codecs
 import contextlib
 import copy
@@ -151,7 +150,6 @@ import pathlib
 import pickle
 import queue
 import re
-import select
 import selectors
 import signal
 import socket
@@ -1004,8 +1002,8 @@ def _check_nesting(data: bytes, what: str) -> None:
         pieces = marks[start : start + _BLOCK].split(b'"')
         outside = b"".join(pieces[inside::2])
         inside = (inside + len(pieces) - 1) % 2
-        steps = array.array("b", outside.translate(_STEPS, b",:"))
-        values += len(outside) - steps.count(-1)  # each value but the first follows an opening bracket, comma or colon
+        steps = memoryview(outside.translate(_STEPS, b",:")).cast("b")
+        values += len(outside) - outside.count(b"]") - outside.count(b"}")  # a value follows each "[", "{", "," and ":"
         if max(itertools.accumulate(steps, initial=depth)) > MAX_JSON_DEPTH:
             raise InvalidRequest(f"{what} is nested over {MAX_JSON_DEPTH} levels deep")
         if values > MAX_JSON_VALUES:
@@ -8358,6 +8356,13 @@ def tcp_state(connection: socket.socket) -> int:
         return 0
 
 
+def is_writable(connection: socket.socket) -> bool:
+    """Whether a few bytes can be written at once; select() takes no descriptor beyond 1023."""
+    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
+        selector.register(connection, selectors.EVENT_WRITE)
+        return bool(selector.select(0))
+
+
 class Watcher:
     """Notices clients that leave while their request runs: one thread over the sockets of all running requests."""
 
@@ -8747,6 +8752,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.service, self.reader = self.server.service, RequestReader(self.connection)
         self._sending = threading.RLock()  # this thread answers, and the watcher's may probe
 
+    def finish(self) -> None:
+        self.reader.release()
+        super().finish()
+
     def handle(self) -> None:
         self.close_connection = False
         while not self.close_connection and self.reader.begin():
@@ -8767,7 +8776,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.log_line = RequestLog()
         self.route: Route | None = None
         self.wire: Wire = Whole(self)
-        self.chunked = self.unread = False
+        self.chunked = self.unread = self._ended = False
         self.segments: list[str] = []
 
     def _answer_request(self) -> None:
@@ -8843,14 +8852,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.route.needs_body and self.length is None:
             self.unread = True  # whatever follows is no request: the connection closes
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
-        body = self._body()
-        cancel = Cancellation()
+        answer, cancel = self.route.answer, Cancellation()
+        if isinstance(answer, type):
+            dialect = self.log_line.dialect = answer(parse_object(self._body()))  # nobody keeps the bytes while it runs
+            self.reader.release()
+            with self._watched(cancel):
+                self._generate(dialect, cancel)
+        else:
+            call = Call(self.service, names, self.query, self._body(), cancel)
+            with self._watched(cancel):
+                self.respond(answer(call))
+
+    @contextlib.contextmanager
+    def _watched(self, cancel: Cancellation) -> Iterator[None]:
+        """Cancels when the client leaves, or the server ends."""
         with self.server.watcher.watching(self.connection, cancel, self._probe), self.server.cancellable(cancel):
-            call = Call(self.service, names, self.query, body, cancel)
-            if isinstance(self.route.answer, type):
-                self._generate(self.route.answer, call)
-            else:
-                self.respond(self.route.answer(call))
+            yield
 
     def _find_route(self) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
@@ -8868,11 +8885,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise MethodNotAllowed(self.command, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
         return found
 
-    def _generate(self, kind: type[Dialect], call: Call) -> None:
-        dialect = self.log_line.dialect = kind(parse_object(call.body))
+    def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
         self.wire = self.route.wire(self) if dialect.stream else self.wire
-        deliver(dialect, self.service.generate(dialect.request, call.cancel), self.wire)
+        deliver(dialect, self.service.generate(dialect.request, cancel), self.wire)
 
     def _preflight(self) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
@@ -8913,6 +8929,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             data = b"%x\r\n%b\r\n" % (len(data), data) + (b"0\r\n\r\n" if last else b"")
         with self._sending:
             self.connection.sendall(data)
+            self._ended = last
 
     def _probe(self) -> bool:
         """Sends what a client skips, to learn whether one that ended its side still listens; False where there is nothing.
@@ -8922,7 +8939,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.request_version != "HTTP/1.1" or not self._sending.acquire(blocking=False):
             return self.request_version == "HTTP/1.1"
         try:
-            if select.select([], [self.connection], [], 0)[1]:  # else what was sent already tells
+            if not self._ended and is_writable(self.connection):  # else what was sent already tells
                 if self.log_line.status:
                     self.wire.idle()
                 else:
@@ -9263,7 +9280,7 @@ class SocketListener:
 
     def _admit(self, connection: Any, request: Any) -> Any:
         """Refuses an upgrade as HTTP would: path, Host, Origin, key."""
-        path = [s for s in urllib.parse.urlsplit(request.path).path.split("/") if s]
+        path = [s for s in request.path.partition("?")[0].split("/") if s]  # urlsplit finds a host in "//ws//generate"
         try:
             if path != ["ws", "generate"]:
                 raise NotFound(f"No route matches {request.path[:200]}")
