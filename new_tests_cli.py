@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.server
 import select
 
 from test_shimmy import *  # noqa: F403
@@ -35,14 +36,16 @@ from test_shimmy import (  # what * leaves out, and what mypy and ruff want name
     shimmy,
     shutil,
     signal,
+    socket,
+    struct,
     subprocess,
     sys,
+    threading,
     through,
     time,
     tool_root,
     write_header,
     write_recital,
-    ws_answer,
 )
 
 __all__ = ["EOS", "models", "serve", "server", "tool_root"]  # fixtures
@@ -195,10 +198,13 @@ def test_serve_with_closed_streams_serves(models: Path, tmp_path: Path) -> None:
     line = f"exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}' --preload <&- >&-"
     with subprocess.Popen(["bash", "-c", line], env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as running:
         assert running.stderr
-        while "loaded recital" not in (said := running.stderr.readline()) and "loaded dice" not in said:
+        guard = threading.Timer(HANG, running.kill)
+        guard.start()
+        while "loaded " not in (said := running.stderr.readline()):
             assert said and "Traceback" not in said, said
         running.terminate()
         assert running.wait(HANG) == 0
+        guard.cancel()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -276,6 +282,34 @@ def test_generate_gives_the_servers_answer_to_a_prompt_that_is_too_large(server:
     large = b"\n" * (12 << 20)  # 24 MiB as JSON
     done = shimmy("generate", "recital", home=tmp_path, stdin=b"x" + large, env=through(server, models))
     assert_failed(done, 1, "16777216")
+
+
+class HangsUp(http.server.BaseHTTPRequestHandler):
+    """Knows a model that is loaded, and closes the connection on every POST without reading its body."""
+
+    def do_GET(self) -> None:
+        model = {"id": "m", "loaded": True, "chat_template": False, "size_bytes": 1}
+        body = json.dumps({"model": "m", "models": [model]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_generate_through_a_server_that_hangs_up_on_a_large_prompt_fails_in_one_line(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HangsUp) as stub:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        env = {"SHIMMY_PORT": str(stub.server_port)}
+        done = shimmy("generate", "m", home=tmp_path, stdin=b"x" * (8 << 20), env=env)
+        stub.shutdown()
+    assert_failed(done, 1, "server")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -593,7 +627,7 @@ def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path
 
 
 # CHANGED from here on: --raw, because a model with a template chats by default
-def test_generate_prints_the_same_text_as_http_for_unicode(models: Path, tmp_path: Path) -> None:
+def test_generate_prints_unicode(models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "recital", "--raw", "--prompt", "~", "--models-dir", models, home=tmp_path)
     assert done.stdout.decode() == TEXTS["~"]
 
@@ -611,7 +645,7 @@ def test_generate_stdin_is_appended_after_a_newline(models: Path, tmp_path: Path
     assert document["usage"]["prompt_tokens"] == 1 + len("Sum:\nlog =")
 
 
-def test_generate_json_prints_one_api_generate_document(models: Path, tmp_path: Path) -> None:
+def test_generate_json_prints_the_documented_response(models: Path, tmp_path: Path) -> None:
     done = shimmy("generate", "recital", "--raw", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
     document = json.loads(done.stdout)
     assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
@@ -627,25 +661,25 @@ def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> Non
     assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
 
 
-def test_generate_writes_utf_8_whatever_the_locale(models: Path, tmp_path: Path) -> None:
+def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> None:
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = shimmy("generate", "recital", "--raw", "--prompt", "~", "--models-dir", models, home=tmp_path, env=env)
     assert done.stdout.decode() == TEXTS["~"], done.stderr
 
 
-def test_generate_beyond_the_context_names_both_numbers(models: Path, tmp_path: Path) -> None:
+def test_generate_prompt_longer_than_the_context_reports_both_lengths(models: Path, tmp_path: Path) -> None:
     args: list[str | Path] = ["generate", "recital", "--raw", "--ctx", "128", "--prompt", "a" * 200, "--models-dir", models]
     assert_failed(shimmy(*args, home=tmp_path), 1, "201", "128")
 
 
-def test_generate_takes_the_engines_knobs(models: Path, tmp_path: Path) -> None:
+def test_generate_accepts_engine_options(models: Path, tmp_path: Path) -> None:
     knobs = ["--threads", "1", "--batch", "32", "--no-mmap", "--kv-type", "q8_0", "--gpu-layers", "0", "--parallel", "2"]
     args: list[str | Path] = ["generate", "recital", "--raw", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models]
     done = shimmy(*args, home=tmp_path)
     assert done.stdout.decode().split() == TEXTS["="].split(), done.stderr
 
 
-def test_generate_survives_a_closed_pipe(models: Path, tmp_path: Path) -> None:
+def test_generate_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
     command = (
         f"'{sys.executable}' '{SHIMMY}' generate recital --raw --models-dir '{models}' --ctx {LONG_CTX}"
         f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
@@ -657,7 +691,7 @@ def test_generate_survives_a_closed_pipe(models: Path, tmp_path: Path) -> None:
 
 
 # CHANGED too: Ctrl-C is death by SIGINT, which a shell shows as 130 and subprocess as -2
-def test_generate_flushes_each_piece_and_ctrl_c_exits_130(models: Path, tmp_path: Path) -> None:
+def test_generate_flushes_each_piece_and_exits_130_on_ctrl_c(models: Path, tmp_path: Path) -> None:
     args = ["generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
     running = subprocess.Popen(
         [sys.executable, str(SHIMMY), *args, "--models-dir", str(models)], cwd=tmp_path, env=environment(tmp_path),
@@ -695,24 +729,13 @@ def test_generate_through_a_server_that_dies_fails_in_one_line(
     assert running.returncode == 1 and len(stderr.splitlines()) == 1 and b"Traceback" not in stderr
 
 
-def test_generate_through_a_server_survives_a_closed_pipe(server: Server, models: Path, tmp_path: Path) -> None:
+def test_generate_through_a_server_into_a_closed_pipe_cancels(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
     command = f"'{sys.executable}' '{SHIMMY}' generate recital --raw --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
     env = environment(tmp_path, through(server, models))
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=HANG, check=False)
     assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
     eventually(lambda: server.status("recital")["requests_running"] == 0, "the server stops generating")
-
-
-# CHANGED: serve says what it loads and that it stops; nothing else may be there
-def test_stop_with_a_websocket_in_use_prints_nothing(serve: Callable[..., Server], models: Path) -> None:
-    own = serve("--models-dir", models)
-    with own.ws() as ws:
-        ws.send(json.dumps({"model": "recital", "prompt": ":"}))
-        ws_answer(ws)
-        assert own.stop() == 0
-    said = [line.split()[1] for line in own.log.read_text().splitlines()]
-    assert said == ["default", "loading", "loaded", "shutting"]
 
 
 _ = (linux, shutil)
