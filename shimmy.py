@@ -191,6 +191,7 @@ MAX_STOPS = 16
 MAX_STOP = 256  # characters of one; each is looked for with every token
 MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
+MAX_INPUTS = 2048  # of an embedding request, OpenAI's bound
 MAX_TOOLS = 128
 MAX_TOOL_ROUNDS = 8  # of built-in tools called in one answer
 TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
@@ -700,6 +701,47 @@ class GenerateRequest:
     split_markers: bool = False  # take thoughts and tool calls out of the text
 
 
+@dataclass(frozen=True)
+class EmbedRequest:
+    """What a dialect asks of Service.embed: a vector for each input (text or token ids), or with a query a score for each."""
+
+    model: str
+    inputs: tuple[str | tuple[int, ...], ...]
+    dimensions: int | None = None
+    query: str | None = None
+
+
+def read_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
+    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids."""
+    wrong = InvalidRequest("input must be a string, a list of strings, token ids, or a list of lists of token ids", "input")
+    listed = [value] if isinstance(value, str) or _is_ids(value) else value
+    if not isinstance(listed, list) or not listed:
+        raise wrong
+    if len(listed) > MAX_INPUTS:
+        raise InvalidRequest(f"input may hold up to {MAX_INPUTS} inputs, not {len(listed)}", "input")
+    for index, each in enumerate(listed):
+        if each in ("", []):
+            raise InvalidRequest(f"input[{index}] is empty: each input needs some text", "input")
+        if not (isinstance(each, str) or _is_ids(each)) or type(each) is not type(listed[0]):
+            raise wrong
+    return tuple(each if isinstance(each, str) else tuple(each) for each in listed)
+
+
+def read_documents(value: Any) -> tuple[str, ...]:
+    """The documents to rank: strings, or objects with a text."""
+    if not isinstance(value, list) or not value:
+        raise InvalidRequest('documents is required: a list of strings, or of objects {"text": ...}', "documents")
+    if len(value) > MAX_INPUTS:
+        raise InvalidRequest(f"documents may hold up to {MAX_INPUTS} documents, not {len(value)}", "documents")
+    texts: list[str] = []
+    for index, each in enumerate(value):
+        text = each.get("text") if isinstance(each, dict) else each
+        if not isinstance(text, str):
+            raise InvalidRequest(f'documents[{index}] must be a string or {{"text": ...}}, not {_said(each)}', "documents")
+        texts.append(text)
+    return tuple(texts)
+
+
 def flag(body: Mapping[str, Any], name: str) -> bool:
     """A field that is true or false; false when absent."""
     value = body.get(name)
@@ -888,6 +930,14 @@ class ChoiceEnd:
 
 
 @dataclass(frozen=True)
+class Vectors:
+    """What an Embed job made: for each input its vector, or its score, as float32 in little-endian bytes."""
+
+    id: int  # the job's
+    rows: tuple[bytes, ...]
+
+
+@dataclass(frozen=True)
 class Usage:
     """The last event: tokens over all choices (a prompt shared by n choices counts once), and speeds."""
 
@@ -914,7 +964,7 @@ def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
             f"{name}_per_second": round(rate, 2)}  # fmt: skip
 
 
-Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Usage
+Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Vectors | Usage
 
 
 TURN_BYTES = MIB  # a body beyond this waits for its turn to be parsed, or for room to be read
@@ -1233,6 +1283,7 @@ FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9:
 # architectures without a decoder (llama-arch.cpp)
 EMBEDDERS = {"bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert", "jina-bert-v2", "jina-bert-v3",
              "eurobert", "gemma-embedding", "llama-embed", "t5encoder"}  # fmt: skip
+ENCODER_DECODERS = {"t5"}  # read with one half and write with the other, which nothing here does
 DIFFUSERS = {"dream", "llada", "llada-moe", "rnd1"}  # attend in both directions and generate all the same
 POOLINGS = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.h, enum llama_pooling_type; 0 is none, rank a reranker's
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
@@ -1257,6 +1308,17 @@ class ModelInfo:
     pooling: str | None  # how tokens' vectors become one: mean, cls, last; rank: it scores a document for a query
     chat_template: bool | None  # None: not read so far
     description: str
+
+    def refusal(self, use: str) -> str | None:
+        """Why the model cannot be used to generate, embed or rank; None if it can."""
+        if self.architecture in ENCODER_DECODERS:
+            return "an encoder-decoder model (T5 and the like), which is not supported"
+        kind = "a reranker" if self.pooling == "rank" else "an embedding model" if self.embedding else "a generative model"
+        if use == "rank":
+            return None if self.pooling == "rank" else f"{kind}; only rerankers rank documents"
+        if use == "embed":
+            return f"{kind}; it cannot make embeddings (/v1/rerank ranks documents with it)" if self.pooling == "rank" else None
+        return f"{kind}; it cannot generate text" if self.embedding else None
 
     def document(self) -> dict[str, Any]:
         """The model as `/api/models` lists it, without its state."""
@@ -4792,6 +4854,7 @@ class Load:
     path: str
     size_bytes: int
     options: EngineOptions
+    embedding: bool = False  # it makes vectors or scores, and has no context to generate in
 
 
 @dataclass(frozen=True)
@@ -4803,7 +4866,16 @@ class Generate:
     markers: frozenset[str]  # control tokens that are shown: reasoning, tool calls
 
 
-Job = Generate  # everything an engine computes is one of these; Intake.JOBS says what computes it
+@dataclass(frozen=True)
+class Embed:
+    """A job: make a vector of each input (text, or token ids). With a query: score each input for it."""
+
+    inputs: tuple[str | tuple[int, ...], ...]
+    dimensions: int | None = None  # keep so many of the vector's numbers
+    query: str | None = None
+
+
+Job = Generate | Embed  # everything an engine computes is one of these; Intake.JOBS says what computes it
 
 
 @dataclass(frozen=True)
@@ -4901,7 +4973,7 @@ class Failed:
 class Stepped:
     """What one step, or the steps of the last few milliseconds, gave all sequences together."""
 
-    events: tuple[Piece | Finished | Failed, ...]
+    events: tuple[Piece | Vectors | Finished | Failed, ...]
     running: int  # sequences in the batch now
 
 
@@ -4999,7 +5071,7 @@ class Vocabulary:
         import ctypes
 
         self.max_run = MIB // self.RUN_STACK  # characters without a break given to the tokenizer; for a stack of 1 MiB
-        self.c, self.np, self.ctypes, self.handle = c, np, ctypes, c.llama_model_get_vocab(model)
+        self.c, self.np, self.ctypes, self.handle, self.model = c, np, ctypes, c.llama_model_get_vocab(model), model
         self.size = c.llama_vocab_n_tokens(self.handle)
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
         self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
@@ -5051,17 +5123,60 @@ class Vocabulary:
                     start = at
         yield text[start:]
 
-    def _tokenize(self, data: bytes, first: bool) -> Any:
+    def _tokenize(self, data: bytes, first: bool, special: bool = True) -> Any:
         """Usually fewer tokens than bytes; an unknown space takes three."""
         count = len(data) + 16
         for _ in range(2):
             buffer = self.np.empty(count, self.np.int32)
             rows = buffer.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_int32))
-            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), first, True)
+            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), first, special)
             if count >= 0:
                 return buffer[:count]
             count = min(-count, 64 * (len(data) + 16))  # what it would need; INT32_MIN: more than anybody has
         raise GenerationFailed("the tokenizer failed")
+
+    def wrapped(self, text: str) -> Any:
+        """A text's tokens between the first and the last ones that the model wants (BOS, CLS; EOS, SEP), an int32 array."""
+        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
+        if len(parts) == 1:
+            return self._tokenize(parts[0], True)
+        first, _, last = self._ends
+        return self.np.concatenate([first, *(self._tokenize(part, False) for part in parts), last])
+
+    def pair(self, query: str, document: str) -> Any:
+        """A query and a document as rerankers have learned them: in the model's own template, else BOS q EOS SEP d EOS."""
+        if self.rerank_template:
+            return self._rendered(self.rerank_template, {"{query}": query, "{document}": document})
+        first, middle, last = self._ends
+        return self.np.concatenate([first, self._plain(query), middle, self._plain(document), last])
+
+    def _rendered(self, template: str, texts: Mapping[str, str]) -> Any:
+        """A template's tokens in one piece, for a space belongs to its word; in several where a text names special tokens."""
+        parts = re.split("(" + "|".join(map(re.escape, texts)) + ")", template)
+        if any(name in text for text in texts.values() for name in self.specials):
+            tokens = [self._plain(texts[p]) if p in texts else self._tokenize(p.encode(), False) for p in parts]
+            return self.np.concatenate(tokens)
+        return self._tokenize("".join(texts.get(p, p) for p in parts).encode("utf-8", "replace"), False)
+
+    def _plain(self, text: str) -> Any:
+        """The tokens of a text whose special tokens' names mean nothing."""
+        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
+        return self.np.concatenate([self._tokenize(part, False, False) for part in parts])
+
+    @functools.cached_property
+    def rerank_template(self) -> str:
+        source = self.c.llama_model_chat_template(self.model, b"rerank")
+        return source.decode("utf-8", "replace") if source else ""
+
+    @functools.cached_property
+    def _ends(self) -> list[Any]:
+        """The tokens before a text, between two texts, and behind the last one, as the model wants them."""
+        c, vocab = self.c, self.handle
+        bert = c.llama_vocab_type(vocab) == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
+        bos = [c.llama_vocab_bos(vocab)] if bert or c.llama_vocab_get_add_bos(vocab) else []
+        eos = [c.llama_vocab_eos(vocab)] if c.llama_vocab_get_add_eos(vocab) else []
+        sep = [c.llama_vocab_sep(vocab)] if bert or c.llama_vocab_get_add_sep(vocab) else []
+        return [self.np.array([t for t in ids if t >= 0], self.np.int32) for ids in (bos, eos + sep, eos or sep)]
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for in text; control tokens give none."""
@@ -5094,7 +5209,7 @@ class Llama:
         import numpy
 
         self.c, self.np, self.ctypes = import_llama(), numpy, ctypes
-        self.options, self.size_bytes = load.options, load.size_bytes
+        self.options, self.size_bytes, self.embedding = load.options, load.size_bytes, load.embedding
         self.notes: list[str] = []
         self.log_lines: deque[str] = deque(maxlen=20)
         self._log = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
@@ -5106,6 +5221,9 @@ class Llama:
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
         self.adapters = self._load_adapters(load.options.lora)
         self.ctx, self.pool = self._sizes(load)
+        if load.embedding:
+            self.main: Context = EmbeddingContext(self)
+            return
         spare = load.options.parallel + 8 if self.cuttable else 2  # idle sequences kept for their prefix
         n_seq = min(load.options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
         self.main = Context(self, self.pool, max(load.options.batch, load.options.parallel), n_seq)
@@ -5135,9 +5253,7 @@ class Llama:
         self.model = self.c.llama_model_load_from_file(os.fsencode(load.path), params)
         if not self.model:
             raise LoadError(self.reason("llama.cpp cannot load the file"))
-        if not self.c.llama_model_has_decoder(self.model):
-            raise LoadError("an embedding model: it cannot generate text")
-        if self.c.llama_model_has_encoder(self.model):
+        if self.c.llama_model_has_encoder(self.model) and self.c.llama_model_has_decoder(self.model):
             raise LoadError("an encoder-decoder model (T5 and the like), which is not supported")
 
     def reason(self, what: str) -> str:
@@ -5149,9 +5265,11 @@ class Llama:
         """Tokens of one sequence's context and of the shared pool; LoadError with numbers when they cannot fit."""
         options, own = load.options, int(self.c.llama_model_n_ctx_train(self.model)) or 8192
         ctx = min(options.ctx or min(own, 8192), own)
+        if self.embedding and self.looks_both_ways:  # no KV cache
+            return ctx, 0
         if options.ctx and options.ctx > own:
             self.notes.append(f"--ctx {options.ctx} is beyond the model's own context; using {own}")
-        each, pool = self.kv_bytes(), options.kv_pool or 4 * ctx
+        each, pool = self.kv_bytes(), ctx if self.embedding else options.kv_pool or 4 * ctx
         if self.left is not None:
             left = self.left - 64 * MIB - self.vocab.size * 4 * 24  # graph buffers, and logits of every sequence
             if each * ctx > left:
@@ -5159,13 +5277,19 @@ class Llama:
                 advice = f"--ctx {fits} would fit" if fits >= 256 else "no context would fit"
                 raise LoadError(f"a context of {ctx} tokens needs {human_bytes(each * ctx)} of KV cache, "
                                 f"{human_bytes(max(left, 0))} are available; {advice}")  # fmt: skip
-            if not options.kv_pool:
+            if not options.kv_pool and not self.embedding:
                 pool = min(pool, int(left / 4 // each))
         return ctx, -(-max(pool, ctx) // 256) * 256
 
     @property
     def on_cpu(self) -> bool:
         return self.options.gpu_layers == 0 or not self.c.llama_supports_gpu_offload()
+
+    @functools.cached_property
+    def looks_both_ways(self) -> bool:
+        """Whether every token attends to all others, so that an input must be computed in one piece."""
+        architecture = self.metadata("general.architecture")
+        return architecture in EMBEDDERS or self.metadata(f"{architecture}.attention.causal") == "false"
 
     def kv_bytes(self) -> int:
         """Bytes of KV cache a token takes, from the model's shape."""
@@ -5192,7 +5316,7 @@ class Llama:
             source = c.llama_model_chat_template(self.model, name)
             if source and source.decode("utf-8", "replace") not in templates.values():
                 templates[(name or b"").decode()] = source.decode("utf-8", "replace")
-        if not templates:
+        if not templates and not self.embedding:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends)
@@ -5223,6 +5347,7 @@ class Context:
     """llama.cpp's context: a KV cache, and the decoding into it. One thread decodes."""
 
     PAUSE_EVERY = 2  # operations of a graph; each takes up to 20 ms with 256 rows of a 0.5B model on two cores
+    EVERY_ROW = False  # whether each row of a batch is wanted, or only that of a sequence's last token
 
     def __init__(self, llama: Llama, cells: int, n_batch: int, n_seq: int, pause: Callable[[], bool] | None = None) -> None:
         """Room for `cells` tokens of `n_seq` sequences, read in batches of `n_batch`. LoadError when llama.cpp refuses.
@@ -5303,7 +5428,7 @@ class Context:
             self.tokens[at:end] = sequence.tokens[done : done + count]
             self.positions[at:end] = self.counting[done : done + count]
             self.sequences[at:end] = self.pointers[sequence.row]
-            self.flags[at:end] = 0
+            self.flags[at:end] = self.EVERY_ROW
             self.flags[end - 1] = done + count == sequence.n_tokens
             at = end
         self.batch.n_tokens = at
@@ -5349,6 +5474,92 @@ class Context:
     def clear(self, data: bool) -> None:
         """Frees all cells, so that the next ones are the first again; with `data`, wipes what they held."""
         self.c.llama_memory_clear(self.memory, data)
+
+
+class EmbeddingContext(Context):
+    """A context that makes vectors. A batch holds whole inputs where the model looks both ways, else slices of some.
+
+    There llama.cpp pools the tokens' states (by the model's own rule, else their mean); slices are pooled here, as
+    llama.cpp knows no batch but the last. A reranker's score comes from llama.cpp: it has the layers behind the pooling.
+    """
+
+    EVERY_ROW = True
+    BATCH = 512  # tokens: the full speed of large batches, and cancels and newcomers need not wait long
+    LOGITS = 128 * MIB  # llama.cpp computes logits for each token of a model that has them, and keeps them twice
+
+    def __init__(self, llama: Llama, pause: Callable[[], bool] | None = None) -> None:
+        """Raises LoadError when llama.cpp refuses. `pause` as in Context."""
+        self.whole = llama.looks_both_ways
+        self.pooling = POOLINGS.get(int(llama.metadata(f"{llama.metadata('general.architecture')}.pooling_type") or 0), "mean")
+        width = self.batch_size(llama)
+        cells = max(llama.ctx, width)
+        n_seq = min(256 if self.whole else 64 if llama.cuttable else 4, width)  # every recurrent state takes megabytes
+        super().__init__(llama, cells, max(width, llama.ctx) if self.whole else width, n_seq, pause)
+        self.longest = llama.ctx  # tokens of one input
+        self.batch_tokens = width  # of a batch, but for a longer input that looks both ways
+        score = self.pooling == "rank"
+        self.size = int(self.c.llama_model_n_cls_out(llama.model) if score else self.c.llama_model_n_embd_out(llama.model))
+
+    @classmethod
+    def batch_size(cls, llama: Llama) -> int:
+        """Tokens of a batch."""
+        most = min(cls.BATCH, llama.options.batch)
+        if not llama.looks_both_ways:
+            most = min(most, cls.LOGITS // (2 * 4 * llama.vocab.size), llama.ctx)
+        return max(64, most)
+
+    @classmethod
+    def memory_need(cls, llama: Llama) -> int:
+        """Bytes that such a context takes, about: for a model that generates, which has one already."""
+        return llama.kv_bytes() * llama.ctx + 2 * 4 * cls.batch_size(llama) * llama.vocab.size + 64 * MIB
+
+    def _params(self) -> Any:
+        params = super()._params()
+        rules = {name: number for number, name in POOLINGS.items()}
+        params.embeddings = True
+        params.pooling_type = rules[self.pooling] if self.whole or self.pooling == "rank" else 0  # LLAMA_POOLING_TYPE_NONE
+        params.n_outputs_max = 0  # every token of a batch
+        return params
+
+    def drop(self, row: int, start: int = -1) -> None:
+        if self.memory:
+            super().drop(row, start)
+
+    def clear(self, data: bool) -> None:
+        if self.memory:
+            super().clear(data)
+
+    def take(self, input: Rows, at: int, count: int, pooled: Any) -> Any:
+        """What an input's vector is after the last decode, where `count` of its tokens stood from row `at` on.
+
+        `pooled` is what it was after the decodes before, None at first; float32, shape (size,).
+        """
+        if self.whole or self.pooling == "rank":
+            pointer = self.c.llama_get_embeddings_seq(self.handle, input.row)
+            return self.np.ctypeslib.as_array(pointer, (self.size,)).copy()
+        pointer = self.c.llama_get_embeddings(self.handle)
+        states = self.np.ctypeslib.as_array(pointer, (self.batch.n_tokens, self.size))[at : at + count]
+        if self.pooling == "mean":
+            total = states.sum(axis=0, dtype=self.np.float32)
+            return total if pooled is None else pooled + total  # its length does not matter
+        if self.pooling == "cls":
+            return states[0].copy() if pooled is None else pooled
+        return states[-1].copy()
+
+    def finished(self, vector: Any, dimensions: int | None) -> bytes | None:
+        """The bytes (float32, little-endian) of a vector cut to `dimensions` with length 1, or of a score from 0 to 1.
+
+        None if it is not a number. A reranker with one output gives a logit, one with two has been through a softmax.
+        """
+        if not self.np.isfinite(vector).all():
+            return None
+        if self.pooling == "rank":
+            score = float(vector[0])
+            vector = self.np.array([score if self.size > 1 else 0.5 + 0.5 * math.tanh(score / 2)])
+        else:
+            vector = vector[:dimensions].astype(self.np.float64)
+            vector /= self.np.linalg.norm(vector) or 1.0
+        return bytes(vector.astype("<f4").tobytes())
 
 
 class Sampler:
@@ -5573,6 +5784,7 @@ class Sequence:
 
     def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
         self.submission, job = submission, submission.job
+        assert isinstance(job, Generate)
         self.id, self.sampling, self.markers = submission.id, job.sampling, job.markers
         self.n_prompt = self.n_tokens = len(prompt)
         room = job.sampling.max_tokens or llama.ctx
@@ -5623,6 +5835,38 @@ class Sequence:
         different = self.tokens[:size] != other.tokens[:size]
         first = int(different.argmax()) if size else 0
         return first if size and different[first] else size
+
+
+class Input:
+    """One text of an Embed job on its way through an embedding context."""
+
+    def __init__(self, job: Embedding, index: int, tokens: Any) -> None:
+        self.job, self.index, self.tokens, self.n_tokens = job, index, tokens, len(tokens)
+        self.n_computed, self.row = 0, -1
+        self.pooled: Any = None  # what its vector is so far
+
+    @property
+    def pending(self) -> int:
+        return self.n_tokens - self.n_computed
+
+
+class Embedding:
+    """An Embed job in the making: its inputs, and the vectors that are done. Owned by the step loop."""
+
+    sampler = None
+
+    def __init__(self, submission: Submission, texts: Seq[Any], llama: Llama) -> None:
+        assert isinstance(submission.job, Embed)
+        self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
+        self.n_prompt = sum(len(tokens) for tokens in texts)
+        self.unread = deque(Input(self, i, tokens) for i, tokens in enumerate(texts))  # not in the context yet
+        self.vectors: list[bytes] = [b""] * len(texts)
+        self.missing = len(texts)
+        self.started = 0.0
+
+    @property
+    def cancelled(self) -> bool:
+        return self.submission.cancelled
 
 
 def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
@@ -5825,22 +6069,15 @@ class Cache:
         return bool((sequence.tokens[:size] == other.tokens[:size]).all())
 
 
-class PromptReader:
-    """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
+class Aside:
+    """Decodes in a context beside the main one, in batches that stop for the streams' steps.
 
-    In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
-    larger slices make longer gaps. Here whole batches are read; every few operations of one llama.cpp calls `_pause`, which
-    lets the streams step when that is due. A prompt's last token is left to the main context, where the sequence goes on.
+    Every few operations of a batch llama.cpp calls `_pause`, which lets the streams step when that is due.
     """
 
-    BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
-    TOGETHER = 4  # prompts read at once
-
-    def __init__(self, llama: Llama, due: Callable[[], float], step: Callable[[], None]) -> None:
-        """`due` says when the streams' next step should begin (perf_counter), `step` takes it. Raises LoadError."""
+    def __init__(self, due: Callable[[], float], step: Callable[[], None]) -> None:
+        """`due` says when the streams' next step should begin (perf_counter), `step` takes it."""
         self._due, self._step = due, step
-        self.context = Context(llama, llama.ctx, self.BATCH, self.TOGETHER, self._pause)
-        self.rows: list[Sequence | None] = [None] * self.TOGETHER
         self._resumed_at = 0.0  # when the batch last began or went on
         self._longest = 0.0  # seconds between two pauses; slowly forgotten
         self._aborted = False
@@ -5854,10 +6091,44 @@ class PromptReader:
             if now + self._longest >= self._due():
                 self._step()
             self._resumed_at = time.perf_counter()
-            self._aborted = all(s.cancelled for s in self.reading)
+            self._aborted = self.unwanted()
         except Exception as error:
             self._aborted, self._error = True, error
         return not self._aborted
+
+    def unwanted(self) -> bool:
+        """Whether nobody waits any more for what is being decoded."""
+        raise NotImplementedError
+
+    def _decode(self, context: Context, plan: Seq[tuple[Rows, int]]) -> int:
+        """Decodes one batch; llama_decode's status. Raises what `step` raised."""
+        self._aborted, self._resumed_at = False, time.perf_counter()
+        status = context.decode(plan)
+        error, self._error = self._error, None
+        if error:
+            raise error
+        return status
+
+
+class PromptReader(Aside):
+    """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
+
+    In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
+    larger slices make longer gaps. Here whole batches are read. A prompt's last token is left to the main context, where
+    the sequence goes on.
+    """
+
+    BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
+    TOGETHER = 4  # prompts read at once
+
+    def __init__(self, llama: Llama, due: Callable[[], float], step: Callable[[], None]) -> None:
+        """Raises LoadError."""
+        super().__init__(due, step)
+        self.context = Context(llama, llama.ctx, self.BATCH, self.TOGETHER, self._pause)
+        self.rows: list[Sequence | None] = [None] * self.TOGETHER
+
+    def unwanted(self) -> bool:
+        return all(s.cancelled for s in self.reading)
 
     @property
     def reading(self) -> list[Sequence]:
@@ -5887,10 +6158,7 @@ class PromptReader:
     def read(self) -> int:
         """Reads one batch, a fair slice of each prompt; llama_decode's status. Raises what `step` raised."""
         plan = fair_slices(self.reading, self.BATCH)
-        self._aborted, self._resumed_at = False, time.perf_counter()
-        status = self.context.decode(plan)
-        if self._error:
-            raise self._error
+        status = self._decode(self.context, plan)
         for sequence, count in plan if not status else ():
             sequence.n_computed += count
             if self._aborted:  # llama_decode reports success, but what it left cannot be used
@@ -5905,6 +6173,108 @@ class PromptReader:
                 yield sequence, self.context.save(row)
                 self.context.drop(row)
                 self.rows[row] = None
+
+
+class Embedder(Aside):
+    """Makes vectors of inputs, those of several jobs in one batch. Used by the step loop alone.
+
+    An embedding model's main context does it; a model that generates gets a second one with its first Embed job.
+    """
+
+    def __init__(self, llama: Llama, due: Callable[[], float], step: Callable[[], None]) -> None:
+        super().__init__(due, step)
+        self.llama = llama
+        self.context = llama.main if isinstance(llama.main, EmbeddingContext) else None
+        self.jobs: deque[Embedding] = deque()
+        self.reading: list[Input] = []  # those in the context
+        self._free: list[int] = list(range(self.context.n_seq)) if self.context else []
+
+    def open(self) -> EmbeddingContext:
+        """The context, made at the first call. Raises Overloaded without memory for it, LoadError when llama.cpp refuses."""
+        if self.context is None:
+            free, need = available_memory(), EmbeddingContext.memory_need(self.llama)
+            if free is not None and free < need and self.llama.on_cpu:
+                raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
+            self.context = EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
+            self._free = list(range(self.context.n_seq))
+        return self.context
+
+    def unwanted(self) -> bool:
+        return all(i.job.cancelled for i in self.reading)
+
+    def plan(self) -> list[tuple[Input, int]]:
+        """The next batch: what the last one left, then an input of each job in turn; the next batch begins with another job."""
+        context = self.open()
+        plan: list[tuple[Input, int]] = []
+        room = context.batch_tokens
+        for input in self.reading:
+            count = min(input.pending, room)
+            if count:
+                plan.append((input, count))
+                room -= count
+        turns = deque(job for job in self.jobs if job.unread)
+        while turns and room > 0 and self._free:
+            job = turns.popleft()
+            if not self._fits(context, job.unread[0], room, alone=not plan):
+                continue
+            input = job.unread.popleft()
+            input.row, job.started = self._free.pop(), job.started or time.perf_counter()
+            self.reading.append(input)
+            count = input.n_tokens if context.whole else min(input.n_tokens, room)
+            plan.append((input, count))
+            room -= count
+            if job.unread:
+                turns.append(job)
+        self.jobs.rotate(-1)
+        return plan
+
+    def _fits(self, context: EmbeddingContext, input: Input, room: int, alone: bool) -> bool:
+        """Whether an input can go into the batch: all of it, or its cells beside those of the inputs that are being read."""
+        if context.whole:
+            return alone or input.n_tokens <= room
+        return sum(i.n_tokens for i in self.reading) + input.n_tokens <= context.cells
+
+    def step(self, plan: Seq[tuple[Input, int]]) -> list[Embedding]:
+        """Decodes a batch; the jobs that are done with it. Raises GenerationFailed, and what the streams' step raised."""
+        context = self.open()
+        status = self._decode(context, plan)
+        if status == 2 or self._aborted:  # nobody waits for it
+            return []
+        if status:
+            raise GenerationFailed(f"llama_decode returned {status}")
+        at = 0
+        for input, count in plan:
+            input.pooled = context.take(input, at, count, input.pooled)
+            input.n_computed += count
+            at += count
+        done = [i for i, _ in plan if not i.pending]
+        for input in done:
+            self._leave(input)
+        return [i.job for i in done if self._finished(context, i)]
+
+    def _finished(self, context: EmbeddingContext, input: Input) -> bool:
+        """Keeps an input's vector; whether that was the last of its job."""
+        vector, job = context.finished(input.pooled, input.job.dimensions), input.job
+        if vector is None:
+            raise GenerationFailed("the model's output is not a number")
+        job.vectors[input.index] = vector
+        job.missing -= 1
+        if not job.missing:
+            self.jobs.remove(job)
+        return not job.missing
+
+    def _leave(self, input: Input) -> None:
+        self.reading.remove(input)
+        self._free.append(input.row)
+        if self.context:
+            self.context.drop(input.row)
+
+    def drop(self, jobs: Iterable[Embedding]) -> None:
+        """Takes jobs out that were cancelled or failed."""
+        for job in jobs:
+            self.jobs.remove(job)
+            for input in [i for i in self.reading if i.job is job]:
+                self._leave(input)
 
 
 class Scheduler:
@@ -6065,7 +6435,7 @@ class Outbox:
 
     def __init__(self, pipe: Pipe) -> None:
         self._pipe = pipe
-        self._events: list[Finished | Failed] = []
+        self._events: list[Vectors | Finished | Failed] = []
         self._unsent: list[Sequence] = []  # those with text or log probabilities to send
         self._sent_at = 0.0
         self.running = 0  # sequences in the batch, as the parent was told last
@@ -6087,8 +6457,15 @@ class Outbox:
         spent = (first - started, now - first)
         self._events.append(Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent))
 
-    def failed(self, sequence: Sequence, details: str) -> None:
-        self._events.append(Failed(sequence.id, GenerationFailed.code, details))
+    def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code) -> None:
+        self._events.append(Failed(work.id, code, details))
+
+    def embedded(self, job: Embedding, reason: str = "stop") -> None:
+        """The end of an Embed job, with its vectors unless it was cancelled."""
+        if reason == "stop":
+            self._events.append(Vectors(job.id, tuple(job.vectors)))
+        spent = time.perf_counter() - job.started if job.started else 0.0
+        self._events.append(Finished(job.id, reason, job.n_prompt, 0, 0, spent, 0.0))
 
     def refuse(self, id: int, error: ApiError) -> None:
         """Sends at once why a job never began. Any thread."""
@@ -6134,12 +6511,13 @@ class Intake:
     `receive` runs in the receiving thread, `tokenize` in one of its own, where a huge text makes only other newcomers wait.
     """
 
-    JOBS: ClassVar[dict[type, Callable[[Submission, Seq[int], Llama], Sequence]]] = {Generate: Sequence}
+    JOBS: ClassVar[dict[type, Callable[[Submission, Seq[Any], Llama], Sequence | Embedding]]] = {
+        Generate: Sequence, Embed: Embedding}  # fmt: skip
 
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
         self.llama, self.outbox, self.pulse = llama, outbox, Pulse()
-        self.inbox: queue.SimpleQueue[Sequence | None] = queue.SimpleQueue()  # None: look again, something is cancelled
-        self.in_step: Seq[Sequence] = ()  # the step loop says what it decodes
+        self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
+        self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
         self._known: dict[int, Submission] = {}  # from their arrival to their end
@@ -6181,13 +6559,14 @@ class Intake:
                 self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
 
     def _admit(self, submission: Submission) -> None:
-        tokens = self._tokens(submission.job.prompt)
-        sequence = self.JOBS[type(submission.job)](submission, tokens, self.llama)
+        job = submission.job
+        tokens = self._inputs(job, submission) if isinstance(job, Embed) else self._tokens(job.prompt)
+        work = self.JOBS[type(job)](submission, tokens, self.llama)
         if self._arriving.pop(submission.id, None):
-            self.outbox.accept(submission.id, len(tokens))
-            self.inbox.put(sequence)
-        elif sequence.sampler:
-            sequence.sampler.close()
+            self.outbox.accept(submission.id, work.n_prompt)
+            self.inbox.put(work)
+        elif work.sampler:
+            work.sampler.close()
 
     def _refuse(self, submission: Submission, error: ApiError) -> None:
         if self._arriving.pop(submission.id, None):
@@ -6208,6 +6587,40 @@ class Intake:
             self._too_long(str(len(tokens)))
         return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
 
+    def _inputs(self, job: Embed, submission: Submission) -> list[Any]:
+        """The token ids of each input, all int32 arrays. Raises ContextLengthExceeded, or InvalidRequest."""
+        size = int(self.llama.c.llama_model_n_embd_out(self.llama.model))
+        if job.dimensions and job.dimensions > size:
+            raise InvalidRequest(f"dimensions must be at most {size}, the size of the model's vectors, not {job.dimensions}",
+                                 "dimensions")  # fmt: skip
+        inputs: list[Any] = []
+        for index, input in enumerate(job.inputs):
+            if submission.cancelled:
+                break
+            inputs.append(self._input(job, index, input))
+        return inputs
+
+    def _input(self, job: Embed, index: int, input: str | tuple[int, ...]) -> Any:
+        vocab, ctx = self.llama.vocab, self.llama.ctx
+        name = f"input[{index}]" if job.query is None else f"documents[{index}] with the query"
+        if isinstance(input, tuple):
+            if outside := next((t for t in input if not 0 <= t < vocab.size), None):
+                raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{vocab.size - 1}: send text; "
+                                     "the ids of another tokenizer (tiktoken) mean nothing here", "input")  # fmt: skip
+            tokens: Any = self.llama.np.array(input, self.llama.np.int32)
+        elif (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) > ctx:
+            raise self._input_too_long(name, f"at least {least}")
+        else:
+            tokens = vocab.wrapped(input) if job.query is None else vocab.pair(job.query, input)
+        if len(tokens) > ctx:
+            raise self._input_too_long(name, str(len(tokens)))
+        return tokens if len(tokens) else self.llama.np.array([max(self.llama.c.llama_vocab_bos(vocab.handle), 0)], "int32")
+
+    def _input_too_long(self, name: str, count: str) -> ApiError:
+        """Refused, as OpenAI does: no search would find what was cut off."""
+        details = f"{name} has {count} tokens; the model reads up to {self.llama.ctx} (split the text)"
+        return ContextLengthExceeded(details, param=name.partition("[")[0])
+
     def _too_long(self, count: str) -> None:
         raise ContextLengthExceeded(
             f"The prompt has {count} tokens; the context holds {self.llama.ctx}, at least one of them for the answer"
@@ -6226,6 +6639,7 @@ class Engine:
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, options.parallel)
+        self.embedder = Embedder(llama, self.scheduler.due, self._step_streams)
         self.reader: PromptReader | None = None
         self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         self._several = False  # whether several sequences have run at once, since that was last asked
@@ -6233,7 +6647,7 @@ class Engine:
     def run(self) -> None:
         """For ever: takes what came, steps while anything runs, sleeps when nothing does."""
         while True:
-            if self.scheduler.running or self.scheduler.waiting:
+            if self.scheduler.running or self.scheduler.waiting or self.embedder.jobs:
                 self._take_all()
                 self.step()
             else:
@@ -6266,10 +6680,12 @@ class Engine:
         while not self.inbox.empty():
             self._take(self.inbox.get())
 
-    def _take(self, sequence: Sequence | None) -> None:
-        if sequence is not None:
-            self.scheduler.waiting.append(sequence)
-        if sequence is None or sequence.cancelled:
+    def _take(self, work: Sequence | Embedding | None) -> None:
+        if isinstance(work, Embedding):
+            self.embedder.jobs.append(work)
+        elif work is not None:
+            self.scheduler.waiting.append(work)
+        if work is None or work.cancelled:
             for gone in [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.cancelled]:
                 self._finish(gone, "cancelled")
             self._flush()
@@ -6286,6 +6702,38 @@ class Engine:
             self._read_aside(reader)
         else:
             self._decode()
+        if self.embedder.jobs:
+            self._embed()
+
+    def _embed(self) -> None:
+        """One batch of inputs that become vectors; running streams step in the middle of it."""
+        embedder = self.embedder
+        for job in [j for j in embedder.jobs if j.cancelled]:  # not in the middle of a batch, whose cells cannot be dropped
+            self.outbox.embedded(job, "cancelled")
+            self._forget(job)
+        self.main.abort(False)
+        try:
+            plan = embedder.plan()
+            if embedder.context is self.main:
+                self.intake.in_step = [i.job for i, _ in plan]
+            self.pulse.begin("decode")
+            done = embedder.step(plan) if plan else []
+        except (ApiError, LoadError) as error:
+            done = []
+            details, code = (error.details, error.code) if isinstance(error, ApiError) else (str(error), GenerationFailed.code)
+            for job in list(embedder.jobs):
+                self.outbox.failed(job, details, code)
+                self._forget(job)
+        self.intake.in_step = ()
+        for job in done:
+            self.outbox.embedded(job)
+            self.intake.ended(job.id)
+        if self.outbox.due():
+            self._flush()
+
+    def _forget(self, job: Embedding) -> None:
+        self.embedder.drop([job])
+        self.intake.ended(job.id)
 
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
@@ -6319,7 +6767,7 @@ class Engine:
     def _decode(self) -> None:
         """One decode in the main context for everybody: prompts advance, decoding sequences gain a token."""
         scheduler = self.scheduler
-        if len(scheduler.running) != self.outbox.running:
+        if self._running() != self.outbox.running:
             self._flush()
         plan = scheduler.schedule(self.reader is not None)
         if not plan:
@@ -6413,8 +6861,11 @@ class Engine:
         if sequence.sampler:
             sequence.sampler.close()
 
+    def _running(self) -> int:
+        return len(self.scheduler.running) + len(self.embedder.jobs)
+
     def _flush(self) -> None:
-        self.outbox.flush(len(self.scheduler.running))
+        self.outbox.flush(self._running())
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child
@@ -6519,7 +6970,7 @@ class Generation:
         if not gently:
             self.inbox.put(Cancelled())
 
-    def __iter__(self) -> Iterator[Queued | Waiting | Piece | Finished]:
+    def __iter__(self) -> Iterator[Queued | Waiting | Piece | Vectors | Finished]:
         early: list[Any] = []  # what the first jobs say before the last one has passed its checks
         prompt_tokens = 0
         try:
@@ -6630,7 +7081,7 @@ class Worker:
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
-        self._outbox.put(Load(os.path.abspath(self.info.path), self.info.size_bytes, self._options))
+        self._outbox.put(Load(os.path.abspath(self.info.path), self.info.size_bytes, self._options, self.info.embedding))
         while isinstance(message := self._loading.get(), Progress):
             progress(message.fraction)
         if isinstance(message, LoadFailed):
@@ -7350,26 +7801,24 @@ class ModelTable:
             self._entry(id).info = whole
         return whole
 
-    def _check_generates(self, id: str) -> None:
-        """Raises InvalidRequest for a model that cannot generate, before anything is loaded for it."""
-        info = self._read_whole(id)
-        if info.embedding:
-            kind = "a reranker" if info.pooling == "rank" else "an embedding model"
-            raise InvalidRequest(f"model: '{id}' is {kind}; it cannot generate text", "model")
+    def _check_use(self, id: str, use: str) -> None:
+        """Raises InvalidRequest for a model that cannot do what the request wants, before anything is loaded for it."""
+        if refusal := self._read_whole(id).refusal(use):
+            raise InvalidRequest(f"model: '{id}' is {refusal}", "model")
 
     # Life
 
-    def lease(self, name: str, cancel: Cancellation) -> Lease:
-        """A request's claim on the model. Raises ModelNotFound, or InvalidRequest for an embedding model."""
+    def lease(self, name: str, cancel: Cancellation, use: str = "generate") -> Lease:
+        """A request's claim on the model, to generate, embed or rank. Raises ModelNotFound, InvalidRequest if it cannot."""
         id = self.resolve(name, cancel)
-        self._check_generates(id)
+        self._check_use(id, use)
         with self._changed:
             return Lease(self._residents, self._entry(id), cancel)
 
     def load(self, name: str, wait: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status."""
         id = self.resolve(name, cancel)
-        self._check_generates(id)
+        self._read_whole(id)  # tells how to load it
         with self._changed:
             entry = self._entry(id)
             if not wait:
@@ -7483,6 +7932,20 @@ class Service:
         markers = chat.markers if request.split_markers else frozenset()
         jobs = [Generate(p, replace(sampling, seed=s), markers) for p in prompts for s in seeds]
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
+
+    def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
+        """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
+        use = "embed" if request.query is None else "rank"
+        with self.table.lease(request.model, cancel, use) as lease:
+            while (worker := lease.wait(PING_SECONDS)) is None:
+                yield Waiting()
+            cancel.check()
+            generation = worker.submit([Embed(request.inputs, request.dimensions, request.query)], cancel)
+            for message in generation:
+                if isinstance(message, Finished):
+                    yield self._usage([message], generation.index, 1)
+                elif not isinstance(message, Piece):
+                    yield message
 
     @staticmethod
     def _usage(ends: Seq[Finished], index: Mapping[int, int], n: int) -> Usage:
@@ -7667,7 +8130,7 @@ class Reply:
     def add(self, event: Event) -> None:
         if isinstance(event, Usage):
             self.usage = event
-        if isinstance(event, (Queued, Waiting, Usage)):
+        if isinstance(event, (Queued, Waiting, Vectors, Usage)):
             return
         choice = self._choices.setdefault(event.index, Choice())
         if isinstance(event, Text):
@@ -7700,9 +8163,13 @@ class Dialect:
         self.usage: Usage | None = None
         self._reply = Reply()
 
-    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        """The request a body asks for."""
+    def read(self, body: Mapping[str, Any]) -> Any:
+        """The request a body asks for: what `events` gives to the service."""
         raise NotImplementedError
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        """Asks the service; for the errors this raises see there."""
+        return service.generate(self.request, cancel)
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """What to send at an event: the stream's chunks, or one document at the end."""
@@ -8022,6 +8489,79 @@ class Completion(OpenAI):
     def document(self, reply: Reply) -> dict[str, Any]:
         choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in reply.choices()]
         return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
+
+
+class Embeddings(Dialect):
+    """`/v1/embeddings`, OpenAI's."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__({**body, "stream": False})
+
+    def read(self, body: Mapping[str, Any]) -> EmbedRequest:
+        encoding, dimensions = body.get("encoding_format"), body.get("dimensions")
+        if encoding not in (None, "float", "base64"):
+            raise InvalidRequest(f"encoding_format must be float or base64, not {_said(encoding)}", "encoding_format")
+        self._base64 = encoding == "base64"
+        if body.get("input") is None:
+            raise InvalidRequest("input is required: a string, or a list of strings or token ids", "input")
+        return EmbedRequest(
+            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            inputs=read_inputs(body["input"]),
+            dimensions=None if dimensions is None else whole(1)("dimensions", dimensions),
+        )
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        return service.embed(self.request, cancel)
+
+    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            self.model = event.model
+        elif isinstance(event, Vectors):
+            self._rows = event.rows
+        elif isinstance(event, Usage):
+            self.usage = event
+            yield self.answer(self._rows) | {
+                "model": self.model, "usage": {"prompt_tokens": event.prompt_tokens, "total_tokens": event.prompt_tokens}
+            }  # fmt: skip
+
+    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
+        """The answer but for the model and the usage."""
+        data = [{"object": "embedding", "index": i, "embedding": self._embedding(row)} for i, row in enumerate(rows)]
+        return {"object": "list", "data": data}
+
+    def _embedding(self, row: bytes) -> str | list[float]:
+        import base64
+
+        return base64.b64encode(row).decode() if self._base64 else list(struct.unpack(f"<{len(row) // 4}f", row))
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        return error.document(openai=True)
+
+
+class Rerank(Embeddings):
+    """`/v1/rerank`, Jina's: the documents that answer the query best come first."""
+
+    def read(self, body: Mapping[str, Any]) -> EmbedRequest:
+        if not a_string("query", body.get("query") or ""):
+            raise InvalidRequest("query is required: what the documents are ranked for", "query")
+        documents, top, shown = read_documents(body.get("documents")), body.get("top_n"), body.get("return_documents")
+        self._top = len(documents) if top is None else whole(1)("top_n", top)
+        self._shown = shown is None or boolean("return_documents", shown)
+        return EmbedRequest(
+            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            inputs=documents,
+            query=body["query"],
+        )
+
+    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
+        scores = [struct.unpack("<f", row)[0] for row in rows]
+        ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]
+        return {"object": "list", "results": [self._result(i, scores[i]) for i in ranked]}
+
+    def _result(self, index: int, score: float) -> dict[str, Any]:
+        document = {"document": {"text": self.request.inputs[index]}} if self._shown else {}
+        return {"index": index, "relevance_score": score, **document}
 
 
 # ── 16. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8733,6 +9273,9 @@ ROUTES = (
     *_route("GET /ws/generate", answer_upgrade),
     *_route("POST /v1/chat/completions", ChatCompletion),
     *_route("POST /v1/completions", Completion),
+    *_route("POST /v1/embeddings", Embeddings),
+    *_route("POST /v1/rerank", Rerank),
+    *_route("POST /v1/reranking", Rerank),
     *_route("GET /v1/models", answer_openai_models, errors=OpenAI),
     *_route("GET /v1/models/{}", answer_openai_model, errors=OpenAI),
 )
@@ -8888,7 +9431,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
         self.wire = self.route.wire(self) if dialect.stream else self.wire
-        deliver(dialect, self.service.generate(dialect.request, cancel), self.wire)
+        deliver(dialect, dialect.events(self.service, cancel), self.wire)
 
     def _preflight(self) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
