@@ -132,6 +132,8 @@ if __name__ == "__main__":
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
+import base64
+import binascii
 import codecs
 import contextlib
 import copy
@@ -212,6 +214,7 @@ class ApiError(Exception):
     code = "server_error"
     kind = "server_error"  # OpenAI's `type`
     message = "The server met an error"
+    sizes: tuple[int, ...] = ()  # what was too large, and the most it may be
 
     def __init__(self, details: str = "", message: str | None = None, param: str | None = None) -> None:
         super().__init__(details)
@@ -244,7 +247,7 @@ class InvalidRequest(ApiError):
 
 
 class ContextLengthExceeded(ApiError):
-    """The prompt leaves no room for a token; details give both numbers."""
+    """The prompt leaves no room for a token; details give both numbers, `sizes` too: its tokens, and the most there may be."""
 
     status, code, kind = 400, "context_length_exceeded", "invalid_request_error"
     message = "The prompt does not fit the model's context"
@@ -695,6 +698,7 @@ class GenerateRequest:
     tool_choice: str = "auto"  # none, auto, required, or "function:" and the one to call
     parallel_tool_calls: bool = True
     continue_final_message: bool | None = None  # None: when the last message is the assistant's
+    thinking_budget: int | None = None  # tokens of thought, then the answer begins
     template_args: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
     n: int = 1
@@ -927,6 +931,7 @@ class ChoiceEnd:
 
     index: int
     finish_reason: str
+    stopped_by: str = ""  # the stop string that ended it
 
 
 @dataclass(frozen=True)
@@ -4957,6 +4962,7 @@ class Finished:
     cached_tokens: int
     prompt_seconds: float  # from its first step to its first token
     decode_seconds: float  # from there to its last
+    stopped_by: str = ""  # the stop string that ended it
 
 
 @dataclass(frozen=True)
@@ -4967,6 +4973,7 @@ class Failed:
     code: str
     details: str
     param: str | None = None
+    sizes: tuple[int, ...] = ()  # ApiError's
 
 
 @dataclass(frozen=True)
@@ -5732,17 +5739,18 @@ class TextStream:
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._stop, self._first = stop, frozenset(s[0] for s in stop)
         self._held = ""  # a stop string begins so
-        self.stopped = False
+        self.stopped = ""  # the stop string that came
 
     def push(self, piece: bytes) -> str:
-        """The text that may be shown now; `stopped` turns true at a stop string, whose text is never shown."""
+        """The text that may be shown now; at a stop string, whose text is never shown, `stopped` becomes it."""
         text = self._decode(piece)
         if not self._stop:
             return text
         seen, buffer = len(self._held), self._held + text
         found = [at for s in self._stop if (at := buffer.find(s, max(0, seen - len(s) + 1))) >= 0]
         shown = min(found) if found else self._may_begin(buffer)
-        self.stopped, self._held = bool(found), "" if found else buffer[shown:]
+        self.stopped = next(s for s in self._stop if buffer.startswith(s, shown)) if found else ""
+        self._held = "" if found else buffer[shown:]
         return buffer[:shown]
 
     def _may_begin(self, buffer: str) -> int:
@@ -6455,7 +6463,8 @@ class Outbox:
         started, first = sequence.started or now, sequence.first_token or now
         generated = sequence.n_tokens - sequence.n_prompt
         spent = (first - started, now - first)
-        self._events.append(Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent))
+        end = Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent, sequence.text.stopped)
+        self._events.append(end)
 
     def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code) -> None:
         self._events.append(Failed(work.id, code, details))
@@ -6470,7 +6479,7 @@ class Outbox:
     def refuse(self, id: int, error: ApiError) -> None:
         """Sends at once why a job never began. Any thread."""
         details = error.message if isinstance(error, InvalidRequest) else error.details
-        self._send(Stepped((Failed(id, error.code, details, error.param),), self.running))
+        self._send(Stepped((Failed(id, error.code, details, error.param, error.sizes),), self.running))
 
     def accept(self, id: int, prompt_tokens: int) -> None:
         """Sends at once that a job waits for its first step. Any thread."""
@@ -6581,10 +6590,10 @@ class Intake:
             raise InvalidRequest(f"prompt holds a token id outside 0…{vocab.size - 1}", "prompt")
         least = len(prompt) if given else vocab.least_tokens(prompt, self.llama.ctx)
         if least >= self.llama.ctx:  # not tokenized to say exactly: megabytes take seconds
-            self._too_long(f"{'' if given else 'at least '}{least}")
+            self._too_long(least, "" if given else "at least ")
         tokens = prompt if given else vocab.tokenize(prompt)
         if len(tokens) >= self.llama.ctx:
-            self._too_long(str(len(tokens)))
+            self._too_long(len(tokens))
         return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
 
     def _inputs(self, job: Embed, submission: Submission) -> list[Any]:
@@ -6621,10 +6630,12 @@ class Intake:
         details = f"{name} has {count} tokens; the model reads up to {self.llama.ctx} (split the text)"
         return ContextLengthExceeded(details, param=name.partition("[")[0])
 
-    def _too_long(self, count: str) -> None:
-        raise ContextLengthExceeded(
-            f"The prompt has {count} tokens; the context holds {self.llama.ctx}, at least one of them for the answer"
+    def _too_long(self, count: int, about: str = "") -> None:
+        error = ContextLengthExceeded(
+            f"The prompt has {about}{count} tokens; the context holds {self.llama.ctx}, at least one of them for the answer"
         )
+        error.sizes = (count, self.llama.ctx - 1)
+        raise error
 
 
 class Engine:
@@ -6997,7 +7008,9 @@ class Generation:
         if isinstance(message, Exception):
             raise message
         if isinstance(message, Failed):
-            raise ERRORS[message.code](message.details, param=message.param)
+            error = ERRORS[message.code](message.details, param=message.param)
+            error.sizes = message.sizes
+            raise error
         if isinstance(message, Finished):
             self._open.discard(message.id)
         return message
@@ -7914,10 +7927,19 @@ class Service:
                     yield from parsers[generation.index[message.id]].push(message.text, message.logprobs)
                 elif isinstance(message, Finished):
                     ends.append(message)
-                    yield from parsers[generation.index[message.id]].finish(message.finish_reason)
+                    for event in parsers[generation.index[message.id]].finish(message.finish_reason):
+                        yield replace(event, stopped_by=message.stopped_by) if isinstance(event, ChoiceEnd) else event
                 else:
                     yield message
             yield self._usage(ends, generation.index, request.n)
+
+    def count_tokens(self, request: GenerateRequest, cancel: Cancellation) -> int:
+        """How many tokens the request's prompt has; the model is loaded for it, and nothing is written."""
+        with contextlib.closing(self.generate(request, cancel)) as events:  # type: ignore[type-var]
+            try:
+                return next(event.prompt_tokens for event in events if isinstance(event, Queued))
+            except ContextLengthExceeded as error:
+                return error.sizes[0]
 
     @staticmethod
     def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
@@ -8171,12 +8193,16 @@ class Dialect:
         """Asks the service; for the errors this raises see there."""
         return service.generate(self.request, cancel)
 
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        """What to send at an event: the stream's chunks, or one document at the end."""
+    def note(self, event: Event) -> None:
+        """Remembers what every answer tells."""
         if isinstance(event, Queued):
             self.model = event.model
         elif isinstance(event, Usage):
             self.usage = event
+
+    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+        """What to send at an event: the stream's chunks, or one document at the end."""
+        self.note(event)
         if self.stream:
             yield from self.chunks(event)
             return
@@ -8192,10 +8218,20 @@ class Dialect:
         """The whole answer."""
         raise NotImplementedError
 
+    def idle(self) -> dict[str, Any] | None:
+        """A sign of life for clients that count no comments."""
+        return None
+
     @classmethod
     def error(cls, error: ApiError) -> dict[str, Any]:
         """An error in this API's shape."""
         return error.document()
+
+    streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes that a stream's client looks for among its documents only
+
+    def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
+        """What a stream that breaks off ends with."""
+        yield self.error(error)
 
 
 class Native(Dialect):
@@ -8562,6 +8598,719 @@ class Rerank(Embeddings):
     def _result(self, index: int, score: float) -> dict[str, Any]:
         document = {"document": {"text": self.request.inputs[index]}} if self._shown else {}
         return {"index": index, "relevance_score": score, **document}
+
+
+# Answers as lists of blocks: Anthropic's Messages, OpenAI's Responses
+
+
+def listed(where: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a list, each with its place for error messages."""
+    return [(f"{where}[{i}]", an_object(f"{where}[{i}]", v)) for i, v in enumerate(one_type(list, "a list")(where, value))]
+
+
+def one_of(where: str, value: Any, known: Iterable[str]) -> str:
+    """A string out of several."""
+    if not isinstance(value, str) or value not in known:
+        raise InvalidRequest(f"{where} must be one of {', '.join(known)}, not {_said(value)}", where)
+    return value
+
+
+def text_parts(where: str, content: Any, kinds: Seq[str], between: str = "") -> str:
+    """A string as it is, or the texts of a list of parts of these types, joined."""
+    if isinstance(content, str):
+        return content
+    parts = listed(where, content)
+    for place, part in parts:
+        one_of(f"{place}.type", part.get("type"), kinds)
+    return between.join(a_string(f"{place}.text", part.get("text")) for place, part in parts)
+
+
+def a_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
+    """A tool call in an assistant's turn, as templates want it."""
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def a_result(id: str, names: Mapping[str, str], content: str) -> dict[str, Any]:
+    """The turn that answers a call; some templates write the function's name, which these APIs leave out."""
+    return {"role": "tool", "tool_call_id": id, "content": content} | ({"name": names[id]} if id in names else {})
+
+
+def a_function(where: str, tool: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A function that the client runs, as templates want it."""
+    function: dict[str, Any] = {"name": a_string(f"{where}.name", tool.get("name"))}
+    if tool.get("description") is not None:
+        function["description"] = a_string(f"{where}.description", tool["description"])
+    return {"type": "function", "function": function | {"parameters": parameters}}
+
+
+def bounded(functions: Seq[Any]) -> tuple[Any, ...]:
+    """As many functions as a template may be given."""
+    if len(functions) > MAX_TOOLS:
+        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
+    return tuple(functions)
+
+
+def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) -> str:
+    """The name of one of the functions offered, which the model must call."""
+    return one_of(where, name, [f["function"]["name"] for f in functions])
+
+
+def effort_args(where: str, effort: Any) -> dict[str, Any]:
+    """How much to think, as templates want it: they know low, medium and high."""
+    if effort is None:
+        return {}
+    known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+    value = known[one_of(where, effort, known)]
+    return {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+
+
+@dataclass
+class Block:
+    """A stretch of an answer that is of one kind: a thought, text or a call."""
+
+    kind: str  # thought, text, call
+    index: int  # in the answer
+    call_id: str = ""
+    name: str = ""
+    id: str = ""  # the block's own, in APIs that give it one
+    parts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """What it holds: text, or a call's arguments."""
+        return "".join(self.parts)
+
+
+class BlockDialect(Dialect):
+    """An API whose answers are lists of blocks, one after another. A plain answer is its stream, of which the end is sent."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__(body)
+        self.blocks: list[Block] = []
+        self.end: ChoiceEnd | None = None
+        self.prompt_tokens = 0
+
+    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+        self.note(event)
+        chunks = list(self.chunks(event))
+        if self.stream:
+            yield from chunks
+        elif isinstance(event, Usage):
+            yield self.whole()
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            self.prompt_tokens = event.prompt_tokens
+            yield from self.begin()
+        elif isinstance(event, (Thought, Text)) and event.text:
+            kind = "text" if isinstance(event, Text) else "thought"
+            if not self.blocks or self.blocks[-1].kind != kind:
+                yield from self._next(Block(kind, len(self.blocks)))
+            yield from self._more(event.text)
+        elif isinstance(event, CallBegan):
+            yield from self._next(Block("call", len(self.blocks), event.id, event.name))
+        elif isinstance(event, CallArguments):
+            yield from self._more(event.text)
+        elif isinstance(event, ChoiceEnd):
+            if not self.blocks:  # clients look at the first block without asking whether there is one
+                yield from self._next(Block("text", 0))
+            self.end = event
+            yield from self.closed(self.blocks[-1])
+        elif isinstance(event, Usage):
+            yield from self.finish()
+
+    def _next(self, block: Block) -> Iterator[dict[str, Any]]:
+        if self.blocks:
+            yield from self.closed(self.blocks[-1])
+        self.blocks.append(block)
+        yield from self.opened(block)
+
+    def _more(self, text: str) -> Iterator[dict[str, Any]]:
+        self.blocks[-1].parts.append(text)
+        yield from self.more(self.blocks[-1], text)
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        """The stream's first documents."""
+        raise NotImplementedError
+
+    def opened(self, block: Block) -> Iterator[dict[str, Any]]:
+        """What announces a block."""
+        raise NotImplementedError
+
+    def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
+        """Some more of a block."""
+        raise NotImplementedError
+
+    def closed(self, block: Block) -> Iterator[dict[str, Any]]:
+        """What ends a block."""
+        raise NotImplementedError
+
+    def finish(self) -> Iterator[dict[str, Any]]:
+        """The stream's last documents."""
+        raise NotImplementedError
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer."""
+        raise NotImplementedError
+
+
+CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference")
+CLAUDE_BLOCKS = {  # what messages may hold, by role; images are refused like whatever else is not here
+    "user": ("text", "tool_result", "document", "search_result"),
+    "assistant": ("text", "thinking", "tool_use"),
+    "system": ("text",),
+}
+CLAUDE_UNREAD = frozenset((  # of tools that Anthropic runs itself, and thoughts that only it can read
+    "redacted_thinking", "server_tool_use", "mcp_tool_use", "mcp_tool_result", "web_search_tool_result", "container_upload",
+    "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result", "compaction", "fallback",
+    "text_editor_code_execution_tool_result", "tool_search_tool_result", "advisor_tool_result",
+))  # fmt: skip
+
+
+def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """Anthropic's system text and messages, as templates want them."""
+    messages, names = listed("messages", body.get("messages")), dict[str, str]()
+    if not 0 < len(messages) <= MAX_MESSAGES:
+        raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
+    system = body.get("system")
+    text = "" if system is None else text_parts("system", system, ("text",), "\n\n")
+    turns = [{"role": "system", "content": text}] if text else []
+    return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names)))
+
+
+def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str]) -> list[dict[str, Any]]:
+    """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
+    role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
+    texts: list[str] = [content] if isinstance(content, str) else []
+    thoughts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
+    for place, block in listed(f"{where}.content", [] if isinstance(content, str) else content):
+        if block.get("type") in CLAUDE_UNREAD:
+            continue
+        kind = one_of(f"{place}.type", block.get("type"), CLAUDE_BLOCKS[role])
+        if kind == "thinking":
+            thoughts.append(a_string(f"{place}.thinking", block.get("thinking")))
+        elif kind == "tool_use":
+            calls.append(claude_call(place, block, names))
+        elif kind == "tool_result":
+            results.append(claude_result(place, block, names))
+        else:
+            texts.append(claude_text(place, block))
+    between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
+    turn: dict[str, Any] = {"role": role, "content": between.join(filter(None, texts))}
+    turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
+    turn |= {"tool_calls": calls} if calls else {}
+    return results if results and not turn["content"] else [*results, turn]
+
+
+def claude_call(place: str, block: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A tool_use block; notes its name."""
+    id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
+    names[id] = name
+    return a_call(id, name, an_object(f"{place}.input", block.get("input")))
+
+
+def claude_result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A tool_result block: its texts, marked where the tool failed."""
+    id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), block.get("content")
+    if content is not None and not isinstance(content, str):
+        parts = listed(f"{place}.content", content)
+        for where, part in parts:
+            one_of(f"{where}.type", part.get("type"), CLAUDE_TEXTS)
+        content = "\n\n".join(claude_text(where, part) for where, part in parts)
+    return a_result(id, names, f"Error: {content or ''}" if flag(block, "is_error") else content or "")
+
+
+def claude_text(place: str, block: Mapping[str, Any]) -> str:
+    """The text of a block that is nothing else: CLAUDE_TEXTS names them."""
+    if block["type"] == "text":
+        return str(a_string(f"{place}.text", block.get("text")))
+    if block["type"] == "tool_reference":  # what a search for tools found
+        return str(a_string(f"{place}.tool_name", block.get("tool_name")))
+    titles = [a_string(f"{place}.title", block["title"])] if block.get("title") is not None else []
+    if block["type"] == "search_result":
+        titles.append(a_string(f"{place}.source", block.get("source")))
+        return "\n".join((*titles, text_parts(f"{place}.content", block.get("content"), ("text",), "\n\n")))
+    source = an_object(f"{place}.source", block.get("source"))
+    if one_of(f"{place}.source.type", source.get("type"), ("text", "content")) == "text":
+        return "\n".join((*titles, a_string(f"{place}.source.data", source.get("data"))))
+    return "\n".join((*titles, text_parts(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
+
+
+def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+    """The functions offered; tools that Anthropic's own server runs, or its own models know by heart, are left out."""
+    functions = []
+    for where, tool in listed("tools", body.get("tools") or []):
+        if tool.get("type") is None or a_string(f"{where}.type", tool["type"]) == "custom":
+            schema = an_object(f"{where}.input_schema", tool.get("input_schema"))
+            functions.append(a_function(where, tool, schema))
+    return bounded(functions)
+
+
+def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any]:
+    """What the request's tool_choice says."""
+    choice = an_object("tool_choice", body.get("tool_choice") or {"type": "auto"})
+    kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
+    if kind == "any" and not functions:
+        raise InvalidRequest("tool_choice: any needs a tool that the client runs", "tool_choice")
+    named = f"function:{offered_name('tool_choice.name', choice.get('name'), functions)}" if kind == "tool" else ""
+    return {"tool_choice": named or {"any": "required"}.get(kind, kind), "tools": functions if kind != "none" else (),
+            "parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}  # fmt: skip
+
+
+def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
+    """How much the model thinks: not at all unless the request says so, as that API has it."""
+    thinking = an_object("thinking", body.get("thinking") or {"type": "disabled"})
+    kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
+    budget = thinking.get("budget_tokens")
+    args = effort_args("output_config.effort", effort) | {"enable_thinking": kind != "disabled"}
+    return {"thinking_budget": whole(1)("thinking.budget_tokens", budget) if kind == "enabled" and budget is not None else None,
+            "template_args": args | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})}  # fmt: skip
+
+
+class Messages(BlockDialect):
+    """`/v1/messages`, Anthropic's."""
+
+    REASONS: ClassVar = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+    DELTAS: ClassVar = {"text": ("text_delta", "text"), "thought": ("thinking_delta", "thinking"),
+                        "call": ("input_json_delta", "partial_json")}  # fmt: skip
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        self._id = f"msg_{os.urandom(12).hex()}"
+        config, sampling = an_object("output_config", body.get("output_config") or {}), Sampling.from_json({**body, "stop": None})
+        ends = body.get("stop_sequences")
+        if ends is not None:
+            sampling = replace(sampling, stop=stops("stop_sequences", one_type(list, "a list")("stop_sequences", ends)))
+        form = an_object("output_config.format", config.get("format") or body.get("output_format") or {"type": "text"})
+        if one_of("output_config.format.type", form.get("type"), ("text", "json_schema")) == "json_schema":
+            sampling = replace(sampling, json_schema=a_schema("output_config.format.schema", form.get("schema")))
+        return GenerateRequest(
+            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            messages=claude_messages(body),
+            sampling=sampling,
+            split_markers=True,
+            **claude_choice(body, claude_tools(body)),
+            **claude_thinking(body, config.get("effort")),
+        )
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_start", "message": self.whole()}
+
+    def idle(self) -> dict[str, Any]:
+        return {"type": "ping"}
+
+    def opened(self, block: Block) -> Iterator[dict[str, Any]]:
+        yield {"type": "content_block_start", "index": block.index, "content_block": self._content(block)}
+
+    def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
+        kind, name = self.DELTAS[block.kind]
+        yield {"type": "content_block_delta", "index": block.index, "delta": {"type": kind, name: text}}
+
+    def closed(self, block: Block) -> Iterator[dict[str, Any]]:
+        if block.kind == "thought":  # clients that keep thoughts wait for it
+            delta = {"type": "signature_delta", "signature": ""}
+            yield {"type": "content_block_delta", "index": block.index, "delta": delta}
+        yield {"type": "content_block_stop", "index": block.index}
+
+    def finish(self) -> Iterator[dict[str, Any]]:
+        yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
+        yield {"type": "message_stop"}
+
+    def whole(self) -> dict[str, Any]:
+        """The message as far as it came."""
+        return {"id": self._id, "type": "message", "role": "assistant", "model": self.model,
+                "content": [self._content(b) for b in self.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
+
+    @staticmethod
+    def _content(block: Block) -> dict[str, Any]:
+        if block.kind == "text":
+            return {"type": "text", "text": block.text}
+        if block.kind == "thought":
+            return {"type": "thinking", "thinking": block.text, "signature": ""}
+        given: Any = {}
+        with contextlib.suppress(InvalidRequest):  # a call that was cut; stop_reason says so
+            given = parse_json(block.text.encode("utf-8", "replace"))
+        return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": given if isinstance(given, dict) else {}}
+
+    def _end(self) -> dict[str, Any]:
+        """Why the message ended; nothing yet while it goes on."""
+        if self.end is None:
+            return {"stop_reason": None, "stop_sequence": None}
+        if self.end.finish_reason == "stop" and self.end.stopped_by in self.request.sampling.stop:
+            return {"stop_reason": "stop_sequence", "stop_sequence": self.end.stopped_by}
+        return {"stop_reason": self.REASONS.get(self.end.finish_reason, "end_turn"), "stop_sequence": None}
+
+    def _usage(self) -> dict[str, int]:
+        """Tokens: this API counts cached ones by themselves."""
+        usage = self.usage or Usage(self.prompt_tokens, 0, 0, 0, 0)
+        return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
+                "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens}  # fmt: skip
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        kind = {"server_error": "api_error"}.get(error.kind, error.kind)
+        message = str(error)
+        if isinstance(error, PayloadTooLarge):
+            kind = "request_too_large"
+        if isinstance(error, ContextLengthExceeded) and error.sizes:  # Claude Code reads these words, and compacts
+            message = "prompt is too long: {} tokens > {} maximum".format(*error.sizes)
+        return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
+
+
+def joined_name(space: str, name: str) -> str:
+    """A tool's name in the prompt: models know no namespaces."""
+    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
+
+
+def raw_input(arguments: str) -> str:
+    """What a freeform tool gets of the call its model made with `{"input": …}`; all of it if it is no such thing."""
+    with contextlib.suppress(InvalidRequest):
+        given = parse_json(arguments.encode("utf-8", "replace"))
+        if isinstance(given, dict) and isinstance(given.get("input"), str):
+            return str(given["input"])
+    return arguments
+
+
+@dataclass(frozen=True)
+class OfferedTool:
+    """A tool as the client knows it."""
+
+    name: str
+    namespace: str = ""
+    freeform: bool = False
+
+
+class ResponseTools:
+    """The tools of a Responses request: what the model is offered, and what its calls mean to the client."""
+
+    def __init__(self) -> None:
+        self.functions: list[dict[str, Any]] = []
+        self._offered: dict[str, OfferedTool] = {}
+
+    def add(self, where: str, tools: Any, space: str = "") -> None:
+        """Reads a list of tools; those that OpenAI's own server runs are left out."""
+        for place, tool in listed(where, tools):
+            kind = a_string(f"{place}.type", tool.get("type"))
+            if kind == "namespace":
+                self.add(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
+            elif kind in ("function", "custom"):
+                name = a_string(f"{place}.name", tool.get("name"))
+                full = joined_name(space, name)
+                self._offered[full] = OfferedTool(name, space, kind == "custom")
+                shown = self._freeform(place, tool) if kind == "custom" else tool
+                schema = an_object(f"{place}.parameters", shown.get("parameters") or {})
+                self.functions.append(a_function(place, {**shown, "name": full}, schema))
+
+    @staticmethod
+    def _freeform(place: str, tool: Mapping[str, Any]) -> dict[str, Any]:
+        """A freeform tool as a function of one string; a grammar that is no regular expression can only be described."""
+        form = an_object(f"{place}.format", tool.get("format") or {"type": "text"})
+        text: dict[str, Any] = {"type": "string"}
+        said = a_string(f"{place}.description", tool.get("description") or "")
+        if one_of(f"{place}.format.type", form.get("type"), ("text", "grammar")) == "grammar":
+            syntax = one_of(f"{place}.format.syntax", form.get("syntax"), ("lark", "regex"))
+            definition = a_string(f"{place}.format.definition", form.get("definition"))
+            said = f"{said}\n\nThe input must match this grammar ({syntax}):\n{definition}".strip()
+            if syntax == "regex" and is_served(bounded := {**text, "pattern": f"^(?:{definition})$"}):
+                text = bounded
+        schema = {"type": "object", "properties": {"input": text}, "required": ["input"], "additionalProperties": False}
+        return {"description": said, "parameters": schema}
+
+    def meaning(self, name: str) -> OfferedTool:
+        """The tool that the model calls by this name."""
+        return self._offered.get(name) or OfferedTool(name)
+
+    def choice(self, choice: Any) -> dict[str, Any]:
+        """What the request's tool_choice says."""
+        functions = bounded(self.functions)
+        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+            allowed = {self._named(where, tool) for where, tool in listed("tool_choice.tools", choice.get("tools"))}
+            functions = tuple(f for f in functions if f["function"]["name"] in allowed)
+            choice = one_of("tool_choice.mode", choice.get("mode"), ("auto", "required"))
+        if isinstance(choice, dict):
+            one_of("tool_choice.type", choice.get("type"), ("function", "custom", "allowed_tools"))
+            return {"tools": functions, "tool_choice": f"function:{self._named('tool_choice', choice)}"}
+        if one_of("tool_choice", choice, ("none", "auto", "required")) == "required" and not functions:
+            raise InvalidRequest("tool_choice: required needs a tool that the client runs", "tool_choice")
+        return {"tools": () if choice == "none" else functions, "tool_choice": choice}
+
+    def _named(self, where: str, tool: Mapping[str, Any]) -> str:
+        space = a_string(f"{where}.namespace", tool.get("namespace") or "")
+        name = joined_name(space, a_string(f"{where}.name", tool.get("name")))
+        return one_of(f"{where}.name", name, self._offered)
+
+
+def is_served(schema: Mapping[str, Any]) -> bool:
+    """Whether a schema can be made a grammar."""
+    try:
+        SchemaGrammar("tools").compile(schema)
+    except InvalidRequest:
+        return False
+    return True
+
+
+HOSTED_ITEMS = frozenset((  # what tools of OpenAI's own did: those tools are left out here, and their traces too
+    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
+    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
+    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
+    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
+))  # fmt: skip
+RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
+
+
+class ResponseInput:
+    """Reads the items of a Responses request into turns: what the assistant did in a row is one turn."""
+
+    def __init__(self, tools: ResponseTools) -> None:
+        self.turns: list[dict[str, Any]] = []
+        self._tools = tools
+        self._names: dict[str, str] = {}  # of calls, by id
+
+    def add(self, where: str, item: Mapping[str, Any]) -> None:
+        """Reads one item."""
+        kind = item.get("type") or "message"
+        if kind in HOSTED_ITEMS:
+            return
+        read = {
+            "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
+            "custom_tool_call": self._call, "function_call_output": self._output, "custom_tool_call_output": self._output,
+            "additional_tools": lambda where, item: self._tools.add(f"{where}.tools", item.get("tools")),
+        }  # fmt: skip
+        read[one_of(f"{where}.type", kind, read)](where, item)
+
+    def _assistant(self, *but: str) -> dict[str, Any]:
+        """The assistant's turn that goes on, unless it has one of these fields already; else a new one."""
+        last = self.turns[-1] if self.turns else {"role": ""}
+        if last["role"] != "assistant" or any(last.get(name) for name in but):
+            self.turns.append(last := {"role": "assistant", "content": ""})
+        return last
+
+    def _message(self, where: str, item: Mapping[str, Any]) -> None:
+        role = one_of(f"{where}.role", item.get("role"), ("user", "assistant", "system", "developer"))
+        text = text_parts(f"{where}.content", item.get("content"), RESPONSE_TEXTS)
+        if role == "assistant":
+            self._assistant("content", "tool_calls")["content"] = text
+        else:
+            self.turns.append({"role": "system" if role == "developer" else role, "content": text})
+
+    def _reasoning(self, where: str, item: Mapping[str, Any]) -> None:
+        text = self._sealed(where, item)
+        for name in ("content", "summary"):
+            if not text and item.get(name) is not None:
+                text = text_parts(f"{where}.{name}", item[name], RESPONSE_TEXTS)
+        if text:
+            turn = self._assistant("content", "tool_calls")
+            turn["reasoning_content"] = turn.get("reasoning_content", "") + text
+
+    @staticmethod
+    def _sealed(where: str, item: Mapping[str, Any]) -> str:
+        """The thought in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
+        sealed = item.get("encrypted_content")
+        with contextlib.suppress(ValueError):  # no base64, or no text inside
+            return binascii.a2b_base64(a_string(f"{where}.encrypted_content", sealed or ""), strict_mode=True).decode()
+        return ""
+
+    def _call(self, where: str, item: Mapping[str, Any]) -> None:
+        id, name = a_string(f"{where}.call_id", item.get("call_id")), a_string(f"{where}.name", item.get("name"))
+        self._names[id] = name = joined_name(a_string(f"{where}.namespace", item.get("namespace") or ""), name)
+        if item["type"] == "custom_tool_call":
+            arguments: Any = {"input": a_string(f"{where}.input", item.get("input"))}
+        else:
+            arguments = a_string(f"{where}.arguments", item.get("arguments")) or "{}"
+            with contextlib.suppress(InvalidRequest):  # what is no JSON stays the text it is
+                arguments = parse_json(arguments.encode())
+        self._assistant().setdefault("tool_calls", []).append(a_call(id, name, arguments))
+
+    def _output(self, where: str, item: Mapping[str, Any]) -> None:
+        text = text_parts(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
+        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._names, text))
+
+
+class Responses(BlockDialect):
+    """`/v1/responses`, OpenAI's; keeps no state."""
+
+    streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
+    STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
+    ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
+        "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
+        "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None}, "safety_identifier": None, "temperature": None,
+        "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None, "truncation": "disabled",
+        "user": None,
+    }  # fmt: skip
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        self._fixed = {"id": f"resp_{os.urandom(12).hex()}", "object": "response", "created_at": int(time.time())}
+        self._fixed |= {name: default if body.get(name) is None else body[name] for name, default in self.ECHOED.items()}
+        self._count, self._announced, self._tools = itertools.count(), False, ResponseTools()
+        self._refuse_state(body)
+        self._tools.add("tools", body.get("tools") or [])
+        messages = self._messages(body)
+        reasoning = an_object("reasoning", body.get("reasoning") or {})
+        args = an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
+        return GenerateRequest(
+            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            messages=messages,
+            parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
+            continue_final_message=False,
+            template_args=effort_args("reasoning.effort", reasoning.get("effort")) | args,
+            sampling=self._sampling(body),
+            split_markers=True,
+            **self._tools.choice("auto" if body.get("tool_choice") is None else body["tool_choice"]),
+        )
+
+    def _refuse_state(self, body: Mapping[str, Any]) -> None:
+        for name in self.STATE:
+            if body.get(name) is not None:
+                raise InvalidRequest(f"{name} is not served: no state is kept here, send the whole conversation as input", name)
+        for name in ("background", "top_logprobs"):
+            if body.get(name):
+                raise InvalidRequest(f"{name} is not served here", name)
+
+    def _messages(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+        read, given, instructions = ResponseInput(self._tools), body.get("input"), body.get("instructions")
+        if instructions is not None:
+            read.turns.append({"role": "system", "content": a_string("instructions", instructions)})
+        if isinstance(given, str):
+            given = [{"role": "user", "content": given}]
+        items = listed("input", given)
+        if not 0 < len(items) <= MAX_MESSAGES:
+            raise InvalidRequest(f"input must hold 1 to {MAX_MESSAGES} items, not {len(items)}", "input")
+        for where, item in items:
+            read.add(where, item)
+        if not read.turns:
+            raise InvalidRequest("input holds nothing that a model here could read", "input")
+        return tuple(read.turns)
+
+    @staticmethod
+    def _sampling(body: Mapping[str, Any]) -> Sampling:
+        limit = body.get("max_output_tokens")
+        most = None if limit is None else whole(1)("max_output_tokens", limit)
+        sampling = replace(Sampling.from_json({**body, "max_tokens": None}), max_tokens=most)
+        form = an_object("text.format", an_object("text", body.get("text") or {}).get("format") or {"type": "text"})
+        kind = one_of("text.format.type", form.get("type"), ("text", "json_object", "json_schema"))
+        if kind == "text":
+            return sampling
+        schema = form.get("schema") if kind == "json_schema" else {"type": "object"}
+        return replace(sampling, json_schema=a_schema("text.format.schema", schema))
+
+    # Events, numbered as they go out
+
+    def _event(self, kind: str, /, **fields: Any) -> dict[str, Any]:
+        return {"type": f"response.{kind}", "sequence_number": next(self._count), **fields}
+
+    def begin(self) -> Iterator[dict[str, Any]]:
+        yield from self._announcement()
+        yield self._event("in_progress", response=self._response("in_progress"))
+
+    def _announcement(self) -> Iterator[dict[str, Any]]:
+        if not self._announced:
+            self._announced = True
+            yield self._event("created", response=self._response("in_progress"))
+
+    def idle(self) -> dict[str, Any]:
+        """The first event must be `created`, also while the model loads."""
+        return next(self._announcement(), None) or self._event("in_progress", response=self._response("in_progress"))
+
+    def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
+        yield from self._announcement()
+        said = {"code": error.code, "message": str(error)}
+        yield self._event("failed", response=self._response("failed") | {"error": said})
+
+    def opened(self, block: Block) -> Iterator[dict[str, Any]]:
+        freeform = block.kind == "call" and self._tools.meaning(block.name).freeform
+        prefix = {"text": "msg", "thought": "rs", "call": "ctc" if freeform else "fc"}[block.kind]
+        block.id = f"{prefix}_{os.urandom(12).hex()}"
+        item = self._item(block, "in_progress")
+        if block.kind == "call":
+            yield self._event("output_item.added", output_index=block.index, item=item)
+            return
+        yield self._event("output_item.added", output_index=block.index, item=item | {"content": []})
+        yield self._event("content_part.added", **self._part_at(block), part=item["content"][0])
+
+    @staticmethod
+    def _at(block: Block) -> dict[str, Any]:
+        return {"item_id": block.id, "output_index": block.index}
+
+    def _part_at(self, block: Block) -> dict[str, Any]:
+        return self._at(block) | {"content_index": 0}
+
+    def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
+        if block.kind == "text":
+            yield self._event("output_text.delta", **self._part_at(block), delta=text, logprobs=[])
+        elif block.kind == "thought":
+            yield self._event("reasoning_text.delta", **self._part_at(block), delta=text)
+        elif not self._tools.meaning(block.name).freeform:  # its input is told when it is whole
+            yield self._event("function_call_arguments.delta", **self._at(block), delta=text)
+
+    def closed(self, block: Block) -> Iterator[dict[str, Any]]:
+        item = self._item(block, self._status(block))
+        if block.kind == "call":
+            yield from self._call_done(block)
+        else:
+            done = {"text": block.text} | ({"logprobs": list[Any]()} if block.kind == "text" else {})
+            name = "output_text" if block.kind == "text" else "reasoning_text"
+            yield self._event(f"{name}.done", **self._part_at(block), **done)
+            yield self._event("content_part.done", **self._part_at(block), part=item["content"][0])
+        yield self._event("output_item.done", output_index=block.index, item=item)
+
+    def _call_done(self, block: Block) -> Iterator[dict[str, Any]]:
+        tool = self._tools.meaning(block.name)
+        if tool.freeform:
+            given = raw_input(block.text)
+            yield self._event("custom_tool_call_input.delta", **self._at(block), delta=given)
+            yield self._event("custom_tool_call_input.done", **self._at(block), input=given)
+        else:
+            yield self._event("function_call_arguments.done", **self._at(block), name=tool.name, arguments=block.text)
+
+    def finish(self) -> Iterator[dict[str, Any]]:
+        response = self.whole()
+        yield self._event(response["status"], response=response)
+
+    # Items
+
+    def _status(self, block: Block) -> str:
+        cut = self.end is not None and self.end.finish_reason == "length" and block is self.blocks[-1]
+        return "incomplete" if cut else "completed"
+
+    def _item(self, block: Block, status: str) -> dict[str, Any]:
+        if block.kind == "text":
+            part = {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
+            return {"id": block.id, "type": "message", "role": "assistant", "status": status, "content": [part]}
+        if block.kind == "thought":
+            sealed = base64.b64encode(block.text.encode("utf-8", "replace")).decode()
+            return {"id": block.id, "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
+                    "content": [{"type": "reasoning_text", "text": block.text}]}  # fmt: skip
+        tool = self._tools.meaning(block.name)
+        call = {"id": block.id, "call_id": block.call_id, "name": tool.name, "status": status}
+        call |= {"namespace": tool.namespace} if tool.namespace else {}
+        if tool.freeform:
+            return call | {"type": "custom_tool_call", "input": raw_input(block.text)}
+        return call | {"type": "function_call", "arguments": block.text}
+
+    def whole(self) -> dict[str, Any]:
+        """The response at its end."""
+        cut = self.end is not None and self.end.finish_reason == "length"
+        response = self._response("incomplete" if cut else "completed")
+        response["output"] = [self._item(b, self._status(b)) for b in self.blocks]
+        return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
+
+    def _response(self, status: str) -> dict[str, Any]:
+        state = {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": list[Any]()}
+        return self._fixed | state | {"usage": self._usage(), "store": False, "background": False, "previous_response_id": None}
+
+    def _usage(self) -> dict[str, Any] | None:
+        if self.usage is None:
+            return None
+        return {
+            "input_tokens": self.usage.prompt_tokens, "input_tokens_details": {"cached_tokens": self.usage.cached_tokens},
+            "output_tokens": self.usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self.usage.prompt_tokens + self.usage.completion_tokens,
+        }  # fmt: skip
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        return error.document(openai=True)
 
 
 # ── 16. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8999,6 +9748,8 @@ class Output(Protocol):
 class Wire:
     """How a dialect's documents reach one client. `begin` comes first; from there on errors are documents too."""
 
+    begun = False
+
     def begin(self) -> None:
         """The request is queued: what fails from now on may be told inside the answer."""
 
@@ -9006,8 +9757,8 @@ class Wire:
         """One document."""
         raise NotImplementedError
 
-    def idle(self) -> None:
-        """A sign of life, so that no client or proxy gives up."""
+    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
+        """A sign of life, so that no client or proxy gives up; `sign` makes one that the dialect's clients count."""
 
     def end(self) -> None:
         """The answer is complete."""
@@ -9035,25 +9786,25 @@ class Sse(Whole):
 
     content_type = "text/event-stream; charset=utf-8"
     done = b"data: [DONE]\n\n"
-    _begun = False
 
     def begin(self) -> None:
-        if not self._begun:
+        if not self.begun:
             self._out.start(self.content_type)
-            self._begun = True
+            self.begun = True
 
     def send(self, document: dict[str, Any]) -> None:
         self._out.write(self.encoded(document))
 
-    def idle(self) -> None:
-        if self._begun:
-            self._out.write(b": waiting\n\n")
+    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
+        if self.begun:
+            document = sign()
+            self._out.write(self.encoded(document) if document else b": waiting\n\n")
 
     def end(self) -> None:
         self._out.write(self.done, last=True)
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        if self._begun:
+        if self.begun:
             self._out.write(self.encoded(document), last=True)
         else:
             super().fail(error, document)
@@ -9061,6 +9812,16 @@ class Sse(Whole):
     @staticmethod
     def encoded(document: dict[str, Any]) -> bytes:
         return b"data: %b\n\n" % to_json(document)
+
+
+class NamedSse(Sse):
+    """Events named by their document's `type`, and no `[DONE]`: Anthropic's Messages, OpenAI's Responses."""
+
+    done = b""
+
+    @staticmethod
+    def encoded(document: dict[str, Any]) -> bytes:
+        return b"event: %b\ndata: %b\n\n" % (document["type"].encode(), to_json(document))
 
 
 def to_json(document: Any) -> bytes:
@@ -9078,7 +9839,7 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
             if isinstance(event, Queued) or signs == HEAD_SIGNS:
                 wire.begin()
             if isinstance(event, Waiting):
-                wire.idle()
+                wire.idle(dialect.idle)
             for document in dialect.documents(event):
                 wire.send(document)
     wire.end()
@@ -9211,7 +9972,8 @@ def answer_upgrade(call: Call) -> Answer:
 
 def answer_openai_models(call: Call) -> Answer:
     """The same models in OpenAI's list object."""
-    return Answer({"object": "list", "data": [openai_model(call, m["id"]) for m in call.service.table.models()]})
+    listed = {"object": "list", "data": [openai_model(call, m["id"]) for m in call.service.table.models()]}
+    return Answer(listed | ({"models": []} if "client_version" in call.query else {}))  # Codex wants those of its own kind
 
 
 def answer_openai_model(call: Call) -> Answer:
@@ -9222,6 +9984,16 @@ def answer_openai_model(call: Call) -> Answer:
 def openai_model(call: Call, id: str) -> dict[str, Any]:
     """OpenAI's model object; `created` is when this server began."""
     return {"id": id, "object": "model", "created": int(call.service.started), "owned_by": "shimmy"}
+
+
+def answer_count_tokens(call: Call) -> Answer:
+    """How long the prompt of a Messages request is."""
+    return Answer({"input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)})
+
+
+def answer_root(call: Call) -> Answer:
+    """Who is here; Claude Code asks with HEAD before anything else."""
+    return Answer({"server": "shimmy", "version": __version__})
 
 
 Answering = Callable[[Call], Answer]
@@ -9252,13 +10024,14 @@ def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterato
     method, path = row.split()
     if isinstance(answer, type):
         marks = {"needs_body": True, "errors": answer} | marks
-    segments = tuple(path.strip("/").split("/"))
+    segments = tuple(filter(None, path.split("/")))
     yield Route(method, segments, answer, **marks)
-    if segments[0] == "v1":  # OpenAI's routes work without /v1 too
+    if segments[:1] == ("v1",):  # OpenAI's routes work without /v1 too
         yield Route(method, segments[1:], answer, **marks)
 
 
 ROUTES = (
+    *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
     *_route("GET /diag", answer_diag),
@@ -9276,6 +10049,9 @@ ROUTES = (
     *_route("POST /v1/embeddings", Embeddings),
     *_route("POST /v1/rerank", Rerank),
     *_route("POST /v1/reranking", Rerank),
+    *_route("POST /v1/messages", Messages, wire=NamedSse),
+    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, errors=Messages),
+    *_route("POST /v1/responses", Responses, wire=NamedSse),
     *_route("GET /v1/models", answer_openai_models, errors=OpenAI),
     *_route("GET /v1/models/{}", answer_openai_model, errors=OpenAI),
 )
@@ -9469,7 +10245,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def write(self, data: bytes, last: bool = False) -> None:
         if self.chunked:
-            data = b"%x\r\n%b\r\n" % (len(data), data) + (b"0\r\n\r\n" if last else b"")
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
         with self._sending:
             self.connection.sendall(data)
             self._ended = last
@@ -9494,9 +10270,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self._sending.release()
 
     def fail(self, error: ApiError) -> None:
-        """The error as the whole answer, or as the last event of a stream that has begun."""
+        """The error as the whole answer, or as the last events of a stream that has begun."""
+        dialect = self.log_line.dialect
         with contextlib.suppress(OSError):
-            self.wire.fail(error, self._error_shape().error(error))
+            if dialect and error.code in dialect.streamed_errors:
+                self.wire.begin()
+            *others, last = dialect.failure(error) if dialect and self.wire.begun else [self._error_shape().error(error)]
+            for document in others:
+                self.wire.send(document)
+            self.wire.fail(error, last)
 
     def _error_shape(self) -> type[Dialect]:
         return self.route.errors if self.route else OpenAI if self.segments[:1] == ["v1"] else Dialect
