@@ -13,11 +13,19 @@ import contextlib
 import functools
 import hashlib
 import http.client
+import http.server
+import importlib
+import importlib.util
+import ipaddress
 import itertools
 import json
+import marshal
 import os
+import pathlib
 import random
 import re
+import resource
+import select
 import shutil
 import signal
 import socket
@@ -28,7 +36,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+import traceback
+import types
+from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -43,7 +53,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as ws_connect
 
-from shimmy import Cancellation, Watcher
+import shimmy as module
+from shimmy import Cancellation, Catalog, GenerationFailed, InvalidRequest, ModelTable, SearchRoot, TableOptions, Watcher
 
 if __name__ != "__main__":  # the benchmark does not need it, and importing it takes most of a second
     import openai
@@ -972,6 +983,76 @@ def test_script_runs_from_a_copy_anywhere(models: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith(b"Hello wide world"), done.stderr
 
 
+# Cached bytecode
+
+
+def settled_copy(folder: Path, name: str = "shimmy.py", age: float = 100, source: str | None = None) -> Path:
+    """A copy of shimmy.py that was changed `age` seconds ago."""
+    folder.mkdir(exist_ok=True)
+    script = folder / name
+    script.write_text(source or SHIMMY.read_text())
+    os.utime(script, (time.time() - age,) * 2)
+    return script
+
+
+def bytecode_below(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.pyc"))
+
+
+def build_of(script: Path, home: Path, env: dict[str, str] | None = None) -> str:
+    """What a helper process started by this script says of the engine library."""
+    return json.loads(shimmy("diag", "--json", home=home, script=script, env=env).stdout)["engine"]
+
+
+@pytest.mark.parametrize("name", ["shimmy.py", "my server", "a.b.py"])
+def test_helper_processes_start_from_bytecode_beside_the_file(name: str, tmp_path: Path) -> None:
+    script = settled_copy(tmp_path / "some folder", name)
+    said = build_of(script, tmp_path)
+    (bytecode,) = bytecode_below(script.parent)
+    made = bytecode.stat().st_mtime_ns
+    assert "=" in said and build_of(script, tmp_path) == said and bytecode.stat().st_mtime_ns == made
+
+
+def test_bytecode_of_a_file_in_a_folder_for_all_is_kept_in_the_users_cache(tmp_path: Path) -> None:
+    script = settled_copy(tmp_path / "open")
+    script.parent.chmod(0o777)
+    assert "=" in build_of(script, tmp_path)
+    assert bytecode_below(script.parent) == [] and bytecode_below(tmp_path / ".cache" / "shimmy")
+
+
+def test_file_that_changed_is_compiled_anew(tmp_path: Path) -> None:
+    script = settled_copy(tmp_path / "copy", age=200)
+    assert "of another kind" not in build_of(script, tmp_path)
+    changed = SHIMMY.read_text().replace('.decode().strip(" |\\n"),', '.decode()*0 + "of another kind",')
+    settled_copy(tmp_path / "copy", age=100, source=changed)
+    assert build_of(script, tmp_path) == "of another kind"
+
+
+def test_file_changed_this_second_leaves_no_bytecode(tmp_path: Path) -> None:
+    script = settled_copy(tmp_path / "copy", age=-1)
+    assert "=" in build_of(script, tmp_path) and bytecode_below(tmp_path) == []
+
+
+def test_bytecode_that_a_stranger_could_have_left_is_not_run(tmp_path: Path) -> None:
+    script = settled_copy(tmp_path / "open")
+    planted = Path(importlib.util.cache_from_source(str(script)))
+    planted.parent.mkdir()
+    stat = script.stat()
+    code = compile("def build_main(): print('{\"engine\": \"planted\"}')", "planted", "exec")
+    head = importlib.util.MAGIC_NUMBER + struct.pack("<III", 0, int(stat.st_mtime), stat.st_size)
+    planted.write_bytes(head + marshal.dumps(code))
+    assert build_of(script, tmp_path) == "planted"  # as for every import: the folder is ours
+    planted.parent.chmod(0o777)
+    assert build_of(script, tmp_path) != "planted"
+
+
+def test_modules_in_the_working_directory_are_not_imported_by_helpers(tmp_path: Path) -> None:
+    (tmp_path / "importlib").mkdir()
+    for name in ("numpy.py", "ctypes.py", "json.py", "importlib/__init__.py"):
+        (tmp_path / name).write_text("raise SystemExit('from the working directory')")
+    assert "=" in build_of(settled_copy(tmp_path / "copy"), tmp_path)
+
+
 # ── Limits and errors ─────────────────────────────────────────────────────────────────────────────────────────────────
 # Every error has a status and a code, and its message has the names and numbers.
 
@@ -1037,6 +1118,55 @@ def test_diag_over_http_matches_the_command(server: Server, models: Path) -> Non
     report = server.get("/diag").json()
     assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
     assert str(models) in [entry["path"] for entry in report["directories"]]
+
+
+OUTER = {"memory.max": "90000000", "memory.current": "1000", "memory.stat": "anon 500\n"}
+CGROUPS: dict[str, tuple[str, dict[str, dict[str, str]]]] = {
+    "page cache counts as free": ("0::/\n", {"": {
+        "memory.max": "3000000", "memory.current": "2900000",
+        "memory.stat": "anon 7\ninactive_file 1000000\nactive_file 500000\n"}}),
+    "a nested group binds": ("0::/app/job\n", {"": {}, "app": OUTER, "app/job": {
+        "memory.max": "1700000", "memory.current": "100000", "memory.stat": "file 9\n"}}),
+    "an outer group binds": ("0::/app/job\n", {"app/job": OUTER, "app": {
+        "memory.max": "1600000", "memory.current": "1", "memory.stat": "active_file 1\n"}}),
+    "no limit in the inner one": ("0::/app\n", {"app": OUTER | {"memory.max": "max"}, "": OUTER | {
+        "memory.max": "1601000"}}),
+    "version 1": ("3:cpu:/\n5:memory:/docker/x\n", {"memory/docker/x": {
+        "memory.limit_in_bytes": "2000000", "memory.usage_in_bytes": "1000000",
+        "memory.stat": "inactive_file 3\ntotal_inactive_file 500000\ntotal_active_file 100000\n"}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CGROUPS)
+@linux
+def test_free_memory_within_a_container(case: str, tmp_path: Path) -> None:
+    own, groups = CGROUPS[case]
+    (tmp_path / "own").write_text(own)
+    for folder, files in groups.items():
+        for name, text in files.items():
+            (tmp_path / "groups" / folder).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "groups" / folder / name).write_text(text)
+    script = altered(tmp_path, ('"/proc/self/cgroup"', repr(str(tmp_path / "own"))),
+                     ('"/sys/fs/cgroup"', repr(str(tmp_path / "groups"))))  # fmt: skip
+    done = shimmy("diag", "--json", home=tmp_path, script=script)
+    assert json.loads(done.stdout)["memory"]["available_bytes"] == 1_600_000
+
+
+COUNT_BUILDS = """
+import sys
+if "_build" in sys.orig_argv:
+    with open({file!r}, "a") as file:
+        print("asked", file=file)
+"""
+
+
+def test_first_diags_at_once_ask_for_the_build_once(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(COUNT_BUILDS.format(file=str(tmp_path / "asked")))
+    server = serve(env={"PYTHONPATH": str(tmp_path / "site")})
+    with ThreadPoolExecutor(12) as pool:
+        assert {reply.status for reply in pool.map(lambda _: server.get("/diag"), range(12))} == {200}
+    assert (tmp_path / "asked").read_text().count("asked") == 1
 
 
 # ── Requests ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1261,6 +1391,96 @@ def test_completions_without_a_prompt_are_400(server: Server) -> None:
 def test_token_id_outside_the_vocabulary_is_400_naming_its_bounds(server: Server) -> None:
     reply = server.post("/v1/completions", {"model": "recital", "prompt": [-5]})
     assert assert_error(reply, 400, "invalid_request", "0…")["param"] == "prompt"
+
+
+
+# Strict JSON
+
+
+@contextlib.contextmanager
+def quickly(seconds: float = 5.0) -> Iterator[None]:
+    """What used to take minutes; the bound is generous for a busy machine."""
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+def test_body_of_escaped_quotes_behind_brackets_is_refused_in_linear_time(server: Server) -> None:
+    with quickly():
+        body = b'{"model":"default","prompt":"' + b"[]" * 65 + b'\\"' * 500_000 + b"\\"
+        assert_error(server.post("/api/generate", body), 400, "invalid_request")
+
+
+@pytest.mark.parametrize("unit", ["{},", "[],", '"a",', "1,", '{"a":1},'])
+def test_body_of_too_many_values_is_refused(unit: str, server: Server) -> None:
+    body = b'{"model": "recital", "prompt": ":", "x": [' + unit.encode() * ((12 << 20) // len(unit)) + b"0]}"
+    assert_error(server.post("/api/generate", body), 400, "invalid_request", "values")
+
+
+@pytest.mark.parametrize("text", ['[[{"' * 80, "\\\\" * 3000 + '"[{', "[]{}" * 400_000, '","' * 400_000])
+def test_marks_inside_a_string_are_neither_levels_nor_values(text: str, server: Server) -> None:
+    assert server.generate(":", x=text).text == TEXTS[":"]
+
+
+@pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}"), ('["\\"]",', "]")])
+def test_json_of_64_levels_is_read_and_of_65_refused(opening: str, closing: str, server: Server) -> None:
+    for levels, status in ((63, 200), (64, 400)):  # and the body's own
+        nested = opening * levels + "1" + closing * levels
+        body = f'{{"model": "recital", "prompt": ":", "x": {nested}, "y": 1}}'.encode()
+        assert server.post("/api/generate", body).status == status
+
+
+def test_budget_is_waited_for_in_order() -> None:
+    budget, order = module.Budget(100), []
+
+    def hold(name: str, size: int) -> None:
+        with budget.hold(size):
+            order.append(name)
+
+    with budget.hold(90):
+        threads = [threading.Thread(target=hold, args=each) for each in (("large", 50), ("small", 5))]
+        for number, thread in enumerate(threads, 1):
+            thread.start()
+            eventually(lambda n=number: len(budget._waiting) == n, "it waits")  # type: ignore[misc]
+    for thread in threads:
+        thread.join(HANG)
+    assert order == ["large", "small"] and budget.used == 0
+
+
+def test_budget_that_stays_taken_is_overloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TURN_SECONDS", 0.1)
+    budget = module.Budget(100)
+    with budget.hold(500):  # larger than all, hence alone
+        with pytest.raises(module.Overloaded):
+            budget.take(1)
+    budget.take(1)
+
+
+@linux
+def test_large_bodies_at_once_stay_within_bounds(server: Server) -> None:
+    values = b"[" + b"{}," * 200_000 + b"0]"
+    body = b'{"model": "recital", "prompt": ":", "x": ' + values + b', "y": "' + b"z" * (12 << 20) + b'"}'
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda _: server.post("/api/generate", body), range(8)))
+    assert [reply.text for reply in replies] == [TEXTS[":"]] * 8
+    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{server.process.pid}/status").read_text())
+    assert peak and int(peak[1]) < 600 << 10  # KiB
+
+
+def test_room_for_bodies_is_given_back_when_the_connection_closes(server: Server) -> None:
+    body = json.dumps({"model": "recital", "prompt": ":", "x": "y" * (15 << 20)}).encode()
+    for _ in range(12):  # the ninth would find no room
+        assert server.post("/api/generate", body, Connection="close").text == TEXTS[":"]
+
+
+def test_stop_string_is_bounded(server: Server) -> None:
+    assert_error(server.generate(stop=["x" * 257]), 400, "invalid_request", "stop", "256")
+    assert server.generate(stop=["x" * 256]).status == 200
+
+
+def test_messages_are_bounded(server: Server) -> None:
+    messages = [{"role": "system", "content": "hi"}] * 4097
+    assert_error(server.post("/v1/chat/completions", {"messages": messages}), 400, "invalid_request", "messages", "4096")
 
 
 # ── Model files ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1655,6 +1875,192 @@ def test_discover_finds_a_new_file_and_forgets_a_deleted_one(server: Server, mod
     assert "late-comer" not in server.ids()
 
 
+# Model files
+
+
+def write_marked(path: Path, arch: str = "llama", **marks: Any) -> Path:
+    """A header with keys of the architecture: pooling_type=1 writes llama.pooling_type."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_context_length(512)
+    for key, value in marks.items():
+        name = f"{arch}.{key.replace('__', '.')}"
+        writer.add_bool(name, value) if isinstance(value, bool) else writer.add_uint32(name, value)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "a"])
+    writer.add_tensor("token_embd.weight", np.zeros((64, 64), np.float32))
+    finish(writer)
+    return path
+
+
+ENCODERS = ["bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "modern-bert", "neo-bert", "eurobert",
+             "gemma-embedding", "llama-embed", "t5encoder"]  # fmt: skip
+
+
+def test_list_tells_embedding_models_from_generative_ones(tmp_path: Path) -> None:
+    for arch in ENCODERS:
+        write_marked(tmp_path / f"{arch}.gguf", arch)
+    write_marked(tmp_path / "last.gguf", "qwen3", pooling_type=3)
+    write_marked(tmp_path / "reranker.gguf", "qwen3", pooling_type=4)
+    write_marked(tmp_path / "both-ways.gguf", "qwen3", attention__causal=False)
+    write_marked(tmp_path / "no-pooling.gguf", "qwen3", pooling_type=0)
+    write_marked(tmp_path / "diffusion.gguf", "llada", attention__causal=False)
+    write_marked(tmp_path / "plain.gguf")
+    models = listing(tmp_path, "--models-dir", tmp_path).models
+    generative = {"no-pooling", "diffusion", "plain", "shimmy-tiny"}
+    assert {id for id, model in models.items() if not model["embedding"]} == generative & set(models)
+    assert (models["last"]["pooling"], models["reranker"]["pooling"], models["plain"]["pooling"]) == ("last", "rank", None)
+
+
+EMBEDDER_REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "generate": ("/api/generate", {"prompt": "x"}),
+    "a stream": ("/api/generate", {"prompt": "x", "stream": True}),
+    "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    "load": ("/api/models/{model}/load", {}),
+    "load in the background": ("/api/models/{model}/load?wait=false", {}),
+}
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A server whose only model, but for shimmy's own, cannot generate, and is called the default."""
+    home = tmp_path_factory.mktemp("embedder")
+    write_marked(home / "models" / "all-mini.gguf", "bert", pooling_type=1)
+    running = Server(home, "--port", "0", "--model", "all-mini")
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("model", ["all-mini", "default"])
+@pytest.mark.parametrize("request_", EMBEDDER_REQUESTS)
+def test_embedding_model_is_refused_before_it_loads(request_: str, model: str, embedder: Server) -> None:
+    path, fields = EMBEDDER_REQUESTS[request_]
+    reply = embedder.post(path.replace("{model}", model), {"model": model, **fields})
+    error = assert_error(reply, 400, "invalid_request", "model", "all-mini", "embedding model")
+    assert error.get("param", "model") == "model"
+    assert (embedder.status("all-mini")["status"], embedder.status("all-mini")["error"]) == ("unloaded", None)
+
+
+def test_embedding_model_that_comes_first_is_not_the_default(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_marked(tmp_path / "two" / "a-bert.gguf", "bert")
+    write_recital(tmp_path / "two" / "b-writer.gguf")
+    server = serve("--models-dir", tmp_path / "two")
+    assert server.status("default")["model"] == "b-writer"
+
+
+def test_embedding_models_alone_give_no_default(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_marked(tmp_path / "one" / "a-bert.gguf", "bert")
+    (tmp_path / "shimmy.py").write_bytes(SHIMMY.read_bytes())
+    server = serve("--models-dir", tmp_path / "one", script=tmp_path / "shimmy.py")
+    assert_error(server.generate(model="default"), 404, "model_not_found", "embedding", "a-bert")
+
+
+def bytes_of_pair(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+def header_of(pairs: int, *parts: bytes) -> bytes:
+    return struct.pack("<4sIQQ", b"GGUF", 3, 1, pairs) + b"".join(parts)
+
+
+TENSOR = struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 32, 0, 0)
+ARCHITECTURE = bytes_of_pair("general.architecture", 8, struct.pack("<Q", 5) + b"llama")
+
+
+@linux
+def test_header_that_states_a_string_of_2_gib_is_read_in_little_memory(tmp_path: Path) -> None:
+    with (tmp_path / "vast.gguf").open("wb") as file:
+        file.write(header_of(2, ARCHITECTURE, bytes_of_pair("general.description", 8, struct.pack("<Q", 1 << 31))))
+        file.seek(1 << 31, os.SEEK_CUR)
+        file.write(TENSOR + bytes(4096))
+    done = subprocess.run(
+        [sys.executable, SHIMMY, "list", "--json", "--models-dir", tmp_path], cwd=tmp_path, env=environment(tmp_path),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)), capture_output=True, timeout=HANG,
+    )  # fmt: skip
+    assert "vast" in [model["id"] for model in json.loads(done.stdout)["models"]]
+
+
+def sparse(path: Path, size: int, head: bytes) -> Path:
+    path.write_bytes(head)
+    os.truncate(path, size)
+    return path
+
+
+LONG_STRING = struct.pack("<Q", 1 << 20) + bytes(1 << 20)
+STRAINING = {
+    "pairs": (130 << 20, header_of(10_000_000), "metadata pairs"),
+    "tensors": (130 << 20, struct.pack("<4sIQQ", b"GGUF", 3, 3_000_000, 1) + ARCHITECTURE, "tensors"),
+    "kept text": (20 << 20, header_of(14, *(bytes_of_pair(f"k{i}", 8, LONG_STRING) for i in range(14))), "MiB of text"),
+    "strings of nothing": (2 << 30, header_of(2, bytes_of_pair("k", 9, struct.pack("<IQ", 8, 1 << 28))), "to read"),
+}
+
+
+@pytest.mark.parametrize("kind", STRAINING)
+def test_header_that_would_take_long_to_read_is_skipped_with_a_reason(kind: str, tmp_path: Path) -> None:
+    size, head, word = STRAINING[kind]
+    sparse(tmp_path / "strain.gguf", size, head)
+    began = time.monotonic()
+    assert word in listing(tmp_path, "--models-dir", tmp_path).reason("strain.gguf")
+    assert time.monotonic() - began < 12
+
+
+@pytest.mark.parametrize("what", ["manifest", "blob", "gguf file"])
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+def test_named_pipe_holds_up_no_scan(what: str, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    ollama_model(store, "tiny", "latest")
+    (blob,) = (store / "blobs").iterdir()
+    manifest = store / "manifests" / "registry.ollama.ai" / "library" / "tiny" / "latest"
+    pipe = {"manifest": manifest, "blob": blob, "gguf file": tmp_path / "models" / "pipe.gguf"}[what]
+    write_header(tmp_path / "models" / "fine.gguf")
+    pipe.unlink(missing_ok=True)
+    os.mkfifo(pipe)
+    done = shimmy("-v", "list", home=tmp_path, env={"OLLAMA_MODELS": str(store)})
+    assert b"fine" in done.stdout and str(pipe) + ": not a regular file" in done.stderr.decode()
+
+
+FORGED = "good\n\x1b[31mforged    7B  \u202egpj"
+
+
+def test_texts_of_a_header_are_listed_printable_and_short(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "forger.gguf"), "llama")
+    writer.add_name(FORGED)
+    writer.add_description("x" * (1 << 20))
+    writer.add_size_label(FORGED)
+    writer.add_tensor("t", np.zeros((64, 64), np.float32))
+    finish(writer)
+    model = listing(tmp_path, "--models-dir", tmp_path).models["forger"]
+    assert model["name"].startswith("good\\n\\x1b[31mforged") and model["description"].endswith("…")
+    texts = [model[key] for key in ("id", "name", "description", "model_type", "parameter_count")]
+    assert all(text.isprintable() and len(text) <= 200 for text in texts)
+
+
+def test_name_of_a_file_cannot_forge_a_row(tmp_path: Path) -> None:
+    write_header(tmp_path / "models" / "a.gguf").rename(tmp_path / "models" / f"{FORGED}.gguf")
+    (tmp_path / "models" / "b.gguf").symlink_to(tmp_path / "models" / "\x1b[2J gone")
+    done = shimmy("list", "--short", home=tmp_path)
+    (line,) = [line for line in done.stdout.decode().splitlines() if "forged" in line]
+    assert line.isprintable() and line.startswith("good")
+    report = json.loads(shimmy("list", "--json", home=tmp_path).stdout)
+    assert all(note.isprintable() for folder in report["directories"] for note in folder["notes"])
+
+
+def test_name_that_prints_nothing_means_no_model(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_header(tmp_path / "odd" / "model-one.gguf")
+    write_header(tmp_path / "odd" / "a.gguf").rename(tmp_path / "odd" / "\x01\x02.gguf")
+    server = serve("--models-dir", tmp_path / "odd")
+    assert {"model", "model-one"} <= set(server.ids())
+    for name in ("\0", " ", "\x1b"):
+        assert_error(server.generate(model=name), 404, "model_not_found")
+
+
+def test_file_whose_name_is_no_utf_8_can_be_addressed(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_recital(tmp_path / "odd" / "made.gguf").rename(os.fsdecode(os.fsencode(tmp_path / "odd") + b"/caf\xe9-one.gguf"))
+    server = serve("--models-dir", tmp_path / "odd")
+    (id,) = [id for id in server.ids() if id.startswith("caf")]
+    assert id.isprintable() and server.generate(model=id).text == "Hello wide world"
+
+
 # ── Chat ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Messages to a prompt by the model's template; the model's text to reasoning, tool calls and content.
 
@@ -1853,6 +2259,107 @@ def test_chat_cut_anywhere_says_the_same_streamed_and_plain(spelling: Server) ->
         assert plain == streamed
 
 
+HOSTILE_TEMPLATES = {
+    "a power of powers": "{{ 9 ** (9 ** 9) }}",
+    "nine billion letters": "{{ 'a' * 10**10 }}",
+    "centred in a billion": "{{ 'a' | center(10**9) }}",
+    "a format of a billion": "{{ '%999999999d' % 1 }}",
+    "nested loops": "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}"
+                    "{% endfor %}{% endfor %}{% endfor %}",
+    "endless recursion": "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+    "output without end": "{% for a in range(99999) %}{% for b in range(99999) %}{{ messages }}{% endfor %}{% endfor %}",
+    "doubling": "{% set ns = namespace(s='aaaaaaaa') %}{% for a in range(60) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    "an index error": "{{ messages[99].content.x }}{{ [][1] }}{{ ''.split(',')[3].a.b }}",
+    "a division by zero": "{{ 1 / 0 }}",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("hostile")
+    for name, template in HOSTILE_TEMPLATES.items():
+        write_recital(folder / f"{name.replace(' ', '-')}.gguf", template=template)
+    write_recital(folder / "recital.gguf")
+    server = Server(folder / "home", "--models-dir", folder, "--max-loaded", "20")
+    server.load("recital")
+    yield server
+    assert server.stop() == 0
+
+
+@pytest.mark.parametrize("name", HOSTILE_TEMPLATES)
+def test_hostile_chat_template_is_its_requests_error_and_nobody_elses(name: str, hostile: Server) -> None:
+    """A runaway is ended within two seconds (here: of a machine that other tests use too), while others are served."""
+    model = name.replace(" ", "-")
+    assert hostile.load(model).status == 200
+    replies: list[Reply] = []
+    asking = threading.Thread(target=lambda: replies.append(hostile.chat("hi", model)))
+    began = time.monotonic()
+    asking.start()
+    waits = []
+    while asking.is_alive():
+        asked = time.monotonic()
+        assert hostile.get("/health").status == 200
+        waits.append(time.monotonic() - asked)
+        time.sleep(0.05)
+    assert_error(replies[0], 400, "invalid_request", "template")
+    assert time.monotonic() - began < 6
+    assert max(waits) < 1
+    assert hostile.chat("hi").message["content"] == "Hello wide world"
+
+
+def test_more_runaway_templates_than_helpers_leave_the_others_served(hostile: Server) -> None:
+    hostile.load("nested-loops")
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda _: hostile.chat("hi", "nested-loops"), range(12)))
+    assert {r.status for r in replies} <= {400, 503}
+    assert hostile.chat("hi").message["content"] == "Hello wide world"
+
+
+def test_model_without_a_template_stops_at_the_markers_it_is_given(serve: Callable[..., Server], tmp_path: Path) -> None:
+    path = tmp_path / "models" / "plain.gguf"
+    path.parent.mkdir()
+    write_recital(path, template="")
+    server = serve("--models-dir", path.parent)
+    assert server.chat("hi", "plain").status == 200
+    assert server.log.read_text().count("no chat template") == 1
+
+
+THOUGHT_CASES = {
+    "at the beginning": ("<think>why</think>So", "why", "So"),
+    "behind white space": ("\n <think>why</think>\n\nSo", "why", "So"),
+    "in the middle": ("So <think>why</think> not", "", "So <think>why</think> not"),
+    "never closed": ("<think>why", "why", ""),
+    "a marker that is none": ("<thin air>", "", "<thin air>"),
+}
+
+
+def parsed(text: str, pieces: Iterable[str], **options: Any) -> dict[str, Any]:
+    """What a client is told of a text: content, thought, calls and the reason of its end."""
+    parser = module.ChatParser(0, module.ChatFormat(), **{"tools": False, "thinking": False, **options})
+    events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
+    reply = module.Reply()
+    for event in events:
+        reply.add(event)
+    ((_, choice),) = reply.choices()
+    calls = [(c["name"], c["arguments"]) for c in choice.calls]
+    return {"text": choice.text, "thought": "".join(choice.thoughts), "calls": calls, "reason": choice.finish_reason}
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
+@pytest.mark.parametrize("case", THOUGHT_CASES)
+def test_thought_only_begins_an_answer(case: str, whole: bool) -> None:
+    text, thought, content = THOUGHT_CASES[case]
+    said = parsed(text, [text] if whole else text)
+    assert (said["thought"], said["text"]) == (thought, content)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
+def test_call_that_was_cut_invents_no_closing_marker(whole: bool) -> None:
+    text = 'Well <tool_call>\n{"name": "get_weather", "argu'
+    said = parsed(text, [text] if whole else text, tools=True)
+    assert said == {"text": text, "thought": "", "calls": [], "reason": "stop"}
+
+
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A JSON schema constrains what the model writes, or is rejected.
 
@@ -1971,6 +2478,312 @@ def test_json_schema_that_is_unsupported_is_400_naming_the_field(schema: dict[st
 )
 def test_json_schema_that_is_malformed_is_400_naming_the_field(schema: dict[str, Any], server: Server) -> None:
     assert_error(server.generate("any", "dice", json_schema=schema), 400, "invalid_request", "json_schema")
+
+
+# Schemas, and what is true of each of their documents -----------------------------------------------
+
+
+def holding(schema: dict[str, Any]) -> dict[str, Any]:
+    """An object whose one property has the schema."""
+    return {"type": "object", "properties": {"v": schema}, "required": ["v"]}
+
+
+def options(*schemas: dict[str, Any]) -> dict[str, Any]:
+    return {"anyOf": list(schemas)}
+
+
+def both(*schemas: dict[str, Any]) -> dict[str, Any]:
+    return {"allOf": list(schemas)}
+
+
+def recursive(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"$defs": {"R": schema}, "$ref": "#/$defs/R"}
+
+
+INTEGER, FLAG, SHORT = {"type": "integer"}, {"type": "boolean"}, {"type": "string", "maxLength": 3}
+FITTING: dict[str, tuple[Any, Callable[[Any], bool]]] = {
+    "exclusiveMinimum false": ({**INTEGER, "minimum": -3, "exclusiveMinimum": False, "maximum": 0}, lambda v: -3 <= v <= 0),
+    "exclusiveMaximum false": ({**INTEGER, "minimum": 0, "exclusiveMaximum": False, "maximum": 0}, lambda v: v == 0),
+    "exclusive true": ({**INTEGER, "minimum": 5, "exclusiveMinimum": True, "maximum": 7, "exclusiveMaximum": True},
+                       lambda v: v == 6),
+    "two minimums": (both({**INTEGER, "minimum": 7}, {"minimum": 3}, {"maximum": 9}, {"maximum": 8}), lambda v: v in (7, 8)),
+    "minimum and a type": (both({"minimum": 7}, {"type": "integer", "maximum": 9}), lambda v: 7 <= v <= 9),
+    "two anyOfs": (both(options({"const": 1}, {"const": 2}), options({"const": 2}, {"const": 3})), lambda v: v == 2),
+    "anyOf beside allOf": ({**both(options({"const": 1}, {"const": 2})), **options({"const": 2}, {"const": 3})},
+                           lambda v: v == 2),
+    "two lengths": (both({"type": "string", "minLength": 2}, {"minLength": 1, "maxLength": 9}, {"maxLength": 3}),
+                    lambda v: 2 <= len(v) <= 3),
+    "two counts": (both({"type": "array", "items": FLAG, "minItems": 2}, {"minItems": 1, "maxItems": 9}, {"maxItems": 3}),
+                   lambda v: 2 <= len(v) <= 3),
+    "two enums": (both({"enum": [1, 2, "a"]}, {"enum": [2.0, "a", None]}, {"type": "integer"}), lambda v: v == 2),
+    "enum beside a type": ({"enum": ["a", 1, None, 2.5], "type": "integer"}, lambda v: v == 1),
+    "enum beside bounds": ({"enum": [1, 5, 9], "minimum": 2, "exclusiveMaximum": 9}, lambda v: v == 5),
+    "enum of objects": ({"enum": [{"a": 1}, {"a": "x"}, {}], "properties": {"a": INTEGER}, "required": ["a"]},
+                        lambda v: v == {"a": 1}),
+    "property in both": (both({"properties": {"a": {**INTEGER, "minimum": 3}}, "required": ["a"]},
+                              {"properties": {"a": {"maximum": 4}, "b": FLAG}}), lambda v: v["a"] in (3, 4)),
+    "items in both": (both({"type": "array", "items": {**INTEGER, "minimum": 3}, "minItems": 1, "maxItems": 3},
+                           {"items": {"maximum": 4}}), lambda v: set(v) <= {3, 4} and v != []),
+    "closed in one": (both({"properties": {"a": FLAG}, "additionalProperties": False, "required": ["a"]},
+                           {"properties": {"a": {}, "b": FLAG}}), lambda v: set(v) == {"a"}),
+    "beside $ref": ({"$defs": {"n": INTEGER}, "$ref": "#/$defs/n", "minimum": 3, "maximum": 4}, lambda v: v in (3, 4)),
+    "prefix of two, one needed": ({"type": "array", "prefixItems": [FLAG, {"const": 7}, {"const": 8}], "minItems": 1,
+                                   "maxItems": 2}, lambda v: 1 <= len(v) <= 2 and v[1:] in ([], [7])),
+    "prefix and more": ({"type": "array", "prefixItems": [{"const": 7}], "items": FLAG, "minItems": 3, "maxItems": 4},
+                        lambda v: v[0] == 7 and 3 <= len(v) <= 4 and all(type(x) is bool for x in v[1:])),
+    "prefix cut": ({"type": "array", "prefixItems": [FLAG, FLAG, FLAG], "maxItems": 1}, lambda v: len(v) == 1),
+    "required alone": ({"required": ["a"], "properties": {"b": FLAG}, "additionalProperties": INTEGER},
+                       lambda v: type(v["a"]) is int and {type(x) for k, x in v.items() if k == "b"} <= {bool}),
+    "minItems alone": ({"minItems": 2, "maxItems": 2, "items": FLAG}, lambda v: len(v) == 2),
+    "null keywords": ({"type": "object", "properties": {"a": FLAG}, "required": None, "allOf": None, "enum": None,
+                       "additionalProperties": None, "$ref": None, "minProperties": None}, lambda v: set(v) <= {"a"}),
+    "const null": ({"const": None}, lambda v: v is None),
+    "impossible option":
+    (options({**INTEGER, "minimum": 5, "maximum": 3}, {"const": "x"}, {"enum": [1], "const": 2}), lambda v: v == "x"),
+    "impossible property": ({"properties": {"a": False, "b": FLAG}, "required": ["b"]}, lambda v: set(v) == {"b"}),
+    "oneOf told apart": ({"oneOf": [holding({"const": 1}), holding({"const": 2})]}, lambda v: v["v"] in (1, 2)),
+    "date": ({"type": "string", "format": "date"}, lambda v: time.strptime(v.replace("0000", "2000"), "%Y-%m-%d") is not None),
+    "nullable in one of both": (both({**FLAG, "nullable": True}, FLAG), lambda v: v in (True, False)),
+    "unevaluatedProperties": ({"type": "object", "unevaluatedProperties": False}, lambda v: v == {}),
+    "64-bit bounds": ({**INTEGER, "minimum": 9223372036854775800, "maximum": 9223372036854775807},
+                      lambda v: 2**63 - 8 <= v < 2**63),
+    "large minimum": ({**INTEGER, "minimum": 10**16}, lambda v: v >= 10**16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(FITTING))
+def test_json_schema_admits_only_its_documents(kind: str, server: Server) -> None:
+    schema, fits = FITTING[kind]
+    for seed in range(3):
+        reply = server.generate("any", "dice", json_schema=schema, max_tokens=240, temperature=2, seed=seed)
+        assert reply.finish_reason == "length" or fits(json.loads(reply.text)), reply.text
+
+
+def test_json_schema_keeps_additional_properties_off_the_named_ones(server: Server) -> None:
+    """Names are made of a and b almost alone, so that many of them would be named ones."""
+    named = {name: {"const": 1} for name in ("", "a", "ab", "é")}
+    schema = {"type": "object", "properties": named, "additionalProperties": {"const": 7}}
+    bias = {str(byte_alphabet().index(char)): 30 for char in 'ab"'}
+    ask = functools.partial(server.generate, "any", "dice", json_schema=schema, max_tokens=60, temperature=4, logit_bias=bias)
+    pairs = [pair for seed in range(40) for pair in re.findall(r'"([^"]*)":\s*(\d)', ask(seed=seed).text)]
+    assert all((name in named) == (value == "1") for name, value in pairs), pairs
+    assert {"", "a"} <= {name for name, _ in pairs} and any(name not in named for name, _ in pairs)
+
+
+# Refused by name ---------------------------------------------------------------------------------------
+
+ALIKE = [{"type": "object", "properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/R"}, "maxItems": n}, f"b{n}": FLAG}}
+         for n in range(10)]  # fmt: skip
+REFUSED: dict[str, tuple[Any, str]] = {
+    "4,000 digits": ({**INTEGER, "maximum": 10**4000}, "maximum"),
+    "65 bits": ({**INTEGER, "minimum": -(2**65)}, "minimum"),
+    "1e300": ({**INTEGER, "exclusiveMaximum": 1e300}, "exclusiveMaximum"),
+    "minLength of 4,000 digits": ({"minLength": 10**4000}, "minLength"),
+    "exclusive true without a bound": ({**INTEGER, "exclusiveMinimum": True}, "exclusiveMinimum"),
+    "bounds of true": ({**INTEGER, "minimum": True}, "minimum"),
+    "readings that multiply": (recursive(options(*ALIKE)), "anyOf"),
+    "two arrays of itself": (recursive(options({"type": "array", "items": {"$ref": "#/$defs/R"}}, {
+        "type": "array", "items": options({"$ref": "#/$defs/R"}, {"const": 1})})), "anyOf"),
+    "an endless object": (recursive(holding({"$ref": "#/$defs/R"})), "no document"),
+    "nothing is both": (both({"type": "string"}, {"type": "integer"}), "string"),
+    "oneOf that overlaps": ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+    "oneOf of required": ({"properties": {"a": {}, "b": {}}, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, "oneOf"),
+    "two formats": (both({"format": "date"}, {"format": "uuid"}), "format"),
+    "format and length": ({"type": "string", "format": "date", "maxLength": 5}, "format"),
+    "items as a list": ({"type": "array", "items": [INTEGER]}, "items"),
+    "unevaluatedItems": ({"type": "array", "unevaluatedItems": False}, "unevaluatedItems"),
+    "contains false": ({"type": "array", "contains": False}, "contains"),
+    "propertyNames false": ({"type": "object", "propertyNames": False}, "propertyNames"),
+    "an anchor": ({"$defs": {"x": {"$anchor": "x"}}, "$ref": "#x"}, "$ref"),
+    "a number's maximum": ({"type": "number", "maximum": 5}, "maximum"),
+    "required names nobody may give": ({"required": ["a"], "additionalProperties": False}, "no document"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(REFUSED))
+def test_json_schema_names_what_it_refuses(kind: str, server: Server) -> None:
+    schema, word = REFUSED[kind]
+    reply = server.generate("any", "dice", json_schema=schema, max_tokens=5)
+    error = assert_error(reply, 400, "invalid_request", "json_schema", word)
+    assert len(error["message"]) < 300
+
+
+# Bounded in time ---------------------------------------------------------------------------------------
+
+
+def chained(option: Callable[[int, int], dict[str, Any]]) -> dict[str, Any]:
+    """Fifteen definitions, each anyOf of four times allOf of the next and an option."""
+    defs = {f"d{i}": {"anyOf": [both({"$ref": f"#/$defs/d{i + 1}"}, option(i, j)) for j in range(4)]} for i in range(15)}
+    return {"$defs": defs | {"d15": FLAG}, "$ref": "#/$defs/d0"}
+
+
+def alike(property: Callable[[int], dict[str, Any]]) -> dict[str, Any]:
+    return recursive(options(*({"type": "object", "properties": property(i)} for i in range(10))))
+
+
+SELF = {"$ref": "#/$defs/R"}
+HOSTILE: dict[str, Any] = {
+    "chained, all alike": chained(lambda i, j: {"title": f"{i} {j}"}),
+    "chained, all different": chained(lambda i, j: {"maxLength": 4 * i + j}),
+    "chained without brackets": {"$defs": {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(3000)}, "$ref": "#/$defs/d0"},
+    "ten alike": alike(lambda i: {"a": SELF}),
+    "ten alike that need themselves": recursive(options(*10 * [{**holding(SELF), "title": "x"}])),
+    "ten alike, then different": alike(lambda i: {"a": SELF, f"b{i}": FLAG}),
+    "ten that hold different": alike(lambda i: {"a": options(SELF, {"const": i}), f"b{i}": FLAG}),
+    "ten in arrays": alike(lambda i: {"a": {"type": "array", "items": SELF, "maxItems": i}, f"b{i}": FLAG}),
+    "allOf of itself": recursive(both(*({"properties": {"a": one}} for one in (both(SELF, {"properties": {"b": SELF}}), SELF)))),
+    "a product": both(*(options(*({"minLength": 3 * i + j} for j in range(3))) for i in range(30))),
+    "20,000 properties": {"type": "object", "properties": {f"p{i}": {} for i in range(20_000)}},
+    "900 properties": {"type": "object", "properties": {f"p{i}": FLAG for i in range(900)}},
+    "names to avoid": {"type": "object", "properties": {f"p{i}" * 40: FLAG for i in range(500)}, "additionalProperties": True},
+    "a constant of 2 MB": {"const": "x" * 2_000_000},
+    "5,000 constants": {"enum": [f"v{i:05d}" for i in range(5000)]},
+    "lengths by the thousand": {"properties": {f"p{i}": {"type": "string", "maxLength": 1000 + i} for i in range(500)}},
+    "200 alike objects": options(*({"properties": {f"p{i * j % 97}": SHORT for j in range(20)}} for i in range(200))),
+    "200 arrays": options(*({"type": "array", "items": {"type": "string", "maxLength": i}} for i in range(200))),
+    "60 deep": functools.reduce(lambda inner, i: options(inner, {"const": i}), range(28), FLAG),
+}
+
+
+@pytest.mark.parametrize("kind", list(HOSTILE))
+def test_json_schema_that_is_hostile_costs_little(kind: str, server: Server) -> None:
+    """Either a 400, or a grammar with which the text goes on, deeper and deeper; and the model serves others afterwards."""
+    server.generate("warm", "dice", max_tokens=1)
+    bias = {str(byte_alphabet().index(char)): 30 for char in '{[:"a'}
+    began = time.monotonic()
+    reply = server.generate("any", "dice", json_schema=HOSTILE[kind], max_tokens=60, temperature=1, seed=1, logit_bias=bias)
+    assert time.monotonic() - began < 10
+    if reply.status != 200:
+        assert_error(reply, 400, "invalid_request", "json_schema")
+    assert server.generate("any", "dice", max_tokens=1).status == 200
+
+
+# Useful ones work -----------------------------------------------------------------------------------------
+
+PET = {"oneOf": [{"$ref": "#/$defs/cat"}, {"$ref": "#/$defs/dog"}], "discriminator": {"propertyName": "kind"}}
+FRIEND = options(PET, {"type": "null"})
+USEFUL: dict[str, Any] = {
+    "optional": {"properties": {"a": options(SHORT, {"type": "null"})}},
+    "linked list": recursive({"properties": {"v": INTEGER, "next": options(SELF, {"type": "null"})}, "required": ["v", "next"]}),
+    "tree": recursive({"properties": {"v": INTEGER, "below": {"type": "array", "items": SELF}}, "required": ["v"]}),
+    "discriminated": {"$defs": {"cat": {"properties": {"kind": {"const": "cat"}, "n": INTEGER, "friend": FRIEND}},
+                                "dog": {"properties": {"kind": {"const": "dog"}, "n": FLAG, "friend": FRIEND}}}, **PET},
+    "expressions": recursive(options(
+        {"properties": {"left": SELF, "right": SELF, "op": {"const": "+"}}, "required": ["left", "right", "op"]},
+        {"properties": {"left": SELF, "right": SELF, "op": {"const": "*"}}, "required": ["left", "right", "op"]},
+        {"properties": {"value": {"type": "number"}}, "required": ["value"]})),
+    "any JSON": recursive(options(SHORT, {"type": "number"}, {"type": "null"}, {"type": "array", "items": SELF},
+                                  {"type": "object", "additionalProperties": SELF})),
+    "eight objects": options(*({"properties": {"x": INTEGER, f"y{i}": SHORT}, "required": ["x", f"y{i}"]} for i in range(8))),
+    "constants with titles": {"oneOf": [{"const": f"c{i}", "title": f"Choice {i}"} for i in range(300)]},
+    "zod's integer": {**INTEGER, "minimum": -(2**53) + 1, "maximum": 2**53 - 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(USEFUL))
+def test_json_schema_of_a_common_form_is_taken(kind: str, server: Server) -> None:
+    reply = server.generate("any", "dice", json_schema=USEFUL[kind], max_tokens=100, temperature=1, seed=2)
+    assert reply.finish_reason == "length" or not list(problems(json.loads(reply.text), USEFUL[kind], USEFUL[kind]))
+
+
+# Random schemas against a checker of our own --------------------------------------------------------------
+
+
+def is_type(value: Any, kind: str) -> bool:
+    if isinstance(value, bool):
+        return kind == "boolean"
+    if kind == "integer":
+        return isinstance(value, (int, float)) and value == int(value)
+    kinds: dict[str, Any] = {"object": dict, "array": list, "string": str, "number": (int, float), "null": type(None)}
+    return kind in kinds and isinstance(value, kinds[kind])
+
+
+def same(one: Any, two: Any) -> bool:
+    plain = not any(isinstance(value, (bool, dict, list)) for value in (one, two))
+    return json.dumps(one) == json.dumps(two) or (plain and one == two)
+
+
+def problems(value: Any, schema: Any, root: Any) -> Iterator[str]:
+    """The keywords of a schema that a value does not fit; written apart from shimmy's reading."""
+    if isinstance(schema, bool):
+        schema = {} if schema else {"enum": []}
+
+    def fits(one: Any, inner: Any) -> bool:
+        return not any(problems(one, inner, root))
+
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    size = len(value) if isinstance(value, (str, list)) else None
+    length = "Length" if isinstance(value, str) else "Items"
+    members = value.items() if isinstance(value, dict) else ()
+    items = list(enumerate(value)) if isinstance(value, list) else []
+    first, named = schema.get("prefixItems", []), schema.get("properties", {})
+    checks: dict[str, Callable[[Any], bool]] = {
+        "type": lambda v: any(is_type(value, kind) for kind in ([v] if isinstance(v, str) else v)),
+        "enum": lambda v: any(same(value, one) for one in v),
+        "const": lambda v: same(value, v),
+        "minimum": lambda v: not number or value >= v,
+        "maximum": lambda v: not number or value <= v,
+        f"min{length}": lambda v: size is None or size >= v,
+        f"max{length}": lambda v: size is None or size <= v,
+        "required": lambda v: not isinstance(value, dict) or set(v) <= set(value),
+        "properties": lambda v: all(fits(one, v[name]) for name, one in members if name in v),
+        "additionalProperties": lambda v: all(fits(one, v) for name, one in members if name not in named),
+        "prefixItems": lambda v: all(fits(one, v[i]) for i, one in items if i < len(v)),
+        "items": lambda v: all(fits(one, v) for i, one in items if i >= len(first)),
+        "allOf": lambda v: all(fits(value, one) for one in v),
+        "anyOf": lambda v: any(fits(value, one) for one in v),
+        "oneOf": lambda v: sum(fits(value, one) for one in v) == 1,
+        "$ref": lambda v: fits(value, root["$defs"][v.split("/")[-1]]),
+    }
+    for key, said in schema.items():
+        if key in checks and not checks[key](said):
+            yield f"{key} {said}: {value}"
+
+
+def random_schema(pick: random.Random, depth: int = 0) -> Any:
+    inner = functools.partial(random_schema, pick, depth + 1)
+
+    def some(low: int, high: int) -> list[Any]:
+        return [inner() for _ in range(pick.randint(low, high))]
+
+    names = pick.sample(["a", "b", "ab", "é"], pick.randint(0, 3))
+    kinds: list[Callable[[], Any]] = [
+        lambda: {"type": "integer", "minimum": pick.randint(-30, 5), "maximum": pick.randint(0, 200)},
+        lambda: {"type": "string", "minLength": pick.randint(0, 2), "maxLength": pick.randint(1, 3)},
+        lambda: {"enum": pick.choices([1, 2, "a", "ab", None, True, 1.0, {"a": 1}, [], [1]], k=3)},
+        lambda: {"type": pick.sample(["boolean", "null", "integer"], 2)},
+        lambda: {"$ref": f"#/$defs/{pick.choice('xy')}"},
+    ]
+    if depth < 3:
+        kinds += 2 * [
+            lambda: {"type": "object", "properties": {name: inner() for name in names}, "required": names[:1],
+                     **({"additionalProperties": inner()} if pick.random() < 0.5 else {})},
+            lambda: {"required": names, "additionalProperties": inner()},
+            lambda: {"type": "array", "items": inner(), "prefixItems": some(1, 2), "maxItems": pick.randint(0, 4)},
+            lambda: {"type": "array", "items": inner(), "minItems": pick.randint(0, 2), "maxItems": pick.randint(1, 3)},
+            lambda: {"anyOf": some(1, 3)},
+            lambda: {"allOf": some(2, 3)},
+            lambda: {"oneOf": some(1, 2)},
+            lambda: {"anyOf": some(1, 2), "allOf": some(1, 2)},
+            lambda: {**pick.choice(kinds[:4])(), "anyOf": some(1, 3)},
+        ]  # fmt: skip
+    return pick.choice(kinds)()
+
+
+def test_json_schema_made_at_random_is_refused_or_fitted(server: Server) -> None:
+    checked = 0
+    for seed in itertools.count():
+        pick = random.Random(seed)
+        schema = {**random_schema(pick), "$defs": {"x": random_schema(pick, 2), "y": random_schema(pick, 3)}}
+        reply = server.generate("any", "dice", json_schema=schema, max_tokens=120, temperature=2, seed=seed)
+        if reply.status != 200:
+            assert_error(reply, 400, "invalid_request", "json_schema")
+        elif reply.finish_reason == "stop":
+            assert not list(problems(json.loads(reply.text), schema, schema)), (seed, schema, reply.text)
+            checked += 1
+        if checked == 60:
+            break
+        assert seed < 600
 
 
 # ── Tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2187,6 +3000,120 @@ def test_disabled_http_get_names_its_flag(serve: Callable[..., Server]) -> None:
     assert_tool_failed(execute(serve(), "http_get", "http://example.com/"), "--tool-hosts")
 
 
+# Tools
+
+HANGING = """
+import time
+from shimmy import tool
+
+@tool
+def sleeper(seconds: float) -> str:
+    '''Sleeps.'''
+    time.sleep(seconds)
+    return "awake"
+"""
+
+
+def test_tool_that_does_not_return_is_given_up(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "tools.py").write_text(HANGING)
+    script = altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.5"))
+    server = serve("--tools", tmp_path / "tools.py", script=script)
+    for _ in range(4):
+        assert_tool_failed(execute(server, "sleeper", 3600), "over 0.5 seconds")
+    with quickly():
+        assert_tool_failed(execute(server, "sleeper", 0), "have not come back")
+    assert execute(server, "calculator", "1 + 1").json()["result"] == 2
+
+
+def test_tool_that_returns_late_makes_room_again(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "tools.py").write_text(HANGING)
+    script = altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.2"))
+    server = serve("--tools", tmp_path / "tools.py", script=script)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda _: execute(server, "sleeper", 1.0), range(4)))
+    eventually(lambda: execute(server, "sleeper", 0).json()["result"] == "awake", "they have come back")
+
+
+def read_while_swapped(root: Path, path: str, swap: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What file_read gives or raises when `swap` happens between its look and its opening."""
+    is_file = pathlib.Path.is_file
+    outcome: list[Any] = []
+
+    def then_swap(self: pathlib.Path) -> bool:
+        found = is_file(self)
+        swap()
+        return found
+
+    def read() -> None:
+        try:
+            outcome.append(module.FileReader(str(root)).file_read(path))
+        except module.ToolError as error:
+            outcome.append(error)
+
+    monkeypatch.setattr(pathlib.Path, "is_file", then_swap)
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    thread.join(10.0)
+    return outcome
+
+
+def test_file_read_does_not_follow_a_link_put_there_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "note.txt").write_text("secret")
+    (tmp_path / "root" / "sub").mkdir(parents=True)
+    (tmp_path / "root" / "sub" / "note.txt").write_text("note")
+
+    def swap() -> None:
+        (tmp_path / "root" / "sub").rename(tmp_path / "root" / "old")
+        (tmp_path / "root" / "sub").symlink_to(tmp_path / "out")
+
+    (answer,) = read_while_swapped(tmp_path / "root", "sub/note.txt", swap, monkeypatch)
+    assert isinstance(answer, module.ToolError)
+
+
+def test_file_read_does_not_wait_for_a_pipe_put_there_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "note.txt").write_text("note")
+
+    def swap() -> None:
+        (tmp_path / "note.txt").unlink()
+        os.mkfifo(tmp_path / "note.txt")
+
+    (answer,) = read_while_swapped(tmp_path, "note.txt", swap, monkeypatch)
+    assert isinstance(answer, module.ToolError) and "regular" in str(answer)
+
+
+# IANA's special-purpose address registries, and what is no unicast
+SPECIAL = ["0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
+           "192.0.0.9/32", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24", "192.88.99.0/24", "192.168.0.0/16",
+           "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
+           "255.255.255.255/32", "::/128", "::1/128", "::ffff:10.0.0.0/104", "64:ff9b::10.0.0.0/104", "64:ff9b:1::/48",
+           "100::/64", "100:0:0:1::/64", "2001::/23", "2001:1::1/128", "2001:2::/48", "2001:3::/32", "2001:4:112::/48",
+           "2001:10::/28", "2001:20::/28", "2001:30::/28", "2001:db8::/32", "2002::/16", "2620:4f:8000::/48", "3fff::/20",
+           "5f00::/16", "fc00::/7", "fe80::/10", "fec0::/10", "ff00::/8"]  # fmt: skip
+
+
+@pytest.mark.parametrize("network", SPECIAL)
+def test_special_purpose_network_is_not_global(network: str) -> None:
+    addresses = ipaddress.ip_network(network)
+    assert not any(map(module.is_global, map(str, (addresses[0], addresses[addresses.num_addresses // 2], addresses[-1]))))
+
+
+@pytest.mark.parametrize("address", ["1.1.1.1", "9.255.255.255", "11.0.0.0", "192.0.1.0", "192.88.98.255", "192.88.100.0",
+                                     "223.255.255.255", "2606:4700::1111", "2001:200::1", "2a00::1", "::ffff:8.8.8.8",
+                                     "64:ff9b::8.8.8.8"])  # fmt: skip
+def test_public_address_is_global(address: str) -> None:
+    assert module.is_global(address)
+
+
+@pytest.mark.parametrize("url", ["http://192.88.99.1/", "http://[2002:808:808::1]/", "http://[2001:0:808:808::1]/"])
+def test_http_get_refuses_special_purpose_networks(url: str, server: Server) -> None:
+    assert_tool_failed(execute(server, "http_get", url), "not global")
+
+
+def test_http_get_refuses_an_address_that_is_too_long(server: Server) -> None:
+    assert_tool_failed(execute(server, "http_get", "http://127.0.0.1/" + "a" * 10_000), "characters")
+
+
 # ── llama.cpp ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Tokens, text and sampling on the real engine.
 
@@ -2378,6 +3305,167 @@ def test_ctx_larger_than_the_models_is_lowered_with_a_note(tmp_path: Path) -> No
     write_dice(tmp_path / "dice.gguf", context=256)
     done = shimmy("probe", "dice", "--models-dir", tmp_path, "--ctx", "4096", "--json", home=tmp_path)
     assert json.loads(done.stdout)["context_length"] == 256 and b"using 256" in done.stderr
+
+
+# Sampling never reaches an abort
+
+BANNED = {str(write): -100 for write in (*b"tf", 256, 257)}  # t, f, th, the of dice's vocabulary
+FIELDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "defaults": {},
+    "hot": {"temperature": 5, "top_k": 0, "top_p": 1, "min_p": 0},
+    "penalties": {"repeat_penalty": 10, "presence_penalty": 2, "frequency_penalty": -2},
+    "greedy with penalties": {"temperature": 0, "repeat_penalty": 0.1},
+    "only the likeliest": {"top_k": 1, "min_p": 1, "top_p": 0},
+    "past the end": {"ignore_eos": True},
+    "with log probabilities": {"logprobs": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def gambler(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose dice nobody else throws."""
+    running = Server(tmp_path_factory.mktemp("gambler"), "--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX))
+    running.load("dice")
+    yield running
+    running.stop()
+
+
+@linux
+@pytest.mark.parametrize("fields", FIELDS.values(), ids=FIELDS)
+def test_schema_whose_every_document_is_banned_ends_the_text_and_nobody_elses(fields: dict[str, Any], gambler: Server) -> None:
+    engine = gambler.engine("dice.gguf")
+    body = {"model": "dice", "prompt": "x", "json_schema": {"type": "boolean"}, "logit_bias": BANNED, "max_tokens": 20}
+    reply = gambler.post("/v1/completions", {**body, **fields})
+    assert reply.text.strip() == "" and reply.finish_reason == "stop"
+    assert gambler.engine("dice.gguf") == engine
+
+
+@linux
+def test_sampling_fields_of_all_kinds_at_once_never_end_the_engine(gambler: Server) -> None:
+    choose, engine = random.Random(11), gambler.engine("dice.gguf")
+    ranges: dict[str, Seq[Any]] = {
+        "temperature": [0, 1e-38, 1e-5, 0.7, 5], "top_k": [0, 1, 3, 10**9], "top_p": [0, 1e-9, 0.5, 1], "min_p": [0, 0.5, 1],
+        "repeat_penalty": [0.1, 1, 10], "presence_penalty": [-2, 0, 2], "frequency_penalty": [-2, 0, 2],
+        "ignore_eos": [True, False], "logprobs": [None, 0, 20], "seed": [-1, 0, 2**64], "max_tokens": [1, 30],
+        "json_schema": [None, None, {"type": "string"}, {"enum": ["é", "the", 1]}, {"type": "array"}],
+    }  # fmt: skip
+
+    def ask(_: int) -> int:
+        body = {name: choose.choice(values) for name, values in ranges.items()}
+        few, all_but = range(choose.randrange(1, 263)), range(1, 263)
+        tokens = choose.choice([(), few, all_but, range(263)])
+        bias = {str(t): choose.choice([-100, 100, -99.5]) if tokens is few else -100 for t in tokens}
+        return gambler.post("/v1/completions", {"model": "dice", "prompt": "Once", **body, "logit_bias": bias}).status
+
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(ask, range(1000))) == {200}
+    assert gambler.engine("dice.gguf") == engine
+
+
+@linux
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {"temperature": 1}, {"json_schema": {"type": "boolean"}}], ids=str)
+def test_model_whose_output_is_not_a_number_fails_the_request_only(
+    fields: dict[str, Any], value: float, serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    broken = gguf.GGUFReader(write_dice(tmp_path / "broken.gguf"), "r+")
+    next(t for t in broken.tensors if t.name == "output.weight").data[:] = value
+    del broken
+    own = serve("--models-dir", tmp_path)
+    own.load("broken")
+    engine = own.engine("broken.gguf")
+    assert_error(own.generate("any", "broken", **fields), 500, "generation_failed", "not a number")
+    assert own.engine("broken.gguf") == engine
+
+
+@pytest.mark.parametrize("key", ["temp", "top_k", "top_p"])
+def test_sampling_settings_of_a_file_that_make_no_sense_are_passed_over(
+    key: str, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gguf.GGUFWriter.add_bos_token_id
+
+    def with_setting(writer: gguf.GGUFWriter, token: int) -> None:
+        plain(writer, token)
+        writer.add_string(f"general.sampling.{key}", "inf")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_bos_token_id", with_setting)
+    write_dice(tmp_path / "odd.gguf")
+    reply = serve("--models-dir", tmp_path).post("/v1/completions", {"model": "odd", "prompt": "Once", "max_tokens": 5})
+    assert reply.status == 200
+
+
+@pytest.mark.parametrize("token", [263, 2**31, 9999999999])
+def test_bias_of_a_token_that_does_not_exist_is_refused_by_name(token: int, gambler: Server) -> None:
+    error = assert_error(
+        gambler.post("/v1/completions", {"model": "dice", "prompt": "x", "logit_bias": {str(token): 1}}),
+        400, "invalid_request", "logit_bias", "0…262",
+    )  # fmt: skip
+    assert error["param"] == "logit_bias"
+
+
+# Texts
+
+
+@pytest.mark.parametrize("count", [26_500, 200_000])
+@pytest.mark.parametrize("tokenizer", ["deepseek-v3", "gpt-4o", "tekken", "llama4"])
+def test_run_of_one_character_is_tokenized(
+    tokenizer: str, count: int, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = gguf.GGUFWriter.add_tokenizer_pre
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tokenizer_pre", lambda writer, _: plain(writer, tokenizer))
+    write_dice(tmp_path / "runs.gguf", context=20_000)
+    own = serve("--models-dir", tmp_path, "--ctx", "20000")
+    assert_error(own.generate("a" * count, "runs"), 400, "context_length_exceeded", f"{count} tokens", "20000")
+    assert own.generate("a" * 300, "runs", max_tokens=1).json()["usage"]["prompt_tokens"] == 300
+
+
+def test_text_that_no_context_holds_is_refused_before_it_is_tokenized(gambler: Server) -> None:
+    started = time.monotonic()
+    reply = gambler.generate("x" * 8_000_000, "dice")
+    assert_error(reply, 400, "context_length_exceeded", f"at least {-(-8_000_000 // 13)} tokens", "256")
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("special", ["<unk>", "<s>", "<|quiet|>"])
+def test_special_token_in_a_users_text_stays_text(special: str, server: Server) -> None:
+    plain = server.chat("(" * len(special)).json()["usage"]["prompt_tokens"]
+    assert server.chat(special).json()["usage"]["prompt_tokens"] == plain
+
+
+def naive_stream(text: str, stop: Seq[str]) -> str:
+    """What is shown of a text: up to the end of the piece-by-piece first stop string, one character a piece."""
+    for end in range(1, len(text) + 1):
+        found = [at for s in stop if (at := text[:end].find(s)) >= 0]
+        if found:
+            return text[: min(found)]
+    return text
+
+
+def test_stop_strings_are_found_in_text_fed_one_character_at_a_time() -> None:
+    choose = random.Random(3)
+    for _ in range(3000):
+        stop = tuple("".join(choose.choices("ab", k=choose.randrange(1, 6))) for _ in range(choose.randrange(1, 4)))
+        text = "".join(choose.choices("abc", k=30))
+        stream, shown = module.TextStream(stop), ""
+        for character in text:
+            shown += stream.push(character.encode())
+            assert not any(s in shown for s in stop)
+            if stream.stopped:
+                break
+        assert shown + stream.finish() == naive_stream(text, stop), (text, stop)
+
+
+@pytest.mark.parametrize("text", ["a" * 20_000, "ab" * 10_000, "aab" * 7_000])
+def test_stop_strings_cost_the_same_however_long(text: str) -> None:
+    seconds = []
+    for size in (16, 4096):
+        stream = module.TextStream(tuple(("aab" * size)[: size + i] + "z" for i in range(16)))
+        started = time.process_time()
+        for character in text:
+            stream.push(character.encode())
+        seconds.append(time.process_time() - started)
+    assert seconds[1] < 3 * seconds[0] + 0.5
 
 
 # ── Scheduling ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2919,6 +4007,160 @@ def test_ended_and_failed_engines_leak_no_descriptors(server: Server) -> None:
     server.unload("dice")
 
 
+# Children that hang
+
+HURRY = (("SILENCE = 30 ", "SILENCE = 2 "), ("STARTING = 180 ", "STARTING = 3 "))
+
+
+@linux
+def test_engine_that_hangs_ends_its_stream_with_the_reason_and_reloads(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, *HURRY))
+    with own.endless() as stream:
+        next(stream)
+        os.kill(own.engine("recital.gguf"), signal.SIGSTOP)
+        rest = [event for event in stream if event != "[DONE]"]
+    assert rest[-1]["error"]["code"] == "generation_failed" and "said nothing for 2 s" in rest[-1]["error"]["details"]
+    assert own.generate("=").text == TEXTS["="]
+
+
+@linux
+def test_engine_that_hangs_while_idle_is_replaced(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    own = serve("--models-dir", models, script=altered(tmp_path, *HURRY))
+    own.load("recital")
+    engine = own.engine("recital.gguf")
+    os.kill(engine, signal.SIGSTOP)
+    assert "said nothing" in eventually(lambda: own.status("recital")["error"], "it is noticed")
+    eventually(lambda: not alive(engine), "the engine is gone")
+    assert own.generate("=").text == TEXTS["="]
+
+
+@linux
+def test_engine_with_a_full_pipe_that_hangs_is_unloaded_by_force(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    own.generate()
+    engine = own.engine("recital.gguf")
+    os.kill(engine, signal.SIGSTOP)
+    with ThreadPoolExecutor() as pool:
+        stuck = [pool.submit(own.generate, "x" * 300_000) for _ in range(3)]
+        eventually(lambda: own.status("recital")["requests_waiting"] == 3, "they are on their way")
+        started = time.monotonic()
+        assert own.unload("recital", "?force=true").json()["status"] == "unloaded"
+        assert time.monotonic() - started < 20 and not alive(engine)
+        for each in stuck:
+            assert_error(each.result(), 500, "generation_failed")
+
+
+STOPS_ITSELF = (
+    "        self.c.llama_backend_init()\n",
+    "        if not os.path.exists('once'):\n"
+    "            open('once', 'w').close()\n            os.kill(os.getpid(), signal.SIGSTOP)\n",
+)
+
+
+@pytest.fixture
+def stopped(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Callable[..., Server]:
+    """A server on whose first load the engine stops itself in the middle, with its pid."""
+
+    def start(*changes: tuple[str, str]) -> tuple[Server, int]:
+        own = serve("--models-dir", models, script=altered(tmp_path, STOPS_ITSELF, *changes))
+        assert own.post("/api/models/recital/load?wait=false").status == 202
+        eventually((own.home / "once").exists, "it loads")
+        (engine,) = descendants(own.process.pid)
+        return own, engine
+
+    return start  # type: ignore[return-value]
+
+
+@linux
+def test_engine_that_hangs_while_it_loads_fails_the_load(stopped: Callable[..., tuple[Server, int]]) -> None:
+    own, engine = stopped(*HURRY)
+    assert_error(own.generate(), 500, "generation_failed", "said nothing for 3 s")
+    assert not alive(engine) and own.generate("=").text == TEXTS["="]
+
+
+@linux
+def test_load_that_hangs_is_ended_by_an_unload_by_force(stopped: Callable[..., tuple[Server, int]]) -> None:
+    own, engine = stopped()
+    with ThreadPoolExecutor() as pool:
+        waiter = pool.submit(own.generate)
+        eventually(lambda: own.status("recital")["requests_waiting"], "somebody waits for the load")
+        assert own.unload("recital", "?force=true").json()["status"] == "unloaded"
+        assert_error(waiter.result(), 500, "generation_failed", "unloaded")
+    assert not alive(engine) and own.generate("=").text == TEXTS["="]
+
+
+@linux
+def test_load_that_hangs_does_not_keep_the_server_or_the_engine_alive(stopped: Callable[..., tuple[Server, int]]) -> None:
+    own, engine = stopped()
+    assert own.stop() == 0
+    eventually(lambda: not alive(engine), "the engine is gone")
+
+
+@linux
+@pytest.mark.parametrize("task", ["decode", "sample", "tokenize"])
+def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    bounds = {"decode": ("900", "self.main.abort(False)"), "sample": ("120", "urgent = self._sample(plan)"),
+              "tokenize": ("300", "tokens = self._tokens(submission.job.prompt)")}  # fmt: skip
+    bound, line = bounds[task]
+    begins = "        self.pulse.begin('decode')\n" if task == "decode" else ""
+    hang = f"{begins.strip()}\n        os.path.exists('hang') and time.sleep(1000)\n        {line}".strip()
+    script = altered(tmp_path, (line, hang), (f'"{task}": {bound},', f'"{task}": 1,'))
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script)
+    with own.endless() as stream:
+        next(stream)
+        (own.home / "hang").touch()
+        newcomer = threading.Thread(target=own.generate)
+        newcomer.start()
+        rest = [event for event in stream if event != "[DONE]"]
+        newcomer.join()
+    assert f"'{task}' did not come to an end within 1 s" in rest[-1]["error"]["details"]
+    (own.home / "hang").unlink()
+    assert own.generate("=").text == TEXTS["="]
+
+
+def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    line = "tokens = self._tokens(submission.job.prompt)"
+    slow = altered(tmp_path, (line, f"time.sleep(20)\n        {line}"))
+    own = serve("--models-dir", models, script=slow)
+    own.load("recital")
+    started = time.monotonic()
+    with own.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": ":"}))
+        eventually(lambda: own.status("recital")["requests_waiting"], "it is on its way")
+        ws.send('{"cancel": true}')
+        assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+    assert time.monotonic() - started < 10
+
+
+def test_cancel_stops_the_engine_although_nobody_iterates(models: Path) -> None:
+    """The thread that iterates may be stuck in a write to a client that does not read."""
+    info: Any = types.SimpleNamespace(id="recital", path=str(models / "recital.gguf"), size_bytes=10**6)
+    options = module.EngineOptions(ctx=LONG_CTX, threads=1)
+    worker = module.Worker(info, options, 9, lambda *_: None, lambda _: None).start(lambda _: None)
+    cancel, sampling = Cancellation(), module.Sampling(max_tokens=LONG_CTX, temperature=0)
+    events = iter(worker.submit([module.Generate(("#",), sampling, frozenset())], cancel))
+    while not isinstance(next(events), module.Piece):
+        pass
+    assert worker.counts() == (1, 0)
+    cancel.cancel()
+    eventually(lambda: worker.counts()[0] == 0, "the engine is idle")
+    worker.stop()
+
+
+def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    own = serve("--models-dir", models, script=altered(tmp_path, *HURRY))
+    own.load("recital")
+    own.signal(signal.SIGSTOP)
+    time.sleep(4)
+    own.signal(signal.SIGCONT)
+    time.sleep(1)
+    assert own.status("recital")["loaded"] and "said nothing" not in own.log.read_text()
+
+
 # ── Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────────
 # Names, loading, unloading, eviction, and loads that fail.
 
@@ -3165,6 +4407,270 @@ def test_keep_alive_zero_unloads_immediately(serve: Callable[..., Server], model
     eventually(lambda: server.status("recital")["status"] == "unloaded", "the model goes")
 
 
+# Names
+
+NAME_ROUTES: dict[str, tuple[str, str, Any]] = {
+    "generate": ("POST", "/api/generate", {"prompt": ":"}),
+    "chat": ("POST", "/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    "status": ("GET", "/api/models/{name}/status", None),
+    "load": ("POST", "/api/models/{name}/load", {}),
+    "unload": ("POST", "/api/models/{name}/unload", {}),
+    "model": ("GET", "/v1/models/{name}", None),
+}
+
+
+@pytest.mark.parametrize("route", NAME_ROUTES)
+def test_name_with_a_nul_is_not_found(route: str, server: Server) -> None:
+    method, path, body = NAME_ROUTES[route]
+    path = path.replace("{name}", quote("reci\0tal", safe=""))
+    reply = server.request(method, path, body and {**body, "model": "reci\0tal"})
+    assert_error(reply, 404, "model_not_found", "reci\\x00tal")
+
+
+def test_name_of_a_mile_is_not_found_at_once(server: Server) -> None:
+    began = time.monotonic()
+    reply = server.generate(model="a/" * 400_000)
+    assert time.monotonic() - began < 5
+    assert_error(reply, 404, "model_not_found", "a/a/a/")
+    assert len(reply.body) < 500
+
+
+@pytest.mark.parametrize("name", ["recital.gguf", "Recital.GGUF", "recital:latest", "RECITAL:latest"])
+def test_request_may_name_a_model_as_other_servers_do(name: str, server: Server) -> None:
+    assert server.generate(model=name, max_tokens=1).status == 200
+
+
+@pytest.mark.parametrize("name", ["reci:latest", ".gguf", ":latest", "recital.gguf.gguf", " ", "\0"])
+def test_request_by_half_a_name_is_not_found(name: str, server: Server) -> None:
+    assert_error(server.generate(model=name, max_tokens=1), 404, "model_not_found")
+
+
+def test_ambiguous_name_is_told_what_it_could_mean(serve: Callable[..., Server], tmp_path: Path) -> None:
+    for number in range(7):
+        write_header(tmp_path / "apes" / f"ape-{number}.gguf")
+    server = serve("--models-dir", tmp_path / "apes")
+    error = assert_error(server.generate(model="ape"), 404, "model_not_found")
+    assert error["details"] == (
+        "Model 'ape' is not available: it could mean ape-0, ape-1, ape-2, ape-3, ape-4 and 2 more")
+    message = server.chat(model="ape").json()["error"]["message"]
+    assert message == f"The specified model was not found: {error['details']}"
+
+
+def test_v1_unknown_model_is_told_in_the_message_what_there_is(server: Server) -> None:
+    message = server.chat(model="claude-9").json()["error"]["message"]
+    assert message.startswith("The specified model was not found: Model 'claude-9' is not available (available: ")
+    assert "recital" in message and "--alias 'claude-9=MODEL'" in message
+
+
+def test_models_named_in_vain_are_told_with_near_names(models: Path) -> None:
+    options = TableOptions(default="recitol", aliases=(("gpt-*", "nonesuch"), ("ok", "dice"), ("d", "default")))
+    table = ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), lambda *_: None, options)  # type: ignore[arg-type]
+    table.start()
+    first, second = table.unresolved()
+    assert (first.setting, first.value, first.near) == ("--model", "recitol", ("recital",))
+    assert (second.setting, second.value) == ("--alias gpt-*", "nonesuch")
+
+
+def test_unknown_names_at_once_share_a_scan(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    line = "for file in self.files:\n"
+    told = "print('SCAN', file=sys.stderr, flush=True)\n        time.sleep(0.4)\n        "
+    script = altered(tmp_path, (line, told + line))
+    server = serve("--models-dir", models, script=script)
+    server.ids()
+    time.sleep(0.6)  # older than a look that serves an unknown name
+    before = server.log.read_text().count("SCAN")
+    with ThreadPoolExecutor(12) as pool:
+        replies = list(pool.map(lambda n: server.generate(model=f"nonesuch-{n}"), range(12)))
+    assert {reply.status for reply in replies} == {404}
+    assert server.log.read_text().count("SCAN") - before <= 3
+
+
+def test_first_scan_that_fails_leaves_nobody_waiting(serve: Callable[..., Server], tmp_path: Path) -> None:
+    script = altered(tmp_path, ("known, findings = set(self._read), Findings()", "raise LookupError('no disk today')"))
+    server = serve(script=script)
+    assert server.generate(model="recital").status in (404, 500)
+    assert server.get("/health").status == 200
+
+
+class FakeWorker:
+    """What a table asks of a worker, without a child."""
+
+    alive = True
+
+    def __init__(self) -> None:
+        self.measure, self.asked = threading.Event(), threading.Event()
+
+    def counts(self) -> tuple[int, int]:
+        return 0, 0
+
+    def memory_bytes(self) -> int:
+        self.asked.set()
+        assert self.measure.wait(HANG)
+        return 7
+
+    def stop(self) -> None:
+        self.measure.set()
+
+
+def table_of(models: Path, start_worker: Any) -> ModelTable:
+    table = ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), start_worker, TableOptions())
+    table.start()
+    return table
+
+
+def test_failing_load_gives_each_waiter_an_exception_of_its_own(models: Path) -> None:
+    together = threading.Event()
+
+    def fail(*_: Any) -> Any:
+        assert together.wait(HANG)
+        raise GenerationFailed("no luck", "The model could not be loaded")
+
+    table = table_of(models, fail)
+    caught: list[GenerationFailed] = []
+
+    def ask() -> None:
+        try:
+            table.load("dice", True, Cancellation())
+        except GenerationFailed as error:
+            caught.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: table.status("dice")["requests_waiting"] == 8, "all wait for the same load")
+    together.set()
+    for thread in threads:
+        thread.join(HANG)
+    assert len({id(error) for error in caught}) == 8
+    assert {(error.message, error.details) for error in caught} == {("The model could not be loaded", "no luck")}
+    assert {sum(f.name == "ask" for f in traceback.extract_tb(error.__traceback__)) for error in caught} == {1}
+
+
+def test_memory_that_is_slow_to_ask_for_holds_up_nobody(models: Path) -> None:
+    worker = FakeWorker()
+    table = table_of(models, lambda *_: worker)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(table.load, "dice", True, Cancellation())
+        assert worker.asked.wait(HANG)
+        began = time.monotonic()
+        assert any(model["loaded"] for model in table.models()) and time.monotonic() - began < HANG / 4
+        worker.measure.set()
+        assert asked.result(HANG)["memory_bytes"] == 7
+    table.close()
+
+
+MAPS = """
+import mmap, sys
+file = open(sys.argv[1], "rb")
+mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+print(sum(mapped[::4096]), flush=True)
+sys.stdin.read()
+"""
+
+
+@linux
+def test_weights_that_an_idle_model_has_mapped_are_not_free_for_the_next(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Free memory, most of which is page cache: what an engine has mapped of it is in use all the same."""
+    weights = tmp_path / "weights"
+    weights.write_bytes(bytes(60 << 20))
+    monkeypatch.setattr("shimmy.available_memory", lambda: 40 << 20)
+    table = table_of(models, lambda *_: FakeWorker())
+    command = [sys.executable, "-c", MAPS, str(weights)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
+        assert engine.stdout and engine.stdout.readline()
+        monkeypatch.setattr(FakeWorker, "process", engine, raising=False)
+        monkeypatch.setattr(FakeWorker, "memory_bytes", lambda _: 7)
+        assert table.load("dice", True, Cancellation())["loaded"] and table.load("recital", True, Cancellation())["loaded"]
+        assert table.status("dice")["status"] == "unloaded"
+        engine.communicate()
+    table.close()
+
+
+def test_embedding_model_may_still_be_asked_about(tmp_path: Path) -> None:
+    write_marked(tmp_path / "a-bert.gguf", "bert")
+    table = table_of(tmp_path, lambda *_: FakeWorker())
+    assert table.status("a-bert")["status"] == "unloaded"
+    with pytest.raises(InvalidRequest):
+        table.load("a-bert", True, Cancellation())
+
+
+def threads_of(server: Server) -> int:
+    return len(os.listdir(f"/proc/{server.process.pid}/task"))
+
+
+@pytest.fixture
+def full(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Any:
+    """A server with room for one model, which is busy; who waits for room gives up after a second."""
+    script = altered(tmp_path, ("LOAD_WAIT_SECONDS = 60.0", "LOAD_WAIT_SECONDS = 1.0"))
+    server = serve("--models-dir", models, "--max-loaded", "1", "--ctx", "65536", script=script)
+    with server.endless() as stream:
+        next(stream)
+        yield server
+
+
+@linux
+def test_load_without_room_costs_one_thread_however_often_it_is_asked(full: Server) -> None:
+    full.post("/api/models/dice/load?wait=false")
+    before = threads_of(full)
+    replies = [full.post("/api/models/dice/load?wait=false") for _ in range(30)]
+    assert {reply.status for reply in replies} == {202} and threads_of(full) <= before + 3
+
+
+def test_load_that_gets_no_room_says_so_in_the_status(full: Server) -> None:
+    assert full.post("/api/models/dice/load?wait=false").json()["error"] is None
+    status = eventually(lambda: (s := full.status("dice"))["error"] and s, "the refusal shows")
+    assert status["status"] == "failed" and "--max-loaded 1" in status["error"]
+
+
+def test_unload_calls_a_load_off_that_waits_for_room(full: Server) -> None:
+    full.post("/api/models/dice/load?wait=false")
+    assert full.unload("dice").json()["status"] == "unloaded"
+    eventually(lambda: full.status("dice")["requests_waiting"] == 0, "nobody waits")
+    assert (full.status("dice")["status"], full.status("dice")["error"]) == ("unloaded", None)
+
+
+NO_THREADS = """
+import os, threading
+start = threading.Thread.start
+def refuse(self):
+    if self.name.startswith(("load ", "unload ")) and os.path.exists({flag!r}):
+        raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = refuse
+"""
+
+
+@pytest.fixture
+def threadless(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Any:
+    """A server in which no thread can start that loads or unloads, while the file `flag` is there."""
+    flag = tmp_path / "flag"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(NO_THREADS.format(flag=str(flag)))
+    return serve("--models-dir", models, env={"PYTHONPATH": str(tmp_path / "site")}), flag
+
+
+@pytest.mark.parametrize("query", ["", "?wait=false"])
+def test_load_whose_thread_cannot_start_is_refused_and_may_be_tried_again(query: str, threadless: tuple[Server, Path]) -> None:
+    server, flag = threadless
+    flag.touch()
+    assert_error(server.post(f"/api/models/dice/load{query}"), 503, "overloaded", "thread")
+    assert server.status("dice")["status"] == "unloaded"
+    flag.unlink()
+    assert server.load("dice").json()["loaded"]
+
+
+def test_unload_whose_thread_cannot_start_leaves_the_model_loaded(threadless: tuple[Server, Path]) -> None:
+    server, flag = threadless
+    assert server.load("dice").status == 200
+    flag.touch()
+    assert_error(server.unload("dice"), 503, "overloaded", "thread")
+    assert server.status("dice")["loaded"]
+    flag.unlink()
+    assert server.unload("dice").json()["status"] == "unloaded"
+
+
 # ── Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # One generation in the native format and in OpenAI's.
 
@@ -3295,6 +4801,115 @@ def test_openai_client_raises_its_own_errors(server: Server) -> None:
         with pytest.raises(openai.BadRequestError) as bad:
             client.completions.create(model="recital", prompt=":", temperature=9)
         assert bad.value.param == "temperature"
+
+
+def test_stream_of_a_model_that_loads_slowly_shows_signs_of_life(serve: Callable[..., Server], tmp_path: Path) -> None:
+    script = altered(
+        tmp_path,
+        ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"),
+        ("        llama = Llama(load, progress)", "        time.sleep(2)\n        llama = Llama(load, progress)"),
+    )
+    folder = tmp_path / "models"
+    folder.mkdir()
+    write_recital(folder / "recital.gguf")
+    server = serve("--models-dir", folder, script=script)
+    with contextlib.closing(server.connect()) as connection:
+        connection.request("POST", "/v1/completions", encoded({"model": "recital", "prompt": ":", "stream": True}))
+        response = connection.getresponse()
+        assert response.status == 200
+        lines = [line for line in response if line.strip()]
+    assert lines.count(b": waiting\n") >= 3
+    assert lines[-1] == b"data: [DONE]\n"
+
+
+def test_completion_echo_begins_with_the_prompt(server: Server) -> None:
+    body = {"model": "recital", "prompt": [":", "S"], "echo": True}
+    texts = [c["text"] for c in server.post("/v1/completions", body).json()["choices"]]
+    assert texts == [":" + TEXTS[":"], "S" + TEXTS["S"]]
+    assert joined(server.streamed("/v1/completions", {**body, "prompt": ":"})) == ":" + TEXTS[":"]
+
+
+@pytest.mark.parametrize("value", [2, 16], ids=["two", "sixteen"])
+def test_completion_best_of_must_equal_n(value: int, server: Server) -> None:
+    body = {"model": "recital", "prompt": ":", "best_of": value}
+    assert_error(server.post("/v1/completions", body), 400, "invalid_request", "best_of")
+    assert server.post("/v1/completions", {**body, "n": value}).status == 200
+
+
+def test_chat_response_format_holds_the_answer_to_json(tiny: Server) -> None:
+    schema = {"type": "object", "properties": {"port": {"type": "integer"}}, "required": ["port"]}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    for seed in range(3):
+        reply = tiny.chat("Which port?", "default", response_format=form, temperature=1, seed=seed, max_tokens=100)
+        document = json.loads(reply.message["content"])
+        assert set(document) == {"port"} and isinstance(document["port"], int)
+    reply = tiny.chat("Which port?", "default", response_format={"type": "json_object"}, max_tokens=60)
+    assert reply.message["content"].startswith("{")
+
+
+def test_chat_grammar_holds_the_answer(server: Server) -> None:
+    assert server.chat("hi", "dice", grammar='root ::= "yes" | "no"', temperature=1).message["content"] in ("yes", "no")
+
+
+@pytest.mark.parametrize(
+    "format, word",
+    [
+        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
+        ("json", "object"),
+    ],
+    ids=["no schema", "an empty holder", "a string"],
+)
+def test_chat_response_format_that_is_wrong_names_it(format: Any, word: str, server: Server) -> None:
+    assert_error(server.chat(response_format=format), 400, "invalid_request", "response_format", word)
+
+
+def test_usage_holds_timings_in_llama_servers_shape(server: Server) -> None:
+    timings = server.chat("hi").json()["usage"]["timings"]
+    assert {"cache_n", "prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_per_second"} <= set(timings)
+
+
+def test_answer_names_the_real_model(server: Server) -> None:
+    default = server.get("/api/models").json()["models"][0]["description"].rpartition(" ")[2]
+    assert server.chat("hi", "default").json()["model"] == default
+
+
+def test_max_tokens_minus_one_means_the_contexts_end(server: Server) -> None:
+    reply = server.generate("a" * 200, "dice", max_tokens=-1, ignore_eos=True).json()
+    assert reply["usage"]["total_tokens"] == 256 and reply["choices"][0]["finish_reason"] == "length"
+
+
+BUILTIN = {"type": "builtin", "name": "calculator"}
+
+
+def test_chat_runs_a_builtin_tool_and_answers_with_its_result(tiny: Server) -> None:
+    reply = tiny.chat("What is 4827 plus 394?", "default", tools=[BUILTIN], temperature=0)
+    assert "5221" in reply.message["content"]
+    (result,) = reply.message["tool_results"]
+    assert (result["name"], result["result"], result["error"]) == ("calculator", 5221, None)
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+    assert "tool_calls" not in reply.message
+
+
+def test_chat_streams_a_builtin_tools_result_and_the_answer(tiny: Server) -> None:
+    body = {"messages": [{"role": "user", "content": "What is 4827 plus 394?"}], "tools": [BUILTIN], "temperature": 0}
+    parts = deltas(tiny.streamed("/v1/chat/completions", body))
+    assert [r["result"] for p in parts for r in p.get("tool_results", [])] == [5221]
+    assert "5221" in "".join(p.get("content") or "" for p in parts)
+    assert not any("tool_calls" in p for p in parts)
+
+
+def test_chat_tells_the_model_when_a_builtin_tool_fails(server: Server) -> None:
+    tool = {"type": "builtin", "name": "file_read"}
+    reply = server.chat("weather", tools=[{"type": "builtin", "name": "calculator"}, tool])
+    assert reply.status == 200
+    assert_error(server.chat("hi", tools=[BUILTIN], n=2), 400, "invalid_request", "tools", "n")
+
+
+@pytest.mark.parametrize("name", ["hammer", "", None], ids=["unknown", "empty", "absent"])
+def test_chat_with_a_builtin_tool_that_is_not_there_names_those_that_are(name: Any, server: Server) -> None:
+    error = assert_error(server.chat("hi", tools=[{"type": "builtin", "name": name}]), 400, "invalid_request", "tools")
+    assert name is None or "calculator" in error["message"]
 
 
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3768,6 +5383,279 @@ def test_preflight_from_a_foreign_origin_gets_no_cors_headers(origin: str, guard
     assert not [name for name in reply.headers if name.lower().startswith("access-control-allow")]
 
 
+# Heads
+
+
+def test_upgrade_head_of_spaces_is_refused_in_linear_time(server: Server) -> None:
+    with quickly():
+        (reply,) = exchange(server, b"GET /ws/generate HTTP/1.1\r\na:" + b" " * 12_000 + b"\n\r\n\r\n")
+        assert_error(reply, 400, "invalid_request")
+
+
+@pytest.mark.parametrize("path", ["/health", "/ws/generate"])
+@pytest.mark.parametrize("line", ["X: a\rY: b", "X: a\0b", "X: a\x1bb", "X: a\x7f", "X: a\r\n folded", "X: a\r\n\tfolded",
+                                  "X: a\r"])  # fmt: skip
+def test_control_character_or_folded_line_in_a_head_is_400(line: str, path: str, server: Server) -> None:
+    upgrade = [f"{name}: {value}" for name, value in UPGRADE.items()] if path != "/health" else []
+    (reply,) = exchange(server, head_of("GET", path, *upgrade, line))
+    assert_error(reply, 400, "invalid_request")
+
+
+def test_head_sent_byte_by_byte_is_read(server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for byte in b"\r\n\r\n" + head_of("GET", "/health", "X: " + "y" * 500):
+            sock.sendall(bytes([byte]))
+        assert read_reply(sock).status == 200
+
+
+@pytest.mark.parametrize("size", [9000, 20_000, 100_000])
+def test_ws_upgrade_whose_head_is_too_large_is_431(size: int, server: Server) -> None:
+    lines = [f"{name}: {value}" for name, value in {**UPGRADE, "X-Large": "x" * size}.items()]
+    (reply,) = exchange(server, head_of("GET", "/ws/generate", *lines))
+    assert_error(reply, 431, "invalid_request")
+
+
+@pytest.mark.parametrize("path", ["//ws//generate", "/ws/generate/", "/ws/generate?x=1", "///////ws/generate",
+                                  "/" * 100 + "ws/generate"])  # fmt: skip
+def test_ws_path_is_read_as_any_other(path: str, server: Server) -> None:
+    with ws_connect(f"ws://127.0.0.1:{server.port}{path}", proxy=None) as ws:
+        ws.send('{"model": "recital", "prompt": ":"}')
+        assert ws_answer(ws)[0] == TEXTS[":"]
+
+
+# Clients that leave, and clients that only end their side
+
+ENDLESS = json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}).encode()
+COUNTED = json.dumps({"model": "recital", "prompt": "#", "max_tokens": 3000}).encode()
+
+
+def is_idle(server: Server) -> bool:
+    return server.status("recital")["requests_running"] == 0
+
+
+@contextlib.contextmanager
+def running(server: Server, request: bytes, *, more: bytes = b"") -> Iterator[socket.socket]:
+    """A raw connection whose request runs."""
+    server.load("recital")
+    eventually(lambda: is_idle(server), "nothing runs")
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(request)
+        eventually(lambda: not is_idle(server), "it runs")
+        if more:
+            sock.sendall(more)
+            time.sleep(0.1)
+        yield sock
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"\r\n" * 3, b"\n", head_of("GET", "/health"), b"GET /hea"],
+                         ids=["crlf", "crlfs", "lf", "request", "half"])  # fmt: skip
+def test_client_that_leaves_behind_more_bytes_stops_the_engine(more: bytes, server: Server) -> None:
+    with running(server, raw_post("/api/generate", ENDLESS), more=more):
+        pass
+    with quickly(10.0):
+        eventually(lambda: is_idle(server), "the generation is cancelled")
+
+
+@pytest.mark.parametrize("more", [b"", b"\r\n"], ids=["nothing", "crlf"])
+def test_client_that_half_closes_gets_its_answer(more: bytes, server: Server) -> None:
+    with running(server, raw_post("/api/generate", COUNTED), more=more) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        time.sleep(0.2)
+        assert len(read_reply(sock).text.split()) == 3000
+
+
+def test_client_that_half_closes_behind_two_requests_gets_both_answers(server: Server) -> None:
+    with running(server, raw_post("/api/generate", COUNTED), more=head_of("GET", "/health")) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        answers = b"".join(iter(functools.partial(sock.recv, 65536), b""))
+    assert answers.count(b"HTTP/1.1 200 OK") == 2 and b'"healthy"' in answers
+
+
+def test_client_that_half_closes_a_stream_gets_all_of_it(server: Server) -> None:
+    body = json.dumps({**json.loads(COUNTED), "stream": True}).encode()
+    with running(server, raw_post("/api/generate", body)) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        time.sleep(0.2)
+        reply = read_reply(sock)
+    assert reply.body.count(b"data: ") >= 3 and reply.body.endswith(b"data: [DONE]\n\n")
+
+
+def test_client_that_half_closes_and_then_leaves_stops_the_engine(server: Server) -> None:
+    with running(server, raw_post("/api/generate", ENDLESS)) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        time.sleep(0.3)
+        assert not is_idle(server)
+    with quickly(10.0):
+        eventually(lambda: is_idle(server), "the generation is cancelled")
+
+
+def test_http_1_0_client_that_ends_its_side_has_left(server: Server) -> None:
+    request = b"POST /api/generate HTTP/1.0\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(ENDLESS) + ENDLESS
+    with running(server, request) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        eventually(lambda: is_idle(server), "there is nothing it would skip, so it cannot be asked")
+
+
+@pytest.fixture
+def connected() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A loopback connection: the server's end and the client's."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        theirs = socket.create_connection(listener.getsockname())
+        ours, _ = listener.accept()
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        yield ours, theirs
+
+
+@pytest.mark.parametrize("close", [True, False], ids=["close", "shutdown"])
+def test_watcher_tells_a_closed_client_from_a_half_closed_one(close: bool, connected: tuple[socket.socket, ...]) -> None:
+    watcher, cancel, (ours, theirs), probes = Watcher(), Cancellation(), connected, []
+
+    def probe() -> bool:
+        probes.append(ours.send(b"HTTP/1.1 100 Continue\r\n\r\n"))
+        return True
+
+    with watcher.watching(ours, cancel, probe):
+        theirs.close() if close else theirs.shutdown(socket.SHUT_WR)
+        eventually(lambda: probes, "it is asked")
+        if close:
+            eventually(lambda: cancel.cancelled, "it has left")
+        time.sleep(0.2)
+        assert cancel.cancelled is close and len(probes) == 1
+
+
+@linux
+def test_client_with_a_descriptor_beyond_1023_can_be_asked(connected: tuple[socket.socket, ...]) -> None:
+    import fcntl
+
+    with socket.socket(fileno=fcntl.fcntl(connected[0], fcntl.F_DUPFD, 1500)) as high:
+        assert module.is_writable(high)
+
+
+# Trust
+
+STRANGE = ["http://127.0.0.1:80.evil.example", "http://127.0.0.1:80@evil.example", "http://user@127.0.0.1", "http://127.0.0.1:",
+           "http://localhost:999999", "http://[127.0.0.1", "http://", "http://localhost.", "http://localhost/", "http:localhost",
+           "http://localhost:80 ", "http://localhost#", "app://x/evil", "//localhost"]  # fmt: skip
+
+
+@pytest.mark.parametrize("origin", STRANGE)
+def test_strange_origin_is_refused_and_not_reflected(origin: str, server: Server) -> None:
+    if origin.endswith(" "):
+        origin = origin[:-1] + "\xa0"
+    reply = server.post("/api/tools/calculator/execute", {"expression": "1"}, Origin=origin)
+    assert_error(reply, 403, "forbidden")
+    assert "Access-Control-Allow-Origin" not in reply.headers
+
+
+@pytest.mark.parametrize("origin", ["app://.", "app://", "capacitor://localhost", "http://shimmy.localhost:1"])
+def test_origin_of_an_app_passes(origin: str, server: Server) -> None:
+    assert server.get("/api/models", Origin=origin).headers["Access-Control-Allow-Origin"] == origin
+
+
+@pytest.mark.parametrize("host", ["", "user@127.0.0.1", "127.0.0.1.", "localhost.", "localhost:", "localhost:x",
+                                  "127.0.0.1:80.evil", "localhost:99999", "[127.0.0.1", "[::1", "::1", "[::1]evil", "[]",
+                                  "localhost/x", "[::1%25lo]"])  # fmt: skip
+def test_strange_host_is_refused(host: str, server: Server) -> None:
+    assert_error(server.get("/api/models", Host=host), 403, "forbidden")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1"])
+@pytest.mark.parametrize("key", ["schlüssel", "clé s3crète"])
+def test_key_that_is_not_ascii_opens(key: str, encoding: str, serve: Callable[..., Server]) -> None:
+    server = serve("--api-key", key)
+    sent = key.encode(encoding)
+    request = b"GET /api/models HTTP/1.1\r\nHost: localhost\r\n%s\r\n\r\n"
+    replies = exchange(server, *(request % line for line in (b"x-api-key: " + sent, b"Authorization: Bearer " + sent)))
+    assert [reply.status for reply in replies] == [200, 200]
+    (refused,) = exchange(server, request % (b"x-api-key: " + sent + b"!"))
+    assert_error(refused, 401, "unauthorized")
+
+
+def test_key_that_is_not_ascii_opens_websocket(serve: Callable[..., Server]) -> None:
+    server, lines = serve("--api-key", "schlüssel"), [f"{name}: {value}" for name, value in UPGRADE.items()]
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(head_of("GET", "/ws/generate", *lines, "x-api-key: schlüssel"))
+        assert sock.recv(4096).startswith(b"HTTP/1.1 101 ")
+
+
+# Connections and descriptors
+
+
+def wrapper(folder: Path, *lines: str) -> Path:
+    """A script that runs shimmy.py after `lines`."""
+    path = repr(str(SHIMMY))
+    runs = ["import runpy, sys", *lines, f"sys.argv[0] = {path}", f"runpy.run_path({path}, run_name='__main__')"]
+    (folder / "wrapper.py").write_text("\n".join(runs))
+    return folder / "wrapper.py"
+
+
+def limited(folder: Path, soft: int, hard: int) -> Path:
+    return wrapper(folder, "import resource", f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))")
+
+
+@linux
+def test_descriptor_limit_is_raised(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(script=limited(tmp_path, 128, 2000))
+    (line,) = [line for line in Path(f"/proc/{server.process.pid}/limits").read_text().splitlines() if "open files" in line]
+    assert line.split()[3:5] == ["2000", "2000"]
+
+
+@linux
+def test_connections_are_bounded_by_the_descriptors_there_are(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(script=limited(tmp_path, 200, 200))
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection((server.host, server.port), timeout=HANG)) for _ in range(120)]
+        for sock in socks:
+            sock.sendall(head_of("GET", "/health"))
+        statuses = [read_reply(sock).status for sock in socks]
+        assert set(statuses) == {200, 503} and 20 <= statuses.count(200) < 100
+    eventually(lambda: server.get("/health").status == 200, "there is room again")
+
+
+@linux
+def test_connections_without_a_descriptor_are_refused_without_spinning(serve: Callable[..., Server]) -> None:
+    import resource
+
+    server = serve()
+    assert server.get("/health").status == 200
+    opened = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (opened + 3, opened + 3))  # a limit that nobody foresaw
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(socket.create_connection((server.host, server.port), timeout=HANG)) for _ in range(8)]
+        for sock in socks:
+            sock.sendall(head_of("GET", "/health"))
+        statuses = [read_reply(sock).status for sock in socks]
+        assert 503 in statuses and set(statuses) <= {200, 503}
+        before = processor_seconds(server)
+        time.sleep(1.0)
+        assert processor_seconds(server) - before < 0.3
+    eventually(lambda: server.get("/health").status == 200, "there is room again")
+
+
+def processor_seconds(server: Server) -> float:
+    user, system = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
+def test_connection_without_a_thread_is_answered_503(serve: Callable[..., Server], tmp_path: Path) -> None:
+    no_threads = ("import threading", "start = threading.Thread.start", "def refuse(self):",
+                  "    if 'process_request_thread' in self.name: raise RuntimeError(\"can't start new thread\")",
+                  "    start(self)", "threading.Thread.start = refuse")  # fmt: skip
+    server = serve(script=wrapper(tmp_path, *no_threads))
+    for _ in range(40):  # more than are kept waiting
+        assert_error(server.get("/health"), 503, "overloaded", "thread")
+
+
+def test_post_without_a_length_is_411_and_closes(server: Server) -> None:
+    body = b'{"model": "recital", "prompt": ":"}'
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(head_of("POST", "/api/generate") + body)
+        reply = read_reply(sock)
+        assert_error(reply, 411, "invalid_request", "Content-Length")
+        assert reply.headers["Connection"] == "close"
+
+
 # ── WebSocket ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Requests one after another on one connection, cancels, upgrades, and access.
 
@@ -3982,6 +5870,29 @@ def test_ws_foreign_host_is_rejected(server: Server) -> None:
     assert_error(reply, 403, "forbidden")
 
 
+def test_ws_message_whose_fragments_never_end_closes_the_connection(serve: Callable[..., Server], tmp_path: Path) -> None:
+    server = serve(script=altered(tmp_path, ("REQUEST_SECONDS = 30.0", "REQUEST_SECONDS = 1.0")))
+    with server.ws() as ws:
+
+        def fragments() -> Iterator[str]:
+            yield '{"model": '
+            for _ in range(100):
+                time.sleep(0.1)
+                yield " "
+
+        with pytest.raises(ConnectionClosed):
+            ws.send(fragments())
+            ws.recv(timeout=HANG)
+        assert ws.close_code == 1008
+
+
+def test_ws_requests_are_logged(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("-v", "--models-dir", models)
+    ws_ask(server, prompt=":")
+    line = eventually(lambda: re.search(r"WS /ws/generate 200 \d+ ms recital \d+\+\d+ tokens", server.log.read_text()), "a line")
+    assert line
+
+
 # ── Lifecycle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The server exits on a signal, lets streams finish, and leaves no process behind.
 
@@ -4101,12 +6012,11 @@ def test_no_command_shows_usage_and_exits_2(tmp_path: Path) -> None:
     assert b"usage" in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(
+@pytest.mark.parametrize(  # CHANGED: a second positional is the prompt, a third one is too many
     "args",
     [["bogus"], ["list", "--bogus"], ["serve", "--port", "many"], ["serve", "--port", "70000"],
      ["serve", "--keep-alive", "soon"], ["serve", "--max-loaded", "none"], ["serve", "--kv-type", "f13"],
-     ["serve", "--alias", "nothing"], ["generate", "--max-tokens", "many"], ["generate", "a", "b"]],
-    ids=" ".join,
+     ["serve", "--alias", "nothing"], ["generate", "--max-tokens", "many"], ["generate", "a", "b", "c"]],
 )  # fmt: skip
 def test_usage_error_exits_2_without_a_traceback(args: list[str], tmp_path: Path) -> None:
     done = shimmy(*args, home=tmp_path)
@@ -4301,18 +6211,18 @@ def test_generate_prints_only_the_text(models: Path, tmp_path: Path) -> None:
 
 
 def test_generate_prints_unicode(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path)
-    assert done.stdout.decode().removesuffix("\n") == TEXTS["~"]
+    done = shimmy("generate", "recital", "--raw", "--prompt", "~", "--models-dir", models, home=tmp_path)
+    assert done.stdout.decode() == TEXTS["~"]
 
 
-@cases("args", {"no --prompt": [], "--prompt -": ["--prompt", "-"]})
+@pytest.mark.parametrize("args", [[], ["--prompt", "-"]])
 def test_generate_without_a_prompt_reads_stdin(args: list[str], models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", *args, "--models-dir", models, home=tmp_path, stdin=b"say =")
-    assert done.stdout.decode().removesuffix("\n") == TEXTS["="].removesuffix("\n")
+    done = shimmy("generate", "recital", "--raw", *args, "--models-dir", models, home=tmp_path, stdin=b"say =")
+    assert done.stdout.decode() == TEXTS["="]
 
 
 def test_generate_stdin_is_appended_after_a_newline(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["generate", "recital", "--prompt", "Sum:", "--stdin", "--json", "--models-dir", models]
+    args: list[str | Path] = ["generate", "recital", "--raw", "--prompt", "Sum:", "--stdin", "--json", "--models-dir", models]
     document = json.loads(shimmy(*args, home=tmp_path, stdin=b"log =").stdout)
     assert document["choices"][0]["text"] == TEXTS["="]
     assert document["usage"]["prompt_tokens"] == 1 + len("Sum:\nlog =")
@@ -4330,7 +6240,7 @@ def test_generate_with_a_prompt_does_not_read_stdin(models: Path, tmp_path: Path
 
 
 def test_generate_json_prints_the_documented_response(models: Path, tmp_path: Path) -> None:
-    done = shimmy("generate", "recital", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
+    done = shimmy("generate", "recital", "--raw", "--prompt", "ab:", "--json", "--models-dir", models, home=tmp_path)
     document = json.loads(done.stdout)
     assert document["choices"] == [{"text": "Hello wide world", "index": 0, "finish_reason": "stop"}]
     usage = document["usage"]
@@ -4340,7 +6250,7 @@ def test_generate_json_prints_the_documented_response(models: Path, tmp_path: Pa
 
 def test_generate_options_reach_the_sampler(models: Path, tmp_path: Path) -> None:
     args = ["--json", "--max-tokens", "5", "--stop", "w03", "--temperature", "0", "--top-p", "0.9", "--top-k", "3"]
-    done = shimmy("generate", "recital", "--prompt", "=", *args, "--models-dir", models, home=tmp_path)
+    done = shimmy("generate", "recital", "--raw", "--prompt", "=", *args, "--models-dir", models, home=tmp_path)
     choice = json.loads(done.stdout)["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == ("w00 w01 w02 ", "stop")
 
@@ -4397,8 +6307,8 @@ def test_generate_without_models_exits_1_with_one_line(tmp_path: Path) -> None:
 
 def test_generate_writes_utf_8_in_any_locale(models: Path, tmp_path: Path) -> None:
     env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = shimmy("generate", "recital", "--prompt", "~", "--models-dir", models, home=tmp_path, env=env)
-    assert done.stdout.decode().removesuffix("\n") == TEXTS["~"], done.stderr
+    done = shimmy("generate", "recital", "--raw", "--prompt", "~", "--models-dir", models, home=tmp_path, env=env)
+    assert done.stdout.decode() == TEXTS["~"], done.stderr
 
 
 def test_generate_with_a_schema_file_prints_matching_json(models: Path, tmp_path: Path) -> None:
@@ -4447,7 +6357,7 @@ def test_generate_with_a_missing_file_exits_1_with_one_line(tmp_path: Path) -> N
 
 
 def test_generate_prompt_longer_than_the_context_reports_both_lengths(models: Path, tmp_path: Path) -> None:
-    args: list[str | Path] = ["generate", "recital", "--ctx", "128", "--prompt", "a" * 200, "--models-dir", models]
+    args: list[str | Path] = ["generate", "recital", "--raw", "--ctx", "128", "--prompt", "a" * 200, "--models-dir", models]
     assert_failed(shimmy(*args, home=tmp_path), 1, "201", "128")
 
 
@@ -4458,26 +6368,15 @@ def test_generate_applies_a_lora_adapter(models: Path, tmp_path: Path) -> None:
 
 
 def test_generate_accepts_engine_options(models: Path, tmp_path: Path) -> None:
-    knobs = [
-        "--threads",
-        "1",
-        "--batch",
-        "32",
-        "--no-mmap",
-        "--kv-type",
-        "q8_0",
-        "--gpu-layers",
-        "0",
-        "--parallel",
-        "2",
-    ]
-    done = shimmy("generate", "recital", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models, home=tmp_path)
+    knobs = ["--threads", "1", "--batch", "32", "--no-mmap", "--kv-type", "q8_0", "--gpu-layers", "0", "--parallel", "2"]
+    args: list[str | Path] = ["generate", "recital", "--raw", "--prompt", "a" * 90 + "=", *knobs, "--models-dir", models]
+    done = shimmy(*args, home=tmp_path)
     assert done.stdout.decode().split() == TEXTS["="].split(), done.stderr
 
 
 def test_generate_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
     command = (
-        f"'{sys.executable}' '{SHIMMY}' generate recital --models-dir '{models}' --ctx {LONG_CTX}"
+        f"'{sys.executable}' '{SHIMMY}' generate recital --raw --models-dir '{models}' --ctx {LONG_CTX}"
         f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
     )
     done = subprocess.run(
@@ -4487,15 +6386,15 @@ def test_generate_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Pat
 
 
 def test_generate_flushes_each_piece_and_exits_130_on_ctrl_c(models: Path, tmp_path: Path) -> None:
-    args = ["generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
+    args = ["generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX)]
     running = subprocess.Popen(
         [sys.executable, str(SHIMMY), *args, "--models-dir", str(models)], cwd=tmp_path, env=environment(tmp_path),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, preexec_fn=interruptible,
     )  # fmt: skip
     assert running.stdout and running.stdout.read(10) == b"Tick tock "
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(running.pid, signal.SIGINT)  # a terminal sends it to the whole group
     _, stderr = running.communicate(timeout=HANG)
-    assert running.returncode == 130 and b"Traceback" not in stderr
+    assert running.returncode == -signal.SIGINT and b"Traceback" not in stderr
 
 
 def through(server: Server, models: Path) -> dict[str, str]:
@@ -4506,16 +6405,9 @@ def through(server: Server, models: Path) -> dict[str, str]:
 def test_generate_uses_a_running_server_that_has_the_model_loaded(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
     before = server.status("recital")["last_used"]
-    done = shimmy("generate", "recital", "--prompt", "=", home=tmp_path, env=through(server, models))
-    assert done.stdout.decode().removesuffix("\n") == TEXTS["="]
+    done = shimmy("generate", "recital", "--raw", "--prompt", "=", home=tmp_path, env=through(server, models))
+    assert done.stdout.decode() == TEXTS["="]
     assert server.status("recital")["last_used"] != before
-
-
-def test_generate_loads_the_model_itself_when_the_server_has_not(server: Server, models: Path, tmp_path: Path) -> None:
-    server.unload("recital")
-    done = shimmy("generate", "recital", "--prompt", ":", home=tmp_path, env=through(server, models))
-    assert done.stdout.startswith(b"Hello wide world"), done.stderr
-    assert server.status("recital")["status"] == "unloaded"
 
 
 def test_generate_local_never_asks_a_server(server: Server, models: Path, tmp_path: Path) -> None:
@@ -4537,7 +6429,7 @@ def test_generate_through_a_server_that_dies_fails_in_one_line(
 ) -> None:
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     server.load("recital")
-    command = [sys.executable, str(SHIMMY), "generate", "recital", "--prompt", "#", "--max-tokens", str(LONG_CTX)]
+    command = [sys.executable, str(SHIMMY), "generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX)]
     env = environment(tmp_path, through(server, models))
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
         assert running.stdout and running.stdout.read(5) == b"Tick "
@@ -4548,7 +6440,7 @@ def test_generate_through_a_server_that_dies_fails_in_one_line(
 
 def test_generate_through_a_server_into_a_closed_pipe_cancels(server: Server, models: Path, tmp_path: Path) -> None:
     server.load("recital")
-    command = f"'{sys.executable}' '{SHIMMY}' generate recital --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
+    command = f"'{sys.executable}' '{SHIMMY}' generate recital --raw --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
     env = environment(tmp_path, through(server, models))
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, timeout=HANG, check=False)
     assert (done.stdout, done.stderr) == (b"Tick tock tick tock ", b"")
@@ -4595,6 +6487,533 @@ def test_diag_prints_text_and_whether_a_server_is_running(server: Server, tmp_pa
     away = shimmy("diag", home=tmp_path)
     assert here.returncode == away.returncode == 0
     assert b"llama" in here.stdout and here.stdout != away.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [(["serve", "--bogus"], "--bogus"), (["list", "--bogus"], "--bogus"), (["serve", "--port", "many"], "--port"),
+     (["generate", "a", "b", "c"], "c"), (["generate", "--chat", "--raw"], "--raw")],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_flag_error_says_what_is_wrong_first(args: list[str], word: str, tmp_path: Path) -> None:
+    done = shimmy(*args, home=tmp_path)
+    error, hint = done.stderr.decode().splitlines()
+    assert done.returncode == 2
+    assert error.startswith(f"shimmy {args[0]}: error: ") and word in error
+    assert hint == f"try: shimmy {args[0]} --help"
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["recital", "please count"], ["recital", "--temperature", "0", "please count"], ["--json", "recital", "please count"]],
+    ids=["behind-the-model", "behind-an-option", "options-first"],
+)
+def test_generate_takes_the_prompt_behind_the_model(args: list[str], models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", *args, "--models-dir", models, home=tmp_path)
+    assert "w00 w01 w02" in done.stdout.decode(), done.stderr
+
+
+def test_generate_with_a_prompt_in_the_models_place_says_where_it_goes(tmp_path: Path) -> None:
+    assert_failed(shimmy("generate", "Tell me a joke", home=tmp_path), 2, "Tell me a joke", "--prompt")
+
+
+def test_generate_with_two_prompts_is_a_usage_error(tmp_path: Path) -> None:
+    assert_failed(shimmy("generate", "recital", "one", "--prompt", "two", home=tmp_path), 2, "twice")
+
+
+def test_serve_with_an_empty_key_is_a_usage_error(tmp_path: Path) -> None:
+    assert_failed(shimmy("serve", "--port", "0", "--api-key", "", home=tmp_path), 2, "--api-key")
+
+
+def usage_of(done: subprocess.CompletedProcess[bytes]) -> int:
+    return json.loads(done.stdout)["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("where", ["here", "by-the-server"])
+def test_generate_chats_with_a_model_that_has_a_template(where: str, server: Server, models: Path, tmp_path: Path) -> None:
+    env = through(server, models) if where != "here" else {"SHIMMY_MODEL_PATHS": str(models)}
+    done = shimmy("generate", "recital", "please count", "--json", home=tmp_path, env=env)
+    assert usage_of(done) == 1 + len("[user]please count[assistant]=")
+
+
+@pytest.mark.parametrize("where", ["here", "by-the-server"])
+def test_generate_completes_with_a_model_that_has_no_template(where: str, server: Server, models: Path, tmp_path: Path) -> None:
+    env = through(server, models) if where != "here" else {"SHIMMY_MODEL_PATHS": str(models)}
+    done = shimmy("generate", "dice", "roll", "--json", "--max-tokens", "3", home=tmp_path, env=env)
+    assert usage_of(done) == len("roll")
+
+
+def test_generate_raw_completes(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "count:", "--raw", "--json", "--models-dir", models, home=tmp_path)
+    assert usage_of(done) == 1 + len("count:")
+
+
+@pytest.mark.parametrize(("flags", "end"), [([], b"\n"), (["--raw"], b"")], ids=["text", "raw"])
+def test_generate_into_a_pipe_ends_its_text_with_a_newline_unless_raw(
+    flags: list[str], end: bytes, models: Path, tmp_path: Path
+) -> None:
+    done = shimmy("generate", "recital", "--prompt", ":", *flags, "--models-dir", models, home=tmp_path)
+    assert done.stdout == b"Hello wide world" + end
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [(["--max-tokens", "3"], "--max-tokens 3"), (["--max-tokens", "500", "--ctx", "32"], "context")],
+    ids=["max-tokens", "context"],
+)
+def test_generate_that_is_cut_says_so_without_a_terminal(flags: list[str], word: str, models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--raw", "--prompt", "#", *flags, "--models-dir", models, home=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(b"Tick tock ")
+    assert "cut" in done.stderr.decode() and word in done.stderr.decode()
+
+
+def test_generate_with_a_schema_that_is_cut_fails(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "string", "enum": ["yes and no and yes and no"]}')
+    args: list[str | Path] = ["--schema", "schema.json", "--max-tokens", "3", "--models-dir", models]
+    done = shimmy("generate", "dice", "--prompt", "Well", *args, home=tmp_path)
+    assert done.returncode == 1 and "--max-tokens 3" in done.stderr.decode()
+
+
+def test_generate_max_tokens_minus_one_goes_to_the_end_of_the_context(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["--max-tokens", "-1", "--ctx", "256", "--json", "--models-dir", models]
+    done = shimmy("generate", "recital", "--raw", "--prompt", "#", *args, home=tmp_path)
+    assert json.loads(done.stdout)["usage"]["total_tokens"] == 256, done.stderr
+
+
+def test_generate_names_input_that_is_not_utf_8_once(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "recital", "--raw", "--models-dir", models, home=tmp_path, stdin=b"a\xff\xfe\xff:")
+    assert done.stdout == b"Hello wide world"
+    assert done.stderr.decode().count("not UTF-8") == 1 and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no endless input here")
+def test_generate_bounds_its_standard_input(models: Path, tmp_path: Path) -> None:
+    with open("/dev/zero", "rb") as endless:
+        command = [sys.executable, str(SHIMMY), "generate", "recital", "--models-dir", str(models)]
+        done = subprocess.run(command, stdin=endless, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False)
+    assert_failed(done, 1, "standard input", "16.0MB")
+
+
+def test_generate_says_that_a_pipe_with_data_is_ignored(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["generate", "recital", "--prompt", "hi", "--models-dir", models]
+    done = shimmy(*args, home=tmp_path, stdin=b"a diff")
+    assert done.stdout.startswith(b"Hello") and "--stdin" in done.stderr.decode()
+    assert shimmy(*args, home=tmp_path).stderr == b""
+
+
+def test_generate_in_a_loop_leaves_the_loops_input_alone(models: Path, tmp_path: Path) -> None:
+    one = f"'{sys.executable}' '{SHIMMY}' generate recital --prompt \"$f\" --models-dir '{models}' 2>/dev/null"
+    command = ["bash", "-c", f"printf 'a\\nb\\nc\\n' | while read f; do echo $f; {one}; done"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=True)
+    assert [line for line in done.stdout.split() if len(line) == 1] == [b"a", b"b", b"c"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [("generate recital --prompt : >&-", 1), ("generate recital <&-", 1), ("generate recital --prompt : <&-", 0), ("list >&-", 1),
+     ("list <&-", 0), ("diag >&-", 1), ("diag <&- >&-", 1), ("probe recital >&-", 1), ("generate recital --prompt : 2>&-", 0),
+     ("list <&- 2>&-", 0), ("--version >&-", 0), ("generate --bogus 2>&-", 2), ("generate recital --prompt : <&- >&- 2>&-", 1)],
+    ids=lambda value: re.sub(r"\W+", "-", value.translate({60: "in", 62: "out"})) if isinstance(value, str) else str(value),
+)  # fmt: skip
+def test_closed_standard_stream_gives_no_traceback(words: str, code: int, models: Path, tmp_path: Path) -> None:
+    line = f"'{sys.executable}' '{SHIMMY}' {words}"
+    env = environment(tmp_path, {"SHIMMY_MODEL_PATHS": str(models)})
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, timeout=HANG, check=False)
+    assert done.returncode == code, done.stderr
+    assert b"Traceback" not in done.stderr and b"Exception" not in done.stderr and len(done.stderr.splitlines()) <= 1
+
+
+def test_serve_with_closed_streams_serves(models: Path, tmp_path: Path) -> None:
+    line = f"exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}' --preload <&- >&-"
+    with subprocess.Popen(["bash", "-c", line], env=environment(tmp_path), stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr
+        guard = threading.Timer(HANG, running.kill)
+        guard.start()
+        while "loaded " not in (said := running.stderr.readline()):
+            assert said and "Traceback" not in said, said
+        running.terminate()
+        assert running.wait(HANG) == 0
+        guard.cancel()
+
+
+@pytest.mark.parametrize("name", ["recital", "RECITAL", "recit", "gpt-4", None], ids=["id", "case", "prefix", "alias", "default"])
+def test_generate_has_the_server_load_a_model_it_knows(name: str | None, server: Server, models: Path, tmp_path: Path) -> None:
+    server.unload("recital")
+    words = [name] if name else []
+    done = shimmy("-v", "generate", *words, "--prompt", "hi", home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+    assert done.stdout == b"Hello wide world\n", done.stderr
+    assert f"the server at http://127.0.0.1:{server.port} does the work" in done.stderr.decode()
+    assert server.status("recital")["loaded"]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [(["recital", "--local"], "--local"), (["recital", "--ctx", "512"], "--ctx"), (["{models}/recital.gguf"], "MODEL is a file"),
+     (["unheard"], "knows no model unheard")],
+    ids=["local", "engine-knob", "path", "unknown"],
+)  # fmt: skip
+def test_generate_says_why_it_uses_an_engine_of_its_own(
+    args: list[str], words: str, server: Server, models: Path, tmp_path: Path
+) -> None:
+    write_recital(tmp_path / "models" / "unheard.gguf")
+    arguments = [a.format(models=models) for a in args]
+    done = shimmy("generate", "-v", *arguments, "--prompt", "hi", home=tmp_path, env=through(server, models))
+    assert done.stdout == b"Hello wide world\n", done.stderr
+    assert f"an engine of its own does the work: {words}" in re.sub(r"the server at \S+ ", "", done.stderr.decode())
+
+
+def test_generate_without_a_server_says_that_none_answers(models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", "-v", "recital", "--prompt", "hi", "--models-dir", models, home=tmp_path)
+    assert "no server answers at http://127.0.0.1:9" in done.stderr.decode()
+
+
+def test_generate_with_models_dir_uses_the_server_that_has_the_same_model(server: Server, models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["-v", "generate", "recital", "--prompt", "hi", "--models-dir", models]
+    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+    assert done.stdout == b"Hello wide world\n" and "does the work, with recital" in done.stderr.decode()
+
+
+def test_generate_with_models_dir_loads_its_own_file_when_the_server_has_another(
+    server: Server, models: Path, tmp_path: Path
+) -> None:
+    write_recital(tmp_path / "other" / "recital.gguf", name="A longer name than the other one has")
+    args: list[str | Path] = ["-v", "generate", "recital", "--prompt", "hi", "--models-dir", tmp_path / "other"]
+    done = shimmy(*args, home=tmp_path, env={"SHIMMY_PORT": str(server.port)})
+    assert done.stdout == b"Hello wide world\n" and "--models-dir holds another recital" in done.stderr.decode()
+
+
+@pytest.mark.parametrize("key", [None, "wrong", "schlüssel"], ids=["missing", "wrong", "not-ascii"])
+def test_generate_says_that_the_server_refused_the_key(key: str | None, guarded: Server, models: Path, tmp_path: Path) -> None:
+    env = through(guarded, models) | ({"SHIMMY_API_KEY": key} if key else {})
+    assert_failed(shimmy("generate", "recital", "--prompt", "hi", home=tmp_path, env=env), 1, "the server at", "SHIMMY_API_KEY")
+
+
+def test_diag_says_that_the_server_refused_the_key(guarded: Server, tmp_path: Path) -> None:
+    port = {"SHIMMY_PORT": str(guarded.port)}
+    assert b"SHIMMY_API_KEY" in shimmy("diag", home=tmp_path, env=port | {"SHIMMY_API_KEY": "wrong"}).stdout
+    assert b"SHIMMY_API_KEY" not in shimmy("diag", home=tmp_path, env=port | {"SHIMMY_API_KEY": "s3cret"}).stdout
+
+
+def test_generate_sends_a_key_that_is_not_ascii(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    env = {"SHIMMY_API_KEY": "ключ-é"}
+    own = serve("--models-dir", models, env=env)
+    done = shimmy("-v", "generate", "recital", "--prompt", "hi", home=tmp_path, env=through(own, models) | env)
+    assert done.stdout == b"Hello wide world\n" and b"the server at" in done.stderr, done.stderr
+
+
+def test_generate_gives_the_servers_answer_to_a_prompt_that_is_too_large(server: Server, models: Path, tmp_path: Path) -> None:
+    server.load("recital")
+    large = b"\n" * (12 << 20)  # 24 MiB as JSON
+    done = shimmy("generate", "recital", home=tmp_path, stdin=b"x" + large, env=through(server, models))
+    assert_failed(done, 1, "16777216")
+
+
+class HangsUp(http.server.BaseHTTPRequestHandler):
+    """Knows a model that is loaded, and closes the connection on every POST without reading its body."""
+
+    def do_GET(self) -> None:
+        model = {"id": "m", "loaded": True, "chat_template": False, "size_bytes": 1}
+        body = json.dumps({"model": "m", "models": [model]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_generate_through_a_server_that_hangs_up_on_a_large_prompt_fails_in_one_line(tmp_path: Path) -> None:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HangsUp) as stub:
+        threading.Thread(target=stub.serve_forever, daemon=True).start()
+        env = {"SHIMMY_PORT": str(stub.server_port)}
+        done = shimmy("generate", "m", home=tmp_path, stdin=b"x" * (8 << 20), env=env)
+        stub.shutdown()
+    assert_failed(done, 1, "server")
+
+
+def interruptible() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_ctrl_c_ends_the_shells_loop(models: Path, tmp_path: Path) -> None:
+    args = f"generate recital --raw --prompt '#' --max-tokens {LONG_CTX} --ctx {LONG_CTX} --models-dir '{models}'"
+    script = f"for i in 1 2 3; do echo run $i; '{sys.executable}' '{SHIMMY}' {args}; done; echo behind"
+    running = subprocess.Popen(
+        ["bash", "-c", script], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True, preexec_fn=interruptible,
+    )  # fmt: skip
+    assert running.stdout and running.stdout.read(16) == b"run 1\nTick tock "
+    os.killpg(running.pid, signal.SIGINT)
+    rest, stderr = running.communicate(timeout=HANG)
+    assert b"run 2" not in rest and b"behind" not in rest and stderr == b""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_ctrl_c_ends_the_line_on_a_terminal_and_the_engine(models: Path, tmp_path: Path) -> None:
+    with terminal("generate", "recital", "--raw", "--prompt", "#", "--max-tokens", str(LONG_CTX), "--ctx", str(LONG_CTX),
+                  "--models-dir", models, home=tmp_path) as screen:  # fmt: skip
+        screen.read_until("Tick tock ")
+        children = descendants(screen.process.pid)
+        screen.process.send_signal(signal.SIGINT)
+        assert screen.process.wait(HANG) == -signal.SIGINT
+        assert screen.rest().endswith("\r\n")
+    eventually(lambda: not any(map(alive, children)), "no child is left")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_serve_goes_on_ignoring_a_signal_that_its_parent_ignores(name: str, models: Path, tmp_path: Path) -> None:
+    command = f"trap '' {name[3:]}; exec '{sys.executable}' '{SHIMMY}' serve --port 0 --models-dir '{models}'"
+    with subprocess.Popen(["bash", "-c", command], env=environment(tmp_path), stdout=subprocess.PIPE) as running:
+        assert running.stdout and b"listening" in running.stdout.readline()
+        running.send_signal(getattr(signal, name))
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(0.5)
+        running.terminate()
+        assert running.wait(HANG) == 0
+
+
+def test_generate_goes_on_in_the_background_of_a_shell_that_ignores_ctrl_c(models: Path, tmp_path: Path) -> None:
+    args = f"generate recital --raw --prompt '#' --temperature 0 --max-tokens 3000 --ctx {LONG_CTX} --models-dir '{models}'"
+    command = ["bash", "-c", f"trap '' INT; exec '{sys.executable}' '{SHIMMY}' {args}"]
+    with subprocess.Popen(
+        command, env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
+    ) as running:
+        assert running.stdout and running.stdout.read(5) == b"Tick "
+        running.send_signal(signal.SIGINT)
+        rest, _ = running.communicate(timeout=HANG)
+    assert running.returncode == 0 and len(rest.split()) == 3000 - 1
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_serve_told_to_stop_while_it_starts_ends_with_0(name: str, models: Path, tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text("import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(1)\n")
+    command = [sys.executable, str(SHIMMY), "serve", "--port", "0", "--tools", "slow.py", "--models-dir", str(models)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        preexec_fn=interruptible,
+    ) as running:  # fmt: skip
+        eventually((tmp_path / "begun").exists, "the server starts")
+        running.send_signal(getattr(signal, name))
+        assert running.wait(HANG) == 0
+        assert running.stderr and b"Traceback" not in running.stderr.read()
+
+
+def test_serve_tells_what_it_loads_and_for_whom_it_waits(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--model", "recital")
+    eventually(lambda: "default model: recital; " in own.log.read_text(), "the default model is named")
+    with own.stream("/api/generate", {"model": "recital", "prompt": "#", "max_tokens": 1000}) as stream:
+        next(stream)
+        own.signal(signal.SIGTERM)
+        list(stream)
+    assert own.process.wait(HANG) == 0
+    log = own.log.read_text()
+    assert re.search(r"loading recital \(\d+KB\)\n", log)
+    assert re.search(r"loaded recital in [\d.]+ s: [\d.]+MB of memory; its KV pool of [\d,]+ tokens takes [\d.]+MB\n", log)
+    assert re.search(r"shutting down: waiting up to \d+ s for the requests of recital \(1\)\n", log)
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "words"),
+    [(["--model", "recitl"], {}, ["--model recitl", "did you mean recital?"]),
+     (["--alias", "gpt-*=dicee"], {}, ["--alias gpt-*=dicee", "did you mean dice?"]),
+     ([], {"SHIMMY_BASE_GGUF": "recitl"}, ["SHIMMY_BASE_GGUF recitl", "did you mean recital?"]),
+     (["--model", "zzz"], {}, ["--model zzz"])],
+    ids=["model", "alias", "environment", "nothing-near"],
+)  # fmt: skip
+def test_serve_with_a_name_that_means_no_model_exits_2_naming_the_flag(
+    flags: list[str], env: dict[str, str], words: list[str], models: Path, tmp_path: Path
+) -> None:
+    done = shimmy("serve", "--port", "0", *flags, "--models-dir", models, home=tmp_path, env=env)
+    (error,) = [line for line in done.stderr.decode().splitlines() if "error" in line]
+    assert done.returncode == 2 and error.startswith("shimmy serve: error: ")
+    assert all(word in error for word in words), error
+
+
+class Screen:
+    """A terminal (a pty) and what a process writes to it, stdout and stderr alike."""
+
+    def __init__(self, mine: int, process: subprocess.Popen[bytes]) -> None:
+        self.mine, self.process, self.seen = mine, process, ""
+
+    def _read(self, seconds: float) -> bool:
+        if not select.select([self.mine], [], [], seconds)[0]:
+            return False
+        try:
+            data = os.read(self.mine, 65536)
+        except OSError:  # how Linux tells that nobody has the other end
+            return False
+        self.seen += data.decode("utf-8", "replace")
+        return bool(data)
+
+    def read_until(self, words: str) -> str:
+        deadline = time.monotonic() + HANG
+        while words not in self.seen and time.monotonic() < deadline:
+            self._read(1.0)
+        assert words in self.seen, self.seen
+        return self.seen
+
+    def rest(self) -> str:
+        """All that was written, once the process has ended."""
+        self.process.wait(HANG)
+        while self._read(0.2):
+            pass
+        return self.seen
+
+    def left(self) -> str:
+        """What stands on the screen in the end, if every line that was erased was the last one."""
+        return self.rest().rpartition("\r\x1b[K")[2].replace("\r\n", "\n")
+
+
+@contextlib.contextmanager
+def terminal(
+    *args: str | Path, home: Path, env: dict[str, str] | None = None, script: Path = SHIMMY, stdin: Any = subprocess.DEVNULL
+) -> Iterator[Screen]:
+    """Runs the command on a terminal of its own; stdin None is the keyboard."""
+    mine, its = os.openpty()
+    command = [sys.executable, str(script), *map(str, args)]
+    process = subprocess.Popen(
+        command, cwd=home, env=environment(home, env), stdin=its if stdin is None else stdin, stdout=its, stderr=its,
+        start_new_session=True, preexec_fn=interruptible,
+    )  # fmt: skip
+    os.close(its)
+    try:
+        yield Screen(mine, process)
+    finally:
+        process.kill()
+        process.wait(HANG)
+        os.close(mine)
+
+
+def slow_load(folder: Path) -> Path:
+    """A shimmy.py that takes its time over starting the engine and over the context."""
+    places = ("        self.main = Context(self, ", "        self.c, self.np, self.ctypes = import")
+    return altered(folder, *((place, "        time.sleep(0.7)\n" + place) for place in places))
+
+
+pty = pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+
+
+@pty
+@pytest.mark.parametrize("where", ["here", "by-the-server"])
+def test_generate_on_a_terminal_says_what_it_waits_for_until_the_first_word(
+    where: str, serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    script, env = slow_load(tmp_path), {"SHIMMY_MODEL_PATHS": str(models)}
+    if where != "here":
+        env["SHIMMY_PORT"] = str(serve("--models-dir", models, script=script).port)
+    with terminal("generate", "recital", "hi", home=tmp_path, env=env, script=script) as screen:
+        assert screen.left() == "Hello wide world\n"
+    assert "starting the engine for recital" in screen.seen and "preparing the context of recital" in screen.seen
+
+
+@pty
+def test_generate_on_a_terminal_says_how_many_tokens_it_reads(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("a" * 30_000 + ":")
+    with (tmp_path / "long.txt").open("rb") as text, terminal(
+        "generate", "recital", "--raw", "--ctx", str(LONG_CTX), "--models-dir", models, home=tmp_path, stdin=text
+    ) as screen:
+        assert screen.left() == "Hello wide world\n"
+    assert "reading 30,002 tokens" in screen.seen
+
+
+@pty
+def test_waiting_line_disappears_before_an_error(models: Path, tmp_path: Path) -> None:
+    with terminal("generate", "hollow", "hi", "--models-dir", models, home=tmp_path) as screen:
+        assert re.fullmatch(r"shimmy: The model could not be loaded: .*\n", screen.left())
+
+
+@pty
+def test_generate_that_reads_the_keyboard_says_so(models: Path, tmp_path: Path) -> None:
+    with terminal("generate", "recital", "--models-dir", models, home=tmp_path, stdin=None) as screen:
+        screen.read_until("reading standard input, end with Ctrl-D")
+        os.write(screen.mine, b"hello\n\x04")
+        assert screen.left() == "Hello wide world\n"
+
+
+def test_list_says_whether_a_model_fits_the_memory(models: Path, tmp_path: Path) -> None:
+    with write_header(tmp_path / "huge" / "huge.gguf").open("r+b") as huge:
+        huge.truncate(1 << 43)  # sparse
+    args: list[str | Path] = ["--models-dir", models, "--models-dir", tmp_path / "huge"]
+    table = shimmy("list", *args, home=tmp_path).stdout.decode().splitlines()
+    column = table[0].index("FITS")
+    fits = {line.split()[0]: line[column:].split()[0] for line in table[1:]}
+    assert (fits["recital"], fits["huge"]) == ("yes", "no")
+    found = listing(tmp_path, *args).models
+    assert (found["recital"]["fits"], found["huge"]["fits"]) == (True, False)
+
+
+@pytest.mark.parametrize("flags", [[], ["--short"], ["-v"]], ids=["table", "short", "verbose"])
+def test_list_escapes_what_does_not_print(flags: list[str], tmp_path: Path) -> None:
+    write_header(tmp_path / "models" / "evil\x1b[31m\nforged  row.gguf")
+    (tmp_path / "models" / "broken\x1b[31m\nforged.gguf").write_bytes(b"nothing")
+    done = shimmy("list", *flags, home=tmp_path)
+    assert done.returncode == 0 and b"evil" in done.stdout
+    assert b"\x1b" not in done.stdout + done.stderr
+    assert not any(line.startswith(b"forged") for line in (done.stdout + done.stderr).splitlines())
+
+
+def test_list_in_a_plain_locale_shows_names_it_cannot_write(tmp_path: Path) -> None:
+    write_header(tmp_path / "models" / "café.gguf")
+    env = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = shimmy("list", home=tmp_path, env=env)
+    assert done.returncode == 0 and b"caf" in done.stdout and b"Traceback" not in done.stderr
+
+
+def lines_of(done: subprocess.CompletedProcess[bytes]) -> list[Any]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("where", ["here", "by-the-server"])
+def test_generate_lines_answers_each_line_in_order(where: str, server: Server, models: Path, tmp_path: Path) -> None:
+    env = through(server, models) if where != "here" else {"SHIMMY_MODEL_PATHS": str(models)}
+    prompts = [b"say :", b"say =", b"say ~"] * 4
+    done = shimmy("generate", "recital", "--raw", "--lines", home=tmp_path, stdin=b"\n".join(prompts), env=env)
+    texts = [line["choices"][0]["text"] for line in lines_of(done)]
+    assert done.returncode == 0 and texts == [TEXTS[chr(p[-1])] for p in prompts]
+
+
+def test_generate_lines_puts_prompt_before_each_line(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["--raw", "--lines", "--prompt", "Sum", "--models-dir", models]
+    done = shimmy("generate", "recital", *args, home=tmp_path, stdin=b"ab:\r\nc:\n")
+    assert [line["usage"]["prompt_tokens"] for line in lines_of(done)] == [1 + len("Sum\nab:"), 1 + len("Sum\nc:")]
+
+
+def test_generate_lines_with_a_line_that_fails_goes_on_and_exits_1(models: Path, tmp_path: Path) -> None:
+    args: list[str | Path] = ["--raw", "--lines", "--ctx", "128", "--models-dir", models]
+    done = shimmy("generate", "recital", *args, home=tmp_path, stdin=b"a:\n" + b"b" * 300 + b"\n\nc:\n")
+    first, long, empty, last = lines_of(done)
+    assert done.returncode == 1 and first["choices"][0]["text"] == last["choices"][0]["text"] == TEXTS[":"]
+    assert long["error"]["code"] == "context_length_exceeded" and empty["error"]["code"] == "invalid_request"
+
+
+def test_generate_lines_answers_a_line_before_the_next_one_comes(models: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(SHIMMY), "generate", "recital", "--raw", "--lines", "--models-dir", str(models)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment(tmp_path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as running:
+        assert running.stdin and running.stdout
+        for prompt in (":", "="):
+            running.stdin.write(f"{prompt}\n".encode())
+            assert json.loads(running.stdout.readline())["choices"][0]["text"] == TEXTS[prompt]
+        running.stdin.close()
+        assert running.wait(HANG) == 0
+
+
+def test_generate_lines_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: Path) -> None:
+    one = f"'{sys.executable}' '{SHIMMY}' generate recital --raw --lines --models-dir '{models}'"
+    command = ["bash", "-c", f"yes : | {one} | head -n 2"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False)
+    assert len(done.stdout.splitlines()) == 2 and done.stderr == b""
+
+
+_ = (linux, shutil)
 
 
 # ── What the shared servers logged ────────────────────────────────────────────────────────────────────────────────────
@@ -4701,6 +7120,34 @@ def test_box_model_follows_a_schema(tiny: Server) -> None:
     messages = [{"role": "user", "content": "As JSON: Anna is 34 years old."}]
     reply = tiny.post("/api/generate", {"model": "default", "messages": messages, "temperature": 0, "json_schema": schema})
     assert set(json.loads(reply.text)) == {"name", "age"} and 0 <= json.loads(reply.text)["age"] <= 120
+
+
+def imported_from_models(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(REPO / "models")
+    return importlib.import_module(name)
+
+
+def test_training_text_is_the_same_for_the_same_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An intended change of models/text or models/generator records its new hash here."""
+    generator = imported_from_models("generator", monkeypatch)
+    rng = random.Random(generator.SEED)
+    text = "".join(generator.conversation(rng).render() for _ in range(300))
+    assert hashlib.sha256(text.encode()).hexdigest() == (
+        "1dc82e4a81f9132251dc93b9f2af98349c40dbf3ec0f3f65ac6100e7e8bbbcd6")
+
+
+def test_evaluation_asks_the_same_questions_in_every_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shares in models/README.md are comparable only as long as this hash stays."""
+    cases = imported_from_models("eval_tiny", monkeypatch).all_cases()
+    asked = json.dumps([[case.category, case.messages, case.tools] for case in cases])
+    assert hashlib.sha256(asked.encode()).hexdigest() == (
+        "da88a38c3cbd96ad58472d99b6fb5524b4c52716ec8cbecfcb1f2ff6ff36f8d9")
+
+
+def test_box_model_holds_the_chat_template_it_was_trained_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = imported_from_models("generator", monkeypatch)
+    reader = gguf.GGUFReader(REPO / "models" / "shimmy-tiny.gguf")
+    assert reader.fields["tokenizer.chat_template"].contents() == generator.CHAT_TEMPLATE
 
 
 # ── Benchmark ─────────────────────────────────────────────────────────────────────────────────────────────────────────
