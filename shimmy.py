@@ -8381,7 +8381,10 @@ class OpenAI(Dialect):
 
     @classmethod
     def error(cls, error: ApiError) -> dict[str, Any]:
-        return error.document(openai=True)
+        """OpenAI's packages show only `message`, so it says everything here, both numbers of a long prompt among it."""
+        document = error.document(openai=True)
+        document["error"]["message"] = str(error)
+        return document
 
 
 class ChatCompletion(OpenAI):
@@ -8412,7 +8415,7 @@ class ChatCompletion(OpenAI):
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Queued):
             for index in range(self.request.n):
-                yield self._delta(index, {"role": "assistant", "content": ""})
+                yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
         elif isinstance(event, (Text, Thought)):
             name = "content" if isinstance(event, Text) else "reasoning_content"
             if event.text or event.logprobs:
@@ -8452,7 +8455,8 @@ class ChatCompletion(OpenAI):
         return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
+        content = choice.text or (None if choice.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if choice.thoughts:
             message["reasoning_content"] = "".join(choice.thoughts)
         if choice.calls:
