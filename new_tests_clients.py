@@ -48,7 +48,9 @@ def box(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the model in the box."""
     running = Server(tmp_path_factory.mktemp("box"), "--port", "0", "--models-dir", REPO / "models", "--model", TINY)
     running.load(TINY)
-    yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", running.host)  # most clients look for a proxy
+        yield running
     running.stop()
 
 
@@ -189,7 +191,7 @@ def test_openai_client_usage_is_null_until_the_last_chunk(client: openai.OpenAI)
     options: Any = {"include_usage": True}
     stream = client.chat.completions.create(model=TINY, messages=HELLO, stream=True, stream_options=options)
     *chunks, last = stream
-    assert last.usage and last.usage.completion_tokens > 3 and not last.choices
+    assert last.usage and last.usage.completion_tokens and not last.choices
     assert all(chunk.choices and chunk.usage is None for chunk in chunks)
 
 
@@ -265,7 +267,8 @@ def test_openai_client_reads_no_logprobs_of_a_tool_call(client: openai.OpenAI) -
 
 def test_openai_client_reads_an_object_in_json_mode(client: openai.OpenAI) -> None:
     ask: Any = [{"role": "user", "content": "Give me a JSON object with a name."}]
-    answer = client.chat.completions.create(model=TINY, messages=ask, response_format={"type": "json_object"}, max_tokens=300)
+    answer = client.chat.completions.create(
+        model=TINY, messages=ask, response_format={"type": "json_object"}, temperature=0)  # fmt: skip
     assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
 
 
@@ -335,7 +338,7 @@ def test_openai_client_without_the_key_is_not_let_in(guarded: Server) -> None:
 
 
 def test_openai_client_raises_when_a_stream_breaks_off(box: Server, client: openai.OpenAI) -> None:
-    stream = client.chat.completions.create(model=TINY, messages=HELLO, stream=True, extra_body=ENDLESS)
+    stream = client.chat.completions.create(model=TINY, messages=HELLO, n=16, stream=True, extra_body=ENDLESS)
     with pytest.raises(openai.APIError) as caught:
         for _ in stream:
             threading.Thread(target=box.unload, args=(TINY, "?force=true")).start()
@@ -349,7 +352,7 @@ def test_openai_client_closes_a_stream_and_the_engine_stops(box: Server, client:
     eventually(lambda: idle(box), "the engine to be idle")
 
 
-def test_openai_client_times_out_and_the_engine_stops(tmp_path: Path, box: Server, client: openai.OpenAI) -> None:
+def test_openai_client_times_out_and_the_engine_stops(box: Server, client: openai.OpenAI) -> None:
     hurried = client.with_options(timeout=0.05, max_retries=0)
     with pytest.raises(openai.APITimeoutError):
         hurried.chat.completions.create(model=TINY, messages=HELLO, n=16, extra_body=ENDLESS)
@@ -454,7 +457,7 @@ const steps = {
   tools: async () => (await client.chat.completions.runTools({ model, messages: sum, tools, temperature: 0 })).finalContent(),
   tools_streamed: async () =>
     (await client.chat.completions.runTools({ model, messages: sum, tools, temperature: 0, stream: true })).finalContent(),
-  schema: async () => Object.keys(JSON.parse((await client.chat.completions.parse({ model, messages, max_tokens: 300,
+  schema: async () => Object.keys(JSON.parse((await client.chat.completions.parse({ model, messages, temperature: 0,
     response_format: { type: "json_schema", json_schema: { name: "n", strict: true, schema } } })).choices[0].message.content)),
   choices: async () => (await client.chat.completions.stream({ model, messages, n: 3 }).finalChatCompletion()).choices.length,
   logprobs: async () => { const [c] = (await create({ logprobs: true })).choices;
