@@ -191,6 +191,9 @@ LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded 
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
 MAX_STOPS = 16
 MAX_STOP = 256  # characters of one; each is looked for with every token
+MAX_BREAKERS = 16  # of DRY; for each one llama.cpp walks the vocabulary, up to 12 ms with 49,000 tokens
+MAX_BREAKER = 40  # bytes of one; llama.cpp cuts longer ones
+MAX_BIASES = 1024
 MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
 MAX_INPUTS = 2048  # of an embedding request, OpenAI's bound
@@ -616,17 +619,45 @@ def stops(name: str, value: Any) -> tuple[str, ...]:
     return tuple(s for s in listed if s)
 
 
+def breakers(name: str, value: Any) -> tuple[str, ...]:
+    """The strings that DRY's repetitions do not reach across."""
+    if not isinstance(value, list) or len(value) > MAX_BREAKERS or not all(isinstance(s, str) for s in value):
+        raise InvalidRequest(f"{name} must be a list of up to {MAX_BREAKERS} strings, not {_said(value)}", name)
+    longest = max((len(s.encode()) for s in value), default=0)
+    if longest > MAX_BREAKER:
+        raise InvalidRequest(f"{name} may have up to {MAX_BREAKER} bytes each, not {longest}", name)
+    return tuple(s for s in value if s)
+
+
 def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
-    """OpenAI's logit_bias: an object of token id to a number from −100 to 100, where −100 bans the token."""
+    """Token ids with a number from −100 to 100 each; −100 and false ban the token.
+
+    OpenAI's form is an object of id to bias, llama-server's a list of pairs.
+    """
+    pairs = list(value.items()) if isinstance(value, dict) else value
+    paired = isinstance(pairs, list) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
+    if not paired or len(pairs) > MAX_BIASES or not all(map(_is_token_id, (token for token, _ in pairs))):
+        forms = f"an object of up to {MAX_BIASES} token ids, or a list of pairs of a token id and its bias"
+        raise InvalidRequest(f"{name} must be {forms}, not {_said(value)}", name)
     check = number(-100, 100)
-    if not isinstance(value, dict) or len(value) > 1024 or not all(k.isascii() and k.isdigit() for k in value):
-        raise InvalidRequest(f"{name} must be an object of up to 1024 token ids, not {_said(value)}", name)
-    return tuple((int(k[:10]), -math.inf if v == -100 else check(f"{name}.{k}", v)) for k, v in value.items())
+    return tuple(
+        (int(str(t)[:10]), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
+    )
 
 
-def param(check: Check, help: str, default: Any = None) -> Any:
-    """A request parameter: its check, one line of help for the command line, and its default."""
-    return field(default=default, metadata={"check": check, "help": help})
+def _is_token_id(value: Any) -> bool:
+    """A whole number from 0, or its digits: JSON's keys are strings."""
+    if isinstance(value, str):
+        return value.isascii() and value.isdigit()
+    return type(value) is int and 0 <= value < 1 << 31
+
+
+def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
+    """A request parameter: its check, one line of help for the command line (none: no flag), its default.
+
+    `otherwise` is llama.cpp's default, which holds when neither the request nor the model's file has a value.
+    """
+    return field(default=default, metadata={"check": check, "help": help, **more})
 
 
 NATIVE_DEFAULTS: dict[str, Any] = {"max_tokens": 100, "temperature": 0.7}  # of /api/generate and of `generate`
@@ -659,13 +690,32 @@ class Sampling:
     """How tokens are picked. None means: what the model's file says (general.sampling.*), else llama.cpp's default."""
 
     max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end")
-    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token")
-    top_p: float | None = param(number(0, 1), "keep the likeliest tokens that sum to this probability")
-    top_k: int | None = param(whole(0), "keep this many likeliest tokens; 0 keeps all")
-    min_p: float | None = param(number(0, 1), "drop tokens below this share of the likeliest one")
-    repeat_penalty: float | None = param(number(0.1, 10), "divide the score of tokens already there; 1 is off")
-    presence_penalty: float | None = param(number(-2, 2), "lower the score of tokens already there")
-    frequency_penalty: float | None = param(number(-2, 2), "lower the score of tokens by how often they came")
+    temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8)
+    top_p: float | None = param(number(0, 1), "keep the likeliest tokens that sum to this probability", otherwise=0.95)
+    top_k: int | None = param(whole(0), "keep this many likeliest tokens; 0 keeps all", otherwise=40)
+    min_p: float | None = param(number(0, 1), "drop tokens below this share of the likeliest one", otherwise=0.05)
+    typical_p: float | None = param(number(0, 1), "keep the tokens of about the expected surprise that sum to this "
+                                    "probability; 1 is off", otherwise=1.0)  # fmt: skip
+    top_n_sigma: float | None = param(number(-1, 100), "keep tokens whose score is within so many standard deviations "
+                                      "of the best; 0 or less is off", otherwise=-1.0)  # fmt: skip
+    xtc_probability: float | None = param(number(0, 1), "how often to drop all likely tokens but the last", otherwise=0.0)
+    xtc_threshold: float | None = param(number(0, 1), "the probability from which a token counts as likely then; "
+                                        "above 0.5 is off", otherwise=0.1)  # fmt: skip
+    repeat_penalty: float | None = param(number(0.1, 10), "divide the score of tokens already there; 1 is off", otherwise=1.0)
+    presence_penalty: float | None = param(number(-2, 2), "lower the score of tokens already there", otherwise=0.0)
+    frequency_penalty: float | None = param(number(-2, 2), "lower the score of tokens by how often they came", otherwise=0.0)
+    repeat_last_n: int | None = param(whole(-1), "tokens that these penalties look back on; -1: the context, 0: off",
+                                      otherwise=64)  # fmt: skip
+    dry_multiplier: float | None = param(number(0, 100), "lower the score of tokens that go on with a repetition (DRY); "
+                                         "0 is off", otherwise=0.0)  # fmt: skip
+    dry_base: float | None = param(number(1, 100), "how fast that grows with the repetition's length", otherwise=1.75)
+    dry_allowed_length: int | None = param(whole(0), "tokens that may repeat for free", otherwise=2)
+    dry_penalty_last_n: int | None = param(whole(-1), "tokens that DRY looks back on; -1: the context, 0: off", otherwise=64)
+    dry_sequence_breakers: tuple[str, ...] | None = param(breakers, "DRY's repetitions end at this text (repeatable)",
+                                                          otherwise=("\n", ":", '"', "*"))  # fmt: skip
+    mirostat: int | None = param(whole(0, 2), "aim at a constant surprise: version 1 or 2 of Mirostat; 0 is off", otherwise=0)
+    mirostat_tau: float | None = param(number(0, 100), "the surprise that Mirostat aims at", otherwise=5.0)
+    mirostat_eta: float | None = param(number(0, 1), "how fast Mirostat learns", otherwise=0.1)
     seed: int | None = param(whole(), "the same seed gives the same text on an idle server")
     stop: tuple[str, ...] = param(stops, "end before this text (repeatable)", ())
     ignore_eos: bool = param(boolean, "go on past the model's end of text", False)
@@ -861,6 +911,11 @@ class TokenLogprob:
     token: bytes
     logprob: float
     top: tuple[tuple[bytes, float], ...]
+
+    def cut(self, size: int) -> TokenLogprob:
+        """This with at most so many characters of the token; one with a part of a character stays whole."""
+        text = self.token.decode("utf-8", "replace")
+        return replace(self, token=text[:size].encode()) if len(text) > size and "\ufffd" not in text else self
 
 
 @dataclass(frozen=True)
@@ -4863,12 +4918,32 @@ class Load:
 
 
 @dataclass(frozen=True)
+class ThoughtBudget:
+    """How many tokens the thought that an answer begins with may have; then `closing` is written for the model.
+
+    A text that does not begin with `opens` has no thought, unless the prompt has begun one.
+    """
+
+    opens: str
+    closes: str
+    tokens: int
+    begun: bool = False  # the prompt ends inside the thought
+    closing: str = ""  # the closing marker and what goes with it; "": on a line of its own, then an empty line
+
+    @property
+    def ending(self) -> str:
+        return self.closing or f"\n{self.closes.strip()}\n\n"
+
+
+@dataclass(frozen=True)
 class Generate:
     """A job: write one text. A prompt is segments of text, tokenized one by one, or token ids."""
 
     prompt: tuple[str, ...] | tuple[int, ...]
     sampling: Sampling
     markers: frozenset[str]  # control tokens that are shown: reasoning, tool calls
+    thought: ThoughtBudget | None = None
+    owner: str = ""  # whose cells the prompt may begin with
 
 
 @dataclass(frozen=True)
@@ -5185,12 +5260,27 @@ class Vocabulary:
         sep = [c.llama_vocab_sep(vocab)] if bert or c.llama_vocab_get_add_sep(vocab) else []
         return [self.np.array([t for t in ids if t >= 0], self.np.int32) for ids in (bos, eos + sep, eos or sep)]
 
+    def tokens_of(self, text: str) -> Seq[int]:
+        """The tokens of a text inside another: special tokens parsed, none added."""
+        return [int(token) for token in self._tokenize(text.encode("utf-8", "replace"), False)]
+
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for in text; control tokens give none."""
         found = self._pieces.get(token)
         if found is None:
             found = self._pieces[token] = self._render(token, False)
         return found
+
+    def shown(self, token: int) -> bytes:
+        """The bytes in which a marker is looked for: a control token's name, any other's piece."""
+        name = self.marker_pieces.get(token)
+        return self.piece(token) if name is None else name.encode()
+
+    @functools.cached_property
+    def byte_tokens(self) -> dict[bytes, int]:
+        """A token for each single byte that has one. A walk of 0.2 s over a large vocabulary."""
+        pieces = ((self._render(token, False), token) for token in range(self.size))
+        return {piece: token for piece, token in pieces if len(piece) == 1}
 
     def name(self, token: int) -> bytes:
         """The bytes a token is called by, control tokens too; none for a token that is not there."""
@@ -5570,55 +5660,42 @@ class EmbeddingContext(Context):
 
 
 class Sampler:
-    """How one sequence's tokens are picked: greedy straight from the logits, else llama.cpp's chain and defaults.
+    """Picks one sequence's tokens: greedy straight from the logits, else with llama.cpp's chain and its defaults.
 
     With a grammar the picked token is tried alone first; only a refused one costs a walk over the vocabulary.
     """
 
-    DEFAULTS: ClassVar = {"temperature": ("temp", 0.8), "top_k": ("top_k", 40), "top_p": ("top_p", 0.95),
-                          "min_p": ("min_p", 0.05), "repeat_penalty": ("penalty_repeat", 1.0)}  # fmt: skip
-    CHECKS: ClassVar = {f.name: f.metadata["check"] for f in fields(Sampling) if f.metadata}
-    LAST_N = 64  # tokens that penalties look back on
+    KEYS: ClassVar = {"temperature": "temp", "repeat_penalty": "penalty_repeat", "repeat_last_n": "penalty_last_n"}
     COLDEST = 1e-4  # temperatures below are 0: logits divided by less would leave float32, and infinities have no softmax
+    LEAST = 1e-30  # of the likeliest token's probability; typical and Mirostat take the logarithm, and 0 has none
 
     def __init__(self, llama: Llama, sampling: Sampling, prompt: Any) -> None:
         """Raises InvalidRequest for a bias of a token that does not exist, and for a grammar llama.cpp refuses."""
         self.llama, self.sampling = llama, sampling
-        value = {name: self._value(name) for name in self.DEFAULTS}
-        presence, frequency = sampling.presence_penalty or 0.0, sampling.frequency_penalty or 0.0
-        penalties = value["repeat_penalty"] != 1.0 or presence != 0 or frequency != 0
         self.never = self._banned()
-        self.grammar = self._grammar(sampling.constraint) if sampling.constraint else None
+        self.grammar = Grammar(llama, sampling.constraint) if sampling.constraint else None
         self.chain: Any = None
-        greedy = value["temperature"] < self.COLDEST
-        if greedy and not penalties and not sampling.logit_bias:
+        seed = 0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a random one
+        values: Any = replace(sampling, **dict(self._values()), seed=seed)
+        links = self._links(values)
+        if not links:
             return
         c = llama.c
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        if sampling.logit_bias:
-            self._add(self._logit_bias(sampling.logit_bias))
-        if penalties:
-            self._add(c.llama_sampler_init_penalties(llama.vocab.size, self.LAST_N, value["repeat_penalty"], frequency, presence))
-        if greedy:
-            self._add(c.llama_sampler_init_greedy())
-        else:
-            self._add(c.llama_sampler_init_top_k(min(int(value["top_k"]), llama.vocab.size)))
-            self._add(c.llama_sampler_init_top_p(value["top_p"], 1))
-            self._add(c.llama_sampler_init_min_p(value["min_p"], 1))
-            self._add(c.llama_sampler_init_temp(value["temperature"]))
-            self._add(c.llama_sampler_init_dist(0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF))
-        if penalties:
-            for token in prompt[-self.LAST_N :]:
-                c.llama_sampler_accept(self.chain, int(token))
+        for link in links:
+            c.llama_sampler_chain_add(self.chain, link)
+        for token in prompt[max(0, len(prompt) - self._looks_back(values)) :]:
+            c.llama_sampler_accept(self.chain, int(token))
 
-    def _value(self, name: str) -> float:
-        """The request's value, else the model file's own (general.sampling.*) if it makes sense, else llama.cpp's."""
-        key, default = self.DEFAULTS[name]
-        given = getattr(self.sampling, name)
-        if given is None:
-            with contextlib.suppress(ValueError, ApiError):
-                return float(self.CHECKS[name](name, float(self.llama.metadata(f"general.sampling.{key}"))))
-        return default if given is None else given
+    def _values(self) -> Iterator[tuple[str, Any]]:
+        """Each parameter: the request's, else the model file's (general.sampling.*) if it makes sense, else llama.cpp's."""
+        for f in fields(Sampling):
+            if "otherwise" in f.metadata and getattr(self.sampling, f.name) is None:
+                value = f.metadata["otherwise"]
+                with contextlib.suppress(ValueError, ApiError):
+                    said = float(self.llama.metadata(f"general.sampling.{self.KEYS.get(f.name, f.name)}"))
+                    value = f.metadata["check"](f.name, said)
+                yield f.name, value
 
     def _banned(self) -> frozenset[int]:
         """Tokens that must not come: biased by −100, or those that end the text when that is to be ignored."""
@@ -5629,47 +5706,103 @@ class Sampler:
         banned = frozenset(token for token, bias in self.sampling.logit_bias if bias == -math.inf)
         return banned | (self.llama.vocab.eog if self.sampling.ignore_eos else frozenset())
 
-    def _add(self, sampler: Any) -> None:
-        self.llama.c.llama_sampler_chain_add(self.chain, sampler)
+    def _links(self, v: Any) -> list[Any]:
+        """The chain's samplers, in llama.cpp's order (common/sampling.cpp); none if the likeliest token is taken as it is."""
+        c, greedy = self.llama.c, v.temperature < self.COLDEST
+        if v.mirostat and not greedy:
+            return [*self._biases(v), *self._mirostat(v)]
+        links = [*self._biases(v), *self._penalties(v)]
+        if not greedy or v.typical_p < 1 or v.xtc_probability > 0:  # the other filters never drop the likeliest token
+            links += self._filters(v)
+        if greedy:
+            return [*links, c.llama_sampler_init_greedy()] if links else []
+        return [*links, c.llama_sampler_init_temp(v.temperature), c.llama_sampler_init_dist(v.seed)]
 
-    def _logit_bias(self, biases: Seq[tuple[int, float]]) -> Any:
+    def _biases(self, v: Any) -> Iterator[Any]:
+        c, biases = self.llama.c, v.logit_bias
+        if biases:
+            rows = (c.llama_logit_bias * len(biases))(*(c.llama_logit_bias(t, b) for t, b in biases))
+            yield c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(biases), rows)
+
+    def _penalties(self, v: Any) -> Iterator[Any]:
+        """What looks back on the text."""
+        c, vocab = self.llama.c, self.llama.vocab
+        if self._penalizes(v):
+            size, last_n = vocab.size, self._window(v.repeat_last_n)
+            yield c.llama_sampler_init_penalties(size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
+        if v.dry_multiplier:
+            words = [s.encode() for s in v.dry_sequence_breakers]
+            rows = (self.llama.ctypes.c_char_p * len(words))(*words)
+            allowed, last_n = self._window(v.dry_allowed_length), self._window(v.dry_penalty_last_n)
+            yield c.llama_sampler_init_dry(vocab.handle, v.dry_multiplier, v.dry_base, allowed, last_n, rows, len(words))
+
+    def _filters(self, v: Any) -> Iterator[Any]:
+        """What drops tokens; llama.cpp makes nothing of those that are off."""
         c = self.llama.c
-        rows = (c.llama_logit_bias * len(biases))(*(c.llama_logit_bias(t, b) for t, b in biases))
-        return c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(biases), rows)
+        yield c.llama_sampler_init_top_n_sigma(v.top_n_sigma)
+        yield c.llama_sampler_init_top_k(min(v.top_k, self.llama.vocab.size))
+        if v.typical_p < 1:
+            yield c.llama_sampler_init_min_p(self.LEAST, 1)
+            yield c.llama_sampler_init_typical(v.typical_p, 1)
+        yield c.llama_sampler_init_top_p(v.top_p, 1)
+        yield c.llama_sampler_init_min_p(v.min_p, 1)
+        yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
 
-    def _grammar(self, constraint: Constraint) -> Any:
-        made = self.llama.c.llama_sampler_init_grammar(self.llama.vocab.handle, constraint.grammar.encode(), b"root")
-        if not made:
-            raise InvalidRequest(f"{constraint.param}: it makes a grammar that is too large for llama.cpp", constraint.param)
-        return made
+    def _mirostat(self, v: Any) -> Iterator[Any]:
+        """Mirostat picks by itself: it replaces all but the bias and the temperature."""
+        c = self.llama.c
+        yield c.llama_sampler_init_min_p(self.LEAST, 1)
+        yield c.llama_sampler_init_temp(v.temperature)
+        if v.mirostat == 1:
+            yield c.llama_sampler_init_mirostat(self.llama.vocab.size, v.seed, v.mirostat_tau, v.mirostat_eta, 100)
+        else:
+            yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
+
+    @staticmethod
+    def _penalizes(v: Any) -> bool:
+        return bool(v.repeat_last_n and (v.repeat_penalty != 1.0 or v.frequency_penalty or v.presence_penalty))
+
+    def _window(self, tokens: int) -> int:
+        """A number of tokens, at most the context: llama.cpp sets memory aside for all of them."""
+        return self.llama.ctx if tokens < 0 else min(tokens, self.llama.ctx)
+
+    def _looks_back(self, v: Any) -> int:
+        """The last tokens of the prompt that a penalty sees."""
+        penalties = self._window(v.repeat_last_n) if self._penalizes(v) else 0
+        return max(penalties, self._window(v.dry_penalty_last_n) if v.dry_multiplier else 0)
 
     def pick(self, logits: Any, row: int) -> int:
         """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index."""
         if self.sampling.ignore_eos:
             logits[self.llama.vocab.eog_array] = -math.inf
         if self.grammar:
-            return self._pick_with_grammar(logits)
+            return self._pick_with(self.grammar, logits)
         if self.chain:
             token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
         else:
             token = int(logits.argmax())
         return -1 if token in self.never else token
 
-    def _pick_with_grammar(self, logits: Any) -> int:
-        """Accepts only what the grammar left with a finite logit: to accept any other token aborts the process."""
-        c = self.llama.c
-        token, finite = self._choose(self._candidates(logits))
-        alone = self._candidates(logits[token : token + 1], token)
-        c.llama_sampler_apply(self.grammar, alone.pointer)
-        if not finite or alone.rows["logit"][0] == -math.inf:
-            everything = self._candidates(logits)
-            c.llama_sampler_apply(self.grammar, everything.pointer)
-            token, finite = self._choose(everything)
-            if not finite:
-                return -1  # all that may follow is banned, or has no token
-        c.llama_sampler_accept(self.grammar, token)
+    def force(self, token: int) -> None:
+        """Takes a token that was not picked."""
         if self.chain:
-            c.llama_sampler_accept(self.chain, token)
+            self.llama.c.llama_sampler_accept(self.chain, token)
+        if self.grammar:
+            self.grammar.follow(token)
+
+    def _pick_with(self, grammar: Grammar, logits: Any) -> int:
+        """Accepts only what the grammar admits, and what has a finite logit, as all have unless they are banned."""
+        token, finite = self._choose(Candidates(self.llama, logits))
+        while finite and not grammar.admits(token):
+            logits[token] = -math.inf
+            everything = Candidates(self.llama, logits)
+            grammar.restrict(everything)
+            token, finite = self._choose(everything)
+        if not finite:
+            return -1  # all that may follow is banned, or has no token
+        grammar.accept(token)
+        if self.chain:
+            self.llama.c.llama_sampler_accept(self.chain, token)
         return token
 
     def _choose(self, candidates: Candidates) -> tuple[int, bool]:
@@ -5684,14 +5817,84 @@ class Sampler:
         chosen = array.data[array.selected]
         return int(chosen.id), math.isfinite(chosen.logit)
 
-    def _candidates(self, logits: Any, first: int = 0) -> Candidates:
-        return Candidates(self.llama, logits, first)
+    def close(self) -> None:
+        if self.chain:
+            self.llama.c.llama_sampler_free(self.chain)
+        if self.grammar:
+            self.grammar.close()
+        self.chain = self.grammar = None
+
+
+class Grammar:
+    """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on.
+
+    To accept a token that llama.cpp's grammar refuses aborts the process, so each one is tried first.
+    """
+
+    def __init__(self, llama: Llama, constraint: Constraint) -> None:
+        """Raises InvalidRequest for a grammar llama.cpp refuses."""
+        self._llama, self._vocab = llama, llama.vocab
+        self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
+        self._handle = llama.c.llama_sampler_init_grammar(llama.vocab.handle, constraint.grammar.encode(), b"root")
+        if not self._handle:
+            raise InvalidRequest(f"{constraint.param}: it makes a grammar that is too large for llama.cpp", constraint.param)
+        if self._marker:
+            _ = llama.vocab.byte_tokens  # made here, in the tokenizing thread, not in the step loop
+
+    def admits(self, token: int) -> bool:
+        """Whether this token may come next; what stands behind the marker in the token that ends it must fit already."""
+        if not self._marker:
+            return self._fits(self._handle, token)
+        rest = self._behind_marker(token)
+        if not rest:
+            return True
+        trial = self._llama.c.llama_sampler_clone(self._handle)
+        fits = self._feed(trial, rest)
+        self._llama.c.llama_sampler_free(trial)
+        return fits
+
+    def restrict(self, candidates: Candidates) -> None:
+        """Gives tokens that the grammar refuses a logit of −∞; none before the marker."""
+        if not self._marker:
+            self._llama.c.llama_sampler_apply(self._handle, candidates.pointer)
+
+    def accept(self, token: int) -> None:
+        """Takes a token that is admitted."""
+        if not self._marker:
+            self._llama.c.llama_sampler_accept(self._handle, token)
+            return
+        rest = self._behind_marker(token)
+        self._seen = (self._seen + self._vocab.shown(token))[-len(self._marker) :]
+        if rest is not None:
+            self._marker = b""
+            self._feed(self._handle, rest)
+
+    def follow(self, token: int) -> None:
+        """Takes a forced token; one that does not fit leaves the grammar where it is."""
+        if self._marker or self._fits(self._handle, token):
+            self.accept(token)
+
+    def _behind_marker(self, token: int) -> bytes | None:
+        """What would stand behind the marker after this token; None if the marker is not there yet."""
+        _, found, rest = (self._seen + self._vocab.shown(token)).partition(self._marker)
+        return rest if found else None
+
+    def _feed(self, handle: Any, data: bytes) -> bool:
+        """Lets a grammar accept bytes, each as its own token; false at the first that does not fit."""
+        for i in range(len(data)):
+            token = self._vocab.byte_tokens.get(data[i : i + 1])
+            if token is None or not self._fits(handle, token):
+                return False
+            self._llama.c.llama_sampler_accept(handle, token)
+        return True
+
+    def _fits(self, handle: Any, token: int) -> bool:
+        alone = Candidates(self._llama, self._llama.np.zeros(1, self._llama.np.float32), token)
+        self._llama.c.llama_sampler_apply(handle, alone.pointer)
+        return bool(alone.rows["logit"][0] > -math.inf)
 
     def close(self) -> None:
-        for sampler in (self.chain, self.grammar):
-            if sampler:
-                self.llama.c.llama_sampler_free(sampler)
-        self.chain = self.grammar = None
+        self._llama.c.llama_sampler_free(self._handle)
 
 
 class LogProbs:
@@ -5720,7 +5923,7 @@ class LogProbs:
 class Candidates:
     """A llama_token_data_array over numpy rows (id, logit, p), for samplers applied by hand."""
 
-    def __init__(self, llama: Llama, logits: Any, first: int) -> None:
+    def __init__(self, llama: Llama, logits: Any, first: int = 0) -> None:
         self.rows = llama.np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])
         self.rows["id"] = llama.main.counting[:1] + first if len(logits) == 1 else llama.np.arange(len(logits))
         self.rows["logit"] = logits
@@ -5736,21 +5939,34 @@ class TextStream:
     """
 
     def __init__(self, stop: Seq[str]) -> None:
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._stop, self._first = stop, frozenset(s[0] for s in stop)
         self._held = ""  # a stop string begins so
+        self.shown = 0  # characters that were given out
         self.stopped = ""  # the stop string that came
+
+    @property
+    def position(self) -> int:
+        """The character that the next byte belongs to."""
+        return self.shown + len(self._held)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the bytes so far end with a whole character."""
+        return not self._decoder.getstate()[0]
 
     def push(self, piece: bytes) -> str:
         """The text that may be shown now; at a stop string, whose text is never shown, `stopped` becomes it."""
-        text = self._decode(piece)
+        text = self._decoder.decode(piece)
         if not self._stop:
+            self.shown += len(text)
             return text
         seen, buffer = len(self._held), self._held + text
         found = [at for s in self._stop if (at := buffer.find(s, max(0, seen - len(s) + 1))) >= 0]
         shown = min(found) if found else self._may_begin(buffer)
         self.stopped = next(s for s in self._stop if buffer.startswith(s, shown)) if found else ""
         self._held = "" if found else buffer[shown:]
+        self.shown += shown
         return buffer[:shown]
 
     def _may_begin(self, buffer: str) -> int:
@@ -5765,7 +5981,8 @@ class TextStream:
     def finish(self) -> str:
         """Flushes held text; drops an incomplete character."""
         rest, self._held = self._held, ""
-        return "" if self.stopped else rest
+        self.shown += len(rest)
+        return rest
 
 
 # ── 10. Scheduling (child) ────────────────────────────────────────────────────────────────────────────────────────────
@@ -5787,19 +6004,61 @@ class Place:
     row: int
 
 
+class ThoughtMeter:
+    """Counts the tokens of the thought that a text begins with."""
+
+    PATIENCE = 3  # tokens beyond the budget, until a character is whole
+
+    def __init__(self, budget: ThoughtBudget) -> None:
+        self._budget, self._opens, self._closes = budget, budget.opens.strip().encode(), budget.closes.strip().encode()
+        self._inside, self._over = budget.begun, False
+        self._text = b""
+        self.tokens = 0
+
+    def add(self, piece: bytes) -> None:
+        """Takes the bytes of one token."""
+        if self._over:
+            return
+        self._text += piece
+        if self._inside:
+            self.tokens += 1
+        else:
+            self._begin()
+        if self._inside:
+            self._over = self._closes in self._text
+            self._text = self._text[-len(self._closes) :]
+
+    def _begin(self) -> None:
+        """Looks whether the text begins with the opening marker."""
+        self._text = self._text.lstrip()
+        self._inside = self._text.startswith(self._opens)
+        self._over = not self._opens.startswith(self._text[: len(self._opens)])
+        self._text = self._text[len(self._opens) :] if self._inside else self._text
+
+    def is_spent(self, whole: bool) -> bool:
+        """True once: when the budget is used up, if possible not within a character."""
+        least = self._budget.tokens + (0 if whole else self.PATIENCE)
+        spent = self._inside and not self._over and self.tokens >= least
+        self._over = self._over or spent
+        return spent
+
+
 class Sequence:
     """One text in the making. Owned by the step loop."""
 
     def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
-        self.id, self.sampling, self.markers = submission.id, job.sampling, job.markers
+        self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
         self.n_prompt = self.n_tokens = len(prompt)
         room = job.sampling.max_tokens or llama.ctx
         self.limit = min(llama.ctx, self.n_prompt + room)  # tokens at which it ends with length
         self.tokens = llama.np.empty(self.limit, llama.np.int32)
         self.tokens[: self.n_prompt] = prompt
         self.text = TextStream(job.sampling.stop)
+        self.thought = ThoughtMeter(job.thought) if job.thought else None
+        self._ending = llama.vocab.tokens_of(job.thought.ending) if job.thought else ()
+        self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
         self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
         self.place: Place | None = None  # None: it waits, or is parked
         self._main = llama.main
@@ -5812,7 +6071,10 @@ class Sequence:
         self.oldest = 0  # the first position they hold
         self.last_used = self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
-        self.logprobs: list[TokenLogprob] = []
+        self.logprobs: list[TokenLogprob] = []  # of its tokens
+        self._unshown: deque[tuple[int, TokenLogprob]] = deque()  # of later tokens, by the character they begin with
+        self._waiting = ""  # text that may be shown, but is a part of a token
+        self.watch_thought(b"")
 
     @property
     def cancelled(self) -> bool:
@@ -5836,6 +6098,49 @@ class Sequence:
     def append(self, token: int) -> None:
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
+
+    def next_token(self, logits: Any, row: int) -> int:
+        """The forced token whose turn it is, else what the sampler picks; -1 when nothing may follow."""
+        assert self.sampler
+        if not self.forced:
+            return self.sampler.pick(logits, row)
+        token = self.forced.popleft()
+        self.sampler.force(token)
+        return token
+
+    def watch_thought(self, piece: bytes) -> None:
+        """Takes a token's bytes, or none yet; a thought over its budget is closed by the tokens that come next."""
+        if self.thought and piece:
+            self.thought.add(piece)
+        if self.thought and self.thought.is_spent(self.text.is_whole):
+            self.forced.extend(self._ending)
+
+    def note(self, logprob: TokenLogprob) -> None:
+        """Keeps the log probability of the token whose text comes next, until that text is sent."""
+        self._unshown.append((self.text.position, logprob))
+
+    def ready(self, text: str) -> str:
+        """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
+        if self.sampling.logprobs is None:
+            return text
+        stopped, shown, at = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting) - len(text)
+        self._waiting += text
+        sent = at
+        while self._unshown and (start := self._unshown[0][0]) < shown:
+            end = self._unshown[1][0] if len(self._unshown) > 1 else self.text.position
+            if end > shown and not stopped:
+                break
+            logprob = self._unshown.popleft()[1]
+            self.logprobs.append(logprob.cut(shown - start) if stopped else logprob)
+            sent = min(end, shown)
+        ready, self._waiting = self._waiting[: sent - at], self._waiting[sent - at :]
+        return ready
+
+    def release_rest(self) -> None:
+        """Hands out the log probabilities of tokens without text, at the end; not of a stop string's."""
+        if not self.text.stopped:
+            self.logprobs += [logprob for _, logprob in self._unshown]
+            self._unshown.clear()
 
     def common(self, other: Sequence, limit: int) -> int:
         """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
@@ -6449,6 +6754,7 @@ class Outbox:
         self.running = 0  # sequences in the batch, as the parent was told last
 
     def text(self, sequence: Sequence, text: str) -> None:
+        text = sequence.ready(text)
         if text:
             if not sequence.unsent:
                 self._unsent.append(sequence)
@@ -6457,6 +6763,7 @@ class Outbox:
     def finished(self, sequence: Sequence, reason: str) -> None:
         """The end of a sequence, behind the text it held back and the log probabilities of tokens without text."""
         self.text(sequence, sequence.text.finish())
+        sequence.release_rest()
         if sequence.logprobs and sequence not in self._unsent:
             self._unsent.append(sequence)
         now = time.perf_counter()
@@ -6842,17 +7149,18 @@ class Engine:
         sampling, vocab = sequence.sampling, self.llama.vocab
         sequence.first_token = sequence.first_token or time.perf_counter()
         known = None if sampling.logprobs is None else LogProbs(vocab, scores)
-        assert sequence.sampler
-        token = sequence.sampler.pick(scores, row)
-        if token < 0 or (token in vocab.eog and not sampling.ignore_eos):
+        forced, token = bool(sequence.forced), sequence.next_token(scores, row)
+        if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
             self._finish(sequence, "stop")
             return
         sequence.append(token)
         marker = vocab.marker_pieces.get(token) if sequence.markers else None
         piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
         if known:
-            sequence.logprobs.append(known.of(token, sampling.logprobs or 0))
+            sequence.note(known.of(token, sampling.logprobs or 0))
         self.outbox.text(sequence, sequence.text.push(piece))
+        if sequence.thought:
+            sequence.watch_thought(vocab.shown(token))
         if sequence.text.stopped:
             self._finish(sequence, "stop")
         elif sequence.n_tokens >= sequence.limit:
@@ -8381,10 +8689,7 @@ class OpenAI(Dialect):
 
     @classmethod
     def error(cls, error: ApiError) -> dict[str, Any]:
-        """OpenAI's packages show only `message`, so it says everything here, both numbers of a long prompt among it."""
-        document = error.document(openai=True)
-        document["error"]["message"] = str(error)
-        return document
+        return error.document(openai=True)
 
 
 class ChatCompletion(OpenAI):
@@ -8415,7 +8720,7 @@ class ChatCompletion(OpenAI):
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Queued):
             for index in range(self.request.n):
-                yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
+                yield self._delta(index, {"role": "assistant", "content": ""})
         elif isinstance(event, (Text, Thought)):
             name = "content" if isinstance(event, Text) else "reasoning_content"
             if event.text or event.logprobs:
@@ -8455,8 +8760,7 @@ class ChatCompletion(OpenAI):
         return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        content = choice.text or (None if choice.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
         if choice.thoughts:
             message["reasoning_content"] = "".join(choice.thoughts)
         if choice.calls:
@@ -10884,8 +11188,9 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
         if f.metadata.get("help"):
             flag, help = "--" + f.name.replace("_", "-"), f.metadata["help"]
             help += f" (default: {NATIVE_DEFAULTS[f.name]})" if f.name in NATIVE_DEFAULTS else ""
-            kinds = {"stop": {"action": "append"}, "ignore_eos": {"action": "store_true", "default": None}}
-            group.add_argument(flag, help=help, **kinds.get(f.name, {"type": _plain_number, "metavar": "N"}))  # type: ignore[arg-type]
+            repeated, switch = {"action": "append", "metavar": "TEXT"}, {"action": "store_true", "default": None}
+            kind = {stops: repeated, breakers: repeated, boolean: switch}.get(f.metadata["check"])
+            group.add_argument(flag, help=help, **kind or {"type": _plain_number, "metavar": "N"})  # type: ignore[arg-type]
     _engine_flags(sub)
 
 
