@@ -749,6 +749,7 @@ class GenerateRequest:
     parallel_tool_calls: bool = True
     continue_final_message: bool | None = None  # None: when the last message is the assistant's
     thinking_budget: int | None = None  # tokens of thought, then the answer begins
+    owner: str = ""  # only requests of the same owner share cached prompts
     template_args: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
     n: int = 1
@@ -6267,7 +6268,7 @@ class Cache:
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
         best, longest = None, 0
-        for other in (s for s in (*self.rows, *self.parked) if s and s.n_computed):
+        for other in (s for s in (*self.rows, *self.parked) if s and s.n_computed and s.owner == sequence.owner):
             length = sequence.common(other, other.n_computed)
             whole = self.llama.cuttable or length == other.n_computed
             if length > longest and whole and self._oldest(other) <= max(0, length - self.llama.n_swa):
@@ -6378,6 +6379,8 @@ class Cache:
         """Whether this sequence begins with all of the other's cells, and can be cut to them."""
         size = other.n_computed
         if not self.llama.cuttable or size > sequence.n_computed or sequence.oldest > max(0, size - self.llama.n_swa):
+            return False
+        if sequence.owner != other.owner:
             return False
         return bool((sequence.tokens[:size] == other.tokens[:size]).all())
 
@@ -6630,7 +6633,7 @@ class Scheduler:
         """Whether a prompt being read now will soon lend a much longer beginning."""
         if not self.llama.cuttable:
             return False
-        reading = [s for s in self.running if s.pending > 1]
+        reading = [s for s in self.running if s.pending > 1 and s.owner == sequence.owner]
         have = [max(shared, 0 if s.aside else s.n_computed) for s in reading]  # one that is read aside lends when it is back
         lent = [sequence.common(s, s.n_prompt) for s in reading]
         return any(soon >= now + self.WORTH_WAITING for soon, now in zip(lent, have, strict=True))
