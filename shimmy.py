@@ -8412,7 +8412,7 @@ class ToolLoop:
         for result in results:
             content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
             turns.append({"role": "tool", "tool_call_id": result.id, "name": result.name, "content": content})
-        self._request = replace(self._request, messages=(*(self._request.messages or ()), *turns))
+        self._request = replace(self._request, messages=(*(self._request.messages or ()), *turns), tool_choice="auto")
 
     def _usage(self) -> Usage:
         return Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
@@ -8615,7 +8615,6 @@ class NativeSocket(Native):
 
 
 UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's that are known here but not served
-    "tool_choice": lambda v: v not in ("none", "auto"),
     "suffix": lambda v: v != "",
     "functions": lambda v: v != [],
     "function_call": lambda v: v not in ("none", "auto"),
@@ -8647,6 +8646,55 @@ def response_schema(format: Any) -> Schema | None:
         raise InvalidRequest(f"response_format.type must be {served}, not {_said(kind)}", "response_format")
     holder = an_object("response_format.json_schema", format.get("json_schema"))
     return Schema("response_format", an_object("response_format.json_schema.schema", holder.get("schema")))
+
+
+def read_tool_choice(body: Mapping[str, Any], offered: Iterable[str]) -> str:
+    """GenerateRequest.tool_choice; a call can only be forced of a tool that is offered, and without another format."""
+    choice = body.get("tool_choice")
+    if choice in (None, "auto", "none"):
+        return str(choice or "auto")
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        raise InvalidRequest("tool_choice: allowed_tools is not supported here; offer just those in tools", "tool_choice")
+    if choice != "required":
+        choice = f"function:{_named_function(choice)}"
+    named, names = choice.removeprefix("function:"), list(offered)
+    if not names or (choice != "required" and named not in names):
+        said = "a call is required, but tools offers none" if choice == "required" else f"tools does not offer {_said(named)}"
+        raise InvalidRequest(f"tool_choice: {said}", "tool_choice")
+    if response_schema(body.get("response_format")) or body.get("json_schema") or body.get("grammar"):
+        raise InvalidRequest("tool_choice: a forced call excludes response_format, json_schema and grammar", "tool_choice")
+    return choice
+
+
+def _named_function(choice: Any) -> str:
+    """The name in {"type": "function", "function": {"name": …}}."""
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        forms = 'none, auto, required or {"type": "function", "function": {"name": …}}'
+        raise InvalidRequest(f"tool_choice must be {forms}, not {_said(choice)}", "tool_choice")
+    return str(function["name"])
+
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+
+
+def read_template_args(body: Mapping[str, Any]) -> dict[str, Any]:
+    """What the chat template is told: chat_template_kwargs, and before them what reasoning_effort means."""
+    effort = body.get("reasoning_effort")
+    if effort is not None and effort not in EFFORTS:
+        raise InvalidRequest(f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {_said(effort)}", "reasoning_effort")
+    said = {} if effort is None else {"reasoning_effort": effort}
+    thinks = {"enable_thinking": False} if effort == "none" else {}
+    return said | thinks | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
+
+
+def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
+    """Tokens of a thought, by either of llama-server's names; -1 and None: no bound."""
+    for name in ("thinking_budget_tokens", "reasoning_budget_tokens"):
+        if body.get(name) is not None:
+            budget = int(whole(-1)(name, body[name]))
+            return None if budget < 0 else budget
+    return None
 
 
 class OpenAI(Dialect):
@@ -8711,12 +8759,17 @@ class ChatCompletion(OpenAI):
         if limit is not None:
             body = {**body, "max_tokens": whole(1)("max_completion_tokens", limit)}
         functions, builtins = read_tools(body)
+        names = [*(f["function"]["name"] for f in functions), *builtins]
         return replace(
             self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
             messages=messages,
             tools=functions,
             builtins=builtins,
-            template_args=an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {}),
+            tool_choice=read_tool_choice(body, names),
+            parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
+            continue_final_message=None if body.get("continue_final_message") is None else flag(body, "continue_final_message"),
+            thinking_budget=read_thinking_budget(body),
+            template_args=read_template_args(body),
             split_markers=True,
         )
 
