@@ -5584,17 +5584,16 @@ class EmbeddingContext(Context):
     EVERY_ROW = True
     BATCH = 512  # tokens: the full speed of large batches, and cancels and newcomers need not wait long
     LOGITS = 128 * MIB  # llama.cpp computes logits for each token of a model that has them, and keeps them twice
+    WHOLE, SLICED = 256, 64  # inputs in the context at once; llama.cpp's most, and enough to fill a batch
 
     def __init__(self, llama: Llama, pause: Callable[[], bool] | None = None) -> None:
         """Raises LoadError when llama.cpp refuses. `pause` as in Context."""
         self.whole = llama.looks_both_ways
         self.pooling = POOLINGS.get(int(llama.metadata(f"{llama.metadata('general.architecture')}.pooling_type") or 0), "mean")
-        width = self.batch_size(llama)
-        cells = max(llama.ctx, width)
-        n_seq = min(256 if self.whole else 64 if llama.cuttable else 4, width)  # every recurrent state takes megabytes
-        super().__init__(llama, cells, max(width, llama.ctx) if self.whole else width, n_seq, pause)
-        self.longest = llama.ctx  # tokens of one input
-        self.batch_tokens = width  # of a batch, but for a longer input that looks both ways
+        self.batch_tokens = self.batch_size(llama)  # of a batch, but for a longer input that looks both ways
+        n_seq = self.WHOLE if self.whole else self.SLICED if llama.cuttable else 4  # a recurrent state takes megabytes
+        cells = -(-max(llama.ctx, self.batch_tokens) // n_seq) * n_seq  # else llama.cpp's graph does not fit together
+        super().__init__(llama, cells, cells if self.whole else self.batch_tokens, n_seq, pause)
         score = self.pooling == "rank"
         self.size = int(self.c.llama_model_n_cls_out(llama.model) if score else self.c.llama_model_n_embd_out(llama.model))
 
@@ -5604,7 +5603,7 @@ class EmbeddingContext(Context):
         most = min(cls.BATCH, llama.options.batch)
         if not llama.looks_both_ways:
             most = min(most, cls.LOGITS // (2 * 4 * llama.vocab.size), llama.ctx)
-        return max(64, most)
+        return max(cls.SLICED, most // cls.SLICED * cls.SLICED)
 
     @classmethod
     def memory_need(cls, llama: Llama) -> int:
@@ -6508,7 +6507,7 @@ class Embedder(Aside):
     def open(self) -> EmbeddingContext:
         """The context, made at the first call. Raises Overloaded without memory for it, LoadError when llama.cpp refuses."""
         if self.context is None:
-            free, need = available_memory(), EmbeddingContext.memory_need(self.llama)
+            need, free = EmbeddingContext.memory_need(self.llama), available_memory()
             if free is not None and free < need and self.llama.on_cpu:
                 raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
             self.context = EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
