@@ -1,5 +1,7 @@
 """Embeddings and reranking. The functions move into test_shimmy.py unchanged."""
 
+# ruff: noqa: F405
+
 from __future__ import annotations
 
 import base64
@@ -43,7 +45,7 @@ class Bert:
     def _norm(self, name: str) -> None:
         self.tensors[f"{name}.weight"], self.tensors[f"{name}.bias"] = 1 + self._random(BERT_WIDTH), self._random(BERT_WIDTH)
 
-    def write(self, path: Path, pooling: int = 1, broken: bool = False) -> Path:
+    def write(self, path: Path, pooling: int = 1, broken: bool = False, template: str = "") -> Path:
         """Writes the model; pooling as in llama.h: 1 mean, 2 cls, 4 rank."""
         path.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(str(path), "bert")
@@ -62,6 +64,8 @@ class Bert:
         for name, token in (("unknown", 1), ("cls", CLS), ("bos", CLS), ("seperator", SEP), ("padding", 0), ("mask", 4)):
             writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token)
         writer.add_token_type_count(2)
+        if template:
+            writer.add_chat_template([{"name": "rerank", "template": template}])
         for name, tensor in self.tensors.items():
             if pooling == 4 or not name.startswith("cls"):
                 writer.add_tensor(name, tensor * np.float32("nan") if broken and "ffn_up" in name else tensor)
@@ -341,9 +345,42 @@ def test_client_that_leaves_ends_the_work(embedding: Server, model: str) -> None
     assert embed(embedding, "w011", model).status == 200
 
 
-def test_output_that_is_not_a_number_is_an_error(embedding: Server) -> None:
-    assert_error(embed(embedding, "w011", "broken"), 500, "generation_failed", "not a number")
-    assert_error(embed(embedding, "w011", "broken"), 500, "generation_failed", "not a number")
+def test_output_that_is_not_a_number_is_an_error_and_no_end(embedding: Server) -> None:
+    for _ in range(2):
+        assert_error(embed(embedding, ["w011"] * 600, "broken"), 500, "generation_failed", "not a number")
+    assert embedding.status("broken")["status"] == "loaded"
+
+
+def test_broken_decode_fails_its_requests_alone(serve: Callable[..., Server], tmp_path: Path) -> None:
+    BERT.write(tmp_path / "models" / "bert.gguf")
+    script = altered(tmp_path, ("        status = self._decode(context, plan)\n", "        status = -3 if len(plan) == 7 else self._decode(context, plan)\n"))
+    server = serve("--models-dir", tmp_path / "models", script=script)
+    assert_error(embed(server, ["w011"] * 7), 500, "generation_failed", "-3")
+    assert vectors(embed(server, ["w011"] * 8)).shape == (8, BERT_WIDTH)
+
+
+def test_context_without_memory_for_it_is_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_recital(tmp_path / "models" / "recital.gguf")
+    script = altered(tmp_path, ("need, free = EmbeddingContext.memory_need(self.llama), available_memory()", "need, free = 1 << 40, 0"))
+    server = serve("--models-dir", tmp_path / "models", script=script)
+    assert_error(embed(server, "x", "recital"), 503, "overloaded", "1024.0GB", "0B")
+    assert server.generate().text == "Hello wide world"
+
+
+def test_large_inputs_are_not_kept_waiting_by_small_ones(embedding: Server) -> None:
+    """One input that fills the context, while others keep coming for which there is room."""
+    large, small = [5] * 600, [[6] * 50] * 8
+    vectors(embed(embedding, small))
+    stop = time.monotonic() + 3
+
+    def ask() -> None:
+        while time.monotonic() < stop:
+            embed(embedding, small)
+
+    with ThreadPoolExecutor(6) as pool:
+        asking = [pool.submit(ask) for _ in range(6)]
+        assert embed(embedding, [large] * 3).status == 200
+        assert time.monotonic() < stop and not all(a.done() for a in asking)
 
 
 def test_embedding_model_loads_and_unloads_by_itself(embedding: Server) -> None:
@@ -422,6 +459,20 @@ def test_malformed_rerank_is_refused(embedding: Server, param: str, fields: dict
     reply = rerank(embedding, **{"documents": ["w011"], **fields})
     code = "context_length_exceeded" if "long" in str(fields) or len(str(fields)) > 999 else "invalid_request"
     assert assert_error(reply, 400, code, param)["param"] == param
+
+
+RERANK_TEMPLATE = "[CLS] w020 {query} w021 [SEP] {document} w022 [SEP]"
+
+
+def test_rerank_uses_the_models_own_template(serve: Callable[..., Server], tmp_path: Path) -> None:
+    BERT.write(tmp_path / "models" / "reranker.gguf", pooling=4, template=RERANK_TEMPLATE)
+    server = serve("--models-dir", tmp_path / "models")
+    for document, tokens in (("w013 w014", 10), ("w013 [SEP] w014", 13)):
+        reply = rerank(server, [document], "w011 w012").json()
+        assert reply["usage"]["prompt_tokens"] == tokens
+    states = BERT.score(ids_of("w020 w011 w012 w021"), ids_of("w013 w014 w022"))
+    reply = rerank(server, ["w013 w014"], "w011 w012").json()
+    assert abs(reply["results"][0]["relevance_score"] - states) < 1e-3
 
 
 def test_special_tokens_in_a_document_are_text(embedding: Server) -> None:

@@ -5575,10 +5575,11 @@ class Context:
 
 
 class EmbeddingContext(Context):
-    """A context that makes vectors. A batch holds whole inputs where the model looks both ways, else slices of some.
+    """A context that makes vectors.
 
-    There llama.cpp pools the tokens' states (by the model's own rule, else their mean); slices are pooled here, as
-    llama.cpp knows no batch but the last. A reranker's score comes from llama.cpp: it has the layers behind the pooling.
+    Where the model looks both ways, a batch holds whole inputs, and llama.cpp pools their tokens' states: by the model's
+    own rule, else it takes their mean. Otherwise inputs are read in slices and pooled here, for llama.cpp pools only what
+    is in one batch. A reranker's score always comes from llama.cpp, which has the layers behind the pooling.
     """
 
     EVERY_ROW = True
@@ -5644,9 +5645,9 @@ class EmbeddingContext(Context):
         return states[-1].copy()
 
     def finished(self, vector: Any, dimensions: int | None) -> bytes | None:
-        """The bytes (float32, little-endian) of a vector cut to `dimensions` with length 1, or of a score from 0 to 1.
+        """A vector of length 1, cut to `dimensions`, or a score from 0 to 1: float32, little-endian. None if not a number.
 
-        None if it is not a number. A reranker with one output gives a logit, one with two has been through a softmax.
+        A reranker with one output gives a logit; one with two (Qwen3) gives probabilities, that of yes first.
         """
         if not self.np.isfinite(vector).all():
             return None
@@ -6175,11 +6176,23 @@ class Embedding:
         self.unread = deque(Input(self, i, tokens) for i, tokens in enumerate(texts))  # not in the context yet
         self.vectors: list[bytes] = [b""] * len(texts)
         self.missing = len(texts)
+        self.error = ""
         self.started = 0.0
 
     @property
     def cancelled(self) -> bool:
         return self.submission.cancelled
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.error) or not self.missing
+
+    def keep(self, index: int, vector: bytes | None) -> None:
+        """Takes an input's vector; None, which is not a number, ends the job."""
+        if vector is None:
+            self.error = "the model's output is not a number"
+        else:
+            self.vectors[index], self.missing = vector, self.missing - 1
 
 
 def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
@@ -6518,7 +6531,7 @@ class Embedder(Aside):
         return all(i.job.cancelled for i in self.reading)
 
     def plan(self) -> list[tuple[Input, int]]:
-        """The next batch: what the last one left, then an input of each job in turn; the next batch begins with another job."""
+        """The next batch: what is being read, then an input of each job in turn; the next one begins with another job."""
         context = self.open()
         plan: list[tuple[Input, int]] = []
         room = context.batch_tokens
@@ -6531,10 +6544,10 @@ class Embedder(Aside):
         while turns and room > 0 and self._free:
             job = turns.popleft()
             if not self._fits(context, job.unread[0], room, alone=not plan):
-                continue
-            input = job.unread.popleft()
-            input.row, job.started = self._free.pop(), job.started or time.perf_counter()
-            self.reading.append(input)
+                self.jobs.remove(job)
+                self.jobs.appendleft(job)  # it waits for room, so it comes first next time
+                return plan
+            input = self._begin(job)
             count = input.n_tokens if context.whole else min(input.n_tokens, room)
             plan.append((input, count))
             room -= count
@@ -6543,6 +6556,13 @@ class Embedder(Aside):
         self.jobs.rotate(-1)
         return plan
 
+    def _begin(self, job: Embedding) -> Input:
+        """Gives the job's next input a row."""
+        input = job.unread.popleft()
+        input.row, job.started = self._free.pop(), job.started or time.perf_counter()
+        self.reading.append(input)
+        return input
+
     def _fits(self, context: EmbeddingContext, input: Input, room: int, alone: bool) -> bool:
         """Whether an input can go into the batch: all of it, or its cells beside those of the inputs that are being read."""
         if context.whole:
@@ -6550,33 +6570,25 @@ class Embedder(Aside):
         return sum(i.n_tokens for i in self.reading) + input.n_tokens <= context.cells
 
     def step(self, plan: Seq[tuple[Input, int]]) -> list[Embedding]:
-        """Decodes a batch; the jobs that are done with it. Raises GenerationFailed, and what the streams' step raised."""
+        """Decodes a batch; the jobs that have come to an end. Raises GenerationFailed, and what the streams' step raised."""
         context = self.open()
         status = self._decode(context, plan)
         if status == 2 or self._aborted:  # nobody waits for it
             return []
         if status:
+            context.clear(True)
             raise GenerationFailed(f"llama_decode returned {status}")
         at = 0
         for input, count in plan:
             input.pooled = context.take(input, at, count, input.pooled)
             input.n_computed += count
             at += count
-        done = [i for i, _ in plan if not i.pending]
-        for input in done:
+        for input in [i for i, _ in plan if not i.pending]:
             self._leave(input)
-        return [i.job for i in done if self._finished(context, i)]
-
-    def _finished(self, context: EmbeddingContext, input: Input) -> bool:
-        """Keeps an input's vector; whether that was the last of its job."""
-        vector, job = context.finished(input.pooled, input.job.dimensions), input.job
-        if vector is None:
-            raise GenerationFailed("the model's output is not a number")
-        job.vectors[input.index] = vector
-        job.missing -= 1
-        if not job.missing:
-            self.jobs.remove(job)
-        return not job.missing
+            input.job.keep(input.index, context.finished(input.pooled, input.job.dimensions))
+        ended = [job for job in self.jobs if job.ended]
+        self.drop(ended)
+        return ended
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
@@ -6585,7 +6597,7 @@ class Embedder(Aside):
             self.context.drop(input.row)
 
     def drop(self, jobs: Iterable[Embedding]) -> None:
-        """Takes jobs out that were cancelled or failed."""
+        """Takes jobs out that have ended or were cancelled."""
         for job in jobs:
             self.jobs.remove(job)
             for input in [i for i in self.reading if i.job is job]:
@@ -7046,7 +7058,10 @@ class Engine:
                 self._forget(job)
         self.intake.in_step = ()
         for job in done:
-            self.outbox.embedded(job)
+            if job.error:
+                self.outbox.failed(job, job.error)
+            else:
+                self.outbox.embedded(job)
             self.intake.ended(job.id)
         if self.outbox.due():
             self._flush()
@@ -7415,8 +7430,8 @@ class Worker:
         self.load_seconds = time.perf_counter() - began
         for note in message.notes:
             log.warning("%s: %s", id, printable(note))
-        self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory; its KV pool of "
-                     f"{message.pool:,} tokens takes {human_bytes(message.pool_bytes)}")  # fmt: skip
+        pool = f"; its KV pool of {message.pool:,} tokens takes {human_bytes(message.pool_bytes)}" if message.pool else ""
+        self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory{pool}")
         self._serving = True
         return self
 
@@ -8913,15 +8928,12 @@ class Embeddings(Dialect):
         return service.embed(self.request, cancel)
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Queued):
-            self.model = event.model
-        elif isinstance(event, Vectors):
+        self.note(event)
+        if isinstance(event, Vectors):
             self._rows = event.rows
         elif isinstance(event, Usage):
-            self.usage = event
-            yield self.answer(self._rows) | {
-                "model": self.model, "usage": {"prompt_tokens": event.prompt_tokens, "total_tokens": event.prompt_tokens}
-            }  # fmt: skip
+            usage = {"prompt_tokens": event.prompt_tokens, "total_tokens": event.prompt_tokens}
+            yield {"model": self.model, "usage": usage, **self.answer(self._rows)}
 
     def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
         """The answer but for the model and the usage."""
