@@ -8983,6 +8983,11 @@ def listed(where: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
     return [(f"{where}[{i}]", an_object(f"{where}[{i}]", v)) for i, v in enumerate(one_type(list, "a list")(where, value))]
 
 
+def given(body: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A field, or the default when it is absent."""
+    return default if body.get(name) is None else body[name]
+
+
 def one_of(where: str, value: Any, known: Iterable[str]) -> str:
     """A string out of several."""
     if not isinstance(value, str) or value not in known:
@@ -9161,9 +9166,10 @@ def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str]) 
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
     for place, block in listed(f"{where}.content", [] if isinstance(content, str) else content):
-        if block.get("type") in CLAUDE_UNREAD:
+        kind = a_string(f"{place}.type", block.get("type"))
+        if kind in CLAUDE_UNREAD:
             continue
-        kind = one_of(f"{place}.type", block.get("type"), CLAUDE_BLOCKS[role])
+        one_of(f"{place}.type", kind, CLAUDE_BLOCKS[role])
         if kind == "thinking":
             thoughts.append(a_string(f"{place}.thinking", block.get("thinking")))
         elif kind == "tool_use":
@@ -9216,7 +9222,7 @@ def claude_text(place: str, block: Mapping[str, Any]) -> str:
 def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """The functions offered; tools that Anthropic's own server runs, or its own models know by heart, are left out."""
     functions = []
-    for where, tool in listed("tools", body.get("tools") or []):
+    for where, tool in listed("tools", given(body, "tools", [])):
         if tool.get("type") is None or a_string(f"{where}.type", tool["type"]) == "custom":
             schema = an_object(f"{where}.input_schema", tool.get("input_schema"))
             functions.append(a_function(where, tool, schema))
@@ -9225,7 +9231,7 @@ def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any]:
     """What the request's tool_choice says."""
-    choice = an_object("tool_choice", body.get("tool_choice") or {"type": "auto"})
+    choice = an_object("tool_choice", given(body, "tool_choice", {"type": "auto"}))
     kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
     if kind == "any" and not functions:
         raise InvalidRequest("tool_choice: any needs a tool that the client runs", "tool_choice")
@@ -9236,12 +9242,12 @@ def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any
 
 def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
     """How much the model thinks: not at all unless the request says so, as that API has it."""
-    thinking = an_object("thinking", body.get("thinking") or {"type": "disabled"})
+    thinking = an_object("thinking", given(body, "thinking", {"type": "disabled"}))
     kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
     budget = thinking.get("budget_tokens")
     args = effort_args("output_config.effort", effort) | {"enable_thinking": kind != "disabled"}
     return {"thinking_budget": whole(1)("thinking.budget_tokens", budget) if kind == "enabled" and budget is not None else None,
-            "template_args": args | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})}  # fmt: skip
+            "template_args": args | an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))}  # fmt: skip
 
 
 class Messages(BlockDialect):
@@ -9253,15 +9259,16 @@ class Messages(BlockDialect):
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         self._id = f"msg_{os.urandom(12).hex()}"
-        config, sampling = an_object("output_config", body.get("output_config") or {}), Sampling.from_json({**body, "stop": None})
+        config = an_object("output_config", given(body, "output_config", {}))
+        sampling = Sampling.from_json({**body, "stop": None})
         ends = body.get("stop_sequences")
         if ends is not None:
             sampling = replace(sampling, stop=stops("stop_sequences", one_type(list, "a list")("stop_sequences", ends)))
-        form = an_object("output_config.format", config.get("format") or body.get("output_format") or {"type": "text"})
+        form = an_object("output_config.format", given(config, "format", given(body, "output_format", {"type": "text"})))
         if one_of("output_config.format.type", form.get("type"), ("text", "json_schema")) == "json_schema":
             sampling = replace(sampling, json_schema=a_schema("output_config.format.schema", form.get("schema")))
         return GenerateRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            model=a_string("model", given(body, "model", "default")),
             messages=claude_messages(body),
             sampling=sampling,
             split_markers=True,
@@ -9303,10 +9310,11 @@ class Messages(BlockDialect):
             return {"type": "text", "text": block.text}
         if block.kind == "thought":
             return {"type": "thinking", "thinking": block.text, "signature": ""}
-        given: Any = {}
+        arguments: Any = {}
         with contextlib.suppress(InvalidRequest):  # a call that was cut; stop_reason says so
-            given = parse_json(block.text.encode("utf-8", "replace"))
-        return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": given if isinstance(given, dict) else {}}
+            arguments = parse_json(block.text.encode("utf-8", "replace"))
+        shown = arguments if isinstance(arguments, dict) else {}
+        return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": shown}
 
     def _end(self) -> dict[str, Any]:
         """Why the message ended; nothing yet while it goes on."""
@@ -9341,9 +9349,9 @@ def joined_name(space: str, name: str) -> str:
 def raw_input(arguments: str) -> str:
     """What a freeform tool gets of the call its model made with `{"input": …}`; all of it if it is no such thing."""
     with contextlib.suppress(InvalidRequest):
-        given = parse_json(arguments.encode("utf-8", "replace"))
-        if isinstance(given, dict) and isinstance(given.get("input"), str):
-            return str(given["input"])
+        read = parse_json(arguments.encode("utf-8", "replace"))
+        if isinstance(read, dict) and isinstance(read.get("input"), str):
+            return str(read["input"])
     return arguments
 
 
@@ -9374,15 +9382,15 @@ class ResponseTools:
                 full = joined_name(space, name)
                 self._offered[full] = OfferedTool(name, space, kind == "custom")
                 shown = self._freeform(place, tool) if kind == "custom" else tool
-                schema = an_object(f"{place}.parameters", shown.get("parameters") or {})
+                schema = an_object(f"{place}.parameters", given(shown, "parameters", {}))
                 self.functions.append(a_function(place, {**shown, "name": full}, schema))
 
     @staticmethod
     def _freeform(place: str, tool: Mapping[str, Any]) -> dict[str, Any]:
         """A freeform tool as a function of one string; a grammar that is no regular expression can only be described."""
-        form = an_object(f"{place}.format", tool.get("format") or {"type": "text"})
+        form = an_object(f"{place}.format", given(tool, "format", {"type": "text"}))
         text: dict[str, Any] = {"type": "string"}
-        said = a_string(f"{place}.description", tool.get("description") or "")
+        said = a_string(f"{place}.description", given(tool, "description", ""))
         if one_of(f"{place}.format.type", form.get("type"), ("text", "grammar")) == "grammar":
             syntax = one_of(f"{place}.format.syntax", form.get("syntax"), ("lark", "regex"))
             definition = a_string(f"{place}.format.definition", form.get("definition"))
@@ -9411,7 +9419,7 @@ class ResponseTools:
         return {"tools": () if choice == "none" else functions, "tool_choice": choice}
 
     def _named(self, where: str, tool: Mapping[str, Any]) -> str:
-        space = a_string(f"{where}.namespace", tool.get("namespace") or "")
+        space = a_string(f"{where}.namespace", given(tool, "namespace", ""))
         name = joined_name(space, a_string(f"{where}.name", tool.get("name")))
         return one_of(f"{where}.name", name, self._offered)
 
@@ -9444,7 +9452,7 @@ class ResponseInput:
 
     def add(self, where: str, item: Mapping[str, Any]) -> None:
         """Reads one item."""
-        kind = item.get("type") or "message"
+        kind = a_string(f"{where}.type", given(item, "type", "message"))
         if kind in HOSTED_ITEMS:
             return
         read = {
@@ -9481,14 +9489,14 @@ class ResponseInput:
     @staticmethod
     def _sealed(where: str, item: Mapping[str, Any]) -> str:
         """The thought in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
-        sealed = item.get("encrypted_content")
+        sealed = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", ""))
         with contextlib.suppress(ValueError):  # no base64, or no text inside
-            return binascii.a2b_base64(a_string(f"{where}.encrypted_content", sealed or ""), strict_mode=True).decode()
+            return binascii.a2b_base64(sealed, strict_mode=True).decode()
         return ""
 
     def _call(self, where: str, item: Mapping[str, Any]) -> None:
         id, name = a_string(f"{where}.call_id", item.get("call_id")), a_string(f"{where}.name", item.get("name"))
-        self._names[id] = name = joined_name(a_string(f"{where}.namespace", item.get("namespace") or ""), name)
+        self._names[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
         if item["type"] == "custom_tool_call":
             arguments: Any = {"input": a_string(f"{where}.input", item.get("input"))}
         else:
@@ -9516,22 +9524,22 @@ class Responses(BlockDialect):
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         self._fixed = {"id": f"resp_{os.urandom(12).hex()}", "object": "response", "created_at": int(time.time())}
-        self._fixed |= {name: default if body.get(name) is None else body[name] for name, default in self.ECHOED.items()}
+        self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
         self._count, self._announced, self._tools = itertools.count(), False, ResponseTools()
         self._refuse_state(body)
-        self._tools.add("tools", body.get("tools") or [])
+        self._tools.add("tools", given(body, "tools", []))
         messages = self._messages(body)
-        reasoning = an_object("reasoning", body.get("reasoning") or {})
-        args = an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
+        reasoning = an_object("reasoning", given(body, "reasoning", {}))
+        args = an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))
         return GenerateRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            model=a_string("model", given(body, "model", "default")),
             messages=messages,
-            parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
+            parallel_tool_calls=boolean("parallel_tool_calls", given(body, "parallel_tool_calls", True)),
             continue_final_message=False,
             template_args=effort_args("reasoning.effort", reasoning.get("effort")) | args,
             sampling=self._sampling(body),
             split_markers=True,
-            **self._tools.choice("auto" if body.get("tool_choice") is None else body["tool_choice"]),
+            **self._tools.choice(given(body, "tool_choice", "auto")),
         )
 
     def _refuse_state(self, body: Mapping[str, Any]) -> None:
@@ -9543,12 +9551,10 @@ class Responses(BlockDialect):
                 raise InvalidRequest(f"{name} is not served here", name)
 
     def _messages(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-        read, given, instructions = ResponseInput(self._tools), body.get("input"), body.get("instructions")
-        if instructions is not None:
-            read.turns.append({"role": "system", "content": a_string("instructions", instructions)})
-        if isinstance(given, str):
-            given = [{"role": "user", "content": given}]
-        items = listed("input", given)
+        read, said = ResponseInput(self._tools), body.get("input")
+        if body.get("instructions") is not None:
+            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
+        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
         if not 0 < len(items) <= MAX_MESSAGES:
             raise InvalidRequest(f"input must hold 1 to {MAX_MESSAGES} items, not {len(items)}", "input")
         for where, item in items:
@@ -9562,7 +9568,7 @@ class Responses(BlockDialect):
         limit = body.get("max_output_tokens")
         most = None if limit is None else whole(1)("max_output_tokens", limit)
         sampling = replace(Sampling.from_json({**body, "max_tokens": None}), max_tokens=most)
-        form = an_object("text.format", an_object("text", body.get("text") or {}).get("format") or {"type": "text"})
+        form = an_object("text.format", given(an_object("text", given(body, "text", {})), "format", {"type": "text"}))
         kind = one_of("text.format.type", form.get("type"), ("text", "json_object", "json_schema"))
         if kind == "text":
             return sampling
@@ -9632,9 +9638,9 @@ class Responses(BlockDialect):
     def _call_done(self, block: Block) -> Iterator[dict[str, Any]]:
         tool = self._tools.meaning(block.name)
         if tool.freeform:
-            given = raw_input(block.text)
-            yield self._event("custom_tool_call_input.delta", **self._at(block), delta=given)
-            yield self._event("custom_tool_call_input.done", **self._at(block), input=given)
+            written = raw_input(block.text)
+            yield self._event("custom_tool_call_input.delta", **self._at(block), delta=written)
+            yield self._event("custom_tool_call_input.done", **self._at(block), input=written)
         else:
             yield self._event("function_call_arguments.done", **self._at(block), name=tool.name, arguments=block.text)
 
