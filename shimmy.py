@@ -8502,6 +8502,8 @@ class Reply:
 class Dialect:
     """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
 
+    streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes that a stream's client looks for among its documents only
+
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
         self.stream = flag(body, "stream")
@@ -8551,8 +8553,6 @@ class Dialect:
     def error(cls, error: ApiError) -> dict[str, Any]:
         """An error in this API's shape."""
         return error.document()
-
-    streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes that a stream's client looks for among its documents only
 
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
         """What a stream that breaks off ends with."""
