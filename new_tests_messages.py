@@ -1,9 +1,10 @@
 from test_shimmy import *  # noqa: F403
 import base64
 
-CLAUDE_WEATHER = {"name": "get_weather", "description": "The weather in a city",
-                  "input_schema": WEATHER["function"]["parameters"]}  # fmt: skip
-RESPONSE_WEATHER = {"type": "function", **WEATHER["function"]}
+WEATHER_FUNCTION: Any = WEATHER["function"]
+CLAUDE_WEATHER = {"name": "get_weather", "input_schema": WEATHER_FUNCTION["parameters"],
+                  "description": WEATHER_FUNCTION["description"]}  # fmt: skip
+RESPONSE_WEATHER = {"type": "function", **WEATHER_FUNCTION}
 CITY = {"city": "Paris"}
 
 
@@ -60,7 +61,8 @@ def test_messages_answer_has_anthropics_shape(server: Server) -> None:
 
 def test_messages_stream_sends_its_events_in_order(server: Server) -> None:
     first, *rest, before, last = named(server, "/v1/messages", claude())
-    assert first["type"] == "message_start" and first["message"]["content"] == [] and first["message"]["usage"]["input_tokens"] > 0
+    assert first["type"] == "message_start" and first["message"]["content"] == []
+    assert first["message"]["usage"]["input_tokens"] > 0
     assert rest[0] == {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
     assert rest[-1] == {"type": "content_block_stop", "index": 0}
     assert all(d["type"] == "content_block_delta" and d["delta"]["type"] == "text_delta" for d in rest[1:-1])
@@ -144,7 +146,8 @@ CLAUDE_CHATS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {  # what
         [{"role": "user", "content": "T\nlong\n\n?"}],
     ),
     "fields that mean nothing here": (
-        {"metadata": {"user_id": "u"}, "context_management": {"edits": []}, "service_tier": "auto", "thinking": {"type": "adaptive"},
+        {"metadata": {"user_id": "u"}, "context_management": {"edits": []}, "service_tier": "auto",
+         "thinking": {"type": "adaptive"},
          "output_config": {"effort": "high"}, "tools": [{"type": "web_search_20250305", "name": "web_search"}]},
         [{"role": "user", "content": "hi"}],
     ),
@@ -176,7 +179,7 @@ def test_messages_tool_result_becomes_a_tool_turn(case: str, server: Server) -> 
             {"role": "user", "content": [answered]}]  # fmt: skip
     body = claude(messages=said, tools=[CLAUDE_WEATHER])
     call = {"id": "toolu_1", "type": "function", "function": {"name": "get_weather", "arguments": json.dumps(CITY)}}
-    same = [said[0], {"role": "assistant", "content": "Well", "tool_calls": [call]},
+    same: list[Any] = [said[0], {"role": "assistant", "content": "Well", "tool_calls": [call]},
             {"role": "tool", "tool_call_id": "toolu_1", "content": text}]  # fmt: skip
     counted = server.post("/v1/messages/count_tokens", body).json()["input_tokens"]
     assert counted == prompt_tokens(server, *same, tools=[WEATHER])
@@ -252,7 +255,8 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "messages[0].content[0].input",
     ),
     "thinking a number": (
-        {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 7}]}]}, "messages[0].content[0].thinking",
+        {"messages": [{"role": "assistant", "content": [{"type": "thinking", "thinking": 7}]}]},
+        "messages[0].content[0].thinking",
     ),
     "system a number": ({"system": 1}, "system"),
     "system an image": ({"system": [{"type": "image"}]}, "system[0].type"),
@@ -275,7 +279,9 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "tool_choice text": ({"tool_choice": "auto"}, "tool_choice"),
     "tool_choice type unknown": ({"tool_choice": {"type": "some"}}, "tool_choice.type"),
     "tool_choice any without tools": ({"tool_choice": {"type": "any"}}, "tool_choice"),
-    "tool_choice of an unknown tool": ({"tools": [CLAUDE_WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name"),
+    "tool_choice of an unknown tool": (
+        {"tools": [CLAUDE_WEATHER], "tool_choice": {"type": "tool", "name": "x"}}, "tool_choice.name",
+    ),
     "tool_choice without a name": ({"tools": [CLAUDE_WEATHER], "tool_choice": {"type": "tool"}}, "tool_choice.name"),
     "disable_parallel_tool_use text": ({"tool_choice": {"type": "auto", "disable_parallel_tool_use": 1}}, "disable_parallel"),
     "thinking true": ({"thinking": True}, "thinking"),
@@ -335,11 +341,8 @@ def test_head_of_the_root_is_200_without_a_key(guarded: Server) -> None:
 
 @pytest.mark.parametrize(("path", "sign"), [("/v1/messages", "ping"), ("/v1/responses", "response.in_progress")])
 def test_silence_is_broken_by_events(path: str, sign: str, serve: Callable[..., Server], tmp_path: Path) -> None:
-    script = altered(
-        tmp_path,
-        ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"),
-        ('        pulses[0].begin("load")\n        llama =', '        time.sleep(2)\n        pulses[0].begin("load")\n        llama ='),
-    )
+    load = '        pulses[0].begin("load")\n        llama ='
+    script = altered(tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"), (load, "        time.sleep(2)\n" + load))
     folder = tmp_path / "models"
     folder.mkdir()
     write_recital(folder / "recital.gguf")
@@ -354,7 +357,9 @@ def test_silence_is_broken_by_events(path: str, sign: str, serve: Callable[..., 
 
 @linux
 @pytest.mark.parametrize(("path", "last"), [("/v1/messages", "error"), ("/v1/responses", "response.failed")])
-def test_stream_that_breaks_off_ends_with_the_dialects_error(path: str, last: str, serve: Callable[..., Server], models: Path) -> None:
+def test_stream_that_breaks_off_ends_with_the_dialects_error(
+    path: str, last: str, serve: Callable[..., Server], models: Path
+) -> None:
     server = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     with server.stream(path, claude("forever") | respond("forever") | {"max_tokens": LONG_CTX}) as stream:
         seen = [next(stream) for _ in range(8)]
@@ -378,7 +383,8 @@ def test_response_has_openais_shape(server: Server) -> None:
     part = {"type": "output_text", "text": TEXTS[":"], "annotations": [], "logprobs": []}
     assert item == {"type": "message", "role": "assistant", "status": "completed", "content": [part]}
     asked = prompt_tokens(server, {"role": "system", "content": "Be kind."}, {"role": "user", "content": "hi"})
-    assert (reply["usage"]["input_tokens"], reply["usage"]["output_tokens"], reply["usage"]["total_tokens"]) == (asked, 3, asked + 3)
+    usage = reply["usage"]
+    assert (usage["input_tokens"], usage["output_tokens"], usage["total_tokens"]) == (asked, 3, asked + 3)
 
 
 def test_response_stream_sends_its_events_in_order(server: Server) -> None:
@@ -433,11 +439,13 @@ def test_response_call_streams_its_arguments(server: Server) -> None:
 
 RESPONSE_CHATS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "developer and parts": (
-        [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be"}]}, {"role": "user", "content": "a"}],
+        [{"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be"}]},
+         {"role": "user", "content": "a"}],
         [{"role": "system", "content": "Be"}, {"role": "user", "content": "a"}],
     ),
     "a call and its output": (
-        [{"role": "user", "content": "weather"}, {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Well"}]},
+        [{"role": "user", "content": "weather"},
+         {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Well"}]},
          {"type": "function_call", "call_id": "1", "name": "get_weather", "arguments": '{"city": "Paris"}'},
          {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "sunny"}]}],
         [{"role": "user", "content": "weather"}, {"role": "assistant", "content": "Well", "tool_calls": [
@@ -452,7 +460,8 @@ RESPONSE_CHATS: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
          {"role": "tool", "tool_call_id": "1", "content": "done"}],
     ),
     "two calls in a row are one turn": (
-        [{"role": "user", "content": "x"}, *({"type": "function_call", "call_id": c, "name": "add", "arguments": "{}"} for c in "12"),
+        [{"role": "user", "content": "x"},
+         *({"type": "function_call", "call_id": c, "name": "add", "arguments": "{}"} for c in "12"),
          *({"type": "function_call_output", "call_id": c, "output": c} for c in "12")],
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [
             {"id": c, "type": "function", "function": {"name": "add", "arguments": "{}"}} for c in "12"]},
@@ -478,7 +487,8 @@ def test_response_namespaced_call_comes_back_with_name_and_namespace_apart(boxed
     reply = boxed.post("/v1/responses", body).json()
     (call,) = [item for item in reply["output"] if item["type"] == "function_call"]
     assert (call["namespace"], call["name"]) == ("mcp__sky__", "get_weather")
-    sent_back = [{"role": "user", "content": "Paris?"}, call, {"type": "function_call_output", "call_id": call["call_id"], "output": "1"}]
+    output = {"type": "function_call_output", "call_id": call["call_id"], "output": "1"}
+    sent_back = [{"role": "user", "content": "Paris?"}, call, output]
     assert boxed.post("/v1/responses", {**body, "input": sent_back, "tool_choice": "none"}).status == 200
 
 
@@ -543,11 +553,16 @@ RESPONSE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "text a number": ({"input": [{"role": "user", "content": [{"type": "input_text", "text": 1}]}]}, "input[0].content[0].text"),
     "call without id": ({"input": [{"type": "function_call", "name": "a", "arguments": "{}"}]}, "input[0].call_id"),
     "call without name": ({"input": [{"type": "function_call", "call_id": "1", "arguments": "{}"}]}, "input[0].name"),
-    "arguments an object": ({"input": [{"type": "function_call", "call_id": "1", "name": "a", "arguments": {}}]}, "input[0].arguments"),
-    "namespace a number": (
-        {"input": [{"type": "function_call", "call_id": "1", "name": "a", "namespace": 1, "arguments": ""}]}, "input[0].namespace",
+    "arguments an object": (
+        {"input": [{"type": "function_call", "call_id": "1", "name": "a", "arguments": {}}]}, "input[0].arguments",
     ),
-    "freeform input an object": ({"input": [{"type": "custom_tool_call", "call_id": "1", "name": "a", "input": {}}]}, "input[0].input"),
+    "namespace a number": (
+        {"input": [{"type": "function_call", "call_id": "1", "name": "a", "namespace": 1, "arguments": ""}]},
+        "input[0].namespace",
+    ),
+    "freeform input an object": (
+        {"input": [{"type": "custom_tool_call", "call_id": "1", "name": "a", "input": {}}]}, "input[0].input",
+    ),
     "output absent": ({"input": [{"type": "function_call_output", "call_id": "1"}]}, "input[0].output"),
     "encrypted_content a number": ({"input": [{"type": "reasoning", "encrypted_content": 1}]}, "input[0].encrypted_content"),
     "summary text": ({"input": [{"type": "reasoning", "summary": [1]}]}, "input[0].summary[0]"),
@@ -646,7 +661,8 @@ def test_anthropic_package_reads_a_message_and_counts_tokens(server: Server) -> 
 
 
 def test_anthropic_package_runs_a_tool_with_thoughts_streamed(server: Server) -> None:
-    client, said = anthropic_client(server), [{"role": "user", "content": "weather"}]
+    client = anthropic_client(server)
+    said: list[Any] = [{"role": "user", "content": "weather"}]
     fields = {"model": "recital", "max_tokens": 2000, "tools": [CLAUDE_WEATHER]}
     with client.messages.stream(messages=said, thinking={"type": "enabled", "budget_tokens": 1024}, **fields) as stream:
         message = stream.get_final_message()
@@ -661,9 +677,8 @@ def test_anthropic_package_runs_a_tool_with_thoughts_streamed(server: Server) ->
 
 
 def test_anthropic_package_raises_its_own_errors(server: Server) -> None:
+    anthropic: Any = pytest.importorskip("anthropic")
     client = anthropic_client(server)
-    import anthropic
-
     with pytest.raises(anthropic.NotFoundError):
         client.messages.create(model="nobody", max_tokens=5, messages=[{"role": "user", "content": "hi"}])
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
