@@ -2254,7 +2254,7 @@ class Rendering:
         given |= {"functions": json.dumps(tools, ensure_ascii=False), "datetime": time.strftime("%B %d %Y")}  # Firefunction
         pieces, size = [], 0
         for piece in compiled_template(self.templates[name]).generate(
-            messages=messages, add_generation_prompt=self.generation, bos_token=self.bos, eos_token=self.eos, **given
+            messages=list(messages), add_generation_prompt=self.generation, bos_token=self.bos, eos_token=self.eos, **given
         ):
             pieces.append(piece)
             size += len(piece)
@@ -2266,6 +2266,9 @@ class Rendering:
         """True if the template dropped something silently: an offered tool, a call made, its result, a system text."""
         names = [t["function"]["name"] for t in self.tools]
         if any(prompt.count(name) <= without_tools.count(name) for name in names):
+            return True
+        called = [c["function"]["name"] for m in self.messages for c in m.get("tool_calls", [])]
+        if any(prompt.count(name) < called.count(name) + names.count(name) for name in called):
             return True
         at = 0
         for role, said in self._must_appear():
@@ -2334,7 +2337,7 @@ def chat_environment() -> Any:
         """Lets templates collect things in their own lists, as Kimi K2's do; the messages are this process's copy."""
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            return (type(obj) is list and attr == "append") or super().is_safe_attribute(obj, attr, value)
+            return (type(obj) is list and attr in ("append", "pop")) or super().is_safe_attribute(obj, attr, value)
 
     environment = Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
