@@ -865,10 +865,13 @@ def flat_content(where: str, content: Any) -> str:
         return content or ""
     if not isinstance(content, list):
         raise InvalidRequest(f"{where} must be a string or a list of text parts, not {_said(content)}", where)
+    texts = []
     for i, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):  # a refusal comes back in the history
             raise InvalidRequest(f'{where}[{i}] must be {{"type": "text", "text": …}}, not {_said(part)}', where)
-    return "".join(part["text"] for part in content)
+        texts.append(part[kind])
+    return "".join(texts)
 
 
 def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
@@ -1981,14 +1984,25 @@ class Chat:
         hidden = frozenset(self.facts.specials) - self.markers
         return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request))
 
+    def thought_budget(self, request: GenerateRequest, last: Seq[Any]) -> ThoughtBudget | None:
+        """How long the answer may think, if the request says so."""
+        if request.thinking_budget is None:
+            return None
+        opens, closes = self.format.thought
+        return ThoughtBudget(opens, closes, request.thinking_budget, str(last[0]).rstrip().endswith(opens))
+
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
-        """What holds the answer to the calls that were asked for; `last` is the prompt's last segment, as for the parser."""
+        """What holds the answer to the calls or the schema that were asked for, behind a thought that the prompt has begun.
+
+        `last` is the prompt's last segment, as for the parser.
+        """
         named = request.tool_choice.removeprefix("function:") if request.tool_choice.startswith("function:") else None
         forced = request.tool_choice == "required" or named is not None
         tools = [t for t in request.tools if named in (None, t["function"]["name"])]
         calls, (opens, closes) = self.format.calls[0], self.format.thought
         if not tools or request.tool_choice == "none" or not (forced or not request.parallel_tool_calls):
-            return None
+            wanted, thinking = request.sampling.constraint, str(last[0]).rstrip().endswith(opens)
+            return replace(wanted, after=closes) if wanted and thinking else wanted
         grammar, end, mark = CallsGrammar(calls, tools), str(last[0]).rstrip(), openers(calls, {})[0].mark
         if not forced:  # the first call is the only one
             return Constraint(grammar.text("", mark, False), "parallel_tool_calls", mark) if mark else None
@@ -6956,7 +6970,8 @@ class Intake:
 
     def _too_long(self, count: int, about: str = "") -> None:
         error = ContextLengthExceeded(
-            f"The prompt has {about}{count} tokens; the context holds {self.llama.ctx}, at least one of them for the answer"
+            f"The prompt has {about}{count} tokens; this model's maximum context length is {self.llama.ctx}, at least one of "
+            "them for the answer"  # OpenAI's words, by which clients know the error
         )
         error.sizes = (count, self.llama.ctx - 1)
         raise error
@@ -8273,14 +8288,15 @@ class Service:
     def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
         """What goes to the engine, every prompt n times, and what reads the text that comes back."""
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
-        sampling = request.sampling
+        sampling, budget = request.sampling, None
         if request.messages is not None:
             prompts = [chat.prompt(request)]
-            constraint = sampling.constraint or chat.constraint(request, prompts[0][-1:])
+            last = prompts[0][-1:]
+            budget, constraint = chat.thought_budget(request, last), chat.constraint(request, last)
             sampling = replace(sampling, stop=(*sampling.stop, *chat.stops), constraint=constraint)
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
         markers = chat.markers if request.split_markers else frozenset()
-        jobs = [Generate(p, replace(sampling, seed=s), markers) for p in prompts for s in seeds]
+        jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner) for p in prompts for s in seeds]
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
 
     def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
@@ -8512,6 +8528,7 @@ class Dialect:
         self.stream = flag(body, "stream")
         self.request = self.read(body)
         self.model = self.request.model  # as the request has it, until Queued tells the real id
+        self.owner = ""  # whose cached prompts this one may begin with: the door knows the key
         self.usage: Usage | None = None
         self._reply = Reply()
 
@@ -8521,7 +8538,7 @@ class Dialect:
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """Asks the service; for the errors this raises see there."""
-        return service.generate(self.request, cancel)
+        return service.generate(replace(self.request, owner=self.owner), cancel)
 
     def note(self, event: Event) -> None:
         """Remembers what every answer tells."""
@@ -9706,7 +9723,8 @@ class Access:
     """Who may call: checked for every request and every WebSocket upgrade before anything runs."""
 
     loopback: bool = True  # bound to loopback: Host must be a loopback name
-    api_key: str | None = None
+    api_keys: tuple[str, ...] = ()  # any of them opens; none: no key is asked for
+    private: bool = False  # clients with different keys share no cached prompts
     origins: tuple[str, ...] = ()  # allowed besides loopback and desktop apps; "*" is any
     hosts: tuple[str, ...] = ()  # allowed Host names besides loopback; "*" is any
 
@@ -9720,7 +9738,7 @@ class Access:
         origin = headers.get("Origin")
         if origin is not None and not self.origin_allowed(origin, host or ""):
             raise Forbidden(f"Origin '{origin[:100]}' is not allowed; --allow-origin opens more")
-        if self.api_key and not keyless and not self._key_fits(headers):
+        if self.api_keys and not keyless and self._key(headers) is None:
             raise Unauthorized("Send the key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
 
     def _host_allowed(self, host: str) -> bool:
@@ -9737,18 +9755,30 @@ class Access:
             return name is not None and (is_loopback(name) or (not self.loopback and place.lower() == host.lower()))
         return bool(separator) and scheme in self.APP_SCHEMES and APP_PLACE.fullmatch(place) is not None
 
-    def _key_fits(self, headers: Any) -> bool:
-        """Compares bytes: headers arrive as latin-1, or as ASCII with surrogates (websockets), whatever the client meant."""
+    def owner(self, headers: Any) -> str:
+        """Whom the request's cached prompts belong to: everybody, or the key's number where keys are kept apart."""
+        return str(self._key(headers)) if self.private and self.api_keys else ""
+
+    def _key(self, headers: Any) -> int | None:
+        """Which key fits. Compares bytes: headers arrive as latin-1, or as ASCII with surrogates (websockets)."""
         import hmac
 
         scheme, _, bearer = (headers.get("Authorization") or "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
         given += [headers.get("x-api-key") or ""]
         sent = [g.encode("latin-1", "surrogateescape") for g in given]
-        keys = [(self.api_key or "").encode("utf-8", "surrogateescape")]
+        for number, key in enumerate(self.api_keys):
+            if any(hmac.compare_digest(s, k) for s in sent for k in self._spellings(key)):
+                return number
+        return None
+
+    @staticmethod
+    def _spellings(key: str) -> list[bytes]:
+        """A key as clients send it: in UTF-8, or in latin-1 as Python's http.client does."""
+        spelled = [key.encode("utf-8", "surrogateescape")]
         with contextlib.suppress(UnicodeEncodeError):
-            keys.append((self.api_key or "").encode("latin-1"))  # what Python's http.client makes of it
-        return any(hmac.compare_digest(s, k) for s in sent for k in keys)
+            spelled.append(key.encode("latin-1"))
+        return spelled
 
 
 APP_PLACE = re.compile(r"[\w.~-]*(?::\d{1,5})?", re.ASCII)  # app://obsidian.md, and Electron's app://.
@@ -10591,6 +10621,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
         self.wire = self.route.wire(self) if dialect.stream else self.wire
+        dialect.owner = self.server.access.owner(self.headers)
         deliver(dialect, dialect.events(self.service, cancel), self.wire)
 
     def _preflight(self) -> None:
@@ -10912,6 +10943,7 @@ class SocketRequest:
     """A request on a WebSocket: its message, and the way to cancel it."""
 
     message: bytes
+    owner: str
     cancel: Cancellation = field(default_factory=Cancellation)
 
 
@@ -11061,7 +11093,7 @@ class SocketListener:
         except ApiError as error:
             await connection.send(to_json(NativeSocket.error(error)).decode())
             return
-        requests.append(SocketRequest(message))
+        requests.append(SocketRequest(message, self.server.access.owner(connection.request.headers)))
 
     @staticmethod
     def _is_cancel(message: bytes) -> bool:
@@ -11099,8 +11131,8 @@ class SocketListener:
 
         def work() -> None:
             dialect = line.dialect = NativeSocket(parse_object(request.message, "The message"))
-            line.status = 200
-            deliver(dialect, self.server.service.generate(dialect.request, request.cancel), door)
+            dialect.owner, line.status = request.owner, 200
+            deliver(dialect, dialect.events(self.server.service, request.cancel), door)
 
         with self.server.cancellable(request.cancel), contextlib.suppress(RuntimeError):  # a closed loop
             run_request(work, door, line)
@@ -11235,7 +11267,9 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
                      "-1: never (default)")  # fmt: skip
     sub.add_argument("--max-queue", type=count(0), default=512, metavar="N", help="requests that may wait (default: 512)")
-    sub.add_argument("--api-key", metavar="KEY", help="ask every client for this key")
+    sub.add_argument("--api-key", action="append", default=[], metavar="KEY", help="ask every client for this key, or one of "
+                     "several (repeatable)")  # fmt: skip
+    sub.add_argument("--private-prompts", action="store_true", help="let clients with different keys share no cached prompts")
     sub.add_argument("--insecure", action="store_true", help="allow a bind beyond loopback without a key")
     sub.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="web pages that may call (repeatable)")
     sub.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="Host names to accept (repeatable)")
@@ -11398,12 +11432,13 @@ def command_serve(args: argparse.Namespace) -> int:
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
     """Who may call, from the flags. Raises UsageError for an empty key, and for a network address without a key."""
-    if args.api_key is not None and not args.api_key.strip():
+    if not all(key.strip() for key in args.api_key):
         raise UsageError("--api-key is empty: give a key, or leave the flag out")
-    key, loopback = args.api_key or os.environ.get("SHIMMY_API_KEY") or None, is_loopback(host)
-    if not loopback and not key and not args.insecure:
+    own = os.environ.get("SHIMMY_API_KEY")
+    keys, loopback = tuple(args.api_key) or ((own,) if own else ()), is_loopback(host)
+    if not loopback and not keys and not args.insecure:
         raise UsageError(f"--bind {host} opens the server to the network: set --api-key KEY, or say --insecure")
-    return Access(loopback, key, tuple(args.allow_origin), tuple(args.allow_host))
+    return Access(loopback, keys, args.private_prompts, tuple(args.allow_origin), tuple(args.allow_host))
 
 
 def serve_tools(args: argparse.Namespace) -> ToolOptions:

@@ -1916,8 +1916,7 @@ EMBEDDER_REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
     "generate": ("/api/generate", {"prompt": "x"}),
     "a stream": ("/api/generate", {"prompt": "x", "stream": True}),
     "chat": ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
-    "load": ("/api/models/{model}/load", {}),
-    "load in the background": ("/api/models/{model}/load?wait=false", {}),
+    "completion": ("/v1/completions", {"prompt": "x"}),
 }
 
 
@@ -4593,7 +4592,7 @@ def test_embedding_model_may_still_be_asked_about(tmp_path: Path) -> None:
     table = table_of(tmp_path, lambda *_: FakeWorker())
     assert table.status("a-bert")["status"] == "unloaded"
     with pytest.raises(InvalidRequest):
-        table.load("a-bert", True, Cancellation())
+        table.lease("a-bert", Cancellation())
 
 
 def threads_of(server: Server) -> int:
@@ -5639,10 +5638,8 @@ def processor_seconds(server: Server) -> float:
 
 
 def test_connection_without_a_thread_is_answered_503(serve: Callable[..., Server], tmp_path: Path) -> None:
-    no_threads = ("import threading", "start = threading.Thread.start", "def refuse(self):",
-                  "    if 'process_request_thread' in self.name: raise RuntimeError(\"can't start new thread\")",
-                  "    start(self)", "threading.Thread.start = refuse")  # fmt: skip
-    server = serve(script=wrapper(tmp_path, *no_threads))
+    started = "super().process_request(request, client_address)"
+    server = serve(script=altered(tmp_path, (started, "raise RuntimeError('no new thread')")))
     for _ in range(40):  # more than are kept waiting
         assert_error(server.get("/health"), 503, "overloaded", "thread")
 
