@@ -2001,8 +2001,7 @@ class Chat:
         tools = [t for t in request.tools if named in (None, t["function"]["name"])]
         calls, (opens, closes) = self.format.calls[0], self.format.thought
         if not tools or request.tool_choice == "none" or not (forced or not request.parallel_tool_calls):
-            wanted, thinking = request.sampling.constraint, str(last[0]).rstrip().endswith(opens)
-            return replace(wanted, after=closes) if wanted and thinking else wanted
+            return self._beside_calls(request, str(last[0]).rstrip().endswith(opens))
         grammar, end, mark = CallsGrammar(calls, tools), str(last[0]).rstrip(), openers(calls, {})[0].mark
         if not forced:  # the first call is the only one
             return Constraint(grammar.text("", mark, False), "parallel_tool_calls", mark) if mark else None
@@ -2014,6 +2013,14 @@ class Chat:
         if any(opens in t for t in self._templates.values()) and not end.endswith(closes):  # it may think, or not
             begin = f"({gbnf_literal(opens)} {anything_but(closes)}* {gbnf_literal(closes)} [ \\n]{{0,2}})?"
         return Constraint(grammar.text(begin, opened, many), "tool_choice")
+
+    def _beside_calls(self, request: GenerateRequest, thinking: bool) -> Constraint | None:
+        """The schema or grammar that was asked for, behind the thought; where functions are offered a call may come instead."""
+        wanted = request.sampling.constraint
+        if wanted and request.tools and request.tool_choice != "none":
+            calls = CallsGrammar(self.format.calls[0], request.tools)
+            wanted = replace(wanted, grammar=calls.text("", "", request.parallel_tool_calls, wanted.grammar))
+        return replace(wanted, after=self.format.thought[1]) if wanted and thinking else wanted
 
     @functools.cached_property
     def format(self) -> ChatFormat:
@@ -3260,13 +3267,17 @@ class CallsGrammar:
         calls = [self._call(f"tools[{i}].function.parameters", tool["function"]) for i, tool in enumerate(tools)]
         self._rules["call"] = " | ".join(calls)
 
-    def text(self, begin: str, opened: str, many: bool) -> str:
-        """The grammar: `begin`, then one call or several; `opened`, the first one's beginning, stands there already."""
+    def text(self, begin: str, opened: str, many: bool, instead: str = "") -> str:
+        """The grammar: `begin`, then one call or several; `opened`, the first one's beginning, stands there already.
+
+        `instead` is a grammar of what may be written in place of the calls.
+        """
         first, again = (self._literal(o + self._format.head) for o in (self._format.opens.lstrip(), self._format.again))
         if opened:
             first = self._literal((self._format.opens.lstrip() + self._format.head).removeprefix(opened))
         more = f"({again} call){{0,7}}" if many and self._format.again else ""
-        root = f"{begin} {first} call {more} {self._literal(self._format.closes.rstrip())}"
+        root = f"{first} call {more} {self._literal(self._format.closes.rstrip())}"
+        root = f"{begin} ({root} | {self._included('instead-', instead)})" if instead else f"{begin} {root}"
         return "\n".join(f"{name} ::= {body}" for name, body in {"root": root, **self._rules}.items()) + "\n"
 
     def _rule(self, body: str) -> str:
@@ -3288,9 +3299,12 @@ class CallsGrammar:
 
     def _json(self, where: str, schema: Mapping[str, Any]) -> str:
         """The rule for a JSON value; the schema's own rules get names of their own."""
-        prefix = f"s{len(self._rules)}-"
+        return self._included(f"s{len(self._rules)}-", SchemaGrammar(where).compile(schema))
+
+    def _included(self, prefix: str, grammar: str) -> str:
+        """The root of another grammar, whose rules get names of their own."""
         words = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|[A-Za-z][\w-]*')
-        for line in SchemaGrammar(where).compile(schema).splitlines():
+        for line in grammar.splitlines():
             name, _, body = line.partition(" ::= ")
             self._rules[prefix + name] = words.sub(lambda m: m[0] if m[0][0] in '"[' else prefix + m[0], body)
         return f"{prefix}root"
