@@ -283,14 +283,9 @@ def test_every_chunk_carries_the_logprobs_of_its_own_text(prompt: str, stop: lis
 THINKING_TEMPLATE = "{{ messages[-1].content }}<think>"  # the answer begins inside the thought
 
 
-WIRING = (  # until Service does it: a thought's budget, constraints behind the thought, an owner
-    "jobs = [Generate(p, replace(sampling, seed=s), markers) for p in prompts for s in seeds]",
-    """owner, budget = request.template_args.get("owner", ""), request.thinking_budget
-        begun = str(prompts[0][-1]).rstrip().endswith("<think>")
-        thought = None if budget is None else ThoughtBudget("<think>", "</think>", budget, begun)
-        if sampling.constraint:
-            sampling = replace(sampling, constraint=replace(sampling.constraint, after="</think>"))
-        jobs = [Generate(p, replace(sampling, seed=s), markers, thought, owner) for p in prompts for s in seeds]""",
+ALWAYS_BEHIND = (  # as if every prompt ended inside the thought
+    "        if end.endswith(opens):\n            return",
+    "        if end or not end:\n            return",
 )
 
 
@@ -303,7 +298,7 @@ def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_recital(folder / "models" / "thinker.gguf", template=THINKING_TEMPLATE)
     for name, piece in (("opening", "\n</think>{"), ("foul", "\n</think>[")):  # the marker's token goes on
         write_recital(folder / "models" / f"{name}.gguf", tokens=[piece if t == "\n</think>" else t for t in VOCABULARY])
-    script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"), WIRING)
+    script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"), ALWAYS_BEHIND)
     flags = ("--models-dir", folder / "models", "--model", "recital", "--max-loaded", "5")
     running = Server(folder / "home", "--port", "0", *flags, script=script)
     yield running
@@ -399,14 +394,22 @@ def test_marker_spelled_one_byte_at_a_time_begins_the_grammar(thinking: Server) 
     assert thought_of(reply) == ("Two and two?", "Fx")
 
 
-def test_prompts_are_shared_within_one_owner_only(thinking: Server) -> None:
-    def cached(owner: str) -> int:
-        """An owner's name is the template's business until keys have owners."""
-        reply = thinking.chat("A long beginning that some share", temperature=0, chat_template_kwargs={"owner": owner}).json()
-        return int(reply["usage"]["prompt_tokens_details"]["cached_tokens"])
+@pytest.mark.parametrize("private", [True, False], ids=["private prompts", "shared prompts"])
+def test_clients_with_different_keys_share_prompts_only_if_allowed(
+    private: bool, serve: Callable[..., Server], models: Path
+) -> None:
+    flags = ["--private-prompts"] * private
+    own = serve("--models-dir", models, "--api-key", "one", "--api-key", "two", *flags)
 
-    assert (cached("ann"), cached("bob")) == (0, 0)
-    assert cached("ann") > 20 and cached("bob") > 20
+    def cached(key: str) -> int:
+        body = {"model": "recital", "messages": [{"role": "user", "content": "A long beginning that some share"}]}
+        reply = own.post("/v1/chat/completions", body, Authorization=f"Bearer {key}").json()
+        return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("one") == 0
+    assert (cached("two") > 0) is not private
+    assert cached("one") > 0
+    assert_error(own.get("/api/models", Authorization="Bearer three"), 401, "unauthorized")
 
 
 # ── What OpenAI's clients send ────────────────────────────────────────────────────────────────────────────────────────
@@ -496,3 +499,18 @@ def efforts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.mark.parametrize("value", ["max", "", 5, True, ["low"]], ids=json.dumps)
 def test_reasoning_effort_unknown_is_400(value: Any, server: Server) -> None:
     assert_error(server.chat(reasoning_effort=value), 400, "invalid_request", "reasoning_effort", "minimal", "xhigh")
+
+
+import test_shimmy as _t
+
+MAY_THINK = _t.TEMPLATE + "{# enable_thinking <think> #}"  # a model that opens its thoughts itself
+
+
+def test_schema_lets_a_model_think_that_may(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    write_recital(tmp_path / "models" / "thinker.gguf", template=MAY_THINK)
+    own = serve("--models-dir", tmp_path / "models")
+    reply = own.chat("think", "thinker", temperature=0, response_format={
+        "type": "json_schema", "json_schema": {"name": "a", "schema": SHAPE}})  # fmt: skip
+    assert reply.message["reasoning_content"].strip() == "two and two"
+    assert json.loads(reply.message["content"]) == {"a": 1} and reply.finish_reason == "stop"

@@ -1999,28 +1999,40 @@ class Chat:
         named = request.tool_choice.removeprefix("function:") if request.tool_choice.startswith("function:") else None
         forced = request.tool_choice == "required" or named is not None
         tools = [t for t in request.tools if named in (None, t["function"]["name"])]
-        calls, (opens, closes) = self.format.calls[0], self.format.thought
-        if not tools or request.tool_choice == "none" or not (forced or not request.parallel_tool_calls):
-            return self._beside_calls(request, str(last[0]).rstrip().endswith(opens))
-        grammar, end, mark = CallsGrammar(calls, tools), str(last[0]).rstrip(), openers(calls, {})[0].mark
+        calls = self.format.calls[0]
+        one = not request.parallel_tool_calls and request.sampling.constraint is None
+        if not tools or request.tool_choice == "none" or not (forced or one):
+            return self._schema(request, str(last[0]))
+        grammar, mark = CallsGrammar(calls, tools), openers(calls, {})[0].mark
         if not forced:  # the first call is the only one
             return Constraint(grammar.text("", mark, False), "parallel_tool_calls", mark) if mark else None
-        many = request.parallel_tool_calls and named is None
         opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
-        if end.endswith(opens):
-            return Constraint(grammar.text("[ \\n]{0,2}", "", many), "tool_choice", closes)
-        begin = ""
-        if any(opens in t for t in self._templates.values()) and not end.endswith(closes):  # it may think, or not
-            begin = f"({gbnf_literal(opens)} {anything_but(closes)}* {gbnf_literal(closes)} [ \\n]{{0,2}})?"
-        return Constraint(grammar.text(begin, opened, many), "tool_choice")
+        thought, after = self._thought_first(str(last[0]))
+        return Constraint(grammar.text(thought, opened, request.parallel_tool_calls and named is None), "tool_choice", after)
 
-    def _beside_calls(self, request: GenerateRequest, thinking: bool) -> Constraint | None:
-        """The schema or grammar that was asked for, behind the thought; where functions are offered a call may come instead."""
-        wanted = request.sampling.constraint
-        if wanted and request.tools and request.tool_choice != "none":
+    def _schema(self, request: GenerateRequest, last: str) -> Constraint | None:
+        """The schema or grammar that was asked for: behind the thought, and where functions are offered a call instead.
+
+        A client's own grammar says itself what stands beside it.
+        """
+        wanted, (thought, after) = request.sampling.constraint, self._thought_first(last)
+        if wanted is None or wanted.param == "grammar":
+            return wanted and replace(wanted, after=after)
+        if request.tools and request.tool_choice != "none":
             calls = CallsGrammar(self.format.calls[0], request.tools)
-            wanted = replace(wanted, grammar=calls.text("", "", request.parallel_tool_calls, wanted.grammar))
-        return replace(wanted, after=self.format.thought[1]) if wanted and thinking else wanted
+            return replace(wanted, after=after, grammar=calls.text(thought, "", request.parallel_tool_calls, wanted.grammar))
+        return replace(wanted, after=after, grammar=behind(thought, wanted.grammar))
+
+    def _thought_first(self, last: str) -> tuple[str, str | None]:
+        """A GBNF expression for what may stand before what a grammar wants, and the marker behind which the grammar begins."""
+        end, (opens, closes) = last.rstrip(), self.format.thought
+        if end.endswith(opens):
+            return "[ \\n]{0,2}", closes
+        # Qwen 3: the model itself begins a thought, or not; models without the switch would wander off into one
+        may_think = any(opens in t and "enable_thinking" in t for t in self._templates.values())
+        if may_think and not end.endswith(closes):
+            return f"({gbnf_literal(opens)} {anything_but(closes)}* {gbnf_literal(closes)} [ \\n]{{0,2}})?", None
+        return "", None
 
     @functools.cached_property
     def format(self) -> ChatFormat:
@@ -3303,10 +3315,7 @@ class CallsGrammar:
 
     def _included(self, prefix: str, grammar: str) -> str:
         """The root of another grammar, whose rules get names of their own."""
-        words = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|[A-Za-z][\w-]*')
-        for line in grammar.splitlines():
-            name, _, body = line.partition(" ::= ")
-            self._rules[prefix + name] = words.sub(lambda m: m[0] if m[0][0] in '"[' else prefix + m[0], body)
+        self._rules |= renamed(prefix, grammar)
         return f"{prefix}root"
 
     def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> str:
@@ -3336,6 +3345,21 @@ class CallsGrammar:
             most = kind.get("maxLength")
             text = f"{anything_but(closes or params.quote)}{{{kind.get('minLength') or 0},{'' if most is None else most}}}"
         return f"{quote} {text} {quote}"
+
+
+def renamed(prefix: str, grammar: str) -> dict[str, str]:
+    """The rules of a grammar of ours, a line each, under names that begin with `prefix`."""
+    words = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|[A-Za-z][\w-]*')
+    rules = (line.partition(" ::= ")[::2] for line in grammar.splitlines())
+    return {prefix + name: words.sub(lambda m: m[0] if m[0][0] in '"[' else prefix + m[0], body) for name, body in rules}
+
+
+def behind(begin: str, grammar: str) -> str:
+    """A grammar of ours with something before it."""
+    if not begin:
+        return grammar
+    rules = {"root": f"{begin} main-root"} | renamed("main-", grammar)
+    return "\n".join(f"{name} ::= {body}" for name, body in rules.items()) + "\n"
 
 
 def anything_but(marker: str) -> str:
