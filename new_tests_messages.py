@@ -502,6 +502,16 @@ def test_response_freeform_call_comes_back_as_raw_input(boxed: Server) -> None:
     assert (done["input"], done["item_id"]) == (call["input"], call["id"])
 
 
+def test_response_freeform_tool_is_described_with_its_grammar(server: Server) -> None:
+    form = {"type": "grammar", "syntax": "regex", "definition": "[a-c]+"}
+    tool = {"type": "custom", "name": "spell", "description": "Spells", "format": form}
+    schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"], "additionalProperties": False}
+    said = "Spells\n\nThe input must match this grammar (regex):\n[a-c]+"
+    same = {"type": "function", "function": {"name": "spell", "description": said, "parameters": schema}}
+    usage = server.post("/v1/responses", respond(tools=[tool])).json()["usage"]
+    assert usage["input_tokens"] == prompt_tokens(server, {"role": "user", "content": "hi"}, tools=[same])
+
+
 def test_response_tools_that_the_server_cannot_run_are_left_out(server: Server) -> None:
     hosted = [{"type": "web_search"}, {"type": "image_generation"}, {"type": "mcp", "server_label": "x"}]
     reply = server.post("/v1/responses", respond("weather", tools=hosted)).json()

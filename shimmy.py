@@ -9445,18 +9445,15 @@ class ResponseTools:
 
     @staticmethod
     def _freeform(place: str, tool: Mapping[str, Any]) -> dict[str, Any]:
-        """A freeform tool as a function of one string; a grammar that is no regular expression can only be described."""
+        """A freeform tool as a function of one string; its grammar (Lark's or a regular expression) is described only."""
         form = an_object(f"{place}.format", given(tool, "format", {"type": "text"}))
-        text: dict[str, Any] = {"type": "string"}
         said = a_string(f"{place}.description", given(tool, "description", ""))
         if one_of(f"{place}.format.type", form.get("type"), ("text", "grammar")) == "grammar":
             syntax = one_of(f"{place}.format.syntax", form.get("syntax"), ("lark", "regex"))
             definition = a_string(f"{place}.format.definition", form.get("definition"))
             said = f"{said}\n\nThe input must match this grammar ({syntax}):\n{definition}".strip()
-            if syntax == "regex" and is_served(bounded := {**text, "pattern": f"^(?:{definition})$"}):
-                text = bounded
-        schema = {"type": "object", "properties": {"input": text}, "required": ["input"], "additionalProperties": False}
-        return {"description": said, "parameters": schema}
+        schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+        return {"description": said, "parameters": schema | {"additionalProperties": False}}
 
     def meaning(self, name: str) -> OfferedTool:
         """The tool that the model calls by this name."""
@@ -9480,15 +9477,6 @@ class ResponseTools:
         space = a_string(f"{where}.namespace", given(tool, "namespace", ""))
         name = joined_name(space, a_string(f"{where}.name", tool.get("name")))
         return one_of(f"{where}.name", name, self._offered)
-
-
-def is_served(schema: Mapping[str, Any]) -> bool:
-    """Whether a schema can be made a grammar."""
-    try:
-        SchemaGrammar("tools").compile(schema)
-    except InvalidRequest:
-        return False
-    return True
 
 
 HOSTED_ITEMS = frozenset((  # what tools of OpenAI's own did: those tools are left out here, and their traces too
