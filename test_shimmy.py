@@ -9,17 +9,22 @@ chooses the script that is recited, and since every byte is one token (plus one 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import functools
+import glob
 import hashlib
 import http.client
 import http.server
 import importlib
 import importlib.util
+import inspect
 import ipaddress
 import itertools
 import json
 import marshal
+import math
+import operator
 import os
 import pathlib
 import random
@@ -38,7 +43,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -2333,7 +2338,7 @@ THOUGHT_CASES = {
 
 def parsed(text: str, pieces: Iterable[str], **options: Any) -> dict[str, Any]:
     """What a client is told of a text: content, thought, calls and the reason of its end."""
-    schemas = {"get_weather": {}} if options.get("tools") else {}
+    schemas: dict[str, Any] = {"get_weather": {}} if options.get("tools") else {}
     parser = module.ChatParser(0, module.ChatFormat(), schemas, "", frozenset())
     events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     reply = module.Reply()
@@ -2357,6 +2362,569 @@ def test_call_that_was_cut_has_what_came_and_nothing_else(whole: bool) -> None:
     text = 'Well <tool_call>\n{"name": "get_weather", "arguments": {"ci'
     said = parsed(text, [text] if whole else text, tools=True)
     assert (said["text"], said["calls"]) == ("Well", [("get_weather", '{"ci')])
+
+
+THINKING_TEMPLATE = "{{ messages[-1].content }}<think>"  # the answer begins inside the thought
+ALWAYS_BEHIND = (  # as if every prompt ended inside the thought
+    "        if end.endswith(opens):\n            return",
+    "        if end or not end:\n            return",
+)
+
+
+@pytest.fixture(scope="module")
+def thinking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose models think, and which sends each token by itself."""
+    folder = tmp_path_factory.mktemp("thinking")
+    write_speller(folder / "models" / "speller.gguf")
+    write_recital(folder / "models" / "recital.gguf")
+    write_recital(folder / "models" / "thinker.gguf", template=THINKING_TEMPLATE)
+    for name, piece in (("opening", "\n</think>{"), ("foul", "\n</think>[")):  # the marker's token goes on
+        write_recital(folder / "models" / f"{name}.gguf", tokens=[piece if t == "\n</think>" else t for t in VOCABULARY])
+    script = altered(folder, ("FLUSH_SECONDS = 0.01", "FLUSH_SECONDS = 0.0"), ALWAYS_BEHIND)
+    flags = ("--models-dir", folder / "models", "--model", "recital", "--max-loaded", "5")
+    running = Server(folder / "home", "--port", "0", *flags, script=script)
+    yield running
+    running.stop()
+
+
+def thought_of(reply: Reply) -> tuple[str, str]:
+    message = reply.message
+    return message.get("reasoning_content", "").strip(), message["content"]
+
+
+@cases(
+    "model, budget, thought, content",
+    {
+        "none": ("recital", None, "two and two", "Four!!"),
+        "unlimited": ("recital", -1, "two and two", "Four!!"),
+        "more than enough": ("recital", 100, "two and two", "Four!!"),
+        "one token": ("recital", 1, "two and two", "Hello wide world"),
+        "nothing": ("recital", 0, "", "Hello wide world"),
+        "begun by the prompt, nothing": ("thinker", 0, "", "Hello wide world"),
+        "begun by the prompt, two tokens": ("thinker", 2, "Hello wide", "Hello wide world"),
+        "begun by the prompt, more than enough": ("thinker", 9, "Hello wide world", ""),
+    },
+)
+def test_thought_ends_within_its_budget(
+    model: str, budget: int | None, thought: str, content: str, thinking: Server
+) -> None:
+    fields: dict[str, Any] = {"model": model, "temperature": 0, "thinking_budget_tokens": budget}
+    reply = thinking.chat("think", **fields)
+    assert thought_of(reply) == (thought, content)
+    sent = deltas(thinking.streamed("/v1/chat/completions", {"messages": [{"role": "user", "content": "think"}], **fields}))
+    assert "".join(d.get("content") or "" for d in sent) == content
+    assert "".join(d.get("reasoning_content") or "" for d in sent).strip() == thought
+
+
+def test_closing_a_thought_counts_as_completion_tokens_with_logprobs(thinking: Server) -> None:
+    reply = thinking.chat("think", temperature=0, thinking_budget_tokens=1, logprobs=True).json()
+    assert reply["usage"]["completion_tokens"] == len(["<think>", "two", *"\n</think>\n\n", "Hello", " wide", " world"])
+    said = "".join(token["token"] for token in reply["choices"][0]["logprobs"]["content"])
+    assert said.endswith("Hello wide world") and "two and two" in said
+
+
+def test_thought_budget_leaves_a_marker_inside_the_answer_alone(thinking: Server) -> None:
+    """Only what an answer begins with is a thought."""
+    later = {str(TOKEN_ID["<think>"]): 40, str(TOKEN_ID["Hello"]): 0}  # as the second token
+    plain = thinking.chat("hi", temperature=0, max_tokens=6, logit_bias=later)
+    limited = thinking.chat("hi", temperature=0, max_tokens=6, logit_bias=later, thinking_budget_tokens=0)
+    assert plain.message == limited.message
+
+
+def test_max_tokens_ends_a_text_whose_thought_is_being_closed(thinking: Server) -> None:
+    reply = thinking.chat("think", temperature=0, thinking_budget_tokens=1, max_tokens=5)
+    assert (reply.finish_reason, reply.json()["usage"]["completion_tokens"]) == ("length", 5)
+
+
+@pytest.mark.parametrize("value", [-2, 1.5, "x", True], ids=json.dumps)
+@pytest.mark.parametrize("field", ["thinking_budget_tokens", "reasoning_budget_tokens"])
+def test_thinking_budget_out_of_bounds_is_400(field: str, value: Any, server: Server) -> None:
+    assert_error(server.chat(**{field: value}), 400, "invalid_request", field, "-1")
+
+
+SHAPE = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
+
+
+@cases("temperature", {"greedy": 0, "sampled": 1})
+@cases("model", {"a token of its own": "recital", "a token that goes on as the schema does": "opening"})
+def test_schema_holds_behind_the_thought(model: str, temperature: float, thinking: Server) -> None:
+    reply = thinking.chat("think", model, temperature=temperature, response_format={
+        "type": "json_schema", "json_schema": {"name": "a", "schema": SHAPE}})  # fmt: skip
+    assert reply.message["reasoning_content"].strip() == "two and two"
+    assert json.loads(reply.message["content"]) == {"a": 1} and reply.finish_reason == "stop"
+
+
+def test_token_that_would_break_the_schema_behind_the_thought_never_comes(thinking: Server) -> None:
+    reply = thinking.chat("think", "foul", temperature=0, json_schema=SHAPE, max_tokens=40)
+    assert reply.message["content"] == "" and reply.finish_reason == "length"
+
+
+def test_text_that_never_closes_its_thought_just_ends(thinking: Server) -> None:
+    reply = thinking.chat("think", "thinker", temperature=0, json_schema=SHAPE)
+    assert (*thought_of(reply), reply.finish_reason) == ("Hello wide world", "", "stop")
+
+
+@pytest.mark.parametrize("budget", [0, 1, 2])
+@pytest.mark.parametrize("model", ["recital", "thinker"])
+def test_schema_holds_behind_a_thought_that_was_closed(model: str, budget: int, thinking: Server) -> None:
+    reply = thinking.chat("think", model, temperature=0, json_schema=SHAPE, thinking_budget_tokens=budget)
+    assert json.loads(reply.message["content"]) == {"a": 1} and reply.finish_reason == "stop"
+
+
+def test_marker_spelled_one_byte_at_a_time_begins_the_grammar(thinking: Server) -> None:
+    reply = thinking.chat("thought", "speller", temperature=0, grammar='root ::= "\\n\\n" [A-Z] "x"')
+    assert thought_of(reply) == ("Two and two?", "Fx")
+
+
+@pytest.mark.parametrize("private", [True, False], ids=["private prompts", "shared prompts"])
+def test_clients_with_different_keys_share_prompts_only_if_allowed(
+    private: bool, serve: Callable[..., Server], models: Path
+) -> None:
+    flags = ["--private-prompts"] * private
+    own = serve("--models-dir", models, "--api-key", "one", "--api-key", "two", *flags)
+
+    def cached(key: str) -> int:
+        body = {"model": "recital", "messages": [{"role": "user", "content": "A long beginning that some share"}]}
+        reply = own.post("/v1/chat/completions", body, Authorization=f"Bearer {key}").json()
+        return reply["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert cached("one") == 0
+    assert (cached("two") > 0) is not private
+    assert cached("one") > 0
+    assert_error(own.get("/api/models", Authorization="Bearer three"), 401, "unauthorized")
+
+
+TYPES: dict[str, dict[str, Any]] = {
+    "text": {"type": "string"}, "count": {"type": "integer"}, "share": {"type": "number"}, "yes": {"type": "boolean"},
+    "gone": {"type": "null"}, "list": {"type": "array", "items": {}}, "inner": {"type": "object"},
+}  # fmt: skip
+NAMES = ("get_weather", "add_to_list")
+OFFERED: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": name, "description": f"The function {name}", "parameters": {
+        "type": "object", "properties": {k: v | {"description": k} for k, v in TYPES.items()}, "required": ["text"]}}}
+    for name in NAMES
+]  # fmt: skip
+CALLS: dict[str, list[tuple[str, dict[str, Any]]]] = {
+    "one": [("get_weather", {"text": "Paris"})],
+    "two": [("get_weather", {"text": "Paris", "count": 1}), ("add_to_list", {"text": "milk and honey", "yes": True})],
+    "types": [("get_weather", {"text": "some words", "count": -3, "share": 0.25, "yes": False, "gone": None, "list": [1, "a"],
+                               "inner": {}})],
+    "nested": [("get_weather", {"text": "some words", "inner": {"deep": {"list": [{"a": [1, 2]}, {"b": {}}]}, "word": "w"}})],
+    "quotes": [("get_weather", {"text": 'say "hi", it\'s \\ fine'})],
+    "lines": [("get_weather", {"text": "one\ntwo\n\n  three"})],
+    "marker": [("get_weather", {"text": "a </tool_call> b"})],
+    "unicode": [("get_weather", {"text": "naïve 😀 日本"})],
+}
+
+
+def templates() -> list[Path]:
+    """llama.cpp's templates: in the folder SHIMMY_TEMPLATES names, else none."""
+    return sorted(map(Path, glob.glob(os.path.join(os.environ.get("SHIMMY_TEMPLATES", "/nowhere"), "*.jinja"))))
+
+
+def common(a: str, b: str) -> int:
+    """How many characters two texts both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def turn(source: str, ids: tuple[str, ...] = ("abcdefgh1", "abcdefgh2"), **said: Any) -> tuple[str, str]:
+    """What the template writes as the assistant's turn: what the prompt has of it already, and the rest."""
+    user = {"role": "user", "content": "A question"}
+    calls = [{"id": id, "type": "function", "function": {"name": n, "arguments": a}}
+             for id, (n, a) in zip(ids, said.pop("calls", ()), strict=False)]  # fmt: skip
+    said = {"content": ""} | said | ({"tool_calls": calls} if calls else {})
+
+    def render(messages: list[Any], generation: bool) -> str:
+        rendering = module.Rendering({"": source}, "<bos>", "<eos>", messages, OFFERED, {}, generation)
+        return rendering.run()
+
+    prompt, whole = (text[text.rindex("A question") :] for text in (
+        render([user], True), render([user, {"role": "assistant", **said}], False)))  # fmt: skip
+    at = common(prompt, whole)
+    for opens, closes in ("<>", "[]"):  # not in the middle of a marker
+        if (start := prompt.rfind(opens, 0, at)) > prompt.rfind(closes, 0, at):
+            at = start
+    return (prompt if whole[at:].lstrip().startswith("</") else whole[:at]), whole[at:]
+
+
+def read(format: Any, prompt: str, text: str, size: int) -> tuple[str, str, list[tuple[str, Any]], list[Any]]:
+    """The content, thought and calls that the parser finds in a text fed in pieces."""
+    schemas = {t["function"]["name"]: t["function"]["parameters"] for t in OFFERED}
+    parser = module.ChatParser(0, format, schemas, prompt, frozenset())
+    events = [e for i in range(0, len(text), size) for e in parser.push(text[i : i + size])] + list(parser.finish("stop"))
+    reply = module.Reply()
+    for event in events:
+        reply.add(event)
+    choice = reply.choices()[0][1]
+    calls = [(c["name"], json.loads(c["arguments"] or "null")) for c in choice.calls]
+    return choice.text, "".join(choice.thoughts), calls, events
+
+
+def derived(source: str) -> Any:
+    return module.Derivation({"": source}, "<bos>", "<eos>", ()).run()
+
+
+FRAME = (
+    "{%% for t in tools or [] %%}{{ t | tojson }}{%% endfor %%}{%% for m in messages %%}<|%%{{ m.role }}|>"
+    "{%% if m.reasoning_content %%}<think>{{ m.reasoning_content }}</think>{%% endif %%}{{ m.content }}"
+    "{%% if m.tool_calls %%}%s{%% endif %%}<|end|>{%% endfor %%}{%% if add_generation_prompt %%}<|%%assistant|>{%% endif %%}"
+).replace("%%", "%").replace("<|%", "<|")
+PARAMETERS = "{% for k, v in f.arguments.items() %}%s{{ k }}%s{{ v if v is string else v | tojson }}%s{% endfor %}"
+
+
+def family(begin: str, call: str, end: str, between: str = "") -> str:
+    """A template that writes calls so; `f` is the call's function."""
+    between = "{% if not loop.last %}" + between + "{% endif %}"
+    calls = "{% for c in m.tool_calls %}{% set f = c.function %}" + call + between + "{% endfor %}"
+    return FRAME.replace("%s", begin + calls + end)
+
+
+def parameters(opens: str, keyed: str, closes: str) -> str:
+    a, b, c, d = PARAMETERS.split("%s")
+    return a + opens + b + keyed + c + closes + d
+
+
+NAME, ARGUMENTS = "{{ f.name }}", "{{ f.arguments | tojson }}"
+FAMILIES = {
+    "hermes": family("", '<tool_call>\n{"name": "' + NAME + '", "arguments": ' + ARGUMENTS + "}\n</tool_call>", "", "\n"),
+    "array": family("<calls>[", '{"name": "' + NAME + '", "arguments": ' + ARGUMENTS + "}", "]</calls>", ", "),
+    "name is the key": family("<calls>[", '{"' + NAME + '": ' + ARGUMENTS + "}", "]</calls>", ", "),
+    "marked name": family("", "[TOOL_CALLS]" + NAME + "[ARGS]" + ARGUMENTS, ""),
+    "id in the header": family("<|calls|>", "<|call|>functions." + NAME + ":{{ loop.index0 }}<|args|>" + ARGUMENTS + "<|/call|>",
+                               "<|/calls|>"),
+    "fenced": family("<|calls|>", "<|call|>function<|sep|>" + NAME + "\n```json\n" + ARGUMENTS + "\n```<|/call|>",
+                     "<|/calls|>", "\n"),
+    "tags": family("", "<tool_call>\n<function=" + NAME + ">\n" + parameters("<parameter=", ">\n", "\n</parameter>\n") +
+                   "</function>\n</tool_call>", "", "\n"),
+    "attributes": family("<calls>\n", '<invoke name="' + NAME + '">\n' + parameters('<parameter name="', '">', "</parameter>\n") +
+                         "</invoke>\n", "</calls>"),
+    "keys and values": family("", "<tool_call>" + NAME + "\n" +
+                              parameters("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n") + "</tool_call>", "", "\n"),
+    "bare": family("", '{"name": "' + NAME + '", "parameters": ' + ARGUMENTS + "}",
+                   "{% if m.tool_calls | length > 1 %}{{ raise_exception('one call a turn') }}{% endif %}"),
+}  # fmt: skip
+
+
+@functools.cache
+def derived_once(source: str) -> Any:
+    return derived(source)
+
+
+@pytest.mark.parametrize("said", CALLS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_calls_come_back_as_the_template_writes_them(name: str, said: str) -> None:
+    """Whole and fed one character at a time."""
+    calls = CALLS[said]
+    if name == "bare" and len(calls) > 1:
+        pytest.skip("this family writes one call a turn")
+    prompt, text = turn(FAMILIES[name], calls=calls)
+    for size in (len(text), 1):
+        content, _, found, _ = read(derived_once(FAMILIES[name]), prompt, text.removesuffix("<|end|>"), size)
+        assert (content, found) == ("", calls)
+
+
+NOT_BACK = {  # templates whose text does not come back, by the first words of their name
+    ("MiniMax-M3", "types"): "lists and objects are nested tags", ("MiniMax-M3", "nested"): "objects are nested tags",
+}  # fmt: skip
+
+
+@pytest.mark.skipif(not templates(), reason="SHIMMY_TEMPLATES names no folder of llama.cpp's templates")
+@pytest.mark.parametrize("said", CALLS)
+@pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)
+def test_calls_of_llama_cpps_templates_come_back(path: Path, said: str) -> None:
+    for (name, what), why in NOT_BACK.items():
+        if path.name.startswith(name) and said == what:
+            pytest.xfail(why)
+    ids = ("functions.get_weather:0", "functions.add_to_list:1") if "Kimi-K2" in path.name else ("abcdefgh1", "abcdefgh2")
+    source = path.read_text()
+    prompt, text = turn(source, ids, calls=CALLS[said])
+    end = turn(source, content="some words")[1].partition("some words")[2]
+    for size in (len(text), 1):
+        content, _, found, _ = read(derived_once(source), prompt, text, size)
+        assert found == CALLS[said]
+        words = {p for p in module.MARKER.findall(content.replace("<eos>", "")) if not p.isspace()}
+        assert words <= set(module.MARKER.findall(end)) or "command-r-plus" in path.name  # which asks for the next turn
+
+
+@pytest.mark.parametrize(
+    "opens, closes, prompted",
+    [("<think>", "</think>", False), ("<think>", "</think>", True), ("[THINKING]", "[/THINKING]", False)],
+)
+def test_thought_is_derived_and_kept_apart(opens: str, closes: str, prompted: bool) -> None:
+    source = FRAME.replace("<think>", opens).replace("</think>", closes).replace("%s", "")
+    source = source.replace("<|assistant|>", f"<|assistant|>{opens}\n") if prompted else source
+    format = derived(source)
+    assert format.thought == (opens, closes)
+    text = f"{'' if prompted else opens}\nTwo and two.\n{closes}\n\nFour, not <think>five</think>."
+    for size in (len(text), 1):
+        answer = read(format, f"<|assistant|>{opens}\n" if prompted else "<|assistant|>", text, size)
+        assert answer[:2] == ("Four, not <think>five</think>.", "Two and two.\n")
+
+
+HERMES_CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"text": "Paris"}}\n</tool_call>'
+
+
+def test_call_is_told_as_it_is_written() -> None:
+    events = read(module.ChatFormat(), "", HERMES_CALL, 1)[3]
+    assert isinstance(events[0], module.CallBegan) and events[0].name == "get_weather"
+    assert [e.text for e in events[1:-1]] == list('{"text": "Paris"}')
+    assert events[-1].finish_reason == "tool_calls"
+
+
+def test_call_in_tags_is_told_as_it_is_written() -> None:
+    text = turn(FAMILIES["tags"], calls=[("get_weather", {"text": 'a "b"', "count": 12})])[1]
+    pieces = [e.text for e in read(derived_once(FAMILIES["tags"]), "", text, 1)[3] if isinstance(e, module.CallArguments)]
+    assert "".join(pieces) == '{"text": "a \\"b\\"", "count": 12}'
+    assert len(pieces) > 8
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['Use <tool_call> and </tool_call> around it.', '<tool_call>{"name": oops</tool_call>', "<tool_call>",
+     '<tool_call>\n{"name": "unknown", "arguments": {}}\n</tool_call>', '<tool_call>\n{"arguments": {}}\n</tool_call>',
+     '{"name": "get_weather"}', "a < b <tool", "[1, 2]"],
+)  # fmt: skip
+def test_text_that_only_looks_like_a_call_stays_text(text: str) -> None:
+    for size in (len(text), 1):
+        assert read(module.ChatFormat(), "", text, size)[::2] == (text, [])
+
+
+@pytest.mark.parametrize("cut", range(len('<tool_call>\n{"name": "get_weather"'), len(HERMES_CALL) - len("}\n</tool_call>")))
+def test_call_that_was_cut_has_its_arguments_as_far_as_they_came(cut: int) -> None:
+    parser = module.ChatParser(0, module.ChatFormat(), {"get_weather": {}}, "", frozenset())
+    said: list[Any] = [*parser.push(HERMES_CALL[:cut]), *parser.finish("length")]
+    *events, end = said
+    assert end.finish_reason == "length" and events[0].name == "get_weather"
+    assert "".join(e.text for e in events[1:]) == HERMES_CALL[:cut].partition('"arguments": ')[2]
+
+
+def test_three_calls_in_an_array_come_back() -> None:
+    calls = [("get_weather", {"text": str(i)}) for i in range(3)]
+    text = turn(FAMILIES["array"], ids=("aaaaaaaa1", "aaaaaaaa2", "aaaaaaaa3"), calls=calls)[1].removesuffix("<|end|>")
+    for size in (len(text), 1):
+        assert read(derived_once(FAMILIES["array"]), "", text, size)[::2] == ("", calls)
+
+
+def test_arguments_before_the_name_and_as_json_text_are_read() -> None:
+    first = '<tool_call>{"arguments": {"text": "Paris"}, "name": "get_weather"}</tool_call>'
+    inside = '<tool_call>{"name": "get_weather", "arguments": "{\\"text\\": \\"Paris\\"}"}</tool_call>'
+    for text in (first, inside):
+        assert read(module.ChatFormat(), "", text, 1)[2] == CALLS["one"]
+
+
+def test_logprobs_go_with_their_own_text() -> None:
+    parser = module.ChatParser(0, module.ChatFormat(), {"get_weather": {}}, "", frozenset({"<|quiet|>"}))
+    tokens = ["<think>", "hm", "</think>", "One", " <", "|", "<|quiet|>", " two", " <tool", "_x", " three"]
+    events: list[Any] = []
+    for token in tokens:
+        logprob = module.TokenLogprob(token.encode(), -1.0, ())
+        events += parser.push("" if token == "<|quiet|>" else token, (logprob,))
+    events += parser.finish("stop")
+    texts = [e for e in events if isinstance(e, module.Text)]
+    assert "".join(e.text for e in texts) == "One <| two <tool_x three"
+    spoken = "".join(p.token.decode() for e in texts for p in e.logprobs if p.token != b"<|quiet|>")
+    assert spoken == "One <| two <tool_x three"
+    assert all(e.logprobs for e in texts if e.text)
+
+
+class InThisProcess:
+    """Runs a helper's tasks here."""
+
+    def run(self, task: Any) -> Any:
+        try:
+            return task.run()
+        except Exception as error:
+            raise module.HelperFailed(str(error)) from None
+
+
+def chat(source: str, *specials: str) -> Any:
+    here: Any = InThisProcess()
+    return module.Chat(module.ChatFacts({"": source}, "<s>", False, "</s>", specials), here)
+
+
+def asked(*messages: tuple[str, str], **more: Any) -> Any:
+    said = tuple({"role": role, "content": content} for role, content in messages)
+    return module.GenerateRequest(messages=said, split_markers=True, **more)
+
+
+def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+MADE = {"tool_calls": [{"id": "abcdefgh1", "type": "function",
+                        "function": {"name": "get_weather", "arguments": {"text": "Paris"}}}]}  # fmt: skip
+TALKS = {
+    "system in the middle": [
+        said("system", "Be brief and kind."), said("user", "First question."), said("assistant", "First answer."),
+        said("system", "Now be verbose."), said("user", "Second question."), said("assistant", "Second answer."),
+        said("user", "Third question.")],
+    "system before the answer": [
+        said("system", "Be brief and kind."), said("user", "First question."), said("system", "Now be verbose."),
+        said("assistant", "First answer."), said("user", "Second question.")],
+    "two users": [
+        said("user", "First question."), said("user", "And one more."), said("assistant", "First answer."),
+        said("user", "Second question."), said("user", "And again one.")],
+    "assistant first": [
+        said("assistant", "Hello, I am here."), said("user", "First question."), said("assistant", "First answer."),
+        said("user", "Second question.")],
+    "result of no call": [
+        said("user", "First question."), said("assistant", "First answer."),
+        said("tool", "Sunny in Paris.", tool_call_id="abcdefgh9"), said("assistant", "Second answer."),
+        said("user", "Second question.")],
+    "two systems": [
+        said("system", "Be brief and kind."), said("system", "Be honest."), said("user", "First question."),
+        said("assistant", "First answer."), said("user", "Second question.")],
+    "calls": [
+        said("system", "Be brief and kind."), said("user", "First question."), said("assistant", "", **MADE),
+        said("tool", "Sunny in Paris.", tool_call_id="abcdefgh1"), said("assistant", "First answer."),
+        said("system", "Now be verbose."), said("user", "Second question.")],
+}  # fmt: skip
+STRICT = (  # refuses what Gemma 2's and Mistral's refuse
+    "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}</>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MOVED = {  # templates that themselves change what stands earlier, or refuse later what they took before
+    "Mistral-Small-3.2": {"system before the answer", "result of no call", "calls"},
+    "mistralai-Ministral": {"result of no call"}, "mistralai-Mistral-Nemo": {"result of no call", "calls"},
+    "Qwen3.5": {"result of no call", "calls"}, "StepFun3.5": {"result of no call", "calls"},
+    "deepseek-ai-DeepSeek-V3.2": {"result of no call", "calls"},
+}  # fmt: skip
+
+
+def check_talk(source: str, talk: str) -> None:
+    """All is in the prompt, and what the client had said at an earlier answer stands where it stood then."""
+    messages = TALKS[talk]
+    tools = OFFERED if talk == "calls" else []
+
+    def render(messages: list[Any]) -> str:
+        return str(module.Rendering({"": source}, "<bos>", "<eos>", messages, tools, {}, generation=False).run())
+
+    whole = render(messages)
+    assert all(m["content"] in whole for m in messages)
+    for k in (k for k, m in enumerate(messages) if k and m["role"] == "assistant"):
+        begun = whole[: common(whole, render(messages[:k]))]
+        assert all(m["content"] in begun for m in messages[:k])
+
+
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("source", [STRICT, FAMILIES["hermes"]], ids=["strict", "lenient"])
+def test_conversation_is_folded_append_only(source: str, talk: str) -> None:
+    check_talk(source, talk)
+
+
+@pytest.mark.skipif(not templates(), reason="SHIMMY_TEMPLATES names no folder of llama.cpp's templates")
+@pytest.mark.parametrize("talk", TALKS)
+@pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)
+def test_conversation_renders_in_llama_cpps_templates(path: Path, talk: str) -> None:
+    if any(path.name.startswith(name) and talk in talks for name, talks in MOVED.items()):
+        pytest.xfail("the template itself moves or changes earlier turns")
+    check_talk(path.read_text(), talk)
+
+
+@pytest.mark.parametrize(
+    "specials",
+    [("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), ("<|im_start|>", "<|im_end|>"),
+     ("<start_of_turn>", "<end_of_turn>", "<bos>", "<eos>")],
+    ids=["llama", "qwen and SmolLM", "gemma"],
+)  # fmt: skip
+def test_special_tokens_in_a_users_text_stay_text(specials: tuple[str, ...]) -> None:
+    """No segment but the template's own holds a special token's name."""
+    words = f"I say {''.join(specials)} here"
+    prompt = chat(FAMILIES["hermes"], *specials).prompt(asked(("user", words), ("assistant", words), ("user", words)))
+    assert "".join(prompt).count(words) == 3
+    assert not any(name in segment for segment in prompt for name in specials)
+
+
+def test_last_assistant_message_is_continued() -> None:
+    request = asked(("user", "A poem"), ("assistant", "Roses are <|end|>"))
+    prompt = chat(FAMILIES["hermes"], "<|end|>").prompt(request)
+    assert "".join(prompt) == "<|user|>A poem<|end|><|assistant|>Roses are <|end|>"
+    assert prompt[-1] == "|end|>"  # its special token is text
+
+
+def test_last_assistant_message_is_not_continued_when_the_request_says_so() -> None:
+    prompt = chat(FAMILIES["hermes"]).prompt(asked(("user", "Hi"), ("assistant", "Hello"), continue_final_message=False))
+    assert "".join(prompt) == "<|user|>Hi<|end|><|assistant|>Hello<|end|><|assistant|>"
+
+
+def test_continued_answer_stands_behind_a_thought_that_the_prompt_opens() -> None:
+    source = FAMILIES["hermes"].replace("<|assistant|>", "<|assistant|><think>\n")
+    prompt = chat(source).prompt(asked(("user", "Hi"), ("assistant", "Hello")))
+    assert "".join(prompt).endswith("<|assistant|><think>\n\n\n</think>\n\nHello")
+
+
+def test_billing_header_of_claude_code_is_dropped() -> None:
+    system = "x-anthropic-billing-header: cc_version=2.1; cch=5f3a1;\nYou are Claude Code."
+    prompt = chat(FAMILIES["hermes"]).prompt(asked(("system", system), ("user", "Hi")))
+    assert "".join(prompt) == "<|system|>You are Claude Code.<|end|><|user|>Hi<|end|><|assistant|>"
+
+
+FORCED = [
+    {"type": "function", "function": {"name": "get_weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 12}, "unit": {"enum": ["C", "F"]},
+                                         "days": {"type": "integer", "minimum": 0, "maximum": 9}, "exact": {"type": "boolean"}},
+        "required": ["city", "unit"]}}},
+    {"type": "function", "function": {"name": "add", "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99},
+                                         "tags": {"type": "array", "items": {"enum": ["x", "y"]}, "maxItems": 2}},
+        "required": ["a"]}}},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def box() -> Iterator[Any]:
+    """A service in this process with the model in the box."""
+    path = str(REPO / "models" / "shimmy-tiny.gguf")
+    service = module.Service(module.Catalog([], [path]), module.TableOptions(default=path), module.EngineOptions(ctx=1024))
+    service.table.scan()
+    yield service
+    service.close()
+
+
+@pytest.mark.parametrize(
+    "name, choice",
+    [("hermes", "required"), ("hermes", "function:add"), ("array", "required"), ("tags", "required"), ("bare", "required"),
+     ("id in the header", "required")],
+)  # fmt: skip
+def test_forced_calls_hold(box: Any, name: str, choice: str) -> None:
+    """100 of 100 at temperature 1, on a model that knows nothing of the form."""
+    talk = chat(FAMILIES[name])
+    request = asked(("user", "Is it warm in Paris?"), tools=tuple(FORCED), tool_choice=choice, parallel_tool_calls=False)
+    prompt = talk.prompt(request)
+    sampling = module.Sampling(max_tokens=300, temperature=1.0, seed=7, constraint=talk.constraint(request, prompt[-1:]))
+    forced = module.GenerateRequest(prompts=("".join(prompt),), sampling=sampling, n=100)
+    reply = module.Reply()
+    for event in box.generate(forced, module.Cancellation()):
+        reply.add(event)
+    for index, written in reply.choices():
+        parser, answer = talk.parser(request, prompt[-1:], index), module.Reply()
+        for event in [*parser.push(written.text), *parser.finish(written.finish_reason)]:
+            answer.add(event)
+        choice_made = answer.choices()[0][1]
+        assert choice_made.finish_reason == "tool_calls" and choice_made.text == "", written.text
+        [call] = choice_made.calls
+        arguments = json.loads(call["arguments"])
+        assert call["name"] == "add" or choice == "required"
+        assert {"get_weather": {"city", "unit"}, "add": {"a"}}[call["name"]] <= set(arguments)
+    assert len(reply.choices()) == 100
+
+
+def test_one_call_at_most_is_held_behind_its_marker() -> None:
+    request = asked(("user", "Hi"), tools=tuple(FORCED), parallel_tool_calls=False)
+    constraint = chat(FAMILIES["hermes"]).constraint(request, ("",))
+    assert (constraint.after, constraint.param) == ("<tool_call>", "parallel_tool_calls")
+
+
+def test_forced_call_begins_behind_the_thought() -> None:
+    talk = chat(FAMILIES["hermes"].replace("<|assistant|>", "<|assistant|><think>\n"))
+    request = asked(("user", "Hi"), tools=tuple(FORCED), tool_choice="required")
+    assert talk.constraint(request, talk.prompt(request)[-1:]).after == "</think>"
+
+
+@pytest.mark.parametrize("choice", ["auto", "none"])
+def test_free_choice_is_not_constrained(choice: str) -> None:
+    assert chat(FAMILIES["hermes"]).constraint(asked(("user", "Hi"), tools=tuple(FORCED), tool_choice=choice), ("",)) is None
 
 
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3465,6 +4033,240 @@ def test_stop_strings_cost_the_same_however_long(text: str) -> None:
             stream.push(character.encode())
         seconds.append(time.process_time() - started)
     assert seconds[1] < 3 * seconds[0] + 0.5
+
+
+SAMPLER_BOUNDS: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # more rows for WRONG_VALUES
+    "typical_p": ([-0.1, 1.1, "x", True], ("0", "1")),
+    "top_n_sigma": ([-1.1, 101, "x"], ("-1", "100")),
+    "xtc_probability": ([-0.1, 1.1, []], ("0", "1")),
+    "xtc_threshold": ([-0.1, 1.1, {}], ("0", "1")),
+    "repeat_last_n": ([-2, 1.5, "64"], ("-1",)),
+    "dry_multiplier": ([-0.1, 101, "x"], ("0", "100")),
+    "dry_base": ([0.9, 101, "x"], ("1", "100")),
+    "dry_allowed_length": ([-1, 1.5, "2"], ("0",)),
+    "dry_penalty_last_n": ([-2, 0.5, True], ("-1",)),
+    "dry_sequence_breakers": (["\n", [1], ["x"] * 17, ["x" * 41]], ()),
+    "mirostat": ([-1, 3, 1.5, "2"], ("0", "2")),
+    "mirostat_tau": ([-1, 101], ("0", "100")),
+    "mirostat_eta": ([-0.1, 1.1], ("0", "1")),
+    "logit_bias": ([5, "x", {"x": 1}, {"1": 101}, {"1": True}, [1], [[1]], [["x", 1]], [[-1, 1]], [[1, 101]], [[1, True]]], ()),
+}
+WRONG_SAMPLING = [
+    pytest.param(field, value, bounds, id=f"{field}={json.dumps(value)[:24]}")
+    for field, (values, bounds) in SAMPLER_BOUNDS.items()
+    for value in values
+]
+
+
+@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_SAMPLING)
+def test_sampling_field_out_of_bounds_is_400_naming_it(
+    field: str, value: Any, bounds: tuple[str, ...], server: Server
+) -> None:
+    assert_error(server.generate(**{field: value}), 400, "invalid_request", field, *bounds)
+    error = assert_error(server.chat(**{field: value}), 400, "invalid_request", field, *bounds)
+    assert error["type"] == "invalid_request_error" and error["param"].startswith(field)
+
+
+BREAKERS = {"dry_sequence_breakers": ["é", "\n", "\0", "", "the the", "日" * 13]}
+LOWEST = {
+    "typical_p": 0, "top_n_sigma": -1, "xtc_probability": 0, "xtc_threshold": 0, "repeat_last_n": -1, "dry_multiplier": 0,
+    "dry_base": 1, "dry_allowed_length": 0, "dry_penalty_last_n": -1, "dry_sequence_breakers": [], "mirostat": 0,
+}  # fmt: skip
+HIGHEST = {
+    "typical_p": 1, "top_n_sigma": 100, "xtc_probability": 1, "xtc_threshold": 1, "repeat_last_n": 2**40,
+    "repeat_penalty": 1.1, "dry_multiplier": 100, "dry_base": 100, "dry_allowed_length": 2**40, "dry_penalty_last_n": 2**40,
+    "dry_sequence_breakers": ["x" * 40] * 16,
+}  # fmt: skip
+
+
+@cases(
+    "fields",
+    {
+        "lowest": LOWEST,
+        "highest": HIGHEST,
+        "DRY with nothing allowed": {**LOWEST, "dry_multiplier": 1},
+        "odd breakers": {"dry_multiplier": 1, **BREAKERS},
+        "mirostat 1 at its lowest": {"mirostat": 1, "mirostat_tau": 0, "mirostat_eta": 0},
+        "mirostat 2 at its highest": {"mirostat": 2, "mirostat_tau": 100, "mirostat_eta": 1, "temperature": 5},
+        "typical with all tokens and the end ignored": {"typical_p": 0.5, "top_k": 0, "ignore_eos": True},
+        "everything in a schema": {**HIGHEST, "typical_p": 0.1, "top_k": 0, "json_schema": {"enum": ["ab", "cd"]}},
+        "mirostat in a schema": {"mirostat": 1, "json_schema": {"enum": ["ab", "cd"]}},
+        "XTC in a schema": {"xtc_probability": 1, "xtc_threshold": 0, "json_schema": {"enum": ["ab", "cd"]}},
+    },
+)
+def test_sampling_limits_are_inclusive(fields: dict[str, Any], server: Server) -> None:
+    reply = server.generate("Once", "dice", max_tokens=20, **fields)
+    assert reply.status == 200, reply.body
+    assert "json_schema" not in fields or json.loads(reply.text) in ("ab", "cd")
+
+
+def next_tokens(server: Server, prompt: Any, model: str = "recital", **fields: Any) -> tuple[str, dict[str, float]]:
+    """Returns the token picked next and the probabilities of the twenty likeliest."""
+    body = {"model": model, "prompt": prompt, "max_tokens": 1, "logprobs": 20, "ignore_eos": True, **fields}
+    shown = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    return shown["tokens"][0], {token: math.exp(logprob) for token, logprob in shown["top_logprobs"][0].items()}
+
+
+ALL: dict[str, Any] = {"top_k": 0, "top_p": 1, "min_p": 0}
+PROMPTS = ["Once", "the end", "abc"]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_xtc_drops_every_likely_token_but_the_last(prompt: str, kinds: Server) -> None:
+    _, top = next_tokens(kinds, ids(prompt), "llama")
+    likely = sorted(top, key=top.__getitem__, reverse=True)[:4]
+    threshold = (top[likely[3]] + sorted(top.values())[-5]) / 2
+    assert threshold < 0.5
+    picked, _ = next_tokens(kinds, ids(prompt), "llama", **ALL, temperature=0, xtc_probability=1, xtc_threshold=threshold)
+    assert picked == likely[3]
+
+
+def test_xtc_with_a_threshold_above_one_half_is_off(server: Server) -> None:
+    greedy = server.generate("Once", "dice", **GREEDY).text
+    assert server.generate("Once", "dice", **GREEDY, xtc_probability=1, xtc_threshold=0.6).text == greedy
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_typical_p_zero_keeps_the_token_of_expected_surprise(prompt: str, kinds: Server) -> None:
+    _, top = next_tokens(kinds, ids(prompt), "llama")
+    best = sorted(top, key=top.__getitem__, reverse=True)[:10]
+    shares = {token: top[token] / sum(map(top.__getitem__, best)) for token in best}
+    entropy = -sum(p * math.log(p) for p in shares.values())
+    picked, _ = next_tokens(kinds, ids(prompt), "llama", top_k=10, typical_p=0, temperature=2)
+    assert picked == min(best, key=lambda token: abs(-math.log(shares[token]) - entropy))
+
+
+@pytest.mark.parametrize("only_best", [{"top_n_sigma": 0.0001}, {"mirostat": 2, "mirostat_tau": 0}], ids=json.dumps)
+def test_sampler_narrowed_to_the_best_token_is_greedy(only_best: dict[str, Any], server: Server) -> None:
+    greedy = server.generate("Once", "dice", **GREEDY).text
+    assert server.generate("Once", "dice", **{**GREEDY, **ALL, "temperature": 3, **only_best}).text == greedy
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_mirostat_follows_its_target(version: int, server: Server) -> None:
+    """A low target keeps texts likely, a high one does not."""
+
+    def surprise(tau: float) -> float:
+        body = {"model": "dice", "prompt": "Once", "max_tokens": 60, "ignore_eos": True, "logprobs": 0, "temperature": 1,
+                "seed": 5, "mirostat": version, "mirostat_tau": tau}  # fmt: skip
+        shown = server.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+        return -sum(shown["token_logprobs"]) / len(shown["token_logprobs"])
+
+    assert surprise(1) < surprise(6)
+
+
+TICKING = [TOKEN_ID[word] for word in ("tock ", "tick ", "tock ", "tick ", "tock ", "tick ")]
+
+
+@cases(
+    "fields, repeats",
+    {
+        "off": ({}, True),
+        "on": ({"dry_multiplier": 100}, False),
+        "growing with the repetition": ({"dry_multiplier": 1, "dry_base": 10}, False),
+        "too weak": ({"dry_multiplier": 0.1, "dry_base": 1}, True),
+        "all of it allowed": ({"dry_multiplier": 100, "dry_allowed_length": 6}, True),
+        "seeing one token": ({"dry_multiplier": 100, "dry_penalty_last_n": 1}, True),
+        "seeing nothing": ({"dry_multiplier": 100, "dry_penalty_last_n": 0}, True),
+        "seeing the whole context": ({"dry_multiplier": 100, "dry_penalty_last_n": -1}, False),
+        "a breaker inside": ({"dry_multiplier": 100, "dry_sequence_breakers": ["ick"]}, True),
+        "no breakers": ({"dry_multiplier": 100, "dry_sequence_breakers": []}, False),
+    },
+)
+def test_dry_sees_repetitions_in_the_prompt(fields: dict[str, Any], repeats: bool, server: Server) -> None:
+    picked, _ = next_tokens(server, TICKING, temperature=0, **fields)
+    assert (picked == "tock ") == repeats
+
+
+def test_dry_stops_an_endless_repetition(server: Server) -> None:
+    assert "tock tick tock tick tock" in server.generate("#", max_tokens=20, temperature=0).text
+    assert "tock tick tock tick tock" not in server.generate("#", max_tokens=20, temperature=0, dry_multiplier=100).text
+
+
+@cases("last_n, penalized", {"nothing": (0, False), "too little": (3, False), "enough": (6, True), "the context": (-1, True)})
+def test_repeat_last_n_says_how_far_penalties_look_back(last_n: int, penalized: bool, server: Server) -> None:
+    tokens = [TOKEN_ID[word] for word in ("tock ", "w01 ", "w02 ", "w03 ", "w04 ", "tick ")]
+    picked, _ = next_tokens(server, tokens, temperature=0, repeat_penalty=10, repeat_last_n=last_n)
+    assert (picked != "tock ") == penalized
+
+
+def test_mirostat_and_xtc_repeat_with_a_seed(server: Server) -> None:
+    for fields in ({"mirostat": 1}, {"mirostat": 2}, {"xtc_probability": 0.5, "xtc_threshold": 0.01}):
+        ask = functools.partial(server.generate, "Once", "dice", max_tokens=40, temperature=1, ignore_eos=True, **fields)
+        assert ask(seed=3).text == ask(seed=3).text != ask(seed=4).text
+
+
+def test_choices_are_seeded_one_after_another(server: Server) -> None:
+    body = {"model": "dice", "prompt": "Once", "max_tokens": 30, "temperature": 1, "ignore_eos": True}
+    together = server.post("/v1/completions", {**body, "seed": 7, "n": 3}).json()["choices"]
+    assert [c["text"] for c in together] == [server.post("/v1/completions", {**body, "seed": 7 + i}).text for i in range(3)]
+
+
+W07 = TOKEN_ID["w07 "]
+
+
+@cases(
+    "bias, text",
+    {
+        "an object": ({str(W07): 100}, "w07 w07 "),
+        "pairs": ([[W07, 100]], "w07 w07 "),
+        "pairs with the id in digits": ([[str(W07), 100]], "w07 w07 "),
+        "none": ([], "w00 w01 "),
+        "banned by false in pairs": ([[TOKEN_ID["w00 "], False], [W07, 100]], "w07 w07 "),
+        "banned by false in an object": ({str(TOKEN_ID["w00 "]): False, str(W07): 100}, "w07 w07 "),
+    },
+)
+def test_logit_bias_takes_the_forms_of_openai_and_llama_server(bias: Any, text: str, server: Server) -> None:
+    assert server.generate("=", max_tokens=2, temperature=0, logit_bias=bias).text == text
+
+
+def test_generate_help_names_every_sampling_parameter(tmp_path: Path) -> None:
+    said = shimmy("generate", "--help", home=tmp_path).stdout.decode()
+    assert all(f"--{name.replace('_', '-')} " in said for name in SAMPLER_BOUNDS if name != "logit_bias")
+
+
+def test_generate_flags_of_new_samplers_reach_them(models: Path, tmp_path: Path) -> None:
+    args = ["--max-tokens", "20", "--temperature", "0", "--dry-multiplier", "100", "--repeat-last-n", "-1"]
+    ask = functools.partial(shimmy, "generate", "recital", "--raw", "--prompt", "#", "--models-dir", models, home=tmp_path)
+    done = ask(*args, "--dry-sequence-breakers", "Never", "--dry-sequence-breakers", "ever")
+    assert done.returncode == 0 and b"tock tick tock tick tock" not in done.stdout, done.stderr
+    assert b"tock tick tock tick tock" in ask(*args, "--dry-sequence-breakers", "ick").stdout
+
+
+@cases(
+    "prompt, stop, text",
+    {
+        "no stop string": ("|", [], TEXTS["|"]),
+        "a stop string of several tokens": ("|", ["STOP"], "alpha "),
+        "a stop string that begins as a token does": ("=", ["w03 w04"], "w00 w01 w02 "),
+        "a stop string inside a token": (":", ["orl"], "Hello wide w"),
+        "a stop string at once": (":", ["Hell"], ""),
+        "a stop string that does not come": ("|", ["omegaX", "STOPPX"], TEXTS["|"]),
+        "characters of several tokens": ("~", ["!!!"], "café and😀"),
+    },
+)
+def test_logprobs_joined_are_the_text_up_to_a_stop_string(prompt: str, stop: list[str], text: str, server: Server) -> None:
+    said = {":": "hi", "|": "stopping", "=": "count", "~": "unicode"}[prompt]
+    choice = server.chat(said, logprobs=True, temperature=0, stop=stop).json()["choices"][0]
+    assert choice["message"]["content"] == text
+    assert b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"]).decode() == text
+
+
+@cases(
+    "prompt, stop, text",
+    {
+        "text of whole tokens": ("=", ["w03 w05"], TEXTS["="]),
+        "text that ends inside a token": ("|", ["STOP"], "alpha "),
+        "held text that is no stop string": ("|", ["STOPPER", "ha STOPPSTOPS"], TEXTS["|"]),
+    },
+)
+def test_every_chunk_carries_the_logprobs_of_its_own_text(prompt: str, stop: list[str], text: str, thinking: Server) -> None:
+    """Where a stop string may begin text waits, in whole tokens, and so do their log probabilities."""
+    body = {"model": "recital", "prompt": prompt, "stop": stop, "temperature": 0, "logprobs": 0}
+    sent = thinking.streamed("/v1/completions", body)
+    pieces = [chunk["choices"][0] for chunk in sent[:-1] if chunk["choices"] and chunk["choices"][0]["text"]]
+    assert [piece["text"] for piece in pieces] == ["".join(piece["logprobs"]["tokens"]) for piece in pieces]
+    assert "".join(piece["text"] for piece in pieces) == text and len(pieces) > 1
 
 
 # ── Scheduling ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4911,6 +5713,832 @@ def test_chat_tells_the_model_when_a_builtin_tool_fails(server: Server) -> None:
 def test_chat_with_a_builtin_tool_that_is_not_there_names_those_that_are(name: Any, server: Server) -> None:
     error = assert_error(server.chat("hi", tools=[{"type": "builtin", "name": name}]), 400, "invalid_request", "tools")
     assert name is None or "calculator" in error["message"]
+
+
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
+JSON_OBJECT = {"response_format": {"type": "json_object"}}
+
+
+@cases(
+    "fields, word",
+    {
+        "an unknown word": ({"tool_choice": "maybe"}, "auto"),
+        "a number": ({"tool_choice": 5}, "auto"),
+        "a function without a name": ({"tool_choice": {"type": "function", "function": {}}}, "name"),
+        "required without tools": ({"tools": None, "tool_choice": "required"}, "tools"),
+        "a function without tools": ({"tools": None, "tool_choice": NAMED}, "get_weather"),
+        "a function that is not offered": ({"tools": [ADD], "tool_choice": NAMED}, "get_weather"),
+        "allowed_tools": ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "allowed_tools"),
+        "required with a format": ({"tool_choice": "required", **JSON_OBJECT}, "response_format"),
+        "a function with a format": ({"tool_choice": NAMED, **JSON_OBJECT}, "response_format"),
+        "a function with a grammar": ({"tool_choice": NAMED, "grammar": 'root ::= "a"'}, "grammar"),
+    },
+)
+def test_tool_choice_that_cannot_be_kept_is_400(fields: dict[str, Any], word: str, server: Server) -> None:
+    error = assert_error(server.chat("weather?", **{"tools": [WEATHER], **fields}), 400, "invalid_request", word)
+    assert error["param"] == "tool_choice"
+
+
+@cases(
+    "fields, names",
+    {
+        "required": ({"tool_choice": "required"}, {"get_weather", "add"}),
+        "a function": ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, {"add"}),
+        "one call alone": ({"tool_choice": "required", "parallel_tool_calls": False}, {"get_weather", "add"}),
+        "one call alone, if any": ({"parallel_tool_calls": False}, {"get_weather"}),
+    },
+)
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_tool_choice_is_enforced(fields: dict[str, Any], names: set[str], temperature: float, server: Server) -> None:
+    said = "weather?" if "tool_choice" not in fields else "hi"
+    reply = server.chat(said, tools=[WEATHER, ADD], temperature=temperature, seed=1, max_tokens=400, **fields)
+    calls = reply.message.get("tool_calls") or []
+    assert len(calls) >= 1 and {call["function"]["name"] for call in calls} <= names
+    assert fields.get("parallel_tool_calls") is not False or len(calls) == 1
+
+
+@cases("choice", {"absent": {}, "null": {"tool_choice": None}, "auto": {"tool_choice": "auto"}})
+def test_tool_choice_auto_leaves_the_choice_to_the_model(choice: dict[str, Any], server: Server) -> None:
+    assert server.chat("weather?", tools=[WEATHER], **choice).message["tool_calls"]
+
+
+@pytest.mark.parametrize("value", ["yes", 1], ids=json.dumps)
+def test_parallel_tool_calls_must_be_true_or_false(value: Any, server: Server) -> None:
+    assert_error(server.chat(parallel_tool_calls=value), 400, "invalid_request", "parallel_tool_calls")
+
+
+EFFORT_TEMPLATE = "{% if enable_thinking == false %}={% elif reasoning_effort == 'high' %}|{% else %}:{% endif %}"
+
+
+@cases(
+    "fields, text",
+    {
+        "absent": ({}, TEXTS[":"]),
+        "null": ({"reasoning_effort": None}, TEXTS[":"]),
+        "low": ({"reasoning_effort": "low"}, TEXTS[":"]),
+        "high": ({"reasoning_effort": "high"}, TEXTS["|"]),
+        "none turns thinking off": ({"reasoning_effort": "none"}, TEXTS["="]),
+        "chat_template_kwargs win": (
+            {"reasoning_effort": "none", "chat_template_kwargs": {"reasoning_effort": "high", "enable_thinking": True}},
+            TEXTS["|"]),
+    },
+)  # fmt: skip
+def test_reasoning_effort_reaches_the_template(fields: dict[str, Any], text: str, efforts: Server) -> None:
+    assert efforts.chat("hi", "effort", temperature=0, **fields).message["content"].strip() == text.strip()
+
+
+@pytest.fixture(scope="module")
+def efforts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("efforts")
+    write_recital(folder / "models" / "effort.gguf", template=EFFORT_TEMPLATE)
+    running = Server(folder / "home", "--port", "0", "--models-dir", folder / "models")
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("value", ["max", "", 5, True, ["low"]], ids=json.dumps)
+def test_reasoning_effort_unknown_is_400(value: Any, server: Server) -> None:
+    assert_error(server.chat(reasoning_effort=value), 400, "invalid_request", "reasoning_effort", "minimal", "xhigh")
+
+
+MAY_THINK = TEMPLATE + "{# enable_thinking <think> #}"  # a model that opens its thoughts itself
+
+
+def test_schema_lets_a_model_think_that_may(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    write_recital(tmp_path / "models" / "thinker.gguf", template=MAY_THINK)
+    own = serve("--models-dir", tmp_path / "models")
+    reply = own.chat("think", "thinker", temperature=0, response_format={
+        "type": "json_schema", "json_schema": {"name": "a", "schema": SHAPE}})  # fmt: skip
+    assert reply.message["reasoning_content"].strip() == "two and two"
+    assert json.loads(reply.message["content"]) == {"a": 1} and reply.finish_reason == "stop"
+
+
+# OpenAI's own packages and those built on them. Every test has its client do what its users do, then looks at the
+# client's own objects: a wrong field shows as the error that a user would see.
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
+SUM: list[Any] = [{"role": "user", "content": "What is 4827 plus 394?"}]
+ANNA: list[Any] = [{"role": "user", "content": "Anna is 31."}]
+LONG: list[Any] = [{"role": "user", "content": "a " * 9999}]
+PERSON = {
+    "type": "object", "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"], "additionalProperties": False,
+}  # fmt: skip
+CALCULATOR: Any = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Evaluates an arithmetic expression",
+        "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
+    },
+}
+TINY = "shimmy-tiny"
+WITHOUT_END = {"ignore_eos": True}  # goes on to the context's end, so that there is time to leave
+
+
+def calculator(expression: str) -> str:
+    """Evaluates an arithmetic expression"""
+    left, right = expression.split("+")
+    return str(int(left) + int(right))
+
+
+@pytest.fixture(scope="module")
+def boxed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the model in the boxed."""
+    running = Server(tmp_path_factory.mktemp("box"), "--port", "0", "--models-dir", REPO / "models", "--model", TINY)
+    running.load(TINY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", running.host)  # most clients look for a proxy
+        yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def smol(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with a real chat model of 98 MB, which `make test-models` downloads; SHIMMY_SMOLLM2 names its file."""
+    file = Path(os.environ.get("SHIMMY_SMOLLM2", REPO / ".venv/clients/SmolLM2-135M-Instruct.Q4_1.gguf"))
+    if not file.is_file():
+        pytest.skip("SmolLM2 is not downloaded")
+    running = Server(tmp_path_factory.mktemp("smol"), "--port", "0", "--models-dir", file.parent, "--model", file)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def client(boxed: Server) -> Iterator[openai.OpenAI]:
+    with boxed.client() as client:
+        yield client
+
+
+def base(server: Server) -> str:
+    return f"http://{server.host}:{server.port}/v1"
+
+
+def settings(server: Server) -> dict[str, Any]:
+    """What most packages call the same."""
+    return {"base_url": base(server), "api_key": "none"}
+
+
+def idle(server: Server) -> bool:
+    return not server.status(TINY)["requests_running"]
+
+
+def said_in(chunks: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+def spoken(chunks: Any) -> list[str]:
+    return [token.token for chunk in chunks if chunk.choices and chunk.choices[0].logprobs
+            for token in chunk.choices[0].logprobs.content]  # fmt: skip
+
+
+def run_async(work: Callable[[openai.AsyncOpenAI], Awaitable[Any]], server: Server) -> Any:
+    async def run() -> Any:
+        web = openai.DefaultAsyncHttpxClient(trust_env=False)
+        async with openai.AsyncOpenAI(**settings(server), http_client=web) as client:
+            return await work(client)
+
+    return asyncio.run(run())
+
+
+# openai for Python
+
+
+FORMS: dict[str, Any] = {
+    "chat": ("/v1/chat/completions", openai.types.chat.ChatCompletion),
+    "completion": ("/v1/completions", openai.types.Completion),
+    "streamed chat": ("/v1/chat/completions", openai.types.chat.ChatCompletionChunk),
+    "streamed completion": ("/v1/completions", openai.types.Completion),
+}  # fmt: skip
+STRICT_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chat": ("chat", {"messages": HELLO}),
+    "a chat of three choices": ("chat", {"messages": HELLO, "n": 3}),
+    "a chat with logprobs": ("chat", {"messages": HELLO, "logprobs": True, "top_logprobs": 2}),
+    "a tool call": ("chat", {"messages": SUM, "tools": [CALCULATOR], "temperature": 0}),
+    "a cut chat": ("chat", {"messages": HELLO, "max_tokens": 1}),
+    "a completion": ("completion", {"prompt": "Once"}),
+    "completions with logprobs": ("completion", {"prompt": ["Once", "upon"], "n": 2, "logprobs": 2}),
+}
+
+
+@cases("kind,fields", STRICT_CASES)
+def test_answer_validates_strictly_against_openais_types(kind: str, fields: dict[str, Any], boxed: Server) -> None:
+    path, form = FORMS[kind]
+    form.model_validate_json(boxed.post(path, {"max_tokens": 30, **fields}).body, strict=True)
+
+
+def test_answer_holds_every_field_that_openai_requires(boxed: Server) -> None:
+    (choice,) = boxed.chat("Hello!", TINY).json()["choices"]
+    assert set(choice) == {"index", "message", "finish_reason", "logprobs"}
+    assert set(choice["message"]) == {"role", "content", "refusal"} and choice["message"]["refusal"] is None
+    body = {"messages": HELLO, "stream": True}
+    first = next(iter(deltas(boxed.streamed("/v1/chat/completions", body))))
+    assert first == {"role": "assistant", "content": "", "refusal": None}
+
+
+@cases("kind,fields", STRICT_CASES)
+def test_stream_validates_strictly_against_openais_types(kind: str, fields: dict[str, Any], boxed: Server) -> None:
+    path, form = FORMS[f"streamed {kind}"]
+    body = {"max_tokens": 30, "stream_options": {"include_usage": True}, **fields}
+    *chunks, done = boxed.streamed(path, body)
+    for chunk in chunks:
+        usage, absent = chunk.pop("usage"), {} if kind == "chat" else {"finish_reason": "stop"}  # null until the end there
+        assert (usage is None) == bool(chunk["choices"])
+        chunk["choices"] = [{**c, **({} if c["finish_reason"] else absent)} for c in chunk["choices"]]
+        form.model_validate_json(json.dumps(chunk), strict=True)
+    assert done == "[DONE]"
+
+
+@cases("fields", {
+    "metadata": {"metadata": {"a": "b"}}, "modalities": {"modalities": ["text"]}, "store": {"store": True},
+    "reasoning_effort": {"reasoning_effort": "low"}, "service_tier": {"service_tier": "auto"}, "user": {"user": "u"},
+    "safety_identifier": {"safety_identifier": "s"}, "verbosity": {"verbosity": "low"},
+    "prompt_cache_key": {"prompt_cache_key": "k"}, "parallel_tool_calls": {"parallel_tool_calls": True},
+    "max_completion_tokens": {"max_completion_tokens": 3}, "logit_bias": {"logit_bias": {"5": -100}},
+    "no tools": {"tools": [], "tool_choice": "none"}, "tool_choice auto": {"tools": [CALCULATOR], "tool_choice": "auto"},
+    "penalties": {"frequency_penalty": 0.5, "presence_penalty": -0.5, "top_p": 0.9},
+    "extras": {"extra_body": {"top_k": 5, "min_p": 0.1, "repeat_penalty": 1.1}},
+})  # fmt: skip
+def test_openai_client_may_send(fields: dict[str, Any], client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=TINY, messages=HELLO, **{"max_tokens": 3, **fields})
+    assert answer.choices[0].message.role == "assistant"
+
+
+@cases("messages", {
+    "developer": [{"role": "developer", "content": "Be brief."}, *HELLO],
+    "parts": [{"role": "system", "content": [{"type": "text", "text": "Be brief."}]}, *HELLO],
+    "every field of an answer": [*HELLO, {"role": "assistant", "content": "Hi", "refusal": None, "annotations": [], "audio": None,
+                                 "function_call": None, "tool_calls": None}, *HELLO],
+    "a call without content": [*SUM, {"role": "assistant", "tool_calls": [{"id": "a", "type": "function", "function": {
+        "name": "calculator", "arguments": ""}}]}, {"role": "tool", "tool_call_id": "a", "content": ""}],
+    "a broken call": [*SUM, {"role": "assistant", "content": None, "tool_calls": [{"id": "a", "type": "function",
+        "function": {"name": "calculator", "arguments": "{broken"}}]}, {"role": "tool", "tool_call_id": "a", "content": "no"}],
+    "no text": [{"role": "user", "content": ""}],
+    "two users": [*HELLO, *HELLO],
+    "a named user": [{"role": "user", "name": "anna", "content": "Hi"}],
+})  # fmt: skip
+def test_openai_client_may_send_a_history_with(messages: list[Any], client: openai.OpenAI) -> None:
+    assert client.chat.completions.create(model=TINY, messages=messages, max_tokens=3).choices
+
+
+@pytest.mark.xfail(strict=True, reason="flat_content takes text parts only")
+def test_openai_client_may_send_back_a_refusal(client: openai.OpenAI) -> None:
+    refused: Any = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    assert client.chat.completions.create(model=TINY, messages=[*HELLO, refused, *HELLO], max_tokens=3).choices
+
+
+def test_openai_client_usage_is_null_until_the_last_chunk(client: openai.OpenAI) -> None:
+    options: Any = {"include_usage": True}
+    stream = client.chat.completions.create(model=TINY, messages=HELLO, stream=True, stream_options=options)
+    *chunks, last = stream
+    assert last.usage and last.usage.completion_tokens and not last.choices
+    assert all(chunk.choices and chunk.usage is None for chunk in chunks)
+
+
+def test_openai_client_gets_no_usage_it_has_not_asked_for(client: openai.OpenAI) -> None:
+    chunks = list(client.chat.completions.create(model=TINY, messages=HELLO, stream=True))
+    assert all(chunk.choices and chunk.usage is None for chunk in chunks) and said_in(chunks)
+
+
+@streamed_and_plain
+def test_openai_client_calls_a_tool_and_sends_its_result_back(stream: bool, client: openai.OpenAI) -> None:
+    def ask(messages: list[Any]) -> Any:
+        fields: dict[str, Any] = {"model": TINY, "messages": messages, "tools": [CALCULATOR], "temperature": 0}
+        if not stream:
+            return client.chat.completions.create(**fields).choices[0]
+        with client.chat.completions.stream(**fields) as events:
+            return events.get_final_completion().choices[0]
+
+    first = ask(SUM)
+    (call,) = first.message.tool_calls
+    assert first.finish_reason == "tool_calls" and not first.message.content
+    result = {"role": "tool", "tool_call_id": call.id, "content": calculator(**json.loads(call.function.arguments))}
+    last = ask([*SUM, first.message, result])
+    assert "5221" in last.message.content and last.finish_reason == "stop"
+
+
+def test_openai_client_streams_n_choices(client: openai.OpenAI) -> None:
+    texts = ["", "", ""]
+    for chunk in client.chat.completions.create(model=TINY, messages=HELLO, n=3, stream=True):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.delta.content or ""
+    assert all(texts)
+
+
+def test_openai_client_gets_the_same_text_for_the_same_seed(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": TINY, "messages": HELLO, "temperature": 1.5, "seed": 7}
+    first, second = (client.chat.completions.create(**fields).choices[0].message.content for _ in range(2))
+    assert first == second
+
+
+def test_openai_client_stops_at_a_stop_string(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.create(model=TINY, messages=HELLO, temperature=0, stop=["How", "zebra"])
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello! ", "stop")
+
+
+@streamed_and_plain
+def test_openai_client_reads_logprobs_that_join_to_the_text(stream: bool, client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": TINY, "messages": HELLO, "logprobs": True, "top_logprobs": 3}
+    if stream:
+        chunks = list(client.chat.completions.create(**fields, stream=True))
+        assert "".join(spoken(chunks)) == said_in(chunks) != ""
+        assert all(chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].delta.content)
+        return
+    choice = client.chat.completions.create(**fields).choices[0]
+    assert choice.logprobs and choice.logprobs.content
+    assert b"".join(bytes(token.bytes or ()) for token in choice.logprobs.content).decode() == choice.message.content
+    assert all(len(token.top_logprobs) == 3 for token in choice.logprobs.content)
+
+
+@pytest.mark.xfail(strict=True, reason="the tokens of a stop string are reported as part of the text")
+def test_openai_client_reads_no_logprobs_of_a_stop_string(client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": TINY, "messages": HELLO, "temperature": 0, "logprobs": True}
+    choice = client.chat.completions.create(**fields, stop=" can").choices[0]
+    assert choice.message.content == "Hello! How" and choice.logprobs and choice.logprobs.content
+    assert "".join(token.token for token in choice.logprobs.content) == "Hello! How"
+
+
+@pytest.mark.xfail(strict=True, reason="a call's tokens are reported as part of the content")
+def test_openai_client_reads_no_logprobs_of_a_tool_call(client: openai.OpenAI) -> None:
+    choice = client.chat.completions.create(
+        model=TINY, messages=SUM, tools=[CALCULATOR], temperature=0, logprobs=True).choices[0]  # fmt: skip
+    assert choice.message.content is None and not (choice.logprobs and choice.logprobs.content)
+
+
+def test_openai_client_reads_an_object_in_json_mode(client: openai.OpenAI) -> None:
+    ask: Any = [{"role": "user", "content": "Give me a JSON object with a name."}]
+    answer = client.chat.completions.create(
+        model=TINY, messages=ask, response_format={"type": "json_object"}, temperature=0)  # fmt: skip
+    assert isinstance(json.loads(answer.choices[0].message.content or ""), dict)
+
+
+@streamed_and_plain
+def test_openai_client_parses_a_pydantic_model(stream: bool, client: openai.OpenAI) -> None:
+    person = pytest.importorskip("pydantic").create_model("Person", name=(str, ...), age=(int, ...))
+    fields: dict[str, Any] = {"model": TINY, "messages": ANNA, "response_format": person, "temperature": 0, "max_tokens": 200}
+    if stream:
+        with client.chat.completions.stream(**fields) as events:
+            parsed = events.get_final_completion().choices[0].message.parsed
+    else:
+        parsed = client.chat.completions.parse(**fields).choices[0].message.parsed
+    assert parsed == person(name="Anna", age=31)
+
+
+@pytest.mark.xfail(strict=True, reason="a schema's grammar begins at once and forbids calls")
+def test_openai_client_gets_a_tool_call_beside_a_schema(client: openai.OpenAI) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
+    answer = client.chat.completions.create(
+        model=TINY, messages=SUM, tools=[CALCULATOR], response_format=form, temperature=0, max_tokens=100)  # fmt: skip
+    assert answer.choices[0].message.tool_calls
+
+
+@pytest.mark.xfail(strict=True, reason="a cut call comes as text, marker and all")
+@pytest.mark.parametrize("limit", [1, 4, 8, 16, 20])
+def test_openai_client_sees_no_marker_of_a_cut_call(limit: int, client: openai.OpenAI) -> None:
+    fields: dict[str, Any] = {"model": TINY, "messages": SUM, "tools": [CALCULATOR], "temperature": 0}
+    choice = client.chat.completions.create(**fields, max_tokens=limit).choices[0]
+    assert choice.finish_reason == "length" and "<tool_call>" not in (choice.message.content or "")
+
+
+@cases("error,status,code,fields", {
+    "an unknown model": ("NotFoundError", 404, "model_not_found", {"model": "nonesuch"}),
+    "a long prompt": ("BadRequestError", 400, "context_length_exceeded", {"messages": LONG}),
+    "a wrong field": ("BadRequestError", 400, "invalid_request", {"temperature": 9}),
+    "no messages": ("BadRequestError", 400, "invalid_request", {"messages": []}),
+    "an image": ("BadRequestError", 400, "invalid_request", {"messages": [{"role": "user", "content": [
+        {"type": "image_url", "image_url": {"url": "data:,"}}]}]}),
+})  # fmt: skip
+@streamed_and_plain
+def test_openai_client_raises(
+    stream: bool, error: str, status: int, code: str, fields: dict[str, Any], client: openai.OpenAI
+) -> None:
+    with pytest.raises(getattr(openai, error)) as caught:
+        client.chat.completions.create(**{"model": TINY, "messages": HELLO, "stream": stream, **fields})
+    assert (caught.value.status_code, caught.value.code) == (status, code)
+
+
+def test_openai_client_shows_both_lengths_of_a_long_prompt(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.completions.create(model=TINY, prompt=[5] * 3000)
+    assert isinstance(caught.value.body, dict)
+    assert "3000 tokens" in caught.value.body["message"] and "2048" in caught.value.body["message"]
+
+
+def test_openai_client_shows_what_was_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.images.generate(model=TINY, prompt="a cat")
+    assert isinstance(caught.value.body, dict) and "/v1/images/generations" in caught.value.body["message"]
+
+
+def test_openai_client_without_the_key_is_not_let_in(guarded: Server) -> None:
+    with guarded.client() as client, pytest.raises(openai.AuthenticationError) as caught:
+        client.models.list()
+    assert caught.value.code == "unauthorized" and isinstance(caught.value.body, dict)
+    assert "Bearer" in caught.value.body["message"]
+
+
+def test_openai_client_raises_when_a_stream_breaks_off(boxed: Server, client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(model=TINY, messages=HELLO, n=16, stream=True, extra_body=WITHOUT_END)
+    with pytest.raises(openai.APIError) as caught:
+        for _ in stream:
+            threading.Thread(target=boxed.unload, args=(TINY, "?force=true")).start()
+            list(stream)
+    assert caught.value.code == "generation_failed" and "unloaded" in caught.value.message
+
+
+def test_openai_client_closes_a_stream_and_the_engine_stops(boxed: Server, client: openai.OpenAI) -> None:
+    with client.chat.completions.create(model=TINY, messages=HELLO, stream=True, extra_body=WITHOUT_END) as stream:
+        next(stream)
+    eventually(lambda: idle(boxed), "the engine to be idle")
+
+
+def test_openai_client_times_out_and_the_engine_stops(boxed: Server, client: openai.OpenAI) -> None:
+    hurried = client.with_options(timeout=0.05, max_retries=0)
+    with pytest.raises(openai.APITimeoutError):
+        hurried.chat.completions.create(model=TINY, messages=HELLO, n=16, extra_body=WITHOUT_END)
+    eventually(lambda: idle(boxed), "the engine to be idle")
+
+
+def test_openai_client_lists_and_retrieves_models(client: openai.OpenAI) -> None:
+    assert TINY in [model.id for model in client.models.list()]
+    model = client.models.retrieve(TINY)
+    assert (model.id, model.object, client.models.retrieve("default").id) == (TINY, "model", TINY)
+
+
+def test_openai_client_completes_several_prompts_with_logprobs(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=TINY, prompt=["Once", "upon"], n=2, max_tokens=5, logprobs=2)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    for choice in answer.choices:
+        assert choice.logprobs and choice.logprobs.tokens and "".join(choice.logprobs.tokens) == choice.text
+
+
+def test_openai_client_echoes_the_prompt(client: openai.OpenAI) -> None:
+    answer = client.completions.create(model=TINY, prompt="Once upon", echo=True, max_tokens=3)
+    assert answer.choices[0].text.startswith("Once upon") and len(answer.choices[0].text) > len("Once upon")
+
+
+def test_async_openai_client_asks_eight_at_once(boxed: Server) -> None:
+    async def one(client: openai.AsyncOpenAI) -> str | None:
+        answer = await client.chat.completions.create(model=TINY, messages=HELLO, temperature=0)
+        return answer.choices[0].message.content
+
+    async def eight(client: openai.AsyncOpenAI) -> list[str | None]:
+        return await asyncio.gather(*[one(client) for _ in range(8)])
+
+    assert set(run_async(eight, boxed)) == {"Hello! How can I help you?"}
+
+
+def test_async_openai_client_cancels_and_the_engine_stops(boxed: Server) -> None:
+    async def cancel(client: openai.AsyncOpenAI) -> None:
+        asking = client.chat.completions.create(model=TINY, messages=HELLO, n=16, extra_body=WITHOUT_END)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(asking, 0.05)
+
+    run_async(cancel, boxed)
+    eventually(lambda: idle(boxed), "the engine to be idle")
+
+
+@cases("kind,fields", STRICT_CASES)
+def test_real_models_answer_validates_strictly_against_openais_types(kind: str, fields: dict[str, Any], smol: Server) -> None:
+    path, form = FORMS[kind]
+    form.model_validate_json(smol.post(path, {"max_tokens": 20, **fields}).body, strict=True)
+
+
+def test_real_model_fills_a_schema(smol: Server) -> None:
+    form: Any = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": PERSON}}
+    with smol.client() as client:
+        answer = client.chat.completions.create(model="default", messages=ANNA, temperature=0, response_format=form)
+    assert json.loads(answer.choices[0].message.content or "") == {"name": "Anna", "age": 31}
+
+
+@streamed_and_plain
+def test_real_models_logprobs_join_to_a_text_of_many_bytes(stream: bool, smol: Server) -> None:
+    """Emoji and Chinese take several tokens a character here; an incomplete one at the end is in the bytes alone."""
+    ask: Any = [{"role": "user", "content": "Say this back to me: \U0001f60a\U0001f30dé漢字"}]
+    fields: dict[str, Any] = {"model": "default", "messages": ask, "max_tokens": 40, "seed": 5, "logprobs": True}
+    with smol.client() as client:
+        answer: Any = client.chat.completions.create(**fields, stream=stream)
+        chunks = list(answer) if stream else [answer]
+    shown = [choice.logprobs.content for chunk in chunks for choice in chunk.choices if choice.logprobs]
+    text = said_in(chunks) if stream else chunks[0].choices[0].message.content
+    data = b"".join(bytes(token.bytes or ()) for tokens in shown for token in tokens)
+    assert data.decode(errors="ignore") == text != ""
+
+
+def test_real_model_gives_three_different_choices(smol: Server) -> None:
+    with smol.client() as client:
+        fields: dict[str, Any] = {"model": "default", "messages": HELLO, "max_tokens": 12, "temperature": 1, "n": 3}
+        texts = [choice.message.content for choice in client.chat.completions.create(**fields, seed=3).choices]
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.xfail(strict=False, reason="n choices do not always repeat: 10 of 15 times with n=3, 7 of 15 with n=8")
+def test_real_model_repeats_eight_choices_for_a_seed(smol: Server) -> None:
+    fields: dict[str, Any] = {"model": "default", "messages": HELLO, "max_tokens": 24, "temperature": 1, "n": 8, "seed": 3}
+    with smol.client() as client:
+        runs = [[c.message.content for c in client.chat.completions.create(**fields).choices] for _ in range(5)]
+    assert all(run == runs[0] for run in runs)
+
+
+# openai for Node
+
+NODE = """
+import OpenAI from "openai";
+const client = new OpenAI({ baseURL: process.argv[2], apiKey: "none", maxRetries: 0 });
+const model = "shimmy-tiny", messages = [{ role: "user", content: "Hello!" }];
+const sum = [{ role: "user", content: "What is 4827 plus 394?" }];
+const parameters = { type: "object", properties: { expression: { type: "string" } }, required: ["expression"] };
+const run = ({ expression }) => String(expression.split("+").reduce((a, b) => a + Number(b), 0));
+const tools = [{ type: "function", function: {
+  name: "calculator", description: "Evaluates an arithmetic expression", parameters, parse: JSON.parse, function: run } }];
+const schema = { type: "object", properties: { name: { type: "string" } }, required: ["name"], additionalProperties: false };
+const name = async (asking) => {
+  try { await asking; return "no error"; } catch (e) { return e.constructor.name + " " + e.code; } };
+const create = (fields, options) => client.chat.completions.create({ model, messages, ...fields }, options);
+const steps = {
+  plain: async () => (await create({ temperature: 0 })).choices[0].message.content,
+  streamed: async () => { let text = ""; for await (const c of await create({ temperature: 0, stream: true }))
+    text += c.choices[0].delta.content ?? ""; return text; },
+  usage: async () => { let last; for await (const c of await create({ stream: true, stream_options: { include_usage: true } }))
+    last = c; return last.choices.length === 0 && last.usage.total_tokens > 10; },
+  tools: async () => (await client.chat.completions.runTools({ model, messages: sum, tools, temperature: 0 })).finalContent(),
+  tools_streamed: async () =>
+    (await client.chat.completions.runTools({ model, messages: sum, tools, temperature: 0, stream: true })).finalContent(),
+  schema: async () => Object.keys(JSON.parse((await client.chat.completions.parse({ model, messages, temperature: 0,
+    response_format: { type: "json_schema", json_schema: { name: "n", strict: true, schema } } })).choices[0].message.content)),
+  choices: async () => (await client.chat.completions.stream({ model, messages, n: 3 }).finalChatCompletion()).choices.length,
+  logprobs: async () => { const [c] = (await create({ logprobs: true })).choices;
+    return c.logprobs.content.map((t) => t.token).join("") === c.message.content; },
+  cut: async () => (await client.chat.completions.stream({ model, messages, max_tokens: 1 }).finalChatCompletion())
+    .choices[0].finish_reason,
+  unknown: () => name(create({ model: "nonesuch" })),
+  wrong: () => name(create({ temperature: 9, stream: true })),
+  aborted: () => name(create({ n: 16, ignore_eos: true }, { signal: AbortSignal.timeout(50) })),
+  hurried: () => name(create({ n: 16, ignore_eos: true }, { timeout: 50 })),
+  models: async () => (await client.models.retrieve(model)).id,
+};
+const answers = {};
+for (const [step, ask] of Object.entries(steps)) answers[step] = await ask();
+console.log(JSON.stringify(answers));
+"""
+
+
+def test_node_client_does_what_its_users_do(boxed: Server, tmp_path: Path) -> None:
+    """SHIMMY_NODE names a folder whose node_modules hold openai: `npm install --prefix FOLDER openai`."""
+    folder = Path(os.environ.get("SHIMMY_NODE", REPO / ".venv" / "node")) / "node_modules"
+    if not (folder / "openai").is_dir() or not shutil.which("node"):
+        pytest.skip("openai for Node is not installed")
+    (tmp_path / "node_modules").symlink_to(folder)
+    (tmp_path / "client.mjs").write_text(NODE)
+    done = subprocess.run(["node", "client.mjs", base(boxed)], cwd=tmp_path, capture_output=True, timeout=HANG, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    hello = "Hello! How can I help you?"
+    assert json.loads(done.stdout) == {
+        "plain": hello, "streamed": hello, "usage": True, "tools": "4827 + 394 = 5221.", "tools_streamed": "4827 + 394 = 5221.",
+        "schema": ["name"], "choices": 3, "logprobs": True, "cut": "length", "unknown": "NotFoundError model_not_found",
+        "wrong": "BadRequestError invalid_request", "aborted": "APIUserAbortError undefined",
+        "hurried": "APIConnectionTimeoutError undefined", "models": TINY,
+    }  # fmt: skip
+    eventually(lambda: idle(boxed), "the engine to be idle")
+
+
+# Packages built on openai
+
+
+def person_model() -> Any:
+    return pytest.importorskip("pydantic").create_model("Person", name=(str, ...), age=(int, ...))
+
+
+def langchain(server: Server, **fields: Any) -> Any:
+    return pytest.importorskip("langchain_openai").ChatOpenAI(model=TINY, max_retries=0, **settings(server), **fields)
+
+
+def test_langchain_streams_with_usage(boxed: Server) -> None:
+    whole = functools.reduce(operator.add, langchain(boxed, temperature=0, stream_usage=True).stream("Hello!"))
+    assert whole.content == "Hello! How can I help you?" and whole.usage_metadata["output_tokens"] > 3
+
+
+@streamed_and_plain
+def test_langchain_calls_a_tool_and_sends_its_result_back(stream: bool, boxed: Server) -> None:
+    llm = langchain(boxed, temperature=0, streaming=stream)
+    tool = pytest.importorskip("langchain_core.tools").tool(calculator)
+    agent = pytest.importorskip("langchain.agents").create_agent(llm, tools=[tool])
+    messages = agent.invoke({"messages": SUM})["messages"]
+    assert [message.type for message in messages] == ["human", "ai", "tool", "ai"] and "5221" in messages[-1].content
+
+
+def test_langchain_reads_structured_output(boxed: Server) -> None:
+    person = person_model()
+    assert langchain(boxed, temperature=0).with_structured_output(person).invoke("Anna is 31.") == person(name="Anna", age=31)
+
+
+def test_langchain_recognises_a_prompt_that_is_too_long(boxed: Server) -> None:
+    exceptions = pytest.importorskip("langchain_core.exceptions")
+    with pytest.raises(exceptions.ContextOverflowError):
+        langchain(boxed).invoke("a " * 9999)
+
+
+def test_langchain_completes(boxed: Server) -> None:
+    llm = pytest.importorskip("langchain_openai").OpenAI(model=TINY, max_tokens=5, **settings(boxed))
+    assert llm.invoke("Once upon") and "".join(llm.stream("Once upon"))
+
+
+@pytest.fixture
+def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # or it fetches its price list
+    return pytest.importorskip("litellm")
+
+
+def lite(litellm: Any, server: Server, messages: list[Any], **fields: Any) -> Any:
+    known = {"model": f"openai/{TINY}", "api_base": base(server), "api_key": "none", "num_retries": 0, "timeout": HANG}
+    return litellm.completion(messages=messages, **{**known, **fields})
+
+
+@streamed_and_plain
+def test_litellm_calls_a_tool_and_sends_its_result_back(stream: bool, boxed: Server, litellm: Any) -> None:
+    def ask(messages: list[Any]) -> Any:
+        answer = lite(litellm, boxed, messages, tools=[CALCULATOR], temperature=0, stream=stream)
+        return (litellm.stream_chunk_builder(list(answer)) if stream else answer).choices[0].message
+
+    first = ask(SUM)
+    (call,) = first.tool_calls
+    last = ask([*SUM, first, {"role": "tool", "tool_call_id": call.id, "content": "5221"}])
+    assert json.loads(call.function.arguments) == {"expression": "4827 + 394"} and "5221" in last.content
+
+
+def test_litellm_reads_structured_output(boxed: Server, litellm: Any) -> None:
+    person = person_model()
+    text = lite(litellm, boxed, ANNA, response_format=person, temperature=0).choices[0].message.content
+    assert person.model_validate_json(text) == person(name="Anna", age=31)
+
+
+def test_litellm_raises_its_own_errors(boxed: Server, litellm: Any) -> None:
+    with pytest.raises(litellm.NotFoundError):
+        lite(litellm, boxed, HELLO, model="openai/nonesuch")
+    with pytest.raises(litellm.BadRequestError):
+        lite(litellm, boxed, HELLO, temperature=9)
+
+
+@pytest.mark.xfail(strict=True, reason="litellm knows the error by OpenAI's words: This model's maximum context length is")
+def test_litellm_recognises_a_prompt_that_is_too_long(boxed: Server, litellm: Any) -> None:
+    with pytest.raises(litellm.ContextWindowExceededError):
+        lite(litellm, boxed, LONG)
+
+
+@pytest.mark.parametrize("mode", ["JSON_SCHEMA", "JSON"])
+def test_instructor_reads_a_model(mode: str, boxed: Server, client: openai.OpenAI) -> None:
+    instructor, person = pytest.importorskip("instructor"), person_model()
+    asking = instructor.from_openai(client, mode=instructor.Mode[mode]).chat.completions.create
+    answer = asking(model=TINY, messages=ANNA, response_model=person, temperature=0, max_tokens=200)
+    assert (answer.name, answer.age) == ("Anna", 31)
+
+
+def test_instructor_streams_a_partial_model(boxed: Server, client: openai.OpenAI) -> None:
+    instructor, person = pytest.importorskip("instructor"), person_model()
+    asking = instructor.from_openai(client, mode=instructor.Mode.JSON_SCHEMA).chat.completions.create_partial
+    *_, last = asking(model=TINY, messages=ANNA, response_model=person, temperature=0, max_tokens=200)
+    assert (last.name, last.age) == ("Anna", 31)
+
+
+@pytest.fixture
+def pydantic_agent(boxed: Server) -> Callable[..., Any]:
+    pydantic_ai = pytest.importorskip("pydantic_ai")
+    models, providers = (pytest.importorskip(f"pydantic_ai.{name}.openai") for name in ("models", "providers"))
+
+    def agent(**fields: Any) -> Any:
+        model = models.OpenAIChatModel(TINY, provider=providers.OpenAIProvider(**settings(boxed)))
+        return pydantic_ai.Agent(model, **{"model_settings": {"temperature": 0}, **fields})
+
+    return agent
+
+
+def test_pydantic_ai_calls_a_tool_and_sends_its_result_back(pydantic_agent: Callable[..., Any]) -> None:
+    result = asyncio.run(pydantic_agent(tools=[calculator]).run("What is 4827 plus 394?"))
+    assert "5221" in result.output
+    assert asyncio.run(pydantic_agent().run("Thanks", message_history=result.all_messages())).output
+
+
+def test_pydantic_ai_streams_a_tool_call_and_the_answer(pydantic_agent: Callable[..., Any]) -> None:
+    async def ask() -> str:
+        async with pydantic_agent(tools=[calculator]).run_stream("What is 4827 plus 394?") as result:
+            return "".join([text async for text in result.stream_text(delta=True)])
+
+    assert "5221" in asyncio.run(ask())
+
+
+def test_pydantic_ai_reads_structured_output(pydantic_agent: Callable[..., Any]) -> None:
+    person, native = person_model(), pytest.importorskip("pydantic_ai").NativeOutput
+    assert asyncio.run(pydantic_agent(output_type=native(person)).run("Anna is 31.")).output == person(name="Anna", age=31)
+
+
+def test_pydantic_ai_reads_logprobs_and_length(pydantic_agent: Callable[..., Any]) -> None:
+    options = {"openai_logprobs": True, "openai_top_logprobs": 2, "max_tokens": 2, "seed": 1, "stop_sequences": ["zebra"]}
+    response = asyncio.run(pydantic_agent(model_settings=options).run("Hello!")).all_messages()[-1]
+    assert response.finish_reason == "length" and len(response.provider_details["logprobs"]) == 2
+
+
+@pytest.fixture
+def openai_agent(boxed: Server) -> Callable[..., Any]:
+    agents = pytest.importorskip("agents")
+    agents.set_tracing_disabled(True)
+
+    def agent(**fields: Any) -> Any:
+        model = agents.OpenAIChatCompletionsModel(TINY, openai_client=openai.AsyncOpenAI(**settings(boxed), max_retries=0))
+        return agents.Agent(name="tiny", model=model, model_settings=agents.ModelSettings(temperature=0), **fields)
+
+    return agent
+
+
+@streamed_and_plain
+def test_openai_agents_calls_a_tool_and_sends_its_result_back(stream: bool, openai_agent: Callable[..., Any]) -> None:
+    agents = pytest.importorskip("agents")
+    agent = openai_agent(tools=[agents.function_tool(calculator)])
+
+    async def ask() -> str:
+        if not stream:
+            return (await agents.Runner.run(agent, SUM)).final_output
+        run = agents.Runner.run_streamed(agent, SUM)
+        kinds = {event.type async for event in run.stream_events()}
+        assert "raw_response_event" in kinds
+        return run.final_output
+
+    assert "5221" in asyncio.run(ask())
+
+
+def test_openai_agents_reads_structured_output(openai_agent: Callable[..., Any]) -> None:
+    agents, person = pytest.importorskip("agents"), person_model()
+    result = asyncio.run(agents.Runner.run(openai_agent(output_type=person), ANNA))
+    assert result.final_output == person(name="Anna", age=31)
+
+
+@pytest.mark.xfail(strict=True, reason="a schema's grammar begins at once and forbids calls")
+def test_openai_agents_calls_a_tool_before_structured_output(openai_agent: Callable[..., Any]) -> None:
+    agents = pytest.importorskip("agents")
+    result = asyncio.run(
+        agents.Runner.run(openai_agent(output_type=person_model(), tools=[agents.function_tool(calculator)]), SUM))  # fmt: skip
+    assert "ToolCallItem" in [type(item).__name__ for item in result.new_items]
+
+
+def llama_index(server: Server, **fields: Any) -> Any:
+    like = pytest.importorskip("llama_index.llms.openai_like").OpenAILike
+    known = {"model": TINY, "api_base": base(server), "api_key": "none", "is_chat_model": True, "context_window": 2048}
+    return like(**{**known, "is_function_calling_model": True, "temperature": 0, "max_tokens": 60, "max_retries": 0, **fields})
+
+
+def test_llama_index_calls_a_tool_and_sends_its_result_back(boxed: Server) -> None:
+    tools = pytest.importorskip("llama_index.core.tools")
+    workflow = pytest.importorskip("llama_index.core.agent.workflow")
+
+    async def ask() -> str:
+        tool = tools.FunctionTool.from_defaults(calculator)
+        return str(await workflow.FunctionAgent(tools=[tool], llm=llama_index(boxed)).run(SUM[0]["content"]))
+
+    assert "5221" in asyncio.run(ask())
+
+
+def test_llama_index_streams_and_completes(boxed: Server) -> None:
+    llm = llama_index(boxed)
+    assert llm.complete("Hello!").text == "".join(c.delta or "" for c in llm.stream_complete("Hello!"))
+    assert llama_index(boxed, is_chat_model=False, max_tokens=5).complete("Once upon").text
+
+
+LLM_MODELS = """\
+- model_id: tiny
+  model_name: shimmy-tiny
+  api_base: "{base}"
+  supports_tools: true
+  supports_schema: true
+- model_id: nonesuch
+  model_name: nonesuch
+  api_base: "{base}"
+"""
+
+
+def llm(server: Server, home: Path, *args: str) -> subprocess.CompletedProcess[str]:
+    """Runs simonw's llm with a user folder of its own."""
+    pytest.importorskip("llm")
+    (home / "extra-openai-models.yaml").write_text(LLM_MODELS.format(base=base(server)))
+    (home / "tools.py").write_text(inspect.getsource(calculator))
+    env = {**os.environ, "LLM_USER_PATH": str(home), "OPENAI_API_KEY": "none"}
+    return subprocess.run([sys.executable, "-m", "llm", *args], cwd=home, env=env, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True, timeout=HANG, check=False)  # fmt: skip
+
+
+@cases("args,answer", {
+    "streamed": (("Hello!", "-o", "temperature", "0"), "Hello! How can I help you?"),
+    "plain": (("Hello!", "-o", "temperature", "0", "--no-stream"), "Hello! How can I help you?"),
+    "with a tool": (("What is 4827 plus 394?", "--functions", "tools.py", "-o", "temperature", "0"), "4827 + 394 = 5221."),
+    "with a schema": (("Anna is 31.", "--schema", "name, age int", "-o", "temperature", "0"), '{"name": "Anna", "age": 31}'),
+})  # fmt: skip
+def test_llm_answers(args: tuple[str, ...], answer: str, boxed: Server, tmp_path: Path) -> None:
+    done = llm(boxed, tmp_path, "-m", "tiny", *args)
+    assert done.stdout.strip() == answer, done.stderr
+
+
+def test_llm_shows_the_servers_error(boxed: Server, tmp_path: Path) -> None:
+    done = llm(boxed, tmp_path, "-m", "nonesuch", "Hello!")
+    assert done.returncode == 1 and "Model 'nonesuch' is not available" in done.stderr
 
 
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
