@@ -28,9 +28,10 @@ class Bert:
             self.tensors[f"{name}.weight"] = self._random(rows, width, scale=1)
         self._norm("token_embd_norm")
         for layer in range(BERT_LAYERS):
-            for name, rows, columns in (("attn_q", width, width), ("attn_k", width, width), ("attn_v", width, width),
-                                        ("attn_output", width, width), ("ffn_up", 96, width), ("ffn_down", width, 96)):  # fmt: skip
-                self._dense(f"blk.{layer}.{name}", rows, columns)
+            for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
+                self._dense(f"blk.{layer}.{name}", width, width)
+            self._dense(f"blk.{layer}.ffn_up", 96, width)
+            self._dense(f"blk.{layer}.ffn_down", width, 96)
             self._norm(f"blk.{layer}.attn_output_norm")
             self._norm(f"blk.{layer}.layer_output_norm")
         self._dense("cls", width, width)
@@ -82,8 +83,8 @@ class Bert:
     def states(self, ids: Seq[int]) -> np.ndarray:
         """Returns the last layer's states, one row a token."""
         tensors = self.tensors
-        x = tensors["token_embd.weight"][list(ids)] + tensors["token_types.weight"][0] + tensors["position_embd.weight"][: len(ids)]
-        x = self._normalised("token_embd_norm", x)
+        x = tensors["token_embd.weight"][list(ids)] + tensors["token_types.weight"][0]
+        x = self._normalised("token_embd_norm", x + tensors["position_embd.weight"][: len(ids)])
         for b in (f"blk.{layer}" for layer in range(BERT_LAYERS)):
             q, k, v = (self._apply(f"{b}.attn_{n}", x).reshape(len(ids), BERT_HEADS, -1).swapaxes(0, 1) for n in "qkv")
             scores = np.exp(q @ k.swapaxes(1, 2) / np.sqrt(q.shape[-1]))
@@ -201,7 +202,8 @@ def test_token_ids_are_taken_as_they_are(embedding: Server) -> None:
 
 @pytest.mark.parametrize("model", ["bert", "recital"])
 def test_token_ids_of_another_vocabulary_are_refused(embedding: Server, model: str) -> None:
-    error = assert_error(embed(embedding, [[5, 6], [5, 100257]], model), 400, "invalid_request", "input[1]", "100257", "send text")
+    reply = embed(embedding, [[5, 6], [5, 100257]], model)
+    error = assert_error(reply, 400, "invalid_request", "input[1]", "100257", "send text")
     assert (error["param"], error["type"]) == ("input", "invalid_request_error")
 
 
@@ -353,7 +355,8 @@ def test_output_that_is_not_a_number_is_an_error_and_no_end(embedding: Server) -
 
 def test_broken_decode_fails_its_requests_alone(serve: Callable[..., Server], tmp_path: Path) -> None:
     BERT.write(tmp_path / "models" / "bert.gguf")
-    script = altered(tmp_path, ("        status = self._decode(context, plan)\n", "        status = -3 if len(plan) == 7 else self._decode(context, plan)\n"))
+    decode = "        status = self._decode(context, plan)\n"
+    script = altered(tmp_path, (decode, decode.replace("self", "-3 if len(plan) == 7 else self")))
     server = serve("--models-dir", tmp_path / "models", script=script)
     assert_error(embed(server, ["w011"] * 7), 500, "generation_failed", "-3")
     assert vectors(embed(server, ["w011"] * 8)).shape == (8, BERT_WIDTH)
@@ -361,7 +364,8 @@ def test_broken_decode_fails_its_requests_alone(serve: Callable[..., Server], tm
 
 def test_context_without_memory_for_it_is_refused(serve: Callable[..., Server], tmp_path: Path) -> None:
     write_recital(tmp_path / "models" / "recital.gguf")
-    script = altered(tmp_path, ("need, free = EmbeddingContext.memory_need(self.llama), available_memory()", "need, free = 1 << 40, 0"))
+    asks = "EmbeddingContext.memory_need(self.llama), available_memory()"
+    script = altered(tmp_path, (asks, "1 << 40, 0"))
     server = serve("--models-dir", tmp_path / "models", script=script)
     assert_error(embed(server, "x", "recital"), 503, "overloaded", "1024.0GB", "0B")
     assert server.generate().text == "Hello wide world"
@@ -410,7 +414,7 @@ REFUSED_USES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 @cases("path, model, words_", REFUSED_USES)
 def test_use_that_a_model_is_not_made_for_is_refused(
-    serve: Callable[..., Server], embedding: Server, path: str, model: str, words_: Seq[str]
+    embedding: Server, path: str, model: str, words_: Seq[str]
 ) -> None:
     body = {"model": model, "input": "x", "prompt": "x", "query": "x", "documents": ["x"]}
     before = embedding.status(model)["status"]

@@ -5509,6 +5509,7 @@ class Context:
         """
         self.llama, self.c, self.np, self.ctypes = llama, llama.c, llama.np, llama.ctypes
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
+        self.pause_every = self.PAUSE_EVERY
         self._abort = self.ctypes.create_string_buffer(2)
         self._callback = self._eval_callback(pause) if pause else None  # kept: llama.cpp calls it
         llama.log_lines.clear()
@@ -5543,7 +5544,7 @@ class Context:
         """llama.cpp asks before each operation whether its result is wanted, and calls again when it is there."""
         asked = itertools.count(1)
         return self.c.ggml_backend_sched_eval_callback(
-            lambda _tensor, asks, _data: next(asked) % self.PAUSE_EVERY == 0 if asks else pause()
+            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
         )
 
     def _abort_callback(self) -> tuple[Any, Any]:
@@ -5582,7 +5583,7 @@ class Context:
             self.positions[at:end] = self.counting[done : done + count]
             self.sequences[at:end] = self.pointers[sequence.row]
             self.flags[at:end] = self.EVERY_ROW
-            self.flags[end - 1] = done + count == sequence.n_tokens
+            self.flags[end - 1] = self.EVERY_ROW or done + count == sequence.n_tokens
             at = end
         self.batch.n_tokens = at
         status = int(self.c.llama_decode(self.handle, self.batch))
@@ -6564,9 +6565,11 @@ class Embedder(Aside):
     An embedding model's main context does it; a model that generates gets a second one with its first Embed job.
     """
 
-    def __init__(self, llama: Llama, due: Callable[[], float], step: Callable[[], None]) -> None:
-        super().__init__(due, step)
-        self.llama = llama
+    ALONE = 16  # operations between two pauses while no stream runs: with two busy cores, 2 cost a third of the speed
+
+    def __init__(self, llama: Llama, scheduler: Scheduler, step: Callable[[], None]) -> None:
+        super().__init__(scheduler.due, step)
+        self.llama, self.scheduler = llama, scheduler
         self.context = llama.main if isinstance(llama.main, EmbeddingContext) else None
         self.jobs: deque[Embedding] = deque()
         self.reading: list[Input] = []  # those in the context
@@ -6584,6 +6587,16 @@ class Embedder(Aside):
 
     def unwanted(self) -> bool:
         return all(i.job.cancelled for i in self.reading)
+
+    def _pause(self) -> bool:
+        going = super()._pause()
+        self._pace()
+        return going
+
+    def _pace(self) -> None:
+        """Pauses often only beside streams."""
+        if self.context:
+            self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
 
     def plan(self) -> list[tuple[Input, int]]:
         """The next batch: what is being read, then an input of each job in turn; the next one begins with another job."""
@@ -6627,6 +6640,7 @@ class Embedder(Aside):
     def step(self, plan: Seq[tuple[Input, int]]) -> list[Embedding]:
         """Decodes a batch; the jobs that have come to an end. Raises GenerationFailed, and what the streams' step raised."""
         context = self.open()
+        self._pace()
         status = self._decode(context, plan)
         if status == 2 or self._aborted:  # nobody waits for it
             return []
@@ -7027,7 +7041,7 @@ class Engine:
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, options.parallel)
-        self.embedder = Embedder(llama, self.scheduler.due, self._step_streams)
+        self.embedder = Embedder(llama, self.scheduler, self._step_streams)
         self.reader: PromptReader | None = None
         self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         self._several = False  # whether several sequences have run at once, since that was last asked
