@@ -1,5 +1,6 @@
 # make run    sets up .venv and serves the models on this machine (ARGS="--port 8080" passes flags on)
 # make test   sets up the development tools too; ruff, mypy, pytest
+# make test-models  drives clients and real models, downloaded first (1 GB); tens of minutes
 # make bench  measures this machine's speed (ARGS="--json", ARGS="--url URL --model NAME")
 
 SHELL := /bin/bash
@@ -10,7 +11,7 @@ BIN := .venv/Scripts
 endif
 ARGS ?=
 
-.PHONY: run test bench model model-eval clean
+.PHONY: run test test-models bench model model-eval clean
 .DELETE_ON_ERROR:
 
 run: .venv/.run
@@ -19,7 +20,7 @@ run: .venv/.run
 test: .venv/.test
 	$(BIN)/ruff check shimmy.py test_shimmy.py models
 	$(BIN)/mypy shimmy.py test_shimmy.py
-	$(BIN)/python -m pytest -q -x test_shimmy.py $(ARGS)
+	$(BIN)/python -m pytest -q -x -n 3 test_shimmy.py $(ARGS)
 
 bench: .venv/.test
 	@$(BIN)/python test_shimmy.py bench $(ARGS)
@@ -52,7 +53,7 @@ clean:
 	@touch $@
 
 .venv/.test: .venv/.run
-	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest openai httpx gguf ruff mypy || { \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist openai httpx gguf ruff mypy || { \
 	  echo "pip could not install the development tools. Is the network there?"; exit 1; }
 	@touch $@
 
