@@ -284,6 +284,25 @@ def test_slices_of_any_size_give_the_same_vector(embedding: Server, serve: Calla
     assert (found * wanted).sum(1).min() > 0.9999
 
 
+def test_last_tokens_of_all_beginnings_make_the_mean(
+    embedding: Server, serve: Callable[..., Server], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pooled by the last token, as Qwen3-Embedding is. States here are of one length, so their mean is the mean's direction."""
+    plain = KIND_METADATA["llama"]
+
+    def with_pooling(writer: gguf.GGUFWriter, kv_heads: int) -> None:
+        plain(writer, kv_heads)
+        writer.add_uint32("llama.pooling_type", 3)
+
+    monkeypatch.setitem(KIND_METADATA, "llama", with_pooling)
+    write_kind(tmp_path / "last.gguf", "llama")
+    server = serve("--models-dir", tmp_path, "--batch", "64")
+    ids = [5 + (7 * n) % 250 for n in range(150)]
+    mean = vectors(embed(server, [ids[:n] for n in range(1, 151)], "last")).mean(0)
+    (wanted,) = vectors(embed(embedding, ids, "kind-llama"))
+    assert mean @ wanted / np.linalg.norm(mean) > 0.9999
+
+
 def test_absent_model_is_the_default_which_embeds_by_mean(embedding: Server) -> None:
     reply = embedding.post("/v1/embeddings", {"input": "hello"})
     assert reply.json()["model"] == "recital"
