@@ -197,6 +197,7 @@ MAX_BIASES = 1024
 MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
 MAX_INPUTS = 2048  # of an embedding request, OpenAI's bound
+MAX_TOKENIZED = MIB  # characters of /tokenize: about a second; a quarter as many tokens of /detokenize
 MAX_TOOLS = 128
 MAX_TOOL_ROUNDS = 8  # of built-in tools called in one answer
 TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
@@ -737,12 +738,22 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Infill:
+    """A gap to fill: the text before and behind it, and pieces of other files (name, text) that may be left out."""
+
+    prefix: str
+    suffix: str
+    extra: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
-    """What every dialect asks of Service.generate: prompts (text or token ids) or one chat."""
+    """What every dialect asks of Service.generate: prompts (text or token ids), one chat, or a gap to fill."""
 
     model: str = "default"
     prompts: tuple[str | tuple[int, ...], ...] = ()
     messages: tuple[dict[str, Any], ...] | None = None
+    infill: Infill | None = None
     tools: tuple[dict[str, Any], ...] = ()  # functions that the client runs
     builtins: tuple[str, ...] = ()  # tools that the server itself runs
     tool_choice: str = "auto"  # none, auto, required, or "function:" and the one to call
@@ -764,6 +775,7 @@ class EmbedRequest:
     inputs: tuple[str | tuple[int, ...], ...]
     dimensions: int | None = None
     query: str | None = None
+    truncate: bool = False  # cut what is too long instead of refusing it
 
 
 def read_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -801,6 +813,12 @@ def flag(body: Mapping[str, Any], name: str) -> bool:
     """A field that is true or false; false when absent."""
     value = body.get(name)
     return False if value is None else bool(boolean(name, value))
+
+
+def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = None) -> Any:
+    """A field's value, checked; the default where it is absent or null."""
+    value = body.get(name)
+    return default if value is None else check(name, value)
 
 
 def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -1028,7 +1046,16 @@ def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
             f"{name}_per_second": round(rate, 2)}  # fmt: skip
 
 
-Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Vectors | Usage
+@dataclass(frozen=True)
+class Tokens:
+    """What a Tokenize job found; no pieces unless they were asked for."""
+
+    id: int  # the job's
+    ids: tuple[int, ...]
+    pieces: tuple[bytes, ...]
+
+
+Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Vectors | Tokens | Usage
 
 
 TURN_BYTES = MIB  # a body beyond this waits for its turn to be parsed, or for room to be read
@@ -1374,9 +1401,11 @@ class ModelInfo:
     description: str
 
     def refusal(self, use: str) -> str | None:
-        """Why the model cannot be used to generate, embed or rank; None if it can."""
+        """Why the model cannot be used to generate, embed, rank or tokenize; None if it can."""
         if self.architecture in ENCODER_DECODERS:
             return "an encoder-decoder model (T5 and the like), which is not supported"
+        if use == "tokenize":
+            return None
         kind = "a reranker" if self.pooling == "rank" else "an embedding model" if self.embedding else "a generative model"
         if use == "rank":
             return None if self.pooling == "rank" else f"{kind}; only rerankers rank documents"
@@ -1911,6 +1940,7 @@ class ChatFacts:
     eos: str
     specials: tuple[str, ...]  # names of control and marker tokens
     ends: tuple[str, ...] = ()  # of those, the ones that end a turn
+    fim: Mapping[str, str] = field(default_factory=dict)  # of those, the ones that mark a gap to fill: pre, suf, mid, rep, sep
 
 
 class Chat:
@@ -1941,6 +1971,30 @@ class Chat:
         if begun and (thought := self._thought_before(rendered, said[3].get("reasoning_content"))):
             segments[1] = thought + segments[1]
         return tuple(part for s in segments for part in (s.split(mark) if mark else (s,)))
+
+    def infill(self, gap: Infill) -> tuple[tuple[str, ...], int]:
+        """The segments that ask for a gap's text, and how many of the first ones may be left out.
+
+        The order is llama-server's: other files, each behind its name, then prefix and suffix. Raises InvalidRequest for
+        a model that has not learned to fill gaps.
+        """
+        fim = self.facts.fim
+        if not {"pre", "suf", "mid"} <= fim.keys():
+            raise InvalidRequest("model: it has no tokens for a prefix and a suffix, so it cannot fill a gap", "model")
+        mark = self._mark([gap.prefix, gap.suffix, *(text for pair in gap.extra for text in pair)])
+        extra = [("rep", "myproject\n")] if "rep" in fim and gap.extra else []
+        extra += [("sep", f"{name}\n{text}" if "sep" in fim else f"\n\n--- snippet ---\n\n{text}") for name, text in gap.extra]
+        extra += [("sep", "filename\n")] if "sep" in fim and gap.extra else []
+        first = self._apart(extra, mark)
+        return (*first, *self._apart([("pre", gap.prefix), ("suf", gap.suffix), ("mid", "")], mark)), len(first)
+
+    def _apart(self, parts: Seq[tuple[str, str]], mark: str | None) -> list[str]:
+        """Tokens that mark a gap, each with a client's text behind it, in which names of special tokens are split."""
+        segments: list[str] = []
+        for token, text in parts:
+            segments += [self.facts.fim[token]] if token in self.facts.fim else []
+            segments += self._guard(text, mark).split(mark) if mark else [text]
+        return [segment for segment in segments if segment]
 
     def _thought_before(self, rendered: str, thought: str | None) -> str:
         """What must stand between the prompt and an answer that has begun: its thought, and the end of an open one."""
@@ -5000,6 +5054,7 @@ class Generate:
     markers: frozenset[str]  # control tokens that are shown: reasoning, tool calls
     thought: ThoughtBudget | None = None
     owner: str = ""  # whose cells the prompt may begin with
+    spare: int = 0  # so many segments at the prompt's start may be left out where all do not fit
 
 
 @dataclass(frozen=True)
@@ -5009,9 +5064,20 @@ class Embed:
     inputs: tuple[str | tuple[int, ...], ...]
     dimensions: int | None = None  # keep so many of the vector's numbers
     query: str | None = None
+    truncate: bool = False  # cut inputs that are too long
 
 
-Job = Generate | Embed  # everything an engine computes is one of these; Intake.JOBS says what computes it
+@dataclass(frozen=True)
+class Tokenize:
+    """A job for the tokenizer alone: a text's tokens, or what tokens stand for."""
+
+    content: str | tuple[int, ...]
+    add_special: bool = False  # with the tokens that the model wants around a text
+    parse_special: bool = True  # names of special tokens become these
+    pieces: bool = False  # tell what each token stands for
+
+
+Job = Generate | Embed | Tokenize  # everything an engine computes; Intake.JOBS says what computes the first two
 
 
 @dataclass(frozen=True)
@@ -5111,7 +5177,7 @@ class Failed:
 class Stepped:
     """What one step, or the steps of the last few milliseconds, gave all sequences together."""
 
-    events: tuple[Piece | Vectors | Finished | Failed, ...]
+    events: tuple[Piece | Vectors | Tokens | Finished | Failed, ...]
     running: int  # sequences in the batch now
 
 
@@ -5272,6 +5338,17 @@ class Vocabulary:
                 return buffer[:count]
             count = min(-count, 64 * (len(data) + 16))  # what it would need; INT32_MIN: more than anybody has
         raise GenerationFailed("the tokenizer failed")
+
+    def encode(self, text: str, add_special: bool, parse_special: bool) -> Any:
+        """A text's tokens, an int32 array, with or without the ones around it and those that it names."""
+        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
+        return self.np.concatenate([self._tokenize(p, add_special and i == 0, parse_special) for i, p in enumerate(parts)])
+
+    def gap_names(self) -> dict[str, str]:
+        """The names of the tokens that mark a gap to fill, as far as the model has them and text finds them."""
+        ids = {k: getattr(self.c, f"llama_vocab_fim_{k}")(self.handle) for k in ("pre", "suf", "mid", "rep", "sep")}
+        names = {k: self.name(id).decode("utf-8", "replace") for k, id in ids.items() if id >= 0}
+        return {k: name for k, name in names.items() if list(self._tokenize(name.encode(), False)) == [ids[k]]}
 
     def wrapped(self, text: str) -> Any:
         """A text's tokens between the first and the last ones that the model wants (BOS, CLS; EOS, SEP), an int32 array."""
@@ -5472,7 +5549,8 @@ class Llama:
         if not templates and not self.embedding:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
-        chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends)
+        chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
+                         self.vocab.gap_names())  # fmt: skip
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), self.pool * self.kv_bytes())
 
     def _load_adapters(self, files: Seq[str]) -> list[Any]:
@@ -6875,6 +6953,12 @@ class Outbox:
         """Sends at once that a job waits for its first step. Any thread."""
         self._send(Accepted(id, prompt_tokens))
 
+    def tokenized(self, id: int, ids: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
+        """Sends at once what a Tokenize job found. Any thread."""
+        self.accept(id, len(ids))
+        end = Finished(id, "stop", len(ids), 0, 0, 0.0, 0.0)
+        self._send(Stepped((Tokens(id, ids, pieces), end), self.running))
+
     def never_began(self, id: int) -> None:
         """Sends at once that a job was cancelled before its prompt was tokenized. Any thread."""
         self.accept(id, 0)
@@ -6959,7 +7043,9 @@ class Intake:
 
     def _admit(self, submission: Submission) -> None:
         job = submission.job
-        tokens = self._inputs(job, submission) if isinstance(job, Embed) else self._tokens(job.prompt)
+        if isinstance(job, Tokenize):
+            return self._answer(submission, *self._tokenized(job))
+        tokens = self._inputs(job, submission) if isinstance(job, Embed) else self._prompt(job)
         work = self.JOBS[type(job)](submission, tokens, self.llama)
         if self._arriving.pop(submission.id, None):
             self.outbox.accept(submission.id, work.n_prompt)
@@ -6967,10 +7053,38 @@ class Intake:
         elif work.sampler:
             work.sampler.close()
 
+    def _answer(self, submission: Submission, ids: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
+        """Ends a job that needs the tokenizer only."""
+        if self._arriving.pop(submission.id, None):
+            self.ended(submission.id)
+            self.outbox.tokenized(submission.id, ids, pieces)
+
+    def _tokenized(self, job: Tokenize) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+        """Tokens, and what they stand for if that was asked. Raises InvalidRequest for ids outside the vocabulary."""
+        vocab, content = self.llama.vocab, job.content
+        if isinstance(content, str):
+            content = tuple(vocab.encode(content, job.add_special, job.parse_special).tolist())
+        elif not all(0 <= t < vocab.size for t in content):
+            raise InvalidRequest(f"tokens holds an id outside 0…{vocab.size - 1}", "tokens")
+        return content, tuple(vocab.name(t) for t in content) if job.pieces else ()
+
     def _refuse(self, submission: Submission, error: ApiError) -> None:
         if self._arriving.pop(submission.id, None):
             self.ended(submission.id)
             self.outbox.refuse(submission.id, error)
+
+    def _prompt(self, job: Generate) -> Seq[int]:
+        """The prompt's token ids; of its spare segments only the last ones, as many as fit beside the rest and an answer."""
+        if not job.spare:
+            return self._tokens(job.prompt)
+        rest: Seq[Any] = job.prompt[job.spare :]
+        room, first = self.llama.ctx - len(self._tokens(rest)) - (job.sampling.max_tokens or 0), job.spare
+        for segment in reversed(job.prompt[: job.spare]):
+            room -= len(self.llama.vocab.tokenize((str(segment),)))
+            if room <= 0:
+                break
+            first -= 1
+        return self._tokens(job.prompt[first:])
 
     def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
         """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
@@ -7001,16 +7115,20 @@ class Intake:
 
     def _input(self, job: Embed, index: int, input: str | tuple[int, ...]) -> Any:
         vocab, ctx = self.llama.vocab, self.llama.ctx
+        if job.truncate and len(input) > vocab.COUNTED:  # no token stands for more than the longest piece
+            input = input[: ctx * vocab.longest]
         name = f"input[{index}]" if job.query is None else f"documents[{index}] with the query"
         if isinstance(input, tuple):
             if outside := next((t for t in input if not 0 <= t < vocab.size), None):
                 raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{vocab.size - 1}: send text; "
                                      "the ids of another tokenizer (tiktoken) mean nothing here", "input")  # fmt: skip
             tokens: Any = self.llama.np.array(input, self.llama.np.int32)
-        elif (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) > ctx:
+        elif not job.truncate and (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) > ctx:
             raise self._input_too_long(name, f"at least {least}")
         else:
             tokens = vocab.wrapped(input) if job.query is None else vocab.pair(job.query, input)
+        if len(tokens) > ctx and job.truncate:
+            tokens = self.llama.np.concatenate([tokens[: ctx - 1], tokens[-1:]])  # the last one may be the model's own end
         if len(tokens) > ctx:
             raise self._input_too_long(name, str(len(tokens)))
         return tokens if len(tokens) else self.llama.np.array([max(self.llama.c.llama_vocab_bos(vocab.handle), 0)], "int32")
@@ -7376,7 +7494,7 @@ class Generation:
         if not gently:
             self.inbox.put(Cancelled())
 
-    def __iter__(self) -> Iterator[Queued | Waiting | Piece | Vectors | Finished]:
+    def __iter__(self) -> Iterator[Queued | Waiting | Piece | Vectors | Tokens | Finished]:
         early: list[Any] = []  # what the first jobs say before the last one has passed its checks
         prompt_tokens = 0
         try:
@@ -7697,6 +7815,7 @@ class Entry:
     waiting: int = 0  # requests that wait for the load
     last_used: float | None = None  # seconds since the epoch
     idle_since: float = 0.0  # monotonic
+    keep_alive: float | None = None  # seconds it stays when idle, as its last client wished; None: as the options have it
 
     @property
     def in_memory(self) -> bool:
@@ -7874,7 +7993,18 @@ class Residents:
         """A request is done with the worker."""
         entry.leases -= 1
         entry.idle_since, entry.last_used = time.monotonic(), time.time()
-        if self._options.keep_alive == 0 and entry.idle:
+        if self.keep_alive(entry) == 0 and entry.idle:
+            self._evict(entry)
+        self.changed.notify_all()
+
+    def keep_alive(self, entry: Entry) -> float:
+        """How many seconds the model stays when nobody uses it; below zero: for ever."""
+        return self._options.keep_alive if entry.keep_alive is None else entry.keep_alive
+
+    def keep(self, entry: Entry, seconds: float) -> None:
+        """Changes how long the model stays; 0 unloads it now if it is idle."""
+        entry.keep_alive = seconds
+        if seconds == 0 and entry.idle:
             self._evict(entry)
         self.changed.notify_all()
 
@@ -7908,6 +8038,7 @@ class Residents:
                 self.changed.wait(1.0)
         worker.stop()
         with self.changed:
+            entry.keep_alive = None
             self.move(entry, "unloaded")
 
     def _evict(self, entry: Entry) -> None:
@@ -7919,17 +8050,16 @@ class Residents:
             entry.idle_since = time.monotonic()  # for as long again
 
     def expire_idle(self) -> None:
-        """The keep-alive thread: unloads models idle for `keep_alive` seconds; takes the condition."""
-        keep_alive = self._options.keep_alive
+        """The keep-alive thread: unloads models idle for as long as they may be; takes the condition."""
         with self.changed:
             while not self.closed:
                 now = time.monotonic()
-                idle = [e for e in self.entries.values() if e.idle]
+                idle = [e for e in self.entries.values() if e.idle and self.keep_alive(e) > 0]
                 for entry in idle:
-                    if now - entry.idle_since >= keep_alive:
+                    if now - entry.idle_since >= self.keep_alive(entry):
                         self._evict(entry)
-                left = [e.idle_since + keep_alive - now for e in idle if e.state == "loaded"]
-                self.changed.wait(max(0.05, min(left, default=keep_alive)))
+                left = [e.idle_since + self.keep_alive(e) - now for e in idle if e.state == "loaded"]
+                self.changed.wait(max(0.05, min(left)) if left else None)
 
     def close(self) -> None:
         """Ends every wait and every child; idempotent; takes the condition."""
@@ -7983,6 +8113,17 @@ class Lease:
                 self._entry.waiting -= 1
             elif self._uses:
                 self._residents.release(self._entry)
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A loaded model, for who lists what runs."""
+
+    info: ModelInfo
+    loaded: Loaded
+    running: int
+    memory_bytes: int
+    left: float | None  # seconds until it is unloaded if nobody comes; None: it stays
 
 
 @dataclass(frozen=True)
@@ -8102,8 +8243,7 @@ class ModelTable:
     def start(self) -> None:
         """Begins the first scan, and the watch over idle models, in the background."""
         threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
-        if self.options.keep_alive > 0:
-            threading.Thread(target=self._residents.expire_idle, name="keep-alive", daemon=True).start()
+        threading.Thread(target=self._residents.expire_idle, name="keep-alive", daemon=True).start()
 
     def _first_scan(self) -> None:
         try:
@@ -8143,11 +8283,20 @@ class ModelTable:
 
     def models(self) -> list[dict[str, Any]]:
         """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
+        self._look()
+        with self._changed:
+            return self._listing()
+
+    def infos(self) -> list[ModelInfo]:
+        """The same models, as their headers describe them."""
+        self._look()
+        with self._changed:
+            return [e.info for e in self._residents.entries.values()]
+
+    def _look(self) -> None:
         with self._changed:
             self._await_scan(Cancellation())
         self._refresh(2.0)  # milliseconds, and a file copied there shows
-        with self._changed:
-            return self._listing()
 
     def _listing(self) -> list[dict[str, Any]]:
         entries = self._residents.entries.values()
@@ -8214,6 +8363,10 @@ class ModelTable:
         if refusal := self._read_whole(id).refusal(use):
             raise InvalidRequest(f"model: '{id}' is {refusal}", "model")
 
+    def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
+        """All that the header of the model tells. Raises ModelNotFound."""
+        return self._read_whole(self.resolve(name, cancel))
+
     # Life
 
     def lease(self, name: str, cancel: Cancellation, use: str = "generate") -> Lease:
@@ -8265,6 +8418,24 @@ class ModelTable:
             entries = [e for e in self._residents.entries.values() if e.worker]
         return [self._status(entry) for entry in entries]
 
+    def residents(self) -> list[Resident]:
+        """What is loaded, in the order of the list."""
+        with self._changed:
+            now, entries = time.monotonic(), [e for e in self._residents.entries.values() if e.state == "loaded"]
+            keeps = [(self._residents.keep_alive(e), e.idle_since - now if e.idle else 0.0) for e in entries]
+            workers = [e.worker for e in entries]
+        return [
+            Resident(w.info, w.loaded, w.counts()[0], w.memory_bytes(), max(keep + since, 0.0) if keep >= 0 else None)
+            for w, (keep, since) in zip(workers, keeps, strict=True)
+            if w
+        ]
+
+    def keep(self, id: str, seconds: float) -> None:
+        """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
+        with self._changed:
+            if entry := self._residents.entries.get(id):
+                self._residents.keep(entry, seconds)
+
     def workers(self) -> list[Worker]:
         with self._changed:
             return [e.worker for e in self._residents.entries.values() if e.worker]
@@ -8311,9 +8482,7 @@ class Service:
     def _answer(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
         """One answer of the model's."""
         with self.table.lease(request.model, cancel) as lease:
-            while (worker := lease.wait(PING_SECONDS)) is None:
-                yield Waiting()
-            cancel.check()
+            worker = yield from self._loaded(lease, cancel)
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel)
             ends: list[Finished] = []
@@ -8328,6 +8497,34 @@ class Service:
                     yield message
             yield self._usage(ends, generation.index, request.n)
 
+    @staticmethod
+    def _loaded(lease: Lease, cancel: Cancellation) -> Generator[Waiting, None, Worker]:
+        """Waits for the model, with signs of life."""
+        while (worker := lease.wait(PING_SECONDS)) is None:
+            yield Waiting()
+        cancel.check()
+        return worker
+
+    def load(self, model: str, use: str, cancel: Cancellation) -> Iterator[Event]:
+        """Only loads the model, as a request that uses it would: Queued once it is there."""
+        with self.table.lease(model, cancel, use) as lease:
+            worker = yield from self._loaded(lease, cancel)
+            yield Queued(worker.info.id)
+
+    def render(self, request: GenerateRequest, cancel: Cancellation) -> str:
+        """The prompt that a chat becomes; the model is loaded for it."""
+        with self.table.lease(request.model, cancel) as lease:
+            worker = lease.wait()
+            assert worker
+            return "".join(self._chat(worker).prompt(request))
+
+    def tokenize(self, model: str, job: Tokenize, cancel: Cancellation) -> Tokens:
+        """A text's tokens, or what tokens stand for; the model is loaded for it."""
+        with self.table.lease(model, cancel, "tokenize") as lease:
+            worker = lease.wait()
+            assert worker
+            return next(m for m in list(worker.submit([job], cancel)) if isinstance(m, Tokens))
+
     def count_tokens(self, request: GenerateRequest, cancel: Cancellation) -> int:
         """How many tokens the request's prompt has; the model is loaded for it, and nothing is written."""
         with contextlib.closing(self.generate(request, cancel)) as events:  # type: ignore[type-var]
@@ -8340,7 +8537,10 @@ class Service:
     def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
         """What goes to the engine, every prompt n times, and what reads the text that comes back."""
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
-        sampling, budget = request.sampling, None
+        sampling, budget, spare = request.sampling, None, 0
+        if request.infill is not None:
+            prompt, spare = chat.infill(request.infill)
+            prompts = [prompt]
         if request.messages is not None:
             prompts = [chat.prompt(request)]
             last = prompts[0][-1:]
@@ -8348,17 +8548,16 @@ class Service:
             sampling = replace(sampling, stop=(*sampling.stop, *chat.stops), constraint=constraint)
         seeds = [None if sampling.seed is None else sampling.seed + i for i in range(request.n)]
         markers = chat.markers if request.split_markers else frozenset()
-        jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner) for p in prompts for s in seeds]
+        jobs = [Generate(p, replace(sampling, seed=s), markers, budget, request.owner, spare) for p in prompts for s in seeds]
         return jobs, [chat.parser(request, job.prompt[-1:], index) for index, job in enumerate(jobs)]
 
     def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
         """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
         use = "embed" if request.query is None else "rank"
         with self.table.lease(request.model, cancel, use) as lease:
-            while (worker := lease.wait(PING_SECONDS)) is None:
-                yield Waiting()
-            cancel.check()
-            generation = worker.submit([Embed(request.inputs, request.dimensions, request.query)], cancel)
+            worker = yield from self._loaded(lease, cancel)
+            job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
+            generation = worker.submit([job], cancel)
             for message in generation:
                 if isinstance(message, Finished):
                     yield self._usage([message], generation.index, 1)
@@ -8548,7 +8747,7 @@ class Reply:
     def add(self, event: Event) -> None:
         if isinstance(event, Usage):
             self.usage = event
-        if isinstance(event, (Queued, Waiting, Vectors, Usage)):
+        if isinstance(event, (Queued, Waiting, Vectors, Tokens, Usage)):
             return
         choice = self._choices.setdefault(event.index, Choice())
         if isinstance(event, Text):
@@ -9754,6 +9953,552 @@ class Responses(BlockDialect):
         return error.document(openai=True)
 
 
+# Ollama's own API
+
+
+OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
+OLLAMA_FIELDS = ("options", "raw", "keep_alive", "suffix", "context", "template", "images", "think", "format")
+OLLAMA_UNUSED: dict[str, Check] = {  # options that are checked, and decided when the model is loaded, or not served
+    "num_ctx": whole(1), "num_batch": whole(1), "num_keep": whole(-1), "num_thread": whole(0), "repeat_last_n": whole(-1),
+    "typical_p": number(0, 1),
+}  # fmt: skip
+GO_DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h))+|\d{1,9})")
+GO_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
+
+
+def speaks_ollama(body: Mapping[str, Any], agent: str) -> bool:
+    """Whether a body for `/api/generate` is Ollama's: by a field that only it has, or by the User-Agent that sends it."""
+    packages = agent.lower().startswith("ollama")  # ollama-python/…, ollama-js/…, ollama/… (Go)
+    return packages or any(body.get(name) is not None for name in OLLAMA_FIELDS)
+
+
+def keep_seconds(name: str, value: Any) -> float:
+    """Ollama's keep_alive: seconds, or a duration as Go writes it (5m, 1h30m); below zero: for ever."""
+    if not isinstance(value, str):
+        return float(number(-1e9, 1e12)(name, value))
+    found = GO_DURATION.fullmatch(value)
+    if not found:
+        raise InvalidRequest(f"{name} must be seconds, or a duration like 30s, 5m or 1h30m, not {_said(value)}", name)
+    seconds = sum(float(n) * GO_UNITS[unit] for n, unit in re.findall(r"([\d.]+)([a-zµ]*)", found[2]))
+    return -seconds if found[1] else seconds
+
+
+def kept(events: Iterator[Event], dialect: Dialect, service: Service, seconds: float | None) -> Iterator[Event]:
+    """Passes events on; behind them the model stays for so many seconds, None: as it would anyhow."""
+    try:
+        yield from events
+    finally:
+        if seconds is not None:
+            service.table.keep(dialect.model, seconds)
+
+
+def rfc3339(seconds: float) -> str:
+    """A time since the epoch, as in 2026-01-31T12:00:00.000000Z."""
+    seconds = max(seconds, 0.0)
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1e6):06d}Z"
+
+
+def ollama_error(error: ApiError) -> dict[str, Any]:
+    """Ollama's errors are a text."""
+    return {"error": str(error)}
+
+
+def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
+    """Ollama's options and format. A limit of 0 or less, like a seed below zero, is none."""
+    options = optional(body, "options", an_object, {})
+    for name, check in OLLAMA_UNUSED.items():
+        optional(options, name, check)
+    limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
+    own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
+    top = optional(body, "top_logprobs", whole(0, 20), 0)
+    sampling = Sampling.from_json({**options, **own}, logprobs=top if flag(body, "logprobs") else None)
+    format = body.get("format")
+    if format is None or format == "":
+        return sampling
+    if isinstance(format, str):
+        one_of("format", format, ("json",))
+    return replace(sampling, json_schema=a_schema("format", {"type": "object"} if format == "json" else format))
+
+
+def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
+    """How much to think, as templates want it: whether, or how hard."""
+    think = body.get("think")
+    if think is None:
+        return {}
+    return {"enable_thinking": think} if isinstance(think, bool) else effort_args("think", think)
+
+
+def refuse_images(where: str, holder: Mapping[str, Any]) -> None:
+    """Images that are there are refused; an empty list is not."""
+    if optional(holder, "images", one_type(list, "a list"), []):
+        raise InvalidRequest(f"{where} is not served: no model here sees images", where)
+
+
+class Ollama(Dialect):
+    """What Ollama's two text routes share: streams unless told otherwise, and an empty request only loads the model."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._began, self._ready = time.monotonic(), 0.0
+        self._keep = optional(body, "keep_alive", keep_seconds)
+        self._call: Called | None = None  # is being written
+        self._calls = itertools.count()
+        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        if body.get("model") is None:
+            raise InvalidRequest("model is required: the name of a model, or default", "model")
+        return GenerateRequest(
+            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body)
+        )
+
+    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        """Where this route's answers hold what the model said."""
+        raise NotImplementedError
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        request = self.request
+        asks = request.prompts or request.messages or request.infill
+        events = service.generate(request, cancel) if asks else self._loads(service, cancel)
+        return kept(events, self, service, self._keep)
+
+    def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        """Nothing is asked: loads the model, or lets it go."""
+        if self._keep == 0:
+            yield Queued(service.table.resolve(self.request.model, cancel))
+        else:
+            yield from service.load(self.request.model, "generate", cancel)
+        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
+        yield Usage(0, 0, 0, 0.0, 0.0)
+
+    def note(self, event: Event) -> None:
+        super().note(event)
+        if isinstance(event, Queued):
+            self._ready = time.monotonic()
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, CallArguments) and self._call:
+            self._call.arguments += event.text
+        elif isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
+            text, thought = (event.text, "") if isinstance(event, Text) else ("", event.text)
+            yield self._document(text, thought, logprobs=event.logprobs)
+        elif isinstance(event, (CallBegan, ChoiceEnd)):
+            if self._call:  # calls go out whole
+                yield self._document(calls=[self._shown(asdict(self._call))])
+            self._call = Called(event.id, event.name) if isinstance(event, CallBegan) else None
+            self._reason = event.finish_reason if isinstance(event, ChoiceEnd) else ""
+        elif isinstance(event, Usage):
+            yield self._document(**self._end(self._reason, event))
+
+    def document(self, reply: Reply) -> dict[str, Any]:
+        assert reply.usage
+        (_, choice), *_ = reply.choices()
+        calls, end = [self._shown(c) for c in choice.calls], self._end(choice.finish_reason or "", reply.usage)
+        return self._document(choice.text, "".join(choice.thoughts), calls, choice.logprobs, **end)
+
+    def _document(self, text: str = "", thought: str = "", calls: Iterable[dict[str, Any]] = (),
+                  logprobs: Seq[TokenLogprob] = (), **end: Any) -> dict[str, Any]:  # fmt: skip
+        shown = {"logprobs": ChatCompletion._logprobs(logprobs)["content"]} if logprobs else {}
+        return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(text, thought, list(calls)),
+                "done": bool(end), **shown, **end}  # fmt: skip
+
+    def _shown(self, call: Mapping[str, str]) -> dict[str, Any]:
+        """A call with its arguments as an object; one that was cut has none."""
+        given: Any = {}
+        with contextlib.suppress(InvalidRequest):
+            given = parse_json(call["arguments"].encode("utf-8", "replace"))
+        function = {"index": next(self._calls), "name": call["name"], "arguments": given if isinstance(given, dict) else {}}
+        return {"id": call["id"], "function": function}
+
+    def _end(self, reason: str, usage: Usage) -> dict[str, Any]:
+        """What the last document tells; times in nanoseconds."""
+        spent = (time.monotonic() - self._began, self._ready - self._began, usage.prompt_seconds, usage.decode_seconds)
+        total, load, prompt, decode = (int(seconds * 1e9) for seconds in spent)
+        return {
+            "done_reason": reason if reason in ("length", "load", "unload") else "stop",
+            "total_duration": total, "load_duration": load,
+            "prompt_eval_count": usage.prompt_tokens, "prompt_eval_duration": prompt,
+            "eval_count": usage.completion_tokens, "eval_duration": decode,
+        }  # fmt: skip
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        return ollama_error(error)
+
+
+class OllamaChat(Ollama):
+    """`/api/chat`."""
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        tools = optional(body, "tools", one_type(list, "a list"), [])
+        typed = [{"type": "function", **tool} if isinstance(tool, dict) else tool for tool in tools]
+        functions, builtins = read_tools({"tools": typed})
+        messages = optional(body, "messages", one_type(list, "a list"), [])
+        return replace(super().read(body), messages=self._messages(messages), tools=functions, builtins=builtins,
+                       split_markers=True)  # fmt: skip
+
+    @staticmethod
+    def _messages(messages: list[Any]) -> tuple[dict[str, Any], ...] | None:
+        """The messages as templates want them. Calls have no ids in this API: results follow in the order of the calls."""
+        read, count, called = [], itertools.count(), deque[str]()
+        for i, message in enumerate(messages):
+            where = f"messages[{i}]"
+            refuse_images(f"{where}.images", an_object(where, message))
+            calls = [
+                {"id": f"call{next(count):05d}", **call} if isinstance(call, dict) else call
+                for call in optional(message, "tool_calls", one_type(list, "a list"), [])
+            ]
+            turn = {**message, "tool_calls": calls, "reasoning_content": message.get("thinking")}
+            turn["content"] = "" if message.get("content") is None else message["content"]
+            turn["name"] = message.get("name") if message.get("tool_name") is None else message["tool_name"]
+            if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
+                turn["tool_call_id"] = called.popleft()
+            read.append(turn)
+            called.extend(str(call.get("id")) for call in calls if isinstance(call, dict))
+        return read_messages({"messages": read or None})
+
+    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        more = {"thinking": thought} if thought else {}
+        return {"message": {"role": "assistant", "content": text, **more, **({"tool_calls": calls} if calls else {})}}
+
+
+class OllamaGenerate(Ollama):
+    """`/api/generate` as Ollama has it: a prompt becomes a chat of one turn, unless it is raw or has a suffix."""
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        request, prompt = super().read(body), optional(body, "prompt", a_string, "")
+        system, suffix, raw = optional(body, "system", a_string), optional(body, "suffix", a_string), flag(body, "raw")
+        refuse_images("images", body)
+        if optional(body, "template", a_string):
+            raise InvalidRequest("template is not served: the model's own is used, or none with raw", "template")
+        if optional(body, "context", one_type(list, "a list")):
+            raise InvalidRequest("context is not served: send the conversation as messages to /api/chat", "context")
+        if raw and system:
+            raise InvalidRequest("system needs the model's template, which raw leaves out", "system")
+        if suffix:
+            return replace(request, infill=Infill(prompt, suffix))
+        if raw or not prompt:
+            return replace(request, prompts=(prompt,) if prompt else ())
+        turns = ({"role": "system", "content": system},) if system else ()
+        return replace(request, messages=(*turns, {"role": "user", "content": prompt}), split_markers=True)
+
+    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"response": text, **({"thinking": thought} if thought else {})}
+
+
+class OllamaEmbed(Embeddings):
+    """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
+
+    source = "input"
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._began, self._ready = time.monotonic(), 0.0
+        self._keep = optional(body, "keep_alive", keep_seconds)
+        super().__init__(body)
+
+    def read(self, body: Mapping[str, Any]) -> EmbedRequest:
+        if body.get("model") is None:
+            raise InvalidRequest("model is required: the name of a model, or default", "model")
+        self._base64, given = False, body.get(self.source)
+        optional(body, "options", an_object)
+        return EmbedRequest(
+            model=a_string("model", body["model"]),
+            inputs=() if given is None or given in ("", []) else read_inputs(self.taken(given)),
+            dimensions=optional(body, "dimensions", whole(1)),
+            truncate=body.get("truncate") is None or flag(body, "truncate"),
+        )
+
+    def taken(self, given: Any) -> Any:
+        """The input, as far as this route takes it."""
+        return given
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        events = super().events(service, cancel) if self.request.inputs else self._loads(service, cancel)
+        return kept(events, self, service, self._keep)
+
+    def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        yield from service.load(self.request.model, "embed", cancel)
+        yield Vectors(0, ())
+        yield Usage(0, 0, 0, 0.0, 0.0)
+
+    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+        self.note(event)
+        if isinstance(event, Queued):
+            self._ready = time.monotonic()
+        elif isinstance(event, Vectors):
+            self._rows = event.rows
+        elif isinstance(event, Usage):
+            yield self._document([self._embedding(row) for row in self._rows])
+
+    def _document(self, vectors: list[Any]) -> dict[str, Any]:
+        assert self.usage
+        total, load = (int((at - self._began) * 1e9) for at in (time.monotonic(), self._ready))
+        return {"model": self.request.model, "embeddings": vectors, "total_duration": total, "load_duration": load,
+                "prompt_eval_count": self.usage.prompt_tokens}  # fmt: skip
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        return ollama_error(error)
+
+
+class OllamaEmbedding(OllamaEmbed):
+    """`/api/embeddings`, its older form: one prompt, one vector."""
+
+    source = "prompt"
+
+    def taken(self, given: Any) -> Any:
+        return a_string("prompt", given)
+
+    def _document(self, vectors: list[Any]) -> dict[str, Any]:
+        return {"embedding": vectors[0] if vectors else []}
+
+
+# What clients are told of models: Ollama's lists, the one list of `/v1/models`, llama-server's properties
+
+
+@functools.lru_cache(maxsize=64)
+def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
+    """A file's whole metadata, read once while it is unchanged; none if it cannot be read."""
+    try:
+        return read_gguf_header(path, size).metadata
+    except (GgufError, OSError):
+        return {}
+
+
+def model_metadata(info: ModelInfo) -> Mapping[str, Any]:
+    """What the model's header says. Untrusted, but read within bounds."""
+    try:
+        found = os.stat(info.path)
+    except OSError:
+        return {}
+    return header_metadata(info.path, found.st_size, found.st_mtime_ns)
+
+
+def parameter_number(words: str | None) -> int | None:
+    """1.5B as 1,500,000,000; None where the words are another way to count (8x7B)."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?)", words or "")
+    return int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]) if found else None
+
+
+def context_of(service: Service, info: ModelInfo, resident: Resident | None) -> int:
+    """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
+    own = info.context_length or 8192
+    return resident.loaded.ctx if resident else min(service.engine.ctx or min(own, 8192), own)
+
+
+def template_of(metadata: Mapping[str, Any]) -> str:
+    return str(metadata.get("tokenizer.chat_template") or "")
+
+
+def ollama_name(id: str) -> str:
+    """Ollama's names have a tag."""
+    return id if ":" in id else f"{id}:latest"
+
+
+def ollama_model(info: ModelInfo) -> dict[str, Any]:
+    """A model in Ollama's lists. Its digest stands for the file as it is, without reading it."""
+    import hashlib
+
+    modified = 0
+    with contextlib.suppress(OSError):
+        modified = os.stat(info.path).st_mtime_ns
+    told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
+    return {
+        "name": ollama_name(info.id), "model": ollama_name(info.id), "modified_at": rfc3339(modified / 1e9),
+        "size": info.size_bytes, "digest": hashlib.sha256(told).hexdigest(), "details": ollama_details(info),
+    }  # fmt: skip
+
+
+def ollama_details(info: ModelInfo) -> dict[str, Any]:
+    return {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
+            "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+
+
+def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+    """All of a model that `/api/show` tells."""
+    metadata, listed = model_metadata(info), ollama_model(info)
+    told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
+            and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
+    told |= {"general.architecture": info.architecture, "general.parameter_count": parameter_number(info.parameter_count)}
+    told.setdefault("general.basename", info.name)
+    if info.context_length:
+        told[f"{info.architecture}.context_length"] = info.context_length
+    return {
+        "modelfile": f"FROM {os.path.basename(info.path)}\n", "parameters": "", "template": template_of(metadata),
+        "license": str(metadata.get("general.license") or ""), "modified_at": listed["modified_at"],
+        "details": listed["details"], "model_info": told, "capabilities": capabilities(info, metadata, resident),
+    }  # fmt: skip
+
+
+def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Resident | None) -> list[str]:
+    """What the model can do, in Ollama's words, as far as its header tells; a loaded one knows whether it fills gaps."""
+    if info.embedding:
+        return ["embedding"]
+    template = template_of(metadata)
+    fills = "tokenizer.ggml.fim_mid_token_id" in metadata or bool(resident and "mid" in resident.loaded.chat.fim)
+    thinks = re.search(r"enable_thinking|reasoning_content|<think>|thinking", template) is not None
+    can = {"completion": True, "tools": re.search(r"\btools\b", template) is not None, "thinking": thinks, "insert": fills}
+    return [name for name, is_so in can.items() if is_so]
+
+
+def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident]) -> dict[str, Any]:
+    """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
+    context = context_of(service, info, next((r for r in residents if r.info.id == info.id), None))
+    began = int(service.started)
+    return {
+        "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
+        "type": "model", "display_name": info.name, "created_at": rfc3339(began),
+        "context_length": context, "max_model_len": context,
+        "meta": {"n_ctx": context, "n_ctx_train": info.context_length, "n_params": parameter_number(info.parameter_count),
+                 "size": info.size_bytes},
+    }  # fmt: skip
+
+
+def model_properties(service: Service, info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+    """llama-server's `/props`; nothing is loaded for it, and no directory is told."""
+    context, metadata = context_of(service, info, resident), model_metadata(info)
+    tools = "tools" in capabilities(info, metadata, resident)
+    caps = {"supports_system_role": True} | {f"supports_{what}": tools for what in ("tools", "tool_calls", "parallel_tool_calls")}
+    return {
+        "default_generation_settings": {"n_ctx": context}, "total_slots": service.engine.parallel, "model_alias": info.id,
+        "model_path": os.path.basename(info.path), "chat_template": template_of(metadata), "chat_template_caps": caps,
+        "modalities": {"vision": False, "audio": False}, "build_info": f"shimmy-{__version__}", "is_sleeping": resident is None,
+    }  # fmt: skip
+
+
+# llama-server's own API
+
+
+def llama_error(error: ApiError) -> dict[str, Any]:
+    """llama-server's errors have the status as their code."""
+    kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "unavailable_error"}
+    told: dict[str, Any] = {"code": error.status, "message": str(error), "type": kind.get(error.status, error.kind)}
+    if isinstance(error, ContextLengthExceeded):
+        told["type"] = "exceed_context_size_error"
+        told |= {"n_prompt_tokens": error.sizes[0], "n_ctx": error.sizes[1] + 1} if error.sizes else {}
+    return {"error": told}
+
+
+def picked(document: dict[str, Any], names: Seq[str]) -> dict[str, Any]:
+    """Only these fields of a document, a/b for one inside another; what is not there is left out."""
+    found = {}
+    for name in names:
+        value: Any = document
+        for part in name.split("/"):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def llama_biases(name: str, value: Any) -> Any:
+    """llama-server's logit_bias: also a list of pairs, token id and bias, where false bans the token."""
+    if not isinstance(value, list):
+        return value
+    for i, pair in enumerate(value):
+        if not isinstance(pair, list) or len(pair) != 2 or not _is_ids(pair[:1]):
+            raise InvalidRequest(f"{name}[{i}] must be a token id and a number or false, not {_said(pair)}", name)
+    return {str(id): -100 if bias is False else bias for id, bias in value}
+
+
+class LlamaServer(Dialect):
+    """The shape of llama-server's errors."""
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        return llama_error(error)
+
+
+class LlamaCompletion(LlamaServer):
+    """`/completion`."""
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        self._prompt_tokens, self._first, self._broke = 0, 0.0, False
+        self._seconds = optional(body, "t_max_predict_ms", number(0, 1e9), 0.0) / 1000  # of writing, from a line's end on
+        fields = optional(body, "response_fields", one_type(list, "a list"))
+        self._fields = None if fields is None else [a_string("response_fields", f) for f in fields]
+        self._limit = optional(body, "n_predict", whole(-1))
+        count, seed = optional(body, "n_probs", whole(0, 20), 0), optional(body, "seed", whole(), -1)
+        optional(body, "n_cmpl", whole(1, 1))
+        biases = llama_biases("logit_bias", body.get("logit_bias"))
+        own: dict[str, Any] = {"seed": seed if seed >= 0 else None, "logit_bias": biases}
+        if self._limit is not None:
+            own["max_tokens"] = self._limit or 1  # 0: the prompt is read into the cache; what comes of it is not shown
+        request = GenerateRequest(
+            model=optional(body, "model", a_string, "default").strip() or "default",
+            sampling=Sampling.from_json({**body, **own}, logprobs=count or None),
+        )
+        return self.asked(body, request)
+
+    def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
+        """The request with its prompt."""
+        if body.get("prompt") is None:
+            raise InvalidRequest("prompt is required: a string, or a list of token ids", "prompt")
+        prompts = read_prompts(body["prompt"])
+        if len(prompts) > 1:
+            raise InvalidRequest("prompt: several prompts are several requests here (they are computed together)", "prompt")
+        return replace(request, prompts=prompts)
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        """The answer ends early when the client's time is over; an answer of no tokens has no text."""
+        with contextlib.closing(service.generate(self.request, cancel)) as events:  # type: ignore[type-var]
+            for event in events:
+                if isinstance(event, Text) and self._limit != 0:
+                    self._watch(event, cancel)
+                    yield event
+                elif not isinstance(event, Text):
+                    yield event
+
+    def _watch(self, event: Text, cancel: Cancellation) -> None:
+        self._first, self._broke = self._first or time.monotonic(), self._broke or "\n" in event.text
+        if self._seconds and self._broke and time.monotonic() - self._first > self._seconds:
+            cancel.cancel(gently=True)
+
+    def note(self, event: Event) -> None:
+        super().note(event)
+        if isinstance(event, Queued):
+            self._prompt_tokens = event.prompt_tokens
+        elif isinstance(event, ChoiceEnd):
+            self._ended = event
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Text) and (event.text or event.logprobs):
+            yield self._document(event.text, event.logprobs) | {"stop": False, "tokens_evaluated": self._prompt_tokens}
+        elif isinstance(event, Usage):
+            yield self._end("", (), event)
+
+    def document(self, reply: Reply) -> dict[str, Any]:
+        assert reply.usage
+        choice = dict(reply.choices()).get(0, Choice())
+        return self._end(choice.text, choice.logprobs, reply.usage)
+
+    @staticmethod
+    def _document(text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+        shown = {"completion_probabilities": ChatCompletion._logprobs(logprobs)["content"]} if logprobs else {}
+        return {"index": 0, "content": text, "tokens": list[int](), "id_slot": -1, **shown}
+
+    def _end(self, text: str, logprobs: Seq[TokenLogprob], usage: Usage) -> dict[str, Any]:
+        word = self._ended.stopped_by
+        document = self._document(text, logprobs) | {
+            "stop": True, "model": self.model, "tokens_predicted": 0 if self._limit == 0 else usage.completion_tokens,
+            "tokens_evaluated": usage.prompt_tokens, "tokens_cached": usage.cached_tokens, "truncated": False,
+            "stop_type": "word" if word else "eos" if self._ended.finish_reason == "stop" else "limit", "stopping_word": word,
+            "timings": usage.timings(),
+        }  # fmt: skip
+        return document if self._fields is None else picked(document, self._fields)
+
+
+class LlamaInfill(LlamaCompletion):
+    """`/infill`: what belongs between a prefix and a suffix; `prompt` goes on where the prefix stops."""
+
+    def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
+        prefix, suffix = (a_string(name, body.get(name)) for name in ("input_prefix", "input_suffix"))
+        extra = []
+        for where, piece in listed("input_extra", [] if body.get("input_extra") is None else body["input_extra"]):
+            text, name = a_string(f"{where}.text", piece.get("text")), piece.get("filename")
+            extra.append(("tmp" if name is None else a_string(f"{where}.filename", name), text))
+        return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
+
+
 # ── 16. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The route table, the handler with its one try/except, server-sent events. One thread a connection.
 
@@ -10239,7 +10984,7 @@ class Sse(Whole):
     """Server-sent events (WHATWG HTML, 9.2), one a document, then `[DONE]`."""
 
     content_type = "text/event-stream; charset=utf-8"
-    done = b"data: [DONE]\n\n"
+    done, pulse = b"data: [DONE]\n\n", b": waiting\n\n"  # the end's mark, and a sign of life
 
     def begin(self) -> None:
         if not self.begun:
@@ -10252,7 +10997,7 @@ class Sse(Whole):
     def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
         if self.begun:
             document = sign()
-            self._out.write(self.encoded(document) if document else b": waiting\n\n")
+            self._out.write(self.encoded(document) if document else self.pulse)
 
     def end(self) -> None:
         self._out.write(self.done, last=True)
@@ -10266,6 +11011,23 @@ class Sse(Whole):
     @staticmethod
     def encoded(document: dict[str, Any]) -> bytes:
         return b"data: %b\n\n" % to_json(document)
+
+
+class PlainSse(Sse):
+    """Events without `[DONE]`: llama-server's own, whose last document says that it is."""
+
+    done = b""
+
+
+class Ndjson(Sse):
+    """One JSON document a line, without a mark at the end: Ollama's. Between lines a space means nothing to its clients."""
+
+    content_type = "application/x-ndjson"
+    done, pulse = b"", b" "
+
+    @staticmethod
+    def encoded(document: dict[str, Any]) -> bytes:
+        return to_json(document) + b"\n"
 
 
 class NamedSse(Sse):
@@ -10425,24 +11187,130 @@ def answer_upgrade(call: Call) -> Answer:
 
 
 def answer_openai_models(call: Call) -> Answer:
-    """The same models in OpenAI's list object."""
-    listed = {"object": "list", "data": [openai_model(call, m["id"]) for m in call.service.table.models()]}
-    return Answer(listed | ({"models": []} if "client_version" in call.query else {}))  # Codex wants those of its own kind
+    """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
+    residents = call.service.table.residents()
+    data = [listed_model(call.service, info, residents) for info in call.service.table.infos()]
+    page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+    return Answer({"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})})
 
 
 def answer_openai_model(call: Call) -> Answer:
     """One model, by any name that means it."""
-    return Answer(openai_model(call, call.service.table.resolve(call.names[0])))
-
-
-def openai_model(call: Call, id: str) -> dict[str, Any]:
-    """OpenAI's model object; `created` is when this server began."""
-    return {"id": id, "object": "model", "created": int(call.service.started), "owned_by": "shimmy"}
+    info = call.service.table.info(call.names[0], call.cancel)
+    return Answer(listed_model(call.service, info, call.service.table.residents()))
 
 
 def answer_count_tokens(call: Call) -> Answer:
     """How long the prompt of a Messages request is."""
     return Answer({"input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)})
+
+
+# Ollama's and llama-server's routes that generate nothing
+
+
+def answer_version(call: Call) -> Answer:
+    """The version of Ollama that this API is; clients compare it."""
+    return Answer({"version": OLLAMA_VERSION})
+
+
+def answer_tags(call: Call) -> Answer:
+    """Every model, as Ollama lists them."""
+    return Answer({"models": [ollama_model(info) for info in call.service.table.infos()]})
+
+
+def answer_ps(call: Call) -> Answer:
+    """The loaded models, and when each goes; one that stays does in some 290 years, as Ollama has it."""
+    models = []
+    for r in call.service.table.residents():
+        expires = time.time() + (9.2e9 if r.left is None else r.left)
+        models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
+            "size": r.memory_bytes, "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
+        })  # fmt: skip
+    return Answer({"models": models})
+
+
+def answer_show(call: Call) -> Answer:
+    """One model in detail; older clients call the field `name`."""
+    body = parse_object(call.body)
+    name = body.get("name") if body.get("model") is None else body["model"]
+    if name is None:
+        raise InvalidRequest("model is required: the name of a model, or default", "model")
+    info = call.service.table.info(a_string("model", name), call.cancel)
+    return Answer(ollama_show(info, resident_of(call.service, info)))
+
+
+def answer_pull(call: Call) -> Answer:
+    """Nothing is fetched from here."""
+    raise InvalidRequest("pull is not served here: put a GGUF file into one of the model directories", "model")
+
+
+def resident_of(service: Service, info: ModelInfo) -> Resident | None:
+    """The model as it is loaded, if it is."""
+    return next((r for r in service.table.residents() if r.info.id == info.id), None)
+
+
+def answer_props(call: Call) -> Answer:
+    """What a client wants to know of a model before it chats; `?model=` names another than the default."""
+    info = call.service.table.info(call.query.get("model", "default"), call.cancel)
+    return Answer(model_properties(call.service, info, resident_of(call.service, info)))
+
+
+def answer_slots(call: Call) -> Answer:
+    """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
+    wanted = call.query.get("model")
+    id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
+    places = [(r, i) for r in call.service.table.residents() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
+    slots = [
+        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "is_processing": i < r.running, "model": r.info.id}
+        for n, (r, i) in enumerate(places)
+    ]
+    if call.query.get("fail_on_no_slot") and not any(not slot["is_processing"] for slot in slots):
+        raise Overloaded("No slot is free")
+    return Answer(slots)
+
+
+def answer_ok(call: Call) -> Answer:
+    """`/health` in llama-server's word."""
+    return Answer(call.service.health() | {"status": "ok"})
+
+
+def answer_tokenize(call: Call) -> Answer:
+    """A text's tokens, with `with_pieces` also what they stand for: a string, or bytes where that is no whole character."""
+    body = parse_object(call.body)
+    content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
+    if len(content) > MAX_TOKENIZED:
+        raise InvalidRequest(f"content may have up to {MAX_TOKENIZED} characters, not {len(content)}", "content")
+    parse = body.get("parse_special") is None or flag(body, "parse_special")
+    tokens = call.service.tokenize(
+        optional(body, "model", a_string, "default"), Tokenize(content, flag(body, "add_special"), parse, pieces), call.cancel
+    )
+    named = zip(tokens.ids, tokens.pieces, strict=False)
+    return Answer({"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)})
+
+
+def text_or_bytes(piece: bytes) -> str | list[int]:
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
+
+
+def answer_detokenize(call: Call) -> Answer:
+    """The text that tokens stand for, special ones by their names."""
+    body = parse_object(call.body)
+    ids: Any = body.get("tokens")
+    if ids != [] and not _is_ids(ids):
+        raise InvalidRequest(f"tokens must be a list of token ids, not {_said(ids)}", "tokens")
+    if len(ids) > MAX_TOKENIZED // 4:
+        raise InvalidRequest(f"tokens may hold up to {MAX_TOKENIZED // 4} token ids, not {len(ids)}", "tokens")
+    job = Tokenize(tuple(ids), pieces=True)
+    tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
+    return Answer({"content": b"".join(tokens.pieces).decode("utf-8", "replace")})
+
+
+def answer_template(call: Call) -> Answer:
+    """The prompt that a chat's messages become; the body is that of `/v1/chat/completions`."""
+    return Answer({"prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)})
 
 
 def answer_root(call: Call) -> Answer:
@@ -10464,6 +11332,11 @@ class Route:
     needs_body: bool = False
     errors: type[Dialect] = Dialect  # whose shape an error takes
     wire: type[Sse] = Sse  # of a dialect's streams
+    unless: tuple[Callable[[Mapping[str, Any], str], bool], Route] | None = None  # another API's row at this address
+
+    def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
+        """This row, or the one for bodies and User-Agents of another API."""
+        return self.unless[1] if self.unless and self.unless[0](body, agent) else self
 
     def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
         """The names in the path, or None."""
@@ -10484,12 +11357,13 @@ def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterato
         yield Route(method, segments[1:], answer, **marks)
 
 
+_OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, errors=Ollama, wire=Ndjson)
 ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
     *_route("GET /diag", answer_diag),
-    *_route("POST /api/generate", Native),
+    *_route("POST /api/generate", Native, unless=(speaks_ollama, _OLLAMA_GENERATE)),
     *_route("GET /api/models", answer_models),
     *_route("POST /api/models/discover", answer_discover),
     *_route("POST /api/models/{}/load", answer_load),
@@ -10508,6 +11382,22 @@ ROUTES = (
     *_route("POST /v1/responses", Responses, wire=NamedSse),
     *_route("GET /v1/models", answer_openai_models, errors=OpenAI),
     *_route("GET /v1/models/{}", answer_openai_model, errors=OpenAI),
+    *_route("GET /api/version", answer_version, errors=Ollama),
+    *_route("GET /api/tags", answer_tags, errors=Ollama),
+    *_route("GET /api/ps", answer_ps, errors=Ollama),
+    *_route("POST /api/show", answer_show, needs_body=True, errors=Ollama),
+    *_route("POST /api/pull", answer_pull, needs_body=True, errors=Ollama),
+    *_route("POST /api/chat", OllamaChat, wire=Ndjson),
+    *_route("POST /api/embed", OllamaEmbed),
+    *_route("POST /api/embeddings", OllamaEmbedding),
+    *_route("POST /completion", LlamaCompletion, wire=PlainSse),
+    *_route("POST /infill", LlamaInfill, wire=PlainSse),
+    *_route("POST /tokenize", answer_tokenize, needs_body=True, errors=LlamaServer),
+    *_route("POST /detokenize", answer_detokenize, needs_body=True, errors=LlamaServer),
+    *_route("POST /apply-template", answer_template, needs_body=True, errors=LlamaServer),
+    *_route("GET /props", answer_props, errors=LlamaServer),
+    *_route("GET /slots", answer_slots, errors=LlamaServer),
+    *_route("GET /v1/health", answer_ok, errors=LlamaServer),
 )
 
 
@@ -10627,7 +11517,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
         answer, cancel = self.route.answer, Cancellation()
         if isinstance(answer, type):
-            dialect = self.log_line.dialect = answer(parse_object(self._body()))  # nobody keeps the bytes while it runs
+            dialect = self.log_line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
             self.reader.release()
             with self._watched(cancel):
                 self._generate(dialect, cancel)
@@ -10635,6 +11525,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             call = Call(self.service, names, self.query, self._body(), cancel)
             with self._watched(cancel):
                 self.respond(answer(call))
+
+    def _dialect(self, body: Mapping[str, Any]) -> Dialect:
+        """The request, in the API that the body speaks: from here on errors take its shape."""
+        assert self.route
+        self.route = self.route.chosen(body, self.headers.get("User-Agent") or "")
+        assert isinstance(self.route.answer, type)
+        return self.route.answer(body)
 
     @contextlib.contextmanager
     def _watched(self, cancel: Cancellation) -> Iterator[None]:
