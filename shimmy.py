@@ -7080,7 +7080,7 @@ class Intake:
         rest: Seq[Any] = job.prompt[job.spare :]
         room, first = self.llama.ctx - len(self._tokens(rest)) - (job.sampling.max_tokens or 0), job.spare
         for segment in reversed(job.prompt[: job.spare]):
-            room -= len(self.llama.vocab.tokenize((str(segment),)))
+            room -= len(self.llama.vocab.encode(str(segment), False, True))
             if room <= 0:
                 break
             first -= 1
