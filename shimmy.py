@@ -232,9 +232,12 @@ class ApiError(Exception):
         return {}
 
     def document(self, openai: bool = False) -> dict[str, Any]:
-        """The error object of every route; OpenAI's routes also carry `type` and `param`."""
-        error = {"code": self.code, "message": self.message, "details": self.details}
-        return {"error": error | ({"type": self.kind, "param": self.param} if openai else {})}
+        """The error object of every route. OpenAI's routes add `type` and `param`; its packages show only `message`, so
+        there it says everything."""
+        if openai:
+            return {"error": {"code": self.code, "message": str(self), "details": self.details, "type": self.kind,
+                              "param": self.param}}  # fmt: skip
+        return {"error": {"code": self.code, "message": self.message, "details": self.details}}
 
 
 class InvalidRequest(ApiError):
@@ -291,13 +294,6 @@ class ModelNotFound(ApiError):
 
     def __str__(self) -> str:
         return super().__str__() + self.hint
-
-    def document(self, openai: bool = False) -> dict[str, Any]:
-        """OpenAI's packages show only `message`, so there it says everything; elsewhere it is as documented."""
-        document = super().document(openai)
-        if openai:
-            document["error"]["message"] = str(self)
-        return document
 
 
 class MethodNotAllowed(ApiError):
@@ -9061,7 +9057,7 @@ class ChatCompletion(OpenAI):
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Queued):
             for index in range(self.request.n):
-                yield self._delta(index, {"role": "assistant", "content": ""})
+                yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
         elif isinstance(event, (Text, Thought)):
             name = "content" if isinstance(event, Text) else "reasoning_content"
             if event.text or event.logprobs:
@@ -9101,7 +9097,8 @@ class ChatCompletion(OpenAI):
         return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
 
     def _message(self, choice: Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if choice.calls else "")}
+        content = choice.text or (None if choice.calls else "")
+        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
         if choice.thoughts:
             message["reasoning_content"] = "".join(choice.thoughts)
         if choice.calls:
