@@ -2316,7 +2316,7 @@ class Rendering:
     def run(self) -> str:
         error: Exception | None = None
         rendered: str | None = None
-        for reshape in RESHAPES[:NATIVE] if self.native else RESHAPES:
+        for reshape in NATIVE if self.native else RESHAPES:
             messages, tools = reshape(self.messages, self.tools)
             try:
                 prompt = self._render(messages, tools)
@@ -2356,11 +2356,11 @@ class Rendering:
         at = 0
         for role, said in self._must_appear():
             found = next((p for word in said if (p := _position(word, prompt, at)) >= 0), None)
-            if role == "user":
-                at = at if found is None else found
-            elif found is None or (role == "system" and found < at):  # moved to the front, it would change every prompt
+            if found is None and role != "user":
                 return True
-            else:
+            if role != "call" and found is not None:
+                if found < at:  # moved, it changes the beginning of every longer prompt
+                    return True
                 at = found
         return False
 
@@ -2446,18 +2446,27 @@ def arguments_as_text(messages: list[Any], tools: list[Any]) -> Turns:
 
 def short_ids(messages: list[Any], tools: list[Any]) -> Turns:
     """Tool call ids of nine letters and digits, which Mistral's templates insist on."""
+    return with_ids(messages, lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"), tools
 
-    def short(id: str) -> str:
-        return f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"
 
-    shaped = []
+def telling_ids(messages: list[Any], tools: list[Any]) -> Turns:
+    """Tool call ids that hold the function's name: Kimi K2's templates write nothing else of it."""
+    return with_ids(messages, lambda id, name, number: f"functions.{name}:{number}"), tools
+
+
+def with_ids(messages: list[Any], rename: Callable[[str, str, int], str]) -> list[Any]:
+    """The messages with other call ids: made of the old one, the function's name and the call's number."""
+    shaped, ids = [], dict[str, str]()
     for message in messages:
         shaped.append(dict(message))
         if "tool_calls" in message:
-            shaped[-1]["tool_calls"] = [{**c, "id": short(c["id"])} for c in message["tool_calls"]]
+            for call in message["tool_calls"]:
+                ids[call["id"]] = rename(call["id"], call["function"]["name"], len(ids))
+            shaped[-1]["tool_calls"] = [{**c, "id": ids[c["id"]]} for c in message["tool_calls"]]
         if "tool_call_id" in message:
-            shaped[-1]["tool_call_id"] = short(message["tool_call_id"])
-    return shaped, tools
+            id = message["tool_call_id"]
+            shaped[-1]["tool_call_id"] = ids.get(id) or rename(id, message.get("name", ""), len(ids))
+    return shaped
 
 
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
@@ -2516,32 +2525,28 @@ def calls_as_text(messages: list[Any], tools: list[Any]) -> Turns:
     return folded(shaped, [])
 
 
-def without_system(messages: list[Any], tools: list[Any]) -> Turns:
-    """As plain text, the system text in the first user turn (Gemma 2)."""
-    turns, _ = calls_as_text(messages, tools)
-    return folded([{**t, "role": "user"} if t["role"] == "system" else t for t in turns], [])
+def system_as_user(messages: list[Any], tools: list[Any]) -> Turns:
+    """The system text in the first user turn, for templates that refuse it (Gemma 2) or move it to the last (Mistral)."""
+    return folded([{**m, "role": "user"} if m["role"] == "system" else m for m in messages], tools)
 
 
-def both(*reshapes: Callable[[list[Any], list[Any]], Turns]) -> Callable[[list[Any], list[Any]], Turns]:
+Reshape = Callable[[list[Any], list[Any]], Turns]
+
+
+def both(*reshapes: Reshape) -> Reshape:
     """One form after the other."""
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-RESHAPES: tuple[Callable[[list[Any], list[Any]], Turns], ...] = (
-    both(),
-    arguments_as_text,
-    short_ids,
-    both(arguments_as_text, short_ids),
-    folded,
-    both(folded, arguments_as_text),
-    both(folded, short_ids),
-    both(folded, arguments_as_text, short_ids),
+CALL_FORMS = (both(), arguments_as_text, short_ids, both(arguments_as_text, short_ids), telling_ids)
+NATIVE = tuple(both(turns, calls) for turns in (both(), folded, system_as_user) for calls in CALL_FORMS)
+RESHAPES = (
+    *NATIVE,
     tools_in_system,
     both(tools_in_system, arguments_as_text),
     calls_as_text,
-    without_system,
+    both(calls_as_text, system_as_user),
 )
-NATIVE = 8  # the first ones: the template itself writes tools and calls
 
 
 @dataclass(frozen=True)
@@ -2708,7 +2713,6 @@ def differing(texts: Seq[str]) -> str:
 def json_end(text: str, start: int) -> int:
     """Where the JSON value that begins at `start` ends. Raises ValueError when it does not."""
     return json.JSONDecoder().raw_decode(text, start)[1]
-NATIVE = 5  # of these, the first ones
 
 
 class Parser:
