@@ -1822,7 +1822,7 @@ NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of th
 # How a family writes thoughts and calls
 
 ID, ANY, KEY = NONCHARACTERS[-3:]  # in a format's text: a call's id, what differs from call to call, a parameter's name
-MARKER = re.compile(r"<[^<>\s]*>?|\[[A-Z][A-Z_/ ]*\]|\s+|\w+|`+|.", re.S)  # what text between calls is made of
+MARKER = re.compile(r"<[^<>\s]*>?|\[/?[A-Z][A-Z_ ]*\]|\s+|\w+|`+|.", re.S)  # what text between calls is made of
 
 
 @dataclass(frozen=True)
@@ -2770,7 +2770,8 @@ class Opener:
         name, arguments = map(re.escape, self.format.keys)
         inside = rf'(?:(?!\s*"(?:{name}|{arguments})"){PAIR},?)*?\s*"{name}"\s*:\s*"(?P<name>[^"\\]*)"'
         inside = inside if name else r'\s*"(?P<name>[^"\\]*)"\s*:\s*(?=\S)'
-        return re.compile(rf"{flexible(self.prefix)}\s*(?:\[\s*)?(?P<object>\{{{inside})", re.S)
+        whole = rf"{flexible(self.prefix)}\s*(?:\[\s*)?(?P<object>\{{{inside})"
+        return re.compile(whole.replace(r"\s*\s*", r"\s*"), re.S)  # two in a row would be tried in every division
 
     def find(self, text: str) -> Found | None:
         """The call that begins at the text's first character, once its name is known."""
@@ -2794,7 +2795,9 @@ class Opener:
 
     def may_begin(self, text: str) -> bool:
         """Whether more text may make it a call."""
-        plain, text = squeezed(re.split(f"[{ID}{ANY}]", self.prefix)[0]), squeezed(text)
+        plain, raw, text = squeezed(re.split(f"[{ID}{ANY}]", self.prefix)[0]), text, squeezed(text)
+        if len(raw) - len(text) > MAX_HEADER or len(raw) > 32 * MAX_HEADER:
+            return False  # the buffer is matched anew with every piece: white space without end must not make it long
         if len(text) <= len(plain):
             return plain.startswith(text)
         if not text.startswith(plain) or (len(text) > MAX_HEADER and not self.format.keys):
@@ -3232,14 +3235,15 @@ class ChatParser(Parser):
     def _key(self, params: Params) -> Reading:
         """The next argument's name; None when there is none."""
         name = r"[^\s<>\"',:=(){}]+" if params.quote else r"[^\n<>\"/][^\n<>\"]*?"
-        keyed = re.compile(rf"[\s,]*{flexible(params.opens)}(?P<key>{name}){flexible(params.keyed.rstrip())}")
+        whole = rf"[\s,]*{flexible(params.opens)}(?P<key>{name}){flexible(params.keyed.rstrip())}"
+        keyed = re.compile(whole.replace(r"[\s,]*\s*", r"[\s,]*"))
         opens = params.opens.strip()
         while True:
             if found := keyed.match(self._buffer):
                 self._drop(found.end())
                 return found["key"]
             rest = self._buffer.lstrip(" \n\t,")
-            if self._reason or not (rest.startswith(opens) or opens.startswith(rest)) or len(rest) > MAX_HEADER:
+            if self._reason or not (rest.startswith(opens) or opens.startswith(rest)) or len(self._buffer) > 2 * MAX_HEADER:
                 return None
             if not opens and rest and not re.match(r"[\w$.-]", rest):
                 return None
