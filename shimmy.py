@@ -10063,7 +10063,7 @@ class Ollama(Dialect):
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         request = self.request
         asks = request.prompts or request.messages or request.infill
-        events = service.generate(request, cancel) if asks else self._loads(service, cancel)
+        events = super().events(service, cancel) if asks else self._loads(service, cancel)
         return kept(events, self, service, self._keep)
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
@@ -10445,7 +10445,7 @@ class LlamaCompletion(LlamaServer):
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
-        with contextlib.closing(service.generate(self.request, cancel)) as events:  # type: ignore[type-var]
+        with contextlib.closing(super().events(service, cancel)) as events:  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Text) and self._limit != 0:
                     self._watch(event, cancel)
