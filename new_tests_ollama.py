@@ -191,6 +191,15 @@ def test_ollama_keep_alive_zero_unloads_behind_the_answer(serve: Callable[..., S
     eventually(lambda: server.status("recital")["status"] == "unloaded", "the model goes")
 
 
+def test_ollama_keep_alive_of_ages_leaves_the_others_theirs(serve: Callable[..., Server], models: Path) -> None:
+    server = serve("--models-dir", models)
+    ollama_chat(server, model="dice", keep_alive="999999999h", options={"num_predict": 1})
+    ollama_chat(server, keep_alive=1)
+    eventually(lambda: server.status("recital")["status"] == "unloaded", "its time is over")
+    (dice,) = server.get("/api/ps").json()["models"]
+    assert dice["name"] == "dice:latest" and int(dice["expires_at"][:4]) < 2100
+
+
 def test_ollama_ps_tells_when_a_model_goes(serve: Callable[..., Server], models: Path) -> None:
     server = serve("--models-dir", models)
     ollama_chat(server, keep_alive="2h")

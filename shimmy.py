@@ -8063,7 +8063,7 @@ class Residents:
                     if now - entry.idle_since >= self.keep_alive(entry):
                         self._evict(entry)
                 left = [e.idle_since + self.keep_alive(e) - now for e in idle if e.state == "loaded"]
-                self.changed.wait(max(0.05, min(left)) if left else None)
+                self.changed.wait(max(0.05, min(3600.0, *left)) if left else None)  # no system waits for years
 
     def close(self) -> None:
         """Ends every wait and every child; idempotent; takes the condition."""
@@ -9958,8 +9958,8 @@ class Responses(BlockDialect):
         return error.document(openai=True)
 
 
-# Ollama's own API
-
+# ── 15b. Ollama and llama-server ──────────────────────────────────────────────────────────────────────────────────────
+# Two more APIs in their own shapes, and what the clients of all of them are told of models.
 
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
 OLLAMA_FIELDS = ("options", "raw", "keep_alive", "suffix", "context", "template", "images", "think", "format")
@@ -9967,6 +9967,7 @@ OLLAMA_UNUSED: dict[str, Check] = {  # options that are checked, and decided whe
     "num_ctx": whole(1), "num_batch": whole(1), "num_keep": whole(-1), "num_thread": whole(0), "repeat_last_n": whole(-1),
     "typical_p": number(0, 1),
 }  # fmt: skip
+MAX_KEEP = 1e9  # seconds, 31 years: a date that every client can read
 GO_DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h))+|\d{1,9})")
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
@@ -9980,12 +9981,12 @@ def speaks_ollama(body: Mapping[str, Any], agent: str) -> bool:
 def keep_seconds(name: str, value: Any) -> float:
     """Ollama's keep_alive: seconds, or a duration as Go writes it (5m, 1h30m); below zero: for ever."""
     if not isinstance(value, str):
-        return float(number(-1e9, 1e12)(name, value))
+        return float(number(-MAX_KEEP, MAX_KEEP)(name, value))
     found = GO_DURATION.fullmatch(value)
     if not found:
         raise InvalidRequest(f"{name} must be seconds, or a duration like 30s, 5m or 1h30m, not {_said(value)}", name)
     seconds = sum(float(n) * GO_UNITS[unit] for n, unit in re.findall(r"([\d.]+)([a-zµ]*)", found[2]))
-    return -seconds if found[1] else seconds
+    return -seconds if found[1] else min(seconds, MAX_KEEP)
 
 
 def kept(events: Iterator[Event], dialect: Dialect, service: Service, seconds: float | None) -> Iterator[Event]:
@@ -10265,7 +10266,7 @@ def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
     """A file's whole metadata, read once while it is unchanged; none if it cannot be read."""
     try:
         return read_gguf_header(path, size).metadata
-    except (GgufError, OSError):
+    except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
         return {}
 
 
@@ -10320,10 +10321,10 @@ def ollama_details(info: ModelInfo) -> dict[str, Any]:
 
 def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
     """All of a model that `/api/show` tells."""
-    metadata, listed = model_metadata(info), ollama_model(info)
+    metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
             and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
-    told |= {"general.architecture": info.architecture, "general.parameter_count": parameter_number(info.parameter_count)}
+    told |= {"general.architecture": info.architecture} | ({"general.parameter_count": count} if count else {})
     told.setdefault("general.basename", info.name)
     if info.context_length:
         told[f"{info.architecture}.context_length"] = info.context_length
@@ -10455,7 +10456,7 @@ class LlamaCompletion(LlamaServer):
 
     def _watch(self, event: Text, cancel: Cancellation) -> None:
         self._first, self._broke = self._first or time.monotonic(), self._broke or "\n" in event.text
-        if self._seconds and self._broke and time.monotonic() - self._first > self._seconds:
+        if self._seconds and self._broke and not cancel.cancelled and time.monotonic() - self._first > self._seconds:
             cancel.cancel(gently=True)
 
     def note(self, event: Event) -> None:
