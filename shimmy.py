@@ -12,9 +12,10 @@
                      ModelTable   Helpers    three threads a worker └─────────────────────────────────────┘
 
 The file reads downward as the data flows. A body becomes a checked request (3) and finds its model (4); a chat becomes a
-prompt (5), a schema a grammar (6). The request becomes jobs that cross a pipe (8), tokens (9), steps (10, 11) and text
-that comes back (12) from a model that was loaded for it (13). Service (14) ties these together; a dialect (15) turns the
-events into documents, and a wire sends them through one of the doors: HTTP (16), WebSocket (17), command line (18, 19).
+prompt, and its answer's text events (5, 6); a schema becomes a grammar (7, 8). The request becomes jobs that cross a pipe
+(10), tokens and text (11, 12) in steps (13, 14), that come back (15) from a model that was loaded for it (16). Service (17)
+ties these together; a dialect (18-20) turns the events into documents, and a wire sends them through one of the doors:
+HTTP (21, 22), WebSocket (23), command line (24, 25).
 
 Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them, `deliver` is the one
 loop between. What the model writes: Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived
@@ -2549,6 +2550,10 @@ RESHAPES = (
 )
 
 
+# ── 6. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
+
+
 @dataclass(frozen=True)
 class Derivation:
     """A task for a helper: how a model writes thoughts and calls, read off what its template makes of known ones.
@@ -3328,108 +3333,8 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 # Calls by grammar
 
 
-class CallsGrammar:
-    """GBNF for calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
-
-    def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
-        self._format = format
-        self._rules = {"id": "[a-zA-Z0-9]{9}", "any": "[a-zA-Z0-9]{1,24}"}
-        calls = [self._call(f"tools[{i}].function.parameters", tool["function"]) for i, tool in enumerate(tools)]
-        self._rules["call"] = " | ".join(calls)
-
-    def text(self, begin: str, opened: str, many: bool, instead: str = "") -> str:
-        """The grammar: `begin`, then one call or several; `opened`, the first one's beginning, stands there already.
-
-        `instead` is a grammar of what may be written in place of the calls.
-        """
-        first, again = (self._literal(o + self._format.head) for o in (self._format.opens.lstrip(), self._format.again))
-        if opened:
-            first = self._literal((self._format.opens.lstrip() + self._format.head).removeprefix(opened))
-        more = f"({again} call){{0,7}}" if many and self._format.again else ""
-        root = f"{first} call {more} {self._literal(self._format.closes.rstrip())}"
-        root = f"{begin} ({root} | {self._included('instead-', instead)})" if instead else f"{begin} {root}"
-        return "\n".join(f"{name} ::= {body}" for name, body in {"root": root, **self._rules}.items()) + "\n"
-
-    def _rule(self, body: str) -> str:
-        name = f"c{len(self._rules)}"
-        self._rules[name] = body
-        return name
-
-    def _literal(self, text: str) -> str:
-        """A format's text, what it leaves open filled in."""
-        parts = (p for p in re.split(f"([{ID}{ANY}])", text) if p)
-        return " ".join({ID: "id", ANY: "any"}.get(p) or gbnf_literal(p) for p in parts) or '""'
-
-    def _call(self, where: str, function: dict[str, Any]) -> str:
-        schema = function.get("parameters") or {}
-        schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
-        name = function["name"] if self._format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
-        arguments = self._one_by_one(where, schema, self._format.params) if self._format.params else self._json(where, schema)
-        return self._rule(f"{gbnf_literal(name)} {self._literal(self._format.named)} {arguments}")
-
-    def _json(self, where: str, schema: Mapping[str, Any]) -> str:
-        """The rule for a JSON value; the schema's own rules get names of their own."""
-        return self._included(f"s{len(self._rules)}-", SchemaGrammar(where).compile(schema))
-
-    def _included(self, prefix: str, grammar: str) -> str:
-        """The root of another grammar, whose rules get names of their own."""
-        self._rules |= renamed(prefix, grammar)
-        return f"{prefix}root"
-
-    def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> str:
-        """Named arguments in their order, optional ones left out at will."""
-        separator = self._literal(params.closes) if params.quote else '""'
-        first = later = '""'
-        for key, kind in reversed(list((schema.get("properties") or {}).items())):
-            kind = {**kind, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if isinstance(kind, dict) else {}
-            closes = "" if params.quote else params.closes.replace(KEY, key)
-            begin, end = self._literal(params.opens + key + params.keyed), self._literal(closes)
-            one = self._rule(f"{begin} {self._value(f'{where}.properties.{key}', kind, params, closes.strip())} {end}")
-            required = key in (schema.get("required") or ())
-            with_it, behind = f"{one} {later}", f"{separator} {one} {later}"
-            first = self._rule(with_it if required else f"{with_it} | {first}")
-            later = self._rule(behind if required else f"{behind} | {later}")
-        return first
-
-    def _value(self, where: str, kind: dict[str, Any], params: Params, closes: str) -> str:
-        """One value: a string without quotes or in the family's, other types as JSON."""
-        quote, types = gbnf_literal(params.quote), types_of(kind)
-        if types and types != {"string"}:
-            return self._json(where, kind)
-        options = [kind["const"]] if isinstance(kind.get("const"), str) else kind.get("enum")
-        if options:
-            text = f"({' | '.join(gbnf_literal(o) for o in options)})"
-        else:
-            most = kind.get("maxLength")
-            text = f"{anything_but(closes or params.quote)}{{{kind.get('minLength') or 0},{'' if most is None else most}}}"
-        return f"{quote} {text} {quote}"
-
-
-def renamed(prefix: str, grammar: str) -> dict[str, str]:
-    """The rules of a grammar of ours, a line each, under names that begin with `prefix`."""
-    words = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|[A-Za-z][\w-]*')
-    rules = (line.partition(" ::= ")[::2] for line in grammar.splitlines())
-    return {prefix + name: words.sub(lambda m: m[0] if m[0][0] in '"[' else prefix + m[0], body) for name, body in rules}
-
-
-def behind(begin: str, grammar: str) -> str:
-    """A grammar of ours with something before it."""
-    if not begin:
-        return grammar
-    rules = {"root": f"{begin} main-root"} | renamed("main-", grammar)
-    return "\n".join(f"{name} ::= {body}" for name, body in rules.items()) + "\n"
-
-
-def anything_but(marker: str) -> str:
-    """A GBNF expression for one character or two of a text that never holds the marker, nor what looks much like it."""
-    first, second = (f"\\x{ord(c):02X}" if ord(c) < 256 else c for c in (marker + "  ")[:2])
-    if len(marker) == 1:
-        return f"[^{first}\\\\\\n]"
-    return f'([^{first}] | "{first}" [^{first}{second}])'
-
-
-# ── 6. Structured output ──────────────────────────────────────────────────────────────────────────────────────────────
-# A JSON schema to a grammar that admits only its documents.
+# ── 7. JSON schemas ───────────────────────────────────────────────────────────────────────────────────────────────────
+# What a JSON schema allows, as shapes: references followed, alternatives multiplied out, what cannot be honoured refused.
 
 Node = tuple[int, ...]  # schemas that must all hold for one value, by their number in SchemaReader; () allows everything
 
@@ -4076,6 +3981,10 @@ def bounds_apart(one: NumberShape, two: NumberShape) -> bool:
     return one.low[0] > two.high[0] or (one.low[0] == two.high[0] and (one.low[1] or two.high[1]))
 
 
+# ── 8. Grammars ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Shapes of a schema, and calls of functions, as GBNF that admits nothing else.
+
+
 def gbnf_constants(texts: list[str], depth: int = 0) -> str:
     """Constants as alternatives that share their beginnings, so that few are followed at once."""
     first, last = min(texts), max(texts)
@@ -4548,7 +4457,107 @@ def objects_among(shapes: Iterable[Shape]) -> tuple[Members, ...]:
     return tuple(sorted((shape for shape in shapes if isinstance(shape, Members)), key=lambda members: members.number))
 
 
-# ── 7. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+class CallsGrammar:
+    """GBNF for calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
+
+    def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
+        self._format = format
+        self._rules = {"id": "[a-zA-Z0-9]{9}", "any": "[a-zA-Z0-9]{1,24}"}
+        calls = [self._call(f"tools[{i}].function.parameters", tool["function"]) for i, tool in enumerate(tools)]
+        self._rules["call"] = " | ".join(calls)
+
+    def text(self, begin: str, opened: str, many: bool, instead: str = "") -> str:
+        """The grammar: `begin`, then one call or several; `opened`, the first one's beginning, stands there already.
+
+        `instead` is a grammar of what may be written in place of the calls.
+        """
+        first, again = (self._literal(o + self._format.head) for o in (self._format.opens.lstrip(), self._format.again))
+        if opened:
+            first = self._literal((self._format.opens.lstrip() + self._format.head).removeprefix(opened))
+        more = f"({again} call){{0,7}}" if many and self._format.again else ""
+        root = f"{first} call {more} {self._literal(self._format.closes.rstrip())}"
+        root = f"{begin} ({root} | {self._included('instead-', instead)})" if instead else f"{begin} {root}"
+        return "\n".join(f"{name} ::= {body}" for name, body in {"root": root, **self._rules}.items()) + "\n"
+
+    def _rule(self, body: str) -> str:
+        name = f"c{len(self._rules)}"
+        self._rules[name] = body
+        return name
+
+    def _literal(self, text: str) -> str:
+        """A format's text, what it leaves open filled in."""
+        parts = (p for p in re.split(f"([{ID}{ANY}])", text) if p)
+        return " ".join({ID: "id", ANY: "any"}.get(p) or gbnf_literal(p) for p in parts) or '""'
+
+    def _call(self, where: str, function: dict[str, Any]) -> str:
+        schema = function.get("parameters") or {}
+        schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
+        name = function["name"] if self._format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
+        arguments = self._one_by_one(where, schema, self._format.params) if self._format.params else self._json(where, schema)
+        return self._rule(f"{gbnf_literal(name)} {self._literal(self._format.named)} {arguments}")
+
+    def _json(self, where: str, schema: Mapping[str, Any]) -> str:
+        """The rule for a JSON value; the schema's own rules get names of their own."""
+        return self._included(f"s{len(self._rules)}-", SchemaGrammar(where).compile(schema))
+
+    def _included(self, prefix: str, grammar: str) -> str:
+        """The root of another grammar, whose rules get names of their own."""
+        self._rules |= renamed(prefix, grammar)
+        return f"{prefix}root"
+
+    def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> str:
+        """Named arguments in their order, optional ones left out at will."""
+        separator = self._literal(params.closes) if params.quote else '""'
+        first = later = '""'
+        for key, kind in reversed(list((schema.get("properties") or {}).items())):
+            kind = {**kind, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if isinstance(kind, dict) else {}
+            closes = "" if params.quote else params.closes.replace(KEY, key)
+            begin, end = self._literal(params.opens + key + params.keyed), self._literal(closes)
+            one = self._rule(f"{begin} {self._value(f'{where}.properties.{key}', kind, params, closes.strip())} {end}")
+            required = key in (schema.get("required") or ())
+            with_it, behind = f"{one} {later}", f"{separator} {one} {later}"
+            first = self._rule(with_it if required else f"{with_it} | {first}")
+            later = self._rule(behind if required else f"{behind} | {later}")
+        return first
+
+    def _value(self, where: str, kind: dict[str, Any], params: Params, closes: str) -> str:
+        """One value: a string without quotes or in the family's, other types as JSON."""
+        quote, types = gbnf_literal(params.quote), types_of(kind)
+        if types and types != {"string"}:
+            return self._json(where, kind)
+        options = [kind["const"]] if isinstance(kind.get("const"), str) else kind.get("enum")
+        if options:
+            text = f"({' | '.join(gbnf_literal(o) for o in options)})"
+        else:
+            most = kind.get("maxLength")
+            text = f"{anything_but(closes or params.quote)}{{{kind.get('minLength') or 0},{'' if most is None else most}}}"
+        return f"{quote} {text} {quote}"
+
+
+def renamed(prefix: str, grammar: str) -> dict[str, str]:
+    """The rules of a grammar of ours, a line each, under names that begin with `prefix`."""
+    words = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|[A-Za-z][\w-]*')
+    rules = (line.partition(" ::= ")[::2] for line in grammar.splitlines())
+    return {prefix + name: words.sub(lambda m: m[0] if m[0][0] in '"[' else prefix + m[0], body) for name, body in rules}
+
+
+def behind(begin: str, grammar: str) -> str:
+    """A grammar of ours with something before it."""
+    if not begin:
+        return grammar
+    rules = {"root": f"{begin} main-root"} | renamed("main-", grammar)
+    return "\n".join(f"{name} ::= {body}" for name, body in rules.items()) + "\n"
+
+
+def anything_but(marker: str) -> str:
+    """A GBNF expression for one character or two of a text that never holds the marker, nor what looks much like it."""
+    first, second = (f"\\x{ord(c):02X}" if ord(c) < 256 else c for c in (marker + "  ")[:2])
+    if len(marker) == 1:
+        return f"[^{first}\\\\\\n]"
+    return f'([^{first}] | "{first}" [^{first}{second}])'
+
+
+# ── 9. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A Python function with type hints and a docstring is a tool; three are built in, and two of those start closed.
 
 
@@ -4992,7 +5001,7 @@ def is_global(address: str) -> bool:
     return not any(ip in network for network in SPECIAL_IPV4)
 
 
-# ── 8. Messages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 10. Pipe messages ─────────────────────────────────────────────────────────────────────────────────────────────────
 # What crosses the pipe between the server and an engine, and the pipe.
 
 
@@ -5229,7 +5238,7 @@ class Pipe:
         self.close()
 
 
-# ── 9. llama.cpp (child) ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── 11. llama.cpp (child) ─────────────────────────────────────────────────────────────────────────────────────────────
 # A narrow binding: vocabulary, model, context, sampler, text. Only this section imports llama_cpp.
 
 
@@ -5798,6 +5807,10 @@ class EmbeddingContext(Context):
         return bytes(vector.astype("<f4").tobytes())
 
 
+# ── 12. Sampling (child) ──────────────────────────────────────────────────────────────────────────────────────────────
+# How the next token is picked, what a grammar leaves to pick, and the text that tokens become.
+
+
 class Sampler:
     """Picks one sequence's tokens: greedy straight from the logits, else with llama.cpp's chain and its defaults.
 
@@ -6124,7 +6137,7 @@ class TextStream:
         return rest
 
 
-# ── 10. Scheduling (child) ────────────────────────────────────────────────────────────────────────────────────────────
+# ── 13. Scheduling (child) ────────────────────────────────────────────────────────────────────────────────────────────
 # Which sequences run, which wait, where their cells are, and what the next step computes.
 
 
@@ -6893,7 +6906,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
 
-# ── 11. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 14. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
 # The step loop, and what feeds it: one model, one llama.cpp context, continuous batching.
 
 
@@ -7472,7 +7485,7 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
     return MIB // 2  # the smallest default, macOS's
 
 
-# ── 12. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 15. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The parent's side of a child: starts it, carries messages, notices its death.
 
 
@@ -7785,7 +7798,7 @@ class Worker:
         self._end()
 
 
-# ── 13. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── 16. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
 # The life of each model: loading, loaded, unloading; what the names in requests mean; and the table of both.
 
 MakeWorker = Callable[[ModelInfo, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
@@ -8449,7 +8462,7 @@ class ModelTable:
         self._residents.close()
 
 
-# ── 14. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 17. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # The only way in for HTTP, WebSocket and command line.
 
 
@@ -8721,7 +8734,7 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
     return replace(request, sampling=replace(sampling, constraint=constraint, json_schema=None, grammar=None))
 
 
-# ── 15. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 18. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
 
 
@@ -9252,6 +9265,10 @@ class Rerank(Embeddings):
 
 
 # Answers as lists of blocks: Anthropic's Messages, OpenAI's Responses
+
+
+# ── 19. Dialects of blocks ────────────────────────────────────────────────────────────────────────────────────────────
+# Answers as lists of blocks: Anthropic's Messages, OpenAI's Responses.
 
 
 def listed(where: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -9958,7 +9975,7 @@ class Responses(BlockDialect):
         return error.document(openai=True)
 
 
-# ── 15b. Ollama and llama-server ──────────────────────────────────────────────────────────────────────────────────────
+# ── 20. Ollama and llama-server ───────────────────────────────────────────────────────────────────────────────────────
 # Two more APIs in their own shapes, and what the clients of all of them are told of models.
 
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
@@ -10505,8 +10522,8 @@ class LlamaInfill(LlamaCompletion):
         return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
 
 
-# ── 16. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The route table, the handler with its one try/except, server-sent events. One thread a connection.
+# ── 21. Connections ───────────────────────────────────────────────────────────────────────────────────────────────────
+# Who may call, what comes in, and whether the client is still there.
 
 
 @dataclass(frozen=True)
@@ -10935,6 +10952,10 @@ _KERNEL_SELECTORS = tuple(
 
 
 # Wires: documents to bytes
+
+
+# ── 22. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Wires from documents to bytes, the route table, the handler with its one try/except. One thread a connection.
 
 
 class Output(Protocol):
@@ -11837,7 +11858,7 @@ class Server(http.server.ThreadingHTTPServer):
             return bool(self._busy)
 
 
-# ── 17. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
+# ── 23. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
 # The asyncio listener on its side thread, started by the first upgrade; the HTTP side hands it connections.
 
 
@@ -12089,7 +12110,7 @@ class SocketListener:
             self._thread.join(1.0)
 
 
-# ── 18. Command line ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 24. Command line ──────────────────────────────────────────────────────────────────────────────────────────────────
 # One function a command. stdout carries the result, stderr the rest; 0 success, 1 failure, 2 usage. Ctrl-C ends us by
 # SIGINT (a shell shows 130), so that a loop around us stops too.
 
@@ -12671,7 +12692,7 @@ def check_packages() -> None:
             raise ImportError(f"{package} {installed} is too old, shimmy needs {wanted}: pip install -U {package}")
 
 
-# ── 19. generate ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 25. generate ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # The command that a running server may do as well as an engine of our own; and main.
 
 
