@@ -1224,7 +1224,7 @@ def test_escaped_surrogate_pair_is_one_character(server: Server) -> None:
 def test_null_and_unknown_fields_are_ignored(server: Server) -> None:
     names = ("max_tokens", "temperature", "stream", "top_p", "seed", "stop", "ignore_eos")
     nulls: dict[str, Any] = dict.fromkeys(names)
-    assert server.generate(**nulls, colour="blue", options={"deep": [1]}).text == "Hello wide world"
+    assert server.generate(**nulls, colour="blue", settings={"deep": [1]}).text == "Hello wide world"
 
 
 def test_range_limits_are_inclusive(server: Server) -> None:
