@@ -50,9 +50,11 @@ if sys.path[0] == '':
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 loader = SourceFileLoader('shimmy', path)
-kept, sys.pycache_prefix = sys.pycache_prefix, prefix or sys.pycache_prefix
+kept = sys.pycache_prefix, sys.dont_write_bytecode
+if prefix:
+    sys.pycache_prefix, sys.dont_write_bytecode = prefix, False
 code = loader.get_code('shimmy')
-sys.pycache_prefix = kept
+sys.pycache_prefix, sys.dont_write_bytecode = kept
 module = sys.modules['shimmy'] = module_from_spec(spec_from_loader('shimmy', loader))
 exec(code, vars(module))
 sys.exit(getattr(module, entry)())
@@ -63,7 +65,8 @@ def child_command(entry: str, *arguments: str) -> list[str]:
     """The command line of a process that runs the function `entry` of this file, without compiling the file anew.
 
     The cached bytecode is Python's own kind, checked against the file's size and time before it is used. It lies in
-    __pycache__ beside the file, or in the user's cache where that cannot be written, or others may write it too.
+    __pycache__ beside the file, or in the user's cache where that cannot be written, others may write it too, or
+    PYTHONDONTWRITEBYTECODE (as in many containers) wants no file there.
     """
     path = os.path.realpath(__file__)
     flags = ["-B"] if sys.dont_write_bytecode else []
@@ -79,7 +82,8 @@ def _bytecode_prefix(path: str) -> str:
     if time.time() - source.st_mtime < 2.0:  # bytecode knows the second of its source: another change may come within it
         return os.devnull
     owners = {0, source.st_uid}  # who may change the bytecode must be who may change the file
-    if sys.pycache_prefix or _trusted(beside if os.path.isdir(beside) else os.path.dirname(path), owners, beside):
+    folder = beside if os.path.isdir(beside) else os.path.dirname(path)
+    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted(folder, owners, beside)):
         return ""
     own = os.path.join(user_cache(), "bytecode")
     try:
@@ -115,6 +119,8 @@ def restart_from_bytecode() -> None:
 
     Only a server lives long enough for that to matter more than the 15 ms it takes.
     """
+    if _bytecode_prefix(os.path.realpath(__file__)) == os.devnull:
+        return  # there is none, and to compile twice would take longer
     options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]  # the interpreter's own
     python, *rest = child_command("main", *sys.argv[1:])
     try:
