@@ -9986,9 +9986,8 @@ class Responses(BlockDialect):
 
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
 OLLAMA_FIELDS = ("options", "raw", "keep_alive", "suffix", "context", "template", "images", "think", "format")
-OLLAMA_UNUSED: dict[str, Check] = {  # options that are checked, and decided when the model is loaded, or not served
-    "num_ctx": whole(1), "num_batch": whole(1), "num_keep": whole(-1), "num_thread": whole(0), "repeat_last_n": whole(-1),
-    "typical_p": number(0, 1),
+OLLAMA_UNUSED = {  # options that are checked, but decided when the model is loaded
+    "num_ctx": whole(1), "num_batch": whole(1), "num_keep": whole(-1), "num_thread": whole(0)
 }  # fmt: skip
 MAX_KEEP = 1e9  # seconds, 31 years: a date that every client can read
 GO_DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h))+|\d{1,9})")
@@ -10419,16 +10418,6 @@ def picked(document: dict[str, Any], names: Seq[str]) -> dict[str, Any]:
     return found
 
 
-def llama_biases(name: str, value: Any) -> Any:
-    """llama-server's logit_bias: also a list of pairs, token id and bias, where false bans the token."""
-    if not isinstance(value, list):
-        return value
-    for i, pair in enumerate(value):
-        if not isinstance(pair, list) or len(pair) != 2 or not _is_ids(pair[:1]):
-            raise InvalidRequest(f"{name}[{i}] must be a token id and a number or false, not {_said(pair)}", name)
-    return {str(id): -100 if bias is False else bias for id, bias in value}
-
-
 class LlamaServer(Dialect):
     """The shape of llama-server's errors."""
 
@@ -10448,8 +10437,7 @@ class LlamaCompletion(LlamaServer):
         self._limit = optional(body, "n_predict", whole(-1))
         count, seed = optional(body, "n_probs", whole(0, 20), 0), optional(body, "seed", whole(), -1)
         optional(body, "n_cmpl", whole(1, 1))
-        biases = llama_biases("logit_bias", body.get("logit_bias"))
-        own: dict[str, Any] = {"seed": seed if seed >= 0 else None, "logit_bias": biases}
+        own: dict[str, Any] = {"seed": seed if seed >= 0 else None}
         if self._limit is not None:
             own["max_tokens"] = self._limit or 1  # 0: the prompt is read into the cache; what comes of it is not shown
         request = GenerateRequest(
