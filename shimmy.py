@@ -5034,6 +5034,7 @@ class EngineOptions:
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
     mmap: bool = knob(True, "map the weights from the file instead of reading them")
     lora: tuple[str, ...] = knob((), "LoRA adapter to apply (repeatable)", metavar="FILE")
+    chat_template: str | None = knob(None, "chat template (jinja) in place of the model's own", metavar="FILE")  # its text
 
 
 @dataclass(frozen=True)
@@ -5565,6 +5566,8 @@ class Llama:
             source = c.llama_model_chat_template(self.model, name)
             if source and source.decode("utf-8", "replace") not in templates.values():
                 templates[(name or b"").decode()] = source.decode("utf-8", "replace")
+        if options.chat_template:
+            templates = {"": options.chat_template}
         if not templates and not self.embedding:
             self.notes.append("the model has no chat template; chats are written in ChatML")
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
@@ -12249,6 +12252,8 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--lines", action="store_true", help="each line of standard input is a prompt (behind --prompt, if given); "
                      "several run at once, and one line of JSON each is printed in order")  # fmt: skip
     sub.add_argument("--schema", metavar="FILE", help="answer with JSON that fits this JSON schema")
+    sub.add_argument("--tool", action="append", default=[], metavar="NAME", help="a built-in tool that a chat may use, such as "
+                     "calculator (repeatable)")  # fmt: skip
     sub.add_argument("--local", action="store_true", help="never ask a running server")
     _address_flags(sub)
     group = sub.add_argument_group("sampling")
@@ -12305,6 +12310,11 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
     for file in given["lora"]:
         if not os.path.isfile(file):
             raise UsageError(f"--lora {file}: there is no such file")
+    if given["chat_template"]:
+        try:
+            given["chat_template"] = pathlib.Path(given["chat_template"]).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise UsageError(f"--chat-template {given['chat_template']}: {getattr(error, 'strerror', None) or error}") from None
     return EngineOptions(**{k: v for k, v in given.items() if v is not None})
 
 
@@ -12926,8 +12936,12 @@ def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
 
 def generate_body(args: argparse.Namespace, generator: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
     """The /api/generate body: a chat where the model has a template, unless --raw or --chat decide."""
-    chat = args.chat or (not args.raw and generator.has_template is not False)
-    said = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    chat = args.chat or (not args.raw and (generator.has_template is not False or args.chat_template is not None))
+    if args.tool and not chat:
+        raise UsageError("--tool needs a chat: give --chat, and no --raw")
+    said: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+    if args.tool:
+        said["tools"] = [{"type": "builtin", "name": name} for name in args.tool]
     return {"model": generator.model} | said | sampling
 
 

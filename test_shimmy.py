@@ -2926,6 +2926,15 @@ def test_free_choice_is_not_constrained(choice: str) -> None:
     assert chat(FAMILIES["hermes"]).constraint(asked(("user", "Hi"), tools=tuple(FORCED), tool_choice=choice), ("",)) is None
 
 
+def test_special_tokens_are_found_in_time_linear_in_the_text() -> None:
+    """Gemma 3 names 6,000 tokens `<unused…>`: an alternation of them all took 5 s for this text."""
+    names = module.SpecialNames([f"<unused{i}>" for i in range(6000)] + ["<bos>", "[INST]"])
+    began = time.monotonic()
+    assert not names.found_in("<unused" * 32_000)
+    assert names.split("a<unused77>b<bos>", "|") == "a<|unused77>b<|bos>"
+    assert time.monotonic() - began < 2
+
+
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A JSON schema constrains what the model writes, or is rejected.
 
@@ -9447,6 +9456,18 @@ def test_ws_requests_are_logged(serve: Callable[..., Server], models: Path) -> N
     assert line
 
 
+def test_ws_request_during_shutdown_is_refused(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    with own.ws() as idle, own.endless() as stream:
+        next(stream)
+        own.signal(signal.SIGTERM)
+        eventually(lambda: "shutting down" in own.log.read_text(), "it shuts down")
+        time.sleep(0.3)
+        idle.send(json.dumps({"model": "recital", "prompt": ":"}))
+        assert json.loads(idle.recv(timeout=HANG))["error"]["code"] == "overloaded"
+    assert own.process.wait(HANG) == 0
+
+
 # ── Lifecycle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The server exits on a signal, lets streams finish, and leaves no process behind.
 
@@ -10568,6 +10589,22 @@ def test_generate_lines_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: 
 
 
 _ = (linux, shutil)
+
+
+def test_generate_lets_a_chat_use_a_built_in_tool(tmp_path: Path) -> None:
+    done = shimmy("generate", "shimmy-tiny", "--local", "--chat", "--tool", "calculator", "--temperature", "0",
+                  "--prompt", "What is 12 * 34?", home=tmp_path, env={"SHIMMY_MODEL_PATHS": str(REPO / "models")})  # fmt: skip
+    assert b"408" in done.stdout, done.stderr
+    assert_failed(shimmy("generate", "shimmy-tiny", "--raw", "--tool", "calculator", "--prompt", "x", home=tmp_path), 2, "--tool")
+
+
+def test_chat_template_flag_replaces_the_models_own(models: Path, tmp_path: Path) -> None:
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[-1].content[::-1] }}")
+    flags = ("--models-dir", models, "--chat-template", template, "--prompt", ":S")
+    assert shimmy("generate", "recital", *flags, home=tmp_path).stdout.decode().strip() == TEXTS[":"]
+    missing = shimmy("generate", "recital", "--chat-template", tmp_path / "none.jinja", "--prompt", "x", home=tmp_path)
+    assert_failed(missing, 2, "--chat-template", "none.jinja")
 
 
 # ── What the shared servers logged ────────────────────────────────────────────────────────────────────────────────────
