@@ -2396,6 +2396,7 @@ def _position(word: str, text: str, start: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def compiled_template(source: str) -> Any:
+    """A template ready to render; the last few are kept."""
     return chat_environment().from_string(source)
 
 
@@ -8986,17 +8987,26 @@ def _named_function(choice: Any) -> str:
     return str(function["name"])
 
 
-EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+def one_of(where: str, value: Any, known: Iterable[str]) -> str:
+    """A string out of several."""
+    if not isinstance(value, str) or value not in known:
+        raise InvalidRequest(f"{where} must be one of {', '.join(known)}, not {_said(value)}", where)
+    return value
+
+
+def effort_args(where: str, effort: Any) -> dict[str, Any]:
+    """How much to think, as templates want it: they know low, medium and high."""
+    if effort is None:
+        return {}
+    known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
+    value = known[one_of(where, effort, known)]
+    return {"enable_thinking": False} if value is None else {"reasoning_effort": value}
 
 
 def read_template_args(body: Mapping[str, Any]) -> dict[str, Any]:
     """What the chat template is told: chat_template_kwargs, and before them what reasoning_effort means."""
-    effort = body.get("reasoning_effort")
-    if effort is not None and effort not in EFFORTS:
-        raise InvalidRequest(f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {_said(effort)}", "reasoning_effort")
-    said = {} if effort is None else {"reasoning_effort": effort}
-    thinks = {"enable_thinking": False} if effort == "none" else {}
-    return said | thinks | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
+    told = effort_args("reasoning_effort", body.get("reasoning_effort"))
+    return told | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
 
 
 def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
@@ -9290,13 +9300,6 @@ def given(body: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if body.get(name) is None else body[name]
 
 
-def one_of(where: str, value: Any, known: Iterable[str]) -> str:
-    """A string out of several."""
-    if not isinstance(value, str) or value not in known:
-        raise InvalidRequest(f"{where} must be one of {', '.join(known)}, not {_said(value)}", where)
-    return value
-
-
 def text_parts(where: str, content: Any, kinds: Seq[str], between: str = "") -> str:
     """A string as it is, or the texts of a list of parts of these types, joined."""
     if isinstance(content, str):
@@ -9335,15 +9338,6 @@ def bounded(functions: Seq[Any]) -> tuple[Any, ...]:
 def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) -> str:
     """The name of one of the functions offered, which the model must call."""
     return one_of(where, name, [f["function"]["name"] for f in functions])
-
-
-def effort_args(where: str, effort: Any) -> dict[str, Any]:
-    """How much to think, as templates want it: they know low, medium and high."""
-    if effort is None:
-        return {}
-    known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
-    value = known[one_of(where, effort, known)]
-    return {"enable_thinking": False} if value is None else {"reasoning_effort": value}
 
 
 @dataclass
@@ -10317,6 +10311,7 @@ def context_of(service: Service, info: ModelInfo, resident: Resident | None) -> 
 
 
 def template_of(metadata: Mapping[str, Any]) -> str:
+    """The chat template in a model file, "" without one."""
     return str(metadata.get("tokenizer.chat_template") or "")
 
 
@@ -10340,6 +10335,7 @@ def ollama_model(info: ModelInfo) -> dict[str, Any]:
 
 
 def ollama_details(info: ModelInfo) -> dict[str, Any]:
+    """A model's `details`, as every list of Ollama's has them."""
     return {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
             "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
 
@@ -11313,6 +11309,7 @@ def answer_tokenize(call: Call) -> Answer:
 
 
 def text_or_bytes(piece: bytes) -> str | list[int]:
+    """A token's text; its bytes as numbers where they are no whole characters, as llama-server has it."""
     try:
         return piece.decode()
     except UnicodeDecodeError:
@@ -13197,6 +13194,7 @@ def main(argv: Seq[str] | None = None) -> int:
 
 
 def run_command(args: argparse.Namespace) -> int:
+    """Runs the command that was parsed, once the packages it needs are there."""
     if args.command in ("serve", "probe"):
         check_packages()
     code = args.run(args)
