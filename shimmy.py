@@ -5997,9 +5997,11 @@ class Grammar:
         """Raises InvalidRequest for a grammar llama.cpp refuses."""
         self._llama, self._vocab = llama, llama.vocab
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
+        llama.log_lines.clear()
         self._handle = llama.c.llama_sampler_init_grammar(llama.vocab.handle, constraint.grammar.encode(), b"root")
         if not self._handle:
-            raise InvalidRequest(f"{constraint.param}: it makes a grammar that is too large for llama.cpp", constraint.param)
+            own = "llama.cpp cannot read it" if constraint.param == "grammar" else "llama.cpp refuses the grammar it makes"
+            raise InvalidRequest(f"{constraint.param}: {llama.reason(own)}"[:300], constraint.param)
         if self._marker:
             _ = llama.vocab.byte_tokens  # made here, in the tokenizing thread, not in the step loop
 
@@ -12318,7 +12320,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
 def make_service(args: argparse.Namespace, model: str | None = None, **more: Any) -> Service:
     """A Service over the models this command line and environment name; `model` may be a path."""
     base = os.environ.get("SHIMMY_BASE_GGUF")
-    default = model or base
+    default = (model if model != "default" else None) or base
     files = [os.path.expanduser(p) for p in (model, base) if p and is_path(p)]
     for file in files:
         if not os.path.isfile(file):
@@ -12740,10 +12742,11 @@ def own_engine(args: argparse.Namespace) -> OwnEngine:
     """Raises UsageError for a MODEL that looks like the prompt, as `generate "Tell me a joke"` has it."""
     try:
         return OwnEngine(args)
-    except ModelNotFound:
-        if args.model and " " in args.model and args.prompt is None:
-            advice = "say --prompt TEXT, or name the model before it"
-            raise UsageError(f"no model is called '{printable(args.model, 60)}'; if that is the prompt, {advice}") from None
+    except ModelNotFound as error:
+        if args.model and args.prompt is None:
+            there = error.hint.partition(";")[0].rstrip(")") + ")" if error.hint else ""
+            called, advice = printable(args.model, 60), "say --prompt TEXT, or name the model before it"
+            raise UsageError(f"no model is called '{called}'{there}; if that is the prompt, {advice}") from None
         raise
 
 
@@ -12921,8 +12924,10 @@ def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
     given = {f.name: getattr(args, f.name) for f in fields(Sampling) if f.metadata.get("help")}
     given = {name: value for name, value in given.items() if value is not None}
     if args.schema:
-        with open(args.schema, "rb") as file:
-            given["json_schema"] = parse_json(file.read(), f"--schema {args.schema}:")
+        try:
+            given["json_schema"] = parse_json(pathlib.Path(args.schema).read_bytes(), f"--schema {args.schema}:")
+        except OSError as error:
+            raise OSError(f"--schema {args.schema}: {error.strerror or error}") from None
     try:
         Native({"model": "default", "prompt": ""} | given)
     except InvalidRequest as error:
@@ -13059,7 +13064,7 @@ class Collected(Wire):
 
 def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
     """Answers every line of standard input in order, each with one line of JSON; 1 if any failed."""
-    failed = False
+    failed = cut = 0
     line = WaitingLine(lambda: waiting_for(generator), generator.poll_seconds)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
@@ -13068,9 +13073,12 @@ def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: di
         for document in line_documents(args, generator, sampling):
             line.clear()
             print(json.dumps(document), flush=True)
-            cut = bool(args.schema) and document.get("choices", [{}])[0].get("finish_reason") == "length"
-            failed = failed or cut or "error" in document
-    return int(failed)
+            cut += document.get("choices", [{}])[0].get("finish_reason") == "length"
+            failed += "error" in document
+    for count, what in ((failed, "failed: see their error"), (cut, "reached --max-tokens or the context's end")):
+        if count:
+            print(f"shimmy: {count} line{'s' * (count != 1)} {what}", file=sys.stderr)
+    return int(failed > 0 or (cut > 0 and bool(args.schema)))
 
 
 def line_documents(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:

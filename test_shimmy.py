@@ -5658,6 +5658,13 @@ def test_chat_response_format_holds_the_answer_to_json(tiny: Server) -> None:
     assert reply.message["content"].startswith("{")
 
 
+@pytest.mark.parametrize("grammar", ["root := bad", 'foo ::= "a"', "root ::= undefinedrule", 'root ::= ("a"'],
+                         ids=["a wrong sign", "no root", "an unknown rule", "an open bracket"])  # fmt: skip
+def test_chat_grammar_that_cannot_be_read_says_why(grammar: str, server: Server) -> None:
+    error = assert_error(server.chat("hi", grammar=grammar), 400, "invalid_request", "grammar", "cannot read")
+    assert len(error["message"]) > len("grammar: llama.cpp cannot read it") + 5
+
+
 def test_chat_grammar_holds_the_answer(server: Server) -> None:
     assert server.chat("hi", "dice", grammar='root ::= "yes" | "no"', temperature=1).message["content"] in ("yes", "no")
 
@@ -10566,6 +10573,7 @@ def test_generate_lines_with_a_line_that_fails_goes_on_and_exits_1(models: Path,
     first, long, empty, last = lines_of(done)
     assert done.returncode == 1 and first["choices"][0]["text"] == last["choices"][0]["text"] == TEXTS[":"]
     assert long["error"]["code"] == "context_length_exceeded" and empty["error"]["code"] == "invalid_request"
+    assert b"2 lines failed" in done.stderr
 
 
 def test_generate_lines_answers_a_line_before_the_next_one_comes(models: Path, tmp_path: Path) -> None:
