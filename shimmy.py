@@ -121,7 +121,10 @@ def restart_from_bytecode() -> None:
     """
     if _bytecode_prefix(os.path.realpath(__file__)) == os.devnull:
         return  # there is none, and to compile twice would take longer
-    options = sys.orig_argv[1 : len(sys.orig_argv) - len(sys.argv)]  # the interpreter's own
+    at = len(sys.orig_argv) - len(sys.argv)
+    options = sys.orig_argv[1:at]  # the interpreter's own
+    if sys.orig_argv[at] != sys.argv[0] or "-m" in options or "-c" in options:
+        return  # another program runs us, which would be lost
     python, *rest = child_command("main", *sys.argv[1:])
     try:
         os.execv(python, [python, *options, *rest])
@@ -207,6 +210,7 @@ MAX_INPUTS = 2048  # of an embedding request, OpenAI's bound
 MAX_TOKENIZED = MIB  # characters of /tokenize: about a second; a quarter as many tokens of /detokenize
 MAX_TOOLS = 128
 MAX_TOOL_ROUNDS = 8  # of built-in tools called in one answer
+MAX_TOOL_RESULT = 8000  # characters that the model reads of one, some 2,000 tokens: the context must hold several
 TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
@@ -1955,6 +1959,7 @@ class Chat:
 
     def __init__(self, facts: ChatFacts, helpers: Helpers) -> None:
         self.facts, self._helpers = facts, helpers
+        self._format: ChatFormat | None = None  # once it is derived
         self._templates = dict(facts.templates) or {"": CHATML}
         self._names = SpecialNames(facts.specials)
         self.stops = () if facts.templates else tuple(m for m in CHATML_MARKS if m not in facts.specials)
@@ -2091,14 +2096,17 @@ class Chat:
             return f"({gbnf_literal(opens)} {anything_but(closes)}* {gbnf_literal(closes)} [ \\n]{{0,2}})?", None
         return "", None
 
-    @functools.cached_property
+    @property
     def format(self) -> ChatFormat:
         """How the model writes thoughts and calls."""
+        if self._format:
+            return self._format
         derivation = Derivation(self._templates, self.facts.bos, self.facts.eos, self.facts.ends)
         try:
             format: ChatFormat = self._helpers.run(derivation)
         except HelperFailed:  # a template that runs away here is refused when it renders
             return ChatFormat()
+        self._format = format
         return format
 
     @functools.cached_property
@@ -2236,14 +2244,14 @@ class Helpers:
 
     def warm(self) -> None:
         """Starts a process unless one waits: its start then overlaps with a model's load."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):  # whoever needs it tells
             if not self._idle and not self._closed:
                 self._idle.append(Helper())
 
     def run(self, task: Any) -> Any:
         """The value of `task.run()` in a helper. Raises HelperFailed with the reason, Overloaded when all stay busy."""
         if not self._free.acquire(timeout=HELPER_SECONDS * 4):
-            raise Overloaded(f"{MAX_HELPERS} chat templates run away at once")
+            raise Overloaded(f"{MAX_HELPERS} chat templates take long at once")
         try:
             outcome = self._outcome(task)
         finally:
@@ -2254,15 +2262,22 @@ class Helpers:
 
     def _outcome(self, task: Any) -> Outcome:
         with self._lock:
-            helper, fresh = (self._idle.pop(), False) if self._idle else (Helper(), True)
+            idle = self._idle.pop() if self._idle else None
+        try:
+            helper = idle or Helper()
+        except OSError as error:
+            raise Overloaded(f"The system starts no more processes ({error.strerror})") from None
         try:
             outcome = helper.run(task)
         except (EOFError, OSError, ValueError):
             helper.end()
             if helper.timed_out:
                 return Outcome(error=f"it takes over {HELPER_SECONDS:g} seconds")
-            return Outcome(error="it ended the process that ran it") if fresh else self._outcome(task)
-        self._keep(helper)
+            return self._outcome(task) if idle else Outcome(error="it ended the process that ran it")
+        if helper.timed_out:  # killed behind its answer
+            helper.end()
+        else:
+            self._keep(helper)
         return outcome
 
     def _keep(self, helper: Helper) -> None:
@@ -2291,9 +2306,14 @@ def helper_main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Pipe(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
+    alarm = getattr(signal, "setitimer", lambda *_: None)  # ends a runaway whose server was killed, by SIGALRM
     with contextlib.suppress(EOFError, OSError):
         while True:
-            pipe.send(_outcome_of(pipe.receive()))
+            task = pipe.receive()
+            alarm(getattr(signal, "ITIMER_REAL", 0), 4 * HELPER_SECONDS)
+            outcome = _outcome_of(task)
+            alarm(getattr(signal, "ITIMER_REAL", 0), 0)
+            pipe.send(outcome)
 
 
 def _outcome_of(task: Any) -> Outcome:
@@ -2743,7 +2763,7 @@ class Parser:
 
 
 Reading = Generator[None, None, Any]  # a coroutine that waits for text at each yield
-PAIR = r'\s*"[^"\\]*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{)\s*'  # in a JSON object; or it begins an inner one
+PAIR = r'"[^"\\]*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{)'  # in a JSON object; or it begins an inner one
 MAX_HEADER = 512  # characters from a call's marker to its arguments
 
 
@@ -2780,7 +2800,7 @@ class Opener:
             behind = r"(?=[^\w.-])" if not self.format.named.strip() else ""
             return re.compile(rf"\s*{flexible(self.prefix)}(?P<name>{names}){behind}{flexible(self.format.named.rstrip())}", re.S)
         name, arguments = map(re.escape, self.format.keys)
-        inside = rf'(?:(?!\s*"(?:{name}|{arguments})"){PAIR},?)*?\s*"{name}"\s*:\s*"(?P<name>[^"\\]*)"'
+        inside = rf'\s*(?:(?!"(?:{name}|{arguments})"){PAIR}\s*(?:,\s*)?)*?"{name}"\s*:\s*"(?P<name>[^"\\]*)"'
         inside = inside if name else r'\s*"(?P<name>[^"\\]*)"\s*:\s*(?=\S)'
         whole = rf"{flexible(self.prefix)}\s*(?:\[\s*)?(?P<object>\{{{inside})"
         return re.compile(whole.replace(r"\s*\s*", r"\s*"), re.S)  # two in a row would be tried in every division
@@ -3192,7 +3212,7 @@ class ChatParser(Parser):
     def _object(self, keys: tuple[str, str] | None, depth: int) -> Reading:
         """Arguments that are a JSON object, or its text in a string; then the rest of the `depth` objects around them."""
         if keys and keys[1]:
-            between = re.compile(rf'\s*(?:,{PAIR})*?,\s*"{re.escape(keys[1])}"\s*:\s*(?=\S)')
+            between = re.compile(rf'\s*(?:,\s*{PAIR}\s*)*?,\s*"{re.escape(keys[1])}"\s*:\s*(?=\S)')
             while not (found := between.match(self._buffer)):
                 rest = self._buffer.lstrip()
                 if self._reason or rest[:1] not in ("", ",") or len(rest) > MAX_HEADER:
@@ -5945,6 +5965,11 @@ class Sampler:
             token = int(logits.argmax())
         return -1 if token in self.never else token
 
+    def closing(self, token: int) -> Seq[int]:
+        """The tokens that close a thought in which the model would end its text, although the grammar's begins behind it."""
+        grammar = self.grammar
+        return grammar.closing if grammar and grammar.is_awaited and token in self.llama.vocab.eog else ()
+
     def force(self, token: int) -> None:
         """Takes a token that was not picked."""
         if self.chain:
@@ -5987,6 +6012,19 @@ class Sampler:
         self.chain = self.grammar = None
 
 
+@contextlib.contextmanager
+def silenced_stderr() -> Iterator[None]:
+    """Lets native code print nothing while the block runs."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on.
 
@@ -5998,12 +6036,21 @@ class Grammar:
         self._llama, self._vocab = llama, llama.vocab
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         llama.log_lines.clear()
-        self._handle = llama.c.llama_sampler_init_grammar(llama.vocab.handle, constraint.grammar.encode(), b"root")
+        with silenced_stderr():  # llama.cpp prints a client's grammar there, control characters and all
+            self._handle = llama.c.llama_sampler_init_grammar(llama.vocab.handle, constraint.grammar.encode(), b"root")
         if not self._handle:
             own = "llama.cpp cannot read it" if constraint.param == "grammar" else "llama.cpp refuses the grammar it makes"
             raise InvalidRequest(f"{constraint.param}: {llama.reason(own)}"[:300], constraint.param)
+        self.closing: Seq[int] = ()
         if self._marker:
             _ = llama.vocab.byte_tokens  # made here, in the tokenizing thread, not in the step loop
+            if constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
+                self.closing = llama.vocab.tokens_of(f"\n{(constraint.after or '').strip()}\n\n")
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether the marker has not come yet."""
+        return bool(self._marker)
 
     def admits(self, token: int) -> bool:
         """Whether this token may come next; what stands behind the marker in the token that ends it must fit already."""
@@ -6267,7 +6314,10 @@ class Sequence:
         """The forced token whose turn it is, else what the sampler picks; -1 when nothing may follow."""
         assert self.sampler
         if not self.forced:
-            return self.sampler.pick(logits, row)
+            token = self.sampler.pick(logits, row)
+            self.forced.extend(self.sampler.closing(token))
+            if not self.forced:
+                return token
         token = self.forced.popleft()
         self.sampler.force(token)
         return token
@@ -7662,8 +7712,8 @@ class Worker:
                 child_command("engine_main"),
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
             )  # fmt: skip
-        assert self.process.stdin and self.process.stdout
-        self._pipe = Pipe(self.process.stdout, self.process.stdin)
+            assert self.process.stdin and self.process.stdout
+            self._pipe = Pipe(self.process.stdout, self.process.stdin)
         try:
             for work in (self._read, self._write, self._watch):
                 threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
@@ -8469,6 +8519,12 @@ class ModelTable:
         with self._changed:
             return [e.worker for e in self._residents.entries.values() if e.worker]
 
+    def end_waits(self) -> None:
+        """Refuses whoever waits for a model from now on; those that have one go on."""
+        with self._changed:
+            self._residents.closed = True
+            self._changed.notify_all()
+
     def close(self) -> None:
         """Ends every wait and every child; idempotent."""
         self._residents.close()
@@ -8661,6 +8717,9 @@ class ToolLoop:
             raise InvalidRequest("built-in tools need messages, and n to be 1", "tools")
         self._tools, self._cancel = tools, cancel
         offered = tuple(tools.function(name) for name in request.builtins)
+        twice = {t["function"]["name"] for t in request.tools} & set(request.builtins)
+        if twice:
+            raise InvalidRequest(f"tools: {', '.join(sorted(twice))} is both a function and a built-in tool", "tools")
         self._request = replace(request, tools=(*request.tools, *offered), split_markers=True)
         self._deadline = time.monotonic() + TOOL_LOOP_SECONDS
         self._used: list[Usage] = []
@@ -8676,7 +8735,7 @@ class ToolLoop:
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
                 yield from self._passed_on(events, first=count == 0)
             ours = [call for call in self._calls.values() if call.name in self._request.builtins]
-            results = [self._execute(call) for call in ours]
+            results = [self._execute(call) for call in ours if self._reason != "length"]  # a call that was cut is not run
             yield from results
             if not results or self._client_calls or self._reason == "length":
                 break
@@ -8708,7 +8767,9 @@ class ToolLoop:
         """Runs a call; what is wrong with it is told to the model."""
         self._cancel.check()
         try:
-            answer = self._tools.execute(call.name, parse_json(call.arguments.encode("utf-8", "replace"), "The arguments"))
+            answer = self._tools.execute(
+                call.name, parse_json(call.arguments.encode("utf-8", "replace"), "The arguments"), self._cancel
+            )
         except ApiError as error:
             answer = {"result": None, "error": str(error)}
         return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])
@@ -8724,6 +8785,8 @@ class ToolLoop:
         turns = [{"role": "assistant", "content": "".join(self._said), "tool_calls": said}]
         for result in results:
             content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
+            if len(content) > MAX_TOOL_RESULT:
+                content = f"{content[:MAX_TOOL_RESULT]}\n(cut: {len(content)} characters in all)"
             turns.append({"role": "tool", "tool_call_id": result.id, "name": result.name, "content": content})
         self._request = replace(self._request, messages=(*(self._request.messages or ()), *turns), tool_choice="auto")
 
@@ -10890,8 +10953,8 @@ class Watcher:
         """
         with self._lock:
             if not self._started:
-                self._started = True
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
+                self._started = True
             self._selector.register(connection, selectors.EVENT_READ, Watched(connection, cancel, probe))
         if not isinstance(self._selector, _KERNEL_SELECTORS):
             self._there.send(b"\0")  # select() and poll() look at a new socket only when called anew
@@ -11200,7 +11263,7 @@ def answer_tools(call: Call) -> Answer:
 
 def answer_execute(call: Call) -> Answer:
     """Runs a tool on the arguments in the body."""
-    return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}")))
+    return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}"), call.cancel))
 
 
 def answer_upgrade(call: Call) -> Answer:
@@ -11420,7 +11483,7 @@ ROUTES = (
     *_route("POST /apply-template", answer_template, needs_body=True, errors=LlamaServer),
     *_route("GET /props", answer_props, errors=LlamaServer),
     *_route("GET /slots", answer_slots, errors=LlamaServer),
-    *_route("GET /v1/health", answer_ok, errors=LlamaServer),
+    *_route("GET /v1/health", answer_ok, errors=LlamaServer, keyless=True),
 )
 
 
@@ -11837,6 +11900,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.stopping = True
         self.shutdown()
         self.server_close()
+        self.service.table.end_waits()
         self._await_quiet(grace)
         for worker in self.service.table.workers():
             worker.fail_all(Overloaded("The server is shutting down"))
@@ -11898,13 +11962,28 @@ class CountedSocket(socket.socket):
             closed()
 
 
-@dataclass(frozen=True)
 class SocketRequest:
-    """A request on a WebSocket: its message, and the way to cancel it."""
+    """A request on a WebSocket: its message until that is parsed, and the way to cancel it."""
 
-    message: bytes
-    owner: str
-    cancel: Cancellation = field(default_factory=Cancellation)
+    def __init__(self, message: bytes, owner: str) -> None:
+        """Waits for its room in READING. Raises Overloaded when there is none."""
+        self.message, self.owner, self.cancel = message, owner, Cancellation()
+        self._held = len(message) if len(message) > READ_FREE else 0
+        if self._held:
+            READING.take(self._held)
+
+    def body(self) -> dict[str, Any]:
+        """The parsed message, which is kept no longer."""
+        try:
+            return parse_object(self.message, "The message")
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Gives the message's room back; idempotent."""
+        held, self._held, self.message = self._held, 0, b""
+        if held:
+            READING.give(held)
 
 
 class SocketFrames(Wire):
@@ -12018,6 +12097,7 @@ class SocketListener:
             answering.cancel()
             for request in requests:
                 request.cancel.cancel()
+                request.release()
 
     @staticmethod
     async def _message(connection: Any) -> bytes:
@@ -12050,10 +12130,13 @@ class SocketListener:
                 raise Overloaded("The server is shutting down")
             if len(requests) >= self.PENDING or sum(len(r.message) for r in requests) + len(message) > 2 * MAX_BODY:
                 raise Overloaded(f"{len(requests)} requests wait on this connection already")
+            owner = self.server.access.owner(connection.request.headers)
+            large = len(message) > READ_FREE  # and may have to wait for its room
+            request = await asyncio.to_thread(SocketRequest, message, owner) if large else SocketRequest(message, owner)
         except ApiError as error:
             await connection.send(to_json(NativeSocket.error(error)).decode())
             return
-        requests.append(SocketRequest(message, self.server.access.owner(connection.request.headers)))
+        requests.append(request)
 
     @staticmethod
     def _is_cancel(message: bytes) -> bool:
@@ -12090,7 +12173,7 @@ class SocketListener:
         line, door = RequestLog("WS /ws/generate"), SocketFrames(say)
 
         def work() -> None:
-            dialect = line.dialect = NativeSocket(parse_object(request.message, "The message"))
+            dialect = line.dialect = NativeSocket(request.body())
             dialect.owner, line.status = request.owner, 200
             deliver(dialect, dialect.events(self.server.service, request.cancel), door)
 

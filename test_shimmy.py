@@ -2356,6 +2356,14 @@ def test_thought_only_begins_an_answer(case: str, whole: bool) -> None:
     assert (said["thought"], said["text"]) == (thought, content)
 
 
+def test_pairs_with_blanks_between_cost_linear_time() -> None:
+    """Each blank could stand on either side of a missing comma: 140 characters held the interpreter for 13 s."""
+    text = "<tool_call>\n{" + ('"x": 1' + " " * 12) * 20 + "!"
+    began = time.monotonic()
+    assert parsed(text, text, tools=True)["text"] == text
+    assert time.monotonic() - began < 2
+
+
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
 def test_call_that_was_cut_has_what_came_and_nothing_else(whole: bool) -> None:
     text = 'Well <tool_call>\n{"name": "get_weather", "arguments": {"ci'
@@ -2458,9 +2466,10 @@ def test_token_that_would_break_the_schema_behind_the_thought_never_comes(thinki
     assert reply.message["content"] == "" and reply.finish_reason == "length"
 
 
-def test_text_that_never_closes_its_thought_just_ends(thinking: Server) -> None:
+def test_schema_holds_although_the_model_ends_inside_its_thought(thinking: Server) -> None:
     reply = thinking.chat("think", "thinker", temperature=0, json_schema=SHAPE)
-    assert (*thought_of(reply), reply.finish_reason) == ("Hello wide world", "", "stop")
+    thought, content = thought_of(reply)
+    assert (thought, json.loads(content), reply.finish_reason) == ("Hello wide world", {"a": 1}, "stop")
 
 
 @pytest.mark.parametrize("budget", [0, 1, 2])
@@ -5661,7 +5670,9 @@ def test_chat_response_format_holds_the_answer_to_json(tiny: Server) -> None:
 @pytest.mark.parametrize("grammar", ["root := bad", 'foo ::= "a"', "root ::= undefinedrule", 'root ::= ("a"'],
                          ids=["a wrong sign", "no root", "an unknown rule", "an open bracket"])  # fmt: skip
 def test_chat_grammar_that_cannot_be_read_says_why(grammar: str, server: Server) -> None:
-    error = assert_error(server.chat("hi", grammar=grammar), 400, "invalid_request", "grammar", "cannot read")
+    forged = "\x1b[31mforged line"
+    error = assert_error(server.chat("hi", grammar=f"{grammar} # {forged}"), 400, "invalid_request", "grammar", "cannot read")
+    assert forged not in server.log.read_text()
     assert len(error["message"]) > len("grammar: llama.cpp cannot read it") + 5
 
 
