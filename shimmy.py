@@ -1960,6 +1960,7 @@ class Chat:
     def __init__(self, facts: ChatFacts, helpers: Helpers) -> None:
         self.facts, self._helpers = facts, helpers
         self._format: ChatFormat | None = None  # once it is derived
+        self._attempts = 0  # to derive it that failed
         self._templates = dict(facts.templates) or {"": CHATML}
         self._names = SpecialNames(facts.specials)
         self.stops = () if facts.templates else tuple(m for m in CHATML_MARKS if m not in facts.specials)
@@ -2099,17 +2100,16 @@ class Chat:
     @property
     def format(self) -> ChatFormat:
         """How the model writes thoughts and calls."""
-        if self._format:
-            return self._format
-        derivation = Derivation(self._templates, self.facts.bos, self.facts.eos, self.facts.ends)
-        try:
-            format: ChatFormat = self._helpers.run(derivation)
-        except HelperFailed:  # a template that runs away here is refused when it renders
-            return ChatFormat()
-        self._format = format
-        return format
+        if self._format is None:
+            derivation = Derivation(self._templates, self.facts.bos, self.facts.eos, self.facts.ends)
+            try:
+                self._format = self._helpers.run(derivation)
+            except HelperFailed:  # a slow moment, or a template that runs away, which costs seconds each time
+                self._attempts += 1
+                self._format = ChatFormat() if self._attempts == 3 else None
+        return self._format or ChatFormat()
 
-    @functools.cached_property
+    @property
     def markers(self) -> frozenset[str]:
         """Names of the special tokens that the parser must see."""
         text = self.format.literals
@@ -3355,9 +3355,6 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
                 longest = size
                 break
     return longest
-
-
-# Calls by grammar
 
 
 # ── 7. JSON schemas ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8866,6 +8863,8 @@ class Dialect:
 
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes that a stream's client looks for among its documents only
 
+    openai_errors = False  # whether errors carry what OpenAI's clients read
+
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
         self.stream = flag(body, "stream")
@@ -8915,7 +8914,7 @@ class Dialect:
     @classmethod
     def error(cls, error: ApiError) -> dict[str, Any]:
         """An error in this API's shape."""
-        return error.document()
+        return error.document(openai=cls.openai_errors)
 
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
         """What a stream that breaks off ends with."""
@@ -9086,6 +9085,7 @@ def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
 class OpenAI(Dialect):
     """What OpenAI's two text routes share."""
 
+    openai_errors = True
     prefix = object_name = chunk_name = ""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
@@ -9123,10 +9123,6 @@ class OpenAI(Dialect):
     def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
         if self._include_usage:
             yield self._chunk([], usage=self._usage(event))
-
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return error.document(openai=True)
 
 
 class ChatCompletion(OpenAI):
@@ -9281,6 +9277,8 @@ class Completion(OpenAI):
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
+    openai_errors = True
+
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__({**body, "stream": False})
 
@@ -9314,13 +9312,8 @@ class Embeddings(Dialect):
         return {"object": "list", "data": data}
 
     def _embedding(self, row: bytes) -> str | list[float]:
-        import base64
 
         return base64.b64encode(row).decode() if self._base64 else list(struct.unpack(f"<{len(row) // 4}f", row))
-
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return error.document(openai=True)
 
 
 class Rerank(Embeddings):
@@ -9346,9 +9339,6 @@ class Rerank(Embeddings):
     def _result(self, index: int, score: float) -> dict[str, Any]:
         document = {"document": {"text": self.request.inputs[index]}} if self._shown else {}
         return {"index": index, "relevance_score": score, **document}
-
-
-# Answers as lists of blocks: Anthropic's Messages, OpenAI's Responses
 
 
 # ── 19. Dialects of blocks ────────────────────────────────────────────────────────────────────────────────────────────
@@ -9862,6 +9852,7 @@ class ResponseInput:
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
+    openai_errors = True
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
@@ -10037,10 +10028,6 @@ class Responses(BlockDialect):
             "output_tokens": self.usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": self.usage.prompt_tokens + self.usage.completion_tokens,
         }  # fmt: skip
-
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return error.document(openai=True)
 
 
 # ── 20. Ollama and llama-server ───────────────────────────────────────────────────────────────────────────────────────
@@ -11007,9 +10994,6 @@ class Watcher:
 _KERNEL_SELECTORS = tuple(
     getattr(selectors, name) for name in ("EpollSelector", "KqueueSelector", "DevpollSelector") if hasattr(selectors, name)
 )
-
-
-# Wires: documents to bytes
 
 
 # ── 22. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -13065,7 +13049,6 @@ def note_ignored_input() -> None:
     """Says so when data waits in a pipe that nobody reads. It is never read: it may be the file list of a loop around us."""
     with contextlib.suppress(ImportError, AttributeError, OSError):  # no POSIX, or nothing that can be asked
         import fcntl
-        import stat
         import termios
 
         waiting = fcntl.ioctl(0, termios.FIONREAD, bytes(4))  # bytes; a pipe at its end has none

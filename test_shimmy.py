@@ -1059,6 +1059,19 @@ def test_modules_in_the_working_directory_are_not_imported_by_helpers(tmp_path: 
     assert "=" in build_of(settled_copy(tmp_path / "copy"), tmp_path)
 
 
+def test_serve_runs_as_a_module_too(tmp_path: Path) -> None:
+    """Python's own -m must not come before what `serve` restarts itself with."""
+    (tmp_path / "shimmy.py").write_bytes(SHIMMY.read_bytes())
+    os.utime(tmp_path / "shimmy.py", (1e9, 1e9))
+    command = [sys.executable, "-m", "shimmy", "serve", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE, text=True) as running:
+        guard = threading.Timer(HANG, running.kill)
+        guard.start()
+        assert running.stdout and "listening" in running.stdout.readline()
+        guard.cancel()
+        running.terminate()
+
+
 # ── Limits and errors ─────────────────────────────────────────────────────────────────────────────────────────────────
 # Every error has a status and a code, and its message has the names and numbers.
 
@@ -2944,6 +2957,26 @@ def test_special_tokens_are_found_in_time_linear_in_the_text() -> None:
     assert time.monotonic() - began < 2
 
 
+@linux
+def test_helper_that_runs_away_ends_although_its_server_was_killed(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    write_recital(tmp_path / "models" / "endless.gguf", template=HOSTILE_TEMPLATES["nested loops"])
+    own = serve("--models-dir", tmp_path / "models")
+    own.load("endless")
+    body = encoded({"model": "endless", "messages": [{"role": "user", "content": "hi"}]}) or b""
+    asking = socket.create_connection((own.host, own.port))
+    asking.sendall(raw_post("/v1/chat/completions", body))
+
+    def helpers() -> list[int]:
+        return [p for p in descendants(own.process.pid) if b"helper_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+
+    (helper,) = eventually(helpers, "a helper")
+    own.process.kill()
+    own.process.wait(HANG)
+    eventually(lambda: not alive(helper), "the helper ends")
+    asking.close()
+
+
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A JSON schema constrains what the model writes, or is rejected.
 
@@ -3696,6 +3729,16 @@ def test_http_get_refuses_special_purpose_networks(url: str, server: Server) -> 
 
 def test_http_get_refuses_an_address_that_is_too_long(server: Server) -> None:
     assert_tool_failed(execute(server, "http_get", "http://127.0.0.1/" + "a" * 10_000), "characters")
+
+
+def test_tool_whose_client_leaves_is_not_waited_for(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "slow.py").write_text(HANGING)
+    own = serve("-v", "--tools", tmp_path / "slow.py")
+    with socket.create_connection((own.host, own.port)) as gone:
+        gone.sendall(raw_post("/api/tools/sleeper/execute", b'{"seconds": 20}'))
+        time.sleep(0.5)
+    eventually(lambda: "sleeper" in own.log.read_text(), "the request ends")
+    assert " 200 " not in own.log.read_text()
 
 
 # ── llama.cpp ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5489,6 +5532,20 @@ def test_unload_whose_thread_cannot_start_leaves_the_model_loaded(threadless: tu
     assert server.status("dice")["loaded"]
     flag.unlink()
     assert server.unload("dice").json()["status"] == "unloaded"
+
+
+def test_request_that_waits_for_a_model_is_refused_when_the_server_ends(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--max-loaded", "1")
+    replies: list[Reply] = []
+    with own.endless() as stream:
+        next(stream)
+        waiting = threading.Thread(target=lambda: replies.append(own.generate("Once", "dice")))
+        waiting.start()
+        eventually(lambda: own.status("dice")["requests_waiting"], "it waits")
+        own.signal(signal.SIGTERM)
+        waiting.join(HANG)
+    assert_error(replies[0], 503, "overloaded", "shutting down")
+    assert own.process.wait(HANG) == 0 and "loading dice" not in own.log.read_text()
 
 
 # ── Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8495,6 +8552,34 @@ def test_ollama_package_of_npm_does_all(server: Server, tmp_path: Path) -> None:
     assert json.loads(done.stdout) == [*["Hello wide world"] * 3, True, True, True, 2, 404], done.stderr
 
 
+LONG_TOOL = """
+from shimmy import tool
+
+@tool
+def get_weather(city: str) -> str:
+    "Tells the weather."
+    return "sunny " * 50_000
+"""
+
+
+def test_long_result_of_a_builtin_tool_is_cut_for_the_model(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    """Whole, it would not fit the context, and the client would be told that its two words are too long."""
+    (tmp_path / "long.py").write_text(LONG_TOOL)
+    own = serve("--models-dir", models, "--ctx", "16384", "--tools", tmp_path / "long.py")
+    reply = own.chat("weather", tools=[{"type": "builtin", "name": "get_weather"}])
+    assert reply.message["content"] == TEXTS["S"]
+    assert len(reply.message["tool_results"][0]["result"]) == 300_000
+
+
+def test_chat_with_a_function_named_like_a_builtin_tool_is_refused(server: Server) -> None:
+    function = {"type": "function", "function": {"name": "calculator", "parameters": {"type": "object"}}}
+    assert_error(server.chat("hi", tools=[BUILTIN, function]), 400, "invalid_request", "tools", "calculator")
+
+
+def test_llama_servers_health_needs_no_key(guarded: Server) -> None:
+    assert guarded.get("/v1/health").status == 200
+
+
 # ── HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Routes, connections, bodies on the wire, and access.
 
@@ -9484,6 +9569,28 @@ def test_ws_request_during_shutdown_is_refused(serve: Callable[..., Server], mod
         idle.send(json.dumps({"model": "recital", "prompt": ":"}))
         assert json.loads(idle.recv(timeout=HANG))["error"]["code"] == "overloaded"
     assert own.process.wait(HANG) == 0
+
+
+def test_ws_messages_count_against_the_room_for_all_bodies(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    """Two large messages fit; a third finds no room until one is parsed, and is told so."""
+    small = (("READING = Budget(8 * MAX_BODY)", "READING = Budget(600_000)"), ("TURN_SECONDS = 10.0", "TURN_SECONDS = 1.0"))
+    changed = altered(tmp_path, *small)
+    own = serve("--models-dir", models, script=changed)
+    large = json.dumps({"model": "recital", "prompt": ":", "ignored": "x" * 400_000})
+    with own.ws() as first, own.ws() as second:
+        first.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        first.recv(timeout=HANG)
+        first.send(large)  # waits behind the running one
+        time.sleep(0.5)
+        second.send(large)
+        assert json.loads(second.recv(timeout=HANG))["error"]["code"] == "overloaded"
+        first.send('{"cancel": true}')
+        while "done" not in (message := json.loads(first.recv(timeout=HANG))):
+            assert "token" in message
+        while "done" not in json.loads(first.recv(timeout=HANG)):
+            pass
+        second.send(large)
+        assert ws_answer(second)[0] == TEXTS[":"]
 
 
 # ── Lifecycle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
