@@ -15,7 +15,7 @@ The file reads downward as the data flows. A body becomes a checked request (3) 
 prompt, and its answer's text events (5, 6); a schema becomes a grammar (7, 8). The request becomes jobs that cross a pipe
 (10), tokens and text (11, 12) in steps (13, 14), that come back (15) from a model that was loaded for it (16). Service (17)
 ties these together; a dialect (18-20) turns the events into documents, and a wire sends them through one of the doors:
-HTTP (21, 22), WebSocket (23), command line (24, 25).
+HTTP (21, 22) with its page (24), WebSocket (23), command line (25, 26).
 
 Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them, `deliver` is the one
 loop between. What the model writes: Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived
@@ -11199,6 +11199,7 @@ class Call:
     query: Mapping[str, str]
     body: bytes
     cancel: Cancellation
+    accept: str = ""  # kinds of answer that the client reads: a browser begins with text/html
 
 
 def answer_health(call: Call) -> Answer:
@@ -11384,7 +11385,9 @@ def answer_template(call: Call) -> Answer:
 
 
 def answer_root(call: Call) -> Answer:
-    """Who is here; Claude Code asks with HEAD before anything else."""
+    """The chat page for browsers. Others learn who is here; Claude Code asks with HEAD before anything else."""
+    if "text/html" in call.accept:
+        return answer_page()
     return Answer({"server": "shimmy", "version": __version__})
 
 
@@ -11592,7 +11595,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             with self._watched(cancel):
                 self._generate(dialect, cancel)
         else:
-            call = Call(self.service, names, self.query, self._body(), cancel)
+            call = Call(self.service, names, self.query, self._body(), cancel, self.headers.get("Accept") or "")
             with self._watched(cancel):
                 self.respond(answer(call))
 
@@ -11711,7 +11714,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
         origin = self._allowed_origin()
         if origin is not None:
-            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+            vary = ", ".join(filter(None, (headers.get("Vary"), "Origin")))
+            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": vary}
         if self.close_connection or self.unread:
             self.close_connection = True
             headers = {**headers, "Connection": "close"}
@@ -12173,7 +12177,1279 @@ class SocketListener:
             self._thread.join(1.0)
 
 
-# ── 24. Command line ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 24. Page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The chat page at /: one document without a build, a network or a framework. Its script speaks the same API as every client
+# and keeps conversations in the browser. Nothing in it may run but what stands here, for the policy names its hashes.
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
+<meta name="color-scheme" content="light dark">
+<title>shimmy</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'%3E%3Crect width='24'
+ height='24' rx='6' fill='%230b6b5f'/%3E%3Cpath d='M5 15c3-8 5 4 7-3s4-5 7-3' fill='none' stroke='%23fff' stroke-width='2.4'
+ stroke-linecap='round'/%3E%3C/svg%3E">
+<style>
+:root {
+  color-scheme: light dark;
+  --bg: light-dark(#fdfdfb, #17181a); --side: light-dark(#f5f4f0, #1d1f21); --raised: light-dark(#ffffff, #232527);
+  --line: light-dark(#e3e1db, #35383b); --edge: light-dark(#85888c, #757a80);
+  --text: light-dark(#1d1e20, #e8e8e5); --mute: light-dark(#5a5d62, #a5aaaf);
+  --accent: light-dark(#0b6b5f, #5ccbb9); --on-accent: light-dark(#ffffff, #06231f); --tint: light-dark(#e6f1ee, #1e3632);
+  --bad: light-dark(#9f241b, #ffa195); --bad-tint: light-dark(#fdeeec, #38211f); --code: light-dark(#f4f3ef, #1f2123);
+  --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Helvetica Neue", Arial, sans-serif;
+}
+:root[data-theme=light] { color-scheme: light; }
+:root[data-theme=dark] { color-scheme: dark; }
+* { box-sizing: border-box; }
+body { margin: 0; height: 100dvh; display: grid; grid-template-columns: 17rem minmax(0, 1fr); background: var(--bg);
+  color: var(--text); overflow: hidden; }
+:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
+.unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
+#skip:focus { position: fixed; z-index: 9; top: .5rem; left: .5rem; padding: .5rem 1rem; background: var(--raised); }
+svg { width: 1.2rem; height: 1.2rem; fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linecap: round;
+  stroke-linejoin: round; flex: none; }
+button, input, select, textarea { font: inherit; color: inherit; }
+button { cursor: pointer; border: 1px solid var(--line); border-radius: .6rem; background: var(--raised); padding: .4rem .8rem; }
+button:hover, .file:hover { background: var(--tint); }
+button.main { background: var(--accent); border-color: transparent; color: var(--on-accent); }
+button.main:hover { filter: brightness(1.1); }
+button.icon, .file { border: 0; background: none; padding: 0; width: 2.25rem; height: 2.25rem; display: inline-grid; flex: none;
+  place-items: center; color: var(--mute); border-radius: .6rem; cursor: pointer; }
+button.icon:hover, .file:hover { background: var(--tint); color: var(--text); }
+.file:focus-within { outline: 2px solid var(--accent); }
+button.done { color: var(--accent); }
+input:not([type=checkbox]), textarea, select { border: 1px solid var(--edge); border-radius: .6rem; background: var(--raised);
+  padding: .4rem .6rem; width: 100%; min-width: 0; }
+input[type=checkbox] { accent-color: var(--accent); width: 1.1rem; height: 1.1rem; flex: none; margin: .25rem 0 0; }
+
+#side { background: var(--side); border-right: 1px solid var(--line); display: flex; flex-direction: column; gap: .75rem;
+  padding: .75rem; min-height: 0; }
+#side h1 { font-size: 1.15rem; margin: 0 .25rem; display: flex; align-items: center; gap: .5rem; height: 2.25rem; }
+#side h1 svg { color: var(--accent); width: 1.5rem; height: 1.5rem; stroke-width: 2.4; }
+#new { display: flex; align-items: center; gap: .5rem; }
+#chats { list-style: none; margin: 0; padding: 2px; overflow-y: auto; flex: 1; }
+#chats li { display: flex; align-items: center; border-radius: .6rem; margin-bottom: 2px; }
+#chats li:hover { background: light-dark(#ebeae4, #26282b); }
+#chats li.now { background: light-dark(#e4e9e4, #293431); }
+#chats .open { flex: 1; min-width: 0; border: 0; background: none; text-align: left; padding: .4rem .6rem; overflow: hidden;
+  text-overflow: ellipsis; white-space: nowrap; }
+#chats .icon { width: 2rem; opacity: 0; }
+#chats li.now .icon, #chats li:hover .icon, #chats li:focus-within .icon { opacity: 1; }
+#chats svg { width: 1rem; height: 1rem; }
+#data { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; font-size: .9rem; }
+#shade { display: none; }
+
+main { display: grid; grid-template-rows: auto minmax(0, 1fr) auto; min-width: 0; min-height: 0; position: relative; }
+header { display: flex; align-items: center; gap: .5rem; padding: .6rem .75rem; border-bottom: 1px solid var(--line); }
+#menu { display: none; }
+#model { width: auto; max-width: 26rem; flex: 0 1 auto; text-overflow: ellipsis; }
+#state { color: var(--mute); font-size: .85rem; white-space: nowrap; display: flex; align-items: center; gap: .4rem; }
+#state::before { content: ""; width: .55rem; height: .55rem; border-radius: 50%; background: var(--edge); }
+#state[data-state=loaded]::before { background: var(--accent); }
+#state[data-state=failed]::before { background: var(--bad); }
+#state[data-state$=loading]::before { background: var(--accent); animation: pulse 1s infinite; }
+#load { font-size: .85rem; padding: .25rem .6rem; }
+.gap { flex: 1; }
+@keyframes pulse { 50% { opacity: .25; } }
+
+#log { overflow-y: auto; padding: 1.5rem 1rem; overscroll-behavior: contain; }
+#log > * { max-width: 46rem; margin: 0 auto 1.5rem; }
+.user { display: flex; flex-direction: column; align-items: flex-end; }
+.user .words { background: var(--tint); border-radius: 1.1rem 1.1rem .3rem 1.1rem; padding: .55rem 1rem; max-width: 85%; }
+.words, .thought div, .tool pre { white-space: pre-wrap; overflow-wrap: anywhere; }
+.edit { width: 100%; display: grid; gap: .5rem; }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+.foot, .user .row { gap: .1rem; color: var(--mute); font-size: .85rem; margin-top: .25rem; }
+.foot .icon, .user .row .icon { width: 2rem; height: 2rem; }
+.foot svg, .user .row svg { width: 1.05rem; height: 1.05rem; }
+.foot .figures { margin-left: .5rem; font-variant-numeric: tabular-nums; }
+.answer:not(:last-child) .again { display: none; }
+.wait { display: flex; align-items: center; gap: .6rem; color: var(--mute); flex-wrap: wrap; }
+.wait::before { content: ""; width: .6rem; height: .6rem; border-radius: 50%; background: var(--accent);
+  animation: pulse 1s infinite; }
+progress { accent-color: var(--accent); width: 8rem; height: .5rem; }
+.card { border: 1px solid var(--line); border-radius: .9rem; padding: .75rem 1rem; margin: .5rem 0; }
+.card.bad { background: var(--bad-tint); border-color: transparent; color: var(--bad); }
+.card.bad button, .card.bad input, .card.bad label { color: var(--text); }
+.card p { margin: 0 0 .5rem; }
+details { border-left: 3px solid var(--line); padding-left: .75rem; margin: .5rem 0; color: var(--mute); font-size: .95rem; }
+summary { cursor: pointer; border-radius: .3rem; overflow-wrap: anywhere; }
+.tool { border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; color: inherit; }
+.tool summary b { font: .9em var(--mono); color: var(--accent); }
+.tool h4 { font-size: .8rem; margin: .5rem 0 0; color: var(--mute); font-weight: 500; }
+.tool pre { margin: .2rem 0; font: .85rem/1.5 var(--mono); max-height: 16rem; overflow-y: auto; }
+
+.md { overflow-wrap: anywhere; }
+.md > :first-child { margin-top: 0; }
+.md > :last-child { margin-bottom: 0; }
+.md p { white-space: pre-line; margin: .75em 0; }
+.md li > p { margin: .15em 0; }
+.md h1, .md h2, .md h3, .md h4, .md h5, .md h6 { line-height: 1.3; margin: 1.3em 0 .5em; font-size: 1.05em; }
+.md h1 { font-size: 1.45em; }
+.md h2 { font-size: 1.25em; }
+.md h3 { font-size: 1.12em; }
+.md ul, .md ol { padding-left: 1.6em; margin: .5em 0; }
+.md blockquote { border-left: 3px solid var(--line); margin: .75em 0; padding-left: 1em; color: var(--mute); }
+.md hr { border: 0; border-top: 1px solid var(--line); margin: 1.5em 0; }
+.md a { color: var(--accent); }
+.md code { font: .875em var(--mono); background: var(--code); border-radius: .3em; padding: .1em .3em; }
+.code { border: 1px solid var(--line); border-radius: .7rem; margin: .75em 0; background: var(--code); overflow: hidden; }
+.code > div { display: flex; align-items: center; justify-content: space-between; padding: 0 .25rem 0 .9rem; font-size: .8rem;
+  color: var(--mute); border-bottom: 1px solid var(--line); }
+.code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; }
+.code code { background: none; padding: 0; font-size: .85rem; overflow-wrap: normal; }
+.wide { overflow-x: auto; margin: .75em 0; }
+table { border-collapse: collapse; font-size: .95em; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal; }
+.right { text-align: right; }
+.center { text-align: center; }
+
+.empty { text-align: center; padding-top: 12vh; }
+.empty > svg { width: 3rem; height: 3rem; color: var(--accent); stroke-width: 2.2; }
+.empty h2 { font-size: 1.5rem; margin: .5rem 0 .25rem; letter-spacing: -.015em; }
+.empty p { color: var(--mute); margin: .25rem auto 1.25rem; max-width: 34rem; }
+.empty .row { justify-content: center; }
+.empty .row button { border-radius: 1.2rem; }
+.empty .keys { font-size: .85rem; margin-top: 2rem; }
+kbd { font: .8rem var(--mono); border: 1px solid var(--line); border-radius: .3rem; padding: .05rem .3rem; }
+code.command { font: .85rem var(--mono); background: var(--code); padding: .15rem .4rem; border-radius: .4rem; user-select: all;
+  overflow-wrap: anywhere; color: var(--text); }
+
+#foot { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); }
+#foot > * { max-width: 46rem; margin: 0 auto; }
+#down { position: absolute; left: 50%; translate: -50% -3rem; border-radius: 50%; background: var(--raised);
+  border: 1px solid var(--line); box-shadow: 0 2px 8px #0002; }
+#notice { display: flex; gap: .75rem; align-items: center; justify-content: space-between; margin-bottom: .5rem;
+  background: var(--raised); }
+[hidden] { display: none !important; }
+#ask { display: flex; align-items: flex-end; gap: .25rem; border: 1px solid var(--edge); border-radius: 1.4rem; padding: .35rem;
+  background: var(--raised); box-shadow: 0 2px 12px #0000000f; }
+#ask:focus-within { border-color: var(--accent); outline: 1px solid var(--accent); }
+#box { border: 0; background: none; resize: none; padding: .35rem .5rem; max-height: 40dvh; outline: none; line-height: 1.5; }
+#send { border-radius: 50%; padding: 0; width: 2.25rem; height: 2.25rem; display: grid; place-items: center; flex: none; }
+#hint { text-align: center; font-size: .8rem; color: var(--mute); margin-top: .4rem; }
+.drop #ask { border-style: dashed; border-color: var(--accent); }
+
+dialog { border: 1px solid var(--line); border-radius: 1rem; background: var(--bg); color: inherit; padding: 1.25rem;
+  width: min(36rem, 100vw - 1.5rem); max-height: calc(100dvh - 2rem); }
+dialog::backdrop { background: #0007; }
+dialog h2 { margin: 0 0 .75rem; font-size: 1.2rem; }
+dialog h3, legend { font-size: 1rem; font-weight: 600; margin: 1.25rem 0 .25rem; padding: 0; }
+fieldset { border: 0; margin: 0; padding: 0; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; }
+label { font-size: .9rem; }
+label small, .check small { display: block; color: var(--mute); line-height: 1.4; }
+.check { display: flex; gap: .6rem; align-items: flex-start; padding: .25rem 0; }
+.ends { display: flex; justify-content: flex-end; margin-top: 1.25rem; }
+
+@media (max-width: 52rem) {
+  body { grid-template-columns: minmax(0, 1fr); }
+  #menu { display: inline-grid; }
+  #side { position: fixed; inset: 0 auto 0 0; z-index: 3; width: min(19rem, 85vw); visibility: hidden; translate: -100% 0;
+    transition: translate .18s, visibility .18s; }
+  .drawer #side { visibility: visible; translate: 0 0; }
+  .drawer #shade { display: block; position: fixed; inset: 0; z-index: 2; background: #0007; }
+  #model { flex: 1 1 0; }
+  .user .words { max-width: 92%; }
+}
+@media (max-width: 32rem) {
+  header { gap: .25rem; padding: .5rem; }
+  #state { font-size: 0; gap: 0; }
+  #hint { display: none; }
+  #log { padding: 1rem .75rem; }
+  #foot { padding-inline: .6rem; }
+  .empty { padding-top: 6vh; }
+  .empty .keys { display: none; }
+}
+@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
+</style>
+</head>
+<body>
+<svg hidden>
+  <symbol id="i-wave" viewBox="0 0 24 24"><path d="M3 16c4-11 6 5 9-4s5-7 9-4"/></symbol>
+  <symbol id="i-plus" viewBox="0 0 24 24"><path d="M12 5v14M5 12h14"/></symbol>
+  <symbol id="i-menu" viewBox="0 0 24 24"><path d="M4 7h16M4 12h16M4 17h16"/></symbol>
+  <symbol id="i-tune" viewBox="0 0 24 24"><path d="M4 8h9m6 0h1M4 16h2m6 0h8"/><circle cx="16" cy="8" r="2.5"/>
+    <circle cx="9" cy="16" r="2.5"/></symbol>
+  <symbol id="i-moon" viewBox="0 0 24 24"><path d="M20 14A8.5 8.5 0 0 1 10 4a8.5 8.5 0 1 0 10 10z"/></symbol>
+  <symbol id="i-up" viewBox="0 0 24 24"><path d="M12 19V5m-6 6 6-6 6 6"/></symbol>
+  <symbol id="i-down" viewBox="0 0 24 24"><path d="M12 5v14m-6-6 6 6 6-6"/></symbol>
+  <symbol id="i-stop" viewBox="0 0 24 24"><rect x="7" y="7" width="10" height="10" rx="1.5" fill="currentColor"/></symbol>
+  <symbol id="i-copy" viewBox="0 0 24 24"><rect x="9" y="9" width="11" height="11" rx="2"/>
+    <path d="M5 15V6a2 2 0 0 1 2-2h8"/></symbol>
+  <symbol id="i-edit" viewBox="0 0 24 24"><path d="m5 19 1-4L16 5l3 3L9 18z"/></symbol>
+  <symbol id="i-again" viewBox="0 0 24 24"><path d="M19 12a7 7 0 1 1-2-5l2 2m0-5v5h-5"/></symbol>
+  <symbol id="i-bin" viewBox="0 0 24 24"><path d="M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13"/></symbol>
+  <symbol id="i-close" viewBox="0 0 24 24"><path d="m6 6 12 12M18 6 6 18"/></symbol>
+  <symbol id="i-clip" viewBox="0 0 24 24">
+    <path d="m19 11-8 8a5 5 0 0 1-7-7l8-8a3.3 3.3 0 0 1 5 5l-8 8a1.6 1.6 0 0 1-2.5-2.5l7-7"/></symbol>
+</svg>
+<a id="skip" class="unseen" href="#box">Skip to the message box</a>
+<nav id="side" aria-label="Conversations">
+  <h1><svg aria-hidden="true"><use href="#i-wave"/></svg>shimmy</h1>
+  <button id="new" type="button" title="Alt+N"><svg aria-hidden="true"><use href="#i-plus"/></svg>New chat</button>
+  <ul id="chats"></ul>
+  <div id="data"><button id="export" type="button">Export</button><button id="import" type="button">Import</button></div>
+  <input id="imported" type="file" accept=".json,application/json" hidden aria-label="File to import">
+</nav>
+<div id="shade"></div>
+<main>
+  <header>
+    <button id="menu" class="icon" type="button" aria-label="Conversations" aria-expanded="false" aria-controls="side">
+      <svg aria-hidden="true"><use href="#i-menu"/></svg></button>
+    <label for="model" class="unseen">Model</label><select id="model"></select>
+    <span id="state"></span><button id="load" type="button" hidden></button>
+    <span class="gap"></span>
+    <button id="theme" class="icon" type="button" aria-label="Dark theme" title="Dark or light">
+      <svg aria-hidden="true"><use href="#i-moon"/></svg></button>
+    <button id="tune" class="icon" type="button" aria-label="Settings of this chat" title="Settings of this chat">
+      <svg aria-hidden="true"><use href="#i-tune"/></svg></button>
+  </header>
+  <div id="log" tabindex="0" role="log" aria-live="off" aria-label="Conversation"></div>
+  <div id="foot">
+    <button id="down" class="icon" type="button" aria-label="To the newest words" hidden><svg aria-hidden="true">
+      <use href="#i-down"/></svg></button>
+    <div id="notice" class="card" role="alert" hidden></div>
+    <form id="ask">
+      <label class="file" title="Insert a text file"><span class="unseen">Insert a text file</span><svg aria-hidden="true">
+        <use href="#i-clip"/></svg><input id="file" class="unseen" type="file"></label>
+      <label for="box" class="unseen">Your message</label>
+      <textarea id="box" rows="1" placeholder="Write a message" autocomplete="off" enterkeyhint="send"></textarea>
+      <button id="send" class="main" type="submit" aria-label="Send">
+        <svg aria-hidden="true"><use id="sign" href="#i-up"/></svg></button>
+    </form>
+    <div id="hint">What a model says can be wrong. Everything stays on this server and in this browser.</div>
+  </div>
+</main>
+<dialog id="settings" aria-labelledby="settings-title">
+  <h2 id="settings-title">Settings of this chat</h2>
+  <label for="system">System prompt <small>What the model is told before everything else.</small></label>
+  <textarea id="system" rows="3"></textarea>
+  <h3>Sampling</h3>
+  <div class="grid" id="sampling"></div>
+  <fieldset><legend>Tools that the server may run</legend><div id="tools"></div></fieldset>
+  <h3>Key of the server</h3>
+  <div id="key"></div>
+  <div class="ends"><button id="done" class="main" type="button">Done</button></div>
+</dialog>
+<div id="status" class="unseen" role="status" aria-live="polite"></div>
+<script>
+"use strict";
+// ── Elements. Text becomes text nodes only: nothing that a model, a file or a server says is ever read as HTML.
+
+const $ = id => document.getElementById(id);
+const sleep = ms => new Promise(done => setTimeout(done, ms));
+
+function make(tag, props, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props || {})) {
+    if (typeof value === "function") node.addEventListener(name, value);
+    else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
+  }
+  node.append(...children);
+  return node;
+}
+
+function icon(name) {
+  const [svg, use] = ["svg", "use"].map(tag => document.createElementNS("http://www.w3.org/2000/svg", tag));
+  svg.setAttribute("aria-hidden", "true");
+  use.setAttribute("href", "#i-" + name);
+  svg.append(use);
+  return svg;
+}
+
+const iconButton = (name, label, click, more = "") =>
+  make("button", {type: "button", class: "icon " + more, "aria-label": label, title: label, click}, icon(name));
+const textButton = (label, click, more = "") => make("button", {type: "button", class: more, click}, label);
+const command = words => make("code", {class: "command"}, words);
+
+function say(words) {
+  if ($("status").textContent !== words) $("status").textContent = words;
+}
+
+function notice(...children) {
+  const close = iconButton("close", "Dismiss", () => $("notice").hidden = true);
+  $("notice").replaceChildren(make("div", {class: "row"}, ...children), close);
+  $("notice").hidden = false;
+}
+
+async function copy(words, button) {
+  try {
+    await navigator.clipboard.writeText(words);
+  } catch {  // a page that came over plain HTTP from another machine has no clipboard
+    const area = make("textarea", {class: "unseen"});
+    area.value = words;
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");
+    area.remove();
+    button.focus();
+  }
+  say("Copied");
+  button.classList.add("done");
+  setTimeout(() => button.classList.remove("done"), 1200);
+}
+
+// ── Markdown: lines become blocks, each with its source, so that a growing answer redraws its last block only.
+
+const DEEPEST = 6;  // quotes and lists inside one another; what lies deeper is shown as it was written
+const FENCE = /^ {0,3}(`{3,}|~{3,}) *([^`\s]*)[^`]*$/;
+const HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
+const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
+const QUOTE = /^ {0,3}> ?/;
+const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( {1,4}|$)(?=(.*))/;
+
+const indent = line => line.length - line.trimStart().length;
+const isBlank = line => !line.trim();
+const beginsBlock = (line, depth) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) ||
+  (depth < DEEPEST && (QUOTE.test(line) || ITEM.test(line)));
+
+function blocks(lines, depth = 0) {
+  const found = [];
+  for (let i = 0; i < lines.length;) {
+    const [next, build] = isBlank(lines[i]) ? [i + 1, null] : block(lines, i, depth);
+    if (build) found.push({source: lines.slice(i, next).join("\n"), build});
+    i = next;
+  }
+  return found;
+}
+
+// The line behind the block that begins at line i, and what makes its element.
+function block(lines, i, depth) {
+  const line = lines[i], run = (from, test) => { while (from < lines.length && test(lines[from], from)) from++; return from; };
+  let m;
+  if ((m = FENCE.exec(line))) {
+    const end = run(i + 1, l => !(l.trim().startsWith(m[1]) && !l.trim().replaceAll(m[1][0], "")));
+    const body = lines.slice(i + 1, end).map(l => l.slice(Math.min(indent(line), indent(l))));
+    return [end + 1, () => codeBlock(body.join("\n"), m[2])];
+  }
+  if ((m = HEADING.exec(line))) {
+    return [i + 1, () => make("h" + m[1].length, null, ...inline(m[2].replace(/ #+ *$/, "")))];
+  }
+  if (RULE.test(line)) return [i + 1, () => make("hr")];
+  if (depth < DEEPEST && QUOTE.test(line)) {
+    const end = run(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
+    return [end, () => make("blockquote", null, ...elements(inner, depth + 1))];
+  }
+  if (depth < DEEPEST && ITEM.test(line)) return list(lines, i, depth);
+  if (line.includes("|") && isTableRule(lines[i + 1] || "", cells(line).length)) {
+    const end = run(i + 2, l => l.includes("|") && !isBlank(l)), rows = lines.slice(i, end);
+    return [end, () => table(rows.map(cells))];
+  }
+  const end = run(i + 1, l => !isBlank(l) && !beginsBlock(l, depth)), words = lines.slice(i, end).map(l => l.trim()).join("\n");
+  return [end, () => make("p", null, ...inline(words))];
+}
+
+const elements = (lines, depth) => blocks(lines, depth).map(each => each.build());
+
+function list(lines, i, depth) {
+  const [, lead, marker] = ITEM.exec(lines[i]), ordered = /\d/.test(marker), items = [];
+  const sibling = line => {
+    const m = ITEM.exec(line);
+    return m && m[1].length <= lead.length + 1 && /\d/.test(m[2]) === ordered && !RULE.test(line) ? m : null;
+  };
+  for (let width = 0; i < lines.length; i++) {
+    const line = lines[i].replace(/^\t+/, tabs => "    ".repeat(tabs.length)), m = sibling(line);
+    if (m) {
+      width = m[1].length + m[2].length + 1;
+      items.push([line.slice(m[0].length)]);
+    } else if (isBlank(line)) {
+      const ahead = lines.slice(i, i + 3).find(l => !isBlank(l)) || "";
+      if (!sibling(ahead) && indent(ahead) <= lead.length) break;
+      items.at(-1).push("");
+    } else if (indent(line) > lead.length || (lines[i - 1].trim() && !beginsBlock(line, depth))) {
+      items.at(-1).push(line.slice(Math.min(width, indent(line))));
+    } else break;
+  }
+  const start = ordered && parseInt(marker) !== 1 ? {start: parseInt(marker)} : null;
+  return [i, () => make(ordered ? "ol" : "ul", start, ...items.map(item => make("li", null, ...elements(item, depth + 1))))];
+}
+
+const cells = line => line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/).map(c => c.trim());
+const isTableRule = (line, width) => cells(line).length === width && cells(line).every(cell => /^:?-+:?$/.test(cell));
+
+function table([head, rule, ...rows]) {
+  const sides = rule.map(c => c.endsWith(":") ? (c.startsWith(":") ? "center" : "right") : "");
+  const row = (tag, texts) => make("tr", null, ...head.map((_, n) =>
+    make(tag, {class: sides[n]}, ...inline((texts[n] || "").replaceAll("\\|", "|")))));
+  const body = make("tbody", null, ...rows.map(texts => row("td", texts)));
+  return make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
+    make("table", null, make("thead", null, row("th", head)), body));
+}
+
+function codeBlock(code, language) {
+  const button = iconButton("copy", "Copy the code", () => copy(code, button));
+  return make("div", {class: "code"}, make("div", null, make("span", null, language || "text"), button),
+    make("pre", {tabindex: 0, "aria-label": "Code"}, make("code", null, code)));
+}
+
+const INLINE = new RegExp([
+  /\\([!-/:-@[-`{-~])/,  // an escape
+  /(`+)/,  // of code
+  /!?\[([^[\]]*)\]\( *<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: +"[^"]*")? *\)/,  // a link, or an image
+  /(https?:\/\/[^\s<>"'`|\])]+)/,
+  /(\*{1,3}|_{1,2}|~~)/,
+].map(each => each.source).join("|"), "g");
+const EMPHASIS = {"*": ["em"], "_": ["em"], "**": ["strong"], "__": ["strong"], "***": ["strong", "em"], "~~": ["del"]};
+
+function inline(text, depth = 0) {
+  const nodes = [], missing = new Set();  // marks that nothing closes from here on: they are looked for once
+  let pos = 0;
+  const pattern = new RegExp(INLINE);
+  for (let m; (m = pattern.exec(text));) {
+    const [whole, escaped, ticks, label, target, address, mark] = m, start = m.index;
+    let end = pattern.lastIndex, node = null;
+    if (escaped) node = escaped;
+    else if (ticks || mark) {
+      const close = missing.has(whole) || depth > DEEPEST ? -1 : closing(text, end, whole);
+      if (close === -1) missing.add(whole);
+      else if (close) {
+        const inner = text.slice(end, close);
+        node = ticks ? make("code", null, inner.replace(/^ (.*) $/s, "$1")) : EMPHASIS[mark].reduceRight(
+          (children, tag) => [make(tag, null, ...children)], inline(inner, depth + 1))[0];
+        end = close + whole.length;
+      }
+    } else if (address) {
+      const url = address.replace(/[.,;:!?*_~]+$/, "");
+      node = link(url, [url]);
+      end = start + url.length;
+    } else node = link(target, label ? inline(label, depth + 1) : [target]);
+    if (node !== null) {
+      nodes.push(text.slice(pos, start), node);
+      pos = end;
+    }
+    pattern.lastIndex = end;
+  }
+  nodes.push(text.slice(pos));
+  return nodes;
+}
+
+// Where a run of backticks or a mark of emphasis is closed; -1: nowhere; 0: this one does not open.
+function closing(text, from, mark) {
+  const word = /[\p{L}\p{N}]/u, code = mark[0] === "`", before = text[from - mark.length - 1] || " ";
+  if (!code && (!(text[from] || " ").trim() || (mark[0] === "_" && word.test(before)))) return 0;
+  for (let at = from; (at = text.indexOf(mark, at)) !== -1;) {
+    let end = at;
+    while (text[end] === mark[0]) end++;
+    const fits = code || mark === "*" || mark === "_" ? end - at === mark.length : end - at >= mark.length;
+    if (fits && at > from && (code || (text[at - 1].trim() && !(mark[0] === "_" && word.test(text[end] || " "))))) return at;
+    at = end;
+  }
+  return -1;
+}
+
+function link(target, label) {
+  let url = null;
+  try { url = new URL(target); } catch { /* relative, or no address at all */ }
+  if (!url || !["http:", "https:", "mailto:"].includes(url.protocol)) return null;
+  return make("a", {href: url.href, title: url.href, target: "_blank", rel: "noopener noreferrer"}, ...label);
+}
+
+function drawMarkdown(parent, text) {
+  const found = blocks(text.split(/\r?\n/)), drawn = parent.drawn || [];
+  let same = 0;
+  while (same < found.length && same < drawn.length && found[same].source === drawn[same]) same++;
+  while (parent.children.length > same) parent.lastChild.remove();
+  parent.append(...found.slice(same).map(each => each.build()));
+  parent.drawn = found.map(each => each.source);
+}
+
+// ── Conversations, kept in the browser. What comes from its storage or from a file is checked alike.
+
+const SETTINGS = [  // name in the request, label, least, most, step
+  ["temperature", "Temperature", 0, 5, 0.1], ["top_p", "Top P", 0, 1, 0.05], ["top_k", "Top K", 0, 1000, 1],
+  ["min_p", "Min P", 0, 1, 0.01], ["max_tokens", "Most tokens", 1, 1e6, 1], ["seed", "Seed", 0, 4294967295, 1],
+];
+const EFFORTS = {"": "As the model likes", none: "Off", low: "A little", medium: "Medium", high: "Much"};
+const ENDS = ["stop", "length", "tool_calls", "stopped", "error"];
+const memory = {};  // in place of a storage that the browser denies
+
+function stored(name, value, area = "localStorage") {
+  try {
+    if (value === undefined) return window[area].getItem("shimmy." + name);
+    if (value === null) window[area].removeItem("shimmy." + name);
+    else window[area].setItem("shimmy." + name, value);
+  } catch (error) {
+    if (error.name === "QuotaExceededError") {
+      notice("The browser's storage is full, so this chat is no longer saved. Export your chats, then delete old ones.");
+    }
+    if (value === undefined) return memory[name] ?? null;
+    memory[name] = value;
+  }
+  return value;
+}
+
+const isObject = value => value !== null && typeof value === "object" && !Array.isArray(value);
+const words = (value, most = 4e6) => typeof value === "string" ? value.slice(0, most) : "";
+const number = value => Number.isFinite(value) ? value : 0;
+const items = value => Array.isArray(value) ? value.filter(isObject) : [];
+
+function checkedPart(part) {
+  if (part.kind === "tool") {
+    return {kind: "tool", id: words(part.id, 100), name: words(part.name, 200), arguments: words(part.arguments),
+      result: part.result ?? null, error: part.error == null ? null : words(part.error)};
+  }
+  return {kind: part.kind === "thought" ? "thought" : "text", text: words(part.text)};
+}
+
+function checkedTurn(turn) {
+  if (turn.role === "user") return {role: "user", text: words(turn.text)};
+  const f = turn.figures, e = turn.error;
+  const names = ["first", "rate", "tokens", "prompt", "cached"];
+  return {role: "assistant", model: words(turn.model, 300), parts: items(turn.parts).map(checkedPart),
+    end: ENDS.includes(turn.end) ? turn.end : "cut",
+    figures: isObject(f) ? Object.fromEntries(names.map(name => [name, number(f[name])])) : null,
+    error: isObject(e) ? {code: words(e.code, 100), message: words(e.message, 4000)} : null};
+}
+
+function checkedChat(chat) {
+  if (!isObject(chat) || !Array.isArray(chat.turns)) throw new Error("no chat");
+  const turns = items(chat.turns).map(checkedTurn).filter((turn, n) => (turn.role === "user") === (n % 2 === 0));
+  const given = isObject(chat.settings) ? chat.settings : {};
+  const settings = Object.fromEntries(SETTINGS.filter(([name, , least, most]) =>
+    Number.isFinite(given[name]) && given[name] >= least && given[name] <= most).map(([name]) => [name, given[name]]));
+  if (given.reasoning_effort && given.reasoning_effort in EFFORTS) settings.reasoning_effort = given.reasoning_effort;
+  return {id: crypto.getRandomValues(new Uint32Array(2)).join("-"), title: words(chat.title, 200), changed: number(chat.changed),
+    model: words(chat.model, 300), system: words(chat.system), settings, turns,
+    tools: Array.isArray(chat.tools) ? chat.tools.filter(name => typeof name === "string") : []};
+}
+
+const newChat = () => checkedChat({turns: [], model: stored("model") || "", changed: Date.now()});
+const runs = new Map();  // the answers being written, by the id of their chat
+let chats = [], current = newChat();
+
+function readChats() {
+  const keys = [];
+  try { keys.push(...Object.keys(localStorage)); } catch { /* denied */ }
+  chats = keys.filter(key => key.startsWith("shimmy.chat.")).flatMap(key => {
+    try { return [{...checkedChat(JSON.parse(localStorage.getItem(key))), id: key.slice(12)}]; } catch { return []; }
+  });
+  chats.sort((a, b) => b.changed - a.changed);
+}
+
+function save(chat) {
+  if (!chat.turns.length) return;
+  if (!chats.includes(chat)) chats.unshift(chat);
+  stored("chat." + chat.id, JSON.stringify(chat));
+}
+
+function exportChats() {
+  const file = new Blob([JSON.stringify({format: "shimmy-chats", version: 1, chats}, null, 1)], {type: "application/json"});
+  const name = `shimmy-chats-${new Date().toISOString().slice(0, 10)}.json`;
+  const anchor = make("a", {href: URL.createObjectURL(file), download: name});
+  anchor.click();
+  setTimeout(() => URL.revokeObjectURL(anchor.href), 60000);
+}
+
+async function importChats(file) {
+  try {
+    const document = JSON.parse(await file.text());
+    if (document.format !== "shimmy-chats" || !Array.isArray(document.chats)) throw new Error("another format");
+    const read = document.chats.map(checkedChat);
+    read.forEach(save);
+    chats.sort((a, b) => b.changed - a.changed);
+    drawSide();
+    notice(`${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`);
+  } catch {
+    notice(`${file.name} was not imported: it is no file that Export has written here.`);
+  }
+}
+
+// ── The server
+
+class Failure extends Error {
+  constructor(code, message, wait = 0) {
+    super(message);
+    this.code = code;
+    this.wait = wait;  // seconds until another try makes sense
+  }
+}
+
+const key = () => stored("key", undefined, "sessionStorage") || stored("key") || "";
+
+async function call(path, body, signal) {
+  const headers = {};
+  if (key()) headers.Authorization = "Bearer " + String.fromCharCode(...new TextEncoder().encode(key()));
+  if (body) headers["Content-Type"] = "application/json";
+  let response;
+  try {
+    response = await fetch(path, {method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body)});
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Failure("gone", "The server does not answer");
+  }
+  if (response.ok) return response;
+  const said = await response.json().catch(() => null), error = (said && said.error) || {};
+  throw failureOf(error, response.status, Number(response.headers.get("Retry-After")));
+}
+
+function failureOf(error, status = 0, wait = 0) {
+  const said = error.code === "context_length_exceeded" ? error.details : error.message;
+  return new Failure(words(error.code, 100) || "http", words(said, 4000) || `The server answered ${status}`, wait);
+}
+
+async function* events(response) {
+  const reader = response.body.getReader(), decoder = new TextDecoder();
+  for (let rest = "", chunk; ; ) {
+    try { chunk = await reader.read(); } catch (error) {
+      throw error.name === "AbortError" ? error : new Failure("cut", "The connection broke off");
+    }
+    if (chunk.done) throw new Failure("cut", "The answer broke off");
+    const lines = (rest + decoder.decode(chunk.value, {stream: true})).split("\n");
+    rest = lines.pop();
+    for (const line of lines.filter(l => l.startsWith("data: ")).map(l => l.slice(6))) {
+      if (line === "[DONE]") return;
+      const event = JSON.parse(line);
+      if (event.error) throw failureOf(event.error);
+      yield event;
+    }
+  }
+}
+
+// ── Models
+
+let models = [], tools = [], troubled = false;
+const modelOf = id => models.find(model => model.id === id);
+const size = bytes => bytes >= 1e9 ? (bytes / 1e9).toFixed(1) + " GB" : Math.max(1, Math.round(bytes / 1e6)) + " MB";
+
+async function refresh() {
+  try {
+    const [first, ...others] = (await (await call("/api/models")).json()).models;
+    models = [first, ...others].filter(model => model && model.id !== "default" && !model.embedding);
+    tools = (await (await call("/api/tools")).json()).tools;
+    const usual = first && first.id === "default" ? words(first.description).replace("Base GGUF model: ", "") : "";
+    if (!modelOf(current.model)) current.model = (modelOf(usual) || models[0] || {id: ""}).id;
+    if (troubled) $("notice").hidden = true;
+    troubled = false;
+  } catch (error) {
+    troubled = true;
+    notice(...advice(error, refresh));
+  }
+  drawHead();
+  if (!current.turns.length) drawLog();
+}
+
+async function look(id) {  // at one model's state
+  const status = await (await call(`/api/models/${encodeURIComponent(id)}/status`)).json(), model = modelOf(id);
+  if (model) Object.assign(model, {state: status.status, progress: status.progress, error: status.error});
+  drawState();
+  return status;
+}
+
+async function loadOrUnload() {
+  const id = current.model, what = modelOf(id).state === "loaded" ? "unload" : "load?wait=false";
+  try {
+    await call(`/api/models/${encodeURIComponent(id)}/${what}`, {});
+    while (["loading", "unloading"].includes((await look(id)).status)) await sleep(300);
+    say(`${id} is ${modelOf(id).state}`);
+    if (modelOf(id).error) notice(`${id} could not be loaded: ${modelOf(id).error}`);
+  } catch (error) {
+    notice(...advice(error, loadOrUnload));
+  }
+}
+
+const ADVICE = {
+  gone: "Is it still running? Start it with “python shimmy.py serve”, then try again.",
+  cut: "What was written so far is kept.",
+  unauthorized: "This server asks for its key (serve --api-key, or SHIMMY_API_KEY).",
+  context_length_exceeded: "Shorten the question, begin a new chat, or start the server with a larger context: serve --ctx N.",
+  overloaded: "Wait a moment, then try again.",
+  model_not_found: "It may have been moved or renamed: choose another model above.",
+};
+
+// What an error means in plain words, and the controls that mend it.
+function advice(error, again) {
+  const text = make("p", null, error.message.replace(/[.\s]*$/, ". "), ADVICE[error.code] || "");
+  return error.code === "unauthorized" ? [text, keyForm(again)] : [text, textButton("Try again", again)];
+}
+
+function keyForm(then) {
+  const field = make("input", {type: "password", autocomplete: "off", value: key(), "aria-label": "Key", placeholder: "Key"});
+  const keep = make("input", {type: "checkbox", checked: Boolean(stored("key"))});
+  const submit = event => {
+    event.preventDefault();
+    stored("key", keep.checked ? null : field.value.trim(), "sessionStorage");
+    stored("key", keep.checked ? field.value.trim() : null);
+    then();
+  };
+  return make("form", {submit, class: "row key"}, field, make("label", {class: "check"}, keep, "Remember it in this browser"),
+    make("button", {class: "main"}, "Use this key"));
+}
+
+// ── Asking and answering
+
+function messagesFor(chat, answer) {
+  const sent = chat.system.trim() ? [{role: "system", content: chat.system}] : [];
+  for (const turn of chat.turns) {
+    if (turn.role === "user") sent.push({role: "user", content: turn.text});
+    else {
+      const said = answerMessages(turn, chat.tools.length > 0);
+      if (said.length) sent.push(...said);
+      else if (turn !== answer) sent.pop();  // a question that got no answer
+    }
+  }
+  return sent;
+}
+
+function answerMessages(turn, withTools) {
+  const sent = [];
+  let text = "";
+  for (const part of turn.parts) {
+    if (part.kind === "text") text += part.text;
+    else if (part.kind === "tool" && withTools) {
+      const called = {id: part.id, type: "function", function: {name: part.name, arguments: part.arguments}};
+      const content = part.error === null ? JSON.stringify(part.result) : "Error: " + part.error;
+      sent.push({role: "assistant", content: text, tool_calls: [called]}, {role: "tool", tool_call_id: part.id, content});
+      text = "";
+    }
+  }
+  return text ? [...sent, {role: "assistant", content: text}] : sent;
+}
+
+function ask(text) {
+  if (!text.trim() || runs.has(current.id) || !current.model) return;
+  if (!current.title) current.title = text.trim().split("\n")[0].slice(0, 80);
+  current.turns.push({role: "user", text});
+  answerAgain(current);
+  drawLog();
+}
+
+// Writes the answer to the last question, in place of one that may be there.
+function answerAgain(chat) {
+  if (chat.turns.at(-1).role === "assistant") chat.turns.pop();
+  const turn = {role: "assistant", model: "", parts: [], end: "", figures: null, error: null};
+  chat.turns.push(turn);
+  chat.changed = Date.now();
+  chats = [chat, ...chats.filter(each => each !== chat)];
+  write(chat, turn);
+}
+
+async function write(chat, turn) {
+  const run = {abort: new AbortController(), phase: "Asking", progress: null, began: performance.now(), first: 0, saved: 0};
+  runs.set(chat.id, run);
+  Object.assign(turn, {model: chat.model, end: "", error: null, figures: null});
+  stick = true;
+  drawSide();
+  drawLog();
+  drawAsk();
+  const watching = watchLoading(chat, turn, run);
+  try {
+    for await (const event of events(await patiently(chat, turn, run))) take(chat, turn, run, event);
+    turn.end = turn.end || "stop";
+  } catch (error) {
+    turn.end = error.name === "AbortError" ? "stopped" : "error";
+    if (turn.end === "error") turn.error = {code: error.code || "page", message: error.message};
+  }
+  run.over = true;
+  runs.delete(chat.id);
+  save(chat);
+  redraw(chat, turn);
+  drawSide();
+  drawAsk();
+  say(turn.error ? turn.error.message : turn.end === "stopped" ? "Stopped" : "The answer is complete");
+  await watching;
+  await look(turn.model).catch(() => null);
+}
+
+// The request; a server that is busy is asked again, as often as it takes a patient person to give up.
+async function patiently(chat, turn, run) {
+  const offered = chat.tools.filter(name => tools.some(tool => tool.name === name)).map(name => ({type: "builtin", name}));
+  const body = {model: chat.model, messages: messagesFor(chat, turn), stream: true, stream_options: {include_usage: true},
+    ...chat.settings, ...(offered.length ? {tools: offered} : {})};
+  for (let tries = 1; ; tries++) {
+    try {
+      return await call("/v1/chat/completions", body, run.abort.signal);
+    } catch (error) {
+      if (error.code !== "overloaded" || tries === 4) throw error;
+      run.busy = `The server is busy, trying again in ${error.wait || 2} s`;
+      redraw(chat, turn);
+      await sleep(1000 * (error.wait || 2));
+      run.abort.signal.throwIfAborted();
+      run.busy = "";
+    }
+  }
+}
+
+// Says what an answer waits for until its first words come.
+async function watchLoading(chat, turn, run) {
+  while (!run.first && !run.over) {
+    const status = await look(turn.model).catch(() => null);
+    if (status && !run.first && !run.over) {
+      const loading = status.status === "loading", reading = status.loaded ? "Reading the question" : "Waiting for the model";
+      run.progress = loading ? status.progress : null;
+      run.phase = run.busy || (loading ? `Loading ${turn.model}` : status.requests_waiting ? "Waiting for its turn" : reading);
+      say(loading ? `Loading, ${Math.round(status.progress * 10) * 10} %` : run.phase);
+      redraw(chat, turn);
+    }
+    await sleep(250);
+  }
+}
+
+function take(chat, turn, run, event) {
+  const [choice] = event.choices, delta = (choice && choice.delta) || {};
+  if (delta.reasoning_content) grow(turn, "thought", delta.reasoning_content);
+  if (delta.content) grow(turn, "text", delta.content);
+  for (const result of items(delta.tool_results)) turn.parts.push(checkedPart({kind: "tool", ...result}));
+  if (choice && choice.finish_reason) turn.end = choice.finish_reason;
+  if (turn.parts.length && !run.first) run.first = performance.now();
+  if (event.usage) turn.figures = figuresOf(event.usage, (run.first - run.began) / 1000);
+  if (performance.now() - run.saved > 500) {
+    run.saved = performance.now();
+    save(chat);
+  }
+  redraw(chat, turn);
+}
+
+function grow(turn, kind, text) {
+  if (turn.parts.at(-1)?.kind !== kind) turn.parts.push({kind, text: ""});
+  turn.parts.at(-1).text += text;
+}
+
+const figuresOf = (usage, first) => ({first: Math.max(0, first), rate: number(usage.timings?.predicted_per_second),
+  tokens: usage.completion_tokens, prompt: usage.prompt_tokens, cached: number(usage.prompt_tokens_details?.cached_tokens)});
+
+function stop() {
+  runs.get(current.id)?.abort.abort();
+}
+
+// ── The conversation on the screen
+
+const log = $("log"), box = $("box");
+const views = new Map();  // what redraws a turn that is shown
+let stick = true;  // the end of the conversation stays in view
+
+function drawLog() {
+  views.clear();
+  const made = current.turns.map((turn, n) => turn.role === "user" ? questionView(current, turn, n) : answerView(current, turn));
+  log.replaceChildren(...(made.length ? made : [emptyView()]));
+  document.title = current.title ? `${current.title} · shimmy` : "shimmy";
+  scroll();
+}
+
+function redraw(chat, turn) {
+  const view = views.get(turn);
+  if (chat !== current || !view || view.due) return;
+  view.due = requestAnimationFrame(() => {
+    view.due = 0;
+    view.draw();
+    scroll();
+  });
+}
+
+function scroll() {
+  if (stick) log.scrollTop = current.turns.length ? log.scrollHeight : 0;
+  $("down").hidden = stick || !current.turns.length;
+}
+
+function emptyView() {
+  const tiny = models.length > 0 && models.every(model => model.id === "shimmy-tiny");
+  const pull = command("python shimmy.py pull OWNER/REPO");
+  const lead = troubled ? ["Waiting for the server."] : !models.length
+    ? ["No model was found on this machine. Get one with ", pull, ", or put a .gguf file into ./models, then look again."]
+    : tiny ? ["Only the tiny demonstration model is here. Get a real one with ", pull, ", or put a .gguf file into ./models."]
+    : ["Everything runs on your own machine. Ask something, or try one of these."];
+  const ideas = current.model === "shimmy-tiny" ? ["Who are you?", "Which port do you use?", "Tell me a short story."]
+    : ["Explain what a GGUF file is.", "Write a haiku about the sea.", "Plan a quick dinner for two."];
+  const buttons = models.length ? ideas.map(idea => textButton(idea, () => ask(idea))) : [textButton("Look again", discover)];
+  const keys = make("p", {class: "keys"});
+  [["Enter", "sends"], ["Shift+Enter", "new line"], ["Esc", "stops"], ["/", "to the box"], ["↑", "edits the last question"],
+    ["Alt+N", "new chat"]].forEach(([name, does], n) => keys.append(n ? " · " : "", make("kbd", null, name), " " + does));
+  return make("section", {class: "empty"}, icon("wave"), make("h2", null, "What is on your mind?"), make("p", null, ...lead),
+    make("div", {class: "row"}, ...(troubled ? [] : buttons)), keys);
+}
+
+async function discover() {
+  await call("/api/models/discover", {}).catch(() => null);
+  await refresh();
+}
+
+function questionView(chat, turn, n) {
+  const view = make("article", {class: "user", "aria-label": "You"});
+  const copied = iconButton("copy", "Copy the question", () => copy(turn.text, copied));
+  const edited = iconButton("edit", "Edit and ask again", () => view.replaceChildren(editor(chat, turn, n, drawLog)), "editing");
+  view.append(make("div", {class: "words"}, turn.text), make("div", {class: "row"}, copied, edited));
+  return view;
+}
+
+function editor(chat, turn, n, close) {
+  const area = make("textarea", {rows: Math.min(12, turn.text.split("\n").length + 1), "aria-label": "Your question"});
+  area.value = turn.text;
+  const submit = event => {
+    event.preventDefault();
+    if (!area.value.trim() || runs.has(chat.id)) return;
+    chat.turns.splice(n, chat.turns.length, {role: "user", text: area.value});
+    answerAgain(chat);
+    box.focus();
+  };
+  const keydown = event => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+    else if (event.key === "Escape") { event.stopPropagation(); close(); box.focus(); }
+  };
+  area.addEventListener("keydown", keydown);
+  setTimeout(() => area.focus());
+  return make("form", {class: "edit", submit}, area, make("div", {class: "row"},
+    make("button", {class: "main"}, "Ask again"), textButton("Cancel", () => { close(); box.focus(); })));
+}
+
+function answerView(chat, turn) {
+  const parts = make("div"), foot = make("div");
+  const view = {draw() {
+    turn.parts.forEach((part, n) => {
+      if (!parts.children[n]) parts.append(PARTS[part.kind].make(part));
+      PARTS[part.kind].draw?.(parts.children[n], part, runs.has(chat.id) && n === turn.parts.length - 1);
+    });
+    const run = runs.get(chat.id), live = run && turn === chat.turns.at(-1);
+    const shown = live ? [run.phase, run.busy, run.progress, Boolean(run.first)].join() : turn.end;
+    if (foot.shown !== shown) foot.replaceChildren(...(live ? waitingFoot(run) : doneFoot(chat, turn)));
+    foot.shown = shown;
+  }};
+  views.set(turn, view);
+  view.draw();
+  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, parts, foot);
+}
+
+const folded = (name, summary, ...children) => make("details", {class: name}, make("summary", null, ...summary), ...children);
+const titled = (title, text) => [make("h4", null, title), make("pre", null, text)];
+const pretty = text => { try { return JSON.stringify(JSON.parse(text), null, 1); } catch { return text; } };
+const brief = text => text.length > 60 ? text.slice(0, 60) + "…" : text;
+
+const PARTS = {
+  text: {make: () => make("div", {class: "md"}), draw: (node, part) => drawMarkdown(node, part.text)},
+  thought: {
+    make: () => folded("thought", ["Thoughts"], make("div")),
+    draw(node, part, live) {
+      node.firstChild.textContent = live ? "Thinking …" : "Thoughts";
+      node.lastChild.textContent = part.text.trim();
+    },
+  },
+  tool: {make(part) {
+    const result = part.error === null ? JSON.stringify(part.result, null, 1) : part.error;
+    const summary = [make("b", null, part.name), part.error === null ? "" : " failed", ` → ${brief(result)}`];
+    return folded("tool", summary, ...titled("Arguments", pretty(part.arguments)),
+      ...titled(part.error === null ? "Result" : "Error", result));
+  }},
+};
+
+function waitingFoot(run) {
+  if (run.first) return [make("div", {class: "foot wait"}, "Writing")];
+  const bar = run.progress === null ? [] : [make("progress", {max: 1, value: run.progress, "aria-label": "Loading"})];
+  const percent = run.progress === null ? "" : ` ${Math.round(100 * run.progress)} %`;
+  return [make("div", {class: "wait"}, (run.busy || run.phase) + percent, ...bar)];
+}
+
+function doneFoot(chat, turn) {
+  const text = turn.parts.filter(part => part.kind === "text").map(part => part.text).join("\n\n");
+  const again = () => { if (!runs.has(chat.id)) answerAgain(chat); };
+  const copied = iconButton("copy", "Copy the answer", () => copy(text, copied));
+  const foot = make("div", {class: "row foot"}, ...(text ? [copied] : []), iconButton("again", "Answer again", again, "again"));
+  const goesOn = ["length", "stopped", "cut", "error"].includes(turn.end) && turn.parts.at(-1)?.kind === "text";
+  if (goesOn) foot.append(textButton("Continue", () => { if (!runs.has(chat.id)) write(chat, turn); }, "again"));
+  foot.append(make("span", {class: "figures"}, figureWords(turn)));
+  return turn.error ? [errorCard(chat, turn, again), foot] : [foot];
+}
+
+function figureWords(turn) {
+  const f = turn.figures, short = {length: "cut at its most tokens", stopped: "stopped", cut: "cut off by a reload"}[turn.end];
+  const measured = f ? [`${f.tokens} tokens`, `${f.rate.toFixed(f.rate < 100 ? 1 : 0)} tokens/s`,
+    `first after ${f.first.toFixed(2)} s`, `prompt ${f.prompt}` + (f.cached ? ` (${f.cached} cached)` : "")] : [];
+  return [turn.model, ...measured, ...(short ? [short] : [])].join(" · ");
+}
+
+function errorCard(chat, turn, again) {
+  const asked = chat.turns.indexOf(turn) - 1, controls = advice(turn.error, () => { refresh(); again(); });
+  if (turn.error.code === "context_length_exceeded") {
+    const edit = () => log.children[asked].querySelector(".editing").click();
+    controls.splice(1, 1, textButton("Edit the question", edit), textButton("New chat", startChat));
+  }
+  return make("div", {class: "card bad", role: "alert"}, controls[0], make("div", {class: "row"}, ...controls.slice(1)));
+}
+
+// ── Around the conversation
+
+function drawSide() {
+  const focused = document.activeElement?.dataset?.chat;
+  $("chats").replaceChildren(...chats.map(chat => {
+    const open = make("button", {type: "button", class: "open", "data-chat": chat.id, click: () => openChat(chat),
+      "aria-current": chat === current && "true"}, (runs.has(chat.id) ? "● " : "") + chat.title);
+    const row = make("li", {class: chat === current ? "now" : ""}, open);
+    row.append(iconButton("edit", `Rename ${chat.title}`, () => rename(chat, row)),
+      iconButton("bin", `Delete ${chat.title}`, () => remove(chat)));
+    return row;
+  }));
+  if (focused) $("chats").querySelector(`[data-chat="${focused}"]`)?.focus();
+}
+
+function rename(chat, row) {
+  const field = make("input", {value: chat.title, "aria-label": "Title of the chat", maxlength: 200});
+  const close = keep => {
+    if (!field.isConnected) return;
+    if (keep && field.value.trim()) chat.title = field.value.trim();
+    save(chat);
+    drawSide();
+    box.focus();
+  };
+  field.addEventListener("keydown", event => {
+    if (event.key === "Enter" || event.key === "Escape") { event.stopPropagation(); close(event.key === "Enter"); }
+  });
+  field.addEventListener("blur", () => close(true));
+  row.replaceChildren(field);
+  field.select();
+}
+
+function remove(chat) {
+  runs.get(chat.id)?.abort.abort();
+  chats = chats.filter(each => each !== chat);
+  stored("chat." + chat.id, null);
+  const restore = () => {
+    save(chat);
+    chats.sort((a, b) => b.changed - a.changed);
+    openChat(chat);
+    $("notice").hidden = true;
+  };
+  notice(`“${brief(chat.title)}” was deleted.`, textButton("Undo", restore));
+  if (chat === current) openChat(chats[0] || newChat());
+  else drawSide();
+}
+
+function openChat(chat) {
+  current = chat;
+  stick = true;
+  stored("last", chat.id);
+  if (models.length && !modelOf(chat.model)) chat.model = models[0].id;
+  drawer(false);
+  drawSide();
+  drawHead();
+  drawLog();
+  drawAsk();
+  box.focus();
+}
+
+const startChat = () => openChat(newChat());
+
+function drawHead() {
+  $("model").replaceChildren(...models.map(model => {
+    const about = [model.id, [model.parameter_count, model.quantization].filter(Boolean).join(" "), size(model.size_bytes)];
+    return make("option", {value: model.id}, about.filter(Boolean).join(" · "));
+  }));
+  $("model").value = current.model;
+  $("model").disabled = !models.length;
+  drawState();
+}
+
+function drawState() {
+  const model = modelOf(current.model), state = model ? model.state : "";
+  const percent = state === "loading" && model.progress ? ` ${Math.round(100 * model.progress)} %` : "";
+  $("state").dataset.state = state;
+  $("state").textContent = (state === "unloaded" ? "not loaded" : state) + percent;
+  $("state").hidden = $("load").hidden = !model;
+  $("load").textContent = state === "loaded" ? "Unload" : "Load";
+  $("load").disabled = state === "loading" || state === "unloading";
+}
+
+function drawAsk() {
+  const writing = runs.has(current.id);
+  $("sign").setAttribute("href", writing ? "#i-stop" : "#i-up");
+  $("send").setAttribute("aria-label", writing ? "Stop" : "Send");
+  $("send").title = writing ? "Stop (Esc)" : "Send (Enter)";
+}
+
+function grown() {  // the box is as high as its text
+  box.style.height = "auto";
+  box.style.height = box.scrollHeight + "px";
+}
+
+function drawer(open) {
+  document.body.classList.toggle("drawer", open);
+  $("menu").setAttribute("aria-expanded", String(open));
+  if (open) $("new").focus();
+}
+
+function drawSettings() {
+  $("system").value = current.system;
+  const fields = SETTINGS.map(([name, label, min, max, step]) => {
+    const field = make("input", {type: "number", name, min, max, step: step < 1 ? "any" : step, placeholder: "usual",
+      value: current.settings[name] ?? null, input: () => setting(name, field.validity.valid ? field.valueAsNumber : NaN)});
+    return make("label", null, label, field);
+  });
+  const effort = make("select", {name: "reasoning_effort", input: () => setting("reasoning_effort", effort.value)},
+    ...Object.entries(EFFORTS).map(([value, label]) => make("option", {value}, label)));
+  effort.value = current.settings.reasoning_effort || "";
+  $("sampling").replaceChildren(...fields, make("label", null, "Thinking", effort));
+  $("tools").replaceChildren(...tools.map(tool => {
+    const check = make("input", {type: "checkbox", name: tool.name, checked: current.tools.includes(tool.name), input() {
+      current.tools = current.tools.filter(name => name !== tool.name).concat(check.checked ? [tool.name] : []);
+      save(current);
+    }});
+    return make("label", {class: "check"}, check, make("span", null, tool.name, make("small", null, tool.description)));
+  }));
+  $("key").replaceChildren(keyForm(() => { $("settings").close(); refresh(); }));
+}
+
+function setting(name, value) {
+  if (value === "" || Number.isNaN(value)) delete current.settings[name];
+  else current.settings[name] = value;
+  save(current);
+}
+
+// ── Files, keys, and the beginning
+
+const MOST_TEXT = 200000;  // bytes of a file that is put into the box: more than most contexts hold
+
+async function insert(files) {
+  for (const file of files) {
+    const bytes = new Uint8Array(await file.slice(0, MOST_TEXT + 1).arrayBuffer());
+    let text = null;
+    try { text = new TextDecoder("utf-8", {fatal: true}).decode(bytes); } catch { /* no text */ }
+    if (/^(image|audio|video)\//.test(file.type) || text === null && bytes.length <= MOST_TEXT || text?.includes("\0")) {
+      notice(`${file.name} cannot be read by the models here: they read text. Drop or paste text files (.txt, .md, .csv, code).`);
+    } else if (bytes.length > MOST_TEXT) {
+      notice(`${file.name} is too large: text files up to ${MOST_TEXT / 1000} kB can be inserted.`);
+    } else {
+      const fence = "`".repeat(Math.max(3, ...(text.match(/`+/g) || []).map(run => run.length + 1)));
+      box.value += `${box.value && "\n\n"}${file.name}:\n${fence}\n${text.trimEnd()}\n${fence}\n`;
+      grown();
+      box.focus();
+    }
+  }
+}
+
+function submitBox(event) {
+  event.preventDefault();
+  if (runs.has(current.id)) return stop();
+  const text = box.value;
+  if (!text.trim()) return;
+  if (!current.model) return void refresh();
+  box.value = "";
+  grown();
+  $("notice").hidden = true;
+  ask(text);
+}
+
+function boxKey(event) {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    if (!runs.has(current.id)) submitBox(event);
+  } else if (event.key === "ArrowUp" && !box.value) {
+    event.preventDefault();
+    [...log.querySelectorAll(".editing")].at(-1)?.click();
+  }
+}
+
+function pageKey(event) {
+  const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
+  if (event.key === "Escape" && !$("settings").open) {
+    if (document.body.classList.contains("drawer")) { drawer(false); $("menu").focus(); } else stop();
+  } else if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !$("settings").open) {
+    event.preventDefault();
+    box.focus();
+  } else if (event.altKey && event.code === "KeyN" && !event.ctrlKey && !event.metaKey) {
+    event.preventDefault();
+    startChat();
+  }
+}
+
+function setTheme(theme) {
+  if (theme) document.documentElement.dataset.theme = theme;
+  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+  $("theme").setAttribute("aria-pressed", String(dark));
+  return dark;
+}
+
+const on = (id, name, act) => $(id).addEventListener(name, act);
+on("ask", "submit", submitBox);
+on("box", "keydown", boxKey);
+on("box", "input", grown);
+on("new", "click", startChat);
+on("menu", "click", () => drawer(true));
+on("shade", "click", () => drawer(false));
+on("export", "click", exportChats);
+on("import", "click", () => $("imported").click());
+on("imported", "change", async () => { await importChats($("imported").files[0]); $("imported").value = ""; });
+on("file", "change", async () => { await insert($("file").files); $("file").value = ""; });
+on("model", "change", () => { current.model = $("model").value; stored("model", current.model); save(current); drawState(); });
+on("load", "click", loadOrUnload);
+on("down", "click", () => { stick = true; scroll(); box.focus(); });
+on("tune", "click", () => { drawSettings(); $("settings").showModal(); });
+on("done", "click", () => $("settings").close());
+on("settings", "click", event => { if (event.target === $("settings")) $("settings").close(); });
+on("system", "input", () => { current.system = $("system").value; save(current); });
+on("theme", "click", () => setTheme(stored("theme", setTheme(stored("theme")) ? "light" : "dark")));
+log.addEventListener("scroll", () => {
+  stick = log.scrollHeight - log.scrollTop - log.clientHeight < 48;
+  $("down").hidden = stick || !current.turns.length;
+});
+document.addEventListener("keydown", pageKey);
+document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("drop"); });
+document.addEventListener("dragleave", () => document.body.classList.remove("drop"));
+document.addEventListener("drop", event => {
+  event.preventDefault();
+  document.body.classList.remove("drop");
+  if (event.dataTransfer.files.length) insert(event.dataTransfer.files);
+});
+box.addEventListener("paste", event => {
+  if (!event.clipboardData.files.length) return;
+  event.preventDefault();
+  insert(event.clipboardData.files);
+});
+addEventListener("pagehide", () => runs.forEach((_, id) => save(chats.find(chat => chat.id === id))));
+addEventListener("storage", event => {  // another window has changed a chat
+  if (!event.key?.startsWith("shimmy.chat.") || runs.size) return;
+  readChats();
+  current = chats.find(chat => chat.id === current.id) || (current.turns.length ? newChat() : current);
+  drawSide();
+  drawHead();
+  drawLog();
+});
+document.addEventListener("visibilitychange", () => { if (!document.hidden && !runs.size) refresh(); });
+
+setTheme(stored("theme"));
+readChats();
+current = chats.find(chat => chat.id === stored("last")) || current;
+drawSide();
+drawHead();
+drawLog();
+drawAsk();
+refresh();
+if (matchMedia("(hover: hover)").matches) box.focus();  // on a phone that would open the keyboard
+</script>
+</body>
+</html>
+"""
+
+
+@functools.lru_cache(maxsize=1)
+def page_headers() -> dict[str, str]:
+    """What the page may do: run and be styled by what stands in it, speak with this server, and nothing else."""
+    import hashlib
+
+    def hash_of(tag: str) -> str:
+        inside = PAGE.partition(f"<{tag}>")[2].partition(f"</{tag}>")[0]
+        return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
+
+    policy = (f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; connect-src 'self'; "
+              "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+    return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, "Cache-Control": "no-cache",
+            "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Vary": "Accept"}  # fmt: skip
+
+
+def answer_page() -> Answer:
+    """The page, as it stands above."""
+    return Answer(PAGE.encode(), headers=page_headers())
+
+
+def open_page(url: str) -> None:
+    """Opens the page in the user's browser. A server that listens everywhere is met on loopback."""
+    import webbrowser
+
+    address = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    if not webbrowser.open(address):
+        log.warning("no browser was found here to open %s", address)
+
+
+# ── 25. Command line ──────────────────────────────────────────────────────────────────────────────────────────────────
 # One function a command. stdout carries the result, stderr the rest; 0 success, 1 failure, 2 usage. Ctrl-C ends us by
 # SIGINT (a shell shows 130), so that a loop around us stops too.
 
@@ -12297,6 +13573,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--api-key", action="append", default=[], metavar="KEY", help="ask every client for this key, or one of "
                      "several (repeatable)")  # fmt: skip
     sub.add_argument("--private-prompts", action="store_true", help="let clients with different keys share no cached prompts")
+    sub.add_argument("--open", action="store_true", help="open the chat page in a browser")
     sub.add_argument("--insecure", action="store_true", help="allow a bind beyond loopback without a key")
     sub.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="web pages that may call (repeatable)")
     sub.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="Host names to accept (repeatable)")
@@ -12457,6 +13734,8 @@ def command_serve(args: argparse.Namespace) -> int:
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     service.table.start()
     threading.Thread(target=_after_scan, args=(args, service, signals), name="names", daemon=True).start()
+    if args.open:
+        threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
     code = signals.wait()
     if not code:
         log.warning("shutting down%s", _waited_for(service))
@@ -12762,7 +14041,7 @@ def check_packages() -> None:
             raise ImportError(f"{package} {installed} is too old, shimmy needs {wanted}: pip install -U {package}")
 
 
-# ── 25. generate ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 26. generate ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # The command that a running server may do as well as an engine of our own; and main.
 
 
