@@ -64,7 +64,7 @@ clean:
 	@touch $@
 
 .venv/.test: .venv/.run
-	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist openai httpx gguf ruff mypy || { \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist openai httpx gguf prometheus_client ruff mypy || { \
 	  echo "pip could not install the development tools. Is the network there?"; exit 1; }
 	@touch $@
 

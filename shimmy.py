@@ -144,6 +144,7 @@ if __name__ == "__main__":
 import argparse
 import base64
 import binascii
+import bisect
 import codecs
 import contextlib
 import copy
@@ -5184,6 +5185,7 @@ class Piece:
     id: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    tokens: int = 0  # generated since the last message
 
 
 @dataclass(frozen=True)
@@ -5217,6 +5219,7 @@ class Stepped:
 
     events: tuple[Piece | Vectors | Tokens | Finished | Failed, ...]
     running: int  # sequences in the batch now
+    cells: int = 0  # of the pool, that these hold
 
 
 class _Unpickler(pickle.Unpickler):
@@ -6279,6 +6282,7 @@ class Sequence:
         self.oldest = 0  # the first position they hold
         self.last_used = self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
+        self._n_told = self.n_prompt  # tokens of which the messages have told
         self.logprobs: list[TokenLogprob] = []  # of its tokens
         self._unshown: deque[tuple[int, TokenLogprob]] = deque()  # of later tokens, by the character they begin with
         self._waiting = ""  # text that may be shown, but is a part of a token
@@ -6346,6 +6350,11 @@ class Sequence:
             sent = min(end, shown)
         ready, self._waiting = self._waiting[: sent - at], self._waiting[sent - at :]
         return ready
+
+    def untold(self) -> int:
+        """Tokens generated since this was last asked."""
+        told, self._n_told = self._n_told, self.n_tokens
+        return self.n_tokens - told
 
     def release_rest(self) -> None:
         """Hands out the log probabilities of tokens without text, at the end; not of a stop string's."""
@@ -6940,6 +6949,10 @@ class Scheduler:
         """How long the admitted prompts will take to read."""
         return self.pace.row * sum(s.pending for s in self.running)
 
+    def cells(self) -> int:
+        """How many cells the running sequences hold; one that several share counts once, and idle ones' are free to be had."""
+        return sum(s.n_computed - s.n_shared for s in self.running if not s.aside)
+
     def make_room(self) -> Sequence | None:
         """After a step found no free cells: parks an idle sequence (None), or steps the youngest back and returns it."""
         if self.cache.park_oldest():
@@ -7044,14 +7057,14 @@ class Outbox:
         """Whether a message should go out now: something ended, or the last one was FLUSH_SECONDS ago."""
         return bool(self._events) or time.perf_counter() - self._sent_at >= FLUSH_SECONDS
 
-    def flush(self, running: int) -> None:
+    def flush(self, running: int, cells: int) -> None:
         """Sends one message for all that the last steps made."""
         pieces = []
         for sequence in self._unsent:
-            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs)))
+            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.untold()))
             sequence.unsent = ""
             sequence.logprobs.clear()
-        message = Stepped((*pieces, *self._events), running)
+        message = Stepped((*pieces, *self._events), running, cells)
         self._unsent, self._events, self.running = [], [], running
         self._sent_at = time.perf_counter()
         self._send(message)
@@ -7465,7 +7478,7 @@ class Engine:
         return len(self.scheduler.running) + len(self.embedder.jobs)
 
     def _flush(self) -> None:
-        self.outbox.flush(self._running())
+        self.outbox.flush(self._running(), self.scheduler.cells())
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child
@@ -7546,6 +7559,138 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
 
 # ── 15. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The parent's side of a child: starts it, carries messages, notices its death.
+
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKENS = (1.0, 10.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0, 5000.0, 10_000.0, 25_000.0, 50_000.0, 100_000.0)
+
+
+class Histogram:
+    """Values counted by the smallest bound that holds them. Whoever adds holds its owner's lock; anybody may read."""
+
+    def __init__(self, bounds: tuple[float, ...] = SECONDS) -> None:
+        self.bounds, self.counts, self.sum = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def add(self, value: float) -> None:
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+
+@dataclass
+class Timing:
+    """A job as its model's meter follows it. Owned by the thread that reads the child's messages."""
+
+    began: float  # monotonic seconds: when its request came, before the model was loaded for it
+    generates: bool
+    last: float = 0.0  # when its last piece came
+    tokens: int = 0  # generated, that have been counted
+
+
+class Meter:
+    """What a model has done since the server began. Counters only rise, however often the model is unloaded.
+
+    A lock is taken once for a sequence's share of a message (100 a second at most) and once for its end: about a
+    microsecond, and nothing for a token. Any thread may count.
+    """
+
+    ENDS: ClassVar = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}  # vLLM's words
+    RECENT_SECONDS = 60.0  # of which the tokens per second tell
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.prompt_tokens = self.computed_tokens = self.cached_tokens = self.sought_tokens = self.generated_tokens = 0
+        self.prompt_seconds = self.decode_seconds = 0.0
+        self.loads = self.load_failures = self.deaths = 0
+        self.ends = dict.fromkeys(self.ENDS.values(), 0)
+        self.first_token, self.gap, self.per_token, self.queue = Histogram(), Histogram(), Histogram(), Histogram()
+        self.prefill, self.decode, self.inference, self.whole = Histogram(), Histogram(), Histogram(), Histogram()
+        self.prompt_sizes, self.answer_sizes = Histogram(TOKENS), Histogram(TOKENS)
+        self._recent: deque[tuple[float, Finished]] = deque(maxlen=256)
+
+    def piece(self, job: Timing, tokens: int) -> None:
+        """Text came: the first of its sequence, or a gap after the last."""
+        now = time.monotonic()
+        with self._lock:
+            if job.last:
+                self.gap.add(now - job.last)
+            else:
+                self.first_token.add(now - job.began)
+            self.generated_tokens += tokens
+        job.last, job.tokens = now, job.tokens + tokens
+
+    def finished(self, job: Timing, end: Finished) -> None:
+        """A job has ended as the engine says. What it did not compute it waited for: the load, its turn, its first step."""
+        now = time.monotonic()
+        computing = end.prompt_seconds + end.decode_seconds
+        with self._lock:
+            self._recent.append((now, end))
+            self.ends[self.ENDS[end.finish_reason]] += 1
+            self._add_tokens(job, end)
+            self.whole.add(now - job.began)
+            self.inference.add(computing)
+            self.queue.add(max(0.0, now - job.began - computing))
+            self.prefill.add(end.prompt_seconds)
+            if job.generates:
+                self.decode.add(end.decode_seconds)
+                self.answer_sizes.add(end.completion_tokens)
+            if end.completion_tokens > 1:
+                self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
+
+    def _add_tokens(self, job: Timing, end: Finished) -> None:
+        self.prompt_tokens += end.prompt_tokens
+        self.computed_tokens += end.prompt_tokens - end.cached_tokens
+        self.cached_tokens += end.cached_tokens
+        self.sought_tokens += end.prompt_tokens * job.generates
+        self.generated_tokens += end.completion_tokens - job.tokens
+        self.prompt_seconds += end.prompt_seconds
+        self.decode_seconds += end.decode_seconds
+        self.prompt_sizes.add(end.prompt_tokens)
+
+    def failed(self, job: Timing) -> None:
+        """A job broke off."""
+        with self._lock:
+            self.ends["error"] += 1
+            self.whole.add(time.monotonic() - job.began)
+
+    def moved(self, before: str, after: str) -> None:
+        """The model went from one state to another (Entry.state)."""
+        with self._lock:
+            self.loads += after == "loaded"
+            self.load_failures += (before, after) == ("loading", "failed")
+            self.deaths += (before, after) == ("loaded", "failed")
+
+    def recent(self) -> list[Finished]:
+        """The ends of the last minute, 256 at most."""
+        with self._lock:
+            return [end for when, end in self._recent if when > time.monotonic() - self.RECENT_SECONDS]
+
+
+class Metrics:
+    """What the server counts beside what its parts tell when asked. Any thread may count."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
+        self._answers: dict[tuple[str, str, str, str], int] = {}  # by method, route, API and status
+        self.connections = self.accepted = self.refused = 0  # the server's, whose accepting thread and lock write them
+
+    def meter(self, id: str) -> Meter:
+        with self._lock:
+            return self._meters.setdefault(id, Meter())
+
+    def meters(self) -> dict[str, Meter]:
+        with self._lock:
+            return dict(self._meters)
+
+    def answered(self, method: str, route: str, api: str, status: int) -> None:
+        """A request is over. Only words that the route table knows come here, so that their number is bounded."""
+        key = (method, route, api, str(status or "none"))
+        with self._lock:
+            self._answers[key] = self._answers.get(key, 0) + 1
+
+    def answers(self) -> dict[tuple[str, str, str, str], int]:
+        with self._lock:
+            return dict(self._answers)
 
 
 class Generation:
@@ -7658,18 +7803,19 @@ class Worker:
     _ids = itertools.count(1)
 
     def __init__(self, info: ModelInfo, options: EngineOptions, max_queue: int, died: Callable[[Worker, str], None],
-                 report: Callable[[str], None]) -> None:  # fmt: skip
+                 report: Callable[[str], None], meter: Meter | None = None) -> None:  # fmt: skip
         """`died` is called when the child ends by itself, `report` gets a line about each step of the load."""
         self.info, self.max_queue, self._died, self._report = info, max_queue, died, report
-        self._options = options
+        self._options, self._meter = options, meter or Meter()
         self._lock = threading.Lock()
         self._generations: dict[int, Generation] = {}  # by job id, from submit to the last message
+        self._timings: dict[int, Timing] = {}  # by job id, until the child says how it ended, wanted or not
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
         self._heartbeat = Heartbeat()
         self._ended = threading.Event()
         self._why = ""  # why the child was given up
-        self._running = 0
+        self._running = self.cells = 0
         self._serving = self._stopping = False
         self.alive = True
         self.chat: Chat | None = None  # the service's
@@ -7718,8 +7864,11 @@ class Worker:
             self.stop()
             raise
 
-    def submit(self, jobs: Seq[Job], cancel: Cancellation) -> Generation:
-        """Queues jobs as one generation. Raises Overloaded when the queue is full, GenerationFailed without a child."""
+    def submit(self, jobs: Seq[Job], cancel: Cancellation, began: float | None = None) -> Generation:
+        """Queues jobs as one generation, whose request came at `began` (monotonic seconds).
+
+        Raises Overloaded when the queue is full, GenerationFailed without a child.
+        """
         ids = [next(self._ids) for _ in jobs]
         generation = Generation(self, ids)
         with self._lock:
@@ -7732,6 +7881,9 @@ class Worker:
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
             self._generations |= dict.fromkeys(ids, generation)
+            for id, job in zip(ids, jobs, strict=True):
+                if not isinstance(job, Tokenize):
+                    self._timings[id] = Timing(began or time.monotonic(), isinstance(job, Generate))
         for id, job in zip(ids, jobs, strict=True):
             self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
@@ -7763,8 +7915,9 @@ class Worker:
                 if why := self._heartbeat.hear(message):
                     self._give_up(why)
                 if isinstance(message, Stepped):
-                    self._running = message.running
+                    self._running, self.cells = message.running, message.cells
                     for event in message.events:
+                        self._count(event)
                         self._give(event)
                 elif isinstance(message, (Progress, Loaded, LoadFailed)):
                     self._loading.put(message)
@@ -7782,6 +7935,17 @@ class Worker:
         generation = self._generations.get(event.id)
         if generation:
             generation.inbox.put(event)
+
+    def _count(self, event: Any) -> None:
+        """Tells the meter, whether or not anybody still waits for the job."""
+        if isinstance(event, Piece):
+            if job := self._timings.get(event.id):
+                self._meter.piece(job, event.tokens)
+        elif isinstance(event, (Finished, Failed)) and (job := self._timings.pop(event.id, None)):
+            if isinstance(event, Finished):
+                self._meter.finished(job, event)
+            elif event.code == GenerationFailed.code:  # else the request was at fault, and never began
+                self._meter.failed(job)
 
     def _watch(self) -> None:
         """The watching thread: gives up a child that is silent, and one that not even a kill ends."""
@@ -7804,8 +7968,11 @@ class Worker:
         with self._lock:
             if self._ended.is_set():
                 return
-            self.alive, self._running = False, 0
+            self.alive, self._running, self.cells = False, 0, 0
             self._ended.set()
+        for id in list(self._timings):
+            if job := self._timings.pop(id, None):
+                self._meter.failed(job)
         if not self._stopping:
             log.error("%s: %s", self.info.id, reason)
         self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason))
@@ -7938,14 +8105,15 @@ class Residents:
     say that they take it.
     """
 
-    def __init__(self, make_worker: MakeWorker, options: TableOptions) -> None:
+    def __init__(self, make_worker: MakeWorker, options: TableOptions, metrics: Metrics) -> None:
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
         self.closed = False
-        self._make_worker, self._options = make_worker, options
+        self._make_worker, self._options, self._metrics = make_worker, options, metrics
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
+        self._metrics.meter(entry.info.id).moved(entry.state, state)
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         self.changed.notify_all()
@@ -8308,9 +8476,9 @@ class Names:
 class ModelTable:
     """The models by name, those on the disk and those in memory: what Service and the routes ask."""
 
-    def __init__(self, catalog: Catalog, make_worker: MakeWorker, options: TableOptions) -> None:
+    def __init__(self, catalog: Catalog, make_worker: MakeWorker, options: TableOptions, metrics: Metrics | None = None) -> None:
         self.catalog, self.options = catalog, options
-        self._residents = Residents(make_worker, options)
+        self._residents = Residents(make_worker, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options)
         self._scanned = False  # the first scan is over, whatever came of it
@@ -8489,9 +8657,9 @@ class ModelTable:
         return status | {"memory_bytes": worker.memory_bytes() if worker else 0}
 
     def statuses(self) -> list[dict[str, Any]]:
-        """The status of each model in memory."""
+        """The status of each model that is in memory or waited for."""
         with self._changed:
-            entries = [e for e in self._residents.entries.values() if e.worker]
+            entries = [e for e in self._residents.entries.values() if e.worker or e.waiting]
         return [self._status(entry) for entry in entries]
 
     def residents(self) -> list[Resident]:
@@ -8537,13 +8705,14 @@ class Service:
     def __init__(self, catalog: Catalog, table: TableOptions, engine: EngineOptions, tools: ToolOptions = ToolOptions(),
                  max_queue: int = 512) -> None:  # fmt: skip
         self.engine, self.max_queue = engine, max_queue
-        self.table = ModelTable(catalog, self._make_worker, table)
+        self.metrics = Metrics()
+        self.table = ModelTable(catalog, self._make_worker, table, self.metrics)
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started = time.time()
         self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
 
     def _make_worker(self, info: ModelInfo, died: Callable[[Worker, str], None]) -> Worker:
-        return Worker(info, self.engine, self.max_queue, died, lambda line: self.report(line))
+        return Worker(info, self.engine, self.max_queue, died, lambda line: self.report(line), self.metrics.meter(info.id))
 
     def _chat(self, worker: Worker) -> Chat:
         """How the model chats, made from what it says of itself when first asked."""
@@ -8563,10 +8732,11 @@ class Service:
 
     def _answer(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
         """One answer of the model's."""
+        began = time.monotonic()
         with self.table.lease(request.model, cancel) as lease:
             worker = yield from self._loaded(lease, cancel)
             jobs, parsers = self._jobs(request, self._chat(worker))
-            generation = worker.submit(jobs, cancel)
+            generation = worker.submit(jobs, cancel, began)
             ends: list[Finished] = []
             for message in generation:
                 if isinstance(message, Piece):
@@ -8635,11 +8805,11 @@ class Service:
 
     def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
         """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
-        use = "embed" if request.query is None else "rank"
+        began, use = time.monotonic(), "embed" if request.query is None else "rank"
         with self.table.lease(request.model, cancel, use) as lease:
             worker = yield from self._loaded(lease, cancel)
             job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
-            generation = worker.submit([job], cancel)
+            generation = worker.submit([job], cancel, began)
             for message in generation:
                 if isinstance(message, Finished):
                     yield self._usage([message], generation.index, 1)
@@ -8683,7 +8853,7 @@ class Service:
         return versions() | engine_build() | {
             "memory": {"resident_bytes": self.memory_bytes(), "available_bytes": available_memory()},
             "directories": list(report.directories), "skipped": list(report.skipped),
-            "models": len(report.models), "models_loaded": [s["model"] for s in self.table.statuses()],
+            "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
             "server": {"running": True, "pid": os.getpid()},
         }  # fmt: skip
 
@@ -8691,6 +8861,176 @@ class Service:
         """Ends every engine and helper; idempotent."""
         self.table.close()
         self.helpers.close()
+
+
+# Metrics, as Prometheus reads them
+
+
+@dataclass(frozen=True)
+class ScrapedModel:
+    """One model at the moment of a scrape."""
+
+    meter: Meter
+    loaded: bool
+    running: int
+    waiting: int
+    memory: int
+    cells: int  # of the KV pool, in use
+    pool: int
+
+
+class Scrape:
+    """The moment of a scrape. Nothing in it waits: not for the first scan, not for an engine."""
+
+    def __init__(self, service: Service) -> None:
+        self.service, self.metrics = service, service.metrics
+        statuses = {s["model"]: s for s in service.table.statuses()}
+        workers = {w.info.id: w for w in service.table.workers()}
+        self.models = {
+            id: self._model(meter, statuses.get(id, {}), workers.get(id)) for id, meter in sorted(self.metrics.meters().items())
+        }
+
+    @staticmethod
+    def _model(meter: Meter, status: Mapping[str, Any], worker: Worker | None) -> ScrapedModel:
+        running, waiting, memory = (status.get(name, 0) for name in ("requests_running", "requests_waiting", "memory_bytes"))
+        cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
+        return ScrapedModel(meter, status.get("loaded", False), running, waiting, memory, cells, pool)
+
+    def total(self, get: Callable[[ScrapedModel], float]) -> float:
+        return sum(get(model) for model in self.models.values())
+
+    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> float:
+        """Tokens per second, over what ended in the last minute."""
+        ends = [end for model in self.models.values() for end in model.meter.recent()]
+        return sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0)
+
+
+Sample = tuple[tuple[str, ...], "float | Histogram"]  # the labels' values, and what they have
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One row of METRICS."""
+
+    name: str
+    type: str  # counter, gauge, histogram
+    help: str
+    read: Callable[[Scrape], Iterable[Sample]]
+    labels: tuple[str, ...] = ()
+
+    def lines(self, scrape: Scrape) -> Iterator[str]:
+        yield f"# HELP {self.name} {self.help}"
+        yield f"# TYPE {self.name} {self.type}"
+        for values, value in self.read(scrape):
+            labels = dict(zip(self.labels, values, strict=True))
+            if isinstance(value, Histogram):
+                yield from self._histogram(labels, value)
+            else:
+                yield sample_line(self.name, labels, value)
+
+    def _histogram(self, labels: dict[str, str], value: Histogram) -> Iterator[str]:
+        counts = list(value.counts)  # one moment's, so that each bucket holds the one before
+        for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
+            yield sample_line(f"{self.name}_bucket", labels | {"le": bound}, count)
+        yield sample_line(f"{self.name}_sum", labels, value.sum)
+        yield sample_line(f"{self.name}_count", labels, sum(counts))
+
+
+def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
+    """One line of Prometheus' text format 0.0.4. A label's value may be any text: model names come from files."""
+    shown = [
+        # what is no Unicode becomes \\udcXX first, then, as the format wants it, backslash, line feed and quote are escaped
+        f'{key}="{text.encode("utf-8", "backslashreplace").decode().translate(LABEL_ESCAPES)}"' for key, text in labels.items()
+    ]
+    return f"{name}{{{','.join(shown)}}} {value!r}" if shown else f"{name} {value!r}"
+
+
+LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
+
+
+def of_server(name: str, type: str, help: str, get: Callable[[Scrape], float]) -> Metric:
+    """A number for the server as a whole."""
+    return Metric(name, type, help, lambda scrape: [((), get(scrape))])
+
+
+def of_models(name: str, type: str, help: str, get: Callable[[ScrapedModel], float]) -> Metric:
+    """A number for all models together: llama-server has one model, and no labels."""
+    return of_server(name, type, help, lambda scrape: scrape.total(get))
+
+
+def by_model(name: str, type: str, help: str, get: Callable[[ScrapedModel], float | Histogram]) -> Metric:
+    """A number or histogram of each model."""
+    return Metric(name, type, help, lambda scrape: [((id,), get(m)) for id, m in scrape.models.items()], ("model_name",))
+
+
+METRICS = (
+    # llama-server's names (tools/server): all models together
+    of_models("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", lambda m: m.meter.computed_tokens),
+    of_models("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", lambda m: m.meter.cached_tokens),
+    of_models("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.",
+              lambda m: m.meter.prompt_seconds),
+    of_models("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
+    of_models("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
+              lambda m: m.meter.decode_seconds),
+    of_server("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
+              lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
+    of_server("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
+              lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
+    of_server("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
+              lambda r: r.total(lambda m: m.cells) / (r.total(lambda m: m.pool) or 1)),
+    of_models("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", lambda m: m.cells),
+    of_models("llamacpp:requests_processing", "gauge", "Sequences being computed.", lambda m: m.running),
+    of_models("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
+    # vLLM's names (vllm/v1/metrics/loggers.py): by model
+    by_model("vllm:num_requests_running", "gauge", "Sequences being computed.", lambda m: m.running),
+    by_model("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
+    by_model("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.",
+             lambda m: m.cells / (m.pool or 1)),
+    by_model("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.",
+             lambda m: m.meter.sought_tokens),
+    by_model("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", lambda m: m.meter.cached_tokens),
+    by_model("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", lambda m: m.meter.prompt_tokens),
+    by_model("vllm:generation_tokens_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
+    Metric("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
+           lambda r: [((id, reason), n) for id, m in r.models.items() for reason, n in m.meter.ends.items()],
+           ("model_name", "finished_reason")),
+    by_model("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
+             lambda m: m.meter.first_token),
+    by_model("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.",
+             lambda m: m.meter.gap),
+    by_model("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", lambda m: m.meter.gap),
+    by_model("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.",
+             lambda m: m.meter.per_token),
+    by_model("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", lambda m: m.meter.whole),
+    by_model("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.",
+             lambda m: m.meter.queue),
+    by_model("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", lambda m: m.meter.prefill),
+    by_model("vllm:request_decode_time_seconds", "histogram", "From first to last token.", lambda m: m.meter.decode),
+    by_model("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", lambda m: m.meter.inference),
+    by_model("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", lambda m: m.meter.prompt_sizes),
+    by_model("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", lambda m: m.meter.answer_sizes),
+    # shimmy's own
+    by_model("shimmy_model_loaded", "gauge", "1 while the model is loaded.", lambda m: int(m.loaded)),
+    by_model("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", lambda m: m.memory),
+    by_model("shimmy_model_loads_total", "counter", "Loads that succeeded.", lambda m: m.meter.loads),
+    by_model("shimmy_model_load_failures_total", "counter", "Loads that failed.", lambda m: m.meter.load_failures),
+    by_model("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", lambda m: m.meter.deaths),
+    Metric("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
+           lambda r: r.metrics.answers().items(), ("method", "route", "api", "status")),
+    of_server("shimmy_open_connections", "gauge", "Open connections.", lambda r: r.metrics.connections),
+    of_server("shimmy_connections_total", "counter", "Connections accepted.", lambda r: r.metrics.accepted),
+    of_server("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: r.metrics.refused),
+    Metric("shimmy_build_info", "gauge", "Always 1.", lambda r: [((__version__,), 1)], ("version",)),
+    of_server("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: r.service.started),
+    of_server("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
+              lambda r: resident_bytes([os.getpid()])),
+)  # fmt: skip
+
+
+def metrics_text(service: Service) -> bytes:
+    """All of METRICS in Prometheus' text format."""
+    scrape = Scrape(service)
+    return "".join(f"{line}\n" for metric in METRICS for line in metric.lines(scrape)).encode()
 
 
 @dataclass
@@ -8864,6 +9204,7 @@ class Dialect:
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes that a stream's client looks for among its documents only
 
     openai_errors = False  # whether errors carry what OpenAI's clients read
+    api = "shimmy"  # whose API this is, for the metrics
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
@@ -9085,7 +9426,7 @@ def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
 class OpenAI(Dialect):
     """What OpenAI's two text routes share."""
 
-    openai_errors = True
+    openai_errors, api = True, "openai"
     prefix = object_name = chunk_name = ""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
@@ -9277,7 +9618,7 @@ class Completion(OpenAI):
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
-    openai_errors = True
+    openai_errors, api = True, "openai"
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__({**body, "stream": False})
@@ -9604,6 +9945,7 @@ def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
 class Messages(BlockDialect):
     """`/v1/messages`, Anthropic's."""
 
+    api = "anthropic"
     REASONS: ClassVar = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
     DELTAS: ClassVar = {"text": ("text_delta", "text"), "thought": ("thinking_delta", "thinking"),
                         "call": ("input_json_delta", "partial_json")}  # fmt: skip
@@ -9852,7 +10194,7 @@ class ResponseInput:
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    openai_errors = True
+    openai_errors, api = True, "openai"
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
@@ -10113,6 +10455,8 @@ def refuse_images(where: str, holder: Mapping[str, Any]) -> None:
 
 class Ollama(Dialect):
     """What Ollama's two text routes share: streams unless told otherwise, and an empty request only loads the model."""
+
+    api = "ollama"
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self._began, self._ready = time.monotonic(), 0.0
@@ -10471,6 +10815,8 @@ def picked(document: dict[str, Any], names: Seq[str]) -> dict[str, Any]:
 
 class LlamaServer(Dialect):
     """The shape of llama-server's errors."""
+
+    api = "llama-server"
 
     @classmethod
     def error(cls, error: ApiError) -> dict[str, Any]:
@@ -11143,11 +11489,20 @@ class Door(Protocol):
         """The request is off: the client has left, or cancelled."""
 
 
+ID_HEADERS = ("X-Request-Id", "request-id")  # where OpenAI's clients look for it, and Anthropic's
+SANE_ID = re.compile(r"[!-~]{1,128}")  # what may go into headers and logs as it came
+
+
+def request_id(sent: str | None) -> str:
+    """The client's own id for its request, else a new one."""
+    return sent if sent and SANE_ID.fullmatch(sent) else os.urandom(8).hex()
+
+
 class RequestLog:
     """One request's line in the log: what it was, how it ended, how long it took; never its text or key."""
 
-    def __init__(self, what: str = "") -> None:
-        self.what, self.status, self._began = what, 0, time.monotonic()
+    def __init__(self, what: str = "", id: str | None = None) -> None:
+        self.what, self.id, self.status, self._began = what, request_id(id), 0, time.monotonic()
         self.dialect: Dialect | None = None
 
     def write(self) -> None:
@@ -11156,7 +11511,7 @@ class RequestLog:
         if self.dialect and self.dialect.usage:
             usage = self.dialect.usage
             tokens = f" {printable(self.dialect.model)} {usage.prompt_tokens}+{usage.completion_tokens} tokens"
-        log.info("%s %s %.0f ms%s", printable(self.what), self.status, milliseconds, tokens)
+        log.info("%s %s %.0f ms%s, id %s", printable(self.what), self.status, milliseconds, tokens, self.id)
 
 
 def run_request(work: Callable[[], None], door: Door, line: RequestLog) -> None:
@@ -11165,11 +11520,13 @@ def run_request(work: Callable[[], None], door: Door, line: RequestLog) -> None:
         work()
     except ApiError as error:
         line.status = error.status
+        if error.status == 500:
+            log.error("%s failed, id %s: %s", printable(line.what), line.id, printable(str(error)))
         door.fail(error)
     except (Cancelled, ConnectionError, TimeoutError):  # called off, gone, or too slow
         door.leave()
     except Exception:
-        log.exception("%s failed", printable(line.what))
+        log.exception("%s failed, id %s", printable(line.what), line.id)
         line.status = 500
         door.fail(ApiError("See the server's log"))
     line.write()
@@ -11210,6 +11567,11 @@ def answer_health(call: Call) -> Answer:
 def answer_diag(call: Call) -> Answer:
     """What a report of a problem should contain."""
     return Answer(call.service.diag())
+
+
+def answer_metrics(call: Call) -> Answer:
+    """What Prometheus scrapes."""
+    return Answer(metrics_text(call.service), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
 def answer_models(call: Call) -> Answer:
@@ -11419,6 +11781,10 @@ class Route:
             return None
         return tuple(s for part, s in zip(self.path, segments, strict=True) if part == "{}")
 
+    def label(self) -> str:
+        """The path as the metrics show it."""
+        return "/" + "/".join(self.path).replace("{}", "{name}")
+
 
 def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterator[Route]:
     method, path = row.split()
@@ -11436,6 +11802,7 @@ ROUTES = (
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
     *_route("GET /diag", answer_diag),
+    *_route("GET /metrics", answer_metrics),
     *_route("POST /api/generate", Native, unless=(speaks_ollama, _OLLAMA_GENERATE)),
     *_route("GET /api/models", answer_models),
     *_route("POST /api/models/discover", answer_discover),
@@ -11503,17 +11870,24 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         self._reset()
         run_request(self._answer_request, self, self.log_line)
+        self._count()
         if self.close_connection and self.unread:
             self.reader.drain()
 
     def _reset(self) -> None:
         self.command, self.path, self.request_version = "", "", "HTTP/1.1"
         self.headers = http.client.HTTPMessage()
-        self.log_line = RequestLog()
+        self.log_line = RequestLog()  # its id is the client's as soon as the head is read
         self.route: Route | None = None
         self.wire: Wire = Whole(self)
         self.chunked = self.unread = self._ended = False
         self.segments: list[str] = []
+
+    def _count(self) -> None:
+        """Counts the request by words that are ours: a client's are without number."""
+        method = self.command if self.command in ("GET", "HEAD", "POST", "OPTIONS") else "other"
+        route = self.route.label() if self.route else "other"
+        self.service.metrics.answered(method, route, self._error_shape().api, self.log_line.status)
 
     def _answer_request(self) -> None:
         self._read_head()
@@ -11528,6 +11902,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.raw_requestline, headers = self.reader.head()
         self.rfile = io.BytesIO(headers)  # type: ignore[assignment]
         self.parse_request()
+        self.log_line.id = request_id(self.headers.get("X-Request-Id") or self.log_line.id)
         once = [self.headers.get_all(name, []) for name in ("Host", "Transfer-Encoding", "Origin", "Authorization")]
         if self.headers.defects or self.headers.get_payload() or any(len(values) > 1 for values in once):
             # the parser stops at the first bad line, and every header behind it would be unseen
@@ -11715,12 +12090,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         origin = self._allowed_origin()
         if origin is not None:
             vary = ", ".join(filter(None, (headers.get("Vary"), "Origin")))
-            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": vary}
+            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": vary,
+                       "Access-Control-Expose-Headers": ", ".join(ID_HEADERS)}  # fmt: skip
         if self.close_connection or self.unread:
             self.close_connection = True
             headers = {**headers, "Connection": "close"}
         reason = self.responses.get(status, ("",))[0]  # type: ignore[call-overload]
         lines = [f"HTTP/1.1 {status} {reason}", f"Server: {self.server_version}", f"Date: {self.date_time_string()}"]
+        lines += [f"{name}: {self.log_line.id}" for name in ID_HEADERS]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.log_line.status = status
         return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
@@ -11769,7 +12146,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.watcher, self.sockets = Watcher(), SocketListener(self)
         self.stopping = False
         self._changed = threading.Condition()
-        self._busy = self._connections = 0
+        self._busy = 0
         self._cancels: set[Cancellation] = set()
         self._refused: deque[tuple[float, socket.socket]] = deque()  # close at (monotonic seconds); the accept thread's
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # given up for a moment when descriptors run out
@@ -11790,11 +12167,11 @@ class Server(http.server.ThreadingHTTPServer):
 
     def connection_opened(self) -> None:
         with self._changed:
-            self._connections += 1
+            self.service.metrics.connections += 1
 
     def connection_closed(self) -> None:
         with self._changed:
-            self._connections -= 1
+            self.service.metrics.connections -= 1
 
     def get_request(self) -> tuple[Any, Any]:
         """Accepts a connection. Without a descriptor for it, it is refused with the spare one: left alone, it would spin us."""
@@ -11822,9 +12199,10 @@ class Server(http.server.ThreadingHTTPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Starts the connection's thread, or answers 503 where it would be one too many."""
-        if self._connections >= self.max_connections:
+        if self.service.metrics.connections >= self.max_connections:
             return self._refuse(request, f"{self.max_connections} connections are open")
         self.connection_opened()
+        self.service.metrics.accepted += 1
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # can't start new thread
@@ -11837,10 +12215,11 @@ class Server(http.server.ThreadingHTTPServer):
         self._refused.append((time.monotonic() + REFUSED_SECONDS, connection))
         self.service_actions()
 
-    @staticmethod
-    def _send_refusal(connection: socket.socket, why: str) -> None:
+    def _send_refusal(self, connection: socket.socket, why: str) -> None:
+        self.service.metrics.refused += 1
         body = json.dumps(Overloaded(why).document()).encode()
         head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
+        head += "".join(f"{name}: {id}\r\n" for name, id in zip(ID_HEADERS, [request_id(None)] * 2, strict=True)).encode()
         with contextlib.suppress(OSError):
             connection.settimeout(1.0)
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
@@ -12036,8 +12415,9 @@ class SocketListener:
         loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
 
         async def listen() -> None:
-            async with serve(self._serve, sock=listener, process_request=self._admit, compression=None, max_size=MAX_BODY,
-                             open_timeout=REQUEST_SECONDS, server_header=Handler.server_version):  # fmt: skip
+            async with serve(self._serve, sock=listener, process_request=self._admit, process_response=self._name,
+                             compression=None, max_size=MAX_BODY, open_timeout=REQUEST_SECONDS,
+                             server_header=Handler.server_version):  # fmt: skip
                 await self._stopping.wait()
 
         try:
@@ -12063,6 +12443,14 @@ class SocketListener:
                 response.headers[name] = value
             return response
         return None
+
+    @staticmethod
+    def _name(connection: Any, request: Any, response: Any) -> None:
+        """The id of a connection, for all of its requests."""
+        sent = request.headers.get_all("X-Request-Id")
+        id = request_id(sent[0] if sent else None)
+        for name in ID_HEADERS:
+            response.headers[name] = id
 
     async def _serve(self, connection: Any) -> None:
         """One connection: this task reads, another answers one request after another."""
@@ -12147,7 +12535,7 @@ class SocketListener:
             out = asyncio.Queue[dict[str, Any] | None]()
             say: Any = functools.partial(loop.call_soon_threadsafe, out.put_nowait)  # type: ignore[arg-type]
             with self.server.busy():  # until the last message is sent
-                loop.run_in_executor(None, self._answer_one, request, say)
+                loop.run_in_executor(None, self._answer_one, request, connection.response.headers[ID_HEADERS[0]], say)
                 try:
                     while (document := await out.get()) is not None:
                         await connection.send(to_json(document).decode())
@@ -12156,9 +12544,9 @@ class SocketListener:
                     return
             requests.popleft()
 
-    def _answer_one(self, request: SocketRequest, say: Callable[[dict[str, Any] | None], Any]) -> None:
+    def _answer_one(self, request: SocketRequest, id: str, say: Callable[[dict[str, Any] | None], Any]) -> None:
         """One request, in a thread of its own: says each document, then None."""
-        line, door = RequestLog("WS /ws/generate"), SocketFrames(say)
+        line, door = RequestLog("WS /ws/generate", id), SocketFrames(say)
 
         def work() -> None:
             dialect = line.dialect = NativeSocket(request.body())
@@ -12167,6 +12555,7 @@ class SocketListener:
 
         with self.server.cancellable(request.cancel), contextlib.suppress(RuntimeError):  # a closed loop
             run_request(work, door, line)
+            self.server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
             say(None)
 
     def stop(self) -> None:
