@@ -25,7 +25,7 @@ test: .venv/.test
 # langchain-openai and llama-index want openai 2, pydantic-ai and openai-agents want 3, llm's plugins its last: a folder each
 CLIENTS := $(CURDIR)/.venv/clients
 CLIENT_TESTS := client or strictly or requires or real_model or langchain or litellm or instructor or pydantic_ai or agents or \
-  llama_index or anthropic or claude or ollama or reference or template
+  llama_index or anthropic or claude or ollama or reference or template or huggingface
 test-models: .venv/.clients .venv/.reference
 	PYTHONPATH=$(CLIENTS)/2 NODE_PATH=$(CURDIR)/.venv/node/node_modules SHIMMY_TEMPLATES=$$(echo $(CURDIR)/.venv/reference/llama_cpp_python-*/vendor/llama.cpp/models/templates) \
 	  SHIMMY_TEST_EMBEDDER=$(CURDIR)/.venv/reference/minilm.gguf SHIMMY_TEST_REFERENCE=$(CURDIR)/.venv/reference/minilm.json \
@@ -75,7 +75,7 @@ clean:
 
 .venv/.clients: .venv/.test
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/2 langchain langchain-openai litellm instructor llama-index-llms-openai-like \
-	  anthropic ollama
+	  anthropic ollama huggingface_hub
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/llm 'llm>=0.36' 'llm-ollama>=0.19'
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/3 'pydantic-ai-slim[openai]' openai-agents
 	@! command -v npm >/dev/null || npm install --silent --prefix .venv/node openai @anthropic-ai/sdk ollama

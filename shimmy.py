@@ -1028,6 +1028,16 @@ class Vectors:
 
 
 @dataclass(frozen=True)
+class Fetching:
+    """How far a pull is: what is being done, and bytes of the file at hand where there is one."""
+
+    status: str
+    digest: str = ""
+    completed: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
 class Usage:
     """The last event: tokens over all choices (a prompt shared by n choices counts once), and speeds."""
 
@@ -1063,7 +1073,8 @@ class Tokens:
     pieces: tuple[bytes, ...]
 
 
-Event = Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Vectors | Tokens | Usage
+Event = (Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd | Vectors | Tokens | Fetching
+         | Usage)  # fmt: skip
 
 
 TURN_BYTES = MIB  # a body beyond this waits for its turn to be parsed, or for room to be read
@@ -1502,7 +1513,7 @@ def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     roots += [SearchRoot(str(pathlib.Path(base).parent), "SHIMMY_BASE_GGUF", depth=0)] if base else []
     roots += [SearchRoot("models", "./models"), SearchRoot(str(home / "models"), "~/models")]
     for source, places in {
-        "huggingface": (env("HF_HUB_CACHE"), _below(env("HF_HOME"), "hub"), home / ".cache/huggingface/hub"),
+        "huggingface": hub_caches(),
         "llama.cpp": (env("LLAMA_CACHE"), home / ".cache/llama.cpp", home / "Library/Caches/llama.cpp",
                       _below(env("LOCALAPPDATA"), "llama.cpp")),
         "lm-studio": (home / ".lmstudio/models", home / ".cache/lm-studio/models"),
@@ -1512,6 +1523,19 @@ def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     roots.append(SearchRoot(str(here / "models"), "beside shimmy.py"))
     unique = {os.path.realpath(os.path.expanduser(r.path)): r for r in reversed(roots)}
     return [replace(r, path=os.path.abspath(os.path.expanduser(r.path))) for r in reversed(unique.values())]
+
+
+def hub_home() -> str:
+    """Where the tools of the Hugging Face hub keep their things."""
+    own = os.environ.get("HF_HOME") or _below(os.environ.get("XDG_CACHE_HOME"), "huggingface")
+    return os.path.expanduser(own or "~/.cache/huggingface")
+
+
+def hub_caches() -> list[str]:
+    """The hub's caches, the one that is written to first."""
+    own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    places = (own, os.path.join(hub_home(), "hub"), "~/.cache/huggingface/hub")
+    return [os.path.expanduser(place) for place in places if place]
 
 
 def _below(directory: str | None, name: str) -> str | None:
@@ -8703,8 +8727,8 @@ class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
     def __init__(self, catalog: Catalog, table: TableOptions, engine: EngineOptions, tools: ToolOptions = ToolOptions(),
-                 max_queue: int = 512) -> None:  # fmt: skip
-        self.engine, self.max_queue = engine, max_queue
+                 max_queue: int = 512, allow_pull: bool = False) -> None:  # fmt: skip
+        self.engine, self.max_queue, self.allow_pull = engine, max_queue, allow_pull
         self.metrics = Metrics()
         self.table = ModelTable(catalog, self._make_worker, table, self.metrics)
         self.tools, self.helpers = Tools(tools), Helpers()
@@ -9146,7 +9170,622 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
     return replace(request, sampling=replace(sampling, constraint=constraint, json_schema=None, grammar=None))
 
 
-# ── 18. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 18. Pull ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
+
+MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
+PULL_CHUNK = MIB
+PULL_SILENCE = 30.0  # seconds without a byte: the connection is lost
+PULL_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # the pauses between tries; bytes that come start them anew
+MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
+MAX_REDIRECTS = 8
+HUB = "https://huggingface.co"
+
+
+class PullFailed(ApiError):
+    """The model could not be fetched; the message says why, and what helps."""
+
+    status, message = 502, "The model could not be fetched"
+
+
+class ConnectionLost(Exception):
+    """The server cannot be reached, or broke off; the message says why."""
+
+
+# What is wanted, and what there is
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A repository's model, by quantization or file name ("": we choose), or an address."""
+
+    repo: str = ""
+    part: str = ""
+    url: str = ""
+
+
+def hub_address() -> str:
+    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+
+
+def repository(name: str) -> Wanted | None:
+    """OWNER/REPO[:PART], also behind hf.co/ as Ollama writes it; None for anything else."""
+    found = re.fullmatch(r"(?:hf\.co/|huggingface\.co/)?(\w[\w.-]{0,95}/\w[\w.-]{0,95})(?::(.+))?", name, re.ASCII)
+    if not found or "--" in found[1] or ".." in found[1]:  # names that the hub does not give, and no folder may have
+        return None
+    return Wanted(found[1], found[2] or "")
+
+
+def read_wanted(name: str) -> Wanted:
+    """What a NAME on the command line means; an address of the hub's pages is a repository. Raises InvalidRequest."""
+    named = name
+    for site in (hub_address(), HUB, "https://hf.co"):
+        if name.startswith(site + "/"):
+            named = name.removeprefix(site + "/").partition("?")[0].strip("/")
+            if file := re.fullmatch(r"([^/]+/[^/]+)/(?:resolve|blob)/main/(.+)", named):
+                named = f"{file[1]}:{urllib.parse.unquote(file[2])}"
+    if wanted := repository(named):
+        return wanted
+    if re.match(r"https?://[^/]", name):
+        return Wanted(url=urllib.parse.quote(name, safe="%!#$&'()*+,/:;=?@[]~"))
+    shapes = "OWNER/REPO, OWNER/REPO:Q4_K_M, OWNER/REPO:FILE.gguf or an address"
+    raise InvalidRequest(f"'{printable(name)}' is no model to fetch: write {shapes}", "model")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that a server offers."""
+
+    name: str  # its path in the repository, or the address's last part
+    url: str
+    size: int
+    digest: str = ""  # SHA-256, or git's SHA-1 of a file that is stored plainly; "": nobody tells
+    etag: str = ""  # what an address says in place of a digest
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A model of a repository: one file, or its shards in order."""
+
+    stem: str  # without shard numbers and .gguf
+    files: tuple[RemoteFile, ...]
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    @property
+    def quant(self) -> str:
+        """The quantization that its name or its folder's states, or ""."""
+        return next(iter(QUANT_IN_NAME.findall(self.stem.replace("/", "-"))[::-1]), "").upper()
+
+    @property
+    def label(self) -> str:
+        return self.quant or self.stem
+
+    def preference(self) -> tuple[Any, ...]:
+        """Sorts Q4_K_M to the front, then its neighbours: more bits rather than fewer, K-quants rather than others."""
+        bits = int((re.search(r"\d+", self.quant) or ("16",))[0])
+        far = abs(bits - 4) + (0.5 if bits < 4 else 0.0)
+        return self.quant != "Q4_K_M", far, "K_M" not in self.quant, "_K" not in self.quant, len(self.stem), self.stem
+
+    def is_called(self, part: str) -> int:
+        """How well a wanted part names this model: by its file, its quantization, its name's end, or not at all (0)."""
+        names = {n.lower() for file in self.files for n in (file.name, file.name.rpartition("/")[2])}
+        part = part.lower()
+        return 3 * (part in names) or 2 * (part == self.quant.lower()) or int(self.stem.lower().endswith(part))
+
+
+def offers_of(files: Iterable[RemoteFile]) -> list[Offer]:
+    """The models among a repository's files: projectors and importance matrices are none, shards belong together."""
+    sets: dict[tuple[str, str], list[RemoteFile]] = {}
+    for file in sorted(files, key=lambda f: f.name):
+        stem, dot, kind = file.name.rpartition(".")
+        if dot and kind.lower() == "gguf" and not re.search(r"mmproj|imatrix", stem, re.I):
+            shard = SHARD.search(stem)
+            sets.setdefault((SHARD.sub("", stem), shard[2] if shard else "1"), []).append(file)
+    return [Offer(stem, tuple(parts)) for (stem, count), parts in sets.items() if len(parts) == int(count)]
+
+
+def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
+    """The model that the part names, or without one the most usual quantization; None if nothing is called so."""
+    if not part or part.lower() == "latest":
+        return min(offers, key=Offer.preference, default=None)
+    best = max((offer.is_called(part) for offer in offers), default=0)
+    return min((o for o in offers if best and o.is_called(part) == best), key=Offer.preference, default=None)
+
+
+def offered_names(offers: Iterable[Offer]) -> list[str]:
+    return [f"{printable(o.label, 60)} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
+
+
+# Where it goes
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file's place on the disk, where `path` leads to the bytes in `blob`; until it is whole it grows in `partial`."""
+
+    path: str
+    blob: str
+    partial: str
+    lock: str
+
+    def holds(self, size: int) -> bool:
+        return any(os.path.isfile(path) and os.path.getsize(path) == size for path in (self.blob, self.path))
+
+    def begun(self) -> int:
+        """Bytes that an earlier pull has left."""
+        return os.path.getsize(self.partial) if os.path.isfile(self.partial) else 0
+
+    def link(self) -> None:
+        """Makes `path` lead to the blob; where there are no links, as on many Windows machines, the blob moves there."""
+        if os.path.exists(self.path):
+            return
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        try:
+            os.symlink(os.path.relpath(self.blob, os.path.dirname(self.path)), self.path)
+        except FileExistsError:
+            pass  # another pull was faster
+        except (OSError, NotImplementedError):
+            os.replace(self.blob, self.path)
+
+
+def hub_target(folder: str, commit: str, file: RemoteFile) -> Target:
+    """A file's place in the hub's cache, as huggingface_hub lays it out, locks included."""
+    blob = os.path.join(folder, "blobs", file.digest)
+    cache, name = os.path.split(folder)
+    return Target(os.path.join(folder, "snapshots", commit, *file.name.split("/")), blob, f"{blob}.shimmy.incomplete",
+                  os.path.join(cache, ".locks", name, f"{file.digest}.lock"))  # fmt: skip
+
+
+def plain_target(folder: str, file: RemoteFile) -> Target:
+    """A file's place in a plain folder. The address's own words name the part, so that another file is not continued."""
+    import hashlib
+
+    path = os.path.join(folder, file.name)
+    key = hashlib.sha256(f"{file.url} {file.size} {file.etag}".encode()).hexdigest()[:12]
+    lock = os.path.join(user_cache(), "locks", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24])
+    return Target(path, path, f"{path}.{key}.incomplete", lock)
+
+
+def repository_folder(repo: str) -> str:
+    return os.path.join(os.path.abspath(hub_caches()[0]), f"models--{repo.replace('/', '--')}")
+
+
+def pulled_before(wanted: Wanted) -> str | None:
+    """The path of a repository's model that the cache already has, found without asking the hub."""
+    folder = pathlib.Path(repository_folder(wanted.repo))
+    try:
+        commit = (folder / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        return None
+    snapshot = folder / "snapshots" / commit
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        return None
+    here = [RemoteFile(p.relative_to(snapshot).as_posix(), "", 0) for p in snapshot.rglob("*.gguf") if p.is_file()]
+    found = choose_offer(offers_of(here), wanted.part)
+    return str(snapshot / found.files[0].name) if found else None
+
+
+class FileLock:
+    """A lock between processes, on a file that stays. Where the file system has none, everybody gets it."""
+
+    def __init__(self, path: str) -> None:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+
+    def acquire(self) -> bool:
+        """Never waits; False while another process or thread has it."""
+        try:
+            if sys.platform == "win32":
+                import msvcrt
+
+                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+        return True
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+# Asking for it
+
+
+def hub_token() -> str | None:
+    """The hub's token, from HF_TOKEN or the file that `hf auth login` writes."""
+    path = os.environ.get("HF_TOKEN_PATH") or os.path.join(hub_home(), "token")
+    token = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
+    with contextlib.suppress(OSError, ValueError):
+        token = token or pathlib.Path(path).expanduser().read_text()
+    token = (token or "").strip()
+    if token and not re.fullmatch(r"[!-~]+", token):
+        raise InvalidRequest("HF_TOKEN holds a character that no token has")
+    return token or None
+
+
+def origin_of(url: str) -> tuple[str, str, int | None]:
+    parts = urllib.parse.urlsplit(url)
+    return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+
+
+def retry_after(headers: http.client.HTTPMessage) -> float | None:
+    """Seconds that a busy server asks for, in a number or a date (RFC 9110, 10.2.3)."""
+    said = headers.get("Retry-After") or ""
+    if re.fullmatch(r"\d{1,9}", said.strip()):
+        return float(said)
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except (ValueError, TypeError):
+        return None
+
+
+class Hub:
+    """Speaks HTTP with the hub and with whoever it sends us to. The token goes to the hub's own address only."""
+
+    BUSY = (429, 500, 502, 503, 504)
+
+    def __init__(self, cancel: Cancellation) -> None:
+        import urllib.request as web
+
+        self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
+        self._woken = threading.Event()
+        cancel.on_cancel(self._woken.set)
+        self._request, self._opener = web.Request, web.OpenerDirector()
+        for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
+            self._opener.add_handler(handler())
+
+    @property
+    def host(self) -> str:
+        return urllib.parse.urlsplit(self.url).netloc
+
+    def pause(self, seconds: float) -> None:
+        """Waits; raises Cancelled."""
+        self._woken.wait(seconds)
+        self.cancel.check()
+
+    def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
+        """The answer, whatever its status, once redirects are followed and a busy server was waited for.
+
+        Raises ConnectionLost, PullFailed.
+        """
+        pauses = iter(PULL_RETRY_SECONDS)
+        while True:
+            response = self._follow(url, headers)
+            if response.status not in self.BUSY:
+                return response
+            pause = next(pauses, math.inf)
+            pause = pause if math.isinf(pause) else retry_after(response.headers) or pause
+            if pause > MAX_RETRY_AFTER:
+                return response
+            response.close()
+            host = urllib.parse.urlsplit(url).netloc
+            yield Fetching(f"{host} is busy ({response.status}), trying again in {pause:.0f} s")
+            self.pause(pause)
+
+    def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        for _ in range(MAX_REDIRECTS):
+            response = self._send(url, headers)
+            location = response.headers.get("Location")
+            if response.status not in (301, 302, 303, 307, 308) or not location:
+                return response
+            response.close()
+            before, url = url, urllib.parse.quote(urllib.parse.urljoin(url, location), safe="%!#$&'()*+,/:;=?@[]~")
+            if not re.match(r"https?://[^/]", url) or (before.startswith("https:") and url.startswith("http:")):
+                raise PullFailed(message=f"{urllib.parse.urlsplit(before).netloc} redirects to {printable(url)}: refused")
+        raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} redirects in circles")
+
+    def _send(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        known = {"Authorization": f"Bearer {self._token}"} if self._token and origin_of(url) == origin_of(self.url) else {}
+        common = {"User-Agent": f"shimmy/{__version__}", "Accept-Encoding": "identity"}
+        try:
+            answer: http.client.HTTPResponse = self._opener.open(self._request(url, headers={**common, **headers, **known}),
+                                                                 timeout=PULL_SILENCE)  # fmt: skip
+            return answer
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ConnectionLost(connection_words(error)) from None
+
+    def read(self, response: http.client.HTTPResponse) -> bytes:
+        """Some bytes, none at the end. Raises ConnectionLost, Cancelled."""
+        self.cancel.check()
+        try:
+            return response.read1(PULL_CHUNK)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ConnectionLost(connection_words(error)) from None
+
+    # The hub's own API
+
+    def listing(self, repo: str) -> Generator[Fetching, None, tuple[str, list[RemoteFile]]]:
+        """A repository's commit and files. Raises PullFailed, Forbidden, ModelNotFound."""
+        try:
+            response = yield from self.get(f"{self.url}/api/models/{repo}/revision/main?blobs=true", {})
+            with contextlib.closing(response):
+                if response.status != 200:
+                    raise (yield from self.refusal(response, repo))
+                data = response.read(MAX_LISTING)
+        except (ConnectionLost, OSError, http.client.HTTPException) as error:
+            raise PullFailed(message=f"{self.host} cannot be reached: {error}") from None
+        try:
+            return self._read_listing(repo, json.loads(data))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise PullFailed(message=f"what {self.host} answers is no list of a repository's files") from None
+
+    def _read_listing(self, repo: str, document: Any) -> tuple[str, list[RemoteFile]]:
+        commit, files = document["sha"], []
+        if not re.fullmatch(r"[0-9a-f]{40}", commit):
+            raise ValueError("no commit")
+        for sibling in document["siblings"]:
+            name, size = sibling["rfilename"], sibling.get("size")
+            digest = (sibling.get("lfs") or {}).get("sha256") or sibling.get("blobId") or ""
+            if is_safe_name(name) and isinstance(size, int) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
+                url = f"{self.url}/{repo}/resolve/{commit}/{urllib.parse.quote(name)}"
+                files.append(RemoteFile(name, url, size, digest))
+        return commit, files
+
+    def refusal(self, response: http.client.HTTPResponse, repo: str) -> Generator[Fetching, None, ApiError]:
+        """The error for an answer without a file, with what helps; repo is "" for an address that is none of the hub's."""
+        status, said = response.status, response.headers.get("X-Error-Code") or ""
+        if not repo or status not in (401, 403, 404):
+            wait = retry_after(response.headers)
+            later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
+            return PullFailed(message=f"{printable(urllib.parse.urlsplit(response.url).netloc)} answers {status}{later}")
+        token = f"HF_TOKEN (made at {self.url}/settings/tokens)"
+        if said == "GatedRepo" or (status == 403 and said != "RepoNotFound"):
+            how = "with the account of your HF_TOKEN" if self._token else f"and set {token}"
+            return Forbidden(message=f"{repo} is gated: accept its licence at {self.url}/{repo} {how}")
+        like = yield from self._repositories_like(repo)
+        near = f"; did you mean {' or '.join(like)}?" if like else ""
+        private = "not for your HF_TOKEN" if self._token else f"if it is private, set {token}"
+        return ModelNotFound(message=f"there is no {repo} at {self.host}; {private}{near}")
+
+    def _repositories_like(self, repo: str) -> Generator[Fetching, None, list[str]]:
+        """Up to three repositories with GGUF files whose name is like this one's."""
+        import difflib
+
+        words = urllib.parse.quote(repo.partition("/")[2])
+        with contextlib.suppress(ConnectionLost, PullFailed, OSError, http.client.HTTPException, ValueError, TypeError, KeyError):
+            response = yield from self.get(f"{self.url}/api/models?search={words}&filter=gguf&limit=20", {})
+            with contextlib.closing(response):
+                ids = [found["id"] for found in json.loads(response.read(MAX_LISTING))]
+            return difflib.get_close_matches(repo, [id for id in ids if repository(id)], n=3, cutoff=0.3)
+        return []
+
+
+def connection_words(error: BaseException) -> str:
+    """Why a connection failed, in the system's words."""
+    reason = getattr(error, "reason", error)
+    return printable(str(getattr(reason, "strerror", None) or reason or type(error).__name__))
+
+
+def is_safe_name(name: Any) -> bool:
+    """True for a path that stays below its folder on every system, and that a terminal can show."""
+    parts = name.split("/") if isinstance(name, str) and name.isprintable() else [""]
+    return all(part.strip(". ") and len(part) < 200 and not set(part) & set('\\:*?"<>|') for part in parts)
+
+
+# Fetching it
+
+
+class Download:
+    """One file on its way to the disk: resumes what is there, goes on after a cut, and checks what came."""
+
+    def __init__(self, hub: Hub, repo: str, file: RemoteFile, target: Target) -> None:
+        import hashlib
+
+        self._hub, self._repo, self._file, self._target = hub, repo, file, target
+        git = len(file.digest) == 40
+        self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size) if git else hashlib.sha256()
+        self._have = 0  # bytes in the partial file
+
+    def run(self) -> Iterator[Fetching]:
+        """Raises PullFailed, Forbidden, ModelNotFound, Cancelled, OSError; the part stays for the next time."""
+        target, size = self._target, self._file.size
+        for path in (target.partial, target.lock):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+        with contextlib.closing(FileLock(target.lock)) as lock:
+            while not lock.acquire():
+                yield self._event("waiting for another pull of ")
+                self._hub.pause(0.2)
+            if not target.holds(size):
+                with open(target.partial, "a+b", buffering=0) as part:
+                    yield from self._complete(part)
+                self._check()
+                os.replace(target.partial, target.blob)
+            target.link()
+        self._have = size
+        yield self._event("")
+
+    def _event(self, doing: str) -> Fetching:
+        return Fetching(doing + printable(self._file.name, 60), self._file.digest, self._have, self._file.size)
+
+    def _complete(self, part: BinaryIO) -> Iterator[Fetching]:
+        """Fetches what the part lacks, over as many connections as that takes."""
+        yield from self._take_up(part)
+        pauses = iter(PULL_RETRY_SECONDS)
+        while self._have < self._file.size:
+            before = self._have
+            try:
+                yield from self._receive(part)
+                continue
+            except ConnectionLost as lost:
+                why = str(lost)
+            pauses = iter(PULL_RETRY_SECONDS) if self._have > before else pauses
+            pause = next(pauses, None)
+            if pause is None:
+                left = f"; {human_bytes(self._have)} of {human_bytes(self._file.size)} are here, pull again to go on"
+                raise PullFailed(message=f"{printable(self._file.name)}: {why}{left}")
+            yield Fetching(f"{why}: going on in {pause:.0f} s", self._file.digest, self._have, self._file.size)
+            self._hub.pause(pause)
+
+    def _restart(self, part: BinaryIO) -> None:
+        part.truncate(0)
+        self._have, self._hash = 0, self._new_hash()
+
+    def _take_up(self, part: BinaryIO) -> Iterator[Fetching]:
+        """Reads what an earlier pull has left."""
+        self._have, self._hash = 0, self._new_hash()
+        part.seek(0)
+        while chunk := part.read(PULL_CHUNK):
+            self._hash.update(chunk)
+            self._have += len(chunk)
+            yield self._event("")
+        if self._have > self._file.size:
+            self._restart(part)
+
+    def _receive(self, part: BinaryIO) -> Iterator[Fetching]:
+        """One connection's bytes, behind those that are here. Raises ConnectionLost when they end too early."""
+        headers = {"Range": f"bytes={self._have}-"} if self._have else {}
+        if self._have and self._file.etag:
+            headers["If-Range"] = self._file.etag
+        with contextlib.closing((yield from self._hub.get(self._file.url, headers))) as response:
+            if response.status not in (200, 206, 416):
+                raise (yield from self._hub.refusal(response, self._repo))
+            self._check_answer(response, part)
+            while chunk := self._hub.read(response):
+                if self._have + len(chunk) > self._file.size:
+                    raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
+                part.write(chunk)
+                self._hash.update(chunk)
+                self._have += len(chunk)
+                yield self._event("")
+        if self._have < self._file.size:
+            raise ConnectionLost("the connection was cut")
+
+    def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
+        """Starts anew if the server sends something else than the rest that was asked for."""
+        sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
+        goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self._file.size))
+        if self._have and not goes_on:
+            self._restart(part)
+            if response.status != 200:
+                raise ConnectionLost("the server cannot go on where the part ends")
+        length = response.headers.get("Content-Length")
+        if length is not None and length.strip() != str(self._file.size - self._have):
+            told = f"the server sends {printable(length, 20)} bytes, not {self._file.size - self._have}"
+            raise PullFailed(message=f"{printable(self._file.name)}: {told}")
+
+    def _check(self) -> None:
+        """Raises PullFailed, and removes what came, if it is not what the hub has."""
+        if self._file.digest and self._hash.hexdigest() != self._file.digest:
+            os.remove(self._target.partial)
+            what = "SHA-256" if len(self._file.digest) == 64 else "checksum"
+            raise PullFailed(message=f"{printable(self._file.name)}: its {what} is wrong, so it was removed; pull it again")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a pull will fetch, and where it goes."""
+
+    title: str  # as one would ask for it
+    files: tuple[tuple[RemoteFile, Target], ...]
+    repo: str = ""
+    others: tuple[str, ...] = ()  # what else the repository has
+    commit: str = ""
+
+    @property
+    def path(self) -> str:
+        """Where the model lies afterwards."""
+        return self.files[0][1].path
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file, _ in self.files)
+
+    @property
+    def left(self) -> int:
+        """Bytes still to fetch."""
+        return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
+
+
+class Pull:
+    """One pull: `plan` asks what there is, `run` fetches it. Both yield how far they are."""
+
+    def __init__(self, cancel: Cancellation) -> None:
+        self._hub = Hub(cancel)
+
+    def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
+        """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
+        return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
+
+    def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
+        commit, files = yield from self._hub.listing(wanted.repo)
+        offers = offers_of(files)
+        chosen = choose_offer(offers, wanted.part)
+        if chosen is None:
+            raise self._nothing_called(wanted, offers, files)
+        folder = repository_folder(wanted.repo)
+        targets = tuple((file, hub_target(folder, commit, file)) for file in chosen.files)
+        others = tuple(offered_names(o for o in offers if o is not chosen))
+        return Plan(f"{wanted.repo}:{printable(chosen.label, 60)}", targets, wanted.repo, others, commit)
+
+    @staticmethod
+    def _nothing_called(wanted: Wanted, offers: Seq[Offer], files: Seq[RemoteFile]) -> ApiError:
+        if not offers:
+            other = next((f.name for f in files if f.name.endswith((".safetensors", ".bin"))), None)
+            hint = f" (it has {printable(other)}): look for one whose name ends in -GGUF" if other else ""
+            return ModelNotFound(message=f"{wanted.repo} holds no GGUF model{hint}")
+        there = some_of(offered_names(offers), 12)
+        return ModelNotFound(message=f"{wanted.repo} has no {printable(wanted.part, 60)}; there are {there}")
+
+    def _plan_address(self, url: str, folder: str) -> Generator[Fetching, None, Plan]:
+        name = urllib.parse.unquote(urllib.parse.urlsplit(url).path).rpartition("/")[2]
+        if not name.lower().endswith(".gguf") or not is_safe_name(name):
+            raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
+        try:
+            with contextlib.closing((yield from self._hub.get(url, {}))) as response:
+                if response.status != 200:
+                    raise (yield from self._hub.refusal(response, ""))
+                length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
+                start = response.read(4)
+        except (ConnectionLost, OSError, http.client.HTTPException) as error:
+            raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {error}") from None
+        if start != b"GGUF" or not length.isdigit():
+            raise PullFailed(message=f"what {printable(url)} gives is no GGUF file, or of unknown size")
+        file = RemoteFile(name, url, int(length), etag="" if etag.startswith("W/") else etag)
+        target = plain_target(os.path.abspath(folder), file)
+        if os.path.lexists(target.path) and not target.holds(file.size):
+            raise PullFailed(message=f"{printable(target.path, 400)} is there already, and is another file: move it away first")
+        return Plan(name, ((file, target),))
+
+    def run(self, plan: Plan) -> Generator[Fetching, None, None]:
+        """Fetches all that is not here yet. Raises as Download.run does, and PullFailed when the disk is too small."""
+        free = free_disk(plan.files[0][1].blob)
+        if free is not None and plan.left > free:
+            need = f"{human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free"
+            raise PullFailed(message=f"the disk is too small: {need}")
+        for file, target in plan.files:
+            yield from Download(self._hub, plan.repo, file, target).run()
+        if plan.commit:
+            write_reference(repository_folder(plan.repo), plan.commit)
+
+
+def free_disk(path: str) -> int | None:
+    """Bytes free where the path is, or will be; None where nobody tells."""
+    import shutil
+
+    for parent in pathlib.Path(path).parents:
+        with contextlib.suppress(OSError):
+            return shutil.disk_usage(parent).free
+    return None
+
+
+def write_reference(folder: str, commit: str) -> None:
+    """Says which commit of the repository is its main branch's; after its files, or the cache's other readers stumble."""
+    main = os.path.join(folder, "refs", "main")
+    os.makedirs(os.path.dirname(main), exist_ok=True)
+    new = f"{main}.{os.getpid()}.{threading.get_ident()}.tmp"
+    pathlib.Path(new).write_text(commit)
+    os.replace(new, main)
+
+
+# ── 19. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
 
 
@@ -9176,7 +9815,7 @@ class Reply:
     def add(self, event: Event) -> None:
         if isinstance(event, Usage):
             self.usage = event
-        if isinstance(event, (Queued, Waiting, Vectors, Tokens, Usage)):
+        if isinstance(event, (Queued, Waiting, Vectors, Tokens, Fetching, Usage)):
             return
         choice = self._choices.setdefault(event.index, Choice())
         if isinstance(event, Text):
@@ -9682,7 +10321,7 @@ class Rerank(Embeddings):
         return {"index": index, "relevance_score": score, **document}
 
 
-# ── 19. Dialects of blocks ────────────────────────────────────────────────────────────────────────────────────────────
+# ── 20. Dialects of blocks ────────────────────────────────────────────────────────────────────────────────────────────
 # Answers as lists of blocks: Anthropic's Messages, OpenAI's Responses.
 
 
@@ -10372,7 +11011,7 @@ class Responses(BlockDialect):
         }  # fmt: skip
 
 
-# ── 20. Ollama and llama-server ───────────────────────────────────────────────────────────────────────────────────────
+# ── 21. Ollama and llama-server ───────────────────────────────────────────────────────────────────────────────────────
 # Two more APIs in their own shapes, and what the clients of all of them are told of models.
 
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
@@ -10661,6 +11300,52 @@ class OllamaEmbed(Embeddings):
         return ollama_error(error)
 
 
+class OllamaPull(Dialect):
+    """`/api/pull`, of a hub's repositories: hf.co/OWNER/REPO:QUANT, as Ollama's users write it."""
+
+    EVENT_SECONDS = 0.1  # between documents about one file
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
+        self._begun, self._told = False, -math.inf
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        name = body.get("name") if body.get("model") is None else body["model"]
+        wanted = repository(a_string("model", name))
+        if wanted is None:
+            raise InvalidRequest("model must name a repository of a Hugging Face hub: hf.co/OWNER/REPO:QUANT", "model")
+        self._wanted = wanted
+        return GenerateRequest(str(name))
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        if not service.allow_pull:
+            raise Forbidden("This server fetches nothing for its clients unless it is started with --allow-pull")
+        return self._fetched(service, cancel)
+
+    def _fetched(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        pull = Pull(cancel)
+        plan = yield from pull.plan(self._wanted, "")
+        yield Queued(self.model)
+        yield Fetching("pulling manifest")
+        yield from pull.run(plan)
+        service.table.scan()
+        yield Fetching("success")
+
+    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
+        self._begun = self._begun or isinstance(event, Queued)
+        if not isinstance(event, Fetching) or not self._begun or not (self.stream or event.status == "success"):
+            return
+        now, whole = time.monotonic(), event.completed == event.total
+        if whole or now - self._told >= self.EVENT_SECONDS:
+            self._told = now
+            file = {"digest": f"sha256:{event.digest}", "total": event.total, "completed": event.completed}
+            yield {"status": event.status} | (file if event.total else {})
+
+    @classmethod
+    def error(cls, error: ApiError) -> dict[str, Any]:
+        return ollama_error(error)
+
+
 class OllamaEmbedding(OllamaEmbed):
     """`/api/embeddings`, its older form: one prompt, one vector."""
 
@@ -10913,7 +11598,7 @@ class LlamaInfill(LlamaCompletion):
         return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
 
 
-# ── 21. Connections ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 22. Connections ───────────────────────────────────────────────────────────────────────────────────────────────────
 # Who may call, what comes in, and whether the client is still there.
 
 
@@ -11342,7 +12027,7 @@ _KERNEL_SELECTORS = tuple(
 )
 
 
-# ── 22. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 23. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Wires from documents to bytes, the route table, the handler with its one try/except. One thread a connection.
 
 
@@ -11671,11 +12356,6 @@ def answer_show(call: Call) -> Answer:
     return Answer(ollama_show(info, resident_of(call.service, info)))
 
 
-def answer_pull(call: Call) -> Answer:
-    """Nothing is fetched from here."""
-    raise InvalidRequest("pull is not served here: put a GGUF file into one of the model directories", "model")
-
-
 def resident_of(service: Service, info: ModelInfo) -> Resident | None:
     """The model as it is loaded, if it is."""
     return next((r for r in service.table.residents() if r.info.id == info.id), None)
@@ -11826,7 +12506,7 @@ ROUTES = (
     *_route("GET /api/tags", answer_tags, errors=Ollama),
     *_route("GET /api/ps", answer_ps, errors=Ollama),
     *_route("POST /api/show", answer_show, needs_body=True, errors=Ollama),
-    *_route("POST /api/pull", answer_pull, needs_body=True, errors=Ollama),
+    *_route("POST /api/pull", OllamaPull, wire=Ndjson),
     *_route("POST /api/chat", OllamaChat, wire=Ndjson),
     *_route("POST /api/embed", OllamaEmbed),
     *_route("POST /api/embeddings", OllamaEmbedding),
@@ -12285,7 +12965,7 @@ class Server(http.server.ThreadingHTTPServer):
             return bool(self._busy)
 
 
-# ── 23. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
+# ── 24. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
 # The asyncio listener on its side thread, started by the first upgrade; the HTTP side hands it connections.
 
 
@@ -13901,6 +14581,9 @@ def parser() -> Arguments:
 
     _serve_flags(command("serve", "start the server", command_serve))
     _generate_flags(command("generate", "generate text from a prompt", command_generate))
+    pull = command("pull", "fetch a model from a Hugging Face hub", command_pull)
+    pull.add_argument("name", metavar="NAME", help="OWNER/REPO, OWNER/REPO:Q4_K_M, OWNER/REPO:FILE.gguf or the address of a file")
+    pull.add_argument("--dry-run", action="store_true", help="only show what would be fetched, and whether it fits the memory")
     listing = command("list", "list the models on this machine", command_list)
     listing.add_argument("--short", action="store_true", help="names only")
     listing.add_argument("--json", action="store_true", help="as JSON")
@@ -13966,6 +14649,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--insecure", action="store_true", help="allow a bind beyond loopback without a key")
     sub.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="web pages that may call (repeatable)")
     sub.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="Host names to accept (repeatable)")
+    sub.add_argument("--allow-pull", action="store_true", help="let clients have models fetched from the hub (/api/pull)")
     sub.add_argument("--tools", action="append", default=[], metavar="FILE.py", help="load more tools (repeatable)")
     sub.add_argument("--tool-root", metavar="DIR", help="let file_read read below this directory")
     sub.add_argument("--tool-hosts", default="", metavar="HOST,…", help="let http_get reach these hosts, by commas; * is any")
@@ -14106,6 +14790,7 @@ class StopSignals:
 
 def command_serve(args: argparse.Namespace) -> int:
     """Listens, then waits for a signal; models load on demand. Exits with 2 if a model named by a flag is not found."""
+    args.model = fetch_named(args.model)
     signals = StopSignals()
     address = listen_address(args)
     access = serve_access(args, address[0])
@@ -14113,7 +14798,7 @@ def command_serve(args: argparse.Namespace) -> int:
     for directory in args.models_dir:
         if not os.path.isdir(os.path.expanduser(directory)):
             log.warning("--models-dir %s: there is no such directory", directory)
-    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue)
+    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull)
     service.report = log.warning
     try:
         server = Server(address, service, access)
@@ -14188,7 +14873,7 @@ def command_list(args: argparse.Namespace) -> int:
     service.table.scan()
     report = service.table.catalog.report
     if args.json:
-        more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m)} for m in report.models}
+        more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m.size_bytes)} for m in report.models}
         models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
         print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
     elif args.short:
@@ -14207,17 +14892,17 @@ def command_list(args: argparse.Namespace) -> int:
 MAX_SHOWN_PATH = 4096  # characters of a path in tables: Linux has none that are longer
 
 
-def fits_memory(model: ModelInfo) -> bool | None:
-    """True if the weights fit the memory that is free now, with 64 MiB for the least context; None: nobody knows."""
+def fits_memory(size_bytes: int) -> bool | None:
+    """True if weights of this size fit the memory that is free now, with 64 MiB for the least context; None: nobody knows."""
     free = available_memory()
-    return None if free is None else model.size_bytes + 64 * MIB <= free
+    return None if free is None else size_bytes + 64 * MIB <= free
 
 
 def print_models(models: Seq[ModelInfo]) -> None:
     """The table of `list`."""
     fits = {True: "yes", False: "no", None: None}
-    cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, fits[fits_memory(m)], m.path)
-             for m in models]  # fmt: skip
+    cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length,
+              fits[fits_memory(m.size_bytes)], m.path) for m in models]  # fmt: skip
     rows = [[printable(str(cell or "-"), MAX_SHOWN_PATH if cell is row[-1] else 200) for cell in row] for row in cells]
     print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"], rows)
     if not models:
@@ -14242,8 +14927,8 @@ class WaitingLine:
     A thread redraws it. The cursor stays at the line's beginning, so that log messages overwrite it.
     """
 
-    def __init__(self, what: Callable[[], str], seconds: float) -> None:
-        self._what, self._seconds = what, seconds
+    def __init__(self, what: Callable[[], str], seconds: float, timed: bool = True) -> None:
+        self._what, self._seconds, self._timed = what, seconds, timed
         self._began, self._lock, self._cleared = time.monotonic(), threading.Lock(), threading.Event()
         if not sys.stderr.isatty():
             self._cleared.set()
@@ -14264,19 +14949,19 @@ class WaitingLine:
             except Exception:  # a thread's border: the command itself tells what went wrong
                 text = ""
             seconds = int(time.monotonic() - self._began)
-            text = f"{text} ({seconds} s)" if text and seconds >= 2 else text
+            text = f"{text} ({seconds} s)" if text and seconds >= 2 and self._timed else text
             if text != drawn:
                 self._draw(text)
             drawn = text
 
     def _draw(self, text: str) -> None:
-        try:
-            width = os.get_terminal_size(sys.stderr.fileno()).columns
-        except (OSError, ValueError):
-            width = 0
         with self._lock:
-            if not self._cleared.is_set():
-                print(f"\r{text[: (width or 80) - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
+            if self.shown:
+                print(f"\r{text[: terminal_width() - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
+
+    @property
+    def shown(self) -> bool:
+        return not self._cleared.is_set()
 
     def clear(self) -> None:
         """Removes the line for good; idempotent."""
@@ -14284,6 +14969,14 @@ class WaitingLine:
             if not self._cleared.is_set():
                 self._cleared.set()
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def terminal_width() -> int:
+    """Columns of the terminal that stderr is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
 
 
 def loading_stage(status: dict[str, Any]) -> str:
@@ -14295,11 +14988,178 @@ def loading_stage(status: dict[str, Any]) -> str:
     return f"waiting to load {model}" if status["status"] in ("unloaded", "unloading") else ""
 
 
+# pull
+
+PULL_LINE_SECONDS = 5.0  # between lines about a pull where there is no terminal
+SUGGESTED = "Qwen/Qwen2.5-1.5B-Instruct-GGUF"  # small, open (Apache 2.0), and a good start on any laptop
+
+
+def command_pull(args: argparse.Namespace) -> int:
+    """Fetches a model; prints where it lies. With --dry-run, prints what would be fetched."""
+    wanted = read_wanted(args.name)
+    pull, folder = Pull(Cancellation()), os.path.expanduser(args.models_dir[0] if args.models_dir else "~/models")
+    with PullView() as view:
+        plan = view.watch(pull.plan(wanted, folder))
+        if args.dry_run:
+            view.close()
+            print("\n".join(plan_words(plan)))
+            return 0
+        path = fetch_plan(pull, plan, view)
+    print(printable(path, MAX_SHOWN_PATH))
+    import shlex
+
+    name = shlex.quote(plain_id(pathlib.Path(path).stem))
+    print(f'Try it: {own_command()} generate {name} "Hello"\nor:     {own_command()} serve --model {name}', file=sys.stderr)
+    return 0
+
+
+def fetch_plan(pull: Pull, plan: Plan, view: PullView) -> str:
+    """Fetches what is not here yet, and says what; the model's path."""
+    if not plan.left:
+        view.say(f"{plan.title} is here already")
+    else:
+        for line in plan_words(plan):
+            view.say(line)
+    began = time.monotonic()
+    left = plan.left
+    view.watch(pull.run(plan))
+    view.close()
+    if left:
+        view.say(f"fetched {human_bytes(left)} in {clock(time.monotonic() - began)}, and checked")
+    return plan.path
+
+
+def fetch_named(model: str | None) -> str | None:
+    """MODEL, or the path of the file that it means if it names a hub's repository: fetched now unless it is here."""
+    wanted = repository(model) if model and (":" in model or not is_path(model)) and not os.path.exists(model) else None
+    if wanted is None:
+        return model
+    if path := pulled_before(wanted):
+        return path
+    pull = Pull(Cancellation())
+    with PullView() as view:
+        return fetch_plan(pull, view.watch(pull.plan(wanted, "")), view)
+
+
+def plan_words(plan: Plan) -> list[str]:
+    """What a pull fetches, whether it fits, and what else there is."""
+    lines = [f"{plan.title}: {human_bytes(plan.size)}"]
+    if len(plan.files) > 1:
+        lines[0] += f" in {len(plan.files)} files"
+    if 0 < plan.left < plan.size:
+        lines[0] += f", {human_bytes(plan.left)} still to fetch"
+    elif not plan.left:
+        lines[0] += ", here already"
+    lines += [f"  {printable(file.name)}  {human_bytes(file.size)}" for file, _ in plan.files]
+    lines.append(f"into {printable(os.path.dirname(plan.path), MAX_SHOWN_PATH)}")
+    lines.append(memory_words(plan.size))
+    if plan.others:
+        lines.append(f"there are also {some_of(plan.others, 12)}")
+    return lines
+
+
+def memory_words(size: int) -> str:
+    """Whether weights of that size fit the memory that is free."""
+    free, fits = available_memory(), fits_memory(size)
+    if free is None:
+        return "nobody tells how much memory is free"
+    return f"{'fits' if fits else 'does not fit'} the memory: {human_bytes(free)} {'are' if fits else 'is all that is'} free"
+
+
+def clock(seconds: float) -> str:
+    """95 seconds as 1:35."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class PullView:
+    """Shows a pull on stderr: a line that is redrawn on a terminal, else a line every few seconds."""
+
+    def __init__(self) -> None:
+        self._event = Fetching("asking what there is")
+        self._line = WaitingLine(self._drawn, 0.2, timed=False)
+        self._printed = time.monotonic()
+        self._seen: deque[tuple[float, int]] = deque()  # when so many bytes were here, over the last ten seconds
+
+    def __enter__(self) -> PullView:
+        self._line.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Removes the line."""
+        self._line.clear()
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        erase = "\033[K" if self._line.shown else ""
+        print(f"{erase}{line}", file=sys.stderr, flush=True)
+
+    def watch(self, work: Generator[Fetching, None, Any]) -> Any:
+        """Runs the work to its end; returns what it returns."""
+        while True:
+            try:
+                event = next(work)
+            except StopIteration as end:
+                return end.value
+            self._take(event)
+
+    def _take(self, event: Fetching) -> None:
+        now, same = time.monotonic(), event.digest == self._event.digest and event.completed >= self._event.completed
+        if not same:
+            self._seen.clear()
+        self._event = event
+        self._seen.append((now, event.completed))
+        while self._seen[-1][0] - self._seen[0][0] > 10.0:
+            self._seen.popleft()
+        if not self._line.shown and now - self._printed >= PULL_LINE_SECONDS:
+            self._printed = now
+            self.say(self._text(math.inf))
+
+    def _drawn(self) -> str:
+        return self._text(terminal_width() - 1)
+
+    def _text(self, width: float) -> str:
+        """How far it is: what matters most comes first, and the rest as far as the width goes."""
+        event, seen = self._event, list(self._seen)
+        if not event.total:
+            return event.status
+        text = f"{event.completed / event.total:.0%} {human_bytes(event.completed)} of {human_bytes(event.total)}"
+        seconds = time.monotonic() - seen[0][0] if seen else 0.0
+        speed = (seen[-1][1] - seen[0][1]) / seconds if seconds > 0.5 else 0.0
+        if speed > 0 and event.completed < event.total:
+            text += f" {human_bytes(speed)}/s {clock((event.total - event.completed) / speed)} left"
+        bar = int(12 * event.completed / event.total)
+        for more in (event.status, f"[{'#' * bar}{'.' * (12 - bar)}]"):
+            text = f"{text} {more}" if len(text) + len(more) + 1 <= width else text
+        return text
+
+
+def own_command() -> str:
+    """How to call this program from here."""
+    import shlex
+    import shutil
+
+    found = next((name for name in ("python", "python3") if shutil.which(name) == sys.executable), sys.executable)
+    return " ".join(shlex.quote(min(path, _relative(path), key=len)) for path in (found, sys.argv[0]))
+
+
+def _relative(path: str) -> str:
+    try:
+        return os.path.relpath(path) if os.path.isabs(path) else path
+    except (OSError, ValueError):  # another drive; a working directory that is gone
+        return path
+
+
 PROBE_PROMPT = "Once upon a time there was a small server that could tell stories, and every day somebody asked for one. " * 8
 
 
 def command_probe(args: argparse.Namespace) -> int:
     """Loads a model, generates, and says how it went."""
+    args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
     service.table.start()
@@ -14640,6 +15500,7 @@ def command_generate(args: argparse.Namespace) -> int:
         raise UsageError("the prompt is given twice: behind MODEL, and with --prompt")
     args.prompt = args.text if args.prompt is None else args.prompt
     sampling = sampling_fields(args)
+    args.model = generating_model(args.model)
     with contextlib.closing(choose_generator(args)) as generator:
         if args.lines:
             return generate_lines(args, generator, sampling)
@@ -14652,6 +15513,12 @@ def command_generate(args: argparse.Namespace) -> int:
                 wire.end()  # the message gets a line of its own
                 raise
     return report_cut(args, wire)
+
+
+def generating_model(model: str | None) -> str | None:
+    """MODEL; a hub's repository by the id of its file, so that a running server may be asked for it."""
+    path = fetch_named(model)
+    return path if path is None or path == model else plain_id(pathlib.Path(path).stem)
 
 
 def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:

@@ -8113,7 +8113,7 @@ def test_ollama_empty_input_only_loads(server: Server, path: str, body: dict[str
         "no model": ("/api/chat", {"messages": []}, 400, ["model is required"]),
         "unknown model shown": ("/api/show", {"model": "nonesuch"}, 404, ["not found"]),
         "nothing shown": ("/api/show", {}, 400, ["model is required"]),
-        "pull": ("/api/pull", {"model": "llama3"}, 400, ["pull is not served"]),
+        "pull": ("/api/pull", {"model": "llama3"}, 400, ["hf.co/OWNER/REPO:QUANT"]),
         "images": ("/api/chat", {"model": "recital", "messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, 400,
                    ["messages[0].images"]),
         "unknown format": ("/api/chat", {"model": "recital", "messages": [], "format": "yaml"}, 400, ["format", "json"]),
