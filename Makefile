@@ -1,5 +1,7 @@
 # make run    sets up .venv and serves the models on this machine (ARGS="--port 8080" passes flags on)
-# make test   sets up the development tools too; ruff, mypy, pytest
+# make test   sets up the development tools too; ruff, mypy, bandit, pytest
+# make soak   runs the long tests, with more examples of everything hostile (ARGS="-k fuzz", SHIMMY_SOAK=120 minutes)
+# make audit  looks the installed packages up among the known vulnerabilities
 # make test-models  drives clients and real models, downloaded first (1 GB); tens of minutes
 # make bench  measures this machine's speed (ARGS="--json", ARGS="--url URL --model NAME")
 
@@ -11,7 +13,10 @@ BIN := .venv/Scripts
 endif
 ARGS ?=
 
-.PHONY: run test test-models bench model model-eval clean
+# how many minutes of mixed traffic `make soak` runs; set at all, it also multiplies the examples of the fuzz tests
+SHIMMY_SOAK ?= 10
+
+.PHONY: run test soak audit test-models bench model model-eval clean
 .DELETE_ON_ERROR:
 
 run: .venv/.run
@@ -20,7 +25,17 @@ run: .venv/.run
 test: .venv/.test
 	$(BIN)/ruff check shimmy.py test_shimmy.py models
 	$(BIN)/mypy shimmy.py test_shimmy.py
+	$(BIN)/bandit -q $(BANDIT) shimmy.py
 	$(BIN)/python -m pytest -q -x -n 3 test_shimmy.py $(ARGS)
+
+# assert states what the code itself guarantees; importing subprocess is no fault, each call of it is looked at
+BANDIT := --skip B101,B404
+
+soak: .venv/.test
+	SHIMMY_SOAK=$(SHIMMY_SOAK) $(BIN)/python -m pytest -q -m soak test_shimmy.py $(ARGS)
+
+audit: .venv/.test
+	$(BIN)/pip-audit --local --strict $(ARGS)
 
 # langchain-openai and llama-index want openai 2, pydantic-ai and openai-agents want 3, llm's plugins its last: a folder each
 CLIENTS := $(CURDIR)/.venv/clients
@@ -64,7 +79,8 @@ clean:
 	@touch $@
 
 .venv/.test: .venv/.run
-	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist openai httpx gguf prometheus_client ruff mypy || { \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist hypothesis openai httpx gguf prometheus_client \
+	  jsonschema hypothesis-jsonschema ruff mypy bandit pip-audit || { \
 	  echo "pip could not install the development tools. Is the network there?"; exit 1; }
 	@touch $@
 

@@ -127,7 +127,7 @@ def restart_from_bytecode() -> None:
         return  # another program runs us, which would be lost
     python, *rest = child_command("main", *sys.argv[1:])
     try:
-        os.execv(python, [python, *options, *rest])
+        os.execv(python, [python, *options, *rest])  # noqa: S606  # nosec B606  # our own command line, and no shell
     except OSError:
         pass  # then as the script that we are
 
@@ -160,7 +160,7 @@ import logging
 import math
 import operator
 import pathlib
-import pickle
+import pickle  # nosec B403  # between processes of ours only, and bounded by _Unpickler
 import queue
 import re
 import selectors
@@ -174,12 +174,13 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol
 
 if TYPE_CHECKING:
     import ast
     import asyncio
+    import subprocess
 
 __version__ = "0.1.0"
 
@@ -477,14 +478,33 @@ def resident_bytes(pids: Iterable[int]) -> int:
     pids = list(pids)
     if os.path.isdir("/proc/self"):
         return sum(_proc_pages(pid, 1) for pid in pids)
+    if sys.platform == "win32":
+        tasklist = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "tasklist.exe")
+        shown = output_of([tasklist, "/fo", "csv", "/nh", *(f"/fi:PID eq {p}" for p in pids[:1])])
+        return int("0" + re.sub(r"\D", "", shown.split('","')[-1])) * 1024
+    return sum(int(n) for n in output_of(["/bin/ps", "-o", "rss=", "-p", ",".join(map(str, pids))]).split()) * 1024
+
+
+def output_of(command: Seq[str], seconds: float | None = None) -> str:
+    """What a command writes to stdout. Its program is named by its whole path: the working directory may hold another.
+
+    Raises OSError when it cannot be started, subprocess.TimeoutExpired when it takes longer than `seconds`.
+    """
     import subprocess
 
-    if sys.platform == "win32":
-        query = ["tasklist", "/fo", "csv", "/nh", *(f"/fi:PID eq {p}" for p in pids[:1])]
-        shown = subprocess.run(query, capture_output=True, text=True).stdout
-        return int("0" + re.sub(r"\D", "", shown.split('","')[-1])) * 1024
-    shown = subprocess.run(["ps", "-o", "rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True).stdout
-    return sum(int(n) for n in shown.split()) * 1024
+    # no shell, and nothing from a client is on the command line
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
+
+
+def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
+    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin."""
+    import subprocess
+
+    child = subprocess.Popen(  # noqa: S603  # nosec B603  # our own command line, and no shell
+        child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
+    )
+    assert child.stdin and child.stdout
+    return child, child.stdout, child.stdin
 
 
 def mapped_bytes(pids: Iterable[int]) -> int:
@@ -549,8 +569,7 @@ def _ask_engine_build() -> dict[str, Any]:
     import subprocess
 
     try:
-        asked = subprocess.run(child_command("build_main"), capture_output=True, text=True, timeout=60)
-        return dict(json.loads(asked.stdout))
+        return dict(json.loads(output_of(child_command("build_main"), 60)))
     except (OSError, ValueError, subprocess.SubprocessError):
         return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
 
@@ -2224,13 +2243,8 @@ class Helper:
     """One helper process. Owned by whoever took it from Helpers."""
 
     def __init__(self) -> None:
-        import subprocess
-
-        self.process = subprocess.Popen(
-            child_command("helper_main"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
-        )
-        assert self.process.stdin and self.process.stdout
-        self._pipe = Pipe(self.process.stdout, self.process.stdin)
+        self.process, *ends = start_child("helper_main")
+        self._pipe = Pipe(*ends)
         self.timed_out = False
 
     def run(self, task: Any) -> Outcome:
@@ -2294,7 +2308,7 @@ class Helpers:
             raise Overloaded(f"The system starts no more processes ({error.strerror})") from None
         try:
             outcome = helper.run(task)
-        except (EOFError, OSError, ValueError):
+        except Exception:  # a process's border: it died, or what it says cannot be read
             helper.end()
             if helper.timed_out:
                 return Outcome(error=f"it takes over {HELPER_SECONDS:g} seconds")
@@ -5246,11 +5260,17 @@ class Stepped:
     cells: int = 0  # of the pool, that these hold
 
 
-class _Unpickler(pickle.Unpickler):
-    """Finds a message's class in this file, whatever the module is called on either side."""
+class _Unpickler(pickle.Unpickler):  # nosec B301  # what it may call are constructors of messages
+    """Finds a message's class in this file, whatever the module is called on either side.
+
+    Only dataclasses are found: whoever took over a child by a hostile model file or template names no function to us.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
-        return globals()[name]
+        found = globals().get(name)
+        if not (isinstance(found, type) and is_dataclass(found)):
+            raise pickle.UnpicklingError(f"{name} is no message")
+        return found
 
 
 class Pipe:
@@ -7870,17 +7890,11 @@ class Worker:
         return self
 
     def _start_child(self) -> None:
-        import subprocess
-
         with self._lock:
             if self._stopping:
                 raise GenerationFailed(f"Model '{self.info.id}': unloaded before it was loaded", "The model could not be loaded")
-            self.process = subprocess.Popen(
-                child_command("engine_main"),
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix",
-            )  # fmt: skip
-            assert self.process.stdin and self.process.stdout
-            self._pipe = Pipe(self.process.stdout, self.process.stdin)
+            self.process, *ends = start_child("engine_main")
+            self._pipe = Pipe(*ends)
         try:
             for work in (self._read, self._write, self._watch):
                 threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
@@ -15206,7 +15220,7 @@ def server_url(args: argparse.Namespace) -> str:
 def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
     """A connection to the configured address, not opened yet."""
     host, port = listen_address(args)
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # nosec B104  # nothing is bound here
     return http.client.HTTPConnection(reachable, port, timeout=timeout)
 
 
