@@ -11722,18 +11722,20 @@ def _fits_websockets(head: bytes) -> bool:
     return len(head) <= MAX_UPGRADE_HEAD and len(lines) < 128 and all(len(line) <= MAX_UPGRADE_LINE for line in lines)
 
 
+def _are_headers(lines: Iterable[bytes]) -> bool:
+    """Whether each line is a header: Python's parser stops at the first that is none, and would not see those behind it."""
+    return all(colon and TOKEN.fullmatch(name) for name, colon, _ in (line.partition(b":") for line in lines))
+
+
 def _is_handshake(head: bytes) -> bool:
     """Whether a request head asks for a WebSocket as RFC 6455, 4.2.1 wants it."""
     head, end, _ = head.partition(b"\r\n\r\n")
     line, *fields = head.split(b"\r\n")
     if not end or HEAD_FAULT.search(head) or not line.endswith(b" HTTP/1.1") or not _fits_websockets(head):
         return False
-    given = {}
-    for field_line in fields:
-        name, colon, value = field_line.partition(b":")
-        if not colon or b"\n" in value or not TOKEN.fullmatch(name):
-            return False
-        given[name.lower()] = value.strip(b" \t")
+    if b"\n" in b"".join(fields) or not _are_headers(fields):
+        return False
+    given = {name.lower(): value.strip(b" \t") for name, _, value in (field.partition(b":") for field in fields)}
     return (
         given.get(b"upgrade", b"").lower() == b"websocket"
         and b"upgrade" in given.get(b"connection", b"").lower()
@@ -11831,6 +11833,8 @@ class RequestReader:
             raise InvalidRequest(f"The headers are over {MAX_HEAD} bytes", status=431)
         if HEAD_FAULT.search(head):
             raise InvalidRequest("The request's head holds a control character, a CR without LF or a folded line")
+        if not _are_headers(head.rstrip(b"\r\n").split(b"\n")[1:]):
+            raise InvalidRequest("A header line is malformed")
         if _wants_upgrade(head) and b"\nupgrade:" in head.lower() and not _fits_websockets(head[:-4]):
             limits = f"{MAX_UPGRADE_HEAD} bytes, a line {MAX_UPGRADE_LINE}"
             raise InvalidRequest(f"The headers of an upgrade may have up to {limits}", status=431)
@@ -12597,16 +12601,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.rfile = io.BytesIO(headers)  # type: ignore[assignment]
         self.parse_request()
         self.log_line.id = request_id(self.headers.get("X-Request-Id") or self.log_line.id)
-        once = [self.headers.get_all(name, []) for name in ("Host", "Transfer-Encoding", "Origin", "Authorization")]
-        if self.headers.defects or self.headers.get_payload() or any(len(values) > 1 for values in once):
-            # the parser stops at the first bad line, and every header behind it would be unseen
-            raise InvalidRequest("A header line is malformed, or repeated where one is allowed")
+        for name in ("Host", "Transfer-Encoding", "Origin", "Authorization"):
+            if len(self.headers.get_all(name, [])) > 1:
+                raise InvalidRequest(f"The header {name} is repeated, where one is allowed")
         if self.request_version == "HTTP/0.9":
             raise InvalidRequest("The request line needs an HTTP version")
         try:
             target = urllib.parse.urlsplit(self.path)
         except ValueError:
             raise InvalidRequest("The request's address is malformed") from None
+        host = (self.headers.get("Host") or "").lower()
+        if target.scheme and (target.netloc.lower() != host or target.scheme not in ("http", "https")):
+            raise InvalidRequest("The request's address and its Host header name different hosts")  # RFC 9112, 3.2.2
         self.query = dict(urllib.parse.parse_qsl(target.query))
         self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
         self._read_length()
@@ -12617,16 +12623,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         lengths, encoding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
         if encoding is not None and lengths:
             raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
-        if encoding is not None and encoding.strip().lower() != "chunked":
-            raise InvalidRequest("Transfer-Encoding must be chunked")
+        if encoding is not None and (encoding.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
+            raise InvalidRequest("Transfer-Encoding must be chunked, in HTTP/1.1")  # RFC 9112, 6.1
         if len(set(lengths)) > 1 or not all(re.fullmatch(r"\d{1,15}", n.strip()) for n in lengths):
             raise InvalidRequest("Content-Length must be one whole number")
         self.length = int(lengths[0]) if lengths else None if encoding is None else -1  # -1: in chunks
         self.unread = bool(self.length)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What parse_request says of a malformed head, in our shape instead of HTML."""
-        raise InvalidRequest(message or explain or "The request is malformed", status=code)
+        """What parse_request says of a malformed head, in our shape instead of HTML; 505 is the client's fault too."""
+        raise InvalidRequest(message or explain or "The request is malformed", status=code if code < 500 else 400)
 
     def handle_expect_100(self) -> bool:
         """`100 Continue` waits until the head has passed its checks: _body sends it."""
