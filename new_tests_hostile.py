@@ -369,3 +369,143 @@ def test_connections_far_beyond_the_descriptors_leave_the_server_working(serve: 
     eventually(lambda: own.get("/health").status == 200, "there is room again")
     assert own.generate().text == TEXTS[":"]  # an engine needs descriptors too
     assert "Traceback" not in own.log.read_text()
+
+
+# topic: WebSocket abuse
+
+
+@contextlib.contextmanager
+def raw_ws(server: Server, behind: bytes = b"") -> Iterator[socket.socket]:
+    """A WebSocket connection as a bare socket, its upgrade sent together with what comes `behind` it."""
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(upgrade_of("/ws/generate") + behind)
+        assert read_until(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
+        yield sock
+
+
+def read_until(sock: socket.socket, end: bytes) -> bytes:
+    data = b""
+    while not data.endswith(end):
+        piece = sock.recv(1)
+        assert piece, data
+        data += piece
+    return data
+
+
+def frame(opcode: int, data: bytes = b"", last: bool = True, masked: bool = True) -> bytes:
+    """A client's frame (RFC 6455, 5.2), its mask all zeros."""
+    size = len(data) if len(data) < 126 else 126 if len(data) < 1 << 16 else 127
+    extended = b"" if size < 126 else struct.pack(">H" if size == 126 else ">Q", len(data))
+    return bytes([last << 7 | opcode, masked << 7 | size]) + extended + (bytes(4) if masked else b"") + data
+
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+ASKED = json.dumps({"model": "recital", "prompt": ":"}).encode()
+
+
+def test_ws_data_behind_the_upgrade_is_read(server: Server) -> None:
+    with raw_ws(server, frame(TEXT, ASKED)) as sock:
+        assert b'"token": "Hello"' in read_until(sock, b"}")
+
+
+def test_http_behind_the_upgrade_is_no_request(server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(upgrade_of("/ws/generate") + head_of("GET", "/api/models"))
+        answer = b"".join(iter(functools.partial(sock.recv, 65536), b""))
+    assert answer.count(b"HTTP/1.1 ") <= 1 and b"models" not in answer
+
+
+@cases(
+    "sent, code",
+    {
+        "a reserved opcode": (frame(5, b"x"), 1002),
+        "a reserved bit": (b"\xf1\x80\0\0\0\0", 1002),
+        "an unmasked frame": (frame(TEXT, ASKED, masked=False), 1002),
+        "a ping of 126 bytes": (frame(PING, b"x" * 126), 1002),
+        "a ping in pieces": (frame(PING, b"x", last=False), 1002),
+        "a continuation of nothing": (frame(0, b"x"), 1002),
+        "a message within a message": (frame(TEXT, b"{", last=False) + frame(TEXT, b"{"), 1002),
+        "a close of one byte": (frame(CLOSE, b"x"), 1002),
+        "a close with a code that is none": (frame(CLOSE, struct.pack(">H", 1005)), 1002),
+        "a frame of 2**63 bytes": (b"\x81\xff" + struct.pack(">Q", 1 << 63), 1009),
+        "a frame of 1 TiB": (b"\x81\xff" + struct.pack(">Q", 1 << 40), 1009),
+    },
+)
+def test_ws_broken_frame_closes_the_connection(sent: bytes, code: int, server: Server) -> None:
+    with raw_ws(server) as sock:
+        sock.sendall(sent)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := sock.recv(4096):
+                answer += piece
+    assert answer[:1] == b"\x88" and struct.unpack(">H", answer[2:4])[0] in (code, 1002)
+
+
+def test_ws_frame_of_2_mb_is_read(server: Server) -> None:
+    with server.ws() as ws:
+        for kind in (str, str.encode):
+            ws.send(kind(json.dumps({"model": "recital", "prompt": ":", "ignored": "x" * (2 << 20)})))
+            assert ws_answer(ws)[0] == TEXTS[":"]
+
+
+def test_ws_bad_messages_are_answered_one_by_one(server: Server) -> None:
+    with server.ws() as ws:
+        for name, message in MALFORMED.items():
+            ws.send(message)
+            assert json.loads(ws.recv(HANG))["error"]["code"] == "invalid_request", name
+        ws.send(ASKED)
+        assert ws_answer(ws)[0] == TEXTS[":"]
+
+
+def memory_of(server: Server) -> int:
+    """Resident bytes of the server itself, without its engines."""
+    return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@linux
+def test_ws_flood_of_pings_whose_answers_nobody_reads_is_cut(server: Server) -> None:
+    flood = frame(PING, b"x" * 125) * 1000
+    with raw_ws(server) as sock:
+        before = memory_of(server)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(300):  # 40 MB
+                sock.sendall(flood)
+            raise AssertionError("it reads on and on")
+        assert memory_of(server) - before < 20 << 20
+    assert ws_ask(server, prompt=":")[0] == TEXTS[":"]
+
+
+def test_ws_pings_that_are_read_are_answered(server: Server) -> None:
+    with raw_ws(server) as sock:
+        reader = sock.makefile("rb")
+        for _ in range(200):
+            sock.sendall(frame(PING, b"abc") * 10)
+            assert reader.read(50) == b"\x8a\x03abc" * 10
+        sock.sendall(frame(TEXT, ASKED))
+        assert b"token" in reader.read(20)
+
+
+@linux
+def test_ws_message_of_countless_fragments_takes_little_memory(server: Server) -> None:
+    before = memory_of(server)
+    with raw_ws(server, frame(TEXT, b"{", last=False)) as sock, contextlib.suppress(ConnectionError):
+        for _ in range(200):
+            sock.sendall((frame(0, b"", last=False) + frame(0, b"  ", last=False)) * 500)
+        sock.sendall(frame(0, ASKED[1:]))
+        assert b"token" in read_until(sock, b"}")
+    assert memory_of(server) - before < 20 << 20
+
+
+def test_ws_fifty_connections_without_a_close_leave_room(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(raw_ws(server, frame(TEXT, ASKED)))
+        assert ws_ask(server, prompt="=")[0] == TEXTS["="]
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "they are forgotten")
+
+
+@pytest.mark.parametrize("path", ["/ws", "/ws/", "/ws/generate/x", "/ws/generate%00", "/ws/../ws/generate", "/ws/Generate", "/ws/%67enerate",
+                                  "/api/generate"])  # fmt: skip
+def test_ws_wrong_path_is_an_error_object(path: str, server: Server) -> None:
+    (reply,) = exchange(server, upgrade_of(path))
+    assert reply.status in (404, 405) and reply.json()["error"]["code"] in ("not_found", "method_not_allowed")

@@ -13069,6 +13069,22 @@ class SocketFrames(Wire):
         self._say(NativeSocket.cancelled())
 
 
+MAX_UNREAD = MIB  # bytes written and not taken by the client; a message of ours waits until the one before is
+
+
+def bounded_connection() -> Any:
+    """websockets' connection, which ends when a client lets the answers to its pings pile up: nothing else bounds those."""
+    from websockets.asyncio.server import ServerConnection
+
+    class BoundedConnection(ServerConnection):
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.transport.get_write_buffer_size() > MAX_UNREAD:
+                self.transport.abort()
+
+    return BoundedConnection
+
+
 class SocketListener:
     """Serves `/ws/generate`: asyncio and websockets in one side thread, one worker thread a running request."""
 
@@ -13117,7 +13133,8 @@ class SocketListener:
         async def listen() -> None:
             async with serve(self._serve, sock=listener, process_request=self._admit, process_response=self._name,
                              compression=None, max_size=MAX_BODY, open_timeout=REQUEST_SECONDS,
-                             server_header=Handler.server_version):  # fmt: skip
+                             server_header=Handler.server_version,
+                             create_connection=bounded_connection()):  # fmt: skip
                 await self._stopping.wait()
 
         try:
@@ -13181,17 +13198,17 @@ class SocketListener:
         import asyncio
 
         fragments = connection.recv_streaming(decode=False)
-        parts = [await anext(fragments)]
+        message = bytearray(await anext(fragments))
 
         async def rest() -> None:
             async for fragment in fragments:
-                parts.append(fragment)
+                message.extend(fragment)
 
         try:
             await asyncio.wait_for(rest(), REQUEST_SECONDS)
         except asyncio.TimeoutError:
             raise TimeoutError from None
-        return b"".join(parts)
+        return bytes(message)
 
     async def _take(self, connection: Any, message: bytes, requests: deque[SocketRequest]) -> None:
         """Queues a request, or cancels the running one."""
