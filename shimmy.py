@@ -13343,16 +13343,16 @@ input[type=checkbox] { accent-color: var(--accent); width: 1.1rem; height: 1.1re
 #chats li.now { background: light-dark(#e4e9e4, #293431); }
 #chats .open { flex: 1; min-width: 0; border: 0; background: none; text-align: left; padding: .4rem .6rem; overflow: hidden;
   text-overflow: ellipsis; white-space: nowrap; }
-#chats .icon { width: 2rem; opacity: 0; }
-#chats li.now .icon, #chats li:hover .icon, #chats li:focus-within .icon { opacity: 1; }
+#chats .icon { width: 2rem; display: none; }
+#chats li.now .icon, #chats li:hover .icon, #chats li:focus-within .icon { display: inline-grid; }
 #chats svg { width: 1rem; height: 1rem; }
 #data { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; font-size: .9rem; }
 #shade { display: none; }
 
-main { display: grid; grid-template-rows: auto minmax(0, 1fr) auto; min-width: 0; min-height: 0; position: relative; }
+main { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr); min-height: 0; position: relative; }
 header { display: flex; align-items: center; gap: .5rem; padding: .6rem .75rem; border-bottom: 1px solid var(--line); }
 #menu { display: none; }
-#model { width: auto; max-width: 26rem; flex: 0 1 auto; text-overflow: ellipsis; }
+#model { width: auto; max-width: 32rem; flex: 0 1 auto; text-overflow: ellipsis; }
 #state { color: var(--mute); font-size: .85rem; white-space: nowrap; display: flex; align-items: center; gap: .4rem; }
 #state::before { content: ""; width: .55rem; height: .55rem; border-radius: 50%; background: var(--edge); }
 #state[data-state=loaded]::before { background: var(--accent); }
@@ -13364,7 +13364,7 @@ header { display: flex; align-items: center; gap: .5rem; padding: .6rem .75rem; 
 
 #log { overflow-y: auto; padding: 1.5rem 1rem; overscroll-behavior: contain; }
 #log > * { max-width: 46rem; margin: 0 auto 1.5rem; }
-.user { display: flex; flex-direction: column; align-items: flex-end; }
+#log > .user { display: flex; flex-direction: column; align-items: flex-end; margin-bottom: .5rem; }
 .user .words { background: var(--tint); border-radius: 1.1rem 1.1rem .3rem 1.1rem; padding: .55rem 1rem; max-width: 85%; }
 .words, .thought div, .tool pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .edit { width: 100%; display: grid; gap: .5rem; }
@@ -13444,11 +13444,11 @@ dialog { border: 1px solid var(--line); border-radius: 1rem; background: var(--b
   width: min(36rem, 100vw - 1.5rem); max-height: calc(100dvh - 2rem); }
 dialog::backdrop { background: #0007; }
 dialog h2 { margin: 0 0 .75rem; font-size: 1.2rem; }
-dialog h3, legend { font-size: 1rem; font-weight: 600; margin: 1.25rem 0 .25rem; padding: 0; }
-fieldset { border: 0; margin: 0; padding: 0; }
+dialog h3, legend { font-size: 1rem; font-weight: 600; margin: 0 0 .25rem; padding: 0; }
+dialog h3, fieldset { border: 0; margin: 1.25rem 0 0; padding: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; }
 label { font-size: .9rem; }
-label small, .check small { display: block; color: var(--mute); line-height: 1.4; }
+label small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25rem; }
 .check { display: flex; gap: .6rem; align-items: flex-start; padding: .25rem 0; }
 .ends { display: flex; justify-content: flex-end; margin-top: 1.25rem; }
 
@@ -13457,9 +13457,10 @@ label small, .check small { display: block; color: var(--mute); line-height: 1.4
   #menu { display: inline-grid; }
   #side { position: fixed; inset: 0 auto 0 0; z-index: 3; width: min(19rem, 85vw); visibility: hidden; translate: -100% 0;
     transition: translate .18s, visibility .18s; }
-  .drawer #side { visibility: visible; translate: 0 0; }
+  .drawer #side { visibility: visible; translate: 0 0; transition: translate .18s; }
   .drawer #shade { display: block; position: fixed; inset: 0; z-index: 2; background: #0007; }
   #model { flex: 1 1 0; }
+  .gap { display: none; }
   .user .words { max-width: 92%; }
 }
 @media (max-width: 32rem) {
@@ -13534,7 +13535,7 @@ label small, .check small { display: block; color: var(--mute); line-height: 1.4
 <dialog id="settings" aria-labelledby="settings-title">
   <h2 id="settings-title">Settings of this chat</h2>
   <label for="system">System prompt <small>What the model is told before everything else.</small></label>
-  <textarea id="system" rows="3"></textarea>
+  <textarea id="system" rows="2"></textarea>
   <h3>Sampling</h3>
   <div class="grid" id="sampling"></div>
   <fieldset><legend>Tools that the server may run</legend><div id="tools"></div></fieldset>
@@ -13768,7 +13769,7 @@ function drawMarkdown(parent, text) {
 
 const SETTINGS = [  // name in the request, label, least, most, step
   ["temperature", "Temperature", 0, 5, 0.1], ["top_p", "Top P", 0, 1, 0.05], ["top_k", "Top K", 0, 1000, 1],
-  ["min_p", "Min P", 0, 1, 0.01], ["max_tokens", "Most tokens", 1, 1e6, 1], ["seed", "Seed", 0, 4294967295, 1],
+  ["min_p", "Min P", 0, 1, 0.01], ["max_tokens", "Max tokens", 1, 1e6, 1], ["seed", "Seed", 0, 4294967295, 1],
 ];
 const EFFORTS = {"": "As the model likes", none: "Off", low: "A little", medium: "Medium", high: "Much"};
 const ENDS = ["stop", "length", "tool_calls", "stopped", "error"];
@@ -13982,7 +13983,7 @@ function keyForm(then) {
     then();
   };
   return make("form", {submit, class: "row key"}, field, make("label", {class: "check"}, keep, "Remember it in this browser"),
-    make("button", {class: "main"}, "Use this key"));
+    make("button", null, "Use this key"));
 }
 
 // ── Asking and answering
@@ -14030,6 +14031,7 @@ function answerAgain(chat) {
   chat.turns.push(turn);
   chat.changed = Date.now();
   chats = [chat, ...chats.filter(each => each !== chat)];
+  stored("last", chat.id);
   write(chat, turn);
 }
 
@@ -14258,7 +14260,7 @@ function doneFoot(chat, turn) {
 }
 
 function figureWords(turn) {
-  const f = turn.figures, short = {length: "cut at its most tokens", stopped: "stopped", cut: "cut off by a reload"}[turn.end];
+  const f = turn.figures, short = {length: "cut at max tokens or the end of the context", stopped: "stopped", cut: "cut off by a reload"}[turn.end];
   const measured = f ? [`${f.tokens} tokens`, `${f.rate.toFixed(f.rate < 100 ? 1 : 0)} tokens/s`,
     `first after ${f.first.toFixed(2)} s`, `prompt ${f.prompt}` + (f.cached ? ` (${f.cached} cached)` : "")] : [];
   return [turn.model, ...measured, ...(short ? [short] : [])].join(" · ");
@@ -14313,11 +14315,10 @@ function remove(chat) {
     save(chat);
     chats.sort((a, b) => b.changed - a.changed);
     openChat(chat);
-    $("notice").hidden = true;
   };
-  notice(`“${brief(chat.title)}” was deleted.`, textButton("Undo", restore));
   if (chat === current) openChat(chats[0] || newChat());
   else drawSide();
+  notice(`“${brief(chat.title)}” was deleted.`, textButton("Undo", restore));
 }
 
 function openChat(chat) {
@@ -14325,6 +14326,7 @@ function openChat(chat) {
   stick = true;
   stored("last", chat.id);
   if (models.length && !modelOf(chat.model)) chat.model = models[0].id;
+  $("notice").hidden = !troubled;
   drawer(false);
   drawSide();
   drawHead();
@@ -14376,7 +14378,7 @@ function drawer(open) {
 function drawSettings() {
   $("system").value = current.system;
   const fields = SETTINGS.map(([name, label, min, max, step]) => {
-    const field = make("input", {type: "number", name, min, max, step: step < 1 ? "any" : step, placeholder: "usual",
+    const field = make("input", {type: "number", name, min, max, step: step < 1 ? "any" : step, placeholder: "default",
       value: current.settings[name] ?? null, input: () => setting(name, field.validity.valid ? field.valueAsNumber : NaN)});
     return make("label", null, label, field);
   });
