@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
+import hypothesis
 import pytest
+from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 import shimmy as module
@@ -509,3 +511,527 @@ def test_ws_fifty_connections_without_a_close_leave_room(server: Server) -> None
 def test_ws_wrong_path_is_an_error_object(path: str, server: Server) -> None:
     (reply,) = exchange(server, upgrade_of(path))
     assert reply.status in (404, 405) and reply.json()["error"]["code"] in ("not_found", "method_not_allowed")
+
+
+# topic: fuzz of bodies
+
+CHAT_BODY: dict[str, Any] = {
+    "model": "recital", "max_tokens": 3, "seed": 1, "n": 1, "stop": ["x"], "logit_bias": {"5": 1}, "logprobs": True, "top_logprobs": 2,
+    "messages": [
+        {"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "assistant", "content": None, "reasoning_content": "hm",
+         "tool_calls": [{"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "x"}'}}]},
+        {"role": "tool", "tool_call_id": "c", "name": "get_weather", "content": "4"}, {"role": "user", "content": "weather"},
+    ],
+    "tools": [WEATHER, {"type": "builtin", "name": "calculator"}], "tool_choice": "auto", "parallel_tool_calls": True,
+    "stream_options": {"include_usage": True}, "chat_template_kwargs": {"a": 1}, "reasoning_effort": "low",
+}  # fmt: skip
+SCHEMA = {"type": "object", "properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/b"}, "maxItems": 2}},
+          "required": ["a"], "$defs": {"b": {"enum": ["x", 1]}}}  # fmt: skip
+RESULT = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "4"}], "is_error": False}
+CLAUDE_BODY: dict[str, Any] = {
+    "model": "recital", "max_tokens": 3, "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""}, {"type": "text", "text": "a"},
+                                          {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+        {"role": "user", "content": [RESULT, {"type": "document", "title": "t", "source": {"type": "text", "data": "d"}}]},
+    ],
+    "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}}, {"type": "web_search_1", "name": "w"}],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "thinking": {"type": "enabled", "budget_tokens": 2},
+    "stop_sequences": ["x"], "output_config": {"effort": "low"}, "metadata": {"user_id": "u"},
+}  # fmt: skip
+RESPONSE_BODY: dict[str, Any] = {
+    "model": "recital", "max_output_tokens": 3, "instructions": "s", "reasoning": {"effort": "low"}, "tool_choice": "auto",
+    "input": [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}], "encrypted_content": "aG0="},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "4"},
+        {"type": "custom_tool_call", "call_id": "d", "name": "g", "input": "x", "namespace": "n"},
+    ],
+    "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}, {"type": "web_search"},
+              {"type": "custom", "name": "g", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+              {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "h"}]}],
+    "text": {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA}},
+}  # fmt: skip
+OLLAMA_OPTIONS = {"num_predict": 3, "temperature": 0.1, "stop": ["x"], "num_ctx": 100, "seed": 1}
+COMPLETION_BODY: dict[str, Any] = {"model": "recital", "prompt": ["a:", [300, 301]], "max_tokens": 3, "logprobs": 1, "best_of": 1,
+                                   "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}  # fmt: skip
+BODIES: dict[str, dict[str, Any]] = {
+    "/api/generate": {"model": "recital", "messages": CHAT_BODY["messages"], "tools": [{"type": "builtin", "name": "calculator"}],
+                      "max_tokens": 3, "json_schema": SCHEMA, "dry_sequence_breakers": ["x"], "logit_bias": [[5, False]]},
+    "/api/generate ": {"model": "recital", "prompt": "a", "suffix": "", "system": "s", "options": OLLAMA_OPTIONS, "format": SCHEMA,
+                       "keep_alive": "5m", "think": True, "raw": False, "context": [], "images": [], "stream": False},
+    "/v1/chat/completions": CHAT_BODY,
+    "/v1/completions": COMPLETION_BODY,
+    "/v1/embeddings": {"model": "recital", "input": ["a", "b"], "dimensions": 2, "encoding_format": "base64"},
+    "/v1/rerank": {"model": "recital", "query": "q", "documents": ["a", {"text": "b"}], "top_n": 1, "return_documents": True},
+    "/v1/messages": CLAUDE_BODY,
+    "/v1/messages/count_tokens": CLAUDE_BODY,
+    "/v1/responses": RESPONSE_BODY,
+    "/api/chat": {"model": "recital", "messages": CHAT_BODY["messages"][:2], "tools": [WEATHER], "options": OLLAMA_OPTIONS, "stream": False,
+                  "think": "low", "keep_alive": 60, "format": "json", "logprobs": True, "top_logprobs": 1},
+    "/api/embed": {"model": "recital", "input": ["a"], "truncate": True, "dimensions": 2, "options": {}, "keep_alive": "1m"},
+    "/api/embeddings": {"model": "recital", "prompt": "a"},
+    "/api/show": {"model": "recital", "verbose": True},
+    "/api/pull": {"model": "recital"},
+    "/completion": {"prompt": ["a", [300]], "n_predict": 3, "n_probs": 1, "response_fields": ["content"], "t_max_predict_ms": 5, "stop": []},
+    "/infill": {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"filename": "f", "text": "t"}], "prompt": "p", "n_predict": 3},
+    "/tokenize": {"content": "a", "add_special": True, "parse_special": False, "with_pieces": True},
+    "/detokenize": {"tokens": [300, 301]},
+    "/apply-template": CHAT_BODY,
+    "/api/tools/calculator/execute": {"expression": "1+1"},
+}  # fmt: skip
+SPECIAL_TEXT = "<|im_start|>system\n</s><s>[INST]<|endoftext|><tool_call>\n{</think>"
+ODD: list[Any] = [
+    None, True, False, 0, -1, 1, 1.5, -0.0, 2**31, 2**63, -(2**64), 10**400, 1e308, 5e-324, "", "x", " ", "\0", SPECIAL_TEXT, "\u202e\x1b[31m",
+    "\ufeff\u2028\ud7ff\U0010ffff", "x" * 3000, "none", "auto", "default", "function", [], [None], [[]], ["x"], [1], [1.5], [[1], ["x"]],
+    ["x"] * 20, {}, {"": None}, {"a": {"b": [1]}}, [{}], [{"type": "text"}], {"type": []}, {"type": "function", "function": {}},
+    functools.reduce(lambda inner, _: [inner], range(40), "deep"), functools.reduce(lambda inner, _: {"a": inner}, range(40), "deep"),
+]  # fmt: skip
+
+
+class Recorder(dict[str, Any]):
+    """A body that notes which fields are asked of it."""
+
+    def __init__(self, body: dict[str, Any], names: set[str]) -> None:
+        super().__init__(body)
+        self.names = names
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def rows_of(path: str) -> Iterator[module.Route]:
+    """The rows of the route table that answer a POST there."""
+    segments = tuple(filter(None, path.strip().split("/")))
+    for route in module.ROUTES:
+        if route.method == "POST" and route.match(segments) is not None:
+            yield from (route, *([route.unless[1]] if route.unless else []))
+
+
+def fields_of(path: str) -> list[str]:
+    """The fields that a route reads: those in its body here, those of sampling, and those its dialect asks for."""
+    names = {*BODIES[path], *(f.name for f in module.fields(module.Sampling) if f.metadata)}
+    for route in rows_of(path):
+        for reader in (lambda body, made=route.answer: made(body), lambda body, made=route.answer: object.__new__(made).read(body)):
+            with contextlib.suppress(module.ApiError, AttributeError, TypeError):  # a function's row has no dialect
+                reader(Recorder(BODIES[path], names))
+    return sorted(names)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_odd_value_of_any_field_is_read_or_refused(path: str) -> None:
+    made = [route.answer for route in rows_of(path) if isinstance(route.answer, type)]
+    for name, value, answer in itertools.product(fields_of(path), ODD, made):
+        with contextlib.suppress(module.ApiError):
+            answer({**BODIES[path], name: value})
+
+
+def every_body_route_is_fuzzed() -> set[str]:
+    return {plain_path(route) for route in module.ROUTES if route.needs_body} - {path.strip() for path in BODIES}
+
+
+def test_every_route_that_needs_a_body_is_fuzzed() -> None:
+    twins = {path.removeprefix("/v1") for path in BODIES} | {"/v1/reranking", "/reranking"}
+    assert every_body_route_is_fuzzed() <= twins
+
+
+ERRORS = [module.InvalidRequest("m", "p"), module.ContextLengthExceeded("d"), module.ModelNotFound("d"), module.Overloaded("d"),
+          module.NotFound("d"), module.GenerationFailed("d")]  # fmt: skip
+ERRORS[1].sizes = (5, 4)
+
+
+def outline(value: Any) -> Any:
+    """A document's keys, without its values."""
+    return {key: outline(inner) for key, inner in value.items()} if isinstance(value, dict) else ...
+
+
+def check_answer(path: str, response: http.client.HTTPResponse, sent: Any) -> None:
+    """Asserts that a body got an answer of its dialect, and that nothing in it was the server's fault."""
+    body = response.read()
+    assert response.status < 500 or (response.status == 503 and b"overloaded" in body), (response.status, body, sent)
+    assert not re.search(rb"server_error|api_error|See the server", body), (body, sent)
+    if response.status != 200:
+        shapes = [outline(route.errors.error(error)) for route in rows_of(path) for error in ERRORS]
+        assert outline(json.loads(body)) in shapes, (body, sent)
+        assert body.isascii() or json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose texts are short, whatever a body asks for."""
+    home = tmp_path_factory.mktemp("fuzzed")
+    write_recital(home / "models" / "recital.gguf")
+    write_dice(home / "models" / "dice.gguf")
+    with shared(home, "--models-dir", home / "models", "--model", "recital", "--ctx", "512", "--tool-root", home) as running:
+        running.load("recital")
+        yield running
+
+
+def posted(connection: http.client.HTTPConnection, path: str, body: bytes) -> http.client.HTTPResponse:
+    connection.request("POST", path.strip(), body, {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+@more_under_soak
+@pytest.mark.parametrize("path", BODIES)
+def test_odd_value_of_any_field_is_answered(path: str, fuzzed: Server) -> None:
+    values = itertools.cycle(ODD)
+    with contextlib.closing(fuzzed.connect()) as connection:
+        for name in fields_of(path):
+            for value in ODD if SOAK else itertools.islice(values, 2):
+                body = {**BODIES[path], name: value}
+                check_answer(path, posted(connection, path, json.dumps(body).encode()), {name: value})
+
+
+def fuzz(examples: int) -> Any:
+    """Settings of a fuzz test: always the same examples in the plain suite, others and 50 times as many under make soak."""
+    return hypothesis.settings(max_examples=examples * (50 if SOAK else 1), derandomize=not SOAK, deadline=None, database=None,
+                               suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+
+
+KEYS = sorted(set(re.findall(r'(?:get|given|optional|flag)\((?:\w+, )?"(\w+)"', Path(module.__file__).read_text())))
+json_values = st.recursive(
+    st.sampled_from(ODD) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3), max_leaves=6,
+)  # fmt: skip
+changes = st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(["put", "drop", "double", "wrap", "rename"]), json_values,
+                             st.sampled_from(KEYS)), min_size=1, max_size=3)  # fmt: skip
+Place: TypeAlias = tuple[Any, Any]  # an object or a list, and a key of it
+
+
+def places(value: Any) -> Iterator[Place]:
+    """Every place in a document."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(inner)
+
+
+def change(document: Any, at: int, how: str, value: Any, name: str) -> None:
+    """Changes one place of a document."""
+    found = list(places(document))
+    if not found:
+        return
+    holder, key = found[at % len(found)]
+    if how == "drop":
+        del holder[key]
+    elif how == "rename" and isinstance(holder, dict):
+        holder[name] = holder.pop(key)
+    elif how == "double" and isinstance(holder, list):
+        holder.append(holder[key])
+    else:
+        holder[key] = [holder[key]] if how == "wrap" else value
+
+
+@more_under_soak
+@pytest.mark.parametrize("path", BODIES)
+def test_changed_body_is_answered_in_its_dialect(path: str, fuzzed: Server) -> None:
+    with contextlib.closing(fuzzed.connect()) as connection:
+
+        @fuzz(25)
+        @hypothesis.given(changes, st.booleans())
+        def run(changes: list[Any], stream: bool) -> None:
+            body = json.loads(json.dumps({**BODIES[path], **({"stream": True} if stream else {})}))
+            for each in changes:
+                change(body, *each)
+            try:
+                data = json.dumps(body).encode()
+            except ValueError:  # a change put a document into itself
+                return
+            check_answer(path, posted(connection, path, data), body)
+
+        run()
+
+
+SNIPPETS = [b"\xff", b"\xed\xa0\x80", b"\\ud800", b"NaN", b"-Infinity", b"1e999", b"[" * 10_000, b'{"":' * 10_000, b"\0", b'"', b"\\", b"}", b",",
+            b"\xef\xbb\xbf", b"9" * 5000, b"/**/", b"\\u0000", b"\xf4\x90\x80\x80"]  # fmt: skip
+
+
+@more_under_soak
+def test_broken_json_is_answered_in_its_dialect(fuzzed: Server) -> None:
+    with contextlib.closing(fuzzed.connect()) as connection:
+
+        @fuzz(200)
+        @hypothesis.given(st.sampled_from(sorted(BODIES)), st.floats(0, 1), st.sampled_from(SNIPPETS), st.integers(0, 40))
+        def run(path: str, place: float, snippet: bytes, cut: int) -> None:
+            data = json.dumps(BODIES[path]).encode()
+            at = int(place * len(data))
+            check_answer(path, posted(connection, path, data[:at] + snippet + data[at + cut :]), (place, snippet, cut))
+
+        run()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_malformed_json_is_refused_in_its_dialect(path: str, fuzzed: Server) -> None:
+    with contextlib.closing(fuzzed.connect()) as connection:
+        for name, body in {**MALFORMED, "10,000 levels": b"[" * 10_000 + b"]" * 10_000}.items():
+            if name != "empty" or "tools" not in path:  # no arguments are written so
+                response = posted(connection, path, body)
+                assert response.status == 400, name
+                check_answer(path, response, name)
+
+
+@more_under_soak
+@fuzz(100)
+@hypothesis.given(st.text(max_size=30), st.sampled_from(["GET /api/models/{}/status", "GET /v1/models/{}", "POST /api/models/{}/load?wait={}",
+                         "GET /slots?model={}", "GET /props?model={}", "POST /api/tools/{}/execute", "GET /{}", "GET /v1/{}/{}"]))  # fmt: skip
+def test_any_name_in_an_address_is_answered(fuzzed: Server, name: str, row: str) -> None:
+    method, path = row.split()
+    reply = fuzzed.request(method, path.replace("{}", quote(name, safe="", errors="replace")), b"{}" if method == "POST" else None)
+    assert reply.status in (200, 202, 400, 404, 405, 411), reply.body
+    assert reply.status < 400 or "error" in reply.json()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat", "/v1/responses"])
+def test_special_tokens_of_a_user_stay_text(path: str, fuzzed: Server) -> None:
+    """As many tokens as bytes: none of them is the marker that the text spells."""
+    lengths = []
+    for text in (SPECIAL_TEXT, "y" * len(SPECIAL_TEXT)):
+        said = {"input": text} if path == "/v1/responses" else {"messages": [{"role": "user", "content": text}]}
+        document = fuzzed.post(path, {"model": "recital", "max_tokens": 2, "stream": False, **said}).json()
+        usage = document.get("usage", document)
+        lengths.append(next(usage[name] for name in ("prompt_tokens", "input_tokens", "prompt_eval_count") if name in usage))
+    assert lengths[0] == lengths[1]
+
+
+# topic: tools against hostile arguments
+
+BOMBS = ["9**9**9**9", "(9**999)**(9**999)", "factorial(400) * factorial(400) * factorial(400)", "2**4095 * 2**4095", "9" * 999, "-" * 999 + "1",
+         "(" * 499 + "1" + ")" * 499, "max(" * 199 + "1" + ")" * 199, "abs(" * 199 + "1" + ")" * 199, "1" + "**1" * 330, "2" + "**2" * 300,
+         "'a' * 10**9", "f'{1:>999999999}'", "[0] * 10**9", "(0,) * 10**9", "{1: 2}", "0x" + "f" * 990, "1e999", "1j", "True + True", "...",
+         "10.0**308 * 10", "floor(1e308)", "round(1e308, 400)", "round(2**4000, -400)", "round(1.5, 2**64)", "round(1, True)", "log(0)", "atan2(1)",
+         "min()", "max(*[1])", "abs(x=1)", "hypot(" + "1," * 480 + "1)", "2**-(2**4000)", "0**-1", "(-1)**0.5", "1**(2**4000)", "(2**4000) % 3.5",
+         "1\n2", "1;2", "\0", "\ud7ff", "pi.real", "__builtins__", "(lambda: 0)()", "1 if 1 else 2", "1 < 2", "not 1", "~1", "1 << 99999999", "1 @ 1",
+         "await 1", "factorial(True)", "gcd(2**4000, 3**2500)", "fmod(1e308, 5e-324)", "exp(1e4)", "sqrt(2**4095)", "degrees(1e308)",
+         "comb(9**9, 9)", "9 ^ 9 ^ 9", "pow(9, 9**9)", "sum([1])", "1_0", "\u0661 + \u0661", "\uff11+\uff11"]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", BOMBS, ids=[f"{number} {bomb[:16]!a}" for number, bomb in enumerate(BOMBS)])
+def test_calculator_gives_a_number_or_a_reason_at_once(expression: str) -> None:
+    began = time.thread_time()
+    try:
+        result = module.calculator(expression)
+    except module.ToolError as error:
+        assert str(error) and len(str(error)) < 200
+    else:
+        assert type(result) in (int, float) and json.loads(json.dumps(result, allow_nan=False)) == result
+    assert time.thread_time() - began < 0.2
+
+
+@more_under_soak
+@fuzz(300)
+@hypothesis.given(st.lists(st.sampled_from("0123456789+-*/%^().,e _\"'[]{}" + "\n\t\0") | st.sampled_from([*module.MATH_FUNCTIONS, "pi", "**", "//",
+                           "factorial(", "round(", "1e308", "9999", "lambda", " if ", "x:=", "\u00b2"]), max_size=30))  # fmt: skip
+def test_calculator_survives_any_expression(parts: list[str]) -> None:
+    with contextlib.suppress(module.ToolError):
+        assert type(module.calculator("".join(parts))) in (int, float)
+
+
+@pytest.fixture(scope="module")
+def walled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tool root with ways out of it."""
+    folder = tmp_path_factory.mktemp("walled")
+    root = folder / "root"
+    (root / "sub" / "deep").mkdir(parents=True)
+    (folder / "root-too").mkdir()
+    for path in (folder / "secret", folder / "root-too" / "secret"):
+        path.write_text("secret")
+    (root / "loop").symlink_to("loop")
+    (root / "one").symlink_to("two")
+    (root / "two").symlink_to("one")
+    (root / "up").symlink_to("../secret")
+    (root / "far").symlink_to("/proc/self/environ")
+    (root / "sub" / "deep" / "root").symlink_to("/")
+    (root / "zero").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(root / "door"))
+    return root
+
+
+OUTSIDE = ["../secret", "sub/../../secret", "./sub/deep/../../../secret", "sub//..//..//secret", "up", "up/", "../root-too/secret", "far",
+           "sub/deep/root/etc/passwd", "sub/deep/root/proc/self/environ", "/proc/self/root/etc/passwd", "/proc/self/cwd/../secret", "zero", "door",
+           "loop", "loop/x", "one", "sub/deep", "//etc/passwd", "~root/.bashrc", "sub\\..\\..\\secret", "..%2fsecret", "\u2025/secret", "\0", "a\0b",
+           "x" * 5000, "/".join("x" * 2000), "note\n../secret", "file:///etc/passwd", "C:\\Windows\\win.ini", "$HOME", "*"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: f"{path[:24]!a}")
+def test_file_read_stays_inside_and_says_so_without_a_path(path: str, walled: Path) -> None:
+    with pytest.raises(module.ToolError) as refused:
+        module.FileReader(str(walled)).file_read(path)
+    assert str(walled) not in str(refused.value) and str(refused.value).isprintable()
+
+
+@pytest.mark.skipif(not hasattr(os, "mknod") or os.geteuid() != 0, reason="only root makes devices")
+def test_file_read_opens_no_device(walled: Path) -> None:
+    try:
+        os.mknod(walled / "device", 0o600 | 0o020000, os.makedev(1, 5))
+    except PermissionError:
+        pytest.skip("not even root makes devices here")
+    with pytest.raises(module.ToolError, match="regular"):
+        module.FileReader(str(walled)).file_read("device")
+
+
+NUMERIC = ["2130706433", "0x7f000001", "0x7F.1", "0177.0.0.1", "017700000001", "127.1", "127.0.1", "0", "0.0", "127.0.0.1.", "localhost", "LOCALHOST.",
+           "\u2460\u2461\u2466.0.0.1", "127\u30020\u30020\u30021", "\uff11\uff12\uff17.0.0.1", "[::]", "[::1]", "[0:0:0:0:0:ffff:7f00:1]",
+           "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[::ffff:0:127.0.0.1]", "[::1%25lo]", "[::1%lo]", "[fe80::1%25eth0]", "[fe80::1%1]",
+           "[64:ff9b::127.0.0.1]", "[64:ff9b::10.0.0.1]", "[64:ff9b:1::1]", "[2002:7f00:1::]", "[2002:a00:1::]", "[2001::1]", "[fc00::1]", "[ff02::1]",
+           "[fec0::1]", "10.1", "0xa9fea9fe", "169.254.169.254", "2852039166", "[fd00:ec2::254]", "255.255.255.255", "224.0.0.1", "100.100.100.200"]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", NUMERIC, ids=ascii)
+@pytest.mark.parametrize("form", ["http://{}:{}/health", "http://evil.example@{}:{}/health"], ids=["plain", "behind a user"])
+def test_http_get_reaches_no_private_address_in_any_spelling(form: str, host: str, server: Server) -> None:
+    reply = execute(server, "http_get", form.format(host, server.port))
+    assert_tool_failed(reply)
+    assert b"healthy" not in reply.body
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://[::1", "http://a:b:c/", "http://x:99999/", "http://x:-1/", "http:///x", "https:/x", "HTTP://", "//x",
+                                 "http://\0/", "http://x\r\nHost: y/", "javascript:1", "data:text/plain,x", "unix:/run/x", "http://" + "a." * 200,
+                                 "http://" + "a" * 70 + ".example/", "http://xn--\ud7ff.example/", "http://*/", "http://%31%32%37.0.0.1/"],
+                         ids=lambda url: f"{url[:20]!a}")  # fmt: skip
+def test_http_get_refuses_what_is_no_address(url: str, server: Server) -> None:
+    assert_tool_failed(execute(server, "http_get", url))
+
+
+class Resolver:
+    """Stands for the name service: each look-up of a name gives its next addresses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> None:
+        self.asked: list[str] = []
+        self.connected: list[Any] = []
+        self._answers, self._real = iter(answers), socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self.look_up)
+        monkeypatch.setattr(socket, "create_connection", self.connect)
+
+    def look_up(self, host: str, port: int, **more: Any) -> list[Any]:
+        self.asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in next(self._answers)]
+
+    def connect(self, address: Any, **more: Any) -> Any:
+        self.connected.append(address[0])
+        raise OSError("nobody is there")
+
+
+@cases(
+    "addresses",
+    {
+        "loopback": ["127.0.0.1"],
+        "a global and a private one": ["1.1.1.1", "10.0.0.1"],
+        "one in IPv6": ["::ffff:192.168.0.1"],
+        "a zone": ["fe80::1%eth0"],
+        "6to4": ["2002:c0a8:1::"],
+        "NAT64": ["64:ff9b::a9fe:a9fe"],
+    },
+)
+def test_http_get_refuses_a_name_of_a_private_address(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = Resolver(monkeypatch, addresses)
+    with pytest.raises(module.ToolError, match="not global"):
+        module.HttpGetter(["*"]).http_get("http://rebind.example/")
+    assert resolver.connected == []
+
+
+def test_http_get_connects_to_the_address_that_it_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that means another address when it is looked up again gains nothing: it is looked up once."""
+    resolver = Resolver(monkeypatch, ["1.1.1.1"], ["127.0.0.1"])
+    with pytest.raises(module.ToolError):
+        module.HttpGetter(["*"]).http_get("http://rebind.example/")
+    assert (resolver.asked, resolver.connected) == (["rebind.example"], ["1.1.1.1"])
+
+
+class Redirects(http.server.BaseHTTPRequestHandler):
+    """Sends whoever comes to `place`."""
+
+    place = ""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.place)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def redirecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """A page at what counts as the one global address: redirecting(place) gives its URL."""
+    monkeypatch.setattr(module, "is_global", lambda address: address == "127.0.0.2")
+    with http.server.ThreadingHTTPServer(("127.0.0.2", 0), Redirects) as pages:
+        threading.Thread(target=pages.serve_forever, daemon=True).start()
+
+        def to(place: str) -> str:
+            Redirects.place = place.format(port=pages.server_port)
+            return f"http://127.0.0.2:{pages.server_port}/"
+
+        yield to
+        pages.shutdown()
+
+
+@linux
+@cases(
+    "place, why",
+    {
+        "loopback": ("http://127.0.0.1:{port}/", "not global"),
+        "without a scheme": ("//127.0.0.1:{port}/", "not global"),
+        "in hexadecimal": ("http://0x7f000001:{port}/", "not global"),
+        "in IPv6": ("http://[::ffff:127.0.0.1]:{port}/", "not global"),
+        "by name": ("http://localhost:{port}/", "not global"),
+        "a file": ("file:///etc/passwd", "http"),
+        "another protocol": ("gopher://127.0.0.1/", "http"),
+        "itself, without end": ("/", "redirects"),
+        "nonsense": ("http://[", "cannot be fetched"),
+    },
+)
+def test_http_get_checks_where_it_is_sent_on(place: str, why: str, redirecting: Callable[[str], str]) -> None:
+    with pytest.raises(module.ToolError, match=why):
+        module.HttpGetter(["*"]).http_get(redirecting(place))
+
+
+@linux
+def test_http_get_is_not_sent_on_to_a_host_that_is_not_opened(redirecting: Callable[[str], str]) -> None:
+    with pytest.raises(module.ToolError, match=r"other\.example is not opened"):
+        module.HttpGetter(["127.0.0.2"]).http_get(redirecting("http://other.example/"))
+
+
+STUCK_WEATHER = """
+import time
+from shimmy import tool
+
+@tool
+def get_weather(city: str) -> str:
+    '''Never comes back.'''
+    time.sleep(3600)
+    return ""
+"""
+WEATHER_BUILTIN = {"type": "builtin", "name": "get_weather"}
+
+
+def test_tool_that_never_returns_ends_a_chat_with_its_error(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
+    own = serve("--models-dir", models, "--tools", tmp_path / "stuck.py", script=altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.3")))
+    with quickly(20.0):
+        for _ in range(6):  # beyond the calls that may hang
+            message = own.chat("weather", tools=[WEATHER_BUILTIN]).message
+            assert message["content"] == TEXTS["S"] and message["tool_results"][0]["error"]
+        assert own.chat("hi").message["content"] == TEXTS[":"]
+        assert own.stop() == 0
+
+
+def test_client_that_leaves_a_chat_whose_tool_hangs_frees_its_place(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
+    own = serve("-v", "--models-dir", models, "--tools", tmp_path / "stuck.py")
+    body = {"model": "recital", "messages": [{"role": "user", "content": "weather"}], "tools": [WEATHER_BUILTIN], "stream": True}
+    with socket.create_connection((own.host, own.port), timeout=HANG) as gone:
+        gone.sendall(raw_post("/v1/chat/completions", json.dumps(body).encode()))
+        assert gone.recv(100)
+        time.sleep(0.5)
+    eventually(lambda: "POST /v1/chat/completions" in own.log.read_text(), "the request ends")
+    assert own.status("recital")["requests_running"] == own.status("recital")["requests_waiting"] == 0

@@ -414,6 +414,25 @@ def printable(text: str, limit: int = 200) -> str:
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but line feed and tab
+
+
+def harmless(text: str) -> str:
+    """Text whose control characters are escaped, so that no sequence of them reaches a terminal or a log."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+class HarmlessFormatter(logging.Formatter):
+    """Log lines without control characters: a traceback may quote a file or a client. `clear` comes before each."""
+
+    def __init__(self, clear: str = "") -> None:
+        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+        self._clear = clear
+
+    def format(self, record: logging.LogRecord) -> str:
+        return self._clear + harmless(super().format(record))
+
+
 OWN_CGROUPS = "/proc/self/cgroup"
 CGROUPS = "/sys/fs/cgroup"
 
@@ -1145,7 +1164,7 @@ PARSING = Budget(MAX_BODY)  # one full-sized body at a time, or several smaller 
 
 
 def parse_json(data: bytes, what: str = "The body") -> Any:
-    """Strict JSON: UTF-8, no NaN, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values.
+    """Strict JSON: UTF-8, no NaN, no number beyond a float's, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values.
 
     Beyond TURN_BYTES it waits for its turn. Raises InvalidRequest, and Overloaded when its turn does not come.
     """
@@ -1156,7 +1175,7 @@ def parse_json(data: bytes, what: str = "The body") -> Any:
             raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
         _check_nesting(data, what)
         try:
-            value = json.loads(source, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
+            value = json.loads(source, parse_float=_finite, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
         if "\\u" in source and _has_surrogate(value):
@@ -1188,6 +1207,14 @@ def _check_nesting(data: bytes, what: str) -> None:
         if values > MAX_JSON_VALUES:
             raise InvalidRequest(f"{what} holds over {MAX_JSON_VALUES} values")
         depth += sum(steps)
+
+
+def _finite(text: str) -> float:
+    """A JSON number; what is too large would become infinite, and an answer that repeats it no JSON."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is too large a number")
+    return value
 
 
 def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
@@ -4922,6 +4949,8 @@ class FileReader:
                 if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                     raise ToolError("there is no regular file at that path")
                 data = file.read(self.MAX_BYTES + 1)
+        except RuntimeError:  # what resolve() says of a loop, before Python 3.13
+            raise ToolError("the file cannot be read: its links lead in a circle") from None
         except (OSError, ValueError) as error:
             raise ToolError(f"the file cannot be read: {getattr(error, 'strerror', None) or error}") from None
         if len(data) > self.MAX_BYTES:
@@ -4970,12 +4999,12 @@ class HttpGetter:
                 raise ToolError(f"the address is over {self.MAX_URL} characters")
             try:
                 status, headers, body = self._fetch(url, deadline)
+                location = headers.get("Location")
+                if status not in (301, 302, 303, 307, 308) or not location:
+                    return {"status": status, "content_type": headers.get("Content-Type"), "body": body}
+                url = urllib.parse.urljoin(url, location)
             except (OSError, http.client.HTTPException, ValueError) as error:
                 raise ToolError(f"the address cannot be fetched: {error or type(error).__name__}") from None
-            location = headers.get("Location")
-            if status not in (301, 302, 303, 307, 308) or not location:
-                return {"status": status, "content_type": headers.get("Content-Type"), "body": body}
-            url = urllib.parse.urljoin(url, location)
         raise ToolError(f"over {self.MAX_REDIRECTS} redirects")
 
     def _fetch(self, url: str, deadline: float) -> tuple[int, Any, str]:
@@ -15660,6 +15689,8 @@ class PrintedText(Wire):
         self.completion_tokens = document.get("usage", {}).get("completion_tokens", 0)
 
     def _write(self, text: str) -> None:
+        """A terminal would obey what a model writes; a pipe gets it byte for byte."""
+        text = harmless(text) if sys.stdout.isatty() else text
         sys.stdout.buffer.write(text.encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
 
@@ -15823,8 +15854,9 @@ def main(argv: Seq[str] | None = None) -> int:
     try:
         args = parse(argv)
         clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
-        logging.basicConfig(stream=sys.stderr, format=f"{clear}%(asctime)s %(message)s", datefmt="%H:%M:%S",
-                            level=logging.INFO if args.verbose else logging.WARNING)  # fmt: skip
+        shown = logging.StreamHandler()
+        shown.setFormatter(HarmlessFormatter(clear))
+        logging.basicConfig(handlers=[shown], level=logging.INFO if args.verbose else logging.WARNING)
         if no_stdout and args.command != "serve":
             raise OSError("standard output is closed")
         return run_command(args)
@@ -15853,7 +15885,7 @@ def run_command(args: argparse.Namespace) -> int:
 def complain(error: Exception, code: int) -> int:
     """One plain line on stderr."""
     with contextlib.suppress(OSError):  # 2>&1 into a pipe that is closed
-        print(f"shimmy: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"shimmy: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
     return code
 
 
