@@ -13930,8 +13930,12 @@ function failureOf(error, status = 0, wait = 0) {
 async function* events(response) {
   const reader = response.body.getReader(), decoder = new TextDecoder();
   for (let rest = "", chunk; ; ) {
-    try { chunk = await reader.read(); } catch (error) {
-      throw error.name === "AbortError" ? error : new Failure("cut", "The connection broke off");
+    try {
+      chunk = await reader.read();
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      await sleep(300);  // never over where the page itself is left: that is no fault to show after a reload
+      throw new Failure("cut", "The connection broke off");
     }
     if (chunk.done) throw new Failure("cut", "The answer broke off");
     const lines = (rest + decoder.decode(chunk.value, {stream: true})).split("\n");
