@@ -188,7 +188,7 @@ def talk(*turns: Any, title: str = "A talk") -> dict[str, Any]:
 def test_page_streams_an_answer_and_shows_its_figures(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
     assert it.ask("hi") == "Hello wide world"
-    assert re.fullmatch(r"recital · 3 tokens · \d+(\.\d)? tokens/s · first after \d+\.\d\d s · prompt \d+.*", it.text(".figures"))
+    assert re.fullmatch(r"recital · 3 tokens · \d+(\.\d)? tokens/s · first token after \d+\.\d\d s · prompt \d+.*", it.text(".figures"))
     assert it.titles() == ["hi"] and it.text("#state") == "loaded"
 
 
@@ -225,7 +225,7 @@ def test_page_lists_models_with_their_size_and_not_the_default_twice(tab: Callab
     it.wait("#state", "loaded")
     options = it.page.locator("#model option").all_inner_texts()
     assert sorted(o.split(" · ")[0] for o in options) == sorted(id for id in server.ids() if id != "default")
-    assert all(re.search(r"\d MB$", o) for o in options) and it.page.input_value("#model") == "recital"
+    assert all(re.search(r" · \d+ MB( · loaded)?$", o) for o in options) and it.page.input_value("#model") == "recital"
 
 
 def test_page_loads_and_unloads_by_a_button(tab: Callable[..., Tab], serve: Callable[..., Server], models: Path) -> None:
@@ -593,7 +593,8 @@ BOMBS = {
     "ticks": "".join("`" * n + "a" for n in range(1, 600)), "underscores": "_a_" * 40_000, "tables": "|-" * 50_000,
     "table rows": "|a|\n|-|\n" + "|\n" * 20_000, "blanks": " " * 100_000 + "x", "fences": "```\n" * 30_000,
     "indents": "\n".join(" " * n + "- a" for n in range(1000)), "parentheses": "[a](" + "(" * 50_000,
-    "rules": "- " * 3 + " " * 50_000 + "x", "addresses": "https://" * 20_000, "stairs": "\n".join(">" * n for n in range(1000)),
+    "fence marks": "~" * 100_000 + "`", "languages": "```" + "a" * 100_000 + "`", "full stops": "https://a" + "." * 100_000 + "b",
+    "spaces": "[a](" + " " * 100_000, "rules": "- " * 3 + " " * 50_000 + "x", "addresses": "https://" * 20_000, "stairs": "\n".join(">" * n for n in range(1000)),
 }  # fmt: skip
 
 

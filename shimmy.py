@@ -13446,7 +13446,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; t
 .empty { text-align: center; padding-top: 12vh; }
 .empty > svg { width: 3rem; height: 3rem; color: var(--accent); stroke-width: 2.2; }
 .empty h2 { font-size: 1.5rem; margin: .5rem 0 .25rem; letter-spacing: -.015em; }
-.empty p { color: var(--mute); margin: .25rem auto 1.25rem; max-width: 34rem; }
+.empty p { color: var(--mute); margin: .25rem auto 1.25rem; max-width: 34rem; text-wrap: balance; }
 .empty .row { justify-content: center; }
 .empty .row button { border-radius: 1.2rem; }
 .empty .keys { font-size: .85rem; margin-top: 2rem; }
@@ -13633,11 +13633,11 @@ async function copy(words, button) {
 // ── Markdown: lines become blocks, each with its source, so that a growing answer redraws its last block only.
 
 const DEEPEST = 6;  // quotes and lists inside one another; what lies deeper is shown as it was written
-const FENCE = /^ {0,3}(`{3,}|~{3,}) *([^`\s]*)[^`]*$/;
+const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
 const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
 const QUOTE = /^ {0,3}> ?/;
-const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( {1,4}|$)(?=(.*))/;
+const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( {1,4}|$)/;
 
 const indent = line => line.length - line.trimStart().length;
 const isBlank = line => !line.trim();
@@ -13661,7 +13661,7 @@ function block(lines, i, depth) {
   if ((m = FENCE.exec(line))) {
     const end = run(i + 1, l => !(l.trim().startsWith(m[1]) && !l.trim().replaceAll(m[1][0], "")));
     const body = lines.slice(i + 1, end).map(l => l.slice(Math.min(indent(line), indent(l))));
-    return [end + 1, () => codeBlock(body.join("\n"), m[2])];
+    return [end + 1, () => codeBlock(body.join("\n"), m[2].trim().split(" ")[0])];
   }
   if ((m = HEADING.exec(line))) {
     return [i + 1, () => make("h" + m[1].length, null, ...inline(m[2].replace(/ #+ *$/, "")))];
@@ -13726,7 +13726,7 @@ function codeBlock(code, language) {
 const INLINE = new RegExp([
   /\\([!-/:-@[-`{-~])/,  // an escape
   /(`+)/,  // of code
-  /!?\[([^[\]]*)\]\( *<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: +"[^"]*")? *\)/,  // a link, or an image
+  /!?\[([^[\]]*)\]\( ?<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: "[^"]*")? ?\)/,  // a link, or an image
   /(https?:\/\/[^\s<>"'`|\])]+)/,
   /(\*{1,3}|_{1,2}|~~)/,
 ].map(each => each.source).join("|"), "g");
@@ -13750,9 +13750,8 @@ function inline(text, depth = 0) {
         end = close + whole.length;
       }
     } else if (address) {
-      const url = address.replace(/[.,;:!?*_~]+$/, "");
-      node = link(url, [url]);
-      end = start + url.length;
+      while (".,;:!?*_~".includes(text[end - 1])) end--;
+      node = link(text.slice(start, end), [text.slice(start, end)]);
     } else node = link(target, label ? inline(label, depth + 1) : [target]);
     if (node !== null) {
       nodes.push(text.slice(pos, start), node);
@@ -13867,10 +13866,13 @@ function readChats() {
   chats.sort((a, b) => b.changed - a.changed);
 }
 
-function save(chat) {
-  if (!chat.turns.length) return;
-  if (!chats.includes(chat)) chats.unshift(chat);
-  stored("chat." + chat.id, JSON.stringify(chat));
+function save(chat) {  // one that has a question, and was not deleted meanwhile
+  if (chats.includes(chat)) stored("chat." + chat.id, JSON.stringify(chat));
+}
+
+function keep(...added) {
+  chats = [...added, ...chats.filter(each => !added.includes(each))].sort((a, b) => b.changed - a.changed);
+  added.forEach(save);
 }
 
 function exportChats() {
@@ -13886,8 +13888,7 @@ async function importChats(file) {
     const document = JSON.parse(await file.text());
     if (document.format !== "shimmy-chats" || !Array.isArray(document.chats)) throw new Error("another format");
     const read = document.chats.map(checkedChat);
-    read.forEach(save);
-    chats.sort((a, b) => b.changed - a.changed);
+    keep(...read);
     drawSide();
     notice(`${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`);
   } catch {
@@ -13951,26 +13952,28 @@ async function* events(response) {
 
 // ── Models
 
-let models = [], tools = [], troubled = false;
+let models = [], usual = "", tools = [], reached = false;  // usual: what the server calls its default
 const modelOf = id => models.find(model => model.id === id);
 const size = bytes => bytes >= 1e9 ? (bytes / 1e9).toFixed(1) + " GB" : Math.max(1, Math.round(bytes / 1e6)) + " MB";
 
 async function refresh() {
   try {
-    const [first, ...others] = (await (await call("/api/models")).json()).models;
-    models = [first, ...others].filter(model => model && model.id !== "default" && !model.embedding);
+    const listed = (await (await call("/api/models")).json()).models;
     tools = (await (await call("/api/tools")).json()).tools;
-    const usual = first && first.id === "default" ? words(first.description).replace("Base GGUF model: ", "") : "";
-    if (!modelOf(current.model)) current.model = (modelOf(usual) || models[0] || {id: ""}).id;
-    if (troubled) $("notice").hidden = true;
-    troubled = false;
+    models = listed.filter(model => model.id !== "default" && !model.embedding);
+    usual = words(listed[0]?.description).replace("Base GGUF model: ", "");
+    if (!reached) $("notice").hidden = true;
+    reached = true;
   } catch (error) {
-    troubled = true;
+    reached = false;
     notice(...advice(error, refresh));
   }
   drawHead();
   if (!current.turns.length) drawLog();
 }
+
+// The model that answers here: the chat's own, while the server has it.
+const chosen = (chat = current) => (modelOf(chat.model) || modelOf(usual) || models[0] || {id: "default"}).id;
 
 async function look(id) {  // at one model's state
   const status = await (await call(`/api/models/${encodeURIComponent(id)}/status`)).json(), model = modelOf(id);
@@ -13980,7 +13983,7 @@ async function look(id) {  // at one model's state
 }
 
 async function loadOrUnload() {
-  const id = current.model, what = modelOf(id).state === "loaded" ? "unload" : "load?wait=false";
+  const id = chosen(), what = modelOf(id).state === "loaded" ? "unload" : "load?wait=false";
   try {
     await call(`/api/models/${encodeURIComponent(id)}/${what}`, {});
     while (["loading", "unloading"].includes((await look(id)).status)) await sleep(300);
@@ -14050,7 +14053,7 @@ function answerMessages(turn, withTools) {
 }
 
 function ask(text) {
-  if (!text.trim() || runs.has(current.id) || !current.model) return;
+  if (!text.trim() || runs.has(current.id)) return;
   if (!current.title) current.title = text.trim().split("\n")[0].slice(0, 80);
   current.turns.push({role: "user", text});
   answerAgain(current);
@@ -14063,7 +14066,7 @@ function answerAgain(chat) {
   const turn = {role: "assistant", model: "", parts: [], end: "", figures: null, error: null};
   chat.turns.push(turn);
   chat.changed = Date.now();
-  chats = [chat, ...chats.filter(each => each !== chat)];
+  keep(chat);
   stored("last", chat.id);
   write(chat, turn);
 }
@@ -14071,7 +14074,7 @@ function answerAgain(chat) {
 async function write(chat, turn) {
   const run = {abort: new AbortController(), phase: "Asking", progress: null, began: performance.now(), first: 0, saved: 0};
   runs.set(chat.id, run);
-  Object.assign(turn, {model: chat.model, end: "", error: null, figures: null});
+  Object.assign(turn, {model: chosen(chat), end: "", error: null, figures: null});
   stick = true;
   drawSide();
   drawLog();
@@ -14098,7 +14101,7 @@ async function write(chat, turn) {
 // The request; a server that is busy is asked again, as often as it takes a patient person to give up.
 async function patiently(chat, turn, run) {
   const offered = chat.tools.filter(name => tools.some(tool => tool.name === name)).map(name => ({type: "builtin", name}));
-  const body = {model: chat.model, messages: messagesFor(chat, turn), stream: true, stream_options: {include_usage: true},
+  const body = {model: turn.model, messages: messagesFor(chat, turn), stream: true, stream_options: {include_usage: true},
     ...chat.settings, ...(offered.length ? {tools: offered} : {})};
   for (let tries = 1; ; tries++) {
     try {
@@ -14107,8 +14110,10 @@ async function patiently(chat, turn, run) {
       if (error.code !== "overloaded" || tries === 4) throw error;
       run.busy = `The server is busy, trying again in ${error.wait || 2} s`;
       redraw(chat, turn);
-      await sleep(1000 * (error.wait || 2));
-      run.abort.signal.throwIfAborted();
+      await new Promise((done, fail) => {
+        setTimeout(done, 1000 * (error.wait || 2));
+        run.abort.signal.addEventListener("abort", () => fail(run.abort.signal.reason));
+      });
       run.busy = "";
     }
   }
@@ -14136,6 +14141,7 @@ function take(chat, turn, run, event) {
   for (const result of items(delta.tool_results)) turn.parts.push(checkedPart({kind: "tool", ...result}));
   if (choice && choice.finish_reason) turn.end = choice.finish_reason;
   if (turn.parts.length && !run.first) run.first = performance.now();
+  turn.model = event.model;
   if (event.usage) turn.figures = figuresOf(event.usage, (run.first - run.began) / 1000);
   if (performance.now() - run.saved > 500) {
     run.saved = performance.now();
@@ -14186,20 +14192,20 @@ function scroll() {
 }
 
 function emptyView() {
-  const tiny = models.length > 0 && models.every(model => model.id === "shimmy-tiny");
+  const tiny = models.every(model => model.id === "shimmy-tiny");
   const pull = command("python shimmy.py pull OWNER/REPO");
-  const lead = troubled ? ["Waiting for the server."] : !models.length
+  const lead = !reached ? ["Asking the server for its models …"] : !models.length
     ? ["No model was found on this machine. Get one with ", pull, ", or put a .gguf file into ./models, then look again."]
     : tiny ? ["Only the tiny demonstration model is here. Get a real one with ", pull, ", or put a .gguf file into ./models."]
     : ["Everything runs on your own machine. Ask something, or try one of these."];
-  const ideas = current.model === "shimmy-tiny" ? ["Who are you?", "Which port do you use?", "Tell me a short story."]
+  const ideas = chosen() === "shimmy-tiny" ? ["Who are you?", "Which port do you use?", "Tell me a short story."]
     : ["Explain what a GGUF file is.", "Write a haiku about the sea.", "Plan a quick dinner for two."];
   const buttons = models.length ? ideas.map(idea => textButton(idea, () => ask(idea))) : [textButton("Look again", discover)];
   const keys = make("p", {class: "keys"});
   [["Enter", "sends"], ["Shift+Enter", "new line"], ["Esc", "stops"], ["/", "to the box"], ["↑", "edits the last question"],
     ["Alt+N", "new chat"]].forEach(([name, does], n) => keys.append(n ? " · " : "", make("kbd", null, name), " " + does));
   return make("section", {class: "empty"}, icon("wave"), make("h2", null, "What is on your mind?"), make("p", null, ...lead),
-    make("div", {class: "row"}, ...(troubled ? [] : buttons)), keys);
+    make("div", {class: "row"}, ...(reached ? buttons : [])), keys);
 }
 
 async function discover() {
@@ -14293,10 +14299,10 @@ function doneFoot(chat, turn) {
 }
 
 function figureWords(turn) {
-  const f = turn.figures, short = {length: "cut at max tokens or the end of the context", stopped: "stopped", cut: "cut off by a reload"}[turn.end];
+  const f = turn.figures, ends = {length: "no more tokens allowed", stopped: "stopped", cut: "cut off by a reload"};
   const measured = f ? [`${f.tokens} tokens`, `${f.rate.toFixed(f.rate < 100 ? 1 : 0)} tokens/s`,
-    `first after ${f.first.toFixed(2)} s`, `prompt ${f.prompt}` + (f.cached ? ` (${f.cached} cached)` : "")] : [];
-  return [turn.model, ...measured, ...(short ? [short] : [])].join(" · ");
+    `first token after ${f.first.toFixed(2)} s`, `prompt ${f.prompt}` + (f.cached ? ` (${f.cached} cached)` : "")] : [];
+  return [turn.model, ...measured, ends[turn.end]].filter(Boolean).join(" · ");
 }
 
 function errorCard(chat, turn, again) {
@@ -14345,8 +14351,7 @@ function remove(chat) {
   chats = chats.filter(each => each !== chat);
   stored("chat." + chat.id, null);
   const restore = () => {
-    save(chat);
-    chats.sort((a, b) => b.changed - a.changed);
+    keep(chat);
     openChat(chat);
   };
   if (chat === current) openChat(chats[0] || newChat());
@@ -14358,8 +14363,7 @@ function openChat(chat) {
   current = chat;
   stick = true;
   stored("last", chat.id);
-  if (models.length && !modelOf(chat.model)) chat.model = models[0].id;
-  $("notice").hidden = !troubled;
+  if (reached) $("notice").hidden = true;
   drawer(false);
   drawSide();
   drawHead();
@@ -14371,17 +14375,18 @@ function openChat(chat) {
 const startChat = () => openChat(newChat());
 
 function drawHead() {
-  $("model").replaceChildren(...models.map(model => {
-    const about = [model.id, [model.parameter_count, model.quantization].filter(Boolean).join(" "), size(model.size_bytes)];
-    return make("option", {value: model.id}, about.filter(Boolean).join(" · "));
-  }));
-  $("model").value = current.model;
+  $("model").replaceChildren(...models.map(model => make("option", {value: model.id})));
   $("model").disabled = !models.length;
   drawState();
 }
 
 function drawState() {
-  const model = modelOf(current.model), state = model ? model.state : "";
+  const model = modelOf(chosen()), state = model ? model.state : "";
+  models.forEach(({id, parameter_count, quantization, size_bytes, state}, n) => {
+    const kind = [parameter_count, quantization].filter(Boolean).join(" "), loaded = state === "loaded" && "loaded";
+    $("model").options[n].textContent = [id, kind, size(size_bytes), loaded].filter(Boolean).join(" · ");
+  });
+  if (model) $("model").value = model.id;
   const percent = state === "loading" && model.progress ? ` ${Math.round(100 * model.progress)} %` : "";
   $("state").dataset.state = state;
   $("state").textContent = (state === "unloaded" ? "not loaded" : state) + percent;
@@ -14462,7 +14467,6 @@ function submitBox(event) {
   if (runs.has(current.id)) return stop();
   const text = box.value;
   if (!text.trim()) return;
-  if (!current.model) return void refresh();
   box.value = "";
   grown();
   $("notice").hidden = true;
@@ -14571,7 +14575,8 @@ def page_headers() -> dict[str, str]:
         return f"'sha256-{base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()}'"
 
     policy = (f"default-src 'none'; script-src {hash_of('script')}; style-src {hash_of('style')}; connect-src 'self'; "
-              "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
+              "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+              "require-trusted-types-for 'script'; trusted-types 'none'")  # fmt: skip
     return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, "Cache-Control": "no-cache",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Vary": "Accept"}  # fmt: skip
 
