@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import http.client
 import http.server
@@ -36,11 +37,14 @@ from test_shimmy import (
     MALFORMED,
     STRANGE,
     TEXTS,
+    TOOL_FILE,
     UPGRADE,
+    VOCABULARY,
     WEATHER,
     Reply,
     Server,
     altered,
+    asked,
     assert_error,
     assert_tool_failed,
     cases,
@@ -51,6 +55,7 @@ from test_shimmy import (
     limited,
     linux,
     models,
+    pty,
     guarded,
     quickly,
     raw_post,
@@ -59,7 +64,9 @@ from test_shimmy import (
     server,
     shared,
     shimmy,
+    terminal,
     tool_root,
+    wrapper,
     write_dice,
     write_header,
     write_recital,
@@ -720,6 +727,7 @@ def change(document: Any, at: int, how: str, value: Any, name: str) -> None:
     if not found:
         return
     holder, key = found[at % len(found)]
+    value = copy.deepcopy(value)  # the next change may change it
     if how == "drop":
         del holder[key]
     elif how == "rename" and isinstance(holder, dict):
@@ -741,11 +749,7 @@ def test_changed_body_is_answered_in_its_dialect(path: str, fuzzed: Server) -> N
             body = json.loads(json.dumps({**BODIES[path], **({"stream": True} if stream else {})}))
             for each in changes:
                 change(body, *each)
-            try:
-                data = json.dumps(body).encode()
-            except ValueError:  # a change put a document into itself
-                return
-            check_answer(path, posted(connection, path, data), body)
+            check_answer(path, posted(connection, path, json.dumps(body).encode()), body)
 
         run()
 
@@ -1035,3 +1039,223 @@ def test_client_that_leaves_a_chat_whose_tool_hangs_frees_its_place(serve: Calla
         time.sleep(0.5)
     eventually(lambda: "POST /v1/chat/completions" in own.log.read_text(), "the request ends")
     assert own.status("recital")["requests_running"] == own.status("recital")["requests_waiting"] == 0
+
+
+# topic: hostile model files
+
+EXTREME = [0, 1, 2, 7, 8, 9, 127, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+
+
+def changed_file(data: bytes, header: int, pick: random.Random) -> bytes:
+    """A model file with a few changes in its header: bytes, whole numbers, pieces cut out or doubled, its end."""
+    changed = bytearray(data)
+    for _ in range(pick.randint(1, 4)):
+        at = pick.randrange(4, header)
+        how = pick.randrange(6)
+        if how < 2:
+            changed[at] = pick.randrange(256)
+        elif how < 4:
+            size = pick.choice((4, 8))
+            changed[at : at + size] = (pick.choice(EXTREME) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        elif how == 4:
+            del changed[at : at + pick.randint(1, 40)]
+        else:
+            changed[at:at] = changed[at : at + pick.randint(1, 40)]
+    return bytes(changed[: pick.randrange(len(changed))] if pick.random() < 0.1 else changed)
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+STRING, ARRAY = struct.pack("<Q", 3) + b"\x1b[2", struct.pack("<IQ", 4, 2) + bytes(8)
+VALUES = {8: STRING, 9: ARRAY, 6: struct.pack("<f", float("nan")), 12: struct.pack("<d", float("inf")), 7: b"\1", 10: b"\xff" * 8, 11: b"\xff" * 8,
+          5: b"\0\0\0\x80", 0: b"\0"}  # fmt: skip
+READ_KEYS = ["general.architecture", "general.name", "general.description", "general.file_type", "general.alignment", "general.size_label",
+             "general.parameter_count", "general.type", "split.no", "split.count", "llama.context_length", "llama.pooling_type",
+             "llama.attention.causal", "tokenizer.chat_template", "adapter.type"]  # fmt: skip
+
+
+def read_model(path: Path) -> None:
+    """Reads a file as `list` does. Raises GgufError where it is no model; checks what it says else."""
+    size = path.stat().st_size
+    for whole in (False, True):
+        header = module.read_gguf_header(str(path), size, whole)
+        info = module.describe(header, str(path), "id", "here", size)
+        shown = json.loads(json.dumps(info.document(), allow_nan=False))
+        assert all(text.isprintable() and len(text) <= 200 for text in shown.values() if isinstance(text, str)), shown
+
+
+@pytest.mark.parametrize("key", READ_KEYS)
+def test_metadata_of_any_type_is_read_or_refused(key: str, tmp_path: Path) -> None:
+    tensor = struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 32, 0, 0)
+    for kind, value in VALUES.items():
+        architecture = pair("general.architecture", 8, struct.pack("<Q", 5) + b"llama") if "architecture" not in key else b""
+        pairs = architecture + pair(key, kind, value)
+        (tmp_path / "odd.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 1 + bool(architecture)) + pairs + tensor + bytes(4096))
+        with contextlib.suppress(module.GgufError):
+            read_model(tmp_path / "odd.gguf")
+
+
+@more_under_soak
+@pytest.mark.parametrize("write", [write_dice, write_recital, write_header], ids=lambda write: write.__name__)
+def test_changed_header_is_read_or_refused_in_little_memory_and_time(write: Any, tmp_path: Path) -> None:
+    path, pick = tmp_path / "changed.gguf", random.Random(SOAK)
+    data = write(tmp_path / "whole.gguf").read_bytes()
+    data = data[: 40_000 if write is not write_header else 900]
+    tracemalloc.start()
+    try:
+        for number in range(50_000 if SOAK else 700):
+            path.write_bytes(changed_file(data, min(len(data), 8000), pick))
+            began = time.thread_time()
+            with contextlib.suppress(module.GgufError):
+                read_model(path)
+            assert time.thread_time() - began < 2.5, number
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def with_little_memory(folder: Path) -> Path:
+    """A shimmy.py whose processes may have 6 GB of addresses each: what a file asks for beyond is an error, not the machine's end."""
+    return wrapper(folder, "import resource", "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))",
+                   "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))")  # fmt: skip
+
+
+def loadable(data: bytes, header: int, pick: random.Random, path: Path) -> None:
+    """Writes a changed model file that is still listed."""
+    while True:
+        path.write_bytes(changed_file(data, header, pick))
+        with contextlib.suppress(module.GgufError):
+            return read_model(path)
+
+
+@linux
+@more_under_soak
+def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    pick, count = random.Random(SOAK), 600 if SOAK else 24
+    data = {name: (models / f"{name}.gguf").read_bytes() for name in ("recital", "dice")}
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for number in range(count):
+        name = pick.choice(sorted(data))
+        loadable(data[name], 14_000 if name == "recital" else 10_000, pick, folder / f"changed-{number}.gguf")
+    own = serve("--models-dir", models, "--models-dir", folder, "--max-loaded", "2", "--ctx", "128", script=with_little_memory(tmp_path))
+    statuses = []
+    for id in [id for id in own.ids() if id.startswith("changed-")]:
+        reply = own.generate("Once", id, max_tokens=2)
+        assert reply.status in (200, 400, 500), reply.body
+        assert reply.status != 500 or reply.json()["error"]["code"] == "generation_failed", reply.body
+        statuses.append(reply.status)
+        own.unload(id, "?force=true")
+    assert len(statuses) > count // 2 and own.generate().text == TEXTS[":"]
+    log = own.log.read_text()
+    assert "Traceback" not in log and not module.CONTROL.search(log)
+
+
+NASTY = "\x1b]0;owned\x07\x1b[31m\x9b2J\r"
+
+
+def write_nasty(path: Path, **more: Any) -> Path:
+    """A model all of whose texts hold control characters."""
+    template = "{{ raise_exception('" + NASTY + "') }}" if not more else "{{ messages[-1].content }}:"
+    write_recital(path, name=f"Nasty {NASTY}", template=template, **more)
+    return path
+
+
+@pytest.mark.parametrize("command", [["list"], ["list", "-v"], ["diag"], ["generate", "nasty", "--prompt", "x"], ["probe", "nasty"],
+                                     ["generate", "broken", "--prompt", "x"], ["-v", "generate", "nasty", "--chat", "--prompt", "x"],
+                                     ["generate", NASTY, "--raw", "--prompt", ":"]], ids=lambda command: " ".join(command).translate({27: "ESC"})[:30])
+def test_control_characters_of_a_file_reach_no_terminal(command: list[str], nasty: Path) -> None:
+    done = shimmy(*command, "--models-dir", nasty, home=nasty)
+    shown = (done.stdout + done.stderr).decode()
+    assert shown and not module.CONTROL.search(shown), shown
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models with control characters in every text, one of which cannot be loaded."""
+    folder = tmp_path_factory.mktemp("nasty")
+    data = write_nasty(folder / "nasty.gguf").read_bytes()
+    name = b"blk.0.attn_norm.weight"
+    assert data.count(name) == 1
+    (folder / "broken.gguf").write_bytes(data.replace(name, NASTY.encode("latin-1", "replace").ljust(len(name), b"\x1b")))
+    write_recital(folder / "b.gguf").rename(folder / f"{NASTY}.gguf")
+    return folder
+
+
+def test_control_characters_of_files_and_clients_reach_no_log(nasty: Path, serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "mytools.py").write_text(TOOL_FILE)
+    own = serve("-v", "--models-dir", nasty, "--tools", tmp_path / "mytools.py")
+    assert own.chat("hi", "nasty").status == 400
+    assert own.generate("hi", "broken").status == 500
+    own.generate("hi", NASTY)
+    assert_tool_failed(own.post("/api/tools/stumble/execute", {"why": f"{NASTY}\n12:00:00 forged"}))
+    own.get(f"/v1/models/{quote(NASTY)}", **{"User-Agent": "\x1b".join("ab").replace("\x1b", "\t")})
+    exchange(own, b"GET /\xc2\x9b2J HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    log = own.log.read_text()
+    assert "stumble" in log and not module.CONTROL.search(log), log
+
+
+@pty
+def test_control_characters_that_a_model_writes_reach_no_terminal(tmp_path: Path) -> None:
+    tokens = [NASTY if token == "▁wide" else token for token in VOCABULARY]
+    write_recital(tmp_path / "models" / "writer.gguf", tokens=tokens)
+    with terminal("generate", "writer", "--raw", "--prompt", ":", home=tmp_path) as screen:
+        assert screen.left() == "Hello" + module.harmless(NASTY) + " world\n"
+    done = shimmy("generate", "writer", "--raw", "--prompt", ":", home=tmp_path)
+    assert done.stdout.decode() == f"Hello{NASTY} world"
+
+
+# topic: hostile templates
+
+MORE_TEMPLATES = {
+    "range of a billion": "{{ range(10**9) | list }}",
+    "a sum over a billion": "{{ range(10**9) | sum }}",
+    "a string that doubles": "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s * 9 %}{% endfor %}{{ ns.s }}",
+    "a list that grows": "{% set x = [1] * 10**10 %}{{ x }}",
+    "a deep include": "{% include 'x' %}{% import '/etc/passwd' as p %}",
+    "nesting in the source": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "ifs in the source": "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
+    "a pattern": "{{ 'a' * 5000 | wordwrap(1) * 99999 }}",
+    "a join": "{{ (['ab' * 100000] * 100000) | join }}",
+    "a replacement": "{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}",
+    "an indent": "{{ ('\\n' * 10**6) | indent(10**6) }}",
+    "a big number": "{{ 10 ** 10 ** 8 }}",
+    "a number as text": "{{ (9 ** 99999999) | string | length }}",
+    "tojson of itself": "{% set x = [] %}{% for i in range(99) %}{% set x = [x, x] %}{% endfor %}{{ x | tojson }}",
+    "a way out": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a way out by format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "a way out by attr": "{{ messages | attr('__class__') | attr('__base__') }}",
+    "globals of a function": "{{ raise_exception.__globals__['os'].system('id') }}",
+    "cycler's globals": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "self": "{{ self.__dict__ }}{{ self._TemplateReference__context }}",
+    "strftime of a long format": "{{ strftime_now('%Y' * 10**8) }}",
+    "sleep by macro": "{% macro m(n) %}{% for i in range(9) %}{{ m(n) }}{% endfor %}{% endmacro %}{{ m(1) }}",
+}
+
+
+@pytest.fixture(scope="module")
+def helpers() -> Iterator[module.Helpers]:
+    made = module.Helpers()
+    yield made
+    made.close()
+
+
+def rendered(source: str, helpers: module.Helpers) -> str:
+    facts = module.ChatFacts({"": source}, "<s>", False, "</s>", ())
+    return "".join(module.Chat(facts, helpers).prompt(asked(("user", "hi"))))
+
+
+@pytest.mark.parametrize("name", MORE_TEMPLATES)
+def test_runaway_or_escaping_template_ends_with_a_reason(name: str, helpers: module.Helpers, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "HELPER_SECONDS", 0.7)
+    with quickly(6.0):
+        try:
+            text = rendered(MORE_TEMPLATES[name], helpers)
+        except module.InvalidRequest as error:
+            assert "template" in str(error) and len(str(error)) < 1000
+        else:
+            assert len(text) <= module.MAX_RENDERED and not re.search(r"<class|uid=|root:|module 'os'", text)
+    monkeypatch.undo()
+    assert rendered("{{ messages[0].content }}", helpers) == "hi"

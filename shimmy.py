@@ -1426,9 +1426,11 @@ def _read_tensors(reader: HeaderReader, count: int, metadata: Mapping[str, Any])
         block, width = BLOCKS.get(kind, (1, 0))
         parameters += elements
         end = max(end, offset + elements // block * width)
-    alignment = metadata.get("general.alignment") or 32
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise GgufError("general.alignment is no number of bytes")
     start = reader.base + reader.at
-    return parameters, start + -start % max(int(alignment), 1) + end
+    return parameters, start + -start % alignment + end
 
 
 FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
