@@ -969,7 +969,7 @@ def redirecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str
     """A page at what counts as the one global address: redirecting(place) gives its URL."""
     monkeypatch.setattr(module, "is_global", lambda address: address == "127.0.0.2")
     with http.server.ThreadingHTTPServer(("127.0.0.2", 0), Redirects) as pages:
-        threading.Thread(target=pages.serve_forever, daemon=True).start()
+        threading.Thread(target=pages.serve_forever, args=[0.02], daemon=True).start()
 
         def to(place: str) -> str:
             Redirects.place = place.format(port=pages.server_port)
@@ -1105,7 +1105,7 @@ def test_changed_header_is_read_or_refused_in_little_memory_and_time(write: Any,
     data = data[: 40_000 if write is not write_header else 900]
     tracemalloc.start()
     try:
-        for number in range(50_000 if SOAK else 700):
+        for number in range(20_000 if SOAK else 200):
             path.write_bytes(changed_file(data, min(len(data), 8000), pick))
             began = time.thread_time()
             with contextlib.suppress(module.GgufError):
@@ -1133,7 +1133,7 @@ def loadable(data: bytes, header: int, pick: random.Random, path: Path) -> None:
 @linux
 @more_under_soak
 def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    pick, count = random.Random(SOAK), 600 if SOAK else 24
+    pick, count = random.Random(SOAK), 600 if SOAK else 12
     data = {name: (models / f"{name}.gguf").read_bytes() for name in ("recital", "dice")}
     folder = tmp_path / "changed"
     folder.mkdir()
@@ -1163,8 +1163,7 @@ def write_nasty(path: Path, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [["list"], ["list", "-v"], ["diag"], ["generate", "nasty", "--prompt", "x"], ["probe", "nasty"],
-                                     ["generate", "broken", "--prompt", "x"], ["-v", "generate", "nasty", "--chat", "--prompt", "x"],
+@pytest.mark.parametrize("command", [["list", "-v"], ["diag"], ["-v", "generate", "nasty", "--prompt", "x"], ["generate", "broken", "--prompt", "x"],
                                      ["generate", NASTY, "--raw", "--prompt", ":"]], ids=lambda command: " ".join(command).translate({27: "ESC"})[:30])
 def test_control_characters_of_a_file_reach_no_terminal(command: list[str], nasty: Path) -> None:
     done = shimmy(*command, "--models-dir", nasty, home=nasty)
@@ -1212,7 +1211,7 @@ def test_control_characters_that_a_model_writes_reach_no_terminal(tmp_path: Path
 MORE_TEMPLATES = {
     "range of a billion": "{{ range(10**9) | list }}",
     "a sum over a billion": "{{ range(10**9) | sum }}",
-    "a string that doubles": "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s * 9 %}{% endfor %}{{ ns.s }}",
+    "a string that grows": "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s * 9 %}{% endfor %}{{ ns.s }}",
     "a list that grows": "{% set x = [1] * 10**10 %}{{ x }}",
     "a deep include": "{% include 'x' %}{% import '/etc/passwd' as p %}",
     "nesting in the source": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
@@ -1222,7 +1221,6 @@ MORE_TEMPLATES = {
     "a replacement": "{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}",
     "an indent": "{{ ('\\n' * 10**6) | indent(10**6) }}",
     "a big number": "{{ 10 ** 10 ** 8 }}",
-    "a number as text": "{{ (9 ** 99999999) | string | length }}",
     "tojson of itself": "{% set x = [] %}{% for i in range(99) %}{% set x = [x, x] %}{% endfor %}{{ x | tojson }}",
     "a way out": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
     "a way out by format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
@@ -1249,7 +1247,7 @@ def rendered(source: str, helpers: module.Helpers) -> str:
 
 @pytest.mark.parametrize("name", MORE_TEMPLATES)
 def test_runaway_or_escaping_template_ends_with_a_reason(name: str, helpers: module.Helpers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "HELPER_SECONDS", 0.7)
+    monkeypatch.setattr(module, "HELPER_SECONDS", 0.5)
     with quickly(6.0):
         try:
             text = rendered(MORE_TEMPLATES[name], helpers)
