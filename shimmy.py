@@ -197,6 +197,7 @@ MAX_CONNECTIONS = 1024  # one thread each
 REQUEST_SECONDS = 30.0  # from a request's first byte to its last
 IDLE_SECONDS = 120.0  # a kept-alive connection without a request
 WRITE_SECONDS = 60.0  # a client that does not read for so long is gone
+MAX_UNREAD = 4 * MIB  # of text and log probabilities, some 2,000 tokens with 20 each, behind what the kernel buffers
 PING_SECONDS = 15.0  # silence before a sign of life keeps clients and proxies patient
 HEAD_SIGNS = 2  # of them before a stream's head goes out, although its request is not queued yet
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
@@ -217,7 +218,8 @@ TOOL_LOOP_SECONDS = 60.0  # for them all; then the model must answer without
 MAX_SCAN_DEPTH = 12  # directories below a search root
 MAX_SCAN_ENTRIES = 100_000  # files and directories looked at below one root
 SCAN_DETAIL_SECONDS = 0.4  # a scan reads whole headers for so long; the rest are read when asked about
-HELPER_SECONDS = 1.5  # a helper process's task; the longest chats render in a tenth of that
+HELPER_SECONDS = 1.5  # of processor time, for a helper process's task; the longest chats render in a tenth of that
+HELPER_PATIENCE = 4  # times as long it may take on a machine that others keep busy
 HELPER_BYTES = 1 << 30  # of address space, a helper process's
 MAX_HELPERS = 4
 MAX_RENDERED = 2 * MAX_BODY  # characters of a rendered prompt
@@ -974,11 +976,19 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """A token, its log probability under the full softmax, and the likeliest alternatives, best first."""
+    """A token, its log probability under the full softmax, and the likeliest alternatives, best first.
+
+    Two flat tuples: pairs would be 20 objects more a token, which Python's collector then looks at in every sweep.
+    """
 
     token: bytes
     logprob: float
-    top: tuple[tuple[bytes, float], ...]
+    names: tuple[bytes, ...] = ()
+    logprobs: tuple[float, ...] = ()
+
+    @property
+    def top(self) -> Iterable[tuple[bytes, float]]:
+        return zip(self.names, self.logprobs, strict=True)
 
     def cut(self, size: int) -> TokenLogprob:
         """This with at most so many characters of the token; one with a part of a character stays whole."""
@@ -2278,17 +2288,25 @@ class Helper:
 
     def run(self, task: Any) -> Outcome:
         """The task's outcome. Raises EOFError or OSError when the process died, of its own or at the time's end."""
-        timer = threading.Timer(HELPER_SECONDS, self._give_up)
-        timer.daemon = True
-        timer.start()
+        done = threading.Event()
+        threading.Thread(target=self._watch, args=(done,), name="helper's time", daemon=True).start()
         try:
             self._pipe.send(task)
             outcome: Outcome = self._pipe.receive()
             return outcome
+        except EOFError:
+            with contextlib.suppress(Exception):
+                self.timed_out = self.timed_out or self.process.wait(1.0) == -_SIGPROF
+            raise
         finally:
-            timer.cancel()
+            done.set()
 
-    def _give_up(self) -> None:
+    def _watch(self, done: threading.Event) -> None:
+        """Kills the process when the task takes too long. Counts ticks: a machine that slept meanwhile gave it no time."""
+        patience = HELPER_PATIENCE if _PROCESSOR_TIMER is not None else 1
+        for _ in range(int(HELPER_SECONDS * patience * 10)):
+            if done.wait(0.1):
+                return
         self.timed_out = True
         self.process.kill()
 
@@ -2296,6 +2314,9 @@ class Helper:
         self.process.kill()
         self.process.wait()
         self._pipe.end()
+
+
+_PROCESSOR_TIMER, _SIGPROF = getattr(signal, "ITIMER_PROF", None), getattr(signal, "SIGPROF", 256)  # Windows has neither
 
 
 class Helpers:
@@ -2374,14 +2395,19 @@ def helper_main() -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     pipe = Pipe(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
     os.dup2(2, 1)
-    alarm = getattr(signal, "setitimer", lambda *_: None)  # ends a runaway whose server was killed, by SIGALRM
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = pipe.receive()
-            alarm(getattr(signal, "ITIMER_REAL", 0), 4 * HELPER_SECONDS)
+            _limit_processor_time(HELPER_SECONDS)
             outcome = _outcome_of(task)
-            alarm(getattr(signal, "ITIMER_REAL", 0), 0)
+            _limit_processor_time(0)
             pipe.send(outcome)
+
+
+def _limit_processor_time(seconds: float) -> None:
+    """SIGPROF ends this process after so much work, 0: never; also where the server was killed that would do it."""
+    if _PROCESSOR_TIMER is not None:
+        signal.setitimer(_PROCESSOR_TIMER, seconds)
 
 
 def _outcome_of(task: Any) -> Outcome:
@@ -5256,6 +5282,11 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] = ()
     tokens: int = 0  # generated since the last message
 
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes in memory, as measured."""
+        return 220 + len(self.text) + sum(280 + 80 * len(logprob.names) for logprob in self.logprobs)
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -6199,7 +6230,7 @@ class LogProbs:
         if alternatives:
             best = self.vocab.np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives]
         top = sorted(((self._said(t), name(int(t))) for t in best), reverse=True) if alternatives else ()
-        return TokenLogprob(name(token), self._said(token), tuple((name, logprob) for logprob, name in top))
+        return TokenLogprob(name(token), self._said(token), tuple(n for _, n in top), tuple(p for p, _ in top))
 
     def _said(self, token: int) -> float:
         value = float(self.values[token])
@@ -7779,6 +7810,16 @@ class Generation:
         self.worker, self.index = worker, {id: i for i, id in enumerate(ids)}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open = set(ids)
+        self._given = self._taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
+
+    def give(self, message: Any) -> None:
+        """Hands on a message; called by the worker's reading thread alone. A client too far behind is given up."""
+        self.inbox.put(message)
+        if isinstance(message, Piece) and self._given - self._taken <= MAX_UNREAD:
+            self._given += message.size
+            if self._given - self._taken > MAX_UNREAD:
+                self.worker.cancel(self.index)
+                self.inbox.put(GenerationFailed(f"The client reads too slowly: {human_bytes(MAX_UNREAD)} wait for it"))
 
     def cancel(self, gently: bool = False) -> None:
         """Ends the engine's work at once; the iteration too, or gently with what the engine says of its end.
@@ -7822,6 +7863,8 @@ class Generation:
             raise error
         if isinstance(message, Finished):
             self._open.discard(message.id)
+        elif isinstance(message, Piece):
+            self._taken += message.size
         return message
 
 
@@ -8003,7 +8046,7 @@ class Worker:
     def _give(self, event: Any) -> None:
         generation = self._generations.get(event.id)
         if generation:
-            generation.inbox.put(event)
+            generation.give(event)
 
     def _count(self, event: Any) -> None:
         """Tells the meter, whether or not anybody still waits for the job."""
@@ -8347,7 +8390,7 @@ class Residents:
     def _unload(self, entry: Entry, worker: Worker) -> None:
         """The thread of an unload: waits for the requests that use the worker, then ends it; takes the condition."""
         with self.changed:
-            while entry.leases and not self.closed and worker.alive:
+            while entry.leases and worker.alive:  # at the server's end `close` stops the worker
                 self.changed.wait(1.0)
         worker.stop()
         with self.changed:
@@ -8777,7 +8820,7 @@ class Service:
         self.metrics = Metrics()
         self.table = ModelTable(catalog, self._make_worker, table, self.metrics)
         self.tools, self.helpers = Tools(tools), Helpers()
-        self.started = time.time()
+        self.started, self._began = time.time(), time.monotonic()
         self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
 
     def _make_worker(self, info: ModelInfo, died: Callable[[Worker, str], None]) -> Worker:
@@ -8902,7 +8945,7 @@ class Service:
             "memory_usage": human_bytes(self.memory_bytes()), "server": "shimmy", "version": __version__,
             "requests_running": sum(s["requests_running"] for s in statuses),
             "requests_waiting": sum(s["requests_waiting"] for s in statuses),
-            "uptime_seconds": round(time.time() - self.started, 1),
+            "uptime_seconds": round(time.monotonic() - self._began, 1),
         }  # fmt: skip
 
     def memory_bytes(self) -> int:

@@ -1,0 +1,615 @@
+"""Faults of engines and of clients, shutdown, suspended machines and clocks that jump; and the soak run.
+
+To be moved into test_shimmy.py: each `# topic:` names the section.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import ClientConnection
+
+from test_shimmy import (
+    HANG, HURRY, LONG_CTX, SHIMMY, TEXTS, Reply, Server, alive, altered, assert_error, assert_healthy, assert_holds_as_before,
+    cases, descendants, encoded, eventually, head_of, held, linux, models, raw_post, read_reply, serve, server, shared, streamed_and_plain, tool_root,
+    write_recital,
+)  # fmt: skip
+
+__all__ = ["models", "serve", "server", "tool_root"]  # fixtures
+
+# topic: Servers and clients
+
+
+@dataclass(frozen=True)
+class Tongue:
+    """One dialect: how to ask for a text in it."""
+
+    path: str
+    fields: dict[str, Any]
+    text: str = "prompt"  # the field that holds the text
+
+    def body(self, text: str = "forever", pad: str = "", stream: bool = True) -> dict[str, Any]:
+        """A request for endless text ("forever") or for three words ("hi")."""
+        prompt = pad + {"forever": "#", "hi": ":"}[text]
+        said = {"prompt": prompt, "input": f"{pad} {text}", "messages": [{"role": "user", "content": f"{pad} {text}"}]}
+        return {"model": "recital", self.text: said[self.text], "stream": stream, **self.fields}
+
+
+TONGUES = {
+    "native": Tongue("/api/generate", {"max_tokens": LONG_CTX}),
+    "chat": Tongue("/v1/chat/completions", {"max_tokens": LONG_CTX}, "messages"),
+    "completions": Tongue("/v1/completions", {"max_tokens": LONG_CTX}),
+    "messages": Tongue("/v1/messages", {"max_tokens": LONG_CTX}, "messages"),
+    "responses": Tongue("/v1/responses", {"max_output_tokens": LONG_CTX}, "input"),
+    "ollama chat": Tongue("/api/chat", {"options": {"num_predict": LONG_CTX}}, "messages"),
+    "ollama generate": Tongue("/api/generate", {"raw": True, "options": {"num_predict": LONG_CTX}}),
+    "llama-server": Tongue("/completion", {"n_predict": LONG_CTX}),
+}
+in_every_tongue = cases("tongue", TONGUES)
+
+
+def last_document(body: bytes) -> Any:
+    """The last document of a stream, whichever kind of stream it is."""
+    line = body.strip().splitlines()[-1].removeprefix(b"data: ")
+    return line.decode() if line == b"[DONE]" else json.loads(line)
+
+
+def ends_with_an_error(body: bytes) -> bool:
+    document = last_document(body)
+    return document.get("type") == "response.failed" or "error" in document
+
+
+def ends_well(body: bytes) -> bool:
+    document = last_document(body)
+    return document == "[DONE]" or bool(
+        document.get("done") or document.get("stop") or document.get("type") in ("message_stop", "response.completed",
+                                                                               "response.incomplete")
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def requested(server: Server, tongue: Tongue, **options: Any) -> Iterator[socket.socket]:
+    """A raw connection on which a request has been sent."""
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(raw_post(tongue.path, json.dumps(tongue.body(**options)).encode()))
+        yield sock
+
+
+def requests_of(server: Server, model: str = "recital") -> tuple[int, int]:
+    status = server.status(model)
+    return status["requests_running"], status["requests_waiting"]
+
+
+# topic: Engine
+# Clients that leave at every stage, in every dialect.
+
+HOLD = (
+    "        self.c.llama_backend_init()\n",
+    "        self.c.llama_backend_init()\n        while os.path.exists('hold'):\n            time.sleep(0.02)\n",
+)
+
+
+@pytest.fixture(scope="module")
+def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that runs one request at a time; a load waits while the file `hold` is there."""
+    folder = tmp_path_factory.mktemp("single")
+    flags = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
+    with shared(folder / "home", *flags, script=altered(folder, HOLD)) as running:
+        running.load("recital")
+        yield running
+
+
+@contextlib.contextmanager
+def held_load(server: Server) -> Iterator[None]:
+    """The model is unloaded, and its next load waits for the block's end."""
+    server.unload("recital")
+    hold = server.home / "hold"
+    hold.touch()
+    try:
+        yield
+    finally:
+        hold.unlink(missing_ok=True)
+
+
+def nobody_left(server: Server) -> None:
+    eventually(lambda: requests_of(server) == (0, 0), "nobody is left")
+
+
+@streamed_and_plain
+@in_every_tongue
+def test_client_that_leaves_during_decoding_ends_its_request(tongue: Tongue, stream: bool, single: Server) -> None:
+    with requested(single, tongue, stream=stream) as sock:
+        eventually(lambda: requests_of(single) == (1, 0), "it runs")
+        if stream:
+            assert sock.recv(1).startswith(b"H")
+    nobody_left(single)
+
+
+@streamed_and_plain
+@in_every_tongue
+def test_client_that_leaves_while_its_prompt_is_read_ends_its_request(tongue: Tongue, stream: bool, single: Server) -> None:
+    with requested(single, tongue, stream=stream, pad=random.choice("bcdefg") * 40_000):
+        eventually(lambda: requests_of(single) == (1, 0), "it runs")
+    nobody_left(single)
+
+
+@streamed_and_plain
+@in_every_tongue
+def test_client_that_leaves_while_it_waits_frees_its_place(tongue: Tongue, stream: bool, single: Server) -> None:
+    with requested(single, TONGUES["native"]):
+        eventually(lambda: requests_of(single) == (1, 0), "another runs")
+        with requested(single, tongue, stream=stream):
+            eventually(lambda: requests_of(single) == (1, 1), "it waits")
+        eventually(lambda: requests_of(single) == (1, 0), "it waits no more")
+    nobody_left(single)
+
+
+def test_clients_that_leave_while_the_model_loads_are_waited_for_no_more(single: Server) -> None:
+    with held_load(single), contextlib.ExitStack() as stack:
+        for tongue, stream in itertools.product(TONGUES.values(), (True, False)):
+            stack.enter_context(requested(single, tongue, stream=stream))
+        eventually(lambda: requests_of(single) == (0, 2 * len(TONGUES)), "all wait")
+        stack.close()
+        nobody_left(single)
+        assert single.status("recital")["status"] == "loading"
+    assert single.generate().text == TEXTS[":"]
+
+
+@pytest.fixture
+def talking(single: Server) -> Iterator[ClientConnection]:
+    """A WebSocket on which an endless request was sent."""
+    with single.ws() as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        yield ws
+
+
+def test_websocket_that_closes_while_it_waits_frees_its_place(single: Server) -> None:
+    with requested(single, TONGUES["native"]):
+        eventually(lambda: requests_of(single) == (1, 0), "another runs")
+        with single.ws() as ws:
+            ws.send(json.dumps(TONGUES["native"].body()))
+            eventually(lambda: requests_of(single) == (1, 1), "it waits")
+        eventually(lambda: requests_of(single) == (1, 0), "it waits no more")
+    nobody_left(single)
+
+
+def test_websocket_that_closes_while_the_model_loads_is_waited_for_no_more(single: Server) -> None:
+    with held_load(single):
+        with single.ws() as ws:
+            ws.send(json.dumps(TONGUES["native"].body()))
+            eventually(lambda: requests_of(single) == (0, 1), "it waits")
+        nobody_left(single)
+
+
+def test_websocket_whose_client_vanishes_while_its_prompt_is_read_ends_its_request(single: Server) -> None:
+    with single.ws() as ws:
+        ws.send(json.dumps(TONGUES["native"].body(pad="h" * 40_000)))
+        eventually(lambda: requests_of(single) == (1, 0), "it runs")
+        ws.socket.shutdown(socket.SHUT_RDWR)  # no closing frame
+        nobody_left(single)
+
+
+# topic: HTTP
+# Clients that read slowly or never, many at once, and connections used for long.
+
+
+def logprobs_of_20(path: str = "/v1/chat/completions") -> bytes:
+    body = TONGUES["chat"].body() | {"logprobs": True, "top_logprobs": 20}
+    return raw_post(path, json.dumps(body).encode())
+
+
+def connect_stalled(server: Server, request: bytes) -> socket.socket:
+    """A connection with a small buffer, on which a request was sent and nothing is read."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(HANG)
+    sock.connect((server.host, server.port))
+    sock.sendall(request)
+    return sock
+
+
+def test_client_too_far_behind_is_given_up_and_told_why(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    script = altered(tmp_path, ("MAX_UNREAD = 4 * MIB", "MAX_UNREAD = MIB // 4"))
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script)
+    own.load("recital")
+    with connect_stalled(own, logprobs_of_20()) as sock:
+        eventually(lambda: requests_of(own) == (1, 0), "it runs")
+        nobody_running = eventually(lambda: requests_of(own)[0] == 0, "the engine's work for it ends")
+        body = read_reply(sock).body
+    assert nobody_running and "too slowly" in last_document(body)["error"]["details"]
+    said = [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: ")][:-1]
+    text = "".join(d["choices"][0]["delta"].get("content") or "" for d in said)
+    assert ("Tick " + "tock tick " * LONG_CTX).startswith(text.rstrip() + " ") and len(text) > 1000
+
+
+def test_300_clients_at_once_are_all_answered(server: Server) -> None:
+    tongues = [t for t, _ in zip(itertools.cycle(TONGUES.values()), range(300), strict=False)]
+    with ThreadPoolExecutor(300) as pool:
+        replies = list(pool.map(lambda t: server.post(t.path, t.body("hi")), tongues))
+    assert all(r.status == 200 and ends_well(r.body) for r in replies)
+
+
+@linux
+def test_connection_serves_thousands_of_requests(server: Server) -> None:
+    server.generate()
+    before = held(server)
+    requests = [("GET", "/api/models/recital/status", None), ("GET", "/health", None)] * 10
+    requests += [("POST", t.path, encoded(t.body("hi", stream=False))) for t in TONGUES.values()]
+    with contextlib.closing(server.connect()) as connection:
+        for method, path, body in requests * 75:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            assert response.status == 200 and response.read()
+        used = connection.sock
+        assert used is not None
+    assert_holds_as_before(server, before)
+
+
+@streamed_and_plain
+@in_every_tongue
+def test_client_that_half_closes_gets_its_answer_in_every_tongue(tongue: Tongue, stream: bool, server: Server) -> None:
+    with requested(server, tongue, text="hi", stream=stream) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        reply = read_reply(sock)
+    assert reply.status == 200 and (not stream or ends_well(reply.body))
+
+
+# topic: Worker
+# Engines that are killed, stopped, starved or robbed of their file, at every stage.
+
+
+def engine_of(server: Server) -> int:
+    """The one engine's process id, also while it loads; helpers have no such name in their command line."""
+
+    def found() -> list[int]:
+        return [pid for pid in descendants(server.process.pid) if b"engine_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    return eventually(found, "an engine")[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV], ids=lambda n: n.name)
+@linux
+def test_engine_killed_while_it_loads_fails_that_load(number: int, single: Server) -> None:
+    with ThreadPoolExecutor() as pool, held_load(single):
+        waiters = [pool.submit(single.post, t.path, t.body("hi", stream=False)) for t in TONGUES.values()]
+        eventually(lambda: requests_of(single) == (0, len(TONGUES)), "all wait")
+        os.kill(engine_of(single), number)
+        replies = [waiter.result() for waiter in waiters]
+    assert {reply.status for reply in replies} == {500}
+    assert all("could not be loaded" in reply.body.decode() for reply in replies)
+    assert single.generate().text == TEXTS[":"]
+
+
+@linux
+@streamed_and_plain
+def test_engine_killed_while_it_reads_a_prompt_fails_all_that_run_and_wait(stream: bool, single: Server) -> None:
+    bodies = [(t.path, t.body("hi", pad="i" * 40_000, stream=stream)) for t in TONGUES.values()]
+    with ThreadPoolExecutor() as pool:
+        waiters = [pool.submit(single.post, *each) for each in bodies]
+        eventually(lambda: requests_of(single) == (1, len(TONGUES) - 1), "one runs, the others wait")
+        os.kill(engine_of(single), signal.SIGKILL)
+        replies = [waiter.result() for waiter in waiters]
+    if stream:
+        assert all(r.status == 500 or ends_with_an_error(r.body) for r in replies)
+    else:
+        assert {r.status for r in replies} == {500}
+    assert single.generate().text == TEXTS[":"]
+
+
+@linux
+def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1", script=altered(tmp_path, *HURRY))
+    own.load("recital")
+    with ThreadPoolExecutor() as pool:
+        waiters = [pool.submit(own.post, t.path, t.body("hi", pad="i" * 40_000, stream=False)) for t in TONGUES.values()]
+        eventually(lambda: requests_of(own) == (1, len(TONGUES) - 1), "one runs, the others wait")
+        engine = engine_of(own)
+        os.kill(engine, signal.SIGSTOP)
+        replies = [waiter.result() for waiter in waiters]
+    assert all(r.status == 500 and "said nothing" in r.body.decode() for r in replies)
+    assert not alive(engine) and own.generate().text == TEXTS[":"]
+
+
+@linux
+def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    own.load("recital")
+    engine = engine_of(own)
+    size = int(Path(f"/proc/{engine}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(engine, resource.RLIMIT_AS, (size, size))
+    with ThreadPoolExecutor() as pool:
+        replies = list(pool.map(lambda i: own.generate(f"{i} " * 20_000 + "#", max_tokens=20_000), range(8)))
+    assert all(r.status == 200 or r.json()["error"]["code"] == "generation_failed" for r in replies)
+    eventually(lambda: requests_of(own) == (0, 0), "nobody is left")
+    own.unload("recital", "?force=true")
+    assert own.generate().text == TEXTS[":"] and engine_of(own) != engine
+    assert_healthy(own)
+
+
+BABBLE = {
+    "bytes that are no message": "pipe._writer.write(b'\\xff' * 64); pipe._writer.flush()",
+    "a message of 4 GiB": "pipe._writer.write(b'\\xff\\xff\\xff\\xff'); pipe._writer.flush()",
+    "a closed pipe": "pipe._writer.close()",
+}
+
+
+@linux
+@cases("fault", BABBLE)
+def test_engine_whose_pipe_breaks_is_replaced(fault: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    beat = "            pipe.send(Alive(tuple((pulse.task, pulse.begun) for pulse in pulses)))\n"
+    broken = f"            if os.path.exists('break'):\n                os.unlink('break')\n                {fault}\n{beat}"
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, (beat, broken), *HURRY))
+    with own.endless() as stream:
+        next(stream)
+        engine = engine_of(own)
+        (own.home / "break").touch()
+        rest = [event for event in stream if event != "[DONE]"]
+    assert rest[-1]["error"]["code"] == "generation_failed"
+    eventually(lambda: not alive(engine), "the engine is gone")
+    assert own.generate().text == TEXTS[":"]
+
+
+@pytest.fixture
+def lone(serve: Callable[..., Server], tmp_path: Path) -> tuple[Server, Path]:
+    """A server with one model, loaded, and its file."""
+    path = write_recital(tmp_path / "lone" / "recital.gguf")
+    own = serve("--models-dir", path.parent, "--ctx", str(LONG_CTX))
+    own.load("recital")
+    return own, path
+
+
+@linux
+def test_file_truncated_while_loaded_fails_what_runs(lone: tuple[Server, Path]) -> None:
+    own, path = lone
+    whole = path.read_bytes()
+    with own.endless() as stream:
+        next(stream)
+        os.truncate(path, 4096)
+        rest = [event for event in stream if event != "[DONE]"]
+    assert rest[-1]["error"]["code"] == "generation_failed"
+    again = own.generate()
+    assert again.status in (404, 500) and again.json()["error"]["code"] in ("model_not_found", "generation_failed")
+    path.write_bytes(whole)
+    assert eventually(lambda: own.generate().status == 200, "the file is whole again")
+    assert_healthy(own)
+
+
+def test_file_deleted_while_loaded_serves_until_it_is_unloaded(lone: tuple[Server, Path]) -> None:
+    own, path = lone
+    path.unlink()
+    own.post("/api/models/discover")
+    assert own.generate().text == TEXTS[":"]
+    assert own.unload("recital").json()["status"] == "unloaded"
+    reply = own.generate()
+    assert reply.status in (404, 500) and reply.json()["error"]["code"] in ("model_not_found", "generation_failed")
+    assert_healthy(own)
+
+
+def test_file_replaced_while_loaded_serves_the_old_one_until_it_is_unloaded(lone: tuple[Server, Path], tmp_path: Path) -> None:
+    own, path = lone
+    other = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}="
+    os.replace(write_recital(tmp_path / "new.gguf", template=other), path)
+    own.post("/api/models/discover")
+    assert own.chat().message["content"] == TEXTS[":"]
+    own.unload("recital")
+    assert own.chat().message["content"].strip() == TEXTS["="].strip()
+
+
+def hammer(server: Server, number: int, seconds: float) -> dict[str, int]:
+    """Loads, unloads, asks and generates at random; counts the answers. Asserts that each is well-formed."""
+    rng, counts, until = random.Random(number), dict[str, int](), time.monotonic() + seconds
+    while time.monotonic() < until:
+        model = rng.choice(("recital", "plain", "dice"))
+        what, reply = rng.choice([
+            ("load", lambda: server.load(model)),
+            ("unload", lambda: server.unload(model, rng.choice(("", "?force=true")))),
+            ("status", lambda: server.get(f"/api/models/{model}/status")),
+            ("generate", lambda: server.generate(model=model, max_tokens=rng.choice((1, 50)), stream=rng.random() < 0.5)),
+        ])  # fmt: skip
+        answer: Reply = reply()
+        failed = answer.status != 200 or (answer.headers["Content-Type"].startswith("text/event") and not ends_well(answer.body))
+        error = (last_document(answer.body) if answer.status == 200 else answer.json())["error"] if failed else None
+        assert not error or error["code"] in ("generation_failed", "overloaded"), (what, error)
+        assert what != "status" or answer.json()["status"] in ("unloaded", "loading", "loaded", "unloading", "failed")
+        key = f"{what} {error['details'] if error else 'ok'}"
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+SOAK_MINUTES = float(os.environ.get("SHIMMY_SOAK", 0))
+
+
+@linux
+@pytest.mark.soak
+def test_loads_and_unloads_from_all_sides_end_in_a_consistent_state(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--max-loaded", "2")
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(lambda i: hammer(own, i, 60.0 if SOAK_MINUTES else 3.0), range(4)))
+    unexpected = {k for c in counts for k in c if not k.endswith(" ok") and "unloaded" not in k}
+    assert not unexpected
+    for model in ("recital", "plain", "dice"):
+        assert own.unload(model).json()["status"] == "unloaded" and requests_of(own, model) == (0, 0)
+    engines = [p for p in descendants(own.process.pid) if alive(p) and b"engine_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert not engines and own.generate().text == TEXTS[":"]
+    assert_healthy(own)
+
+
+# topic: Lifecycle
+# Shutdown at every stage, what a killed server leaves, suspended machines, clocks that jump.
+
+SHORT_GRACE = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5")
+
+
+def test_streams_end_in_their_tongue_when_the_grace_time_is_over(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    flags = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "4"]
+    own = serve(*flags, script=altered(tmp_path, SHORT_GRACE))
+    asks = [(t.path, t.body(stream=stream)) for t in TONGUES.values() for stream in (True, False)]
+    own.load("recital")
+    with ThreadPoolExecutor(len(asks)) as pool, own.ws() as ws:
+        replies = pool.map(lambda each: own.post(*each), asks)
+        ws.send(json.dumps(TONGUES["native"].body()))
+        eventually(lambda: requests_of(own) == (4, len(asks) - 3), "four run, the others wait")
+        own.signal(signal.SIGTERM)
+        for (path, body), reply in zip(asks, replies, strict=True):
+            assert reply.status == 503 or (body["stream"] and ends_with_an_error(reply.body)), path
+            assert b"shutting down" in reply.body, path
+        last = {}
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                last = json.loads(ws.recv(HANG))
+    assert "shutting down" in last["error"]["details"]
+    assert own.process.wait(HANG) == 0 and "Traceback" not in own.log.read_text()
+
+
+@linux
+def test_clients_of_a_model_that_loads_are_told_of_the_shutdown(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    ping = ("PING_SECONDS = 15.0", "PING_SECONDS = 0.1")  # the heads of the streams are out
+    own = serve("--models-dir", models, script=altered(tmp_path, HOLD, ping))
+    asks = [(t.path, t.body("hi", stream=stream)) for t in TONGUES.values() for stream in (True, False)]
+    with held_load(own), ThreadPoolExecutor(len(asks)) as pool:
+        replies = pool.map(lambda each: own.post(*each), asks)
+        eventually(lambda: requests_of(own) == (0, len(asks)), "all wait")
+        engine = engine_of(own)
+        time.sleep(0.5)
+        own.signal(signal.SIGTERM)
+        for (path, body), reply in zip(asks, replies, strict=True):
+            assert reply.status == 503 or (body["stream"] and ends_with_an_error(reply.body)), path
+            assert b"shutting down" in reply.body, path
+        assert own.process.wait(HANG) == 0
+    eventually(lambda: not alive(engine), "the engine is gone")
+
+
+def test_stream_of_a_model_that_is_being_unloaded_finishes_before_the_exit(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with ThreadPoolExecutor() as pool, own.stream("/api/generate", TONGUES["native"].body() | {"max_tokens": 3000}) as stream:
+        next(stream)
+        unload = pool.submit(own.unload, "recital")
+        eventually(lambda: own.status("recital")["status"] == "unloading", "it is being unloaded")
+        own.signal(signal.SIGTERM)
+        rest = list(stream)
+        assert unload.result().status in (200, 503)
+    assert rest[-1] == "[DONE]" and rest[-2]["choices"][0]["finish_reason"] == "length"
+    assert own.process.wait(HANG) == 0
+
+
+@linux
+def test_server_killed_under_load_leaves_nothing_behind(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    shm = set(os.listdir("/dev/shm"))
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), env={"TMPDIR": str(tmp_path / "tmp")})
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(requested(own, tongue)) for tongue in TONGUES.values()]
+        stack.enter_context(requested(own, TONGUES["native"], pad="j" * 40_000))
+        own.load("plain")
+        assert all(sock.recv(1) for sock in socks)
+        children = descendants(own.process.pid)
+        own.process.kill()
+        own.process.wait(HANG)
+        assert len(children) == 3  # two engines and a helper
+        eventually(lambda: not any(map(alive, children)), "every child ends by itself")
+    assert not list((tmp_path / "tmp").iterdir()) and set(os.listdir("/dev/shm")) <= shm
+    with socket.create_server((own.host, own.port)):
+        pass
+
+
+@linux
+def test_server_killed_while_it_loads_leaves_no_engine(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    own = serve("--models-dir", models, script=altered(tmp_path, HOLD))
+    with held_load(own), requested(own, TONGUES["native"]):
+        children = [engine_of(own)]
+        own.process.kill()
+        own.process.wait(HANG)
+        eventually(lambda: not any(map(alive, children)), "the engine ends by itself")
+
+
+def all_processes(server: Server) -> list[int]:
+    return [server.process.pid, *descendants(server.process.pid)]
+
+
+@contextlib.contextmanager
+def suspended(server: Server, seconds: float) -> Iterator[None]:
+    """The server and all of its children stand still for a while, as on a machine that sleeps; then the block runs."""
+    pids = all_processes(server)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGCONT)
+    yield
+    assert [pid for pid in pids if not alive(pid)] == []
+
+
+@linux
+def test_machine_that_sleeps_and_wakes_loses_no_stream(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    bounds = [('"decode": 900', '"decode": 1'), ('"sample": 120', '"sample": 1'), ('"tokenize": 300', '"tokenize": 1'),
+              ('"load": 600', '"load": 1')]  # fmt: skip
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, *HURRY, *bounds))
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(requested(own, tongue)) for tongue in TONGUES.values()]
+        stack.enter_context(requested(own, TONGUES["native"], pad="k" * 60_000))
+        assert all(sock.recv(1) for sock in socks)
+        with suspended(own, 4.0):
+            for sock in socks:
+                sock.recv(1 << 20)
+            time.sleep(2.5)
+            assert all(sock.recv(1 << 20) for sock in socks)
+            assert requests_of(own)[0] >= len(socks) - 1
+    assert "said nothing" not in own.log.read_text() and "did not come" not in own.log.read_text()
+
+
+@linux
+def test_machine_that_sleeps_while_a_template_is_rendered_loses_no_request(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    slow = "        return Outcome(task.run())\n"
+    waits = f"        while os.path.exists('hold'):\n            time.sleep(0.02)\n{slow}"
+    own = serve("--models-dir", models, script=altered(tmp_path, (slow, waits), ("HELPER_SECONDS = 1.5", "HELPER_SECONDS = 0.5")))
+    assert own.chat().status == 200  # what is asked of a new template once has been asked
+    (own.home / "hold").touch()
+    with ThreadPoolExecutor() as pool:
+        reply = pool.submit(own.chat)
+        time.sleep(0.2)
+        (own.home / "hold").unlink()
+        with suspended(own, 4.0):
+            assert reply.result().message["content"] == TEXTS[":"]
+
+
+WALL_CLOCK = {  # what may ask for the time of day: only what people or clients read as a date, and files' own times
+    "_bytecode_prefix", "worker_for", "release", "common", "__init__ of Responses", "_document", "expires_at", "strftime_now",
+}
+
+
+def test_wall_clock_is_asked_only_for_dates() -> None:
+    """A clock that jumps must not end a wait, or keep one for ever: those use time.monotonic()."""
+    tree = ast.parse(SHIMMY.read_text())
+    asking = set()
+    for function in ast.walk(tree):
+        if isinstance(function, (ast.FunctionDef, ast.Lambda)):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.time", "time.time_ns", "datetime.now"):
+                    asking.add((getattr(function, "name", "lambda"), ast.unparse(node)))
+    assert asking == set(), asking
