@@ -2,29 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import itertools
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
+import ssl
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from websockets.sync.client import connect as ws_connect
 
 import shimmy as module
 from test_shimmy import (
+    BERT,
     HANG,
     LONG_CTX,
+    REPO,
+    SHIMMY,
     TEXTS,
     Server,
     altered,
     anthropic_client,
     assert_error,
     cases,
+    environment,
     eventually,
     exchange,
     guarded,
@@ -34,8 +47,11 @@ from test_shimmy import (
     read_reply,
     serve,
     server,
+    shared,
+    shimmy,
     tool_root,
     write_recital,
+    ws_answer,
     ws_ask,
 )
 
@@ -69,7 +85,8 @@ def scrape(server: Server) -> Scraped:
 KNOWN = {  # what dashboards ask for, by the type they take it for
     "counter": ["llamacpp:prompt_tokens", "llamacpp:prompt_seconds", "llamacpp:tokens_predicted",
                 "llamacpp:tokens_predicted_seconds", "vllm:prompt_tokens", "vllm:generation_tokens",
-                "vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "vllm:request_success", "shimmy_requests", "shimmy_model_loads", "shimmy_model_load_failures",
+                "vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "vllm:request_success",
+                "shimmy_requests", "shimmy_model_loads", "shimmy_model_load_failures",
                 "shimmy_engine_deaths", "shimmy_connections_refused"],
     "gauge": ["llamacpp:prompt_tokens_seconds", "llamacpp:predicted_tokens_seconds", "llamacpp:kv_cache_usage_ratio",
               "llamacpp:requests_processing", "llamacpp:requests_deferred", "vllm:num_requests_running",
@@ -475,3 +492,289 @@ def test_anthropic_package_reads_the_id(server: Server, kept_id: dict[str, str])
     with pytest.raises(Exception, match="nobody") as caught:
         client.messages.create(model="nobody", extra_headers=kept_id, **fields)
     assert caught.value.request_id == "sdk-1"  # type: ignore[attr-defined]
+
+
+# topic: readme
+
+README = (REPO / "README.md").read_text()
+BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", README)
+PENDING = {"models/page.png"}  # branch page makes it
+
+
+def blocks_of(*languages: str) -> list[str]:
+    return [text for language, text in BLOCKS if language in languages]
+
+
+def first_line(block: str) -> str:
+    return block.splitlines()[0][:60]
+
+
+def help_of(*commands: str) -> str:
+    return "".join(shimmy(command, "--help", home=Path("/tmp")).stdout.decode() for command in commands)
+
+
+def understands(words: list[str]) -> None:
+    """Asserts that shimmy's command line takes these words; the branches that add some of them are merged one by one."""
+    for new in {"pull", "--open", "--dry-run"} & {*words}:
+        if new not in module.parser().format_help() + help_of("serve", "pull"):
+            pytest.skip(f"{new} is not there yet")
+    module.parser().parse_args(words)
+
+
+def check_command_lines(block: str) -> None:
+    """Asserts that shimmy understands its command lines in a block, and that pip is asked for what the script needs."""
+    joined = block.replace("\\\n", " ")
+    for line in joined.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["pip", "install"]:
+            script = SHIMMY.read_text()
+            assert all(f'"{w}"' in script for w in words if re.match(r"[a-z-]+>=", w)) and "--prefer-binary" in words
+        elif len(words) > 1 and words[1] == "shimmy.py":
+            understands(words[2:])
+
+
+def check_make(block: str) -> None:
+    """Asserts that make knows the target."""
+    target = block.split()[1]
+    assert subprocess.run(["make", "-n", target], cwd=REPO, capture_output=True, check=False).returncode == 0
+
+
+def check_docker(block: str) -> None:
+    """Asserts that the flags are those of the container file."""
+    (file,) = blocks_of("dockerfile")
+    assert f"EXPOSE {module.DEFAULT_PORT}" in file and f"{module.DEFAULT_PORT}:{module.DEFAULT_PORT}" in block
+    assert "ENV SHIMMY_MODEL_PATHS=/models" in file and ":/models:ro" in block and "SHIMMY_API_KEY" in block
+
+
+NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {  # by a block's start: why it is not run, what is checked instead
+    "make run": ("installs for minutes and then serves for ever", check_make),
+    ".venv/bin/python shimmy.py pull Qwen/Qwen2.5-0.5B-Instruct-GGUF": ("fetches from the network", check_command_lines),
+    "pip install --prefer-binary": ("installs, and opens a browser", check_command_lines),
+    "python shimmy.py pull Qwen/Qwen2.5-7B-Instruct-GGUF": ("fetches from the network", check_command_lines),
+    "docker build": ("needs docker's daemon and the network", check_docker),
+}
+
+
+def why_not_run(block: str) -> tuple[str, Callable[[str], None]] | None:
+    return next((entry for start, entry in NOT_RUN.items() if block.startswith(start)), None)
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the model in the box, and a reranker; its home is a checkout as README's reader has it."""
+    home = tmp_path_factory.mktemp("reader")
+    (home / "models").mkdir()
+    shutil.copy(REPO / "models" / "shimmy-tiny.gguf", home / "models")
+    BERT.write(home / "models" / "reranker.gguf", pooling=4)
+    shutil.copy(SHIMMY, home / "shimmy.py")
+    (home / "notes.txt").write_text("The meeting is moved to Monday.\n")
+    (home / "phrases.txt").write_text("Hello\nGood evening\n")
+    person = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}, "required": ["name"]}
+    (home / "person.json").write_text(json.dumps(person))
+    (home / "bin").mkdir()
+    for name, command in {"python": sys.executable, "curl": f"{shutil.which('curl')} -sS --fail-with-body"}.items():
+        (home / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (home / "bin" / name).chmod(0o755)
+    subprocess.run("git init -q && git add notes.txt && echo changed >> notes.txt", shell=True, cwd=home, check=True)
+    with shared(home, "--models-dir", home / "models", "--model", "shimmy-tiny", script=home / "shimmy.py") as running:
+        yield running
+
+
+def as_reader(documented: Server, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command as README's reader does, but for the port."""
+    env = environment(documented.home, {"SHIMMY_PORT": str(documented.port), "NO_PROXY": "*"})
+    env["PATH"] = f"{documented.home / 'bin'}:{env['PATH']}"
+    return subprocess.run(
+        command, cwd=documented.home, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=HANG, check=False
+    )
+
+
+def served(block: str, server: Server) -> str:
+    """The block for this server."""
+    return block.replace(str(module.DEFAULT_PORT), str(server.port)).replace("RERANKER", "reranker")
+
+
+@pytest.mark.parametrize("block", [b for b in blocks_of("sh", "console") if not why_not_run(b)], ids=first_line)
+def test_readme_shell_lines_run(block: str, documented: Server) -> None:
+    done = as_reader(documented, ["bash", "-euo", "pipefail", "-c", served(block, documented)])
+    assert done.returncode == 0 and done.stdout.strip(), done
+    assert '"error": {' not in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("block", [b for b in blocks_of("sh", "console") if why_not_run(b)], ids=first_line)
+def test_readme_shell_lines_that_are_not_run_are_understood(block: str) -> None:
+    reason = why_not_run(block)
+    assert reason
+    reason[1](block)
+
+
+@pytest.mark.parametrize("block", blocks_of("python"), ids=first_line)
+def test_readme_python_runs(block: str, documented: Server) -> None:
+    done = as_reader(documented, [sys.executable, "-c", served(block, documented)])
+    assert done.returncode == 0 and not done.stderr, done
+    assert done.stdout.strip() or "@tool" in block
+
+
+def test_readme_blocks_name_their_language_and_none_is_left_out() -> None:
+    known = {"sh", "python", "nginx", "ini", "dockerfile", "caddyfile"}
+    assert {language for language, _ in BLOCKS} == known and README.count("\n```") == 2 * len(BLOCKS)
+    for start in NOT_RUN:
+        assert [b for b in blocks_of("sh") if b.startswith(start)], f"README no longer says {start!r}"
+
+
+def test_readme_links_lead_somewhere() -> None:
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"(?m)^#+ (.+)$", README)}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http") and target not in PENDING:
+            assert (REPO / target).is_file(), target
+
+
+def test_readme_names_every_route() -> None:
+    missing = [r.label() for r in module.ROUTES if r.label() not in README and f"/v1{r.label()}" not in README]
+    assert [m for m in missing if not re.search(r"…|/unload$|/status$|^/$|reranking|models/\{name\}$|/api/pull", m)] == []
+
+
+def test_readme_flags_exist() -> None:
+    """All flags in README are some program's; ours are in the help, once their branches are merged."""
+    others = "prefer-binary extra-index-url url no-cache-dir no-install-recommends create-home now install"
+    help = help_of("serve", "generate", "list", "probe", "diag", "pull")
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {f"--{name}" for name in others.split()}
+    assert {flag for flag in named if not re.search(rf"{flag}\b", help)} <= {"--open", "--dry-run"}
+
+
+def test_readme_systemd_unit_is_valid_and_starts(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (unit,) = blocks_of("ini")
+    python, script, command, *flags = re.search(r"(?m)^ExecStart=(.+)$", unit)[1].split()  # type: ignore[index]
+    assert command == "serve" and serve(*flags).get("/health").status == 200
+    if shutil.which("systemd-analyze"):
+        file = tmp_path / "shimmy.service"
+        file.write_text(unit.replace(python, sys.executable).replace(script, str(SHIMMY)))
+        done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, timeout=HANG, check=False)
+        assert done.returncode == 0 and "shimmy.service" not in done.stderr, done.stderr
+
+
+def test_readme_container_file_copies_what_is_there_and_its_entry_starts(serve: Callable[..., Server]) -> None:
+    (file,) = blocks_of("dockerfile")
+    lines = [line for line in file.replace("\\\n", " ").splitlines() if line]
+    known = {"FROM", "RUN", "USER", "COPY", "ENV", "EXPOSE", "ENTRYPOINT"}
+    assert {line.split()[0] for line in lines} == known and "COPY shimmy.py /app/" in lines
+    check_command_lines(next(line.removeprefix("RUN ") for line in lines if "pip install" in line).replace("--no-cache-dir ", ""))
+    entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
+    python, script, command, *flags = json.loads(entry.split(maxsplit=1)[1])
+    assert (python, script, command) == ("python", "/app/shimmy.py", "serve")
+    own = serve(*flags, env={"SHIMMY_API_KEY": "k"})
+    assert own.get("/health").status == 200 and own.get("/v1/models").status == 401
+
+
+def test_readme_caddyfile_names_the_server() -> None:
+    """Not run: Caddy is in no package list here."""
+    (file,) = blocks_of("caddyfile")
+    assert file.count("{") == file.count("}") and f"reverse_proxy 127.0.0.1:{module.DEFAULT_PORT}" in file
+    if shutil.which("caddy"):
+        adapted = subprocess.run(["caddy", "adapt", "--config", "-", "--adapter", "caddyfile"], input=file.encode(), check=True)
+        assert adapted.returncode == 0
+
+
+# topic: nginx
+
+nginx = pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("openssl"), reason="nginx and openssl are not here")
+
+
+@dataclass(frozen=True)
+class Proxied:
+    """The server behind nginx as README sets it up: TLS, another name, a key."""
+
+    port: int
+    context: ssl.SSLContext
+    headers: dict[str, str]
+
+    def connect(self) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=HANG)
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
+        connection = self.connect()
+        connection.request(method, path, body and json.dumps(body), {**self.headers, **headers})
+        return connection.getresponse()
+
+
+def nginx_files(folder: Path, port: int, upstream: int) -> Path:
+    """README's configuration for ports of a test's own, and what surrounds it on a real machine."""
+    certify = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=llm.example.com -days 2 -keyout privkey.pem -out fullchain.pem"
+    subprocess.run(certify.split(), cwd=folder, check=True, capture_output=True)
+    (block,) = blocks_of("nginx")
+    own = block.replace("listen 443", f"listen 127.0.0.1:{port}").replace("/etc/letsencrypt/live/llm.example.com", str(folder))
+    own = own.replace(str(module.DEFAULT_PORT), str(upstream))
+    temporary = "".join(f"{name}_temp_path {folder / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    user = "user root;" if os.geteuid() == 0 else ""
+    (folder / "nginx.conf").write_text(f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+                                       f"http {{ access_log off; {temporary}\n{own}\n}}")  # fmt: skip
+    return folder / "nginx.conf"
+
+
+@pytest.fixture(scope="module")
+def proxied(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
+    home, folder = tmp_path_factory.mktemp("behind"), tmp_path_factory.mktemp("nginx")
+    host = "llm.example.com"
+    flags = ["--allow-host", host, "--allow-origin", f"https://{host}", "--api-key", "k", "--ctx", str(LONG_CTX)]
+    assert f"serve {' '.join(flags[:4])}" in README
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with shared(home, "--models-dir", models, "--model", "recital", *flags) as server:
+        process = subprocess.Popen(["nginx", "-c", nginx_files(folder, port, server.port), "-p", folder], stderr=subprocess.PIPE)
+        context = ssl.create_default_context(cafile=folder / "fullchain.pem")
+        context.check_hostname = False
+        found = Proxied(port, context, {"Host": host, "Authorization": "Bearer k", "Origin": f"https://{host}"})
+
+        def answers() -> bool:
+            with contextlib.suppress(ConnectionError):
+                return found.request("GET", "/health").status == 200
+            return False
+
+        try:
+            eventually(answers, "nginx answers")
+            yield found
+        finally:
+            process.terminate()
+            process.wait(HANG)
+
+
+@nginx
+@cases("path, body", {
+    "SSE": ("/api/generate", {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}),
+    "NDJSON": ("/api/chat", {"model": "recital", "messages": [{"role": "user", "content": "forever"}],
+                             "options": {"num_predict": LONG_CTX}}),
+})  # fmt: skip
+def test_streams_come_piece_by_piece_through_nginx(path: str, body: dict[str, Any], proxied: Proxied) -> None:
+    """The stream never ends by itself: what is read here has not waited for its end."""
+    response = proxied.request("POST", path, body)
+    assert response.status == 200
+    assert b"ick" in response.readline() + response.readline() + response.readline()
+    response.close()
+
+
+@nginx
+def test_websocket_passes_nginx(proxied: Proxied) -> None:
+    options: Any = {"ssl": proxied.context, "proxy": None, "origin": proxied.headers["Origin"], "open_timeout": HANG,
+                    "additional_headers": {"Authorization": "Bearer k"}}  # fmt: skip
+    with socket.create_connection(("127.0.0.1", proxied.port)) as sock, ws_connect(
+        "wss://llm.example.com/ws/generate", sock=sock, **options
+    ) as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        assert "ick" in json.loads(ws.recv(HANG))["token"]
+        ws.send(json.dumps({"cancel": True}))
+        assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+
+
+@nginx
+def test_keys_hosts_origins_and_ids_hold_behind_nginx(proxied: Proxied) -> None:
+    assert proxied.request("GET", "/v1/models", **{"X-Request-Id": "edge-1"}).headers["X-Request-Id"] == "edge-1"
+    assert proxied.request("GET", "/v1/models", Authorization="").status == 401
+    assert proxied.request("GET", "/v1/models", Origin="https://evil.example").status == 403
+
+
+@nginx
+def test_large_bodies_pass_nginx(proxied: Proxied) -> None:
+    body = {"model": "recital", "prompt": ":", "unknown": "a" * 15_000_000}
+    assert proxied.request("POST", "/api/generate", body).status == 200
