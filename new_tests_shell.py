@@ -1,6 +1,7 @@
 # ruff: noqa: F811  the fixtures are imported until this is part of test_shimmy.py
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import http.server
 import json
@@ -36,6 +37,7 @@ from test_shimmy import (  # noqa: F401
     serve,
     server,
     shimmy,
+    slow_load,
     terminal,
     tool_root,
     write_header,
@@ -54,6 +56,7 @@ class FakeHub:
     """A hub with one repository; tests change what it does."""
 
     def __init__(self) -> None:
+        self.repo = REPO_NAME
         self.files: dict[str, bytes] = {}
         self.names: list[Any] = []  # more names in the list, whatever they are
         self.sizes: dict[str, int] = {}  # instead of the true ones
@@ -106,7 +109,7 @@ class FakeHub:
         path = urlsplit(request.path).path
         if path == "/api/models":
             return request.reply(200, {}, json.dumps([{"id": REPO_NAME}, {"id": "x/../y"}]).encode())
-        if REPO_NAME not in path:
+        if self.repo not in path:
             return request.reply(401, {"X-Error-Code": "RepoNotFound"})
         allowed = not self.gated or request.headers.get("Authorization") == f"Bearer {self.token}"
         if path.startswith("/api/models/"):
@@ -494,3 +497,236 @@ def test_ollama_pull_is_refused_where_it_is_not_allowed(server: Server) -> None:
 def test_ollama_pull_of_what_is_not_there_has_the_hubs_status(hub: FakeHub, serve: Callable[..., Server]) -> None:
     reply = serve("--allow-pull", env=hub.env).post("/api/pull", {"model": "tester/nothing"})
     assert_ollama_error(reply, 404, "there is no tester/nothing")
+
+
+# topic: what serve says
+# On stderr, once the first scan is over.
+
+
+def said_by(running: Server, words: str) -> str:
+    """What stands on a server's stderr, once the words do."""
+    return eventually(lambda: words in running.log.read_text() and running.log.read_text(), f"it says {words}")
+
+
+def test_serve_with_the_model_in_the_box_alone_says_how_to_get_a_real_one(serve: Callable[..., Server]) -> None:
+    first, command, *_ = said_by(serve(), "curl").splitlines()
+    assert "only the model in the box is here" in first and re.search(r"python\S* \S*shimmy.py pull \w+/\S+-GGUF$", command)
+
+
+def test_serve_says_what_it_found_and_how_to_begin(serve: Callable[..., Server], models: Path) -> None:
+    running = serve("--models-dir", models, "--model", "dice", "--api-key", "s3cret")
+    said = said_by(running, "curl")
+    assert "default model: dice; " in said and f"4 in {models}" in said and re.search(r"engine +1 thread\n", said)
+    assert re.search(r"memory +[\d.]+GB free, dice takes \d+KB; 256 tokens of context, up to 256 fit", said)
+    assert f"http://127.0.0.1:{running.port}/\n" in said and "pull" not in said and "s3cret" not in said
+    command = next(line for line in said.splitlines() if "curl " in line).partition("try")[2].replace("KEY", "s3cret")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=HANG, check=True)
+    assert json.loads(done.stdout)["object"] == "chat.completion"
+
+
+def test_serve_says_what_a_context_that_does_not_fit_could_be(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    place = "        left = free - self.size_bytes - 128 * MIB"
+    script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
+    said = said_by(serve("--models-dir", models, "--model", "recital", script=script), "curl")
+    assert "8,192 tokens of context do not fit: only 768 fit, say --ctx 768" in said
+
+
+def test_serve_says_that_a_gpu_lies_idle(serve: Callable[..., Server], tmp_path: Path) -> None:
+    script = altered(tmp_path, ('    "/dev/kfd": (', '    "/proc/self": ('))
+    said = said_by(serve(script=script), "curl")
+    assert "the machine has an AMD one" in said and "-DGGML_HIP=on" in said
+
+
+@pty
+@pytest.mark.parametrize("columns", [40, 60])
+def test_serve_keeps_to_a_narrow_terminal(columns: int, models: Path, tmp_path: Path) -> None:
+    with narrow_terminal(columns, "serve", "--port", "0", "--models-dir", models, home=tmp_path) as screen:
+        lines = screen.read_until("curl ").replace("\x1b[K", "").splitlines()
+        screen.process.terminate()
+        assert screen.process.wait(HANG) == 0
+    rows = [line for line in lines if line.startswith("  ") and " try " not in line and str(models) not in line]
+    assert len(rows) >= 4 and max(map(len, rows)) <= columns
+
+
+@contextlib.contextmanager
+def narrow_terminal(columns: int, *args: str | Path, home: Path) -> Iterator[Any]:
+    """A terminal of so many columns, which its process finds as it starts."""
+    (home / "wrapper").write_text(f"import os, subprocess, sys\nsubprocess.run(['stty', 'cols', '{columns}'], stdin=2)\n"
+                                  f"os.execv(sys.executable, [sys.executable, {str(SHIMMY)!r}, *sys.argv[1:]])\n")  # fmt: skip
+    with terminal(*args, home=home, script=home / "wrapper") as screen:
+        yield screen
+
+
+@pty
+def test_serve_on_a_terminal_shows_how_far_a_load_is(models: Path, tmp_path: Path) -> None:
+    with terminal("serve", "--port", "0", "--preload", "--model", "recital", "--models-dir", models, home=tmp_path,
+                  script=slow_load(tmp_path)) as screen:  # fmt: skip
+        screen.read_until("preparing the context of recital")
+        screen.read_until("loaded recital in")
+        screen.process.terminate()
+        assert screen.process.wait(HANG) == 0
+
+
+def test_verbose_serve_logs_tokens_and_speed_of_each_request(serve: Callable[..., Server], models: Path) -> None:
+    running = serve("-v", "--models-dir", models)
+    for _ in range(2):
+        running.generate("a long prompt that is read once =", max_tokens=40)
+    first, second = (line for line in said_by(running, "cached").splitlines() if "POST /api/generate" in line)
+    assert re.search(r"200 \d+ ms recital 34\+40 tokens, first after \d\.\d{3} s, [\d.]+ tokens/s", first)
+    assert re.search(r"recital 34\+40 tokens \(33 cached\), first after", second)
+
+
+# topic: the terminal
+
+
+def test_verbose_generate_ends_with_tokens_and_speed(server: Server, models: Path, tmp_path: Path) -> None:
+    for env in ({"SHIMMY_MODEL_PATHS": str(models)}, {"SHIMMY_PORT": str(server.port)}):
+        done = shimmy("-v", "generate", "recital", "--raw", "--prompt", "=", home=tmp_path, env=env)
+        last = done.stderr.decode().splitlines()[-1]
+        assert done.stdout.decode() == TEXTS["="]
+        assert re.search(r" 2\+40 tokens( \(1 cached\))?, first after \d+\.\d{3} s, [\d.]+ tokens/s$", last), last
+
+
+def test_verbose_lines_end_with_tokens_and_speed(models: Path, tmp_path: Path) -> None:
+    done = shimmy("-v", "generate", "recital", "--raw", "--lines", "--models-dir", models, home=tmp_path, stdin=b":\n=\n")
+    assert re.search(rb"43 tokens in [\d.]+ s: [\d.]+ tokens/s\n$", done.stderr), done.stderr
+
+
+def chat(*flags: str, models: Path, home: Path) -> Any:
+    return terminal("generate", "recital", "--chat", "--models-dir", models, *flags, home=home, stdin=None)
+
+
+def say(screen: Any, line: str, *until: str) -> str:
+    """Types a line at the prompt; reads until the words, in order, and the next prompt have come."""
+    os.write(screen.mine, line.encode() + b"\n")
+    for words in (*until, "> "):
+        screen.read_until(words)
+        shown, screen.seen = screen.seen, screen.seen.partition(words)[2]
+    return shown
+
+
+def end(screen: Any) -> None:
+    os.write(screen.mine, b"\x04")
+    assert screen.process.wait(HANG) == 0
+
+
+@pty
+def test_chat_at_a_keyboard_is_a_conversation(models: Path, tmp_path: Path) -> None:
+    with chat("-v", models=models, home=tmp_path) as screen:
+        screen.read_until("loaded recital")
+        say(screen, "hello", "Hello wide world", f"{1 + len('[user]hello[assistant]:')}+3 tokens")
+        turns = "[user]hello[assistant]Hello wide world[user]count[assistant]="
+        say(screen, "count", "w38 w39", f"{1 + len(turns)}+40 tokens (")
+        end(screen)
+    assert (tmp_path / ".shimmy_history").read_text() == "hello\ncount\n"
+    assert (tmp_path / ".shimmy_history").stat().st_mode & 0o077 == 0
+
+
+@pty
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(models: Path, tmp_path: Path) -> None:
+    with chat("--ctx", "65536", models=models, home=tmp_path) as screen:
+        screen.read_until("> ")
+        os.write(screen.mine, b"go on forever\n")
+        screen.read_until("tick tock tick tock")
+        screen.process.send_signal(signal.SIGINT)
+        screen.seen = ""
+        screen.read_until("\r\n> ")
+        screen.seen = ""
+        os.write(screen.mine, b"half a line")
+        screen.read_until("half a line")
+        screen.process.send_signal(signal.SIGINT)
+        screen.read_until("\r\n> ")
+        say(screen, "hello", "Hello wide world")
+        end(screen)
+
+
+@pty
+def test_chat_takes_commands_and_texts_of_several_lines(models: Path, tmp_path: Path) -> None:
+    with chat("-v", models=models, home=tmp_path) as screen:
+        screen.read_until("loaded recital")
+        say(screen, "/help", "Ctrl-C stops an answer")
+        say(screen, "/nonsense", "no such command")
+        say(screen, "hello", f"{1 + len('[user]hello[assistant]:')}+3 tokens")
+        say(screen, "/system Be brief")
+        say(screen, '"""one\ntwo"""', f"{1 + len('[system]Be brief[user]one/two[assistant]:')}+3 tokens")
+        say(screen, "/reset")
+        say(screen, "hello", f"{1 + len('[system]Be brief[user]hello[assistant]:')}+3 tokens")
+        end(screen)
+
+
+@pty
+def test_chat_says_what_went_wrong_and_goes_on(models: Path, tmp_path: Path) -> None:
+    with chat("--ctx", "128", models=models, home=tmp_path) as screen:
+        screen.read_until("> ")
+        say(screen, "a" * 300, "does not fit", "/reset begins anew")
+        say(screen, "hello", "Hello wide world")
+        end(screen)
+
+
+@pty
+@pytest.mark.parametrize("columns", [40, 60])
+def test_list_keeps_to_a_narrow_terminal(columns: int, models: Path, tmp_path: Path) -> None:
+    with narrow_terminal(columns, "list", "--models-dir", models, home=tmp_path) as screen:
+        lines = screen.rest().splitlines()
+    assert "recital" in lines and max(len(line) for line in lines if str(models) not in line) <= columns
+
+
+def test_list_names_the_largest_context_that_fits(models: Path, tmp_path: Path) -> None:
+    done = shimmy("list", "--json", "--models-dir", models, home=tmp_path)
+    contexts = {model["id"]: model["largest_context"] for model in json.loads(done.stdout)["models"]}
+    assert (contexts["recital"], contexts["dice"]) == (65536, 256)
+    place = "        left = free - self.size_bytes - 128 * MIB"
+    script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
+    table = shimmy("list", "--models-dir", models, home=tmp_path, script=script).stdout.decode()
+    assert re.search(r"recital .* 65536 +ctx 768 ", table) and re.search(r"dice .* 256 +yes ", table)
+
+
+def test_probe_names_the_largest_context_that_fits(models: Path, tmp_path: Path) -> None:
+    done = shimmy("probe", "recital", "--models-dir", models, home=tmp_path)
+    assert re.search(rb"context +8,192 tokens, up to 65,536 would fit\n", done.stdout)
+
+
+@cases("command", {name or "none": name for name in module.HELP})
+def test_help_shows_what_each_command_does(command: str, tmp_path: Path) -> None:
+    done = shimmy(*([command] if command else []), "--help", home=tmp_path, env={"COLUMNS": "80"})
+    text = done.stdout.decode()
+    assert done.returncode == 0 and len(text.splitlines()[2]) > 50 and max(map(len, text.splitlines())) <= 80
+    epilog = module.HELP[command][2]
+    assert text.endswith(f"{epilog}\n") if epilog else True
+
+
+def test_the_examples_of_the_help_work(hub: FakeHub, tmp_path: Path) -> None:
+    shown = shimmy(home=tmp_path).stderr.decode()
+    serve_it, generate_it, pull_it = re.findall(r"(?m)^  python (shimmy\.py .*)$", shown)
+    hub.repo = module.SUGGESTED
+    for example in (generate_it, pull_it):
+        command = f"'{sys.executable}' {example.replace('shimmy.py', str(SHIMMY), 1)}"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path, hub.env), capture_output=True,
+                              timeout=HANG, check=False)  # fmt: skip
+        assert done.returncode == 0 and done.stdout, done.stderr
+    assert serve_it == "shimmy.py serve"
+
+
+@cases(
+    "words,completed",
+    {"a command": (["gen"], ["generate"]), "a flag": (["serve", "--po"], ["--port"]),
+     "a choice": (["serve", "--kv-type", "q"], ["q8_0", "q4_0"]), "a model": (["generate", "rec"], ["recital"]),
+     "a hostile one": (["probe", "$("], [r"\$\(touch\$ifs-run\)"])},
+)  # fmt: skip
+def test_bash_completes(words: list[str], completed: list[str], models: Path, tmp_path: Path) -> None:
+    write_recital(tmp_path / "models" / "$(touch$IFS run).gguf")
+    command = tmp_path / "shimmy.py"
+    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{SHIMMY}' \"$@\"\n")
+    command.chmod(0o755)
+    script = shimmy("completion", "bash", home=tmp_path).stdout.decode()
+    array = " ".join(f"'{word}'" for word in ["./shimmy.py", *words])
+    script += f"\nCOMP_WORDS=({array}); COMP_CWORD={len(words)}; _shimmy; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    env = environment(tmp_path, {"SHIMMY_MODEL_PATHS": str(models)})
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, timeout=HANG, check=True)
+    assert done.stdout.decode().split("\n")[:-1] == completed and not (tmp_path / "run").exists()
+
+
+@cases("shell", {"zsh": "zsh", "fish": "fish"})
+def test_completion_knows_every_command(shell: str, tmp_path: Path) -> None:
+    script = shimmy("completion", shell, home=tmp_path).stdout.decode()
+    assert all(command in script for command in module.HELP if command) and "kv-type" in script

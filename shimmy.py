@@ -575,6 +575,20 @@ def versions() -> dict[str, Any]:
     }  # fmt: skip
 
 
+GPU_SIGNS = {  # files that a driver brings, and the option that builds llama.cpp for its GPU
+    "/proc/driver/nvidia/version": ("an NVIDIA", "CUDA"),
+    os.path.join(os.environ.get("SYSTEMROOT", ""), "System32", "nvcuda.dll"): ("an NVIDIA", "CUDA"),
+    "/dev/kfd": ("an AMD", "HIP"),
+}
+
+
+def machine_gpu() -> tuple[str, str] | None:
+    """The kind of GPU that the machine has, and llama.cpp's name for its backend; without asking any library."""
+    if sys.platform == "darwin" and os.uname().machine == "arm64":
+        return "Apple's", "METAL"
+    return next((gpu for sign, gpu in GPU_SIGNS.items() if os.path.exists(sign)), None)
+
+
 _asking_build = threading.Lock()
 
 
@@ -1099,6 +1113,14 @@ class Usage:
         total = self.prompt_tokens + self.completion_tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
 
+    def words(self, first: float | None) -> str:
+        """For a log: the tokens, how long the first ones took (seconds), and the speed of the others."""
+        told = f"{self.prompt_tokens}+{self.completion_tokens} tokens"
+        told += f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
+        told += f", first after {first:.3f} s" if first is not None else ""
+        fast = self.completion_tokens > 1 and self.decode_seconds > 0
+        return told + (f", {(self.completion_tokens - 1) / self.decode_seconds:.1f} tokens/s" if fast else "")
+
     def timings(self) -> dict[str, float]:
         """Speeds in llama-server's shape: milliseconds, and tokens per second."""
         read = self.prompt_tokens - self.cached_tokens
@@ -1454,6 +1476,7 @@ EMBEDDERS = {"bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", 
 ENCODER_DECODERS = {"t5"}  # read with one half and write with the other, which nothing here does
 DIFFUSERS = {"dream", "llada", "llada-moe", "rnd1"}  # attend in both directions and generate all the same
 POOLINGS = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.h, enum llama_pooling_type; 0 is none, rank a reranker's
+KV_WIDTHS = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes of a number in the KV cache, by --kv-type
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 QUANT_IN_NAME = re.compile(r"(?:^|[-._])((?:I?Q\d[\w]*|BF16|F16|F32|MXFP4\w*))(?=$|[-.])", re.I)
 SIZE_IN_NAME = re.compile(r"(?:^|[-_.])(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[BM])(?=$|[-_.])", re.I)
@@ -1476,6 +1499,16 @@ class ModelInfo:
     pooling: str | None  # how tokens' vectors become one: mean, cls, last; rank: it scores a document for a query
     chat_template: bool | None  # None: not read so far
     description: str
+    kv_numbers: int | None = None  # that a token takes in the KV cache; None: not known
+
+    def largest_context(self, kv_type: str) -> int | None:
+        """The longest context whose KV cache fits the free memory beside the weights; None where nobody knows."""
+        free = available_memory()
+        if free is None or not self.kv_numbers:
+            return None
+        left = free - self.size_bytes - 128 * MIB  # buffers of the graph, and logits
+        most = max(0, int(left / (self.kv_numbers * KV_WIDTHS[kv_type])) // 256 * 256)
+        return min(most, self.context_length or most)
 
     def refusal(self, use: str) -> str | None:
         """Why the model cannot be used to generate, embed, rank or tokenize; None if it can."""
@@ -1492,7 +1525,7 @@ class ModelInfo:
 
     def document(self) -> dict[str, Any]:
         """The model as `/api/models` lists it, without its state."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source")}
+        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source", "kv_numbers")}
         return shown | {"model_type": self.architecture}
 
 
@@ -1511,7 +1544,24 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
         embedding=_is_embedding(meta, architecture), pooling=POOLINGS.get(meta.get(f"{architecture}.pooling_type", 0)),
         chat_template="tokenizer.chat_template" in meta if header.complete else None,
         description=printable(str(meta.get("general.description") or f"{name} ({shown})")),
+        kv_numbers=_kv_numbers(meta, architecture),
     )  # fmt: skip
+
+
+def _kv_numbers(meta: Mapping[str, Any], architecture: str) -> int | None:
+    """Keys and values of a token in all layers; more than is needed where some layers see only a window."""
+
+    def value(name: str, default: Any = None) -> Any:
+        return meta.get(f"{architecture}.{name}") or default
+
+    layers, heads, width = value("block_count"), value("attention.head_count"), value("embedding_length")
+    try:
+        usual = width // (max(heads) if isinstance(heads, tuple) else heads)
+        shared = value("attention.head_count_kv", heads)
+        each = value("attention.key_length", usual) + value("attention.value_length", usual)
+        return int(each * (sum(shared) if isinstance(shared, tuple) else layers * shared)) or None
+    except (TypeError, ValueError, ArithmeticError):
+        return None
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
@@ -1718,6 +1768,11 @@ def plain_id(label: str) -> str:
     return re.sub(r"[\s_]+", "-", spelled.strip().lower())
 
 
+def is_boxed(model: ModelInfo) -> bool:
+    """True for the model that comes with shimmy."""
+    return os.path.realpath(model.path) == str(pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf")
+
+
 class Findings:
     """What one scan has found so far: models in order, by device and inode, and skipped files with their reasons."""
 
@@ -1742,9 +1797,8 @@ class Findings:
 
     def report(self, began: float) -> ScanReport:
         """The report; the model that comes with shimmy stands last, unless it was asked for by path."""
-        box = str(pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf")
         models = [info for _, info in self.models.values()]
-        models.sort(key=lambda m: os.path.realpath(m.path) == box and m.source != "--model")
+        models.sort(key=lambda m: is_boxed(m) and m.source != "--model")
         paths = {m.path for m in models}
         directories = (d | {"models": len(d["models"] & paths)} for d in self.directories)
         skipped = ({"path": path, "reason": reason} for path, reason in self.skipped.items())
@@ -5675,8 +5729,8 @@ class Llama:
         architecture = self.metadata("general.architecture")
         usual = c.llama_model_n_embd(m) // heads
         key, value = (int(self.metadata(f"{architecture}.attention.{k}_length") or usual) for k in ("key", "value"))
-        width = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}[self.options.kv_type]
-        return max(1, int(c.llama_model_n_layer(m) * c.llama_model_n_head_kv(m) * (key + value) * width))
+        numbers = c.llama_model_n_layer(m) * c.llama_model_n_head_kv(m) * (key + value)
+        return max(1, int(numbers * KV_WIDTHS[self.options.kv_type]))
 
     def metadata(self, key: str) -> str:
         """A value of the GGUF header as text, "" when absent."""
@@ -8774,6 +8828,16 @@ class ModelTable:
             entries = [e for e in self._residents.entries.values() if e.worker or e.waiting]
         return [self._status(entry) for entry in entries]
 
+    def loading(self) -> list[dict[str, Any]]:
+        """The status of each model that is being loaded."""
+        with self._changed:
+            return [e.status() for e in self._residents.entries.values() if e.state == "loading"]
+
+    def await_change(self, seconds: float) -> None:
+        """Waits until something has changed, a load's progress aside, or for so long."""
+        with self._changed:
+            self._changed.wait(seconds)
+
     def residents(self) -> list[Resident]:
         """What is loaded, in the order of the list."""
         with self._changed:
@@ -9940,6 +10004,7 @@ class Dialect:
         self.model = self.request.model  # as the request has it, until Queued tells the real id
         self.owner = ""  # whose cached prompts this one may begin with: the door knows the key
         self.usage: Usage | None = None
+        self.first: float | None = None  # when its first words came (monotonic seconds)
         self._reply = Reply()
 
     def read(self, body: Mapping[str, Any]) -> Any:
@@ -9956,6 +10021,8 @@ class Dialect:
             self.model = event.model
         elif isinstance(event, Usage):
             self.usage = event
+        elif self.first is None and isinstance(event, (Text, Thought, CallBegan)):
+            self.first = time.monotonic()
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """What to send at an event: the stream's chunks, or one document at the end."""
@@ -12287,7 +12354,8 @@ class RequestLog:
         tokens = ""
         if self.dialect and self.dialect.usage:
             usage = self.dialect.usage
-            tokens = f" {printable(self.dialect.model)} {usage.prompt_tokens}+{usage.completion_tokens} tokens"
+            first = self.dialect.first and self.dialect.first - self._began
+            tokens = f" {printable(self.dialect.model)} {usage.words(first)}"
         log.info("%s %s %.0f ms%s, id %s", printable(self.what), self.status, milliseconds, tokens, self.id)
 
 
@@ -14645,6 +14713,7 @@ def open_page(url: str) -> None:
 # SIGINT (a shell shows 130), so that a loop around us stops too.
 
 DEFAULT_PORT = 11435
+SUGGESTED = "Qwen/Qwen2.5-1.5B-Instruct-GGUF"  # a first real model: small, open (Apache 2.0), good on any laptop
 
 
 class UsageError(Exception):
@@ -14685,19 +14754,102 @@ def alias(words: str) -> tuple[str, str]:
     return pattern, model
 
 
+HELP = {  # by command: its arguments, what it does, and what stands at the end of its --help
+    "": ("COMMAND ...", """\
+Serves the GGUF models on this machine to the clients of OpenAI, Anthropic, Ollama and llama-server, and to shell pipes.
+A tiny model comes with it, so everything works at once.""", f"""\
+examples:
+  python shimmy.py serve
+  python shimmy.py generate --prompt "Who are you?"
+  python shimmy.py pull {SUGGESTED}
+
+SHIMMY_BASE_GGUF, SHIMMY_MODEL_PATHS, SHIMMY_BIND_ADDRESS, SHIMMY_PORT,
+SHIMMY_API_KEY and SHIMMY_MAX_CTX in the environment stand for flags.
+COMMAND --help tells more."""),
+    "serve": ("", """\
+Starts the server. Models load when the first request names them. Prints its address on stdout, and on stderr what it found
+and what it does; -v adds a line for each request.""", f"""\
+examples:
+  python shimmy.py serve --port 8080 --preload
+  python shimmy.py serve --model {SUGGESTED}:Q4_K_M
+  python shimmy.py serve --alias 'gpt-*=default' --alias 'claude-*=default'
+  SHIMMY_API_KEY=secret python shimmy.py serve --bind 0.0.0.0
+
+environment:
+  SHIMMY_BASE_GGUF       --model
+  SHIMMY_MODEL_PATHS     --models-dir, several with ; or the system's separator
+  SHIMMY_BIND_ADDRESS    --bind
+  SHIMMY_PORT            --port
+  SHIMMY_API_KEY         --api-key
+  SHIMMY_MAX_CTX         --ctx"""),
+    "generate": ("[MODEL] [PROMPT]", """\
+Streams a model's answer to standard output. A running server does the work if it knows the model, else the model is loaded
+for this command. --chat without a prompt is a conversation at the terminal.""", """\
+examples:
+  python shimmy.py generate --prompt "Which port do you use?"
+  git diff | python shimmy.py generate --prompt "Summarise:" --stdin
+  printf 'cat\\ndog\\n' | python shimmy.py generate --lines --prompt "In French:"
+  python shimmy.py generate --chat"""),
+    "pull": ("NAME", """\
+Fetches a model into the Hugging Face cache, where this and other programs find it, or from an address into ~/models (or the
+first --models-dir). Goes on where an earlier pull stopped, and checks what came. Without a quantization it takes Q4_K_M, or
+what is nearest. Prints where the model lies.""", f"""\
+examples:
+  python shimmy.py pull {SUGGESTED}
+  python shimmy.py pull {SUGGESTED}:Q8_0
+  python shimmy.py pull https://example.com/model.gguf
+
+environment:
+  HF_ENDPOINT    the hub (default: {HUB})
+  HF_TOKEN       for private and gated repositories
+  HF_HUB_CACHE   where to (default: ~/.cache/huggingface/hub)"""),
+    "list": ("", """\
+Lists the models on this machine, and whether each fits the memory that is free: yes, no, or with how much context. -v tells
+what was skipped, and why.""", ""),
+    "probe": ("[MODEL]", """\
+Loads a model for real and generates, to tell how much memory it takes and how fast it is.""", """\
+examples:
+  python shimmy.py probe
+  python shimmy.py probe --threads 4 --json"""),
+    "diag": ("", """\
+Shows what a report of a problem should contain: versions, engine, memory, where models were looked for, and whether a server
+answers.""", ""),
+    "completion": ("{bash,zsh,fish}", """\
+Prints a script that completes commands, flags and names of models, for this file called by its name (it is executable), or by
+an alias of that name without .py.""", """\
+examples:
+  source <(python shimmy.py completion bash)
+  python shimmy.py completion fish > ~/.config/fish/completions/shimmy.py.fish"""),
+}
+
+
+class HelpFormat(argparse.HelpFormatter):
+    """Wraps the description, and leaves the examples behind the options as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if ":\n  " in text else super()._fill_text(text, width, indent)
+
+
+def help_of(command: str) -> dict[str, Any]:
+    """What argparse is told of a command's help."""
+    arguments, description, epilog = HELP[command]
+    usage = f"%(prog)s [options] {arguments}".rstrip()
+    return {"usage": usage, "description": description, "epilog": epilog, "formatter_class": HelpFormat}
+
+
 def parser() -> Arguments:
     """The whole command line. Global options work before and after the command."""
-    top = Arguments(prog="shimmy", description="Serve the GGUF models on this machine.")
+    top = Arguments(prog="shimmy", **help_of(""))
     top.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}")
     top.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
     shared = Arguments(add_help=False)
     shared.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}", help=argparse.SUPPRESS)
     shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log to stderr")
     shared.add_argument("--models-dir", action="append", default=[], metavar="DIR", help="also look for models here (repeatable)")
-    commands = top.add_subparsers(dest="command")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
 
     def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> Arguments:
-        sub = commands.add_parser(name, parents=[shared], help=help, description=help[0].upper() + help[1:] + ".")
+        sub = commands.add_parser(name, parents=[shared], help=help, **help_of(name))
         sub.set_defaults(run=run, parser=sub)
         return sub
 
@@ -14716,6 +14868,8 @@ def parser() -> Arguments:
     diag = command("diag", "show versions, memory, search directories and whether a server runs", command_diag)
     diag.add_argument("--json", action="store_true", help="as JSON")
     _address_flags(diag)
+    completion = command("completion", "print a script that completes commands and flags in a shell", command_completion)
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
     return top
 
 
@@ -14734,8 +14888,9 @@ def parse(argv: Seq[str] | None) -> argparse.Namespace:
 
 
 def _address_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--bind", metavar="HOST[:PORT]", help="address (default: 127.0.0.1:11435)")
-    sub.add_argument("--port", type=int, metavar="N", help="port; wins over the one in --bind; 0 picks one")
+    group = sub.add_argument_group("address")
+    group.add_argument("--bind", metavar="HOST[:PORT]", help="address (default: 127.0.0.1:11435)")
+    group.add_argument("--port", type=int, metavar="N", help="port; wins over the one in --bind; 0 picks one")
 
 
 def _engine_flags(sub: argparse.ArgumentParser) -> None:
@@ -14757,24 +14912,27 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
 
 def _serve_flags(sub: argparse.ArgumentParser) -> None:
     _address_flags(sub)
-    sub.add_argument("--model", metavar="NAME|PATH", help="what `default` means")
-    sub.add_argument("--preload", action="store_true", help="load the default model at once")
-    sub.add_argument("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model")
-    sub.add_argument("--max-loaded", type=count(1), default=3, metavar="N", help="models in memory at once (default: 3)")
-    sub.add_argument("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
-                     "-1: never (default)")  # fmt: skip
-    sub.add_argument("--max-queue", type=count(0), default=512, metavar="N", help="requests that may wait (default: 512)")
-    sub.add_argument("--api-key", action="append", default=[], metavar="KEY", help="ask every client for this key, or one of "
-                     "several (repeatable)")  # fmt: skip
-    sub.add_argument("--private-prompts", action="store_true", help="let clients with different keys share no cached prompts")
-    sub.add_argument("--open", action="store_true", help="open the chat page in a browser")
-    sub.add_argument("--insecure", action="store_true", help="allow a bind beyond loopback without a key")
-    sub.add_argument("--allow-origin", action="append", default=[], metavar="ORIGIN", help="web pages that may call (repeatable)")
-    sub.add_argument("--allow-host", action="append", default=[], metavar="HOST", help="Host names to accept (repeatable)")
-    sub.add_argument("--allow-pull", action="store_true", help="let clients have models fetched from the hub (/api/pull)")
-    sub.add_argument("--tools", action="append", default=[], metavar="FILE.py", help="load more tools (repeatable)")
-    sub.add_argument("--tool-root", metavar="DIR", help="let file_read read below this directory")
-    sub.add_argument("--tool-hosts", default="", metavar="HOST,…", help="let http_get reach these hosts, by commas; * is any")
+    add = sub.add_argument_group("models").add_argument
+    add("--model", metavar="NAME|PATH", help="what `default` means; OWNER/REPO[:QUANT] is fetched first")
+    add("--preload", action="store_true", help="load the default model at once")
+    add("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model")
+    add("--max-loaded", type=count(1), default=3, metavar="N", help="models in memory at once (default: 3)")
+    add("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
+        "-1: never (default)")  # fmt: skip
+    add("--max-queue", type=count(0), default=512, metavar="N", help="requests that may wait (default: 512)")
+    add("--open", action="store_true", help="open the chat page in a browser")
+    add = sub.add_argument_group("access").add_argument
+    add("--api-key", action="append", default=[], metavar="KEY", help="ask every client for this key, or one of "
+        "several (repeatable)")  # fmt: skip
+    add("--private-prompts", action="store_true", help="let clients with different keys share no cached prompts")
+    add("--insecure", action="store_true", help="allow a bind beyond loopback without a key")
+    add("--allow-origin", action="append", default=[], metavar="ORIGIN", help="web pages that may call (repeatable)")
+    add("--allow-host", action="append", default=[], metavar="HOST", help="Host names to accept (repeatable)")
+    add("--allow-pull", action="store_true", help="let clients have models fetched from the hub (/api/pull)")
+    add = sub.add_argument_group("tools").add_argument
+    add("--tools", action="append", default=[], metavar="FILE.py", help="load more tools (repeatable)")
+    add("--tool-root", metavar="DIR", help="let file_read read below this directory")
+    add("--tool-hosts", default="", metavar="HOST,…", help="let http_get reach these hosts, by commas; * is any")
     _engine_flags(sub)
 
 
@@ -14922,6 +15080,8 @@ def command_serve(args: argparse.Namespace) -> int:
             log.warning("--models-dir %s: there is no such directory", directory)
     service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull)
     service.report = log.warning
+    if sys.stderr.isatty():
+        threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
         server = Server(address, service, access)
     except OSError as error:
@@ -14929,14 +15089,24 @@ def command_serve(args: argparse.Namespace) -> int:
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     service.table.start()
-    threading.Thread(target=_after_scan, args=(args, service, signals), name="names", daemon=True).start()
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
+    threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
     code = signals.wait()
     if not code:
         log.warning("shutting down%s", _waited_for(service))
     server.stop()
     return code
+
+
+def draw_loads(table: ModelTable) -> None:
+    """The thread that shows on a terminal how far loads are."""
+    while True:
+        table.await_change(1.0)
+        if table.loading():
+            with WaitingLine(lambda: ", ".join(map(loading_stage, table.loading())), 0.2):
+                while table.loading():
+                    table.await_change(0.2)
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -14960,9 +15130,9 @@ def serve_tools(args: argparse.Namespace) -> ToolOptions:
     return ToolOptions(args.tool_root, tuple(h for h in args.tool_hosts.split(",") if h.strip()), tuple(args.tools))
 
 
-def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals) -> None:
+def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
-    lost, default = service.table.unresolved(), service.table.default_id()
+    lost = service.table.unresolved()
     if signals.asked:
         return
     for each in lost:
@@ -14973,13 +15143,77 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
     if lost:
         signals.stop(2)
         return
-    count = len(service.table.catalog.report.models)
-    log.warning("default model: %s; %d model%s found", printable(default or "none"), count, "s" * (count != 1))
+    tell_serving(args, service, url)
     if args.preload:
         try:
             service.table.load("default", True, Cancellation())
         except ApiError as error:
             log.error("preload: %s", error)
+
+
+def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
+    """Says on stderr what was found and what is missing, and how to begin."""
+    models, default = service.table.infos(), service.table.default_id()
+    if all(map(is_boxed, models)):
+        log.warning("%s: get a real one with\n  %s pull %s", "only the model in the box is here, a demonstration" if models
+                    else "no model is here", own_command(), SUGGESTED)  # fmt: skip
+    log.warning("default model: %s; %d model%s found", printable(default or "none"), len(models), "s" * (len(models) != 1))
+    rows = [("found", words) for words in found_words(service.table.catalog.report)]
+    if default:
+        rows.append(("memory", serving_memory(service.table.info(default), service.engine)))
+    rows += [("engine", words) for words in engine_words(service.engine)]
+    key = ' -H "Authorization: Bearer KEY"' if args.api_key or os.environ.get("SHIMMY_API_KEY") else ""
+    body = '{"messages":[{"role":"user","content":"Hello!"}]}'
+    rows += [("page", f"{url}/"), ("try", f"curl {url}/v1/chat/completions{key} -d '{body}'")]
+    print_rows(rows)
+
+
+def print_rows(rows: Iterable[tuple[str, str]]) -> None:
+    """Labelled lines on stderr; on a terminal they keep to its width, but for the command that is to be copied."""
+    import textwrap
+
+    width = terminal_width() if sys.stderr.isatty() else 10_000
+    lines = [f"  {label:8}{text}" if label == "try" else textwrap.fill(
+        text, width, initial_indent=f"  {label:8}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False,
+    ) for label, text in rows]  # fmt: skip
+    print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def found_words(report: ScanReport) -> Iterator[str]:
+    """Where the models are."""
+    home = os.path.expanduser("~")
+    gave = [(d["models"], str(d["path"])) for d in report.directories if d["models"]]
+    places = [f"{n} in {printable('~' + path.removeprefix(home) if path.startswith(home + os.sep) else path, 100)}"
+              for n, path in gave]  # fmt: skip
+    named = len(report.models) - sum(n for n, _ in gave)
+    if report.models:
+        yield ", ".join([*([f"{named} by its path"] if named else []), *places])
+    if report.skipped:
+        yield f"{len(report.skipped)} files are no models to serve: list -v says why"
+
+
+def serving_memory(model: ModelInfo, engine: EngineOptions) -> str:
+    """Whether the default model fits the memory, and with which context."""
+    free, most = available_memory(), model.largest_context(engine.kv_type)
+    if free is None:
+        return "nobody tells how much is free"
+    told = f"{human_bytes(free)} free, {printable(model.id)} takes {human_bytes(model.size_bytes)}"
+    if most is None or model.embedding:
+        return told
+    usual = min(engine.ctx or 8192, model.context_length or 8192)
+    if most < usual:
+        advice = f"only {most:,} fit, say --ctx {most}" if most else "none fits"
+        return f"{told}; {usual:,} tokens of context do not fit: {advice}"
+    return f"{told}; {usual:,} tokens of context, up to {most:,} fit (--ctx)"
+
+
+def engine_words(engine: EngineOptions) -> Iterator[str]:
+    """The threads, and a GPU that lies idle."""
+    threads, gpu = engine.threads or physical_cores(), machine_gpu()
+    yield f"{threads} thread{'s' * (threads != 1)}"
+    if gpu and engine.gpu_layers and not engine_build()["gpu_offload"]:
+        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        yield f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"
 
 
 def _waited_for(service: Service) -> str:
@@ -14995,7 +15229,8 @@ def command_list(args: argparse.Namespace) -> int:
     service.table.scan()
     report = service.table.catalog.report
     if args.json:
-        more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m.size_bytes)} for m in report.models}
+        more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m.size_bytes),
+                       "largest_context": m.largest_context("f16")} for m in report.models}  # fmt: skip
         models = [m | more[m["id"]] for m in service.table.models() if m["id"] in more]
         print_json({"models": models, "skipped": list(report.skipped), "directories": list(report.directories)})
     elif args.short:
@@ -15020,11 +15255,18 @@ def fits_memory(size_bytes: int) -> bool | None:
     return None if free is None else size_bytes + 64 * MIB <= free
 
 
+def fit_word(model: ModelInfo) -> str | None:
+    """Whether a model fits the free memory: yes, no, or with which context less than the usual one."""
+    fits, usual, most = fits_memory(model.size_bytes), min(model.context_length or 8192, 8192), model.largest_context("f16")
+    if not fits or most is None or most >= usual:
+        return {True: "yes", False: "no", None: None}[fits]
+    return f"ctx {most}" if most else "no"
+
+
 def print_models(models: Seq[ModelInfo]) -> None:
     """The table of `list`."""
-    fits = {True: "yes", False: "no", None: None}
     cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length,
-              fits[fits_memory(m.size_bytes)], m.path) for m in models]  # fmt: skip
+              fit_word(m), m.path) for m in models]  # fmt: skip
     rows = [[printable(str(cell or "-"), MAX_SHOWN_PATH if cell is row[-1] else 200) for cell in row] for row in cells]
     print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"], rows)
     if not models:
@@ -15037,10 +15279,18 @@ def print_json(document: Any) -> None:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell."""
+    """Columns as wide as their widest cell; on a terminal too narrow for them, a paragraph for each row."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    for row in [header, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    room = terminal_width(sys.stdout) if sys.stdout.isatty() else sys.maxsize
+    if sum(widths) + 2 * len(widths) - 2 <= room:
+        for row in [header, *rows]:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    import textwrap
+
+    for name, *cells in rows:
+        text = ", ".join(f"{label.lower()} {cell}" for label, cell in zip(header[1:], cells, strict=True))
+        print(textwrap.fill(text, room, initial_indent=f"{name}\n  ", subsequent_indent="  ", break_on_hyphens=False))
 
 
 class WaitingLine:
@@ -15093,10 +15343,10 @@ class WaitingLine:
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def terminal_width() -> int:
-    """Columns of the terminal that stderr is."""
+def terminal_width(stream: IO[str] | None = None) -> int:
+    """Columns of the terminal that the stream, or else stderr, is."""
     try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        return os.get_terminal_size((stream or sys.stderr).fileno()).columns or 80
     except (OSError, ValueError):
         return 80
 
@@ -15113,7 +15363,6 @@ def loading_stage(status: dict[str, Any]) -> str:
 # pull
 
 PULL_LINE_SECONDS = 5.0  # between lines about a pull where there is no terminal
-SUGGESTED = "Qwen/Qwen2.5-1.5B-Instruct-GGUF"  # small, open (Apache 2.0), and a good start on any laptop
 
 
 def command_pull(args: argparse.Namespace) -> int:
@@ -15292,16 +15541,19 @@ def command_probe(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
         return 0
-    print(f"{printable(result['model'])}: loaded in {result['load_seconds']:.2f} s, "
-          f"{human_bytes(result['memory_bytes'])} of memory, context {result['context_length']}, "
-          f"{result['prompt_tokens_per_second']:.0f} tokens/s prompt, "
-          f"{result['generated_tokens_per_second']:.0f} tokens/s generated")  # fmt: skip
+    most = result["largest_context"]
+    print(f"{printable(result['model'])}\n"
+          f"loaded in    {result['load_seconds']:.2f} s\n"
+          f"memory       {human_bytes(result['memory_bytes'])}, {human_bytes(result['available_bytes'] or 0)} are left\n"
+          f"context      {result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}\n"
+          f"prompt       {result['prompt_tokens_per_second']:,.0f} tokens/s\n"
+          f"generated    {result['generated_tokens_per_second']:,.0f} tokens/s")  # fmt: skip
     return 0
 
 
 def probe(service: Service, name: str) -> dict[str, Any]:
     """Loads a model for real and generates 64 tokens; speeds in tokens per second."""
-    cancel = Cancellation()
+    cancel, most = Cancellation(), service.table.info(name).largest_context(service.engine.kv_type)
     with service.table.lease(name, cancel) as lease:
         worker = lease.wait()
         assert worker
@@ -15312,11 +15564,62 @@ def probe(service: Service, name: str) -> dict[str, Any]:
         usage = next(e for e in events if isinstance(e, Usage))
         return {
             "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
-            "memory_bytes": worker.memory_bytes(), "context_length": worker.loaded.ctx,
+            "memory_bytes": worker.memory_bytes(), "available_bytes": available_memory(),
+            "context_length": worker.loaded.ctx, "largest_context": most,
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
             "generated_tokens_per_second": round((usage.completion_tokens - 1) / max(usage.decode_seconds, 1e-9), 1),
         }  # fmt: skip
+
+
+# completion
+
+BASH = """\
+_shimmy() {
+  local current=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} words name
+  case ${COMP_WORDS[1]} in
+%s
+    *) words="%s";;
+  esac
+  case $before in
+%s
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+  case $before in generate|probe|--model)
+    while IFS= read -r name; do  # not with compgen, which would run what a name holds
+      [[ $name == "$current"* ]] && COMPREPLY+=("$(printf %%q "$name")")
+    done < <("${COMP_WORDS[0]}" list --short 2>/dev/null)
+  esac
+}
+complete -o default -F _shimmy shimmy shimmy.py
+"""
+
+
+def command_completion(args: argparse.Namespace) -> int:
+    """Prints a shell's script, made of what argparse knows."""
+    commands = next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    flags = {name: [a for a in sub._actions if a.option_strings and a.help != argparse.SUPPRESS]
+             for name, sub in dict(commands or {}).items()}  # fmt: skip
+    chosen = {a.option_strings[-1]: " ".join(a.choices) for some in flags.values() for a in some if a.choices}
+    if args.shell == "fish":
+        print("\n".join(fish_lines(flags)))
+        return 0
+    rows = (f'    {name}) words="{" ".join(o for a in some for o in a.option_strings)}";;' for name, some in flags.items())
+    values = (f'    {flag}) words="{words}";;' for flag, words in chosen.items())
+    start = "autoload -U +X bashcompinit && bashcompinit\n" if args.shell == "zsh" else ""
+    print(start + BASH % ("\n".join(rows), " ".join(flags), "\n".join(values)), end="")
+    return 0
+
+
+def fish_lines(flags: dict[str, list[argparse.Action]]) -> Iterator[str]:
+    """One line for each command and flag."""
+    for name, some in flags.items():
+        yield f"complete -c shimmy.py -f -n __fish_use_subcommand -a {name}"
+        for a in some:
+            value = f" -x -a '{' '.join(a.choices)}'" if a.choices else " -r" if a.nargs != 0 else ""
+            names = "".join(f" -{'l' if o.startswith('--') else 's'} {o.lstrip('-')}" for o in a.option_strings)
+            said = (a.help or "").replace("\\", "\\\\").replace("'", "\\'")
+            yield f"complete -c shimmy.py -n '__fish_seen_subcommand_from {name}'{names}{value} -d '{said}'"
 
 
 def server_url(args: argparse.Namespace) -> str:
@@ -15431,6 +15734,9 @@ class TextSource(Protocol):
     queued: Queued | None  # the request passed its checks
     poll_seconds: float  # how often to ask for the status
 
+    def warm(self) -> None:
+        """Has the model loaded, if it is not, without waiting for it."""
+
     def status(self) -> dict[str, Any]:
         """The model's status, as the status route tells it."""
 
@@ -15493,6 +15799,9 @@ class OwnEngine:
         self.status()  # reads the whole header
         self.has_template = next(m["chat_template"] for m in self._service.table.models() if m["id"] == self.model)
 
+    def warm(self) -> None:
+        self._service.table.load(self.model, False, Cancellation())
+
     def status(self) -> dict[str, Any]:
         return self._service.table.status(self.model)
 
@@ -15540,6 +15849,9 @@ class RunningServer:
         if error["code"] == "model_not_found":
             raise NoServer(f"the server at {self.url} knows no model {printable(self.model)}")
         raise self._error(document)
+
+    def warm(self) -> None:
+        """Left to the first message: the server may have better to do."""
 
     def _error(self, document: Any) -> ApiError:
         """The server's error object as an exception."""
@@ -15624,17 +15936,40 @@ def command_generate(args: argparse.Namespace) -> int:
     sampling = sampling_fields(args)
     args.model = generating_model(args.model)
     with contextlib.closing(choose_generator(args)) as generator:
+        if converses(args):
+            return Conversation(args, generator, sampling).run()
         if args.lines:
             return generate_lines(args, generator, sampling)
         body = generate_body(args, generator, read_prompt(args), sampling)
         with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
             wire = PrintedJson(line, args.raw) if args.json else PrintedText(line, args.raw)
+            dialect = Speed(body | {"stream": not args.json})
             try:
-                deliver(Native(body | {"stream": not args.json}), generator.events(body), wire)
+                deliver(dialect, generator.events(body), wire)
             except ApiError:
                 wire.end()  # the message gets a line of its own
                 raise
-    return report_cut(args, wire)
+    dialect.report()
+    return report_cut(args, wire, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
+
+
+class Speed(Native):
+    """A native request that notes how fast it is answered, for -v."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__(body)
+        self._began = self._last = time.monotonic()
+
+    def note(self, event: Event) -> None:
+        super().note(event)
+        if isinstance(event, Text):
+            self._last = time.monotonic()
+
+    def report(self) -> None:
+        """Logs tokens, time to first token (a load counts) and speed; a server tells only how many tokens there were."""
+        if self.usage and self.first:
+            seconds = self.usage.decode_seconds or self._last - self.first
+            log.info("%s", replace(self.usage, decode_seconds=seconds).words(self.first - self._began))
 
 
 def generating_model(model: str | None) -> str | None:
@@ -15764,15 +16099,134 @@ class PrintedJson(PrintedText):
         print_json(document)
 
 
-def report_cut(args: argparse.Namespace, wire: PrintedText) -> int:
+def report_cut(args: argparse.Namespace, wire: PrintedText, most: int) -> int:
     """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
     if wire.finish_reason != "length":
         return 0
-    most = NATIVE_DEFAULTS["max_tokens"] if args.max_tokens is None else args.max_tokens
     limit = f"--max-tokens {most}" if 0 <= most <= wire.completion_tokens else "the end of the context, see --ctx"
     what = "the JSON document is not whole: it" if args.schema else "the text"
     print(f"shimmy: {what} was cut at {limit}", file=sys.stderr)
     return 1 if args.schema else 0
+
+
+# --chat without a prompt, on a terminal
+
+
+def converses(args: argparse.Namespace) -> bool:
+    """True if somebody sits at a keyboard and wants to chat."""
+    asks = args.prompt is None and not (args.lines or args.json or args.stdin)
+    return bool(args.chat and asks and sys.stdin.isatty() and sys.stdout.isatty())
+
+
+CHAT_HELP = """\
+/reset          forgets the conversation
+/system TEXT    sets the system prompt, and forgets the conversation
+/help           shows this
+\"\"\"             begins a text of several lines, and ends it
+Ctrl-C stops an answer, Ctrl-D ends."""
+
+
+class Conversation:
+    """A chat at the keyboard: its turns so far, and the commands between them."""
+
+    def __init__(self, args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> None:
+        self._args, self._generator = args, generator
+        self._sampling = {"max_tokens": -1} | sampling  # an answer ends where the model ends it
+        self._turns: list[dict[str, Any]] = []
+        self._commands = {"/reset": self._reset, "/system": self._system, "/help": lambda _: print(CHAT_HELP)}
+
+    def run(self) -> int:
+        """Asks and answers until Ctrl-D."""
+        print(f"{printable(self._generator.model)}: /help shows commands, Ctrl-D ends", file=sys.stderr)
+        self._generator.warm()
+        with line_history():
+            while (text := self._read()) is not None:
+                command, _, rest = text.strip().partition(" ")
+                if command.startswith("/") and command[1:].isalpha():
+                    self._commands.get(command, lambda _: print("there is no such command; /help shows those there are"))(rest)
+                elif text.strip():
+                    self._answer(text)
+        return 0
+
+    def _reset(self, _: str) -> None:
+        self._turns = [turn for turn in self._turns if turn["role"] == "system"]
+
+    def _system(self, text: str) -> None:
+        self._turns = [{"role": "system", "content": text}] if text.strip() else []
+
+    def _read(self) -> str | None:
+        '''What was typed, perhaps several lines between """; None at the end.'''
+        lines: list[str] = []
+        while True:
+            try:
+                lines.append(input(".. " if lines else "> "))
+            except KeyboardInterrupt:
+                print()
+                lines = []
+                continue
+            except EOFError:
+                print()
+                return None
+            text = "\n".join(lines)
+            if not text.startswith('"""'):
+                return text
+            if len(text) >= 6 and text.rstrip().endswith('"""'):
+                return text.rstrip()[3:-3]
+
+    def _answer(self, text: str) -> None:
+        """Asks the model; what it has said counts even if it was stopped."""
+        args, generator, asked = self._args, self._generator, {"role": "user", "content": text}
+        body = generate_body(args, generator, "", self._sampling) | {"messages": [*self._turns, asked], "stream": True}
+        generator.queued = None
+        dialect = Speed(body)
+        with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
+            wire = Said(line)
+            try:
+                deliver(dialect, generator.events(body), wire)
+            except KeyboardInterrupt:
+                print()
+            except ApiError as error:
+                line.clear()
+                complain(error, 1)
+                if error.code == ContextLengthExceeded.code:  # a server's has another class
+                    print("/reset begins anew", file=sys.stderr)
+        if wire.said:
+            self._turns += [asked, {"role": "assistant", "content": "".join(wire.said)}]
+        dialect.report()
+        report_cut(args, wire, self._sampling["max_tokens"])
+
+
+class Said(PrintedText):
+    """An answer that is printed, and kept for the turns to come."""
+
+    def __init__(self, line: WaitingLine) -> None:
+        super().__init__(line, raw=False)
+        self.said: list[str] = []
+
+    def send(self, document: dict[str, Any]) -> None:
+        self.said.append(document["choices"][0]["text"])
+        super().send(document)
+
+
+@contextlib.contextmanager
+def line_history() -> Iterator[None]:
+    """Editing and history for input(), where Python has readline; the file is for its owner alone."""
+    try:
+        import readline
+    except ImportError:  # Windows' console has its own
+        yield
+        return
+    path = os.path.expanduser("~/.shimmy_history")
+    with contextlib.suppress(OSError):
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        readline.read_history_file(path)
+    readline.set_history_length(1000)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            readline.write_history_file(path)
+            os.chmod(path, 0o600)
 
 
 # --lines
@@ -15789,7 +16243,8 @@ class Collected(Wire):
 
 def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
     """Answers every line of standard input in order, each with one line of JSON; 1 if any failed."""
-    failed = cut = 0
+    failed = cut = tokens = 0
+    began = time.monotonic()
     line = WaitingLine(lambda: waiting_for(generator), generator.poll_seconds)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
@@ -15800,6 +16255,9 @@ def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: di
             print(json.dumps(document), flush=True)
             cut += document.get("choices", [{}])[0].get("finish_reason") == "length"
             failed += "error" in document
+            tokens += document.get("usage", {}).get("completion_tokens", 0)
+    seconds = time.monotonic() - began
+    log.info("%d tokens in %.2f s: %.1f tokens/s", tokens, seconds, tokens / max(seconds, 1e-9))
     for count, what in ((failed, "failed: see their error"), (cut, "reached --max-tokens or the context's end")):
         if count:
             print(f"shimmy: {count} line{'s' * (count != 1)} {what}", file=sys.stderr)
