@@ -11403,7 +11403,7 @@ class OllamaGenerate(Ollama):
 class OllamaEmbed(Embeddings):
     """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
 
-    source = "input"
+    source, api = "input", "ollama"
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self._began, self._ready = time.monotonic(), 0.0
