@@ -11458,6 +11458,7 @@ class OllamaEmbed(Embeddings):
 class OllamaPull(Dialect):
     """`/api/pull`, of a hub's repositories: hf.co/OWNER/REPO:QUANT, as Ollama's users write it."""
 
+    api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
 
     def __init__(self, body: Mapping[str, Any]) -> None:
