@@ -1196,7 +1196,7 @@ PARSING = Budget(MAX_BODY)  # one full-sized body at a time, or several smaller 
 
 
 def parse_json(data: bytes, what: str = "The body") -> Any:
-    """Strict JSON: UTF-8, no NaN, no number beyond a float's, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values.
+    """Strict JSON: UTF-8, no NaN, no number beyond a float's, no lone surrogates; depth and values are bounded.
 
     Beyond TURN_BYTES it waits for its turn. Raises InvalidRequest, and Overloaded when its turn does not come.
     """
@@ -9733,7 +9733,7 @@ class Download:
 
         self._hub, self._repo, self._file, self._target = hub, repo, file, target
         git = len(file.digest) == 40
-        self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size) if git else hashlib.sha256()
+        self._new_hash = lambda: hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False) if git else hashlib.sha256()
         self._have = 0  # bytes in the partial file
 
     def run(self) -> Iterator[Fetching]:
