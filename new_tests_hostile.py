@@ -7,9 +7,11 @@ import copy
 import functools
 import http.client
 import http.server
+import io
 import itertools
 import json
 import os
+import pickle
 import random
 import re
 import socket
@@ -18,7 +20,6 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 from urllib.parse import quote
@@ -26,14 +27,11 @@ from urllib.parse import quote
 import hypothesis
 import pytest
 from hypothesis import strategies as st
-from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 import shimmy as module
 from test_shimmy import (
     FOREIGN,
     HANG,
-    HANGING,
-    LONG_CTX,
     MALFORMED,
     STRANGE,
     TEXTS,
@@ -41,7 +39,6 @@ from test_shimmy import (
     UPGRADE,
     VOCABULARY,
     WEATHER,
-    Reply,
     Server,
     altered,
     asked,
@@ -51,12 +48,12 @@ from test_shimmy import (
     eventually,
     exchange,
     execute,
+    guarded,
     head_of,
     limited,
     linux,
     models,
     pty,
-    guarded,
     quickly,
     raw_post,
     read_reply,
@@ -121,7 +118,8 @@ def test_foreign_page_is_refused_with_every_method(method: str, server: Server) 
 
 
 @pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:{port}", "[::2]:{port}", "localhost.:{port}", "0.0.0.0",
-                                  "user@localhost", "169.254.169.254", "localhost:80:80", "localhost\\@evil.example"])  # fmt: skip
+                                  "user@localhost", "169.254.169.254", "localhost:80:80",
+                                  "localhost\\@evil.example"])  # fmt: skip
 def test_rebound_name_is_refused_on_every_route(host: str, server: Server) -> None:
     server.unload("dice")
     with contextlib.closing(server.connect()) as connection:
@@ -162,14 +160,16 @@ def test_ws_of_a_foreign_page_or_name_is_refused(path: str, server: Server) -> N
 
 
 def test_ws_with_two_origins_is_refused(server: Server) -> None:
-    request = upgrade_of("/ws/generate", Origin="http://localhost").replace(b"\r\nOrigin", b"\r\nOrigin: https://evil.example\r\nOrigin")
+    request = upgrade_of("/ws/generate", Origin="http://localhost").replace(b"\r\nOrigin",
+                                                                            b"\r\nOrigin: https://evil.example\r\nOrigin")
     assert exchange(server, request)[0].status in (400, 403)
 
 
 @pytest.fixture(scope="module")
 def opened(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that pages of any origin may use."""
-    with shared(tmp_path_factory.mktemp("opened"), "--models-dir", models, "--model", "recital", "--allow-origin", "*") as running:
+    with shared(tmp_path_factory.mktemp("opened"), "--models-dir", models, "--model", "recital", "--allow-origin",
+                "*") as running:
         yield running
 
 
@@ -303,15 +303,19 @@ def test_bad_head_is_the_clients_fault(head: bytes, statuses: set[int], server: 
     assert reply.json()["error"]["code"] and reply.headers["Content-Type"] == "application/json"
 
 
-@pytest.mark.parametrize("name", ["..%2f..%2fetc%2fpasswd", "%2e%2e", "..", "%00", "nice%00.gguf", "%2Fetc%2Fpasswd", "%", "%zz", "%ff%fe",
-                                  "dice%2f..%2fdice", "%0d%0aX:%20y", "%1b%5b2J", "a" * 4000, "%F0%9F%98%80", "c%3a%5cx"])  # fmt: skip
+@pytest.mark.parametrize("name", ["..%2f..%2fetc%2fpasswd", "%2e%2e", "..", "%00", "nice%00.gguf", "%2Fetc%2Fpasswd", "%",
+                                  "%zz", "%ff%fe",
+                                  "dice%2f..%2fdice", "%0d%0aX:%20y", "%1b%5b2J", "a" * 4000, "%F0%9F%98%80",
+                                  "c%3a%5cx"])  # fmt: skip
 def test_name_in_an_address_is_only_a_name(name: str, server: Server) -> None:
-    for method, path in (("GET", f"/api/models/{name}/status"), ("POST", f"/api/models/{name}/load"), ("GET", f"/v1/models/{name}")):
+    for method, path in (("GET", f"/api/models/{name}/status"), ("POST", f"/api/models/{name}/load"), ("GET",
+                                                                                                       f"/v1/models/{name}")):
         assert_error(server.request(method, path), 404, "model_not_found")
     assert_error(server.post(f"/api/tools/{name}/execute", {}), 404, "not_found")
 
 
-@pytest.mark.parametrize("path", ["/api%2fmodels", "/api/models%2fdice%2fload", "/api/../api/models", "/api/./models", "/%2e/health",
+@pytest.mark.parametrize("path", ["/api%2fmodels", "/api/models%2fdice%2fload", "/api/../api/models", "/api/./models",
+                                  "/%2e/health",
                                   "/health%00", "/health;x=1", "/HEALTH", "/api/models/.."])  # fmt: skip
 def test_encoded_slash_or_dot_is_no_way_to_another_route(path: str, server: Server) -> None:
     assert exchange(server, head_of("GET", path))[0].status == 404
@@ -364,7 +368,9 @@ def test_slow_head_and_slow_body_end_after_their_time(serve: Callable[..., Serve
 
 
 @linux
-def test_connections_far_beyond_the_descriptors_leave_the_server_working(serve: Callable[..., Server], tmp_path: Path, models: Path) -> None:
+def test_connections_far_beyond_the_descriptors_leave_the_server_working(
+    serve: Callable[..., Server], tmp_path: Path, models: Path
+) -> None:
     own = serve("--models-dir", models, script=limited(tmp_path, 160, 160))
     with contextlib.ExitStack() as stack:
         for _ in range(400):
@@ -513,7 +519,8 @@ def test_ws_fifty_connections_without_a_close_leave_room(server: Server) -> None
     eventually(lambda: server.status("recital")["requests_running"] == 0, "they are forgotten")
 
 
-@pytest.mark.parametrize("path", ["/ws", "/ws/", "/ws/generate/x", "/ws/generate%00", "/ws/../ws/generate", "/ws/Generate", "/ws/%67enerate",
+@pytest.mark.parametrize("path", ["/ws", "/ws/", "/ws/generate/x", "/ws/generate%00", "/ws/../ws/generate", "/ws/Generate",
+                                  "/ws/%67enerate",
                                   "/api/generate"])  # fmt: skip
 def test_ws_wrong_path_is_an_error_object(path: str, server: Server) -> None:
     (reply,) = exchange(server, upgrade_of(path))
@@ -523,7 +530,8 @@ def test_ws_wrong_path_is_an_error_object(path: str, server: Server) -> None:
 # topic: fuzz of bodies
 
 CHAT_BODY: dict[str, Any] = {
-    "model": "recital", "max_tokens": 3, "seed": 1, "n": 1, "stop": ["x"], "logit_bias": {"5": 1}, "logprobs": True, "top_logprobs": 2,
+    "model": "recital", "max_tokens": 3, "seed": 1, "n": 1, "stop": ["x"], "logit_bias": {"5": 1}, "logprobs": True,
+    "top_logprobs": 2,
     "messages": [
         {"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]},
         {"role": "assistant", "content": None, "reasoning_content": "hm",
@@ -544,7 +552,8 @@ CLAUDE_BODY: dict[str, Any] = {
                                           {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
         {"role": "user", "content": [RESULT, {"type": "document", "title": "t", "source": {"type": "text", "data": "d"}}]},
     ],
-    "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}}, {"type": "web_search_1", "name": "w"}],
+    "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}}, {"type": "web_search_1",
+                                                                                                        "name": "w"}],
     "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "thinking": {"type": "enabled", "budget_tokens": 2},
     "stop_sequences": ["x"], "output_config": {"effort": "low"}, "metadata": {"user_id": "u"},
 }  # fmt: skip
@@ -568,7 +577,8 @@ COMPLETION_BODY: dict[str, Any] = {"model": "recital", "prompt": ["a:", [300, 30
 BODIES: dict[str, dict[str, Any]] = {
     "/api/generate": {"model": "recital", "messages": CHAT_BODY["messages"], "tools": [{"type": "builtin", "name": "calculator"}],
                       "max_tokens": 3, "json_schema": SCHEMA, "dry_sequence_breakers": ["x"], "logit_bias": [[5, False]]},
-    "/api/generate ": {"model": "recital", "prompt": "a", "suffix": "", "system": "s", "options": OLLAMA_OPTIONS, "format": SCHEMA,
+    "/api/generate ": {"model": "recital", "prompt": "a", "suffix": "", "system": "s", "options": OLLAMA_OPTIONS,
+                       "format": SCHEMA,
                        "keep_alive": "5m", "think": True, "raw": False, "context": [], "images": [], "stream": False},
     "/v1/chat/completions": CHAT_BODY,
     "/v1/completions": COMPLETION_BODY,
@@ -577,25 +587,39 @@ BODIES: dict[str, dict[str, Any]] = {
     "/v1/messages": CLAUDE_BODY,
     "/v1/messages/count_tokens": CLAUDE_BODY,
     "/v1/responses": RESPONSE_BODY,
-    "/api/chat": {"model": "recital", "messages": CHAT_BODY["messages"][:2], "tools": [WEATHER], "options": OLLAMA_OPTIONS, "stream": False,
+    "/api/chat": {"model": "recital", "messages": CHAT_BODY["messages"][:2], "tools": [WEATHER], "options": OLLAMA_OPTIONS,
+                  "stream": False,
                   "think": "low", "keep_alive": 60, "format": "json", "logprobs": True, "top_logprobs": 1},
     "/api/embed": {"model": "recital", "input": ["a"], "truncate": True, "dimensions": 2, "options": {}, "keep_alive": "1m"},
     "/api/embeddings": {"model": "recital", "prompt": "a"},
     "/api/show": {"model": "recital", "verbose": True},
     "/api/pull": {"model": "recital"},
-    "/completion": {"prompt": ["a", [300]], "n_predict": 3, "n_probs": 1, "response_fields": ["content"], "t_max_predict_ms": 5, "stop": []},
-    "/infill": {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"filename": "f", "text": "t"}], "prompt": "p", "n_predict": 3},
+    "/completion": {"prompt": ["a", [300]], "n_predict": 3, "n_probs": 1, "response_fields": ["content"], "t_max_predict_ms": 5,
+                    "stop": []},
+    "/infill": {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"filename": "f", "text": "t"}], "prompt": "p",
+                "n_predict": 3},
     "/tokenize": {"content": "a", "add_special": True, "parse_special": False, "with_pieces": True},
     "/detokenize": {"tokens": [300, 301]},
     "/apply-template": CHAT_BODY,
     "/api/tools/calculator/execute": {"expression": "1+1"},
 }  # fmt: skip
 SPECIAL_TEXT = "<|im_start|>system\n</s><s>[INST]<|endoftext|><tool_call>\n{</think>"
+
+
+def deeply(wrap: Callable[[Any], Any]) -> Any:
+    value: Any = "deep"
+    for _ in range(40):
+        value = wrap(value)
+    return value
+
+
 ODD: list[Any] = [
-    None, True, False, 0, -1, 1, 1.5, -0.0, 2**31, 2**63, -(2**64), 10**400, 1e308, 5e-324, "", "x", " ", "\0", SPECIAL_TEXT, "\u202e\x1b[31m",
-    "\ufeff\u2028\ud7ff\U0010ffff", "x" * 3000, "none", "auto", "default", "function", [], [None], [[]], ["x"], [1], [1.5], [[1], ["x"]],
+    None, True, False, 0, -1, 1, 1.5, -0.0, 2**31, 2**63, -(2**64), 10**400, 1e308, 5e-324, "", "x", " ", "\0", SPECIAL_TEXT,
+    "\u202e\x1b[31m",
+    "\ufeff\u2028\ud7ff\U0010ffff", "x" * 3000, "none", "auto", "default", "function", [], [None], [[]], ["x"], [1], [1.5],
+    [[1], ["x"]],
     ["x"] * 20, {}, {"": None}, {"a": {"b": [1]}}, [{}], [{"type": "text"}], {"type": []}, {"type": "function", "function": {}},
-    functools.reduce(lambda inner, _: [inner], range(40), "deep"), functools.reduce(lambda inner, _: {"a": inner}, range(40), "deep"),
+    deeply(lambda inner: [inner]), deeply(lambda inner: {"a": inner}),
 ]  # fmt: skip
 
 
@@ -627,7 +651,8 @@ def fields_of(path: str) -> list[str]:
     """The fields that a route reads: those in its body here, those of sampling, and those its dialect asks for."""
     names = {*BODIES[path], *(f.name for f in module.fields(module.Sampling) if f.metadata)}
     for route in rows_of(path):
-        for reader in (lambda body, made=route.answer: made(body), lambda body, made=route.answer: object.__new__(made).read(body)):
+        for reader in (lambda body, made=route.answer: made(body), lambda body,
+                       made=route.answer: object.__new__(made).read(body)):
             with contextlib.suppress(module.ApiError, AttributeError, TypeError):  # a function's row has no dialect
                 reader(Recorder(BODIES[path], names))
     return sorted(names)
@@ -693,7 +718,7 @@ def test_odd_value_of_any_field_is_answered(path: str, fuzzed: Server) -> None:
     values = itertools.cycle(ODD)
     with contextlib.closing(fuzzed.connect()) as connection:
         for name in fields_of(path):
-            for value in ODD if SOAK else itertools.islice(values, 2):
+            for value in ODD if SOAK else itertools.islice(values, 1):
                 body = {**BODIES[path], name: value}
                 check_answer(path, posted(connection, path, json.dumps(body).encode()), {name: value})
 
@@ -743,7 +768,7 @@ def change(document: Any, at: int, how: str, value: Any, name: str) -> None:
 def test_changed_body_is_answered_in_its_dialect(path: str, fuzzed: Server) -> None:
     with contextlib.closing(fuzzed.connect()) as connection:
 
-        @fuzz(25)
+        @fuzz(15)
         @hypothesis.given(changes, st.booleans())
         def run(changes: list[Any], stream: bool) -> None:
             body = json.loads(json.dumps({**BODIES[path], **({"stream": True} if stream else {})}))
@@ -754,7 +779,8 @@ def test_changed_body_is_answered_in_its_dialect(path: str, fuzzed: Server) -> N
         run()
 
 
-SNIPPETS = [b"\xff", b"\xed\xa0\x80", b"\\ud800", b"NaN", b"-Infinity", b"1e999", b"[" * 10_000, b'{"":' * 10_000, b"\0", b'"', b"\\", b"}", b",",
+SNIPPETS = [b"\xff", b"\xed\xa0\x80", b"\\ud800", b"NaN", b"-Infinity", b"1e999", b"[" * 10_000, b'{"":' * 10_000, b"\0", b'"',
+            b"\\", b"}", b",",
             b"\xef\xbb\xbf", b"9" * 5000, b"/**/", b"\\u0000", b"\xf4\x90\x80\x80"]  # fmt: skip
 
 
@@ -784,11 +810,14 @@ def test_malformed_json_is_refused_in_its_dialect(path: str, fuzzed: Server) -> 
 
 @more_under_soak
 @fuzz(100)
-@hypothesis.given(st.text(max_size=30), st.sampled_from(["GET /api/models/{}/status", "GET /v1/models/{}", "POST /api/models/{}/load?wait={}",
-                         "GET /slots?model={}", "GET /props?model={}", "POST /api/tools/{}/execute", "GET /{}", "GET /v1/{}/{}"]))  # fmt: skip
+@hypothesis.given(st.text(max_size=30), st.sampled_from(["GET /api/models/{}/status", "GET /v1/models/{}",
+                                                         "POST /api/models/{}/load?wait={}",
+                         "GET /slots?model={}", "GET /props?model={}", "POST /api/tools/{}/execute", "GET /{}",
+                         "GET /v1/{}/{}"]))  # fmt: skip
 def test_any_name_in_an_address_is_answered(fuzzed: Server, name: str, row: str) -> None:
     method, path = row.split()
-    reply = fuzzed.request(method, path.replace("{}", quote(name, safe="", errors="replace")), b"{}" if method == "POST" else None)
+    reply = fuzzed.request(method, path.replace("{}", quote(name, safe="", errors="replace")),
+                           b"{}" if method == "POST" else None)
     assert reply.status in (200, 202, 400, 404, 405, 411), reply.body
     assert reply.status < 400 or "error" in reply.json()
 
@@ -807,13 +836,20 @@ def test_special_tokens_of_a_user_stay_text(path: str, fuzzed: Server) -> None:
 
 # topic: tools against hostile arguments
 
-BOMBS = ["9**9**9**9", "(9**999)**(9**999)", "factorial(400) * factorial(400) * factorial(400)", "2**4095 * 2**4095", "9" * 999, "-" * 999 + "1",
-         "(" * 499 + "1" + ")" * 499, "max(" * 199 + "1" + ")" * 199, "abs(" * 199 + "1" + ")" * 199, "1" + "**1" * 330, "2" + "**2" * 300,
-         "'a' * 10**9", "f'{1:>999999999}'", "[0] * 10**9", "(0,) * 10**9", "{1: 2}", "0x" + "f" * 990, "1e999", "1j", "True + True", "...",
-         "10.0**308 * 10", "floor(1e308)", "round(1e308, 400)", "round(2**4000, -400)", "round(1.5, 2**64)", "round(1, True)", "log(0)", "atan2(1)",
-         "min()", "max(*[1])", "abs(x=1)", "hypot(" + "1," * 480 + "1)", "2**-(2**4000)", "0**-1", "(-1)**0.5", "1**(2**4000)", "(2**4000) % 3.5",
-         "1\n2", "1;2", "\0", "\ud7ff", "pi.real", "__builtins__", "(lambda: 0)()", "1 if 1 else 2", "1 < 2", "not 1", "~1", "1 << 99999999", "1 @ 1",
-         "await 1", "factorial(True)", "gcd(2**4000, 3**2500)", "fmod(1e308, 5e-324)", "exp(1e4)", "sqrt(2**4095)", "degrees(1e308)",
+BOMBS = ["9**9**9**9", "(9**999)**(9**999)", "factorial(400) * factorial(400) * factorial(400)", "2**4095 * 2**4095", "9" * 999,
+         "-" * 999 + "1",
+         "(" * 499 + "1" + ")" * 499, "max(" * 199 + "1" + ")" * 199, "abs(" * 199 + "1" + ")" * 199, "1" + "**1" * 330,
+         "2" + "**2" * 300,
+         "'a' * 10**9", "f'{1:>999999999}'", "[0] * 10**9", "(0,) * 10**9", "{1: 2}", "0x" + "f" * 990, "1e999", "1j",
+         "True + True", "...",
+         "10.0**308 * 10", "floor(1e308)", "round(1e308, 400)", "round(2**4000, -400)", "round(1.5, 2**64)", "round(1, True)",
+         "log(0)", "atan2(1)",
+         "min()", "max(*[1])", "abs(x=1)", "hypot(" + "1," * 480 + "1)", "2**-(2**4000)", "0**-1", "(-1)**0.5", "1**(2**4000)",
+         "(2**4000) % 3.5",
+         "1\n2", "1;2", "\0", "\ud7ff", "pi.real", "__builtins__", "(lambda: 0)()", "1 if 1 else 2", "1 < 2", "not 1", "~1",
+         "1 << 99999999", "1 @ 1",
+         "await 1", "factorial(True)", "gcd(2**4000, 3**2500)", "fmod(1e308, 5e-324)", "exp(1e4)", "sqrt(2**4095)",
+         "degrees(1e308)",
          "comb(9**9, 9)", "9 ^ 9 ^ 9", "pow(9, 9**9)", "sum([1])", "1_0", "\u0661 + \u0661", "\uff11+\uff11"]  # fmt: skip
 
 
@@ -831,8 +867,9 @@ def test_calculator_gives_a_number_or_a_reason_at_once(expression: str) -> None:
 
 @more_under_soak
 @fuzz(300)
-@hypothesis.given(st.lists(st.sampled_from("0123456789+-*/%^().,e _\"'[]{}" + "\n\t\0") | st.sampled_from([*module.MATH_FUNCTIONS, "pi", "**", "//",
-                           "factorial(", "round(", "1e308", "9999", "lambda", " if ", "x:=", "\u00b2"]), max_size=30))  # fmt: skip
+@hypothesis.given(st.lists(st.sampled_from([*"0123456789+-*/%^().,e _\"'[]{}\n\t\0", *module.MATH_FUNCTIONS, "pi", "**", "//",
+                                            "factorial(", "round(", "1e308", "9999", "lambda", " if ", "x:=", "\u00b2"]),
+                           max_size=30))  # fmt: skip
 def test_calculator_survives_any_expression(parts: list[str]) -> None:
     with contextlib.suppress(module.ToolError):
         assert type(module.calculator("".join(parts))) in (int, float)
@@ -859,10 +896,14 @@ def walled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-OUTSIDE = ["../secret", "sub/../../secret", "./sub/deep/../../../secret", "sub//..//..//secret", "up", "up/", "../root-too/secret", "far",
-           "sub/deep/root/etc/passwd", "sub/deep/root/proc/self/environ", "/proc/self/root/etc/passwd", "/proc/self/cwd/../secret", "zero", "door",
-           "loop", "loop/x", "one", "sub/deep", "//etc/passwd", "~root/.bashrc", "sub\\..\\..\\secret", "..%2fsecret", "\u2025/secret", "\0", "a\0b",
-           "x" * 5000, "/".join("x" * 2000), "note\n../secret", "file:///etc/passwd", "C:\\Windows\\win.ini", "$HOME", "*"]  # fmt: skip
+OUTSIDE = ["../secret", "sub/../../secret", "./sub/deep/../../../secret", "sub//..//..//secret", "up", "up/",
+           "../root-too/secret", "far",
+           "sub/deep/root/etc/passwd", "sub/deep/root/proc/self/environ", "/proc/self/root/etc/passwd",
+           "/proc/self/cwd/../secret", "zero", "door",
+           "loop", "loop/x", "one", "sub/deep", "//etc/passwd", "~root/.bashrc", "sub\\..\\..\\secret", "..%2fsecret",
+           "\u2025/secret", "\0", "a\0b",
+           "x" * 5000, "/".join("x" * 2000), "note\n../secret", "file:///etc/passwd", "C:\\Windows\\win.ini", "$HOME",
+           "*"]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: f"{path[:24]!a}")
@@ -882,11 +923,16 @@ def test_file_read_opens_no_device(walled: Path) -> None:
         module.FileReader(str(walled)).file_read("device")
 
 
-NUMERIC = ["2130706433", "0x7f000001", "0x7F.1", "0177.0.0.1", "017700000001", "127.1", "127.0.1", "0", "0.0", "127.0.0.1.", "localhost", "LOCALHOST.",
-           "\u2460\u2461\u2466.0.0.1", "127\u30020\u30020\u30021", "\uff11\uff12\uff17.0.0.1", "[::]", "[::1]", "[0:0:0:0:0:ffff:7f00:1]",
-           "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[::ffff:0:127.0.0.1]", "[::1%25lo]", "[::1%lo]", "[fe80::1%25eth0]", "[fe80::1%1]",
-           "[64:ff9b::127.0.0.1]", "[64:ff9b::10.0.0.1]", "[64:ff9b:1::1]", "[2002:7f00:1::]", "[2002:a00:1::]", "[2001::1]", "[fc00::1]", "[ff02::1]",
-           "[fec0::1]", "10.1", "0xa9fea9fe", "169.254.169.254", "2852039166", "[fd00:ec2::254]", "255.255.255.255", "224.0.0.1", "100.100.100.200"]  # fmt: skip
+NUMERIC = ["2130706433", "0x7f000001", "0x7F.1", "0177.0.0.1", "017700000001", "127.1", "127.0.1", "0", "0.0", "127.0.0.1.",
+           "localhost", "LOCALHOST.",
+           "\u2460\u2461\u2466.0.0.1", "127\u30020\u30020\u30021", "\uff11\uff12\uff17.0.0.1", "[::]", "[::1]",
+           "[0:0:0:0:0:ffff:7f00:1]",
+           "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[::ffff:0:127.0.0.1]", "[::1%25lo]", "[::1%lo]",
+           "[fe80::1%25eth0]", "[fe80::1%1]",
+           "[64:ff9b::127.0.0.1]", "[64:ff9b::10.0.0.1]", "[64:ff9b:1::1]", "[2002:7f00:1::]", "[2002:a00:1::]", "[2001::1]",
+           "[fc00::1]", "[ff02::1]",
+           "[fec0::1]", "10.1", "0xa9fea9fe", "169.254.169.254", "2852039166", "[fd00:ec2::254]", "255.255.255.255",
+           "224.0.0.1", "100.100.100.200"]  # fmt: skip
 
 
 @pytest.mark.parametrize("host", NUMERIC, ids=ascii)
@@ -897,9 +943,12 @@ def test_http_get_reaches_no_private_address_in_any_spelling(form: str, host: st
     assert b"healthy" not in reply.body
 
 
-@pytest.mark.parametrize("url", ["http://[", "http://[::1", "http://a:b:c/", "http://x:99999/", "http://x:-1/", "http:///x", "https:/x", "HTTP://", "//x",
-                                 "http://\0/", "http://x\r\nHost: y/", "javascript:1", "data:text/plain,x", "unix:/run/x", "http://" + "a." * 200,
-                                 "http://" + "a" * 70 + ".example/", "http://xn--\ud7ff.example/", "http://*/", "http://%31%32%37.0.0.1/"],
+@pytest.mark.parametrize("url", ["http://[", "http://[::1", "http://a:b:c/", "http://x:99999/", "http://x:-1/", "http:///x",
+                                 "https:/x", "HTTP://", "//x",
+                                 "http://\0/", "http://x\r\nHost: y/", "javascript:1", "data:text/plain,x", "unix:/run/x",
+                                 "http://" + "a." * 200,
+                                 "http://" + "a" * 70 + ".example/", "http://xn--\ud7ff.example/", "http://*/",
+                                 "http://%31%32%37.0.0.1/"],
                          ids=lambda url: f"{url[:20]!a}")  # fmt: skip
 def test_http_get_refuses_what_is_no_address(url: str, server: Server) -> None:
     assert_tool_failed(execute(server, "http_get", url))
@@ -1020,7 +1069,8 @@ WEATHER_BUILTIN = {"type": "builtin", "name": "get_weather"}
 
 def test_tool_that_never_returns_ends_a_chat_with_its_error(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
-    own = serve("--models-dir", models, "--tools", tmp_path / "stuck.py", script=altered(tmp_path, ("TOOL_SECONDS = 30.0", "TOOL_SECONDS = 0.3")))
+    own = serve("--models-dir", models, "--tools", tmp_path / "stuck.py", script=altered(tmp_path, ("TOOL_SECONDS = 30.0",
+                                                                                                    "TOOL_SECONDS = 0.3")))
     with quickly(20.0):
         for _ in range(6):  # beyond the calls that may hang
             message = own.chat("weather", tools=[WEATHER_BUILTIN]).message
@@ -1029,7 +1079,9 @@ def test_tool_that_never_returns_ends_a_chat_with_its_error(serve: Callable[...,
         assert own.stop() == 0
 
 
-def test_client_that_leaves_a_chat_whose_tool_hangs_frees_its_place(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_client_that_leaves_a_chat_whose_tool_hangs_frees_its_place(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
     (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
     own = serve("-v", "--models-dir", models, "--tools", tmp_path / "stuck.py")
     body = {"model": "recital", "messages": [{"role": "user", "content": "weather"}], "tools": [WEATHER_BUILTIN], "stream": True}
@@ -1043,7 +1095,8 @@ def test_client_that_leaves_a_chat_whose_tool_hangs_frees_its_place(serve: Calla
 
 # topic: hostile model files
 
-EXTREME = [0, 1, 2, 7, 8, 9, 127, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
+EXTREME = [0, 1, 2, 7, 8, 9, 127, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63,
+           (1 << 64) - 1]
 
 
 def changed_file(data: bytes, header: int, pick: random.Random) -> bytes:
@@ -1069,9 +1122,11 @@ def pair(key: str, kind: int, value: bytes) -> bytes:
 
 
 STRING, ARRAY = struct.pack("<Q", 3) + b"\x1b[2", struct.pack("<IQ", 4, 2) + bytes(8)
-VALUES = {8: STRING, 9: ARRAY, 6: struct.pack("<f", float("nan")), 12: struct.pack("<d", float("inf")), 7: b"\1", 10: b"\xff" * 8, 11: b"\xff" * 8,
+VALUES = {8: STRING, 9: ARRAY, 6: struct.pack("<f", float("nan")), 12: struct.pack("<d", float("inf")), 7: b"\1",
+          10: b"\xff" * 8, 11: b"\xff" * 8,
           5: b"\0\0\0\x80", 0: b"\0"}  # fmt: skip
-READ_KEYS = ["general.architecture", "general.name", "general.description", "general.file_type", "general.alignment", "general.size_label",
+READ_KEYS = ["general.architecture", "general.name", "general.description", "general.file_type", "general.alignment",
+             "general.size_label",
              "general.parameter_count", "general.type", "split.no", "split.count", "llama.context_length", "llama.pooling_type",
              "llama.attention.causal", "tokenizer.chat_template", "adapter.type"]  # fmt: skip
 
@@ -1092,7 +1147,8 @@ def test_metadata_of_any_type_is_read_or_refused(key: str, tmp_path: Path) -> No
     for kind, value in VALUES.items():
         architecture = pair("general.architecture", 8, struct.pack("<Q", 5) + b"llama") if "architecture" not in key else b""
         pairs = architecture + pair(key, kind, value)
-        (tmp_path / "odd.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1, 1 + bool(architecture)) + pairs + tensor + bytes(4096))
+        (tmp_path / "odd.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1,
+                                                        1 + bool(architecture)) + pairs + tensor + bytes(4096))
         with contextlib.suppress(module.GgufError):
             read_model(tmp_path / "odd.gguf")
 
@@ -1117,7 +1173,7 @@ def test_changed_header_is_read_or_refused_in_little_memory_and_time(write: Any,
 
 
 def with_little_memory(folder: Path) -> Path:
-    """A shimmy.py whose processes may have 6 GB of addresses each: what a file asks for beyond is an error, not the machine's end."""
+    """A shimmy.py whose processes may have 6 GB of addresses each: what a file asks for beyond is an error."""
     return wrapper(folder, "import resource", "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))",
                    "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))")  # fmt: skip
 
@@ -1132,7 +1188,9 @@ def loadable(data: bytes, header: int, pick: random.Random, path: Path) -> None:
 
 @linux
 @more_under_soak
-def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
     pick, count = random.Random(SOAK), 600 if SOAK else 12
     data = {name: (models / f"{name}.gguf").read_bytes() for name in ("recital", "dice")}
     folder = tmp_path / "changed"
@@ -1140,7 +1198,8 @@ def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(serve: 
     for number in range(count):
         name = pick.choice(sorted(data))
         loadable(data[name], 14_000 if name == "recital" else 10_000, pick, folder / f"changed-{number}.gguf")
-    own = serve("--models-dir", models, "--models-dir", folder, "--max-loaded", "2", "--ctx", "128", script=with_little_memory(tmp_path))
+    own = serve("--models-dir", models, "--models-dir", folder, "--max-loaded", "2", "--ctx", "128",
+                script=with_little_memory(tmp_path))
     statuses = []
     for id in [id for id in own.ids() if id.startswith("changed-")]:
         reply = own.generate("Once", id, max_tokens=2)
@@ -1163,8 +1222,11 @@ def write_nasty(path: Path, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("command", [["list", "-v"], ["diag"], ["-v", "generate", "nasty", "--prompt", "x"], ["generate", "broken", "--prompt", "x"],
-                                     ["generate", NASTY, "--raw", "--prompt", ":"]], ids=lambda command: " ".join(command).translate({27: "ESC"})[:30])
+@pytest.mark.parametrize("command", [["list", "-v"], ["diag"], ["-v", "generate", "nasty", "--prompt", "x"], ["generate",
+                                                                                                              "broken",
+                                                                                                              "--prompt", "x"],
+                                     ["generate", NASTY, "--raw", "--prompt", ":"]],
+                                     ids=lambda command: " ".join(command).translate({27: "ESC"})[:30])
 def test_control_characters_of_a_file_reach_no_terminal(command: list[str], nasty: Path) -> None:
     done = shimmy(*command, "--models-dir", nasty, home=nasty)
     shown = (done.stdout + done.stderr).decode()
@@ -1211,7 +1273,7 @@ def test_control_characters_that_a_model_writes_reach_no_terminal(tmp_path: Path
 MORE_TEMPLATES = {
     "range of a billion": "{{ range(10**9) | list }}",
     "a sum over a billion": "{{ range(10**9) | sum }}",
-    "a string that grows": "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s * 9 %}{% endfor %}{{ ns.s }}",
+    "a string that grows": "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s * 9 %}{% endfor %}",
     "a list that grows": "{% set x = [1] * 10**10 %}{{ x }}",
     "a deep include": "{% include 'x' %}{% import '/etc/passwd' as p %}",
     "nesting in the source": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
@@ -1246,7 +1308,9 @@ def rendered(source: str, helpers: module.Helpers) -> str:
 
 
 @pytest.mark.parametrize("name", MORE_TEMPLATES)
-def test_runaway_or_escaping_template_ends_with_a_reason(name: str, helpers: module.Helpers, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runaway_or_escaping_template_ends_with_a_reason(
+    name: str, helpers: module.Helpers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "HELPER_SECONDS", 0.5)
     with quickly(6.0):
         try:
@@ -1257,3 +1321,12 @@ def test_runaway_or_escaping_template_ends_with_a_reason(name: str, helpers: mod
             assert len(text) <= module.MAX_RENDERED and not re.search(r"<class|uid=|root:|module 'os'", text)
     monkeypatch.undo()
     assert rendered("{{ messages[0].content }}", helpers) == "hi"
+
+
+def test_message_of_a_child_that_names_a_function_is_refused() -> None:
+    """Whoever took over a child may write what it likes into the pipe; it must not run anything on our side."""
+    for name in ("load_tools", "os", "main", "eval"):
+        data = b"c" + f"shimmy\n{name}\n".encode() + b"(S'/tmp/x'\ntR."  # a pickle that calls the name with a string
+        pipe = module.Pipe(io.BytesIO(struct.pack("<I", len(data)) + data), io.BytesIO())
+        with pytest.raises(pickle.UnpicklingError, match="no message"):
+            pipe.receive()

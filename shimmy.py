@@ -1196,7 +1196,7 @@ PARSING = Budget(MAX_BODY)  # one full-sized body at a time, or several smaller 
 
 
 def parse_json(data: bytes, what: str = "The body") -> Any:
-    """Strict JSON: UTF-8, no NaN, no number beyond a float's, no lone surrogates; depth and values are bounded.
+    """Strict JSON: UTF-8, no NaN or infinite number, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values.
 
     Beyond TURN_BYTES it waits for its turn. Raises InvalidRequest, and Overloaded when its turn does not come.
     """
