@@ -1256,6 +1256,7 @@ def test_control_characters_of_files_and_clients_reach_no_log(nasty: Path, serve
     exchange(own, b"GET /\xc2\x9b2J HTTP/1.1\r\nHost: localhost\r\n\r\n")
     log = own.log.read_text()
     assert "stumble" in log and not module.CONTROL.search(log), log
+    assert "12:00:00 forged" in log and "\n12:00:00 forged" not in log
 
 
 @pty

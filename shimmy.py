@@ -425,14 +425,17 @@ def harmless(text: str) -> str:
 
 
 class HarmlessFormatter(logging.Formatter):
-    """Log lines without control characters: a traceback may quote a file or a client. `clear` comes before each."""
+    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client.
+
+    `clear` comes before each.
+    """
 
     def __init__(self, clear: str = "") -> None:
         super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
         self._clear = clear
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._clear + harmless(super().format(record))
+        return self._clear + harmless(super().format(record)).replace("\n", "\n  ")
 
 
 OWN_CGROUPS = "/proc/self/cgroup"
