@@ -22,14 +22,14 @@ SHIMMY_SOAK ?= 10
 run: .venv/.run
 	@exec $(BIN)/python shimmy.py serve $(ARGS)
 
+# assert states what the code itself guarantees; importing subprocess is no fault, each call of it is looked at
+BANDIT := --skip B101,B404
+
 test: .venv/.test
 	$(BIN)/ruff check shimmy.py test_shimmy.py models
 	$(BIN)/mypy shimmy.py test_shimmy.py
 	$(BIN)/bandit -q $(BANDIT) shimmy.py
 	$(BIN)/python -m pytest -q -x -n 3 test_shimmy.py $(ARGS)
-
-# assert states what the code itself guarantees; importing subprocess is no fault, each call of it is looked at
-BANDIT := --skip B101,B404
 
 soak: .venv/.test
 	SHIMMY_SOAK=$(SHIMMY_SOAK) $(BIN)/python -m pytest -q -m soak test_shimmy.py $(ARGS)
@@ -58,7 +58,7 @@ model-eval: .venv/.test
 	$(BIN)/python models/eval_tiny.py $(ARGS)
 
 clean:
-	rm -rf .venv __pycache__ models/__pycache__ models/generator/__pycache__ .pytest_cache .mypy_cache .ruff_cache models/.training
+	rm -rf .venv .hypothesis __pycache__ models/__pycache__ models/generator/__pycache__ .pytest_cache .mypy_cache .ruff_cache models/.training
 
 .venv/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \

@@ -15635,8 +15635,10 @@ def server_url(args: argparse.Namespace) -> str:
 def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
     """A connection to the configured address, not opened yet."""
     host, port = listen_address(args)
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104  # nosec B104  # nothing is bound here
-    return http.client.HTTPConnection(reachable, port, timeout=timeout)
+    with contextlib.suppress(ValueError):  # a name
+        if ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
+            host = "::1" if ":" in host else "127.0.0.1"
+    return http.client.HTTPConnection(host, port, timeout=timeout)
 
 
 def server_headers() -> dict[str, bytes]:
