@@ -1,5 +1,6 @@
 # make run    sets up .venv and serves the models on this machine (ARGS="--port 8080" passes flags on)
 # make test   sets up the development tools too; ruff, mypy, bandit, pytest
+# make test-page  drives the chat page in a headless Chromium
 # make soak   runs the long tests, with more examples of everything hostile (ARGS="-k fuzz", SHIMMY_SOAK=120 minutes)
 # make audit  looks the installed packages up among the known vulnerabilities
 # make test-models  drives clients and real models, downloaded first (1 GB); tens of minutes
@@ -16,7 +17,7 @@ ARGS ?=
 # how many minutes of mixed traffic `make soak` runs; set at all, it also multiplies the examples of the fuzz tests
 SHIMMY_SOAK ?= 10
 
-.PHONY: run test soak audit test-models bench model model-eval clean
+.PHONY: run test test-page soak audit test-models bench model model-eval clean
 .DELETE_ON_ERROR:
 
 run: .venv/.run
@@ -36,6 +37,10 @@ soak: .venv/.test
 
 audit: .venv/.test
 	$(BIN)/pip-audit --local --strict $(ARGS)
+
+test-page: .venv/.page
+	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "No Chromium was found: apt install chromium, and try again."; exit 1; }
+	PYTHONPATH=$(CURDIR)/.venv/page $(BIN)/python -m pytest -q test_shimmy.py -k "test_page or test_serve_open" $(ARGS)
 
 # langchain-openai and llama-index want openai 2, pydantic-ai and openai-agents want 3, llm's plugins its last: a folder each
 CLIENTS := $(CURDIR)/.venv/clients
@@ -82,6 +87,11 @@ clean:
 	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist hypothesis openai httpx gguf prometheus_client \
 	  jsonschema hypothesis-jsonschema ruff mypy bandit pip-audit || { \
 	  echo "pip could not install the development tools. Is the network there?"; exit 1; }
+	@touch $@
+
+.venv/.page: .venv/.test
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --target .venv/page playwright || { \
+	  echo "pip could not install playwright, the browser's driver. Is the network there?"; exit 1; }
 	@touch $@
 
 .venv/.model: .venv/.test

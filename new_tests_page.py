@@ -457,6 +457,31 @@ def test_page_import_keeps_only_what_fits(tab: Callable[..., Tab], server: Serve
     assert it.page.evaluate("current.settings") == {"top_k": 3}
 
 
+def test_page_import_puts_questions_and_answers_in_turn(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.load(talk(said("no question"), "one", "two", said("answer"), "three", title=""))
+    it.page.click("#chats .open")
+    assert it.questions() == ["one", "three"] and it.titles() == ["Untitled"]
+    assert it.page.locator(".answer").count() == 2 and "cut off" in it.page.locator(".figures").last.inner_text()
+
+
+def test_page_deleted_chat_stays_deleted_though_its_answer_was_being_written(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.send("forever")
+    it.wait(".answer .md", "Tick tock")
+    it.page.click("[aria-label='Delete forever']")
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "no request runs")
+    it.page.reload()
+    assert it.titles() == []
+
+
+def test_page_question_goes_out_before_the_models_are_known(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.page.route("**/api/models", lambda route: None)  # never answered
+    it.page.reload()
+    assert it.ask("hi") == "Hello wide world" and it.text(".figures").startswith("recital")
+
+
 def test_page_deletes_with_undo_and_renames(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
     it.ask("hi")

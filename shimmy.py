@@ -13480,8 +13480,8 @@ input[type=checkbox] { accent-color: var(--accent); width: 1.1rem; height: 1.1re
 
 #side { background: var(--side); border-right: 1px solid var(--line); display: flex; flex-direction: column; gap: .75rem;
   padding: .75rem; min-height: 0; }
-#side h1 { font-size: 1.15rem; margin: 0 .25rem; display: flex; align-items: center; gap: .5rem; height: 2.25rem; }
-#side h1 svg { color: var(--accent); width: 1.5rem; height: 1.5rem; stroke-width: 2.4; }
+.brand { font-size: 1.15rem; font-weight: 700; margin: 0 .25rem; display: flex; align-items: center; gap: .5rem; height: 2.25rem; }
+.brand svg { color: var(--accent); width: 1.5rem; height: 1.5rem; stroke-width: 2.4; }
 #new { display: flex; align-items: center; gap: .5rem; }
 #chats { list-style: none; margin: 0; padding: 2px; overflow-y: auto; flex: 1; }
 #chats li { display: flex; align-items: center; border-radius: .6rem; margin-bottom: 2px; }
@@ -13643,7 +13643,7 @@ label small { display: block; color: var(--mute); line-height: 1.4; margin-botto
 </svg>
 <a id="skip" class="unseen" href="#box">Skip to the message box</a>
 <nav id="side" aria-label="Conversations">
-  <h1><svg aria-hidden="true"><use href="#i-wave"/></svg>shimmy</h1>
+  <div class="brand"><svg aria-hidden="true"><use href="#i-wave"/></svg>shimmy</div>
   <button id="new" type="button" title="Alt+N"><svg aria-hidden="true"><use href="#i-plus"/></svg>New chat</button>
   <ul id="chats"></ul>
   <div id="data"><button id="export" type="button">Export</button><button id="import" type="button">Import</button></div>
@@ -13651,6 +13651,7 @@ label small { display: block; color: var(--mute); line-height: 1.4; margin-botto
 </nav>
 <div id="shade"></div>
 <main>
+  <h1 class="unseen">Chat with shimmy</h1>
   <header>
     <button id="menu" class="icon" type="button" aria-label="Conversations" aria-expanded="false" aria-controls="side">
       <svg aria-hidden="true"><use href="#i-menu"/></svg></button>
@@ -13960,13 +13961,17 @@ function checkedTurn(turn) {
 
 function checkedChat(chat) {
   if (!isObject(chat) || !Array.isArray(chat.turns)) throw new Error("no chat");
-  const turns = items(chat.turns).map(checkedTurn).filter((turn, n) => (turn.role === "user") === (n % 2 === 0));
+  const turns = [];  // questions and answers in turn
+  for (const turn of items(chat.turns).map(checkedTurn)) {
+    if ((turn.role === "user") === (turns.length % 2 === 0)) turns.push(turn);
+  }
+  if (turns.length % 2) turns.push(checkedTurn({role: "assistant"}));
   const given = isObject(chat.settings) ? chat.settings : {};
   const settings = Object.fromEntries(SETTINGS.filter(([name, , least, most]) =>
     Number.isFinite(given[name]) && given[name] >= least && given[name] <= most).map(([name]) => [name, given[name]]));
-  if (given.reasoning_effort && given.reasoning_effort in EFFORTS) settings.reasoning_effort = given.reasoning_effort;
-  return {id: crypto.getRandomValues(new Uint32Array(2)).join("-"), title: words(chat.title, 200), changed: number(chat.changed),
-    model: words(chat.model, 300), system: words(chat.system), settings, turns,
+  if (given.reasoning_effort && Object.hasOwn(EFFORTS, given.reasoning_effort)) settings.reasoning_effort = given.reasoning_effort;
+  return {id: crypto.getRandomValues(new Uint32Array(2)).join("-"), changed: number(chat.changed),
+    title: words(chat.title, 200) || (turns.length ? "Untitled" : ""), model: words(chat.model, 300), system: words(chat.system), settings, turns,
     tools: Array.isArray(chat.tools) ? chat.tools.filter(name => typeof name === "string") : []};
 }
 
@@ -14002,9 +14007,9 @@ function exportChats() {
 
 async function importChats(file) {
   try {
-    const document = JSON.parse(await file.text());
-    if (document.format !== "shimmy-chats" || !Array.isArray(document.chats)) throw new Error("another format");
-    const read = document.chats.map(checkedChat);
+    const exported = JSON.parse(await file.text());
+    if (exported.format !== "shimmy-chats" || !Array.isArray(exported.chats)) throw new Error("another format");
+    const read = exported.chats.map(checkedChat);
     keep(...read);
     drawSide();
     notice(`${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`);
@@ -14174,7 +14179,6 @@ function ask(text) {
   if (!current.title) current.title = text.trim().split("\n")[0].slice(0, 80);
   current.turns.push({role: "user", text});
   answerAgain(current);
-  drawLog();
 }
 
 // Writes the answer to the last question, in place of one that may be there.
@@ -14361,11 +14365,11 @@ function editor(chat, turn, n, close) {
 function answerView(chat, turn) {
   const parts = make("div"), foot = make("div");
   const view = {draw() {
+    const run = runs.get(chat.id), live = run && turn === chat.turns.at(-1);
     turn.parts.forEach((part, n) => {
       if (!parts.children[n]) parts.append(PARTS[part.kind].make(part));
-      PARTS[part.kind].draw?.(parts.children[n], part, runs.has(chat.id) && n === turn.parts.length - 1);
+      PARTS[part.kind].draw?.(parts.children[n], part, live && n === turn.parts.length - 1);
     });
-    const run = runs.get(chat.id), live = run && turn === chat.turns.at(-1);
     const shown = live ? [run.phase, run.busy, run.progress, Boolean(run.first)].join() : turn.end;
     if (foot.shown !== shown) foot.replaceChildren(...(live ? waitingFoot(run) : doneFoot(chat, turn)));
     foot.shown = shown;
@@ -14443,7 +14447,7 @@ function drawSide() {
       iconButton("bin", `Delete ${chat.title}`, () => remove(chat)));
     return row;
   }));
-  if (focused) $("chats").querySelector(`[data-chat="${focused}"]`)?.focus();
+  [...$("chats").querySelectorAll(".open")].find(open => focused && open.dataset.chat === focused)?.focus();
 }
 
 function rename(chat, row) {
