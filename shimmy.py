@@ -14854,7 +14854,7 @@ def parser() -> Arguments:
     shared.add_argument("-V", "--version", action="version", version=f"shimmy {__version__}", help=argparse.SUPPRESS)
     shared.add_argument("-v", "--verbose", action="store_true", default=argparse.SUPPRESS, help="log to stderr")
     shared.add_argument("--models-dir", action="append", default=[], metavar="DIR", help="also look for models here (repeatable)")
-    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", title="commands", prog=top.prog)
 
     def command(name: str, help: str, run: Callable[[argparse.Namespace], int]) -> Arguments:
         sub = commands.add_parser(name, parents=[shared], help=help, **help_of(name))
