@@ -730,3 +730,20 @@ def test_bash_completes(words: list[str], completed: list[str], models: Path, tm
 def test_completion_knows_every_command(shell: str, tmp_path: Path) -> None:
     script = shimmy("completion", shell, home=tmp_path).stdout.decode()
     assert all(command in script for command in module.HELP if command) and "kv-type" in script
+
+
+@cases(
+    "changes",
+    {"text for numbers": {"attention.key_length": "a" * 1000, "attention.value_length": "a"},
+     "text for a count": {"block_count": "x"}, "no heads": {"attention.head_count": 0},
+     "a list of texts": {"attention.head_count_kv": ("a",)}, "a fraction": {"block_count": 0.5}},
+)  # fmt: skip
+def test_memory_of_a_context_is_unknown_where_the_header_is_wrong(changes: dict[str, Any]) -> None:
+    shape = {"block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2}
+    named = [{f"llama.{key}": value for key, value in each.items()} for each in (shape, shape | changes)]
+    assert [module._kv_numbers(meta, "llama") for meta in named] == [2 * 2 * 2 * 16, None]
+
+
+def test_memory_of_a_context_counts_each_layers_heads() -> None:
+    meta = {"a.block_count": 3, "a.embedding_length": 64, "a.attention.head_count": 4, "a.attention.head_count_kv": (4, 0, 2)}
+    assert module._kv_numbers(meta, "a") == 6 * 2 * 16

@@ -1553,18 +1553,18 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
 
 def _kv_numbers(meta: Mapping[str, Any], architecture: str) -> int | None:
     """Keys and values of a token in all layers; more than is needed where some layers see only a window."""
-
-    def value(name: str, default: Any = None) -> Any:
-        return meta.get(f"{architecture}.{name}") or default
-
-    layers, heads, width = value("block_count"), value("attention.head_count"), value("embedding_length")
-    try:
-        usual = width // (max(heads) if isinstance(heads, tuple) else heads)
-        shared = value("attention.head_count_kv", heads)
-        each = value("attention.key_length", usual) + value("attention.value_length", usual)
-        return int(each * (sum(shared) if isinstance(shared, tuple) else layers * shared)) or None
-    except (TypeError, ValueError, ArithmeticError):
+    names = ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length",
+             "attention.value_length")  # fmt: skip
+    said: list[Any] = [meta.get(f"{architecture}.{name}") for name in names]
+    layers, width, heads, shared, key, value = said
+    if isinstance(shared, tuple) and all(isinstance(n, int) for n in shared):  # each layer has its own
+        layers, shared = 1, sum(shared)
+    heads = max(heads) if isinstance(heads, tuple) and all(isinstance(n, int) for n in heads) else heads
+    usual = width // heads if isinstance(width, int) and isinstance(heads, int) and heads > 0 else None
+    parts: list[Any] = [layers, heads if shared is None else shared, key or usual, value or usual]
+    if not all(isinstance(n, int) and n > 0 for n in parts):
         return None
+    return int(parts[0] * parts[1] * (parts[2] + parts[3]))
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
@@ -9495,11 +9495,12 @@ def hub_target(folder: str, commit: str, file: RemoteFile) -> Target:
 
 
 def plain_target(folder: str, file: RemoteFile) -> Target:
-    """A file's place in a plain folder. The address's own words name the part, so that another file is not continued."""
+    """A file's place in a plain folder. What the server says of it names the part, so that another file is not continued."""
     import hashlib
 
     path = os.path.join(folder, file.name)
-    key = hashlib.sha256(f"{file.url} {file.size} {file.etag}".encode()).hexdigest()[:12]
+    address = file.url.partition("?")[0]  # what is behind it may be a signature, another each time
+    key = hashlib.sha256(f"{address} {file.size} {file.etag}".encode()).hexdigest()[:12]
     lock = os.path.join(user_cache(), "locks", hashlib.sha256(os.path.realpath(path).encode()).hexdigest()[:24])
     return Target(path, path, f"{path}.{key}.incomplete", lock)
 
@@ -16185,7 +16186,7 @@ class Conversation:
 
     def _answer(self, text: str) -> None:
         """Asks the model; what it has said counts even if it was stopped."""
-        args, generator, asked = self._args, self._generator, {"role": "user", "content": text}
+        args, generator, asked = self._args, self._generator, {"role": "user", "content": decoded(os.fsencode(text), "the text")}
         body = generate_body(args, generator, "", self._sampling) | {"messages": [*self._turns, asked], "stream": True}
         generator.queued = None
         dialect = Speed(body)
