@@ -13481,7 +13481,8 @@ input[type=checkbox] { accent-color: var(--accent); width: 1.1rem; height: 1.1re
 
 #side { background: var(--side); border-right: 1px solid var(--line); display: flex; flex-direction: column; gap: .75rem;
   padding: .75rem; min-height: 0; }
-.brand { font-size: 1.15rem; font-weight: 700; margin: 0 .25rem; display: flex; align-items: center; gap: .5rem; height: 2.25rem; }
+.brand { font-size: 1.15rem; font-weight: 700; margin: 0 .25rem; display: flex; align-items: center; gap: .5rem;
+  height: 2.25rem; }
 .brand svg { color: var(--accent); width: 1.5rem; height: 1.5rem; stroke-width: 2.4; }
 #new { display: flex; align-items: center; gap: .5rem; }
 #chats { list-style: none; margin: 0; padding: 2px; overflow-y: auto; flex: 1; }
@@ -13970,9 +13971,11 @@ function checkedChat(chat) {
   const given = isObject(chat.settings) ? chat.settings : {};
   const settings = Object.fromEntries(SETTINGS.filter(([name, , least, most]) =>
     Number.isFinite(given[name]) && given[name] >= least && given[name] <= most).map(([name]) => [name, given[name]]));
-  if (given.reasoning_effort && Object.hasOwn(EFFORTS, given.reasoning_effort)) settings.reasoning_effort = given.reasoning_effort;
+  const effort = given.reasoning_effort;
+  if (effort && Object.hasOwn(EFFORTS, effort)) settings.reasoning_effort = effort;
   return {id: crypto.getRandomValues(new Uint32Array(2)).join("-"), changed: number(chat.changed),
-    title: words(chat.title, 200) || (turns.length ? "Untitled" : ""), model: words(chat.model, 300), system: words(chat.system), settings, turns,
+    title: words(chat.title, 200) || (turns.length ? "Untitled" : ""), model: words(chat.model, 300),
+    system: words(chat.system), settings, turns,
     tools: Array.isArray(chat.tools) ? chat.tools.filter(name => typeof name === "string") : []};
 }
 
