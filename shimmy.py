@@ -13971,8 +13971,9 @@ function checkedChat(chat) {
   const given = isObject(chat.settings) ? chat.settings : {};
   const settings = Object.fromEntries(SETTINGS.filter(([name, , least, most]) =>
     Number.isFinite(given[name]) && given[name] >= least && given[name] <= most).map(([name]) => [name, given[name]]));
-  const effort = given.reasoning_effort;
-  if (effort && Object.hasOwn(EFFORTS, effort)) settings.reasoning_effort = effort;
+  if (words(given.reasoning_effort) && Object.hasOwn(EFFORTS, given.reasoning_effort)) {
+    settings.reasoning_effort = given.reasoning_effort;
+  }
   return {id: crypto.getRandomValues(new Uint32Array(2)).join("-"), changed: number(chat.changed),
     title: words(chat.title, 200) || (turns.length ? "Untitled" : ""), model: words(chat.model, 300),
     system: words(chat.system), settings, turns,
