@@ -3357,6 +3357,484 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
     return longest
 
 
+# ── 7. Automata ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# What a text may go on with, byte by byte: a grammar's symbols, and the states of all its readings, made as they are met.
+
+
+class Symbol:
+    """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
+
+    A subclass has `opened`, or `firsts` and `step`. Symbols made by the thousand are equal by value, the others are
+    themselves. No symbol may lead into a dead end: whatever `step` returns can be finished.
+    """
+
+    ends = False  # a symbol that reads bytes may be left here, though it could read on
+
+    def opened(self) -> Iterable[Symbols] | None:
+        """What may stand in its place, one or another; None if it reads bytes."""
+        return None
+
+    @property
+    def firsts(self) -> int:
+        """The bytes that it may read now, one bit each."""
+        raise NotImplementedError
+
+    def step(self, byte: int) -> Symbols | None:
+        """What must follow once it has read a byte; None if it may not."""
+        raise NotImplementedError
+
+    def left(self) -> Symbols:
+        """What must follow when it is left although it could read on."""
+        return ()
+
+
+Symbols = tuple[Symbol, ...]
+
+
+@dataclass(frozen=True)
+class Word(Symbol):
+    """Text that must stand there, as UTF-8; the first `at` bytes of it do already."""
+
+    data: bytes
+    at: int = 0
+
+    def opened(self) -> Iterable[Symbols] | None:
+        return None if self.data else ((),)
+
+    @property
+    def firsts(self) -> int:
+        return 1 << self.data[self.at]
+
+    def step(self, byte: int) -> Symbols | None:
+        if byte != self.data[self.at]:
+            return None
+        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
+
+
+def word(text: str) -> Word:
+    return Word(text.encode())
+
+
+@dataclass(frozen=True)
+class OneByte(Symbol):
+    """One byte of a set, a bit each."""
+
+    bits: int
+
+    @property
+    def firsts(self) -> int:
+        return self.bits
+
+    def step(self, byte: int) -> Symbols | None:
+        return () if self.bits >> byte & 1 else None
+
+
+@dataclass(frozen=True)
+class OneChar(Symbol):
+    """One character of ranges of code points, first and last; surrogates are left out."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    def opened(self) -> Iterable[Symbols]:
+        return utf8_ranges(self.ranges)
+
+
+@functools.lru_cache(maxsize=1000)
+def utf8_ranges(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[OneByte, ...], ...]:
+    """The byte sequences of code points, as sequences of byte sets."""
+    found: dict[tuple[OneByte, ...], None] = {}
+    todo = list(ranges)
+    while todo:
+        low, high = todo.pop()
+        border = next((b for b in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF) if low <= b < high), None)
+        if border is not None:
+            todo += [(low, border), (border + 1, high)]
+        elif low <= high and not 0xD800 <= low <= 0xDFFF:
+            found |= dict.fromkeys(_utf8(chr(low).encode(), chr(high).encode()))
+    return tuple(found)
+
+
+def _utf8(low: bytes, high: bytes) -> Iterator[tuple[OneByte, ...]]:
+    """Byte sequences of one length, from low to high: the first byte alone at both ends, all that lies between at once."""
+    if len(low) == 1:
+        yield (between(low[0], high[0]),)
+    elif low[0] == high[0]:
+        yield from ((between(low[0], low[0]), *rest) for rest in _utf8(low[1:], high[1:]))
+    else:
+        least, most = bytes([0x80]) * (len(low) - 1), bytes([0xBF]) * (len(low) - 1)
+        first, last = low[0] + (low[1:] != least), high[0] - (high[1:] != most)
+        if low[1:] != least:
+            yield from _utf8(low, low[:1] + most)
+        if first <= last:
+            yield (between(first, last), *(between(0x80, 0xBF) for _ in least))
+        if high[1:] != most:
+            yield from _utf8(high[:1] + least, high)
+
+
+def between(low: int, high: int) -> OneByte:
+    return OneByte((1 << high + 1) - (1 << low))
+
+
+@dataclass(frozen=True, eq=False)
+class AnyOf(Symbol):
+    """One of several symbols."""
+
+    options: Symbols
+
+    def opened(self) -> Iterable[Symbols]:
+        return [(option,) for option in self.options]
+
+
+@dataclass(frozen=True, eq=False)
+class InOrder(Symbol):
+    """Symbols one after another."""
+
+    symbols: Symbols
+
+    def opened(self) -> Iterable[Symbols]:
+        return (self.symbols,)
+
+
+@dataclass(frozen=True)
+class Repeated(Symbol):
+    """A symbol `low` to `high` times (None: without end). What it reads is never empty."""
+
+    symbol: Symbol
+    low: int = 0
+    high: int | None = None
+
+    def opened(self) -> Iterable[Symbols]:
+        if self.high == 0:
+            return ((),)
+        again = Repeated(self.symbol, max(self.low - 1, 0), None if self.high is None else self.high - 1)
+        return ((self.symbol, again),) if self.low else ((), (self.symbol, again))
+
+
+class Stack:
+    """What one reading of a text still wants: a symbol, and behind it the rest. An automaton makes equal ones once."""
+
+    __slots__ = ("below", "top")
+
+    def __init__(self, top: Symbol, below: Stack | None) -> None:
+        self.top, self.below = top, below
+
+
+class State:
+    """What may come next: every reading of the text so far that the grammar allows. Its automaton makes equal ones once."""
+
+    __slots__ = ("_automaton", "_next", "bits", "ends", "stacks")
+
+    def __init__(self, automaton: Automaton, stacks: frozenset[Stack], ends: bool) -> None:
+        self._automaton, self.stacks, self.ends = automaton, stacks, ends
+        self._next: dict[int, State | None] = {}
+        self.bits = functools.reduce(operator.or_, (stack.top.firsts for stack in stacks), 0)  # the bytes that may come
+
+    def step(self, byte: int) -> State | None:
+        """The state behind one more byte; None if that may not come. Raises TooManyReadings."""
+        if byte not in self._next:
+            self._next[byte] = self._automaton.after(self, byte) if self.bits >> byte & 1 else None
+        return self._next[byte]
+
+    def read(self, data: bytes) -> State | None:
+        """The state behind some bytes; None if they may not come."""
+        here: State | None = self
+        for byte in data:
+            if here is None:
+                return None
+            here = here._next[byte] if byte in here._next else here.step(byte)
+        return here
+
+    def forced(self, most: int) -> bytes:
+        """The text that must come next, up to where there is a choice or an end, at most so many bytes."""
+        found, here = bytearray(), self
+        while len(found) < most and not here.ends and here.bits and not here.bits & (here.bits - 1):
+            found.append(here.bits.bit_length() - 1)
+            behind = here.step(found[-1])
+            assert behind is not None, "firsts named a byte that step refuses"
+            here = behind
+        return bytes(found)
+
+
+class TooManyReadings(InvalidRequest):
+    """A text has more readings at once than are followed, as with ambiguous or left-recursive grammars."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
+
+
+class Automaton:
+    """The states of one grammar, made as texts reach them and kept for all its texts. Used by one thread at a time."""
+
+    MAX_READINGS = 4000  # of one state, with what they open into: some 1 µs each
+    MAX_KEPT = 50_000  # states; some 1 KB each
+
+    def __init__(self, root: Symbol) -> None:
+        self._states: dict[tuple[frozenset[Stack], bool], State] = {}
+        self._stacks: dict[tuple[Symbol, Stack | None], Stack] = {}
+        self._root = root
+        self.start = self._closed([self._pushed((root,), None)])
+
+    def after(self, state: State, byte: int) -> State | None:
+        """The state behind one more byte; None if no reading allows it."""
+        if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
+            self._forget()
+        steps = ((stack.top.step(byte), stack.below) for stack in state.stacks)
+        found = [self._pushed(rest, below) for rest, below in steps if rest is not None]
+        return self._closed(found) if found else None
+
+    def _pushed(self, symbols: Symbols, below: Stack | None) -> Stack | None:
+        for symbol in reversed(symbols):
+            key = (symbol, below)
+            if key not in self._stacks:
+                self._stacks[key] = Stack(symbol, below)
+            below = self._stacks[key]
+        return below
+
+    def _closed(self, stacks: list[Stack | None]) -> State:
+        """The state of some readings, opened up to symbols that read bytes."""
+        todo, seen, reading = stacks, set(stacks), set()
+        while todo:
+            stack = todo.pop()
+            if stack is None:
+                continue
+            options = stack.top.opened()
+            if options is None:
+                reading.add(stack)
+                options = (stack.top.left(),) if stack.top.ends else ()
+            fresh = {self._pushed(symbols, stack.below) for symbols in options} - seen
+            seen |= fresh
+            todo += fresh
+            if len(seen) > self.MAX_READINGS:
+                raise TooManyReadings
+        key = (frozenset(reading), None in seen)
+        if key not in self._states:
+            self._states[key] = State(self, *key)
+        return self._states[key]
+
+    def _forget(self) -> None:
+        """Begins anew with what is kept; texts under way go on from the states they have."""
+        self._states.clear()
+        self._stacks.clear()
+        self.start._next.clear()
+
+
+@dataclass(frozen=True)
+class Gbnf(Symbol):
+    """A grammar in llama.cpp's notation (grammars/README.md there), read when it is met."""
+
+    text: str
+
+    def opened(self) -> Iterable[Symbols]:
+        return ((read_gbnf(self.text),),)
+
+
+@functools.lru_cache(maxsize=32)
+def read_gbnf(text: str) -> Symbol:
+    """The root of a GBNF grammar. Raises InvalidRequest saying where it is wrong."""
+    return GbnfReader(text).read()
+
+
+@dataclass(frozen=True, eq=False)
+class RuleName(Symbol):
+    """A rule of a GBNF grammar, which may be written further down."""
+
+    name: str
+    rules: Mapping[str, Symbol]
+
+    def opened(self) -> Iterable[Symbols]:
+        return ((self.rules[self.name],),)
+
+
+class GbnfReader:
+    """Reads one GBNF grammar into symbols."""
+
+    MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
+    TOKEN = re.compile(
+        r'(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)'
+        r'|"(?P<literal>(?:[^"\\\n]|\\.)*)"|\[(?P<negated>\^?)(?P<class>(?:[^\]\\\n]|\\.)*)\]'
+        r"|(?P<repeat>[*+?]|\{[0-9 ]{1,12}(?:,[0-9 ]{0,12})?\})|(?P<mark>[().|])")  # fmt: skip
+    CHAR = re.compile(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})|\\(.)|([^\\])", re.DOTALL)
+    ESCAPES: ClassVar = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "[": "[", "]": "]", "-": "-", "^": "^"}
+    EVERY = ((0, 0x10FFFF),)
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at, self.line = text, 0, 1
+        self.rules: dict[str, Symbol] = {}
+        self.used: dict[str, int] = {}  # name → line
+        self.token: re.Match[str] | None = None
+        self.kind: str | None = None
+
+    def refuse(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"grammar: line {self.line}: {what}", "grammar")
+
+    def read(self) -> Symbol:
+        if len(self.text) > self.MAX_TEXT:
+            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
+        self.advance()
+        while self.kind is not None:
+            self._rule()
+        missing = next((name for name in self.used if name not in self.rules), None)
+        if missing is not None:
+            self.line = self.used[missing]
+            raise self.refuse(f"the rule {_said(missing)} is used but not written")
+        if "root" not in self.rules:
+            raise InvalidRequest("grammar: there is no rule named root", "grammar")
+        self._check_left_recursion()
+        return self.rules["root"]
+
+    def advance(self) -> None:
+        """Goes to the next token; blanks and comments are none."""
+        while True:
+            self.line += self.token[0].count("\n") if self.token else 0
+            self.token = self.TOKEN.match(self.text, self.at)
+            if self.token is None:
+                if self.at < len(self.text):
+                    raise self.refuse(f"{_said(self.text[self.at : self.at + 20])} cannot be read")
+                self.kind = None
+                return
+            self.at = self.token.end()
+            self.kind = self.token.lastgroup
+            if self.kind != "blank":
+                return
+
+    def word(self) -> str:
+        """The token's text."""
+        assert self.token is not None
+        return self.token[self.kind or 0]
+
+    def _rule(self) -> None:
+        if self.kind != "rule":
+            raise self.refuse(f"a rule must begin here (name ::= …), not {_said(self.token and self.token[0])}")
+        name = self.word()
+        if name in self.rules:
+            raise self.refuse(f"the rule {_said(name)} is written twice")
+        self.advance()
+        self.rules[name] = self._options(0)
+        if self.kind not in ("rule", None):
+            raise self.refuse(f"{_said(self.token and self.token[0])} is not expected here")
+
+    def _options(self, depth: int) -> Symbol:
+        if depth > self.MAX_DEPTH:
+            raise self.refuse(f"brackets are nested over {self.MAX_DEPTH} deep")
+        options = [self._in_order(depth)]
+        while self.kind == "mark" and self.word() == "|":
+            self.advance()
+            options.append(self._in_order(depth))
+        return options[0] if len(options) == 1 else AnyOf(tuple(options))
+
+    def _in_order(self, depth: int) -> Symbol:
+        symbols: list[Symbol] = []
+        while True:
+            if self.kind == "repeat":
+                if not symbols:
+                    raise self.refuse(f"there is nothing before {self.word()} to repeat")
+                symbols[-1] = Repeated(symbols[-1], *self._bounds())
+            elif self.kind in ("name", "literal", "class") or (self.kind == "mark" and self.word() in "(."):
+                symbols.append(self._one(depth))
+            else:
+                return symbols[0] if len(symbols) == 1 else InOrder(tuple(symbols))
+            self.advance()
+
+    def _bounds(self) -> tuple[int, int | None]:
+        signs: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+        if self.word() in signs:
+            return signs[self.word()]
+        first, comma, last = self.word().strip("{} ").replace(" ", "").partition(",")
+        low, high = int(first or 0), int(last) if last else None if comma else int(first or 0)
+        if max(low, high or 0) > self.MAX_REPEATS or (high is not None and low > high):
+            raise self.refuse(f"{self.word()} is not a number of repeats up to {self.MAX_REPEATS}")
+        return low, high
+
+    def _one(self, depth: int) -> Symbol:
+        if self.kind == "name":
+            self.used.setdefault(self.word(), self.line)
+            return RuleName(self.word(), self.rules)
+        if self.kind == "literal":
+            return word("".join(chr(code) for code, _ in self._chars(self.word())))
+        if self.kind == "class":
+            return self._class()
+        if self.word() == ".":
+            return OneChar(self.EVERY)
+        self.advance()
+        inside = self._options(depth + 1)
+        if self.kind != "mark" or self.word() != ")":
+            raise self.refuse("a bracket is not closed")
+        return inside
+
+    def _chars(self, text: str) -> Iterator[tuple[int, bool]]:
+        """Code points, and whether each was escaped."""
+        for match in self.CHAR.finditer(text):
+            *codes, escaped, plain = match.groups()
+            code = next((int(digits, 16) for digits in codes if digits), None)
+            if code is None and plain is None and escaped not in self.ESCAPES:
+                raise self.refuse(f"the escape {_said(match[0])} is unknown")
+            code = ord(plain or self.ESCAPES[escaped]) if code is None else code
+            if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+                raise self.refuse(f"{match[0]} is not a character")
+            yield code, plain is None
+
+    def _class(self) -> Symbol:
+        assert self.token is not None
+        chars, ranges = list(self._chars(self.word())), []
+        while chars:
+            low, high = chars[0][0], chars[0][0]
+            if len(chars) > 2 and chars[1] == (ord("-"), False):
+                high = chars[2][0]
+                del chars[:2]
+            del chars[0]
+            if low > high:
+                raise self.refuse(f"the range {chr(low)}-{chr(high)} is empty")
+            ranges.append((low, high))
+        if self.token["negated"]:
+            edges = [(-1, -1), *sorted(ranges), (0x110000, 0x110000)]
+            tops = itertools.accumulate((high for _, high in edges), max)
+            ranges = [(top + 1, low - 1) for top, (low, _) in zip(tops, edges[1:]) if top + 1 < low]  # noqa: B905  the last has none
+        if not ranges:
+            raise self.refuse("a class without characters matches nothing")
+        return OneChar(tuple(ranges))
+
+    def _check_left_recursion(self) -> None:
+        """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
+        empty: set[str] = set()  # rules that may be empty
+        while more := {name for name, symbol in self.rules.items() if name not in empty and self._may_be_empty(symbol, empty)}:
+            empty |= more
+        leads = {name: list(self._leads_to(symbol, empty)) for name, symbol in self.rules.items()}
+        for name in self.rules:
+            todo, seen = leads[name][:], set()
+            while todo:
+                here = todo.pop()
+                if here == name:
+                    raise InvalidRequest(f"grammar: the rule {_said(name)} is left-recursive: it begins with itself", "grammar")
+                todo += leads[here] if here not in seen else ()
+                seen.add(here)
+
+    def _may_be_empty(self, symbol: Symbol, empty: set[str]) -> bool:
+        if isinstance(symbol, RuleName):
+            return symbol.name in empty
+        if isinstance(symbol, Repeated):
+            return symbol.low == 0 or self._may_be_empty(symbol.symbol, empty)
+        if isinstance(symbol, AnyOf):
+            return any(self._may_be_empty(option, empty) for option in symbol.options)
+        if isinstance(symbol, InOrder):
+            return all(self._may_be_empty(part, empty) for part in symbol.symbols)
+        return symbol == Word(b"")
+
+    def _leads_to(self, symbol: Symbol, empty: set[str]) -> Iterator[str]:
+        """The rules that may be met before anything is read."""
+        if isinstance(symbol, RuleName):
+            yield symbol.name
+        elif isinstance(symbol, Repeated):
+            yield from self._leads_to(symbol.symbol, empty)
+        elif isinstance(symbol, AnyOf):
+            for option in symbol.options:
+                yield from self._leads_to(option, empty)
+        elif isinstance(symbol, InOrder):
+            for part in symbol.symbols:
+                yield from self._leads_to(part, empty)
+                if not self._may_be_empty(part, empty):
+                    return
+
+
 # ── 7. JSON schemas ───────────────────────────────────────────────────────────────────────────────────────────────────
 # What a JSON schema allows, as shapes: references followed, alternatives multiplied out, what cannot be honoured refused.
 
