@@ -8247,6 +8247,7 @@ class Engine:
             sequence.jump()
         except InvalidRequest as error:
             self._fail(sequence, error.message, error.code)
+            self._flush()
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
