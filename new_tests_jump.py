@@ -1,13 +1,11 @@
-"""Tests of grammars followed by our own automata, and of text that is written without the model; to be moved into test_shimmy.py."""
+"""Tests of grammars that our automata follow, and of text written without the model; to be moved into test_shimmy.py."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import math
-import random
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,22 @@ from typing import Any
 import pytest
 
 from test_shimmy import (  # noqa: F401  fixtures
-    ADD, REPO, TINY, WEATHER, Server, assert_error, boxed, cases, eventually, models, module, serve, server, streamed_and_plain,
+    ADD,
+    REPO,
+    SHIMMY,
+    TINY,
+    WEATHER,
+    Server,
+    altered,
+    assert_error,
+    boxed,
+    cases,
+    eventually,
+    models,
+    module,
+    serve,
+    server,
+    streamed_and_plain,
     tool_root,
 )  # fmt: skip
 
@@ -130,7 +143,6 @@ def test_picks_under_a_grammar_have_the_probabilities_that_all_allowed_tokens_gi
 def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Gbnf(grammar), "grammar"))
     for token in llama.vocab.tokens_inside(b'{"name": "'):
-        started.begin_work()
         tokens = [t for t in range(llama.vocab.size) if started.after(t) is not None]
         assert list(started.allowed()) == tokens
         started.follow(token)
@@ -316,7 +328,7 @@ def test_words_that_are_cut_within_a_character_are_still_whole(server: Server) -
 # topic: hostile grammars
 
 DOUBLING = "\n".join(["root ::= a0", *(f'a{i} ::= "a" a{i + 1} "b" | "a" a{i + 1} "c"' for i in range(20)), 'a20 ::= "d"'])
-MANY = "root ::= " + " | ".join(f'[a-z]{{{n}}} "{n}"' for n in range(10, 400))
+MANY = "root ::= " + " | ".join(f'[a-z]{{{n}}} "{n}"' for n in range(60, 450))
 REPEATS = "root ::= ((([a-z]{1,1000}){1,1000}){1,1000}){1,1000}"
 
 
@@ -334,6 +346,7 @@ def test_hostile_grammar_is_refused(grammar: str, said: str, server: Server) -> 
 @cases("grammar, fields", {
     "a billion repeats": ('root ::= "ab"{1000000000}', {}),
     "rules 10,000 deep": ("root ::= a0\n" + "\n".join(f'a{i} ::= "x" a{i + 1} "y"' for i in range(9999)) + '\na9999 ::= "z"', {}),
+    "readings by the hundred": (MANY, {"top_k": 0, "top_p": 1, "min_p": 0, "ignore_eos": True}),
     "brackets without end": ('root ::= "(" root ")" | "x"', {"logit_bias": {"120": -100}}),
 })  # fmt: skip
 def test_hostile_grammar_is_followed_as_far_as_the_text_goes(grammar: str, fields: dict[str, Any], server: Server) -> None:  # noqa: F811
@@ -343,7 +356,6 @@ def test_hostile_grammar_is_followed_as_far_as_the_text_goes(grammar: str, field
 
 @cases("grammar, said", {
     "readings that double": (DOUBLING, "ambiguous"),
-    "readings by the hundred": (MANY, "intricate"),
     "repeats of repeats": (REPEATS, "the grammar is"),
 })  # fmt: skip
 @streamed_and_plain
@@ -358,3 +370,18 @@ def test_grammar_that_is_too_much_to_follow_ends_its_own_text(grammar: str, said
             error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request")
         assert error["code"] == "invalid_request" and said in error["message"]
         assert next(other)["choices"][0]["text"]
+
+
+def test_grammar_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Callable[..., Server], tmp_path: Path) -> None:
+    slow = altered(tmp_path, ("PATIENCE, TRIES = 0.01, 500", "PATIENCE, TRIES = 0.0, 10**9"))
+    ask = {"grammar": 'root ::= ([a-z]{2,5} " "){8}', "seed": 2, "top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1.5}
+    texts = [serve("--models-dir", REPO / "models", "--model", TINY, script=script).chat("hi", TINY, **ask).message["content"]
+             for script in (SHIMMY, slow)]  # fmt: skip
+    assert texts[0] == texts[1] and len(texts[0].split()) == 8
+
+
+def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: Callable[..., Server], tmp_path: Path) -> None:
+    script = altered(tmp_path, ("PATIENCE, TRIES = 0.01, 500", "PATIENCE, TRIES = 0.0, 3"))
+    hasty = serve("--models-dir", REPO / "models", "--model", TINY, script=script)
+    assert_error(hasty.chat("hi", TINY, grammar=MANY), 400, "invalid_request", "intricate")
+    assert hasty.chat("hi", TINY, max_tokens=4).status == 200

@@ -3598,11 +3598,8 @@ class TooManyReadings(InvalidRequest):
         super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
 
 
-class TooMuchWork(InvalidRequest):
-    """To find what may come next takes so long that other texts would have to wait."""
-
-    def __init__(self) -> None:
-        super().__init__(f"the grammar is too intricate: over {Automaton.MAX_WORK} of its readings must be opened for one token")
+class NotYet(Exception):
+    """To find what may come next takes longer than other texts should wait. What was found is kept: ask again."""
 
 
 class Automaton:
@@ -3610,17 +3607,20 @@ class Automaton:
 
     MAX_READINGS = 4000  # of one state, with what they open into: some 1 µs each
     MAX_KEPT = 50_000  # states; some 1 KB each
-    MAX_WORK = 20_000  # readings opened for one token, some 2 µs each
+    MADE_AT_LEAST = 10  # states, before NotYet: so that asking again leads on
 
     def __init__(self, root: Symbol) -> None:
-        self.work = 0  # readings that were opened, since whoever uses it set that to 0
+        self._deadline, self._made = math.inf, 0
         self._states: dict[tuple[frozenset[Stack], bool], State] = {}
         self._stacks: dict[tuple[Symbol, Stack | None], Stack] = {}
         self._root = root
         self.start = self._closed([self._pushed((root,), None)])
 
     def after(self, state: State, byte: int) -> State | None:
-        """The state behind one more byte; None if no reading allows it."""
+        """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NotYet."""
+        self._made += 1
+        if self._made > self.MADE_AT_LEAST and time.thread_time() > self._deadline:
+            raise NotYet
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
             self._forget()
         steps = ((stack.top.step(byte), stack.below) for stack in state.stacks)
@@ -3651,13 +3651,19 @@ class Automaton:
             todo += fresh
             if len(seen) > self.MAX_READINGS:
                 raise TooManyReadings
-        self.work += 1 + len(seen)
-        if self.work > self.MAX_WORK:
-            raise TooMuchWork
         key = (frozenset(reading), None in seen)
         if key not in self._states:
             self._states[key] = State(self, *key)
         return self._states[key]
+
+    def work_for(self, seconds: float) -> None:
+        """For how long from now on to make new states; then it says NotYet."""
+        self._deadline, self._made = time.thread_time() + seconds, 0
+
+    @property
+    def is_late(self) -> bool:
+        """Whether that time is over."""
+        return time.thread_time() > self._deadline
 
     def __len__(self) -> int:
         """How many states are kept."""
@@ -6410,12 +6416,15 @@ class Sampler:
     COLDEST = 1e-4  # temperatures below are 0: logits divided by less would leave float32, and infinities have no softmax
     LEAST = 1e-30  # of the likeliest token's probability; typical and Mirostat take the logarithm, and 0 has none
     CHUNKS = (64, 512, 4096)  # so many of the likeliest tokens are tried one by one, before all that the grammar allows
+    JUMP_SECONDS = 0.05  # to find out what must come next: a hundredth of that is usual
+    NEAR_TOP = 10  # below the likeliest one's logit: mostly some hundred tokens
     NEAR = 1e-4  # llama.cpp computes with 24 bits: what lies so near to a limit may fall on either side of it
 
     def __init__(self, llama: Llama, sampling: Sampling, prompt: Any) -> None:
         """Raises InvalidRequest for a bias of a token that does not exist, and for a grammar that cannot be read."""
         self.llama, self.sampling = llama, sampling
         self.never = self._banned()
+        self._picked: int | None = None  # what was picked before it was tried, until that is done
         self.grammar = Grammar(llama, sampling.constraint) if sampling.constraint else None
         self.chain: Any = None
         seed = 0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a random one
@@ -6548,15 +6557,19 @@ class Sampler:
             self.grammar.follow(token)
 
     def _pick_with(self, grammar: Grammar, logits: Any, row: int) -> int:
-        """Accepts only what the grammar admits, and what has a finite logit, as all have unless they are banned."""
-        grammar.begin_work()
-        token = self._pick_freely(logits, row)
-        while token >= 0 and grammar.after(token) is None:
+        """Accepts only what the grammar admits, and what has a finite logit, as all have unless they are banned.
+
+        After NotYet it goes on where it was, with the same logits.
+        """
+        if self._picked is None:
+            self._picked = self._pick_freely(logits, row)
+        while (token := self._picked) >= 0 and grammar.after(token) is None:
             if not grammar.is_awaited:
                 token = self._pick_allowed(grammar, logits)
                 break
             logits[token] = -math.inf
-            token = self._pick_freely(logits, row)
+            self._picked = self._pick_freely(logits, row)
+        self._picked = None
         if token < 0:
             return -1  # all that may follow is banned, or has no token
         grammar.accept(token)
@@ -6565,10 +6578,10 @@ class Sampler:
         return token
 
     def _pick_freely(self, logits: Any, row: int) -> int:
-        """What is picked without a grammar; −1 if all is banned."""
+        """What is picked without a grammar; −1 if all is banned. `row` is −1 for logits that were kept."""
         if not self.chain:
             token = int(logits.argmax())
-        elif self._looks_back(self.values):  # what follows would make the chain take a token that may be refused
+        elif row < 0 or self._looks_back(self.values):  # what follows makes the chain take a token that may be refused
             return self._choose(Candidates(self.llama, logits), (*self.bends, *self.links))
         else:
             token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
@@ -6610,13 +6623,20 @@ class Sampler:
             return few
         np, tried, found = self.llama.np, 0, list[int]()
         for size in [size for size in self.CHUNKS if size < len(scores)]:
-            best = np.argpartition(scores, -size)[-size:]
-            best = best[np.argsort(-scores[best], kind="stable")]
+            best = self._likeliest(scores, size)
             found += [token for token in best[tried:].tolist() if grammar.after(token) is not None]
             tried = size
             if found and self._are_enough(scores, scores[found], scores[best]):
                 return np.sort(np.array(found, np.int32))
         return grammar.allowed()
+
+    def _likeliest(self, scores: Any, count: int) -> Any:
+        """So many tokens, the likeliest first. To sort only those near the top takes a tenth of the time."""
+        np = self.llama.np
+        near = np.flatnonzero(scores > scores.max() - self.NEAR_TOP)
+        if len(near) < count:
+            near = np.argpartition(scores, -count)[-count:]
+        return near[np.argsort(-scores[near], kind="stable")][:count]
 
     def _are_enough(self, scores: Any, found: Any, tried: Any) -> bool:
         """Whether no token below those `tried` would be kept: all three are logits, the last two falling ones."""
@@ -6647,8 +6667,12 @@ class Sampler:
         grammar = self.grammar
         if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
             return ()
-        grammar.begin_work()
-        tokens = list(itertools.takewhile(lambda token: token not in self.never, grammar.jump()[:most]))
+        grammar.work_for(self.JUMP_SECONDS)
+        try:
+            forced = grammar.jump()[:most]
+        except NotYet:
+            return ()
+        tokens = list(itertools.takewhile(lambda token: token not in self.never, forced))
         for token in tokens:
             self.force(token)
         return tokens
@@ -6687,9 +6711,9 @@ class Grammar:
         """Whether the document is complete, and nothing may follow."""
         return not self._marker and self._state.ends and not self._state.bits
 
-    def begin_work(self) -> None:
-        """Begins to count what it costs to find the next token."""
-        self._machine.automaton.work = 0
+    def work_for(self, seconds: float) -> None:
+        """For how long from now on to look for what may come next; then it says NotYet."""
+        self._machine.automaton.work_for(seconds)
 
     def after(self, token: int) -> State | None:
         """The state behind a token; None if it may not come. What stands behind the marker in the token that ends it must fit."""
@@ -6750,17 +6774,13 @@ class Spelling:
             self.shared.append(next((i for i, (a, b) in enumerate(zip(before, here, strict=False)) if a != b), len(before)))
         self.starts = [bisect.bisect_left(self.pieces, bytes([byte])) for byte in range(256)] + [len(pieces)]
 
-    def allowed(self, state: State) -> list[int]:
-        """The tokens that a state may read."""
-        found: list[int] = []
-        for byte in range(256):
-            if state.bits >> byte & 1 and self.starts[byte] < self.starts[byte + 1]:
-                self._walk(state, self.starts[byte], self.starts[byte + 1], found)
-        return found
+    def allowed(self, state: State, byte: int) -> list[int]:
+        """The tokens that a state may read and that begin with a byte. Raises NotYet.
 
-    def _walk(self, state: State, at: int, end: int, found: list[int]) -> None:
-        """Adds those of one first byte. Pieces behind one that is refused are refused too as far as they begin like it."""
-        pieces, shared = self.pieces, self.shared
+        Pieces behind one that is refused are refused too as far as they begin like it.
+        """
+        pieces, shared, found = self.pieces, self.shared, list[int]()
+        at, end = self.starts[byte], self.starts[byte + 1]
         states: list[State] = [state]  # behind each byte of the piece before
         while at < end:
             piece = pieces[at]
@@ -6776,6 +6796,7 @@ class Spelling:
             else:
                 size = len(states)
                 at = bisect.bisect_right(pieces, piece[:size], at, end, key=lambda other: other[:size])
+        return found
 
 
 class Machine:
@@ -6788,6 +6809,7 @@ class Machine:
     def __init__(self, root: Symbol, vocab: Vocabulary) -> None:
         self.automaton, self.vocab = Automaton(read_ahead(root)), vocab
         self._allowed: dict[State, Any] = {}
+        self._found: dict[State, list[list[int]]] = {}  # a part of that
         self._jumps: dict[State, Seq[int]] = {}
         self._kept = 0
 
@@ -6798,7 +6820,13 @@ class Machine:
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
         if state not in self._allowed:
-            tokens = self.vocab.np.array(sorted(self.vocab.spelling.allowed(state)), self.vocab.np.int32)
+            found = self._found.setdefault(state, [])  # by first byte, as far as there was time
+            for byte in range(len(found), 256):
+                found.append(self.vocab.spelling.allowed(state, byte) if state.bits >> byte & 1 else [])
+                if len(found) < 256 and self.automaton.is_late:
+                    raise NotYet
+            tokens = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
+            del self._found[state]
             self._make_room(len(tokens))
             self._allowed[state] = tokens
         return self._allowed[state]
@@ -6826,8 +6854,8 @@ class Machine:
     def _make_room(self, tokens: int) -> None:
         self._kept += 16 + tokens
         if self._kept > self.MAX_KEPT:
-            self._allowed.clear()
-            self._jumps.clear()
+            for kept in (self._allowed, self._found, self._jumps):
+                kept.clear()
             self._kept = 16 + tokens
 
 
@@ -7017,6 +7045,8 @@ class Sequence:
         self._ending = llama.vocab.tokens_of(job.thought.ending) if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.n_jumped, self._jumped_at = 0, -1  # tokens that came without the model; the last token before the last of them
+        self.logits: Any = None  # while its grammar takes more than a step to say what may come next
+        self.tries = 0  # steps that has taken
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
         self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
         self.place: Place | None = None  # None: it waits, or is parked
@@ -8007,6 +8037,7 @@ class Engine:
     """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader and Outbox do the rest."""
 
     GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
+    PATIENCE, TRIES = 0.01, 500  # seconds of a step in which a grammar says what may come next, and in how many steps
     GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
 
     def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe, pulse: Pulse) -> None:
@@ -8149,6 +8180,10 @@ class Engine:
         scheduler = self.scheduler
         if self._running() != self.outbox.running:
             self._flush()
+        for sequence in [s for s in scheduler.running if s.logits is not None and not s.pending]:
+            self._pick(sequence, sequence.logits, -1)
+            if self.outbox.due():
+                self._flush()
         plan = scheduler.schedule(self.reader is not None)
         if not plan:
             scheduler.stepped_at = time.perf_counter()
@@ -8200,14 +8235,25 @@ class Engine:
         first = False
         for (sequence, row), scores, peak in zip(ready, logits, peaks, strict=True):
             first = first or not sequence.first_token
-            if not math.isfinite(peak):
+            if math.isfinite(peak):
+                self._pick(sequence, scores, row)
+            else:
                 self._fail(sequence, "the model's output is not a number")
-                continue
-            try:
-                self._advance(sequence, scores, row)
-            except InvalidRequest as error:  # its grammar cannot be followed further
-                self._fail(sequence, error.message, error.code)
         return first
+
+    def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
+        """Advances one sequence, unless its grammar needs more time or cannot be followed."""
+        try:
+            if sequence.sampler and sequence.sampler.grammar:
+                sequence.sampler.grammar.work_for(self.PATIENCE)
+            self._advance(sequence, scores, row)
+            sequence.logits, sequence.tries = None, 0
+        except NotYet:
+            sequence.logits, sequence.tries = scores.copy(), sequence.tries + 1
+            if sequence.tries > self.TRIES:
+                self._fail(sequence, "the grammar is too intricate: what may come next is not found in time", InvalidRequest.code)
+        except InvalidRequest as error:
+            self._fail(sequence, error.message, error.code)
 
     def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
         """One more token for one sequence, and its end if that was the last."""
@@ -8260,6 +8306,7 @@ class Engine:
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
         self.intake.ended(sequence.id)
+        sequence.logits = None
         if sequence.sampler:
             sequence.sampler.close()
 
@@ -8280,6 +8327,7 @@ def engine_main() -> None:
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what native code prints must not run into the messages
     pipe, ready = Pipe(reader, writer), queue.SimpleQueue[Intake]()
+    sys.setswitchinterval(0.0005)  # a thread that reads a grammar must not hold up the step loop: usual are 5 ms, at each call
     load, pulses = pipe.receive(), [Pulse()]
     start_or_die(lambda: _receive(pipe, ready))
     start_or_die(lambda: _beat(pipe, pulses))
