@@ -3849,7 +3849,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class StringShape:
+class OldStringShape:
     """A string: its length in code points and its format, one of SchemaReader.FORMATS or ""."""
 
     low: int = 0
@@ -3858,7 +3858,7 @@ class StringShape:
 
 
 @dataclass(frozen=True)
-class NumberShape:
+class OldNumberShape:
     """A number, or an integer if `whole`. A bound is its value and whether the value itself is left out."""
 
     whole: bool = False
@@ -3907,7 +3907,7 @@ class Members:
 
 
 Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
-Shape = Constant | StringShape | NumberShape | ArrayShape | Members
+Shape = Constant | OldStringShape | OldNumberShape | ArrayShape | Members
 Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 
 
@@ -4178,14 +4178,14 @@ class SchemaShapes(SchemaReader):
 
     def everything(self) -> Shapes:
         constants = (Constant("null"), Constant("true"), Constant("false"))
-        return (*constants, NumberShape(), StringShape(), ArrayShape(), self.member(None, ()))
+        return (*constants, OldNumberShape(), OldStringShape(), ArrayShape(), self.member(None, ()))
 
     def _simplify(self, shapes: list[Shape]) -> Shapes:
         if set(shapes) >= set(self.everything()):
             return self.everything()
         everything = self.everything()
         free = {type(shape) for shape in shapes if shape in everything and not isinstance(shape, Constant)}
-        if StringShape in free:
+        if OldStringShape in free:
             shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
         return tuple(shape for shape in shapes if shape in everything or type(shape) not in free)
 
@@ -4231,7 +4231,7 @@ class SchemaShapes(SchemaReader):
         hinted = [kind for kind in ("object", "array", "number", "string") if self.HINTS[kind] & keywords]
         return hinted[:1] or (["string"] if "format" in keywords else kinds)
 
-    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[StringShape]:
+    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[OldStringShape]:
         low, high = self._range(schemas, "minLength", "maxLength")
         formats = sorted({schema["format"] for schema in schemas if "format" in schema})
         if len(formats) > 1:
@@ -4240,9 +4240,9 @@ class SchemaShapes(SchemaReader):
             shortest, longest = self.FORMATS[formats[0]]
             if low > shortest or (high is not None and high < longest):
                 raise self.refuse(f"format {formats[0]} beside minLength or maxLength is not supported")
-            yield StringShape(format=formats[0])
+            yield OldStringShape(format=formats[0])
         elif high is None or low <= high:
-            yield StringShape(low, high)
+            yield OldStringShape(low, high)
 
     def _range(self, schemas: list[dict[str, Any]], least: str, most: str) -> tuple[int, int | None]:
         low = max((schema[least] for schema in schemas if least in schema), default=0)
@@ -4251,7 +4251,7 @@ class SchemaShapes(SchemaReader):
             self.dead_end = f"{least} {low} is more than {most} {high}"
         return low, high
 
-    def _number(self, schemas: list[dict[str, Any]], whole: bool) -> Iterator[NumberShape]:
+    def _number(self, schemas: list[dict[str, Any]], whole: bool) -> Iterator[OldNumberShape]:
         lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
         highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
         low, (high, inclusive) = max(lows, default=None), min(highs, default=(None, True))
@@ -4262,7 +4262,7 @@ class SchemaShapes(SchemaReader):
         if low and high is not None and (low[0] > high or (low[0] == high and (low[1] or not inclusive))):
             self.dead_end = f"no {'integer' if whole else 'number'} lies between {low[0]} and {high}"
             return
-        yield NumberShape(whole, low, None if high is None else (high, not inclusive))
+        yield OldNumberShape(whole, low, None if high is None else (high, not inclusive))
 
     def _array(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[ArrayShape]:
         low, high = self._range(schemas, "minItems", "maxItems")
@@ -4407,11 +4407,11 @@ class OneOf:
             return self._objects_unlike(one, two, depth + 1)
         if isinstance(one, ArrayShape) and isinstance(two, ArrayShape):
             return self._arrays_unlike(one, two, depth + 1)
-        if isinstance(one, StringShape) and isinstance(two, StringShape):
+        if isinstance(one, OldStringShape) and isinstance(two, OldStringShape):
             return lengths_apart(one, two)
         if isinstance(one, Constant) and isinstance(two, Constant):
             return bool(comparable(json.loads(one.text)) != comparable(json.loads(two.text)))
-        if isinstance(one, NumberShape) and isinstance(two, NumberShape):
+        if isinstance(one, OldNumberShape) and isinstance(two, OldNumberShape):
             return bounds_apart(one, two) or bounds_apart(two, one)
         return False
 
@@ -4467,16 +4467,16 @@ def opening_of(shape: Shape) -> str:
     """The kind of value: what its first character tells."""
     if isinstance(shape, Constant):
         return shape.text[0] if shape.text[0] in '{["tfn' else "0"
-    kinds: dict[type, str] = {Members: "{", ArrayShape: "[", StringShape: '"', NumberShape: "0"}
+    kinds: dict[type, str] = {Members: "{", ArrayShape: "[", OldStringShape: '"', OldNumberShape: "0"}
     return kinds[type(shape)]
 
 
-def lengths_apart(one: StringShape | ArrayShape, two: StringShape | ArrayShape) -> bool:
+def lengths_apart(one: OldStringShape | ArrayShape, two: OldStringShape | ArrayShape) -> bool:
     """True if no length is within the bounds of both."""
     return (two.high is not None and one.low > two.high) or (one.high is not None and one.high < two.low)
 
 
-def bounds_apart(one: NumberShape, two: NumberShape) -> bool:
+def bounds_apart(one: OldNumberShape, two: OldNumberShape) -> bool:
     """True if all of `one` lies above all of `two`."""
     if one.low is None or two.high is None:
         return False
@@ -4706,9 +4706,9 @@ class SchemaGrammar:
         for shape in choice:
             if isinstance(shape, ArrayShape):
                 parts.append("array" if shape == ArrayShape() else f'"[" ws {self.rule("array", (shape, 0))}')
-            elif isinstance(shape, StringShape):
+            elif isinstance(shape, OldStringShape):
                 parts.append(self._string(shape))
-            elif isinstance(shape, NumberShape):
+            elif isinstance(shape, OldNumberShape):
                 parts.append(self._number(shape))
         return " | ".join(parts)
 
@@ -4813,10 +4813,10 @@ class SchemaGrammar:
         more = self.repeat(max(least - 1, 0), None if most is None else most - 1)
         return " | ".join([*parts, f'{item} ("," ws {item}){more} "]"'])
 
-    def _string(self, text: StringShape) -> str:
+    def _string(self, text: OldStringShape) -> str:
         if text.format:
             return f'"\\"" {text.format} "\\""'
-        return "string" if text == StringShape() else self.rule("text", (text.low, text.high))
+        return "string" if text == OldStringShape() else self.rule("text", (text.low, text.high))
 
     def _write_text(self, length: tuple[int, int | None]) -> str:
         return f'"\\"" char{self.repeat(*length)} "\\""'
@@ -4827,7 +4827,7 @@ class SchemaGrammar:
             raise self.refuse(f"minLength, maxLength, minItems and maxItems add up to over {self.MAX_REPEATS}")
         return f"{{{low},{'' if high is None else high}}}"
 
-    def _number(self, number: NumberShape) -> str:
+    def _number(self, number: OldNumberShape) -> str:
         if number.low is None and number.high is None:
             return "integer" if number.whole else "number"
         if not number.whole:
@@ -4864,7 +4864,7 @@ class Readings:
 
     MAX_READINGS = 64  # with 64 a step looks for an allowed token among 49,000 in 0.05 s
     MAX_NAMES = 1000  # property names that could come next, of all readings together: 0.1 s
-    OPEN_AT_ONCE: ClassVar = {StringShape: 1, NumberShape: 4}  # an integer's bounds are some 40 alternatives, but soon over
+    OPEN_AT_ONCE: ClassVar = {OldStringShape: 1, OldNumberShape: 4}  # an integer's bounds are some 40 alternatives, but soon over
 
     def __init__(self, grammar: SchemaGrammar) -> None:
         self.grammar, self.spend = grammar, grammar.reader.spend
