@@ -4971,7 +4971,214 @@ def both_strings(one: StringShape, two: StringShape) -> StringShape:
     return StringShape(max(one.low, two.low), min(highs, default=None), excluded=one.excluded | two.excluded, **lists)
 
 
-# numbers
+@dataclass(frozen=True)
+class NumberShape:
+    """What a JSON number must be. A bound is its value and whether the value itself is left out."""
+
+    whole: bool = False
+    low: tuple[int | float, bool] | None = None
+    high: tuple[int | float, bool] | None = None
+    multiples: tuple[int | float, ...] = ()
+    not_multiples: tuple[int | float, ...] = ()  # (1,): not an integer
+
+
+def decimal_digits(value: int | float) -> tuple[int, int]:
+    """A number as its shortest decimal notation has it: the digits, and how many of them stand behind the point."""
+    if isinstance(value, int):
+        return value, 0
+    mantissa, _, exponent = repr(value).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    fraction = fraction.rstrip("0")
+    digits, places = int(whole + fraction), len(fraction) - int(exponent or 0)
+    return (digits, places) if places >= 0 else (digits * 10**-places, 0)
+
+
+class NumberMachine:
+    """The numbers of one shape, as whole multiples of a smallest unit (a decimal place) in an interval.
+
+    The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds or multiples has
+    no exponent.
+    """
+
+    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
+
+    def __init__(self, shape: NumberShape) -> None:
+        self._check(shape)
+        multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
+        unlike = [decimal_digits(value) for value in shape.not_multiples]
+        bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
+        self.exponents = not multiples and not unlike and not bounds
+        self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
+        if multiples or unlike:
+            self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
+        scale = 10**self.places
+        units, others = ([digits * scale // 10**places for digits, places in numbers] for numbers in (multiples, unlike))
+        unit = math.lcm(*units)
+        if all(number % scale == 0 for number in (unit, *others)):
+            self.places = 0  # a point would add nothing
+        self.scale = 10**self.places
+        self.unit, self.unlike = unit * self.scale // scale, [number * self.scale // scale for number in others]
+        self.cycle = math.lcm(self.unit, *self.unlike)
+        self.low = None if shape.low is None else self._edge(*shape.low)
+        self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
+        nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
+        exact = bool(self.places and (multiples or unlike))  # a double must hold every digit, to be divided
+        self.digits = max(self.DOUBLE - self.places if exact else self.DIGITS, len(str((nearest + self.unit) // self.scale)) + 1)
+        self.most = 10 ** (self.digits + self.places) - 1
+
+    def _check(self, shape: NumberShape) -> None:
+        """Refuses numbers that are out of all proportion."""
+        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
+        for value in (*bounds, *shape.multiples, *shape.not_multiples):
+            if not math.isfinite(value) or (isinstance(value, int) and value.bit_length() > self.MAX_BITS):
+                raise InvalidRequest("a bound of numbers has too many digits")
+            if decimal_digits(value)[1] > self.MAX_PLACES:
+                raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+        if any(value <= 0 for value in (*shape.multiples, *shape.not_multiples)):
+            raise InvalidRequest("multipleOf must be over 0")
+        if len(shape.not_multiples) > self.MAX_UNLIKE:
+            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+
+    def _edge(self, bound: int | float, left_out: bool) -> int:
+        """The least number of units that a lower bound allows."""
+        digits, places = decimal_digits(bound)
+        edge = -(-digits * self.scale // 10**places)
+        if left_out and edge * 10**places == digits * self.scale:
+            edge += 1
+        if left_out and self.unit == 1 and self.places and abs(bound) < sys.float_info.max:
+            # a text nearer to the bound than doubles are to each other would be read as the bound
+            digits, places = decimal_digits(math.nextafter(bound, math.inf))
+            edge = max(edge, -(-digits * self.scale // 10**places))
+        return edge
+
+    def holds(self, negative: bool, low: int, high: int, free: bool = False) -> bool:
+        """Whether one of the magnitudes `low` to `high` is right; `free`: whatever the bounds."""
+        if not free:
+            least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
+            low, high = max(low, low if least is None else least), min(high, high if most is None else most)
+        value = -(-low // self.unit) * self.unit
+        for _ in range(self.MAX_TRIES):
+            if value > high:
+                return False
+            if all(value % number for number in self.unlike):
+                return True
+            value += self.unit
+        return False
+
+    def _minus(self, bound: int | None) -> int | None:
+        return None if bound is None else -bound
+
+    def unbounded(self, negative: bool, low: int, high: int) -> bool:
+        """Whether all magnitudes from `low` to `high` are within the bounds."""
+        least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
+        return (least is None or least <= low) and (most is None or high <= most)
+
+
+@dataclass(frozen=True)
+class JsonNumber(Symbol):
+    """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
+
+    Once the bounds cannot be missed any more (`free`), only the remainder is kept.
+    """
+
+    machine: NumberMachine
+    part: str = ""  # sign, zero, whole, point, fraction, e, e-sign, exponent
+    negative: bool = False
+    value: int = 0
+    count: int = 0
+    free: bool = False
+
+    @property
+    def firsts(self) -> int:
+        return sum(1 << byte for byte in b"0123456789-.eE+" if self._next(byte) is not None)
+
+    def step(self, byte: int) -> Symbols | None:
+        following = self._next(byte)
+        return None if following is None else (following,)
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        if self.part == "exponent":
+            return True
+        low = self._range(0)[0]
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.free)
+
+    def _next(self, byte: int) -> JsonNumber | None:
+        """What follows a byte; None if no number does."""
+        char, part, machine = chr(byte), self.part, self.machine
+        if char.isdigit():
+            return self._digit(int(char))
+        if char == "-" and part == "":
+            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most) else None
+        if char == "." and part in ("zero", "whole") and machine.places:
+            return replace(self, part="point", count=0)._lively()
+        if char in "eE" and part in ("zero", "whole", "fraction") and machine.exponents:
+            return JsonNumber(machine, "e")
+        return JsonNumber(machine, "e-sign") if char in "+-" and part == "e" else None
+
+    def _digit(self, digit: int) -> JsonNumber | None:
+        part, count = self.part, self.count
+        if part in ("", "sign"):
+            return replace(self, part="whole" if digit else "zero", value=digit, count=1)._lively()
+        if part == "whole":
+            return replace(self, value=self.value * 10 + digit, count=count + 1)._lively() if count < self.machine.digits else None
+        if part in ("point", "fraction"):
+            more = count < self.machine.places
+            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._lively() if more else None
+        if part in ("e", "e-sign", "exponent") and count < 2:  # 1e99 times 20 digits is a double still
+            return JsonNumber(self.machine, "exponent", count=count + 1)
+        return None
+
+    def _range(self, more: int) -> tuple[int, int]:
+        """The magnitudes that so many further digits before the point can make, or all behind it."""
+        machine = self.machine
+        unit = 10 ** (machine.places - self.count) if self.part in ("point", "fraction") else machine.scale
+        return self.value * 10**more * unit, (self.value + 1) * 10**more * unit - 1
+
+    def _lively(self) -> JsonNumber | None:
+        """Itself, without what does not matter any more; None if it is no number's beginning."""
+        machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
+        if not any(machine.holds(self.negative, *self._range(more), self.free) for more in range(most + 1)):
+            return None
+        free = self.free or machine.unbounded(self.negative, self._range(0)[0], self._range(most)[1])
+        return replace(self, free=True, negative=False, value=self.value % machine.cycle) if free else self
+
+
+@functools.lru_cache(maxsize=1000)
+def number_symbol(shape: NumberShape) -> Symbol | None:
+    """A JSON number of a shape; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
+    machine = NumberMachine(shape)
+    start = JsonNumber(machine)
+    return start if start.firsts else None
+
+
+def number_fits(shape: NumberShape, value: int | float) -> bool:
+    """Whether a number has a shape, as its decimal notation says."""
+    if shape.low and (value <= shape.low[0] if shape.low[1] else value < shape.low[0]):
+        return False
+    if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
+        return False
+    multiples = (*shape.multiples, *((1,) if shape.whole else ()))
+    return all(_divides(m, value) for m in multiples) and not any(_divides(m, value) for m in shape.not_multiples)
+
+
+def _divides(part: int | float, value: int | float) -> bool:
+    (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
+    return two * 10**places % (one * 10**more) == 0
+
+
+def numbers_meet(one: NumberShape, two: NumberShape) -> bool:
+    """Whether some number has both shapes."""
+    return number_symbol(both_numbers(one, two)) is not None
+
+
+def both_numbers(one: NumberShape, two: NumberShape) -> NumberShape:
+    """The shape of what has both shapes."""
+    low = max(filter(None, (one.low, two.low)), default=None)
+    high = min(filter(None, (one.high, two.high)), key=lambda bound: (bound[0], not bound[1]), default=None)
+    return NumberShape(one.whole or two.whole, low, high, tuple(dict.fromkeys(one.multiples + two.multiples)),
+                       tuple(dict.fromkeys(one.not_multiples + two.not_multiples)))  # fmt: skip
 
 
 # ── 7. JSON schemas ───────────────────────────────────────────────────────────────────────────────────────────────────
