@@ -3953,7 +3953,8 @@ class PatternReader:
     NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
     DOT = CharPattern(others(((10, 10), (13, 13), (0x2028, 0x2029))))
     GROUP = re.compile(r"\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<comment>\#[^)]*\))|(?P<other>)))?")
-    REPEATS = re.compile(r"(?:(?P<sign>[*+?])|\{(?P<low>\d{1,4000})(?P<comma>,(?P<high>\d{0,4000}))?\}|\{,(?P<most>\d{1,4000})\})\??")
+    REPEATS = re.compile(
+        r"(?:(?P<sign>[*+?])|\{(?P<low>[0-9]{1,4000})(?P<comma>,(?P<high>[0-9]{0,4000}))?\}|\{,(?P<most>[0-9]{1,4000})\})\??")
     ESCAPE = re.compile(
         r"\\(?:u([dD][89abAB]..)\\u([dD][c-fC-F]..)|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
         r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
@@ -4119,10 +4120,8 @@ def general_categories() -> dict[str, list[tuple[int, int]]]:
     found["Cn"] = [(0x40000, 0xDFFFF), (0xE1000, 0xEFFFF), (0xFFFFE, 0xFFFFF), (0x10FFFE, 0x10FFFF)]  # planes without characters
     for codes in (range(0x40000), range(0xE0000, 0xE1000)):
         for category, run in itertools.groupby(codes, lambda code: unicodedata.category(chr(code))):
-            first = last = next(run)
-            for last in run:  # noqa: B007
-                pass
-            found.setdefault(category, []).append((first, last))
+            members = list(run)
+            found.setdefault(category, []).append((members[0], members[-1]))
     return found
 
 
@@ -4139,13 +4138,14 @@ class Texts:
     intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
     """
 
-    __slots__ = ("dense", "heads", "high", "kind", "least", "low", "mask", "most", "moves", "nullable", "parts", "plain")
+    __slots__ = (
+        "dense", "firsts", "heads", "high", "kind", "least", "low", "mask", "most", "moves", "nullable", "parts", "plain")  # fmt: skip
 
     def __init__(self, kind: str, mask: int, low: int, high: float, parts: tuple[Texts, ...]) -> None:
         self.kind, self.mask, self.low, self.high, self.parts = kind, mask, low, high, parts
         self.moves: tuple[tuple[int, Texts], ...] | None = None  # classes of characters → the texts behind one
         self.heads: frozenset[int] = frozenset([mask]) if kind == "char" else frozenset().union(*(p.heads for p in parts))
-        self.plain = all(part.plain for part in parts)
+        self.plain: bool = all(part.plain for part in parts)
         self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
         if kind == "empty":
             self.nullable, self.least, self.most = True, 0, 0
@@ -4157,6 +4157,7 @@ class Texts:
             self._combined(parts, any if kind == "either" else all)
         elif kind == "not":
             self.plain, self.nullable, self.least, self.most = False, not parts[0].nullable, int(parts[0].nullable), math.inf
+        self.firsts = -1 if kind == "not" else functools.reduce(operator.or_, self.heads, 0)  # the classes it may begin with
 
     def _chained(self, one: Texts, two: Texts) -> None:
         self.heads = one.heads | two.heads if one.nullable else one.heads
@@ -4210,7 +4211,13 @@ class Algebra:
         kinds = list(itertools.accumulate((turns[start] for start in self.starts), operator.xor))
         numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
         self.class_at = [numbers[kind] for kind in kinds]
-        self._masks = {r: sum(1 << n for kind, n in numbers.items() if kind >> b & 1) for b, r in enumerate(sets)}
+        masks = [0] * len(sets)
+        for kind, n in numbers.items():
+            while kind:
+                bit = kind.bit_length() - 1
+                masks[bit] |= 1 << n
+                kind ^= 1 << bit
+        self._masks = dict(zip(sets, masks, strict=True))
 
     def mask_of(self, ranges: Ranges) -> int:
         return self._masks[ranges]
@@ -4361,13 +4368,15 @@ class Algebra:
     def _behind(self, texts: Texts, bit: int) -> Texts:
         """What follows a character of the class `bit`."""
         kind, parts = texts.kind, texts.parts
+        if not texts.firsts & bit:
+            return self.none
         if kind == "char":
             return self.empty if texts.mask & bit else self.none
         if kind == "repeat":
             again = self.repeat(parts[0], max(texts.low - 1, 0), texts.high - 1)
             return self.then(self._behind(parts[0], bit), again)
         if kind == "either":
-            return self.either([self._behind(part, bit) for part in parts])
+            return self.either([self._behind(part, bit) for part in parts if part.firsts & bit])
         if kind == "both":
             return self.both([self._behind(part, bit) for part in parts])
         if kind == "not":
@@ -4388,8 +4397,8 @@ class Algebra:
             tails.setdefault(text[:1], []).append(text[1:])
         found = []
         for char, rest in tails.items():
-            run = os.path.commonprefix(rest)
-            behind = self.words([text[len(run) :] for text in rest]) if len(rest) > 1 else self.empty
+            run = rest[0] if len(rest) == 1 else ""
+            behind = self.words(rest) if char and not run else self.empty
             chain = [self.char(1 << self.class_of(ord(c))) for c in char + run]
             found.append(functools.reduce(lambda later, one: self.then(one, later), reversed(chain), behind))
         return self.either(found)
@@ -4475,7 +4484,8 @@ class Algebra:
         parts = loop.part.parts
         if isinstance(loop.part, Chain) and len(parts) > 1 and rest == (self.empty, self.empty) and loop.high is None:
             *looks, char = parts
-            seen = [self._before(look.inside, (self.all, self.all)) for look in looks if isinstance(look, Ahead) and not look.wanted]
+            unwanted = [look.inside for look in looks if isinstance(look, Ahead) and not look.wanted]
+            seen = [self._before(inside, (self.all, self.all)) for inside in unwanted]
             if isinstance(char, CharPattern) and len(seen) == len(looks) and all(a is b and not a.nullable for a, b in seen):
                 found = [self.repeat(self._alone(char), loop.low, math.inf)]
                 found += [self.but_not(self.then(self.all, texts)) for texts, _ in seen]
@@ -4724,7 +4734,8 @@ def _sums(one: int, two: int, top: int) -> int:
     return found & (1 << top + 1) - 1
 
 
-Half = tuple[Ranges, str, int, int]  # what a half-written character may become; how it goes on; what was read; how much is missing
+# A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
+Half = tuple[Ranges, str, int, int]
 NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
 HEX_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
 ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True)}
@@ -4889,7 +4900,8 @@ def _uri(more: str, private: str = "") -> tuple[str, str]:
 _UCS = r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF" + "".join(
     rf"\u{{{plane:X}{'1000' if plane == 14 else '0000'}}}-\u{{{plane:X}FFFD}}" for plane in range(1, 15))  # fmt: skip
 (_URI, _RELATIVE), (_IRI, _RELATIVE_IRI) = _uri(""), _uri(_UCS, r"\uE000-\uF8FF\u{F0000}-\u{FFFFD}\u{100000}-\u{10FFFD}")
-_ITEM = r"(?:[A-Za-z0-9 _,:;=!@%&<>/~#'\"-]|\\[dDwWsStnrfv.*+?()\[\]{}|^$/-])"  # a part of a regular expression that every dialect reads
+# Regular expressions without what dialects read differently, brackets at most one deep.
+_ITEM = r"(?:[A-Za-z0-9 _,:;=!@%&<>/~#'\"-]|\\[dDwWsStnrfv.*+?()\[\]{}|^$/-])"
 _SET = r"\[\^?(?:[A-Za-z0-9_.]|[a-m]-[n-z]|[A-M]-[N-Z]|[0-4]-[5-9]|\\[dDwWsS])+\]"
 _PIECE = rf"(?:{_ITEM}|\.|{_SET})(?:[*+?]|\{{[0-9]\}})?"
 _RUN = rf"(?:{_PIECE})*(?:\|(?:{_PIECE})*)*"
@@ -5122,7 +5134,8 @@ class JsonNumber(Symbol):
         if part in ("", "sign"):
             return replace(self, part="whole" if digit else "zero", value=digit, count=1)._lively()
         if part == "whole":
-            return replace(self, value=self.value * 10 + digit, count=count + 1)._lively() if count < self.machine.digits else None
+            more = count < self.machine.digits
+            return replace(self, value=self.value * 10 + digit, count=count + 1)._lively() if more else None
         if part in ("point", "fraction"):
             more = count < self.machine.places
             return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._lively() if more else None
