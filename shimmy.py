@@ -4138,13 +4138,14 @@ class Texts:
     intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
     """
 
-    __slots__ = (
-        "dense", "firsts", "heads", "high", "kind", "least", "low", "mask", "most", "moves", "nullable", "parts", "plain")  # fmt: skip
+    __slots__ = ("dense", "firsts", "heads", "high", "kind", "least", "low", "mask",
+                 "most", "moves", "nullable", "parts", "plain")  # fmt: skip
 
     def __init__(self, kind: str, mask: int, low: int, high: float, parts: tuple[Texts, ...]) -> None:
         self.kind, self.mask, self.low, self.high, self.parts = kind, mask, low, high, parts
         self.moves: tuple[tuple[int, Texts], ...] | None = None  # classes of characters → the texts behind one
         self.heads: frozenset[int] = frozenset([mask]) if kind == "char" else frozenset().union(*(p.heads for p in parts))
+        self.firsts = functools.reduce(operator.or_, (part.firsts for part in parts), mask)  # the classes it may begin with
         self.plain: bool = all(part.plain for part in parts)
         self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
         if kind == "empty":
@@ -4156,8 +4157,8 @@ class Texts:
         elif kind in ("either", "both"):
             self._combined(parts, any if kind == "either" else all)
         elif kind == "not":
-            self.plain, self.nullable, self.least, self.most = False, not parts[0].nullable, int(parts[0].nullable), math.inf
-        self.firsts = -1 if kind == "not" else functools.reduce(operator.or_, self.heads, 0)  # the classes it may begin with
+            self.plain, self.nullable, self.firsts = False, not parts[0].nullable, -1
+            self.least, self.most = int(parts[0].nullable), math.inf
 
     def _chained(self, one: Texts, two: Texts) -> None:
         self.heads = one.heads | two.heads if one.nullable else one.heads
@@ -4317,14 +4318,13 @@ class Algebra:
             return parts
         found: dict[Texts, None] = {}
         for (part, rest), spans in counts.items():
-            spans.sort()
-            low, high = spans[0]
-            for least, most in [*spans[1:], (math.inf, 0)]:
-                if least <= high + 1:
-                    high = max(high, most)
+            union: list[tuple[int, float]] = []
+            for low, high in sorted(spans):
+                if union and low <= union[-1][1] + 1:
+                    union[-1] = (union[-1][0], max(union[-1][1], high))
                 else:
-                    found[self.then(self.repeat(part, low, high), rest)] = None
-                    low, high = int(least) if most else 0, most
+                    union.append((low, high))
+            found |= dict.fromkeys(self.then(self.repeat(part, low, high), rest) for low, high in union)
         return found
 
     def both(self, parts: Iterable[Texts]) -> Texts:
@@ -4333,7 +4333,8 @@ class Algebra:
         for part in parts:
             flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
         flat.pop(self.all, None)
-        least, most = max((p.least for p in flat), default=0), min((p.most for p in flat), default=math.inf)
+        sized = [part for part in flat if part.kind != "not"]
+        least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
         for part in list(flat):
             if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
                 del flat[part]  # the others' lengths exclude already what it excludes
@@ -4872,7 +4873,7 @@ _LS32 = f"(?:{_H16}:{_H16}|{_IPV4})"
 _IPV6 = "(?:{})".format("|".join(
     [f"(?:{_H16}:){{6}}{_LS32}", f"::(?:{_H16}:){{0,5}}{_LS32}"]
     + [f"{_H16}(?::{_H16}){{0,{n}}}::(?:{_H16}:){{0,{4 - n}}}{_LS32}" for n in range(5)]
-    + [f"{_H16}(?::{_H16}){{0,5}}::{_H16}", f"(?:{_H16}(?::{_H16}){{0,6}})?::"]))  # fmt: skip
+    + [f"(?:{_H16}(?::{_H16}){{0,5}})?::{_H16}", f"(?:{_H16}(?::{_H16}){{0,6}})?::"]))  # fmt: skip
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOSTNAME = rf"{_LABEL}(?:\.{_LABEL})*"
 _MAIL_HOST = rf"(?:{_HOSTNAME}|\[(?:{_IPV4}|IPv6:{_IPV6})\])"
@@ -5043,7 +5044,7 @@ class NumberMachine:
         """Refuses numbers that are out of all proportion."""
         bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
         for value in (*bounds, *shape.multiples, *shape.not_multiples):
-            if not math.isfinite(value) or (isinstance(value, int) and value.bit_length() > self.MAX_BITS):
+            if value.bit_length() > self.MAX_BITS if isinstance(value, int) else not math.isfinite(value):
                 raise InvalidRequest("a bound of numbers has too many digits")
             if decimal_digits(value)[1] > self.MAX_PLACES:
                 raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
