@@ -1,4 +1,5 @@
 """Tests of the strings and numbers that a schema allows; they move into test_shimmy.py."""
+
 from __future__ import annotations
 
 import json
@@ -13,8 +14,19 @@ from hypothesis import strategies as some
 from jsonschema import Draft202012Validator
 
 from shimmy import (
-    FORMATS, Automaton, InvalidRequest, NumberShape, State, StringShape, number_fits, number_symbol, numbers_meet, string_fits,
-    string_symbol, strings_meet)  # fmt: skip
+    FORMATS,
+    Automaton,
+    InvalidRequest,
+    NumberShape,
+    State,
+    StringShape,
+    number_fits,
+    number_symbol,
+    numbers_meet,
+    string_fits,
+    string_symbol,
+    strings_meet,
+)
 
 # topic: strings and numbers
 
@@ -62,13 +74,27 @@ def pattern(*texts: str, **more: object) -> StringShape:
     return StringShape(patterns=texts, **more)  # type: ignore[arg-type]
 
 
-@each(text=['""', '"abc"', '"\\n\\u00e9\\/"', '"é\U0001F600"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00x"', '"\x7f"'])
+@each(text=['""', '"abc"', '"\\n\\u00e9\\/"', '"é\U0001f600"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00x"', '"\x7f"'])
 def test_string_without_conditions_reads(text):
     assert reads(StringShape(), text)
 
 
-@each(text=[b'"\\ud83d"', b'"\\ude00"', b'"\\ud83d\\u0041"', b'"\\ud83dx"', b'"a\nb"', b'"\\x41"', b'"\xc0\x80"', b'"\xed\xa0\x80"',
-             b'"\xf4\x90\x80\x80"', b'"\xe0\x80\x80"', b'"\\u12g4"', b'"abc'])  # fmt: skip
+@each(
+    text=[
+        b'"\\ud83d"',
+        b'"\\ude00"',
+        b'"\\ud83d\\u0041"',
+        b'"\\ud83dx"',
+        b'"a\nb"',
+        b'"\\x41"',
+        b'"\xc0\x80"',
+        b'"\xed\xa0\x80"',
+        b'"\xf4\x90\x80\x80"',
+        b'"\xe0\x80\x80"',
+        b'"\\u12g4"',
+        b'"abc',
+    ]
+)
 def test_string_that_is_no_json_is_not_read(text):
     assert not reads(StringShape(), text)
 
@@ -78,9 +104,11 @@ def test_string_without_conditions_is_one_state():
     assert state is not None and state.read(b"abc") is state and state.read("é\\n\\ud83d\\ude00".encode()) is state
 
 
-@each(text=['"\U0001F600\U0001F600"', '"\\ud83d\\ude00a"', '"ab"'])
+@each(text=['"\U0001f600\U0001f600"', '"\\ud83d\\ude00a"', '"ab"'])
 def test_length_counts_code_points(text):
-    assert reads(StringShape(low=2, high=2), text) and not reads(StringShape(high=1), text) and not reads(StringShape(low=3), text)
+    assert (
+        reads(StringShape(low=2, high=2), text) and not reads(StringShape(high=1), text) and not reads(StringShape(low=3), text)
+    )
 
 
 YES_AND_NO = [
@@ -103,11 +131,11 @@ YES_AND_NO = [
     ("^((?!foo).)*$", ["abc", "fo", ""], ["foo", "xfoox"]),
     ("a(?=b)", ["ab"], ["a", "ac"]),
     ("^[^]$", ["\n", "x"], ["", "xx"]),
-    ("^.$", ["x", "\U0001F600"], ["\n", "\u2028", ""]),
+    ("^.$", ["x", "\U0001f600"], ["\n", "\u2028", ""]),
     ("^\\w\\d\\s$", ["a1 ", "_0\ufeff"], ["é1 ", "a٣ "]),
     ("^[\\W\\D\\S]$", ["é", "1"], ["ab"]),
     ("^\\p{Lu}\\P{L}$", ["É1"], ["é1", "Éé"]),
-    ("^\\u00e9\\x41\\u{1F600}\\ud83d\\ude00\\cJ$", ["éA\U0001F600\U0001F600\n"], ["éA"]),
+    ("^\\u00e9\\x41\\u{1F600}\\ud83d\\ude00\\cJ$", ["éA\U0001f600\U0001f600\n"], ["éA"]),
     ("^[a\\-z\\]/\\/-]$", ["a", "-", "]", "/"], ["b"]),
     ("^[\\w-.]$", ["a", "-", "."], ["+"]),
     ("^(?<name>a)(?P<other>b)(?:c)(?#d)$", ["abc"], ["abcd"]),
@@ -127,14 +155,36 @@ def test_pattern_takes_what_it_matches(text):
         assert string_fits(StringShape(unlike=(text,)), example) is not wanted
 
 
-@each(text=["(a)\\1", "\\bfoo", "(?<=a)b", "(?<!a)b", "(?i)a", "\\k<a>", "\\q", "\\p{Greek}", "(", "a)", "[a", "*a", "a**", "a{2,1}", "[z-a]",
-             "(?:(?!b)a){2}", "\\", "a{9999999999}"])  # fmt: skip
+@each(
+    text=[
+        "(a)\\1",
+        "\\bfoo",
+        "(?<=a)b",
+        "(?<!a)b",
+        "(?i)a",
+        "\\k<a>",
+        "\\q",
+        "\\p{Greek}",
+        "(",
+        "a)",
+        "[a",
+        "*a",
+        "a**",
+        "a{2,1}",
+        "[z-a]",
+        "(?:(?!b)a){2}",
+        "\\",
+        "a{9999999999}",
+    ]
+)
 def test_pattern_that_cannot_be_honoured_is_refused_by_name(text):
     with pytest.raises(InvalidRequest, match="pattern"):
         string_symbol(pattern(text))
 
 
-@each(case=[(("^abc[0-9]$",), b'"abc'), (("^a\"\n\x1f[0-9]$",), b'"a\\"\\n\\u001f'), (("^é\U0001F600$",), '"é\U0001F600"'.encode())])
+@each(
+    case=[(("^abc[0-9]$",), b'"abc'), (('^a"\n\x1f[0-9]$',), b'"a\\"\\n\\u001f'), (("^é\U0001f600$",), '"é\U0001f600"'.encode())]
+)
 def test_pattern_forces_text(case):
     assert begin(pattern(*case[0])).forced(100) == case[1]
 
@@ -144,33 +194,70 @@ def test_last_text_left_is_forced():
     assert begin(shape).forced(100) == b'"blue"'
 
 
-@each(shape=[pattern("^a+$", "^b+$"), pattern("^(abc)*$", low=4, high=5), pattern("^a$", excluded=frozenset("a")), StringShape(low=2, high=1),
-              pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")), StringShape(formats=("ipv4", "ipv6")), StringShape(formats=("uuid",), high=35),
-              pattern("[^]^")])  # fmt: skip
+@each(
+    shape=[
+        pattern("^a+$", "^b+$"),
+        pattern("^(abc)*$", low=4, high=5),
+        pattern("^a$", excluded=frozenset("a")),
+        StringShape(low=2, high=1),
+        pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")),
+        StringShape(formats=("ipv4", "ipv6")),
+        StringShape(formats=("uuid",), high=35),
+        pattern("[^]^"),
+    ]
+)
 def test_string_that_cannot_be_is_none(shape):
     assert string_symbol(shape) is None
 
 
 def test_strings_meet():
     assert strings_meet(pattern("^a+b$"), pattern("^[ab]{3}$")) and not strings_meet(pattern("^a+$"), pattern("b"))
-    assert strings_meet(StringShape(low=3), pattern("^(abc)*$")) and not strings_meet(StringShape(low=4, high=5), pattern("^(abc)*$"))
+    assert strings_meet(StringShape(low=3), pattern("^(abc)*$")) and not strings_meet(
+        StringShape(low=4, high=5), pattern("^(abc)*$")
+    )
 
 
-LETTERS = some.text("ab1-\n\U0001F600", max_size=6)
-PATTERNS = some.sampled_from([
-    "^a", "b$", "a.b", "^[ab]*$", "(ab)+", "^(aab?)*$", "^.{2,4}$", "1|-", "^(?!a)", "^((?!ab).)*$", "^[^1]*$", "(a|b){3}", "^(..)*$",
-    "^(...)*$", "^(a|1)*b?$", "^$|..", "a*b*"])  # fmt: skip
+LETTERS = some.text("ab1-\n\U0001f600", max_size=6)
+PATTERNS = some.sampled_from(
+    [
+        "^a",
+        "b$",
+        "a.b",
+        "^[ab]*$",
+        "(ab)+",
+        "^(aab?)*$",
+        "^.{2,4}$",
+        "1|-",
+        "^(?!a)",
+        "^((?!ab).)*$",
+        "^[^1]*$",
+        "(a|b){3}",
+        "^(..)*$",
+        "^(...)*$",
+        "^(a|1)*b?$",
+        "^$|..",
+        "a*b*",
+    ]
+)
 SHAPES = some.builds(
-    StringShape, low=some.integers(0, 5), high=some.none() | some.integers(2, 9), patterns=some.lists(PATTERNS, max_size=2).map(tuple),
-    unlike=some.lists(PATTERNS, max_size=2).map(tuple), excluded=some.frozensets(LETTERS, max_size=4))  # fmt: skip
+    StringShape,
+    low=some.integers(0, 5),
+    high=some.none() | some.integers(2, 9),
+    patterns=some.lists(PATTERNS, max_size=2).map(tuple),
+    unlike=some.lists(PATTERNS, max_size=2).map(tuple),
+    excluded=some.frozensets(LETTERS, max_size=4),
+)
 
 
 def is_right(shape: StringShape, text: str) -> bool:
     """As `re` says."""
     dotted = text.replace("\u2028", "\n").replace("\r", "\n").replace("\u2029", "\n")
-    return (shape.low <= len(text) <= (9999 if shape.high is None else shape.high) and text not in shape.excluded
-            and all(re.search(one.replace("$", r"\Z"), dotted) for one in shape.patterns)
-            and not any(re.search(one.replace("$", r"\Z"), dotted) for one in shape.unlike))  # fmt: skip
+    return (
+        shape.low <= len(text) <= (9999 if shape.high is None else shape.high)
+        and text not in shape.excluded
+        and all(re.search(one.replace("$", r"\Z"), dotted) for one in shape.patterns)
+        and not any(re.search(one.replace("$", r"\Z"), dotted) for one in shape.unlike)
+    )
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -194,22 +281,72 @@ def test_format_is_what_jsonschema_accepts(name):
     assert any(texts)
 
 
-@each(case=[("date", "2024-02-29"), ("date-time", "1985-04-12T23:20:50.52Z"), ("date-time", "1937-01-01t12:00:27.87+00:20"), ("time", "08:30:06Z"),
-             ("duration", "P4Y1M2DT3H4M5S"), ("duration", "P2W"), ("duration", "PT36H"), ("email", "joe.o'neil+x@example.com"),
-             ("email", '"joe bloggs"@[127.0.0.1]'), ("hostname", "a-b.example"), ("ipv4", "87.10.0.1"), ("ipv6", "::ffff:192.168.0.1"),
-             ("ipv6", "1:2::8"), ("ipv6", "::"), ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"), ("uri", "http://foo.bar/?baz=qux#quux"),
-             ("uri", "urn:oasis:names:x:1.0"), ("uri", "http://[::1]:80/%C3"), ("uri", "mailto:a@b.c"), ("uri-reference", "/abc?q#f"),
-             ("uri-reference", "//a/b"), ("uri-reference", ""), ("iri", "http://ƒøø.ßår/?∂éœ"), ("json-pointer", "/foo/~0~1/"),
-             ("relative-json-pointer", "1/foo"), ("relative-json-pointer", "0#"), ("regex", "^([a-z]+)\\d{3}$"), ("unheard-of", "x")])  # fmt: skip
+@each(
+    case=[
+        ("date", "2024-02-29"),
+        ("date-time", "1985-04-12T23:20:50.52Z"),
+        ("date-time", "1937-01-01t12:00:27.87+00:20"),
+        ("time", "08:30:06Z"),
+        ("duration", "P4Y1M2DT3H4M5S"),
+        ("duration", "P2W"),
+        ("duration", "PT36H"),
+        ("email", "joe.o'neil+x@example.com"),
+        ("email", '"joe bloggs"@[127.0.0.1]'),
+        ("hostname", "a-b.example"),
+        ("ipv4", "87.10.0.1"),
+        ("ipv6", "::ffff:192.168.0.1"),
+        ("ipv6", "1:2::8"),
+        ("ipv6", "::"),
+        ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"),
+        ("uri", "http://foo.bar/?baz=qux#quux"),
+        ("uri", "urn:oasis:names:x:1.0"),
+        ("uri", "http://[::1]:80/%C3"),
+        ("uri", "mailto:a@b.c"),
+        ("uri-reference", "/abc?q#f"),
+        ("uri-reference", "//a/b"),
+        ("uri-reference", ""),
+        ("iri", "http://ƒøø.ßår/?∂éœ"),
+        ("json-pointer", "/foo/~0~1/"),
+        ("relative-json-pointer", "1/foo"),
+        ("relative-json-pointer", "0#"),
+        ("regex", "^([a-z]+)\\d{3}$"),
+        ("unheard-of", "x"),
+    ]
+)
 def test_format_takes(case):
     assert takes(StringShape(formats=case[:1]), case[1])
 
 
-@each(case=[("date", "2023-02-29"), ("date", "1900-02-29"), ("date", "2020-04-31"), ("date", "0000-01-01"), ("date-time", "2020-01-01 00:00:00Z"),
-             ("time", "24:00:00Z"), ("time", "12:00:00"), ("duration", "P"), ("duration", "P1YT"), ("email", "a.b.c"), ("email", ".a@b.c"),
-             ("hostname", "-a.b"), ("hostname", "a_b"), ("hostname", "a" * 64), ("ipv4", "256.1.1.1"), ("ipv4", "01.1.1.1"),
-             ("ipv6", "1::2::3"), ("ipv6", "1:2:3:4:5:6:7"), ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"), ("uri", "/abc"), ("uri", "http://a b"),
-             ("uri", "http://a/%zz"), ("uri-reference", "\\a"), ("json-pointer", "/~2"), ("relative-json-pointer", "01/a"), ("regex", "(a")])  # fmt: skip
+@each(
+    case=[
+        ("date", "2023-02-29"),
+        ("date", "1900-02-29"),
+        ("date", "2020-04-31"),
+        ("date", "0000-01-01"),
+        ("date-time", "2020-01-01 00:00:00Z"),
+        ("time", "24:00:00Z"),
+        ("time", "12:00:00"),
+        ("duration", "P"),
+        ("duration", "P1YT"),
+        ("email", "a.b.c"),
+        ("email", ".a@b.c"),
+        ("hostname", "-a.b"),
+        ("hostname", "a_b"),
+        ("hostname", "a" * 64),
+        ("ipv4", "256.1.1.1"),
+        ("ipv4", "01.1.1.1"),
+        ("ipv6", "1::2::3"),
+        ("ipv6", "1:2:3:4:5:6:7"),
+        ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"),
+        ("uri", "/abc"),
+        ("uri", "http://a b"),
+        ("uri", "http://a/%zz"),
+        ("uri-reference", "\\a"),
+        ("json-pointer", "/~2"),
+        ("relative-json-pointer", "01/a"),
+        ("regex", "(a"),
+    ]
+)
 def test_format_does_not_take(case):
     assert not takes(StringShape(formats=case[:1]), case[1])
 
@@ -226,9 +363,22 @@ def test_hostname_of_254_characters_is_none():
     assert string_fits(StringShape(not_formats=("hostname",)), name + ".a")
 
 
-HOSTILE = ["(a+)+$", "^(a|a)*$", "^(a{0,10000}){0,10000}$", "^(((a{0,1000}b){0,1000}c){0,1000}d){0,1000}$", "(" * 10_000, "[" * 10_000,
-           "(" * 5000 + ")" * 5000, "^" + "a?" * 3000 + "a" * 3000 + "$", "(x+x+)+y", "^(" + "|".join(f"w{n}" for n in range(2500)) + ")$",
-           "((((((((^a)*)*)*)*)*)*)*)*b", "(a|b)*a(a|b){200}$", "^" + "(?=.*a)" * 500, "(?!" * 30 + "a" + ")" * 30]  # fmt: skip
+HOSTILE = [
+    "(a+)+$",
+    "^(a|a)*$",
+    "^(a{0,10000}){0,10000}$",
+    "^(((a{0,1000}b){0,1000}c){0,1000}d){0,1000}$",
+    "(" * 10_000,
+    "[" * 10_000,
+    "(" * 5000 + ")" * 5000,
+    "^" + "a?" * 3000 + "a" * 3000 + "$",
+    "(x+x+)+y",
+    "^(" + "|".join(f"w{n}" for n in range(2500)) + ")$",
+    "((((((((^a)*)*)*)*)*)*)*)*b",
+    "(a|b)*a(a|b){200}$",
+    "^" + "(?=.*a)" * 500,
+    "(?!" * 30 + "a" + ")" * 30,
+]
 
 
 @each(number=list(range(len(HOSTILE))))
@@ -263,14 +413,28 @@ def test_number_as_near_to_its_excluded_bound_as_doubles_are_is_not_read():
     assert reads(shape, "0.999999") and not reads(shape, "0.99999999999999999") and not reads(shape, "1")
 
 
-@each(shape=[NumberShape(True, (1, True), (2, True)), NumberShape(False, (1, False), (6, False), (7,)), NumberShape(False, (3, True), (3, False)),
-              NumberShape(True, not_multiples=(1,)), NumberShape(multiples=(6,), not_multiples=(3,))])  # fmt: skip
+@each(
+    shape=[
+        NumberShape(True, (1, True), (2, True)),
+        NumberShape(False, (1, False), (6, False), (7,)),
+        NumberShape(False, (3, True), (3, False)),
+        NumberShape(True, not_multiples=(1,)),
+        NumberShape(multiples=(6,), not_multiples=(3,)),
+    ]
+)
 def test_number_that_cannot_be_is_none(shape):
     assert number_symbol(shape) is None
 
 
-@each(shape=[NumberShape(low=(float("inf"), False)), NumberShape(multiples=(0,)), NumberShape(multiples=(-1,)), NumberShape(high=(10**999, False)),
-              NumberShape(multiples=(1e-99,))])  # fmt: skip
+@each(
+    shape=[
+        NumberShape(low=(float("inf"), False)),
+        NumberShape(multiples=(0,)),
+        NumberShape(multiples=(-1,)),
+        NumberShape(high=(10**999, False)),
+        NumberShape(multiples=(1e-99,)),
+    ]
+)
 def test_number_out_of_proportion_is_refused(shape):
     with pytest.raises(InvalidRequest):
         number_symbol(shape)
@@ -284,8 +448,13 @@ def test_numbers_meet():
 NUMBERS = some.integers(-30, 30) | some.integers(-(10**12), 10**12) | some.integers(-900, 900).map(lambda n: n / 100)
 BOUNDS = some.none() | some.tuples(NUMBERS, some.booleans())
 NUMBER_SHAPES = some.builds(
-    NumberShape, some.booleans(), BOUNDS, BOUNDS, some.lists(some.sampled_from([1, 2, 3, 7, 10, 0.1, 0.01, 2.5, 0.25, 100]), max_size=2).map(tuple),
-    some.lists(some.sampled_from([1, 2, 3, 0.1]), max_size=1).map(tuple))  # fmt: skip
+    NumberShape,
+    some.booleans(),
+    BOUNDS,
+    BOUNDS,
+    some.lists(some.sampled_from([1, 2, 3, 7, 10, 0.1, 0.01, 2.5, 0.25, 100]), max_size=2).map(tuple),
+    some.lists(some.sampled_from([1, 2, 3, 0.1]), max_size=1).map(tuple),
+)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -300,9 +469,14 @@ def test_number_of_any_shape_is_as_arithmetic_says(shape, value, seed):
     assert written is not None and number_fits(shape, json.loads(written))
 
 
+def test_excluded_texts_are_many_and_long():
+    names = frozenset(["a" * n for n in range(1000)] + [f"name{n}" for n in range(1000)])
+    shape = StringShape(excluded=names)
+    assert takes(shape, "a" * 1000) and takes(shape, "name1000") and not takes(shape, "aaa") and not takes(shape, "name12")
+
+
 def test_states_are_few():
     text = Automaton(string_symbol(pattern("^[a-z]{3}-[0-9]+$")))  # type: ignore[arg-type]
     for word in ("abc-1", "xyz-22", "qqq-9999999"):
         assert text.start.read(f'"{word}"'.encode()) is not None
     assert len(text._states) < 12
-

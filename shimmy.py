@@ -3946,7 +3946,6 @@ class PatternReader:
     """
 
     MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 20_000, 40, 10**9
-    BLANKS = "\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
@@ -4145,7 +4144,7 @@ class Texts:
         self.kind, self.mask, self.low, self.high, self.parts = kind, mask, low, high, parts
         self.moves: tuple[tuple[int, Texts], ...] | None = None  # classes of characters → the texts behind one
         self.heads: frozenset[int] = frozenset([mask]) if kind == "char" else frozenset().union(*(p.heads for p in parts))
-        self.firsts = functools.reduce(operator.or_, (part.firsts for part in parts), mask)  # the classes it may begin with
+        self.firsts: int = functools.reduce(operator.or_, (part.firsts for part in parts), mask)  # the classes it may begin with
         self.plain: bool = all(part.plain for part in parts)
         self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
         if kind == "empty":
@@ -4393,16 +4392,20 @@ class Algebra:
 
     def words(self, texts: Iterable[str]) -> Texts:
         """Some texts, common beginnings shared."""
-        tails: dict[str, list[str]] = {}
+        tree: list[dict[str, int]] = [{}]  # a node for each beginning: character → node, "" where a text ends
         for text in texts:
-            tails.setdefault(text[:1], []).append(text[1:])
-        found = []
-        for char, rest in tails.items():
-            run = rest[0] if len(rest) == 1 else ""
-            behind = self.words(rest) if char and not run else self.empty
-            chain = [self.char(1 << self.class_of(ord(c))) for c in char + run]
-            found.append(functools.reduce(lambda later, one: self.then(one, later), reversed(chain), behind))
-        return self.either(found)
+            at = 0
+            for char in text:
+                if char not in tree[at]:
+                    tree[at][char] = len(tree)
+                    tree.append({})
+                at = tree[at][char]
+            tree[at][""] = 0
+        found = [self.none] * len(tree)
+        for at in reversed(range(len(tree))):
+            found[at] = self.either(
+                self.then(self.char(1 << self.class_of(ord(char))), found[to]) if char else self.empty for char, to in tree[at].items())
+        return found[0]
 
     def matching(self, pattern: Pattern, most: int | None = None) -> Texts:
         """The texts in which a pattern is found, of at most so many characters."""
@@ -4903,8 +4906,8 @@ _UCS = r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF" + "".join(
 (_URI, _RELATIVE), (_IRI, _RELATIVE_IRI) = _uri(""), _uri(_UCS, r"\uE000-\uF8FF\u{F0000}-\u{FFFFD}\u{100000}-\u{10FFFD}")
 # Regular expressions without what dialects read differently, brackets at most one deep.
 _ITEM = r"(?:[A-Za-z0-9 _,:;=!@%&<>/~#'\"-]|\\[dDwWsStnrfv.*+?()\[\]{}|^$/-])"
-_SET = r"\[\^?(?:[A-Za-z0-9_.]|[a-m]-[n-z]|[A-M]-[N-Z]|[0-4]-[5-9]|\\[dDwWsS])+\]"
-_PIECE = rf"(?:{_ITEM}|\.|{_SET})(?:[*+?]|\{{[0-9]\}})?"
+_SET = r"\[\^?(?:[A-Za-z0-9_.,:;!?@#%<>=+*(){}$/'\" ]|[a-m]-[n-z]|[A-M]-[N-Z]|[0-4]-[5-9]|\\[dDwWsS])+\]"
+_PIECE = rf"(?:{_ITEM}|\.|{_SET})(?:(?:[*+?]|\{{[0-9](?:,(?:[1-9][0-9])?)?\}})\??)?"
 _RUN = rf"(?:{_PIECE})*(?:\|(?:{_PIECE})*)*"
 _REGEX = rf"\^?(?:{_PIECE}|\(\?:{_RUN}\)[*+?]?|\({_RUN}\)[*+?]?|\|)*\$?"
 
