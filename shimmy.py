@@ -4403,8 +4403,9 @@ class Algebra:
             tree[at][""] = 0
         found = [self.none] * len(tree)
         for at in reversed(range(len(tree))):
-            found[at] = self.either(
-                self.then(self.char(1 << self.class_of(ord(char))), found[to]) if char else self.empty for char, to in tree[at].items())
+            options = [self.then(self.char(1 << self.class_of(ord(c))), found[to]) if c else self.empty
+                       for c, to in tree[at].items()]  # fmt: skip
+            found[at] = self.either(options)
         return found[0]
 
     def matching(self, pattern: Pattern, most: int | None = None) -> Texts:
