@@ -4043,6 +4043,1369 @@ class GbnfReader:
                     return
 
 
+# ── 7. Strings and numbers ────────────────────────────────────────────────────────────────────────────────────────────
+# JSON strings by pattern, format and length, JSON numbers by bounds and multiples: symbols that know what can still come.
+
+Ranges = tuple[tuple[int, int], ...]  # code points, first and last, ascending and apart
+EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
+    """Ranges in order, those that touch made one, without the surrogates."""
+    found: list[tuple[int, int]] = []
+    halves = ((low, min(high, 0xD7FF)) for low, high in ranges), ((max(low, 0xE000), high) for low, high in ranges)
+    for low, high in sorted(itertools.chain(*halves)):
+        if low > high:
+            continue
+        if found and low <= found[-1][1] + 1:
+            found[-1] = (found[-1][0], max(found[-1][1], high))
+        else:
+            found.append((low, high))
+    return tuple(found)
+
+
+def others(ranges: Ranges) -> Ranges:
+    """The characters outside of ranges."""
+    edges = [(-1, -1), *ranges, (0x110000, 0x110000)]
+    return merged([(one[1] + 1, two[0] - 1) for one, two in itertools.pairwise(edges)])
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """A part of a regular expression."""
+
+    @functools.cached_property
+    def parts(self) -> tuple[Pattern, ...]:
+        return ()
+
+    @functools.cached_property
+    def looks(self) -> bool:
+        """Whether what it matches depends on what stands around it."""
+        return any(part.looks for part in self.parts)
+
+    @functools.cached_property
+    def classes(self) -> frozenset[Ranges]:
+        """The sets of characters that it tells apart."""
+        return frozenset().union(*(part.classes for part in self.parts))
+
+
+@dataclass(frozen=True, eq=False)
+class CharPattern(Pattern):
+    ranges: Ranges
+
+    @functools.cached_property
+    def classes(self) -> frozenset[Ranges]:
+        return frozenset([self.ranges])
+
+
+@dataclass(frozen=True, eq=False)
+class Edge(Pattern):
+    """The text's beginning, or its end."""
+
+    at_end: bool
+    looks = True
+
+
+@dataclass(frozen=True, eq=False)
+class Ahead(Pattern):
+    """What must follow, or must not, without being read."""
+
+    inside: Pattern
+    wanted: bool
+    looks = True
+
+    @functools.cached_property
+    def parts(self) -> tuple[Pattern, ...]:
+        return (self.inside,)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Pattern):
+    """Parts one after another."""
+
+    parts: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Branches(Pattern):
+    """One of its parts."""
+
+    parts: tuple[Pattern, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Loop(Pattern):
+    """A part `low` to `high` times; None: without end."""
+
+    part: Pattern
+    low: int
+    high: int | None
+
+    @functools.cached_property
+    def parts(self) -> tuple[Pattern, ...]:
+        return (self.part,)
+
+
+class PatternReader:
+    """Reads one regular expression in the syntax of ECMA 262, as JSON Schema wants it.
+
+    Beyond it, where ECMA 262 says nothing useful, Python's: `{,n}`, `(?P<name>…)`, `(?#…)`, `\\A` and `\\Z`.
+    """
+
+    MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 20_000, 40, 10**9
+    SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
+                     (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
+    CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
+    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+    DOT = CharPattern(others(((10, 10), (13, 13), (0x2028, 0x2029))))
+    GROUP = re.compile(r"\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<comment>\#[^)]*\))|(?P<other>)))?")
+    REPEATS = re.compile(
+        r"(?:(?P<sign>[*+?])|\{(?P<low>[0-9]{1,4000})(?P<comma>,(?P<high>[0-9]{0,4000}))?\}|\{,(?P<most>[0-9]{1,4000})\})\??")
+    ESCAPE = re.compile(
+        r"\\(?:u([dD][89abAB]..)\\u([dD][c-fC-F]..)|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
+        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def refuse(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"pattern {_said(self.text)}: {what}")
+
+    def read(self) -> Pattern:
+        if len(self.text) > self.MAX_TEXT:
+            raise self.refuse(f"over {self.MAX_TEXT} characters")
+        found = self._choice(0)
+        if self.at < len(self.text):
+            raise self.refuse("a bracket is closed that was not opened")
+        return found
+
+    def _choice(self, depth: int) -> Pattern:
+        if depth > self.MAX_DEPTH:
+            raise self.refuse(f"brackets are nested over {self.MAX_DEPTH} deep")
+        options = [self._chain(depth)]
+        while self.text.startswith("|", self.at):
+            self.at += 1
+            options.append(self._chain(depth))
+        return options[0] if len(options) == 1 else Branches(tuple(options))
+
+    def _chain(self, depth: int) -> Pattern:
+        parts = []
+        while self.at < len(self.text) and self.text[self.at] not in "|)":
+            parts.append(self._repeated(self._one(depth)))
+        return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+
+    def _repeated(self, part: Pattern) -> Pattern:
+        match = self.REPEATS.match(self.text, self.at)
+        if match is None:
+            return part
+        self.at = match.end()
+        signs: dict[str | None, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+        low = int(match["low"] or 0)
+        high = int(match["most"] or match["high"] or low) if match["most"] or match["high"] or not match["comma"] else None
+        low, high = signs.get(match["sign"], (low, high))
+        if max(low, high or 0) > self.MAX_REPEATS or (high is not None and low > high):
+            raise self.refuse(f"{match[0]} is not a number of repeats up to {self.MAX_REPEATS}")
+        return Loop(part, low, high)
+
+    def _one(self, depth: int) -> Pattern:
+        char = self.text[self.at]
+        if char == "(":
+            return self._group(depth)
+        if char == "[":
+            return CharPattern(self._class())
+        if char == "\\":
+            return self._escaped()
+        if self.REPEATS.match(self.text, self.at):
+            raise self.refuse(f"there is nothing before {char} to repeat")
+        self.at += 1
+        if char in "^$":
+            return Edge(char == "$")
+        return self.DOT if char == "." else CharPattern(merged([(ord(char), ord(char))]))
+
+    def _group(self, depth: int) -> Pattern:
+        match = self.GROUP.match(self.text, self.at)
+        assert match is not None
+        if match["other"] is not None:
+            raise self.refuse(f"{_said(self.text[self.at : self.at + 4])} (look-behind, flags …) cannot be honoured")
+        self.at = match.end()
+        if match["comment"]:
+            return Chain(())
+        inside = self._choice(depth + 1)
+        if not self.text.startswith(")", self.at):
+            raise self.refuse("a bracket is not closed")
+        self.at += 1
+        return Ahead(inside, match["ahead"] == "=") if match["ahead"] else inside
+
+    def _escaped(self) -> Pattern:
+        letter = self.text[self.at + 1 : self.at + 2]
+        if letter in ("b", "B"):
+            raise self.refuse(f"\\{letter} (a word's border) cannot be honoured")
+        if letter in ("A", "Z", "z"):
+            self.at += 2
+            return Edge(letter != "A")
+        return CharPattern(self._escape())
+
+    def _class(self) -> Ranges:
+        """A set in square brackets."""
+        self.at += 1
+        negated = self.text.startswith("^", self.at)
+        self.at += negated
+        found: list[tuple[int, int]] = []
+        while not self.text.startswith("]", self.at):
+            low = self._member()
+            if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
+                back, self.at = self.at, self.at + 1
+                high = self._member()
+                if len(low) == len(high) == 1 and low[0][0] == low[0][1] and high[0][0] == high[0][1]:
+                    if low > high:
+                        raise self.refuse(f"the range {_said(self.text[back - 1 : self.at])} is empty")
+                    low = ((low[0][0], high[0][0]),)
+                else:  # [\w-.]: the hyphen is one
+                    low = (*low, (45, 45), *high)
+            found += low
+        self.at += 1
+        return others(merged(found)) if negated else merged(found)
+
+    def _member(self) -> Ranges:
+        if self.at >= len(self.text):
+            raise self.refuse("a square bracket is not closed")
+        if self.text.startswith("\\b", self.at):
+            self.at += 2
+            return ((8, 8),)
+        if self.text[self.at] == "\\":
+            return self._escape()
+        self.at += 1
+        return ((ord(self.text[self.at - 1]),) * 2,)
+
+    def _escape(self) -> Ranges:
+        """What a backslash and what follows stand for."""
+        match = self.ESCAPE.match(self.text, self.at)
+        if match is None:
+            raise self.refuse("it ends with a backslash")
+        self.at = match.end()
+        first, second, *codes, control, kind, name, char = match.groups()
+        if first:
+            code = 0x10000 + ((int(first, 16) & 0x3FF) << 10) + (int(second, 16) & 0x3FF)
+        elif any(codes):
+            code = int(next(filter(None, codes)), 16)
+        elif control:
+            code = ord(control) % 32
+        elif kind:
+            return self._property(name) if kind == "p" else others(self._property(name))
+        elif char.lower() in self.CLASSES:
+            return self.CLASSES[char] if char in self.CLASSES else others(self.CLASSES[char.lower()])
+        elif char in "123456789":
+            raise self.refuse(f"\\{char} (a back-reference) cannot be honoured")
+        elif char in self.NAMED:
+            code = self.NAMED[char]
+        elif char.isascii() and char.isalnum():
+            raise self.refuse(f"the escape \\{char} cannot be honoured")
+        else:
+            code = ord(char)
+        if code > 0x10FFFF:
+            raise self.refuse(f"{match[0]} is not a character")
+        return ((code, code),)
+
+    def _property(self, name: str) -> Ranges:
+        """The characters of a general category, by its short name."""
+        name = re.sub(r"^(gc|General_Category)=", "", name)
+        if name in ("Any", "ASCII"):
+            return EVERY_CHAR if name == "Any" else ((0, 127),)
+        found = [ranges for category, ranges in general_categories().items() if category.startswith(name)]
+        if not found or not name:
+            raise self.refuse(f"the property {_said(name)} is not one of the general categories (L, Lu, Nd …)")
+        return merged(itertools.chain(*found))
+
+
+@functools.cache
+def general_categories() -> dict[str, list[tuple[int, int]]]:
+    """The ranges of Unicode's general categories."""
+    import unicodedata
+
+    found: dict[str, list[tuple[int, int]]] = {"Co": [(0xF0000, 0xFFFFD), (0x100000, 0x10FFFD)]}
+    found["Cn"] = [(0x40000, 0xDFFFF), (0xE1000, 0xEFFFF), (0xFFFFE, 0xFFFFF), (0x10FFFE, 0x10FFFF)]  # planes without characters
+    for codes in (range(0x40000), range(0xE0000, 0xE1000)):
+        for category, run in itertools.groupby(codes, lambda code: unicodedata.category(chr(code))):
+            members = list(run)
+            found.setdefault(category, []).append((members[0], members[-1]))
+    return found
+
+
+@functools.lru_cache(maxsize=1000)
+def read_pattern(text: str) -> Pattern:
+    """A regular expression, read. Raises InvalidRequest saying why it cannot be honoured."""
+    return PatternReader(text).read()
+
+
+class Texts:
+    """A set of texts, as an expression over classes of characters. Its algebra makes equal ones once.
+
+    `least` and `most` are the lengths of its shortest and longest text. If it is `plain`, made without complements and
+    intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
+    """
+
+    __slots__ = ("dense", "firsts", "heads", "high", "kind", "least", "low", "mask",
+                 "most", "moves", "nullable", "parts", "plain")  # fmt: skip
+
+    def __init__(self, kind: str, mask: int, low: int, high: float, parts: tuple[Texts, ...]) -> None:
+        self.kind, self.mask, self.low, self.high, self.parts = kind, mask, low, high, parts
+        self.moves: tuple[tuple[int, Texts], ...] | None = None  # classes of characters → the texts behind one
+        self.heads: frozenset[int] = frozenset([mask]) if kind == "char" else frozenset().union(*(p.heads for p in parts))
+        self.firsts: int = functools.reduce(operator.or_, (part.firsts for part in parts), mask)  # the classes it may begin with
+        self.plain: bool = all(part.plain for part in parts)
+        self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
+        if kind == "empty":
+            self.nullable, self.least, self.most = True, 0, 0
+        elif kind == "then":
+            self._chained(*parts)
+        elif kind == "repeat":
+            self._repeated(parts[0])
+        elif kind in ("either", "both"):
+            self._combined(parts, any if kind == "either" else all)
+        elif kind == "not":
+            self.plain, self.nullable, self.firsts = False, not parts[0].nullable, -1
+            self.least, self.most = int(parts[0].nullable), math.inf
+
+    def _chained(self, one: Texts, two: Texts) -> None:
+        self.heads = one.heads | two.heads if one.nullable else one.heads
+        self.nullable, self.dense = one.nullable and two.nullable, one.dense and two.dense
+        self.least, self.most = one.least + two.least, one.most + two.most
+
+    def _repeated(self, part: Texts) -> None:
+        low, high = self.low, self.high
+        self.nullable = low == 0 or part.nullable
+        self.least, self.most = part.least * low, part.most * high if part.most else 0
+        self.dense = part.dense and (low == high or (low + 1) * part.least <= low * part.most + 1 if low else part.least <= 1)
+
+    def _combined(self, parts: tuple[Texts, ...], some: Callable[[Iterable[bool]], bool]) -> None:
+        self.nullable = some(part.nullable for part in parts)
+        if self.kind == "both":
+            self.plain, self.dense = False, False
+            self.least, self.most = max(p.least for p in parts), min(p.most for p in parts)
+            return
+        self.least, self.most = min(p.least for p in parts), max(p.most for p in parts)
+        reach: float = self.least
+        for part in sorted(parts, key=lambda part: part.least):
+            self.dense = self.dense and part.dense and part.least <= reach + 1
+            reach = max(reach, part.most)
+
+
+class Algebra:
+    """Makes sets of texts out of others and of patterns, and steps through them: derivatives as Brzozowski's.
+
+    The alphabet is cut into classes of characters that no pattern tells apart; a set of classes is a bit mask.
+    """
+
+    MAX_KEPT, MAX_OPTIONS, MAX_WORK, MAX_UNROLLED = 50_000, 1000, 20_000, 50
+
+    def __init__(self, sets: Iterable[Ranges]) -> None:
+        self._cut({EVERY_CHAR, *sets})
+        self._made: dict[tuple[str, int, int, float, tuple[Texts, ...]], Texts] = {}
+        self.none, self.empty = self._make("none"), self._make("empty")
+        self.none.plain = False
+        self.every = self.mask_of(EVERY_CHAR)
+        self.all = self.repeat(self.char(self.every), 0, math.inf)
+        self.work = 0
+
+    def _cut(self, sets: set[Ranges]) -> None:
+        """Cuts the alphabet: `starts` of the pieces, the class of each."""
+        turns: dict[int, int] = {0: 0}
+        for bit, ranges in enumerate(sets):
+            for low, high in ranges:
+                turns[low] = turns.get(low, 0) ^ 1 << bit
+                turns[high + 1] = turns.get(high + 1, 0) ^ 1 << bit
+        self.starts = sorted(turns)
+        kinds = list(itertools.accumulate((turns[start] for start in self.starts), operator.xor))
+        numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
+        self.class_at = [numbers[kind] for kind in kinds]
+        masks = [0] * len(sets)
+        for kind, n in numbers.items():
+            while kind:
+                bit = kind.bit_length() - 1
+                masks[bit] |= 1 << n
+                kind ^= 1 << bit
+        self._masks = dict(zip(sets, masks, strict=True))
+
+    def mask_of(self, ranges: Ranges) -> int:
+        return self._masks[ranges]
+
+    def class_of(self, code: int) -> int:
+        return self.class_at[bisect.bisect_right(self.starts, code) - 1]
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """The classes' ranges of characters: class, first, last."""
+        ends = [*self.starts[1:], 0x110000]
+        return ((kind, low, high - 1) for kind, low, high in zip(self.class_at, self.starts, ends, strict=True) if low < high)
+
+    def _make(self, kind: str, mask: int = 0, low: int = 0, high: float = 0, parts: tuple[Texts, ...] = ()) -> Texts:
+        key = (kind, mask, low, high, parts)
+        found = self._made.get(key)
+        if found is None:
+            if len(self._made) > self.MAX_KEPT:
+                self._made.clear()  # what is in use lives on, and equal ones may be made anew
+            found = self._made.setdefault(key, Texts(*key))
+        return found
+
+    def char(self, mask: int) -> Texts:
+        return self._make("char", mask) if mask else self.none
+
+    def then(self, one: Texts, two: Texts) -> Texts:
+        """One text of each, joined."""
+        chain = [one]
+        while chain[-1].kind == "then":
+            chain[-1:] = chain[-1].parts
+        for part in reversed(chain):
+            two = self._joined(part, two)
+        return two
+
+    def _joined(self, one: Texts, two: Texts) -> Texts:
+        while True:
+            if one is self.none or two is self.none:
+                return self.none
+            if one is self.empty or two is self.empty:
+                return two if one is self.empty else one
+            if (one is self.all and two.nullable) or (two is self.all and one.nullable):
+                return self.all
+            head, rest = two.parts if two.kind == "then" else (two, self.empty)
+            part, low, high = self._counted(one)
+            again, least, most = self._counted(head)
+            if part is not again:
+                return self._make("then", parts=(one, two))
+            one, two = self.repeat(part, low + least, high + most), rest
+
+    def _counted(self, texts: Texts) -> tuple[Texts, int, float]:
+        return (texts.parts[0], texts.low, texts.high) if texts.kind == "repeat" else (texts, 1, 1)
+
+    def repeat(self, part: Texts, low: int, high: float) -> Texts:
+        """So many texts of a set, joined."""
+        if high == 0 or part is self.empty or part is self.none:
+            return self.none if part is self.none and low else self.empty
+        low = 0 if part.nullable else low
+        if part.kind == "repeat":  # (a{2,3}){4,5} is a{8,15}, as the counts meet
+            inner, least, most = self._counted(part)
+            if low == high or (least <= 1 if low == 0 else low * most + 1 >= (low + 1) * least):
+                part, low, high = inner, low * least, high * most
+        return part if low == high == 1 else self._make("repeat", low=low, high=high, parts=(part,))
+
+    def either(self, options: Iterable[Texts]) -> Texts:
+        """The texts of all."""
+        flat: dict[Texts, None] = {}
+        mask = 0
+        for option in options:
+            for part in option.parts if option.kind == "either" else (option,):
+                mask |= part.mask
+                if part.kind != "char":
+                    flat[part] = None
+        flat.pop(self.none, None)
+        if self.all in flat:
+            return self.all
+        flat = self._merged(flat)
+        if mask:
+            flat[self.char(mask)] = None
+        if self.empty in flat and any(part.nullable for part in flat if part is not self.empty):
+            del flat[self.empty]
+        if len(flat) > self.MAX_OPTIONS:
+            raise InvalidRequest(f"pattern: a text has over {self.MAX_OPTIONS} readings at once")
+        return self._of_some("either", flat, self.none)
+
+    def _of_some(self, kind: str, parts: dict[Texts, None], without: Texts) -> Texts:
+        if len(parts) < 2:
+            return next(iter(parts), without)
+        return self._make(kind, parts=tuple(sorted(parts, key=id)))
+
+    def _merged(self, parts: dict[Texts, None]) -> dict[Texts, None]:
+        """Makes one of a{0,4}b and a{2,7}b, or counting would keep every count."""
+        counts: dict[tuple[Texts, Texts], list[tuple[int, float]]] = {}
+        for texts in parts:
+            head, rest = texts.parts if texts.kind == "then" else (texts, self.empty)
+            part, low, high = self._counted(head)
+            counts.setdefault((part, rest), []).append((low, high))
+        if len(counts) == len(parts):
+            return parts
+        found: dict[Texts, None] = {}
+        for (part, rest), spans in counts.items():
+            union: list[tuple[int, float]] = []
+            for low, high in sorted(spans):
+                if union and low <= union[-1][1] + 1:
+                    union[-1] = (union[-1][0], max(union[-1][1], high))
+                else:
+                    union.append((low, high))
+            found |= dict.fromkeys(self.then(self.repeat(part, low, high), rest) for low, high in union)
+        return found
+
+    def both(self, parts: Iterable[Texts]) -> Texts:
+        """The texts that are in every one."""
+        flat: dict[Texts, None] = {}
+        for part in parts:
+            flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
+        flat.pop(self.all, None)
+        sized = [part for part in flat if part.kind != "not"]
+        least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
+        for part in list(flat):
+            if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
+                del flat[part]  # the others' lengths exclude already what it excludes
+        if self.none in flat or least > most or any(p.parts[0] in flat for p in flat if p.kind == "not"):
+            return self.none
+        if most == 0:
+            return self.empty if all(part.nullable for part in flat) else self.none
+        if flat and all(part.kind == "char" for part in flat):
+            return self.char(functools.reduce(operator.and_, (part.mask for part in flat)))
+        return self._of_some("both", flat, self.all)
+
+    def but_not(self, texts: Texts) -> Texts:
+        """All the other texts."""
+        if texts is self.none or texts is self.all:
+            return self.all if texts is self.none else self.none
+        return texts.parts[0] if texts.kind == "not" else self._make("not", parts=(texts,))
+
+    def moves(self, texts: Texts) -> tuple[tuple[int, Texts], ...]:
+        """What follows a first character: sets of classes, and the texts behind each."""
+        if texts.moves is None:
+            groups = [self.every]
+            for head in texts.heads:
+                groups = [part for group in groups for part in (group & head, group & ~head) if part]
+            found: dict[Texts, int] = {}
+            for group in groups:
+                behind = self._behind(texts, group & -group)
+                found[behind] = found.get(behind, 0) | group
+            found.pop(self.none, None)
+            texts.moves = tuple((mask, behind) for behind, mask in found.items())
+        return texts.moves
+
+    def _behind(self, texts: Texts, bit: int) -> Texts:
+        """What follows a character of the class `bit`."""
+        kind, parts = texts.kind, texts.parts
+        if not texts.firsts & bit:
+            return self.none
+        if kind == "char":
+            return self.empty if texts.mask & bit else self.none
+        if kind == "repeat":
+            again = self.repeat(parts[0], max(texts.low - 1, 0), texts.high - 1)
+            return self.then(self._behind(parts[0], bit), again)
+        if kind == "either":
+            return self.either([self._behind(part, bit) for part in parts if part.firsts & bit])
+        if kind == "both":
+            return self.both([self._behind(part, bit) for part in parts])
+        if kind == "not":
+            return self.but_not(self._behind(parts[0], bit))
+        found = []
+        while texts.kind == "then":
+            one, two = texts.parts
+            found.append(self.then(self._behind(one, bit), two))
+            if not one.nullable:
+                return self.either(found)
+            texts = two
+        return self.none if texts.kind in ("none", "empty") else self.either([*found, self._behind(texts, bit)])
+
+    def words(self, texts: Iterable[str]) -> Texts:
+        """Some texts, common beginnings shared."""
+        tree: list[dict[str, int]] = [{}]  # a node for each beginning: character → node, "" where a text ends
+        for text in texts:
+            at = 0
+            for char in text:
+                if char not in tree[at]:
+                    tree[at][char] = len(tree)
+                    tree.append({})
+                at = tree[at][char]
+            tree[at][""] = 0
+        found = [self.none] * len(tree)
+        for at in reversed(range(len(tree))):
+            options = [self.then(self.char(1 << self.class_of(ord(c))), found[to]) if c else self.empty
+                       for c, to in tree[at].items()]  # fmt: skip
+            found[at] = self.either(options)
+        return found[0]
+
+    def matching(self, pattern: Pattern, most: int | None = None) -> Texts:
+        """The texts in which a pattern is found, of at most so many characters."""
+        self.work = 0
+        found = self._before(Chain((Loop(CharPattern(EVERY_CHAR), 0, None), pattern)), (self.all, self.all))[0]
+        return found if most is None else self.both([found, self.repeat(self.char(self.every), 0, most)])
+
+    def _before(self, pattern: Pattern, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """A pattern, then the rest up to the text's end: as read from the text's beginning, and as read from further on.
+
+        That a pattern is read with all that follows makes anchors and looks ahead plain intersections with the rest.
+        """
+        self.work += 1
+        if self.work > self.MAX_WORK:
+            raise InvalidRequest("pattern: its anchors and repeats multiply too far")
+        first, later = rest
+        if not pattern.looks:
+            texts = self._alone(pattern)
+            found = self.then(texts, later)
+            if first is later or not texts.nullable:
+                return found, found
+            more = self.both([texts, self.repeat(self.char(self.every), 1, math.inf)])
+            return self.either([first, self.then(more, later)]), found
+        if isinstance(pattern, Edge):
+            if not pattern.at_end:
+                return first, self.none
+            return self._end(first), self._end(later)
+        if isinstance(pattern, Chain):
+            for part in reversed(pattern.parts):
+                rest = self._before(part, rest)
+            return rest
+        if isinstance(pattern, Branches):
+            options = [self._before(part, rest) for part in pattern.parts]
+            return self.either(option[0] for option in options), self.either(option[1] for option in options)
+        if isinstance(pattern, Ahead):
+            seen = self._before(pattern.inside, (self.all, self.all))
+            one, two = seen if pattern.wanted else (self.but_not(seen[0]), self.but_not(seen[1]))
+            return self.both([one, first]), self.both([two, later])
+        assert isinstance(pattern, Loop)
+        return self._loop(pattern, rest)
+
+    def _end(self, rest: Texts) -> Texts:
+        return self.empty if rest.nullable else self.none
+
+    def _alone(self, pattern: Pattern) -> Texts:
+        """The texts that a pattern matches as a whole, away from the text's beginning and end."""
+        if isinstance(pattern, CharPattern):
+            return self.char(self.mask_of(pattern.ranges))
+        if isinstance(pattern, Edge):
+            return self.none
+        if isinstance(pattern, Branches):
+            return self.either([self._alone(part) for part in pattern.parts])
+        if isinstance(pattern, Loop):
+            return self.repeat(self._alone(pattern.part), pattern.low, math.inf if pattern.high is None else pattern.high)
+        return functools.reduce(lambda later, one: self.then(self._alone(one), later), reversed(pattern.parts), self.empty)
+
+    def _loop(self, loop: Loop, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """A repeat of something that looks around it."""
+        part, low, (first, later) = loop.part, loop.low, rest
+        high = math.inf if loop.high is None else loop.high
+        if high == 0:
+            return rest
+        if high == 1:
+            inside = self._before(part, rest)
+            return inside if low else (self.either([inside[0], first]), self.either([inside[1], later]))
+        if _looks_ahead(part):
+            return self._tempered(loop, rest)
+        if low > self.MAX_UNROLLED:
+            raise InvalidRequest(f"pattern: an anchor within over {self.MAX_UNROLLED} repeats cannot be honoured")
+        if low:
+            more = None if loop.high is None else loop.high - low
+            return self._before(Chain((part,) * low + (Loop(part, 0, more),)), rest)
+        inner, final = self._alone(part), self._before(part, (self.none, later))[1]  # the last round may meet the end
+        further = [self.either([self.then(self.repeat(inner, 0, count), later),
+                                self.then(self.repeat(inner, 0, count - 1), final)]) for count in (high - 1, high)]  # fmt: skip
+        return self.either([first, self._before(part, (first, further[0]))[0]]), further[1]
+
+    def _tempered(self, loop: Loop, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """((?!foo).)* up to the end: what it says of each character is that foo is nowhere."""
+        parts = loop.part.parts
+        if isinstance(loop.part, Chain) and len(parts) > 1 and rest == (self.empty, self.empty) and loop.high is None:
+            *looks, char = parts
+            unwanted = [look.inside for look in looks if isinstance(look, Ahead) and not look.wanted]
+            seen = [self._before(inside, (self.all, self.all)) for inside in unwanted]
+            if isinstance(char, CharPattern) and len(seen) == len(looks) and all(a is b and not a.nullable for a, b in seen):
+                found = [self.repeat(self._alone(char), loop.low, math.inf)]
+                found += [self.but_not(self.then(self.all, texts)) for texts, _ in seen]
+                return self.both(found), self.both(found)
+        raise InvalidRequest("pattern: a look ahead within a repeat cannot be honoured")
+
+
+def _looks_ahead(pattern: Pattern) -> bool:
+    return isinstance(pattern, Ahead) or any(_looks_ahead(part) for part in pattern.parts)
+
+
+@dataclass(frozen=True)
+class StringShape:
+    """What a JSON string's text must be; lengths in code points."""
+
+    low: int = 0
+    high: int | None = None
+    patterns: tuple[str, ...] = ()  # regular expressions that are found in it
+    unlike: tuple[str, ...] = ()  # and that are not
+    formats: tuple[str, ...] = ()
+    not_formats: tuple[str, ...] = ()
+    excluded: frozenset[str] = frozenset()  # texts that it is not
+
+
+class TextMachine:
+    """The texts of one shape, and what can still be reached in them: no step into a dead end.
+
+    Where complements and intersections meet, a way to an end is searched. What is not found within MAX_STEPS counts as
+    dead: a text is then kept from what could have been right, but never led where it cannot end.
+    """
+
+    MAX_STEPS, MAX_ALL_STEPS, WINDOW, MAX_KEPT = 3000, 20_000, 4096, 50_000
+
+    def __init__(self, shape: StringShape) -> None:
+        formats = [found for found in map(read_format, shape.formats) if found]
+        patterns = [*map(read_pattern, shape.patterns), *(pattern for pattern, _ in formats)]
+        unlike = [(read_pattern(text), None) for text in shape.unlike] + [whole_format(name) for name in shape.not_formats]
+        chars = {((ord(c), ord(c)),) for text in shape.excluded for c in text}
+        algebra = self.algebra = Algebra(chars.union(*(p.classes for p in (*patterns, *(pattern for pattern, _ in unlike)))))
+        wrong = [*itertools.starmap(algebra.matching, unlike), algebra.words(sorted(shape.excluded))]
+        self.root = algebra.both([*map(algebra.matching, patterns), *map(algebra.but_not, wrong)])
+        highs = [high for high in (shape.high, *(most for _, most in formats)) if high is not None]
+        self.low, self.high = shape.low, min(highs, default=None)
+        self.steps_left, self.gave_up = self.MAX_ALL_STEPS, False
+        self._distances: dict[Texts, int | None] = {}
+        self._found: dict[tuple[Texts, int, int | None], bool] = {}
+        self._open: dict[tuple[Texts, int, int | None], int] = {}
+        self._lengths: dict[tuple[Texts, int], int] = {}
+        self._starts = self._start_bytes()
+        self._first_bytes: dict[int, int] = {}
+        sizes: dict[int, list[int]] = {}
+        for kind, low, high in algebra.pieces():
+            sizes.setdefault(1 << kind, []).extend((low, high))
+        self._single = {mask: codes[0] for mask, codes in sizes.items() if codes[0] == codes[-1]}  # class → its only character
+
+    def _start_bytes(self) -> list[int]:
+        """The bytes that a character of each class may begin with, written as itself."""
+        bits = [0] * (max(self.algebra.class_at) + 1)
+        for kind, low, high in self.algebra.pieces():
+            for first, last in merged([(low, high)]):
+                for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):
+                    if first <= min(border, last):
+                        bits[kind] |= between(chr(first).encode()[0], chr(min(border, last)).encode()[0]).bits
+                    first = max(first, border + 1)
+        return [b & ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\")) for b in bits]
+
+    def fits(self, text: str) -> bool:
+        """Whether a text is one of them."""
+        here = self.root
+        for char in text:
+            bit = 1 << self.algebra.class_of(ord(char))
+            here = next((behind for mask, behind in self.algebra.moves(here) if mask & bit), self.algebra.none)
+        return here.nullable and self.low <= len(text) and (self.high is None or len(text) <= self.high)
+
+    def open(self, at: Texts, low: int, high: int | None) -> int:
+        """The classes of characters with which a text may go on."""
+        if at is self.algebra.all and (high is None or (high >= low and high > 0)):
+            return self.algebra.every
+        key = (at, low, high)
+        if key not in self._open:
+            if len(self._open) > self.MAX_KEPT:
+                self._open.clear()
+            then = self.counted(low, high)
+            self._open[key] = sum(mask for mask, behind in self.algebra.moves(at) if self.alive(behind, *then))
+        return self._open[key]
+
+    def reaches(self, classes: int, ranges: Ranges) -> bool:
+        """Whether some character of the ranges is of one of the classes."""
+        starts, class_at = self.algebra.starts, self.algebra.class_at
+        for low, high in ranges if classes != self.algebra.every else ():
+            at = bisect.bisect_right(starts, low) - 1
+            while at < len(starts) and starts[at] <= high:
+                if classes >> class_at[at] & 1:
+                    return True
+                at += 1
+        return classes == self.algebra.every
+
+    def only(self, classes: int) -> int | None:
+        """The one character of the classes, if there is but one."""
+        return self._single.get(classes)
+
+    def first_bytes(self, classes: int) -> int:
+        """The bytes that a character of the classes may begin with, the backslash of escapes among them."""
+        if classes not in self._first_bytes:
+            found = (bits for kind, bits in enumerate(self._starts) if classes >> kind & 1)
+            self._first_bytes[classes] = functools.reduce(operator.or_, found, 1 << ord("\\") if classes else 0)
+        return self._first_bytes[classes]
+
+    @staticmethod
+    def counted(low: int, high: int | None) -> tuple[int, int | None]:
+        """How many characters more a text needs, and may have, behind one more."""
+        return max(low - 1, 0), None if high is None else high - 1
+
+    def behind(self, at: Texts, code: int) -> Texts:
+        """What follows a character that is open."""
+        bit = 1 << self.algebra.class_of(code)
+        return next(behind for mask, behind in self.algebra.moves(at) if mask & bit)
+
+    def alive(self, at: Texts, low: int, high: int | None) -> bool:
+        """Whether one of the texts has `low` to `high` characters."""
+        if high is not None and (high < at.least or high < low):
+            return False
+        if at is self.algebra.none or at.most < low:
+            return False
+        if at.plain:
+            return high is None or self._has_length(at, low, high)
+        shortest = self._distance(at)
+        if shortest is None or (high is not None and shortest > high):
+            return False
+        return shortest >= low or self._search(at, low, high)
+
+    def _has_length(self, at: Texts, low: int, high: int) -> bool:
+        if at.dense or low <= at.least:
+            return True
+        top = min(high, max(low, at.least) + self.WINDOW)
+        return at.most <= top or bool(self._sizes(at, 1 << top.bit_length()) >> low & ((1 << top - low + 1) - 1))
+
+    def _sizes(self, at: Texts, top: int) -> int:
+        """The lengths of plain texts, up to some length, a bit each."""
+        key = (at, top)
+        if key not in self._lengths:
+            if len(self._lengths) > self.MAX_KEPT:
+                self._lengths.clear()
+            self._lengths[key] = self._sized(at, top)
+        return self._lengths[key]
+
+    def _sized(self, at: Texts, top: int) -> int:
+        if at.dense:
+            last = int(min(at.most, top))
+            return (1 << last + 1) - (1 << at.least) if at.least <= last else 0
+        if at.kind == "either":
+            return functools.reduce(operator.or_, (self._sizes(part, top) for part in at.parts))
+        if at.kind == "then":
+            chain = [at]
+            while chain[-1].kind == "then":
+                chain[-1:] = chain[-1].parts
+            return functools.reduce(lambda one, two: _sums(one, self._sizes(two, top), top), chain, 1)
+        one, found = self._sizes(at.parts[0], top), 1
+        more = 1 | one
+        for count, sizes in ((at.low, one), (int(min(at.high, top)) - at.low, more)):
+            while count > 0 and found:
+                found = _sums(found, sizes, top) if count & 1 else found
+                count, sizes = count >> 1, _sums(sizes, sizes, top)
+        return found
+
+    def _distance(self, start: Texts) -> int | None:
+        """The length of a shortest text; None if none is known. Breadth first, until plain texts tell theirs."""
+        if start in self._distances:
+            return self._distances[start]
+        before: dict[Texts, Texts | None] = {start: None}
+        layer, depth = [start], 0
+        best: tuple[int, int, Texts] | None = None
+        while layer and (best is None or depth < best[0]) and self._may_step(len(before)):
+            for at in layer:
+                rest = 0 if at.nullable else at.least if at.plain else self._distances.get(at)
+                if rest is not None and (best is None or depth + rest < best[0]):
+                    best = (depth + rest, depth, at)
+            fresh = []
+            for at in layer if best is None or depth < best[0] else ():
+                for _, behind in self.algebra.moves(at):
+                    if behind not in before and not (behind in self._distances and self._distances[behind] is None):
+                        before[behind] = at
+                        fresh.append(behind)
+            self.steps_left -= len(layer)
+            layer, depth = fresh, depth + 1
+        if best is None:
+            self.gave_up = self.gave_up or bool(layer)
+            self._distances |= dict.fromkeys(before if not layer else (start,))
+            return None
+        total, depth, here = best
+        step: Texts | None = here
+        while step is not None:
+            self._distances[step] = total - depth
+            step, depth = before[step], depth - 1
+        return self._distances[start]
+
+    def _may_step(self, taken: int) -> bool:
+        return taken < self.MAX_STEPS and self.steps_left > 0
+
+    def _search(self, start: Texts, low: int, high: int | None) -> bool:
+        """Whether a text of `low` to `high` characters is found, depth first."""
+        key = (start, low, high)
+        if key in self._found:
+            return self._found[key]
+        before: dict[tuple[Texts, int, int | None], Any] = {key: None}
+        todo = [key]
+        while todo and self._may_step(len(before)):
+            here = todo.pop()
+            self.steps_left -= 1
+            counts = self.counted(*here[1:])
+            moves = sorted(self.algebra.moves(here[0]), key=lambda move: (move[1].plain, move[1].most))
+            for there in [(behind, *counts) for _, behind in moves]:
+                if there in before or not self._may_live(there):
+                    continue
+                before[there] = here
+                if there[0].plain or self._found.get(there) or (self._distances[there[0]] or 0) >= there[1]:
+                    step = there
+                    while step is not None:
+                        self._found[step] = True
+                        step = before[step]
+                    return True
+                todo.append(there)
+        self.gave_up = self.gave_up or bool(todo)
+        self._found |= dict.fromkeys([key] if todo else before, False)
+        return False
+
+    def _may_live(self, state: tuple[Texts, int, int | None]) -> bool:
+        """Whether a search should go on there; for plain texts, whether it has come to its end."""
+        at, low, high = state
+        if at.plain:
+            return self.alive(at, low, high)
+        if self._found.get(state) is False or at.most < low or (high is not None and high < low):
+            return False
+        shortest = self._distance(at)
+        return shortest is not None and (high is None or shortest <= high)
+
+
+def _sums(one: int, two: int, top: int) -> int:
+    """The sums of two sets of numbers up to `top`, a bit each."""
+    if one.bit_count() > two.bit_count():
+        one, two = two, one
+    found = 0
+    while one:
+        found |= two << (one & -one).bit_length() - 1
+        one &= one - 1
+    return found & (1 << top + 1) - 1
+
+
+# A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
+Half = tuple[Ranges, str, int, int]
+NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
+HEX_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
+ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True)}
+
+
+@functools.lru_cache(maxsize=50_000)
+def spelled(half: Half) -> dict[int, Half]:
+    """What a half-written character of a JSON string becomes by each byte; "done" if it is whole."""
+    ranges, how, value, missing = half
+    if how == "":
+        found = _begun()
+    elif how == "utf8":
+        found = {0x80 | bits: _half_utf8(ranges, value << 6 | bits, missing - 1) for bits in range(64)}
+    elif how == "escape":
+        found = {byte: (((code, code),), "done", code, 0) for byte, code in ESCAPES.items()}
+        found[ord("u")] = (EVERY_CHAR, "hex", 0, 4)
+    elif how == "hex":
+        found = {byte: _half_hex(value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
+    elif how in ("pair", "pair-u"):
+        found = {ord("\\"): (ranges, "pair-u", value, 0)} if how == "pair" else {ord("u"): (ranges, "low", value, 4)}
+    else:
+        found = {byte: _half_pair(ranges, value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
+    return {byte: half for byte, half in found.items() if half[0]}
+
+
+def _whole(code: int) -> Half:
+    return ((code, code),), "done", code, 0
+
+
+def _within(ranges: Ranges, low: int, high: int) -> Ranges:
+    return tuple((max(low, first), min(high, last)) for first, last in ranges if first <= high and last >= low)
+
+
+def _begun() -> dict[int, Half]:
+    """The first bytes of characters, written as themselves or as escapes."""
+    found = {byte: _whole(byte) for byte in range(32, 128) if byte not in b'"\\'}
+    found[ord("\\")] = (EVERY_CHAR, "escape", 0, 0)
+    for low, high, missing in ((0xC2, 0xDF, 1), (0xE0, 0xEF, 2), (0xF0, 0xF4, 3)):
+        ranges = {1: ((0x80, 0x7FF),), 2: ((0x800, 0xD7FF), (0xE000, 0xFFFF)), 3: ((0x10000, 0x10FFFF),)}[missing]
+        found |= {byte: _half_utf8(ranges, byte & 0x3F >> missing, missing) for byte in range(low, high + 1)}
+    return found
+
+
+def _half_utf8(ranges: Ranges, value: int, missing: int) -> Half:
+    if missing == 0:
+        return _whole(value) if _within(ranges, value, value) else ((), "", 0, 0)
+    shift = 6 * missing
+    return _within(ranges, value << shift, (value + 1 << shift) - 1), "utf8", value, missing
+
+
+def _half_hex(value: int, missing: int) -> Half:
+    """What \\u and some digits may become: a character, or half of a pair."""
+    low, high = value << 4 * missing, (value + 1 << 4 * missing) - 1
+    first, last = max(low, 0xD800), min(high, 0xDBFF)
+    pairs = (((first - 0xD800 << 10) + 0x10000, (last - 0xD800 << 10) + 0x103FF),) if first <= last else ()
+    ranges = _within(((0, 0xD7FF), (0xE000, 0xFFFF)), low, high) + pairs
+    if missing:
+        return ranges, "hex", value, missing
+    return (ranges, "pair", 0, 0) if pairs else _whole(value) if ranges else ((), "", 0, 0)
+
+
+def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
+    """What a high surrogate and some digits of a low one may become."""
+    base, low, high = ranges[0][0] & ~0x3FF, value << 4 * missing, (value + 1 << 4 * missing) - 1
+    low, high = max(low, 0xDC00), min(high, 0xDFFF)
+    if low > high:
+        return (), "", 0, 0
+    ranges = ((base + low - 0xDC00, base + high - 0xDC00),)
+    return (ranges, "low", value, missing) if missing else _whole(ranges[0][0])
+
+
+@dataclass(frozen=True)
+class JsonText(Symbol):
+    """The rest of a JSON string behind its opening quote: where its text is, and what is half-written of a character."""
+
+    machine: TextMachine
+    at: Texts
+    low: int
+    high: int | None
+    half: Half = NO_HALF
+
+    @property
+    def firsts(self) -> int:
+        open_classes = self.machine.open(self.at, self.low, self.high)
+        if self.half != NO_HALF:
+            return sum(1 << byte for byte, half in spelled(self.half).items() if self.machine.reaches(open_classes, half[0]))
+        quote = 1 << ord('"') if self.at.nullable and self.low == 0 else 0
+        only = self.machine.only(open_classes)
+        if only is not None:
+            return quote | 1 << _written(only)[0]
+        return quote | self.machine.first_bytes(open_classes)
+
+    def step(self, byte: int) -> Symbols | None:
+        if not self.half[1] and byte == ord('"'):
+            return () if self.at.nullable and self.low == 0 else None
+        open_classes = self.machine.open(self.at, self.low, self.high)
+        only = self.machine.only(open_classes) if not self.half[1] else None
+        if only is not None:
+            written = _written(only)
+            rest = (Word(written, 1),) if len(written) > 1 else ()
+            return (*rest, self._behind(only)) if byte == written[0] else None
+        half = spelled(self.half).get(byte)
+        if half is None or not self.machine.reaches(open_classes, half[0]):
+            return None
+        if half[1] != "done":
+            return (JsonText(self.machine, self.at, self.low, self.high, half),)
+        return (self._behind(half[2]),)
+
+    def _behind(self, code: int) -> JsonText:
+        """The state behind a whole character."""
+        if self.low == 0 and self.high is None and self.at is self.machine.algebra.all and not self.half[1]:
+            return self
+        return JsonText(self.machine, self.machine.behind(self.at, code), *self.machine.counted(self.low, self.high))
+
+
+def _written(code: int) -> bytes:
+    """A character as json.dumps writes it: where no other may stand, there is one way to write it."""
+    return json.dumps(chr(code), ensure_ascii=False)[1:-1].encode()
+
+
+# Formats as regular expressions, after the RFCs that JSON Schema names; where jsonschema's checker is narrower, as it says.
+_YEAR = "(?:[0-9]{3}[1-9]|[0-9]{2}[1-9]0|[0-9][1-9]00|[1-9]000)"
+_LEAP = "(?:[0-9]{2}(?:0[48]|[2468][048]|[13579][26])|(?:0[48]|[2468][048]|[13579][26])00)"
+_DATE = (f"(?:{_YEAR}-(?:(?:0[13578]|1[02])-(?:0[1-9]|[12][0-9]|3[01])|(?:0[469]|11)-(?:0[1-9]|[12][0-9]|30)"
+         f"|02-(?:0[1-9]|1[0-9]|2[0-8]))|{_LEAP}-02-29)")  # fmt: skip
+_CLOCK = "(?:[01][0-9]|2[0-3]):[0-5][0-9]"
+_TIME = rf"{_CLOCK}:[0-5][0-9](?:\.[0-9]+)?(?:[Zz]|[+-]{_CLOCK})"  # a leap second is right twice in ten years: left out
+_SPAN = "T(?:[0-9]+H(?:[0-9]+M(?:[0-9]+S)?)?|[0-9]+M(?:[0-9]+S)?|[0-9]+S)"
+_DAYS = "(?:[0-9]+Y(?:[0-9]+M(?:[0-9]+D)?)?|[0-9]+M(?:[0-9]+D)?|[0-9]+D)"
+_OCTET = "(?:25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = rf"{_OCTET}(?:\.{_OCTET}){{3}}"
+_H16 = "[0-9A-Fa-f]{1,4}"
+_LS32 = f"(?:{_H16}:{_H16}|{_IPV4})"
+_IPV6 = "(?:{})".format("|".join(
+    [f"(?:{_H16}:){{6}}{_LS32}", f"::(?:{_H16}:){{0,5}}{_LS32}"]
+    + [f"{_H16}(?::{_H16}){{0,{n}}}::(?:{_H16}:){{0,{4 - n}}}{_LS32}" for n in range(5)]
+    + [f"(?:{_H16}(?::{_H16}){{0,5}})?::{_H16}", f"(?:{_H16}(?::{_H16}){{0,6}})?::"]))  # fmt: skip
+_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOSTNAME = rf"{_LABEL}(?:\.{_LABEL})*"
+_MAIL_HOST = rf"(?:{_HOSTNAME}|\[(?:{_IPV4}|IPv6:{_IPV6})\])"
+_POINTER = "(?:/(?:[^~/]|~[01])*)*"
+
+
+def _mailbox(more: str) -> str:
+    """RFC 5321's mailbox; `more` characters may stand before the @."""
+    atom = f"[A-Za-z0-9!#$%&'*+/=?^_`{{|}}~{more}-]+"
+    return rf'(?:{atom}(?:\.{atom})*|"(?:[ !#-\[\]-~{more}]|\\[ -~])*")@{_MAIL_HOST}'
+
+
+def _uri(more: str, private: str = "") -> tuple[str, str]:
+    """RFC 3986's URI, and its relative reference; RFC 3987 allows more characters."""
+    free, escaped = rf"A-Za-z0-9._~!$&'()*+,;={more}\-", "%[0-9A-Fa-f]{2}"
+    char, plain, user = (f"(?:[{free}{extra}]|{escaped})" for extra in (":@", "@", ":"))
+    host = rf"(?:\[(?:{_IPV6}|[vV][0-9A-Fa-f]+\.[A-Za-z0-9._~!$&'()*+,;=:-]+)\]|(?:[{free}]|{escaped})*)"
+    authority = f"//(?:{user}*@)?{host}(?::[0-9]*)?(?:/{char}*)*"
+    rooted = f"/(?:{char}+(?:/{char}*)*)?"
+    tail = rf"(?:\?(?:[{free}:@/?{private}]|{escaped})*)?(?:\#(?:[{free}:@/?]|{escaped})*)?"
+    whole = f"[A-Za-z][A-Za-z0-9+.-]*:(?:{authority}|{rooted}|{char}+(?:/{char}*)*)?{tail}"
+    return whole, f"(?:{authority}|{rooted}|{plain}+(?:/{char}*)*)?{tail}"
+
+
+_UCS = r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF" + "".join(
+    rf"\u{{{plane:X}{'1000' if plane == 14 else '0000'}}}-\u{{{plane:X}FFFD}}" for plane in range(1, 15))  # fmt: skip
+(_URI, _RELATIVE), (_IRI, _RELATIVE_IRI) = _uri(""), _uri(_UCS, r"\uE000-\uF8FF\u{F0000}-\u{FFFFD}\u{100000}-\u{10FFFD}")
+# Regular expressions without what dialects read differently, brackets at most one deep.
+_ITEM = r"(?:[A-Za-z0-9 _,:;=!@%&<>/~#'\"-]|\\[dDwWsStnrfv.*+?()\[\]{}|^$/-])"
+_SET = r"\[\^?(?:[A-Za-z0-9_.,:;!?@#%<>=+*(){}$/'\" ]|[a-m]-[n-z]|[A-M]-[N-Z]|[0-4]-[5-9]|\\[dDwWsS])+\]"
+_PIECE = rf"(?:{_ITEM}|\.|{_SET})(?:(?:[*+?]|\{{[0-9](?:,(?:[1-9][0-9])?)?\}})\??)?"
+_RUN = rf"(?:{_PIECE})*(?:\|(?:{_PIECE})*)*"
+_REGEX = rf"\^?(?:{_PIECE}|\(\?:{_RUN}\)[*+?]?|\({_RUN}\)[*+?]?|\|)*\$?"
+
+FORMATS = {  # name → a regular expression for the whole text, how long it may be
+    "date": (_DATE, None),
+    "time": (_TIME, None),
+    "date-time": (f"{_DATE}[Tt]{_TIME}", None),
+    "duration": (f"P(?:[0-9]+W|{_DAYS}(?:{_SPAN})?|{_SPAN})", None),
+    "email": (_mailbox(""), None),
+    "idn-email": (_mailbox(r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF"), None),
+    "hostname": (_HOSTNAME, 253),
+    "ipv4": (_IPV4, None),
+    "ipv6": (_IPV6, None),
+    "uuid": ("[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", None),
+    "uri": (_URI, None),
+    "uri-reference": (f"(?:{_URI}|{_RELATIVE})", None),
+    "iri": (_IRI, None),
+    "iri-reference": (f"(?:{_IRI}|{_RELATIVE_IRI})", None),
+    "json-pointer": (_POINTER, None),
+    "relative-json-pointer": (f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})", None),
+    "regex": (_REGEX, None),
+}
+UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
+PARTIAL_FORMATS = ("idn-email", "regex")  # the rule leaves out some texts that have the format
+
+
+@functools.lru_cache(maxsize=100)
+def read_format(name: str) -> tuple[Pattern, int | None] | None:
+    """The whole text's pattern and its longest length; None for a format that asks for nothing."""
+    if name in UNKNOWN_FORMATS:
+        raise InvalidRequest(f"format {_said(name)} cannot be honoured")
+    if name not in FORMATS:
+        return None
+    text, most = FORMATS[name]
+    return Chain((Edge(False), read_pattern(text), Edge(True))), most
+
+
+def whole_format(name: str) -> tuple[Pattern, int | None]:
+    """As read_format, for what must not have the format: all that has it must be known."""
+    if name in PARTIAL_FORMATS:
+        raise InvalidRequest(f"not format {_said(name)} cannot be honoured")
+    return read_format(name) or (Chain(()), None)
+
+
+@functools.lru_cache(maxsize=500)
+def text_machine(shape: StringShape) -> TextMachine:
+    """The machine of a shape, made once. Raises InvalidRequest naming what cannot be honoured."""
+    return TextMachine(shape)
+
+
+@functools.lru_cache(maxsize=500)
+def string_symbol(shape: StringShape) -> Symbol | None:
+    """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
+    machine = text_machine(shape)
+    if machine.alive(machine.root, machine.low, machine.high):
+        return InOrder((word('"'), JsonText(machine, machine.root, machine.low, machine.high)))
+    if machine.gave_up:
+        raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+    return None
+
+
+def string_fits(shape: StringShape, text: str) -> bool:
+    """Whether a text has a shape."""
+    return text_machine(shape).fits(text)
+
+
+def strings_meet(one: StringShape, two: StringShape) -> bool:
+    """Whether some text has both shapes."""
+    return string_symbol(both_strings(one, two)) is not None
+
+
+def both_strings(one: StringShape, two: StringShape) -> StringShape:
+    """The shape of what has both shapes."""
+    highs = [high for high in (one.high, two.high) if high is not None]
+    lists = {name: tuple(dict.fromkeys(getattr(one, name) + getattr(two, name)))
+             for name in ("patterns", "unlike", "formats", "not_formats")}  # fmt: skip
+    return StringShape(max(one.low, two.low), min(highs, default=None), excluded=one.excluded | two.excluded, **lists)
+
+
+@dataclass(frozen=True)
+class NumberShape:
+    """What a JSON number must be. A bound is its value and whether the value itself is left out."""
+
+    whole: bool = False
+    low: tuple[int | float, bool] | None = None
+    high: tuple[int | float, bool] | None = None
+    multiples: tuple[int | float, ...] = ()
+    not_multiples: tuple[int | float, ...] = ()  # (1,): not an integer
+
+
+def decimal_digits(value: int | float) -> tuple[int, int]:
+    """A number as its shortest decimal notation has it: the digits, and how many of them stand behind the point."""
+    if isinstance(value, int):
+        return value, 0
+    mantissa, _, exponent = repr(value).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    fraction = fraction.rstrip("0")
+    digits, places = int(whole + fraction), len(fraction) - int(exponent or 0)
+    return (digits, places) if places >= 0 else (digits * 10**-places, 0)
+
+
+class NumberMachine:
+    """The numbers of one shape, as whole multiples of a smallest unit (a decimal place) in an interval.
+
+    The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds or multiples has
+    no exponent.
+    """
+
+    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
+
+    def __init__(self, shape: NumberShape) -> None:
+        self._check(shape)
+        multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
+        unlike = [decimal_digits(value) for value in shape.not_multiples]
+        bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
+        self.exponents = not multiples and not unlike and not bounds
+        self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
+        if multiples or unlike:
+            self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
+        scale = 10**self.places
+        units, others = ([digits * scale // 10**places for digits, places in numbers] for numbers in (multiples, unlike))
+        unit = math.lcm(*units)
+        if all(number % scale == 0 for number in (unit, *others)):
+            self.places = 0  # a point would add nothing
+        self.scale = 10**self.places
+        self.unit, self.unlike = unit * self.scale // scale, [number * self.scale // scale for number in others]
+        self.cycle = math.lcm(self.unit, *self.unlike)
+        self.low = None if shape.low is None else self._edge(*shape.low)
+        self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
+        nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
+        exact = bool(self.places and (multiples or unlike))  # a double must hold every digit, to be divided
+        self.digits = max(self.DOUBLE - self.places if exact else self.DIGITS, len(str((nearest + self.unit) // self.scale)) + 1)
+        self.most = 10 ** (self.digits + self.places) - 1
+
+    def _check(self, shape: NumberShape) -> None:
+        """Refuses numbers that are out of all proportion."""
+        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
+        for value in (*bounds, *shape.multiples, *shape.not_multiples):
+            if value.bit_length() > self.MAX_BITS if isinstance(value, int) else not math.isfinite(value):
+                raise InvalidRequest("a bound of numbers has too many digits")
+            if decimal_digits(value)[1] > self.MAX_PLACES:
+                raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+        if any(value <= 0 for value in (*shape.multiples, *shape.not_multiples)):
+            raise InvalidRequest("multipleOf must be over 0")
+        if len(shape.not_multiples) > self.MAX_UNLIKE:
+            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+
+    def _edge(self, bound: int | float, left_out: bool) -> int:
+        """The least number of units that a lower bound allows."""
+        digits, places = decimal_digits(bound)
+        edge = -(-digits * self.scale // 10**places)
+        if left_out and edge * 10**places == digits * self.scale:
+            edge += 1
+        if left_out and self.unit == 1 and self.places and abs(bound) < sys.float_info.max:
+            # a text nearer to the bound than doubles are to each other would be read as the bound
+            digits, places = decimal_digits(math.nextafter(bound, math.inf))
+            edge = max(edge, -(-digits * self.scale // 10**places))
+        return edge
+
+    def holds(self, negative: bool, low: int, high: int, free: bool = False) -> bool:
+        """Whether one of the magnitudes `low` to `high` is right; `free`: whatever the bounds."""
+        if not free:
+            least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
+            low, high = max(low, low if least is None else least), min(high, high if most is None else most)
+        value = -(-low // self.unit) * self.unit
+        for _ in range(self.MAX_TRIES):
+            if value > high:
+                return False
+            if all(value % number for number in self.unlike):
+                return True
+            value += self.unit
+        return False
+
+    def _minus(self, bound: int | None) -> int | None:
+        return None if bound is None else -bound
+
+    def unbounded(self, negative: bool, low: int, high: int) -> bool:
+        """Whether all magnitudes from `low` to `high` are within the bounds."""
+        least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
+        return (least is None or least <= low) and (most is None or high <= most)
+
+
+@dataclass(frozen=True)
+class JsonNumber(Symbol):
+    """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
+
+    Once the bounds cannot be missed any more (`free`), only the remainder is kept.
+    """
+
+    machine: NumberMachine
+    part: str = ""  # sign, zero, whole, point, fraction, e, e-sign, exponent
+    negative: bool = False
+    value: int = 0
+    count: int = 0
+    free: bool = False
+
+    @property
+    def firsts(self) -> int:
+        return sum(1 << byte for byte in b"0123456789-.eE+" if self._next(byte) is not None)
+
+    def step(self, byte: int) -> Symbols | None:
+        following = self._next(byte)
+        return None if following is None else (following,)
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        if self.part == "exponent":
+            return True
+        low = self._range(0)[0]
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.free)
+
+    def _next(self, byte: int) -> JsonNumber | None:
+        """What follows a byte; None if no number does."""
+        char, part, machine = chr(byte), self.part, self.machine
+        if char.isdigit():
+            return self._digit(int(char))
+        if char == "-" and part == "":
+            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most) else None
+        if char == "." and part in ("zero", "whole") and machine.places:
+            return replace(self, part="point", count=0)._lively()
+        if char in "eE" and part in ("zero", "whole", "fraction") and machine.exponents:
+            return JsonNumber(machine, "e")
+        return JsonNumber(machine, "e-sign") if char in "+-" and part == "e" else None
+
+    def _digit(self, digit: int) -> JsonNumber | None:
+        part, count = self.part, self.count
+        if part in ("", "sign"):
+            return replace(self, part="whole" if digit else "zero", value=digit, count=1)._lively()
+        if part == "whole":
+            more = count < self.machine.digits
+            return replace(self, value=self.value * 10 + digit, count=count + 1)._lively() if more else None
+        if part in ("point", "fraction"):
+            more = count < self.machine.places
+            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._lively() if more else None
+        if part in ("e", "e-sign", "exponent") and count < 2:  # 1e99 times 20 digits is a double still
+            return JsonNumber(self.machine, "exponent", count=count + 1)
+        return None
+
+    def _range(self, more: int) -> tuple[int, int]:
+        """The magnitudes that so many further digits before the point can make, or all behind it."""
+        machine = self.machine
+        unit = 10 ** (machine.places - self.count) if self.part in ("point", "fraction") else machine.scale
+        return self.value * 10**more * unit, (self.value + 1) * 10**more * unit - 1
+
+    def _lively(self) -> JsonNumber | None:
+        """Itself, without what does not matter any more; None if it is no number's beginning."""
+        machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
+        if not any(machine.holds(self.negative, *self._range(more), self.free) for more in range(most + 1)):
+            return None
+        free = self.free or machine.unbounded(self.negative, self._range(0)[0], self._range(most)[1])
+        return replace(self, free=True, negative=False, value=self.value % machine.cycle) if free else self
+
+
+@functools.lru_cache(maxsize=1000)
+def number_symbol(shape: NumberShape) -> Symbol | None:
+    """A JSON number of a shape; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
+    machine = NumberMachine(shape)
+    start = JsonNumber(machine)
+    return start if start.firsts else None
+
+
+def number_fits(shape: NumberShape, value: int | float) -> bool:
+    """Whether a number has a shape, as its decimal notation says."""
+    if shape.low and (value <= shape.low[0] if shape.low[1] else value < shape.low[0]):
+        return False
+    if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
+        return False
+    multiples = (*shape.multiples, *((1,) if shape.whole else ()))
+    return all(_divides(m, value) for m in multiples) and not any(_divides(m, value) for m in shape.not_multiples)
+
+
+def _divides(part: int | float, value: int | float) -> bool:
+    (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
+    return two * 10**places % (one * 10**more) == 0
+
+
+def numbers_meet(one: NumberShape, two: NumberShape) -> bool:
+    """Whether some number has both shapes."""
+    return number_symbol(both_numbers(one, two)) is not None
+
+
+def both_numbers(one: NumberShape, two: NumberShape) -> NumberShape:
+    """The shape of what has both shapes."""
+    low = max(filter(None, (one.low, two.low)), default=None)
+    high = min(filter(None, (one.high, two.high)), key=lambda bound: (bound[0], not bound[1]), default=None)
+    return NumberShape(one.whole or two.whole, low, high, tuple(dict.fromkeys(one.multiples + two.multiples)),
+                       tuple(dict.fromkeys(one.not_multiples + two.not_multiples)))  # fmt: skip
+
+
 # ── 7. JSON schemas ───────────────────────────────────────────────────────────────────────────────────────────────────
 # What a JSON schema allows, as shapes: references followed, alternatives multiplied out, what cannot be honoured refused.
 
@@ -4057,7 +5420,7 @@ class Constant:
 
 
 @dataclass(frozen=True)
-class StringShape:
+class OldStringShape:
     """A string: its length in code points and its format, one of SchemaReader.FORMATS or ""."""
 
     low: int = 0
@@ -4066,7 +5429,7 @@ class StringShape:
 
 
 @dataclass(frozen=True)
-class NumberShape:
+class OldNumberShape:
     """A number, or an integer if `whole`. A bound is its value and whether the value itself is left out."""
 
     whole: bool = False
@@ -4115,7 +5478,7 @@ class Members:
 
 
 Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
-Shape = Constant | StringShape | NumberShape | ArrayShape | Members
+Shape = Constant | OldStringShape | OldNumberShape | ArrayShape | Members
 Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 
 
@@ -4386,14 +5749,14 @@ class SchemaShapes(SchemaReader):
 
     def everything(self) -> Shapes:
         constants = (Constant("null"), Constant("true"), Constant("false"))
-        return (*constants, NumberShape(), StringShape(), ArrayShape(), self.member(None, ()))
+        return (*constants, OldNumberShape(), OldStringShape(), ArrayShape(), self.member(None, ()))
 
     def _simplify(self, shapes: list[Shape]) -> Shapes:
         if set(shapes) >= set(self.everything()):
             return self.everything()
         everything = self.everything()
         free = {type(shape) for shape in shapes if shape in everything and not isinstance(shape, Constant)}
-        if StringShape in free:
+        if OldStringShape in free:
             shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
         return tuple(shape for shape in shapes if shape in everything or type(shape) not in free)
 
@@ -4439,7 +5802,7 @@ class SchemaShapes(SchemaReader):
         hinted = [kind for kind in ("object", "array", "number", "string") if self.HINTS[kind] & keywords]
         return hinted[:1] or (["string"] if "format" in keywords else kinds)
 
-    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[StringShape]:
+    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[OldStringShape]:
         low, high = self._range(schemas, "minLength", "maxLength")
         formats = sorted({schema["format"] for schema in schemas if "format" in schema})
         if len(formats) > 1:
@@ -4448,9 +5811,9 @@ class SchemaShapes(SchemaReader):
             shortest, longest = self.FORMATS[formats[0]]
             if low > shortest or (high is not None and high < longest):
                 raise self.refuse(f"format {formats[0]} beside minLength or maxLength is not supported")
-            yield StringShape(format=formats[0])
+            yield OldStringShape(format=formats[0])
         elif high is None or low <= high:
-            yield StringShape(low, high)
+            yield OldStringShape(low, high)
 
     def _range(self, schemas: list[dict[str, Any]], least: str, most: str) -> tuple[int, int | None]:
         low = max((schema[least] for schema in schemas if least in schema), default=0)
@@ -4459,7 +5822,7 @@ class SchemaShapes(SchemaReader):
             self.dead_end = f"{least} {low} is more than {most} {high}"
         return low, high
 
-    def _number(self, schemas: list[dict[str, Any]], whole: bool) -> Iterator[NumberShape]:
+    def _number(self, schemas: list[dict[str, Any]], whole: bool) -> Iterator[OldNumberShape]:
         lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
         highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
         low, (high, inclusive) = max(lows, default=None), min(highs, default=(None, True))
@@ -4470,7 +5833,7 @@ class SchemaShapes(SchemaReader):
         if low and high is not None and (low[0] > high or (low[0] == high and (low[1] or not inclusive))):
             self.dead_end = f"no {'integer' if whole else 'number'} lies between {low[0]} and {high}"
             return
-        yield NumberShape(whole, low, None if high is None else (high, not inclusive))
+        yield OldNumberShape(whole, low, None if high is None else (high, not inclusive))
 
     def _array(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[ArrayShape]:
         low, high = self._range(schemas, "minItems", "maxItems")
@@ -4615,11 +5978,11 @@ class OneOf:
             return self._objects_unlike(one, two, depth + 1)
         if isinstance(one, ArrayShape) and isinstance(two, ArrayShape):
             return self._arrays_unlike(one, two, depth + 1)
-        if isinstance(one, StringShape) and isinstance(two, StringShape):
+        if isinstance(one, OldStringShape) and isinstance(two, OldStringShape):
             return lengths_apart(one, two)
         if isinstance(one, Constant) and isinstance(two, Constant):
             return bool(comparable(json.loads(one.text)) != comparable(json.loads(two.text)))
-        if isinstance(one, NumberShape) and isinstance(two, NumberShape):
+        if isinstance(one, OldNumberShape) and isinstance(two, OldNumberShape):
             return bounds_apart(one, two) or bounds_apart(two, one)
         return False
 
@@ -4675,16 +6038,16 @@ def opening_of(shape: Shape) -> str:
     """The kind of value: what its first character tells."""
     if isinstance(shape, Constant):
         return shape.text[0] if shape.text[0] in '{["tfn' else "0"
-    kinds: dict[type, str] = {Members: "{", ArrayShape: "[", StringShape: '"', NumberShape: "0"}
+    kinds: dict[type, str] = {Members: "{", ArrayShape: "[", OldStringShape: '"', OldNumberShape: "0"}
     return kinds[type(shape)]
 
 
-def lengths_apart(one: StringShape | ArrayShape, two: StringShape | ArrayShape) -> bool:
+def lengths_apart(one: OldStringShape | ArrayShape, two: OldStringShape | ArrayShape) -> bool:
     """True if no length is within the bounds of both."""
     return (two.high is not None and one.low > two.high) or (one.high is not None and one.high < two.low)
 
 
-def bounds_apart(one: NumberShape, two: NumberShape) -> bool:
+def bounds_apart(one: OldNumberShape, two: OldNumberShape) -> bool:
     """True if all of `one` lies above all of `two`."""
     if one.low is None or two.high is None:
         return False
@@ -4914,9 +6277,9 @@ class SchemaGrammar:
         for shape in choice:
             if isinstance(shape, ArrayShape):
                 parts.append("array" if shape == ArrayShape() else f'"[" ws {self.rule("array", (shape, 0))}')
-            elif isinstance(shape, StringShape):
+            elif isinstance(shape, OldStringShape):
                 parts.append(self._string(shape))
-            elif isinstance(shape, NumberShape):
+            elif isinstance(shape, OldNumberShape):
                 parts.append(self._number(shape))
         return " | ".join(parts)
 
@@ -5021,10 +6384,10 @@ class SchemaGrammar:
         more = self.repeat(max(least - 1, 0), None if most is None else most - 1)
         return " | ".join([*parts, f'{item} ("," ws {item}){more} "]"'])
 
-    def _string(self, text: StringShape) -> str:
+    def _string(self, text: OldStringShape) -> str:
         if text.format:
             return f'"\\"" {text.format} "\\""'
-        return "string" if text == StringShape() else self.rule("text", (text.low, text.high))
+        return "string" if text == OldStringShape() else self.rule("text", (text.low, text.high))
 
     def _write_text(self, length: tuple[int, int | None]) -> str:
         return f'"\\"" char{self.repeat(*length)} "\\""'
@@ -5035,7 +6398,7 @@ class SchemaGrammar:
             raise self.refuse(f"minLength, maxLength, minItems and maxItems add up to over {self.MAX_REPEATS}")
         return f"{{{low},{'' if high is None else high}}}"
 
-    def _number(self, number: NumberShape) -> str:
+    def _number(self, number: OldNumberShape) -> str:
         if number.low is None and number.high is None:
             return "integer" if number.whole else "number"
         if not number.whole:
@@ -5072,7 +6435,7 @@ class Readings:
 
     MAX_READINGS = 64  # with 64 a step looks for an allowed token among 49,000 in 0.05 s
     MAX_NAMES = 1000  # property names that could come next, of all readings together: 0.1 s
-    OPEN_AT_ONCE: ClassVar = {StringShape: 1, NumberShape: 4}  # an integer's bounds are some 40 alternatives, but soon over
+    OPEN_AT_ONCE: ClassVar = {OldStringShape: 1, OldNumberShape: 4}  # an integer's bounds are some 40 alternatives, but soon over
 
     def __init__(self, grammar: SchemaGrammar) -> None:
         self.grammar, self.spend = grammar, grammar.reader.spend
