@@ -8313,8 +8313,8 @@ class Spelling:
         while at < end:
             piece = pieces[at]
             del states[shared[at] + 1 :]
-            for byte in piece[len(states) - 1 :]:
-                behind = states[-1].step(byte)
+            for next_byte in piece[len(states) - 1 :]:
+                behind = states[-1].step(next_byte)
                 if behind is None:
                     break
                 states.append(behind)
@@ -8328,7 +8328,10 @@ class Spelling:
 
 
 class Machine:
-    """A grammar's automaton beside a vocabulary: which tokens may come next, and which must. Used by the step loop alone."""
+    """A grammar's automaton beside a vocabulary: which tokens may come next, and which must.
+
+    Made in the tokenizing thread, used by the step loop alone.
+    """
 
     FEW = 8  # bytes that may come next: then few tokens may
     MOST_JUMPED = 512  # bytes of text that must come, at a time
@@ -9800,7 +9803,6 @@ class Engine:
         known = None if sampling.logprobs is None else LogProbs(vocab, scores)
         forced, token = bool(sequence.forced), sequence.next_token(scores, row)
         if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
-            self._show(sequence)
             self._finish(sequence, "stop")
             return
         sequence.append(token)
@@ -9808,10 +9810,7 @@ class Engine:
             sequence.note(known.of(token, sampling.logprobs or 0))
         sequence.jump()
         self._show(sequence)
-        if sequence.text.stopped or (sequence.sampler and sequence.sampler.is_done):
-            self._finish(sequence, "stop")
-        elif sequence.n_tokens >= sequence.limit:
-            self._finish(sequence, "length")
+        self._end(sequence)
 
     def _show(self, sequence: Sequence) -> None:
         """Gives out the text of tokens that were not shown yet, up to a stop string."""
@@ -9826,12 +9825,24 @@ class Engine:
                 sequence.watch_thought(vocab.shown(token))
 
     def _jump(self, sequence: Sequence) -> None:
-        """Lets a text begin with what it must begin with, which is read with its prompt."""
+        """Gives out at once what a text must begin with; it is read with the prompt."""
         try:
             sequence.jump()
         except InvalidRequest as error:
             self._fail(sequence, error.message, error.code)
             self._flush()
+            return
+        if sequence.n_jumped:
+            self._show(sequence)
+            self._end(sequence)
+            self._flush()
+
+    def _end(self, sequence: Sequence) -> None:
+        """Ends a sequence whose last token has come."""
+        if sequence.text.stopped or (sequence.sampler and sequence.sampler.is_done):
+            self._finish(sequence, "stop")
+        elif sequence.n_tokens >= sequence.limit:
+            self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)

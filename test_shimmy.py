@@ -10882,7 +10882,7 @@ def test_bench_measures_every_row(tmp_path: Path) -> None:
     flags = ["--tokens", "8", "--words", "4", "--long", "200", "--seconds", "0", "--threads", "1", "--json"]
     done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
     rows = json.loads(done.stdout)
-    assert done.returncode == 0 and "not measured" not in done.stderr and len(rows) == 18
+    assert done.returncode == 0 and "not measured" not in done.stderr and len(rows) == 30
     assert all(row["value"] > 0 for row in rows.values())
 
 
@@ -10893,6 +10893,31 @@ def test_bench_without_a_server_fails_with_a_message() -> None:
 
 
 BENCH_WORDS = ["time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state"]
+
+
+BENCH_MOST = 400  # tokens of a document
+BENCH_KEYS: dict[str, Any] = {
+    **{f"{key}_of_the_customer": {"type": "string", "maxLength": 16} for key in ("full_name", "shipping_address", "home_city")},
+    "preferred_contact_channel": {"enum": ["email", "phone", "letter"]},
+    **{key: {"type": "integer", "minimum": 0, "maximum": 9999} for key in ("account_creation_year", "total_number_of_orders")},
+    "loyalty_program_member": {"type": "boolean"},
+    "outstanding_balance_cents": {"type": "integer", "minimum": 0, "maximum": 99999},
+    **{key: {"type": "string", "maxLength": 16} for key in ("latest_product", "internal_reference", "additional_notes")},
+    "average_delivery_days": {"type": "integer", "minimum": 1, "maximum": 30},
+}  # fmt: skip
+
+
+def bench_object(keys: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": keys, "required": list(keys)}
+
+
+BENCH_CONSTRAINTS: dict[str, dict[str, Any]] = {
+    "twelve long keys": {"json_schema": bench_object(BENCH_KEYS)},
+    "one free string": {"json_schema": bench_object({"text": {"type": "string"}})},
+    "a forced call": {"tools": [{"type": "function", "function": {"name": "register_customer_in_database",
+                                                                  "parameters": bench_object(BENCH_KEYS)}}],
+                      "tool_choice": "required"},
+}  # fmt: skip
 
 
 @functools.cache
@@ -11029,10 +11054,10 @@ class BenchClient:
                 "stream_options": {"include_usage": True},
                 "messages" if isinstance(prompt, list) else "prompt": prompt}  # fmt: skip
 
-    def stream(self, prompt: str | list[dict[str, str]], tokens: int) -> Streamed:
+    def stream(self, prompt: str | list[dict[str, str]], tokens: int, **fields: Any) -> Streamed:
         """Streams one response and parses it afterwards, so that parsing does not count as the server's time."""
         chat = isinstance(prompt, list)
-        times, data, body = list[float](), b"", json.dumps(self.body(prompt, tokens)).encode()
+        times, data, body = list[float](), b"", json.dumps(self.body(prompt, tokens) | fields).encode()
         for chunk in self.post("/v1/chat/completions" if chat else "/v1/completions", body):
             data += chunk
             times += [time.perf_counter()] * (b'"text": "' in chunk or b'"text":"' in chunk or b'"content":' in chunk)
@@ -11072,6 +11097,16 @@ class BenchClient:
         if made != count * tokens:
             print(f"{made} events counted as tokens where {count * tokens} were asked for", file=sys.stderr)
         return made / (max(s.ended for s in streams) - began)
+
+    def constrained(self, count: int, tokens: int, salt: int, **fields: Any) -> tuple[float, float, int]:
+        """Returns the tokens per second of `count` concurrent chats, seconds to the median first event, tokens of each."""
+        chats = [[{"role": "user", "content": f"Write a record: {bench_prompt(8, salt * 1000 + i)}"}] for i in range(count)]
+        with ThreadPoolExecutor(count) as pool:
+            began = time.perf_counter()
+            streams = list(pool.map(lambda chat: self.stream(chat, tokens, temperature=0.7, seed=salt, **fields), chats))
+        made, ended = sum(s.usage["completion_tokens"] for s in streams), max(s.ended for s in streams)
+        first = statistics.median(s.times[min(1, len(s.times) - 1)] if s.times else s.ended for s in streams)
+        return made / (ended - began), first - began, made // count
 
     def gaps(self, words: int) -> dict[str, float]:
         """Measures two streams' gaps before and while a long prompt is read, and how long that prompt waits."""
@@ -11193,10 +11228,29 @@ def bench_url(table: BenchTable, client: BenchClient, options: argparse.Namespac
     client.stream(bench_prompt(options.words, 3), 2)
     for clients in (1, 8, 32):
         bench_speed(table, client, options, clients, bare)
+    for clients in (1, 8):
+        for what, fields in BENCH_CONSTRAINTS.items():
+            bench_constrained(table, client, options, clients, what, fields)
     try:
         bench_waits(table, client, options)
     except RuntimeError as error:  # the context may be too short for the long prompts
         print(f"not measured: {error}", file=sys.stderr)
+
+
+def bench_constrained(table: BenchTable, client: BenchClient, options: argparse.Namespace, clients: int, what: str,
+                      fields: dict[str, Any]) -> None:  # fmt: skip
+    """Measures structured output, each run right before one of free text with as many tokens; takes medians."""
+    rows, began, salt = list[tuple[float, float, float, float]](), time.perf_counter(), clients * 50
+    client.constrained(1, BENCH_MOST, salt, **fields)  # the grammar is made
+    while not rows or (time.perf_counter() - began < options.seconds and len(rows) < 15):
+        salt += 2
+        speed, first, made = client.constrained(clients, BENCH_MOST, salt, **fields)
+        free, free_first, _ = client.constrained(clients, max(made, 1), salt + 1)
+        rows.append((speed, speed / free, first, first / free_first))
+    speed, ratio, first, later = (statistics.median(column) for column in zip(*rows, strict=True))
+    whose = f"{clients} client{'s' * (clients > 1)}"
+    table.add(f"{what}, {whose}", speed, "tokens/s", ratio, "free text")
+    table.add(f"first token of {what}, {whose}", first, "s", later, "free text")
 
 
 def bench_waits(table: BenchTable, client: BenchClient, options: argparse.Namespace) -> None:
