@@ -687,11 +687,12 @@ def a_schema(name: str, value: Any) -> Schema:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a text must keep to: a grammar (GBNF), the request's field that asked for it, for error messages."""
+    """What a text must keep to: a grammar, the request's field that asked for it, for error messages."""
 
-    grammar: str
+    grammar: Symbol
     param: str
     after: str | None = None  # the text behind which it begins; None: at once
+    markers: frozenset[str] = frozenset()  # control tokens that may write what it wants; others stand for no text
 
 
 @dataclass(frozen=True)
@@ -2069,10 +2070,11 @@ class Chat:
             return self._schema(request, str(last[0]))
         grammar, mark = CallsGrammar(calls, tools), openers(calls, {})[0].mark
         if not forced:  # the first call is the only one
-            return Constraint(grammar.text("", mark, False), "parallel_tool_calls", mark) if mark else None
+            return Constraint(grammar.symbol(mark, False), "parallel_tool_calls", mark, self.markers) if mark else None
         opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
         thought, after = self._thought_first(str(last[0]))
-        return Constraint(grammar.text(thought, opened, request.parallel_tool_calls and named is None), "tool_choice", after)
+        many = request.parallel_tool_calls and named is None
+        return Constraint(InOrder((*thought, grammar.symbol(opened, many))), "tool_choice", after, self.markers)
 
     def _schema(self, request: GenerateRequest, last: str) -> Constraint | None:
         """The schema or grammar that was asked for: behind the thought, and where functions are offered a call instead.
@@ -2081,22 +2083,25 @@ class Chat:
         """
         wanted, (thought, after) = request.sampling.constraint, self._thought_first(last)
         if wanted is None or wanted.param == "grammar":
-            return wanted and replace(wanted, after=after)
+            return wanted and replace(wanted, after=after, markers=self.markers)
+        grammar = wanted.grammar
         if request.tools and request.tool_choice != "none":
             calls = CallsGrammar(self.format.calls[0], request.tools)
-            return replace(wanted, after=after, grammar=calls.text(thought, "", request.parallel_tool_calls, wanted.grammar))
-        return replace(wanted, after=after, grammar=behind(thought, wanted.grammar))
+            grammar = AnyOf((calls.symbol("", request.parallel_tool_calls), grammar))
+        return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
 
-    def _thought_first(self, last: str) -> tuple[str, str | None]:
-        """A GBNF expression for what may stand before what a grammar wants, and the marker behind which the grammar begins."""
+    def _thought_first(self, last: str) -> tuple[Symbols, str | None]:
+        """What may stand before what a grammar wants, and the marker behind which the grammar begins."""
         end, (opens, closes) = last.rstrip(), self.format.thought
+        blanks = Repeated(OneChar(((0x0A, 0x0A), (0x20, 0x20))), 0, 2)
         if end.endswith(opens):
-            return "[ \\n]{0,2}", closes
+            return (blanks,), closes
         # Qwen 3: the model itself begins a thought, or not; models without the switch would wander off into one
         may_think = any(opens in t and "enable_thinking" in t for t in self._templates.values())
         if may_think and not end.endswith(closes):
-            return f"({gbnf_literal(opens)} {anything_but(closes)}* {gbnf_literal(closes)} [ \\n]{{0,2}})?", None
-        return "", None
+            thought = InOrder((word(opens), Repeated(anything_but(closes)), word(closes), blanks))
+            return (Repeated(thought, 0, 1),), None
+        return (), None
 
     @property
     def format(self) -> ChatFormat:
@@ -3388,6 +3393,11 @@ class Symbol:
         """What must follow when it is left although it could read on."""
         return ()
 
+    @property
+    def parts(self) -> Symbols:
+        """The symbols that it is made of, as far as they stand there already."""
+        return ()
+
 
 Symbols = tuple[Symbol, ...]
 
@@ -3485,6 +3495,10 @@ class AnyOf(Symbol):
     def opened(self) -> Iterable[Symbols]:
         return [(option,) for option in self.options]
 
+    @property
+    def parts(self) -> Symbols:
+        return self.options
+
 
 @dataclass(frozen=True, eq=False)
 class InOrder(Symbol):
@@ -3494,6 +3508,10 @@ class InOrder(Symbol):
 
     def opened(self) -> Iterable[Symbols]:
         return (self.symbols,)
+
+    @property
+    def parts(self) -> Symbols:
+        return self.symbols
 
 
 @dataclass(frozen=True)
@@ -3509,6 +3527,22 @@ class Repeated(Symbol):
             return ((),)
         again = Repeated(self.symbol, max(self.low - 1, 0), None if self.high is None else self.high - 1)
         return ((self.symbol, again),) if self.low else ((), (self.symbol, again))
+
+    @property
+    def parts(self) -> Symbols:
+        return (self.symbol,)
+
+
+def read_ahead(root: Symbol) -> Symbol:
+    """The root of a grammar whose texts (Gbnf, Json) have been read. Raises InvalidRequest where one cannot be."""
+    todo, seen = [root], {root}
+    while todo:
+        symbol = todo.pop()
+        if isinstance(symbol, (Gbnf, Json)):
+            symbol.opened()
+        todo += (fresh := set(symbol.parts) - seen)
+        seen |= fresh
+    return root
 
 
 class Stack:
@@ -3563,13 +3597,22 @@ class TooManyReadings(InvalidRequest):
         super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
 
 
+class TooMuchWork(InvalidRequest):
+    """To find what may come next takes so long that other texts would have to wait."""
+
+    def __init__(self) -> None:
+        super().__init__(f"the grammar is too intricate: over {Automaton.MAX_WORK} of its readings must be opened for one token")
+
+
 class Automaton:
     """The states of one grammar, made as texts reach them and kept for all its texts. Used by one thread at a time."""
 
     MAX_READINGS = 4000  # of one state, with what they open into: some 1 µs each
     MAX_KEPT = 50_000  # states; some 1 KB each
+    MAX_WORK = 20_000  # readings opened for one token, some 2 µs each
 
     def __init__(self, root: Symbol) -> None:
+        self.work = 0  # readings that were opened, since whoever uses it set that to 0
         self._states: dict[tuple[frozenset[Stack], bool], State] = {}
         self._stacks: dict[tuple[Symbol, Stack | None], Stack] = {}
         self._root = root
@@ -3607,10 +3650,17 @@ class Automaton:
             todo += fresh
             if len(seen) > self.MAX_READINGS:
                 raise TooManyReadings
+        self.work += 1 + len(seen)
+        if self.work > self.MAX_WORK:
+            raise TooMuchWork
         key = (frozenset(reading), None in seen)
         if key not in self._states:
             self._states[key] = State(self, *key)
         return self._states[key]
+
+    def __len__(self) -> int:
+        """How many states are kept."""
+        return len(self._states)
 
     def _forget(self) -> None:
         """Begins anew with what is kept; texts under way go on from the states they have."""
@@ -6098,104 +6148,116 @@ def objects_among(shapes: Iterable[Shape]) -> tuple[Members, ...]:
     return tuple(sorted((shape for shape in shapes if isinstance(shape, Members)), key=lambda members: members.number))
 
 
+@dataclass(frozen=True)
+class Json(Symbol):
+    """The documents of a JSON schema, which is read when it is met; `param` is the request's field that holds it."""
+
+    text: str
+    param: str
+
+    def opened(self) -> Iterable[Symbols]:
+        return ((read_json(self.text, self.param),),)
+
+
+@functools.lru_cache(maxsize=32)
+def read_json(text: str, param: str) -> Symbol:
+    """The root of a JSON schema's documents. Raises InvalidRequest naming the keyword at fault."""
+    return read_gbnf(SchemaGrammar(param).compile(json.loads(text)))
+
+
 class CallsGrammar:
-    """GBNF for calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
+    """Calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
 
     def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
+        letters = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
+        self._open = {ID: Repeated(letters, 9, 9), ANY: Repeated(letters, 1, 24)}  # what a format leaves open
         self._format = format
-        self._rules = {"id": "[a-zA-Z0-9]{9}", "any": "[a-zA-Z0-9]{1,24}"}
-        calls = [self._call(f"tools[{i}].function.parameters", tool["function"]) for i, tool in enumerate(tools)]
-        self._rules["call"] = " | ".join(calls)
+        self._call = AnyOf(tuple(self._one(f"tools[{i}].function.parameters", t["function"]) for i, t in enumerate(tools)))
 
-    def text(self, begin: str, opened: str, many: bool, instead: str = "") -> str:
-        """The grammar: `begin`, then one call or several; `opened`, the first one's beginning, stands there already.
+    def symbol(self, opened: str, many: bool) -> Symbol:
+        """One call or several; `opened`, the first one's beginning, stands there already."""
+        first, again = (o + self._format.head for o in (self._format.opens.lstrip(), self._format.again))
+        more = 7 if many and self._format.again else 0
+        behind = Repeated(InOrder((self._text(again), self._call)), 0, more)
+        return InOrder((self._text(first.removeprefix(opened)), self._call, behind, self._text(self._format.closes.rstrip())))
 
-        `instead` is a grammar of what may be written in place of the calls.
-        """
-        first, again = (self._literal(o + self._format.head) for o in (self._format.opens.lstrip(), self._format.again))
-        if opened:
-            first = self._literal((self._format.opens.lstrip() + self._format.head).removeprefix(opened))
-        more = f"({again} call){{0,7}}" if many and self._format.again else ""
-        root = f"{first} call {more} {self._literal(self._format.closes.rstrip())}"
-        root = f"{begin} ({root} | {self._included('instead-', instead)})" if instead else f"{begin} {root}"
-        return "\n".join(f"{name} ::= {body}" for name, body in {"root": root, **self._rules}.items()) + "\n"
-
-    def _rule(self, body: str) -> str:
-        name = f"c{len(self._rules)}"
-        self._rules[name] = body
-        return name
-
-    def _literal(self, text: str) -> str:
+    def _text(self, text: str) -> Symbol:
         """A format's text, what it leaves open filled in."""
-        parts = (p for p in re.split(f"([{ID}{ANY}])", text) if p)
-        return " ".join({ID: "id", ANY: "any"}.get(p) or gbnf_literal(p) for p in parts) or '""'
+        return InOrder(tuple(self._open.get(p) or word(p) for p in re.split(f"([{ID}{ANY}])", text) if p))
 
-    def _call(self, where: str, function: dict[str, Any]) -> str:
+    def _one(self, where: str, function: dict[str, Any]) -> Symbol:
         schema = function.get("parameters") or {}
         schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
         name = function["name"] if self._format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
-        arguments = self._one_by_one(where, schema, self._format.params) if self._format.params else self._json(where, schema)
-        return self._rule(f"{gbnf_literal(name)} {self._literal(self._format.named)} {arguments}")
+        params = self._format.params
+        arguments = self._one_by_one(where, schema, params) if params else json_symbol(where, schema)
+        return InOrder((word(name), self._text(self._format.named), arguments))
 
-    def _json(self, where: str, schema: Mapping[str, Any]) -> str:
-        """The rule for a JSON value; the schema's own rules get names of their own."""
-        return self._included(f"s{len(self._rules)}-", SchemaGrammar(where).compile(schema))
-
-    def _included(self, prefix: str, grammar: str) -> str:
-        """The root of another grammar, whose rules get names of their own."""
-        self._rules |= renamed(prefix, grammar)
-        return f"{prefix}root"
-
-    def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> str:
+    def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> Symbol:
         """Named arguments in their order, optional ones left out at will."""
-        separator = self._literal(params.closes) if params.quote else '""'
-        first = later = '""'
-        for key, kind in reversed(list((schema.get("properties") or {}).items())):
+        arguments = []
+        for key, kind in (schema.get("properties") or {}).items():
             kind = {**kind, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if isinstance(kind, dict) else {}
             closes = "" if params.quote else params.closes.replace(KEY, key)
-            begin, end = self._literal(params.opens + key + params.keyed), self._literal(closes)
-            one = self._rule(f"{begin} {self._value(f'{where}.properties.{key}', kind, params, closes.strip())} {end}")
-            required = key in (schema.get("required") or ())
-            with_it, behind = f"{one} {later}", f"{separator} {one} {later}"
-            first = self._rule(with_it if required else f"{with_it} | {first}")
-            later = self._rule(behind if required else f"{behind} | {later}")
-        return first
+            value = self._value(f"{where}.properties.{key}", kind, params, closes.strip())
+            one = InOrder((self._text(params.opens + key + params.keyed), value, self._text(closes)))
+            arguments.append((one, key in (schema.get("required") or ())))
+        return NamedArguments(tuple(arguments), self._text(params.closes if params.quote else ""))
 
-    def _value(self, where: str, kind: dict[str, Any], params: Params, closes: str) -> str:
+    def _value(self, where: str, kind: dict[str, Any], params: Params, closes: str) -> Symbol:
         """One value: a string without quotes or in the family's, other types as JSON."""
-        quote, types = gbnf_literal(params.quote), types_of(kind)
+        types = types_of(kind)
         if types and types != {"string"}:
-            return self._json(where, kind)
+            return json_symbol(where, kind)
         options = [kind["const"]] if isinstance(kind.get("const"), str) else kind.get("enum")
         if options:
-            text = f"({' | '.join(gbnf_literal(o) for o in options)})"
+            text: Symbol = AnyOf(tuple(map(word, options)))
         else:
-            most = kind.get("maxLength")
-            text = f"{anything_but(closes or params.quote)}{{{kind.get('minLength') or 0},{'' if most is None else most}}}"
-        return f"{quote} {text} {quote}"
+            text = Repeated(anything_but(closes or params.quote), kind.get("minLength") or 0, kind.get("maxLength"))
+        return InOrder((word(params.quote), text, word(params.quote)))
 
 
-def renamed(prefix: str, grammar: str) -> dict[str, str]:
-    """The rules of a grammar of ours, a line each, under names that begin with `prefix`."""
-    words = re.compile(r'"(?:[^"\\]|\\.)*"|\[(?:[^\]\\]|\\.)*\]|[A-Za-z][\w-]*')
-    rules = (line.partition(" ::= ")[::2] for line in grammar.splitlines())
-    return {prefix + name: words.sub(lambda m: m[0] if m[0][0] in '"[' else prefix + m[0], body) for name, body in rules}
+@dataclass(frozen=True)
+class NamedArguments(Symbol):
+    """Arguments from the one at `at` on, in their order; those that are not required may be left out."""
+
+    options: tuple[tuple[Symbol, bool], ...]  # and whether it is required
+    separator: Symbol
+    at: int = 0
+    begun: bool = False  # one stands there already
+
+    def opened(self) -> Iterable[Symbols]:
+        for index, (argument, required) in enumerate(self.options[self.at :], self.at):
+            between = (self.separator,) if self.begun else ()
+            yield (*between, argument, NamedArguments(self.options, self.separator, index + 1, True))
+            if required:
+                return
+        yield ()
+
+    @property
+    def parts(self) -> Symbols:
+        return (self.separator, *(argument for argument, _ in self.options))
 
 
-def behind(begin: str, grammar: str) -> str:
-    """A grammar of ours with something before it."""
-    if not begin:
-        return grammar
-    rules = {"root": f"{begin} main-root"} | renamed("main-", grammar)
-    return "\n".join(f"{name} ::= {body}" for name, body in rules.items()) + "\n"
+def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
+    """The documents of a schema in the request's field `param`. Raises InvalidRequest naming the keyword at fault."""
+    symbol = Json(json.dumps(schema), param)
+    symbol.opened()
+    return symbol
 
 
-def anything_but(marker: str) -> str:
-    """A GBNF expression for one character or two of a text that never holds the marker, nor what looks much like it."""
-    first, second = (f"\\x{ord(c):02X}" if ord(c) < 256 else c for c in (marker + "  ")[:2])
+def anything_but(marker: str) -> Symbol:
+    """One character or two of a text that never holds the marker, nor what looks much like it."""
+    first, second = (marker + " ")[0], (marker + "  ")[1]
     if len(marker) == 1:
-        return f"[^{first}\\\\\\n]"
-    return f'([^{first}] | "{first}" [^{first}{second}])'
+        return char_but(first + "\\\n")
+    return AnyOf((char_but(first), InOrder((word(first), char_but(first + second)))))
+
+
+def char_but(chars: str) -> OneChar:
+    """Any character without some."""
+    gaps = itertools.pairwise((-1, *sorted(map(ord, chars)), 0x110000))
+    return OneChar(tuple((low + 1, high - 1) for low, high in gaps if low + 1 < high))
 
 
 # ── 9. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7059,16 +7121,33 @@ class Vocabulary:
             found = self._pieces[token] = self._render(token, False)
         return found
 
+    def tokens_named(self, names: frozenset[str]) -> dict[int, bytes]:
+        """Control tokens by their names, and these as bytes."""
+        return {token: name.encode() for token, name in self.marker_pieces.items() if name in names} if names else {}
+
     def shown(self, token: int) -> bytes:
         """The bytes in which a marker is looked for: a control token's name, any other's piece."""
         name = self.marker_pieces.get(token)
         return self.piece(token) if name is None else name.encode()
 
+    def tokens_inside(self, data: bytes) -> Seq[int]:
+        """The tokens of a text inside another, special ones only by names in text; none where they would stand for other bytes.
+
+        A tokenizer that begins a text with a space of its own is shown a line break first.
+        """
+        for before in (b"", b"\n"):
+            tokens = self._tokenize(before + data, False, False).tolist()
+            pieces = [self.piece(token) for token in tokens]
+            ends = [0, *itertools.accumulate(map(len, pieces))]
+            start = ends[-1] - len(data)
+            if start in ends and b"".join(pieces).endswith(data):
+                return tokens[ends.index(start) :]
+        return ()
+
     @functools.cached_property
-    def byte_tokens(self) -> dict[bytes, int]:
-        """A token for each single byte that has one. A walk of 0.2 s over a large vocabulary."""
-        pieces = ((self._render(token, False), token) for token in range(self.size))
-        return {piece: token for piece, token in pieces if len(piece) == 1}
+    def spelling(self) -> Spelling:
+        """All pieces in order. Made in 0.5 s for a large vocabulary."""
+        return Spelling(self)
 
     def name(self, token: int) -> bytes:
         """The bytes a token is called by, control tokens too; none for a token that is not there."""
@@ -7102,6 +7181,7 @@ class Llama:
         self.c.llama_backend_init()
         self._load_model(load, progress)
         self.vocab = Vocabulary(self.c, self.model, numpy)
+        self.machines = Machines(self.vocab)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
         self.adapters = self._load_adapters(load.options.lora)
@@ -7458,29 +7538,34 @@ class EmbeddingContext(Context):
 class Sampler:
     """Picks one sequence's tokens: greedy straight from the logits, else with llama.cpp's chain and its defaults.
 
-    With a grammar the picked token is tried alone first; only a refused one costs a walk over the vocabulary.
+    With a grammar the chain picks among all tokens first; where that one is refused, among those that the grammar allows.
+    Of these it is shown the likeliest ones, as many as it might keep, which gives the same as if it were shown all.
     """
 
     KEYS: ClassVar = {"temperature": "temp", "repeat_penalty": "penalty_repeat", "repeat_last_n": "penalty_last_n"}
     COLDEST = 1e-4  # temperatures below are 0: logits divided by less would leave float32, and infinities have no softmax
     LEAST = 1e-30  # of the likeliest token's probability; typical and Mirostat take the logarithm, and 0 has none
+    CHUNKS = (64, 512, 4096)  # so many of the likeliest tokens are tried one by one, before all that the grammar allows
+    NEAR = 1e-4  # llama.cpp computes with 24 bits: what lies so near to a limit may fall on either side of it
 
     def __init__(self, llama: Llama, sampling: Sampling, prompt: Any) -> None:
-        """Raises InvalidRequest for a bias of a token that does not exist, and for a grammar llama.cpp refuses."""
+        """Raises InvalidRequest for a bias of a token that does not exist, and for a grammar that cannot be read."""
         self.llama, self.sampling = llama, sampling
         self.never = self._banned()
         self.grammar = Grammar(llama, sampling.constraint) if sampling.constraint else None
         self.chain: Any = None
         seed = 0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a random one
-        values: Any = replace(sampling, **dict(self._values()), seed=seed)
-        links = self._links(values)
-        if not links:
+        v: Any = replace(sampling, **dict(self._values()), seed=seed)
+        self.values, self.greedy = v, v.temperature < self.COLDEST
+        self.bends = [*self._biases(v), *([] if self._aims else self._penalties(v))]  # the chain's first samplers, and the rest
+        self.links = self._links(v)
+        if not self.links:
             return
         c = llama.c
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        for link in links:
+        for link in (*self.bends, *self.links):
             c.llama_sampler_chain_add(self.chain, link)
-        for token in prompt[max(0, len(prompt) - self._looks_back(values)) :]:
+        for token in prompt[max(0, len(prompt) - self._looks_back(v)) :]:
             c.llama_sampler_accept(self.chain, int(token))
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -7502,16 +7587,24 @@ class Sampler:
         banned = frozenset(token for token, bias in self.sampling.logit_bias if bias == -math.inf)
         return banned | (self.llama.vocab.eog if self.sampling.ignore_eos else frozenset())
 
+    @property
+    def _aims(self) -> bool:
+        """Whether Mirostat picks, by itself: it replaces all but the bias and the temperature."""
+        return bool(self.values.mirostat) and not self.greedy
+
+    @property
+    def _filters_too(self) -> bool:
+        """Whether filters matter: the others never drop the likeliest token."""
+        return not self.greedy or self.values.typical_p < 1 or self.values.xtc_probability > 0
+
     def _links(self, v: Any) -> list[Any]:
-        """The chain's samplers, in llama.cpp's order (common/sampling.cpp); none if the likeliest token is taken as it is."""
-        c, greedy = self.llama.c, v.temperature < self.COLDEST
-        if v.mirostat and not greedy:
-            return [*self._biases(v), *self._mirostat(v)]
-        links = [*self._biases(v), *self._penalties(v)]
-        if not greedy or v.typical_p < 1 or v.xtc_probability > 0:  # the other filters never drop the likeliest token
-            links += self._filters(v)
-        if greedy:
-            return [*links, c.llama_sampler_init_greedy()] if links else []
+        """The chain's samplers behind `bends`, in llama.cpp's order (common/sampling.cpp); none: the likeliest is taken."""
+        c = self.llama.c
+        if self._aims:
+            return list(self._mirostat(v))
+        links = list(self._filters(v)) if self._filters_too else []
+        if self.greedy:
+            return [*links, c.llama_sampler_init_greedy()] if links or self.bends else []
         return [*links, c.llama_sampler_init_temp(v.temperature), c.llama_sampler_init_dist(v.seed)]
 
     def _biases(self, v: Any) -> Iterator[Any]:
@@ -7545,7 +7638,6 @@ class Sampler:
         yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
 
     def _mirostat(self, v: Any) -> Iterator[Any]:
-        """Mirostat picks by itself: it replaces all but the bias and the temperature."""
         c = self.llama.c
         yield c.llama_sampler_init_min_p(self.LEAST, 1)
         yield c.llama_sampler_init_temp(v.temperature)
@@ -7572,7 +7664,7 @@ class Sampler:
         if self.sampling.ignore_eos:
             logits[self.llama.vocab.eog_array] = -math.inf
         if self.grammar:
-            return self._pick_with(self.grammar, logits)
+            return self._pick_with(self.grammar, logits, row)
         if self.chain:
             token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
         else:
@@ -7591,112 +7683,172 @@ class Sampler:
         if self.grammar:
             self.grammar.follow(token)
 
-    def _pick_with(self, grammar: Grammar, logits: Any) -> int:
+    def _pick_with(self, grammar: Grammar, logits: Any, row: int) -> int:
         """Accepts only what the grammar admits, and what has a finite logit, as all have unless they are banned."""
-        token, finite = self._choose(Candidates(self.llama, logits))
-        while finite and not grammar.admits(token):
+        grammar.begin_work()
+        token = self._pick_freely(logits, row)
+        while token >= 0 and grammar.after(token) is None:
+            if not grammar.is_awaited:
+                token = self._pick_allowed(grammar, logits)
+                break
             logits[token] = -math.inf
-            everything = Candidates(self.llama, logits)
-            grammar.restrict(everything)
-            token, finite = self._choose(everything)
-        if not finite:
+            token = self._pick_freely(logits, row)
+        if token < 0:
             return -1  # all that may follow is banned, or has no token
         grammar.accept(token)
         if self.chain:
             self.llama.c.llama_sampler_accept(self.chain, token)
         return token
 
-    def _choose(self, candidates: Candidates) -> tuple[int, bool]:
-        """A token, and whether its logit is finite, as it is unless all of them are banned."""
+    def _pick_freely(self, logits: Any, row: int) -> int:
+        """What is picked without a grammar; −1 if all is banned."""
         if not self.chain:
-            best = candidates.rows["logit"].argmax()
-            return int(candidates.rows["id"][best]), bool(candidates.rows["logit"][best] > -math.inf)
-        self.llama.c.llama_sampler_apply(self.chain, candidates.pointer)
+            token = int(logits.argmax())
+        elif self._looks_back(self.values):  # what follows would make the chain take a token that may be refused
+            return self._choose(Candidates(self.llama, logits), (*self.bends, *self.links))
+        else:
+            token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
+        return token if logits[token] > -math.inf and token not in self.never else -1
+
+    def _pick_allowed(self, grammar: Grammar, logits: Any) -> int:
+        """What is picked among the tokens that the grammar allows; −1 if none is left."""
+        scores = self._bent(logits)
+        tokens = self._allowed(grammar, scores)
+        tokens = tokens[scores[tokens] > -math.inf]
+        if not len(tokens):
+            return -1
+        if not self.chain:
+            return int(tokens[scores[tokens].argmax()])
+        return self._choose(Candidates(self.llama, scores[tokens], tokens), self.links)
+
+    def _choose(self, candidates: Candidates, links: Iterable[Any]) -> int:
+        """The token that samplers select; −1 if all are banned."""
+        for link in links:
+            self.llama.c.llama_sampler_apply(link, candidates.pointer)
         array = candidates.array
         if not 0 <= array.selected < array.size:
-            return 0, False
+            return -1
         chosen = array.data[array.selected]
-        return int(chosen.id), math.isfinite(chosen.logit)
+        return int(chosen.id) if math.isfinite(chosen.logit) else -1
+
+    def _bent(self, logits: Any) -> Any:
+        """The logits after biases and penalties."""
+        if not self.bends:
+            return logits
+        candidates = Candidates(self.llama, logits)
+        for link in self.bends:
+            self.llama.c.llama_sampler_apply(link, candidates.pointer)
+        return candidates.rows["logit"].copy()
+
+    def _allowed(self, grammar: Grammar, scores: Any) -> Any:
+        """The tokens that the grammar allows, in their order; of these at least all that the chain might keep."""
+        if (few := grammar.few_allowed()) is not None:
+            return few
+        np, tried, found = self.llama.np, 0, list[int]()
+        for size in [size for size in self.CHUNKS if size < len(scores)]:
+            best = np.argpartition(scores, -size)[-size:]
+            best = best[np.argsort(-scores[best], kind="stable")]
+            found += [token for token in best[tried:].tolist() if grammar.after(token) is not None]
+            tried = size
+            if found and self._are_enough(scores, scores[found], scores[best]):
+                return np.sort(np.array(found, np.int32))
+        return grammar.allowed()
+
+    def _are_enough(self, scores: Any, found: Any, tried: Any) -> bool:
+        """Whether no token below those `tried` would be kept: all three are logits, the last two falling ones."""
+        v, np = self.values, self.llama.np
+        if not self._filters_too:
+            return True
+        if self._aims or v.top_n_sigma > 0:
+            return False  # all that is allowed counts
+        if 0 < v.top_k <= len(found):
+            return True
+        if v.typical_p < 1:
+            return False
+        least = found[0] + math.log(v.min_p) if v.min_p > 0 else -math.inf
+        kept = int((found >= least).sum()) if tried[-1] < least - self.NEAR else math.inf
+        if kept < math.inf and v.top_p >= 1:
+            return True
+        if v.top_p >= 1:
+            return False
+        # top_p keeps the first so many, of a total that lies between what was found and that with all that was not tried
+        sums = np.exp((found - found[0]).astype(np.float64)).cumsum()
+        rest = np.exp((scores - found[0]).astype(np.float64)).sum() - np.exp((tried - found[0]).astype(np.float64)).sum()
+        low = int(np.searchsorted(sums, v.top_p * sums[-1] * (1 - self.NEAR)))
+        high = int(np.searchsorted(sums, v.top_p * (sums[-1] + max(rest, 0.0)) * (1 + self.NEAR)))
+        return kept <= low + 1 or (low == high < len(found))
+
+    def jump(self, most: int) -> Seq[int]:
+        """At most so many tokens that must come next, whatever the model says; they are taken."""
+        grammar = self.grammar
+        if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
+            return ()
+        grammar.begin_work()
+        tokens = list(itertools.takewhile(lambda token: token not in self.never, grammar.jump()[:most]))
+        for token in tokens:
+            self.force(token)
+        return tokens
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the document is complete, and nothing may follow."""
+        return self.grammar is not None and self.grammar.is_done
 
     def close(self) -> None:
         if self.chain:
             self.llama.c.llama_sampler_free(self.chain)
-        if self.grammar:
-            self.grammar.close()
         self.chain = self.grammar = None
 
 
-@contextlib.contextmanager
-def silenced_stderr() -> Iterator[None]:
-    """Lets native code print nothing while the block runs."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
 class Grammar:
-    """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on.
-
-    To accept a token that llama.cpp's grammar refuses aborts the process, so each one is tried first.
-    """
+    """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
-        """Raises InvalidRequest for a grammar llama.cpp refuses."""
-        self._llama, self._vocab = llama, llama.vocab
+        """Raises InvalidRequest for a grammar that cannot be followed. Runs in the tokenizing thread."""
+        self._vocab, self._machine = llama.vocab, llama.machines.of(constraint.grammar)
+        self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
-        llama.log_lines.clear()
-        with silenced_stderr():  # llama.cpp prints a client's grammar there, control characters and all
-            self._handle = llama.c.llama_sampler_init_grammar(llama.vocab.handle, constraint.grammar.encode(), b"root")
-        if not self._handle:
-            own = "llama.cpp cannot read it" if constraint.param == "grammar" else "llama.cpp refuses the grammar it makes"
-            raise InvalidRequest(f"{constraint.param}: {llama.reason(own)}"[:300], constraint.param)
+        self._markers = self._vocab.tokens_named(constraint.markers)
         self.closing: Seq[int] = ()
-        if self._marker:
-            _ = llama.vocab.byte_tokens  # made here, in the tokenizing thread, not in the step loop
-            if constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
-                self.closing = llama.vocab.tokens_of(f"\n{(constraint.after or '').strip()}\n\n")
+        if self._marker and constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
+            self.closing = self._vocab.tokens_of(f"\n{(constraint.after or '').strip()}\n\n")
 
     @property
     def is_awaited(self) -> bool:
         """Whether the marker has not come yet."""
         return bool(self._marker)
 
-    def admits(self, token: int) -> bool:
-        """Whether this token may come next; what stands behind the marker in the token that ends it must fit already."""
-        if not self._marker:
-            return self._fits(self._handle, token)
-        rest = self._behind_marker(token)
-        if not rest:
-            return True
-        trial = self._llama.c.llama_sampler_clone(self._handle)
-        fits = self._feed(trial, rest)
-        self._llama.c.llama_sampler_free(trial)
-        return fits
+    @property
+    def is_done(self) -> bool:
+        """Whether the document is complete, and nothing may follow."""
+        return not self._marker and self._state.ends and not self._state.bits
 
-    def restrict(self, candidates: Candidates) -> None:
-        """Gives tokens that the grammar refuses a logit of −∞; none before the marker."""
-        if not self._marker:
-            self._llama.c.llama_sampler_apply(self._handle, candidates.pointer)
+    def begin_work(self) -> None:
+        """Begins to count what it costs to find the next token."""
+        self._machine.automaton.work = 0
+
+    def after(self, token: int) -> State | None:
+        """The state behind a token; None if it may not come. What stands behind the marker in the token that ends it must fit."""
+        if self._marker:
+            return self._state.read(self._behind_marker(token) or b"")
+        if token in self._vocab.eog:
+            return self._state if self._state.ends else None
+        data = self._markers.get(token) or self._vocab.piece(token)
+        return self._state.read(data) if data else None
 
     def accept(self, token: int) -> None:
         """Takes a token that is admitted."""
-        if not self._marker:
-            self._llama.c.llama_sampler_accept(self._handle, token)
-            return
-        rest = self._behind_marker(token)
-        self._seen = (self._seen + self._vocab.shown(token))[-len(self._marker) :]
-        if rest is not None:
-            self._marker = b""
-            self._feed(self._handle, rest)
+        state = self.after(token)
+        assert state
+        if self._marker:
+            begun = self._behind_marker(token) is not None
+            self._seen = (self._seen + self._vocab.shown(token))[-len(self._marker) :]
+            self._marker = b"" if begun else self._marker
+        self._state = state
 
     def follow(self, token: int) -> None:
         """Takes a forced token; one that does not fit leaves the grammar where it is."""
-        if self._marker or self._fits(self._handle, token):
+        if self.after(token):
             self.accept(token)
 
     def _behind_marker(self, token: int) -> bytes | None:
@@ -7704,22 +7856,138 @@ class Grammar:
         _, found, rest = (self._seen + self._vocab.shown(token)).partition(self._marker)
         return rest if found else None
 
-    def _feed(self, handle: Any, data: bytes) -> bool:
-        """Lets a grammar accept bytes, each as its own token; false at the first that does not fit."""
-        for i in range(len(data)):
-            token = self._vocab.byte_tokens.get(data[i : i + 1])
-            if token is None or not self._fits(handle, token):
-                return False
-            self._llama.c.llama_sampler_accept(handle, token)
-        return True
+    def few_allowed(self) -> Any:
+        """As `allowed`, if that is quick; else None."""
+        return self.allowed() if self._machine.is_quick(self._state) else None
 
-    def _fits(self, handle: Any, token: int) -> bool:
-        alone = Candidates(self._llama, self._llama.np.zeros(1, self._llama.np.float32), token)
-        self._llama.c.llama_sampler_apply(handle, alone.pointer)
-        return bool(alone.rows["logit"][0] > -math.inf)
+    def allowed(self) -> Any:
+        """All tokens that may come next, an int32 array in their order."""
+        more = [token for token in self._markers if self.after(token)]
+        if self._state.ends:
+            more += self._vocab.eog
+        tokens, np = self._machine.allowed(self._state), self._vocab.np
+        return np.union1d(tokens, np.array(more, np.int32)) if more else tokens
 
-    def close(self) -> None:
-        self._llama.c.llama_sampler_free(self._handle)
+    def jump(self) -> Seq[int]:
+        """The tokens of the text that must come next, but for the last one: the model may cut the text there in its own way."""
+        return self._machine.jump(self._state)
+
+
+class Spelling:
+    """A vocabulary's pieces in the order of their bytes, so that those which begin alike are tried together."""
+
+    def __init__(self, vocab: Vocabulary) -> None:
+        from array import array
+
+        pieces = sorted((piece, token) for token in range(vocab.size) if (piece := vocab.piece(token)))
+        self.pieces, self.tokens = [piece for piece, _ in pieces], array("i", [token for _, token in pieces])
+        self.shared = array("H", [0])  # how many bytes each has in common with the one before
+        for before, here in itertools.pairwise(self.pieces):
+            self.shared.append(next((i for i, (a, b) in enumerate(zip(before, here, strict=False)) if a != b), len(before)))
+        self.starts = [bisect.bisect_left(self.pieces, bytes([byte])) for byte in range(256)] + [len(pieces)]
+
+    def allowed(self, state: State) -> list[int]:
+        """The tokens that a state may read."""
+        found: list[int] = []
+        for byte in range(256):
+            if state.bits >> byte & 1 and self.starts[byte] < self.starts[byte + 1]:
+                self._walk(state, self.starts[byte], self.starts[byte + 1], found)
+        return found
+
+    def _walk(self, state: State, at: int, end: int, found: list[int]) -> None:
+        """Adds those of one first byte. Pieces behind one that is refused are refused too as far as they begin like it."""
+        pieces, shared = self.pieces, self.shared
+        states: list[State] = [state]  # behind each byte of the piece before
+        while at < end:
+            piece = pieces[at]
+            del states[shared[at] + 1 :]
+            for byte in piece[len(states) - 1 :]:
+                behind = states[-1].step(byte)
+                if behind is None:
+                    break
+                states.append(behind)
+            if len(states) > len(piece):
+                found.append(self.tokens[at])
+                at += 1
+            else:
+                size = len(states)
+                at = bisect.bisect_right(pieces, piece[:size], at, end, key=lambda other: other[:size])
+
+
+class Machine:
+    """A grammar's automaton beside a vocabulary: which tokens may come next, and which must. Used by the step loop alone."""
+
+    FEW = 8  # bytes that may come next: then few tokens may
+    MOST_JUMPED = 512  # bytes of text that must come, at a time
+    MAX_KEPT = 1_000_000  # tokens, of all lists together
+
+    def __init__(self, root: Symbol, vocab: Vocabulary) -> None:
+        self.automaton, self.vocab = Automaton(read_ahead(root)), vocab
+        self._allowed: dict[State, Any] = {}
+        self._jumps: dict[State, Seq[int]] = {}
+        self._kept = 0
+
+    def is_quick(self, state: State) -> bool:
+        """Whether `allowed` takes no time."""
+        return state in self._allowed or state.bits.bit_count() <= self.FEW
+
+    def allowed(self, state: State) -> Any:
+        """The tokens with text that may come next, an int32 array in their order."""
+        if state not in self._allowed:
+            tokens = self.vocab.np.array(sorted(self.vocab.spelling.allowed(state)), self.vocab.np.int32)
+            self._make_room(len(tokens))
+            self._allowed[state] = tokens
+        return self._allowed[state]
+
+    def jump(self, state: State) -> Seq[int]:
+        """The tokens of the text that must come next: all if it ends the document, else all but the last."""
+        if not state.ends and not state.bits & (state.bits - 1) and state not in self._jumps:
+            tokens = self._jumped(state)
+            self._make_room(len(tokens))
+            self._jumps[state] = tokens
+        return self._jumps.get(state, ())
+
+    def _jumped(self, state: State) -> Seq[int]:
+        data = state.forced(self.MOST_JUMPED)
+        behind = state.read(data)
+        assert behind
+        done = behind.ends and not behind.bits
+        try:
+            data.decode()
+        except UnicodeDecodeError as error:
+            data, done = data[: error.start], False
+        tokens = self.vocab.tokens_inside(data)
+        return tokens if done else tokens[:-1]
+
+    def _make_room(self, tokens: int) -> None:
+        self._kept += 16 + tokens
+        if self._kept > self.MAX_KEPT:
+            self._allowed.clear()
+            self._jumps.clear()
+            self._kept = 16 + tokens
+
+
+class Machines:
+    """The machines of grammars that were used last. Made and found by the tokenizing thread."""
+
+    MAX_KEPT, MAX_STATES = 16, 100_000  # machines, and states of all together but the last one's
+
+    def __init__(self, vocab: Vocabulary) -> None:
+        self._vocab = vocab
+        self._kept: dict[bytes, Machine] = {}
+
+    def of(self, grammar: Symbol) -> Machine:
+        """The grammar's machine. Raises InvalidRequest for one that cannot be read."""
+        _ = self._vocab.spelling  # made here, not in the step loop
+        key = pickle.dumps(grammar)
+        machine = self._kept.pop(key, None) or Machine(grammar, self._vocab)
+        self._kept[key] = machine
+        while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
+            del self._kept[next(iter(self._kept))]
+        return machine
+
+    def _states(self) -> int:
+        return sum(len(machine.automaton) for machine in self._kept.values())
 
 
 class LogProbs:
@@ -7746,11 +8014,11 @@ class LogProbs:
 
 
 class Candidates:
-    """A llama_token_data_array over numpy rows (id, logit, p), for samplers applied by hand."""
+    """A llama_token_data_array over numpy rows (id, logit, p), for samplers applied by hand: of all tokens, or of some."""
 
-    def __init__(self, llama: Llama, logits: Any, first: int = 0) -> None:
+    def __init__(self, llama: Llama, logits: Any, tokens: Any = None) -> None:
         self.rows = llama.np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])
-        self.rows["id"] = llama.main.counting[:1] + first if len(logits) == 1 else llama.np.arange(len(logits))
+        self.rows["id"] = llama.np.arange(len(logits)) if tokens is None else tokens
         self.rows["logit"] = logits
         data = llama.ctypes.cast(self.rows.ctypes.data, llama.c.llama_token_data_p)
         self.array = llama.c.llama_token_data_array(data, len(logits), -1, False)
@@ -9036,10 +9304,13 @@ class Engine:
         first = False
         for (sequence, row), scores, peak in zip(ready, logits, peaks, strict=True):
             first = first or not sequence.first_token
-            if math.isfinite(peak):
-                self._advance(sequence, scores, row)
-            else:
+            if not math.isfinite(peak):
                 self._fail(sequence, "the model's output is not a number")
+                continue
+            try:
+                self._advance(sequence, scores, row)
+            except InvalidRequest as error:  # its grammar is too much to follow
+                self._fail(sequence, error.message, error.code)
         return first
 
     def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
@@ -9068,8 +9339,8 @@ class Engine:
         self.outbox.finished(sequence, reason)
         self._retire(sequence)
 
-    def _fail(self, sequence: Sequence, details: str) -> None:
-        self.outbox.failed(sequence, details)
+    def _fail(self, sequence: Sequence, details: str, code: str = GenerationFailed.code) -> None:
+        self.outbox.failed(sequence, details, code)
         self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
@@ -10409,15 +10680,15 @@ class ToolLoop:
 
 
 def constrained(request: GenerateRequest) -> GenerateRequest:
-    """The request with its JSON schema made into a grammar. Raises InvalidRequest naming the keyword at fault."""
+    """The request with its JSON schema or GBNF made into a grammar. Raises InvalidRequest naming what is at fault."""
     sampling = request.sampling
     schema, grammar = sampling.json_schema, sampling.grammar
     if schema and grammar:
         raise InvalidRequest("grammar and json_schema exclude each other: send one of them", "grammar")
     if schema:
-        constraint = Constraint(SchemaGrammar(schema.param).compile(schema.schema), schema.param)
+        constraint = Constraint(json_symbol(schema.param, schema.schema), schema.param)
     elif grammar:
-        constraint = Constraint(grammar, "grammar")
+        constraint = Constraint(read_ahead(Gbnf(grammar)), "grammar")
     else:
         return request
     return replace(request, sampling=replace(sampling, constraint=constraint, json_schema=None, grammar=None))
