@@ -3996,14 +3996,14 @@ class PatternReader:
     """
 
     MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 20_000, 40, 10**9
-    BLANKS = "\t\n\v\f\r \u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
     NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
     DOT = CharPattern(others(((10, 10), (13, 13), (0x2028, 0x2029))))
     GROUP = re.compile(r"\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<comment>\#[^)]*\))|(?P<other>)))?")
-    REPEATS = re.compile(r"(?:(?P<sign>[*+?])|\{(?P<low>\d{1,4000})(?P<comma>,(?P<high>\d{0,4000}))?\}|\{,(?P<most>\d{1,4000})\})\??")
+    REPEATS = re.compile(
+        r"(?:(?P<sign>[*+?])|\{(?P<low>[0-9]{1,4000})(?P<comma>,(?P<high>[0-9]{0,4000}))?\}|\{,(?P<most>[0-9]{1,4000})\})\??")
     ESCAPE = re.compile(
         r"\\(?:u([dD][89abAB]..)\\u([dD][c-fC-F]..)|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
         r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
@@ -4169,10 +4169,8 @@ def general_categories() -> dict[str, list[tuple[int, int]]]:
     found["Cn"] = [(0x40000, 0xDFFFF), (0xE1000, 0xEFFFF), (0xFFFFE, 0xFFFFF), (0x10FFFE, 0x10FFFF)]  # planes without characters
     for codes in (range(0x40000), range(0xE0000, 0xE1000)):
         for category, run in itertools.groupby(codes, lambda code: unicodedata.category(chr(code))):
-            first = last = next(run)
-            for last in run:  # noqa: B007
-                pass
-            found.setdefault(category, []).append((first, last))
+            members = list(run)
+            found.setdefault(category, []).append((members[0], members[-1]))
     return found
 
 
@@ -4189,13 +4187,15 @@ class Texts:
     intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
     """
 
-    __slots__ = ("dense", "heads", "high", "kind", "least", "low", "mask", "most", "moves", "nullable", "parts", "plain")
+    __slots__ = ("dense", "firsts", "heads", "high", "kind", "least", "low", "mask",
+                 "most", "moves", "nullable", "parts", "plain")  # fmt: skip
 
     def __init__(self, kind: str, mask: int, low: int, high: float, parts: tuple[Texts, ...]) -> None:
         self.kind, self.mask, self.low, self.high, self.parts = kind, mask, low, high, parts
         self.moves: tuple[tuple[int, Texts], ...] | None = None  # classes of characters → the texts behind one
         self.heads: frozenset[int] = frozenset([mask]) if kind == "char" else frozenset().union(*(p.heads for p in parts))
-        self.plain = all(part.plain for part in parts)
+        self.firsts: int = functools.reduce(operator.or_, (part.firsts for part in parts), mask)  # the classes it may begin with
+        self.plain: bool = all(part.plain for part in parts)
         self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
         if kind == "empty":
             self.nullable, self.least, self.most = True, 0, 0
@@ -4206,7 +4206,8 @@ class Texts:
         elif kind in ("either", "both"):
             self._combined(parts, any if kind == "either" else all)
         elif kind == "not":
-            self.plain, self.nullable, self.least, self.most = False, not parts[0].nullable, int(parts[0].nullable), math.inf
+            self.plain, self.nullable, self.firsts = False, not parts[0].nullable, -1
+            self.least, self.most = int(parts[0].nullable), math.inf
 
     def _chained(self, one: Texts, two: Texts) -> None:
         self.heads = one.heads | two.heads if one.nullable else one.heads
@@ -4260,7 +4261,13 @@ class Algebra:
         kinds = list(itertools.accumulate((turns[start] for start in self.starts), operator.xor))
         numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
         self.class_at = [numbers[kind] for kind in kinds]
-        self._masks = {r: sum(1 << n for kind, n in numbers.items() if kind >> b & 1) for b, r in enumerate(sets)}
+        masks = [0] * len(sets)
+        for kind, n in numbers.items():
+            while kind:
+                bit = kind.bit_length() - 1
+                masks[bit] |= 1 << n
+                kind ^= 1 << bit
+        self._masks = dict(zip(sets, masks, strict=True))
 
     def mask_of(self, ranges: Ranges) -> int:
         return self._masks[ranges]
@@ -4360,14 +4367,13 @@ class Algebra:
             return parts
         found: dict[Texts, None] = {}
         for (part, rest), spans in counts.items():
-            spans.sort()
-            low, high = spans[0]
-            for least, most in [*spans[1:], (math.inf, 0)]:
-                if least <= high + 1:
-                    high = max(high, most)
+            union: list[tuple[int, float]] = []
+            for low, high in sorted(spans):
+                if union and low <= union[-1][1] + 1:
+                    union[-1] = (union[-1][0], max(union[-1][1], high))
                 else:
-                    found[self.then(self.repeat(part, low, high), rest)] = None
-                    low, high = int(least) if most else 0, most
+                    union.append((low, high))
+            found |= dict.fromkeys(self.then(self.repeat(part, low, high), rest) for low, high in union)
         return found
 
     def both(self, parts: Iterable[Texts]) -> Texts:
@@ -4376,7 +4382,8 @@ class Algebra:
         for part in parts:
             flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
         flat.pop(self.all, None)
-        least, most = max((p.least for p in flat), default=0), min((p.most for p in flat), default=math.inf)
+        sized = [part for part in flat if part.kind != "not"]
+        least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
         for part in list(flat):
             if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
                 del flat[part]  # the others' lengths exclude already what it excludes
@@ -4411,13 +4418,15 @@ class Algebra:
     def _behind(self, texts: Texts, bit: int) -> Texts:
         """What follows a character of the class `bit`."""
         kind, parts = texts.kind, texts.parts
+        if not texts.firsts & bit:
+            return self.none
         if kind == "char":
             return self.empty if texts.mask & bit else self.none
         if kind == "repeat":
             again = self.repeat(parts[0], max(texts.low - 1, 0), texts.high - 1)
             return self.then(self._behind(parts[0], bit), again)
         if kind == "either":
-            return self.either([self._behind(part, bit) for part in parts])
+            return self.either([self._behind(part, bit) for part in parts if part.firsts & bit])
         if kind == "both":
             return self.both([self._behind(part, bit) for part in parts])
         if kind == "not":
@@ -4433,16 +4442,21 @@ class Algebra:
 
     def words(self, texts: Iterable[str]) -> Texts:
         """Some texts, common beginnings shared."""
-        tails: dict[str, list[str]] = {}
+        tree: list[dict[str, int]] = [{}]  # a node for each beginning: character → node, "" where a text ends
         for text in texts:
-            tails.setdefault(text[:1], []).append(text[1:])
-        found = []
-        for char, rest in tails.items():
-            run = os.path.commonprefix(rest)
-            behind = self.words([text[len(run) :] for text in rest]) if len(rest) > 1 else self.empty
-            chain = [self.char(1 << self.class_of(ord(c))) for c in char + run]
-            found.append(functools.reduce(lambda later, one: self.then(one, later), reversed(chain), behind))
-        return self.either(found)
+            at = 0
+            for char in text:
+                if char not in tree[at]:
+                    tree[at][char] = len(tree)
+                    tree.append({})
+                at = tree[at][char]
+            tree[at][""] = 0
+        found = [self.none] * len(tree)
+        for at in reversed(range(len(tree))):
+            options = [self.then(self.char(1 << self.class_of(ord(c))), found[to]) if c else self.empty
+                       for c, to in tree[at].items()]  # fmt: skip
+            found[at] = self.either(options)
+        return found[0]
 
     def matching(self, pattern: Pattern, most: int | None = None) -> Texts:
         """The texts in which a pattern is found, of at most so many characters."""
@@ -4525,7 +4539,8 @@ class Algebra:
         parts = loop.part.parts
         if isinstance(loop.part, Chain) and len(parts) > 1 and rest == (self.empty, self.empty) and loop.high is None:
             *looks, char = parts
-            seen = [self._before(look.inside, (self.all, self.all)) for look in looks if isinstance(look, Ahead) and not look.wanted]
+            unwanted = [look.inside for look in looks if isinstance(look, Ahead) and not look.wanted]
+            seen = [self._before(inside, (self.all, self.all)) for inside in unwanted]
             if isinstance(char, CharPattern) and len(seen) == len(looks) and all(a is b and not a.nullable for a, b in seen):
                 found = [self.repeat(self._alone(char), loop.low, math.inf)]
                 found += [self.but_not(self.then(self.all, texts)) for texts, _ in seen]
@@ -4774,7 +4789,8 @@ def _sums(one: int, two: int, top: int) -> int:
     return found & (1 << top + 1) - 1
 
 
-Half = tuple[Ranges, str, int, int]  # what a half-written character may become; how it goes on; what was read; how much is missing
+# A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
+Half = tuple[Ranges, str, int, int]
 NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
 HEX_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
 ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True)}
@@ -4911,7 +4927,7 @@ _LS32 = f"(?:{_H16}:{_H16}|{_IPV4})"
 _IPV6 = "(?:{})".format("|".join(
     [f"(?:{_H16}:){{6}}{_LS32}", f"::(?:{_H16}:){{0,5}}{_LS32}"]
     + [f"{_H16}(?::{_H16}){{0,{n}}}::(?:{_H16}:){{0,{4 - n}}}{_LS32}" for n in range(5)]
-    + [f"{_H16}(?::{_H16}){{0,5}}::{_H16}", f"(?:{_H16}(?::{_H16}){{0,6}})?::"]))  # fmt: skip
+    + [f"(?:{_H16}(?::{_H16}){{0,5}})?::{_H16}", f"(?:{_H16}(?::{_H16}){{0,6}})?::"]))  # fmt: skip
 _LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOSTNAME = rf"{_LABEL}(?:\.{_LABEL})*"
 _MAIL_HOST = rf"(?:{_HOSTNAME}|\[(?:{_IPV4}|IPv6:{_IPV6})\])"
@@ -4939,9 +4955,10 @@ def _uri(more: str, private: str = "") -> tuple[str, str]:
 _UCS = r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF" + "".join(
     rf"\u{{{plane:X}{'1000' if plane == 14 else '0000'}}}-\u{{{plane:X}FFFD}}" for plane in range(1, 15))  # fmt: skip
 (_URI, _RELATIVE), (_IRI, _RELATIVE_IRI) = _uri(""), _uri(_UCS, r"\uE000-\uF8FF\u{F0000}-\u{FFFFD}\u{100000}-\u{10FFFD}")
-_ITEM = r"(?:[A-Za-z0-9 _,:;=!@%&<>/~#'\"-]|\\[dDwWsStnrfv.*+?()\[\]{}|^$/-])"  # a part of a regular expression that every dialect reads
-_SET = r"\[\^?(?:[A-Za-z0-9_.]|[a-m]-[n-z]|[A-M]-[N-Z]|[0-4]-[5-9]|\\[dDwWsS])+\]"
-_PIECE = rf"(?:{_ITEM}|\.|{_SET})(?:[*+?]|\{{[0-9]\}})?"
+# Regular expressions without what dialects read differently, brackets at most one deep.
+_ITEM = r"(?:[A-Za-z0-9 _,:;=!@%&<>/~#'\"-]|\\[dDwWsStnrfv.*+?()\[\]{}|^$/-])"
+_SET = r"\[\^?(?:[A-Za-z0-9_.,:;!?@#%<>=+*(){}$/'\" ]|[a-m]-[n-z]|[A-M]-[N-Z]|[0-4]-[5-9]|\\[dDwWsS])+\]"
+_PIECE = rf"(?:{_ITEM}|\.|{_SET})(?:(?:[*+?]|\{{[0-9](?:,(?:[1-9][0-9])?)?\}})\??)?"
 _RUN = rf"(?:{_PIECE})*(?:\|(?:{_PIECE})*)*"
 _REGEX = rf"\^?(?:{_PIECE}|\(\?:{_RUN}\)[*+?]?|\({_RUN}\)[*+?]?|\|)*\$?"
 
@@ -5021,7 +5038,215 @@ def both_strings(one: StringShape, two: StringShape) -> StringShape:
     return StringShape(max(one.low, two.low), min(highs, default=None), excluded=one.excluded | two.excluded, **lists)
 
 
-# numbers
+@dataclass(frozen=True)
+class NumberShape:
+    """What a JSON number must be. A bound is its value and whether the value itself is left out."""
+
+    whole: bool = False
+    low: tuple[int | float, bool] | None = None
+    high: tuple[int | float, bool] | None = None
+    multiples: tuple[int | float, ...] = ()
+    not_multiples: tuple[int | float, ...] = ()  # (1,): not an integer
+
+
+def decimal_digits(value: int | float) -> tuple[int, int]:
+    """A number as its shortest decimal notation has it: the digits, and how many of them stand behind the point."""
+    if isinstance(value, int):
+        return value, 0
+    mantissa, _, exponent = repr(value).partition("e")
+    whole, _, fraction = mantissa.partition(".")
+    fraction = fraction.rstrip("0")
+    digits, places = int(whole + fraction), len(fraction) - int(exponent or 0)
+    return (digits, places) if places >= 0 else (digits * 10**-places, 0)
+
+
+class NumberMachine:
+    """The numbers of one shape, as whole multiples of a smallest unit (a decimal place) in an interval.
+
+    The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds or multiples has
+    no exponent.
+    """
+
+    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
+
+    def __init__(self, shape: NumberShape) -> None:
+        self._check(shape)
+        multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
+        unlike = [decimal_digits(value) for value in shape.not_multiples]
+        bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
+        self.exponents = not multiples and not unlike and not bounds
+        self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
+        if multiples or unlike:
+            self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
+        scale = 10**self.places
+        units, others = ([digits * scale // 10**places for digits, places in numbers] for numbers in (multiples, unlike))
+        unit = math.lcm(*units)
+        if all(number % scale == 0 for number in (unit, *others)):
+            self.places = 0  # a point would add nothing
+        self.scale = 10**self.places
+        self.unit, self.unlike = unit * self.scale // scale, [number * self.scale // scale for number in others]
+        self.cycle = math.lcm(self.unit, *self.unlike)
+        self.low = None if shape.low is None else self._edge(*shape.low)
+        self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
+        nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
+        exact = bool(self.places and (multiples or unlike))  # a double must hold every digit, to be divided
+        self.digits = max(self.DOUBLE - self.places if exact else self.DIGITS, len(str((nearest + self.unit) // self.scale)) + 1)
+        self.most = 10 ** (self.digits + self.places) - 1
+
+    def _check(self, shape: NumberShape) -> None:
+        """Refuses numbers that are out of all proportion."""
+        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
+        for value in (*bounds, *shape.multiples, *shape.not_multiples):
+            if value.bit_length() > self.MAX_BITS if isinstance(value, int) else not math.isfinite(value):
+                raise InvalidRequest("a bound of numbers has too many digits")
+            if decimal_digits(value)[1] > self.MAX_PLACES:
+                raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+        if any(value <= 0 for value in (*shape.multiples, *shape.not_multiples)):
+            raise InvalidRequest("multipleOf must be over 0")
+        if len(shape.not_multiples) > self.MAX_UNLIKE:
+            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+
+    def _edge(self, bound: int | float, left_out: bool) -> int:
+        """The least number of units that a lower bound allows."""
+        digits, places = decimal_digits(bound)
+        edge = -(-digits * self.scale // 10**places)
+        if left_out and edge * 10**places == digits * self.scale:
+            edge += 1
+        if left_out and self.unit == 1 and self.places and abs(bound) < sys.float_info.max:
+            # a text nearer to the bound than doubles are to each other would be read as the bound
+            digits, places = decimal_digits(math.nextafter(bound, math.inf))
+            edge = max(edge, -(-digits * self.scale // 10**places))
+        return edge
+
+    def holds(self, negative: bool, low: int, high: int, free: bool = False) -> bool:
+        """Whether one of the magnitudes `low` to `high` is right; `free`: whatever the bounds."""
+        if not free:
+            least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
+            low, high = max(low, low if least is None else least), min(high, high if most is None else most)
+        value = -(-low // self.unit) * self.unit
+        for _ in range(self.MAX_TRIES):
+            if value > high:
+                return False
+            if all(value % number for number in self.unlike):
+                return True
+            value += self.unit
+        return False
+
+    def _minus(self, bound: int | None) -> int | None:
+        return None if bound is None else -bound
+
+    def unbounded(self, negative: bool, low: int, high: int) -> bool:
+        """Whether all magnitudes from `low` to `high` are within the bounds."""
+        least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
+        return (least is None or least <= low) and (most is None or high <= most)
+
+
+@dataclass(frozen=True)
+class JsonNumber(Symbol):
+    """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
+
+    Once the bounds cannot be missed any more (`free`), only the remainder is kept.
+    """
+
+    machine: NumberMachine
+    part: str = ""  # sign, zero, whole, point, fraction, e, e-sign, exponent
+    negative: bool = False
+    value: int = 0
+    count: int = 0
+    free: bool = False
+
+    @property
+    def firsts(self) -> int:
+        return sum(1 << byte for byte in b"0123456789-.eE+" if self._next(byte) is not None)
+
+    def step(self, byte: int) -> Symbols | None:
+        following = self._next(byte)
+        return None if following is None else (following,)
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        if self.part == "exponent":
+            return True
+        low = self._range(0)[0]
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.free)
+
+    def _next(self, byte: int) -> JsonNumber | None:
+        """What follows a byte; None if no number does."""
+        char, part, machine = chr(byte), self.part, self.machine
+        if char.isdigit():
+            return self._digit(int(char))
+        if char == "-" and part == "":
+            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most) else None
+        if char == "." and part in ("zero", "whole") and machine.places:
+            return replace(self, part="point", count=0)._lively()
+        if char in "eE" and part in ("zero", "whole", "fraction") and machine.exponents:
+            return JsonNumber(machine, "e")
+        return JsonNumber(machine, "e-sign") if char in "+-" and part == "e" else None
+
+    def _digit(self, digit: int) -> JsonNumber | None:
+        part, count = self.part, self.count
+        if part in ("", "sign"):
+            return replace(self, part="whole" if digit else "zero", value=digit, count=1)._lively()
+        if part == "whole":
+            more = count < self.machine.digits
+            return replace(self, value=self.value * 10 + digit, count=count + 1)._lively() if more else None
+        if part in ("point", "fraction"):
+            more = count < self.machine.places
+            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._lively() if more else None
+        if part in ("e", "e-sign", "exponent") and count < 2:  # 1e99 times 20 digits is a double still
+            return JsonNumber(self.machine, "exponent", count=count + 1)
+        return None
+
+    def _range(self, more: int) -> tuple[int, int]:
+        """The magnitudes that so many further digits before the point can make, or all behind it."""
+        machine = self.machine
+        unit = 10 ** (machine.places - self.count) if self.part in ("point", "fraction") else machine.scale
+        return self.value * 10**more * unit, (self.value + 1) * 10**more * unit - 1
+
+    def _lively(self) -> JsonNumber | None:
+        """Itself, without what does not matter any more; None if it is no number's beginning."""
+        machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
+        if not any(machine.holds(self.negative, *self._range(more), self.free) for more in range(most + 1)):
+            return None
+        free = self.free or machine.unbounded(self.negative, self._range(0)[0], self._range(most)[1])
+        return replace(self, free=True, negative=False, value=self.value % machine.cycle) if free else self
+
+
+@functools.lru_cache(maxsize=1000)
+def number_symbol(shape: NumberShape) -> Symbol | None:
+    """A JSON number of a shape; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
+    machine = NumberMachine(shape)
+    start = JsonNumber(machine)
+    return start if start.firsts else None
+
+
+def number_fits(shape: NumberShape, value: int | float) -> bool:
+    """Whether a number has a shape, as its decimal notation says."""
+    if shape.low and (value <= shape.low[0] if shape.low[1] else value < shape.low[0]):
+        return False
+    if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
+        return False
+    multiples = (*shape.multiples, *((1,) if shape.whole else ()))
+    return all(_divides(m, value) for m in multiples) and not any(_divides(m, value) for m in shape.not_multiples)
+
+
+def _divides(part: int | float, value: int | float) -> bool:
+    (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
+    return two * 10**places % (one * 10**more) == 0
+
+
+def numbers_meet(one: NumberShape, two: NumberShape) -> bool:
+    """Whether some number has both shapes."""
+    return number_symbol(both_numbers(one, two)) is not None
+
+
+def both_numbers(one: NumberShape, two: NumberShape) -> NumberShape:
+    """The shape of what has both shapes."""
+    low = max(filter(None, (one.low, two.low)), default=None)
+    high = min(filter(None, (one.high, two.high)), key=lambda bound: (bound[0], not bound[1]), default=None)
+    return NumberShape(one.whole or two.whole, low, high, tuple(dict.fromkeys(one.multiples + two.multiples)),
+                       tuple(dict.fromkeys(one.not_multiples + two.not_multiples)))  # fmt: skip
 
 
 # ── 7. JSON schemas ───────────────────────────────────────────────────────────────────────────────────────────────────
