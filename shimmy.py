@@ -1037,16 +1037,17 @@ class Usage:
     cached_tokens: int
     prompt_seconds: float
     decode_seconds: float
+    forced_tokens: int = 0  # of the completion's, those that a grammar left no choice about
 
     def document(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": self.completion_tokens, "total_tokens": total}
 
     def timings(self) -> dict[str, float]:
-        """Speeds in llama-server's shape: milliseconds, and tokens per second."""
+        """Speeds in llama-server's shape: milliseconds, and tokens per second; of our own, how many a grammar forced."""
         read = self.prompt_tokens - self.cached_tokens
         return {"cache_n": self.cached_tokens} | _timing("prompt", read, self.prompt_seconds) | _timing(
-            "predicted", self.completion_tokens, self.decode_seconds)  # fmt: skip
+            "predicted", self.completion_tokens, self.decode_seconds) | {"forced_n": self.forced_tokens}  # fmt: skip
 
 
 def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
@@ -7102,6 +7103,7 @@ class Finished:
     prompt_seconds: float  # from its first step to its first token
     decode_seconds: float  # from there to its last
     stopped_by: str = ""  # the stop string that ended it
+    forced_tokens: int = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
 
 
 @dataclass(frozen=True)
@@ -8376,6 +8378,8 @@ class Sequence:
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
         self._ending = llama.vocab.tokens_of(job.thought.ending) if job.thought else ()
+        self.n_shown = self.n_prompt  # tokens whose text was given out
+        self.n_jumped, self._jumped_at = 0, -1  # tokens that came without the model; the last token before the last of them
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
         self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
         self.place: Place | None = None  # None: it waits, or is parked
@@ -8413,9 +8417,28 @@ class Sequence:
         """Tokens not yet evaluated: 1 while decoding, more while its prompt is read."""
         return self.n_tokens - self.n_computed
 
+    @property
+    def jumping(self) -> bool:
+        """Whether what is pending is text that had to come behind its last pick, computed together with that."""
+        return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at and not self.aside
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether its client waits for the next step of the main context: its prompt is read."""
+        return self.pending == 1 or self.jumping
+
     def append(self, token: int) -> None:
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
+
+    def jump(self) -> None:
+        """Appends the text that must come next: nothing needs to be picked there. Raises InvalidRequest, from its grammar."""
+        if self.sampler and not self.forced:
+            at = self.n_tokens - 1
+            for token in self.sampler.jump(self.limit - 1 - self.n_tokens):
+                self.append(token)
+            self.n_jumped += self.n_tokens - 1 - at
+            self._jumped_at = at
 
     def next_token(self, logits: Any, row: int) -> int:
         """The forced token whose turn it is, else what the sampler picks; -1 when nothing may follow."""
@@ -8969,7 +8992,7 @@ class Scheduler:
             self.waiting.remove(sequence)
             self.cache.settle(sequence, donor, shared)
             if not sequence.started:
-                sequence.n_cached, sequence.started = sequence.n_computed, time.perf_counter()
+                sequence.n_cached, sequence.started = min(sequence.n_computed, sequence.n_prompt), time.perf_counter()
             sequence.lender, sequence.n_shared = (donor, borrowed) if borrowed else (None, 0)
             self.running.append(sequence)
 
@@ -8991,22 +9014,31 @@ class Scheduler:
         return self.llama.on_cpu and self.cache.park_oldest()
 
     def schedule(self, reader: bool = False) -> list[tuple[Sequence, int]]:
-        """The next step: one row of each decoding sequence, then fair slices of the prompts being read.
+        """The next step: one row of each decoding sequence, the rest of what some jump over, then slices of prompts being read.
 
         With a prompt reader at work, long prompts are left to it.
         """
-        plan = [(s, 1) for s in self.running if s.pending == 1]
-        long = self.long_prompts() if reader else ()
-        prompts = [s for s in self.running if s.pending > 1 and not s.aside and s not in long]
-        return plan + fair_slices(prompts, self.pace.prompt_rows(len(plan))) if prompts else plan
+        streams, long = [s for s in self.running if s.is_stream], self.long_prompts() if reader else ()
+        prompts = [s for s in self.running if s.pending > 1 and not s.is_stream and not s.aside and s not in long]
+        jumping = [s for s in streams if s.jumping]
+        plan = [(s, 1) for s in streams if not s.jumping]
+        if not jumping and not prompts:
+            return plan
+        alone = len(streams) == len(jumping) == 1 and not prompts
+        rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams))
+        for index, sequence in enumerate(sorted(jumping, key=lambda s: s.pending)):
+            more = min(sequence.pending - 1, rows // (len(jumping) - index))
+            plan.append((sequence, 1 + more))
+            rows -= more
+        return plan + fair_slices(prompts, rows)
 
     def long_prompts(self) -> list[Sequence]:
         """Prompts in the main context that would take many slices to read beside the streams there.
 
         When they come back no cell of theirs is shared any more; where the pool has no room for that, they stay.
         """
-        prompts = [s for s in self.running if s.pending > 1 and not s.aside]
-        decoding = sum(1 for s in self.running if s.pending == 1) if prompts else 0
+        prompts = [s for s in self.running if not s.is_stream and not s.aside]
+        decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
         return [s for s in prompts if s.pending > most and self._may_leave(s)]
 
@@ -9017,7 +9049,7 @@ class Scheduler:
 
     def due(self) -> float:
         """When the streams' next step should begin while a prompt is read aside (perf_counter)."""
-        return self.stepped_at + self.pace.interval(sum(1 for s in self.running if s.pending == 1 and not s.aside))
+        return self.stepped_at + self.pace.interval(sum(1 for s in self.running if s.is_stream and not s.aside))
 
     def move_aside(self, sequence: Sequence, reader: PromptReader) -> bool:
         """Moves a sequence from the main context to the prompt reader, with its cells; False while there is no room."""
@@ -9115,9 +9147,10 @@ class Outbox:
             self._unsent.append(sequence)
         now = time.perf_counter()
         started, first = sequence.started or now, sequence.first_token or now
-        generated = sequence.n_tokens - sequence.n_prompt
+        generated = sequence.n_shown - sequence.n_prompt
         spent = (first - started, now - first)
-        end = Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent, sequence.text.stopped)
+        end = Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent, sequence.text.stopped,
+                       min(sequence.n_jumped, generated))  # fmt: skip
         self._events.append(end)
 
     def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code) -> None:
@@ -9391,6 +9424,7 @@ class Engine:
             self.embedder.jobs.append(work)
         elif work is not None:
             self.scheduler.waiting.append(work)
+            self._jump(work)
         if work is None or work.cancelled:
             for gone in [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.cancelled]:
                 self._finish(gone, "cancelled")
@@ -9484,7 +9518,7 @@ class Engine:
             return
         if all(count == 1 for _, count in plan):
             scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
-        decoding = sum(1 for s, _ in plan if s.pending == 1)
+        decoding = sum(1 for s, _ in plan if s.is_stream)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
         self.pulse.begin("decode")
@@ -9534,7 +9568,7 @@ class Engine:
                 continue
             try:
                 self._advance(sequence, scores, row)
-            except InvalidRequest as error:  # its grammar is too much to follow
+            except InvalidRequest as error:  # its grammar cannot be followed further
                 self._fail(sequence, error.message, error.code)
         return first
 
@@ -9545,20 +9579,38 @@ class Engine:
         known = None if sampling.logprobs is None else LogProbs(vocab, scores)
         forced, token = bool(sequence.forced), sequence.next_token(scores, row)
         if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
+            self._show(sequence)
             self._finish(sequence, "stop")
             return
         sequence.append(token)
-        marker = vocab.marker_pieces.get(token) if sequence.markers else None
-        piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
         if known:
             sequence.note(known.of(token, sampling.logprobs or 0))
-        self.outbox.text(sequence, sequence.text.push(piece))
-        if sequence.thought:
-            sequence.watch_thought(vocab.shown(token))
-        if sequence.text.stopped:
+        sequence.jump()
+        self._show(sequence)
+        if sequence.text.stopped or (sequence.sampler and sequence.sampler.is_done):
             self._finish(sequence, "stop")
         elif sequence.n_tokens >= sequence.limit:
             self._finish(sequence, "length")
+
+    def _show(self, sequence: Sequence) -> None:
+        """Gives out the text of tokens that were not shown yet, up to a stop string."""
+        vocab = self.llama.vocab
+        while sequence.n_shown < sequence.n_tokens and not sequence.text.stopped:
+            token = int(sequence.tokens[sequence.n_shown])
+            sequence.n_shown += 1
+            marker = vocab.marker_pieces.get(token) if sequence.markers else None
+            piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
+            self.outbox.text(sequence, sequence.text.push(piece))
+            if sequence.thought:
+                sequence.watch_thought(vocab.shown(token))
+
+    def _jump(self, sequence: Sequence) -> None:
+        """Lets a text begin with what it must begin with, which is read with its prompt."""
+        try:
+            sequence.jump()
+        except InvalidRequest as error:
+            self._fail(sequence, error.message, error.code)
+            self._flush()
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
@@ -10765,7 +10817,7 @@ class Service:
         return Usage(
             sum(e.prompt_tokens for e in prompts.values()), sum(e.completion_tokens for e in ends),
             sum(e.cached_tokens for e in prompts.values()), max(e.prompt_seconds for e in ends),
-            max(e.decode_seconds for e in ends),
+            max(e.decode_seconds for e in ends), sum(e.forced_tokens for e in ends),
         )  # fmt: skip
 
     def health(self) -> dict[str, Any]:

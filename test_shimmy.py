@@ -5833,7 +5833,7 @@ def test_tool_choice_that_cannot_be_kept_is_400(fields: dict[str, Any], word: st
         "required": ({"tool_choice": "required"}, {"get_weather", "add"}),
         "a function": ({"tool_choice": {"type": "function", "function": {"name": "add"}}}, {"add"}),
         "one call alone": ({"tool_choice": "required", "parallel_tool_calls": False}, {"get_weather", "add"}),
-        "one call alone, if any": ({"parallel_tool_calls": False}, {"get_weather"}),
+        "one call alone, if any": ({"parallel_tool_calls": False}, {"get_weather", "add"}),
     },
 )
 @pytest.mark.parametrize("temperature", [0, 1.5])
