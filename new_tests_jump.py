@@ -333,6 +333,7 @@ def test_hostile_grammar_is_refused(grammar: str, said: str, server: Server) -> 
 
 @cases("grammar, fields", {
     "a billion repeats": ('root ::= "ab"{1000000000}', {}),
+    "readings that double": (DOUBLING, {}),
     "rules 10,000 deep": ("root ::= a0\n" + "\n".join(f'a{i} ::= "x" a{i + 1} "y"' for i in range(9999)) + '\na9999 ::= "z"', {}),
     "brackets without end": ('root ::= "(" root ")" | "x"', {"logit_bias": {"120": -100}}),
 })  # fmt: skip
@@ -342,7 +343,6 @@ def test_hostile_grammar_is_followed_as_far_as_the_text_goes(grammar: str, field
 
 
 @cases("grammar, said", {
-    "readings that double": (DOUBLING, "ambiguous"),
     "readings by the hundred": (MANY, "intricate"),
     "repeats of repeats": (REPEATS, "the grammar is"),
 })  # fmt: skip

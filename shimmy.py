@@ -3547,12 +3547,16 @@ def read_ahead(root: Symbol) -> Symbol:
 
 
 class Stack:
-    """What one reading of a text still wants: a symbol, and behind it the rest. An automaton makes equal ones once."""
+    """What some readings of a text still want: a symbol, and behind it what any of them wants. An automaton makes equal
+    ones once."""
 
     __slots__ = ("below", "top")
 
-    def __init__(self, top: Symbol, below: Stack | None) -> None:
+    def __init__(self, top: Symbol, below: Below) -> None:
         self.top, self.below = top, below
+
+
+Below = frozenset["Stack | None"]  # None: the end
 
 
 class State:
@@ -3615,49 +3619,67 @@ class Automaton:
     def __init__(self, root: Symbol) -> None:
         self.work = 0  # readings that were opened, since whoever uses it set that to 0
         self._states: dict[tuple[frozenset[Stack], bool], State] = {}
-        self._stacks: dict[tuple[Symbol, Stack | None], Stack] = {}
+        self._stacks: dict[tuple[Symbol, Below], Stack] = {}
         self._root = root
-        self.start = self._closed([self._pushed((root,), None)])
+        self.start = self._closed({(root,): frozenset([None])})
 
     def after(self, state: State, byte: int) -> State | None:
         """The state behind one more byte; None if no reading allows it."""
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
             self._forget()
-        steps = ((stack.top.step(byte), stack.below) for stack in state.stacks)
-        found = [self._pushed(rest, below) for rest, below in steps if rest is not None]
+        found: dict[Symbols, Below] = {}
+        for stack in state.stacks:
+            rest = stack.top.step(byte)
+            if rest is not None:
+                found[rest] = found[rest] | stack.below if rest in found else stack.below
         return self._closed(found) if found else None
 
-    def _pushed(self, symbols: Symbols, below: Stack | None) -> Stack | None:
-        for symbol in reversed(symbols):
-            key = (symbol, below)
-            if key not in self._stacks:
-                self._stacks[key] = Stack(symbol, below)
-            below = self._stacks[key]
-        return below
+    def _stack(self, top: Symbol, below: Below) -> Stack:
+        key = (top, below)
+        if key not in self._stacks:
+            self._stacks[key] = Stack(top, below)
+        return self._stacks[key]
 
-    def _closed(self, stacks: list[Stack | None]) -> State:
-        """The state of some readings, opened up to symbols that read bytes."""
-        todo, seen, reading = stacks, set(stacks), set()
+    def _closed(self, todo: dict[Symbols, Below]) -> State:
+        """The state of some readings, opened up to symbols that read bytes.
+
+        Readings that want the same next are one from here on, whatever they want behind it: so many readings that begin
+        alike stay few (a graph-structured stack, as in Tomita's parsers).
+        """
+        belows: dict[Symbol, Below] = {}  # what stands below each symbol that was met
+        reading, ends, work = set(), False, 0
         while todo:
-            stack = todo.pop()
-            if stack is None:
-                continue
-            options = stack.top.opened()
-            if options is None:
-                reading.add(stack)
-                options = (stack.top.left(),) if stack.top.ends else ()
-            fresh = {self._pushed(symbols, stack.below) for symbols in options} - seen
-            seen |= fresh
-            todo += fresh
-            if len(seen) > self.MAX_READINGS:
+            symbols = () if () in todo else next(iter(todo))
+            below = todo.pop(symbols)
+            if not symbols:
+                ends = ends or None in below
+                options: list[tuple[Symbols, Below]] = [((stack.top,), stack.below) for stack in below if stack is not None]
+            else:
+                top, *rest = symbols
+                for symbol in reversed(rest):
+                    below = frozenset((self._stack(symbol, below),))
+                below -= belows.get(top, frozenset())
+                belows[top] = belows[top] | below if top in belows else below
+                opened = top.opened() if below else ()
+                if opened is None:
+                    reading.add(top)
+                    opened = (top.left(),) if top.ends else ()
+                options = [(option, below) for option in opened]
+            for option, behind in options:
+                todo[option] = todo[option] | behind if option in todo else behind
+            work += len(options)
+            if work > self.MAX_READINGS:
                 raise TooManyReadings
-        self.work += 1 + len(seen)
-        if self.work > self.MAX_WORK:
-            raise TooMuchWork
-        key = (frozenset(reading), None in seen)
+        self._spend(1 + work)
+        key = (frozenset(self._stack(top, belows[top]) for top in reading), ends)
         if key not in self._states:
             self._states[key] = State(self, *key)
         return self._states[key]
+
+    def _spend(self, work: int) -> None:
+        self.work += work
+        if self.work > self.MAX_WORK:
+            raise TooMuchWork
 
     def __len__(self) -> int:
         """How many states are kept."""
@@ -6629,9 +6651,15 @@ def bytes_of(bits: int) -> Iterator[int]:
         bits &= bits - 1
 
 
+class Within(Automaton):
+    """The states of a part of a grammar; whoever follows the whole counts the work."""
+
+    MAX_WORK = 10**12
+
+
 def recorded(symbol: Symbol, then: Named | Different) -> Symbol:
     """A symbol whose text is kept; it is never empty."""
-    return Recorded(Automaton(symbol).start, then)
+    return Recorded(Within(symbol).start, then)
 
 
 class TextTable:
