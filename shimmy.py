@@ -5296,15 +5296,8 @@ class SchemaReader:
     MAX_DEPTH = 64
     MAX_COUNT = 10**9
     MAX_BOUND = 2**1024  # a number beyond is no bound
-    UNSUPPORTED = ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy")
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
-    SCHEMA = ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else",
-              "unevaluatedProperties", "unevaluatedItems")  # fmt: skip
-    SCHEMAS = ("prefixItems", "allOf", "anyOf", "oneOf")
-    NAMED = ("properties", "patternProperties", "dependentSchemas")
-    COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains", "maxContains")
-    BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
     COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator", "unevaluatedProperties", "unevaluatedItems"}
     DATA = ("enum", "const", "default", "examples", "example")  # what looks like a schema in these is none
 
@@ -5316,6 +5309,7 @@ class SchemaReader:
         self._read: dict[int, int] = {}  # id of a client's dict → number
         self._targets: dict[str, int] = {}
         self._listed: dict[int, set[Any]] = {}
+        self._nodes: dict[tuple[int, ...], Node] = {}
         self._resources: dict[str, tuple[Any, str]] | None = None  # URL → what it names, and the base of references there
         said = root if isinstance(root, dict) else {}
         self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
@@ -5331,8 +5325,9 @@ class SchemaReader:
         if self.steps > self.MAX_STEPS:
             raise self.refuse("the schema is too large, or its allOf, anyOf and $ref unfold into too many cases")
 
-    def keep(self, text: str) -> None:
+    def keep(self, *texts: str) -> None:
         """Counts text that documents will hold. Raises InvalidRequest when it cannot be written."""
+        text = "".join(texts)
         self.size += len(text)
         if self.size > self.MAX_TEXT:
             raise self.refuse(f"the schema's names and constants are over {self.MAX_TEXT} characters")
@@ -5340,7 +5335,7 @@ class SchemaReader:
             raise self.refuse("a name or constant holds half of a surrogate pair")
 
     def number(self, schema: dict[str, Any]) -> int:
-        text = json.dumps(schema)  # not sorted: properties are written in the order that the client gave
+        text = repr(schema)  # properties are written in the order that the client gave
         if text not in self.numbers:
             self.numbers[text] = len(self.schemas)
             self.schemas.append(schema)
@@ -5367,28 +5362,19 @@ class SchemaReader:
 
     def _tidy(self, schema: dict[str, Any], depth: int, base: str) -> int:
         """The number of a schema's checked dict."""
-        given = self._renewed({key: value for key, value in schema.items() if value is not None or key == "const"})
-        for key in self.UNSUPPORTED:
-            if key in given:
-                raise self.refuse(f"keyword {key} is not supported")
-        if isinstance(given.get("$id"), str) and not given["$id"].startswith("#"):
+        given = self._renewed(schema) if self.OLDER & schema.keys() or None in schema.values() else schema
+        if "$id" in given and isinstance(given["$id"], str) and not given["$id"].startswith("#"):
             base = self.joined(base, given["$id"]).partition("#")[0]
-        found: dict[str, Any] = {key: self.read(given[key], depth, key, base) for key in self.SCHEMA if key in given}
-        for key in self.SCHEMAS:
-            if key in given:
-                found[key] = [self.read(one, depth, key, base) for one in self._list(given, key)]
-        for key in self.NAMED:
-            if key in given:
-                found[key] = self._named(given[key], key, depth, base)
-        if "$ref" in given:
-            if not isinstance(given["$ref"], str):
-                raise self.refuse(f"$ref must be a string, not {self.said(given['$ref'])}")
-            found["$ref"] = given["$ref"] if base == self.base else self.joined(base, given["$ref"])
-        found |= self._counts(given) | self._bounds(given) | self._texts(given) | self._data(given)
-        return self._rewritten(found, given.get("nullable") is True)
+        found: dict[str, Any] = {}
+        for key, value in given.items():
+            reader = self.KEYWORDS.get(key)
+            if reader is not None:
+                found[key] = reader(self, key, value, depth, base)
+        return self.number(found) if self.CONDITIONS.isdisjoint(found) else self._rewritten(found)
 
-    def _renewed(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Keywords of older drafts in the words of the newest."""
+    def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of older drafts in the words of the newest; those that are null are left out."""
+        given = {key: value for key, value in schema.items() if value is not None or key == "const"}
         if "$ref" in given and self.lone_refs:
             return {"$ref": given["$ref"]}
         if isinstance(given.get("items"), list):
@@ -5410,94 +5396,122 @@ class SchemaReader:
                 del given[key]
         return given
 
-    def _list(self, given: dict[str, Any], key: str) -> list[Any]:
-        if not isinstance(given[key], list) or not given[key]:
+    # Keywords: a method checks each one's value.
+
+    def _schema(self, key: str, value: Any, depth: int, base: str) -> int:
+        return self.read(value, depth, key, base)
+
+    def _schemas(self, key: str, value: Any, depth: int, base: str) -> list[int]:
+        return [self.read(one, depth, key, base) for one in self._list(key, value, depth, base)]
+
+    def _named(self, key: str, value: Any, depth: int, base: str) -> dict[str, int]:
+        if not isinstance(value, dict):
+            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
+        self.keep(*value)
+        return {name: self.read(schema, depth, key, base) for name, schema in value.items()}
+
+    def _list(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
+        if not isinstance(value, list) or not value:
             raise self.refuse(f"{key} must be a list of at least one element")
-        return list(given[key])
+        return value
 
-    def _named(self, schemas: Any, key: str, depth: int, base: str) -> dict[str, int]:
-        if not isinstance(schemas, dict):
-            raise self.refuse(f"{key} must be an object, not {self.said(schemas)}")
-        for name in schemas:
-            self.keep(name)
-        return {name: self.read(schema, depth, key, base) for name, schema in schemas.items()}
-
-    def _counts(self, given: dict[str, Any]) -> dict[str, int]:
-        for key in self.COUNTS:
-            value = given.get(key, 0)
-            if not self._is_number(value) or not 0 <= value <= self.MAX_COUNT or value != int(value):
-                raise self.refuse(f"{key} must be a whole number from 0 to {self.MAX_COUNT}, not {self.said(value)}")
-        return {key: int(given[key]) for key in self.COUNTS if key in given}
+    def _count(self, key: str, value: Any, depth: int, base: str) -> int:
+        if not self._is_number(value) or not 0 <= value <= self.MAX_COUNT or value != int(value):
+            raise self.refuse(f"{key} must be a whole number from 0 to {self.MAX_COUNT}, not {self.said(value)}")
+        return int(value)
 
     @staticmethod
     def _is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    def _bounds(self, given: dict[str, Any]) -> dict[str, Any]:
-        found: dict[str, Any] = {key: given[key] for key in (*self.BOUNDS, "multipleOf") if key in given}
-        for key, value in found.items():
-            if not self._is_number(value):
-                raise self.refuse(f"{key} must be a number, not {self.said(value)}")
-            if not -self.MAX_BOUND <= value <= self.MAX_BOUND:
-                raise self.refuse(f"{key} must lie within the bounds of a double")
-        if "multipleOf" in found:
-            if found["multipleOf"] <= 0:
-                raise self.refuse("multipleOf must be above 0")
-            found["multipleOf"] = [found["multipleOf"]]
-        return found
+    def _bound(self, key: str, value: Any, depth: int, base: str) -> int | float:
+        if not self._is_number(value):
+            raise self.refuse(f"{key} must be a number, not {self.said(value)}")
+        if not -self.MAX_BOUND <= value <= self.MAX_BOUND:
+            raise self.refuse(f"{key} must lie within the bounds of a double")
+        return value  # type: ignore[no-any-return]
 
-    def _texts(self, given: dict[str, Any]) -> dict[str, Any]:
-        """pattern and format, in lists."""
-        found: dict[str, Any] = {}
-        for key in ("pattern", "format"):
-            if key in given and not isinstance(given[key], str):
-                raise self.refuse(f"{key} must be a string, not {self.said(given[key])}")
-            if key in given:
-                self.keep(given[key])
-                found[key] = [given[key]]
-        return found
+    def _factor(self, key: str, value: Any, depth: int, base: str) -> list[int | float]:
+        if self._bound(key, value, depth, base) <= 0:
+            raise self.refuse(f"{key} must be above 0")
+        return [value]
 
-    def _data(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The keywords whose values are data: type, required, enum, const and others."""
-        found: dict[str, Any] = {}
-        if "type" in given:
-            types = given["type"] if isinstance(given["type"], list) else [given["type"]]
-            if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
-                raise self.refuse(f"type {self.said(given['type'])} is unknown")
-            found["type"] = functools.reduce(operator.or_, map(self.TYPES.__getitem__, types))
-        if "required" in given:
-            found["required"] = self._names(given["required"], "required")
-        if "dependentRequired" in given:
-            needs = given["dependentRequired"]
-            if not isinstance(needs, dict):
-                raise self.refuse(f"dependentRequired must be an object, not {self.said(needs)}")
-            found["dependentRequired"] = {name: self._names(names, "dependentRequired") for name, names in needs.items()}
-        if "enum" in given or "const" in given:
-            listed = self._list(given, "enum") if "enum" in given else [given["const"]]
-            wanted = [comparable(given["const"])] if "const" in given else ()
-            found["enum"] = [value for value in listed if not wanted or comparable(value) in wanted]
-            self.spend(len(listed) // 8)
-        if given.get("uniqueItems") is True:
-            found["uniqueItems"] = True
-        if isinstance(given.get("discriminator"), dict) and isinstance(given["discriminator"].get("propertyName"), str):
-            found["discriminator"] = given["discriminator"]["propertyName"]
-        self._keep_data(found)
-        return found
+    def _text(self, key: str, value: Any, depth: int, base: str) -> list[str]:
+        if not isinstance(value, str):
+            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
+        self.keep(value)
+        return [value]
 
-    def _keep_data(self, found: dict[str, Any]) -> None:
+    def _types(self, key: str, value: Any, depth: int, base: str) -> int:
+        types = value if isinstance(value, list) else [value]
+        if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
+            raise self.refuse(f"type {self.said(value)} is unknown")
+        return functools.reduce(operator.or_, map(self.TYPES.__getitem__, types))
+
+    def _names(self, key: str, value: Any, depth: int, base: str) -> list[str]:
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.refuse(f"{key} must be a list of names")
+        self.spend(len(value) // 8)
+        self.keep(*value)
+        return list(dict.fromkeys(value))
+
+    def _needs(self, key: str, value: Any, depth: int, base: str) -> dict[str, list[str]]:
+        if not isinstance(value, dict):
+            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
+        return {name: self._names(key, names, depth, base) for name, names in value.items()}
+
+    def _enum(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
+        self.spend(len(self._list(key, value, depth, base)) // 8)
+        return self._constants(value)
+
+    def _const(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
+        return self._constants([value])
+
+    def _constants(self, values: list[Any]) -> list[Any]:
         try:
-            self.keep(json.dumps(found, ensure_ascii=False, allow_nan=False))
+            self.keep(json.dumps(values, ensure_ascii=False, allow_nan=False))
         except ValueError:
             raise self.refuse("a number is too large for JSON") from None
+        return values
 
-    def _names(self, names: Any, key: str) -> list[str]:
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise self.refuse(f"{key} must be a list of names")
-        self.spend(len(names) // 8)
-        return list(dict.fromkeys(names))
+    def _flag(self, key: str, value: Any, depth: int, base: str) -> bool:
+        return value is True
 
-    def _rewritten(self, found: dict[str, Any], nullable: bool) -> int:
-        """The number of a checked dict in which conditions are alternatives."""
+    def _reference(self, key: str, value: Any, depth: int, base: str) -> str:
+        if not isinstance(value, str):
+            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
+        return value if base == self.base else self.joined(base, value)
+
+    def _discriminator(self, key: str, value: Any, depth: int, base: str) -> str | None:
+        name = value.get("propertyName") if isinstance(value, dict) else None
+        return name if isinstance(name, str) else None
+
+    def _unsupported(self, key: str, value: Any, depth: int, base: str) -> NoReturn:
+        raise self.refuse(f"keyword {key} is not supported")
+
+    OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
+    CONDITIONS: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable"}
+    KEYWORDS: ClassVar[dict[str, Callable[..., Any]]] = {
+        key: reader for keys, reader in {
+            ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else",
+             "unevaluatedProperties", "unevaluatedItems"): _schema,
+            ("prefixItems", "allOf", "anyOf", "oneOf"): _schemas,
+            ("properties", "patternProperties", "dependentSchemas"): _named,
+            ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains",
+             "maxContains"): _count,
+            ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): _bound,
+            ("pattern", "format"): _text, ("uniqueItems", "nullable"): _flag, ("multipleOf",): _factor, ("type",): _types,
+            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _const,
+            ("$ref",): _reference, ("discriminator",): _discriminator,
+            ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"): _unsupported,
+        }.items() for key in keys}  # fmt: skip
+
+    def _rewritten(self, found: dict[str, Any]) -> int:
+        """The number of a checked dict in which const is an enum and conditions are alternatives."""
+        if "const" in found:
+            (wanted,) = map(comparable, found["const"])
+            found["enum"] = [value for value in found.get("enum", found["const"]) if comparable(value) == wanted]
+            del found["const"]
         also = [self._lacks_or(name, {"required": names}) for name, names in found.pop("dependentRequired", {}).items()]
         also += [self._lacks_or(name, {"allOf": [one]}) for name, one in found.pop("dependentSchemas", {}).items()]
         condition, then, other = (found.pop(key, None) for key in ("if", "then", "else"))
@@ -5506,6 +5520,7 @@ class SchemaReader:
             also.append(self._any({"allOf": [condition, *([] if then is None else [then])]}, opposite))
         if also:
             found["allOf"] = [*found.get("allOf", ()), *also]
+        nullable = found.pop("nullable", False)
         return self.number({"anyOf": [self.number(found), self.null]} if nullable else found)
 
     def _lacks_or(self, name: str, schema: dict[str, Any]) -> int:
@@ -5576,8 +5591,14 @@ class SchemaReader:
 
     def node(self, numbers: Iterable[int]) -> Node:
         """Schemas that must all hold; one that only points to others is replaced by those."""
+        given = tuple(numbers)
+        if given not in self._nodes:
+            self._nodes[given] = self._node(given)
+        return self._nodes[given]
+
+    def _node(self, numbers: tuple[int, ...]) -> Node:
         found: dict[int, None] = {}
-        todo, seen = list(numbers)[::-1], set()
+        todo, seen = list(reversed(numbers)), set()
         while todo:
             number = todo.pop()
             schema = self.schemas[number]
@@ -5762,6 +5783,8 @@ class SchemaAlgebra(SchemaReader):
     def _unfold(self, schema: dict[str, Any], loose: bool) -> list[Branch]:
         plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
         found: list[Branch] = [(self.number(plain),)] if plain.keys() - {"soft"} else [()]
+        if len(plain) == len(schema):
+            return found
         for key, number in self._also(schema, loose):
             found = self.both(found, self.branches(number, loose), key)
         if "anyOf" in schema:
@@ -5781,7 +5804,7 @@ class SchemaAlgebra(SchemaReader):
             yield "allOf", number
         if "not" in schema and not loose:
             yield "not", self.opposite(schema["not"])
-        if "discriminator" in schema and not loose:  # OpenAPI's: the property that tells options apart is always there
+        if schema.get("discriminator") and not loose:  # OpenAPI's: the property that tells options apart is always there
             yield "discriminator", self.number({"required": [schema["discriminator"]], "soft": "if"})
 
     def _either(self, options: list[list[Branch]]) -> list[Branch]:
@@ -5789,6 +5812,8 @@ class SchemaAlgebra(SchemaReader):
 
     def both(self, ours: list[Branch], theirs: list[Branch], key: str) -> list[Branch]:
         """Each of one side with each of the other, but for what can be seen to fit nothing."""
+        if ours == [()]:
+            return theirs
         self.spend(len(ours) * len(theirs))
         found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one in ours for two in theirs)
         if len(found) > 1:
@@ -5884,7 +5909,7 @@ class SchemaAlgebra(SchemaReader):
         elif key == "oneOf":
             yield {"allOf": [self.number({"not": one}) for one in value]}
             yield from ({"allOf": list(pair)} for pair in itertools.combinations(value, 2))
-        elif key not in ("soft", "discriminator", "minContains", "maxContains"):
+        elif value is not False and key not in ("soft", "discriminator", "minContains", "maxContains"):
             yield from self._opposites_inside(key, value, schema)
 
     def _opposites_inside(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -6048,7 +6073,7 @@ class SchemaShapes(SchemaAlgebra):
             yield from (Constant(self.json(value)) for value in listed
                         if (bits & type_bit(value) if plain else all(self.fits(value, one) for one in branch)))  # fmt: skip
             return
-        bits = self._types(schemas, branch, loose)
+        bits = self._kinds(schemas, branch, loose)
         excluded = [value for schema in schemas for value in schema.get("excluded", ())]
         for value in (None, True, False):
             if bits & type_bit(value) and not any(value is one for one in excluded):
@@ -6065,7 +6090,7 @@ class SchemaShapes(SchemaAlgebra):
     def json(self, value: Any) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
-    def _types(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> int:
+    def _kinds(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> int:
         """The types that all of them allow; where none says one, what their other keywords are about."""
         bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
         said = [schema["type"] for schema in schemas if "type" in schema and "soft" not in schema]
@@ -6120,7 +6145,7 @@ class SchemaShapes(SchemaAlgebra):
         contains = tuple(dict.fromkeys((s["contains"], s.get("minContains", 1), s.get("maxContains"))
                                        for s in schemas if "contains" in s))  # fmt: skip
         if high is None or low <= high:
-            yield ArrayShape(tuple(first), rest, low, high, any("uniqueItems" in schema for schema in schemas), contains)
+            yield ArrayShape(tuple(first), rest, low, high, any(schema.get("uniqueItems") for schema in schemas), contains)
 
     def _object(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ObjectShape]:
         others = next((schema for schema in schemas if "other" in schema), None)
