@@ -345,6 +345,7 @@ def test_hostile_grammar_is_refused(grammar: str, said: str, server: Server) -> 
 
 @cases("grammar, fields", {
     "a billion repeats": ('root ::= "ab"{1000000000}', {}),
+    "readings that double": (DOUBLING, {}),
     "rules 10,000 deep": ("root ::= a0\n" + "\n".join(f'a{i} ::= "x" a{i + 1} "y"' for i in range(9999)) + '\na9999 ::= "z"', {}),
     "readings by the hundred": (MANY, {"top_k": 0, "top_p": 1, "min_p": 0, "ignore_eos": True}),
     "brackets without end": ('root ::= "(" root ")" | "x"', {"logit_bias": {"120": -100}}),

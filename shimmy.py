@@ -175,7 +175,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import ast
@@ -3697,12 +3697,16 @@ def read_ahead(root: Symbol) -> Symbol:
 
 
 class Stack:
-    """What one reading of a text still wants: a symbol, and behind it the rest. An automaton makes equal ones once."""
+    """What some readings of a text still want: a symbol, and behind it what any of them wants. An automaton makes equal
+    ones once."""
 
     __slots__ = ("below", "top")
 
-    def __init__(self, top: Symbol, below: Stack | None) -> None:
+    def __init__(self, top: Symbol, below: Below) -> None:
         self.top, self.below = top, below
+
+
+Below = frozenset["Stack | None"]  # None: the end
 
 
 class State:
@@ -3762,9 +3766,9 @@ class Automaton:
     def __init__(self, root: Symbol) -> None:
         self._deadline, self._made = math.inf, 0
         self._states: dict[tuple[frozenset[Stack], bool], State] = {}
-        self._stacks: dict[tuple[Symbol, Stack | None], Stack] = {}
+        self._stacks: dict[tuple[Symbol, Below], Stack] = {}
         self._root = root
-        self.start = self._closed([self._pushed((root,), None)])
+        self.start = self._closed({(root,): frozenset([None])})
 
     def after(self, state: State, byte: int) -> State | None:
         """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NotYet."""
@@ -3773,35 +3777,50 @@ class Automaton:
             raise NotYet
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
             self._forget()
-        steps = ((stack.top.step(byte), stack.below) for stack in state.stacks)
-        found = [self._pushed(rest, below) for rest, below in steps if rest is not None]
+        found: dict[Symbols, Below] = {}
+        for stack in state.stacks:
+            rest = stack.top.step(byte)
+            if rest is not None:
+                found[rest] = found[rest] | stack.below if rest in found else stack.below
         return self._closed(found) if found else None
 
-    def _pushed(self, symbols: Symbols, below: Stack | None) -> Stack | None:
-        for symbol in reversed(symbols):
-            key = (symbol, below)
-            if key not in self._stacks:
-                self._stacks[key] = Stack(symbol, below)
-            below = self._stacks[key]
-        return below
+    def _stack(self, top: Symbol, below: Below) -> Stack:
+        key = (top, below)
+        if key not in self._stacks:
+            self._stacks[key] = Stack(top, below)
+        return self._stacks[key]
 
-    def _closed(self, stacks: list[Stack | None]) -> State:
-        """The state of some readings, opened up to symbols that read bytes."""
-        todo, seen, reading = stacks, set(stacks), set()
+    def _closed(self, todo: dict[Symbols, Below]) -> State:
+        """The state of some readings, opened up to symbols that read bytes.
+
+        Readings that want the same next are one from here on, whatever they want behind it: so many readings that begin
+        alike stay few (a graph-structured stack, as in Tomita's parsers).
+        """
+        belows: dict[Symbol, Below] = {}  # what stands below each symbol that was met
+        reading, ends, work = set(), False, 0
         while todo:
-            stack = todo.pop()
-            if stack is None:
-                continue
-            options = stack.top.opened()
-            if options is None:
-                reading.add(stack)
-                options = (stack.top.left(),) if stack.top.ends else ()
-            fresh = {self._pushed(symbols, stack.below) for symbols in options} - seen
-            seen |= fresh
-            todo += fresh
-            if len(seen) > self.MAX_READINGS:
+            symbols = () if () in todo else next(iter(todo))
+            below = todo.pop(symbols)
+            if not symbols:
+                ends = ends or None in below
+                options: list[tuple[Symbols, Below]] = [((stack.top,), stack.below) for stack in below if stack is not None]
+            else:
+                top, *rest = symbols
+                for symbol in reversed(rest):
+                    below = frozenset((self._stack(symbol, below),))
+                below -= belows.get(top, frozenset())
+                belows[top] = belows[top] | below if top in belows else below
+                opened = top.opened() if below else ()
+                if opened is None:
+                    reading.add(top)
+                    opened = (top.left(),) if top.ends else ()
+                options = [(option, below) for option in opened]
+            for option, behind in options:
+                todo[option] = todo[option] | behind if option in todo else behind
+            work += len(options)
+            if work > self.MAX_READINGS:
                 raise TooManyReadings
-        key = (frozenset(reading), None in seen)
+        key = (frozenset(self._stack(top, belows[top]) for top in reading), ends)
         if key not in self._states:
             self._states[key] = State(self, *key)
         return self._states[key]
@@ -5407,108 +5426,49 @@ def both_numbers(one: NumberShape, two: NumberShape) -> NumberShape:
 
 
 # ── 7. JSON schemas ───────────────────────────────────────────────────────────────────────────────────────────────────
-# What a JSON schema allows, as shapes: references followed, alternatives multiplied out, what cannot be honoured refused.
+# A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
+# be said in fewer keywords is, and what cannot be honoured is refused by name.
 
 Node = tuple[int, ...]  # schemas that must all hold for one value, by their number in SchemaReader; () allows everything
-
-
-@dataclass(frozen=True)
-class Constant:
-    """One value, as JSON text."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class OldStringShape:
-    """A string: its length in code points and its format, one of SchemaReader.FORMATS or ""."""
-
-    low: int = 0
-    high: int | None = None
-    format: str = ""
-
-
-@dataclass(frozen=True)
-class OldNumberShape:
-    """A number, or an integer if `whole`. A bound is its value and whether the value itself is left out."""
-
-    whole: bool = False
-    low: tuple[float, bool] | None = None
-    high: tuple[float, bool] | None = None
-
-
-@dataclass(frozen=True)
-class ArrayShape:
-    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all."""
-
-    first: tuple[Node, ...] = ()
-    rest: Node | None = ()
-    low: int = 0
-    high: int | None = None
-
-    def at(self, index: int) -> Node | None:
-        """The schema of one element; None where the array has ended."""
-        if self.high is not None and index >= self.high:
-            return None
-        return self.first[index] if index < len(self.first) else self.rest
-
-
-@dataclass(frozen=True, eq=False)
-class Members:
-    """What an object still holds from here on: one property and then `rest`, or (name None) only unnamed ones.
-
-    Equal ones are one object, so that objects which end alike share their ends. Unnamed properties follow `node`
-    (None: there are none) and have a name outside `taken`.
-    """
-
-    number: int
-    ends: bool  # nothing required is left
-    name: str | None
-    node: Node | None
-    required: bool = False
-    rest: Members | None = None
-    taken: frozenset[str] = frozenset()
-
-    def reachable(self) -> Iterator[Members]:
-        """The members that may come next: up to the first required one, else to the unnamed ones at the end."""
-        here: Members | None = self
-        while here is not None:
-            yield here
-            here = None if here.required else here.rest
-
-
 Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
-Shape = Constant | OldStringShape | OldNumberShape | ArrayShape | Members
-Shapes = tuple[Shape, ...]  # a value that has one of these shapes
+Result = TypeVar("Result")
 
 
 class SchemaReader:
-    """A client's JSON schema as checked dicts with a number each, equal ones once; a keyword not honoured is refused."""
+    """A client's JSON schema as checked dicts with a number each, equal ones once.
 
-    MAX_STEPS = 30_000  # schemas read, merged and compared, some 10 µs each
-    MAX_TEXT = 1_000_000  # characters of names and constants, and of a grammar, of which llama.cpp makes 19 MB
+    A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
+    each type, const an enum, pattern, format and multipleOf are lists. Some are our own. `soft` marks what was derived and
+    neither opens nor closes an object ("not": nor names its properties). `excluded` lists values that may not be, `unlike`
+    patterns and `notFormat` formats that a string may not have, `notMultiple` what a number may not be a multiple of.
+    `other` says that some property outside of names and patterns must fit a schema.
+    """
+
+    MAX_STEPS = 60_000  # schemas read, merged and compared, some 10 µs each
+    MAX_TEXT = 2_000_000  # characters of names and constants
     MAX_DEPTH = 64
-    MAX_LENGTH, MAX_ITEMS = 2000, 1996  # llama.cpp repeats 2,000 times at most, counting the rules around an array
-    MAX_BOUND = 2**64  # a number beyond is no bound that an integer type has
-    UNSUPPORTED = ("not", "if", "then", "else", "patternProperties", "propertyNames", "dependentRequired", "pattern",
-                   "dependentSchemas", "uniqueItems", "contains", "multipleOf", "minProperties", "maxProperties",
-                   "dependencies", "unevaluatedItems", "additionalItems", "$dynamicRef", "$recursiveRef")  # fmt: skip
-    HARMLESS = ("uniqueItems", "not", "additionalItems", "then", "else")  # where they are false
-    TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-    HINTS: ClassVar = {"object": {"properties", "required", "additionalProperties"}, "string": {"minLength", "maxLength"},
-                       "array": {"items", "prefixItems", "minItems", "maxItems"},
-                       "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}}  # fmt: skip
-    FORMATS: ClassVar = {"date": (10, 10), "time": (9, 18), "date-time": (20, 29), "uuid": (36, 36)}  # shortest, longest
-    COMBINED = ("$ref", "allOf", "anyOf", "oneOf", "nullable", "discriminator")
+    MAX_COUNT = 10**9
+    MAX_BOUND = 2**1024  # a number beyond is no bound
+    TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
+    FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
+    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator", "unevaluatedProperties", "unevaluatedItems"}
+    DATA = ("enum", "const", "default", "examples", "example")  # what looks like a schema in these is none
 
     def __init__(self, name: str, root: Any) -> None:
         self.name, self.root, self.steps, self.size = name, root, 0, 0
         self.schemas: list[dict[str, Any]] = []
+        self.bits: list[int] = []  # the types that each schema leaves
         self.numbers: dict[str, int] = {}  # JSON text → number
         self._read: dict[int, int] = {}  # id of a client's dict → number
         self._targets: dict[str, int] = {}
-        self.never = self.number({"enum": []})
-        self.null = self.number({"enum": [None]})
+        self._listed: dict[int, set[Any]] = {}
+        self._nodes: dict[tuple[int, ...], Node] = {}
+        self._resources: dict[str, tuple[Any, str]] | None = None  # URL → what it names, and the base of references there
+        said = root if isinstance(root, dict) else {}
+        self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
+        draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
+        self.lone_refs = draft is not None and int(draft[1]) < 8  # what stands beside $ref was ignored up to draft 7
+        self.free, self.never, self.null = self.number({}), self.number({"enum": []}), self.number({"enum": [None]})
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.name}: {what}", self.name)
@@ -5518,157 +5478,280 @@ class SchemaReader:
         if self.steps > self.MAX_STEPS:
             raise self.refuse("the schema is too large, or its allOf, anyOf and $ref unfold into too many cases")
 
-    def keep(self, text: str) -> None:
-        """Counts text that the grammar will hold."""
+    def keep(self, *texts: str) -> None:
+        """Counts text that documents will hold. Raises InvalidRequest when it cannot be written."""
+        text = "".join(texts)
         self.size += len(text)
         if self.size > self.MAX_TEXT:
             raise self.refuse(f"the schema's names and constants are over {self.MAX_TEXT} characters")
+        if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+            raise self.refuse("a name or constant holds half of a surrogate pair")
 
     def number(self, schema: dict[str, Any]) -> int:
-        text = json.dumps(schema)  # not sorted: properties are written in the order that the client gave
+        text = repr(schema)  # properties are written in the order that the client gave
         if text not in self.numbers:
             self.numbers[text] = len(self.schemas)
             self.schemas.append(schema)
+            listed = functools.reduce(operator.or_, map(type_bit, schema["enum"]), 0) if "enum" in schema else self.EVERY_TYPE
+            self.bits.append(schema.get("type", self.EVERY_TYPE) & listed)
         return self.numbers[text]
 
-    def read(self, schema: Any, depth: int = 0, where: str = "the schema") -> int:
-        """The number of a client's schema."""
+    def read(self, schema: Any, depth: int, where: str, base: str) -> int:
+        """The number of a client's schema; references in it are relative to `base`."""
         self.spend()
         if isinstance(schema, bool):
-            return self.number({}) if schema else self.never
+            return self.free if schema else self.never
         if not isinstance(schema, dict):
             raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
         if depth > self.MAX_DEPTH:
             raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
         if id(schema) not in self._read:
-            self._read[id(schema)] = self.number(self._tidy(schema, depth + 1))
+            self._read[id(schema)] = self._tidy(schema, depth + 1, base)
         return self._read[id(schema)]
 
     def said(self, value: Any) -> str:
-        """A client's value for a message; large ones are not written out, which may take long or be refused by Python."""
-        if isinstance(value, (dict, list)):
-            return "an object" if isinstance(value, dict) else "a list"
-        return "a huge number" if isinstance(value, int) and abs(value) > self.MAX_BOUND else _said(value)
+        """A client's value for a message."""
+        return ("an object" if isinstance(value, dict) else "a list") if isinstance(value, (dict, list)) else _said(value)
 
-    def _tidy(self, schema: dict[str, Any], depth: int) -> dict[str, Any]:
-        """The keywords that matter, null ones left out, with numbers for the schemas inside."""
-        given = {key: value for key, value in schema.items() if value is not None or key == "const"}
-        self._check_keywords(given)
-        if schema is not self.root and not str(given.get("$id", "#")).startswith("#"):
-            raise self.refuse("keyword $id is not supported inside a schema")  # it would change what $ref means there
+    def _tidy(self, schema: dict[str, Any], depth: int, base: str) -> int:
+        """The number of a schema's checked dict."""
+        given = self._renewed(schema) if self.OLDER & schema.keys() or None in schema.values() else schema
+        if "$id" in given and isinstance(given["$id"], str) and not given["$id"].startswith("#"):
+            base = self.joined(base, given["$id"]).partition("#")[0]
         found: dict[str, Any] = {}
-        for key in ("items", "additionalProperties"):
-            if key in given:
-                found[key] = self.read(given[key], depth, key)
-        for key in ("prefixItems", "allOf", "anyOf", "oneOf"):
-            if key in given:
-                found[key] = [self.read(one, depth, key) for one in self._list(given, key)]
-        if "properties" in given:
-            found["properties"] = self._properties(given["properties"], depth)
-        for key in ("minLength", "maxLength", "minItems", "maxItems"):
-            if key in given:
-                found[key] = self._count(key, given[key])
-        if given.get("nullable") is True:
-            found["nullable"] = True
-        if isinstance(given.get("format"), str) and given["format"] in self.FORMATS:
-            found["format"] = given["format"]
-        if isinstance(given.get("discriminator"), dict) and isinstance(given["discriminator"].get("propertyName"), str):
-            found["discriminator"] = given["discriminator"]["propertyName"]
-        return found | self._bounds(given) | self._data(given)
+        for key, value in given.items():
+            reader = self.KEYWORDS.get(key)
+            if reader is not None:
+                found[key] = reader(self, key, value, depth, base)
+        return self.number(found) if self.CONDITIONS.isdisjoint(found) else self._rewritten(found)
 
-    def _check_keywords(self, given: dict[str, Any]) -> None:
-        for key in self.UNSUPPORTED:
-            if key in given and not (given[key] is False and key in self.HARMLESS):
-                raise self.refuse(f"keyword {key} is not supported")
-        if "unevaluatedProperties" in given:
-            if given["unevaluatedProperties"] is not False or set(given) & set(self.COMBINED):
-                raise self.refuse("keyword unevaluatedProperties is supported as false, without $ref, allOf, anyOf and oneOf")
-            given.setdefault("additionalProperties", False)
+    def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
+        """Keywords of older drafts in the words of the newest; those that are null are left out."""
+        given = {key: value for key, value in schema.items() if value is not None or key == "const"}
+        if "$ref" in given and self.lone_refs:
+            return {"$ref": given["$ref"]}
+        if isinstance(given.get("items"), list):
+            given |= {"prefixItems": given["items"], "items": given.get("additionalItems", True)}
+            if not given["prefixItems"]:
+                del given["prefixItems"]
+            elif "additionalItems" not in given:
+                del given["items"]
+        if isinstance(given.get("dependencies"), dict):
+            for name, needs in given["dependencies"].items():
+                key = "dependentRequired" if isinstance(needs, (list, str)) else "dependentSchemas"
+                given[key] = {**given.get(key, {}), name: [needs] if isinstance(needs, str) else needs}
+        for key, partner in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+            if given.get(key) is True:
+                if partner not in given:
+                    raise self.refuse(f"{key}: true needs {partner} beside it")
+                given[key] = given.pop(partner)
+            elif given.get(key) is False:
+                del given[key]
+        return given
 
-    def _list(self, given: dict[str, Any], key: str) -> list[Any]:
-        if not isinstance(given[key], list) or not given[key]:
+    # Keywords: a method checks each one's value.
+
+    def _schema(self, key: str, value: Any, depth: int, base: str) -> int:
+        return self.read(value, depth, key, base)
+
+    def _schemas(self, key: str, value: Any, depth: int, base: str) -> list[int]:
+        return [self.read(one, depth, key, base) for one in self._list(key, value, depth, base)]
+
+    def _named(self, key: str, value: Any, depth: int, base: str) -> dict[str, int]:
+        if not isinstance(value, dict):
+            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
+        self.keep(*value)
+        return {name: self.read(schema, depth, key, base) for name, schema in value.items()}
+
+    def _list(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
+        if not isinstance(value, list) or not value:
             raise self.refuse(f"{key} must be a list of at least one element")
-        return list(given[key])
+        return value
 
-    def _properties(self, properties: Any, depth: int) -> dict[str, int]:
-        if not isinstance(properties, dict):
-            raise self.refuse(f"properties must be an object, not {self.said(properties)}")
-        for name in properties:
-            self.keep(name)
-        return {name: self.read(schema, depth, "properties") for name, schema in properties.items()}
-
-    def _count(self, key: str, value: Any) -> int:
-        most = self.MAX_LENGTH if key.endswith("Length") else self.MAX_ITEMS
-        if not self._is_number(value) or not 0 <= value <= most or value != int(value):
-            raise self.refuse(f"{key} must be a whole number from 0 to {most}, not {self.said(value)}")
+    def _count(self, key: str, value: Any, depth: int, base: str) -> int:
+        if not self._is_number(value) or not 0 <= value <= self.MAX_COUNT or value != int(value):
+            raise self.refuse(f"{key} must be a whole number from 0 to {self.MAX_COUNT}, not {self.said(value)}")
         return int(value)
 
-    def _is_number(self, value: Any) -> bool:
+    @staticmethod
+    def _is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    def _bounds(self, given: dict[str, Any]) -> dict[str, Any]:
-        """minimum and maximum, with JSON Schema 4's `exclusiveMinimum: true` in the words of later versions."""
-        keys = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-        found: dict[str, Any] = {key: given[key] for key in keys if key in given}
-        for key, partner in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-            if found.get(key) is True:
-                if partner not in found:
-                    raise self.refuse(f"{key}: true needs {partner} beside it")
-                found[key] = found.pop(partner)
-            elif found.get(key) is False:
-                del found[key]
-        for key, value in found.items():
-            if not self._is_number(value):
-                raise self.refuse(f"{key} must be a number, not {self.said(value)}")
-            if not -self.MAX_BOUND <= value <= self.MAX_BOUND:
-                raise self.refuse(f"{key} must lie within 64 bits")
-        return found
+    def _bound(self, key: str, value: Any, depth: int, base: str) -> int | float:
+        if not self._is_number(value):
+            raise self.refuse(f"{key} must be a number, not {self.said(value)}")
+        if not -self.MAX_BOUND <= value <= self.MAX_BOUND:
+            raise self.refuse(f"{key} must lie within the bounds of a double")
+        return value  # type: ignore[no-any-return]
 
-    def _data(self, given: dict[str, Any]) -> dict[str, Any]:
-        """The keywords whose values are data: type, required, enum, const and $ref."""
-        found: dict[str, Any] = {}
-        if "type" in given:
-            types = given["type"] if isinstance(given["type"], list) else [given["type"]]
-            self.spend(len(types))
-            if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
-                raise self.refuse(f"type {self.said(given['type'])} is unknown")
-            found["type"] = list(dict.fromkeys(types))
-        if "required" in given:
-            if not isinstance(given["required"], list) or not all(isinstance(name, str) for name in given["required"]):
-                raise self.refuse("required must be a list of names")
-            self.spend(len(given["required"]))
-            found["required"] = sorted(set(given["required"]))
-        for key in ("enum", "const"):
-            if key in given:
-                found[key] = self._list(given, key) if key == "enum" else given[key]
-                self.spend(len(found[key]) if key == "enum" else 1)
-        if "$ref" in given:
-            found["$ref"] = given["$ref"]
+    def _factor(self, key: str, value: Any, depth: int, base: str) -> list[int | float]:
+        if self._bound(key, value, depth, base) <= 0:
+            raise self.refuse(f"{key} must be above 0")
+        return [value]
+
+    def _text(self, key: str, value: Any, depth: int, base: str) -> list[str]:
+        if not isinstance(value, str):
+            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
+        self.keep(value)
+        return [value]
+
+    def _types(self, key: str, value: Any, depth: int, base: str) -> int:
+        types = value if isinstance(value, list) else [value]
+        if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
+            raise self.refuse(f"type {self.said(value)} is unknown")
+        return functools.reduce(operator.or_, map(self.TYPES.__getitem__, types))
+
+    def _names(self, key: str, value: Any, depth: int, base: str) -> list[str]:
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.refuse(f"{key} must be a list of names")
+        self.spend(len(value) // 8)
+        self.keep(*value)
+        return list(dict.fromkeys(value))
+
+    def _needs(self, key: str, value: Any, depth: int, base: str) -> dict[str, list[str]]:
+        if not isinstance(value, dict):
+            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
+        return {name: self._names(key, names, depth, base) for name, names in value.items()}
+
+    def _enum(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
+        self.spend(len(self._list(key, value, depth, base)) // 8)
+        return self._constants(value)
+
+    def _const(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
+        return self._constants([value])
+
+    def _constants(self, values: list[Any]) -> list[Any]:
         try:
-            self.keep(json.dumps(found, ensure_ascii=False, allow_nan=False))
+            self.keep(json.dumps(values, ensure_ascii=False, allow_nan=False))
         except ValueError:
             raise self.refuse("a number is too large for JSON") from None
-        return found
+        return values
 
-    def target(self, ref: Any) -> int:
-        """The number of what a local JSON pointer names (RFC 6901)."""
-        if not isinstance(ref, str) or not (ref == "#" or ref.startswith("#/")):
-            raise self.refuse(f"$ref {self.said(ref)} is not inside the schema")
+    def _flag(self, key: str, value: Any, depth: int, base: str) -> bool:
+        return value is True
+
+    def _reference(self, key: str, value: Any, depth: int, base: str) -> str:
+        if not isinstance(value, str):
+            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
+        return value if base == self.base else self.joined(base, value)
+
+    def _discriminator(self, key: str, value: Any, depth: int, base: str) -> str | None:
+        name = value.get("propertyName") if isinstance(value, dict) else None
+        return name if isinstance(name, str) else None
+
+    def _unsupported(self, key: str, value: Any, depth: int, base: str) -> NoReturn:
+        raise self.refuse(f"keyword {key} is not supported")
+
+    OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
+    CONDITIONS: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable"}
+    KEYWORDS: ClassVar[dict[str, Callable[..., Any]]] = {
+        key: reader for keys, reader in {
+            ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else",
+             "unevaluatedProperties", "unevaluatedItems"): _schema,
+            ("prefixItems", "allOf", "anyOf", "oneOf"): _schemas,
+            ("properties", "patternProperties", "dependentSchemas"): _named,
+            ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties", "minContains",
+             "maxContains"): _count,
+            ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): _bound,
+            ("pattern", "format"): _text, ("uniqueItems", "nullable"): _flag, ("multipleOf",): _factor, ("type",): _types,
+            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _const,
+            ("$ref",): _reference, ("discriminator",): _discriminator,
+            ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"): _unsupported,
+        }.items() for key in keys}  # fmt: skip
+
+    def _rewritten(self, found: dict[str, Any]) -> int:
+        """The number of a checked dict in which const is an enum and conditions are alternatives."""
+        if "const" in found:
+            (wanted,) = map(comparable, found["const"])
+            found["enum"] = [value for value in found.get("enum", found["const"]) if comparable(value) == wanted]
+            del found["const"]
+        also = [self._lacks_or(name, {"required": names}) for name, names in found.pop("dependentRequired", {}).items()]
+        also += [self._lacks_or(name, {"allOf": [one]}) for name, one in found.pop("dependentSchemas", {}).items()]
+        condition, then, other = (found.pop(key, None) for key in ("if", "then", "else"))
+        if condition is not None and not (then is other is None):
+            opposite = {"not": condition, **({} if other is None else {"allOf": [other]})}
+            also.append(self._any({"allOf": [condition, *([] if then is None else [then])]}, opposite))
+        if also:
+            found["allOf"] = [*found.get("allOf", ()), *also]
+        nullable = found.pop("nullable", False)
+        return self.number({"anyOf": [self.number(found), self.null]} if nullable else found)
+
+    def _lacks_or(self, name: str, schema: dict[str, Any]) -> int:
+        """A schema of objects that lack a property, or have it and fit a schema."""
+        needs = {"required": [name, *schema["required"]]} if "required" in schema else {"required": [name], **schema}
+        return self._any({"properties": {name: self.never}, "soft": "if"}, {**needs, "soft": "if"})
+
+    def _any(self, *schemas: dict[str, Any]) -> int:
+        return self.number({"anyOf": [self.number(schema) for schema in schemas]})
+
+    # References (RFC 6901, and JSON Schema's $id and $anchor)
+
+    def joined(self, base: str, ref: str) -> str:
+        try:
+            return base + ref if ref.startswith("#") else urllib.parse.urljoin(base, ref)
+        except ValueError:
+            raise self.refuse(f"$ref {_said(ref)} is no reference") from None
+
+    def target(self, ref: str) -> int:
+        """The number of the schema that a reference names."""
         if ref not in self._targets:
-            target = self.root
-            for part in ref[1:].split("/")[1:]:
-                part = urllib.parse.unquote(part).replace("~1", "/").replace("~0", "~")
-                try:
-                    target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
-                except (KeyError, IndexError, ValueError, TypeError):
-                    raise self.refuse(f"$ref {_said(ref)} names nothing") from None
-            self._targets[ref] = self.read(target, 0, "$ref")
+            url, _, pointer = self.joined(self.base, ref).partition("#")
+            pointer = urllib.parse.unquote(pointer)
+            named = self.resources() if url != self.base or (pointer and not pointer.startswith("/")) else {}
+            place = named.get(url, (self.root, self.base) if url == self.base else None)
+            if pointer and not pointer.startswith("/"):
+                place, pointer = named.get(f"{url}#{pointer}"), ""
+            if place is None:
+                raise self.refuse(f"$ref {_said(ref)} is not inside the schema")
+            self._targets[ref] = self.read(*self._pointed(ref, pointer, *place))
         return self._targets[ref]
+
+    def _pointed(self, ref: str, pointer: str, target: Any, base: str) -> tuple[Any, int, str, str]:
+        """What a JSON pointer names, as `read` takes it."""
+        for part in pointer.split("/")[1:]:
+            part = part.replace("~1", "/").replace("~0", "~")
+            try:
+                target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
+            except (KeyError, IndexError, ValueError, TypeError):
+                raise self.refuse(f"$ref {_said(ref)} names nothing") from None
+        return target, 0, "$ref", base
+
+    def resources(self) -> dict[str, tuple[Any, str]]:
+        """What has a URL of its own in the schema, by $id, id or $anchor."""
+        if self._resources is None:
+            self._resources, todo = {}, [(self.root, self.base)]
+            while todo:
+                value, base = todo.pop()
+                if isinstance(value, dict):
+                    self.spend()
+                    base = self._enter(value, base)
+                    todo += [(inner, base) for key, inner in value.items() if key not in self.DATA]
+                elif isinstance(value, list):
+                    todo += [(inner, base) for inner in value]
+        return self._resources
+
+    def _enter(self, schema: dict[str, Any], base: str) -> str:
+        """Notes a schema's own names; returns the base of references inside."""
+        assert self._resources is not None
+        for key in ("$id", "id"):
+            if isinstance(schema.get(key), str) and schema is not self.root:
+                url = self.joined(base, schema[key]).removesuffix("#")
+                base = url if key == "$id" and "#" not in url else base
+                self._resources.setdefault(url, (schema, base))
+        if isinstance(schema.get("$anchor"), str):
+            self._resources.setdefault(f"{base}#{schema['$anchor']}", (schema, base))
+        return base
 
     def node(self, numbers: Iterable[int]) -> Node:
         """Schemas that must all hold; one that only points to others is replaced by those."""
+        given = tuple(numbers)
+        if given not in self._nodes:
+            self._nodes[given] = self._node(given)
+        return self._nodes[given]
+
+    def _node(self, numbers: tuple[int, ...]) -> Node:
         found: dict[int, None] = {}
-        todo, seen = list(numbers)[::-1], set()
+        todo, seen = list(reversed(numbers)), set()
         while todo:
             number = todo.pop()
             schema = self.schemas[number]
@@ -5679,350 +5762,111 @@ class SchemaReader:
                 found[number] = None
         return (self.never,) if self.never in found else tuple(found)
 
+    # Constants: does a value fit a schema?
 
-class SchemaShapes(SchemaReader):
-    """What a JSON schema allows, as shapes.
+    def fits(self, value: Any, number: int, refs: int = 0) -> bool:
+        """Whether a value is a document of a schema."""
+        self.spend()
+        schema = self.schemas[number]
+        if refs > self.MAX_DEPTH:
+            raise self.refuse("a $ref leads back to itself")
+        if not self.bits[number] & type_bit(value):
+            return False
+        if ("enum" in schema or "excluded" in schema) and (comparable(value) in self.listed(number)) != ("enum" in schema):
+            return False
+        if schema.keys() & self.COMBINED and not self._fits_all(schema, functools.partial(self.fits, value, refs=refs + 1)):
+            return False
+        if schema.keys() & {"unevaluatedProperties", "unevaluatedItems"} and isinstance(value, (dict, list)):
+            raise self.refuse("enum and const beside unevaluatedProperties and unevaluatedItems are not supported")
+        if isinstance(value, str):
+            return self._fits_text(value, schema)
+        if isinstance(value, list):
+            return self._fits_array(value, schema)
+        return self._fits_object(value, schema) if isinstance(value, dict) else self._fits_number(value, schema)
 
-    A schema is first unfolded into branches, of which one must hold: schemas without allOf, anyOf and the like that must
-    all hold. A branch is then made into shapes that demand what all of its schemas do. An object without
-    additionalProperties holds only the properties it names, as in llama.cpp's common/json-schema-to-grammar.cpp; `loose`
-    shapes hold everything that the schema accepts.
-    """
+    def listed(self, number: int) -> set[Any]:
+        """The values that a schema lists, to compare with."""
+        if number not in self._listed:
+            schema = self.schemas[number]
+            self._listed[number] = set(map(comparable, schema.get("enum", schema.get("excluded", ()))))
+        return self._listed[number]
 
-    MAX_OPTIONS = 1000  # branches of one value
+    def _fits_all(self, schema: dict[str, Any], holds: Callable[[int], bool]) -> bool:
+        """Whether the schemas hold that a schema holds for the same value."""
+        return (all(map(holds, schema.get("allOf", ())))
+                and ("anyOf" not in schema or any(map(holds, schema["anyOf"])))
+                and ("oneOf" not in schema or sum(map(holds, schema["oneOf"])) == 1)
+                and ("not" not in schema or not holds(schema["not"]))
+                and ("$ref" not in schema or holds(self.target(schema["$ref"]))))  # fmt: skip
 
-    def __init__(self, name: str, root: Any) -> None:
-        super().__init__(name, root)
-        self.dead_end = ""  # why a branch came to nothing
-        self.members: dict[tuple[Any, ...], Members] = {}
-        self.exclusive: list[list[list[Branch]]] = []  # the options of each oneOf
-        self._branches: dict[int, list[Branch]] = {}
-        self._choices: dict[tuple[Node, bool], Shapes] = {}
-        self._shapes: dict[tuple[Branch, bool], Shapes] = {}
-        self._enums: dict[int, set[Any]] = {}
-        self._following: list[int] = []  # schemas being followed with no bracket between them
+    def _fits_text(self, value: str, schema: dict[str, Any]) -> bool:
+        return string_fits(string_shape([schema]), value)
 
-    def branches(self, number: int) -> list[Branch]:
-        if number not in self._branches:
-            if number in self._following:
-                raise self.refuse("a $ref leads back to itself")
-            if len(self._following) > self.MAX_DEPTH:
-                raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
-            self._following.append(number)
-            self._branches[number] = self._unfold(self.schemas[number])
-            self._following.pop()
-        return self._branches[number]
+    def _fits_number(self, value: Any, schema: dict[str, Any]) -> bool:
+        return not self._is_number(value) or number_fits(number_shape([schema]), value)
 
-    def _unfold(self, schema: dict[str, Any]) -> list[Branch]:
-        plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
-        found: list[Branch] = [(self.number(plain),)] if plain else [()]
-        if "$ref" in schema:
-            found = self._both(found, self.branches(self.target(schema["$ref"])), "$ref")
-        for number in schema.get("allOf", ()):
-            found = self._both(found, self.branches(number), "allOf")
-        if "discriminator" in schema:  # OpenAPI's: with the property that tells options apart always there, they are
-            found = self._both(found, [(self.number({"required": [schema["discriminator"]]}),)], "discriminator")
-        for key in ("anyOf", "oneOf"):
-            if key in schema:
-                options = [self._both(found, self.branches(number), key) for number in schema[key]]
-                if key == "oneOf":
-                    self.exclusive.append(options)
-                found = list(dict.fromkeys(itertools.chain.from_iterable(options)))
-        return [*found, (self.null,)] if "nullable" in schema else found
+    def _fits_array(self, value: list[Any], schema: dict[str, Any]) -> bool:
+        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
+            return False
+        if schema.get("uniqueItems") and len(set(map(comparable, value))) < len(value):
+            return False
+        if "contains" in schema:
+            count = sum(self.fits(one, schema["contains"]) for one in value)
+            if not schema.get("minContains", 1) <= count <= schema.get("maxContains", count):
+                return False
+        return all(self.fits(one, number) for i, one in enumerate(value) for number in self.element([schema], i))
 
-    def _both(self, ours: list[Branch], theirs: list[Branch], key: str) -> list[Branch]:
-        """Each of one side with each of the other."""
-        if len(ours) * len(theirs) > self.MAX_OPTIONS:
-            raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
-        self.spend(len(ours) * len(theirs))
-        return list(dict.fromkeys(tuple(dict.fromkeys(one + two)) for one in ours for two in theirs))
-
-    def choice(self, node: Node, loose: bool = False) -> Shapes:
-        """The shapes of a value, without those that others contain."""
-        if (node, loose) not in self._choices:
-            found: list[Branch] = [()]
-            for number in node:
-                found = self._both(found, self.branches(number), "allOf")
-            shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
-            self._choices[node, loose] = self._simplify(list(shapes))
-        return self._choices[node, loose]
-
-    def everything(self) -> Shapes:
-        constants = (Constant("null"), Constant("true"), Constant("false"))
-        return (*constants, OldNumberShape(), OldStringShape(), ArrayShape(), self.member(None, ()))
-
-    def _simplify(self, shapes: list[Shape]) -> Shapes:
-        if set(shapes) >= set(self.everything()):
-            return self.everything()
-        everything = self.everything()
-        free = {type(shape) for shape in shapes if shape in everything and not isinstance(shape, Constant)}
-        if OldStringShape in free:
-            shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
-        return tuple(shape for shape in shapes if shape in everything or type(shape) not in free)
-
-    # Shapes: what all schemas of a branch demand together.
-
-    def shapes(self, branch: Branch, loose: bool) -> Shapes:
-        if (branch, loose) not in self._shapes:
-            self.spend(1 + len(branch))
-            self._shapes[branch, loose] = tuple(self._made([self.schemas[number] for number in branch], loose))
-        return self._shapes[branch, loose]
-
-    def _made(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[Shape]:
-        listed = next(([s["const"]] if "const" in s else s["enum"] for s in schemas if "const" in s or "enum" in s), None)
-        if listed is not None:
-            yield from (Constant(self.json(value)) for value in listed if all(self._fits(value, s) for s in schemas))
-            return
-        for kind in self._kinds(schemas, loose):
-            if kind in ("integer", "number"):
-                yield from self._number(schemas, kind == "integer")
-            elif kind == "boolean":
-                yield from (Constant("true"), Constant("false"))
-            elif kind == "null":
-                yield Constant("null")
-            elif kind == "string":
-                yield from self._text(schemas)
-            else:
-                yield from self._array(schemas, loose) if kind == "array" else self._object(schemas, loose)
-
-    def json(self, value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-
-    def _kinds(self, schemas: list[dict[str, Any]], loose: bool) -> list[str]:
-        """The types that all of them allow; where none says one, what their other keywords are about."""
-        said = [schema["type"] for schema in schemas if "type" in schema]
-        kinds = [kind for kind in (*(said[0] if said else ()), *self.TYPES)
-                 if all(kind in types or (kind == "integer" and "number" in types) for types in said)]  # fmt: skip
-        kinds = [kind for kind in dict.fromkeys(kinds) if kind != "integer" or "number" not in kinds]
-        if not kinds:
-            self.dead_end = f"nothing is both {_said(said[0])} and {_said(said[-1])}"
-        if loose or said:
-            return kinds
-        keywords = set().union(*schemas)
-        hinted = [kind for kind in ("object", "array", "number", "string") if self.HINTS[kind] & keywords]
-        return hinted[:1] or (["string"] if "format" in keywords else kinds)
-
-    def _text(self, schemas: list[dict[str, Any]]) -> Iterator[OldStringShape]:
-        low, high = self._range(schemas, "minLength", "maxLength")
-        formats = sorted({schema["format"] for schema in schemas if "format" in schema})
-        if len(formats) > 1:
-            raise self.refuse(f"format cannot be both {' and '.join(formats)}")
-        if formats:
-            shortest, longest = self.FORMATS[formats[0]]
-            if low > shortest or (high is not None and high < longest):
-                raise self.refuse(f"format {formats[0]} beside minLength or maxLength is not supported")
-            yield OldStringShape(format=formats[0])
-        elif high is None or low <= high:
-            yield OldStringShape(low, high)
-
-    def _range(self, schemas: list[dict[str, Any]], least: str, most: str) -> tuple[int, int | None]:
-        low = max((schema[least] for schema in schemas if least in schema), default=0)
-        high = min((schema[most] for schema in schemas if most in schema), default=None)
-        if high is not None and low > high:
-            self.dead_end = f"{least} {low} is more than {most} {high}"
-        return low, high
-
-    def _number(self, schemas: list[dict[str, Any]], whole: bool) -> Iterator[OldNumberShape]:
-        lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
-        highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
-        low, (high, inclusive) = max(lows, default=None), min(highs, default=(None, True))
-        if whole and low:
-            low = (math.floor(low[0]) + 1 if low[1] else math.ceil(low[0]), False)
-        if whole and high is not None:
-            high, inclusive = math.floor(high) if inclusive else math.ceil(high) - 1, True
-        if low and high is not None and (low[0] > high or (low[0] == high and (low[1] or not inclusive))):
-            self.dead_end = f"no {'integer' if whole else 'number'} lies between {low[0]} and {high}"
-            return
-        yield OldNumberShape(whole, low, None if high is None else (high, not inclusive))
-
-    def _array(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[ArrayShape]:
-        low, high = self._range(schemas, "minItems", "maxItems")
-        longest = max(len(schema.get("prefixItems", ())) for schema in schemas) if schemas else 0
-        self.spend(longest * len(schemas))
-        first = [self.node(self._element(schemas, index)) for index in range(longest)]
-        said = [schema["items"] for schema in schemas if "items" in schema]
-        rest: Node | None = self.node(said) if said else () if loose or not first else None
-        if first and not loose and not any("minItems" in schema for schema in schemas):
-            low = longest if high is None else min(longest, high)  # a tuple is written whole
-        stops = [index for index, node in enumerate(first) if node == (self.never,)]
-        if stops or rest is None or rest == (self.never,):
-            high = min([*stops[:1], longest, *([] if high is None else [high])])
-            rest = None
-        if high is None or low <= high:
-            yield ArrayShape(tuple(first), rest, low, high)
+    def _fits_object(self, value: dict[str, Any], schema: dict[str, Any]) -> bool:
+        if not schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", len(value)):
+            return False
+        if not set(schema.get("required", ())) <= set(value):
+            return False
+        if "other" in schema:
+            names, patterns, inner = schema["other"]
+            if not any(self.fits(one, inner) for name, one in value.items() if self.is_other(name, names, patterns)):
+                return False
+        return all(self.fits(name, number) for name in value for number in [schema.get("propertyNames", self.free)]) and all(
+            self.fits(one, number) for name, one in value.items() for number in self.property([schema], name))  # fmt: skip
 
     @staticmethod
-    def _element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
+    def element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
+        """What an array's element must fit."""
         for schema in schemas:
             if index < len(schema.get("prefixItems", ())):
                 yield schema["prefixItems"][index]
             elif "items" in schema:
                 yield schema["items"]
 
-    def _object(self, schemas: list[dict[str, Any]], loose: bool) -> Iterator[Members]:
-        required = set().union(*(schema.get("required", ()) for schema in schemas))
-        names = dict.fromkeys(name for schema in schemas for name in schema.get("properties", ()))
-        names |= dict.fromkeys(sorted(required - set(names)))
-        self.spend(len(names) * len(schemas))
-        said = [schema["additionalProperties"] for schema in schemas if "additionalProperties" in schema]
-        extra: Node | None = self.node(said) if said else () if loose or not names else None
-        members = self.member(None, None if extra == (self.never,) else extra, taken=frozenset(names))
-        for name in reversed(names):
-            node = self.node(self._property(schemas, name))
-            members = self.member(name, node, name in required, members)
-        yield members
-
-    @staticmethod
-    def _property(schemas: list[dict[str, Any]], name: str) -> Iterator[int]:
+    def property(self, schemas: list[dict[str, Any]], name: str) -> Iterator[int]:
+        """What the value of an object's property must fit."""
         for schema in schemas:
-            if name in schema.get("properties", ()):
-                yield schema["properties"][name]
-            elif "additionalProperties" in schema:
-                yield schema["additionalProperties"]
+            own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
+            own += [number for pattern, number in schema.get("patternProperties", {}).items() if self.matches(pattern, name)]
+            yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
 
-    def member(self, name: str | None, node: Node | None, required: bool = False, rest: Members | None = None,
-               taken: frozenset[str] = frozenset()) -> Members:  # fmt: skip
-        taken = taken if node is not None else frozenset()
-        key = (name, node, required, rest, taken)
-        if key not in self.members:
-            ends = rest is None or (not required and rest.ends)
-            self.members[key] = Members(len(self.members), ends, name, node, required, rest, taken)
-        return self.members[key]
+    def matches(self, pattern: str, name: str) -> bool:
+        return self.honoured(string_fits, StringShape(patterns=(pattern,)), name)
 
-    # Constants: does a value fit a schema?
+    def is_other(self, name: str, names: list[str], patterns: list[str]) -> bool:
+        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
-    def fits(self, value: Any, number: int) -> bool:
-        """Whether a value is a document of a schema."""
-        schema = self.schemas[number]
-        self.branches(number)  # raises for a reference that leads back to itself
-        if value is None and "nullable" in schema:
-            return True
-        among = {key: [self.fits(value, one) for one in schema[key]] for key in ("allOf", "anyOf", "oneOf") if key in schema}
-        return (self._fits(value, schema) and all(among.get("allOf", ())) and any(among.get("anyOf", (True,)))
-                and sum(among.get("oneOf", (True,))) == 1
-                and ("$ref" not in schema or self.fits(value, self.target(schema["$ref"]))))  # fmt: skip
-
-    def _fits(self, value: Any, schema: dict[str, Any]) -> bool:
-        self.spend()
-        if "type" in schema and not any(is_of_type(value, kind) for kind in schema["type"]):
-            return False
-        if "const" in schema and comparable(schema["const"]) != comparable(value):
-            return False
-        if "enum" in schema and comparable(value) not in self._listed(schema):
-            return False
-        if isinstance(value, dict):
-            return self._fits_object(value, schema)
-        if isinstance(value, list):
-            return self._fits_length(len(value), schema, "Items") and all(
-                self.fits(one, number) for i, one in enumerate(value) for number in self._element([schema], i))  # fmt: skip
-        if isinstance(value, str):
-            return self._fits_length(len(value), schema, "Length")
-        return not self._is_number(value) or (
-            schema.get("minimum", value) <= value <= schema.get("maximum", value)
-            and ("exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"])
-            and ("exclusiveMaximum" not in schema or value < schema["exclusiveMaximum"]))  # fmt: skip
-
-    def _listed(self, schema: dict[str, Any]) -> set[Any]:
-        """enum's values to compare with, made once for each schema."""
-        if id(schema) not in self._enums:  # schemas stay in self.schemas, so an id stays theirs
-            self._enums[id(schema)] = {comparable(value) for value in schema["enum"]}
-        return self._enums[id(schema)]
-
-    @staticmethod
-    def _fits_length(length: int, schema: dict[str, Any], what: str) -> bool:
-        return bool(schema.get(f"min{what}", 0) <= length <= schema.get(f"max{what}", length))
-
-    def _fits_object(self, value: dict[str, Any], schema: dict[str, Any]) -> bool:
-        return set(schema.get("required", ())) <= set(value) and all(
-            self.fits(one, number) for name, one in value.items() for number in self._property([schema], name))  # fmt: skip
+    def honoured(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        """What strings and numbers say of a shape; what they refuse is told with the field's name."""
+        try:
+            return function(*arguments)
+        except InvalidRequest as error:
+            raise self.refuse(str(error)) from None
 
 
-class OneOf:
-    """Refuses oneOf whose options may overlap: what is written for one of them must not fit another."""
-
-    def __init__(self, schemas: SchemaShapes) -> None:
-        self.schemas = schemas
-        self._names: dict[Members, dict[str | None, Members]] = {}
-
-    def check(self) -> None:
-        """Raises InvalidRequest unless every two options are told apart."""
-        for options in self.schemas.exclusive:
-            if not self._are_constants(options):
-                self.schemas.spend(len(options) ** 2)
-                for ours, theirs in itertools.combinations(options, 2):
-                    if not all(self._apart(one, two) and self._apart(two, one) for one in ours for two in theirs):
-                        raise self._refuse()
-
-    def _refuse(self) -> InvalidRequest:
-        return self.schemas.refuse(
-            "oneOf: a document may fit two of its options; tell them apart by a required constant, or write anyOf")
-
-    def _are_constants(self, options: list[list[Branch]]) -> bool:
-        """True if they are nothing but constants, and all different: the usual way to give enum's values titles."""
-        shapes = [shape for option in options for branch in option for shape in self.schemas.shapes(branch, True)]
-        texts = [shape.text for shape in shapes if isinstance(shape, Constant)]
-        return len(texts) == len(shapes) and len({comparable(json.loads(text)) for text in texts}) == len(texts)
-
-    def _apart(self, ours: Branch, theirs: Branch) -> bool:
-        return self._disjoint(self.schemas.shapes(ours, False), self.schemas.shapes(theirs, True), 0)
-
-    def _disjoint(self, ours: Shapes, theirs: Shapes, depth: int) -> bool:
-        """True if nothing that is written for `ours` is accepted by `theirs`, as far as a look 4 levels deep tells."""
-        self.schemas.spend(len(ours) * len(theirs))
-        return depth < 4 and all(self._unlike(one, two, depth) for one in ours for two in theirs)
-
-    def _unlike(self, one: Shape, two: Shape, depth: int) -> bool:
-        if opening_of(one) != opening_of(two):
-            return True
-        if isinstance(one, Members) and isinstance(two, Members):
-            return self._objects_unlike(one, two, depth + 1)
-        if isinstance(one, ArrayShape) and isinstance(two, ArrayShape):
-            return self._arrays_unlike(one, two, depth + 1)
-        if isinstance(one, OldStringShape) and isinstance(two, OldStringShape):
-            return lengths_apart(one, two)
-        if isinstance(one, Constant) and isinstance(two, Constant):
-            return bool(comparable(json.loads(one.text)) != comparable(json.loads(two.text)))
-        if isinstance(one, OldNumberShape) and isinstance(two, OldNumberShape):
-            return bounds_apart(one, two) or bounds_apart(two, one)
-        return False
-
-    def _arrays_unlike(self, one: ArrayShape, two: ArrayShape, depth: int) -> bool:
-        if lengths_apart(one, two):
-            return True
-        both = ((one.at(index), two.at(index)) for index in range(min(one.low, two.low, 8)))
-        return any(a is not None and b is not None and self._disjoint(self.schemas.choice(a), self.schemas.choice(b, True), depth)
-                   for a, b in both)  # fmt: skip
-
-    def _objects_unlike(self, one: Members, two: Members, depth: int) -> bool:
-        ours, theirs = self._named(one), self._named(two)
-        for name in [*ours, *theirs]:
-            mine, other = ours.get(name, ours[None]), theirs.get(name, theirs[None])
-            if mine.required or other.required:  # whatever fits both has it
-                if mine.node is None or other.node is None:
-                    return True
-                if self._disjoint(self.schemas.choice(mine.node), self.schemas.choice(other.node, True), depth):
-                    return True
-        return False
-
-    def _named(self, members: Members) -> dict[str | None, Members]:
-        if members not in self._names:
-            found: dict[str | None, Members] = {}
-            here: Members | None = members
-            while here is not None:
-                found[here.name] = here
-                here = here.rest
-            self.schemas.spend(len(found))
-            self._names[members] = found
-        return self._names[members]
 
 
-def is_of_type(value: Any, kind: str) -> bool:
-    """Whether a value has a JSON schema's type; 1.0 is an integer there."""
+def type_bit(value: Any) -> int:
+    """The type of a value, as one of SchemaReader's bits; 1.0 is an integer there."""
     if isinstance(value, bool) or value is None:
-        return kind == ("null" if value is None else "boolean")
+        return 64 if value is None else 32
     if isinstance(value, (int, float)):
-        return kind == "number" or (kind == "integer" and (isinstance(value, int) or value.is_integer()))
-    return kind == ("object" if isinstance(value, dict) else "array" if isinstance(value, list) else "string")
+        return 8 if isinstance(value, int) or value.is_integer() else 16
+    return 1 if isinstance(value, dict) else 2 if isinstance(value, list) else 4
 
 
 def comparable(value: Any) -> Any:
@@ -6034,500 +5878,574 @@ def comparable(value: Any) -> Any:
     return (type(value), value) if isinstance(value, bool) else value
 
 
+def string_shape(schemas: list[dict[str, Any]]) -> StringShape:
+    """What several schemas demand of a string."""
+    def listed(key: str) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(text for schema in schemas for text in schema.get(key, ()) if isinstance(text, str)))
+
+    return StringShape(
+        max((schema.get("minLength", 0) for schema in schemas), default=0),
+        min((schema["maxLength"] for schema in schemas if "maxLength" in schema), default=None),
+        listed("pattern"), listed("unlike"), listed("format"), listed("notFormat"),
+        frozenset(listed("excluded")))  # fmt: skip
+
+
+def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
+    """What several schemas demand of a number, but for values that they exclude."""
+    lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
+    highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
+    high = min(highs, default=None)
+    factors, others = (tuple(dict.fromkeys(factor for schema in schemas for factor in schema.get(key, ())))
+                       for key in ("multipleOf", "notMultiple"))  # fmt: skip
+    return NumberShape(whole, max(lows, default=None), (high[0], not high[1]) if high else None, factors, others)
+
+
+class SchemaAlgebra(SchemaReader):
+    """A schema as branches, of which one must hold: schemas without allOf, anyOf, oneOf, not and the like.
+
+    `loose` branches allow more: they leave out not, and take oneOf for anyOf.
+    """
+
+    MAX_OPTIONS = 1000  # branches of one value
+    FLIPS: ClassVar = {  # keyword → type, keyword that holds where it does not, how far the number moves
+        "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
+        "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
+        "minProperties": ("object", "maxProperties", -1), "maxProperties": ("object", "minProperties", 1),
+        "minimum": ("number", "exclusiveMaximum", 0), "exclusiveMaximum": ("number", "minimum", 0),
+        "maximum": ("number", "exclusiveMinimum", 0), "exclusiveMinimum": ("number", "maximum", 0)}  # fmt: skip
+    SWAPS: ClassVar = {"pattern": "unlike", "unlike": "pattern", "format": "notFormat", "notFormat": "format"}
+
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name, root)
+        self._branches: dict[tuple[int, bool], list[Branch]] = {}
+        self._opposites: dict[int, int] = {}
+        self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
+
+    def branches(self, number: int, loose: bool) -> list[Branch]:
+        key = (number, loose)
+        if key not in self._branches:
+            if key in self._following:
+                raise self.refuse("a $ref leads back to itself")
+            if len(self._following) > self.MAX_DEPTH:
+                raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
+            self._following.append(key)
+            self._branches[key] = self._unfold(self.schemas[number], loose)
+            self._following.pop()
+        return self._branches[key]
+
+    def _unfold(self, schema: dict[str, Any], loose: bool) -> list[Branch]:
+        plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
+        found: list[Branch] = [(self.number(plain),)] if plain.keys() - {"soft"} else [()]
+        if len(plain) == len(schema):
+            return found
+        for key, number in self._also(schema, loose):
+            found = self.both(found, self.branches(number, loose), key)
+        if "anyOf" in schema:
+            found = self._either([self.both(found, self.branches(number, loose), "anyOf") for number in schema["anyOf"]])
+        if "oneOf" in schema:
+            found = self.both(found, self._exactly_one(schema["oneOf"], loose), "oneOf")
+        for key in ("unevaluatedProperties", "unevaluatedItems"):
+            if key in schema and not loose:
+                found = [self._evaluated(branch, key, schema[key]) for branch in found]
+        return found
+
+    def _also(self, schema: dict[str, Any], loose: bool) -> Iterator[tuple[str, int]]:
+        """What must hold beside a schema's own keywords, and the keyword that says so."""
+        if "$ref" in schema:
+            yield "$ref", self.target(schema["$ref"])
+        for number in schema.get("allOf", ()):
+            yield "allOf", number
+        if "not" in schema and not loose:
+            yield "not", self.opposite(schema["not"])
+        if schema.get("discriminator") and not loose:  # OpenAPI's: the property that tells options apart is always there
+            yield "discriminator", self.number({"required": [schema["discriminator"]], "soft": "if"})
+
+    def _either(self, options: list[list[Branch]]) -> list[Branch]:
+        return list(dict.fromkeys(itertools.chain.from_iterable(options)))
+
+    def both(self, ours: list[Branch], theirs: list[Branch], key: str) -> list[Branch]:
+        """Each of one side with each of the other, but for what can be seen to fit nothing."""
+        if ours == [()]:
+            return theirs
+        self.spend(len(ours) * len(theirs))
+        found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one in ours for two in theirs)
+        if len(found) > 1:
+            found = {branch: None for branch in found if not self._is_dead(branch)}
+        if len(found) > self.MAX_OPTIONS:
+            raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
+        return list(found) or [(self.never,)]
+
+    def _is_dead(self, branch: Branch) -> bool:
+        """True if the schemas have no type in common, or a required property no constant."""
+        bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
+        if bits != 1 or len(branch) < 2:
+            return not bits
+        schemas = [self.schemas[number] for number in branch]
+        for name in dict.fromkeys(name for schema in schemas for name in schema.get("required", ())):
+            values = [self.schemas[s["properties"][name]] for s in schemas if name in s.get("properties", ())]
+            listed = next((value["enum"] for value in values if "enum" in value), None)
+            self.spend()
+            if listed is not None and len(listed) <= 8 and len(values) > 1 and not any(
+                    all(self._may_be(one, value) for value in values) for one in listed):  # fmt: skip
+                return True
+        return False
+
+    def _may_be(self, value: Any, schema: dict[str, Any]) -> bool:
+        """False if enum or its opposite says so."""
+        if "anyOf" in schema and len(schema) == 1:
+            return any(self._may_be(value, self.schemas[number]) for number in schema["anyOf"])
+        listed = schema.get("enum", schema.get("excluded"))
+        if "not" in schema:
+            return not self._is_listed(value, self.schemas[schema["not"]])
+        return listed is None or (comparable(value) in map(comparable, listed)) == ("enum" in schema)
+
+    def _is_listed(self, value: Any, schema: dict[str, Any]) -> bool:
+        return schema.keys() == {"enum"} and comparable(value) in map(comparable, schema["enum"])
+
+    # oneOf, not, unevaluated…
+
+    def _exactly_one(self, options: list[int], loose: bool) -> list[Branch]:
+        """Each option, without what fits another too."""
+        if loose:
+            return self._either([self.branches(number, loose) for number in options])
+        self.spend(len(options) ** 2 // 4)
+        return self._either([self._alone(number, options[:i] + options[i + 1 :]) for i, number in enumerate(options)])
+
+    def _alone(self, number: int, others: list[int]) -> list[Branch]:
+        found = self.branches(number, False)
+        for other in others:
+            if not self.apart(number, other):
+                try:
+                    found = self.both(found, self.branches(self.opposite(other), False), "oneOf")
+                except InvalidRequest as error:
+                    raise self.refuse("oneOf: a document may fit two of its options; tell them apart by a required constant, "
+                                      f"or write anyOf ({str(error).partition(': ')[2]})") from None  # fmt: skip
+        return found
+
+    def apart(self, one: int, two: int) -> bool:
+        raise NotImplementedError
+
+    def opposite(self, number: int) -> int:
+        """The number of a schema that holds just where another does not. Raises InvalidRequest if it cannot be told."""
+        if number not in self._opposites:
+            schema = self.schemas[number]
+            options = [option for key in schema for option in self._opposites_of(key, schema)]
+            self._opposites[number] = self.never
+            if options:
+                self._opposites[number] = self._any(*({**option, "soft": "not"} for option in options))
+        return self._opposites[number]
+
+    def _opposites_of(self, key: str, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Schemas of which one holds where a keyword's demand is not met."""
+        value = schema[key]
+        if key in self.FLIPS:
+            kind, other, move = self.FLIPS[key]
+            if move + 1 or value:  # nothing is shorter than 0
+                yield {"type": self.TYPES[kind], other: value + move}
+        elif key in self.SWAPS:
+            yield from ({"type": self.TYPES["string"], self.SWAPS[key]: [one]} for one in value)
+        elif key in ("multipleOf", "notMultiple"):
+            other = "notMultiple" if key == "multipleOf" else "multipleOf"
+            yield from ({"type": self.TYPES["number"], other: [one]} for one in value)
+        elif key == "type":
+            yield {"type": self.EVERY_TYPE & ~value}
+        elif key in ("enum", "excluded"):
+            yield {"excluded" if key == "enum" else "enum": value}
+        elif key == "not":
+            yield {"allOf": [value]}
+        elif key == "$ref":
+            yield {"not": self.target(value)}
+        elif key == "allOf":
+            yield from ({"not": one} for one in value)
+        elif key == "anyOf":
+            yield {"allOf": [self.number({"not": one}) for one in value]}
+        elif key == "oneOf":
+            yield {"allOf": [self.number({"not": one}) for one in value]}
+            yield from ({"allOf": list(pair)} for pair in itertools.combinations(value, 2))
+        elif value is not False and key not in ("soft", "discriminator", "minContains", "maxContains"):
+            yield from self._opposites_inside(key, value, schema)
+
+    def _opposites_inside(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The same, for keywords about what an object or array holds."""
+        objects, arrays = {"type": self.TYPES["object"]}, {"type": self.TYPES["array"]}
+        if key == "required":
+            yield from ({**objects, "properties": {name: self.never}} for name in value)
+        elif key == "properties":
+            for name, one in value.items():
+                if one != self.free:
+                    yield {**objects, "required": [name], "properties": {name: self.number({"not": one})}}
+        elif key in ("additionalProperties", "patternProperties") and (
+                key == "additionalProperties" or set(value.values()) <= {self.free}):  # fmt: skip
+            if key == "additionalProperties" and value != self.free:
+                outside = (list(schema.get(inner, ())) for inner in ("properties", "patternProperties"))
+                yield {**objects, "other": [*outside, self.number({"not": value})]}
+        elif key == "prefixItems":
+            for i, one in enumerate(value):
+                if one != self.free:
+                    yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [self.number({"not": one})],
+                           "items": self.free}  # fmt: skip
+        elif key == "items" and value == self.never and "prefixItems" in schema:
+            yield {**arrays, "minItems": len(schema["prefixItems"]) + 1}
+        elif key == "items" and (value == self.free or "prefixItems" not in schema):
+            if value != self.free:
+                yield {**arrays, "contains": self.number({"not": value})}
+        elif key == "contains":
+            least, most = schema.get("minContains", 1), schema.get("maxContains")
+            if least:
+                yield {**arrays, "contains": value, "minContains": 0, "maxContains": least - 1}
+            if most is not None:
+                yield {**arrays, "contains": value, "minContains": most + 1}
+        else:
+            raise self.refuse(f"keyword not is not supported around {key}")
+
+    def _evaluated(self, branch: Branch, key: str, number: int) -> Branch:
+        """A branch in which what none of its schemas speaks of must fit a schema."""
+        schemas = [schema for schema in (self.schemas[one] for one in branch) if "soft" not in schema]
+        found: dict[str, Any] = {}
+        if key == "unevaluatedProperties" and not any("additionalProperties" in schema for schema in schemas):
+            for inner in ("properties", "patternProperties"):
+                found[inner] = {name: self.free for schema in schemas for name in schema.get(inner, ())}
+            found["additionalProperties"] = number
+        if key == "unevaluatedItems" and not any("items" in schema for schema in schemas):
+            if any("contains" in schema for schema in schemas):
+                raise self.refuse("keyword unevaluatedItems is not supported beside contains")
+            longest = max((len(schema.get("prefixItems", ())) for schema in schemas), default=0)
+            found = {"items": number, **({"prefixItems": [self.free] * longest} if longest else {})}
+        return (*branch, self.number(found)) if found else branch
+
+
+# ── 9. Shapes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What a value may look like: the schemas of a branch, which must all hold, made into one constant, object, array …
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value, as JSON text."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ArrayShape:
+    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all.
+
+    `contains` are schemas, and how many elements at least and at most fit them.
+    """
+
+    first: tuple[Node, ...] = ()
+    rest: Node | None = ()
+    low: int = 0
+    high: int | None = None
+    unique: bool = False
+    contains: tuple[tuple[int, int, int | None], ...] = ()
+
+    def at(self, index: int) -> Node | None:
+        """The schema of one element; None where the array has ended."""
+        if self.high is not None and index >= self.high:
+            return None
+        return self.first[index] if index < len(self.first) else self.rest
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property with a name of its own."""
+
+    name: str
+    node: Node
+    required: bool
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectShape:
+    """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all."""
+
+    named: tuple[Property, ...] = ()
+    unnamed: tuple[tuple[StringShape, Node], ...] = ((StringShape(), ()),)
+    low: int = 0
+    high: int | None = None
+
+
+Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
+Shapes = tuple[Shape, ...]  # a value that has one of these shapes
+
+
+class SchemaShapes(SchemaAlgebra):
+    """What a JSON schema allows, as shapes.
+
+    An object without additionalProperties or patternProperties holds only the properties it names, as with every engine
+    that generates, and a schema without a type allows what its keywords are about; `loose` shapes hold everything that the
+    schema accepts.
+    """
+
+    MAX_PATTERNS = 12  # that an object's unnamed properties may have
+    HINTS: ClassVar = {  # type → keywords about it
+        "object": {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+                   "maxProperties"},
+        "array": {"items", "prefixItems", "minItems", "maxItems", "contains", "uniqueItems"},
+        "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+        "string": {"minLength", "maxLength", "pattern", "format"}}  # fmt: skip
+
+    def __init__(self, name: str, root: Any) -> None:
+        super().__init__(name, root)
+        self.dead_end = ""  # why a branch came to nothing
+        self._choices: dict[tuple[Node, bool], Shapes] = {}
+        self._shapes: dict[tuple[Branch, bool], Shapes] = {}
+        self._objects: dict[tuple[Any, ...], ObjectShape] = {}
+        self.everything: Shapes = (Constant("null"), Constant("true"), Constant("false"), NumberShape(), StringShape(),
+                                   ArrayShape(), self._one_object((), ((StringShape(), ()),), 0, None))  # fmt: skip
+
+    def choice(self, node: Node, loose: bool = False) -> Shapes:
+        """The shapes of a value, without those that others contain."""
+        if (node, loose) not in self._choices:
+            found: list[Branch] = [()]
+            for number in node:
+                found = self.both(found, self.branches(number, loose), "allOf")
+            shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
+            self._choices[node, loose] = self._simplify(list(shapes))
+        return self._choices[node, loose]
+
+    def _simplify(self, shapes: list[Shape]) -> Shapes:
+        if len(shapes) >= len(self.everything) and set(shapes) >= set(self.everything):
+            return self.everything
+        free = {type(shape) for shape in shapes if shape in self.everything and not isinstance(shape, Constant)}
+        if StringShape in free:
+            shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
+        return tuple(shape for shape in shapes if shape in self.everything or type(shape) not in free)
+
+    def shapes(self, branch: Branch, loose: bool) -> Shapes:
+        if (branch, loose) not in self._shapes:
+            self.spend(1 + len(branch))
+            self._shapes[branch, loose] = tuple(self._made([self.schemas[number] for number in branch], branch, loose))
+        return self._shapes[branch, loose]
+
+    def _made(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> Iterator[Shape]:
+        listed = next((schema["enum"] for schema in schemas if "enum" in schema), None)
+        if listed is not None:
+            plain = len(branch) == 1 and schemas[0].keys() <= {"enum", "type"}
+            bits = self.bits[branch[0]] if plain else 0
+            yield from (Constant(self.json(value)) for value in listed
+                        if (bits & type_bit(value) if plain else all(self.fits(value, one) for one in branch)))  # fmt: skip
+            return
+        bits = self._kinds(schemas, branch, loose)
+        excluded = [value for schema in schemas for value in schema.get("excluded", ())]
+        for value in (None, True, False):
+            if bits & type_bit(value) and not any(value is one for one in excluded):
+                yield Constant(self.json(value))
+        if bits & 24:
+            yield from self._number(schemas, bits, excluded)
+        if bits & 4:
+            yield string_shape(schemas)
+        if bits & 2:
+            yield from self._array(schemas, loose, self._size("array", excluded))
+        if bits & 1:
+            yield from self._object(schemas, loose, self._size("object", excluded))
+
+    def json(self, value: Any) -> str:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+    def _kinds(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> int:
+        """The types that all of them allow; where none says one, what their other keywords are about."""
+        bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
+        said = [schema["type"] for schema in schemas if "type" in schema and "soft" not in schema]
+        if not bits and said:
+            names = [next(kind for kind, bit in self.TYPES.items() if bit & types) for types in (said[0], said[-1])]
+            self.dead_end = f"nothing is both {names[0]} and {names[1]}"
+        if loose or said:
+            return bits
+        keywords = set().union(*(schema for schema in schemas if "soft" not in schema))
+        hinted = next((self.TYPES[kind] for kind, about in self.HINTS.items() if about & keywords), 0)
+        return bits & hinted or bits
+
+    def _number(self, schemas: list[dict[str, Any]], bits: int, excluded: list[Any]) -> Iterator[NumberShape]:
+        """Numbers between bounds; values that are excluded part them."""
+        shape = number_shape(schemas, bits & 24 == 8)
+        if bits & 24 == self.FRACTION:
+            shape = replace(shape, not_multiples=(*shape.not_multiples, 1))
+        values = sorted({value for value in excluded if type_bit(value) & 24})
+        for low, high in itertools.pairwise([None, *values, None]):
+            lows = [bound for bound in (shape.low, None if low is None else (low, True)) if bound is not None]
+            highs = [(bound[0], not bound[1]) for bound in (shape.high, None if high is None else (high, True)) if bound]
+            most = min(highs, default=None)
+            yield replace(shape, low=max(lows, default=None), high=most and (most[0], not most[1]))
+
+    def _size(self, kind: str, excluded: list[Any]) -> int:
+        """How many elements an array or object has at least, because the empty one is excluded."""
+        values = [value for value in excluded if type_bit(value) == self.TYPES[kind]]
+        if any(values):
+            raise self.refuse(f"keyword not is not supported around a constant {kind}")
+        return len(values[:1])
+
+    def _range(self, schemas: list[dict[str, Any]], what: str, least: int) -> tuple[int, int | None]:
+        low = max((schema.get(f"min{what}", 0) for schema in schemas), default=0)
+        high = min((schema[f"max{what}"] for schema in schemas if f"max{what}" in schema), default=None)
+        if high is not None and max(low, least) > high:
+            self.dead_end = f"min{what} {low} is more than max{what} {high}"
+        return max(low, least), high
+
+    def _array(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ArrayShape]:
+        low, high = self._range(schemas, "Items", least)
+        longest = max((len(schema.get("prefixItems", ())) for schema in schemas), default=0)
+        self.spend(longest * len(schemas))
+        first = [self.node(self.element(schemas, index)) for index in range(longest)]
+        said = [schema["items"] for schema in schemas if "items" in schema]
+        rest: Node | None = self.node(said) if said else () if loose or not first else None
+        if first and not loose and not any("minItems" in schema for schema in schemas):
+            low = longest if high is None else min(longest, high)  # a tuple is written whole
+        stops = [index for index, node in enumerate(first) if node == (self.never,)]
+        if stops or rest is None or rest == (self.never,):
+            high = min([*stops[:1], longest, *([] if high is None else [high])])
+            rest = None
+        contains = tuple(dict.fromkeys((s["contains"], s.get("minContains", 1), s.get("maxContains"))
+                                       for s in schemas if "contains" in s))  # fmt: skip
+        if high is None or low <= high:
+            yield ArrayShape(tuple(first), rest, low, high, any(schema.get("uniqueItems") for schema in schemas), contains)
+
+    def _object(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ObjectShape]:
+        others = next((schema for schema in schemas if "other" in schema), None)
+        if others is not None and not loose:
+            yield from self._objects_with(others, schemas, least)
+            return
+        low, high = self._range(schemas, "Properties", least)
+        names = dict.fromkeys(name for schema in schemas for name in schema.get("properties", ()))
+        required = dict.fromkeys(name for schema in schemas for name in schema.get("required", ()))
+        named = set().union(*(schema.get(key, ()) for schema in schemas for key in ("properties", "required")
+                              if schema.get("soft") != "not"))  # fmt: skip
+        names |= required
+        patterns = list(dict.fromkeys(one for schema in schemas for one in schema.get("patternProperties", ())))
+        closed = not loose and any(s.keys() & {"properties", "patternProperties", "required"} for s in schemas if "soft" not in s)
+        opened = not closed or any("additionalProperties" in schema for schema in schemas if "soft" not in schema)
+        allowed = self.node(schema["propertyNames"] for schema in schemas if "propertyNames" in schema)
+        self.spend((len(names) + len(patterns)) * len(schemas))
+        if opened and allowed:
+            names |= dict.fromkeys(self._listed_names(allowed, loose))
+        if not opened and not named >= set(required):
+            return  # a closed object has no other properties
+        properties = [Property(name, self._property(schemas, name, allowed), name in required) for name in names]
+        shapes = [s for s in self.choice(allowed, loose) if isinstance(s, StringShape)] if allowed else [StringShape()]
+        shapes = [replace(shape, excluded=shape.excluded | set(names)) for shape in shapes]
+        unnamed = [pair for shape in shapes for pair in self._unnamed(schemas, shape, patterns, opened)]
+        if high is None or low <= high:
+            yield self._one_object(tuple(properties), tuple(unnamed), low, high)
+
+    def _one_object(self, *parts: Any) -> ObjectShape:
+        """An object's shape; the same one for the same parts."""
+        return self._objects.setdefault(parts, ObjectShape(*parts))
+
+    def _objects_with(self, others: dict[str, Any], schemas: list[dict[str, Any]], least: int) -> Iterator[ObjectShape]:
+        """Objects of which one property, among those that are named, fits what `other` says."""
+        names, patterns, number = others["other"]
+        rest = [schema for schema in schemas if schema is not others]
+        for shape in self._object(rest, False, least):
+            if shape.unnamed and self.choice((number,), True):
+                raise self.refuse("keyword not is not supported around additionalProperties where objects are open")
+        known = dict.fromkeys(name for schema in rest for key in ("properties", "required") for name in schema.get(key, ()))
+        for name in known:
+            if self.is_other(name, names, patterns):
+                yield from self._object([*rest, {"soft": "if", "required": [name], "properties": {name: number}}], False, least)
+
+    def _listed_names(self, allowed: Node, loose: bool) -> Iterator[str]:
+        """The names that are constants in propertyNames."""
+        for shape in self.choice(allowed, loose):
+            if isinstance(shape, Constant) and shape.text[0] == '"':
+                yield json.loads(shape.text)
+
+    def _property(self, schemas: list[dict[str, Any]], name: str, allowed: Node) -> Node:
+        if allowed and not all(self.fits(name, number) for number in allowed):
+            return (self.never,)
+        return self.node(self.property(schemas, name))
+
+    def _unnamed(self, schemas: list[dict[str, Any]], names: StringShape, patterns: list[str],
+                 opened: bool) -> Iterator[tuple[StringShape, Node]]:  # fmt: skip
+        """The kinds of unnamed properties, by the patterns that their names match."""
+        if len(patterns) > self.MAX_PATTERNS:
+            raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
+        found: list[tuple[StringShape, tuple[str, ...]]] = [(names, ())]
+        for pattern in patterns:
+            yes = [(replace(shape, patterns=(*shape.patterns, pattern)), (*matched, pattern)) for shape, matched in found]
+            no = [(replace(shape, unlike=(*shape.unlike, pattern)), matched) for shape, matched in found]
+            found = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.honoured(string_symbol, pair[0]) is not None]
+        for shape, matched in found:
+            node = self.node(self._by_patterns(schemas, matched))
+            if (opened or matched) and node != (self.never,):
+                yield shape, node
+
+    @staticmethod
+    def _by_patterns(schemas: list[dict[str, Any]], matched: tuple[str, ...]) -> Iterator[int]:
+        for schema in schemas:
+            own = [number for pattern, number in schema.get("patternProperties", {}).items() if pattern in matched]
+            yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
+
+    # oneOf: can what fits one option fit another?
+
+    def apart(self, one: int, two: int) -> bool:
+        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
+        ours, theirs = (tuple(shape for branch in self.branches(number, True) for shape in self.shapes(branch, True))
+                        for number in (one, two))  # fmt: skip
+        return self._disjoint(ours, theirs, 0)
+
+    def _disjoint(self, ours: Shapes, theirs: Shapes, depth: int) -> bool:
+        self.spend(len(ours) * len(theirs) // 4)
+        sides = [[comparable(json.loads(shape.text)) for shape in side if isinstance(shape, Constant)] for side in (ours, theirs)]
+        if len(sides[0]) == len(ours) and len(sides[1]) == len(theirs):
+            return not set(sides[0]) & set(sides[1])
+        return depth < 4 and all(self._unlike(one, two, depth) for one in ours for two in theirs)
+
+    def _unlike(self, one: Shape, two: Shape, depth: int) -> bool:
+        if opening_of(one) != opening_of(two):
+            return True
+        if isinstance(one, ObjectShape) and isinstance(two, ObjectShape):
+            return self._objects_unlike(one, two, depth + 1)
+        if isinstance(one, ArrayShape) and isinstance(two, ArrayShape):
+            return self._arrays_unlike(one, two, depth + 1)
+        if isinstance(one, StringShape) and isinstance(two, StringShape):
+            return not self.honoured(strings_meet, one, two)
+        if isinstance(one, NumberShape) and isinstance(two, NumberShape):
+            return not self.honoured(numbers_meet, one, two)
+        for constant, shape in ((one, two), (two, one)):
+            if isinstance(constant, Constant) and isinstance(shape, StringShape):
+                return not self.honoured(string_fits, shape, json.loads(constant.text))
+            if isinstance(constant, Constant) and isinstance(shape, NumberShape):
+                return not self.honoured(number_fits, shape, json.loads(constant.text))
+        return isinstance(one, Constant) and isinstance(two, Constant) and (
+            comparable(json.loads(one.text)) != comparable(json.loads(two.text)))  # fmt: skip
+
+    def _arrays_unlike(self, one: ArrayShape, two: ArrayShape, depth: int) -> bool:
+        if (one.high is not None and one.high < two.low) or (two.high is not None and two.high < one.low):
+            return True
+        both = ((one.at(index), two.at(index)) for index in range(min(one.low, two.low, 8)))
+        return any(a is not None and b is not None and self._disjoint(self.choice(a, True), self.choice(b, True), depth)
+                   for a, b in both)  # fmt: skip
+
+    def _objects_unlike(self, one: ObjectShape, two: ObjectShape, depth: int) -> bool:
+        if (one.high is not None and one.high < two.low) or (two.high is not None and two.high < one.low):
+            return True
+        ours, theirs = ({prop.name: prop for prop in shape.named} for shape in (one, two))
+        for name in (name for named in (ours, theirs) for name, prop in named.items() if prop.required):  # what fits both has it
+            mine, other = self._value_of(one, ours, name), self._value_of(two, theirs, name)
+            self.spend()
+            if mine is None or other is None:
+                return True
+            if self._disjoint(self.choice(mine, True), self.choice(other, True), depth):
+                return True
+        return False
+
+    def _value_of(self, shape: ObjectShape, named: dict[str, Property], name: str) -> Node | None:
+        """What a property's value must fit; None if the object has none of that name."""
+        if name in named:
+            return None if named[name].node == (self.never,) else named[name].node
+        return next((node for names, node in shape.unnamed if self.honoured(string_fits, names, name)), None)
+
+
 def opening_of(shape: Shape) -> str:
     """The kind of value: what its first character tells."""
     if isinstance(shape, Constant):
         return shape.text[0] if shape.text[0] in '{["tfn' else "0"
-    kinds: dict[type, str] = {Members: "{", ArrayShape: "[", OldStringShape: '"', OldNumberShape: "0"}
+    kinds: dict[type, str] = {ObjectShape: "{", ArrayShape: "[", StringShape: '"', NumberShape: "0"}
     return kinds[type(shape)]
 
 
-def lengths_apart(one: OldStringShape | ArrayShape, two: OldStringShape | ArrayShape) -> bool:
-    """True if no length is within the bounds of both."""
-    return (two.high is not None and one.low > two.high) or (one.high is not None and one.high < two.low)
-
-
-def bounds_apart(one: OldNumberShape, two: OldNumberShape) -> bool:
-    """True if all of `one` lies above all of `two`."""
-    if one.low is None or two.high is None:
-        return False
-    return one.low[0] > two.high[0] or (one.low[0] == two.high[0] and (one.low[1] or two.high[1]))
-
-
-# ── 8. Grammars ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Shapes of a schema, and calls of functions, as GBNF that admits nothing else.
-
-
-def gbnf_constants(texts: list[str], depth: int = 0) -> str:
-    """Constants as alternatives that share their beginnings, so that few are followed at once."""
-    first, last = min(texts), max(texts)
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    prefix = first[:shared] if depth < 8 else ""
-    rests = [text[len(prefix) :] for text in dict.fromkeys(texts)]
-    if len(rests) == 1:
-        return gbnf_literal(prefix + rests[0])
-    groups: dict[str, list[str]] = {}
-    for rest in rests:
-        groups.setdefault(rest[:1] if depth < 8 else rest, []).append(rest)
-    options = " | ".join(gbnf_constants(group, depth + 1) for group in groups.values())
-    return f"{gbnf_literal(prefix) if prefix else ''}({options})"
-
-
-def gbnf_literal(words: str) -> str:
-    """A string as a GBNF literal."""
-    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
-    return '"' + "".join(escapes.get(c) or (f"\\x{ord(c):02X}" if c < " " else c) for c in words) + '"'
-
-
-def plain_but(chars: str) -> str:
-    """The characters that a JSON string holds as they are, without some, as a GBNF class.
-
-    It lists what is allowed: llama.cpp lets bytes that are no UTF-8 pass where a class lists what is not.
-    """
-    left_out = sorted({-1, *range(0x20), 0x22, 0x5C, 0x7F, *map(ord, chars)})
-    gaps = [(low + 1, high - 1) for low, high in itertools.pairwise([*left_out, 0x110000]) if low + 1 < high]
-    parts = [(max(low, first), min(high, last)) for low, high in gaps for first, last in ((0, 0xD7FF), (0xE000, 0x10FFFF))]
-    return "[" + "".join(f"{gbnf_char(low)}-{gbnf_char(high)}" for low, high in parts if low <= high) + "]"
-
-
-def gbnf_char(code: int) -> str:
-    """A code point as GBNF's shortest escape."""
-    return f"\\x{code:02X}" if code < 0x100 else f"\\u{code:04X}" if code < 0x10000 else f"\\U{code:08X}"
-
-
-def integers_between(low: int, high: int) -> str:
-    """GBNF alternatives for the decimal integers from low to high."""
-    parts = []
-    if low < 0:
-        parts += [f'"-" ({p})' for p in _naturals(max(1, -high), -low)] if high < 0 else [
-            f'"-" ({p})' for p in _naturals(1, -low)]  # fmt: skip
-    if high >= 0:
-        parts += _naturals(max(low, 0), high)
-    return " | ".join(parts)
-
-
-def _naturals(low: int, high: int) -> list[str]:
-    """Digit patterns that together cover low…high: split where all nines end, then where all zeros begin."""
-    patterns, edges = [], [high]
-    for step in (10**k for k in range(1, len(str(high)) + 1)):
-        up = low // step * step + step - 1
-        if low <= up < high:
-            edges.append(up)
-        down = (high + 1) // step * step - 1
-        if low <= down < high:
-            edges.append(down)
-    start = low
-    for edge in sorted(set(edges)):
-        pairs = zip(str(start), str(edge), strict=True)
-        patterns.append(" ".join(f'"{a}"' if a == b else f"[{a}-{b}]" for a, b in pairs))
-        start = edge + 1
-    return patterns
-
-
-class SchemaGrammar:
-    """A JSON schema as GBNF that admits just its documents; what cannot be said is refused by name.
-
-    Objects that may stand in one place share a rule for each set of them that is still possible, as an automaton is made
-    deterministic, so that llama.cpp follows few readings of a text at once (Readings has the bound).
-    """
-
-    MAX_RULES = 4000  # llama.cpp recurses over those of one object: 1,900 properties fit a stack of 256 KB
-    MAX_REPEATS = 50_000  # llama.cpp makes a rule of each: some 20 ms and 20 MB for these
-    MAX_NAMES = 10_000  # characters of names that unnamed properties must avoid: a rule each
-    BASICS: ClassVar = {
-        "ws": r'(" " | "\n" [ \t]{0,20})?',
-        "hex": "[0-9a-fA-F]",
-        "plain": plain_but(""),
-        "char": r'plain | "\\" (["\\bfnrt/] | "u" ([0-9a-cA-CefEF] hex{3} | [dD] [0-7] hex{2}))',
-        "string": r'"\"" char* "\""',
-        "integer": '"-"? ("0" | [1-9] [0-9]{0,15})',
-        "number": 'integer ("." [0-9]{1,15})? ([eE] [-+]? [0-9]{1,2})?',
-        "boolean": '"true" | "false"',
-        "null": '"null"',
-        "value": "object | array | string | number | boolean | null",
-        "object": r'"{" ws (string ":" ws value ("," ws string ":" ws value)*)? "}"',
-        "array": '"[" ws (value ("," ws value)*)? "]"',
-        "day": '"0" [1-9] | "1" [0-9] | "2" [0-8]',
-        "month-day": '("0" [1-9] | "1" [0-2]) "-" day | ("0" [13-9] | "1" [0-2]) "-" ("29" | "30") | '
-                     '("0" [13578] | "1" [02]) "-31"',
-        "leap-year": '[0-9]{2} ("0" [48] | [2468] [048] | [13579] [26]) | ([02468] [048] | [13579] [26]) "00"',
-        "date": '[0-9]{4} "-" month-day | leap-year "-02-29"',
-        "hours": '([01] [0-9] | "2" [0-3]) ":" [0-5] [0-9]',
-        "time": 'hours ":" [0-5] [0-9] ("." [0-9]{3})? ("Z" | [-+] hours)',
-        "date-time": 'date "T" time',
-        "uuid": 'hex{8} "-" hex{4} "-" hex{4} "-" hex{4} "-" hex{12}',
-    }  # fmt: skip
-
-    def __init__(self, name: str) -> None:
-        self.name, self.rules, self.size, self.helpers, self.repeats = name, dict(self.BASICS), 0, 0, 0
-        self.names: dict[tuple[str, Any], str] = {}  # (what, of what) → rule
-        self.choices: dict[str, Shapes] = {}  # a value's rule → what it is made of
-        self._choice: dict[Node, Shapes] = {}
-        self._todo: list[tuple[str, str, Any]] = []
-        self._steps: dict[tuple[Members, ...], list[NextKey]] = {}
-
-    def compile(self, schema: Mapping[str, Any]) -> str:
-        """The grammar's text. Raises InvalidRequest naming the keyword at fault."""
-        self.reader = SchemaShapes(self.name, schema)
-        try:
-            return self._compile(schema)
-        except RecursionError:
-            raise self.refuse("the schema is nested too deep") from None
-
-    def _compile(self, schema: Mapping[str, Any]) -> str:
-        root = self.reader.node([self.reader.read(schema)])
-        self.possible = self._possible(root)
-        OneOf(self.reader).check()
-        if root not in self.possible:
-            raise self.refuse(f"no document can fit the schema{': ' if self.reader.dead_end else ''}{self.reader.dead_end}")
-        self.add("root", self.value(self.choice(root)))
-        while self._todo:
-            what, name, of = self._todo.pop()
-            self.add(name, getattr(self, f"_write_{what}")(of))
-        Readings(self).check(self.rules["root"])
-        return self._text()
-
-    def refuse(self, what: str) -> InvalidRequest:
-        return self.reader.refuse(what)
-
-    def _text(self) -> str:
-        text = "\n".join(f"{name} ::= {body}" for name, body in self.rules.items()) + "\n"
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise self.refuse("a name or constant holds half of a surrogate pair") from None
-        return text
-
-    def add(self, name: str, body: str) -> None:
-        self.size += len(name) + len(body) + 6
-        if self.size > SchemaReader.MAX_TEXT or len(self.rules) - self.helpers > self.MAX_RULES:
-            raise self.refuse("the schema is too large: its grammar is over a million characters or 4,000 rules")
-        self.rules[name] = body
-
-    def rule(self, what: str, of: Any) -> str:
-        """The name of a rule that `_write_…` will write; the same one for the same thing."""
-        if (what, of) not in self.names:
-            self.names[what, of] = name = f"{what[0]}{len(self.names)}"
-            self._todo.append((what, name, of))
-        return self.names[what, of]
-
-    # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
-
-    def _possible(self, root: Node) -> set[Node]:
-        nodes, found = {root: None}, set[Node]()
-        for node in (todo := [root]):
-            for inner in self._inside(self.reader.choice(node)):
-                if inner not in nodes:
-                    nodes[inner] = None
-                    todo.append(inner)
-        before = -1
-        while before < len(found):  # a list that must hold lists is never finished
-            before = len(found)
-            for node in reversed(nodes):
-                if node not in found:
-                    self.reader.spend()
-                    if any(self._is_possible(shape, found) for shape in self.reader.choice(node)):
-                        found.add(node)
-        return found
-
-    def _inside(self, choice: Shapes) -> Iterator[Node]:
-        for shape in choice:
-            if isinstance(shape, ArrayShape):
-                yield from shape.first
-            here = shape if isinstance(shape, Members) else None
-            while here is not None:
-                self.reader.spend()
-                if here.node is not None:
-                    yield here.node
-                here = here.rest
-            if isinstance(shape, ArrayShape) and shape.rest is not None:
-                yield shape.rest
-
-    def _is_possible(self, shape: Shape, possible: set[Node]) -> bool:
-        if isinstance(shape, ArrayShape):
-            return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
-        here = shape if isinstance(shape, Members) else None
-        while here is not None and not here.ends:
-            self.reader.spend()
-            if here.required and here.node not in possible:
-                return False
-            here = here.rest
-        return True
-
-    def choice(self, node: Node) -> Shapes:
-        """The shapes of a value that can be written."""
-        if node not in self._choice:
-            self._choice[node] = tuple(s for s in self.reader.choice(node) if self._is_possible(s, self.possible))
-        return self._choice[node]
-
-    # Writing: a method for each kind of rule.
-
-    def value(self, choice: Shapes) -> str:
-        name = "value" if choice == self.reader.everything() else self.rule("value", choice)
-        self.choices[name] = choice
-        return name
-
-    def _write_value(self, choice: Shapes) -> str:
-        constants = [shape.text for shape in choice if isinstance(shape, Constant)]
-        objects = objects_among(choice)
-        parts = [gbnf_constants(constants)] if constants else []
-        if objects:
-            free = objects == (self.reader.member(None, ()),)
-            parts.append("object" if free else f'"{{" ws {self.rule("object", objects)}')
-        for shape in choice:
-            if isinstance(shape, ArrayShape):
-                parts.append("array" if shape == ArrayShape() else f'"[" ws {self.rule("array", (shape, 0))}')
-            elif isinstance(shape, OldStringShape):
-                parts.append(self._string(shape))
-            elif isinstance(shape, OldNumberShape):
-                parts.append(self._number(shape))
-        return " | ".join(parts)
-
-    def steps(self, states: tuple[Members, ...]) -> list[NextKey]:
-        """What may come next in an object that may be any of several; what leads to the same is one step."""
-        if states not in self._steps:
-            leads: dict[tuple[str | None, frozenset[str]], dict[Shape, dict[Members, None]]] = {}
-            for member in (member for state in states for member in state.reachable()):
-                self.reader.spend()
-                if member.node is None or member.node not in self.possible:
-                    continue
-                shapes = leads.setdefault((member.name, member.taken), {})
-                for shape in self.choice(member.node):
-                    shapes.setdefault(shape, {})[member.rest or member] = None
-            self._steps[states] = [step for key, shapes in leads.items() for step in self._grouped(key, shapes)]
-        return self._steps[states]
-
-    def _grouped(self, key: tuple[str | None, frozenset[str]], shapes: dict[Shape, dict[Members, None]]) -> Iterator[NextKey]:
-        groups: dict[tuple[Members, ...], list[Shape]] = {}
-        for shape, leads in shapes.items():
-            groups.setdefault(objects_among(leads), []).append(shape)
-        for rests, alike in groups.items():
-            yield NextKey(*key, self.value(tuple(alike)), rests)
-
-    def _write_object(self, states: tuple[Members, ...]) -> str:
-        """An object behind its bracket."""
-        keys = [self.rule("key", states)] if self._goes_on(states) else []
-        return " | ".join([*(['"}"'] if any(state.ends for state in states) else []), *keys])
-
-    def _write_members(self, states: tuple[Members, ...]) -> str:
-        """An object behind a property."""
-        keys = [f'"," ws {self.rule("key", states)}'] if self._goes_on(states) else []
-        return " | ".join([*(['"}"'] if any(state.ends for state in states) else []), *keys])
-
-    def _goes_on(self, states: tuple[Members, ...]) -> bool:
-        return any(member.node in self.possible for state in states for member in state.reachable())
-
-    def _write_key(self, states: tuple[Members, ...]) -> str:
-        """The next property. One object's optional ones form a chain, so that n of them make n rules of one length."""
-        (state, *others), later = states, []
-        steps = self.steps(states) if others else self.step_of(state)
-        if not others and state.rest is not None and not state.required and self._goes_on((state.rest,)):
-            later = [self.rule("key", (state.rest,))]
-        return " | ".join([*(self._property(step) for step in steps), *later])
-
-    def step_of(self, state: Members) -> list[NextKey]:
-        """The steps by one object's next property alone."""
-        if state.node is None or state.node not in self.possible:
-            return []
-        return [NextKey(state.name, state.taken, self.value(self.choice(state.node)), (state.rest or state,))]
-
-    def _property(self, step: NextKey) -> str:
-        name = f'{self.rule("name", step.taken) if step.taken else "string"} ":"'
-        if step.name is not None:
-            name = gbnf_literal(json.dumps(step.name, ensure_ascii=False) + ":")
-        return f"{name} ws {step.value} {self.rule('members', step.rests)}"
-
-    def _write_name(self, taken: frozenset[str]) -> str:
-        """A property's name that is not taken. It has no escapes, which could spell a taken one in another way."""
-        taken = frozenset(name for name in taken if all(c >= " " and c not in '"\\\x7f' for c in name))
-        if sum(map(len, taken)) > self.MAX_NAMES:
-            raise self.refuse(f"additionalProperties beside names of over {self.MAX_NAMES} characters is not supported")
-        tree: dict[str, Any] = {}
-        for name in sorted(taken):
-            here = tree
-            for char in name:
-                here = here.setdefault(char, {})
-            here[""] = {}
-        return f'"\\"" {self._other_names(tree)} "\\""'
-
-    def _other_names(self, tree: dict[str, Any]) -> str:
-        """A rule for each node of a tree of names: go on to one below, or leave the tree, or end where no name does."""
-        first = f"x{self.helpers}"
-        todo = [(first, tree)]
-        self.helpers += 1
-        while todo:
-            name, here = todo.pop()
-            chars = [char for char in here if char]
-            below = [(f"x{self.helpers + i}", here[char]) for i, char in enumerate(chars)]
-            self.helpers += len(below)
-            parts = [f"{gbnf_literal(char)} {rule}" for char, (rule, _) in zip(chars, below, strict=True)]
-            parts += [f"{plain_but(''.join(chars))} plain*", *([] if "" in here else ['""'])]
-            self.add(name, " | ".join(parts))
-            todo += below
-        return first
-
-    def _write_array(self, of: tuple[ArrayShape, int]) -> str:
-        """An array behind its bracket, or behind its first `index` elements."""
-        array, index = of
-        comma = '"," ws ' if index else ""
-        parts = ['"]"'] if index >= array.low else []
-        node = array.at(index)
-        if node is None or node not in self.possible:
-            return parts[0]
-        item = self.value(self.choice(node))
-        if index < len(array.first):
-            parts.append(f'{comma}{item} {self.rule("array", (array, index + 1))}')
-            return " | ".join(parts)
-        least, most = max(array.low - index, 0), None if array.high is None else array.high - index
-        if index:
-            return f'("," ws {item}){self.repeat(least, most)} "]"'
-        more = self.repeat(max(least - 1, 0), None if most is None else most - 1)
-        return " | ".join([*parts, f'{item} ("," ws {item}){more} "]"'])
-
-    def _string(self, text: OldStringShape) -> str:
-        if text.format:
-            return f'"\\"" {text.format} "\\""'
-        return "string" if text == OldStringShape() else self.rule("text", (text.low, text.high))
-
-    def _write_text(self, length: tuple[int, int | None]) -> str:
-        return f'"\\"" char{self.repeat(*length)} "\\""'
-
-    def repeat(self, low: int, high: int | None) -> str:
-        self.repeats += low if high is None else high
-        if self.repeats > self.MAX_REPEATS:
-            raise self.refuse(f"minLength, maxLength, minItems and maxItems add up to over {self.MAX_REPEATS}")
-        return f"{{{low},{'' if high is None else high}}}"
-
-    def _number(self, number: OldNumberShape) -> str:
-        if number.low is None and number.high is None:
-            return "integer" if number.whole else "number"
-        if not number.whole:
-            if number.low != (0, False) or number.high is not None:
-                raise self.refuse("minimum and maximum of a number are supported for integers, and minimum 0")
-            return '("0" | [1-9] [0-9]{0,15}) ("." [0-9]{1,15})?'
-        limit = 10**15 - 1  # where no bound is given; doubles hold integers up to 9 · 10^15
-        low, high = (int(bound[0]) if bound else None for bound in (number.low, number.high))
-        low = min(-limit, high or 0) if low is None else low
-        return self.rule("integer", (low, max(limit, low) if high is None else high))
-
-    def _write_integer(self, bounds: tuple[int, int]) -> str:
-        return integers_between(*bounds)
-
-
-@dataclass(frozen=True)
-class NextKey:
-    """One property that may come next: its name (None: any but those taken), its value's rule, what may follow."""
-
-    name: str | None
-    taken: frozenset[str]
-    value: str
-    rests: tuple[Members, ...]
-
-
-class Readings:
-    """Refuses a schema of which llama.cpp would follow too many readings of a text at once.
-
-    llama.cpp keeps one stack for each reading and works on all of them for each character. Where two alternatives begin
-    alike and hold alternatives that begin alike, readings multiply with every level; where such a schema refers to
-    itself they do so without end. A set of values that are read at once is followed inward, property by property and
-    element by element, to the sets that are read at once there.
-    """
-
-    MAX_READINGS = 64  # with 64 a step looks for an allowed token among 49,000 in 0.05 s
-    MAX_NAMES = 1000  # property names that could come next, of all readings together: 0.1 s
-    OPEN_AT_ONCE: ClassVar = {OldStringShape: 1, OldNumberShape: 4}  # an integer's bounds are some 40 alternatives, but soon over
-
-    def __init__(self, grammar: SchemaGrammar) -> None:
-        self.grammar, self.spend = grammar, grammar.reader.spend
-
-    def check(self, root: str) -> None:
-        """Raises InvalidRequest when there is no bound, or looking for it takes too long."""
-        todo: list[tuple[str, ...]] = [(root,)]
-        seen = set(todo)
-        while todo:
-            for values in self._within(todo.pop()):
-                self.spend(len(values))
-                if len(values) > self.MAX_READINGS:
-                    raise self._refuse()
-                found = tuple(sorted(values))
-                if found not in seen:
-                    seen.add(found)
-                    todo.append(found)
-
-    def _refuse(self) -> InvalidRequest:
-        return self.grammar.refuse(
-            f"anyOf, oneOf or type: over {self.MAX_READINGS} alternatives that begin alike would have to be followed at once; "
-            "give each a first property that is a constant of its own")
-
-    def _within(self, values: tuple[str, ...]) -> Iterator[list[str]]:
-        """The values inside these that are read at once."""
-        shapes = [self.grammar.choices[value] for value in values]
-        arrays = [shape for choice in shapes for shape in choice if isinstance(shape, ArrayShape)]
-        texts = sum(self.OPEN_AT_ONCE.get(type(shape), 0) for choice in shapes for shape in choice)
-        if max(len(arrays), texts) > self.MAX_READINGS:
-            raise self._refuse()
-        yield from self._elements(arrays)
-        objects = [objects_among(choice) for choice in shapes]
-        yield from self._properties(tuple(states for states in objects if states))
-
-    def _elements(self, arrays: list[ArrayShape]) -> Iterator[list[str]]:
-        for index in range(max((len(shape.first) for shape in arrays), default=-1) + 1):
-            nodes = [shape.at(index) for shape in arrays]
-            self.spend(len(nodes))
-            yield [self._value(node) for node in nodes if node in self.grammar.possible and node is not None]
-
-    def _value(self, node: Node) -> str:
-        return self.grammar.value(self.grammar.choice(node))
-
-    def _properties(self, objects: tuple[tuple[Members, ...], ...]) -> Iterator[list[str]]:
-        if len(objects) == 1 and len(objects[0]) == 1:  # one object: its properties, each read alone
-            here: Members | None = objects[0][0]
-            while here is not None:
-                yield [step.value for step in self.grammar.step_of(here)]
-                here = here.rest
-            return
-        todo, seen = [objects], {objects}
-        while todo:
-            for steps in self._alike(todo.pop()):
-                yield [step.value for step in steps]
-                rests = tuple(sorted((step.rests for step in steps), key=lambda states: [m.number for m in states]))
-                if len(rests) > self.MAX_READINGS:
-                    raise self._refuse()
-                if rests not in seen:
-                    seen.add(rests)
-                    todo.append(rests)
-
-    def _alike(self, objects: tuple[tuple[Members, ...], ...]) -> Iterator[list[NextKey]]:
-        """The steps that one name and the same value may take together, for each name and one that nobody names."""
-        steps = [step for states in objects for step in self.grammar.steps(states)]
-        if len(steps) > self.MAX_NAMES:
-            raise self._refuse()
-        for name in dict.fromkeys(step.name for step in steps):
-            self.spend(len(steps))
-            named = [step for step in steps if step.name == name or (step.name is None and name not in step.taken)]
-            yield from self._told_apart(named) if len(named) > 1 else [named]
-
-    def _told_apart(self, steps: list[NextKey]) -> Iterator[list[NextKey]]:
-        """Steps by value: those for one constant, or for one kind of value that is no constant, go on together."""
-        constants: dict[str, set[int]] = {}
-        kinds: dict[str, set[int]] = {}
-        for index, step in enumerate(steps):
-            shapes = self.grammar.choices[step.value]
-            self.spend(len(shapes))
-            for shape in shapes:
-                if isinstance(shape, Constant):
-                    constants.setdefault(shape.text, set()).add(index)
-                else:
-                    kinds.setdefault(opening_of(shape), set()).add(index)
-        alike = [found | kinds.get(opening_of(Constant(text)), set()) for text, found in constants.items()]
-        for together in (*kinds.values(), *alike):
-            self.spend(len(together))
-            yield [steps[index] for index in together]
-
-
-def objects_among(shapes: Iterable[Shape]) -> tuple[Members, ...]:
-    """The objects among shapes, in an order that does not depend on where they came from."""
-    return tuple(sorted((shape for shape in shapes if isinstance(shape, Members)), key=lambda members: members.number))
+# ── 10. Grammars ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# A schema's documents as symbols that open as a text reaches them, and calls of functions.
 
 
 @dataclass(frozen=True)
@@ -6541,10 +6459,430 @@ class Json(Symbol):
         return ((read_json(self.text, self.param),),)
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(maxsize=64)
 def read_json(text: str, param: str) -> Symbol:
-    """The root of a JSON schema's documents. Raises InvalidRequest naming the keyword at fault."""
-    return read_gbnf(SchemaGrammar(param).compile(json.loads(text)))
+    """The documents of a schema. Raises InvalidRequest naming the keyword at fault."""
+    documents = Documents(SchemaShapes(param, json.loads(text)))
+    try:
+        return documents.root()
+    except RecursionError:
+        raise documents.shapes.refuse("the schema is nested too deep") from None
+
+
+Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
+Part = TypeVar("Part", "Members", "Elements")
+
+
+class Documents:
+    """What fits a schema, as symbols; those that nothing can fit are left out, so that no text ends in nothing."""
+
+    MAX_KEPT = 10_000  # objects' and arrays' options, as far as texts have reached them
+    MAX_PLACES = 20_000  # of an array with contains
+
+    def __init__(self, shapes: SchemaShapes) -> None:
+        self.shapes = shapes
+        self.possible: set[Node] = set()
+        self._leaves: dict[StringShape | NumberShape, Symbol | None] = {}
+        self._values: dict[Node, list[Symbols]] = {}
+        self._live: dict[ArrayShape, set[Position]] = {}
+        self._kept: dict[Symbol, list[Symbols]] = {}
+
+    def root(self) -> Symbol:
+        reader = self.shapes
+        root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
+        self.possible = self._possible(root)
+        if root not in self.possible:
+            raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
+        return Value(self, root)
+
+    def leaf(self, shape: StringShape | NumberShape) -> Symbol | None:
+        """A string or number; None if there is none of its shape."""
+        if shape not in self._leaves:
+            make: Callable[..., Symbol | None] = string_symbol if isinstance(shape, StringShape) else number_symbol
+            self._leaves[shape] = self.shapes.honoured(make, shape)
+        return self._leaves[shape]
+
+    # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
+
+    def _possible(self, root: Node) -> set[Node]:
+        nodes, found = {root: None}, set[Node]()
+        for node in (todo := [root]):
+            fresh = [inner for inner in self._inside(self.shapes.choice(node)) if inner not in nodes]
+            nodes |= dict.fromkeys(fresh)
+            todo += dict.fromkeys(fresh)
+        before = -1
+        while before < len(found):  # a list that must hold lists is never finished
+            before = len(found)
+            for node in reversed(nodes):
+                if node not in found and any(self._is_possible(shape, found) for shape in self.shapes.choice(node)):
+                    found.add(node)
+        return found
+
+    def _inside(self, choice: Shapes) -> Iterator[Node]:
+        for shape in choice:
+            if isinstance(shape, ObjectShape):
+                self.shapes.spend(len(shape.named) // 4)
+                yield from (prop.node for prop in shape.named)
+                yield from (node for _, node in shape.unnamed)
+            elif isinstance(shape, ArrayShape):
+                for index in range(len(shape.first) + 1):
+                    yield from (node for node, _ in self._elements(shape, index, (0,) * len(shape.contains)))
+            elif not isinstance(shape, Constant):
+                self.leaf(shape)  # may be refused
+
+    def _is_possible(self, shape: Shape, possible: set[Node]) -> bool:
+        self.shapes.spend()
+        if isinstance(shape, Constant):
+            return True
+        if isinstance(shape, ArrayShape):
+            if shape.contains:
+                return (0, (0,) * len(shape.contains)) in self._alive(shape, possible)
+            return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
+        if not isinstance(shape, ObjectShape):
+            return self.leaf(shape) is not None
+        if not all(prop.node in possible for prop in shape.named if prop.required):
+            return False
+        most = math.inf if self._has_unnamed(shape, possible) else sum(prop.node in possible for prop in shape.named)
+        return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
+
+    def _has_unnamed(self, shape: ObjectShape, possible: set[Node]) -> bool:
+        return any(node in possible and self.leaf(names) is not None for names, node in shape.unnamed)
+
+    # Symbols
+
+    def value(self, node: Node) -> list[Symbols]:
+        """What a value may be, by its kinds."""
+        if node not in self._values:
+            shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
+            constants: dict[bytes, Symbols] = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)}
+            found: list[Symbols] = [any_text(constants)] if constants else []
+            found += [self._of_shape(shape) for shape in shapes if not isinstance(shape, Constant)]
+            self._values[node] = found
+        return self._values[node]
+
+    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> Symbols:
+        if isinstance(shape, ObjectShape):
+            return (Word(b"{"), Members(self, shape))
+        if isinstance(shape, ArrayShape):
+            return (Word(b"["), Elements(self, shape, 0, (0,) * len(shape.contains)))
+        leaf = self.leaf(shape)
+        assert leaf is not None, "it is possible"
+        return (leaf,)
+
+    def kept(self, symbol: Part, opened: Callable[[Part], list[Symbols]]) -> list[Symbols]:
+        """What a symbol opens into; equal ones into the same."""
+        if symbol not in self._kept:
+            if len(self._kept) > self.MAX_KEPT:
+                self._kept.clear()
+            self._kept[symbol] = opened(symbol)
+        return self._kept[symbol]
+
+    # Objects
+
+    def members(self, here: Members) -> list[Symbols]:
+        """What may follow in an object: a named property, the end, an unnamed property."""
+        shape, comma = here.shape, "" if here.first else ", "
+        texts: dict[bytes, Symbols] = {}
+        found: list[Symbols] = []
+        for index in range(here.at, len(shape.named)):
+            prop, after = shape.named[index], replace(here, at=index + 1, count=self._counted(shape, here.count), first=False)
+            if prop.node in self.possible and self._can_end(after):
+                key = f"{comma}{json.dumps(prop.name, ensure_ascii=False)}: "
+                texts[key.encode()] = (Value(self, prop.node), after)
+            if prop.required:
+                break
+        else:
+            if here.count >= shape.low:
+                texts[b"}"] = ()
+            found += self._unnamed(replace(here, at=len(shape.named)), comma)
+        return [any_text(texts), *found] if texts else found
+
+    @staticmethod
+    def _counted(shape: ObjectShape, count: int) -> int:
+        """One more property, counted as far as it matters."""
+        return count + 1 if shape.high is not None or count < shape.low else count
+
+    def _can_end(self, here: Members) -> bool:
+        """True if what is still required, and how many properties there must be, can come within the most there may be."""
+        shape, rest = here.shape, here.shape.named[here.at :]
+        if shape.high is not None and here.count + sum(prop.required for prop in rest) > shape.high:
+            return False
+        lacking = shape.low - here.count
+        return (lacking <= 0 or sum(prop.node in self.possible for prop in rest) >= lacking
+                or self._has_unnamed(shape, self.possible))  # fmt: skip
+
+    def _unnamed(self, here: Members, comma: str) -> Iterator[Symbols]:
+        """Unnamed properties; where properties are counted, their names are told apart."""
+        shape = here.shape
+        if shape.high is not None and here.count >= shape.high:
+            return
+        counted = shape.low > 0 or shape.high is not None
+        after = replace(here, count=self._counted(shape, here.count), first=False)
+        for names, node in shape.unnamed:
+            key = self.leaf(replace(names, excluded=names.excluded | here.taken) if counted else names)
+            if key is None or node not in self.possible:
+                continue
+            begin = (word(comma),) if comma else ()
+            if counted:
+                yield (*begin, recorded(key, Named(after, node)))
+            else:
+                yield (*begin, key, Word(b": "), Value(self, node), after)
+
+    # Arrays
+
+    def elements(self, here: Elements) -> list[Symbols]:
+        """What may follow in an array: the end, or one more element."""
+        shape = here.shape
+        found: list[Symbols] = []
+        if self._is_whole(shape, here.index, here.counts):
+            found.append((Word(b"]"),))
+        live = self._alive(shape, self.possible) if shape.contains else None
+        for node, counts in self._elements(shape, here.index, here.counts):
+            after = replace(here, index=self._next(shape, here.index), counts=counts)
+            if node in self.possible and (live is None or (after.index, counts) in live):
+                comma = (Word(b", "),) if here.index or here.seen else ()
+                found += self._element(node, after, comma)
+        return found
+
+    def _element(self, node: Node, after: Elements, comma: Symbols) -> Iterator[Symbols]:
+        if not after.shape.unique:
+            yield (*comma, Value(self, node), after)
+            return
+        options = self._unlike(node, after.seen)
+        if options:
+            yield (*comma, recorded(AnyOf(tuple(options)), Different(after)))
+
+    def _unlike(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
+        """What a value may be that is none of those seen; numbers, objects and arrays are told apart at their ends."""
+        shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
+        texts = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)
+                 and comparable(json.loads(shape.text)) not in seen}  # fmt: skip
+        found: list[Symbol] = [InOrder(any_text(texts))] if texts else []
+        names = frozenset(value for value in seen if isinstance(value, str))
+        for shape in shapes:
+            if isinstance(shape, StringShape):
+                leaf = self.leaf(replace(shape, excluded=shape.excluded | names))
+                found += [leaf] if leaf else []
+            elif not isinstance(shape, Constant):
+                found.append(InOrder(self._of_shape(shape)))
+        return found
+
+    @staticmethod
+    def _next(shape: ArrayShape, index: int) -> int:
+        """The index of the next element, as far as it matters."""
+        return index + 1 if shape.high is not None or index < max(len(shape.first), shape.low, 1) else index
+
+    def _elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
+        """What an element may be, and how many then have fitted each schema of contains."""
+        node = shape.at(index)
+        for counted in itertools.product((True, False), repeat=len(shape.contains)) if node is not None else ():
+            inside, after = list(node or ()), []
+            for fits, count, (number, least, most) in zip(counted, counts, shape.contains, strict=True):
+                if fits and (count == most or (most is None and count >= least)):
+                    break  # one more may not be, or need not be told apart
+                inside += [number] if fits else [] if most is None else [self.shapes.number({"not": number})]
+                after.append(count + fits)
+            else:
+                yield self.shapes.node(inside), tuple(after)
+
+    def _alive(self, shape: ArrayShape, possible: set[Node]) -> set[Position]:
+        """The places of an array, elements read and counts of contains, from which it can be finished."""
+        if shape in self._live:
+            return self._live[shape]
+        last = shape.high if shape.high is not None else max(len(shape.first), shape.low, 1)
+        spans = [range(low if most is None else most, -1, -1) for _, low, most in shape.contains]
+        if (last + 1) * math.prod(map(len, spans)) > self.MAX_PLACES:
+            raise self.shapes.refuse(f"contains beside minItems or maxItems is supported up to {self.MAX_PLACES} cases")
+        found: set[Position] = set()
+        for index in range(last, -1, -1):
+            for counts in itertools.product(*spans):
+                behind = [more for node, more in self._elements(shape, index, counts) if node in possible]
+                if self._is_whole(shape, index, counts) or any((self._next(shape, index), more) in found for more in behind):
+                    found.add((index, counts))
+        if possible is self.possible:
+            self._live[shape] = found
+        return found
+
+    @staticmethod
+    def _is_whole(shape: ArrayShape, index: int, counts: tuple[int, ...]) -> bool:
+        """True if an array may end here."""
+        return index >= shape.low and all(count >= low for count, (_, low, _) in zip(counts, shape.contains, strict=True))
+
+
+@dataclass(frozen=True)
+class Value(Symbol):
+    """A value that fits some schemas."""
+
+    documents: Documents
+    node: Node
+
+    def opened(self) -> Iterable[Symbols]:
+        return self.documents.value(self.node)
+
+
+@dataclass(frozen=True)
+class Members(Symbol):
+    """What an object holds from here on: its named properties from `at`, `count` of them so far as far as that matters.
+
+    `taken` are the names of unnamed properties, where they are counted.
+    """
+
+    documents: Documents
+    shape: ObjectShape
+    at: int = 0
+    count: int = 0
+    first: bool = True
+    taken: frozenset[str] = frozenset()
+
+    def opened(self) -> Iterable[Symbols]:
+        return self.documents.kept(self, self.documents.members)
+
+
+@dataclass(frozen=True)
+class Elements(Symbol):
+    """What an array holds from here on, behind `index` elements, of which so many fit what it must contain.
+
+    `seen` are the elements so far, where no two may be the same.
+    """
+
+    documents: Documents
+    shape: ArrayShape
+    index: int
+    counts: tuple[int, ...]
+    seen: frozenset[Any] = frozenset()
+
+    def opened(self) -> Iterable[Symbols]:
+        return self.documents.kept(self, self.documents.elements)
+
+
+@dataclass(frozen=True)
+class Named:
+    """Behind the name of an unnamed property: its value, and an object where that name is taken."""
+
+    after: Members
+    node: Node
+
+    def follow(self, text: bytes) -> Symbols:
+        taken = self.after.taken | {json.loads(text)}
+        return (Word(b": "), Value(self.after.documents, self.node), replace(self.after, taken=taken))
+
+
+@dataclass(frozen=True)
+class Different:
+    """Behind an element of an array that holds nothing twice: the rest of it, unless the element is one of those seen."""
+
+    after: Elements
+
+    def follow(self, text: bytes) -> Symbols | None:
+        value = comparable(json.loads(text))
+        return None if value in self.after.seen else (replace(self.after, seen=self.after.seen | {value}),)
+
+
+@dataclass(frozen=True)
+class Recorded(Symbol):
+    """A part whose text so far is kept, for what follows depends on it."""
+
+    here: State
+    then: Named | Different
+    text: bytes = b""
+    ends: bool = False
+
+    MAX_LOOK: ClassVar = 40  # states that are tried to see whether a text can still become another than those seen
+
+    @property
+    def firsts(self) -> int:
+        bits = self.here.bits
+        if isinstance(self.then, Different) and self.then.after.seen:
+            few = bits if bits.bit_count() <= 16 else bits & 1 << ord('"')  # where much may come, only the end takes choice away
+            return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(byte))
+        return bits
+
+    def _can_differ(self, byte: int) -> bool:
+        """False if a byte leaves only texts that may not be."""
+        todo = [(self.here.step(byte), self.text + bytes([byte]))]
+        for _ in range(self.MAX_LOOK):
+            if not todo:
+                return False
+            here, text = todo.pop()
+            if here is None:
+                continue
+            if here.bits.bit_count() > 16 or (here.ends and self.then.follow(text) is not None):
+                return True
+            todo += [(here.step(one), text + bytes([one])) for one in bytes_of(here.bits)]
+        return True
+
+    def step(self, byte: int) -> Symbols | None:
+        here, text = self.here.step(byte), self.text + bytes([byte])
+        if here is None or not self.firsts >> byte & 1:
+            return None
+        follows = self.then.follow(text) if here.ends else None
+        return (Recorded(here, self.then, text, follows is not None),) if here.bits else follows
+
+    def left(self) -> Symbols:
+        return self.then.follow(self.text) or ()
+
+
+def bytes_of(bits: int) -> Iterator[int]:
+    """The bytes of a set."""
+    while bits:
+        yield (bits & -bits).bit_length() - 1
+        bits &= bits - 1
+
+
+class Within(Automaton):
+    """The states of a part of a grammar; whoever follows the whole counts the work."""
+
+    MAX_WORK = 10**12
+
+
+def recorded(symbol: Symbol, then: Named | Different) -> Symbol:
+    """A symbol whose text is kept; it is never empty."""
+    return Recorded(Within(symbol).start, then)
+
+
+class TextTable:
+    """TextTable of which one must come, in the order of their bytes, and what follows each."""
+
+    def __init__(self, texts: Mapping[bytes, Symbols]) -> None:
+        self.texts = sorted(texts)
+        self.after = [texts[text] for text in self.texts]
+
+    def between(self, low: int, high: int, at: int) -> Symbols:
+        """The rest of those from low to high, which are alike up to `at`."""
+        if high - low == 1:
+            rest = self.texts[low][at:]
+            return (Word(rest), *self.after[low]) if rest else self.after[low]
+        return (OneText(self, low, high, at, len(self.texts[low]) == at),)
+
+
+@dataclass(frozen=True)
+class OneText(Symbol):
+    """One of several texts: those between `low` and `high` begin with the `at` bytes that stand there already."""
+
+    texts: TextTable
+    low: int
+    high: int
+    at: int
+    ends: bool = False
+
+    @property
+    def firsts(self) -> int:
+        longer = self.texts.texts[self.low + self.ends : self.high]
+        return functools.reduce(operator.or_, {1 << text[self.at] for text in longer})
+
+    def step(self, byte: int) -> Symbols | None:
+        texts, low = self.texts.texts, self.low + self.ends
+        first = bisect.bisect_left(texts, byte, low, self.high, key=lambda text: text[self.at])
+        last = bisect.bisect_right(texts, byte, low, self.high, key=lambda text: text[self.at])
+        return self.texts.between(first, last, self.at + 1) if first < last else None
+
+    def left(self) -> Symbols:
+        return self.texts.after[self.low]
+
+
+def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
+    """One of some texts, and what follows it."""
+    return TextTable(texts).between(0, len(texts), 0)
 
 
 class CallsGrammar:
