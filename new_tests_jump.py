@@ -374,7 +374,7 @@ def test_grammar_that_is_too_much_to_follow_ends_its_own_text(grammar: str, said
         assert next(other)["choices"][0]["text"]
 
 
-def test_grammar_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_grammar_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Callable[..., Server], tmp_path: Path) -> None:  # noqa: F811
     slow = altered(tmp_path, ("PATIENCE, TRIES = 0.01, 500", "PATIENCE, TRIES = 0.0, 10**9"))
     ask = {"grammar": 'root ::= ([a-z]{2,5} " "){8}', "seed": 2, "top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1.5}
     texts = [serve("--models-dir", REPO / "models", "--model", TINY, script=script).chat("hi", TINY, **ask).message["content"]
@@ -382,7 +382,7 @@ def test_grammar_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Ca
     assert texts[0] == texts[1] and len(texts[0].split()) == 8
 
 
-def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: Callable[..., Server], tmp_path: Path) -> None:
+def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: Callable[..., Server], tmp_path: Path) -> None:  # noqa: F811
     script = altered(tmp_path, ("PATIENCE, TRIES = 0.01, 500", "PATIENCE, TRIES = 0.0, 3"))
     hasty = serve("--models-dir", REPO / "models", "--model", TINY, script=script)
     assert_error(hasty.chat("hi", TINY, grammar=MANY), 400, "invalid_request", "intricate")
