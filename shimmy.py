@@ -10215,7 +10215,10 @@ def engine_main() -> None:
     os.dup2(2, 1)  # what native code prints must not run into the messages
     pipe, ready = Pipe(reader, writer), queue.SimpleQueue[Intake]()
     sys.setswitchinterval(0.0005)  # a thread that reads a grammar must not hold up the step loop: usual are 5 ms, at each call
-    load, pulses = pipe.receive(), [Pulse()]
+    try:
+        load, pulses = pipe.receive(), [Pulse()]
+    except EOFError:  # it was unloaded before it began
+        os._exit(0)
     start_or_die(lambda: _receive(pipe, ready))
     start_or_die(lambda: _beat(pipe, pulses))
 
@@ -10863,7 +10866,7 @@ class Residents:
         if self.closed:
             raise Overloaded("The server is shutting down")
         if entry.state == "loaded":
-            entry.last_used = time.time()
+            entry.idle_since, entry.last_used = time.monotonic(), time.time()
             return entry.worker
         if not entry.in_memory and self._make_room(entry, deadline):
             self._begin_load(entry)
@@ -10908,7 +10911,7 @@ class Residents:
         if not any(e.state == "unloading" and not e.leases for e in held):
             idle = [e for e in held if e.idle]
             if idle:
-                self._begin_unload(min(idle, key=lambda e: e.last_used or 0.0))
+                self._begin_unload(min(idle, key=lambda e: e.idle_since))
             elif len(held) < self._options.max_loaded:
                 return True  # nothing more to free: the load itself tells whether the memory is enough
             elif time.monotonic() > deadline:
