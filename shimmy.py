@@ -5890,6 +5890,13 @@ def string_shape(schemas: list[dict[str, Any]]) -> StringShape:
         frozenset(listed("excluded")))  # fmt: skip
 
 
+def numbers_but(shape: NumberShape, values: Iterable[int | float]) -> Iterator[NumberShape]:
+    """A shape without some values: what lies before, between and behind them."""
+    edges = [(value, True) for value in sorted(values)]
+    for low, high in itertools.pairwise([None, *edges, None]):
+        yield both_numbers(shape, NumberShape(low=low, high=high))
+
+
 def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
     """What several schemas demand of a number, but for values that they exclude."""
     lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
@@ -5919,6 +5926,7 @@ class SchemaAlgebra(SchemaReader):
         super().__init__(name, root)
         self._branches: dict[tuple[int, bool], list[Branch]] = {}
         self._opposites: dict[int, int] = {}
+        self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
         self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
 
     def branches(self, number: int, loose: bool) -> list[Branch]:
@@ -6052,6 +6060,7 @@ class SchemaAlgebra(SchemaReader):
         elif key in ("enum", "excluded"):
             yield {"excluded" if key == "enum" else "enum": value}
         elif key == "not":
+            self.doubly_negated = True
             yield {"allOf": [value]}
         elif key == "$ref":
             yield {"not": self.target(value)}
@@ -6100,6 +6109,8 @@ class SchemaAlgebra(SchemaReader):
 
     def _evaluated(self, branch: Branch, key: str, number: int) -> Branch:
         """A branch in which what none of its schemas speaks of must fit a schema."""
+        if self.doubly_negated:
+            raise self.refuse(f"keyword {key} is not supported beside not within not")
         schemas = [schema for schema in (self.schemas[one] for one in branch) if "soft" not in schema]
         found: dict[str, Any] = {}
         if key == "unevaluatedProperties" and not any("additionalProperties" in schema for schema in schemas):
@@ -6261,12 +6272,7 @@ class SchemaShapes(SchemaAlgebra):
         shape = number_shape(schemas, bits & 24 == 8)
         if bits & 24 == self.FRACTION:
             shape = replace(shape, not_multiples=(*shape.not_multiples, 1))
-        values = sorted({value for value in excluded if type_bit(value) & 24})
-        for low, high in itertools.pairwise([None, *values, None]):
-            lows = [bound for bound in (shape.low, None if low is None else (low, True)) if bound is not None]
-            highs = [(bound[0], not bound[1]) for bound in (shape.high, None if high is None else (high, True)) if bound]
-            most = min(highs, default=None)
-            yield replace(shape, low=max(lows, default=None), high=most and (most[0], not most[1]))
+        yield from numbers_but(shape, {value for value in excluded if type_bit(value) & 24})
 
     def _size(self, kind: str, excluded: list[Any]) -> int:
         """How many elements an array or object has at least, because the empty one is excluded."""
@@ -6289,12 +6295,12 @@ class SchemaShapes(SchemaAlgebra):
         first = [self.node(self.element(schemas, index)) for index in range(longest)]
         said = [schema["items"] for schema in schemas if "items" in schema]
         rest: Node | None = self.node(said) if said else () if loose or not first else None
-        if first and not loose and not any("minItems" in schema for schema in schemas):
-            low = longest if high is None else min(longest, high)  # a tuple is written whole
         stops = [index for index, node in enumerate(first) if node == (self.never,)]
         if stops or rest is None or rest == (self.never,):
             high = min([*stops[:1], longest, *([] if high is None else [high])])
             rest = None
+        if first and not loose and not any("minItems" in schema for schema in schemas):
+            low = longest if high is None else min(longest, high)  # a tuple is written whole
         contains = tuple(dict.fromkeys((s["contains"], s.get("minContains", 1), s.get("maxContains"))
                                        for s in schemas if "contains" in s))  # fmt: skip
         if high is None or low <= high:
@@ -6491,6 +6497,7 @@ class Documents:
         reader = self.shapes
         root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
         self.possible = self._possible(root)
+        reader.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
         return Value(self, root)
@@ -6653,16 +6660,20 @@ class Documents:
             yield (*comma, recorded(AnyOf(tuple(options)), Different(after)))
 
     def _unlike(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
-        """What a value may be that is none of those seen; numbers, objects and arrays are told apart at their ends."""
+        """What a value may be that is none of those seen; objects and arrays are told apart at their ends."""
         shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
         texts = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)
                  and comparable(json.loads(shape.text)) not in seen}  # fmt: skip
         found: list[Symbol] = [InOrder(any_text(texts))] if texts else []
         names = frozenset(value for value in seen if isinstance(value, str))
+        numbers = [value for value in seen if isinstance(value, (int, float))]
         for shape in shapes:
             if isinstance(shape, StringShape):
                 leaf = self.leaf(replace(shape, excluded=shape.excluded | names))
                 found += [leaf] if leaf else []
+            elif isinstance(shape, NumberShape):
+                few = shape.low or shape.high or shape.multiples  # else one more digit makes another of any, but for 0e1
+                found += filter(None, map(self.leaf, numbers_but(shape, [one for one in numbers if few or not one])))
             elif not isinstance(shape, Constant):
                 found.append(InOrder(self._of_shape(shape)))
         return found
@@ -6789,17 +6800,17 @@ class Recorded(Symbol):
 
     MAX_LOOK: ClassVar = 40  # states that are tried to see whether a text can still become another than those seen
 
-    @property
+    @functools.cached_property
     def firsts(self) -> int:
         bits = self.here.bits
-        if isinstance(self.then, Different) and self.then.after.seen:
+        if isinstance(self.then, Different) and any(isinstance(one, (tuple, frozenset)) for one in self.then.after.seen):
             few = bits if bits.bit_count() <= 16 else bits & 1 << ord('"')  # where much may come, only the end takes choice away
             return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(byte))
         return bits
 
     def _can_differ(self, byte: int) -> bool:
         """False if a byte leaves only texts that may not be."""
-        todo = [(self.here.step(byte), self.text + bytes([byte]))]
+        todo, ended = [(self.here.step(byte), self.text + bytes([byte]))], False
         for _ in range(self.MAX_LOOK):
             if not todo:
                 return False
@@ -6808,8 +6819,9 @@ class Recorded(Symbol):
                 continue
             if here.bits.bit_count() > 16 or (here.ends and self.then.follow(text) is not None):
                 return True
-            todo += [(here.step(one), text + bytes([one])) for one in bytes_of(here.bits)]
-        return True
+            ended = ended or here.ends
+            todo += [(here.step(one), text + bytes([one])) for one in bytes_of(here.bits)]  # of a number, the end is tried first
+        return not ended
 
     def step(self, byte: int) -> Symbols | None:
         here, text = self.here.step(byte), self.text + bytes([byte])
