@@ -5,9 +5,9 @@ To be moved into test_shimmy.py: each `# topic:` names the section.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
-import http.client
 import itertools
 import json
 import os
@@ -16,6 +16,10 @@ import resource
 import signal
 import socket
 import statistics
+import subprocess
+import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,12 +29,38 @@ from typing import Any
 
 import pytest
 from websockets.exceptions import ConnectionClosed
-from websockets.sync.client import ClientConnection
 
 from test_shimmy import (
-    HANG, HURRY, LONG_CTX, SHIMMY, TEXTS, Reply, Server, alive, altered, assert_error, assert_healthy, assert_holds_as_before,
-    cases, descendants, encoded, eventually, head_of, held, linux, models, raw_post, read_reply, serve, server, shared, streamed_and_plain, tool_root,
+    HANG,
+    HURRY,
+    LONG_CTX,
+    REPO,
+    SHIMMY,
+    TEXTS,
+    Reply,
+    Server,
+    alive,
+    altered,
+    assert_healthy,
+    assert_holds_as_before,
+    cases,
+    descendants,
+    encoded,
+    eventually,
+    held,
+    linux,
+    models,
+    raw_post,
+    read_reply,
+    serve,
+    server,
+    shared,
+    streamed_and_plain,
+    tool_root,
+    wrapper,
+    write_dice,
     write_recital,
+    ws_answer,
 )  # fmt: skip
 
 __all__ = ["models", "serve", "server", "tool_root"]  # fixtures
@@ -111,7 +141,7 @@ HOLD = (
 def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server that runs one request at a time; a load waits while the file `hold` is there."""
     folder = tmp_path_factory.mktemp("single")
-    flags = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
+    flags: list[str | Path] = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
     with shared(folder / "home", *flags, script=altered(folder, HOLD)) as running:
         running.load("recital")
         yield running
@@ -171,14 +201,6 @@ def test_clients_that_leave_while_the_model_loads_are_waited_for_no_more(single:
         nobody_left(single)
         assert single.status("recital")["status"] == "loading"
     assert single.generate().text == TEXTS[":"]
-
-
-@pytest.fixture
-def talking(single: Server) -> Iterator[ClientConnection]:
-    """A WebSocket on which an endless request was sent."""
-    with single.ws() as ws:
-        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
-        yield ws
 
 
 def test_websocket_that_closes_while_it_waits_frees_its_place(single: Server) -> None:
@@ -251,7 +273,7 @@ def test_300_clients_at_once_are_all_answered(server: Server) -> None:
 def test_connection_serves_thousands_of_requests(server: Server) -> None:
     server.generate()
     before = held(server)
-    requests = [("GET", "/api/models/recital/status", None), ("GET", "/health", None)] * 10
+    requests: list[tuple[str, str, bytes | None]] = [("GET", "/api/models/recital/status", None), ("GET", "/health", None)] * 10
     requests += [("POST", t.path, encoded(t.body("hi", stream=False))) for t in TONGUES.values()]
     with contextlib.closing(server.connect()) as connection:
         for method, path, body in requests * 75:
@@ -276,13 +298,20 @@ def test_client_that_half_closes_gets_its_answer_in_every_tongue(tongue: Tongue,
 # Engines that are killed, stopped, starved or robbed of their file, at every stage.
 
 
+def engines_of(server: Server) -> list[int]:
+    """The engines' process ids, those that load included."""
+    found = []
+    for pid in descendants(server.process.pid):
+        with contextlib.suppress(OSError):
+            if b"engine_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
 def engine_of(server: Server) -> int:
     """The one engine's process id, also while it loads; helpers have no such name in their command line."""
 
-    def found() -> list[int]:
-        return [pid for pid in descendants(server.process.pid) if b"engine_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-
-    return eventually(found, "an engine")[-1]
+    return eventually(lambda: engines_of(server), "an engine")[-1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV], ids=lambda n: n.name)
@@ -419,14 +448,13 @@ def hammer(server: Server, number: int, seconds: float) -> dict[str, int]:
     """Loads, unloads, asks and generates at random; counts the answers. Asserts that each is well-formed."""
     rng, counts, until = random.Random(number), dict[str, int](), time.monotonic() + seconds
     while time.monotonic() < until:
-        model = rng.choice(("recital", "plain", "dice"))
-        what, reply = rng.choice([
-            ("load", lambda: server.load(model)),
-            ("unload", lambda: server.unload(model, rng.choice(("", "?force=true")))),
-            ("status", lambda: server.get(f"/api/models/{model}/status")),
-            ("generate", lambda: server.generate(model=model, max_tokens=rng.choice((1, 50)), stream=rng.random() < 0.5)),
-        ])  # fmt: skip
-        answer: Reply = reply()
+        model, what = rng.choice(("recital", "plain", "dice")), rng.choice(("load", "unload", "status", "generate"))
+        if what == "generate":
+            answer = server.generate(model=model, max_tokens=rng.choice((1, 50)), stream=rng.random() < 0.5)
+        elif what == "status":
+            answer = server.get(f"/api/models/{model}/status")
+        else:
+            answer = server.post(f"/api/models/{model}/{what}{rng.choice(('', '?force=true'))}")
         failed = answer.status != 200 or (answer.headers["Content-Type"].startswith("text/event") and not ends_well(answer.body))
         error = (last_document(answer.body) if answer.status == 200 else answer.json())["error"] if failed else None
         assert not error or error["code"] in ("generation_failed", "overloaded"), (what, error)
@@ -449,8 +477,7 @@ def test_loads_and_unloads_from_all_sides_end_in_a_consistent_state(serve: Calla
     assert not unexpected
     for model in ("recital", "plain", "dice"):
         assert own.unload(model).json()["status"] == "unloaded" and requests_of(own, model) == (0, 0)
-    engines = [p for p in descendants(own.process.pid) if alive(p) and b"engine_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
-    assert not engines and own.generate().text == TEXTS[":"]
+    assert not [pid for pid in engines_of(own) if alive(pid)] and own.generate().text == TEXTS[":"]
     assert_healthy(own)
 
 
@@ -594,13 +621,25 @@ def test_machine_that_sleeps_while_a_template_is_rendered_loses_no_request(
     with ThreadPoolExecutor() as pool:
         reply = pool.submit(own.chat)
         time.sleep(0.2)
-        (own.home / "hold").unlink()
         with suspended(own, 4.0):
+            (own.home / "hold").unlink()
             assert reply.result().message["content"] == TEXTS[":"]
 
 
+def test_clock_that_runs_backwards_changes_nothing_but_dates(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    script = wrapper(tmp_path, "import time", "real = time.time", "began = real()", "time.time = lambda: 2 * began - real()")
+    own = serve("--models-dir", models, "--max-loaded", "2", script=script)
+    for model in ("plain", "recital", "plain", "dice"):
+        assert own.generate(model=model, max_tokens=2).status == 200
+    assert own.get("/health").json()["uptime_seconds"] > 0
+    assert [own.status(model)["loaded"] for model in ("plain", "recital", "dice")] == [True, False, True]
+
+
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
-    "_bytecode_prefix", "worker_for", "release", "Service", "OpenAI", "Responses", "_document", "answer_ps",
+    "_bytecode_prefix", "Residents.worker_for", "Residents.release", "Service.__init__", "OpenAI.__init__",
+    "Responses.read", "Ollama._document", "answer_ps",
 }  # fmt: skip
 
 
@@ -608,11 +647,222 @@ def test_wall_clock_is_asked_only_for_dates() -> None:
     """A clock that jumps ends no wait, and keeps none for ever: those ask time.monotonic()."""
     asking: set[str] = set()
 
-    def visit(node: ast.AST, owners: tuple[str, ...]) -> None:
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns") and not DATES & {*owners}:
-            asking.add(".".join(owners))
+    def visit(node: ast.AST, owner: str) -> None:
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns"):
+            asking.add(owner)
         for child in ast.iter_child_nodes(node):
-            visit(child, (*owners, child.name) if isinstance(child, (ast.FunctionDef, ast.ClassDef)) else owners)
+            named = isinstance(child, (ast.FunctionDef, ast.ClassDef))
+            visit(child, f"{owner}.{child.name}".lstrip(".") if named else owner)  # type: ignore[attr-defined]
 
-    visit(ast.parse(SHIMMY.read_text()), ())
-    assert not asking
+    visit(ast.parse(SHIMMY.read_text()), "")
+    assert asking == DATES
+
+
+# topic: Soak
+# `python test_shimmy.py soak` runs mixed traffic for minutes: nothing may grow, no answer may lack its end. Exit 1 if so.
+
+
+def test_soak_of_seconds_finds_nothing() -> None:
+    command = [sys.executable, __file__, "soak", "--minutes", "0.1", "--kill", "3"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "websocket" in done.stdout and "descriptors" in done.stdout
+
+
+class Improper(Exception):
+    """An answer without a proper end, or that is none of its dialect."""
+
+
+SOAK_SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+               "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
+
+
+class Soak:
+    """Mixed traffic on one server. Each kind of traffic is a method that makes one request and says how it ended."""
+
+    KINDS = (*TONGUES, "websocket", "tools", "schema", "embeddings", "leaving", "loading", "asking")
+
+    def __init__(self, server: Server, kill: float) -> None:
+        self.server, self.kill = server, kill
+        self.ends = {kind: dict.fromkeys(("complete", "error", "left", "improper"), 0) for kind in self.KINDS}
+        self.faults: list[str] = []
+        self.kills = 0
+        self._lock = threading.Lock()
+
+    def run(self, seconds: float) -> list[float]:
+        """Runs every kind at once. Returns the seconds that each of the same probes took."""
+        until = time.monotonic() + seconds
+        threads = [threading.Thread(target=self._repeat, args=(kind, until)) for kind in self.KINDS]
+        threads.append(threading.Thread(target=self._kill_engines, args=(until,)))
+        for thread in threads:
+            thread.start()
+        probes = []
+        while time.monotonic() < until:
+            began = time.perf_counter()
+            if self.server.generate("=").status == 200:
+                probes.append(time.perf_counter() - began)
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join()
+        return probes
+
+    def _repeat(self, kind: str, until: float) -> None:
+        rng = random.Random(kind)
+        while time.monotonic() < until:
+            try:
+                end = self._tongue(TONGUES[kind], rng) if kind in TONGUES else getattr(self, f"_{kind}")(rng)
+            except Exception as fault:  # whatever it is, it is no proper end
+                end = "improper"
+                self.faults.append(f"{kind}: {type(fault).__name__}: {fault}"[:300])
+            with self._lock:
+                self.ends[kind][end] += 1
+            time.sleep(rng.random() / 10)
+
+    def _kill_engines(self, until: float) -> None:
+        rng = random.Random(0)
+        while time.monotonic() + self.kill < until:
+            time.sleep(self.kill)
+            if found := engines_of(self.server):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(found), signal.SIGKILL)
+                    self.kills += 1
+
+    @staticmethod
+    def _judged(reply: Reply, stream: bool = False) -> str:
+        """How an answer ended. Raises Improper."""
+        if reply.status in (500, 503):
+            document = reply.json()
+            if not document.get("error"):
+                raise Improper(f"{reply.status} {reply.body[:200]!r}")
+            return "error"
+        if reply.status != 200:
+            raise Improper(f"{reply.status} {reply.body[:200]!r}")
+        if not stream:
+            reply.json()
+            return "complete"
+        if not ends_well(reply.body) and not ends_with_an_error(reply.body):
+            raise Improper(f"ends with {reply.body[-200:]!r}")
+        return "complete" if ends_well(reply.body) else "error"
+
+    def _tongue(self, tongue: Tongue, rng: random.Random) -> str:
+        stream, body = rng.random() < 0.7, tongue.body(rng.choice(("forever", "hi")), pad="x" * rng.choice((0, 10, 3000)))
+        body["stream"] = stream
+        limit = rng.choice((1, 20, 300))
+        for name in tongue.fields:
+            body[name] = {"num_predict": limit} if name == "options" else limit if name != "raw" else True
+        return self._judged(self.server.post(tongue.path, body), stream)
+
+    def _websocket(self, rng: random.Random) -> str:
+        with self.server.ws() as ws:
+            for _ in range(rng.choice((1, 3))):
+                ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": rng.choice((1, 300))}))
+                if cancel := rng.random() < 0.3:
+                    ws.send('{"cancel": true}')
+                end = ws_answer(ws)[1]
+                if "error" in end:
+                    return "error"
+                if not end["done"] or not (end["finish_reason"] == "length" or cancel):
+                    raise Improper(str(end))
+        return "complete"
+
+    def _tools(self, rng: random.Random) -> str:
+        messages = [{"role": "user", "content": f"What is {rng.randrange(100)} plus {rng.randrange(100)}?"}]
+        body = {"model": "shimmy-tiny", "messages": messages, "tools": [{"type": "builtin", "name": "calculator"}],
+                "max_tokens": 60, "stream": (stream := rng.random() < 0.5)}  # fmt: skip
+        return self._judged(self.server.post("/v1/chat/completions", body), stream)
+
+    def _schema(self, rng: random.Random) -> str:
+        form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SOAK_SCHEMA}}
+        fields = {"response_format": form, "max_tokens": 100, "seed": rng.randrange(9)}
+        reply = self.server.chat("Describe a person as JSON.", "shimmy-tiny", **fields)
+        end = self._judged(reply)
+        if end == "complete" and reply.finish_reason == "stop":
+            json.loads(reply.message["content"])
+        return end
+
+    def _embeddings(self, rng: random.Random) -> str:
+        texts = ["word " * rng.randrange(1, 30) for _ in range(rng.randrange(1, 6))]
+        reply = self.server.post("/v1/embeddings", {"model": "recital", "input": texts})
+        end = self._judged(reply)
+        if end == "complete" and len(reply.json()["data"]) != len(texts):
+            raise Improper("vectors are missing")
+        return end
+
+    def _leaving(self, rng: random.Random) -> str:
+        tongue = rng.choice(list(TONGUES.values()))
+        with requested(self.server, tongue, pad="y" * rng.choice((0, 5000)), stream=rng.random() < 0.7) as sock:
+            sock.settimeout(rng.choice((0.001, 0.05, 0.3)))
+            with contextlib.suppress(TimeoutError):
+                sock.recv(1000)
+        return "left"
+
+    def _loading(self, rng: random.Random) -> str:
+        replies = [self.server.load("dice"), self.server.generate("Once", "dice", max_tokens=5),
+                   self.server.unload("dice", rng.choice(("", "?force=true")))]  # fmt: skip
+        return min((self._judged(reply) for reply in replies), key=("error", "complete").index)
+
+    def _asking(self, rng: random.Random) -> str:
+        path = rng.choice(("/health", "/api/models", "/v1/models", "/api/ps", "/api/tags", "/", "/api/models/dice/status"))
+        reply = self.server.get(path)
+        if reply.status != 200 or not reply.body:
+            raise Improper(f"{path} {reply.status}")
+        return "complete"
+
+
+def at_rest(server: Server) -> dict[str, float]:
+    """What the server holds once nothing runs: memory (MB), descriptors, threads."""
+    health = lambda: server.get("/health").json()  # noqa: E731
+    eventually(lambda: health()["requests_running"] == health()["requests_waiting"] == 0, "nothing runs")
+    time.sleep(3.0)  # connections and threads that end
+    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+    descriptors, threads = held(server)
+    return {"memory (MB)": pages * resource.getpagesize() / 1e6, "descriptors": descriptors, "threads": threads}
+
+
+SOAK_ROOM = {"memory (MB)": (1.1, 10.0), "descriptors": (1.0, 6.0), "threads": (1.0, 6.0)}  # may grow by this factor, and so much
+
+
+def soak(arguments: list[str]) -> int:
+    """Runs the traffic, prints how it ended, and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="test_shimmy.py soak", description="Mixed traffic; exit 1 when something breaks.")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--kill", type=float, default=60.0, help="seconds between engines that are killed")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        write_recital(Path(folder) / "models" / "recital.gguf")
+        write_dice(Path(folder) / "models" / "dice.gguf")
+        flags: list[str | Path] = ["--models-dir", f"{folder}/models", "--models-dir", REPO / "models", "--ctx", "8192"]
+        server = Server(Path(folder) / "home", "--port", "0", *flags)
+        try:
+            return soaked(Soak(server, options.kill), options.minutes * 60)
+        finally:
+            server.stop()
+
+
+def soaked(traffic: Soak, seconds: float) -> int:
+    traffic.run(min(60.0, seconds / 4))  # warms up: lazy imports, caches, the largest of everything
+    before = at_rest(traffic.server)
+    probes = traffic.run(seconds)
+    after = at_rest(traffic.server)
+    print(f"{'traffic':<18}{'complete':>10}{'error':>8}{'left':>8}{'improper':>10}")
+    for kind, ends in traffic.ends.items():
+        print(f"{kind:<18}{ends['complete']:>10}{ends['error']:>8}{ends['left']:>8}{ends['improper']:>10}")
+    fifth = max(1, len(probes) // 5)
+    first, last = (statistics.median(part) * 1000 for part in (probes[:fifth], probes[-fifth:]))
+    print(f"engines killed: {traffic.kills}; {len(probes)} probes, {first:.0f} ms at first, {last:.0f} ms at last")
+    wrong = list(traffic.faults)
+    if last > 1.5 * first + 20:
+        wrong.append("the last probes took longer than the first")
+    for what, (factor, more) in SOAK_ROOM.items():
+        print(f"{what:<18}{before[what]:>10.1f} -> {after[what]:.1f}")
+        if after[what] > before[what] * factor + more:
+            wrong.append(f"{what} grew")
+    if "Traceback" in traffic.server.log.read_text():
+        wrong.append("the server logged a traceback: " + traffic.server.log.read_text().split("Traceback", 1)[1][-1500:])
+    for fault in wrong[:20]:
+        print("FAULT", fault)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(soak(sys.argv[2:]) if sys.argv[1:2] == ["soak"] else "python new_tests_faults.py soak [--help]")
