@@ -273,10 +273,10 @@ def test_300_clients_at_once_are_all_answered(server: Server) -> None:
 def test_connection_serves_thousands_of_requests(server: Server) -> None:
     server.generate()
     before = held(server)
-    requests: list[tuple[str, str, bytes | None]] = [("GET", "/api/models/recital/status", None), ("GET", "/health", None)] * 10
+    requests: list[tuple[str, str, bytes | None]] = [("GET", "/api/models/recital/status", None), ("GET", "/health", None)] * 50
     requests += [("POST", t.path, encoded(t.body("hi", stream=False))) for t in TONGUES.values()]
     with contextlib.closing(server.connect()) as connection:
-        for method, path, body in requests * 75:
+        for method, path, body in requests * 20:
             connection.request(method, path, body)
             response = connection.getresponse()
             assert response.status == 200 and response.read()
@@ -382,66 +382,80 @@ BABBLE = {
 }
 
 
+@pytest.fixture(scope="module")
+def breakable(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose engine runs the file `break` with its next heartbeat."""
+    folder = tmp_path_factory.mktemp("breakable")
+    beat = "            pipe.send(Alive(tuple((pulse.task, pulse.begun) for pulse in pulses)))\n"
+    lines = ("if os.path.exists('break'):", "    os.rename('break', 'broken')", "    exec(open('broken').read())")
+    breaks = "".join(f"            {line}\n" for line in lines)
+    script = altered(folder, (beat, breaks + beat), *HURRY)
+    running = Server(folder / "home", "--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX), script=script)
+    yield running
+    running.stop()
+
+
 @linux
 @cases("fault", BABBLE)
-def test_engine_whose_pipe_breaks_is_replaced(fault: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    beat = "            pipe.send(Alive(tuple((pulse.task, pulse.begun) for pulse in pulses)))\n"
-    broken = f"            if os.path.exists('break'):\n                os.unlink('break')\n                {fault}\n{beat}"
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, (beat, broken), *HURRY))
-    with own.endless() as stream:
+def test_engine_whose_pipe_breaks_is_replaced(fault: str, breakable: Server) -> None:
+    with breakable.endless() as stream:
         next(stream)
-        engine = engine_of(own)
-        (own.home / "break").touch()
+        engine = engine_of(breakable)
+        (breakable.home / "next").write_text(fault)
+        (breakable.home / "next").rename(breakable.home / "break")
         rest = [event for event in stream if event != "[DONE]"]
     assert rest[-1]["error"]["code"] == "generation_failed"
     eventually(lambda: not alive(engine), "the engine is gone")
-    assert own.generate().text == TEXTS[":"]
+    assert breakable.generate().text == TEXTS[":"]
 
 
-@pytest.fixture
-def lone(serve: Callable[..., Server], tmp_path: Path) -> tuple[Server, Path]:
-    """A server with one model, loaded, and its file."""
-    path = write_recital(tmp_path / "lone" / "recital.gguf")
-    own = serve("--models-dir", path.parent, "--ctx", str(LONG_CTX))
-    own.load("recital")
-    return own, path
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with three models whose files may be changed, in its home's `models`."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("truncated", "deleted", "replaced"):
+        write_recital(folder / "models" / f"{name}.gguf", name=name)
+    with shared(folder, "--models-dir", folder / "models", "--ctx", str(LONG_CTX)) as running:
+        yield running
+
+
+def loaded_file(server: Server, model: str) -> Path:
+    """Loads a model of `files`, and returns its file's path."""
+    assert server.load(model).status == 200
+    return server.home / "models" / f"{model}.gguf"
 
 
 @linux
-def test_file_truncated_while_loaded_fails_what_runs(lone: tuple[Server, Path]) -> None:
-    own, path = lone
+def test_file_truncated_while_loaded_fails_what_runs(files: Server) -> None:
+    path = loaded_file(files, "truncated")
     whole = path.read_bytes()
-    with own.endless() as stream:
+    with files.endless("truncated") as stream:
         next(stream)
         os.truncate(path, 4096)
         rest = [event for event in stream if event != "[DONE]"]
     assert rest[-1]["error"]["code"] == "generation_failed"
-    again = own.generate()
+    again = files.generate(model="truncated")
     assert again.status in (404, 500) and again.json()["error"]["code"] in ("model_not_found", "generation_failed")
     path.write_bytes(whole)
-    assert eventually(lambda: own.generate().status == 200, "the file is whole again")
-    assert_healthy(own)
+    assert eventually(lambda: files.generate(model="truncated").status == 200, "the file is whole again")
 
 
-def test_file_deleted_while_loaded_serves_until_it_is_unloaded(lone: tuple[Server, Path]) -> None:
-    own, path = lone
-    path.unlink()
-    own.post("/api/models/discover")
-    assert own.generate().text == TEXTS[":"]
-    assert own.unload("recital").json()["status"] == "unloaded"
-    reply = own.generate()
+def test_file_deleted_while_loaded_serves_until_it_is_unloaded(files: Server) -> None:
+    loaded_file(files, "deleted").unlink()
+    files.post("/api/models/discover")
+    assert files.generate(model="deleted").text == TEXTS[":"]
+    assert files.unload("deleted").json()["status"] == "unloaded"
+    reply = files.generate(model="deleted")
     assert reply.status in (404, 500) and reply.json()["error"]["code"] in ("model_not_found", "generation_failed")
-    assert_healthy(own)
 
 
-def test_file_replaced_while_loaded_serves_the_old_one_until_it_is_unloaded(lone: tuple[Server, Path], tmp_path: Path) -> None:
-    own, path = lone
+def test_file_replaced_while_loaded_serves_the_old_one_until_it_is_unloaded(files: Server, tmp_path: Path) -> None:
     other = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}="
-    os.replace(write_recital(tmp_path / "new.gguf", template=other), path)
-    own.post("/api/models/discover")
-    assert own.chat().message["content"] == TEXTS[":"]
-    own.unload("recital")
-    assert own.chat().message["content"].strip() == TEXTS["="].strip()
+    os.replace(write_recital(tmp_path / "new.gguf", template=other), loaded_file(files, "replaced"))
+    files.post("/api/models/discover")
+    assert files.chat(model="replaced").message["content"] == TEXTS[":"]
+    files.unload("replaced")
+    assert files.chat(model="replaced").message["content"].strip() == TEXTS["="].strip()
 
 
 def hammer(server: Server, number: int, seconds: float) -> dict[str, int]:
@@ -472,7 +486,7 @@ SOAK_MINUTES = float(os.environ.get("SHIMMY_SOAK", 0))
 def test_loads_and_unloads_from_all_sides_end_in_a_consistent_state(serve: Callable[..., Server], models: Path) -> None:
     own = serve("--models-dir", models, "--max-loaded", "2")
     with ThreadPoolExecutor(4) as pool:
-        counts = list(pool.map(lambda i: hammer(own, i, 60.0 if SOAK_MINUTES else 3.0), range(4)))
+        counts = list(pool.map(lambda i: hammer(own, i, 60.0 if SOAK_MINUTES else 2.0), range(4)))
     unexpected = {k for c in counts for k in c if not k.endswith(" ok") and "unloaded" not in k}
     assert not unexpected
     for model in ("recital", "plain", "dice"):
@@ -663,7 +677,7 @@ def test_wall_clock_is_asked_only_for_dates() -> None:
 
 
 def test_soak_of_seconds_finds_nothing() -> None:
-    command = [sys.executable, __file__, "soak", "--minutes", "0.1", "--kill", "3"]
+    command = [sys.executable, __file__, "soak", "--minutes", "0.03", "--kill", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "websocket" in done.stdout and "descriptors" in done.stdout
@@ -851,7 +865,7 @@ def soaked(traffic: Soak, seconds: float) -> int:
     first, last = (statistics.median(part) * 1000 for part in (probes[:fifth], probes[-fifth:]))
     print(f"engines killed: {traffic.kills}; {len(probes)} probes, {first:.0f} ms at first, {last:.0f} ms at last")
     wrong = list(traffic.faults)
-    if last > 1.5 * first + 20:
+    if len(probes) >= 100 and last > 1.5 * first + 20:  # fewer say nothing
         wrong.append("the last probes took longer than the first")
     for what, (factor, more) in SOAK_ROOM.items():
         print(f"{what:<18}{before[what]:>10.1f} -> {after[what]:.1f}")
