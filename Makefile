@@ -1,6 +1,7 @@
 # make run    sets up .venv and serves the models on this machine (ARGS="--port 8080" passes flags on)
 # make test   sets up the development tools too; ruff, mypy, pytest
 # make test-models  drives clients and real models, downloaded first (1 GB); tens of minutes
+# make fuzz   20,000 schemas made at random and their documents; an hour
 # make bench  measures this machine's speed (ARGS="--json", ARGS="--url URL --model NAME")
 
 SHELL := /bin/bash
@@ -11,7 +12,7 @@ BIN := .venv/Scripts
 endif
 ARGS ?=
 
-.PHONY: run test test-models bench model model-eval clean
+.PHONY: run test test-models fuzz bench model model-eval clean
 .DELETE_ON_ERROR:
 
 run: .venv/.run
@@ -32,6 +33,9 @@ test-models: .venv/.clients .venv/.reference
 	  $(BIN)/python -m pytest -q test_shimmy.py -k "($(CLIENT_TESTS)) and not test_llm" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/llm $(BIN)/python -m pytest -q test_shimmy.py -k "test_llm" $(ARGS)
+
+fuzz: .venv/.test
+	SHIMMY_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 test_shimmy.py -k "schema_made_at_random or temperature_1" $(ARGS)
 
 bench: .venv/.test
 	@$(BIN)/python test_shimmy.py bench $(ARGS)
@@ -64,7 +68,7 @@ clean:
 	@touch $@
 
 .venv/.test: .venv/.run
-	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist openai httpx gguf ruff mypy || { \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist openai httpx gguf ruff mypy jsonschema hypothesis || { \
 	  echo "pip could not install the development tools. Is the network there?"; exit 1; }
 	@touch $@
 
