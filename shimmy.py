@@ -6656,8 +6656,9 @@ class Documents:
             yield (*comma, Value(self, node), after)
             return
         options = self._unlike(node, after.seen)
-        if options:
-            yield (*comma, recorded(AnyOf(tuple(options)), Different(after)))
+        element = recorded(AnyOf(tuple(options)), Different(after)) if options else None
+        if element is not None and element.firsts:
+            yield (*comma, element)
 
     def _unlike(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
         """What a value may be that is none of those seen; objects and arrays are told apart at their ends."""
@@ -6798,13 +6799,14 @@ class Recorded(Symbol):
     text: bytes = b""
     ends: bool = False
 
-    MAX_LOOK: ClassVar = 40  # states that are tried to see whether a text can still become another than those seen
+    CLOSING: ClassVar = 1 << ord('"') | 1 << ord("]") | 1 << ord("}")
+    MAX_LOOK: ClassVar = 40  # choices that are tried to see whether a text can still become another than those seen
 
     @functools.cached_property
     def firsts(self) -> int:
         bits = self.here.bits
         if isinstance(self.then, Different) and any(isinstance(one, (tuple, frozenset)) for one in self.then.after.seen):
-            few = bits if bits.bit_count() <= 16 else bits & 1 << ord('"')  # where much may come, only the end takes choice away
+            few = bits if bits.bit_count() <= 16 else bits & self.CLOSING  # where much may come, only ends take choice away
             return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(byte))
         return bits
 
@@ -6817,6 +6819,9 @@ class Recorded(Symbol):
             here, text = todo.pop()
             if here is None:
                 continue
+            forced = here.forced(10_000)
+            here, text = here.read(forced), text + forced
+            assert here is not None, "it is forced"
             if here.bits.bit_count() > 16 or (here.ends and self.then.follow(text) is not None):
                 return True
             ended = ended or here.ends

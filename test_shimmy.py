@@ -3067,11 +3067,11 @@ def test_json_schema_that_is_impossible_is_never_a_server_error(kind: str, serve
 @cases(
     "schema",
     {
-        "pattern": {"type": "string", "pattern": "a+"},
-        "not": {"not": {}},
+        "a pattern that looks behind": {"type": "string", "pattern": "(?<=a)b"},
+        "not of anything": {"not": {}},
         "an unknown type": {"type": "what"},
         "$ref to nowhere": {"$ref": "#/nowhere"},
-        "uniqueItems": {"type": "array", "uniqueItems": True},
+        "$dynamicRef": {"type": "array", "items": {"$dynamicRef": "#x"}},
         "an empty enum": {"enum": []},
     },
 )
@@ -3090,7 +3090,7 @@ def test_json_schema_that_is_unsupported_is_400_naming_the_field(schema: dict[st
         "minimum a string": {"type": "integer", "minimum": "a"},
         "properties a list in allOf": {"allOf": [{"properties": [1]}, {}]},
         "required a number in allOf": {"allOf": [{"required": 3}, {}]},
-        "2000 x 2000 characters": {"type": "array", "maxItems": 2000, "items": {"type": "string", "maxLength": 2000}},
+        "maxItems below 0": {"type": "array", "maxItems": -1},
     },
 )
 def test_json_schema_that_is_malformed_is_400_naming_the_field(schema: dict[str, Any], server: Server) -> None:
@@ -3189,30 +3189,20 @@ def test_json_schema_keeps_additional_properties_off_the_named_ones(server: Serv
 
 # Refused by name ---------------------------------------------------------------------------------------
 
-ALIKE = [{"type": "object", "properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/R"}, "maxItems": n}, f"b{n}": FLAG}}
-         for n in range(10)]  # fmt: skip
 REFUSED: dict[str, tuple[Any, str]] = {
     "4,000 digits": ({**INTEGER, "maximum": 10**4000}, "maximum"),
-    "65 bits": ({**INTEGER, "minimum": -(2**65)}, "minimum"),
-    "1e300": ({**INTEGER, "exclusiveMaximum": 1e300}, "exclusiveMaximum"),
     "minLength of 4,000 digits": ({"minLength": 10**4000}, "minLength"),
     "exclusive true without a bound": ({**INTEGER, "exclusiveMinimum": True}, "exclusiveMinimum"),
     "bounds of true": ({**INTEGER, "minimum": True}, "minimum"),
-    "readings that multiply": (recursive(options(*ALIKE)), "anyOf"),
-    "two arrays of itself": (recursive(options({"type": "array", "items": {"$ref": "#/$defs/R"}}, {
-        "type": "array", "items": options({"$ref": "#/$defs/R"}, {"const": 1})})), "anyOf"),
     "an endless object": (recursive(holding({"$ref": "#/$defs/R"})), "no document"),
     "nothing is both": (both({"type": "string"}, {"type": "integer"}), "string"),
-    "oneOf that overlaps": ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
-    "oneOf of required": ({"properties": {"a": {}, "b": {}}, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, "oneOf"),
-    "two formats": (both({"format": "date"}, {"format": "uuid"}), "format"),
-    "format and length": ({"type": "string", "format": "date", "maxLength": 5}, "format"),
-    "items as a list": ({"type": "array", "items": [INTEGER]}, "items"),
-    "unevaluatedItems": ({"type": "array", "unevaluatedItems": False}, "unevaluatedItems"),
-    "contains false": ({"type": "array", "contains": False}, "contains"),
-    "propertyNames false": ({"type": "object", "propertyNames": False}, "propertyNames"),
-    "an anchor": ({"$defs": {"x": {"$anchor": "x"}}, "$ref": "#x"}, "$ref"),
-    "a number's maximum": ({"type": "number", "maximum": 5}, "maximum"),
+    "oneOf of the same": ({"oneOf": [INTEGER, INTEGER]}, "no document"),
+    "two formats that exclude each other": (both({"format": "date"}, {"format": "uuid"}), "no document"),
+    "oneOf that cannot be told apart": ({"oneOf": [{"patternProperties": {"a": FLAG}}, {"propertyNames": {"pattern": "b"}}]}, "oneOf"),
+    "not of patternProperties": ({"not": {"patternProperties": {"a": FLAG}}}, "not"),
+    "a look behind": ({"pattern": "(?<!a)b"}, "pattern"),
+    "$ref to another document": ({"$ref": "https://json-schema.org/draft/2020-12/schema"}, "$ref"),
+    "unevaluatedItems beside contains": ({"type": "array", "contains": FLAG, "unevaluatedItems": False}, "unevaluatedItems"),
     "required names nobody may give": ({"required": ["a"], "additionalProperties": False}, "no document"),
 }  # fmt: skip
 
