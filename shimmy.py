@@ -13784,7 +13784,10 @@ def keep_seconds(name: str, value: Any) -> float:
 def kept(events: Iterator[Event], dialect: Dialect, service: Service, seconds: float | None) -> Iterator[Event]:
     """Passes events on; behind them the model stays for so many seconds, None: as it would anyhow."""
     try:
-        yield from events
+        for event in events:
+            if seconds is not None and isinstance(event, (Usage, Vectors)):  # the client may ask as soon as it has the last one
+                service.table.keep(dialect.model, seconds)
+            yield event
     finally:
         if seconds is not None:
             service.table.keep(dialect.model, seconds)
