@@ -5850,6 +5850,13 @@ class SchemaReader:
     def is_other(self, name: str, names: list[str], patterns: list[str]) -> bool:
         return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
+    def string(self, shape: StringShape) -> Symbol | None:
+        """A string; None if there is none of its shape. The search for one is counted."""
+        found = self.honoured(string_symbol, shape)
+        if shape.patterns or shape.unlike or shape.formats or shape.not_formats:
+            self.spend((TextMachine.MAX_ALL_STEPS - text_machine(shape).steps_left) * 10)
+        return found
+
     def honoured(self, function: Callable[..., Result], *arguments: Any) -> Result:
         """What strings and numbers say of a shape; what they refuse is told with the field's name."""
         try:
@@ -5926,6 +5933,7 @@ class SchemaAlgebra(SchemaReader):
         super().__init__(name, root)
         self._branches: dict[tuple[int, bool], list[Branch]] = {}
         self._opposites: dict[int, int] = {}
+        self._lists: dict[int, tuple[frozenset[Any], bool]] = {}
         self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
         self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
 
@@ -5990,25 +5998,26 @@ class SchemaAlgebra(SchemaReader):
             return not bits
         schemas = [self.schemas[number] for number in branch]
         for name in dict.fromkeys(name for schema in schemas for name in schema.get("required", ())):
-            values = [self.schemas[s["properties"][name]] for s in schemas if name in s.get("properties", ())]
-            listed = next((value["enum"] for value in values if "enum" in value), None)
-            self.spend()
-            if listed is not None and len(listed) <= 8 and len(values) > 1 and not any(
-                    all(self._may_be(one, value) for value in values) for one in listed):  # fmt: skip
+            numbers = dict.fromkeys(s["properties"][name] for s in schemas if name in s.get("properties", ()))
+            lists = [self._lists[number] if number in self._lists else self._list_of(number) for number in numbers]
+            self.spend(1 + len(lists) // 8)
+            allowed = [values for values, may in lists if may]
+            if allowed and len(allowed[0]) <= 8 and not allowed[0].intersection(*allowed).difference(
+                    *(values for values, may in lists if not may)):  # fmt: skip
                 return True
         return False
 
-    def _may_be(self, value: Any, schema: dict[str, Any]) -> bool:
-        """False if enum or its opposite says so."""
-        if "anyOf" in schema and len(schema) == 1:
-            return any(self._may_be(value, self.schemas[number]) for number in schema["anyOf"])
-        listed = schema.get("enum", schema.get("excluded"))
-        if "not" in schema:
-            return not self._is_listed(value, self.schemas[schema["not"]])
-        return listed is None or (comparable(value) in map(comparable, listed)) == ("enum" in schema)
-
-    def _is_listed(self, value: Any, schema: dict[str, Any]) -> bool:
-        return schema.keys() == {"enum"} and comparable(value) in map(comparable, schema["enum"])
+    def _list_of(self, number: int) -> tuple[frozenset[Any], bool]:
+        """The values that a schema lists, and whether it allows just those or all others, as far as enum and not say."""
+        schema = self.schemas[number]
+        inside = self.schemas[schema["not"]] if "not" in schema else {}
+        found: tuple[frozenset[Any], bool] = (frozenset(), False)
+        if "enum" in schema or "excluded" in schema:
+            found = frozenset(self.listed(number)), "enum" in schema
+        elif inside.keys() == {"enum"}:
+            found = frozenset(self.listed(schema["not"])), False
+        self._lists[number] = found
+        return found
 
     # oneOf, not, unevaluated…
 
@@ -6216,6 +6225,8 @@ class SchemaShapes(SchemaAlgebra):
         return self._choices[node, loose]
 
     def _simplify(self, shapes: list[Shape]) -> Shapes:
+        if len(shapes) < 2:
+            return tuple(shapes)
         if len(shapes) >= len(self.everything) and set(shapes) >= set(self.everything):
             return self.everything
         free = {type(shape) for shape in shapes if shape in self.everything and not isinstance(shape, Constant)}
@@ -6369,7 +6380,7 @@ class SchemaShapes(SchemaAlgebra):
         for pattern in patterns:
             yes = [(replace(shape, patterns=(*shape.patterns, pattern)), (*matched, pattern)) for shape, matched in found]
             no = [(replace(shape, unlike=(*shape.unlike, pattern)), matched) for shape, matched in found]
-            found = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.honoured(string_symbol, pair[0]) is not None]
+            found = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
         for shape, matched in found:
             node = self.node(self._by_patterns(schemas, matched))
             if (opened or matched) and node != (self.never,):
@@ -6426,14 +6437,15 @@ class SchemaShapes(SchemaAlgebra):
         if (one.high is not None and one.high < two.low) or (two.high is not None and two.high < one.low):
             return True
         ours, theirs = ({prop.name: prop for prop in shape.named} for shape in (one, two))
-        for name in (name for named in (ours, theirs) for name, prop in named.items() if prop.required):  # what fits both has it
+        pairs = []  # values of properties that what fits both must have
+        for name in (name for named in (ours, theirs) for name, prop in named.items() if prop.required):
             mine, other = self._value_of(one, ours, name), self._value_of(two, theirs, name)
             self.spend()
             if mine is None or other is None:
                 return True
-            if self._disjoint(self.choice(mine, True), self.choice(other, True), depth):
-                return True
-        return False
+            pairs.append((self.choice(mine, True), self.choice(other, True)))
+        pairs.sort(key=lambda pair: not all(isinstance(shape, Constant) for side in pair for shape in side))  # they tell soonest
+        return any(self._disjoint(mine, other, depth) for mine, other in pairs)
 
     def _value_of(self, shape: ObjectShape, named: dict[str, Property], name: str) -> Node | None:
         """What a property's value must fit; None if the object has none of that name."""
@@ -6505,8 +6517,8 @@ class Documents:
     def leaf(self, shape: StringShape | NumberShape) -> Symbol | None:
         """A string or number; None if there is none of its shape."""
         if shape not in self._leaves:
-            make: Callable[..., Symbol | None] = string_symbol if isinstance(shape, StringShape) else number_symbol
-            self._leaves[shape] = self.shapes.honoured(make, shape)
+            honoured = self.shapes.honoured
+            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else honoured(number_symbol, shape)
         return self._leaves[shape]
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
