@@ -58,7 +58,8 @@ def test_page_is_small_and_told_to_be_asked_for_anew(server: Server) -> None:
 def test_page_answers_head_with_the_same_headers(server: Server) -> None:
     whole, head = page_of(server), page_of(server, "HEAD")
     assert head.status == 200 and head.body == b""
-    assert {k: v for k, v in head.headers.items() if k != "Date"} == {k: v for k, v in whole.headers.items() if k != "Date"}
+    own = {"Date", "X-Request-Id", "request-id"}
+    assert all(head.headers[k] == v for k, v in whole.headers.items() if k not in own)
 
 
 def test_page_needs_no_key(guarded: Server) -> None:
@@ -109,8 +110,14 @@ class Tab:
         self.page.set_default_timeout(HANG * 1000)
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("console", lambda m: self.faults.append(m.text) if "Failed to load resource" not in m.text else None)
-        self.page.on("dialog", lambda dialog: self.faults.append("dialog") or dialog.dismiss())
+        self.page.on("dialog", self.answer_dialog)
         self.page.goto(f"http://127.0.0.1:{server.port}/")
+
+    def answer_dialog(self, dialog: Any) -> None:
+        """Says yes to a question of the page's own. Nothing else may open a dialog."""
+        if dialog.type != "confirm" or not dialog.message.startswith("Delete "):
+            self.faults.append(dialog.message)
+        dialog.accept()
 
     def press(self, *keys: str) -> None:
         for key in keys:
@@ -177,18 +184,20 @@ def tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
 
 
 def said(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "model": "recital", "end": "stop", "parts": [{"kind": "text", "text": text}], **more}
+    return {"model": "recital", "end": "stop", "parts": [{"kind": "text", "text": text}], **more}
 
 
 def talk(*turns: Any, title: str = "A talk") -> dict[str, Any]:
-    asked = [{"role": "user", "text": each} if isinstance(each, str) else each for each in turns]
+    """An exported chat of questions, each followed by its answer."""
+    asked = [answer | {"question": question} for question, answer in zip(turns[::2], turns[1::2], strict=True)]
     return {"title": title, "changed": 1, "model": "recital", "turns": asked, "settings": {}, "system": "", "tools": []}
 
 
 def test_page_streams_an_answer_and_shows_its_figures(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
     assert it.ask("hi") == "Hello wide world"
-    assert re.fullmatch(r"recital · 3 tokens · \d+(\.\d)? tokens/s · first token after \d+\.\d\d s · prompt \d+.*", it.text(".figures"))
+    figures = r"recital · 3 tokens · \d+(\.\d)? tokens/s · first token after \d+\.\d\d s · prompt \d+.*"
+    assert re.fullmatch(figures, it.text(".figures"))
     assert it.titles() == ["hi"] and it.text("#state") == "loaded"
 
 
@@ -228,15 +237,6 @@ def test_page_lists_models_with_their_size_and_not_the_default_twice(tab: Callab
     assert all(re.search(r" · \d+ MB( · loaded)?$", o) for o in options) and it.page.input_value("#model") == "recital"
 
 
-def test_page_loads_and_unloads_by_a_button(tab: Callable[..., Tab], serve: Callable[..., Server], models: Path) -> None:
-    it = tab(serve("--models-dir", models, "--model", "recital"))
-    it.wait("#state", "not loaded")
-    it.page.click("#load")
-    it.wait("#load", "Unload")
-    it.page.click("#load")
-    it.wait("#state", "not loaded")
-
-
 def test_page_shows_that_a_model_loads(tab: Callable[..., Tab], serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     load = '        pulses[0].begin("load")\n        llama ='
     script = altered(tmp_path, (load, "        time.sleep(3)\n" + load))
@@ -263,7 +263,7 @@ def test_page_prompt_too_long_names_both_numbers_and_what_helps(tab: Callable[..
     card = it.text(".card.bad")
     assert re.search(r"\b3\d\d tokens", card) and "256" in card and "--ctx" in card
     it.page.click("text=Edit the question")
-    it.page.fill(".edit textarea", "b")
+    it.page.fill("#box", "b")
     it.press("Enter")
     it.done()
     assert it.questions() == ["b"]
@@ -271,7 +271,7 @@ def test_page_prompt_too_long_names_both_numbers_and_what_helps(tab: Callable[..
 
 def test_page_question_without_an_answer_is_not_sent_again(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.load(talk("forever", {"role": "assistant", "end": "error", "parts": [], "error": {"code": "gone", "message": "Gone"}}))
+    it.load(talk("forever", {"end": "error", "parts": [], "error": {"code": "gone", "message": "Gone"}}))
     it.page.click("#chats .open")
     with it.page.expect_request("**/v1/chat/completions") as sent:
         it.send("hi")
@@ -301,23 +301,6 @@ def test_page_answer_that_breaks_off_is_kept_and_says_so(
     running.process.kill()
     it.wait(".card.bad", "broke off")
     assert "Tick tock" in it.answer()
-
-
-def test_page_busy_server_is_asked_again_by_itself(tab: Callable[..., Tab], server: Server) -> None:
-    it, tries = tab(server), list[int]()
-
-    def busy(route: Any) -> None:
-        tries.append(1)
-        error = {"error": {"code": "overloaded", "message": "The server is busy", "details": ""}}
-        if len(tries) > 1:
-            return route.continue_()
-        route.fulfill(status=503, headers={"Retry-After": "1"}, content_type="application/json", body=json.dumps(error))
-
-    it.page.route("**/v1/chat/completions", busy)
-    it.send("hi")
-    it.wait(".answer .wait", "busy")
-    it.done()
-    assert it.answer() == "Hello wide world" and len(tries) == 2
 
 
 def test_page_asks_for_the_key_and_keeps_it_for_the_session(tab: Callable[..., Tab], guarded: Server) -> None:
@@ -368,8 +351,8 @@ def test_page_edit_asks_again_and_drops_what_followed(tab: Callable[..., Tab], s
     it = tab(server)
     it.ask("hi")
     it.ask("unicode")
-    it.page.locator(".editing").first.click()
-    it.page.fill(".edit textarea", "count")
+    it.page.locator("[aria-label='Edit and ask again']").first.click()
+    it.page.fill("#box", "count")
     it.press("Enter")
     it.done()
     assert it.questions() == ["count"] and it.answer().startswith("w00 w01")
@@ -383,19 +366,6 @@ def test_page_answers_again_in_place_of_the_last_answer(tab: Callable[..., Tab],
     it.done()
     assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hi"}]
     assert it.page.locator(".answer").count() == 1
-
-
-def test_page_continues_an_answer_that_was_cut(tab: Callable[..., Tab], server: Server) -> None:
-    it = tab(server)
-    it.page.click("#tune")
-    it.page.fill("[name=max_tokens]", "2")
-    it.page.click("#done")
-    assert it.ask("count") == "w00 w01"
-    with it.page.expect_request("**/v1/chat/completions") as sent:
-        it.page.click("text=Continue")
-    it.done()
-    assert sent.value.post_data_json["messages"][1:] == [{"role": "assistant", "content": "w00 w01 "}]
-    assert it.answer().startswith("w00 w01 ") and it.page.locator(".answer").count() == 1
 
 
 def test_page_copies_the_answer_as_it_was_written(tab: Callable[..., Tab], server: Server) -> None:
@@ -413,7 +383,8 @@ def test_page_sends_the_settings_of_its_chat(tab: Callable[..., Tab], server: Se
     it.page.fill("#system", "Be brief.")
     for name, value in {"temperature": "0.2", "top_k": "5", "max_tokens": "3", "seed": "7", "top_p": "9"}.items():
         it.page.fill(f"[name={name}]", value)
-    it.page.click("#done")
+    it.page.click("#done")  # the browser says what is wrong with the 9, and stays
+    it.press("Escape")
     with it.page.expect_request("**/v1/chat/completions") as sent:
         it.send("hi")
     body = sent.value.post_data_json
@@ -450,19 +421,12 @@ def test_page_import_of_another_file_is_refused(text: str, tab: Callable[..., Ta
 
 def test_page_import_keeps_only_what_fits(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    odd = talk({"role": "user", "text": 7}, {"role": "assistant", "parts": [{"kind": "odd"}, 3, None], "figures": "x", "end": 1})
-    it.load(odd | {"title": "<b>odd</b>", "settings": {"temperature": 99, "seed": "x", "top_k": 3}, "tools": "x", "model": []})
+    odd = talk(7, {"parts": [{"kind": "odd"}, 3, None], "figures": "x", "end": 1})
+    it.load(odd | {"title": "<b>odd</b>", "settings": {"temperature": 9, "seed": [], "top_k": "3"}, "tools": "x", "model": []})
     it.page.click("#chats .open")
     assert it.titles() == ["<b>odd</b>"] and it.questions() == [""]
-    assert it.page.evaluate("current.settings") == {"top_k": 3}
-
-
-def test_page_import_puts_questions_and_answers_in_turn(tab: Callable[..., Tab], server: Server) -> None:
-    it = tab(server)
-    it.load(talk(said("no question"), "one", "two", said("answer"), "three", title=""))
-    it.page.click("#chats .open")
-    assert it.questions() == ["one", "three"] and it.titles() == ["Untitled"]
-    assert it.page.locator(".answer").count() == 2 and "cut off" in it.page.locator(".figures").last.inner_text()
+    settings = it.page.evaluate("current.settings")
+    assert {name: value for name, value in settings.items() if value} == {"top_k": "3"}
 
 
 def test_page_deleted_chat_stays_deleted_though_its_answer_was_being_written(tab: Callable[..., Tab], server: Server) -> None:
@@ -480,21 +444,6 @@ def test_page_question_goes_out_before_the_models_are_known(tab: Callable[..., T
     it.page.route("**/api/models", lambda route: None)  # never answered
     it.page.reload()
     assert it.ask("hi") == "Hello wide world" and it.text(".figures").startswith("recital")
-
-
-def test_page_deletes_with_undo_and_renames(tab: Callable[..., Tab], server: Server) -> None:
-    it = tab(server)
-    it.ask("hi")
-    it.page.click("[aria-label='Rename hi']")
-    it.page.keyboard.type("Greeting")
-    it.press("Enter")
-    assert it.titles() == ["Greeting"]
-    it.page.click("[aria-label='Delete Greeting']")
-    assert it.titles() == []
-    it.page.click("text=Undo")
-    assert it.titles() == ["Greeting"] and it.answer() == "Hello wide world"
-    it.page.reload()
-    assert it.titles() == ["Greeting"]
 
 
 def test_page_runs_the_calculator_and_shows_the_call(tab: Callable[..., Tab], serve: Callable[..., Server]) -> None:
@@ -520,23 +469,31 @@ def test_page_with_the_tiny_model_alone_says_how_to_get_a_real_one(tab: Callable
     assert "python shimmy.py pull OWNER/REPO" in it.wait(".empty", "Only the tiny").inner_text()
 
 
-@cases("name, kind, words", {
-    "image": ("cat.png", "image/png", "cat.png cannot be read"),
-    "binary": ("a.bin", "application/octet-stream", "a.bin cannot be read"),
-    "large": ("a.txt", "text/plain", "up to 200 kB"),
+DROP = """([name, type, data, event]) => {
+  const moved = new DataTransfer();
+  moved.items.add(new File([Uint8Array.from(data)], name, {type}));
+  const more = event === "drop" ? {dataTransfer: moved} : {clipboardData: moved};
+  box.dispatchEvent(new (event === "drop" ? DragEvent : ClipboardEvent)(event, {bubbles: true, cancelable: true, ...more}));
+}"""
+
+
+@cases("name, kind, data", {
+    "image": ("cat.png", "image/png", b"\x89PNG\0\xff"), "binary": ("a.bin", "application/octet-stream", b"\xff\xfe"),
+    "large": ("a.txt", "text/plain", b"a" * 300_000),
 })  # fmt: skip
-def test_page_refuses_files_kindly(name: str, kind: str, words: str, tab: Callable[..., Tab], server: Server) -> None:
-    it, data = tab(server), b"a" * 300_000 if name == "a.txt" else b"\x89PNG\0\xff"
-    it.page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
-    it.wait("#notice", words)
+@cases("event", {"dropped": "drop", "pasted": "paste"})
+def test_page_refuses_files_kindly(event: str, name: str, kind: str, data: bytes, tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.page.evaluate(DROP, [name, kind, list(data), event])
+    it.wait("#notice", f"{name} cannot be read: the models here read text files of up to 200 kB")
     assert it.page.input_value("#box") == ""
 
 
-def test_page_puts_a_text_file_into_the_box(tab: Callable[..., Tab], server: Server) -> None:
+def test_page_puts_a_dropped_text_file_into_the_box(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.page.set_input_files("#file", {"name": "note.md", "mimeType": "text/markdown", "buffer": "é ```x```".encode()})
+    it.page.evaluate(DROP, ["note.md", "text/markdown", list("é ```x```".encode()), "drop"])
     eventually(lambda: it.page.input_value("#box"), "text in the box")
-    assert it.page.input_value("#box") == "note.md:\n````\né ```x```\n````\n"
+    assert it.page.input_value("#box") == "note.md:\n\né ```x```\n"
 
 
 # topic: the page and hostile text
@@ -595,7 +552,8 @@ def test_page_markdown(text: str, html: str, tab: Callable[..., Tab], server: Se
 
 def test_page_links_open_elsewhere_and_tell_nothing(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
-    it.load(talk("hi", said('[a](https://a.example/x_(y) "t") <https://b.example/> https://c.example/d. [e](mailto:e@f.example)')))
+    text = '[a](https://a.example/x_(y) "t") <https://b.example/> https://c.example/d. [e](mailto:e@f.example)'
+    it.load(talk("hi", said(text)))
     it.page.click("#chats .open")
     links = it.page.locator(".md a").evaluate_all("all => all.map(a => [a.href, a.rel, a.target])")
     assert [href for href, _, _ in links] == [
@@ -607,7 +565,7 @@ def test_page_table_and_code(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
     it.load(talk("hi", said("| a | b |\n|:-:|--:|\n| `x` | 1 |\n\n```python\nif x:\n    y\n```\n\n~~~\nz")))
     it.page.click("#chats .open")
-    assert it.page.locator("th.center, td.center").all_inner_texts() == ["a", "x"]
+    assert it.page.locator("th, td").all_inner_texts() == ["a", "b", "x", "1"]
     assert it.page.locator(".code pre").all_text_contents() == ["if x:\n    y", "z"]
     assert it.page.locator(".code span").all_inner_texts() == ["python", "text"]
 
@@ -618,8 +576,9 @@ BOMBS = {
     "ticks": "".join("`" * n + "a" for n in range(1, 600)), "underscores": "_a_" * 40_000, "tables": "|-" * 50_000,
     "table rows": "|a|\n|-|\n" + "|\n" * 20_000, "blanks": " " * 100_000 + "x", "fences": "```\n" * 30_000,
     "indents": "\n".join(" " * n + "- a" for n in range(1000)), "parentheses": "[a](" + "(" * 50_000,
-    "fence marks": "~" * 100_000 + "`", "languages": "```" + "a" * 100_000 + "`", "full stops": "https://a" + "." * 100_000 + "b",
-    "spaces": "[a](" + " " * 100_000, "rules": "- " * 3 + " " * 50_000 + "x", "addresses": "https://" * 20_000, "stairs": "\n".join(">" * n for n in range(1000)),
+    "fence marks": "~" * 100_000 + "`", "languages": "```" + "a" * 100_000 + "`", "spaces": "[a](" + " " * 100_000,
+    "full stops": "https://a" + "." * 100_000 + "b", "rules": "- " * 3 + " " * 50_000 + "x", "addresses": "https://" * 20_000,
+    "stairs": "\n".join(">" * n for n in range(1000)),
 }  # fmt: skip
 
 
@@ -628,7 +587,8 @@ def test_page_markdown_bombs_are_shown_like_any_text(bomb: str, tab: Callable[..
     deepest = """text => {
       const drawn = make("div");
       drawMarkdown(drawn, text);
-      return Math.max(...[...drawn.querySelectorAll("*")].map(e => { let n = 0; for (; e !== drawn; e = e.parentElement) n++; return n; }));
+      const depth = e => { let n = 0; for (; e !== drawn; e = e.parentElement) n++; return n; };
+      return Math.max(...[...drawn.querySelectorAll("*")].map(depth));
     }"""
     assert tab(server).page.evaluate(deepest, bomb) < 30
 
@@ -651,11 +611,11 @@ def test_page_draws_a_growing_answer_as_it_would_draw_it_whole(tab: Callable[...
 
 SAMPLE = talk(
     "How?",
-    {"role": "assistant", "model": "recital", "end": "length", "figures": {"first": 1, "rate": 2, "tokens": 3, "prompt": 4, "cached": 5},
+    {"model": "recital", "end": "length", "figures": {"first": 1, "rate": 2, "tokens": 3, "prompt": 4, "cached": 5},
      "parts": [{"kind": "thought", "text": "Hm"}, {"kind": "tool", "id": "c", "name": "calculator", "arguments": "{}", "result": 1},
                {"kind": "text", "text": "# H\n\n> quote\n\n`code` [link](https://a.example)\n\n```py\nx\n```\n\n|a|\n|-|\n|b|"}]},
     "And?",
-    {"role": "assistant", "end": "error", "parts": [], "error": {"code": "gone", "message": "The server does not answer"}},
+    {"end": "error", "parts": [], "error": {"code": "gone", "message": "The server does not answer"}},
 )  # fmt: skip
 
 CONTRASTS = r"""() => {
@@ -690,28 +650,18 @@ def test_page_contrast_is_enough(theme: str, tab: Callable[..., Tab], server: Se
     assert it.page.evaluate(CONTRASTS) == []
 
 
-def test_page_theme_can_be_chosen_and_is_kept(tab: Callable[..., Tab], server: Server) -> None:
-    it = tab(server, color_scheme="light")
-    before = it.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    it.page.click("#theme")
-    after = it.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    it.page.reload()
-    assert before != after == it.page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert it.page.get_attribute("#theme", "aria-pressed") == "true"
-
-
 def test_page_focus_goes_in_the_order_of_reading(tab: Callable[..., Tab], server: Server) -> None:
     it = tab(server)
     it.ask("hi")
     it.page.focus("#skip")
     seen = []
-    for _ in range(17):
+    for _ in range(13):
         it.press("Tab")
         seen.append(it.page.evaluate("(e => e.id || e.getAttribute('aria-label') || e.textContent)(document.activeElement)"))
         assert it.page.evaluate("document.activeElement.matches(':focus-visible')"), seen
     assert seen == [
-        "new", "hi", "Rename hi", "Delete hi", "export", "import", "model", "load", "theme", "tune", "log",
-        "Copy the question", "Edit and ask again", "Copy the answer", "Answer again", "file", "box"]  # fmt: skip
+        "new", "hi", "Delete hi", "export", "import", "model", "tune", "log", "Copy the question", "Edit and ask again",
+        "Copy the answer", "Answer again", "box"]  # fmt: skip
 
 
 def test_page_every_field_and_button_has_a_name(tab: Callable[..., Tab], server: Server) -> None:
@@ -736,7 +686,7 @@ def test_page_works_by_keyboard_alone(tab: Callable[..., Tab], server: Server) -
     it.done()
     assert it.questions() == ["hi\nthere"]
     it.press("ArrowUp")
-    it.page.wait_for_selector(".edit textarea:focus")
+    it.page.wait_for_selector("#box:focus")
     it.press("End")
     it.page.keyboard.type(" forever")
     it.press("Enter")
@@ -752,7 +702,7 @@ def test_page_is_usable_on_a_phone(tab: Callable[..., Tab], server: Server) -> N
     it.load(SAMPLE)
     it.page.click("#menu")
     it.page.click("#chats .open")
-    assert not it.page.evaluate("document.body.classList.contains('drawer')")
+    assert not it.page.evaluate("document.querySelector('#side').matches(':popover-open')")
     widths = it.page.evaluate("[document.documentElement.scrollWidth, log.scrollWidth, log.clientWidth]")
     assert widths[0] == 360 and widths[1] == widths[2]
     for control in ("#send", "#box", "#model", "#menu", "#tune"):
@@ -781,10 +731,9 @@ def test_page_scrolls_with_an_answer_only_from_its_end(tab: Callable[..., Tab], 
     it.wait(".answer:last-child .md", "Tick tock tick")
     eventually(lambda: it.page.evaluate(at_end), "the end is shown")
     it.page.evaluate("log.scrollTop = 0")
-    it.page.wait_for_selector("#down:visible")
     length = len(it.answer())
     eventually(lambda: len(it.answer()) > length + 200, "more text")
     assert it.page.evaluate("log.scrollTop") == 0
-    it.page.click("#down")
+    it.page.evaluate("log.scrollTop = log.scrollHeight")
     eventually(lambda: it.page.evaluate(at_end), "the end is shown")
     it.press("Escape")

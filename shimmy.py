@@ -16035,266 +16035,151 @@ PAGE = r"""<!doctype html>
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1, interactive-widget=resizes-content">
-<meta name="color-scheme" content="light dark">
 <title>shimmy</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 24 24'%3E%3Crect width='24'
- height='24' rx='6' fill='%230b6b5f'/%3E%3Cpath d='M5 15c3-8 5 4 7-3s4-5 7-3' fill='none' stroke='%23fff' stroke-width='2.4'
- stroke-linecap='round'/%3E%3C/svg%3E">
+<link rel="icon" href="data:,">
 <style>
 :root {
-  color-scheme: light dark;
+  color-scheme: light dark; background: var(--bg); color: var(--text); accent-color: light-dark(#0b6b5f, #5ccbb9);
   --bg: light-dark(#fdfdfb, #17181a); --side: light-dark(#f5f4f0, #1d1f21); --raised: light-dark(#ffffff, #232527);
-  --line: light-dark(#e3e1db, #35383b); --edge: light-dark(#85888c, #757a80);
-  --text: light-dark(#1d1e20, #e8e8e5); --mute: light-dark(#5a5d62, #a5aaaf);
-  --accent: light-dark(#0b6b5f, #5ccbb9); --on-accent: light-dark(#ffffff, #06231f); --tint: light-dark(#e6f1ee, #1e3632);
-  --bad: light-dark(#9f241b, #ffa195); --bad-tint: light-dark(#fdeeec, #38211f); --code: light-dark(#f4f3ef, #1f2123);
+  --line: light-dark(#e3e1db, #35383b); --edge: light-dark(#85888c, #757a80); --code: light-dark(#f4f3ef, #1f2123);
+  --text: light-dark(#1d1e20, #e8e8e5); --mute: light-dark(#5a5d62, #a5aaaf); --tint: light-dark(#e6f1ee, #1e3632);
+  --accent: light-dark(#0b6b5f, #5ccbb9); --on-accent: light-dark(#ffffff, #06231f);
+  --bad: light-dark(#9f241b, #ffa195); --bad-tint: light-dark(#fdeeec, #38211f);
   --mono: ui-monospace, "SF Mono", "Cascadia Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace;
   font: 16px/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Helvetica Neue", Arial, sans-serif;
 }
-:root[data-theme=light] { color-scheme: light; }
-:root[data-theme=dark] { color-scheme: dark; }
 * { box-sizing: border-box; }
-body { margin: 0; height: 100dvh; display: grid; grid-template-columns: 17rem minmax(0, 1fr); background: var(--bg);
-  color: var(--text); overflow: hidden; }
+[hidden] { display: none !important; }
+body { margin: 0; height: 100dvh; display: grid; grid-template-columns: 17rem minmax(0, 1fr); overflow: hidden; }
 :focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .unseen:not(:focus) { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 #skip:focus { position: fixed; z-index: 9; top: .5rem; left: .5rem; padding: .5rem 1rem; background: var(--raised); }
-svg { width: 1.2rem; height: 1.2rem; fill: none; stroke: currentColor; stroke-width: 1.8; stroke-linecap: round;
-  stroke-linejoin: round; flex: none; }
-button, input, select, textarea { font: inherit; color: inherit; }
-button { cursor: pointer; border: 1px solid var(--line); border-radius: .6rem; background: var(--raised); padding: .4rem .8rem; }
-button:hover, .file:hover { background: var(--tint); }
+.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
+button, input, select, textarea { font: inherit; color: var(--text); border-radius: .6rem; background: var(--raised); }
+button { cursor: pointer; border: 1px solid var(--line); padding: .4rem .8rem; }
 button.main { background: var(--accent); border-color: transparent; color: var(--on-accent); }
-button.main:hover { filter: brightness(1.1); }
-button.icon, .file { border: 0; background: none; padding: 0; width: 2.25rem; height: 2.25rem; display: inline-grid; flex: none;
-  place-items: center; color: var(--mute); border-radius: .6rem; cursor: pointer; }
-button.icon:hover, .file:hover { background: var(--tint); color: var(--text); }
-.file:focus-within { outline: 2px solid var(--accent); }
-button.done { color: var(--accent); }
-input:not([type=checkbox]), textarea, select { border: 1px solid var(--edge); border-radius: .6rem; background: var(--raised);
-  padding: .4rem .6rem; width: 100%; min-width: 0; }
-input[type=checkbox] { accent-color: var(--accent); width: 1.1rem; height: 1.1rem; flex: none; margin: .25rem 0 0; }
-
-#side { background: var(--side); border-right: 1px solid var(--line); display: flex; flex-direction: column; gap: .75rem;
-  padding: .75rem; min-height: 0; }
-.brand { font-size: 1.15rem; font-weight: 700; margin: 0 .25rem; display: flex; align-items: center; gap: .5rem;
-  height: 2.25rem; }
-.brand svg { color: var(--accent); width: 1.5rem; height: 1.5rem; stroke-width: 2.4; }
-#new { display: flex; align-items: center; gap: .5rem; }
+button.plain { border: 0; background: none; color: var(--mute); padding: .25rem .5rem; font-size: .85rem; }
+button:not(.main):hover { background: var(--tint); color: var(--text); }
+input:not([type=checkbox]), textarea, select { border: 1px solid var(--edge); padding: .4rem .6rem; width: 100%; min-width: 0; }
+textarea { field-sizing: content; resize: none; max-height: 40dvh; line-height: 1.5; }
+@supports not (field-sizing: content) { textarea { min-height: 5rem; } }
+#side { position: static; width: auto; height: auto; margin: 0; border: 0; border-right: 1px solid var(--line); color: inherit;
+  background: var(--side); display: flex; flex-direction: column; gap: .75rem; padding: .75rem; min-height: 0; }
+.brand { font-size: 1.15rem; font-weight: 700; color: var(--accent); margin: 0 .25rem; }
 #chats { list-style: none; margin: 0; padding: 2px; overflow-y: auto; flex: 1; }
 #chats li { display: flex; align-items: center; border-radius: .6rem; margin-bottom: 2px; }
-#chats li:hover { background: light-dark(#ebeae4, #26282b); }
-#chats li.now { background: light-dark(#e4e9e4, #293431); }
-#chats .open { flex: 1; min-width: 0; border: 0; background: none; text-align: left; padding: .4rem .6rem; overflow: hidden;
-  text-overflow: ellipsis; white-space: nowrap; }
-#chats .icon { width: 2rem; display: none; }
-#chats li.now .icon, #chats li:hover .icon, #chats li:focus-within .icon { display: inline-grid; }
-#chats svg { width: 1rem; height: 1rem; }
-#data { display: grid; grid-template-columns: 1fr 1fr; gap: .5rem; font-size: .9rem; }
-#shade { display: none; }
-
-main { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr); min-height: 0; position: relative; }
-header { display: flex; align-items: center; gap: .5rem; padding: .6rem .75rem; border-bottom: 1px solid var(--line); }
+#chats .now { background: var(--tint); }
+#chats .open { flex: 1; text-align: left; overflow: hidden; text-overflow: ellipsis; text-wrap: nowrap; color: var(--text); }
+main { display: grid; grid-template: auto minmax(0, 1fr) auto / minmax(0, 1fr); min-height: 0; }
+header { display: flex; align-items: center; gap: .6rem; padding: .6rem .75rem; border-bottom: 1px solid var(--line); }
 #menu { display: none; }
-#model { width: auto; max-width: 32rem; flex: 0 1 auto; text-overflow: ellipsis; }
-#state { color: var(--mute); font-size: .85rem; white-space: nowrap; display: flex; align-items: center; gap: .4rem; }
-#state::before { content: ""; width: .55rem; height: .55rem; border-radius: 50%; background: var(--edge); }
-#state[data-state=loaded]::before { background: var(--accent); }
-#state[data-state=failed]::before { background: var(--bad); }
-#state[data-state$=loading]::before { background: var(--accent); animation: pulse 1s infinite; }
-#load { font-size: .85rem; padding: .25rem .6rem; }
-.gap { flex: 1; }
-@keyframes pulse { 50% { opacity: .25; } }
-
+#model { width: auto; max-width: 32rem; text-overflow: ellipsis; }
+#state { color: var(--mute); font-size: .85rem; white-space: nowrap; }
+#tune { margin-left: auto; }
 #log { overflow-y: auto; padding: 1.5rem 1rem; overscroll-behavior: contain; }
 #log > * { max-width: 46rem; margin: 0 auto 1.5rem; }
 #log > .user { display: flex; flex-direction: column; align-items: flex-end; margin-bottom: .5rem; }
-.user .words { background: var(--tint); border-radius: 1.1rem 1.1rem .3rem 1.1rem; padding: .55rem 1rem; max-width: 85%; }
+.words { background: var(--tint); border-radius: 1.1rem 1.1rem .3rem 1.1rem; padding: .55rem 1rem; max-width: 88%; }
 .words, .thought div, .tool pre { white-space: pre-wrap; overflow-wrap: anywhere; }
-.edit { width: 100%; display: grid; gap: .5rem; }
-.row { display: flex; flex-wrap: wrap; gap: .5rem; align-items: center; }
-.foot, .user .row { gap: .1rem; color: var(--mute); font-size: .85rem; margin-top: .25rem; }
-.foot .icon, .user .row .icon { width: 2rem; height: 2rem; }
-.foot svg, .user .row svg { width: 1.05rem; height: 1.05rem; }
-.foot .figures { margin-left: .5rem; font-variant-numeric: tabular-nums; }
+.foot { gap: .1rem; margin: .25rem 0 0 -.5rem; }
+.figures { color: var(--mute); font-size: .85rem; margin-left: .5rem; font-variant-numeric: tabular-nums; }
 .answer:not(:last-child) .again { display: none; }
-.wait { display: flex; align-items: center; gap: .6rem; color: var(--mute); flex-wrap: wrap; }
-.wait::before { content: ""; width: .6rem; height: .6rem; border-radius: 50%; background: var(--accent);
-  animation: pulse 1s infinite; }
-progress { accent-color: var(--accent); width: 8rem; height: .5rem; }
-.card { border: 1px solid var(--line); border-radius: .9rem; padding: .75rem 1rem; margin: .5rem 0; }
+.wait { color: var(--mute); font-size: .9rem; }
+.card { border: 1px solid var(--line); border-radius: .9rem; padding: .75rem 1rem; margin: .5rem 0; background: var(--raised); }
 .card.bad { background: var(--bad-tint); border-color: transparent; color: var(--bad); }
-.card.bad button, .card.bad input, .card.bad label { color: var(--text); }
-.card p { margin: 0 0 .5rem; }
-details { border-left: 3px solid var(--line); padding-left: .75rem; margin: .5rem 0; color: var(--mute); font-size: .95rem; }
-summary { cursor: pointer; border-radius: .3rem; overflow-wrap: anywhere; }
-.tool { border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; color: inherit; }
-.tool summary b { font: .9em var(--mono); color: var(--accent); }
-.tool h4 { font-size: .8rem; margin: .5rem 0 0; color: var(--mute); font-weight: 500; }
+details { overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0; font-size: .95rem; }
 .tool pre { margin: .2rem 0; font: .85rem/1.5 var(--mono); max-height: 16rem; overflow-y: auto; }
-
 .md { overflow-wrap: anywhere; }
-.md > :first-child { margin-top: 0; }
-.md > :last-child { margin-bottom: 0; }
+p { margin: 0; }
 .md p { white-space: pre-line; margin: .75em 0; }
 .md li > p { margin: .15em 0; }
-.md h1, .md h2, .md h3, .md h4, .md h5, .md h6 { line-height: 1.3; margin: 1.3em 0 .5em; font-size: 1.05em; }
-.md h1 { font-size: 1.45em; }
-.md h2 { font-size: 1.25em; }
-.md h3 { font-size: 1.12em; }
-.md ul, .md ol { padding-left: 1.6em; margin: .5em 0; }
+.md :is(h1, h2, h3, h4, h5, h6) { line-height: 1.3; margin: 1.3em 0 .5em; font-size: 1.1em; }
+.md :is(h1, h2) { font-size: 1.3em; }
+.md :is(ul, ol) { padding-left: 1.6em; margin: .5em 0; }
 .md blockquote { border-left: 3px solid var(--line); margin: .75em 0; padding-left: 1em; color: var(--mute); }
-.md hr { border: 0; border-top: 1px solid var(--line); margin: 1.5em 0; }
 .md a { color: var(--accent); }
-.md code { font: .875em var(--mono); background: var(--code); border-radius: .3em; padding: .1em .3em; }
+code { font: .875em var(--mono); background: var(--code); border-radius: .3em; padding: .1em .3em; overflow-wrap: anywhere; }
 .code { border: 1px solid var(--line); border-radius: .7rem; margin: .75em 0; background: var(--code); overflow: hidden; }
-.code > div { display: flex; align-items: center; justify-content: space-between; padding: 0 .25rem 0 .9rem; font-size: .8rem;
-  color: var(--mute); border-bottom: 1px solid var(--line); }
+.code .row { justify-content: space-between; padding: 0 .25rem 0 .9rem; font-size: .8rem; border-bottom: 1px solid var(--line); }
 .code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; }
-.code code { background: none; padding: 0; font-size: .85rem; overflow-wrap: normal; }
 .wide { overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal; }
-.right { text-align: right; }
-.center { text-align: center; }
-
-.empty { text-align: center; padding-top: 12vh; }
-.empty > svg { width: 3rem; height: 3rem; color: var(--accent); stroke-width: 2.2; }
-.empty h2 { font-size: 1.5rem; margin: .5rem 0 .25rem; letter-spacing: -.015em; }
-.empty p { color: var(--mute); margin: .25rem auto 1.25rem; max-width: 34rem; text-wrap: balance; }
-.empty .row { justify-content: center; }
-.empty .row button { border-radius: 1.2rem; }
-.empty .keys { font-size: .85rem; margin-top: 2rem; }
-kbd { font: .8rem var(--mono); border: 1px solid var(--line); border-radius: .3rem; padding: .05rem .3rem; }
-code.command { font: .85rem var(--mono); background: var(--code); padding: .15rem .4rem; border-radius: .4rem; user-select: all;
-  overflow-wrap: anywhere; color: var(--text); }
-
+.empty { text-align: center; padding-top: 12vh; color: var(--mute); text-wrap: balance; }
 #foot { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); }
-#foot > * { max-width: 46rem; margin: 0 auto; }
-#down { position: absolute; left: 50%; translate: -50% -3rem; border-radius: 50%; background: var(--raised);
-  border: 1px solid var(--line); box-shadow: 0 2px 8px #0002; }
-#notice { display: flex; gap: .75rem; align-items: center; justify-content: space-between; margin-bottom: .5rem;
-  background: var(--raised); }
-[hidden] { display: none !important; }
-#ask { display: flex; align-items: flex-end; gap: .25rem; border: 1px solid var(--edge); border-radius: 1.4rem; padding: .35rem;
-  background: var(--raised); box-shadow: 0 2px 12px #0000000f; }
+#foot > * { max-width: 46rem; margin: 0 auto .5rem; }
+#notice { display: flex; gap: .75rem; align-items: center; justify-content: space-between; }
+#ask { display: flex; align-items: flex-end; border: 1px solid var(--edge); border-radius: 1.4rem; background: var(--raised); }
 #ask:focus-within { border-color: var(--accent); outline: 1px solid var(--accent); }
-#box { border: 0; background: none; resize: none; padding: .35rem .5rem; max-height: 40dvh; outline: none; line-height: 1.5; }
-#send { border-radius: 50%; padding: 0; width: 2.25rem; height: 2.25rem; display: grid; place-items: center; flex: none; }
-#hint { text-align: center; font-size: .8rem; color: var(--mute); margin-top: .4rem; }
-.drop #ask { border-style: dashed; border-color: var(--accent); }
-
-dialog { border: 1px solid var(--line); border-radius: 1rem; background: var(--bg); color: inherit; padding: 1.25rem;
-  width: min(36rem, 100vw - 1.5rem); max-height: calc(100dvh - 2rem); }
-dialog::backdrop { background: #0007; }
-dialog h2 { margin: 0 0 .75rem; font-size: 1.2rem; }
-dialog h3, legend { font-size: 1rem; font-weight: 600; margin: 0 0 .25rem; padding: 0; }
-dialog h3, fieldset { border: 0; margin: 1.25rem 0 0; padding: 0; }
+#box { border: 0; background: none; padding: .65rem 1rem; outline: none; }
+#send { border-radius: 50%; margin: .3rem; padding: 0; width: 2.25rem; height: 2.25rem; flex: none; }
+dialog { width: min(36rem, 100vw - 1.5rem); border: 1px solid var(--line); border-radius: 1rem; background: var(--bg); }
+::backdrop { background: #0007; }
+h2, legend { margin: 0; padding: 0; font-size: 1.1rem; font-weight: 600; }
+fieldset { border: 0; margin: 1.25rem 0; padding: 0; }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; }
-label { font-size: .9rem; }
-label small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25rem; }
+small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25rem; }
 .check { display: flex; gap: .6rem; align-items: flex-start; padding: .25rem 0; }
-.ends { display: flex; justify-content: flex-end; margin-top: 1.25rem; }
-
 @media (max-width: 52rem) {
   body { grid-template-columns: minmax(0, 1fr); }
-  #menu { display: inline-grid; }
-  #side { position: fixed; inset: 0 auto 0 0; z-index: 3; width: min(19rem, 85vw); visibility: hidden; translate: -100% 0;
-    transition: translate .18s, visibility .18s; }
-  .drawer #side { visibility: visible; translate: 0 0; transition: translate .18s; }
-  .drawer #shade { display: block; position: fixed; inset: 0; z-index: 2; background: #0007; }
+  #menu { display: inline-block; }
+  #side { position: fixed; inset: 0 auto 0 0; width: min(19rem, 85vw); height: 100dvh; }
+  #side:not(:popover-open) { display: none; }
   #model { flex: 1 1 0; }
-  .gap { display: none; }
-  .user .words { max-width: 92%; }
 }
-@media (max-width: 32rem) {
-  header { gap: .25rem; padding: .5rem; }
-  #state { font-size: 0; gap: 0; }
-  #hint { display: none; }
-  #log { padding: 1rem .75rem; }
-  #foot { padding-inline: .6rem; }
-  .empty { padding-top: 6vh; }
-  .empty .keys { display: none; }
-}
-@media (prefers-reduced-motion: reduce) { * { animation: none !important; transition: none !important; } }
+@media (max-width: 32rem) { #state { display: none; } }
 </style>
 </head>
 <body>
-<svg hidden>
-  <symbol id="i-wave" viewBox="0 0 24 24"><path d="M3 16c4-11 6 5 9-4s5-7 9-4"/></symbol>
-  <symbol id="i-plus" viewBox="0 0 24 24"><path d="M12 5v14M5 12h14"/></symbol>
-  <symbol id="i-menu" viewBox="0 0 24 24"><path d="M4 7h16M4 12h16M4 17h16"/></symbol>
-  <symbol id="i-tune" viewBox="0 0 24 24"><path d="M4 8h9m6 0h1M4 16h2m6 0h8"/><circle cx="16" cy="8" r="2.5"/>
-    <circle cx="9" cy="16" r="2.5"/></symbol>
-  <symbol id="i-moon" viewBox="0 0 24 24"><path d="M20 14A8.5 8.5 0 0 1 10 4a8.5 8.5 0 1 0 10 10z"/></symbol>
-  <symbol id="i-up" viewBox="0 0 24 24"><path d="M12 19V5m-6 6 6-6 6 6"/></symbol>
-  <symbol id="i-down" viewBox="0 0 24 24"><path d="M12 5v14m-6-6 6 6 6-6"/></symbol>
-  <symbol id="i-stop" viewBox="0 0 24 24"><rect x="7" y="7" width="10" height="10" rx="1.5" fill="currentColor"/></symbol>
-  <symbol id="i-copy" viewBox="0 0 24 24"><rect x="9" y="9" width="11" height="11" rx="2"/>
-    <path d="M5 15V6a2 2 0 0 1 2-2h8"/></symbol>
-  <symbol id="i-edit" viewBox="0 0 24 24"><path d="m5 19 1-4L16 5l3 3L9 18z"/></symbol>
-  <symbol id="i-again" viewBox="0 0 24 24"><path d="M19 12a7 7 0 1 1-2-5l2 2m0-5v5h-5"/></symbol>
-  <symbol id="i-bin" viewBox="0 0 24 24"><path d="M5 7h14M10 7V4h4v3M7 7l1 13h8l1-13"/></symbol>
-  <symbol id="i-close" viewBox="0 0 24 24"><path d="m6 6 12 12M18 6 6 18"/></symbol>
-  <symbol id="i-clip" viewBox="0 0 24 24">
-    <path d="m19 11-8 8a5 5 0 0 1-7-7l8-8a3.3 3.3 0 0 1 5 5l-8 8a1.6 1.6 0 0 1-2.5-2.5l7-7"/></symbol>
-</svg>
 <a id="skip" class="unseen" href="#box">Skip to the message box</a>
-<nav id="side" aria-label="Conversations">
-  <div class="brand"><svg aria-hidden="true"><use href="#i-wave"/></svg>shimmy</div>
-  <button id="new" type="button" title="Alt+N"><svg aria-hidden="true"><use href="#i-plus"/></svg>New chat</button>
+<nav id="side" popover aria-label="Conversations">
+  <div class="brand">shimmy</div>
+  <button id="new" type="button" title="Alt+N">+ New chat</button>
   <ul id="chats"></ul>
-  <div id="data"><button id="export" type="button">Export</button><button id="import" type="button">Import</button></div>
+  <div class="row"><button id="export" type="button">Export</button><button id="import" type="button">Import</button></div>
   <input id="imported" type="file" accept=".json,application/json" hidden aria-label="File to import">
 </nav>
-<div id="shade"></div>
 <main>
   <h1 class="unseen">Chat with shimmy</h1>
   <header>
-    <button id="menu" class="icon" type="button" aria-label="Conversations" aria-expanded="false" aria-controls="side">
-      <svg aria-hidden="true"><use href="#i-menu"/></svg></button>
+    <button id="menu" type="button" popovertarget="side" aria-label="Conversations">☰</button>
     <label for="model" class="unseen">Model</label><select id="model"></select>
-    <span id="state"></span><button id="load" type="button" hidden></button>
-    <span class="gap"></span>
-    <button id="theme" class="icon" type="button" aria-label="Dark theme" title="Dark or light">
-      <svg aria-hidden="true"><use href="#i-moon"/></svg></button>
-    <button id="tune" class="icon" type="button" aria-label="Settings of this chat" title="Settings of this chat">
-      <svg aria-hidden="true"><use href="#i-tune"/></svg></button>
+    <span id="state"></span>
+    <button id="tune" type="button">Settings</button>
   </header>
   <div id="log" tabindex="0" role="log" aria-live="off" aria-label="Conversation"></div>
   <div id="foot">
-    <button id="down" class="icon" type="button" aria-label="To the newest words" hidden><svg aria-hidden="true">
-      <use href="#i-down"/></svg></button>
     <div id="notice" class="card" role="alert" hidden></div>
     <form id="ask">
-      <label class="file" title="Insert a text file"><span class="unseen">Insert a text file</span><svg aria-hidden="true">
-        <use href="#i-clip"/></svg><input id="file" class="unseen" type="file"></label>
       <label for="box" class="unseen">Your message</label>
       <textarea id="box" rows="1" placeholder="Write a message" autocomplete="off" enterkeyhint="send"></textarea>
-      <button id="send" class="main" type="submit" aria-label="Send">
-        <svg aria-hidden="true"><use id="sign" href="#i-up"/></svg></button>
+      <button id="send" class="main" type="submit"></button>
     </form>
-    <div id="hint">What a model says can be wrong. Everything stays on this server and in this browser.</div>
   </div>
 </main>
-<dialog id="settings" aria-labelledby="settings-title">
+<dialog id="settings" closedby="any" aria-labelledby="settings-title"><form method="dialog">
   <h2 id="settings-title">Settings of this chat</h2>
   <label for="system">System prompt <small>What the model is told before everything else.</small></label>
-  <textarea id="system" rows="2"></textarea>
-  <h3>Sampling</h3>
-  <div class="grid" id="sampling"></div>
+  <textarea id="system"></textarea>
+  <fieldset id="sampling"><legend>Sampling</legend><div class="grid">
+    <label>Temperature <input type="number" name="temperature" min="0" max="5" step="any" placeholder="default"></label>
+    <label>Top P <input type="number" name="top_p" min="0" max="1" step="any" placeholder="default"></label>
+    <label>Top K <input type="number" name="top_k" min="0" step="1" placeholder="default"></label>
+    <label>Min P <input type="number" name="min_p" min="0" max="1" step="any" placeholder="default"></label>
+    <label>Max tokens <input type="number" name="max_tokens" min="1" step="1" placeholder="default"></label>
+    <label>Seed <input type="number" name="seed" min="0" max="4294967295" step="1" placeholder="default"></label>
+  </div></fieldset>
   <fieldset><legend>Tools that the server may run</legend><div id="tools"></div></fieldset>
-  <h3>Key of the server</h3>
-  <div id="key"></div>
-  <div class="ends"><button id="done" class="main" type="button">Done</button></div>
-</dialog>
+  <button id="done" class="main">Done</button>
+</form></dialog>
 <div id="status" class="unseen" role="status" aria-live="polite"></div>
 <script>
 "use strict";
 // ── Elements. Text becomes text nodes only: nothing that a model, a file or a server says is ever read as HTML.
-
 const $ = id => document.getElementById(id);
+const log = $("log"), box = $("box");
 const sleep = ms => new Promise(done => setTimeout(done, ms));
+const parsed = text => { try { return JSON.parse(text); } catch { return null; } };
 
 function make(tag, props, ...children) {
   const node = document.createElement(tag);
@@ -16306,981 +16191,604 @@ function make(tag, props, ...children) {
   return node;
 }
 
-function icon(name) {
-  const [svg, use] = ["svg", "use"].map(tag => document.createElementNS("http://www.w3.org/2000/svg", tag));
-  svg.setAttribute("aria-hidden", "true");
-  use.setAttribute("href", "#i-" + name);
-  svg.append(use);
-  return svg;
+const button = (text, click, props) => make("button", {type: "button", click, ...props}, text);
+
+function copyButton(text, label) {
+  const node = button("Copy", () => {
+    const area = make("textarea", {class: "unseen"}, text);
+    document.body.append(area);
+    area.select();
+    document.execCommand("copy");  // navigator.clipboard is missing where the page came over plain HTTP
+    area.remove();
+    node.focus();
+    node.textContent = "Copied";
+    say("Copied");
+    setTimeout(() => node.textContent = "Copy", 1200);
+  }, {class: "plain", "aria-label": label});
+  return node;
 }
 
-const iconButton = (name, label, click, more = "") =>
-  make("button", {type: "button", class: "icon " + more, "aria-label": label, title: label, click}, icon(name));
-const textButton = (label, click, more = "") => make("button", {type: "button", class: more, click}, label);
-const command = words => make("code", {class: "command"}, words);
-
-function say(words) {
-  if ($("status").textContent !== words) $("status").textContent = words;
-}
+const say = words => $("status").textContent = words;  // to those who listen to the page
 
 function notice(...children) {
-  const close = iconButton("close", "Dismiss", () => $("notice").hidden = true);
+  const close = button("×", () => $("notice").hidden = true, {class: "plain", "aria-label": "Dismiss"});
   $("notice").replaceChildren(make("div", {class: "row"}, ...children), close);
   $("notice").hidden = false;
 }
 
-async function copy(words, button) {
-  try {
-    await navigator.clipboard.writeText(words);
-  } catch {  // a page that came over plain HTTP from another machine has no clipboard
-    const area = make("textarea", {class: "unseen"});
-    area.value = words;
-    document.body.append(area);
-    area.select();
-    document.execCommand("copy");
-    area.remove();
-    button.focus();
-  }
-  say("Copied");
-  button.classList.add("done");
-  setTimeout(() => button.classList.remove("done"), 1200);
-}
-
-// ── Markdown: lines become blocks, each with its source, so that a growing answer redraws its last block only.
-
-const DEEPEST = 6;  // quotes and lists inside one another; what lies deeper is shown as it was written
-const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))([^`]*)$/;
+// ── Markdown. The time it takes is linear in the text, whatever that is: nesting is bounded, and the length of a span.
+const DEEPEST = 6;  // quotes, lists and emphasis inside one another; what lies deeper is shown as it was written
+const FENCE = /^ {0,3}(`{3,}|~{3,}(?!~))([^`]*)$/;
 const HEADING = /^ {0,3}(#{1,6}) +(.*)$/;
 const RULE = /^ {0,3}([-*_])(?: *\1){2,} *$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( {1,4}|$)/;
-
-const indent = line => line.length - line.trimStart().length;
 const isBlank = line => !line.trim();
-const beginsBlock = (line, depth) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) ||
-  (depth < DEEPEST && (QUOTE.test(line) || ITEM.test(line)));
+const begins = line => [FENCE, HEADING, RULE, QUOTE, ITEM].some(start => start.test(line));
+const indent = line => line.length - line.trimStart().length;
 
-function blocks(lines, depth = 0) {
-  const found = [];
+function drawMarkdown(parent, text) {  // a growing text: what stays the same is left alone
+  const nodes = blocks(text.split(/\r?\n/), 0);
+  const same = nodes.findIndex((node, n) => !parent.children[n]?.isEqualNode(node));
+  while (same !== -1 && parent.children.length > same) parent.lastChild.remove();
+  if (same !== -1) parent.append(...nodes.slice(same));
+}
+
+function blocks(lines, depth) {
+  const nodes = [];
   for (let i = 0; i < lines.length;) {
-    const [next, build] = isBlank(lines[i]) ? [i + 1, null] : block(lines, i, depth);
-    if (build) found.push({source: lines.slice(i, next).join("\n"), build});
-    i = next;
+    const [end, ...found] = blockAt(lines, i, depth);
+    nodes.push(...found);
+    i = end;
   }
-  return found;
+  return nodes;
 }
 
-// The line behind the block that begins at line i, and what makes its element.
-function block(lines, i, depth) {
-  const line = lines[i], run = (from, test) => { while (from < lines.length && test(lines[from], from)) from++; return from; };
-  let m;
-  if ((m = FENCE.exec(line))) {
-    const end = run(i + 1, l => !(l.trim().startsWith(m[1]) && !l.trim().replaceAll(m[1][0], "")));
-    const body = lines.slice(i + 1, end).map(l => l.slice(Math.min(indent(line), indent(l))));
-    return [end + 1, () => codeBlock(body.join("\n"), m[2].trim().split(" ")[0])];
+// The block that begins at line i, and the line behind it.
+function blockAt(lines, i, depth) {
+  const line = lines[i], fence = FENCE.exec(line), heading = HEADING.exec(line);
+  const past = (from, test) => { while (from < lines.length && test(lines[from], from)) from++; return from; };
+  if (fence) {
+    const end = past(i + 1, l => !l.trim().startsWith(fence[1]) || l.trim().replaceAll(fence[1][0], ""));
+    const code = lines.slice(i + 1, end).map(l => l.slice(Math.min(indent(line), indent(l)))).join("\n");
+    return [end + 1, codeBlock(code, fence[2].trim().split(" ")[0])];
   }
-  if ((m = HEADING.exec(line))) {
-    return [i + 1, () => make("h" + m[1].length, null, ...inline(m[2].replace(/ #+ *$/, "")))];
+  if (isBlank(line)) return [i + 1];
+  if (heading) return [i + 1, make("h" + heading[1].length, null, ...inline(heading[2].replace(/ #+ *$/, "")))];
+  if (RULE.test(line)) return [i + 1, make("hr")];
+  if (QUOTE.test(line) && depth < DEEPEST) {
+    const end = past(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
+    return [end, make("blockquote", null, ...blocks(inner, depth + 1))];
   }
-  if (RULE.test(line)) return [i + 1, () => make("hr")];
-  if (depth < DEEPEST && QUOTE.test(line)) {
-    const end = run(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
-    return [end, () => make("blockquote", null, ...elements(inner, depth + 1))];
+  if (ITEM.test(line) && depth < DEEPEST) return list(lines, i, depth);
+  if (isTableRule(lines[i + 1] || "", cells(line).length)) {
+    const end = past(i, l => l.includes("|"));
+    return [end, table(lines.slice(i, end).map(cells))];
   }
-  if (depth < DEEPEST && ITEM.test(line)) return list(lines, i, depth);
-  if (line.includes("|") && isTableRule(lines[i + 1] || "", cells(line).length)) {
-    const end = run(i + 2, l => l.includes("|") && !isBlank(l)), rows = lines.slice(i, end);
-    return [end, () => table(rows.map(cells))];
-  }
-  const end = run(i + 1, l => !isBlank(l) && !beginsBlock(l, depth)), words = lines.slice(i, end).map(l => l.trim()).join("\n");
-  return [end, () => make("p", null, ...inline(words))];
+  const end = past(i + 1, l => !isBlank(l) && !begins(l));
+  return [end, make("p", null, ...inline(lines.slice(i, end).map(l => l.trim()).join("\n")))];
 }
-
-const elements = (lines, depth) => blocks(lines, depth).map(each => each.build());
 
 function list(lines, i, depth) {
-  const [, lead, marker] = ITEM.exec(lines[i]), ordered = /\d/.test(marker), items = [];
-  const sibling = line => {
-    const m = ITEM.exec(line);
-    return m && m[1].length <= lead.length + 1 && /\d/.test(m[2]) === ordered && !RULE.test(line) ? m : null;
+  const [, lead, marker] = ITEM.exec(lines[i]), number = parseInt(marker), items = [];
+  const starts = line => {
+    const m = RULE.test(line) ? null : ITEM.exec(line);
+    return m && m[1].length <= lead.length + 1 && isNaN(parseInt(m[2])) === isNaN(number) ? m[0].length : 0;
   };
   for (let width = 0; i < lines.length; i++) {
-    const line = lines[i].replace(/^\t+/, tabs => "    ".repeat(tabs.length)), m = sibling(line);
-    if (m) {
-      width = m[1].length + m[2].length + 1;
-      items.push([line.slice(m[0].length)]);
-    } else if (isBlank(line)) {
-      const ahead = lines.slice(i, i + 3).find(l => !isBlank(l)) || "";
-      if (!sibling(ahead) && indent(ahead) <= lead.length) break;
-      items.at(-1).push("");
-    } else if (indent(line) > lead.length || (lines[i - 1].trim() && !beginsBlock(line, depth))) {
-      items.at(-1).push(line.slice(Math.min(width, indent(line))));
-    } else break;
+    const line = lines[i].replace(/^\t+/, tabs => "    ".repeat(tabs.length)), next = lines[i + 1] || "";
+    const goesOn = () => isBlank(line) ? starts(next) || indent(next) > lead.length
+      : indent(line) > lead.length || !isBlank(lines[i - 1]) && !begins(line);
+    if (starts(line)) {
+      width = starts(line);
+      items.push([line.slice(width)]);
+    } else if (goesOn()) items.at(-1).push(line.slice(Math.min(width, indent(line))));
+    else break;
   }
-  const start = ordered && parseInt(marker) !== 1 ? {start: parseInt(marker)} : null;
-  return [i, () => make(ordered ? "ol" : "ul", start, ...items.map(item => make("li", null, ...elements(item, depth + 1))))];
+  const [tag, props] = isNaN(number) ? ["ul"] : ["ol", {start: number !== 1 && String(number)}];
+  return [i, make(tag, props, ...items.map(item => make("li", null, ...blocks(item, depth + 1))))];
 }
 
-const cells = line => line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "").split(/(?<!\\)\|/).map(c => c.trim());
-const isTableRule = (line, width) => cells(line).length === width && cells(line).every(cell => /^:?-+:?$/.test(cell));
+const cells = line => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map(cell => cell.trim());
+const isTableRule = (line, width) =>
+  line.includes("|") && cells(line).length === width && cells(line).every(cell => /^:?-+:?$/.test(cell));
 
 function table([head, rule, ...rows]) {
-  const sides = rule.map(c => c.endsWith(":") ? (c.startsWith(":") ? "center" : "right") : "");
   const row = (tag, texts) => make("tr", null, ...head.map((_, n) =>
-    make(tag, {class: sides[n]}, ...inline((texts[n] || "").replaceAll("\\|", "|")))));
+    make(tag, null, ...inline((texts[n] || "").replaceAll("\\|", "|")))));
   const body = make("tbody", null, ...rows.map(texts => row("td", texts)));
   return make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
     make("table", null, make("thead", null, row("th", head)), body));
 }
 
 function codeBlock(code, language) {
-  const button = iconButton("copy", "Copy the code", () => copy(code, button));
-  return make("div", {class: "code"}, make("div", null, make("span", null, language || "text"), button),
-    make("pre", {tabindex: 0, "aria-label": "Code"}, make("code", null, code)));
+  const head = make("div", {class: "row"}, make("span", null, language || "text"), copyButton(code, "Copy the code"));
+  return make("div", {class: "code"}, head, make("pre", {tabindex: 0, "aria-label": "Code"}, make("code", null, code)));
 }
 
-const INLINE = new RegExp([
-  /\\([!-/:-@[-`{-~])/,  // an escape
-  /(`+)/,  // of code
-  /!?\[([^[\]]*)\]\( ?<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: "[^"]*")? ?\)/,  // a link, or an image
-  /(https?:\/\/[^\s<>"'`|\])]+)/,
-  /(\*{1,3}|_{1,2}|~~)/,
-].map(each => each.source).join("|"), "g");
-const EMPHASIS = {"*": ["em"], "_": ["em"], "**": ["strong"], "__": ["strong"], "***": ["strong", "em"], "~~": ["del"]};
+const SPANS = new RegExp([
+  /\\(?<escaped>[!-/:-@[-`{-~])/,
+  /(?<!`)(?<ticks>`+)(?!`) ?(?<code>.{1,500}?) ?(?<!`)\k<ticks>(?!`)/,
+  /!?\[(?<label>[^[\]]{0,500})\]\( ?<?(?<target>[^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: "[^"]{0,500}")? ?\)/,
+  /(?<address>https?:\/\/[^\s<>"'`|\])]*[^\s<>"'`|\]).,;:!?*_~])/,
+  /(?<mark>\*{2,3}|~~)(?![\s*~])(?<strong>.{1,500}?)(?<!\s)\k<mark>(?![*~])/,
+  /\*(?![\s*])(?<em>.{1,500}?)(?<![\s*])\*(?!\*)/,
+  /(?<![\p{L}\p{N}_])(?<under>_{1,2})(?![\s_])(?<underlined>.{1,500}?)(?<![\s_])\k<under>(?![\p{L}\p{N}_])/,
+].map(each => each.source).join("|"), "gsu");
+const TAGS = {"*": ["em"], "_": ["em"], "**": ["strong"], "__": ["strong"], "***": ["strong", "em"], "~~": ["del"]};
 
 function inline(text, depth = 0) {
-  const nodes = [], missing = new Set();  // marks that nothing closes from here on: they are looked for once
-  let pos = 0;
-  const pattern = new RegExp(INLINE);
-  for (let m; (m = pattern.exec(text));) {
-    const [whole, escaped, ticks, label, target, address, mark] = m, start = m.index;
-    let end = pattern.lastIndex, node = null;
-    if (escaped) node = escaped;
-    else if (ticks || mark) {
-      const close = missing.has(whole) || depth > DEEPEST ? -1 : closing(text, end, whole);
-      if (close === -1) missing.add(whole);
-      else if (close) {
-        const inner = text.slice(end, close);
-        node = ticks ? make("code", null, inner.replace(/^ (.*) $/s, "$1")) : EMPHASIS[mark].reduceRight(
-          (children, tag) => [make(tag, null, ...children)], inline(inner, depth + 1))[0];
-        end = close + whole.length;
-      }
-    } else if (address) {
-      while (".,;:!?*_~".includes(text[end - 1])) end--;
-      node = link(text.slice(start, end), [text.slice(start, end)]);
-    } else node = link(target, label ? inline(label, depth + 1) : [target]);
-    if (node !== null) {
-      nodes.push(text.slice(pos, start), node);
-      pos = end;
-    }
-    pattern.lastIndex = end;
+  const nodes = [];
+  let from = 0;
+  for (const match of text.matchAll(SPANS)) {
+    nodes.push(text.slice(from, match.index), span(match[0], match.groups, depth));
+    from = match.index + match[0].length;
   }
-  nodes.push(text.slice(pos));
-  return nodes;
+  return [...nodes, text.slice(from)];
 }
 
-// Where a run of backticks or a mark of emphasis is closed; -1: nowhere; 0: this one does not open.
-function closing(text, from, mark) {
-  const word = /[\p{L}\p{N}]/u, code = mark[0] === "`", before = text[from - mark.length - 1] || " ";
-  if (!code && (!(text[from] || " ").trim() || (mark[0] === "_" && word.test(before)))) return 0;
-  for (let at = from; (at = text.indexOf(mark, at)) !== -1;) {
-    let end = at;
-    while (text[end] === mark[0]) end++;
-    const fits = code || mark === "*" || mark === "_" ? end - at === mark.length : end - at >= mark.length;
-    if (fits && at > from && (code || (text[at - 1].trim() && !(mark[0] === "_" && word.test(text[end] || " "))))) return at;
-    at = end;
-  }
-  return -1;
+function span(whole, {escaped, code, label, target, address, mark, strong, em, under, underlined}, depth) {
+  const inner = words => depth < DEEPEST ? inline(words, depth + 1) : [words];
+  if (escaped) return escaped;
+  if (code) return make("code", null, code);
+  if (address) return link(address, [address]) || whole;
+  if (target) return link(target, label && !label.includes("://") ? inner(label) : [label || target]) || whole;
+  const words = strong || em || underlined;
+  return TAGS[mark || under || "*"].reduceRight((children, tag) => [make(tag, null, ...children)], inner(words))[0];
 }
 
 function link(target, label) {
-  let url = null;
-  try { url = new URL(target); } catch { /* relative, or no address at all */ }
+  const url = URL.canParse(target) ? new URL(target) : null;
   if (!url || !["http:", "https:", "mailto:"].includes(url.protocol)) return null;
   return make("a", {href: url.href, title: url.href, target: "_blank", rel: "noopener noreferrer"}, ...label);
 }
 
-function drawMarkdown(parent, text) {
-  const found = blocks(text.split(/\r?\n/)), drawn = parent.drawn || [];
-  let same = 0;
-  while (same < found.length && same < drawn.length && found[same].source === drawn[same]) same++;
-  while (parent.children.length > same) parent.lastChild.remove();
-  parent.append(...found.slice(same).map(each => each.build()));
-  parent.drawn = found.map(each => each.source);
+// ── Conversations, kept in the browser. What its storage or a file holds is taken as far as it has the shape of these.
+const FIELDS = [...$("sampling").querySelectorAll("input")];
+const PART = {kind: "text", text: "", id: "", name: "", arguments: "", result: "", failed: false};
+const TURN = {question: "", model: "", parts: [PART], end: "cut", error: {code: "", message: ""},
+  figures: {completion_tokens: 0, prompt_tokens: 0, cached: 0, rate: 0, first: 0}};
+const CHAT = {title: "", changed: 0, model: "", system: "", tools: [""], turns: [TURN],
+  settings: Object.fromEntries(FIELDS.map(field => [field.name, ""]))};
+
+function fit(value, shape) {
+  if (Array.isArray(shape)) return Array.isArray(value) ? value.map(each => fit(each, shape[0])) : [];
+  if (typeof shape !== "object") return typeof value === typeof shape ? value : shape;
+  return Object.fromEntries(Object.keys(shape).map(name => [name, fit(value?.[name], shape[name])]));
 }
 
-// ── Conversations, kept in the browser. What comes from its storage or from a file is checked alike.
-
-const SETTINGS = [  // name in the request, label, least, most, step
-  ["temperature", "Temperature", 0, 5, 0.1], ["top_p", "Top P", 0, 1, 0.05], ["top_k", "Top K", 0, 1000, 1],
-  ["min_p", "Min P", 0, 1, 0.01], ["max_tokens", "Max tokens", 1, 1e6, 1], ["seed", "Seed", 0, 4294967295, 1],
-];
-const EFFORTS = {"": "As the model likes", none: "Off", low: "A little", medium: "Medium", high: "Much"};
-const ENDS = ["stop", "length", "tool_calls", "stopped", "error"];
-const memory = {};  // in place of a storage that the browser denies
-
-function stored(name, value, area = "localStorage") {
-  try {
-    if (value === undefined) return window[area].getItem("shimmy." + name);
-    if (value === null) window[area].removeItem("shimmy." + name);
-    else window[area].setItem("shimmy." + name, value);
-  } catch (error) {
-    if (error.name === "QuotaExceededError") {
-      notice("The browser's storage is full, so this chat is no longer saved. Export your chats, then delete old ones.");
-    }
-    if (value === undefined) return memory[name] ?? null;
-    memory[name] = value;
-  }
-  return value;
-}
-
-const isObject = value => value !== null && typeof value === "object" && !Array.isArray(value);
-const words = (value, most = 4e6) => typeof value === "string" ? value.slice(0, most) : "";
-const number = value => Number.isFinite(value) ? value : 0;
-const items = value => Array.isArray(value) ? value.filter(isObject) : [];
-
-function checkedPart(part) {
-  if (part.kind === "tool") {
-    return {kind: "tool", id: words(part.id, 100), name: words(part.name, 200), arguments: words(part.arguments),
-      result: part.result ?? null, error: part.error == null ? null : words(part.error)};
-  }
-  return {kind: part.kind === "thought" ? "thought" : "text", text: words(part.text)};
-}
-
-function checkedTurn(turn) {
-  if (turn.role === "user") return {role: "user", text: words(turn.text)};
-  const f = turn.figures, e = turn.error;
-  const names = ["first", "rate", "tokens", "prompt", "cached"];
-  return {role: "assistant", model: words(turn.model, 300), parts: items(turn.parts).map(checkedPart),
-    end: ENDS.includes(turn.end) ? turn.end : "cut",
-    figures: isObject(f) ? Object.fromEntries(names.map(name => [name, number(f[name])])) : null,
-    error: isObject(e) ? {code: words(e.code, 100), message: words(e.message, 4000)} : null};
-}
-
-function checkedChat(chat) {
-  if (!isObject(chat) || !Array.isArray(chat.turns)) throw new Error("no chat");
-  const turns = [];  // questions and answers in turn
-  for (const turn of items(chat.turns).map(checkedTurn)) {
-    if ((turn.role === "user") === (turns.length % 2 === 0)) turns.push(turn);
-  }
-  if (turns.length % 2) turns.push(checkedTurn({role: "assistant"}));
-  const given = isObject(chat.settings) ? chat.settings : {};
-  const settings = Object.fromEntries(SETTINGS.filter(([name, , least, most]) =>
-    Number.isFinite(given[name]) && given[name] >= least && given[name] <= most).map(([name]) => [name, given[name]]));
-  if (words(given.reasoning_effort) && Object.hasOwn(EFFORTS, given.reasoning_effort)) {
-    settings.reasoning_effort = given.reasoning_effort;
-  }
-  return {id: crypto.getRandomValues(new Uint32Array(2)).join("-"), changed: number(chat.changed),
-    title: words(chat.title, 200) || (turns.length ? "Untitled" : ""), model: words(chat.model, 300),
-    system: words(chat.system), settings, turns,
-    tools: Array.isArray(chat.tools) ? chat.tools.filter(name => typeof name === "string") : []};
-}
-
-const newChat = () => checkedChat({turns: [], model: stored("model") || "", changed: Date.now()});
-const runs = new Map();  // the answers being written, by the id of their chat
+const newChat = (given, id = crypto.getRandomValues(new Uint32Array(2)).join("-")) => ({...fit(given, CHAT), id});
+const runs = new Map();  // the answers being written, by their chat
+const stop = chat => runs.get(chat)?.abort.abort();
 let chats = [], current = newChat();
 
-function readChats() {
-  const keys = [];
-  try { keys.push(...Object.keys(localStorage)); } catch { /* denied */ }
-  chats = keys.filter(key => key.startsWith("shimmy.chat.")).flatMap(key => {
-    try { return [{...checkedChat(JSON.parse(localStorage.getItem(key))), id: key.slice(12)}]; } catch { return []; }
-  });
-  chats.sort((a, b) => b.changed - a.changed);
+const area = name => name === "key" ? sessionStorage : localStorage;
+const recall = name => { try { return area(name).getItem("shimmy." + name) || ""; } catch { return ""; } };
+
+function store(name, value) {
+  try {
+    if (value === null) area(name).removeItem("shimmy." + name);
+    else area(name).setItem("shimmy." + name, value);
+  } catch {
+    notice("The browser does not keep this: its storage is full or denied. Export your chats, then delete old ones.");
+  }
 }
 
-function save(chat) {  // one that has a question, and was not deleted meanwhile
-  if (chats.includes(chat)) stored("chat." + chat.id, JSON.stringify(chat));
-}
+// Saves a chat that was not deleted meanwhile.
+const save = chat => chats.includes(chat) && store("chat." + chat.id, JSON.stringify(chat));
 
 function keep(...added) {
-  chats = [...added, ...chats.filter(each => !added.includes(each))].sort((a, b) => b.changed - a.changed);
+  chats = [...added, ...chats.filter(chat => !added.includes(chat))];
   added.forEach(save);
+}
+
+function readChats() {
+  try {
+    const names = Object.keys(localStorage).filter(name => name.startsWith("shimmy.chat."));
+    chats = names.map(name => newChat(parsed(localStorage.getItem(name)), name.slice(12)));
+  } catch { /* the storage is denied: chats live as long as the page */ }
+  chats.sort((a, b) => b.changed - a.changed);
+  current = chats.find(chat => chat.id === recall("last")) || current;
 }
 
 function exportChats() {
   const file = new Blob([JSON.stringify({format: "shimmy-chats", version: 1, chats}, null, 1)], {type: "application/json"});
-  const name = `shimmy-chats-${new Date().toISOString().slice(0, 10)}.json`;
-  const anchor = make("a", {href: URL.createObjectURL(file), download: name});
-  anchor.click();
-  setTimeout(() => URL.revokeObjectURL(anchor.href), 60000);
+  make("a", {href: URL.createObjectURL(file), download: "shimmy-chats.json"}).click();
 }
 
 async function importChats(file) {
-  try {
-    const exported = JSON.parse(await file.text());
-    if (exported.format !== "shimmy-chats" || !Array.isArray(exported.chats)) throw new Error("another format");
-    const read = exported.chats.map(checkedChat);
-    keep(...read);
-    drawSide();
-    notice(`${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`);
-  } catch {
-    notice(`${file.name} was not imported: it is no file that Export has written here.`);
-  }
+  const found = parsed(await file.text()), given = found?.format === "shimmy-chats" && found.chats;
+  const read = fit(given, [CHAT]).filter(chat => chat.turns.length).map(chat => newChat(chat));
+  keep(...read);
+  drawSide();
+  notice(read.length ? `${read.length} ${read.length === 1 ? "chat was" : "chats were"} imported.`
+    : `${file.name} was not imported: it is no file that Export has written here.`);
 }
 
 // ── The server
-
-class Failure extends Error {
-  constructor(code, message, wait = 0) {
-    super(message);
-    this.code = code;
-    this.wait = wait;  // seconds until another try makes sense
-  }
+function failure(error, otherwise) {
+  const words = error?.code === "context_length_exceeded" ? error.details : error?.message;
+  return Object.assign(new Error(words || otherwise), {code: String(error?.code)});
 }
-
-const key = () => stored("key", undefined, "sessionStorage") || stored("key") || "";
 
 async function call(path, body, signal) {
-  const headers = {};
-  if (key()) headers.Authorization = "Bearer " + String.fromCharCode(...new TextEncoder().encode(key()));
-  if (body) headers["Content-Type"] = "application/json";
-  let response;
-  try {
-    response = await fetch(path, {method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body)});
-  } catch (error) {
-    throw error.name === "AbortError" ? error : new Failure("gone", "The server does not answer");
-  }
+  const headers = {"Content-Type": "application/json"}, key = new TextEncoder().encode(recall("key"));
+  if (key.length) headers.Authorization = "Bearer " + String.fromCharCode(...key);
+  const response = await fetch(path, {method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body)});
   if (response.ok) return response;
-  const said = await response.json().catch(() => null), error = (said && said.error) || {};
-  throw failureOf(error, response.status, Number(response.headers.get("Retry-After")));
-}
-
-function failureOf(error, status = 0, wait = 0) {
-  const said = error.code === "context_length_exceeded" ? error.details : error.message;
-  return new Failure(words(error.code, 100) || "http", words(said, 4000) || `The server answered ${status}`, wait);
+  throw failure(parsed(await response.text())?.error, `The server answered ${response.status}`);
 }
 
 async function* events(response) {
-  const reader = response.body.getReader(), decoder = new TextDecoder();
-  for (let rest = "", chunk; ; ) {
-    try {
-      chunk = await reader.read();
-    } catch (error) {
-      if (error.name === "AbortError") throw error;
-      await sleep(300);  // never over where the page itself is left: that is no fault to show after a reload
-      throw new Failure("cut", "The connection broke off");
-    }
-    if (chunk.done) throw new Failure("cut", "The answer broke off");
-    const lines = (rest + decoder.decode(chunk.value, {stream: true})).split("\n");
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = "", chunk; !(chunk = await reader.read()).done;) {
+    const lines = (rest + chunk.value).split("\n");
     rest = lines.pop();
-    for (const line of lines.filter(l => l.startsWith("data: ")).map(l => l.slice(6))) {
-      if (line === "[DONE]") return;
-      const event = JSON.parse(line);
-      if (event.error) throw failureOf(event.error);
+    for (const data of lines.filter(line => line.startsWith("data: ")).map(line => line.slice(6))) {
+      if (data === "[DONE]") return;
+      const event = JSON.parse(data);
+      if (event.error) throw failure(event.error);
       yield event;
     }
   }
+  throw failure({code: "cut"});
 }
 
-// ── Models
-
-let models = [], usual = "", tools = [], reached = false;  // usual: what the server calls its default
+let models = [], usual = "", tools = [], reached;  // usual: what the server calls its default
+const get = async path => (await call(path)).json();
 const modelOf = id => models.find(model => model.id === id);
-const size = bytes => bytes >= 1e9 ? (bytes / 1e9).toFixed(1) + " GB" : Math.max(1, Math.round(bytes / 1e6)) + " MB";
+// The model that answers in a chat: its own, while the server has it.
+const chosen = chat => (modelOf(chat.model) || modelOf(usual) || models[0] || {id: "default"}).id;
 
 async function refresh() {
   try {
-    const listed = (await (await call("/api/models")).json()).models;
-    tools = (await (await call("/api/tools")).json()).tools;
+    const listed = (await get("/api/models")).models;
+    tools = (await get("/api/tools")).tools;
     models = listed.filter(model => model.id !== "default" && !model.embedding);
-    usual = words(listed[0]?.description).replace("Base GGUF model: ", "");
-    if (!reached) $("notice").hidden = true;
+    usual = String(listed[0]?.description).replace("Base GGUF model: ", "");
+    if (reached === false) $("notice").hidden = true;
     reached = true;
   } catch (error) {
     reached = false;
     notice(...advice(error, refresh));
   }
-  drawHead();
+  drawModels();
   if (!current.turns.length) drawLog();
 }
 
-// The model that answers here: the chat's own, while the server has it.
-const chosen = (chat = current) => (modelOf(chat.model) || modelOf(usual) || models[0] || {id: "default"}).id;
-
-async function look(id) {  // at one model's state
-  const status = await (await call(`/api/models/${encodeURIComponent(id)}/status`)).json(), model = modelOf(id);
-  if (model) Object.assign(model, {state: status.status, progress: status.progress, error: status.error});
-  drawState();
-  return status;
-}
-
-async function loadOrUnload() {
-  const id = chosen(), what = modelOf(id).state === "loaded" ? "unload" : "load?wait=false";
-  try {
-    await call(`/api/models/${encodeURIComponent(id)}/${what}`, {});
-    while (["loading", "unloading"].includes((await look(id)).status)) await sleep(300);
-    say(`${id} is ${modelOf(id).state}`);
-    if (modelOf(id).error) notice(`${id} could not be loaded: ${modelOf(id).error}`);
-  } catch (error) {
-    notice(...advice(error, loadOrUnload));
-  }
-}
-
 const ADVICE = {
-  gone: "Is it still running? Start it with “python shimmy.py serve”, then try again.",
-  cut: "What was written so far is kept.",
+  gone: "The server does not answer. Is it still running? Start it with “python shimmy.py serve”, then try again.",
+  cut: "The answer broke off. What was written so far is kept.",
   unauthorized: "This server asks for its key (serve --api-key, or SHIMMY_API_KEY).",
   context_length_exceeded: "Shorten the question, begin a new chat, or start the server with a larger context: serve --ctx N.",
   overloaded: "Wait a moment, then try again.",
   model_not_found: "It may have been moved or renamed: choose another model above.",
 };
 
-// What an error means in plain words, and the controls that mend it.
-function advice(error, again) {
-  const text = make("p", null, error.message.replace(/[.\s]*$/, ". "), ADVICE[error.code] || "");
-  return error.code === "unauthorized" ? [text, keyForm(again)] : [text, textButton("Try again", again)];
-}
-
-function keyForm(then) {
-  const field = make("input", {type: "password", autocomplete: "off", value: key(), "aria-label": "Key", placeholder: "Key"});
-  const keep = make("input", {type: "checkbox", checked: Boolean(stored("key"))});
+// What an error means in plain words, and what mends it. One without a code is the browser's: the server is gone.
+function advice({code = "gone", message}, again, edit) {
+  const said = code === "gone" || code === "cut" ? "" : message.replace(/[.\s]*$/, ". ");
+  const words = make("p", null, said, ADVICE[code] || "");
+  if (code === "context_length_exceeded") return [words, button("Edit the question", edit), button("New chat", startChat)];
+  if (code !== "unauthorized") return [words, button("Try again", again)];
+  const key = make("input", {type: "password", autocomplete: "off", "aria-label": "Key", placeholder: "Key"});
   const submit = event => {
     event.preventDefault();
-    stored("key", keep.checked ? null : field.value.trim(), "sessionStorage");
-    stored("key", keep.checked ? field.value.trim() : null);
-    then();
+    store("key", key.value.trim());
+    again();
   };
-  return make("form", {submit, class: "row key"}, field, make("label", {class: "check"}, keep, "Remember it in this browser"),
-    make("button", null, "Use this key"));
+  return [words, make("form", {submit, class: "row"}, key, make("button", null, "Use this key"))];
 }
 
 // ── Asking and answering
-
-function messagesFor(chat, answer) {
+// What is sent of a chat: questions without an answer are not, but for the last.
+function messagesOf(chat) {
   const sent = chat.system.trim() ? [{role: "system", content: chat.system}] : [];
   for (const turn of chat.turns) {
-    if (turn.role === "user") sent.push({role: "user", content: turn.text});
-    else {
-      const said = answerMessages(turn, chat.tools.length > 0);
-      if (said.length) sent.push(...said);
-      else if (turn !== answer) sent.pop();  // a question that got no answer
-    }
+    const answer = answerMessages(turn, chat.tools.length > 0);
+    if (answer.length || turn === chat.turns.at(-1)) sent.push({role: "user", content: turn.question}, ...answer);
   }
   return sent;
 }
 
 function answerMessages(turn, withTools) {
   const sent = [];
-  let text = "";
-  for (const part of turn.parts) {
-    if (part.kind === "text") text += part.text;
-    else if (part.kind === "tool" && withTools) {
-      const called = {id: part.id, type: "function", function: {name: part.name, arguments: part.arguments}};
-      const content = part.error === null ? JSON.stringify(part.result) : "Error: " + part.error;
-      sent.push({role: "assistant", content: text, tool_calls: [called]}, {role: "tool", tool_call_id: part.id, content});
-      text = "";
-    }
+  for (const {kind, text, id, name, result, ...part} of turn.parts) {
+    if (kind === "text") sent.push({role: "assistant", content: text});
+    if (kind !== "tool" || !withTools) continue;
+    const said = sent.at(-1)?.role === "assistant" ? sent.pop().content : "";
+    const called = {id, type: "function", function: {name, arguments: part.arguments}};
+    sent.push({role: "assistant", content: said, tool_calls: [called]}, {role: "tool", tool_call_id: id, content: result});
   }
-  return text ? [...sent, {role: "assistant", content: text}] : sent;
+  return sent;
 }
 
-function ask(text) {
-  if (!text.trim() || runs.has(current.id)) return;
-  if (!current.title) current.title = text.trim().split("\n")[0].slice(0, 80);
-  current.turns.push({role: "user", text});
-  answerAgain(current);
-}
-
-// Writes the answer to the last question, in place of one that may be there.
-function answerAgain(chat) {
-  if (chat.turns.at(-1).role === "assistant") chat.turns.pop();
-  const turn = {role: "assistant", model: "", parts: [], end: "", figures: null, error: null};
-  chat.turns.push(turn);
-  chat.changed = Date.now();
-  keep(chat);
-  stored("last", chat.id);
-  write(chat, turn);
-}
-
-async function write(chat, turn) {
-  const run = {abort: new AbortController(), phase: "Asking", progress: null, began: performance.now(), first: 0, saved: 0};
-  runs.set(chat.id, run);
-  Object.assign(turn, {model: chosen(chat), end: "", error: null, figures: null});
-  stick = true;
-  drawSide();
-  drawLog();
-  drawAsk();
-  const watching = watchLoading(chat, turn, run);
-  try {
-    for await (const event of events(await patiently(chat, turn, run))) take(chat, turn, run, event);
-    turn.end = turn.end || "stop";
-  } catch (error) {
-    turn.end = error.name === "AbortError" ? "stopped" : "error";
-    if (turn.end === "error") turn.error = {code: error.code || "page", message: error.message};
-  }
-  run.over = true;
-  runs.delete(chat.id);
-  save(chat);
-  redraw(chat, turn);
-  drawSide();
-  drawAsk();
-  say(turn.error ? turn.error.message : turn.end === "stopped" ? "Stopped" : "The answer is complete");
-  await watching;
-  await look(turn.model).catch(() => null);
-}
-
-// The request; a server that is busy is asked again, as often as it takes a patient person to give up.
-async function patiently(chat, turn, run) {
+function requestOf(chat) {
+  const set = Object.entries(chat.settings).filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]);
   const offered = chat.tools.filter(name => tools.some(tool => tool.name === name)).map(name => ({type: "builtin", name}));
-  const body = {model: turn.model, messages: messagesFor(chat, turn), stream: true, stream_options: {include_usage: true},
-    ...chat.settings, ...(offered.length ? {tools: offered} : {})};
-  for (let tries = 1; ; tries++) {
-    try {
-      return await call("/v1/chat/completions", body, run.abort.signal);
-    } catch (error) {
-      if (error.code !== "overloaded" || tries === 4) throw error;
-      run.busy = `The server is busy, trying again in ${error.wait || 2} s`;
-      redraw(chat, turn);
-      await new Promise((done, fail) => {
-        setTimeout(done, 1000 * (error.wait || 2));
-        run.abort.signal.addEventListener("abort", () => fail(run.abort.signal.reason));
-      });
-      run.busy = "";
-    }
-  }
+  return {model: chosen(chat), messages: messagesOf(chat), stream: true, stream_options: {include_usage: true},
+    ...Object.fromEntries(set), ...(offered.length ? {tools: offered} : {})};
 }
 
-// Says what an answer waits for until its first words come.
-async function watchLoading(chat, turn, run) {
-  while (!run.first && !run.over) {
-    const status = await look(turn.model).catch(() => null);
-    if (status && !run.first && !run.over) {
-      const loading = status.status === "loading", reading = status.loaded ? "Reading the question" : "Waiting for the model";
-      run.progress = loading ? status.progress : null;
-      run.phase = run.busy || (loading ? `Loading ${turn.model}` : status.requests_waiting ? "Waiting for its turn" : reading);
-      say(loading ? `Loading, ${Math.round(status.progress * 10) * 10} %` : run.phase);
-      redraw(chat, turn);
-    }
-    await sleep(250);
+// Asks in place of the turn at n and of all that followed it.
+async function ask(chat, question, n = chat.turns.length) {
+  if (runs.has(chat)) return;
+  const turn = fit({question, model: chosen(chat)}, TURN);
+  const run = {abort: new AbortController(), began: performance.now(), first: 0, waits: "Asking", progress: null};
+  chat.turns.splice(n, Infinity, turn);
+  chat.title ||= question.trim().split("\n")[0].slice(0, 80);
+  chat.changed = Date.now();
+  runs.set(chat, run);
+  keep(chat);
+  openChat(chat);
+  watch(chat, turn.model, run);
+  try {
+    const response = await call("/v1/chat/completions", requestOf(chat), run.abort.signal);
+    for await (const event of events(response)) take(turn, run, event);
+  } catch (error) {
+    if (!error.code) await sleep(300);  // never over where the page itself is left: that is no fault to show after a reload
+    turn.end = run.abort.signal.aborted ? "stopped" : "error";
+    turn.error = {code: error.code || (run.first ? "cut" : "gone"), message: error.message};
   }
+  runs.delete(chat);
+  save(chat);
+  drawSide();
+  drawSoon();
+  say(turn.end === "error" ? turn.error.message : turn.end === "stopped" ? "Stopped" : "The answer is complete");
 }
 
-function take(chat, turn, run, event) {
-  const [choice] = event.choices, delta = (choice && choice.delta) || {};
+// Says what an answer waits for, until its first words come.
+async function watch(chat, model, run) {
+  for (; runs.get(chat) === run && !run.first; await sleep(250)) {
+    const status = await get(`/api/models/${encodeURIComponent(model)}/status`).catch(() => null);
+    if (!status || run.first) continue;
+    const before = run.waits;
+    run.progress = status.status === "loading" ? status.progress : null;
+    run.waits = run.progress !== null ? `Loading ${model}, ${Math.round(100 * run.progress)} %`
+      : status.requests_waiting ? "Waiting for its turn" : status.loaded ? "Reading the question" : "Waiting for the model";
+    if (run.waits !== before) say(run.waits);
+    drawSoon();
+  }
+  if (run.first) refresh();  // the model is loaded by now
+}
+
+function take(turn, run, event) {
+  const [choice] = event.choices, delta = choice?.delta || {};
   if (delta.reasoning_content) grow(turn, "thought", delta.reasoning_content);
   if (delta.content) grow(turn, "text", delta.content);
-  for (const result of items(delta.tool_results)) turn.parts.push(checkedPart({kind: "tool", ...result}));
-  if (choice && choice.finish_reason) turn.end = choice.finish_reason;
-  if (turn.parts.length && !run.first) run.first = performance.now();
-  turn.model = event.model;
-  if (event.usage) turn.figures = figuresOf(event.usage, (run.first - run.began) / 1000);
-  if (performance.now() - run.saved > 500) {
-    run.saved = performance.now();
-    save(chat);
+  for (const {error, result, ...called} of delta.tool_results || []) {
+    const words = error == null ? JSON.stringify(result, null, 1) : error;
+    turn.parts.push(fit({...called, kind: "tool", result: words, failed: error != null}, PART));
   }
-  redraw(chat, turn);
+  if (turn.parts.length) {
+    run.first ||= performance.now();
+    run.waits = turn.parts.at(-1).kind === "thought" ? "Thinking" : "Writing";
+  }
+  turn.model = event.model;
+  turn.end = choice?.finish_reason || turn.end;
+  if (event.usage) {
+    const rate = event.usage.timings?.predicted_per_second, cached = event.usage.prompt_tokens_details?.cached_tokens;
+    turn.figures = fit({...event.usage, rate, cached, first: (run.first - run.began) / 1000}, TURN.figures);
+  }
+  drawSoon();
 }
 
 function grow(turn, kind, text) {
-  if (turn.parts.at(-1)?.kind !== kind) turn.parts.push({kind, text: ""});
+  if (turn.parts.at(-1)?.kind !== kind) turn.parts.push(fit({kind}, PART));
   turn.parts.at(-1).text += text;
 }
 
-const figuresOf = (usage, first) => ({first: Math.max(0, first), rate: number(usage.timings?.predicted_per_second),
-  tokens: usage.completion_tokens, prompt: usage.prompt_tokens, cached: number(usage.prompt_tokens_details?.cached_tokens)});
-
-function stop() {
-  runs.get(current.id)?.abort.abort();
-}
-
 // ── The conversation on the screen
-
-const log = $("log"), box = $("box");
-const views = new Map();  // what redraws a turn that is shown
+let newest = null;  // draws the last answer as it grows
+let due = 0;  // the frame in which it will
 let stick = true;  // the end of the conversation stays in view
+const scroll = () => { if (stick) log.scrollTop = log.scrollHeight; };
+let edited = null;  // the number of the turn whose question is in the box
 
 function drawLog() {
-  views.clear();
-  const made = current.turns.map((turn, n) => turn.role === "user" ? questionView(current, turn, n) : answerView(current, turn));
-  log.replaceChildren(...(made.length ? made : [emptyView()]));
+  newest = edited = null;
+  const views = current.turns.flatMap((_, n) => [questionView(current, n), answerView(current, n)]);
+  log.replaceChildren(...(views.length ? views : [emptyView()]));
   document.title = current.title ? `${current.title} · shimmy` : "shimmy";
   scroll();
 }
 
-function redraw(chat, turn) {
-  const view = views.get(turn);
-  if (chat !== current || !view || view.due) return;
-  view.due = requestAnimationFrame(() => {
-    view.due = 0;
-    view.draw();
+function drawSoon() {
+  due ||= requestAnimationFrame(() => {
+    due = 0;
+    newest?.();
     scroll();
   });
 }
 
-function scroll() {
-  if (stick) log.scrollTop = current.turns.length ? log.scrollHeight : 0;
-  $("down").hidden = stick || !current.turns.length;
-}
-
 function emptyView() {
-  const tiny = models.every(model => model.id === "shimmy-tiny");
-  const pull = command("python shimmy.py pull OWNER/REPO");
-  const lead = !reached ? ["Asking the server for its models …"] : !models.length
-    ? ["No model was found on this machine. Get one with ", pull, ", or put a .gguf file into ./models, then look again."]
-    : tiny ? ["Only the tiny demonstration model is here. Get a real one with ", pull, ", or put a .gguf file into ./models."]
-    : ["Everything runs on your own machine. Ask something, or try one of these."];
-  const ideas = chosen() === "shimmy-tiny" ? ["Who are you?", "Which port do you use?", "Tell me a short story."]
-    : ["Explain what a GGUF file is.", "Write a haiku about the sea.", "Plan a quick dinner for two."];
-  const buttons = models.length ? ideas.map(idea => textButton(idea, () => ask(idea))) : [textButton("Look again", discover)];
-  const keys = make("p", {class: "keys"});
-  [["Enter", "sends"], ["Shift+Enter", "new line"], ["Esc", "stops"], ["/", "to the box"], ["↑", "edits the last question"],
-    ["Alt+N", "new chat"]].forEach(([name, does], n) => keys.append(n ? " · " : "", make("kbd", null, name), " " + does));
-  return make("section", {class: "empty"}, icon("wave"), make("h2", null, "What is on your mind?"), make("p", null, ...lead),
-    make("div", {class: "row"}, ...(reached ? buttons : [])), keys);
+  const pull = make("code", null, "python shimmy.py pull OWNER/REPO");
+  const how = ["Get a real one with ", pull, ", or put a .gguf file into ./models."];
+  const lead = !reached ? ["Asking the server for its models …"]
+    : !models.length ? ["No model was found on this machine. ", ...how]
+    : models.every(model => model.size_bytes < 5e7) ? ["Only the tiny demonstration model is here. ", ...how]
+    : ["Everything runs on your own machine."];
+  return make("section", {class: "empty"}, make("h2", null, "What is on your mind?"), make("p", null, ...lead),
+    make("p", null, "Enter sends · Shift+Enter new line · Esc stops · / to the box · ↑ edits · Alt+N new chat"));
 }
 
-async function discover() {
-  await call("/api/models/discover", {}).catch(() => null);
-  await refresh();
+function questionView(chat, n) {
+  const text = chat.turns[n].question;
+  const again = button("Edit", () => edit(n), {class: "plain", "aria-label": "Edit and ask again"});
+  const foot = make("div", {class: "row foot"}, copyButton(text, "Copy the question"), again);
+  return make("article", {class: "user", "aria-label": "You"}, make("div", {class: "words"}, text), foot);
 }
 
-function questionView(chat, turn, n) {
-  const view = make("article", {class: "user", "aria-label": "You"});
-  const copied = iconButton("copy", "Copy the question", () => copy(turn.text, copied));
-  const edited = iconButton("edit", "Edit and ask again", () => view.replaceChildren(editor(chat, turn, n, drawLog)), "editing");
-  view.append(make("div", {class: "words"}, turn.text), make("div", {class: "row"}, copied, edited));
-  return view;
+function edit(n) {  // the question of turn n, in the box; null: no longer
+  edited = n;
+  box.value = n === null ? "" : current.turns[n].question;
+  if (n === null) $("notice").hidden = true;
+  else notice("Your question and all that follows it will be replaced.", button("Cancel", () => edit(null)));
+  box.focus();
 }
 
-function editor(chat, turn, n, close) {
-  const area = make("textarea", {rows: Math.min(12, turn.text.split("\n").length + 1), "aria-label": "Your question"});
-  area.value = turn.text;
-  const submit = event => {
-    event.preventDefault();
-    if (!area.value.trim() || runs.has(chat.id)) return;
-    chat.turns.splice(n, chat.turns.length, {role: "user", text: area.value});
-    answerAgain(chat);
-    box.focus();
-  };
-  const keydown = event => {
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
-    else if (event.key === "Escape") { event.stopPropagation(); close(); box.focus(); }
-  };
-  area.addEventListener("keydown", keydown);
-  setTimeout(() => area.focus());
-  return make("form", {class: "edit", submit}, area, make("div", {class: "row"},
-    make("button", {class: "main"}, "Ask again"), textButton("Cancel", () => { close(); box.focus(); })));
-}
-
-function answerView(chat, turn) {
-  const parts = make("div"), foot = make("div");
-  const view = {draw() {
-    const run = runs.get(chat.id), live = run && turn === chat.turns.at(-1);
-    turn.parts.forEach((part, n) => {
-      if (!parts.children[n]) parts.append(PARTS[part.kind].make(part));
-      PARTS[part.kind].draw?.(parts.children[n], part, live && n === turn.parts.length - 1);
+function answerView(chat, n) {
+  const turn = chat.turns[n], parts = make("div"), foot = make("div");
+  let shown = "";
+  newest = () => {
+    const run = turn === chat.turns.at(-1) && runs.get(chat), words = run ? run.waits : turn.end;
+    turn.parts.forEach((part, k) => {
+      const node = parts.children[k] || parts.appendChild(partView(part));
+      if (part.kind === "thought") node.lastChild.textContent = part.text.trim();
+      else if (part.kind !== "tool") drawMarkdown(node, part.text);
     });
-    const shown = live ? [run.phase, run.busy, run.progress, Boolean(run.first)].join() : turn.end;
-    if (foot.shown !== shown) foot.replaceChildren(...(live ? waitingFoot(run) : doneFoot(chat, turn)));
-    foot.shown = shown;
-  }};
-  views.set(turn, view);
-  view.draw();
+    if (words !== shown) foot.replaceChildren(...(run ? waitingFoot(run) : doneFoot(chat, n)));
+    shown = words;
+  };
+  newest();
   return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, parts, foot);
 }
 
 const folded = (name, summary, ...children) => make("details", {class: name}, make("summary", null, ...summary), ...children);
-const titled = (title, text) => [make("h4", null, title), make("pre", null, text)];
-const pretty = text => { try { return JSON.stringify(JSON.parse(text), null, 1); } catch { return text; } };
+const titled = (title, text) => [make("small", null, title), make("pre", null, text)];
+const waitingFoot = ({waits, progress}) =>
+  [make("div", {class: "row wait"}, make("progress", {max: 1, value: progress, "aria-label": waits}), waits)];
 const brief = text => text.length > 60 ? text.slice(0, 60) + "…" : text;
 
-const PARTS = {
-  text: {make: () => make("div", {class: "md"}), draw: (node, part) => drawMarkdown(node, part.text)},
-  thought: {
-    make: () => folded("thought", ["Thoughts"], make("div")),
-    draw(node, part, live) {
-      node.firstChild.textContent = live ? "Thinking …" : "Thoughts";
-      node.lastChild.textContent = part.text.trim();
-    },
-  },
-  tool: {make(part) {
-    const result = part.error === null ? JSON.stringify(part.result, null, 1) : part.error;
-    const summary = [make("b", null, part.name), part.error === null ? "" : " failed", ` → ${brief(result)}`];
-    return folded("tool", summary, ...titled("Arguments", pretty(part.arguments)),
-      ...titled(part.error === null ? "Result" : "Error", result));
-  }},
-};
-
-function waitingFoot(run) {
-  if (run.first) return [make("div", {class: "foot wait"}, "Writing")];
-  const bar = run.progress === null ? [] : [make("progress", {max: 1, value: run.progress, "aria-label": "Loading"})];
-  const percent = run.progress === null ? "" : ` ${Math.round(100 * run.progress)} %`;
-  return [make("div", {class: "wait"}, (run.busy || run.phase) + percent, ...bar)];
+function partView(part) {
+  if (part.kind === "thought") return folded("thought", ["Thoughts"], make("div"));
+  if (part.kind !== "tool") return make("div", {class: "md"});
+  const given = parsed(part.arguments), name = make("b", null, part.name);
+  return folded("tool", [name, `${part.failed ? " failed" : ""} → ${brief(part.result)}`],
+    ...titled("Arguments", given ? JSON.stringify(given, null, 1) : part.arguments),
+    ...titled(part.failed ? "Error" : "Result", part.result));
 }
 
-function doneFoot(chat, turn) {
+function doneFoot(chat, n) {
+  const turn = chat.turns[n], again = () => ask(chat, turn.question, n);
   const text = turn.parts.filter(part => part.kind === "text").map(part => part.text).join("\n\n");
-  const again = () => { if (!runs.has(chat.id)) answerAgain(chat); };
-  const copied = iconButton("copy", "Copy the answer", () => copy(text, copied));
-  const foot = make("div", {class: "row foot"}, ...(text ? [copied] : []), iconButton("again", "Answer again", again, "again"));
-  const goesOn = ["length", "stopped", "cut", "error"].includes(turn.end) && turn.parts.at(-1)?.kind === "text";
-  if (goesOn) foot.append(textButton("Continue", () => { if (!runs.has(chat.id)) write(chat, turn); }, "again"));
-  foot.append(make("span", {class: "figures"}, figureWords(turn)));
-  return turn.error ? [errorCard(chat, turn, again), foot] : [foot];
+  const foot = make("div", {class: "row foot"}, text ? copyButton(text, "Copy the answer") : "",
+    button("Again", again, {class: "plain again", "aria-label": "Answer again"}),
+    make("span", {class: "figures"}, figureWords(turn)));
+  if (turn.end !== "error") return [foot];
+  const [words, ...mends] = advice(turn.error, again, () => edit(n));
+  return [make("div", {class: "card bad", role: "alert"}, words, make("div", {class: "row"}, ...mends)), foot];
 }
 
-function figureWords(turn) {
-  const f = turn.figures, ends = {length: "no more tokens allowed", stopped: "stopped", cut: "cut off by a reload"};
-  const measured = f ? [`${f.tokens} tokens`, `${f.rate.toFixed(f.rate < 100 ? 1 : 0)} tokens/s`,
-    `first token after ${f.first.toFixed(2)} s`, `prompt ${f.prompt}` + (f.cached ? ` (${f.cached} cached)` : "")] : [];
-  return [turn.model, ...measured, ends[turn.end]].filter(Boolean).join(" · ");
-}
-
-function errorCard(chat, turn, again) {
-  const asked = chat.turns.indexOf(turn) - 1, controls = advice(turn.error, () => { refresh(); again(); });
-  if (turn.error.code === "context_length_exceeded") {
-    const edit = () => log.children[asked].querySelector(".editing").click();
-    controls.splice(1, 1, textButton("Edit the question", edit), textButton("New chat", startChat));
-  }
-  return make("div", {class: "card bad", role: "alert"}, controls[0], make("div", {class: "row"}, ...controls.slice(1)));
+function figureWords({model, end, figures: {completion_tokens, prompt_tokens, cached, rate, first}}) {
+  const ends = {length: "no more tokens allowed", stopped: "stopped", cut: "cut off by a reload"};
+  const measured = completion_tokens ? [`${completion_tokens} tokens`, `${rate.toFixed(rate < 100 ? 1 : 0)} tokens/s`,
+    `first token after ${first.toFixed(2)} s`, `prompt ${prompt_tokens}` + (cached ? ` (${cached} cached)` : "")] : [];
+  return [model, ...measured, ends[end]].filter(Boolean).join(" · ");
 }
 
 // ── Around the conversation
-
 function drawSide() {
-  const focused = document.activeElement?.dataset?.chat;
+  Object.assign($("send"), runs.has(current) ? {textContent: "■", ariaLabel: "Stop"} : {textContent: "↑", ariaLabel: "Send"});
   $("chats").replaceChildren(...chats.map(chat => {
-    const open = make("button", {type: "button", class: "open", "data-chat": chat.id, click: () => openChat(chat),
-      "aria-current": chat === current && "true"}, (runs.has(chat.id) ? "● " : "") + chat.title);
-    const row = make("li", {class: chat === current ? "now" : ""}, open);
-    row.append(iconButton("edit", `Rename ${chat.title}`, () => rename(chat, row)),
-      iconButton("bin", `Delete ${chat.title}`, () => remove(chat)));
-    return row;
+    const title = (runs.has(chat) ? "● " : "") + (chat.title || "Untitled");
+    return make("li", {class: chat === current && "now"},
+      button(title, () => openChat(chat), {class: "plain open", "aria-current": chat === current && "true"}),
+      button("×", () => remove(chat), {class: "plain", "aria-label": `Delete ${chat.title}`}));
   }));
-  [...$("chats").querySelectorAll(".open")].find(open => focused && open.dataset.chat === focused)?.focus();
-}
-
-function rename(chat, row) {
-  const field = make("input", {value: chat.title, "aria-label": "Title of the chat", maxlength: 200});
-  const close = keep => {
-    if (!field.isConnected) return;
-    if (keep && field.value.trim()) chat.title = field.value.trim();
-    save(chat);
-    drawSide();
-    box.focus();
-  };
-  field.addEventListener("keydown", event => {
-    if (event.key === "Enter" || event.key === "Escape") { event.stopPropagation(); close(event.key === "Enter"); }
-  });
-  field.addEventListener("blur", () => close(true));
-  row.replaceChildren(field);
-  field.select();
 }
 
 function remove(chat) {
-  runs.get(chat.id)?.abort.abort();
+  if (!confirm(`Delete “${brief(chat.title)}”?`)) return;
+  stop(chat);
   chats = chats.filter(each => each !== chat);
-  stored("chat." + chat.id, null);
-  const restore = () => {
-    keep(chat);
-    openChat(chat);
-  };
+  store("chat." + chat.id, null);
   if (chat === current) openChat(chats[0] || newChat());
   else drawSide();
-  notice(`“${brief(chat.title)}” was deleted.`, textButton("Undo", restore));
 }
 
 function openChat(chat) {
   current = chat;
   stick = true;
-  stored("last", chat.id);
+  store("last", chat.id);
   if (reached) $("notice").hidden = true;
-  drawer(false);
+  $("side").hidePopover();
   drawSide();
-  drawHead();
+  drawModels();
   drawLog();
-  drawAsk();
-  box.focus();
+  if (matchMedia("(hover: hover)").matches) box.focus();  // on a phone that would open the keyboard
 }
 
-const startChat = () => openChat(newChat());
-
-function drawHead() {
-  $("model").replaceChildren(...models.map(model => make("option", {value: model.id})));
-  $("model").disabled = !models.length;
-  drawState();
-}
-
-function drawState() {
-  const model = modelOf(chosen()), state = model ? model.state : "";
-  models.forEach(({id, parameter_count, quantization, size_bytes, state}, n) => {
-    const kind = [parameter_count, quantization].filter(Boolean).join(" "), loaded = state === "loaded" && "loaded";
-    $("model").options[n].textContent = [id, kind, size(size_bytes), loaded].filter(Boolean).join(" · ");
-  });
-  if (model) $("model").value = model.id;
-  const percent = state === "loading" && model.progress ? ` ${Math.round(100 * model.progress)} %` : "";
-  $("state").dataset.state = state;
-  $("state").textContent = (state === "unloaded" ? "not loaded" : state) + percent;
-  $("state").hidden = $("load").hidden = !model;
-  $("load").textContent = state === "loaded" ? "Unload" : "Load";
-  $("load").disabled = state === "loading" || state === "unloading";
-}
-
-function drawAsk() {
-  const writing = runs.has(current.id);
-  $("sign").setAttribute("href", writing ? "#i-stop" : "#i-up");
-  $("send").setAttribute("aria-label", writing ? "Stop" : "Send");
-  $("send").title = writing ? "Stop (Esc)" : "Send (Enter)";
-}
-
-function grown() {  // the box is as high as its text
-  box.style.height = "auto";
-  box.style.height = box.scrollHeight + "px";
-}
-
-function drawer(open) {
-  document.body.classList.toggle("drawer", open);
-  $("menu").setAttribute("aria-expanded", String(open));
-  if (open) $("new").focus();
-}
-
-function drawSettings() {
-  $("system").value = current.system;
-  const fields = SETTINGS.map(([name, label, min, max, step]) => {
-    const field = make("input", {type: "number", name, min, max, step: step < 1 ? "any" : step, placeholder: "default",
-      value: current.settings[name] ?? null, input: () => setting(name, field.validity.valid ? field.valueAsNumber : NaN)});
-    return make("label", null, label, field);
-  });
-  const effort = make("select", {name: "reasoning_effort", input: () => setting("reasoning_effort", effort.value)},
-    ...Object.entries(EFFORTS).map(([value, label]) => make("option", {value}, label)));
-  effort.value = current.settings.reasoning_effort || "";
-  $("sampling").replaceChildren(...fields, make("label", null, "Thinking", effort));
-  $("tools").replaceChildren(...tools.map(tool => {
-    const check = make("input", {type: "checkbox", name: tool.name, checked: current.tools.includes(tool.name), input() {
-      current.tools = current.tools.filter(name => name !== tool.name).concat(check.checked ? [tool.name] : []);
-      save(current);
-    }});
-    return make("label", {class: "check"}, check, make("span", null, tool.name, make("small", null, tool.description)));
+function drawModels() {
+  const size = bytes => bytes >= 1e9 ? (bytes / 1e9).toFixed(1) + " GB" : Math.ceil(bytes / 1e6) + " MB";
+  $("model").replaceChildren(...models.map(({id, parameter_count, quantization, size_bytes, state}) => {
+    const kind = [parameter_count, quantization].filter(Boolean).join(" ");
+    const words = [id, kind, size(size_bytes), state === "loaded" && state].filter(Boolean).join(" · ");
+    return make("option", {value: id, selected: id === chosen(current)}, words);
   }));
-  $("key").replaceChildren(keyForm(() => { $("settings").close(); refresh(); }));
+  $("state").textContent = (modelOf(chosen(current))?.state || "").replace("unloaded", "not loaded");
 }
 
-function setting(name, value) {
-  if (value === "" || Number.isNaN(value)) delete current.settings[name];
-  else current.settings[name] = value;
+function showSettings() {
+  $("system").value = current.system;
+  FIELDS.forEach(field => field.value = current.settings[field.name]);
+  $("tools").replaceChildren(...tools.map(({name, description}) => make("label", {class: "check"},
+    make("input", {type: "checkbox", name, checked: current.tools.includes(name)}),
+    make("span", null, name, make("small", null, description)))));
+  $("settings").showModal();
+}
+
+function takeSettings() {
+  current.system = $("system").value;
+  for (const field of FIELDS) current.settings[field.name] = field.validity.valid ? field.value : "";
+  current.tools = [...$("tools").querySelectorAll(":checked")].map(check => check.name);
   save(current);
 }
 
-// ── Files, keys, and the beginning
-
-const MOST_TEXT = 200000;  // bytes of a file that is put into the box: more than most contexts hold
-
-async function insert(files) {
+// Puts the words of dropped and pasted files into the box.
+async function insert(event, files) {
+  if (!files.length) return;
+  event.preventDefault();
   for (const file of files) {
-    const bytes = new Uint8Array(await file.slice(0, MOST_TEXT + 1).arrayBuffer());
-    let text = null;
-    try { text = new TextDecoder("utf-8", {fatal: true}).decode(bytes); } catch { /* no text */ }
-    if (/^(image|audio|video)\//.test(file.type) || text === null && bytes.length <= MOST_TEXT || text?.includes("\0")) {
-      notice(`${file.name} cannot be read by the models here: they read text. Drop or paste text files (.txt, .md, .csv, code).`);
-    } else if (bytes.length > MOST_TEXT) {
-      notice(`${file.name} is too large: text files up to ${MOST_TEXT / 1000} kB can be inserted.`);
-    } else {
-      const fence = "`".repeat(Math.max(3, ...(text.match(/`+/g) || []).map(run => run.length + 1)));
-      box.value += `${box.value && "\n\n"}${file.name}:\n${fence}\n${text.trimEnd()}\n${fence}\n`;
-      grown();
-      box.focus();
-    }
+    const text = file.size < 200000 ? await file.text() : "\0";
+    if (/[\0\ufffd]/.test(text)) notice(`${file.name} cannot be read: the models here read text files of up to 200 kB.`);
+    else box.value += `${box.value && "\n\n"}${file.name}:\n\n${text}\n`;
   }
+  box.focus();
 }
 
 function submitBox(event) {
   event.preventDefault();
-  if (runs.has(current.id)) return stop();
-  const text = box.value;
-  if (!text.trim()) return;
+  if (runs.has(current)) return event.type === "submit" && stop(current);  // the button stops, Enter does not
+  if (!box.value.trim()) return;
+  const [text, n] = [box.value, edited ?? current.turns.length];
   box.value = "";
-  grown();
-  $("notice").hidden = true;
-  ask(text);
+  ask(current, text, n);
 }
 
-function boxKey(event) {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    if (!runs.has(current.id)) submitBox(event);
-  } else if (event.key === "ArrowUp" && !box.value) {
-    event.preventDefault();
-    [...log.querySelectorAll(".editing")].at(-1)?.click();
-  }
+function pressed(event) {
+  const {key, target} = event, inBox = target === box && !event.isComposing;
+  if (document.querySelector("dialog[open], :popover-open")) return;
+  const act = key === "Escape" ? () => edited === null ? stop(current) : edit(null)
+    : key === "/" && !target.matches("input, textarea, select") ? () => box.focus()
+    : event.altKey && event.code === "KeyN" ? startChat
+    : inBox && key === "Enter" && !event.shiftKey ? () => submitBox(event)
+    : inBox && key === "ArrowUp" && !box.value && current.turns.length ? () => edit(current.turns.length - 1) : null;
+  if (act) event.preventDefault();
+  act?.();
 }
 
-function pageKey(event) {
-  const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(event.target.tagName);
-  if (event.key === "Escape" && !$("settings").open) {
-    if (document.body.classList.contains("drawer")) { drawer(false); $("menu").focus(); } else stop();
-  } else if (event.key === "/" && !typing && !event.ctrlKey && !event.metaKey && !$("settings").open) {
-    event.preventDefault();
-    box.focus();
-  } else if (event.altKey && event.code === "KeyN" && !event.ctrlKey && !event.metaKey) {
-    event.preventDefault();
-    startChat();
-  }
-}
+const startChat = () => openChat(newChat({model: current.model}));
+const on = (target, name, act) => target.addEventListener(name, act);
+on($("ask"), "submit", submitBox);
+on(box, "paste", event => insert(event, event.clipboardData.files));
+on($("new"), "click", startChat);
+on($("side"), "toggle", event => event.newState === "open" && $("new").focus());
+on($("export"), "click", exportChats);
+on($("import"), "click", () => $("imported").click());
+on($("imported"), "change", async () => { await importChats($("imported").files[0]); $("imported").value = ""; });
+on($("model"), "change", () => { current.model = $("model").value; save(current); drawModels(); });
+on($("tune"), "click", showSettings);
+on($("settings"), "input", takeSettings);
+on(log, "scroll", () => stick = log.scrollHeight - log.scrollTop - log.clientHeight < 48);
+on(document, "keydown", pressed);
+on(document, "dragover", event => event.preventDefault());
+on(document, "drop", event => insert(event, event.dataTransfer.files));
+on(document, "visibilitychange", () => document.hidden ? [...runs.keys()].forEach(save) : refresh());
 
-function setTheme(theme) {
-  if (theme) document.documentElement.dataset.theme = theme;
-  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  $("theme").setAttribute("aria-pressed", String(dark));
-  return dark;
-}
-
-const on = (id, name, act) => $(id).addEventListener(name, act);
-on("ask", "submit", submitBox);
-on("box", "keydown", boxKey);
-on("box", "input", grown);
-on("new", "click", startChat);
-on("menu", "click", () => drawer(true));
-on("shade", "click", () => drawer(false));
-on("export", "click", exportChats);
-on("import", "click", () => $("imported").click());
-on("imported", "change", async () => { await importChats($("imported").files[0]); $("imported").value = ""; });
-on("file", "change", async () => { await insert($("file").files); $("file").value = ""; });
-on("model", "change", () => { current.model = $("model").value; stored("model", current.model); save(current); drawState(); });
-on("load", "click", loadOrUnload);
-on("down", "click", () => { stick = true; scroll(); box.focus(); });
-on("tune", "click", () => { drawSettings(); $("settings").showModal(); });
-on("done", "click", () => $("settings").close());
-on("settings", "click", event => { if (event.target === $("settings")) $("settings").close(); });
-on("system", "input", () => { current.system = $("system").value; save(current); });
-on("theme", "click", () => setTheme(stored("theme", setTheme(stored("theme")) ? "light" : "dark")));
-log.addEventListener("scroll", () => {
-  stick = log.scrollHeight - log.scrollTop - log.clientHeight < 48;
-  $("down").hidden = stick || !current.turns.length;
-});
-document.addEventListener("keydown", pageKey);
-document.addEventListener("dragover", event => { event.preventDefault(); document.body.classList.add("drop"); });
-document.addEventListener("dragleave", () => document.body.classList.remove("drop"));
-document.addEventListener("drop", event => {
-  event.preventDefault();
-  document.body.classList.remove("drop");
-  if (event.dataTransfer.files.length) insert(event.dataTransfer.files);
-});
-box.addEventListener("paste", event => {
-  if (!event.clipboardData.files.length) return;
-  event.preventDefault();
-  insert(event.clipboardData.files);
-});
-addEventListener("pagehide", () => runs.forEach((_, id) => save(chats.find(chat => chat.id === id))));
-addEventListener("storage", event => {  // another window has changed a chat
-  if (!event.key?.startsWith("shimmy.chat.") || runs.size) return;
-  readChats();
-  current = chats.find(chat => chat.id === current.id) || (current.turns.length ? newChat() : current);
-  drawSide();
-  drawHead();
-  drawLog();
-});
-document.addEventListener("visibilitychange", () => { if (!document.hidden && !runs.size) refresh(); });
-
-setTheme(stored("theme"));
 readChats();
-current = chats.find(chat => chat.id === stored("last")) || current;
-drawSide();
-drawHead();
-drawLog();
-drawAsk();
+openChat(current);
 refresh();
-if (matchMedia("(hover: hover)").matches) box.focus();  // on a phone that would open the keyboard
 </script>
 </body>
 </html>
