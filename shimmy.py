@@ -4062,8 +4062,8 @@ class GbnfReader:
                     return
 
 
-# ── 7. Strings and numbers ────────────────────────────────────────────────────────────────────────────────────────────
-# JSON strings by pattern, format and length, JSON numbers by bounds and multiples: symbols that know what can still come.
+# ── 7. Patterns ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# Regular expressions, read as JSON Schema means them, and the sets of texts that they describe, character by character.
 
 Ranges = tuple[tuple[int, int], ...]  # code points, first and last, ascending and apart
 EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
@@ -4728,6 +4728,10 @@ def _looks_ahead(pattern: Pattern) -> bool:
     return isinstance(pattern, Ahead) or any(_looks_ahead(part) for part in pattern.parts)
 
 
+# ── 7. Strings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# JSON strings by pattern, format and length: symbols that know what can still come.
+
+
 @dataclass(frozen=True)
 class StringShape:
     """What a JSON string's text must be; lengths in code points."""
@@ -5212,6 +5216,10 @@ def both_strings(one: StringShape, two: StringShape) -> StringShape:
     lists = {name: tuple(dict.fromkeys(getattr(one, name) + getattr(two, name)))
              for name in ("patterns", "unlike", "formats", "not_formats")}  # fmt: skip
     return StringShape(max(one.low, two.low), min(highs, default=None), excluded=one.excluded | two.excluded, **lists)
+
+
+# ── 7. Numbers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# JSON numbers by bounds and multiples, digit by digit.
 
 
 @dataclass(frozen=True)
@@ -6917,6 +6925,9 @@ def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
 class CallsGrammar:
     """Calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
 
+    TOLD = frozenset(("type", "properties", "required",  # of arguments that stand one by one; the others only open objects
+                      "additionalProperties", "patternProperties", "unevaluatedProperties", "nullable"))  # fmt: skip
+
     def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
         letters = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
         self._open = {ID: Repeated(letters, 9, 9), ANY: Repeated(letters, 1, 24)}  # what a format leaves open
@@ -6944,8 +6955,13 @@ class CallsGrammar:
 
     def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> Symbol:
         """Named arguments in their order, optional ones left out at will."""
+        also = (SchemaReader.KEYWORDS.keys() & schema.keys()) - self.TOLD
+        if also:
+            raise InvalidRequest(f"{where}: keyword {min(also)} is not supported where arguments are written one by one", where)
+        json_symbol(where, schema)  # checked as a whole
         arguments = []
-        for key, kind in (schema.get("properties") or {}).items():
+        properties = {**{key: {} for key in schema.get("required") or ()}, **(schema.get("properties") or {})}
+        for key, kind in properties.items():
             kind = {**kind, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if isinstance(kind, dict) else {}
             closes = "" if params.quote else params.closes.replace(KEY, key)
             value = self._value(f"{where}.properties.{key}", kind, params, closes.strip())
@@ -6958,12 +6974,88 @@ class CallsGrammar:
         types = types_of(kind)
         if types and types != {"string"}:
             return json_symbol(where, kind)
-        options = [kind["const"]] if isinstance(kind.get("const"), str) else kind.get("enum")
-        if options:
-            text: Symbol = AnyOf(tuple(map(word, options)))
-        else:
-            text = Repeated(anything_but(closes or params.quote), kind.get("minLength") or 0, kind.get("maxLength"))
+        text = PlainTexts(json.dumps(kind), where, closes or params.quote)
+        if not text.opened():
+            return json_symbol(where, kind)
         return InOrder((word(params.quote), text, word(params.quote)))
+
+
+@dataclass(frozen=True)
+class PlainTexts(Json):
+    """The strings of a JSON schema, written as they are: what stands behind them, `marker`, does not occur in them."""
+
+    marker: str
+
+    def opened(self) -> Iterable[Symbols]:
+        return read_plain(self.text, self.param, self.marker)
+
+
+@functools.lru_cache(maxsize=64)
+def read_plain(text: str, param: str, marker: str) -> tuple[Symbols, ...]:
+    """A schema's strings as they are; none if it wants other values. Raises InvalidRequest naming the keyword at fault."""
+    documents, found = Documents(SchemaShapes(param, json.loads(text))), list[Symbols]()
+    apart = StringShape(unlike=(not_before(marker),))
+    root = documents.root()
+    assert isinstance(root, Value)
+    shapes = [s for s in documents.shapes.choice(root.node) if opening_of(s) == '"']
+    for shape in shapes:
+        if isinstance(shape, Constant) and string_fits(apart, json.loads(shape.text)):
+            found.append((word(json.loads(shape.text)),))
+        elif isinstance(shape, StringShape):
+            shape = both_strings(shape, apart)
+            if documents.leaf(shape) is not None:
+                machine = text_machine(shape)
+                found.append((PlainText(machine, machine.root, machine.low, machine.high),))
+    if shapes and not found:
+        raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
+    return tuple(found)
+
+
+def not_before(marker: str) -> str:
+    """What must not be found in a text before a marker: its first two characters, or one that could become them."""
+    first, second = map(re.escape, (marker + "  ")[:2])
+    return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
+
+
+@dataclass(frozen=True)
+class PlainText(Symbol):
+    """The rest of a text that is written as it is: where it is, and what is half-written of a character."""
+
+    machine: TextMachine
+    at: Texts
+    low: int
+    high: int | None
+    half: Half = NO_HALF
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return not self.half[1] and self.at.nullable and self.low == 0
+
+    @property
+    def firsts(self) -> int:
+        return plain_firsts(self.machine, self.machine.open(self.at, self.low, self.high), self.half)
+
+    def step(self, byte: int) -> Symbols | None:
+        half = spelled_plainly(self.half).get(byte)
+        if half is None or not self.machine.reaches(self.machine.open(self.at, self.low, self.high), half[0]):
+            return None
+        if half[1] != "done":
+            return (replace(self, half=half),)
+        low, high = self.machine.counted(self.low, self.high)
+        return (PlainText(self.machine, self.machine.behind(self.at, half[2]), low, high),)
+
+
+def spelled_plainly(half: Half) -> dict[int, Half]:
+    """What a half-written character becomes by each byte, without escapes; "done" if it is whole."""
+    if half[1]:
+        return spelled(half)
+    return {byte: _whole(byte) for byte in range(128)} | {byte: more for byte, more in spelled(half).items() if byte >= 128}
+
+
+@functools.lru_cache(maxsize=1000)
+def plain_firsts(machine: TextMachine, classes: int, half: Half) -> int:
+    """The bytes that may come where a text may go on with some classes of characters."""
+    return sum(1 << byte for byte, more in spelled_plainly(half).items() if machine.reaches(classes, more[0]))
 
 
 @dataclass(frozen=True)
@@ -6997,9 +7089,7 @@ def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
 
 def anything_but(marker: str) -> Symbol:
     """One character or two of a text that never holds the marker, nor what looks much like it."""
-    first, second = (marker + " ")[0], (marker + "  ")[1]
-    if len(marker) == 1:
-        return char_but(first + "\\\n")
+    first, second = list((marker + "  ")[:2])
     return AnyOf((char_but(first), InOrder((word(first), char_but(first + second)))))
 
 
