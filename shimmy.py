@@ -12015,6 +12015,7 @@ MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10
 PULL_CHUNK = MIB
 PULL_SILENCE = 30.0  # seconds without a byte: the connection is lost
 PULL_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # the pauses between tries; bytes that come start them anew
+MAX_REMOTE_FILE = 10**15  # bytes; no disk is so large
 MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
 HUB = "https://huggingface.co"
@@ -12042,8 +12043,21 @@ class Wanted:
     url: str = ""
 
 
+def is_address(url: str) -> bool:
+    """True for an http or https address that names a host, and no impossible port."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
 def hub_address() -> str:
-    return (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    """The hub's address. Raises PullFailed when HF_ENDPOINT is none."""
+    address = (os.environ.get("HF_ENDPOINT") or HUB).rstrip("/")
+    if not is_address(address):
+        raise PullFailed(message=f"HF_ENDPOINT is '{printable(address)}': write an address, such as {HUB}")
+    return address
 
 
 def repository(name: str) -> Wanted | None:
@@ -12064,7 +12078,7 @@ def read_wanted(name: str) -> Wanted:
                 named = f"{file[1]}:{urllib.parse.unquote(file[2])}"
     if wanted := repository(named):
         return wanted
-    if re.match(r"https?://[^/]", name):
+    if is_address(name):
         return Wanted(url=urllib.parse.quote(name, safe="%!#$&'()*+,/:;=?@[]~"))
     shapes = "OWNER/REPO, OWNER/REPO:Q4_K_M, OWNER/REPO:FILE.gguf or an address"
     raise InvalidRequest(f"'{printable(name)}' is no model to fetch: write {shapes}", "model")
@@ -12262,7 +12276,7 @@ def retry_after(headers: http.client.HTTPMessage) -> float | None:
 
     try:
         return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -12316,8 +12330,10 @@ class Hub:
             if response.status not in (301, 302, 303, 307, 308) or not location:
                 return response
             response.close()
-            before, url = url, urllib.parse.quote(urllib.parse.urljoin(url, location), safe="%!#$&'()*+,/:;=?@[]~")
-            if not re.match(r"https?://[^/]", url) or (before.startswith("https:") and url.startswith("http:")):
+            before, url = url, location
+            with contextlib.suppress(ValueError):  # then it is no address
+                url = urllib.parse.quote(urllib.parse.urljoin(before, location), safe="%!#$&'()*+,/:;=?@[]~")
+            if not is_address(url) or origin_of(before)[0] == "https" != origin_of(url)[0]:
                 raise PullFailed(message=f"{urllib.parse.urlsplit(before).netloc} redirects to {printable(url)}: refused")
         raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} redirects in circles")
 
@@ -12341,6 +12357,13 @@ class Hub:
 
     # The hub's own API
 
+    def _read_document(self, response: http.client.HTTPResponse) -> bytes:
+        """A whole answer, as far as MAX_LISTING. Raises ConnectionLost, Cancelled."""
+        data = bytearray()
+        while len(data) < MAX_LISTING and (chunk := self.read(response)):
+            data += chunk
+        return bytes(data)
+
     def listing(self, repo: str) -> Generator[Fetching, None, tuple[str, list[RemoteFile]]]:
         """A repository's commit and files. Raises PullFailed, Forbidden, ModelNotFound."""
         try:
@@ -12348,8 +12371,8 @@ class Hub:
             with contextlib.closing(response):
                 if response.status != 200:
                     raise (yield from self.refusal(response, repo))
-                data = response.read(MAX_LISTING)
-        except (ConnectionLost, OSError, http.client.HTTPException) as error:
+                data = self._read_document(response)
+        except ConnectionLost as error:
             raise PullFailed(message=f"{self.host} cannot be reached: {error}") from None
         try:
             return self._read_listing(repo, json.loads(data))
@@ -12363,7 +12386,8 @@ class Hub:
         for sibling in document["siblings"]:
             name, size = sibling["rfilename"], sibling.get("size")
             digest = (sibling.get("lfs") or {}).get("sha256") or sibling.get("blobId") or ""
-            if is_safe_name(name) and isinstance(size, int) and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
+            sane = is_safe_name(name) and isinstance(size, int) and 0 <= size < MAX_REMOTE_FILE
+            if sane and re.fullmatch(r"[0-9a-f]{40}|[0-9a-f]{64}", digest):
                 url = f"{self.url}/{repo}/resolve/{commit}/{urllib.parse.quote(name)}"
                 files.append(RemoteFile(name, url, size, digest))
         return commit, files
@@ -12371,7 +12395,7 @@ class Hub:
     def refusal(self, response: http.client.HTTPResponse, repo: str) -> Generator[Fetching, None, ApiError]:
         """The error for an answer without a file, with what helps; repo is "" for an address that is none of the hub's."""
         status, said = response.status, response.headers.get("X-Error-Code") or ""
-        if not repo or status not in (401, 403, 404):
+        if not repo or status not in (401, 403, 404) or origin_of(response.url) != origin_of(self.url):
             wait = retry_after(response.headers)
             later = f"; it asks to be left alone for {wait:.0f} s" if wait else ""
             return PullFailed(message=f"{printable(urllib.parse.urlsplit(response.url).netloc)} answers {status}{later}")
@@ -12389,10 +12413,10 @@ class Hub:
         import difflib
 
         words = urllib.parse.quote(repo.partition("/")[2])
-        with contextlib.suppress(ConnectionLost, PullFailed, OSError, http.client.HTTPException, ValueError, TypeError, KeyError):
+        with contextlib.suppress(ConnectionLost, PullFailed, ValueError, TypeError, LookupError, AttributeError, RecursionError):
             response = yield from self.get(f"{self.url}/api/models?search={words}&filter=gguf&limit=20", {})
             with contextlib.closing(response):
-                ids = [found["id"] for found in json.loads(response.read(MAX_LISTING))]
+                ids = [found["id"] for found in json.loads(self._read_document(response))]
             return difflib.get_close_matches(repo, [id for id in ids if repository(id)], n=3, cutoff=0.3)
         return []
 
@@ -12499,7 +12523,7 @@ class Download:
 
     def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
         """Starts anew if the server sends something else than the rest that was asked for."""
-        sent = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
+        sent = re.fullmatch(r"bytes (\d{1,15})-\d+/(\d+|\*)", response.headers.get("Content-Range") or "")
         goes_on = response.status == 206 and sent and int(sent[1]) == self._have and sent[2] in ("*", str(self._file.size))
         if self._have and not goes_on:
             self._restart(part)
@@ -12585,7 +12609,7 @@ class Pull:
                 start = response.read(4)
         except (ConnectionLost, OSError, http.client.HTTPException) as error:
             raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} cannot be reached: {error}") from None
-        if start != b"GGUF" or not length.isdigit():
+        if start != b"GGUF" or not re.fullmatch(r"\d{1,15}", length):
             raise PullFailed(message=f"what {printable(url)} gives is no GGUF file, or of unknown size")
         file = RemoteFile(name, url, int(length), etag="" if etag.startswith("W/") else etag)
         target = plain_target(os.path.abspath(folder), file)
