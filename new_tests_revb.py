@@ -4,7 +4,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from new_tests_shell import REPO_NAME, FakeHub, hub, quick  # noqa: F401
-from test_shimmy import assert_failed, cases, shimmy  # noqa: F401
+from test_shimmy import assert_failed, cases, shimmy
 
 # topic: pull
 
