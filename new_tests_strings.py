@@ -9,9 +9,10 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import assume, given, settings
+import hypothesis
+from hypothesis import assume
 from hypothesis import strategies as some
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 
 from shimmy import (
     FORMATS,
@@ -260,8 +261,8 @@ def is_right(shape: StringShape, text: str) -> bool:
     )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(SHAPES, LETTERS, some.integers(0, 999))
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(SHAPES, LETTERS, some.integers(0, 999))
 def test_string_of_any_shape_is_as_re_says(shape, text, seed):
     symbol = string_symbol(shape)
     assert symbol is not None or not is_right(shape, text)
@@ -457,8 +458,8 @@ NUMBER_SHAPES = some.builds(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(NUMBER_SHAPES, NUMBERS, some.integers(0, 999))
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(NUMBER_SHAPES, NUMBERS, some.integers(0, 999))
 def test_number_of_any_shape_is_as_arithmetic_says(shape, value, seed):
     symbol = number_symbol(shape)
     assert symbol is not None or not number_fits(shape, value)

@@ -15926,7 +15926,7 @@ class SocketFrames(Wire):
         self._say(NativeSocket.cancelled())
 
 
-MAX_UNREAD = MIB  # bytes written and not taken by the client; a message of ours waits until the one before is
+MAX_UNTAKEN = MIB  # bytes written and not taken by the client; a message of ours waits until the one before is
 
 
 def bounded_connection() -> Any:
@@ -15936,7 +15936,7 @@ def bounded_connection() -> Any:
     class BoundedConnection(ServerConnection):
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            if self.transport.get_write_buffer_size() > MAX_UNREAD:
+            if self.transport.get_write_buffer_size() > MAX_UNTAKEN:
                 self.transport.abort()
 
     return BoundedConnection
@@ -16201,7 +16201,8 @@ header { display: flex; align-items: center; gap: .6rem; padding: .6rem .75rem; 
 .wait { color: var(--mute); font-size: .9rem; }
 .card { border: 1px solid var(--line); border-radius: .9rem; padding: .75rem 1rem; margin: .5rem 0; background: var(--raised); }
 .card.bad { background: var(--bad-tint); border-color: transparent; color: var(--bad); }
-details { overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0; font-size: .95rem; }
+details { overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0;
+  font-size: .95rem; }
 .tool pre { margin: .2rem 0; font: .85rem/1.5 var(--mono); max-height: 16rem; overflow-y: auto; }
 .md { overflow-wrap: anywhere; }
 p { margin: 0; }
