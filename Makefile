@@ -41,7 +41,7 @@ audit: .venv/.test
 
 test-page: .venv/.page
 	@command -v chromium chromium-browser google-chrome >/dev/null || { echo "No Chromium was found: apt install chromium, and try again."; exit 1; }
-	PYTHONPATH=$(CURDIR)/.venv/page $(BIN)/python -m pytest -q test_shimmy.py -k "test_page or test_serve_open" $(ARGS)
+	SHIMMY_PAGE=1 PYTHONPATH=$(CURDIR)/.venv/page $(BIN)/python -m pytest -q test_shimmy.py -k "test_page or test_serve_open" $(ARGS)
 
 # langchain-openai and llama-index want openai 2, pydantic-ai and openai-agents want 3, llm's plugins its last: a folder each
 CLIENTS := $(CURDIR)/.venv/clients

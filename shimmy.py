@@ -16201,8 +16201,7 @@ header { display: flex; align-items: center; gap: .6rem; padding: .6rem .75rem; 
 .wait { color: var(--mute); font-size: .9rem; }
 .card { border: 1px solid var(--line); border-radius: .9rem; padding: .75rem 1rem; margin: .5rem 0; background: var(--raised); }
 .card.bad { background: var(--bad-tint); border-color: transparent; color: var(--bad); }
-details { overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0;
-  font-size: .95rem; }
+details { overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .7rem; padding: .4rem .75rem; margin: .5rem 0; }
 .tool pre { margin: .2rem 0; font: .85rem/1.5 var(--mono); max-height: 16rem; overflow-y: auto; }
 .md { overflow-wrap: anywhere; }
 p { margin: 0; }
@@ -16213,10 +16212,10 @@ p { margin: 0; }
 .md :is(ul, ol) { padding-left: 1.6em; margin: .5em 0; }
 .md blockquote { border-left: 3px solid var(--line); margin: .75em 0; padding-left: 1em; color: var(--mute); }
 .md a { color: var(--accent); }
-code { font: .875em var(--mono); background: var(--code); border-radius: .3em; padding: .1em .3em; overflow-wrap: anywhere; }
+:not(pre) > code { font: .875em var(--mono); background: var(--code); border-radius: .3em; padding: .1em .3em; }
 .code { border: 1px solid var(--line); border-radius: .7rem; margin: .75em 0; background: var(--code); overflow: hidden; }
 .code .row { justify-content: space-between; padding: 0 .25rem 0 .9rem; font-size: .8rem; border-bottom: 1px solid var(--line); }
-.code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; }
+.code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; }
 .wide { overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal; }
@@ -16232,7 +16231,7 @@ dialog { width: min(36rem, 100vw - 1.5rem); border: 1px solid var(--line); borde
 ::backdrop { background: #0007; }
 h2, legend { margin: 0; padding: 0; font-size: 1.1rem; font-weight: 600; }
 fieldset { border: 0; margin: 1.25rem 0; padding: 0; }
-.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: .75rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(7rem, 1fr)); gap: .75rem; }
 small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25rem; }
 .check { display: flex; gap: .6rem; align-items: flex-start; padding: .25rem 0; }
 @media (max-width: 52rem) {
@@ -16242,7 +16241,7 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
   #side:not(:popover-open) { display: none; }
   #model { flex: 1 1 0; }
 }
-@media (max-width: 32rem) { #state { display: none; } }
+@media (max-width: 32rem) { #state, .empty p + p { display: none; } }
 </style>
 </head>
 <body>
