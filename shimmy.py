@@ -8667,6 +8667,11 @@ class Sampler:
         """Whether the document is complete, and nothing may follow."""
         return self.grammar is not None and self.grammar.is_done
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether a document has begun and is not complete."""
+        return self.grammar is not None and not self.grammar.is_awaited and not self.grammar.ends
+
     def close(self) -> None:
         if self.chain:
             self.llama.c.llama_sampler_free(self.chain)
@@ -8690,6 +8695,11 @@ class Grammar:
     def is_awaited(self) -> bool:
         """Whether the marker has not come yet."""
         return bool(self._marker)
+
+    @property
+    def ends(self) -> bool:
+        """Whether what stands there is a whole document."""
+        return self._state.ends
 
     @property
     def is_done(self) -> bool:
@@ -10259,6 +10269,9 @@ class Engine:
         sequence.first_token = sequence.first_token or time.perf_counter()
         known = None if sampling.logprobs is None else LogProbs(vocab, scores)
         forced, token = bool(sequence.forced), sequence.next_token(scores, row)
+        if token < 0 and sequence.sampler and sequence.sampler.is_stuck:
+            self._fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
+            return
         if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
             self._finish(sequence, "stop")
             return
