@@ -12,10 +12,11 @@
                      ModelTable   Helpers    three threads a worker └─────────────────────────────────────┘
 
 The file reads downward as the data flows. A body becomes a checked request (3) and finds its model (4); a chat becomes a
-prompt, and its answer's text events (5, 6); a schema becomes a grammar (7, 8). The request becomes jobs that cross a pipe
-(10), tokens and text (11, 12) in steps (13, 14), that come back (15) from a model that was loaded for it (16). Service (17)
-ties these together; a dialect (18-20) turns the events into documents, and a wire sends them through one of the doors:
-HTTP (21, 22) with its page (24), WebSocket (23), command line (25, 26).
+prompt, and its answer's text events (5, 6); a schema, a call or a client's grammar becomes symbols that an automaton
+follows (7-13). The request becomes jobs that cross a pipe (15), tokens and text (16, 17) in steps (18, 19), that
+come back (20) from a model that was loaded for it (21). Service (22) ties these together, and models come from
+a hub (23); a dialect (24-26) turns the events into documents, and a wire sends them through one of the doors:
+HTTP (27-30) with its page (32), WebSocket (31), command line (33-35).
 
 Three seams. What the client speaks: a Dialect reads bodies and makes documents, a Wire sends them, `deliver` is the one
 loop between. What the model writes: Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived
@@ -4062,7 +4063,7 @@ class GbnfReader:
                     return
 
 
-# ── 7. Patterns ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 8. Patterns ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # Regular expressions, read as JSON Schema means them, and the sets of texts that they describe, character by character.
 
 Ranges = tuple[tuple[int, int], ...]  # code points, first and last, ascending and apart
@@ -4728,7 +4729,7 @@ def _looks_ahead(pattern: Pattern) -> bool:
     return isinstance(pattern, Ahead) or any(_looks_ahead(part) for part in pattern.parts)
 
 
-# ── 7. Strings ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 9. Strings ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON strings by pattern, format and length: symbols that know what can still come.
 
 
@@ -5218,7 +5219,7 @@ def both_strings(one: StringShape, two: StringShape) -> StringShape:
     return StringShape(max(one.low, two.low), min(highs, default=None), excluded=one.excluded | two.excluded, **lists)
 
 
-# ── 7. Numbers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 10. Numbers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
 
 
@@ -5433,7 +5434,7 @@ def both_numbers(one: NumberShape, two: NumberShape) -> NumberShape:
                        tuple(dict.fromkeys(one.not_multiples + two.not_multiples)))  # fmt: skip
 
 
-# ── 7. JSON schemas ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 11. JSON schemas ──────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
 
@@ -6142,7 +6143,7 @@ class SchemaAlgebra(SchemaReader):
         return (*branch, self.number(found)) if found else branch
 
 
-# ── 9. Shapes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 12. Shapes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # What a value may look like: the schemas of a branch, which must all hold, made into one constant, object, array …
 
 
@@ -6470,7 +6471,7 @@ def opening_of(shape: Shape) -> str:
     return kinds[type(shape)]
 
 
-# ── 10. Grammars ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 13. Grammars ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
 
 
@@ -7099,7 +7100,7 @@ def char_but(chars: str) -> OneChar:
     return OneChar(tuple((low + 1, high - 1) for low, high in gaps if low + 1 < high))
 
 
-# ── 9. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 14. Tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # A Python function with type hints and a docstring is a tool; three are built in, and two of those start closed.
 
 
@@ -7545,7 +7546,7 @@ def is_global(address: str) -> bool:
     return not any(ip in network for network in SPECIAL_IPV4)
 
 
-# ── 10. Pipe messages ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 15. Pipe messages ─────────────────────────────────────────────────────────────────────────────────────────────────
 # What crosses the pipe between the server and an engine, and the pipe.
 
 
@@ -7797,7 +7798,7 @@ class Pipe:
         self.close()
 
 
-# ── 11. llama.cpp (child) ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── 16. llama.cpp (child) ─────────────────────────────────────────────────────────────────────────────────────────────
 # A narrow binding: vocabulary, model, context, sampler, text. Only this section imports llama_cpp.
 
 
@@ -8386,7 +8387,7 @@ class EmbeddingContext(Context):
         return bytes(vector.astype("<f4").tobytes())
 
 
-# ── 12. Sampling (child) ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── 17. Sampling (child) ──────────────────────────────────────────────────────────────────────────────────────────────
 # How the next token is picked, what a grammar leaves to pick, and the text that tokens become.
 
 
@@ -8968,7 +8969,7 @@ class TextStream:
         return rest
 
 
-# ── 13. Scheduling (child) ────────────────────────────────────────────────────────────────────────────────────────────
+# ── 18. Scheduling (child) ────────────────────────────────────────────────────────────────────────────────────────────
 # Which sequences run, which wait, where their cells are, and what the next step computes.
 
 
@@ -9782,7 +9783,7 @@ class Scheduler:
             self.waiting.remove(sequence)
 
 
-# ── 14. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 19. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
 # The step loop, and what feeds it: one model, one llama.cpp context, continuous batching.
 
 
@@ -10416,7 +10417,7 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
     return MIB // 2  # the smallest default, macOS's
 
 
-# ── 15. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 20. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The parent's side of a child: starts it, carries messages, notices its death.
 
 
@@ -10889,7 +10890,7 @@ class Worker:
         self._end()
 
 
-# ── 16. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── 21. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
 # The life of each model: loading, loaded, unloading; what the names in requests mean; and the table of both.
 
 MakeWorker = Callable[[ModelInfo, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
@@ -11570,7 +11571,7 @@ class ModelTable:
         self._residents.close()
 
 
-# ── 17. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 22. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # The only way in for HTTP, WebSocket and command line.
 
 
@@ -12021,7 +12022,7 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
     return replace(request, sampling=replace(sampling, constraint=constraint, json_schema=None, grammar=None))
 
 
-# ── 18. Pull ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 23. Pull ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
@@ -12661,7 +12662,7 @@ def write_reference(folder: str, commit: str) -> None:
     os.replace(new, main)
 
 
-# ── 19. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 24. Dialects ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
 
 
@@ -13200,7 +13201,7 @@ class Rerank(Embeddings):
         return {"index": index, "relevance_score": score, **document}
 
 
-# ── 20. Dialects of blocks ────────────────────────────────────────────────────────────────────────────────────────────
+# ── 25. Dialects of blocks ────────────────────────────────────────────────────────────────────────────────────────────
 # Answers as lists of blocks: Anthropic's Messages, OpenAI's Responses.
 
 
@@ -13890,7 +13891,7 @@ class Responses(BlockDialect):
         }  # fmt: skip
 
 
-# ── 21. Ollama and llama-server ───────────────────────────────────────────────────────────────────────────────────────
+# ── 26. Ollama and llama-server ───────────────────────────────────────────────────────────────────────────────────────
 # Two more APIs in their own shapes, and what the clients of all of them are told of models.
 
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
@@ -14481,7 +14482,7 @@ class LlamaInfill(LlamaCompletion):
         return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
 
 
-# ── 22. Connections ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 27. Connections ───────────────────────────────────────────────────────────────────────────────────────────────────
 # Who may call, what comes in, and whether the client is still there.
 
 
@@ -14914,8 +14915,8 @@ _KERNEL_SELECTORS = tuple(
 )
 
 
-# ── 23. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-# Wires from documents to bytes, the route table, the handler with its one try/except. One thread a connection.
+# ── 28. Wires ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# How documents become bytes, and the one loop between an answer's events and the client.
 
 
 class Output(Protocol):
@@ -15105,7 +15106,8 @@ def run_request(work: Callable[[], None], door: Door, line: RequestLog) -> None:
     line.write()
 
 
-# Routes
+# ── 29. Routes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+# What each path answers: a function of the call, or a dialect. One row a route.
 
 
 @dataclass(frozen=True)
@@ -15407,6 +15409,10 @@ ROUTES = (
     *_route("GET /slots", answer_slots, errors=LlamaServer),
     *_route("GET /v1/health", answer_ok, errors=LlamaServer, keyless=True),
 )
+
+
+# ── 30. HTTP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# The handler with its one try/except, and the server. One thread a connection.
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -15855,7 +15861,7 @@ class Server(http.server.ThreadingHTTPServer):
             return bool(self._busy)
 
 
-# ── 24. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
+# ── 31. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
 # The asyncio listener on its side thread, started by the first upgrade; the HTTP side hands it connections.
 
 
@@ -16153,7 +16159,7 @@ class SocketListener:
             self._thread.join(1.0)
 
 
-# ── 24. Page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 32. Page ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The chat page at /: one document without a build, a network or a framework. Its script speaks the same API as every client
 # and keeps conversations in the browser. Nothing in it may run but what stands here, for the policy names its hashes.
 
@@ -16952,9 +16958,8 @@ def open_page(url: str) -> None:
         log.warning("no browser was found here to open %s", address)
 
 
-# ── 25. Command line ──────────────────────────────────────────────────────────────────────────────────────────────────
-# One function a command. stdout carries the result, stderr the rest; 0 success, 1 failure, 2 usage. Ctrl-C ends us by
-# SIGINT (a shell shows 130), so that a loop around us stops too.
+# ── 33. Command line ──────────────────────────────────────────────────────────────────────────────────────────────────
+# The flags, and what they mean.
 
 DEFAULT_PORT = 11435
 SUGGESTED = "Qwen/Qwen2.5-1.5B-Instruct-GGUF"  # a first real model: small, open (Apache 2.0), good on any laptop
@@ -17276,6 +17281,11 @@ def make_service(args: argparse.Namespace, model: str | None = None, **more: Any
 def is_path(model: str) -> bool:
     """True if a MODEL argument is a file rather than a name."""
     return model.lower().endswith(".gguf") or (os.sep in model and os.path.exists(os.path.expanduser(model)))
+
+
+# ── 34. Commands ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# One function a command. stdout carries the result, stderr the rest; 0 success, 1 failure, 2 usage. Ctrl-C ends us by
+# SIGINT (a shell shows 130), so that a loop around us stops too.
 
 
 class StopSignals:
@@ -17961,7 +17971,7 @@ def check_packages() -> None:
             raise ImportError(f"{package} {installed} is too old, shimmy needs {wanted}: pip install -U {package}")
 
 
-# ── 26. generate ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── 35. generate ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # The command that a running server may do as well as an engine of our own; and main.
 
 
