@@ -9,9 +9,11 @@ chooses the script that is recited, and since every byte is one token (plus one 
 from __future__ import annotations
 
 import argparse
+import ast
 import asyncio
 import base64
 import contextlib
+import copy
 import functools
 import glob
 import hashlib
@@ -20,6 +22,7 @@ import http.server
 import importlib
 import importlib.util
 import inspect
+import io
 import ipaddress
 import itertools
 import json
@@ -28,13 +31,16 @@ import math
 import operator
 import os
 import pathlib
+import pickle
 import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -43,6 +49,7 @@ import tempfile
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from collections.abc import Sequence as Seq
@@ -50,23 +57,55 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 import gguf
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import assume
+from hypothesis import strategies as some
+from hypothesis import strategies as st
+from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as ws_connect
 
 import shimmy as module
-from shimmy import Cancellation, Catalog, GenerationFailed, InvalidRequest, ModelTable, SearchRoot, TableOptions, Watcher
+from shimmy import (
+    FORMATS,
+    Automaton,
+    CallFormat,
+    CallsGrammar,
+    Cancellation,
+    Catalog,
+    GenerationFailed,
+    InvalidRequest,
+    ModelTable,
+    NumberShape,
+    Params,
+    SearchRoot,
+    State,
+    StringShape,
+    TableOptions,
+    Watcher,
+    bytes_of,
+    number_fits,
+    number_symbol,
+    numbers_meet,
+    read_ahead,
+    read_json,
+    string_fits,
+    string_symbol,
+    strings_meet,
+)
 
 if __name__ != "__main__":  # the benchmark does not need it, and importing it takes most of a second
     import openai
 
 REPO = Path(__file__).resolve().parent
 SHIMMY = REPO / "shimmy.py"
+TINY = "shimmy-tiny"  # the model in the box
 HANG = 60.0  # seconds until a test counts as hung; never a measurement
 LONG_CTX = 65536  # tokens; leaves time to interrupt an endless recital
 
@@ -846,6 +885,7 @@ def ws_ask(server: Server, **fields: Any) -> tuple[str, dict[str, Any]]:
 
 streamed_and_plain = cases("stream", {"plain": False, "streamed": True})
 every_text = pytest.mark.parametrize("prompt", list(TEXTS), ids=TEXT_NAMES.__getitem__)
+pty = pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
 linux = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="finds engine processes through /proc")
 
 
@@ -864,6 +904,86 @@ def give_up(server: Server, body: dict[str, Any], seconds: float) -> None:
     with socket.create_connection((server.host, server.port)) as gone:
         gone.sendall(raw_post("/v1/completions", json.dumps(body).encode()))
         time.sleep(seconds)
+
+
+# Servers and clients.
+
+
+@dataclass(frozen=True)
+class Tongue:
+    """One dialect: how to ask for a text in it."""
+
+    path: str
+    fields: dict[str, Any]
+    text: str = "prompt"  # the field that holds the text
+
+    def body(self, text: str = "forever", pad: str = "", stream: bool = True) -> dict[str, Any]:
+        """A request for endless text ("forever") or for three words ("hi")."""
+        prompt = pad + {"forever": "#", "hi": ":"}[text]
+        said = {"prompt": prompt, "input": f"{pad} {text}", "messages": [{"role": "user", "content": f"{pad} {text}"}]}
+        return {"model": "recital", self.text: said[self.text], "stream": stream, **self.fields}
+
+
+TONGUES = {
+    "native": Tongue("/api/generate", {"max_tokens": LONG_CTX}),
+    "chat": Tongue("/v1/chat/completions", {"max_tokens": LONG_CTX}, "messages"),
+    "completions": Tongue("/v1/completions", {"max_tokens": LONG_CTX}),
+    "messages": Tongue("/v1/messages", {"max_tokens": LONG_CTX}, "messages"),
+    "responses": Tongue("/v1/responses", {"max_output_tokens": LONG_CTX}, "input"),
+    "ollama chat": Tongue("/api/chat", {"options": {"num_predict": LONG_CTX}}, "messages"),
+    "ollama generate": Tongue("/api/generate", {"raw": True, "options": {"num_predict": LONG_CTX}}),
+    "llama-server": Tongue("/completion", {"n_predict": LONG_CTX}),
+}
+in_every_tongue = cases("tongue", TONGUES)
+
+
+def last_document(body: bytes) -> Any:
+    """The last document of a stream, whichever kind of stream it is."""
+    line = body.strip().splitlines()[-1].removeprefix(b"data: ")
+    return line.decode() if line == b"[DONE]" else json.loads(line)
+
+
+def ends_with_an_error(body: bytes) -> bool:
+    document = last_document(body)
+    return document.get("type") == "response.failed" or "error" in document
+
+
+def ends_well(body: bytes) -> bool:
+    document = last_document(body)
+    return document == "[DONE]" or bool(
+        document.get("done") or document.get("stop") or document.get("type") in ("message_stop", "response.completed",
+                                                                               "response.incomplete")
+    )  # fmt: skip
+
+
+@contextlib.contextmanager
+def requested(server: Server, tongue: Tongue, **options: Any) -> Iterator[socket.socket]:
+    """A raw connection on which a request has been sent."""
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(raw_post(tongue.path, json.dumps(tongue.body(**options)).encode()))
+        yield sock
+
+
+def requests_of(server: Server, model: str = "recital") -> tuple[int, int]:
+    status = server.status(model)
+    return status["requests_running"], status["requests_waiting"]
+
+
+# What runs longer under make soak.
+
+SOAK = float(os.environ.get("SHIMMY_SOAK", 0))  # minutes of `make soak`; 0: the plain suite
+more_under_soak = pytest.mark.soak  # runs in the plain suite too, with fewer examples
+
+
+def fuzz(examples: int) -> Any:
+    """Settings of a fuzz test: always the same examples in the plain suite, others and 50 times as many under make soak."""
+    return hypothesis.settings(max_examples=examples * (50 if SOAK else 1), derandomize=not SOAK, deadline=None, database=None,
+                               suppress_health_check=list(hypothesis.HealthCheck))  # fmt: skip
+
+
+def only_under_soak(test: Any) -> Any:
+    """Marks a test that takes minutes."""
+    return pytest.mark.soak(pytest.mark.skipif(not SOAK, reason="make soak runs it")(test))
 
 
 # ── Fixtures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1408,7 +1528,6 @@ def test_completions_without_a_prompt_are_400(server: Server) -> None:
 def test_token_id_outside_the_vocabulary_is_400_naming_its_bounds(server: Server) -> None:
     reply = server.post("/v1/completions", {"model": "recital", "prompt": [-5]})
     assert assert_error(reply, 400, "invalid_request", "0…")["param"] == "prompt"
-
 
 
 # Strict JSON
@@ -2075,6 +2194,182 @@ def test_file_whose_name_is_no_utf_8_can_be_addressed(serve: Callable[..., Serve
     server = serve("--models-dir", tmp_path / "odd")
     (id,) = [id for id in server.ids() if id.startswith("caf")]
     assert id.isprintable() and server.generate(model=id).text == "Hello wide world"
+
+
+# Hostile model files.
+
+EXTREME = [0, 1, 2, 7, 8, 9, 127, 255, 1 << 16, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 63) - 1, 1 << 63,
+           (1 << 64) - 1]
+
+
+def changed_file(data: bytes, header: int, pick: random.Random) -> bytes:
+    """A model file with a few changes in its header: bytes, whole numbers, pieces cut out or doubled, its end."""
+    changed = bytearray(data)
+    for _ in range(pick.randint(1, 4)):
+        at = pick.randrange(4, header)
+        how = pick.randrange(6)
+        if how < 2:
+            changed[at] = pick.randrange(256)
+        elif how < 4:
+            size = pick.choice((4, 8))
+            changed[at : at + size] = (pick.choice(EXTREME) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
+        elif how == 4:
+            del changed[at : at + pick.randint(1, 40)]
+        else:
+            changed[at:at] = changed[at : at + pick.randint(1, 40)]
+    return bytes(changed[: pick.randrange(len(changed))] if pick.random() < 0.1 else changed)
+
+
+def pair(key: str, kind: int, value: bytes) -> bytes:
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
+
+
+STRING, ARRAY = struct.pack("<Q", 3) + b"\x1b[2", struct.pack("<IQ", 4, 2) + bytes(8)
+VALUES = {8: STRING, 9: ARRAY, 6: struct.pack("<f", float("nan")), 12: struct.pack("<d", float("inf")), 7: b"\1",
+          10: b"\xff" * 8, 11: b"\xff" * 8,
+          5: b"\0\0\0\x80", 0: b"\0"}  # fmt: skip
+READ_KEYS = ["general.architecture", "general.name", "general.description", "general.file_type", "general.alignment",
+             "general.size_label",
+             "general.parameter_count", "general.type", "split.no", "split.count", "llama.context_length", "llama.pooling_type",
+             "llama.attention.causal", "tokenizer.chat_template", "adapter.type"]  # fmt: skip
+
+
+def read_model(path: Path) -> None:
+    """Reads a file as `list` does. Raises GgufError where it is no model; checks what it says else."""
+    size = path.stat().st_size
+    for whole in (False, True):
+        header = module.read_gguf_header(str(path), size, whole)
+        info = module.describe(header, str(path), "id", "here", size)
+        shown = json.loads(json.dumps(info.document(), allow_nan=False))
+        assert all(text.isprintable() and len(text) <= 200 for text in shown.values() if isinstance(text, str)), shown
+
+
+@pytest.mark.parametrize("key", READ_KEYS)
+def test_metadata_of_any_type_is_read_or_refused(key: str, tmp_path: Path) -> None:
+    tensor = struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 32, 0, 0)
+    for kind, value in VALUES.items():
+        architecture = pair("general.architecture", 8, struct.pack("<Q", 5) + b"llama") if "architecture" not in key else b""
+        pairs = architecture + pair(key, kind, value)
+        (tmp_path / "odd.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1,
+                                                        1 + bool(architecture)) + pairs + tensor + bytes(4096))
+        with contextlib.suppress(module.GgufError):
+            read_model(tmp_path / "odd.gguf")
+
+
+@more_under_soak
+@pytest.mark.parametrize("write", [write_dice, write_recital, write_header], ids=lambda write: write.__name__)
+def test_changed_header_is_read_or_refused_in_little_memory_and_time(write: Any, tmp_path: Path) -> None:
+    path, pick = tmp_path / "changed.gguf", random.Random(SOAK)
+    data = write(tmp_path / "whole.gguf").read_bytes()
+    data = data[: 40_000 if write is not write_header else 900]
+    tracemalloc.start()
+    try:
+        for number in range(20_000 if SOAK else 200):
+            path.write_bytes(changed_file(data, min(len(data), 8000), pick))
+            began = time.thread_time()
+            with contextlib.suppress(module.GgufError):
+                read_model(path)
+            assert time.thread_time() - began < 2.5, number
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def with_little_memory(folder: Path) -> Path:
+    """A shimmy.py whose processes may have 6 GB of addresses each: what a file asks for beyond is an error."""
+    return wrapper(folder, "import resource", "resource.setrlimit(resource.RLIMIT_AS, (6 << 30, 6 << 30))",
+                   "resource.setrlimit(resource.RLIMIT_CORE, (0, 0))")  # fmt: skip
+
+
+def loadable(data: bytes, header: int, pick: random.Random, path: Path) -> None:
+    """Writes a changed model file that is still listed."""
+    while True:
+        path.write_bytes(changed_file(data, header, pick))
+        with contextlib.suppress(module.GgufError):
+            return read_model(path)
+
+
+@linux
+@more_under_soak
+def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    pick, count = random.Random(SOAK), 600 if SOAK else 12
+    data = {name: (models / f"{name}.gguf").read_bytes() for name in ("recital", "dice")}
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    for number in range(count):
+        name = pick.choice(sorted(data))
+        loadable(data[name], 14_000 if name == "recital" else 10_000, pick, folder / f"changed-{number}.gguf")
+    own = serve("--models-dir", models, "--models-dir", folder, "--max-loaded", "2", "--ctx", "128",
+                script=with_little_memory(tmp_path))
+    statuses = []
+    for id in [id for id in own.ids() if id.startswith("changed-")]:
+        reply = own.generate("Once", id, max_tokens=2)
+        assert reply.status in (200, 400, 500), reply.body
+        assert reply.status != 500 or reply.json()["error"]["code"] == "generation_failed", reply.body
+        statuses.append(reply.status)
+        own.unload(id, "?force=true")
+    assert len(statuses) > count // 2 and own.generate().text == TEXTS[":"]
+    log = own.log.read_text()
+    assert "Traceback" not in log and not module.CONTROL.search(log)
+
+
+NASTY = "\x1b]0;owned\x07\x1b[31m\x9b2J\r"
+
+
+def write_nasty(path: Path, **more: Any) -> Path:
+    """A model all of whose texts hold control characters."""
+    template = "{{ raise_exception('" + NASTY + "') }}" if not more else "{{ messages[-1].content }}:"
+    write_recital(path, name=f"Nasty {NASTY}", template=template, **more)
+    return path
+
+
+@pytest.mark.parametrize("command", [["list", "-v"], ["diag"], ["-v", "generate", "nasty", "--prompt", "x"], ["generate",
+                                                                                                              "broken",
+                                                                                                              "--prompt", "x"],
+                                     ["generate", NASTY, "--raw", "--prompt", ":"]],
+                                     ids=lambda command: " ".join(command).translate({27: "ESC"})[:30])
+def test_control_characters_of_a_file_reach_no_terminal(command: list[str], nasty: Path) -> None:
+    done = shimmy(*command, "--models-dir", nasty, home=nasty)
+    shown = (done.stdout + done.stderr).decode()
+    assert shown and not module.CONTROL.search(shown), shown
+
+
+@pytest.fixture(scope="module")
+def nasty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models with control characters in every text, one of which cannot be loaded."""
+    folder = tmp_path_factory.mktemp("nasty")
+    data = write_nasty(folder / "nasty.gguf").read_bytes()
+    name = b"blk.0.attn_norm.weight"
+    assert data.count(name) == 1
+    (folder / "broken.gguf").write_bytes(data.replace(name, NASTY.encode("latin-1", "replace").ljust(len(name), b"\x1b")))
+    write_recital(folder / "b.gguf").rename(folder / f"{NASTY}.gguf")
+    return folder
+
+
+def test_control_characters_of_files_and_clients_reach_no_log(nasty: Path, serve: Callable[..., Server], tmp_path: Path) -> None:
+    (tmp_path / "mytools.py").write_text(TOOL_FILE)
+    own = serve("-v", "--models-dir", nasty, "--tools", tmp_path / "mytools.py")
+    assert own.chat("hi", "nasty").status == 400
+    assert own.generate("hi", "broken").status == 500
+    own.generate("hi", NASTY)
+    assert_tool_failed(own.post("/api/tools/stumble/execute", {"why": f"{NASTY}\n12:00:00 forged"}))
+    own.get(f"/v1/models/{quote(NASTY)}", **{"User-Agent": "\x1b".join("ab").replace("\x1b", "\t")})
+    exchange(own, b"GET /\xc2\x9b2J HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    log = own.log.read_text()
+    assert "stumble" in log and not module.CONTROL.search(log), log
+    assert "12:00:00 forged" in log and "\n12:00:00 forged" not in log
+
+
+@pty
+def test_control_characters_that_a_model_writes_reach_no_terminal(tmp_path: Path) -> None:
+    tokens = [NASTY if token == "▁wide" else token for token in VOCABULARY]
+    write_recital(tmp_path / "models" / "writer.gguf", tokens=tokens)
+    with terminal("generate", "writer", "--raw", "--prompt", ":", home=tmp_path) as screen:
+        assert screen.left() == "Hello" + module.harmless(NASTY) + " world\n"
+    done = shimmy("generate", "writer", "--raw", "--prompt", ":", home=tmp_path)
+    assert done.stdout.decode() == f"Hello{NASTY} world"
 
 
 # ── Chat ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2977,6 +3272,528 @@ def test_helper_that_runs_away_ends_although_its_server_was_killed(serve: Callab
     asking.close()
 
 
+# Hostile templates.
+
+MORE_TEMPLATES = {
+    "range of a billion": "{{ range(10**9) | list }}",
+    "a sum over a billion": "{{ range(10**9) | sum }}",
+    "a string that grows": "{% set ns = namespace(s='a') %}{% for i in range(99) %}{% set ns.s = ns.s * 9 %}{% endfor %}",
+    "a list that grows": "{% set x = [1] * 10**10 %}{{ x }}",
+    "a deep include": "{% include 'x' %}{% import '/etc/passwd' as p %}",
+    "nesting in the source": "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "ifs in the source": "{% if 1 %}" * 2000 + "{% endif %}" * 2000,
+    "a pattern": "{{ 'a' * 5000 | wordwrap(1) * 99999 }}",
+    "a join": "{{ (['ab' * 100000] * 100000) | join }}",
+    "a replacement": "{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}",
+    "an indent": "{{ ('\\n' * 10**6) | indent(10**6) }}",
+    "a big number": "{{ 10 ** 10 ** 8 }}",
+    "tojson of itself": "{% set x = [] %}{% for i in range(99) %}{% set x = [x, x] %}{% endfor %}{{ x | tojson }}",
+    "a way out": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "a way out by format": "{{ '{0.__class__.__init__.__globals__}'.format(raise_exception) }}",
+    "a way out by attr": "{{ messages | attr('__class__') | attr('__base__') }}",
+    "globals of a function": "{{ raise_exception.__globals__['os'].system('id') }}",
+    "cycler's globals": "{{ cycler.__init__.__globals__.os.popen('id').read() }}",
+    "self": "{{ self.__dict__ }}{{ self._TemplateReference__context }}",
+    "strftime of a long format": "{{ strftime_now('%Y' * 10**8) }}",
+    "sleep by macro": "{% macro m(n) %}{% for i in range(9) %}{{ m(n) }}{% endfor %}{% endmacro %}{{ m(1) }}",
+}
+
+
+@pytest.fixture(scope="module")
+def helpers() -> Iterator[module.Helpers]:
+    made = module.Helpers()
+    yield made
+    made.close()
+
+
+def rendered(source: str, helpers: module.Helpers) -> str:
+    facts = module.ChatFacts({"": source}, "<s>", False, "</s>", ())
+    return "".join(module.Chat(facts, helpers).prompt(asked(("user", "hi"))))
+
+
+@pytest.mark.parametrize("name", MORE_TEMPLATES)
+def test_runaway_or_escaping_template_ends_with_a_reason(
+    name: str, helpers: module.Helpers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "HELPER_SECONDS", 0.5)
+    with quickly(6.0):
+        try:
+            text = rendered(MORE_TEMPLATES[name], helpers)
+        except module.InvalidRequest as error:
+            assert "template" in str(error) and len(str(error)) < 1000
+        else:
+            assert len(text) <= module.MAX_RENDERED and not re.search(r"<class|uid=|root:|module 'os'", text)
+    monkeypatch.undo()
+    assert rendered("{{ messages[0].content }}", helpers) == "hi"
+
+
+def test_message_of_a_child_that_names_a_function_is_refused() -> None:
+    """Whoever took over a child may write what it likes into the pipe; it must not run anything on our side."""
+    for name in ("load_tools", "os", "main", "eval"):
+        data = b"c" + f"shimmy\n{name}\n".encode() + b"(S'/tmp/x'\ntR."  # a pickle that calls the name with a string
+        pipe = module.Pipe(io.BytesIO(struct.pack("<I", len(data)) + data), io.BytesIO())
+        with pytest.raises(pickle.UnpicklingError, match="no message"):
+            pipe.receive()
+
+
+# ── Strings and numbers ───────────────────────────────────────────────────────────────────────────────────────────────
+
+# Strings and numbers.
+
+
+def each(**values: list[Any]) -> pytest.MarkDecorator:
+    """Parametrizes a test by the values of one name."""
+    name, found = next(iter(values.items()))
+    return pytest.mark.parametrize(name, found)
+
+
+def first_state(shape: StringShape | NumberShape) -> State:
+    """The state before a string or number of a shape."""
+    symbol = string_symbol(shape) if isinstance(shape, StringShape) else number_symbol(shape)
+    assert symbol is not None
+    return Automaton(symbol).start
+
+
+def reads(shape: StringShape | NumberShape, text: str | bytes) -> bool:
+    """Whether a JSON text is read to its end."""
+    state = first_state(shape).read(text if isinstance(text, bytes) else text.encode())
+    return state is not None and state.ends
+
+
+def takes(shape: StringShape, text: str) -> bool:
+    return reads(shape, json.dumps(text, ensure_ascii=False))
+
+
+def random_text(shape: StringShape | NumberShape, seed: int, patience: int = 40) -> str | None:
+    """A JSON text, byte by byte at random; after some of them it ends where it may. None where chance led nowhere near an end."""
+    chance, state, text = random.Random(seed), first_state(shape), b""
+    while not (state.ends and (not state.bits or chance.random() < 0.3)):
+        options = [byte for byte in range(256) if state.bits >> byte & 1]
+        assert options, f"{shape} leads into a dead end behind {text!r}"
+        quote = 34 in options and len(text) > 1 and (len(text) > patience or chance.random() < 0.2)
+        text += bytes([34 if quote else chance.choice(options)])
+        following = state.step(text[-1])
+        assert following is not None
+        state = following
+        if len(text) > 3000:
+            return None
+    return text.decode()
+
+
+def pattern(*texts: str, **more: object) -> StringShape:
+    return StringShape(patterns=texts, **more)  # type: ignore[arg-type]
+
+
+@each(text=['""', '"abc"', '"\\n\\u00e9\\/"', '"é\U0001f600"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00x"', '"\x7f"'])
+def test_string_without_conditions_reads(text):
+    assert reads(StringShape(), text)
+
+
+@each(
+    text=[
+        b'"\\ud83d"',
+        b'"\\ude00"',
+        b'"\\ud83d\\u0041"',
+        b'"\\ud83dx"',
+        b'"a\nb"',
+        b'"\\x41"',
+        b'"\xc0\x80"',
+        b'"\xed\xa0\x80"',
+        b'"\xf4\x90\x80\x80"',
+        b'"\xe0\x80\x80"',
+        b'"\\u12g4"',
+        b'"abc',
+    ]
+)
+def test_string_that_is_no_json_is_not_read(text):
+    assert not reads(StringShape(), text)
+
+
+def test_string_without_conditions_is_one_state():
+    state = first_state(StringShape()).read(b'"')
+    assert state is not None and state.read(b"abc") is state and state.read("é\\n\\ud83d\\ude00".encode()) is state
+
+
+@each(text=['"\U0001f600\U0001f600"', '"\\ud83d\\ude00a"', '"ab"'])
+def test_length_counts_code_points(text):
+    assert (
+        reads(StringShape(low=2, high=2), text) and not reads(StringShape(high=1), text) and not reads(StringShape(low=3), text)
+    )
+
+
+YES_AND_NO = [
+    ("^abc[0-9]$", ["abc5"], ["abc", "xabc5", "abc5\n"]),
+    ("^a|b$", ["a", "axx", "xxb"], ["xax", "bx"]),
+    ("(^a)b", ["ab", "abx"], ["xab"]),
+    ("a{2,3}", ["aa", "xaaaax"], ["a", "axa"]),
+    ("^a{2,3}$", ["aa", "aaa"], ["a", "aaaa"]),
+    ("^(a{2,3}){2,}?$", ["aaaa", "aaaaaaa"], ["aaa"]),
+    ("^x{,2}$", ["", "xx"], ["xxx"]),
+    ("((^|, )(foo|bar))+$", ["foo", "foo, bar", "x, foo"], ["xfoo", "foo,"]),
+    ("^((foo|bar)(,|$))+", ["foo", "foo,", "foo,bar", "foo,baz"], ["foob", "x"]),
+    ("^(?:a|$){2}$", ["aa", "a", ""], ["aaa"]),
+    ("(^|a){2}b$", ["aab", "ab", "b"], ["xb", "xab"]),
+    ("^$|^x", ["", "xy"], ["y"]),
+    ("$^", [""], ["a"]),
+    ("^(?!foo)", ["bar", "fo", ""], ["foo", "foox"]),
+    ("^(?!foo$)[a-z]+$", ["fo", "foox"], ["foo"]),
+    ("^(?=.*[A-Z])(?=.*[0-9]).{3,}$", ["A1b", "xx9X"], ["abc", "A1"]),
+    ("^((?!foo).)*$", ["abc", "fo", ""], ["foo", "xfoox"]),
+    ("a(?=b)", ["ab"], ["a", "ac"]),
+    ("^[^]$", ["\n", "x"], ["", "xx"]),
+    ("^.$", ["x", "\U0001f600"], ["\n", "\u2028", ""]),
+    ("^\\w\\d\\s$", ["a1 ", "_0\ufeff"], ["é1 ", "a٣ "]),
+    ("^[\\W\\D\\S]$", ["é", "1"], ["ab"]),
+    ("^\\p{Lu}\\P{L}$", ["É1"], ["é1", "Éé"]),
+    ("^\\u00e9\\x41\\u{1F600}\\ud83d\\ude00\\cJ$", ["éA\U0001f600\U0001f600\n"], ["éA"]),
+    ("^[a\\-z\\]/\\/-]$", ["a", "-", "]", "/"], ["b"]),
+    ("^[\\w-.]$", ["a", "-", "."], ["+"]),
+    ("^(?<name>a)(?P<other>b)(?:c)(?#d)$", ["abc"], ["abcd"]),
+    ("^{a}]$", ["{a}]"], ["a"]),
+    ("\\Aab\\Z", ["ab"], ["abc"]),
+    ("", ["", "x"], []),
+    ("^(a|a)*$", ["", "aaa"], ["b"]),
+    ("^(a*)*(b?){3}$", ["aab", "bbb"], ["bbbb"]),
+]
+
+
+@each(text=[one for one, _, _ in YES_AND_NO])
+def test_pattern_takes_what_it_matches(text):
+    yes, no = next((yes, no) for one, yes, no in YES_AND_NO if one == text)
+    for example, wanted in [(one, True) for one in yes] + [(one, False) for one in no]:
+        assert takes(pattern(text), example) is wanted and string_fits(pattern(text), example) is wanted
+        assert string_fits(StringShape(unlike=(text,)), example) is not wanted
+
+
+@each(
+    text=[
+        "(a)\\1",
+        "\\bfoo",
+        "(?<=a)b",
+        "(?<!a)b",
+        "(?i)a",
+        "\\k<a>",
+        "\\q",
+        "\\p{Greek}",
+        "(",
+        "a)",
+        "[a",
+        "*a",
+        "a**",
+        "a{2,1}",
+        "[z-a]",
+        "(?:(?!b)a){2}",
+        "\\",
+        "a{9999999999}",
+    ]
+)
+def test_pattern_that_cannot_be_honoured_is_refused_by_name(text):
+    with pytest.raises(InvalidRequest, match="pattern"):
+        string_symbol(pattern(text))
+
+
+@each(
+    case=[(("^abc[0-9]$",), b'"abc'), (('^a"\n\x1f[0-9]$',), b'"a\\"\\n\\u001f'), (("^é\U0001f600$",), '"é\U0001f600"'.encode())]
+)
+def test_pattern_forces_text(case):
+    assert first_state(pattern(*case[0])).forced(100) == case[1]
+
+
+def test_last_text_left_is_forced():
+    shape = pattern("^(red|green|blue)$", excluded=frozenset(["red", "green"]))
+    assert first_state(shape).forced(100) == b'"blue"'
+
+
+@each(
+    shape=[
+        pattern("^a+$", "^b+$"),
+        pattern("^(abc)*$", low=4, high=5),
+        pattern("^a$", excluded=frozenset("a")),
+        StringShape(low=2, high=1),
+        pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")),
+        StringShape(formats=("ipv4", "ipv6")),
+        StringShape(formats=("uuid",), high=35),
+        pattern("[^]^"),
+    ]
+)
+def test_string_that_cannot_be_is_none(shape):
+    assert string_symbol(shape) is None
+
+
+def test_strings_meet():
+    assert strings_meet(pattern("^a+b$"), pattern("^[ab]{3}$")) and not strings_meet(pattern("^a+$"), pattern("b"))
+    assert strings_meet(StringShape(low=3), pattern("^(abc)*$")) and not strings_meet(
+        StringShape(low=4, high=5), pattern("^(abc)*$")
+    )
+
+
+LETTERS = some.text("ab1-\n\U0001f600", max_size=6)
+PATTERNS = some.sampled_from(
+    [
+        "^a",
+        "b$",
+        "a.b",
+        "^[ab]*$",
+        "(ab)+",
+        "^(aab?)*$",
+        "^.{2,4}$",
+        "1|-",
+        "^(?!a)",
+        "^((?!ab).)*$",
+        "^[^1]*$",
+        "(a|b){3}",
+        "^(..)*$",
+        "^(...)*$",
+        "^(a|1)*b?$",
+        "^$|..",
+        "a*b*",
+    ]
+)
+SHAPES = some.builds(
+    StringShape,
+    low=some.integers(0, 5),
+    high=some.none() | some.integers(2, 9),
+    patterns=some.lists(PATTERNS, max_size=2).map(tuple),
+    unlike=some.lists(PATTERNS, max_size=2).map(tuple),
+    excluded=some.frozensets(LETTERS, max_size=4),
+)
+
+
+def is_right(shape: StringShape, text: str) -> bool:
+    """As `re` says."""
+    dotted = text.replace("\u2028", "\n").replace("\r", "\n").replace("\u2029", "\n")
+    return (
+        shape.low <= len(text) <= (9999 if shape.high is None else shape.high)
+        and text not in shape.excluded
+        and all(re.search(one.replace("$", r"\Z"), dotted) for one in shape.patterns)
+        and not any(re.search(one.replace("$", r"\Z"), dotted) for one in shape.unlike)
+    )
+
+
+@more_under_soak
+@fuzz(80)
+@hypothesis.given(SHAPES, LETTERS, some.integers(0, 999))
+def test_string_of_any_shape_is_as_re_says(shape, text, seed):
+    symbol = string_symbol(shape)
+    assert symbol is not None or not is_right(shape, text)
+    assume(symbol is not None)
+    assert takes(shape, text) == string_fits(shape, text) == is_right(shape, text)
+    written = random_text(shape, seed)
+    assert written is None or is_right(shape, json.loads(written))
+
+
+RIGHT = Draft202012Validator.FORMAT_CHECKER
+
+
+@each(name=[name for name in FORMATS if name != "relative-json-pointer"])  # jsonschema refuses 101#
+def test_format_is_what_jsonschema_accepts(name):
+    texts = [random_text(StringShape(formats=(name,)), seed) for seed in range(20)]
+    assert all(RIGHT.conforms(json.loads(text), name) for text in texts if text is not None)
+    assert any(texts)
+
+
+@each(
+    case=[
+        ("date", "2024-02-29"),
+        ("date-time", "1985-04-12T23:20:50.52Z"),
+        ("date-time", "1937-01-01t12:00:27.87+00:20"),
+        ("time", "08:30:06Z"),
+        ("duration", "P4Y1M2DT3H4M5S"),
+        ("duration", "P2W"),
+        ("duration", "PT36H"),
+        ("email", "joe.o'neil+x@example.com"),
+        ("email", '"joe bloggs"@[127.0.0.1]'),
+        ("hostname", "a-b.example"),
+        ("ipv4", "87.10.0.1"),
+        ("ipv6", "::ffff:192.168.0.1"),
+        ("ipv6", "1:2::8"),
+        ("ipv6", "::"),
+        ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"),
+        ("uri", "http://foo.bar/?baz=qux#quux"),
+        ("uri", "urn:oasis:names:x:1.0"),
+        ("uri", "http://[::1]:80/%C3"),
+        ("uri", "mailto:a@b.c"),
+        ("uri-reference", "/abc?q#f"),
+        ("uri-reference", "//a/b"),
+        ("uri-reference", ""),
+        ("iri", "http://ƒøø.ßår/?∂éœ"),
+        ("json-pointer", "/foo/~0~1/"),
+        ("relative-json-pointer", "1/foo"),
+        ("relative-json-pointer", "0#"),
+        ("regex", "^([a-z]+)\\d{3}$"),
+        ("unheard-of", "x"),
+    ]
+)
+def test_format_takes(case):
+    assert takes(StringShape(formats=case[:1]), case[1])
+
+
+@each(
+    case=[
+        ("date", "2023-02-29"),
+        ("date", "1900-02-29"),
+        ("date", "2020-04-31"),
+        ("date", "0000-01-01"),
+        ("date-time", "2020-01-01 00:00:00Z"),
+        ("time", "24:00:00Z"),
+        ("time", "12:00:00"),
+        ("duration", "P"),
+        ("duration", "P1YT"),
+        ("email", "a.b.c"),
+        ("email", ".a@b.c"),
+        ("hostname", "-a.b"),
+        ("hostname", "a_b"),
+        ("hostname", "a" * 64),
+        ("ipv4", "256.1.1.1"),
+        ("ipv4", "01.1.1.1"),
+        ("ipv6", "1::2::3"),
+        ("ipv6", "1:2:3:4:5:6:7"),
+        ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"),
+        ("uri", "/abc"),
+        ("uri", "http://a b"),
+        ("uri", "http://a/%zz"),
+        ("uri-reference", "\\a"),
+        ("json-pointer", "/~2"),
+        ("relative-json-pointer", "01/a"),
+        ("regex", "(a"),
+    ]
+)
+def test_format_does_not_take(case):
+    assert not takes(StringShape(formats=case[:1]), case[1])
+
+
+def test_format_that_cannot_be_honoured_is_refused_by_name():
+    for shape in (StringShape(formats=("uri-template",)), StringShape(not_formats=("regex",))):
+        with pytest.raises(InvalidRequest, match="format"):
+            string_symbol(shape)
+
+
+def test_hostname_of_254_characters_is_none():
+    name = ".".join(["a" * 62] * 4) + "a"
+    assert takes(StringShape(formats=("hostname",)), name) and not takes(StringShape(formats=("hostname",)), name + ".a")
+    assert string_fits(StringShape(not_formats=("hostname",)), name + ".a")
+
+
+HOSTILE_PATTERNS = [
+    "(a+)+$",
+    "^(a|a)*$",
+    "^(a{0,10000}){0,10000}$",
+    "^(((a{0,1000}b){0,1000}c){0,1000}d){0,1000}$",
+    "(" * 10_000,
+    "[" * 10_000,
+    "(" * 5000 + ")" * 5000,
+    "^" + "a?" * 3000 + "a" * 3000 + "$",
+    "(x+x+)+y",
+    "^(" + "|".join(f"w{n}" for n in range(2500)) + ")$",
+    "((((((((^a)*)*)*)*)*)*)*)*b",
+    "(a|b)*a(a|b){200}$",
+    "^" + "(?=.*a)" * 500,
+    "(?!" * 30 + "a" + ")" * 30,
+]
+
+
+@each(number=list(range(len(HOSTILE_PATTERNS))))
+def test_hostile_pattern_is_served_or_refused(number):
+    began = time.thread_time()
+    try:
+        random_text(pattern(HOSTILE_PATTERNS[number]), 1)
+    except InvalidRequest:
+        pass
+    assert time.thread_time() - began < 20  # for ever, it would take
+
+
+@each(text=["0", "-0", "1.5", "1e5", "-1.5E-07", "123456", "0.001"])
+def test_number_without_conditions_reads(text):
+    assert reads(NumberShape(), text)
+
+
+@each(text=["01", "1.", "-", ".5", "1e", "+1", "--1", "0x1", "1" * 99, "1e400"])
+def test_number_that_is_none_or_too_long_is_not_read(text):
+    assert not reads(NumberShape(), text)
+
+
+def test_number_never_begins_what_bounds_forbid():
+    assert first_state(NumberShape(low=(0, False))).read(b"-") is None
+    assert first_state(NumberShape(True, (12, False), (17, False))).bits == 1 << ord("1")
+    assert first_state(NumberShape(True, (7, False), (7, False))).forced(9) == b"7"
+    assert first_state(NumberShape(True, (100, False), None, (1000,))).read(b"0") is None
+
+
+def test_number_as_near_to_its_excluded_bound_as_doubles_are_is_not_read():
+    shape = NumberShape(high=(1, True))
+    assert reads(shape, "0.999999") and not reads(shape, "0.99999999999999999") and not reads(shape, "1")
+
+
+@each(
+    shape=[
+        NumberShape(True, (1, True), (2, True)),
+        NumberShape(False, (1, False), (6, False), (7,)),
+        NumberShape(False, (3, True), (3, False)),
+        NumberShape(True, not_multiples=(1,)),
+        NumberShape(multiples=(6,), not_multiples=(3,)),
+    ]
+)
+def test_number_that_cannot_be_is_none(shape):
+    assert number_symbol(shape) is None
+
+
+@each(
+    shape=[
+        NumberShape(low=(float("inf"), False)),
+        NumberShape(multiples=(0,)),
+        NumberShape(multiples=(-1,)),
+        NumberShape(high=(10**999, False)),
+        NumberShape(multiples=(1e-99,)),
+    ]
+)
+def test_number_out_of_proportion_is_refused(shape):
+    with pytest.raises(InvalidRequest):
+        number_symbol(shape)
+
+
+def test_numbers_meet():
+    assert numbers_meet(NumberShape(True, (1, True)), NumberShape(high=(2, False)))
+    assert not numbers_meet(NumberShape(True, (1, True)), NumberShape(high=(2, True)))
+
+
+NUMBERS = some.integers(-30, 30) | some.integers(-(10**12), 10**12) | some.integers(-900, 900).map(lambda n: n / 100)
+BOUNDS = some.none() | some.tuples(NUMBERS, some.booleans())
+NUMBER_SHAPES = some.builds(
+    NumberShape,
+    some.booleans(),
+    BOUNDS,
+    BOUNDS,
+    some.lists(some.sampled_from([1, 2, 3, 7, 10, 0.1, 0.01, 2.5, 0.25, 100]), max_size=2).map(tuple),
+    some.lists(some.sampled_from([1, 2, 3, 0.1]), max_size=1).map(tuple),
+)
+
+
+@more_under_soak
+@fuzz(80)
+@hypothesis.given(NUMBER_SHAPES, NUMBERS, some.integers(0, 999))
+def test_number_of_any_shape_is_as_arithmetic_says(shape, value, seed):
+    symbol = number_symbol(shape)
+    assert symbol is not None or not number_fits(shape, value)
+    assume(symbol is not None)
+    value = int(value) if value == int(value) else value
+    assert reads(shape, json.dumps(value)) == number_fits(shape, value)
+    written = random_text(shape, seed)
+    assert written is not None and number_fits(shape, json.loads(written))
+
+
+def test_excluded_texts_are_many_and_long():
+    names = frozenset(["a" * n for n in range(1000)] + [f"name{n}" for n in range(1000)])
+    shape = StringShape(excluded=names)
+    assert takes(shape, "a" * 1000) and takes(shape, "name1000") and not takes(shape, "aaa") and not takes(shape, "name12")
+
+
+def test_states_are_few():
+    text = Automaton(string_symbol(pattern("^[a-z]{3}-[0-9]+$")))  # type: ignore[arg-type]
+    for word in ("abc-1", "xyz-22", "qqq-9999999"):
+        assert text.start.read(f'"{word}"'.encode()) is not None
+    assert len(text._states) < 12
+
+
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A JSON schema constrains what the model writes, or is rejected.
 
@@ -3198,7 +4015,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "nothing is both": (both({"type": "string"}, {"type": "integer"}), "string"),
     "oneOf of the same": ({"oneOf": [INTEGER, INTEGER]}, "no document"),
     "two formats that exclude each other": (both({"format": "date"}, {"format": "uuid"}), "no document"),
-    "oneOf that cannot be told apart": ({"oneOf": [{"patternProperties": {"a": FLAG}}, {"propertyNames": {"pattern": "b"}}]}, "oneOf"),
+    "oneOf that cannot be told apart": (
+        {"oneOf": [{"patternProperties": {"a": FLAG}}, {"propertyNames": {"pattern": "b"}}]}, "oneOf"),
     "not of patternProperties": ({"not": {"patternProperties": {"a": FLAG}}}, "not"),
     "a look behind": ({"pattern": "(?<!a)b"}, "pattern"),
     "$ref to another document": ({"$ref": "https://json-schema.org/draft/2020-12/schema"}, "$ref"),
@@ -3391,6 +4209,662 @@ def test_json_schema_made_at_random_is_refused_or_fitted(server: Server) -> None
         if checked == 60:
             break
         assert seed < 600
+
+
+# Tokens under a grammar.
+
+
+@pytest.fixture(scope="module")
+def llama() -> Any:
+    """The model in the box, in this process."""
+    file = REPO / "models" / f"{TINY}.gguf"
+    options = module.EngineOptions(ctx=512, parallel=2, threads=1, gpu_layers=0)
+    return module.Llama(module.Load(str(file), file.stat().st_size, options), lambda fraction: None)
+
+
+class WholeWalk(module.Sampler):
+    """Shows the chain all tokens that the grammar allows."""
+
+    def _allowed(self, grammar: Any, scores: Any) -> Any:
+        return grammar.allowed()
+
+
+class Rows:
+    """A text that is decoded by hand."""
+
+    def __init__(self, llama: Any, text: str) -> None:
+        tokens = llama.vocab.tokenize([text])
+        self.llama, self.row, self.n_computed, self.n_tokens = llama, 0, 0, len(tokens)
+        self.tokens = llama.np.zeros(512, llama.np.int32)
+        self.tokens[: self.n_tokens] = tokens
+        llama.main.drop(0)
+
+    def logits(self) -> tuple[Any, int]:
+        """The logits behind the text, and their row in the batch."""
+        rows = self.n_tokens - self.n_computed
+        assert self.llama.main.decode([(self, rows)]) == 0
+        self.n_computed = self.n_tokens
+        return self.llama.main.logits(1)[0], rows - 1
+
+    def append(self, token: int) -> None:
+        self.tokens[self.n_tokens] = token
+        self.n_tokens += 1
+
+
+def sampler(llama: Any, grammar: str, kind: type[Any] = module.Sampler, prompt: Any = (), **fields: Any) -> Any:
+    constraint = module.Constraint(module.Gbnf(grammar), "grammar")
+    return kind(llama, module.Sampling(constraint=constraint, **fields), prompt)
+
+
+GRAMMARS = {
+    "a record": 'root ::= "{\\"name\\": \\"" [^"\\\\\\x00-\\x1f]{3,40} "\\", \\"kind\\": " ("\\"red\\"" | "\\"green\\"") "}"',
+    "a string": r'root ::= "\"" ([^"\\\x00-\x1f] | "\\" ["\\nt])* "\""',
+    "numbers": 'root ::= ([0-9]+ ", "){20}',
+    "no vowels": "root ::= [^aeiou]{20,60}",
+}
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS.values(), ids=GRAMMARS)
+@cases("fields", {
+    "the usual chain": {},
+    "the likeliest": {"temperature": 0.0},
+    "hot": {"temperature": 3.0},
+    "no filter": {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "temperature": 1.0},
+    "top_k": {"top_k": 5, "top_p": 1.0, "min_p": 0.0},
+    "top_p": {"top_k": 0, "top_p": 0.9, "min_p": 0.0},
+    "most of top_p": {"top_k": 0, "top_p": 0.995, "min_p": 0.0, "temperature": 1.5},
+    "min_p": {"top_k": 0, "top_p": 1.0, "min_p": 0.02, "temperature": 1.5},
+    "top_p and min_p": {"top_k": 0, "top_p": 0.8, "min_p": 0.05},
+    "typical": {"typical_p": 0.7},
+    "typical of all": {"typical_p": 0.7, "top_k": 0},
+    "deviations": {"top_n_sigma": 1.0},
+    "without the likeliest": {"xtc_probability": 0.6, "xtc_threshold": 0.1},
+    "the likeliest but for XTC": {"temperature": 0.0, "xtc_probability": 0.9},
+    "penalties": {"repeat_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "the likeliest with penalties": {"temperature": 0.0, "repeat_penalty": 1.5},
+    "repetition": {"dry_multiplier": 1.0},
+    "biases": {"logit_bias": ((300, 5.0), (301, -math.inf), (11, 2.0))},
+    "Mirostat": {"mirostat": 1},
+    "Mirostat 2": {"mirostat": 2},
+})  # fmt: skip
+def test_pick_among_the_likeliest_is_the_pick_among_all(grammar: str, fields: dict[str, Any], llama: Any) -> None:
+    rows = Rows(llama, "Here is the record of a customer: ")
+    prompt = list(rows.tokens[: rows.n_tokens])
+    quick, whole = (sampler(llama, grammar, kind, prompt, seed=7, **fields) for kind in (module.Sampler, WholeWalk))
+    for _ in range(16):
+        logits, row = rows.logits()
+        before = logits.copy()
+        token = quick.pick(logits, row)
+        logits[:] = before
+        assert token == whole.pick(logits, row)
+        if token < 0 or token in llama.vocab.eog:
+            break
+        rows.append(token)
+
+
+def test_picks_under_a_grammar_have_the_probabilities_that_all_allowed_tokens_give(llama: Any) -> None:
+    logits, row = Rows(llama, "The number is ").logits()
+    kept = logits.copy()
+    whole = module.Grammar(llama, module.Constraint(module.Gbnf("root ::= [0-9]+"), "grammar")).allowed()
+    best = max(kept[whole])
+    wanted = {int(t): math.exp(kept[t] - best) for t in whole if math.exp(kept[t] - best) >= 0.05}
+    counts: dict[int, int] = dict.fromkeys(wanted, 0)
+    for seed in range(2000):
+        picking = sampler(llama, "root ::= [0-9]+", seed=seed, temperature=1.0, top_k=0, top_p=1.0, min_p=0.05)
+        logits[:] = kept
+        counts[picking.pick(logits, row)] += 1
+        picking.close()
+    total = sum(wanted.values())
+    assert sum((counts[t] - 2000 * p / total) ** 2 / (2000 * p / total) for t, p in wanted.items()) < 3 * len(wanted) + 10
+
+
+@pytest.mark.parametrize("grammar", GRAMMARS.values(), ids=GRAMMARS)
+def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: Any) -> None:
+    started = module.Grammar(llama, module.Constraint(module.Gbnf(grammar), "grammar"))
+    for token in llama.vocab.tokens_inside(b'{"name": "'):
+        tokens = [t for t in range(llama.vocab.size) if started.after(t) is not None]
+        assert list(started.allowed()) == tokens
+        started.follow(token)
+
+
+def test_allowed_tokens_hold_the_end_only_where_the_text_may_end(llama: Any) -> None:
+    started = module.Grammar(llama, module.Constraint(module.Gbnf('root ::= "a" "b"?'), "grammar"))
+    assert not set(started.allowed()) & llama.vocab.eog
+    started.accept(llama.vocab.tokens_inside(b"a")[0])
+    assert llama.vocab.eog <= set(started.allowed())
+
+
+def test_control_tokens_stand_for_no_text_but_a_formats_own(llama: Any) -> None:
+    control = next(t for t in llama.vocab.marker_pieces if t not in llama.vocab.eog)
+    name = llama.vocab.marker_pieces[control]
+    grammar = module.Gbnf(f"root ::= {json.dumps(name)}")
+    assert module.Grammar(llama, module.Constraint(grammar, "grammar")).after(control) is None
+    assert module.Grammar(llama, module.Constraint(grammar, "tools", None, frozenset({name}))).after(control)
+
+
+@cases("text", {"a key": '{"name": "', "no space at first": "name", "spaces": "   ", "lines": "\n\n a", "letters of Greek": "αβγ",
+                "emoji": "😀!", "nothing": ""})  # fmt: skip
+@pytest.mark.parametrize("model", [TINY, "recital", "dice"])
+def test_tokens_of_forced_text_stand_for_just_its_bytes(text: str, model: str, models: Path) -> None:
+    file = (models if model != TINY else REPO / "models") / f"{model}.gguf"
+    options = module.EngineOptions(ctx=256, parallel=1, threads=1, gpu_layers=0)
+    vocab = module.Llama(module.Load(str(file), file.stat().st_size, options), lambda fraction: None).vocab
+    assert b"".join(map(vocab.piece, vocab.tokens_inside(text.encode()))) == text.encode()
+
+
+def test_machines_of_many_grammars_are_few_and_the_oldest_go(llama: Any) -> None:
+    machines = module.Machines(llama.vocab)
+    first = machines.of(module.Gbnf('root ::= "0"'))
+    for number in range(1, 60):
+        machines.of(module.Gbnf(f'root ::= "{number}" [a-z]*'))
+        assert machines.of(module.Gbnf('root ::= "0"')) is first
+    assert len(machines._kept) == machines.MAX_KEPT
+
+
+def test_machines_with_many_states_make_room_for_each_other(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machines = module.Machines(llama.vocab)
+    monkeypatch.setattr(machines, "MAX_STATES", 100)
+    for number in range(5):
+        machine = machines.of(module.Gbnf(f'root ::= "{number}" [a-z]{{100}}'))
+        machine.automaton.start.read(f"{number}".encode() + b"a" * 60)
+    assert len(machines._kept) == 2
+
+
+# Text that is written without the model.
+
+SENTENCE = "The quick brown fox jumps over the lazy dog and runs far away"
+FORCED_TEXTS = f'root ::= "{SENTENCE} " ("home" | "again") " in the evening of the day."'
+
+
+def forced(reply: Any) -> int:
+    count: int = reply.json()["usage"]["timings"]["forced_n"]
+    return count
+
+
+def test_forced_text_is_written_without_the_model(boxed: Server) -> None:
+    reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS)
+    assert reply.message["content"] in {f"{SENTENCE} {end} in the evening of the day." for end in ("home", "again")}
+    assert reply.json()["usage"]["completion_tokens"] - 4 <= forced(reply) < reply.json()["usage"]["completion_tokens"]
+
+
+def test_free_text_has_no_forced_tokens(boxed: Server) -> None:
+    assert forced(boxed.chat("hi", TINY, max_tokens=8)) == 0
+
+
+def test_text_that_is_forced_to_its_end_ends_there(boxed: Server) -> None:
+    reply = boxed.chat("hi", TINY, grammar=f'root ::= "{SENTENCE}"', ignore_eos=True)
+    assert reply.message["content"] == SENTENCE and reply.json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_document_that_is_complete_ends_the_text_at_its_last_token(boxed: Server) -> None:
+    whole = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, temperature=0).json()["usage"]["completion_tokens"]
+    choice = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, temperature=0, max_tokens=whole).json()["choices"][0]
+    assert choice["finish_reason"] == "stop" and choice["message"]["content"].endswith("day.")
+
+
+@pytest.mark.parametrize("most", range(1, 20))
+def test_max_tokens_within_forced_text_is_exact(most: int, boxed: Server) -> None:
+    reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, max_tokens=most).json()
+    assert reply["usage"]["completion_tokens"] == most and reply["choices"][0]["finish_reason"] == "length"
+    assert SENTENCE.startswith(reply["choices"][0]["message"]["content"][: len(SENTENCE)])
+
+
+@cases("stop", {"in the text that is forced at first": "fox ju", "at its very begin": "The", "in what is forced later": "evening",
+                "over a choice": "away "})  # fmt: skip
+def test_stop_string_within_forced_text_ends_it(stop: str, boxed: Server) -> None:
+    reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, stop=stop, temperature=0)
+    whole = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, temperature=0).message["content"]
+    assert reply.message["content"] == whole.partition(stop)[0]
+    assert reply.json()["choices"][0]["finish_reason"] == "stop"
+
+
+PLACES = 'root ::= ("a place of " [a-z]{3,9} " and of much more than that, ")+ "the end"'
+
+
+def test_same_seed_gives_the_same_text_with_forced_parts(boxed: Server) -> None:
+    ask = {"grammar": PLACES, "temperature": 1.2, "max_tokens": 60}
+    first, second, other = (boxed.chat("hi", TINY, seed=seed, **ask).message["content"] for seed in (5, 5, 6))
+    assert first == second != other
+    both = boxed.chat("hi", TINY, seed=5, n=2, **ask).json()["choices"]
+    assert [choice["message"]["content"] for choice in both] == [first, other]
+
+
+def test_log_probabilities_cover_forced_text_too(boxed: Server) -> None:
+    reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, logprobs=True, top_logprobs=2)
+    said = reply.json()["choices"][0]["logprobs"]["content"]
+    assert "".join(token["token"] for token in said) == reply.message["content"]
+    assert len(said) == reply.json()["usage"]["completion_tokens"] and forced(reply) == 0
+
+
+def test_stream_of_forced_text_is_the_plain_answer(boxed: Server) -> None:
+    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "grammar": PLACES, "seed": 3, "max_tokens": 80}
+    stream = boxed.streamed("/v1/chat/completions", body)
+    plain = boxed.post("/v1/chat/completions", body)
+    assert "".join(e["choices"][0]["delta"].get("content") or "" for e in stream[:-1]) == plain.message["content"]
+
+
+def test_client_that_leaves_ends_a_text_with_forced_parts(boxed: Server) -> None:
+    body = {"model": TINY, "messages": [{"role": "user", "content": "hi"}], "grammar": PLACES.replace(")+", "){100000}")}
+    with boxed.stream("/v1/chat/completions", body) as stream:
+        list(itertools.islice(stream, 5))
+    eventually(lambda: boxed.status(TINY)["requests_running"] == 0, "the end of the text")
+
+
+def test_banned_tokens_are_not_forced(boxed: Server) -> None:
+    tokens = boxed.post("/tokenize", {"content": " brown"}).json()["tokens"]
+    reply = boxed.chat("hi", TINY, grammar=FORCED_TEXTS, logit_bias={str(token): -100 for token in tokens})
+    assert SENTENCE.startswith(reply.message["content"]) or reply.message["content"].startswith(SENTENCE)
+    assert " brown" not in reply.message["content"] or len(tokens) > 1
+
+
+@cases("choice", {"any function": "required", "one": {"type": "function", "function": {"name": "get_weather"}}})
+def test_forced_call_is_partly_written_without_the_model(choice: Any, boxed: Server) -> None:
+    reply = boxed.chat("weather?", TINY, tools=[WEATHER, ADD], tool_choice=choice, max_tokens=200, seed=1)
+    assert reply.message["tool_calls"] and forced(reply) >= 5
+
+
+def test_grammar_begins_with_forced_text_behind_a_thought(boxed: Server) -> None:
+    reply = boxed.chat("hi", TINY, response_format={"type": "json_object"}, thinking_budget_tokens=0, max_tokens=40)
+    assert reply.status == 200
+
+
+def test_texts_with_forced_parts_beside_each_other_are_as_alone(serve: Callable[..., Server]) -> None:
+    many = serve("--models-dir", REPO / "models", "--model", TINY, "--parallel", "6")
+    asks = [{"grammar": PLACES, "temperature": 0, "max_tokens": 90, "logit_bias": {str(300 + i): 3}} for i in range(6)]
+    alone = [many.chat("hi", TINY, **ask).message["content"] for ask in asks]
+    with ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda ask: many.chat("hi", TINY, **ask).message["content"], asks))
+    assert [text[:40] for text in together] == [text[:40] for text in alone]  # sums in another order may differ later
+    assert all(text.startswith("a place of ") and " and of much more than that, " in text for text in together)
+
+
+def test_text_that_steps_back_in_its_forced_part_goes_on_where_it_was(serve: Callable[..., Server]) -> None:
+    small = serve("--models-dir", REPO / "models", "--model", TINY, "--ctx", "512", "--kv-pool", "512", "--parallel", "4")
+    ask: dict[str, Any] = {"grammar": PLACES.replace(")+", "){60}"), "temperature": 0.5, "seed": 4, "max_tokens": 300}
+    with ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(lambda i: small.chat("hi " * i, TINY, **ask), range(1, 5)))
+    for reply in replies:
+        assert reply.json()["usage"]["completion_tokens"] == 300
+        parts = reply.message["content"].split(" and of much more than that, ")
+        assert all(part.startswith("a place of ") for part in parts[:-1]) and len(parts) > 8
+
+
+def test_prompt_asked_again_starts_behind_what_is_forced_too(boxed: Server) -> None:
+    usages = [boxed.chat("a new prompt", TINY, grammar=FORCED_TEXTS, temperature=0).json()["usage"] for _ in range(2)]
+    assert usages[1]["prompt_tokens_details"]["cached_tokens"] == usages[1]["prompt_tokens"]
+
+
+def test_completion_without_chat_has_forced_text(server: Server) -> None:
+    reply = server.post("/v1/completions", {"model": "dice", "prompt": "x", "grammar": FORCED_TEXTS, "max_tokens": 200})
+    assert reply.json()["choices"][0]["text"].startswith(SENTENCE) and reply.json()["usage"]["timings"]["forced_n"] > 50
+
+
+def test_words_that_are_cut_within_a_character_are_still_whole(server: Server) -> None:
+    text = server.chat("hi", "dice", grammar='root ::= ("日本" | "日曜" | "é😀") "語の文"', temperature=1).message["content"]
+    assert text in ("日本語の文", "日曜語の文", "é😀語の文")
+
+
+# Hostile grammars.
+
+DOUBLING = "\n".join(["root ::= a0", *(f'a{i} ::= "a" a{i + 1} "b" | "a" a{i + 1} "c"' for i in range(20)), 'a20 ::= "d"'])
+MANY = "root ::= " + " | ".join(f'[a-z]{{{n}}} "{n}"' for n in range(60, 450))
+MOST = 'root ::= "ab" m\nm ::= ' + " | ".join(f'[a-z]{{{n}}} "{n}"' for n in range(60, 5000))
+REPEATS = "root ::= ((([a-z]{1,1000}){1,1000}){1,1000}){1,1000}"
+
+
+@cases("grammar, said", {
+    "brackets 10,000 deep": ("root ::= " + "(" * 10_000 + '"a"' + ")" * 10_000, "nested over 100 deep"),
+    "a rule that begins with itself": ('root ::= root "a" | "b"', "left-recursive"),
+    "rules that begin with each other": ('root ::= x\nx ::= "a"? y\ny ::= x "b"', "left-recursive"),
+    "repeats beyond numbers": ('root ::= "a"{99999999999}', "not a number of repeats"),
+    "more text than is read": ('root ::= "' + "a" * 600_000 + '"', "over 500000 characters"),
+})  # fmt: skip
+def test_hostile_grammar_is_refused(grammar: str, said: str, server: Server) -> None:
+    assert assert_error(server.chat("hi", "dice", grammar=grammar), 400, "invalid_request", said)["param"] == "grammar"
+
+
+@cases("grammar, fields", {
+    "a billion repeats": ('root ::= "ab"{1000000000}', {}),
+    "readings that double": (DOUBLING, {}),
+    "rules 10,000 deep": ("root ::= a0\n" + "\n".join(f'a{i} ::= "x" a{i + 1} "y"' for i in range(9999)) + '\na9999 ::= "z"', {}),
+    "readings by the hundred": (MANY, {"top_k": 0, "top_p": 1, "min_p": 0, "ignore_eos": True}),
+    "brackets without end": ('root ::= "(" root ")" | "x"', {"logit_bias": {"120": -100}}),
+})  # fmt: skip
+def test_hostile_grammar_is_followed_as_far_as_the_text_goes(grammar: str, fields: dict[str, Any], server: Server) -> None:
+    choice = server.chat("hi", "dice", grammar=grammar, max_tokens=40, **fields).json()["choices"][0]
+    assert choice["finish_reason"] == "length" and choice["message"]["content"]
+
+
+@cases("grammar, said", {
+    "readings by the thousand": (MOST, "ambiguous"),
+    "repeats of repeats": (REPEATS, "the grammar is"),
+})  # fmt: skip
+@streamed_and_plain
+def test_grammar_that_is_too_much_to_follow_ends_its_own_text(grammar: str, said: str, stream: bool, server: Server) -> None:
+    body = {"model": "dice", "messages": [{"role": "user", "content": "hi"}], "grammar": grammar, "max_tokens": 100, "top_k": 0,
+            "top_p": 1, "min_p": 0, "ignore_eos": True}  # fmt: skip
+    with server.endless() as other:
+        next(other)
+        if stream:
+            error = server.streamed("/v1/chat/completions", body)[-1]["error"]
+        else:
+            error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request")
+        assert error["code"] == "invalid_request" and said in error["message"]
+        assert next(other)["choices"][0]["text"]
+
+
+def test_grammar_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Callable[..., Server], tmp_path: Path) -> None:
+    slow = altered(tmp_path, ("PATIENCE, TRIES = 0.01, 500", "PATIENCE, TRIES = 0.0, 10**9"))
+    ask = {"grammar": 'root ::= ([a-z]{2,5} " "){8}', "seed": 2, "top_k": 0, "top_p": 1, "min_p": 0, "temperature": 1.5}
+    texts = [serve("--models-dir", REPO / "models", "--model", TINY, script=script).chat("hi", TINY, **ask).message["content"]
+             for script in (SHIMMY, slow)]  # fmt: skip
+    assert texts[0] == texts[1] and len(texts[0].split()) == 8
+
+
+def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: Callable[..., Server], tmp_path: Path) -> None:
+    script = altered(tmp_path, ("PATIENCE, TRIES = 0.01, 500", "PATIENCE, TRIES = 0.0, 3"))
+    hasty = serve("--models-dir", REPO / "models", "--model", TINY, script=script)
+    assert_error(hasty.chat("hi", TINY, grammar=MANY), 400, "invalid_request", "intricate")
+    assert hasty.chat("hi", TINY, max_tokens=4).status == 200
+
+# Structured output.
+
+FUZZ = int(os.environ.get("SHIMMY_FUZZ", "300"))
+CHECKED = [  # formats that jsonschema checks without further packages, as we do
+    "date", "email", "ipv4", "ipv6", "uuid", "time"]  # fmt: skip
+
+
+def begin(schema: Any) -> State:
+    """The state before the first byte of a schema's documents."""
+    return Automaton(read_json(json.dumps(schema), "json_schema")).start
+
+
+def follow(here: State | None, data: bytes) -> State | None:
+    for byte in data:
+        if here is None:
+            return None
+        here = here.step(byte)
+    return here
+
+
+def accepts(schema: Any, value: Any) -> bool:
+    here = follow(begin(schema), json.dumps(value, ensure_ascii=False).encode())
+    return here is not None and here.ends
+
+
+def walk(here: State, pick: random.Random, most: int = 500) -> bytes | None:
+    """A text that ends, chosen at random, what leads to an end more often; None if none was found in so many bytes."""
+    text = bytearray()
+    while here.bits and not (here.ends and pick.random() < 0.5):
+        if len(text) >= most:
+            return None
+        may = [byte for byte in range(256) if here.bits >> byte & 1]
+        soon = [byte for byte in may if byte in b'"]}ab01'] if pick.random() < 0.9 else []
+        text.append(pick.choice(soon or may))
+        behind = here.step(text[-1])
+        assert behind is not None, f"{text!r} leads to what firsts did not say"
+        here = behind
+    assert here.ends, f"{text!r} is a dead end"
+    return bytes(text)
+
+
+def schema_made(pick: random.Random, depth: int = 0) -> Any:
+    """A schema made at random, of all keywords, with values small enough to meet."""
+    inner = functools.partial(schema_made, pick, depth + 1)
+    values = [1, 2, "a", "ab", None, True, 1.5, {"a": 1}, [], [1], "b", 0, {}]
+    leaves: list[Callable[[], Any]] = [
+        lambda: True,
+        lambda: {"type": pick.choice(["string", "integer", "number", "boolean", "null"])},
+        lambda: {"enum": pick.choices(values, k=pick.randint(1, 4))},
+        lambda: {"const": pick.choice([1, "a", None, [1, "a"], {"a": 1, "b": [2]}])},
+        lambda: {"$ref": f"#/$defs/{pick.choice('xy')}"},
+    ]
+    if depth > 2 or pick.random() < 0.1:
+        return pick.choice(leaves)()
+    groups = keywords_made(pick, inner)
+    which = pick.choices(range(6), (4, 3, 1, 1, 3, 0.3))[0]
+    found = {key: groups[which][key]() for key in pick.sample([*groups[which]], pick.randint(1, min(3, len(groups[which]))))}
+    if which < 4 and pick.random() < 0.7:
+        kind = ("object", "array", "string", "number")[which]
+        found["type"] = kind if pick.random() < 0.8 else [kind, "null"]
+    elif pick.random() < 0.5:
+        group = pick.choice(groups[:4])
+        found |= {key: group[key]() for key in pick.sample([*group], 2)}
+    return found
+
+
+def keywords_made(pick: random.Random, inner: Callable[[], Any]) -> list[dict[str, Callable[[], Any]]]:
+    """Values for keywords: of objects, arrays, strings and numbers, those that combine, those that come late."""
+    names = ["a", "b", "ab", "é"]
+
+    def number() -> float:
+        return pick.choice([-2, -0.5, 0, 0.5, 1, 2, 3, 10])
+
+    def count() -> int:
+        return pick.randint(0, 3)
+
+    def pair() -> list[Any]:
+        return [inner(), inner()]
+
+    return [
+        {
+            "properties": lambda: {name: inner() for name in pick.sample(names, pick.randint(1, 3))},
+            "required": lambda: pick.sample(names, pick.randint(1, 2)),
+            "additionalProperties": inner,
+            "patternProperties": lambda: {pick.choice(["^a", "b$", "^[ab]+$", "c"]): inner()},
+            "propertyNames": lambda: pick.choice([{"maxLength": 2}, {"pattern": "a"}, {"enum": names[:3]}, inner()]),
+            "minProperties": count, "maxProperties": count,
+            "dependentRequired": lambda: {pick.choice(names): pick.sample(names, 2)},
+            "dependentSchemas": lambda: {pick.choice(names): inner()},
+        },
+        {"items": inner, "prefixItems": pair, "minItems": count, "maxItems": lambda: count() + 1, "uniqueItems": lambda: True,
+         "contains": inner, "minContains": count, "maxContains": count},
+        {"minLength": count, "maxLength": lambda: count() + 1, "format": lambda: pick.choice(CHECKED),
+         "pattern": lambda: pick.choice(["^a", "b", "^[a-c]*$", "a.b"])},
+        {"minimum": number, "maximum": number, "exclusiveMinimum": number, "exclusiveMaximum": number,
+         "multipleOf": lambda: pick.choice([1, 2, 0.5, 3, 0.25])},
+        {"not": inner, "allOf": pair, "anyOf": pair, "oneOf": pair, "if": inner, "then": inner, "else": inner},
+        {"unevaluatedProperties": inner, "unevaluatedItems": inner},
+    ]  # fmt: skip
+
+
+def with_definitions(pick: random.Random) -> Any:
+    schema = schema_made(pick)
+    return {**(schema if isinstance(schema, dict) else {}), "$defs": {"x": schema_made(pick, 2), "y": schema_made(pick, 3)}}
+
+
+def test_schema_made_at_random_is_refused_or_holds_whatever_the_walk() -> None:
+    """Random legal bytes lead to a document that fits, never into a dead end; no model is needed for that."""
+    fitted = 0
+    for seed in range(FUZZ):
+        pick = random.Random(seed)
+        schema = with_definitions(pick)
+        try:
+            here = begin(schema)
+        except InvalidRequest:
+            continue
+        checker = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+        for text in filter(None, (walk(here, pick) for _ in range(4))):
+            checker.validate(json.loads(text))
+            fitted += 1
+    assert fitted > FUZZ
+
+
+# What a keyword admits, and what not: documents in the order and style in which they are written.
+OBJECT, ANY_ARRAY, ONE = {"type": "object"}, {"type": "array"}, {"const": 1}
+NAMED_SCHEMAS = {"type": "object", "properties": {"a": {}, "b": {}, "c": {}}}
+KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
+    "pattern": ({"pattern": "^a+$"}, ["a", "aaa"], ["", "b", "ab"]),
+    "format": ({"format": "date"}, ["2024-02-29"], ["2023-02-29", ""]),
+    "an unknown format": ({"format": "colour"}, ["red", ""], [1]),
+    "lengths in characters": ({"minLength": 2, "maxLength": 3}, ["éé", "\U0001f600ab"], ["é", "abcd"]),
+    "minimum of a number": ({"type": "number", "minimum": 0.5}, [0.5, 1, 12345.75], [0.4, -1]),
+    "exclusive bounds": ({"type": "integer", "exclusiveMinimum": 1, "exclusiveMaximum": 4}, [2, 3], [1, 4, 0]),
+    "draft 4's exclusive bounds": ({"type": "integer", "minimum": 1, "exclusiveMinimum": True}, [2], [1, 0]),
+    "multipleOf": ({"type": "number", "multipleOf": 0.1}, [0.3, 2, -0.1], [0.35]),
+    "not of a type": ({"not": {"type": ["string", "object"]}}, [1, None, [{}]], ["a", {}]),
+    "not of integers": ({"type": "number", "not": {"type": "integer"}}, [0.5, -1.25], [1, 0]),
+    "not of constants": ({"type": "integer", "minimum": 1, "maximum": 4, "not": {"enum": [2, 3]}}, [1, 4], [2, 3]),
+    "not of a pattern": ({"type": "string", "not": {"pattern": "^a"}}, ["b", ""], ["a", "ab"]),
+    "not of required": ({**OBJECT, "not": {"required": ["a"]}}, [{}, {"b": 1}], [{"a": 1}]),
+    "not of a property": ({**NAMED_SCHEMAS, "not": {"properties": {"a": {"const": 1}}}}, [{"a": 2}], [{"a": 1}, {}]),
+    "not of anyOf": ({"type": "integer", "not": {"anyOf": [{"minimum": 5}, {"maximum": 2}]}}, [3, 4], [2, 5]),
+    "not of items": ({**ANY_ARRAY, "not": {"items": {"type": "null"}}}, [[1], [None, 1]], [[], [None]]),
+    "oneOf that overlaps": ({"oneOf": [{"type": "integer"}, {"type": "number", "minimum": 5}]}, [3, 5.5], [6, 0.5]),
+    "oneOf of required": ({**NAMED_SCHEMAS, "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
+                          [{"a": 1}, {"b": 1}], [{"a": 1, "b": 1}, {}]),
+    "if, then and else": ({**NAMED_SCHEMAS, "required": ["a"], "if": {"properties": {"a": {"const": 1}}},
+                          "then": {"required": ["b"]},
+                           "else": {"required": ["c"]}}, [{"a": 1, "b": 2}, {"a": 2, "c": 1}], [{"a": 1}, {"a": 2, "b": 1}]),
+    "dependentRequired": ({**NAMED_SCHEMAS, "dependentRequired": {"a": ["b"]}}, [{}, {"b": 1}, {"a": 1, "b": 1}], [{"a": 1}]),
+    "dependencies of both forms": ({**NAMED_SCHEMAS, "dependencies": {"a": ["b"], "b": {"required": ["c"]}}},
+                                   [{}, {"c": 1}, {"a": 1, "b": 1, "c": 1}], [{"a": 1}, {"b": 1}, {"a": 1, "b": 1}]),
+    "dependentSchemas": ({**NAMED_SCHEMAS, "dependentSchemas": {"a": {"properties": {"b": {"const": 1}}}}},
+                         [{"a": 1, "b": 1}, {"b": 2}], [{"a": 1, "b": 2}]),
+    "patternProperties": ({**OBJECT, "patternProperties": {"^x": {"type": "integer"}}},
+                          [{}, {"x1": 1, "xy": 2}], [{"x1": "a"}, {"y": 1}]),
+    "patternProperties that overlap": ({**OBJECT, "patternProperties": {"^x": {"minimum": 2}, "y$": {"maximum": 3}}},
+                                       [{"x": 9}, {"xy": 2}, {"y": 1}], [{"xy": 9}, {"xy": 1}]),
+    "patternProperties and others": ({**OBJECT, "patternProperties": {"^x": {"const": 1}}, "additionalProperties": {"const": 2}},
+                                     [{"x": 1, "y": 2}], [{"x": 2}, {"y": 1}]),
+    "a named property that matches": ({"properties": {"xa": {"minimum": 0}}, "patternProperties": {"^x": {"maximum": 5}}},
+                                      [{"xa": 3}, {"xb": -3}], [{"xa": 6}, {"xa": -1}]),
+    "propertyNames": ({**OBJECT, "propertyNames": {"pattern": "^a"}}, [{}, {"ab": 1}], [{"b": 1}]),
+    "propertyNames as constants": ({**OBJECT, "propertyNames": {"enum": ["a", "b"]}}, [{"a": 1}, {"a": 1, "b": 2}], [{"c": 1}]),
+    "minProperties": ({**NAMED_SCHEMAS, "minProperties": 2}, [{"a": 1, "c": 1}], [{}, {"b": 1}]),
+    "maxProperties": ({**NAMED_SCHEMAS, "maxProperties": 1}, [{}, {"c": 1}], [{"a": 1, "b": 1}]),
+    "counts of unnamed properties": ({**OBJECT, "minProperties": 2, "maxProperties": 2}, [{"x": 1, "y": 2}], [{"x": 1}, {}]),
+    "unevaluatedProperties": ({"allOf": [{"properties": {"a": {}}}], "properties": {"b": {}},
+                               "unevaluatedProperties": {"type": "null"}}, [{"b": 1, "a": 1, "x": None}], [{"x": 1}]),
+    "contains": ({**ANY_ARRAY, "contains": {"const": 1}}, [[1], [0, 1, 0]], [[], [0]]),
+    "minContains and maxContains": ({**ANY_ARRAY, "contains": {"const": 1}, "minContains": 2, "maxContains": 2},
+                                    [[1, 1], [1, 0, 1]],
+                                    [[1], [1, 1, 1]]),
+    "uniqueItems": ({**ANY_ARRAY, "uniqueItems": True}, [[], [1, "1", 2], [{"a": 1}, {"a": 2}]], [[1, 1], [{"a": 1}, {"a": 1}]]),
+    "uniqueItems of what is written in two ways": ({**ANY_ARRAY, "uniqueItems": True}, [[1, True]], [[1, 1.0]]),
+    "draft 4's tuples": ({**ANY_ARRAY, "items": [{"const": 1}], "additionalItems": {"const": 2}}, [[1], [1, 2, 2]],
+                         [[2], [1, 1]]),
+    "unevaluatedItems": ({**ANY_ARRAY, "prefixItems": [{}], "unevaluatedItems": False}, [[1]], [[1, 2]]),
+    "nullable": ({"type": "integer", "nullable": True}, [1, None], ["a"]),
+    "const of an object": ({"const": {"b": [1, None], "a": "é"}}, [{"b": [1, None], "a": "é"}], [{"b": [1]}]),
+    "enum that shares beginnings": ({"enum": ["a", "ab", 1, 12, {"a": 1}]}, ["a", "ab", 1, 12, {"a": 1}], ["b", 2, {}]),
+    "$ref by $id and $anchor": ({"$id": "https://x.org/a", "$defs": {"i": {"$id": "b", "$defs": {"n": {"$anchor": "n", **ONE}}}},
+                                 "$ref": "b#n"}, [1], [2]),
+    "$ref alone in draft 7": ({"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"a": {"const": 1}},
+                               "$ref": "#/definitions/a", "not": {}}, [1], [2]),
+    "closed objects": ({"properties": {"a": {}}}, [{}, {"a": 1}], [{"b": 1}, {"a": 1, "b": 1}]),
+    "opened objects": ({"properties": {"a": {}}, "additionalProperties": True}, [{"a": 1, "b": 1}], [1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", list(KEYWORDS))
+def test_schema_keyword_admits_just_what_fits(kind: str) -> None:
+    schema, fitting, others = KEYWORDS[kind]
+    assert [value for value in fitting if not accepts(schema, value)] == []
+    assert [value for value in others if accepts(schema, value)] == []
+
+
+@cases("schema, text", {
+    "between elements and behind keys": ({**OBJECT, "required": ["a"], "properties": {"a": {"const": [1, 2]}}}, '{"a": [1, 2]}'),
+    "a constant's own order": ({"const": {"b": 1, "a": "é"}}, '{"b": 1, "a": "é"}'),
+    "a list of all there is": ({**ANY_ARRAY, "uniqueItems": True, "minItems": 1, "items": {"enum": ["only"]}}, '["only"]'),
+})  # fmt: skip
+def test_schema_without_a_choice_forces_its_whole_text(schema: Any, text: str) -> None:
+    assert begin(schema).forced(100) == text.encode()
+
+
+@cases("schema", {
+    "elements that run out": {**ANY_ARRAY, "uniqueItems": True, "items": {"enum": [1, 2]}, "minItems": 2},
+    "a property that nothing fits": {**OBJECT, "properties": {"a": False, "b": {"const": 1}}},
+    "as many as are named": {**NAMED_SCHEMAS, "minProperties": 3},
+    "the most, with one required last": {**NAMED_SCHEMAS, "required": ["c"], "maxProperties": 1},
+    "what must be contained, late": {**ANY_ARRAY, "items": {"enum": [1, 2]}, "contains": {"const": 1}, "maxItems": 2},
+    "unique objects that run out": {**ANY_ARRAY, "uniqueItems": True, "minItems": 2,
+                                    "items": {**OBJECT, "properties": {"a": {"type": "boolean"}}, "required": ["a"]}},
+    "unique numbers that run out": {**ANY_ARRAY, "uniqueItems": True, "items": {"type": "integer", "minimum": 9, "maximum": 11}},
+})  # fmt: skip
+def test_schema_leads_into_no_dead_end(schema: Any) -> None:
+    checker = Draft202012Validator(schema)
+    for seed in range(40):
+        text = walk(begin(schema), random.Random(seed))
+        assert text is None or checker.is_valid(json.loads(text)), text
+
+
+def written_alike(count: int) -> dict[str, Any]:
+    """Objects that begin alike and hold each other."""
+    return recursive(options(ONE, *({"properties": {"a": {"$ref": "#/$defs/R"}, f"b{i}": {"const": i}}, "required": ["a"]}
+                                             for i in range(count))))  # fmt: skip
+
+
+@cases("schema, text", {
+    "ten objects": (written_alike(10), b'{"a": ' * 40),
+    "arrays of arrays": (recursive(options(*({**ANY_ARRAY, "items": {"$ref": "#/$defs/R"}, "maxItems": n} for n in range(1, 9)))),
+                         b"[" * 60),
+})  # fmt: skip
+def test_alternatives_that_begin_alike_stay_few_however_deep(schema: Any, text: bytes) -> None:
+    here = follow(begin(schema), text)
+    assert here is not None and len(here.stacks) < 100
+
+
+def test_schemas_of_a_chat_at_temperature_1_hold(server: Server) -> None:
+    """As above through the server: what ends by itself fits, what cannot be honoured is 400."""
+    fitted = 0
+    for seed in range(FUZZ // 5):
+        schema = with_definitions(random.Random(10**6 + seed))
+        reply = server.generate("any", "dice", json_schema=schema, max_tokens=100, temperature=1, seed=seed)
+        if reply.status != 200:
+            assert_error(reply, 400, "invalid_request", "json_schema")
+        elif reply.finish_reason == "stop":
+            Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(json.loads(reply.text))
+            fitted += 1
+    assert fitted > FUZZ // 20
+
+# Calls whose arguments stand one by one.
+
+TAGS = CallFormat("<call>", "\n", "</call>", params=Params("<p=", ">", "</p>"))
+
+
+def written(parameters, seed):
+    """A call as a random walk through its grammar writes it, at most 300 bytes of it."""
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    state, text, chance = Automaton(read_ahead(CallsGrammar(TAGS, tools).symbol("", False))).start, b"", random.Random(seed)
+    while state.bits and len(text) < 300:
+        text += bytes([chance.choice(list(bytes_of(state.bits)))])
+        state = state.read(text[-1:])
+    return text.decode(errors="replace")
+
+
+def one(schema):
+    return {"type": "object", "properties": {"a": schema}, "required": ["a"]}
+
+
+@pytest.mark.parametrize("schema, pattern", [
+    ({"type": "string", "pattern": "^[0-9]{3}$"}, "[0-9]{3}"),
+    ({"type": "string", "format": "ipv4"}, r"[0-9]{1,3}(\.[0-9]{1,3}){3}"),
+    ({"type": "string", "minLength": 2, "maxLength": 4, "not": {"pattern": "x"}}, "[^x]{2,4}"),
+    ({"allOf": [{"enum": ["u", "v</p>"]}]}, "u"),
+    ({"const": 5}, "5"),
+])  # fmt: skip
+def test_a_plain_argument_fits_its_schema(schema, pattern):
+    import re
+
+    for seed in range(10):
+        assert re.fullmatch(f"<call>f\n<p=a>({pattern})</p></call>", written(one(schema), seed))
+
+
+def test_a_required_argument_without_a_schema_is_written():
+    assert "<p=b>" in written({"type": "object", "properties": {}, "required": ["b"]}, 1)
+
+
+@pytest.mark.parametrize("parameters, word", [
+    (one({"type": "string", "minLength": "x"}), "minLength"),
+    (one({"type": "string", "pattern": "("}), "bracket"),
+    (one({"enum": ["</p>"]}), "no string"),
+    ({**one({}), "minProperties": 2}, "minProperties"),
+])  # fmt: skip
+def test_what_plain_arguments_cannot_honour_is_refused_by_name(parameters, word):
+    with pytest.raises(InvalidRequest, match=word):
+        written(parameters, 1)
 
 
 # ── Tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3731,6 +5205,265 @@ def test_tool_whose_client_leaves_is_not_waited_for(serve: Callable[..., Server]
     assert " 200 " not in own.log.read_text()
 
 
+# Tools against hostile arguments.
+
+BOMBS = ["9**9**9**9", "(9**999)**(9**999)", "factorial(400) * factorial(400) * factorial(400)", "2**4095 * 2**4095", "9" * 999,
+         "-" * 999 + "1",
+         "(" * 499 + "1" + ")" * 499, "max(" * 199 + "1" + ")" * 199, "abs(" * 199 + "1" + ")" * 199, "1" + "**1" * 330,
+         "2" + "**2" * 300,
+         "'a' * 10**9", "f'{1:>999999999}'", "[0] * 10**9", "(0,) * 10**9", "{1: 2}", "0x" + "f" * 990, "1e999", "1j",
+         "True + True", "...",
+         "10.0**308 * 10", "floor(1e308)", "round(1e308, 400)", "round(2**4000, -400)", "round(1.5, 2**64)", "round(1, True)",
+         "log(0)", "atan2(1)",
+         "min()", "max(*[1])", "abs(x=1)", "hypot(" + "1," * 480 + "1)", "2**-(2**4000)", "0**-1", "(-1)**0.5", "1**(2**4000)",
+         "(2**4000) % 3.5",
+         "1\n2", "1;2", "\0", "\ud7ff", "pi.real", "__builtins__", "(lambda: 0)()", "1 if 1 else 2", "1 < 2", "not 1", "~1",
+         "1 << 99999999", "1 @ 1",
+         "await 1", "factorial(True)", "gcd(2**4000, 3**2500)", "fmod(1e308, 5e-324)", "exp(1e4)", "sqrt(2**4095)",
+         "degrees(1e308)",
+         "comb(9**9, 9)", "9 ^ 9 ^ 9", "pow(9, 9**9)", "sum([1])", "1_0", "\u0661 + \u0661", "\uff11+\uff11"]  # fmt: skip
+
+
+@pytest.mark.parametrize("expression", BOMBS, ids=[f"{number} {bomb[:16]!a}" for number, bomb in enumerate(BOMBS)])
+def test_calculator_gives_a_number_or_a_reason_at_once(expression: str) -> None:
+    began = time.thread_time()
+    try:
+        result = module.calculator(expression)
+    except module.ToolError as error:
+        assert str(error) and len(str(error)) < 200
+    else:
+        assert type(result) in (int, float) and json.loads(json.dumps(result, allow_nan=False)) == result
+    assert time.thread_time() - began < 0.2
+
+
+@more_under_soak
+@fuzz(300)
+@hypothesis.given(st.lists(st.sampled_from([*"0123456789+-*/%^().,e _\"'[]{}\n\t\0", *module.MATH_FUNCTIONS, "pi", "**", "//",
+                                            "factorial(", "round(", "1e308", "9999", "lambda", " if ", "x:=", "\u00b2"]),
+                           max_size=30))  # fmt: skip
+def test_calculator_survives_any_expression(parts: list[str]) -> None:
+    with contextlib.suppress(module.ToolError):
+        assert type(module.calculator("".join(parts))) in (int, float)
+
+
+@pytest.fixture(scope="module")
+def walled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tool root with ways out of it."""
+    folder = tmp_path_factory.mktemp("walled")
+    root = folder / "root"
+    (root / "sub" / "deep").mkdir(parents=True)
+    (folder / "root-too").mkdir()
+    for path in (folder / "secret", folder / "root-too" / "secret"):
+        path.write_text("secret")
+    (root / "loop").symlink_to("loop")
+    (root / "one").symlink_to("two")
+    (root / "two").symlink_to("one")
+    (root / "up").symlink_to("../secret")
+    (root / "far").symlink_to("/proc/self/environ")
+    (root / "sub" / "deep" / "root").symlink_to("/")
+    (root / "zero").symlink_to("/dev/zero")
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind(str(root / "door"))
+    return root
+
+
+OUTSIDE = ["../secret", "sub/../../secret", "./sub/deep/../../../secret", "sub//..//..//secret", "up", "up/",
+           "../root-too/secret", "far",
+           "sub/deep/root/etc/passwd", "sub/deep/root/proc/self/environ", "/proc/self/root/etc/passwd",
+           "/proc/self/cwd/../secret", "zero", "door",
+           "loop", "loop/x", "one", "sub/deep", "//etc/passwd", "~root/.bashrc", "sub\\..\\..\\secret", "..%2fsecret",
+           "\u2025/secret", "\0", "a\0b",
+           "x" * 5000, "/".join("x" * 2000), "note\n../secret", "file:///etc/passwd", "C:\\Windows\\win.ini", "$HOME",
+           "*"]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", OUTSIDE, ids=lambda path: f"{path[:24]!a}")
+def test_file_read_stays_inside_and_says_so_without_a_path(path: str, walled: Path) -> None:
+    with pytest.raises(module.ToolError) as refused:
+        module.FileReader(str(walled)).file_read(path)
+    assert str(walled) not in str(refused.value) and str(refused.value).isprintable()
+
+
+@pytest.mark.skipif(not hasattr(os, "mknod") or os.geteuid() != 0, reason="only root makes devices")
+def test_file_read_opens_no_device(walled: Path) -> None:
+    try:
+        os.mknod(walled / "device", 0o600 | 0o020000, os.makedev(1, 5))
+    except PermissionError:
+        pytest.skip("not even root makes devices here")
+    with pytest.raises(module.ToolError, match="regular"):
+        module.FileReader(str(walled)).file_read("device")
+
+
+NUMERIC = ["2130706433", "0x7f000001", "0x7F.1", "0177.0.0.1", "017700000001", "127.1", "127.0.1", "0", "0.0", "127.0.0.1.",
+           "localhost", "LOCALHOST.",
+           "\u2460\u2461\u2466.0.0.1", "127\u30020\u30020\u30021", "\uff11\uff12\uff17.0.0.1", "[::]", "[::1]",
+           "[0:0:0:0:0:ffff:7f00:1]",
+           "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[::127.0.0.1]", "[::ffff:0:127.0.0.1]", "[::1%25lo]", "[::1%lo]",
+           "[fe80::1%25eth0]", "[fe80::1%1]",
+           "[64:ff9b::127.0.0.1]", "[64:ff9b::10.0.0.1]", "[64:ff9b:1::1]", "[2002:7f00:1::]", "[2002:a00:1::]", "[2001::1]",
+           "[fc00::1]", "[ff02::1]",
+           "[fec0::1]", "10.1", "0xa9fea9fe", "169.254.169.254", "2852039166", "[fd00:ec2::254]", "255.255.255.255",
+           "224.0.0.1", "100.100.100.200"]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", NUMERIC, ids=ascii)
+@pytest.mark.parametrize("form", ["http://{}:{}/health", "http://evil.example@{}:{}/health"], ids=["plain", "behind a user"])
+def test_http_get_reaches_no_private_address_in_any_spelling(form: str, host: str, server: Server) -> None:
+    reply = execute(server, "http_get", form.format(host, server.port))
+    assert_tool_failed(reply)
+    assert b"healthy" not in reply.body
+
+
+@pytest.mark.parametrize("url", ["http://[", "http://[::1", "http://a:b:c/", "http://x:99999/", "http://x:-1/", "http:///x",
+                                 "https:/x", "HTTP://", "//x",
+                                 "http://\0/", "http://x\r\nHost: y/", "javascript:1", "data:text/plain,x", "unix:/run/x",
+                                 "http://" + "a." * 200,
+                                 "http://" + "a" * 70 + ".example/", "http://xn--\ud7ff.example/", "http://*/",
+                                 "http://%31%32%37.0.0.1/"],
+                         ids=lambda url: f"{url[:20]!a}")  # fmt: skip
+def test_http_get_refuses_what_is_no_address(url: str, server: Server) -> None:
+    assert_tool_failed(execute(server, "http_get", url))
+
+
+class Resolver:
+    """Stands for the name service: each look-up of a name gives its next addresses."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> None:
+        self.asked: list[str] = []
+        self.connected: list[Any] = []
+        self._answers, self._real = iter(answers), socket.getaddrinfo
+        monkeypatch.setattr(socket, "getaddrinfo", self.look_up)
+        monkeypatch.setattr(socket, "create_connection", self.connect)
+
+    def look_up(self, host: str, port: int, **more: Any) -> list[Any]:
+        self.asked.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in next(self._answers)]
+
+    def connect(self, address: Any, **more: Any) -> Any:
+        self.connected.append(address[0])
+        raise OSError("nobody is there")
+
+
+@cases(
+    "addresses",
+    {
+        "loopback": ["127.0.0.1"],
+        "a global and a private one": ["1.1.1.1", "10.0.0.1"],
+        "one in IPv6": ["::ffff:192.168.0.1"],
+        "a zone": ["fe80::1%eth0"],
+        "6to4": ["2002:c0a8:1::"],
+        "NAT64": ["64:ff9b::a9fe:a9fe"],
+    },
+)
+def test_http_get_refuses_a_name_of_a_private_address(addresses: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    resolver = Resolver(monkeypatch, addresses)
+    with pytest.raises(module.ToolError, match="not global"):
+        module.HttpGetter(["*"]).http_get("http://rebind.example/")
+    assert resolver.connected == []
+
+
+def test_http_get_connects_to_the_address_that_it_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that means another address when it is looked up again gains nothing: it is looked up once."""
+    resolver = Resolver(monkeypatch, ["1.1.1.1"], ["127.0.0.1"])
+    with pytest.raises(module.ToolError):
+        module.HttpGetter(["*"]).http_get("http://rebind.example/")
+    assert (resolver.asked, resolver.connected) == (["rebind.example"], ["1.1.1.1"])
+
+
+class Redirects(http.server.BaseHTTPRequestHandler):
+    """Sends whoever comes to `place`."""
+
+    place = ""
+
+    def do_GET(self) -> None:
+        self.send_response(302)
+        self.send_header("Location", self.place)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def redirecting(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """A page at what counts as the one global address: redirecting(place) gives its URL."""
+    monkeypatch.setattr(module, "is_global", lambda address: address == "127.0.0.2")
+    with http.server.ThreadingHTTPServer(("127.0.0.2", 0), Redirects) as pages:
+        threading.Thread(target=pages.serve_forever, args=[0.02], daemon=True).start()
+
+        def to(place: str) -> str:
+            Redirects.place = place.format(port=pages.server_port)
+            return f"http://127.0.0.2:{pages.server_port}/"
+
+        yield to
+        pages.shutdown()
+
+
+@linux
+@cases(
+    "place, why",
+    {
+        "loopback": ("http://127.0.0.1:{port}/", "not global"),
+        "without a scheme": ("//127.0.0.1:{port}/", "not global"),
+        "in hexadecimal": ("http://0x7f000001:{port}/", "not global"),
+        "in IPv6": ("http://[::ffff:127.0.0.1]:{port}/", "not global"),
+        "by name": ("http://localhost:{port}/", "not global"),
+        "a file": ("file:///etc/passwd", "http"),
+        "another protocol": ("gopher://127.0.0.1/", "http"),
+        "itself, without end": ("/", "redirects"),
+        "nonsense": ("http://[", "cannot be fetched"),
+    },
+)
+def test_http_get_checks_where_it_is_sent_on(place: str, why: str, redirecting: Callable[[str], str]) -> None:
+    with pytest.raises(module.ToolError, match=why):
+        module.HttpGetter(["*"]).http_get(redirecting(place))
+
+
+@linux
+def test_http_get_is_not_sent_on_to_a_host_that_is_not_opened(redirecting: Callable[[str], str]) -> None:
+    with pytest.raises(module.ToolError, match=r"other\.example is not opened"):
+        module.HttpGetter(["127.0.0.2"]).http_get(redirecting("http://other.example/"))
+
+
+STUCK_WEATHER = """
+import time
+from shimmy import tool
+
+@tool
+def get_weather(city: str) -> str:
+    '''Never comes back.'''
+    time.sleep(3600)
+    return ""
+"""
+WEATHER_BUILTIN = {"type": "builtin", "name": "get_weather"}
+
+
+def test_tool_that_never_returns_ends_a_chat_with_its_error(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
+    own = serve("--models-dir", models, "--tools", tmp_path / "stuck.py", script=altered(tmp_path, ("TOOL_SECONDS = 30.0",
+                                                                                                    "TOOL_SECONDS = 0.3")))
+    with quickly(20.0):
+        for _ in range(6):  # beyond the calls that may hang
+            message = own.chat("weather", tools=[WEATHER_BUILTIN]).message
+            assert message["content"] == TEXTS["S"] and message["tool_results"][0]["error"]
+        assert own.chat("hi").message["content"] == TEXTS[":"]
+        assert own.stop() == 0
+
+
+def test_client_that_leaves_a_chat_whose_tool_hangs_frees_its_place(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "stuck.py").write_text(STUCK_WEATHER)
+    own = serve("-v", "--models-dir", models, "--tools", tmp_path / "stuck.py")
+    body = {"model": "recital", "messages": [{"role": "user", "content": "weather"}], "tools": [WEATHER_BUILTIN], "stream": True}
+    with socket.create_connection((own.host, own.port), timeout=HANG) as gone:
+        gone.sendall(raw_post("/v1/chat/completions", json.dumps(body).encode()))
+        assert gone.recv(100)
+        time.sleep(0.5)
+    eventually(lambda: "POST /v1/chat/completions" in own.log.read_text(), "the request ends")
+    assert own.status("recital")["requests_running"] == own.status("recital")["requests_waiting"] == 0
+
+
 # ── llama.cpp ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Tokens, text and sampling on the real engine.
 
@@ -3894,11 +5627,11 @@ def test_completions_return_logprobs_on_request(server: Server) -> None:
 
 
 def test_logprobs_match_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
-    import llama_cpp
+    from llama_cpp.llama import Llama
 
     path = write_kind(tmp_path / "same.gguf", "llama")
     prompt = ids("What comes next")
-    llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    llama = Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
     llama.eval(prompt)
     scores = llama.scores[len(prompt) - 1].astype(np.float64)
     expected = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
@@ -4764,6 +6497,107 @@ def test_dropped_streams_leave_the_engine_idle(server: Server) -> None:
     assert status["requests_waiting"] == 0 and server.generate().text == TEXTS[":"]
 
 
+# Engine.
+# Clients that leave at every stage, in every dialect.
+
+HOLD = (
+    "        self.c.llama_backend_init()\n",
+    "        self.c.llama_backend_init()\n        while os.path.exists('hold'):\n            time.sleep(0.02)\n",
+)
+
+
+@pytest.fixture(scope="module")
+def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that runs one request at a time; a load waits while the file `hold` is there."""
+    folder = tmp_path_factory.mktemp("single")
+    flags: list[str | Path] = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1"]
+    with shared(folder / "home", *flags, script=altered(folder, HOLD)) as running:
+        running.load("recital")
+        yield running
+
+
+@contextlib.contextmanager
+def held_load(server: Server) -> Iterator[None]:
+    """The model is unloaded, and its next load waits for the block's end."""
+    server.unload("recital")
+    hold = server.home / "hold"
+    hold.touch()
+    try:
+        yield
+    finally:
+        hold.unlink(missing_ok=True)
+
+
+def nobody_left(server: Server) -> None:
+    eventually(lambda: requests_of(server) == (0, 0), "nobody is left")
+
+
+@streamed_and_plain
+@in_every_tongue
+def test_client_that_leaves_during_decoding_ends_its_request(tongue: Tongue, stream: bool, single: Server) -> None:
+    with requested(single, tongue, stream=stream) as sock:
+        eventually(lambda: requests_of(single) == (1, 0), "it runs")
+        if stream:
+            assert sock.recv(1).startswith(b"H")
+    nobody_left(single)
+
+
+@streamed_and_plain
+@in_every_tongue
+def test_client_that_leaves_while_its_prompt_is_read_ends_its_request(tongue: Tongue, stream: bool, single: Server) -> None:
+    with requested(single, tongue, stream=stream, pad=random.choice("bcdefg") * 40_000):
+        eventually(lambda: requests_of(single) == (1, 0), "it runs")
+    nobody_left(single)
+
+
+@streamed_and_plain
+@in_every_tongue
+def test_client_that_leaves_while_it_waits_frees_its_place(tongue: Tongue, stream: bool, single: Server) -> None:
+    with requested(single, TONGUES["native"]):
+        eventually(lambda: requests_of(single) == (1, 0), "another runs")
+        with requested(single, tongue, stream=stream):
+            eventually(lambda: requests_of(single) == (1, 1), "it waits")
+        eventually(lambda: requests_of(single) == (1, 0), "it waits no more")
+    nobody_left(single)
+
+
+def test_clients_that_leave_while_the_model_loads_are_waited_for_no_more(single: Server) -> None:
+    with held_load(single), contextlib.ExitStack() as stack:
+        for tongue, stream in itertools.product(TONGUES.values(), (True, False)):
+            stack.enter_context(requested(single, tongue, stream=stream))
+        eventually(lambda: requests_of(single) == (0, 2 * len(TONGUES)), "all wait")
+        stack.close()
+        nobody_left(single)
+        assert single.status("recital")["status"] == "loading"
+    assert single.generate().text == TEXTS[":"]
+
+
+def test_websocket_that_closes_while_it_waits_frees_its_place(single: Server) -> None:
+    with requested(single, TONGUES["native"]):
+        eventually(lambda: requests_of(single) == (1, 0), "another runs")
+        with single.ws() as ws:
+            ws.send(json.dumps(TONGUES["native"].body()))
+            eventually(lambda: requests_of(single) == (1, 1), "it waits")
+        eventually(lambda: requests_of(single) == (1, 0), "it waits no more")
+    nobody_left(single)
+
+
+def test_websocket_that_closes_while_the_model_loads_is_waited_for_no_more(single: Server) -> None:
+    with held_load(single):
+        with single.ws() as ws:
+            ws.send(json.dumps(TONGUES["native"].body()))
+            eventually(lambda: requests_of(single) == (0, 1), "it waits")
+        nobody_left(single)
+
+
+def test_websocket_whose_client_vanishes_while_its_prompt_is_read_ends_its_request(single: Server) -> None:
+    with single.ws() as ws:
+        ws.send(json.dumps(TONGUES["native"].body(pad="h" * 40_000)))
+        eventually(lambda: requests_of(single) == (1, 0), "it runs")
+        ws.socket.shutdown(socket.SHUT_RDWR)  # no closing frame
+        nobody_left(single)
+
+
 # ── Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Engines that crash, fail to start or are unloaded: the server notices, reports it and cleans up.
 
@@ -5009,6 +6843,207 @@ def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(
     own.signal(signal.SIGCONT)
     time.sleep(1)
     assert own.status("recital")["loaded"] and "said nothing" not in own.log.read_text()
+
+
+# Worker.
+# Engines that are killed, stopped, starved or robbed of their file, at every stage.
+
+
+def engines_of(server: Server) -> list[int]:
+    """The engines' process ids, those that load included."""
+    found = []
+    for pid in descendants(server.process.pid):
+        with contextlib.suppress(OSError):
+            if b"engine_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return found
+
+
+def engine_of(server: Server) -> int:
+    """The one engine's process id, also while it loads; helpers have no such name in their command line."""
+
+    return eventually(lambda: engines_of(server), "an engine")[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV], ids=lambda n: n.name)
+@linux
+def test_engine_killed_while_it_loads_fails_that_load(number: int, single: Server) -> None:
+    with ThreadPoolExecutor(len(TONGUES)) as pool, held_load(single):
+        waiters = [pool.submit(single.post, t.path, t.body("hi", stream=False)) for t in TONGUES.values()]
+        eventually(lambda: requests_of(single) == (0, len(TONGUES)), "all wait")
+        os.kill(engine_of(single), number)
+        replies = [waiter.result() for waiter in waiters]
+    assert {reply.status for reply in replies} == {500}
+    assert all("could not be loaded" in reply.body.decode() for reply in replies)
+    assert single.generate().text == TEXTS[":"]
+
+
+@linux
+@streamed_and_plain
+def test_engine_killed_while_it_reads_a_prompt_fails_all_that_run_and_wait(stream: bool, single: Server) -> None:
+    bodies = [(t.path, t.body("hi", pad="i" * 40_000, stream=stream)) for t in TONGUES.values()]
+    with ThreadPoolExecutor(len(bodies)) as pool:
+        waiters = [pool.submit(single.post, *each) for each in bodies]
+        eventually(lambda: requests_of(single) == (1, len(TONGUES) - 1), "one runs, the others wait")
+        os.kill(engine_of(single), signal.SIGKILL)
+        replies = [waiter.result() for waiter in waiters]
+    if stream:
+        assert all(r.status == 500 or ends_with_an_error(r.body) for r in replies)
+    else:
+        assert {r.status for r in replies} == {500}
+    assert single.generate().text == TEXTS[":"]
+
+
+@linux
+def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "1", script=altered(tmp_path, *HURRY))
+    own.load("recital")
+    with ThreadPoolExecutor(len(TONGUES)) as pool:
+        waiters = [pool.submit(own.post, t.path, t.body("hi", pad="i" * 40_000, stream=False)) for t in TONGUES.values()]
+        eventually(lambda: requests_of(own) == (1, len(TONGUES) - 1), "one runs, the others wait")
+        engine = engine_of(own)
+        os.kill(engine, signal.SIGSTOP)
+        replies = [waiter.result() for waiter in waiters]
+    assert all(r.status == 500 and "said nothing" in r.body.decode() for r in replies)
+    assert not alive(engine) and own.generate().text == TEXTS[":"]
+
+
+@linux
+def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    own.load("recital")
+    engine = engine_of(own)
+    size = int(Path(f"/proc/{engine}/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.prlimit(engine, resource.RLIMIT_AS, (size, size))
+    with ThreadPoolExecutor(8) as pool:
+        replies = list(pool.map(lambda i: own.generate(f"{i} " * 10_000 + "#", max_tokens=10), range(8)))
+    assert all(r.status == 200 or r.json()["error"]["code"] == "generation_failed" for r in replies)
+    eventually(lambda: requests_of(own) == (0, 0), "nobody is left")
+    own.unload("recital", "?force=true")
+    assert own.generate().text == TEXTS[":"] and engine_of(own) != engine
+    assert_healthy(own)
+
+
+BABBLE = {
+    "bytes that are no message": "pipe._writer.write(b'\\xff' * 64); pipe._writer.flush()",
+    "a message of 4 GiB": "pipe._writer.write(b'\\xff\\xff\\xff\\xff'); pipe._writer.flush()",
+    "a closed pipe": "pipe._writer.close()",
+}
+
+
+@pytest.fixture(scope="module")
+def breakable(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose engine runs the file `break` with its next heartbeat."""
+    folder = tmp_path_factory.mktemp("breakable")
+    beat = "            pipe.send(Alive(tuple((pulse.task, pulse.begun) for pulse in pulses)))\n"
+    lines = ("if os.path.exists('break'):", "    os.rename('break', 'broken')", "    exec(open('broken').read())")
+    breaks = "".join(f"            {line}\n" for line in lines)
+    script = altered(folder, (beat, breaks + beat), *HURRY)
+    running = Server(folder / "home", "--port", "0", "--models-dir", models, "--ctx", str(LONG_CTX), script=script)
+    yield running
+    running.stop()
+
+
+@linux
+@cases("fault", BABBLE)
+def test_engine_whose_pipe_breaks_is_replaced(fault: str, breakable: Server) -> None:
+    with breakable.endless() as stream:
+        next(stream)
+        engine = engine_of(breakable)
+        (breakable.home / "next").write_text(fault)
+        (breakable.home / "next").rename(breakable.home / "break")
+        rest = [event for event in stream if event != "[DONE]"]
+    assert rest[-1]["error"]["code"] == "generation_failed"
+    eventually(lambda: not alive(engine), "the engine is gone")
+    assert breakable.generate().text == TEXTS[":"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with three models whose files may be changed, in its home's `models`."""
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("truncated", "deleted", "replaced"):
+        write_recital(folder / "models" / f"{name}.gguf", name=name)
+    with shared(folder, "--models-dir", folder / "models", "--ctx", str(LONG_CTX)) as running:
+        yield running
+
+
+def loaded_file(server: Server, model: str) -> Path:
+    """Loads a model of `files`, and returns its file's path."""
+    assert server.load(model).status == 200
+    return server.home / "models" / f"{model}.gguf"
+
+
+@linux
+def test_file_truncated_while_loaded_fails_what_runs(files: Server) -> None:
+    path = loaded_file(files, "truncated")
+    whole = path.read_bytes()
+    with files.endless("truncated") as stream:
+        next(stream)
+        os.truncate(path, 4096)
+        rest = [event for event in stream if event != "[DONE]"]
+    assert rest[-1]["error"]["code"] == "generation_failed"
+    again = files.generate(model="truncated")
+    assert again.status in (404, 500) and again.json()["error"]["code"] in ("model_not_found", "generation_failed")
+    path.write_bytes(whole)
+    assert eventually(lambda: files.generate(model="truncated").status == 200, "the file is whole again")
+
+
+def test_file_deleted_while_loaded_serves_until_it_is_unloaded(files: Server) -> None:
+    loaded_file(files, "deleted").unlink()
+    files.post("/api/models/discover")
+    assert files.generate(model="deleted").text == TEXTS[":"]
+    assert files.unload("deleted").json()["status"] == "unloaded"
+    reply = files.generate(model="deleted")
+    assert reply.status in (404, 500) and reply.json()["error"]["code"] in ("model_not_found", "generation_failed")
+
+
+def test_file_replaced_while_loaded_serves_the_old_one_until_it_is_unloaded(files: Server, tmp_path: Path) -> None:
+    other = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}="
+    os.replace(write_recital(tmp_path / "new.gguf", template=other), loaded_file(files, "replaced"))
+    files.post("/api/models/discover")
+    assert files.chat(model="replaced").message["content"] == TEXTS[":"]
+    files.unload("replaced")
+    assert files.chat(model="replaced").message["content"].strip() == TEXTS["="].strip()
+
+
+def hammer(server: Server, number: int, seconds: float) -> dict[str, int]:
+    """Loads, unloads, asks and generates at random; counts the answers. Asserts that each is well-formed."""
+    rng, counts, until = random.Random(number), dict[str, int](), time.monotonic() + seconds
+    while time.monotonic() < until:
+        model, what = rng.choice(("recital", "plain", "dice")), rng.choice(("load", "unload", "status", "generate"))
+        if what == "generate":
+            answer = server.generate(model=model, max_tokens=rng.choice((1, 50)), stream=rng.random() < 0.5)
+        elif what == "status":
+            answer = server.get(f"/api/models/{model}/status")
+        else:
+            answer = server.post(f"/api/models/{model}/{what}{rng.choice(('', '?force=true'))}")
+        failed = answer.status != 200 or (answer.headers["Content-Type"].startswith("text/event") and not ends_well(answer.body))
+        error = (last_document(answer.body) if answer.status == 200 else answer.json())["error"] if failed else None
+        assert not error or error["code"] in ("generation_failed", "overloaded"), (what, error)
+        assert what != "status" or answer.json()["status"] in ("unloaded", "loading", "loaded", "unloading", "failed")
+        key = f"{what} {error['details'] if error else 'ok'}"
+        counts[key] = counts.get(key, 0) + 1
+    return counts
+
+
+SOAK_MINUTES = float(os.environ.get("SHIMMY_SOAK", 0))
+
+
+@linux
+@pytest.mark.soak
+def test_loads_and_unloads_from_all_sides_end_in_a_consistent_state(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--max-loaded", "2")
+    with ThreadPoolExecutor(4) as pool:
+        counts = list(pool.map(lambda i: hammer(own, i, 60.0 if SOAK_MINUTES else 2.0), range(4)))
+    unexpected = {k for c in counts for k in c if not k.endswith(" ok") and "unloaded" not in k}
+    assert not unexpected
+    for model in ("recital", "plain", "dice"):
+        assert own.unload(model).json()["status"] == "unloaded" and requests_of(own, model) == (0, 0)
+    assert not [pid for pid in engines_of(own) if alive(pid)] and own.generate().text == TEXTS[":"]
+    assert_healthy(own)
 
 
 # ── Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5911,7 +7946,6 @@ CALCULATOR: Any = {
         "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]},
     },
 }
-TINY = "shimmy-tiny"
 WITHOUT_END = {"ignore_eos": True}  # goes on to the context's end, so that there is time to leave
 
 
@@ -9317,6 +11351,811 @@ def test_post_without_a_length_is_411_and_closes(server: Server) -> None:
         assert reply.headers["Connection"] == "close"
 
 
+# HTTP.
+# Clients that read slowly or never, many at once, and connections used for long.
+
+
+def logprobs_of_20(path: str = "/v1/chat/completions") -> bytes:
+    body = TONGUES["chat"].body() | {"logprobs": True, "top_logprobs": 20}
+    return raw_post(path, json.dumps(body).encode())
+
+
+def connect_stalled(server: Server, request: bytes) -> socket.socket:
+    """A connection with a small buffer, on which a request was sent and nothing is read."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.settimeout(HANG)
+    sock.connect((server.host, server.port))
+    sock.sendall(request)
+    return sock
+
+
+def test_client_too_far_behind_is_given_up_and_told_why(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    script = altered(tmp_path, ("MAX_UNREAD = 4 * MIB", "MAX_UNREAD = MIB // 4"))
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=script)
+    own.load("recital")
+    with connect_stalled(own, logprobs_of_20()) as sock:
+        eventually(lambda: requests_of(own) == (1, 0), "it runs")
+        nobody_running = eventually(lambda: requests_of(own)[0] == 0, "the engine's work for it ends")
+        body = read_reply(sock).body
+    assert nobody_running and "too slowly" in last_document(body)["error"]["details"]
+    said = [json.loads(line[6:]) for line in body.splitlines() if line.startswith(b"data: ")][:-1]
+    text = "".join(d["choices"][0]["delta"].get("content") or "" for d in said)
+    assert ("Tick " + "tock tick " * LONG_CTX).startswith(text.rstrip() + " ") and len(text) > 1000
+
+
+def test_300_clients_at_once_are_all_answered(server: Server) -> None:
+    tongues = [t for t, _ in zip(itertools.cycle(TONGUES.values()), range(300), strict=False)]
+    with ThreadPoolExecutor(300) as pool:
+        replies = list(pool.map(lambda t: server.post(t.path, t.body("hi")), tongues))
+    assert all(r.status == 200 and ends_well(r.body) for r in replies)
+
+
+@linux
+def test_connection_serves_thousands_of_requests(server: Server) -> None:
+    server.generate()
+    before = held(server)
+    requests: list[tuple[str, str, bytes | None]] = [("GET", "/api/models/recital/status", None), ("GET", "/health", None)] * 50
+    requests += [("POST", t.path, encoded(t.body("hi", stream=False))) for t in TONGUES.values()]
+    with contextlib.closing(server.connect()) as connection:
+        for method, path, body in requests * 20:
+            connection.request(method, path, body)
+            response = connection.getresponse()
+            assert response.status == 200 and response.read()
+        used = connection.sock
+        assert used is not None
+    assert_holds_as_before(server, before)
+
+
+@streamed_and_plain
+@in_every_tongue
+def test_client_that_half_closes_gets_its_answer_in_every_tongue(tongue: Tongue, stream: bool, server: Server) -> None:
+    with requested(server, tongue, text="hi", stream=stream) as sock:
+        sock.shutdown(socket.SHUT_WR)
+        reply = read_reply(sock)
+    assert reply.status == 200 and (not stream or ends_well(reply.body))
+
+
+# Browser attacks.
+
+
+def plain_path(route: module.Route) -> str:
+    """A route's address, with the name of a model or tool in it."""
+    name = "calculator" if "tools" in route.path else "dice"
+    return "/" + "/".join(name if part == "{}" else part for part in route.path)
+
+
+ADDRESSES = sorted({(route.method, plain_path(route)) for route in module.ROUTES})
+CORS = "Access-Control-Allow-Origin"
+ASKING = {"model": "dice", "prompt": "x", "input": "x", "content": "x", "messages": [{"role": "user", "content": "x"}],
+          "max_tokens": 1, "expression": "1"}  # fmt: skip
+CONTENT_TYPES = ["application/json", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""]
+
+
+@pytest.mark.parametrize("content_type", CONTENT_TYPES)
+def test_foreign_page_is_refused_on_every_route(content_type: str, server: Server) -> None:
+    server.unload("dice")
+    headers = {"Origin": "https://evil.example", **({"Content-Type": content_type} if content_type else {})}
+    for method, path in ADDRESSES:
+        reply = server.request(method, path, ASKING if method == "POST" else None, headers)
+        assert (reply.status, reply.headers[CORS]) == (403, None), (method, path)
+    assert server.status("dice")["status"] == "unloaded"
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "TRACE", "PROPFIND", "get", "X" * 50])
+def test_foreign_page_is_refused_with_every_method(method: str, server: Server) -> None:
+    for path in ("/", "/health", "/api/models", "/v1/chat/completions", "/api/models/dice/load", "/nope"):
+        reply = server.request(method, path, None, {"Origin": "null"})
+        assert (reply.status, reply.headers[CORS]) == (403, None), path
+
+
+@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example:{port}", "[::2]:{port}", "localhost.:{port}", "0.0.0.0",
+                                  "user@localhost", "169.254.169.254", "localhost:80:80",
+                                  "localhost\\@evil.example"])  # fmt: skip
+def test_rebound_name_is_refused_on_every_route(host: str, server: Server) -> None:
+    server.unload("dice")
+    with contextlib.closing(server.connect()) as connection:
+        for method, path in [*ADDRESSES, ("OPTIONS", "/v1/models"), ("GET", "/nope")]:
+            connection.request(method, path, json.dumps(ASKING), {"Host": host.format(port=server.port)})
+            response = connection.getresponse()
+            assert response.status == 403, (method, path)
+            response.read()
+    assert server.status("dice")["status"] == "unloaded"
+
+
+@pytest.mark.parametrize("target", ["http://evil.example/api/models", "http://evil.example:80/api/models", "http:///api/models",
+                                    "http://127.0.0.1@evil.example/api/models", "//evil.example/api/models",
+                                    "http://user@127.0.0.1/api/models"])  # fmt: skip
+def test_address_that_names_another_host_is_refused(target: str, server: Server) -> None:
+    """RFC 9112, 3.2.2: the host in the address counts, not the header."""
+    (reply,) = exchange(server, head_of("GET", target))
+    assert 400 <= reply.status < 500 and reply.json()["error"]["code"] in ("invalid_request", "not_found", "forbidden")
+
+
+def test_whole_address_is_served(server: Server) -> None:
+    (reply,) = exchange(server, head_of("GET", "http://127.0.0.1/api/health?x=1"))
+    assert reply.json()["status"] == "healthy"
+
+
+def upgrade_of(path: str, **headers: str) -> bytes:
+    fields = {**UPGRADE, **headers}
+    lines = [f"{name}: {value}" for name, value in fields.items() if name != "Host"]
+    return head_of("GET", path, *lines).replace(b"Host: 127.0.0.1", b"Host: " + fields.get("Host", "127.0.0.1").encode())
+
+
+@pytest.mark.parametrize("path", ["/ws/generate", "//ws///generate/", "/ws/generate?x=http://localhost"])
+def test_ws_of_a_foreign_page_or_name_is_refused(path: str, server: Server) -> None:
+    for origin in [*FOREIGN, *(origin for origin in STRANGE if origin.strip() == origin), ""]:
+        assert_error(exchange(server, upgrade_of(path, Origin=origin))[0], 403, "forbidden")
+    for host in ("evil.example", "127.0.0.1.", "user@127.0.0.1", "[::2]"):
+        assert_error(exchange(server, upgrade_of(path, Host=host))[0], 403, "forbidden")
+
+
+def test_ws_with_two_origins_is_refused(server: Server) -> None:
+    request = upgrade_of("/ws/generate", Origin="http://localhost").replace(b"\r\nOrigin",
+                                                                            b"\r\nOrigin: https://evil.example\r\nOrigin")
+    assert exchange(server, request)[0].status in (400, 403)
+
+
+@pytest.fixture(scope="module")
+def opened(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that pages of any origin may use."""
+    with shared(tmp_path_factory.mktemp("opened"), "--models-dir", models, "--model", "recital", "--allow-origin",
+                "*") as running:
+        yield running
+
+
+@pytest.mark.parametrize("origin", ["https://my.app", "null", "http://192.168.1.5:3000"])
+def test_page_of_any_origin_is_answered_once_that_is_allowed(origin: str, opened: Server) -> None:
+    body = {"model": "recital", "prompt": ":"}
+    replies = [opened.post("/api/generate", {**body, "stream": stream}, Origin=origin) for stream in (False, True)]
+    replies += [opened.get("/nope", Origin=origin), opened.request("OPTIONS", "/api/generate", None, {"Origin": origin})]
+    assert [(reply.status, reply.headers[CORS]) for reply in replies] == [(s, origin) for s in (200, 200, 404, 200)]
+    assert all("Access-Control-Allow-Credentials" not in reply.headers for reply in replies)
+    with opened.ws(additional_headers={"Origin": origin}) as ws:
+        ws.send(json.dumps(body))
+        assert ws_answer(ws)[0] == TEXTS[":"]
+
+
+def test_page_of_any_origin_still_needs_a_name_of_this_machine(opened: Server) -> None:
+    assert_error(opened.get("/api/models", Host="evil.example", Origin="https://my.app"), 403, "forbidden")
+
+
+@pytest.mark.parametrize("asked", ["x\r\nSet-Cookie: a=b", "authorization,<script>", "a" * 3000])
+def test_preflight_repeats_no_header_that_is_none(asked: str, opened: Server) -> None:
+    lines = ("Origin: https://my.app", f"Access-Control-Request-Headers: {asked}")
+    (reply,) = exchange(opened, head_of("OPTIONS", "/v1/chat/completions", *lines))
+    assert "Set-Cookie" not in reply.headers and "<" not in (reply.headers["Access-Control-Allow-Headers"] or "")
+
+
+@pytest.mark.parametrize("bind", ["0.0.0.0", "::", "[::]:0", "192.0.2.1"])
+def test_bind_beyond_loopback_without_a_key_is_refused(bind: str, tmp_path: Path) -> None:
+    done = shimmy("serve", "--port", "0", "--bind", bind, home=tmp_path)
+    assert done.returncode in (1, 2) and b"--insecure" in done.stderr and done.stdout == b""
+
+
+# HTTP abuse.
+
+
+@cases(
+    "lines, status",
+    {
+        "a length of 30 digits": (("Content-Length: " + "9" * 30,), 400),
+        "a length of 15 digits": (("Content-Length: " + "9" * 15,), 413),
+        "a length in hexadecimal": (("Content-Length: 0x10",), 400),
+        "a list of lengths": (("Content-Length: 5, 5",), 400),
+        "a length and a unit": (("Content-Length: 5 bytes",), 400),
+        "an empty length": (("Content-Length:",), 400),
+        "a fraction": (("Content-Length: 5.0",), 400),
+        "digits of another script": (("Content-Length: \u00b2",), 400),
+        "chunked twice": (("Transfer-Encoding: chunked, chunked",), 400),
+        "compressed chunks": (("Transfer-Encoding: gzip, chunked",), 400),
+        "chunked and more": (("Transfer-Encoding: chunked, identity",), 400),
+        "almost chunked": (("Transfer-Encoding: xchunked",), 400),
+        "chunked in quotes": (('Transfer-Encoding: "chunked"',), 400),
+        "two encodings": (("Transfer-Encoding: chunked", "Transfer-Encoding: chunked"), 400),
+        "an empty encoding": (("Transfer-Encoding:",), 400),
+        "an encoding and an empty length": (("Transfer-Encoding: chunked", "Content-Length:"), 400),
+    },
+)
+def test_body_of_unclear_length_is_refused_and_ends_the_connection(lines: tuple[str, ...], status: int, server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(head_of("POST", "/api/generate", *lines) + head_of("GET", "/smuggled"))
+        reply = read_reply(sock)
+        assert reply.status == status and reply.headers["Connection"] == "close"
+        with contextlib.suppress(ConnectionError):
+            assert sock.recv(1) == b""
+
+
+def test_length_said_twice_alike_is_read(server: Server) -> None:
+    body = b'{"expression": "1+1"}'
+    request = head_of("POST", "/api/tools/calculator/execute", *[f"Content-Length: {len(body)}"] * 2) + body
+    replies = exchange(server, request, head_of("GET", "/health"))
+    assert [reply.status for reply in replies] == [200, 200]
+
+
+def test_chunks_in_http_1_0_are_refused(server: Server) -> None:
+    """RFC 9112, 6.1: such a request is faulty; what stands before it may have read its body otherwise."""
+    head = b"POST /api/generate HTTP/1.0\r\nHost: localhost\r\nConnection: keep-alive\r\nTransfer-Encoding: chunked\r\n\r\n"
+    (reply,) = exchange(server, head + b"0\r\n\r\n")
+    assert_error(reply, 400, "invalid_request")
+    assert reply.headers["Connection"] == "close"
+
+
+@cases(
+    "chunks",
+    {
+        "a size beyond 64 bits": b"ffffffffffffffff\r\nx",
+        "a size of 17 digits": b"00000000000000005\r\nhello\r\n0\r\n\r\n",
+        "a size with a prefix": b"0x5\r\nhello\r\n0\r\n\r\n",
+        "a size with a sign": b"+5\r\nhello\r\n0\r\n\r\n",
+        "a size with an underscore": b"1_0\r\nhello\r\n0\r\n\r\n",
+        "an extension of 2000 bytes": b"5;" + b"x" * 2000 + b"\r\nhello\r\n0\r\n\r\n",
+        "a chunk shorter than its size": b"9\r\nhello\r\n0\r\n\r\n    ",
+        "200 trailers": b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        "a trailer of 2000 bytes": b"0\r\nX: " + b"y" * 2000 + b"\r\n\r\n",
+    },
+)
+def test_bad_chunks_are_refused_and_end_the_connection(chunks: bytes, server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(head_of("POST", "/api/generate", "Transfer-Encoding: chunked") + chunks)
+        reply = read_reply(sock)
+        assert reply.status in (400, 413) and reply.headers["Connection"] == "close"
+
+
+@cases(
+    "head, statuses",
+    {
+        "20,000 headers": (b"GET /health HTTP/1.1\r\n" + b"A:b\r\n" * 20_000 + b"\r\n", {431}),
+        "a header of 100 KB": (b"GET /health HTTP/1.1\r\nA: " + b"b" * 100_000 + b"\r\n\r\n", {431}),
+        "a line of 100 KB": (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", {414, 431}),
+        "bytes without a line": (b"\x80" * 100_000, {414}),
+        "HTTP/2's preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", {400, 405}),
+        "version 2": (b"GET /health HTTP/2.0\r\nHost: localhost\r\n\r\n", {400}),
+        "version 1.1.1": (b"GET /health HTTP/1.1.1\r\nHost: localhost\r\n\r\n", {400}),
+        "version -1": (b"GET /health HTTP/-1.1\r\nHost: localhost\r\n\r\n", {400}),
+        "version 1.99999999999": (b"GET /health HTTP/1.99999999999\r\nHost: localhost\r\n\r\n", {400}),
+        "another protocol": (b"GET /health RTSP/1.0\r\nHost: localhost\r\n\r\n", {400}),
+        "four words": (b"GET /api models HTTP/1.1\r\nHost: localhost\r\n\r\n", {400}),
+        "a method alone": (b"GET\r\n\r\n", {400}),
+        "a method of 20 KB": (b"G" * 20_000 + b" /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
+        "a method that is no token": (b"G<T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
+        "a method in another script": (b"G\xc3\x89T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", {405}),
+        "a proxy's CONNECT": (b"CONNECT evil.example:443 HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 404}),
+        "no host": (b"GET /health HTTP/1.1\r\n\r\n", {400}),
+        "a port as its host": (b"GET /health HTTP/1.1\r\nHost: :80\r\n\r\n", {403}),
+        "bytes that are no text in its path": (b"GET /\xff\xfe/\xc0\xaf HTTP/1.1\r\nHost: localhost\r\n\r\n", {404}),
+        "a header without a name": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n: x\r\n\r\n", {400}),
+        "a header that is an end": (b"GET /health HTTP/1.1\r\nHost: localhost\r\n:\r\n\r\n", {400}),
+    },
+)
+def test_bad_head_is_the_clients_fault(head: bytes, statuses: set[int], server: Server) -> None:
+    (reply,) = exchange(server, head)
+    assert reply.status in statuses, reply.body
+    assert reply.json()["error"]["code"] and reply.headers["Content-Type"] == "application/json"
+
+
+@pytest.mark.parametrize("name", ["..%2f..%2fetc%2fpasswd", "%2e%2e", "..", "%00", "nice%00.gguf", "%2Fetc%2Fpasswd", "%",
+                                  "%zz", "%ff%fe",
+                                  "dice%2f..%2fdice", "%0d%0aX:%20y", "%1b%5b2J", "a" * 4000, "%F0%9F%98%80",
+                                  "c%3a%5cx"])  # fmt: skip
+def test_name_in_an_address_is_only_a_name(name: str, server: Server) -> None:
+    for method, path in (("GET", f"/api/models/{name}/status"), ("POST", f"/api/models/{name}/load"), ("GET",
+                                                                                                       f"/v1/models/{name}")):
+        assert_error(server.request(method, path), 404, "model_not_found")
+    assert_error(server.post(f"/api/tools/{name}/execute", {}), 404, "not_found")
+
+
+@pytest.mark.parametrize("path", ["/api%2fmodels", "/api/models%2fdice%2fload", "/api/../api/models", "/api/./models",
+                                  "/%2e/health",
+                                  "/health%00", "/health;x=1", "/HEALTH", "/api/models/.."])  # fmt: skip
+def test_encoded_slash_or_dot_is_no_way_to_another_route(path: str, server: Server) -> None:
+    assert exchange(server, head_of("GET", path))[0].status == 404
+
+
+def test_query_of_thousands_of_fields_is_read(server: Server) -> None:
+    reply = server.get("/health?" + "&".join(f"a{i}=%ff" for i in range(6000)))
+    assert reply.status == 200
+
+
+def test_pipelined_requests_by_the_hundred_are_answered_in_order(server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        for i in range(300):
+            sock.sendall(raw_post("/api/tools/calculator/execute", b'{"expression": "%d"}' % i))
+        reader = sock.makefile("rb")
+        assert [next_result(reader) for _ in range(300)] == list(range(300))
+
+
+def next_result(reader: Any) -> Any:
+    """The next answer of a tool from a connection with several."""
+    while line := reader.readline().strip():
+        if line.startswith(b"Content-Length: "):
+            length = int(line[16:])
+    return json.loads(reader.read(length))["result"]
+
+
+def test_a_hundred_slow_heads_and_twenty_slow_bodies_keep_nobody_waiting(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        slow = [stack.enter_context(socket.create_connection((server.host, server.port))) for _ in range(120)]
+        for i, sock in enumerate(slow):
+            whole = raw_post("/api/generate", json.dumps({"model": "recital", "prompt": ":"}).encode())
+            sock.sendall(whole[: 30 if i < 100 else -5])
+        with quickly(20.0):
+            assert [server.generate(prompt).text for prompt in TEXTS] == list(TEXTS.values())
+            assert ws_ask(server, prompt=":")[0] == TEXTS[":"]
+        slow[-1].sendall(whole[-5:])
+        assert read_reply(slow[-1]).text == TEXTS[":"]
+
+
+def test_slow_head_and_slow_body_end_after_their_time(serve: Callable[..., Server], tmp_path: Path) -> None:
+    own = serve(script=altered(tmp_path, ("REQUEST_SECONDS = 30.0", "REQUEST_SECONDS = 0.5")))
+    with contextlib.ExitStack() as stack:
+        for start in (b"GET /hea", head_of("POST", "/api/generate", "Content-Length: 9") + b"{", b"GET /ws/gen"):
+            sock = stack.enter_context(socket.create_connection((own.host, own.port), timeout=HANG))
+            sock.sendall(start)
+            with contextlib.suppress(ConnectionError):
+                while sock.recv(4096):
+                    pass
+    assert own.get("/health").status == 200
+
+
+@linux
+def test_connections_far_beyond_the_descriptors_leave_the_server_working(
+    serve: Callable[..., Server], tmp_path: Path, models: Path
+) -> None:
+    own = serve("--models-dir", models, script=limited(tmp_path, 160, 160))
+    with contextlib.ExitStack() as stack:
+        for _ in range(400):
+            sock = stack.enter_context(socket.socket())
+            sock.settimeout(HANG)
+            sock.connect((own.host, own.port))
+            with contextlib.suppress(ConnectionError):  # refused ones are closed
+                sock.sendall(b"GET /h")
+        first = stack.pop_all()
+    first.close()
+    eventually(lambda: own.get("/health").status == 200, "there is room again")
+    assert own.generate().text == TEXTS[":"]  # an engine needs descriptors too
+    assert "Traceback" not in own.log.read_text()
+
+
+# Metrics.
+
+
+class Scraped:
+    """What `/metrics` says, as Prometheus' own package reads it."""
+
+    def __init__(self, text: str) -> None:
+        parser = pytest.importorskip("prometheus_client.parser")
+        self.families = {family.name: family for family in parser.text_string_to_metric_families(text)}
+        self.samples = {(s.name, *sorted(s.labels.items())): s.value for f in self.families.values() for s in f.samples}
+
+    def __call__(self, name: str, **labels: str) -> float:
+        """The value of the one sample of this name and these labels; 0 while there is none."""
+        return self.samples.get((name, *sorted(labels.items())), 0.0)
+
+    def of(self, model: str, name: str, **labels: str) -> float:
+        return self(name, model_name=model, **labels)
+
+
+def scrape(server: Server) -> Scraped:
+    reply = server.get("/metrics")
+    assert reply.status == 200, reply.body
+    return Scraped(reply.body.decode())
+
+
+KNOWN = {  # what dashboards ask for, by the type they take it for
+    "counter": ["llamacpp:prompt_tokens", "llamacpp:prompt_seconds", "llamacpp:tokens_predicted",
+                "llamacpp:tokens_predicted_seconds", "vllm:prompt_tokens", "vllm:generation_tokens",
+                "vllm:prefix_cache_queries", "vllm:prefix_cache_hits", "vllm:request_success",
+                "shimmy_requests", "shimmy_model_loads", "shimmy_model_load_failures",
+                "shimmy_engine_deaths", "shimmy_connections_refused"],
+    "gauge": ["llamacpp:prompt_tokens_seconds", "llamacpp:predicted_tokens_seconds", "llamacpp:kv_cache_usage_ratio",
+              "llamacpp:requests_processing", "llamacpp:requests_deferred", "vllm:num_requests_running",
+              "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "shimmy_model_memory_bytes", "shimmy_open_connections",
+              "process_start_time_seconds", "process_resident_memory_bytes"],
+    "histogram": ["vllm:time_to_first_token_seconds", "vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds",
+                  "vllm:e2e_request_latency_seconds", "vllm:request_queue_time_seconds", "vllm:request_prefill_time_seconds",
+                  "vllm:request_decode_time_seconds", "vllm:request_prompt_tokens", "vllm:request_generation_tokens"],
+}  # fmt: skip
+
+
+def test_metrics_have_the_names_and_types_that_dashboards_know(server: Server) -> None:
+    server.generate()
+    families = scrape(server).families
+    assert {name: families[name].type for names in KNOWN.values() for name in names} == {
+        name: type for type, names in KNOWN.items() for name in names
+    }
+    assert all(family.documentation for family in families.values())
+
+
+def test_metrics_are_prometheus_text_and_answer_head(server: Server) -> None:
+    reply, head = server.get("/metrics"), server.request("HEAD", "/metrics")
+    assert reply.headers["Content-Type"] == head.headers["Content-Type"] == "text/plain; version=0.0.4; charset=utf-8"
+    assert reply.body.endswith(b"\n") and head.body == b"" and int(head.headers["Content-Length"]) > 1000
+
+
+def test_each_series_is_there_once(server: Server) -> None:
+    ws_ask(server, prompt=":")
+    lines = [line.rpartition(" ")[0] for line in server.get("/metrics").body.decode().splitlines()]
+    series = [line for line in lines if not line.startswith("#")]
+    assert len(set(series)) == len(series) > 100
+
+
+def test_metrics_need_the_key(guarded: Server) -> None:
+    assert_error(guarded.get("/metrics"), 401, "unauthorized")
+    assert guarded.get("/metrics", Authorization="Bearer s3cret").status == 200
+
+
+def test_llama_servers_names_have_no_labels(server: Server) -> None:
+    text = server.get("/metrics").body.decode()
+    assert re.search(r"(?m)^llamacpp:prompt_tokens_total \d+$", text)
+    assert "llamacpp:" in text and not re.search(r"llamacpp:\w+\{", text)
+
+
+def test_tokens_are_counted_as_usage_tells(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    used = [own.generate("="), own.generate("a longer prompt ="), own.chat("count"), own.generate("Once", "dice", max_tokens=7)]
+    usage = [reply.json()["usage"] for reply in used]
+    now = scrape(own)
+    assert now("llamacpp:tokens_predicted_total") == sum(u["completion_tokens"] for u in usage)
+    assert now.of("dice", "vllm:generation_tokens_total") == usage[3]["completion_tokens"]
+    assert now.of("recital", "vllm:prompt_tokens_total") == sum(u["prompt_tokens"] for u in usage[:3])
+    computed = now("llamacpp:prompt_tokens_total") + now("llamacpp:prompt_tokens_cached_total")
+    assert computed == sum(u["prompt_tokens"] for u in usage)
+
+
+def test_cache_hits_are_counted_in_tokens(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    for _ in range(2):
+        usage = own.chat("count " * 20).json()["usage"]
+    now = scrape(own)
+    assert now.of("recital", "vllm:prefix_cache_queries_total") == 2 * usage["prompt_tokens"]
+    assert now.of("recital", "vllm:prefix_cache_hits_total") == usage["prompt_tokens_details"]["cached_tokens"] > 50
+
+
+def test_histograms_hold_each_request_once_in_rising_buckets(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    for _ in range(3):
+        own.generate("=")
+    now = scrape(own)
+    for name in KNOWN["histogram"]:
+        samples = now.families[name].samples
+        buckets = [s.value for s in samples if s.name == f"{name}_bucket"]
+        assert buckets == sorted(buckets) and buckets[-1] == now.of("recital", f"{name}_count"), name
+        assert now.of("recital", f"{name}_sum") > 0 or "latency" in name or "per_output" in name
+        assert buckets[-1] == 3 or "inter_token" in name or name.endswith(":time_per_output_token_seconds"), name
+
+
+def test_time_to_first_token_has_the_load_in_it(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    context = "        self.main = Context(self, "
+    script = altered(tmp_path, (context, "        time.sleep(0.3)\n" + context))
+    own = serve("--models-dir", models, script=script)
+    own.generate(":")
+    now = scrape(own)
+    assert now.of("recital", "vllm:time_to_first_token_seconds_sum") > 0.3
+    queued, computed = (now.of("recital", f"vllm:request_{what}_time_seconds_sum") for what in ("queue", "inference"))
+    assert queued > 0.3 > computed > 0
+
+
+def test_running_stream_shows_while_it_runs(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with own.endless() as stream:
+        next(stream)
+        now = eventually(lambda: (s := scrape(own))("llamacpp:kv_cache_tokens") > 100 and s, "cells are in use")
+        assert now.of("recital", "vllm:num_requests_running") == now("llamacpp:requests_processing") == 1
+        assert 0 < now.of("recital", "vllm:kv_cache_usage_perc") == now("llamacpp:kv_cache_usage_ratio") <= 1
+        before = now.of("recital", "vllm:generation_tokens_total")
+        eventually(lambda: scrape(own).of("recital", "vllm:generation_tokens_total") > before > 0, "tokens count as they come")
+    eventually(lambda: scrape(own)("llamacpp:kv_cache_tokens") == 0, "nobody holds cells")
+
+
+@cases("body, reason", {
+    "its own end": ({}, "stop"), "max_tokens": ({"max_tokens": 2}, "length"),
+})  # fmt: skip
+def test_ends_are_counted_by_reason(body: dict[str, Any], reason: str, server: Server) -> None:
+    before = scrape(server).of("recital", "vllm:request_success_total", finished_reason=reason)
+    server.generate(":", **body)
+    assert scrape(server).of("recital", "vllm:request_success_total", finished_reason=reason) == before + 1
+
+
+def test_tokens_of_a_client_that_left_are_counted(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with own.endless() as stream:
+        next(stream)
+
+    def left() -> Scraped | None:
+        now = scrape(own)
+        return now if now.of("recital", "vllm:request_success_total", finished_reason="abort") else None
+
+    now = eventually(left, "the end is counted")
+    assert now.of("recital", "vllm:generation_tokens_total") > 0 and now.of("recital", "vllm:prompt_tokens_total") == 2
+
+
+def test_counters_never_fall_over_loads_and_unloads(serve: Callable[..., Server], models: Path) -> None:
+    own, seen = serve("--models-dir", models), []
+    for _ in range(3):
+        own.generate(":")
+        own.unload("recital")
+        seen.append(scrape(own))
+    for early, late in itertools.pairwise(seen):
+        rising = [key for key in early.samples if re.search("_(total|bucket|sum|count)$", key[0])]
+        assert all(late.samples[key] >= early.samples[key] for key in rising)
+    assert [s.of("recital", "shimmy_model_loads_total") for s in seen] == [1, 2, 3]
+    assert seen[-1].of("recital", "shimmy_model_loaded") == seen[-1].of("recital", "shimmy_model_memory_bytes") == 0
+
+
+def test_memory_is_shown_by_model(server: Server) -> None:
+    server.load("recital")
+    now = scrape(server)
+    assert now.of("recital", "shimmy_model_memory_bytes") > 10e6 and now("process_resident_memory_bytes") > 10e6
+
+
+def test_failed_load_is_counted(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    assert_error(own.generate(model="hollow"), 500, "generation_failed")
+    now = scrape(own)
+    assert (now.of("hollow", "shimmy_model_load_failures_total"), now.of("hollow", "shimmy_model_loads_total")) == (1, 0)
+
+
+@linux
+def test_death_of_an_engine_is_counted_and_its_requests_as_errors(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with own.endless() as stream:
+        next(stream)
+        os.kill(own.engine("recital.gguf"), signal.SIGKILL)
+        assert list(stream)[-1]["error"]["code"] == "generation_failed"
+    now = eventually(lambda: (s := scrape(own)).of("recital", "shimmy_engine_deaths_total") and s, "the death is counted")
+    assert now.of("recital", "vllm:request_success_total", finished_reason="error") == 1
+
+
+STOPS_HERE = ("        self.main = Context(self, ", "        time.sleep(60)\n        self.main = Context(self, ")
+
+
+def test_metrics_answer_at_once_while_a_model_loads(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    own = serve("--models-dir", models, script=altered(tmp_path, STOPS_HERE))
+    with ThreadPoolExecutor() as pool:
+        waiter = pool.submit(own.generate)
+        now = eventually(lambda: (s := scrape(own)).of("recital", "vllm:num_requests_waiting") and s, "somebody waits")
+        assert now("llamacpp:requests_deferred") == 1 and now.of("recital", "shimmy_model_loaded") == 0
+        assert not waiter.done()
+        own.unload("recital", "?force=true")
+
+
+HI = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@cases("method, path, body, route, api", {
+    "chat": ("POST", "/v1/chat/completions", HI, "/v1/chat/completions", "openai"),
+    "without v1": ("POST", "//chat/completions/", HI, "/chat/completions", "openai"),
+    "messages": ("POST", "/v1/messages", {"model": "default", "max_tokens": 9, **HI}, "/v1/messages", "anthropic"),
+    "own": ("POST", "/api/generate", {"model": "default", "prompt": ":"}, "/api/generate", "shimmy"),
+    "Ollama's at the same address": ("POST", "/api/generate", {"model": "default", "prompt": ":", "raw": True, "stream": False},
+                                     "/api/generate", "ollama"),
+    "status of a model": ("GET", "/api/models/recital/status", None, "/api/models/{name}/status", "shimmy"),
+    "Ollama's embeddings": ("POST", "/api/embed", {"model": "default", "input": "hi"}, "/api/embed", "ollama"),
+    "HEAD": ("HEAD", "/props", None, "/props", "llama-server"),
+    "metrics": ("GET", "/metrics?x=1", None, "/metrics", "shimmy"),
+})  # fmt: skip
+def test_requests_are_counted_by_route_and_api(method: str, path: str, body: Any, route: str, api: str, server: Server) -> None:
+    labels = {"method": method, "route": route, "api": api, "status": "200"}
+    before = scrape(server)("shimmy_requests_total", **labels)
+    assert server.request(method, path, body).status == 200
+    eventually(lambda: scrape(server)("shimmy_requests_total", **labels) > before, "it is counted")
+
+
+def test_requests_over_websocket_are_counted(server: Server) -> None:
+    labels = {"method": "WS", "route": "/ws/generate", "api": "shimmy", "status": "200"}
+    before = scrape(server)("shimmy_requests_total", **labels)
+    ws_ask(server, prompt=":")
+    eventually(lambda: scrape(server)("shimmy_requests_total", **labels) == before + 1, "it is counted")
+
+
+def test_what_clients_invent_makes_no_series(server: Server) -> None:
+    def series() -> set[Any]:
+        return {key for key in scrape(server).samples if key[0] != "shimmy_requests_total"}
+
+    server.generate()
+    before = series()
+    for i in range(5):
+        server.get(f"/made/up/{i}")
+        server.generate(model=f"made-up-{i}")
+        server.get(f"/api/models/made-up-{i}/status")
+        exchange(server, head_of(f"MADE{i}", "/health"))
+    now = scrape(server)
+    assert series() == before and not [key for key in now.samples if re.search(r"(?i)made", str(key))]
+    labels = {"method": "GET", "route": "other", "api": "shimmy", "status": "404"}
+    eventually(lambda: scrape(server)("shimmy_requests_total", **labels) >= 5, "they are counted together")
+
+
+HOSTILE_NAME = 'a"},x{b="\\c\\n\nd # HELP'
+
+
+def test_hostile_model_name_is_escaped(serve: Callable[..., Server], tmp_path: Path) -> None:
+    write_recital(tmp_path / "odd" / f"{HOSTILE_NAME}.gguf")
+    os.rename(write_recital(tmp_path / "odd" / "raw.gguf"), os.fsencode(tmp_path) + b"/odd/z\xff.gguf")
+    own = serve("--models-dir", tmp_path / "odd")
+    ids = [id for id in own.ids() if id not in ("default", "shimmy-tiny")]
+    for id in ids:
+        assert own.generate(model=id, max_tokens=1).status == 200, id
+    names = {s.labels["model_name"] for s in scrape(own).families["vllm:generation_tokens"].samples}
+    assert names == set(ids) and len(ids) == 2 and any('"' in id and "\\" in id for id in ids)
+
+
+def test_labels_are_escaped_as_the_format_wants() -> None:
+    assert module.sample_line("x", {"a": 'b\\c"d\ne\udcff'}, 1) == r'x{a="b\\c\"d\ne\\udcff"} 1'
+
+
+def test_value_on_a_buckets_bound_is_in_it() -> None:
+    histogram = module.Histogram((1.0, 2.0))
+    for value in (0.5, 1.0, 1.5, 2.0, 2.5):
+        histogram.add(value)
+    assert histogram.counts == [2, 2, 1]
+
+
+def test_counting_loses_nothing_among_threads() -> None:
+    meter, metrics = module.Meter(), module.Metrics()
+
+    def work(_: int) -> None:
+        job = module.Timing(0.0, True)
+        for _ in range(2000):
+            meter.piece(job, 1)
+            metrics.answered("GET", "/", "shimmy", 200)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert meter.generated_tokens == sum(meter.first_token.counts) + sum(meter.gap.counts) == 8000
+    assert metrics.answers() == {("GET", "/", "shimmy", "200"): 8000}
+
+
+def test_connections_are_counted(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    with own.ws(), socket.create_connection((own.host, own.port)):
+        eventually(lambda: scrape(own)("shimmy_open_connections") == 3, "an upgraded one, an idle one, and the scrape's")
+    eventually(lambda: scrape(own)("shimmy_open_connections") == 1, "they are closed")
+    assert scrape(own)("shimmy_connections_total") > 3
+
+
+# Request ids.
+
+
+def assert_id(reply: Any, id: str | None = None) -> str:
+    """Both spellings of the header, once; returns the id."""
+    found = [*reply.headers.get_all("X-Request-Id", []), *reply.headers.get_all("request-id", [])]
+    assert len(found) == 2 and found[0] == found[1] and id in (None, found[0])
+    return found[0]
+
+
+ANSWERS: dict[str, tuple[str, str, Any]] = {
+    "plain": ("GET", "/health", None),
+    "HEAD": ("HEAD", "/health", None),
+    "own": ("POST", "/api/generate", {"model": "default", "prompt": ":"}),
+    "own streamed": ("POST", "/api/generate", {"model": "default", "prompt": ":", "stream": True}),
+    "OpenAI": ("POST", "/v1/chat/completions", HI),
+    "OpenAI streamed": ("POST", "/v1/chat/completions", {**HI, "stream": True}),
+    "Anthropic's error": ("POST", "/v1/messages", {}),
+    "Ollama streamed": ("POST", "/api/chat", {"model": "default", **HI}),
+    "no route": ("GET", "/nowhere", None),
+    "wrong method": ("PUT", "/health", None),
+    "no JSON": ("POST", "/completion", b"{"),
+    "preflight": ("OPTIONS", "/v1/models", None),
+    "no upgrade": ("GET", "/ws/generate", None),
+    "metrics": ("GET", "/metrics", None),
+}
+
+
+@cases("method, path, body", ANSWERS)
+def test_every_answer_carries_the_clients_id(method: str, path: str, body: Any, server: Server) -> None:
+    assert_id(server.request(method, path, body, {"X-Request-Id": "trace-7/ä".encode("ascii", "ignore").decode()}), "trace-7/")
+
+
+@cases("method, path, body", ANSWERS)
+def test_every_answer_has_an_id_of_its_own(method: str, path: str, body: Any, server: Server) -> None:
+    ids = {assert_id(server.request(method, path, body)) for _ in range(3)}
+    assert len(ids) == 3 and all(re.fullmatch(r"[0-9a-f]{16}", id) for id in ids)
+
+
+@cases("sent", {
+    "empty": b"", "too long": b"x" * 129, "space inside": b"a b", "not ASCII": "ä".encode(), "tab": b"a\tb",
+})  # fmt: skip
+def test_id_that_is_not_sane_is_replaced(sent: bytes, server: Server) -> None:
+    (reply,) = exchange(server, head_of("GET", "/health").replace(b"\r\n\r\n", b"\r\nX-Request-Id: " + sent + b"\r\n\r\n"))
+    assert reply.status == 200 and re.fullmatch(r"[0-9a-f]{16}", assert_id(reply))
+
+
+def test_longest_sane_id_is_taken(server: Server) -> None:
+    id = "".join(chr(c) for c in range(33, 127)) + "x" * 34
+    assert_id(server.get("/health", **{"X-Request-Id": id}), id)
+
+
+def test_requests_of_one_connection_have_their_own_ids(server: Server) -> None:
+    first, second, third = exchange(server, head_of("GET", "/health", "X-Request-Id: mine"), *[head_of("GET", "/health")] * 2)
+    assert len({assert_id(first, "mine"), assert_id(second), assert_id(third)}) == 3
+
+
+@cases("head", {"no HTTP": b"nonsense\r\n\r\n", "bad header": b"GET / HTTP/1.1\r\nHost : x\r\n\r\n"})
+def test_malformed_request_is_answered_with_an_id(head: bytes, server: Server) -> None:
+    (reply,) = exchange(server, head)
+    assert reply.status == 400 and assert_id(reply)
+
+
+def test_connection_refused_at_the_door_has_an_id_and_is_counted(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    own = serve("--models-dir", models, script=altered(tmp_path, ("MAX_CONNECTIONS = 1024", "MAX_CONNECTIONS = 1")))
+    with socket.create_connection((own.host, own.port)) as first:
+        first.sendall(head_of("GET", "/health"))
+        assert read_reply(first).status == 200
+        with socket.create_connection((own.host, own.port), timeout=HANG) as second:
+            reply = read_reply(second)
+        assert reply.status == 503 and assert_id(reply)
+        first.sendall(head_of("GET", "/metrics"))
+        assert Scraped(read_reply(first).body.decode())("shimmy_connections_refused_total") == 1
+
+
+def test_pages_may_read_the_id(server: Server) -> None:
+    reply = server.get("/health", Origin="http://localhost:3000")
+    assert {"x-request-id", "request-id"} <= set(reply.headers["Access-Control-Expose-Headers"].lower().split(", "))
+
+
+def test_upgrade_and_refused_upgrade_carry_the_clients_id(server: Server) -> None:
+    with server.ws(additional_headers={"X-Request-Id": "ws-1"}) as ws:
+        assert ws.response and ws.response.headers["X-Request-Id"] == "ws-1" == ws.response.headers["request-id"]
+    key = ["Upgrade: websocket", "Connection: Upgrade", "Sec-WebSocket-Version: 13", f"Sec-WebSocket-Key: {'A' * 22}=="]
+    (reply,) = exchange(server, head_of("GET", "/ws/generate", *key, "Origin: https://evil.example", "X-Request-Id: ws-2"))
+    assert reply.status == 403
+    assert_id(reply, "ws-2")
+
+
+def test_log_line_has_the_id(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("-v", "--models-dir", models)
+    own.post("/api/generate", {"model": "default", "prompt": ":"}, **{"X-Request-Id": "trace-1"})
+    with own.ws(additional_headers={"X-Request-Id": "trace-2"}) as ws:
+        ws.send(json.dumps({"model": "default", "prompt": ":", "max_tokens": 1}))
+        ws.recv(HANG)
+    lines = r"POST /api/generate 200 .*, id trace-1\n(.|\n)*WS /ws/generate 200 .*, id trace-2\n"
+    assert eventually(lambda: re.search(lines, own.log.read_text()), "the lines are written")
+
+
+def test_failure_is_logged_with_its_id_without_v(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    body = {"model": "hollow", "prompt": "private words"}
+    reply = own.post("/api/generate", body, **{"X-Request-Id": "trace-3"})
+    assert_error(reply, 500, "generation_failed")
+    log = eventually(lambda: "trace-3" in (text := own.log.read_text()) and text, "the failure is logged")
+    assert re.search(r"POST /api/generate failed, id trace-3: .*hollow", log) and "private" not in log
+
+
+def test_traceback_is_logged_with_its_id(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    script = altered(tmp_path, ('    return Answer(call.service.diag())', '    raise ZeroDivisionError("oops")'))
+    own = serve("--models-dir", models, script=script)
+    assert_error(own.get("/diag", **{"X-Request-Id": "trace-4"}), 500, "server_error")
+    assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*oops", own.log.read_text())
+
+
+@pytest.fixture
+def kept_id(server: Server) -> Iterator[dict[str, str]]:
+    yield {"X-Request-Id": "sdk-1"}
+
+
+def test_openai_package_reads_the_id(server: Server, kept_id: dict[str, str]) -> None:
+    client, said = server.client(), [{"role": "user", "content": "hi"}]
+    answer = client.chat.completions.create(model="recital", messages=said, extra_headers=kept_id)  # type: ignore[arg-type]
+    assert answer._request_id == "sdk-1" and answer.choices[0].message.content == TEXTS[":"]
+    with pytest.raises(Exception, match="model") as caught:
+        client.chat.completions.create(model="nobody", messages=said, extra_headers=kept_id)  # type: ignore[arg-type]
+    assert caught.value.request_id == "sdk-1"  # type: ignore[attr-defined]
+
+
+def test_anthropic_package_reads_the_id(server: Server, kept_id: dict[str, str]) -> None:
+    client, fields = anthropic_client(server), {"max_tokens": 9, "messages": [{"role": "user", "content": "hi"}]}
+    assert client.messages.create(model="recital", extra_headers=kept_id, **fields)._request_id == "sdk-1"
+    with client.messages.stream(model="recital", extra_headers=kept_id, **fields) as stream:
+        assert stream.request_id == "sdk-1"
+    with pytest.raises(Exception, match="nobody") as caught:
+        client.messages.create(model="nobody", extra_headers=kept_id, **fields)
+    assert caught.value.request_id == "sdk-1"  # type: ignore[attr-defined]
+
+
 # ── WebSocket ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Requests one after another on one connection, cancels, upgrades, and access.
 
@@ -9588,6 +12427,448 @@ def test_ws_messages_count_against_the_room_for_all_bodies(serve: Callable[..., 
         assert ws_answer(second)[0] == TEXTS[":"]
 
 
+# WebSocket abuse.
+
+
+@contextlib.contextmanager
+def raw_ws(server: Server, behind: bytes = b"") -> Iterator[socket.socket]:
+    """A WebSocket connection as a bare socket, its upgrade sent together with what comes `behind` it."""
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(upgrade_of("/ws/generate") + behind)
+        assert read_until(sock, b"\r\n\r\n").startswith(b"HTTP/1.1 101 ")
+        yield sock
+
+
+def read_until(sock: socket.socket, end: bytes) -> bytes:
+    data = b""
+    while not data.endswith(end):
+        piece = sock.recv(1)
+        assert piece, data
+        data += piece
+    return data
+
+
+def frame(opcode: int, data: bytes = b"", last: bool = True, masked: bool = True) -> bytes:
+    """A client's frame (RFC 6455, 5.2), its mask all zeros."""
+    size = len(data) if len(data) < 126 else 126 if len(data) < 1 << 16 else 127
+    extended = b"" if size < 126 else struct.pack(">H" if size == 126 else ">Q", len(data))
+    return bytes([last << 7 | opcode, masked << 7 | size]) + extended + (bytes(4) if masked else b"") + data
+
+
+TEXT, BINARY, CLOSE, PING, PONG = 1, 2, 8, 9, 10
+ASKED = json.dumps({"model": "recital", "prompt": ":"}).encode()
+
+
+def test_ws_data_behind_the_upgrade_is_read(server: Server) -> None:
+    with raw_ws(server, frame(TEXT, ASKED)) as sock:
+        assert b'"token": "Hello"' in read_until(sock, b"}")
+
+
+def test_http_behind_the_upgrade_is_no_request(server: Server) -> None:
+    with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
+        sock.sendall(upgrade_of("/ws/generate") + head_of("GET", "/api/models"))
+        answer = b"".join(iter(functools.partial(sock.recv, 65536), b""))
+    assert answer.count(b"HTTP/1.1 ") <= 1 and b"models" not in answer
+
+
+@cases(
+    "sent, code",
+    {
+        "a reserved opcode": (frame(5, b"x"), 1002),
+        "a reserved bit": (b"\xf1\x80\0\0\0\0", 1002),
+        "an unmasked frame": (frame(TEXT, ASKED, masked=False), 1002),
+        "a ping of 126 bytes": (frame(PING, b"x" * 126), 1002),
+        "a ping in pieces": (frame(PING, b"x", last=False), 1002),
+        "a continuation of nothing": (frame(0, b"x"), 1002),
+        "a message within a message": (frame(TEXT, b"{", last=False) + frame(TEXT, b"{"), 1002),
+        "a close of one byte": (frame(CLOSE, b"x"), 1002),
+        "a close with a code that is none": (frame(CLOSE, struct.pack(">H", 1005)), 1002),
+        "a frame of 2**63 bytes": (b"\x81\xff" + struct.pack(">Q", 1 << 63), 1009),
+        "a frame of 1 TiB": (b"\x81\xff" + struct.pack(">Q", 1 << 40), 1009),
+    },
+)
+def test_ws_broken_frame_closes_the_connection(sent: bytes, code: int, server: Server) -> None:
+    with raw_ws(server) as sock:
+        sock.sendall(sent)
+        answer = b""
+        with contextlib.suppress(ConnectionError):
+            while piece := sock.recv(4096):
+                answer += piece
+    assert answer[:1] == b"\x88" and struct.unpack(">H", answer[2:4])[0] in (code, 1002)
+
+
+def test_ws_frame_of_2_mb_is_read(server: Server) -> None:
+    with server.ws() as ws:
+        for kind in (str, str.encode):
+            ws.send(kind(json.dumps({"model": "recital", "prompt": ":", "ignored": "x" * (2 << 20)})))
+            assert ws_answer(ws)[0] == TEXTS[":"]
+
+
+def test_ws_bad_messages_are_answered_one_by_one(server: Server) -> None:
+    with server.ws() as ws:
+        for name, message in MALFORMED.items():
+            ws.send(message)
+            assert json.loads(ws.recv(HANG))["error"]["code"] == "invalid_request", name
+        ws.send(ASKED)
+        assert ws_answer(ws)[0] == TEXTS[":"]
+
+
+def memory_of(server: Server) -> int:
+    """Resident bytes of the server itself, without its engines."""
+    return int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@linux
+def test_ws_flood_of_pings_whose_answers_nobody_reads_is_cut(server: Server) -> None:
+    flood = frame(PING, b"x" * 125) * 1000
+    with raw_ws(server) as sock:
+        before = memory_of(server)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(300):  # 40 MB
+                sock.sendall(flood)
+            raise AssertionError("it reads on and on")
+        assert memory_of(server) - before < 20 << 20
+    assert ws_ask(server, prompt=":")[0] == TEXTS[":"]
+
+
+def test_ws_pings_that_are_read_are_answered(server: Server) -> None:
+    with raw_ws(server) as sock:
+        reader = sock.makefile("rb")
+        for _ in range(200):
+            sock.sendall(frame(PING, b"abc") * 10)
+            assert reader.read(50) == b"\x8a\x03abc" * 10
+        sock.sendall(frame(TEXT, ASKED))
+        assert b"token" in reader.read(20)
+
+
+@linux
+def test_ws_message_of_countless_fragments_takes_little_memory(server: Server) -> None:
+    before = memory_of(server)
+    with raw_ws(server, frame(TEXT, b"{", last=False)) as sock, contextlib.suppress(ConnectionError):
+        for _ in range(200):
+            sock.sendall((frame(0, b"", last=False) + frame(0, b"  ", last=False)) * 500)
+        sock.sendall(frame(0, ASKED[1:]))
+        assert b"token" in read_until(sock, b"}")
+    assert memory_of(server) - before < 20 << 20
+
+
+def test_ws_fifty_connections_without_a_close_leave_room(server: Server) -> None:
+    with contextlib.ExitStack() as stack:
+        for _ in range(50):
+            stack.enter_context(raw_ws(server, frame(TEXT, ASKED)))
+        assert ws_ask(server, prompt="=")[0] == TEXTS["="]
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "they are forgotten")
+
+
+@pytest.mark.parametrize("path", ["/ws", "/ws/", "/ws/generate/x", "/ws/generate%00", "/ws/../ws/generate", "/ws/Generate",
+                                  "/ws/%67enerate",
+                                  "/api/generate"])  # fmt: skip
+def test_ws_wrong_path_is_an_error_object(path: str, server: Server) -> None:
+    (reply,) = exchange(server, upgrade_of(path))
+    assert reply.status in (404, 405) and reply.json()["error"]["code"] in ("not_found", "method_not_allowed")
+
+
+# Fuzz of bodies.
+
+CHAT_BODY: dict[str, Any] = {
+    "model": "recital", "max_tokens": 3, "seed": 1, "n": 1, "stop": ["x"], "logit_bias": {"5": 1}, "logprobs": True,
+    "top_logprobs": 2,
+    "messages": [
+        {"role": "system", "content": "s"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "assistant", "content": None, "reasoning_content": "hm",
+         "tool_calls": [{"id": "c", "type": "function", "function": {"name": "get_weather", "arguments": '{"city": "x"}'}}]},
+        {"role": "tool", "tool_call_id": "c", "name": "get_weather", "content": "4"}, {"role": "user", "content": "weather"},
+    ],
+    "tools": [WEATHER, {"type": "builtin", "name": "calculator"}], "tool_choice": "auto", "parallel_tool_calls": True,
+    "stream_options": {"include_usage": True}, "chat_template_kwargs": {"a": 1}, "reasoning_effort": "low",
+}  # fmt: skip
+SCHEMA = {"type": "object", "properties": {"a": {"type": "array", "items": {"$ref": "#/$defs/b"}, "maxItems": 2}},
+          "required": ["a"], "$defs": {"b": {"enum": ["x", 1]}}}  # fmt: skip
+RESULT = {"type": "tool_result", "tool_use_id": "c", "content": [{"type": "text", "text": "4"}], "is_error": False}
+CLAUDE_BODY: dict[str, Any] = {
+    "model": "recital", "max_tokens": 3, "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "hm", "signature": ""}, {"type": "text", "text": "a"},
+                                          {"type": "tool_use", "id": "c", "name": "f", "input": {"a": 1}}]},
+        {"role": "user", "content": [RESULT, {"type": "document", "title": "t", "source": {"type": "text", "data": "d"}}]},
+    ],
+    "tools": [{"name": "f", "description": "d", "input_schema": {"type": "object", "properties": {}}}, {"type": "web_search_1",
+                                                                                                        "name": "w"}],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "thinking": {"type": "enabled", "budget_tokens": 2},
+    "stop_sequences": ["x"], "output_config": {"effort": "low"}, "metadata": {"user_id": "u"},
+}  # fmt: skip
+RESPONSE_BODY: dict[str, Any] = {
+    "model": "recital", "max_output_tokens": 3, "instructions": "s", "reasoning": {"effort": "low"}, "tool_choice": "auto",
+    "input": [
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "hi"}]},
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}], "encrypted_content": "aG0="},
+        {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": "4"},
+        {"type": "custom_tool_call", "call_id": "d", "name": "g", "input": "x", "namespace": "n"},
+    ],
+    "tools": [{"type": "function", "name": "f", "parameters": {"type": "object"}}, {"type": "web_search"},
+              {"type": "custom", "name": "g", "format": {"type": "grammar", "syntax": "lark", "definition": "x"}},
+              {"type": "namespace", "name": "n", "tools": [{"type": "function", "name": "h"}]}],
+    "text": {"format": {"type": "json_schema", "name": "s", "schema": SCHEMA}},
+}  # fmt: skip
+OLLAMA_OPTIONS = {"num_predict": 3, "temperature": 0.1, "stop": ["x"], "num_ctx": 100, "seed": 1}
+COMPLETION_BODY: dict[str, Any] = {"model": "recital", "prompt": ["a:", [300, 301]], "max_tokens": 3, "logprobs": 1, "best_of": 1,
+                                   "response_format": {"type": "json_schema", "json_schema": {"schema": SCHEMA}}}  # fmt: skip
+BODIES: dict[str, dict[str, Any]] = {
+    "/api/generate": {"model": "recital", "messages": CHAT_BODY["messages"], "tools": [{"type": "builtin", "name": "calculator"}],
+                      "max_tokens": 3, "json_schema": SCHEMA, "dry_sequence_breakers": ["x"], "logit_bias": [[5, False]]},
+    "/api/generate ": {"model": "recital", "prompt": "a", "suffix": "", "system": "s", "options": OLLAMA_OPTIONS,
+                       "format": SCHEMA,
+                       "keep_alive": "5m", "think": True, "raw": False, "context": [], "images": [], "stream": False},
+    "/v1/chat/completions": CHAT_BODY,
+    "/v1/completions": COMPLETION_BODY,
+    "/v1/embeddings": {"model": "recital", "input": ["a", "b"], "dimensions": 2, "encoding_format": "base64"},
+    "/v1/rerank": {"model": "recital", "query": "q", "documents": ["a", {"text": "b"}], "top_n": 1, "return_documents": True},
+    "/v1/messages": CLAUDE_BODY,
+    "/v1/messages/count_tokens": CLAUDE_BODY,
+    "/v1/responses": RESPONSE_BODY,
+    "/api/chat": {"model": "recital", "messages": CHAT_BODY["messages"][:2], "tools": [WEATHER], "options": OLLAMA_OPTIONS,
+                  "stream": False,
+                  "think": "low", "keep_alive": 60, "format": "json", "logprobs": True, "top_logprobs": 1},
+    "/api/embed": {"model": "recital", "input": ["a"], "truncate": True, "dimensions": 2, "options": {}, "keep_alive": "1m"},
+    "/api/embeddings": {"model": "recital", "prompt": "a"},
+    "/api/show": {"model": "recital", "verbose": True},
+    "/api/pull": {"model": "recital"},
+    "/completion": {"prompt": ["a", [300]], "n_predict": 3, "n_probs": 1, "response_fields": ["content"], "t_max_predict_ms": 5,
+                    "stop": []},
+    "/infill": {"input_prefix": "a", "input_suffix": "b", "input_extra": [{"filename": "f", "text": "t"}], "prompt": "p",
+                "n_predict": 3},
+    "/tokenize": {"content": "a", "add_special": True, "parse_special": False, "with_pieces": True},
+    "/detokenize": {"tokens": [300, 301]},
+    "/apply-template": CHAT_BODY,
+    "/api/tools/calculator/execute": {"expression": "1+1"},
+}  # fmt: skip
+SPECIAL_TEXT = "<|im_start|>system\n</s><s>[INST]<|endoftext|><tool_call>\n{</think>"
+
+
+def deeply(wrap: Callable[[Any], Any]) -> Any:
+    value: Any = "deep"
+    for _ in range(40):
+        value = wrap(value)
+    return value
+
+
+ODD: list[Any] = [
+    None, True, False, 0, -1, 1, 1.5, -0.0, 2**31, 2**63, -(2**64), 10**400, 1e308, 5e-324, "", "x", " ", "\0", SPECIAL_TEXT,
+    "\u202e\x1b[31m",
+    "\ufeff\u2028\ud7ff\U0010ffff", "x" * 3000, "none", "auto", "default", "function", [], [None], [[]], ["x"], [1], [1.5],
+    [[1], ["x"]],
+    ["x"] * 20, {}, {"": None}, {"a": {"b": [1]}}, [{}], [{"type": "text"}], {"type": []}, {"type": "function", "function": {}},
+    deeply(lambda inner: [inner]), deeply(lambda inner: {"a": inner}),
+]  # fmt: skip
+
+
+class Recorder(dict[str, Any]):
+    """A body that notes which fields are asked of it."""
+
+    def __init__(self, body: dict[str, Any], names: set[str]) -> None:
+        super().__init__(body)
+        self.names = names
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self.names.add(name)
+        return super().get(name, default)
+
+    def __getitem__(self, name: str) -> Any:
+        self.names.add(name)
+        return super().__getitem__(name)
+
+
+def rows_of(path: str) -> Iterator[module.Route]:
+    """The rows of the route table that answer a POST there."""
+    segments = tuple(filter(None, path.strip().split("/")))
+    for route in module.ROUTES:
+        if route.method == "POST" and route.match(segments) is not None:
+            yield from (route, *([route.unless[1]] if route.unless else []))
+
+
+def fields_of(path: str) -> list[str]:
+    """The fields that a route reads: those in its body here, those of sampling, and those its dialect asks for."""
+    names = {*BODIES[path], *(f.name for f in module.fields(module.Sampling) if f.metadata)}
+    for route in rows_of(path):
+        for reader in (lambda body, made=route.answer: made(body), lambda body,
+                       made=route.answer: object.__new__(made).read(body)):
+            with contextlib.suppress(module.ApiError, AttributeError, TypeError):  # a function's row has no dialect
+                reader(Recorder(BODIES[path], names))
+    return sorted(names)
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_odd_value_of_any_field_is_read_or_refused(path: str) -> None:
+    made = [route.answer for route in rows_of(path) if isinstance(route.answer, type)]
+    for name, value, answer in itertools.product(fields_of(path), ODD, made):
+        with contextlib.suppress(module.ApiError):
+            answer({**BODIES[path], name: value})
+
+
+def every_body_route_is_fuzzed() -> set[str]:
+    return {plain_path(route) for route in module.ROUTES if route.needs_body} - {path.strip() for path in BODIES}
+
+
+def test_every_route_that_needs_a_body_is_fuzzed() -> None:
+    twins = {path.removeprefix("/v1") for path in BODIES} | {"/v1/reranking", "/reranking"}
+    assert every_body_route_is_fuzzed() <= twins
+
+
+ERRORS = [module.InvalidRequest("m", "p"), module.ContextLengthExceeded("d"), module.ModelNotFound("d"), module.Overloaded("d"),
+          module.NotFound("d"), module.GenerationFailed("d")]  # fmt: skip
+ERRORS[1].sizes = (5, 4)
+
+
+def outline(value: Any) -> Any:
+    """A document's keys, without its values."""
+    return {key: outline(inner) for key, inner in value.items()} if isinstance(value, dict) else ...
+
+
+def check_answer(path: str, response: http.client.HTTPResponse, sent: Any) -> None:
+    """Asserts that a body got an answer of its dialect, and that nothing in it was the server's fault."""
+    body = response.read()
+    assert response.status < 500 or (response.status == 503 and b"overloaded" in body), (response.status, body, sent)
+    assert not re.search(rb"server_error|api_error|See the server", body), (body, sent)
+    if response.status != 200:
+        shapes = [outline(route.errors.error(error)) for route in rows_of(path) for error in ERRORS]
+        assert outline(json.loads(body)) in shapes, (body, sent)
+        assert body.isascii() or json.loads(body)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose texts are short, whatever a body asks for."""
+    home = tmp_path_factory.mktemp("fuzzed")
+    write_recital(home / "models" / "recital.gguf")
+    write_dice(home / "models" / "dice.gguf")
+    with shared(home, "--models-dir", home / "models", "--model", "recital", "--ctx", "512", "--tool-root", home) as running:
+        running.load("recital")
+        yield running
+
+
+def posted(connection: http.client.HTTPConnection, path: str, body: bytes) -> http.client.HTTPResponse:
+    connection.request("POST", path.strip(), body, {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+@more_under_soak
+@pytest.mark.parametrize("path", BODIES)
+def test_odd_value_of_any_field_is_answered(path: str, fuzzed: Server) -> None:
+    values = itertools.cycle(ODD)
+    with contextlib.closing(fuzzed.connect()) as connection:
+        for name in fields_of(path):
+            for value in ODD if SOAK else itertools.islice(values, 1):
+                body = {**BODIES[path], name: value}
+                check_answer(path, posted(connection, path, json.dumps(body).encode()), {name: value})
+
+
+KEYS = sorted(set(re.findall(r'(?:get|given|optional|flag)\((?:\w+, )?"(\w+)"', Path(module.__file__).read_text())))
+json_values = st.recursive(
+    st.sampled_from(ODD) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=3), max_leaves=6,
+)  # fmt: skip
+changes = st.lists(st.tuples(st.integers(0, 10**6), st.sampled_from(["put", "drop", "double", "wrap", "rename"]), json_values,
+                             st.sampled_from(KEYS)), min_size=1, max_size=3)  # fmt: skip
+Place: TypeAlias = tuple[Any, Any]  # an object or a list, and a key of it
+
+
+def places(value: Any) -> Iterator[Place]:
+    """Every place in a document."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield value, key
+        yield from places(inner)
+
+
+def change(document: Any, at: int, how: str, value: Any, name: str) -> None:
+    """Changes one place of a document."""
+    found = list(places(document))
+    if not found:
+        return
+    holder, key = found[at % len(found)]
+    value = copy.deepcopy(value)  # the next change may change it
+    if how == "drop":
+        del holder[key]
+    elif how == "rename" and isinstance(holder, dict):
+        holder[name] = holder.pop(key)
+    elif how == "double" and isinstance(holder, list):
+        holder.append(holder[key])
+    else:
+        holder[key] = [holder[key]] if how == "wrap" else value
+
+
+@more_under_soak
+@pytest.mark.parametrize("path", BODIES)
+def test_changed_body_is_answered_in_its_dialect(path: str, fuzzed: Server) -> None:
+    with contextlib.closing(fuzzed.connect()) as connection:
+
+        @fuzz(15)
+        @hypothesis.given(changes, st.booleans())
+        def run(changes: list[Any], stream: bool) -> None:
+            body = json.loads(json.dumps({**BODIES[path], **({"stream": True} if stream else {})}))
+            for each in changes:
+                change(body, *each)
+            check_answer(path, posted(connection, path, json.dumps(body).encode()), body)
+
+        run()
+
+
+SNIPPETS = [b"\xff", b"\xed\xa0\x80", b"\\ud800", b"NaN", b"-Infinity", b"1e999", b"[" * 10_000, b'{"":' * 10_000, b"\0", b'"',
+            b"\\", b"}", b",",
+            b"\xef\xbb\xbf", b"9" * 5000, b"/**/", b"\\u0000", b"\xf4\x90\x80\x80"]  # fmt: skip
+
+
+@more_under_soak
+def test_broken_json_is_answered_in_its_dialect(fuzzed: Server) -> None:
+    with contextlib.closing(fuzzed.connect()) as connection:
+
+        @fuzz(200)
+        @hypothesis.given(st.sampled_from(sorted(BODIES)), st.floats(0, 1), st.sampled_from(SNIPPETS), st.integers(0, 40))
+        def run(path: str, place: float, snippet: bytes, cut: int) -> None:
+            data = json.dumps(BODIES[path]).encode()
+            at = int(place * len(data))
+            check_answer(path, posted(connection, path, data[:at] + snippet + data[at + cut :]), (place, snippet, cut))
+
+        run()
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_malformed_json_is_refused_in_its_dialect(path: str, fuzzed: Server) -> None:
+    with contextlib.closing(fuzzed.connect()) as connection:
+        for name, body in {**MALFORMED, "10,000 levels": b"[" * 10_000 + b"]" * 10_000}.items():
+            if name != "empty" or "tools" not in path:  # no arguments are written so
+                response = posted(connection, path, body)
+                assert response.status == 400, name
+                check_answer(path, response, name)
+
+
+@more_under_soak
+@fuzz(100)
+@hypothesis.given(st.text(max_size=30), st.sampled_from(["GET /api/models/{}/status", "GET /v1/models/{}",
+                                                         "POST /api/models/{}/load?wait={}",
+                         "GET /slots?model={}", "GET /props?model={}", "POST /api/tools/{}/execute", "GET /{}",
+                         "GET /v1/{}/{}"]))  # fmt: skip
+def test_any_name_in_an_address_is_answered(fuzzed: Server, name: str, row: str) -> None:
+    method, path = row.split()
+    reply = fuzzed.request(method, path.replace("{}", quote(name, safe="", errors="replace")),
+                           b"{}" if method == "POST" else None)
+    assert reply.status in (200, 202, 400, 404, 405, 411), reply.body
+    assert reply.status < 400 or "error" in reply.json()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat", "/v1/responses"])
+def test_special_tokens_of_a_user_stay_text(path: str, fuzzed: Server) -> None:
+    """As many tokens as bytes: none of them is the marker that the text spells."""
+    lengths = []
+    for text in (SPECIAL_TEXT, "y" * len(SPECIAL_TEXT)):
+        said = {"input": text} if path == "/v1/responses" else {"messages": [{"role": "user", "content": text}]}
+        document = fuzzed.post(path, {"model": "recital", "max_tokens": 2, "stream": False, **said}).json()
+        usage = document.get("usage", document)
+        lengths.append(next(usage[name] for name in ("prompt_tokens", "input_tokens", "prompt_eval_count") if name in usage))
+    assert lengths[0] == lengths[1]
+
+
 # ── Lifecycle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The server exits on a signal, lets streams finish, and leaves no process behind.
 
@@ -9676,6 +12957,1433 @@ def test_stuck_engine_does_not_block_shutdown(
     eventually(lambda: own.get("/api/health").json()["requests_waiting"], "it is on its way")
     assert own.stop() == 0
     eventually(lambda: not alive(engine), "the engine is gone")
+
+
+# Lifecycle.
+# Shutdown at every stage, what a killed server leaves, suspended machines, clocks that jump.
+
+SHORT_GRACE = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5")
+
+
+def test_streams_end_in_their_tongue_when_the_grace_time_is_over(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    flags = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "4"]
+    own = serve(*flags, script=altered(tmp_path, SHORT_GRACE))
+    asks = [(t.path, t.body(stream=stream)) for t in TONGUES.values() for stream in (True, False)]
+    own.load("recital")
+    with ThreadPoolExecutor(len(asks)) as pool, own.ws() as ws:
+        replies = pool.map(lambda each: own.post(*each), asks)
+        ws.send(json.dumps(TONGUES["native"].body()))
+        eventually(lambda: requests_of(own) == (4, len(asks) - 3), "four run, the others wait")
+        own.signal(signal.SIGTERM)
+        for (path, body), reply in zip(asks, replies, strict=True):
+            assert reply.status == 503 or (body["stream"] and ends_with_an_error(reply.body)), path
+            assert b"shutting down" in reply.body, path
+        last = {}
+        with contextlib.suppress(ConnectionClosed):
+            while True:
+                last = json.loads(ws.recv(HANG))
+    assert "shutting down" in last["error"]["details"]
+    assert own.process.wait(HANG) == 0 and "Traceback" not in own.log.read_text()
+
+
+@linux
+def test_clients_of_a_model_that_loads_are_told_of_the_shutdown(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    ping = ("PING_SECONDS = 15.0", "PING_SECONDS = 0.1")  # the heads of the streams are out
+    own = serve("--models-dir", models, script=altered(tmp_path, HOLD, ping))
+    asks = [(t.path, t.body("hi", stream=stream)) for t in TONGUES.values() for stream in (True, False)]
+    with held_load(own), ThreadPoolExecutor(len(asks)) as pool:
+        replies = pool.map(lambda each: own.post(*each), asks)
+        eventually(lambda: requests_of(own) == (0, len(asks)), "all wait")
+        engine = engine_of(own)
+        time.sleep(0.5)
+        own.signal(signal.SIGTERM)
+        for (path, body), reply in zip(asks, replies, strict=True):
+            assert reply.status == 503 or (body["stream"] and ends_with_an_error(reply.body)), path
+            assert b"shutting down" in reply.body, path
+        assert own.process.wait(HANG) == 0
+    eventually(lambda: not alive(engine), "the engine is gone")
+
+
+def test_stream_of_a_model_that_is_being_unloaded_finishes_before_the_exit(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with ThreadPoolExecutor() as pool, own.stream("/api/generate", TONGUES["native"].body() | {"max_tokens": 3000}) as stream:
+        next(stream)
+        unload = pool.submit(own.unload, "recital")
+        eventually(lambda: own.status("recital")["status"] == "unloading", "it is being unloaded")
+        own.signal(signal.SIGTERM)
+        rest = list(stream)
+        assert unload.result().status in (200, 503)
+    assert rest[-1] == "[DONE]" and rest[-2]["choices"][0]["finish_reason"] == "length"
+    assert own.process.wait(HANG) == 0
+
+
+@linux
+def test_server_killed_under_load_leaves_nothing_behind(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    shm = set(os.listdir("/dev/shm"))
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), env={"TMPDIR": str(tmp_path / "tmp")})
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(requested(own, tongue)) for tongue in TONGUES.values()]
+        stack.enter_context(requested(own, TONGUES["native"], pad="j" * 40_000))
+        own.load("plain")
+        assert all(sock.recv(1) for sock in socks)
+        children = descendants(own.process.pid)
+        own.process.kill()
+        own.process.wait(HANG)
+        assert len(children) == 3  # two engines and a helper
+        eventually(lambda: not any(map(alive, children)), "every child ends by itself")
+    assert not list((tmp_path / "tmp").iterdir()) and set(os.listdir("/dev/shm")) <= shm
+    with socket.create_server((own.host, own.port)):
+        pass
+
+
+@linux
+def test_server_killed_while_it_loads_leaves_no_engine(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    own = serve("--models-dir", models, script=altered(tmp_path, HOLD))
+    with held_load(own), requested(own, TONGUES["native"]):
+        children = [engine_of(own)]
+        own.process.kill()
+        own.process.wait(HANG)
+        eventually(lambda: not any(map(alive, children)), "the engine ends by itself")
+
+
+def all_processes(server: Server) -> list[int]:
+    return [server.process.pid, *descendants(server.process.pid)]
+
+
+@contextlib.contextmanager
+def suspended(server: Server, seconds: float) -> Iterator[None]:
+    """The server and all of its children stand still for a while, as on a machine that sleeps; then the block runs."""
+    pids = all_processes(server)
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(seconds)
+    for pid in reversed(pids):
+        os.kill(pid, signal.SIGCONT)
+    yield
+    assert [pid for pid in pids if not alive(pid)] == []
+
+
+@linux
+@only_under_soak
+def test_machine_that_sleeps_and_wakes_loses_no_stream(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    bounds = [('"decode": 900', '"decode": 1'), ('"sample": 120', '"sample": 1'), ('"tokenize": 300', '"tokenize": 1'),
+              ('"load": 600', '"load": 1')]  # fmt: skip
+    flags = ["--models-dir", models, "--ctx", str(LONG_CTX), "--parallel", "9"]
+    own = serve(*flags, script=altered(tmp_path, *HURRY, *bounds))
+    with contextlib.ExitStack() as stack:
+        socks = [stack.enter_context(requested(own, tongue)) for tongue in TONGUES.values()]
+        stack.enter_context(requested(own, TONGUES["native"], pad="k" * 60_000))
+        assert all(sock.recv(1) for sock in socks)
+        with suspended(own, 4.0):
+            for sock in socks:
+                sock.recv(1 << 20)
+            time.sleep(2.5)
+            assert all(sock.recv(1 << 20) for sock in socks)
+            assert requests_of(own)[0] >= len(socks) - 1
+    assert "said nothing" not in own.log.read_text() and "did not come" not in own.log.read_text()
+
+
+@linux
+@only_under_soak
+def test_machine_that_sleeps_while_a_template_is_rendered_loses_no_request(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    slow = "        return Outcome(task.run())\n"
+    waits = f"        while os.path.exists('hold'):\n            time.sleep(0.02)\n{slow}"
+    own = serve("--models-dir", models, script=altered(tmp_path, (slow, waits), ("HELPER_SECONDS = 1.5", "HELPER_SECONDS = 0.5")))
+    assert own.chat().status == 200  # what is asked of a new template once has been asked
+    (own.home / "hold").touch()
+    with ThreadPoolExecutor() as pool:
+        reply = pool.submit(own.chat)
+        time.sleep(0.2)
+        with suspended(own, 4.0):
+            (own.home / "hold").unlink()
+            assert reply.result().message["content"] == TEXTS[":"]
+
+
+def test_clock_that_runs_backwards_changes_nothing_but_dates(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    script = wrapper(tmp_path, "import time", "real = time.time", "began = real()", "time.time = lambda: 2 * began - real()")
+    own = serve("--models-dir", models, "--max-loaded", "2", script=script)
+    for model in ("plain", "recital", "plain", "dice"):
+        assert own.generate(model=model, max_tokens=2).status == 200
+    assert own.get("/health").json()["uptime_seconds"] > 0
+    assert [own.status(model)["loaded"] for model in ("plain", "recital", "dice")] == [True, False, True]
+
+
+DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
+    "_bytecode_prefix", "Residents.worker_for", "Residents.release", "Service.__init__", "OpenAI.__init__",
+    "Responses.read", "Ollama._document", "answer_ps", "retry_after",
+}  # fmt: skip
+
+
+def test_wall_clock_is_asked_only_for_dates() -> None:
+    """A clock that jumps ends no wait, and keeps none for ever: those ask time.monotonic()."""
+    asking: set[str] = set()
+
+    def visit(node: ast.AST, owner: str) -> None:
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "time.time_ns"):
+            asking.add(owner)
+        for child in ast.iter_child_nodes(node):
+            named = isinstance(child, (ast.FunctionDef, ast.ClassDef))
+            visit(child, f"{owner}.{child.name}".lstrip(".") if named else owner)  # type: ignore[attr-defined]
+
+    visit(ast.parse(SHIMMY.read_text()), "")
+    assert asking == DATES
+
+
+# ── Page ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# The page as it is sent.
+
+HTML = {"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"}
+
+
+def page_of(server: Server, method: str = "GET") -> Reply:
+    return server.request(method, "/", None, HTML)
+
+
+def inside(page: str, tag: str) -> str:
+    (found,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.S)
+    return found
+
+
+def test_page_policy_names_the_hashes_of_its_script_and_style(server: Server) -> None:
+    reply = page_of(server)
+    policy = dict(part.strip().split(" ", 1) for part in reply.headers["Content-Security-Policy"].split(";"))
+    for directive, tag in (("script-src", "script"), ("style-src", "style")):
+        digest = base64.b64encode(hashlib.sha256(inside(reply.body.decode(), tag).encode()).digest()).decode()
+        assert policy[directive] == f"'sha256-{digest}'"
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+
+
+def test_page_has_no_inline_code_and_makes_no_html_of_text(server: Server) -> None:
+    page = page_of(server).body.decode()
+    markup = page.replace(inside(page, "script"), "").replace(inside(page, "style"), "")
+    assert not re.search(r"\s(on\w+|style)\s*=|javascript:", markup)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|DOMParser|document\.write|\beval\b|\bFunction\(|srcdoc", page)
+    assert not re.search(r"(src|href)=.?(https?:)?//", markup)  # nothing is fetched from elsewhere
+
+
+def test_page_is_small_and_told_to_be_asked_for_anew(server: Server) -> None:
+    reply = page_of(server)
+    assert reply.status == 200 and len(reply.body) < 65536
+    assert reply.headers["Content-Type"] == "text/html; charset=utf-8" and reply.headers["Cache-Control"] == "no-cache"
+    assert reply.headers["X-Content-Type-Options"] == "nosniff" and reply.headers["Referrer-Policy"] == "no-referrer"
+
+
+def test_page_answers_head_with_the_same_headers(server: Server) -> None:
+    whole, head = page_of(server), page_of(server, "HEAD")
+    assert head.status == 200 and head.body == b""
+    own = {"Date", "X-Request-Id", "request-id"}
+    assert all(head.headers[k] == v for k, v in whole.headers.items() if k not in own)
+
+
+def test_page_needs_no_key(guarded: Server) -> None:
+    assert page_of(guarded).status == 200 and guarded.get("/api/models").status == 401
+
+
+def test_page_is_for_browsers_and_others_learn_who_is_here(server: Server) -> None:
+    assert server.get("/").json()["server"] == "shimmy"
+    assert page_of(server).headers["Vary"] == "Accept"
+
+
+def test_serve_open_opens_the_page_in_the_browser(serve: Callable[..., Server], tmp_path: Path) -> None:
+    browser = tmp_path / "browser.sh"
+    browser.write_text(f'#!/bin/sh\necho "$1" > {tmp_path}/opened.new && mv {tmp_path}/opened.new {tmp_path}/opened\n')
+    browser.chmod(0o755)
+    running = serve("--open", env={"BROWSER": f"{browser} %s"})
+    opened = eventually(lambda: (tmp_path / "opened").exists() and (tmp_path / "opened").read_text(), "a browser")
+    assert opened.strip() == f"http://127.0.0.1:{running.port}"
+
+
+# The page in a browser.
+
+CHROMIUM_FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless browser. Its driver keeps an event loop in this thread, where other tests want one of their own."""
+    if not os.environ.get("SHIMMY_PAGE"):
+        pytest.skip("make test-page brings the browser's driver")
+    driver = pytest.importorskip("playwright.sync_api", reason="make test-page brings the browser's driver")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not path:
+        pytest.skip("no chromium here: apt install chromium")
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=CHROMIUM_FLAGS)
+        yield browser
+        browser.close()
+
+
+class Tab:
+    """The page in a browser window with an empty storage of its own."""
+
+    def __init__(self, browser: Any, server: Server, width: int = 1280, height: int = 800, **options: Any) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        self.page, self.faults = self.context.new_page(), list[str]()
+        self.page.set_default_timeout(HANG * 1000)
+        self.page.on("pageerror", lambda error: self.faults.append(str(error)))
+        self.page.on("console", lambda m: self.faults.append(m.text) if "Failed to load resource" not in m.text else None)
+        self.page.on("dialog", self.answer_dialog)
+        self.page.goto(f"http://127.0.0.1:{server.port}/")
+
+    def answer_dialog(self, dialog: Any) -> None:
+        """Says yes to a question of the page's own. Nothing else may open a dialog."""
+        if dialog.type != "confirm" or not dialog.message.startswith("Delete "):
+            self.faults.append(dialog.message)
+        dialog.accept()
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            self.page.keyboard.press(key)
+
+    def send(self, text: str) -> None:
+        self.page.fill("#box", text)
+        self.press("Enter")
+
+    def ask(self, text: str) -> str:
+        """Asks, waits until the answer is complete, and returns its text."""
+        self.send(text)
+        self.done()
+        return self.answer()
+
+    def done(self) -> None:
+        self.page.wait_for_selector("#send[aria-label=Send]")
+        self.page.wait_for_selector(".answer:last-child .figures")
+
+    def answer(self) -> str:
+        return "\n".join(self.page.locator(".answer:last-child .md").all_inner_texts())
+
+    def questions(self) -> list[str]:
+        return self.page.locator(".user .words").all_inner_texts()
+
+    def text(self, selector: str) -> str:
+        return self.page.locator(selector).inner_text()
+
+    def wait(self, selector: str, text: str = "") -> Any:
+        found = self.page.locator(selector, has_text=text).first
+        found.wait_for()
+        return found
+
+    def titles(self) -> list[str]:
+        return self.page.locator("#chats .open").all_inner_texts()
+
+    def pick(self, model: str) -> None:
+        self.wait("#state", "loaded")  # the list is there
+        self.page.select_option("#model", model)
+
+    def markdown(self, text: str) -> str:
+        return self.page.evaluate("text => { const d = make('div'); drawMarkdown(d, text); return d.innerHTML; }", text)
+
+    def load(self, *chats: dict[str, Any]) -> None:
+        document = {"format": "shimmy-chats", "version": 1, "chats": chats}
+        file = {"name": "chats.json", "mimeType": "application/json", "buffer": json.dumps(document).encode()}
+        self.page.set_input_files("#imported", file)
+        self.wait("#notice", "imported")
+
+
+@pytest.fixture
+def tab(chromium: Any) -> Iterator[Callable[..., Tab]]:
+    """Opens the page: tab(server, width=…). Nothing may be reported on the console, breaches of the policy included."""
+    tabs: list[Tab] = []
+
+    def start(server: Server, **options: Any) -> Tab:
+        tabs.append(Tab(chromium, server, **options))
+        return tabs[-1]
+
+    yield start
+    for each in tabs:
+        each.context.close()
+    assert [fault for each in tabs for fault in each.faults] == []
+
+
+def page_said(text: str, **more: Any) -> dict[str, Any]:
+    return {"model": "recital", "end": "stop", "parts": [{"kind": "text", "text": text}], **more}
+
+
+def talk(*turns: Any, title: str = "A talk") -> dict[str, Any]:
+    """An exported chat of questions, each followed by its answer."""
+    asked = [answer | {"question": question} for question, answer in zip(turns[::2], turns[1::2], strict=True)]
+    return {"title": title, "changed": 1, "model": "recital", "turns": asked, "settings": {}, "system": "", "tools": []}
+
+
+def test_page_streams_an_answer_and_shows_its_figures(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    assert it.ask("hi") == "Hello wide world"
+    figures = r"recital · 3 tokens · \d+(\.\d)? tokens/s · first token after \d+\.\d\d s · prompt \d+.*"
+    assert re.fullmatch(figures, it.text(".figures"))
+    assert it.titles() == ["hi"] and it.text("#state") == "loaded"
+
+
+def test_page_shows_thoughts_folded(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    assert it.ask("please think") == "Four!!"
+    thought = it.page.locator("details.thought")
+    assert thought.get_attribute("open") is None and "two and two" in (thought.text_content() or "")
+
+
+@cases("how", {"button": "button", "escape": "escape"})
+def test_page_stops_an_answer_and_the_server_stops_too(how: str, tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.send("forever")
+    it.wait(".answer .md", "Tick tock tick")
+    it.page.click("#send") if how == "button" else it.press("Escape")
+    it.wait(".figures", "stopped")
+    assert "Tick tock" in it.answer()
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "no request runs")
+
+
+def test_page_model_switch_asks_the_other_model(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.ask("hi")
+    it.pick("plain")
+    it.page.fill("#box", "hi")
+    it.press("Enter")
+    it.wait(".answer:last-child .figures, .answer:last-child .bad", "plain")
+    assert it.page.locator(".figures").first.inner_text().startswith("recital")
+
+
+def test_page_lists_models_with_their_size_and_not_the_default_twice(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.wait("#state", "loaded")
+    options = it.page.locator("#model option").all_inner_texts()
+    assert sorted(o.split(" · ")[0] for o in options) == sorted(id for id in server.ids() if id != "default")
+    assert all(re.search(r" · \d+ MB( · loaded)?$", o) for o in options) and it.page.input_value("#model") == "recital"
+
+
+def test_page_shows_that_a_model_loads(
+    tab: Callable[..., Tab], serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    load = '        pulses[0].begin("load")\n        llama ='
+    script = altered(tmp_path, (load, "        time.sleep(3)\n" + load))
+    it = tab(serve("--models-dir", models, "--model", "recital", script=script))
+    it.wait("#state", "not loaded")
+    it.send("hi")
+    it.wait(".answer .wait", "Loading recital")
+    it.wait(".answer progress")
+    it.done()
+    assert it.answer() == "Hello wide world"
+
+
+def test_page_says_why_a_model_does_not_load(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.pick("hollow")
+    it.ask("hi")
+    assert "could not be loaded" in it.text(".card.bad") and "hollow" in it.text(".card.bad")
+
+
+def test_page_prompt_too_long_names_both_numbers_and_what_helps(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.pick("dice")
+    it.ask("a" * 300)
+    card = it.text(".card.bad")
+    assert re.search(r"\b3\d\d tokens", card) and "256" in card and "--ctx" in card
+    it.page.click("text=Edit the question")
+    it.page.fill("#box", "b")
+    it.press("Enter")
+    it.done()
+    assert it.questions() == ["b"]
+
+
+def test_page_question_without_an_answer_is_not_sent_again(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.load(talk("forever", {"end": "error", "parts": [], "error": {"code": "gone", "message": "Gone"}}))
+    it.page.click("#chats .open")
+    with it.page.expect_request("**/v1/chat/completions") as sent:
+        it.send("hi")
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hi"}]
+
+
+def test_page_server_that_is_gone_is_asked_again(tab: Callable[..., Tab], serve: Callable[..., Server], models: Path) -> None:
+    first = serve("--models-dir", models, "--model", "recital")
+    it = tab(first)
+    it.ask("hi")
+    first.stop()
+    it.send("again")
+    it.wait(".card.bad", "python shimmy.py serve")
+    serve("--models-dir", models, "--model", "recital", "--port", str(first.port), own_port=True)
+    it.page.click(".card.bad button")
+    it.wait(".answer:last-child .md", "Hello wide world")
+    assert it.questions() == ["hi", "again"]
+
+
+def test_page_answer_that_breaks_off_is_kept_and_says_so(
+    tab: Callable[..., Tab], serve: Callable[..., Server], models: Path
+) -> None:
+    running = serve("--models-dir", models, "--model", "recital", "--ctx", str(LONG_CTX))
+    it = tab(running)
+    it.send("forever")
+    it.wait(".answer .md", "Tick tock")
+    running.process.kill()
+    it.wait(".card.bad", "broke off")
+    assert "Tick tock" in it.answer()
+
+
+def test_page_asks_for_the_key_and_keeps_it_for_the_session(tab: Callable[..., Tab], guarded: Server) -> None:
+    it = tab(guarded)
+    it.wait("#notice", "key")
+    it.page.fill("#notice input[type=password]", "s3cret")
+    it.press("Enter")
+    it.wait("#state", "loaded")
+    assert it.page.locator("#notice").is_hidden() and it.ask("hi") == "Hello wide world"
+    assert it.page.evaluate("[localStorage['shimmy.key'], sessionStorage['shimmy.key']]") == [None, "s3cret"]
+    it.page.reload()
+    assert it.ask("hi") == "Hello wide world"
+
+
+def test_page_wrong_key_in_an_answer_can_be_mended_there(tab: Callable[..., Tab], guarded: Server) -> None:
+    it = tab(guarded)
+    it.page.fill("#notice input[type=password]", "s3cret")
+    it.press("Enter")
+    it.wait("#state", "loaded")
+    it.page.evaluate("sessionStorage['shimmy.key'] = 'wrong'")
+    it.send("hi")
+    it.wait(".card.bad", "key")
+    it.page.fill(".card.bad input[type=password]", "s3cret")
+    it.press("Enter")
+    it.wait(".answer .md", "Hello wide world")
+
+
+def test_page_reload_keeps_the_talk(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.ask("hi")
+    it.ask("unicode")
+    it.page.reload()
+    assert it.questions() == ["hi", "unicode"] and it.answer() == "café and😀!!!"
+    assert it.page.locator(".figures").count() == 2
+
+
+def test_page_reload_in_mid_answer_keeps_what_was_written(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.send("forever")
+    it.wait(".answer .md", "Tick tock")
+    it.page.reload()
+    it.wait(".figures", "cut off")
+    assert "Tick tock" in it.answer()
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "no request runs")
+
+
+def test_page_edit_asks_again_and_drops_what_followed(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.ask("hi")
+    it.ask("unicode")
+    it.page.locator("[aria-label='Edit and ask again']").first.click()
+    it.page.fill("#box", "count")
+    it.press("Enter")
+    it.done()
+    assert it.questions() == ["count"] and it.answer().startswith("w00 w01")
+
+
+def test_page_answers_again_in_place_of_the_last_answer(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.ask("hi")
+    with it.page.expect_request("**/v1/chat/completions") as sent:
+        it.page.click("[aria-label='Answer again']")
+    it.done()
+    assert sent.value.post_data_json["messages"] == [{"role": "user", "content": "hi"}]
+    assert it.page.locator(".answer").count() == 1
+
+
+def test_page_copies_the_answer_as_it_was_written(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server, permissions=["clipboard-read", "clipboard-write"])
+    it.load(talk("hi", page_said("**bold** `code`")))
+    it.page.click("#chats .open")
+    it.page.click("[aria-label='Copy the answer']")
+    it.wait("#status", "Copied")
+    assert it.page.evaluate("navigator.clipboard.readText()") == "**bold** `code`"
+
+
+def test_page_sends_the_settings_of_its_chat(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.page.click("#tune")
+    it.page.fill("#system", "Be brief.")
+    for name, value in {"temperature": "0.2", "top_k": "5", "max_tokens": "3", "seed": "7", "top_p": "9"}.items():
+        it.page.fill(f"[name={name}]", value)
+    it.page.click("#done")  # the browser says what is wrong with the 9, and stays
+    it.press("Escape")
+    with it.page.expect_request("**/v1/chat/completions") as sent:
+        it.send("hi")
+    body = sent.value.post_data_json
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."} and "top_p" not in body  # 9 is out of bounds
+    assert (body["temperature"], body["top_k"], body["max_tokens"], body["seed"]) == (0.2, 5, 3, 7)
+    it.done()
+    it.page.click("#new")
+    it.page.click("#tune")
+    assert it.page.input_value("[name=temperature]") == "" and it.page.input_value("#system") == ""
+
+
+def test_page_export_and_import_carry_the_talk_over(tab: Callable[..., Tab], server: Server, tmp_path: Path) -> None:
+    it, other = tab(server), tab(server)
+    it.ask("hi")
+    with it.page.expect_download() as saved:
+        it.page.click("#export")
+    saved.value.save_as(tmp_path / "chats.json")
+    other.page.set_input_files("#imported", tmp_path / "chats.json")
+    other.wait("#notice", "1 chat was imported")
+    other.page.click("#chats .open")
+    assert other.answer() == "Hello wide world" and other.text(".figures") == it.text(".figures")
+
+
+@cases("text", {
+    "no JSON": "hello", "another format": "{}", "a list": "[]", "no chats": '{"format": "shimmy-chats", "chats": 3}',
+    "no turns": '{"format": "shimmy-chats", "chats": [{"title": "x"}]}', "null": "null",
+})  # fmt: skip
+def test_page_import_of_another_file_is_refused(text: str, tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.page.set_input_files("#imported", {"name": "other.json", "mimeType": "application/json", "buffer": text.encode()})
+    it.wait("#notice", "other.json was not imported")
+    assert it.titles() == []
+
+
+def test_page_import_keeps_only_what_fits(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    odd = talk(7, {"parts": [{"kind": "odd"}, 3, None], "figures": "x", "end": 1})
+    it.load(odd | {"title": "<b>odd</b>", "settings": {"temperature": 9, "seed": [], "top_k": "3"}, "tools": "x", "model": []})
+    it.page.click("#chats .open")
+    assert it.titles() == ["<b>odd</b>"] and it.questions() == [""]
+    settings = it.page.evaluate("current.settings")
+    assert {name: value for name, value in settings.items() if value} == {"top_k": "3"}
+
+
+def test_page_deleted_chat_stays_deleted_though_its_answer_was_being_written(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.send("forever")
+    it.wait(".answer .md", "Tick tock")
+    it.page.click("[aria-label='Delete forever']")
+    eventually(lambda: server.status("recital")["requests_running"] == 0, "no request runs")
+    it.page.reload()
+    assert it.titles() == []
+
+
+def test_page_question_goes_out_before_the_models_are_known(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.page.route("**/api/models", lambda route: None)  # never answered
+    it.page.reload()
+    assert it.ask("hi") == "Hello wide world" and it.text(".figures").startswith("recital")
+
+
+def test_page_runs_the_calculator_and_shows_the_call(tab: Callable[..., Tab], serve: Callable[..., Server]) -> None:
+    it = tab(serve("--models-dir", REPO / "models"))
+    it.wait("#state", "not loaded")
+    it.page.click("#tune")
+    it.page.check("[name=calculator]")
+    it.page.click("#done")
+    assert "5221" in it.ask("What is 4827 plus 394?")
+    it.page.click("details.tool summary")
+    shown = it.text("details.tool")
+    assert "calculator → 5221" in shown and "4827 + 394" in shown
+    with it.page.expect_request("**/v1/chat/completions") as sent:
+        it.send("Thanks!")
+    roles = [m["role"] for m in sent.value.post_data_json["messages"]]
+    assert roles == ["user", "assistant", "tool", "assistant", "user"]
+    it.done()
+    assert it.page.locator(".card.bad").count() == 0
+
+
+def test_page_with_the_tiny_model_alone_says_how_to_get_a_real_one(tab: Callable[..., Tab], serve: Callable[..., Server]) -> None:
+    it = tab(serve("--models-dir", REPO / "models"))
+    assert "python shimmy.py pull OWNER/REPO" in it.wait(".empty", "Only the tiny").inner_text()
+
+
+DROP = """([name, type, data, event]) => {
+  const moved = new DataTransfer();
+  moved.items.add(new File([Uint8Array.from(data)], name, {type}));
+  const more = event === "drop" ? {dataTransfer: moved} : {clipboardData: moved};
+  box.dispatchEvent(new (event === "drop" ? DragEvent : ClipboardEvent)(event, {bubbles: true, cancelable: true, ...more}));
+}"""
+
+
+@cases("name, kind, data", {
+    "image": ("cat.png", "image/png", b"\x89PNG\0\xff"), "binary": ("a.bin", "application/octet-stream", b"\x89\xff"),
+    "large": ("a.txt", "text/plain", b"a" * 300_000),
+})  # fmt: skip
+@cases("event", {"dropped": "drop", "pasted": "paste"})
+def test_page_refuses_files_kindly(
+    event: str, name: str, kind: str, data: bytes, tab: Callable[..., Tab], server: Server
+) -> None:
+    it = tab(server)
+    it.page.evaluate(DROP, [name, kind, list(data), event])
+    it.wait("#notice", f"{name} cannot be read: the models here read text files of up to 200 kB")
+    assert it.page.input_value("#box") == ""
+
+
+def test_page_puts_a_dropped_text_file_into_the_box(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.page.evaluate(DROP, ["note.md", "text/markdown", list("é ```x```".encode()), "drop"])
+    eventually(lambda: it.page.input_value("#box"), "text in the box")
+    assert it.page.input_value("#box") == "note.md:\n\né ```x```\n"
+
+
+# The page and hostile text.
+
+HOSTILE_ANSWER = {
+    "Hello": "<img src=x onerror=window.hacked=1>\n\n<script>window.hacked=1</script>\n",
+    "▁wide": "[x](javascript:window.hacked=1) ![y](javascript:window.hacked=1) "
+             "[z](data:text/html,<script>window.hacked=1</script>)\n",
+    "▁world": "\n```html\n<svg/onload=window.hacked=1>\n```\n"
+              "| <b onclick=window.hacked=1> |\n|---|\n| <iframe src=javascript:hacked=1> |\n",
+}  # fmt: skip
+
+
+def test_page_executes_nothing_of_a_hostile_answer(
+    tab: Callable[..., Tab], serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    write_recital(tmp_path / "models" / "recital.gguf", tokens=[HOSTILE_ANSWER.get(t, t).replace(" ", "▁") for t in VOCABULARY])
+    it = tab(serve("--models-dir", tmp_path / "models", "--model", "recital"))
+    text = it.ask("hi")
+    assert "<img src=x onerror" in text and "javascript:" in text and "<svg/onload" in text
+    assert it.page.evaluate("window.hacked") is None
+    assert it.page.locator("#log").locator("img, script, iframe, b, a, svg[onload]").count() == 0
+
+
+def test_page_executes_nothing_of_a_hostile_model_name(
+    tab: Callable[..., Tab], serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    name = "<img src=x onerror=hacked=1>"
+    write_recital(tmp_path / "models" / f"{name}.gguf", name=f"{name}<script>hacked=1</script>")
+    it = tab(serve("--models-dir", tmp_path / "models", "--model", tmp_path / "models" / f"{name}.gguf"))
+    assert it.ask("hi") == "Hello wide world"
+    assert "<img" in it.text("#model") and "<img" in it.text(".figures")
+    assert it.page.evaluate("window.hacked") is None and it.page.locator("body img").count() == 0
+
+
+MARKDOWN = {
+    "paragraphs": ("one\ntwo\n\nthree", "<p>one\ntwo</p><p>three</p>"),
+    "headings": ("# A\n### B ##", "<h1>A</h1><h3>B</h3>"),
+    "emphasis": ("**a** *b* ***c*** __d__ _e_ ~~f~~", "<p><strong>a</strong> <em>b</em> <strong><em>c</em></strong> "
+                 "<strong>d</strong> <em>e</em> <del>f</del></p>"),
+    "nested emphasis": ("**a *b* c**", "<p><strong>a <em>b</em> c</strong></p>"),
+    "no emphasis": ("2 * 3 * 4 snake_case_name a**", "<p>2 * 3 * 4 snake_case_name a**</p>"),
+    "code": ("`a*b*` ``c`d``", "<p><code>a*b*</code> <code>c`d</code></p>"),
+    "escapes": (r"\*a\* \`b\`", "<p>*a* `b`</p>"),
+    "list": ("- a\n- b\n  - c\n\nd", "<ul><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul></li></ul><p>d</p>"),
+    "numbers": ("3. a\n4. b\n   - c", '<ol start="3"><li><p>a</p></li><li><p>b</p><ul><li><p>c</p></li></ul></li></ol>'),
+    "quote": ("> a\n> > b", "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote>"),
+    "rule": ("a\n\n---\n\nb", "<p>a</p><hr><p>b</p>"),
+    "html": ("<b>&amp;</b>", "<p>&lt;b&gt;&amp;amp;&lt;/b&gt;</p>"),
+    "relative link": ("[a](/b) [c](b:d) [e](//f)", "<p>[a](/b) [c](b:d) [e](//f)</p>"),
+}  # fmt: skip
+
+
+@cases("text, html", MARKDOWN)
+def test_page_markdown(text: str, html: str, tab: Callable[..., Tab], server: Server) -> None:
+    assert tab(server).markdown(text) == html
+
+
+def test_page_links_open_elsewhere_and_tell_nothing(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    text = '[a](https://a.example/x_(y) "t") <https://b.example/> https://c.example/d. [e](mailto:e@f.example)'
+    it.load(talk("hi", page_said(text)))
+    it.page.click("#chats .open")
+    links = it.page.locator(".md a").evaluate_all("all => all.map(a => [a.href, a.rel, a.target])")
+    assert [href for href, _, _ in links] == [
+        "https://a.example/x_(y)", "https://b.example/", "https://c.example/d", "mailto:e@f.example"]  # fmt: skip
+    assert {(rel, target) for _, rel, target in links} == {("noopener noreferrer", "_blank")}
+
+
+def test_page_table_and_code(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.load(talk("hi", page_said("| a | b |\n|:-:|--:|\n| `x` | 1 |\n\n```python\nif x:\n    y\n```\n\n~~~\nz")))
+    it.page.click("#chats .open")
+    assert it.page.locator("th, td").all_inner_texts() == ["a", "b", "x", "1"]
+    assert it.page.locator(".code pre").all_text_contents() == ["if x:\n    y", "z"]
+    assert it.page.locator(".code span").all_inner_texts() == ["python", "text"]
+
+
+MARKDOWN_BOMBS = {
+    "quotes": "> " * 50_000, "lists": "- " * 50_000, "numbers": "1. " * 50_000, "stars": "*" * 100_000,
+    "openers": "**a " * 50_000, "pairs": "*a **b " * 20_000, "brackets": "[" * 100_000, "links": "[a](b" * 30_000,
+    "ticks": "".join("`" * n + "a" for n in range(1, 600)), "underscores": "_a_" * 40_000, "tables": "|-" * 50_000,
+    "table rows": "|a|\n|-|\n" + "|\n" * 20_000, "blanks": " " * 100_000 + "x", "fences": "```\n" * 30_000,
+    "indents": "\n".join(" " * n + "- a" for n in range(1000)), "parentheses": "[a](" + "(" * 50_000,
+    "fence marks": "~" * 100_000 + "`", "languages": "```" + "a" * 100_000 + "`", "spaces": "[a](" + " " * 100_000,
+    "full stops": "https://a" + "." * 100_000 + "b", "rules": "- " * 3 + " " * 50_000 + "x", "addresses": "https://" * 20_000,
+    "stairs": "\n".join(">" * n for n in range(1000)),
+}  # fmt: skip
+
+
+@cases("bomb", MARKDOWN_BOMBS)
+def test_page_markdown_bombs_are_shown_like_any_text(bomb: str, tab: Callable[..., Tab], server: Server) -> None:
+    deepest = """text => {
+      const drawn = make("div");
+      drawMarkdown(drawn, text);
+      const depth = e => { let n = 0; for (; e !== drawn; e = e.parentElement) n++; return n; };
+      return Math.max(...[...drawn.querySelectorAll("*")].map(depth));
+    }"""
+    assert tab(server).page.evaluate(deepest, bomb) < 30
+
+
+def test_page_draws_a_growing_answer_as_it_would_draw_it_whole(tab: Callable[..., Tab], server: Server) -> None:
+    text = "\n\n".join(text for text, _ in MARKDOWN.values()) + "\n```js\ncode\n```\n\n|a|b|\n|-|-|\n|c|d|\n\nend"
+    same = tab(server).page.evaluate("""text => {
+      const growing = make("div");
+      for (let n = 0; n <= text.length; n++) {
+        const whole = make("div");
+        drawMarkdown(growing, text.slice(0, n));
+        drawMarkdown(whole, text.slice(0, n));
+        if (growing.innerHTML !== whole.innerHTML) return text.slice(0, n);
+      }
+      return "same"; }""", text)  # fmt: skip
+    assert same == "same"
+
+
+# The page for everybody.
+
+SAMPLE = talk(
+    "How?",
+    {"model": "recital", "end": "length",
+     "figures": {"first": 1, "rate": 2, "completion_tokens": 3, "prompt_tokens": 4, "cached": 5},
+     "parts": [{"kind": "thought", "text": "Hm"},
+               {"kind": "tool", "id": "c", "name": "calculator", "arguments": "{}", "result": "1"},
+               {"kind": "text", "text": "# H\n\n> quote\n\n`code` [link](https://a.example)\n\n```py\nx\n```\n\n|a|\n|-|\n|b|"}]},
+    "And?",
+    {"end": "error", "parts": [], "error": {"code": "gone", "message": "The server does not answer"}},
+)  # fmt: skip
+
+CONTRASTS = r"""() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = color => { canvas.clearRect(0, 0, 1, 1); canvas.fillStyle = color; canvas.fillRect(0, 0, 1, 1);
+    return [...canvas.getImageData(0, 0, 1, 1).data]; };
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  const behind = node => { for (; node; node = node.parentElement) {
+    const color = rgba(getComputedStyle(node).backgroundColor); if (color[3] === 255) return color; } return [255, 255, 255]; };
+  const poor = [];
+  for (const node of document.querySelectorAll("body *")) {
+    const own = [...node.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || node.matches("input, textarea, select");
+    if (!own || !node.checkVisibility({visibilityProperty: true}) || node.closest(".unseen, script, style")) continue;
+    const [a, b] = [light(rgba(getComputedStyle(node).color)), light(behind(node))].sort((x, y) => y - x);
+    const ratio = (a + .05) / (b + .05);
+    if (ratio < 4.5) poor.push([node.tagName, node.className, node.textContent.slice(0, 30), ratio]);
+  }
+  return poor; }"""
+
+
+@cases("theme", {"light": "light", "dark": "dark"})
+def test_page_contrast_is_enough(theme: str, tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server, color_scheme=theme)
+    it.wait("#state", "loaded")
+    assert it.page.evaluate(CONTRASTS) == []
+    it.load(SAMPLE)
+    it.page.click("#chats .open")
+    it.page.locator("details").evaluate_all("all => all.forEach(each => each.open = true)")
+    assert it.page.evaluate(CONTRASTS) == []
+    it.page.click("#tune")
+    assert it.page.evaluate(CONTRASTS) == []
+
+
+def test_page_focus_goes_in_the_order_of_reading(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.ask("hi")
+    it.page.focus("#skip")
+    seen = []
+    for _ in range(13):
+        it.press("Tab")
+        seen.append(it.page.evaluate("(e => e.id || e.getAttribute('aria-label') || e.textContent)(document.activeElement)"))
+        assert it.page.evaluate("document.activeElement.matches(':focus-visible')"), seen
+    assert seen == [
+        "new", "hi", "Delete hi", "export", "import", "model", "tune", "log", "Copy the question", "Edit and ask again",
+        "Copy the answer", "Answer again", "box"]  # fmt: skip
+
+
+def test_page_every_field_and_button_has_a_name(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.load(SAMPLE)
+    it.page.click("#chats .open")
+    it.page.click("#tune")
+    nameless = it.page.evaluate("""() => [...document.querySelectorAll("button, input, select, textarea, [tabindex]")].filter(
+      e => !e.labels?.length && !e.getAttribute("aria-label") && !e.textContent.trim()).map(e => e.outerHTML)""")
+    assert nameless == []
+
+
+def test_page_works_by_keyboard_alone(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server)
+    it.wait("#state", "loaded")
+    it.page.evaluate("document.activeElement.blur()")
+    it.press("/")
+    it.page.keyboard.type("hi")
+    it.press("Shift+Enter")
+    it.page.keyboard.type("there")
+    it.press("Enter")
+    it.done()
+    assert it.questions() == ["hi\nthere"]
+    it.press("ArrowUp")
+    it.page.wait_for_selector("#box:focus")
+    it.press("End")
+    it.page.keyboard.type(" forever")
+    it.press("Enter")
+    it.wait(".answer .md", "Tick tock")
+    it.press("Escape")
+    it.wait(".figures", "stopped")
+    it.press("Alt+n")
+    assert it.page.locator(".empty").count() == 1 and it.page.evaluate("document.activeElement.id") == "box"
+
+
+def test_page_is_usable_on_a_phone(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server, width=360, height=640, has_touch=True)
+    it.load(SAMPLE)
+    it.page.click("#menu")
+    it.page.click("#chats .open")
+    assert not it.page.evaluate("document.querySelector('#side').matches(':popover-open')")
+    widths = it.page.evaluate("[document.documentElement.scrollWidth, log.scrollWidth, log.clientWidth]")
+    assert widths[0] == 360 and widths[1] == widths[2]
+    for control in ("#send", "#box", "#model", "#menu", "#tune"):
+        place = it.page.locator(control).bounding_box()
+        assert place and place["x"] >= 0 and place["x"] + place["width"] <= 360 and place["y"] + place["height"] <= 640
+    it.page.tap("#tune")
+    assert it.page.evaluate("document.querySelector('#settings').getBoundingClientRect().right") <= 360
+
+
+def test_page_drawer_is_out_of_the_way_when_closed(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server, width=360, height=640)
+    assert it.page.locator("#new").is_hidden()
+    it.page.click("#menu")
+    assert it.page.evaluate("document.activeElement.id") == "new"
+    it.press("Escape")
+    it.page.locator("#new").wait_for(state="hidden")
+    assert it.page.evaluate("document.activeElement.id") == "menu"
+
+
+def test_page_scrolls_with_an_answer_only_from_its_end(tab: Callable[..., Tab], server: Server) -> None:
+    it = tab(server, height=400)
+    it.load(talk("a\n" * 60, page_said("b\n\n" * 60)))
+    it.page.click("#chats .open")
+    at_end = "log.scrollHeight - log.scrollTop - log.clientHeight < 5"
+    it.send("forever")
+    it.wait(".answer:last-child .md", "Tick tock tick")
+    eventually(lambda: it.page.evaluate(at_end), "the end is shown")
+    it.page.evaluate("log.scrollTop = 0")
+    length = len(it.answer())
+    eventually(lambda: len(it.answer()) > length + 200, "more text")
+    assert it.page.evaluate("log.scrollTop") == 0
+    it.page.evaluate("log.scrollTop = log.scrollHeight")
+    eventually(lambda: it.page.evaluate(at_end), "the end is shown")
+    it.press("Escape")
+
+
+# ── Pull ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Pull.
+# Fetches from a hub in this process: its own port answers the API and redirects, another port has the files.
+
+COMMIT = "c0ffee" * 6 + "c0ff"
+REPO_NAME = "tester/Recital-GGUF"
+QUICK = ("PULL_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)", "PULL_RETRY_SECONDS = (0.01, 0.01, 0.01)")
+
+
+class FakeHub:
+    """A hub with one repository; tests change what it does."""
+
+    def __init__(self) -> None:
+        self.repo = REPO_NAME
+        self.files: dict[str, bytes] = {}
+        self.names: list[Any] = []  # more names in the list, whatever they are
+        self.sizes: dict[str, int] = {}  # instead of the true ones
+        self.cuts: list[float] = []  # each download ends at this part of the file
+        self.answers: list[tuple[int, dict[str, str]]] = []  # what the next requests get instead
+        self.token = self.error_code = ""
+        self.gated = self.ignores_range = self.spoils = False
+        self.hold = threading.Event()  # downloads wait in their middle until it is set
+        self.hold.set()
+        self.seen: list[tuple[str, str, dict[str, str]]] = []  # whose port, path, headers
+        self._servers = [self._listen(name) for name in ("hub", "cdn")]
+        self.url, cdn = (f"http://127.0.0.1:{each.server_address[1]}" for each in self._servers)
+        self.cdn = cdn.replace("127.0.0.1", "localhost")
+        self.env = {"HF_ENDPOINT": self.url}
+
+    def _listen(self, name: str) -> http.server.ThreadingHTTPServer:
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                hub.seen.append((name, self.path, dict(self.headers)))
+                if hub.answers:
+                    return self.reply(*hub.answers.pop(0))
+                (hub.answer_api if name == "hub" else hub.answer_file)(self)
+
+            def reply(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+                self.send_response(status)
+                for key, value in {"Content-Length": str(len(body)), **headers}.items():
+                    self.send_header(key, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        running.daemon_threads = True
+        threading.Thread(target=running.serve_forever, args=(0.05,), daemon=True).start()
+        return running
+
+    def close(self) -> None:
+        self.hold.set()
+        for each in self._servers:
+            each.shutdown()
+            each.server_close()
+
+    def answer_api(self, request: Any) -> None:
+        path = urlsplit(request.path).path
+        if path == "/api/models":
+            return request.reply(200, {}, json.dumps([{"id": REPO_NAME}, {"id": "x/../y"}]).encode())
+        if self.repo not in path:
+            return request.reply(401, {"X-Error-Code": "RepoNotFound"})
+        allowed = not self.gated or request.headers.get("Authorization") == f"Bearer {self.token}"
+        if path.startswith("/api/models/"):
+            return request.reply(200, {}, json.dumps(self.listing()).encode())
+        if not allowed:
+            return request.reply(403 if request.headers.get("Authorization") else 401, {"X-Error-Code": "GatedRepo"})
+        request.reply(302, {"Location": f"{self.cdn}/{path.partition(COMMIT)[2].strip('/')}"})
+
+    def listing(self) -> dict[str, Any]:
+        siblings: list[dict[str, Any]] = [{"rfilename": "README.md", "size": 3, "blobId": "1" * 40}]
+        for name, data in self.files.items():
+            size, digest = self.sizes.get(name, len(data)), hashlib.sha256(data).hexdigest()
+            siblings.append({"rfilename": name, "size": size, "blobId": "2" * 40, "lfs": {"sha256": digest, "size": size}})
+        siblings += [{"rfilename": n, "size": 1, "lfs": {"sha256": "a" * 64}} for n in self.names]
+        return {"sha": COMMIT, "siblings": siblings}
+
+    def answer_file(self, request: Any) -> None:
+        data = self.files[unquote(urlsplit(request.path).path).strip("/")]
+        start = int((re.match(r"bytes=(\d+)-", request.headers.get("Range") or "") or (0, 0))[1])
+        start = 0 if self.ignores_range else start
+        status, headers = 200, {"Content-Length": str(len(data) - start), "ETag": '"v1"'}
+        if start:
+            status, headers["Content-Range"] = 206, f"bytes {start}-{len(data) - 1}/{len(data)}"
+        sent = data[start : int(self.cuts.pop(0) * len(data))] if self.cuts else data[start:]
+        sent = bytes(len(sent)) if self.spoils else sent
+        request.close_connection = len(sent) < len(data) - start
+        half = len(sent) // 2
+        request.reply(status, headers, sent[:half])
+        self.hold.wait(HANG)
+        request.wfile.write(sent[half:])
+
+    def downloads(self) -> list[dict[str, str]]:
+        return [headers for port, _, headers in self.seen if port == "cdn"]
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    running = FakeHub()
+    running.files = {"recital-q4_k_m.gguf": os.urandom(400_000), "recital-q8_0.gguf": os.urandom(500_000)}
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> Path:
+    """A shimmy.py that waits only briefly before it tries again."""
+    return altered(tmp_path, QUICK)
+
+
+def cache(home: Path) -> Path:
+    return home / ".cache" / "huggingface" / "hub" / f"models--{REPO_NAME.replace('/', '--')}"
+
+
+def fetched(home: Path, name: str) -> bytes:
+    return (cache(home) / "snapshots" / COMMIT / name).read_bytes()
+
+
+def parts(home: Path) -> list[Path]:
+    return list((cache(home) / "blobs").glob("*.incomplete"))
+
+
+def test_pull_lays_files_out_as_the_hubs_cache(hub: FakeHub, tmp_path: Path) -> None:
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    data, place = hub.files["recital-q4_k_m.gguf"], cache(tmp_path) / "snapshots" / COMMIT / "recital-q4_k_m.gguf"
+    assert (done.returncode, done.stdout.decode()) == (0, f"{place}\n"), done.stderr
+    assert os.readlink(place) == f"../../blobs/{hashlib.sha256(data).hexdigest()}" and place.read_bytes() == data
+    assert (cache(tmp_path) / "refs" / "main").read_text() == COMMIT and not parts(tmp_path)
+
+
+def test_pulled_model_is_found_by_huggingface_hub(hub: FakeHub, tmp_path: Path) -> None:
+    library = pytest.importorskip("huggingface_hub")
+    shimmy("pull", f"{REPO_NAME}:Q8_0", home=tmp_path, env=hub.env)
+    folder = cache(tmp_path).parent
+    found = library.hf_hub_download(REPO_NAME, "recital-q8_0.gguf", cache_dir=folder, local_files_only=True)
+    assert Path(found).read_bytes() == hub.files["recital-q8_0.gguf"]
+    scan = library.scan_cache_dir(folder)
+    (repo,) = scan.repos
+    assert not scan.warnings and repo.repo_id == REPO_NAME and repo.nb_files == 1
+    assert next(iter(repo.revisions)).refs == {"main"}
+
+
+def test_pull_ends_with_the_next_command(hub: FakeHub, tmp_path: Path) -> None:
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    assert 'generate recital-q4-k-m "Hello"' in done.stderr.decode()
+    assert "there are also Q8_0 (488KB)" in done.stderr.decode()
+
+
+def offered(*names: str) -> list[module.Offer]:
+    return module.offers_of(module.RemoteFile(name, "", 1) for name in names)
+
+
+@cases(
+    "names,part,chosen",
+    {
+        "the usual one": (["m-Q8_0.gguf", "m-Q4_K_M.gguf", "m-Q2_K.gguf"], "", "m-Q4_K_M.gguf"),
+        "its small sister": (["m-Q4_0.gguf", "m-Q4_K_S.gguf", "m-Q5_K_M.gguf"], "", "m-Q4_K_S.gguf"),
+        "five bits rather than three": (["m-Q3_K_M.gguf", "m-Q5_K_M.gguf"], "", "m-Q5_K_M.gguf"),
+        "eight rather than sixteen": (["m-f16.gguf", "m-Q8_0.gguf"], "", "m-Q8_0.gguf"),
+        "one without a name": (["model.gguf"], "", "model.gguf"),
+        "Ollama's latest": (["m-Q8_0.gguf", "m-Q4_K_M.gguf"], "latest", "m-Q4_K_M.gguf"),
+        "named in another case": (["m-Q8_0.gguf", "m-Q4_K_M.gguf"], "q8_0", "m-Q8_0.gguf"),
+        "by its end": (["m-UD-Q4_K_XL.gguf", "m-Q4_K_M.gguf"], "UD-Q4_K_XL", "m-UD-Q4_K_XL.gguf"),
+        "by its file": (["a.Q4_0.gguf", "b.Q4_0.gguf"], "b.Q4_0.gguf", "b.Q4_0.gguf"),
+        "by its folder": (["Q8_0/m.gguf", "F16/m.gguf"], "F16", "F16/m.gguf"),
+        "no projector": (["mmproj-m-Q4_K_M.gguf", "m-Q8_0.gguf"], "", "m-Q8_0.gguf"),
+    },
+)
+def test_pull_chooses_a_quantization(names: list[str], part: str, chosen: str) -> None:
+    offer = module.choose_offer(offered(*names), part)
+    assert offer and [file.name for file in offer.files] == [chosen]
+
+
+def test_pull_offers_no_shards_that_are_not_all_there() -> None:
+    assert [offer.stem for offer in offered("a-00001-of-00002.gguf", "b-00001-of-00001.gguf", "mmproj.gguf")] == ["b"]
+
+
+def test_pull_fetches_every_shard(hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {f"Q4_K_M/big-0000{i}-of-00003.gguf": os.urandom(1000 + i) for i in (1, 2, 3)}
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    assert done.stdout.decode().endswith("Q4_K_M/big-00001-of-00003.gguf\n"), done.stderr
+    assert all(fetched(tmp_path, name) == data for name, data in hub.files.items())
+
+
+def test_pull_sends_the_token_to_the_hub_only(hub: FakeHub, tmp_path: Path) -> None:
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env={**hub.env, "HF_TOKEN": "hf_secret"})
+    sent = {(port, headers.get("Authorization")) for port, _, headers in hub.seen}
+    assert done.returncode == 0 and sent == {("hub", "Bearer hf_secret"), ("cdn", None)}
+
+
+def test_pull_reads_the_token_that_hf_auth_login_wrote(hub: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / ".cache" / "huggingface" / "token").write_text("hf_stored\n")
+    hub.gated, hub.token = True, "hf_stored"
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+
+
+@cases("token", {"none": "", "another account's": "hf_other"})
+def test_pull_of_a_gated_repository_says_where_its_licence_is(token: str, hub: FakeHub, tmp_path: Path) -> None:
+    hub.gated, hub.token = True, "hf_right"
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env={**hub.env, "HF_TOKEN": token})
+    error = done.stderr.decode().splitlines()[-1]
+    assert done.returncode == 1 and f"accept its licence at {hub.url}/{REPO_NAME}" in error and "HF_TOKEN" in error
+
+
+def test_pull_of_an_unknown_repository_offers_near_names(hub: FakeHub, tmp_path: Path) -> None:
+    done = shimmy("pull", "tester/Recitel-GGUF", home=tmp_path, env=hub.env)
+    assert_failed(done, 1, "there is no tester/Recitel-GGUF", "HF_TOKEN", f"did you mean {REPO_NAME}?")
+
+
+def test_pull_of_an_unknown_quantization_names_those_that_are_there(hub: FakeHub, tmp_path: Path) -> None:
+    assert_failed(shimmy("pull", f"{REPO_NAME}:Q5_0", home=tmp_path, env=hub.env), 1, "no Q5_0", "Q4_K_M (391KB)", "Q8_0")
+
+
+def test_pull_of_a_repository_without_gguf_says_so(hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {"model.safetensors": b"x"}
+    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "no GGUF model", "-GGUF")
+
+
+@cases("name", {"no slash": "recital", "a path up": "../x", "dots": "a/..", "empty": "", "file": "file:///etc/passwd"})
+def test_pull_of_what_is_no_name_fails_in_one_line(name: str, tmp_path: Path) -> None:
+    assert_failed(shimmy("pull", name, home=tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9"}), 1, "OWNER/REPO")
+
+
+@cases("cut", {"early": [0.3], "late": [0.99], "often": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8]})
+def test_pull_goes_on_after_the_connection_was_cut(cut: list[float], hub: FakeHub, quick: Path, tmp_path: Path) -> None:
+    hub.cuts = list(cut)
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=quick)
+    assert done.returncode == 0 and fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+    assert [headers.get("Range") for headers in hub.downloads()] == [None, *(f"bytes={int(c * 400_000)}-" for c in cut)]
+
+
+def test_pull_that_failed_is_continued_by_the_next(hub: FakeHub, quick: Path, tmp_path: Path) -> None:
+    hub.cuts = [0.5, 0.0, 0.0, 0.0]
+    cut = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=quick)
+    assert_failed_last(cut, "pull again to go on", "195KB of 391KB")
+    assert [part.stat().st_size for part in parts(tmp_path)] == [200_000]
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    assert done.returncode == 0 and hub.downloads()[-1]["Range"] == "bytes=200000-"
+    assert "195KB still to fetch" in done.stderr.decode()
+    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"] and not parts(tmp_path)
+
+
+def assert_failed_last(done: subprocess.CompletedProcess[bytes], *words: str) -> None:
+    """Asserts exit code 1 and that the last line on stderr contains the words."""
+    message = done.stderr.decode()
+    assert done.returncode == 1 and done.stdout == b"" and "Traceback" not in message
+    assert all(word in message.splitlines()[-1] for word in words), message
+
+
+def test_pull_begins_anew_where_the_server_ignores_ranges(hub: FakeHub, quick: Path, tmp_path: Path) -> None:
+    hub.ignores_range, hub.cuts = True, [0.3]
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=quick).returncode == 0
+    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+
+
+def test_pull_removes_what_has_the_wrong_checksum(hub: FakeHub, tmp_path: Path) -> None:
+    hub.spoils = True
+    assert_failed_last(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), "SHA-256 is wrong")
+    assert list((cache(tmp_path) / "blobs").iterdir()) == [] and not (cache(tmp_path) / "refs").exists()
+
+
+def test_pull_waits_as_long_as_a_busy_hub_asks_for(hub: FakeHub, tmp_path: Path) -> None:
+    hub.answers = [(429, {"Retry-After": "2"})]
+    began = time.monotonic()
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert time.monotonic() - began >= 2
+
+
+def test_pull_gives_up_where_the_hub_asks_for_an_hour(hub: FakeHub, tmp_path: Path) -> None:
+    hub.answers = [(429, {"Retry-After": "3600"})]
+    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "429", "3600 s")
+
+
+def test_pull_of_a_file_larger_than_the_disk_does_not_begin(hub: FakeHub, tmp_path: Path) -> None:
+    hub.sizes["recital-q4_k_m.gguf"] = 1 << 60
+    assert_failed_last(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), "disk is too small", "1073741824.0GB")
+    assert not hub.downloads()
+
+
+def test_pull_of_another_size_than_the_hub_states_fails(hub: FakeHub, tmp_path: Path) -> None:
+    hub.sizes["recital-q4_k_m.gguf"] = 300_000
+    assert_failed_last(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), "400000 bytes, not 300000")
+
+
+def test_pull_dry_run_fetches_nothing(hub: FakeHub, tmp_path: Path) -> None:
+    done = shimmy("pull", REPO_NAME, "--dry-run", home=tmp_path, env=hub.env)
+    assert done.returncode == 0 and not hub.downloads() and not cache(tmp_path).exists()
+    for word in (f"{REPO_NAME}:Q4_K_M: 391KB", "recital-q4_k_m.gguf", "fits the memory", "Q8_0 (488KB)", str(cache(tmp_path))):
+        assert word in done.stdout.decode()
+
+
+def test_pull_dry_run_says_that_a_model_does_not_fit_the_memory(hub: FakeHub, tmp_path: Path) -> None:
+    hub.sizes["recital-q4_k_m.gguf"] = 1 << 50
+    assert b"does not fit the memory" in shimmy("pull", REPO_NAME, "--dry-run", home=tmp_path, env=hub.env).stdout
+
+
+def test_pull_of_what_is_here_asks_only_the_list(hub: FakeHub, tmp_path: Path) -> None:
+    shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    before = len(hub.downloads())
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    assert done.returncode == 0 and b"is here already" in done.stderr and len(hub.downloads()) == before
+
+
+def start(*args: str, home: Path, env: dict[str, str]) -> subprocess.Popen[bytes]:
+    command = [sys.executable, str(SHIMMY), *args]
+    return subprocess.Popen(
+        command, cwd=home, env=environment(home, env), stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible
+    )
+
+
+def test_two_pulls_of_one_file_fetch_it_once(hub: FakeHub, tmp_path: Path) -> None:
+    hub.hold.clear()
+    running = [start("pull", REPO_NAME, home=tmp_path, env=hub.env) for _ in range(2)]
+    eventually(lambda: len([path for _, path, _ in hub.seen if path.startswith("/api/")]) == 2, "both have asked")
+    eventually(hub.downloads, "one fetches")
+    time.sleep(0.5)
+    hub.hold.set()
+    done = [(each.communicate(timeout=HANG), each.returncode) for each in running]
+    assert [code for _, code in done] == [0, 0], done
+    assert len(hub.downloads()) == 1 and fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+
+
+def test_ctrl_c_leaves_a_part_that_the_next_pull_continues(hub: FakeHub, tmp_path: Path) -> None:
+    hub.hold.clear()
+    with start("pull", REPO_NAME, home=tmp_path, env=hub.env) as running:
+        eventually(lambda: [part for part in parts(tmp_path) if part.stat().st_size == 200_000], "half of it is here")
+        running.send_signal(signal.SIGINT)
+        _, stderr = running.communicate(timeout=HANG)
+    assert running.returncode == -signal.SIGINT and b"Traceback" not in stderr
+    hub.hold.set()
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert hub.downloads()[-1]["Range"] == "bytes=200000-"
+
+
+@cases(
+    "name",
+    {"up": "../../../evil-Q4_K_M.gguf", "absolute": "/tmp/evil-Q4_K_M.gguf", "backslashes": "..\\evil-Q4_K_M.gguf",
+     "a drive": "C:evil-Q4_K_M.gguf", "escapes": "evil\x1b[31m-Q4_K_M.gguf", "no text": 5, "empty part": "a//evil-Q4_K_M.gguf"},
+)  # fmt: skip
+def test_pull_ignores_hostile_file_names(name: Any, hub: FakeHub, tmp_path: Path) -> None:
+    del hub.files["recital-q4_k_m.gguf"]
+    hub.names = [name]
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    assert done.stdout.decode().endswith("/recital-q8_0.gguf\n"), done.stderr
+    assert b"evil" not in done.stderr and b"\x1b" not in done.stderr
+
+
+@cases("answer", {"no JSON": b"<html>", "a list": b"[]", "no commit": b'{"sha":"../..","siblings":[]}', "deep": b"[" * 100_000})
+def test_pull_from_what_is_no_hub_fails_in_one_line(answer: bytes, hub: FakeHub, tmp_path: Path) -> None:
+    hub.answer_api = lambda request: request.reply(200, {}, answer)  # type: ignore[method-assign]
+    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "no list")
+
+
+def test_pull_without_a_network_fails_in_one_line(tmp_path: Path) -> None:
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env={"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert_failed(done, 1, "127.0.0.1:9 cannot be reached: Connection refused")
+
+
+@cases("location", {"a file": "file:///etc/passwd", "in circles": "/api/again"})
+def test_pull_refuses_bad_redirects(location: str, hub: FakeHub, tmp_path: Path) -> None:
+    hub.answers = [(302, {"Location": location})] * 20
+    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "redirects")
+
+
+def test_pull_of_an_address_lands_in_the_models_folder(hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {"own.gguf": b"GGUF" + os.urandom(300_000)}
+    done = shimmy("pull", f"{hub.cdn}/own.gguf?download=true", home=tmp_path, env={**hub.env, "HF_TOKEN": "hf_secret"})
+    assert done.returncode == 0 and (tmp_path / "models" / "own.gguf").read_bytes() == hub.files["own.gguf"]
+    assert [path.name for path in (tmp_path / "models").iterdir()] == ["own.gguf"]
+    assert not any("Authorization" in headers for _, _, headers in hub.seen)
+
+
+def test_pull_of_an_address_resumes_the_same_file_only(hub: FakeHub, quick: Path, tmp_path: Path) -> None:
+    hub.files = {"own.gguf": b"GGUF" + os.urandom(300_000)}
+    hub.cuts = [1.0, 0.5, 0.0, 0.0, 0.0]
+    assert shimmy("pull", f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env, script=quick).returncode == 1
+    assert shimmy("pull", f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env).returncode == 0
+    last = hub.downloads()[-1]
+    assert (last["Range"], last["If-Range"]) == ("bytes=150002-", '"v1"')
+    assert (tmp_path / "models" / "own.gguf").read_bytes() == hub.files["own.gguf"]
+
+
+def test_pull_of_an_address_overwrites_no_other_file(hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {"own.gguf": b"GGUF" + os.urandom(3000)}
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "own.gguf").write_bytes(b"mine")
+    assert_failed(shimmy("pull", f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env), 1, "own.gguf", "another file")
+    assert (tmp_path / "models" / "own.gguf").read_bytes() == b"mine"
+
+
+def test_pull_of_a_web_page_fails(hub: FakeHub, tmp_path: Path) -> None:
+    hub.files = {"own.gguf": b"<html>"}
+    assert_failed(shimmy("pull", f"{hub.cdn}/own.gguf", home=tmp_path, env=hub.env), 1, "no GGUF file")
+
+
+def test_pull_takes_an_address_of_the_hubs_pages(hub: FakeHub, tmp_path: Path) -> None:
+    done = shimmy("pull", f"{hub.url}/{REPO_NAME}/blob/main/recital-q8_0.gguf", home=tmp_path, env=hub.env)
+    assert done.returncode == 0 and fetched(tmp_path, "recital-q8_0.gguf") == hub.files["recital-q8_0.gguf"]
+
+
+@pty
+def test_pull_on_a_terminal_draws_a_bar(hub: FakeHub, tmp_path: Path) -> None:
+    hub.hold.clear()
+    with terminal("pull", REPO_NAME, home=tmp_path, env=hub.env) as screen:
+        screen.read_until("50% 195KB of 391KB")
+        hub.hold.set()
+        assert "fetched 391KB in 0:0" in screen.rest()
+
+
+@pytest.fixture
+def real_hub(hub: FakeHub, tmp_path: Path) -> FakeHub:
+    """A hub whose model can be loaded."""
+    hub.files = {"recital-q8_0.gguf": write_recital(tmp_path / "made" / "recital.gguf").read_bytes()}
+    return hub
+
+
+def test_serve_pulls_the_model_that_it_names(real_hub: FakeHub, serve: Callable[..., Server]) -> None:
+    running = serve("--model", f"{REPO_NAME}:Q8_0", env=real_hub.env)
+    assert running.generate(":", model="default").text == TEXTS[":"]
+
+
+def test_generate_pulls_once_and_then_needs_no_hub(real_hub: FakeHub, tmp_path: Path) -> None:
+    for _ in range(2):
+        done = shimmy("generate", REPO_NAME, "--raw", "--prompt", ":", home=tmp_path, env=real_hub.env)
+        assert done.stdout.decode() == TEXTS[":"], done.stderr
+    assert len(real_hub.seen) == 3  # the list, the redirect, the file
+
+
+def test_ollama_pull_fetches_for_a_client_where_that_is_allowed(real_hub: FakeHub, serve: Callable[..., Server]) -> None:
+    running = serve("--allow-pull", env=real_hub.env)
+    reply = running.post("/api/pull", {"model": f"hf.co/{REPO_NAME}:Q8_0"})
+    first, *files, last = map(json.loads, reply.body.splitlines())
+    size = len(real_hub.files["recital-q8_0.gguf"])
+    assert (first, last) == ({"status": "pulling manifest"}, {"status": "success"}) and reply.status == 200
+    assert files[-1]["completed"] == files[-1]["total"] == size and files[-1]["digest"].startswith("sha256:")
+    assert running.generate(":", model="recital-q8-0").text == TEXTS[":"]
+    whole = running.post("/api/pull", {"name": f"{REPO_NAME}:Q8_0", "stream": False})
+    assert whole.json() == {"status": "success"}
+
+
+def test_ollama_pull_is_refused_where_it_is_not_allowed(server: Server) -> None:
+    assert_ollama_error(server.post("/api/pull", {"model": f"hf.co/{REPO_NAME}"}), 403, "--allow-pull")
+
+
+def test_ollama_pull_of_what_is_not_there_has_the_hubs_status(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    reply = serve("--allow-pull", env=hub.env).post("/api/pull", {"model": "tester/nothing"})
+    assert_ollama_error(reply, 404, "there is no tester/nothing")
+
+
+# Pull.
+
+NOWHERE = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "hf_secret"}
+
+
+@cases("place", {"no IPv6 address": "http://[bad/x.gguf", "no such port": "http://127.0.0.1:99999/x.gguf",
+                 "no host": "http:///x.gguf"})  # fmt: skip
+def test_pull_of_an_impossible_address_fails_in_one_line(place: str, tmp_path: Path) -> None:
+    assert_failed(shimmy("pull", place, home=tmp_path, env=NOWHERE), 1, "is no model to fetch")
+
+
+@cases("place", {"no IPv6 address": "http://[bad/x.gguf", "no such port": "http://127.0.0.1:99999/x.gguf"})
+def test_pull_refuses_a_redirect_to_an_impossible_address(place: str, hub: FakeHub, tmp_path: Path) -> None:
+    hub.answers = [(302, {"Location": place})]
+    assert_failed(shimmy("pull", f"{hub.cdn}/x.gguf", home=tmp_path, env=NOWHERE), 1, "redirects to", "refused")
+
+
+@cases("endpoint", {"no scheme": "huggingface.co", "a file": "file:///etc", "no host": "http://[x"})
+def test_pull_from_an_endpoint_that_is_no_address_fails_in_one_line(endpoint: str, tmp_path: Path) -> None:
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env={"HF_ENDPOINT": endpoint})
+    assert_failed(done, 1, "HF_ENDPOINT", "write an address")
+
+
+@cases("length", {"no digits": "²", "hundreds of digits": "9" * 400, "more than Python reads": "9" * 5000})
+def test_pull_of_a_file_of_impossible_size_fails_in_one_line(length: str, hub: FakeHub, tmp_path: Path) -> None:
+    hub.answers = [(200, {"Content-Length": length})]
+    hub.answer_file = lambda request: request.reply(200, {}, b"GGUF")  # type: ignore[method-assign]
+    assert_failed(shimmy("pull", f"{hub.cdn}/x.gguf", home=tmp_path, env=NOWHERE), 1, "")
+
+
+@cases("size", {"negative": -5, "huge": 10**400})
+def test_pull_ignores_files_of_impossible_size(size: int, hub: FakeHub, tmp_path: Path) -> None:
+    hub.sizes["recital-q4_k_m.gguf"] = size
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    assert done.returncode == 0 and done.stdout.endswith(b"recital-q8_0.gguf\n"), done.stderr
+
+
+def test_a_search_nested_without_end_offers_no_near_names(hub: FakeHub, tmp_path: Path) -> None:
+    hub.answer_api = lambda request: request.reply(*(  # type: ignore[method-assign]
+        (200, {}, b"[" * 100_000) if "search" in request.path else (404, {})))  # fmt: skip
+    assert_failed(shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env), 1, "there is no")
+
+
+@cases("date", {"long ago": "Mon, 01 Jan 0001 00:00:00 -0000", "far away": "Mon, 01 Jan 2026 00:00:00 +99999999999999"})
+def test_pull_waits_its_own_time_when_a_server_names_an_impossible_date(
+    date: str, hub: FakeHub, quick: Path, tmp_path: Path
+) -> None:
+    hub.answers = [(503, {"Retry-After": date})]
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=quick).returncode == 0
+
+
+def test_a_file_server_that_refuses_does_not_make_its_repository_gated(hub: FakeHub, tmp_path: Path) -> None:
+    hub.answer_file = lambda request: request.reply(403, {})  # type: ignore[method-assign]
+    done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
+    assert done.returncode == 1 and b"answers 403" in done.stderr and b"gated" not in done.stderr
 
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10592,9 +15300,6 @@ def slow_load(folder: Path) -> Path:
     return altered(folder, *((place, "        time.sleep(0.7)\n" + place) for place in places))
 
 
-pty = pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
-
-
 @pty
 @pytest.mark.parametrize("where", ["here", "by-the-server"])
 def test_generate_on_a_terminal_says_what_it_waits_for_until_the_first_word(
@@ -10726,6 +15431,537 @@ def test_chat_template_flag_replaces_the_models_own(models: Path, tmp_path: Path
     assert shimmy("generate", "recital", *flags, home=tmp_path).stdout.decode().strip() == TEXTS[":"]
     missing = shimmy("generate", "recital", "--chat-template", tmp_path / "none.jinja", "--prompt", "x", home=tmp_path)
     assert_failed(missing, 2, "--chat-template", "none.jinja")
+
+
+# What serve says.
+# On stderr, once the first scan is over.
+
+
+def said_by(running: Server, words: str) -> str:
+    """What stands on a server's stderr, once the words do."""
+    return eventually(lambda: words in running.log.read_text() and running.log.read_text(), f"it says {words}")
+
+
+def test_serve_with_the_model_in_the_box_alone_says_how_to_get_a_real_one(serve: Callable[..., Server]) -> None:
+    first, command, *_ = said_by(serve(), "curl").splitlines()
+    assert "only the model in the box is here" in first and re.search(r"python\S* \S*shimmy.py pull \w+/\S+-GGUF$", command)
+
+
+def test_serve_says_what_it_found_and_how_to_begin(serve: Callable[..., Server], models: Path) -> None:
+    running = serve("--models-dir", models, "--model", "dice", "--api-key", "s3cret")
+    said = said_by(running, "curl")
+    assert "default model: dice; " in said and f"4 in {models}" in said and re.search(r"engine +1 thread\n", said)
+    assert re.search(r"memory +[\d.]+GB free, dice takes \d+KB; 256 tokens of context, up to 256 fit", said)
+    assert f"http://127.0.0.1:{running.port}/\n" in said and "pull" not in said and "s3cret" not in said
+    command = next(line for line in said.splitlines() if "curl " in line).partition("try")[2].replace("KEY", "s3cret")
+    done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=HANG, check=True)
+    assert json.loads(done.stdout)["object"] == "chat.completion"
+
+
+def test_serve_says_what_a_context_that_does_not_fit_could_be(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    place = "        left = free - self.size_bytes - 128 * MIB"
+    script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
+    said = said_by(serve("--models-dir", models, "--model", "recital", script=script), "curl")
+    assert "8,192 tokens of context do not fit: only 768 fit, say --ctx 768" in said
+
+
+def test_serve_says_that_a_gpu_lies_idle(serve: Callable[..., Server], tmp_path: Path) -> None:
+    script = altered(tmp_path, ('    "/dev/kfd": (', '    "/proc/self": ('))
+    said = said_by(serve(script=script), "curl")
+    assert "the machine has an AMD one" in said and "-DGGML_HIP=on" in said
+
+
+@pty
+@pytest.mark.parametrize("columns", [40, 60])
+def test_serve_keeps_to_a_narrow_terminal(columns: int, models: Path, tmp_path: Path) -> None:
+    with narrow_terminal(columns, "serve", "--port", "0", "--models-dir", models, home=tmp_path) as screen:
+        lines = screen.read_until("curl ").replace("\x1b[K", "").splitlines()
+        screen.process.terminate()
+        assert screen.process.wait(HANG) == 0
+    rows = [line for line in lines if line.startswith("  ") and " try " not in line and str(models) not in line]
+    assert len(rows) >= 4 and max(map(len, rows)) <= columns
+
+
+@contextlib.contextmanager
+def narrow_terminal(columns: int, *args: str | Path, home: Path) -> Iterator[Any]:
+    """A terminal of so many columns, which its process finds as it starts."""
+    (home / "wrapper").write_text(f"import os, subprocess, sys\nsubprocess.run(['stty', 'cols', '{columns}'], stdin=2)\n"
+                                  f"os.execv(sys.executable, [sys.executable, {str(SHIMMY)!r}, *sys.argv[1:]])\n")  # fmt: skip
+    with terminal(*args, home=home, script=home / "wrapper") as screen:
+        yield screen
+
+
+@pty
+def test_serve_on_a_terminal_shows_how_far_a_load_is(models: Path, tmp_path: Path) -> None:
+    with terminal("serve", "--port", "0", "--preload", "--model", "recital", "--models-dir", models, home=tmp_path,
+                  script=slow_load(tmp_path)) as screen:  # fmt: skip
+        screen.read_until("preparing the context of recital")
+        screen.read_until("loaded recital in")
+        screen.process.terminate()
+        assert screen.process.wait(HANG) == 0
+
+
+def test_verbose_serve_logs_tokens_and_speed_of_each_request(serve: Callable[..., Server], models: Path) -> None:
+    running = serve("-v", "--models-dir", models)
+    for _ in range(2):
+        running.generate("a long prompt that is read once =", max_tokens=40)
+    first, second = (line for line in said_by(running, "cached").splitlines() if "POST /api/generate" in line)
+    assert re.search(r"200 \d+ ms recital 34\+40 tokens, first after \d\.\d{3} s, [\d.]+ tokens/s", first)
+    assert re.search(r"recital 34\+40 tokens \(33 cached\), first after", second)
+
+
+# The terminal.
+
+
+def test_verbose_generate_ends_with_tokens_and_speed(server: Server, models: Path, tmp_path: Path) -> None:
+    for env in ({"SHIMMY_MODEL_PATHS": str(models)}, {"SHIMMY_PORT": str(server.port)}):
+        done = shimmy("-v", "generate", "recital", "--raw", "--prompt", "=", home=tmp_path, env=env)
+        last = done.stderr.decode().splitlines()[-1]
+        assert done.stdout.decode() == TEXTS["="]
+        assert re.search(r" 2\+40 tokens( \(1 cached\))?, first after \d+\.\d{3} s, [\d.]+ tokens/s$", last), last
+
+
+def test_verbose_lines_end_with_tokens_and_speed(models: Path, tmp_path: Path) -> None:
+    done = shimmy("-v", "generate", "recital", "--raw", "--lines", "--models-dir", models, home=tmp_path, stdin=b":\n=\n")
+    assert re.search(rb"43 tokens in [\d.]+ s: [\d.]+ tokens/s\n$", done.stderr), done.stderr
+
+
+def type_into_chat(*flags: str, models: Path, home: Path) -> Any:
+    return terminal("generate", "recital", "--chat", "--models-dir", models, *flags, home=home, stdin=None)
+
+
+def say(screen: Any, line: str, *until: str) -> str:
+    """Types a line at the prompt; reads until the words, in order, and the next prompt have come."""
+    os.write(screen.mine, line.encode() + b"\n")
+    for words in (*until, "> "):
+        screen.read_until(words)
+        shown, screen.seen = screen.seen, screen.seen.partition(words)[2]
+    return shown
+
+
+def end(screen: Any) -> None:
+    os.write(screen.mine, b"\x04")
+    assert screen.process.wait(HANG) == 0
+
+
+@pty
+def test_chat_at_a_keyboard_is_a_conversation(models: Path, tmp_path: Path) -> None:
+    with type_into_chat("-v", models=models, home=tmp_path) as screen:
+        screen.read_until("loaded recital")
+        say(screen, "hello", "Hello wide world", f"{1 + len('[user]hello[assistant]:')}+3 tokens")
+        turns = "[user]hello[assistant]Hello wide world[user]count[assistant]="
+        say(screen, "count", "w38 w39", f"{1 + len(turns)}+40 tokens (")
+        end(screen)
+    assert (tmp_path / ".shimmy_history").read_text() == "hello\ncount\n"
+    assert (tmp_path / ".shimmy_history").stat().st_mode & 0o077 == 0
+
+
+@pty
+def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(models: Path, tmp_path: Path) -> None:
+    with type_into_chat("--ctx", "65536", models=models, home=tmp_path) as screen:
+        screen.read_until("> ")
+        os.write(screen.mine, b"go on forever\n")
+        screen.read_until("tick tock tick tock")
+        screen.process.send_signal(signal.SIGINT)
+        screen.seen = ""
+        screen.read_until("\r\n> ")
+        screen.seen = ""
+        os.write(screen.mine, b"half a line")
+        screen.read_until("half a line")
+        screen.process.send_signal(signal.SIGINT)
+        screen.read_until("\r\n> ")
+        say(screen, "hello", "Hello wide world")
+        end(screen)
+
+
+@pty
+def test_chat_takes_commands_and_texts_of_several_lines(models: Path, tmp_path: Path) -> None:
+    with type_into_chat("-v", models=models, home=tmp_path) as screen:
+        screen.read_until("loaded recital")
+        say(screen, "/help", "Ctrl-C stops an answer")
+        say(screen, "/nonsense", "no such command")
+        say(screen, "hello", f"{1 + len('[user]hello[assistant]:')}+3 tokens")
+        say(screen, "/system Be brief")
+        say(screen, '"""one\ntwo"""', f"{1 + len('[system]Be brief[user]one/two[assistant]:')}+3 tokens")
+        say(screen, "/reset")
+        say(screen, "hello", f"{1 + len('[system]Be brief[user]hello[assistant]:')}+3 tokens")
+        end(screen)
+
+
+@pty
+def test_chat_says_what_went_wrong_and_goes_on(models: Path, tmp_path: Path) -> None:
+    with type_into_chat("--ctx", "128", models=models, home=tmp_path) as screen:
+        screen.read_until("> ")
+        say(screen, "a" * 300, "does not fit", "/reset begins anew")
+        say(screen, "hello", "Hello wide world")
+        end(screen)
+
+
+@pty
+@pytest.mark.parametrize("columns", [40, 60])
+def test_list_keeps_to_a_narrow_terminal(columns: int, models: Path, tmp_path: Path) -> None:
+    with narrow_terminal(columns, "list", "--models-dir", models, home=tmp_path) as screen:
+        lines = screen.rest().splitlines()
+    assert "recital" in lines and max(len(line) for line in lines if str(models) not in line) <= columns
+
+
+def test_list_names_the_largest_context_that_fits(models: Path, tmp_path: Path) -> None:
+    done = shimmy("list", "--json", "--models-dir", models, home=tmp_path)
+    contexts = {model["id"]: model["largest_context"] for model in json.loads(done.stdout)["models"]}
+    assert (contexts["recital"], contexts["dice"]) == (65536, 256)
+    place = "        left = free - self.size_bytes - 128 * MIB"
+    script = altered(tmp_path, (place, "        free = self.size_bytes + 128 * MIB + 102_400\n" + place))
+    table = shimmy("list", "--models-dir", models, home=tmp_path, script=script).stdout.decode()
+    assert re.search(r"recital .* 65536 +ctx 768 ", table) and re.search(r"dice .* 256 +yes ", table)
+
+
+def test_probe_names_the_largest_context_that_fits(models: Path, tmp_path: Path) -> None:
+    done = shimmy("probe", "recital", "--models-dir", models, home=tmp_path)
+    assert re.search(rb"context +8,192 tokens, up to 65,536 would fit\n", done.stdout)
+
+
+@cases("command", {name or "none": name for name in module.HELP})
+def test_help_shows_what_each_command_does(command: str, tmp_path: Path) -> None:
+    done = shimmy(*([command] if command else []), "--help", home=tmp_path, env={"COLUMNS": "80"})
+    text = done.stdout.decode()
+    assert done.returncode == 0 and len(text.splitlines()[2]) > 50 and max(map(len, text.splitlines())) <= 80
+    epilog = module.HELP[command][2]
+    assert text.endswith(f"{epilog}\n") if epilog else True
+
+
+def test_the_examples_of_the_help_work(hub: FakeHub, tmp_path: Path) -> None:
+    shown = shimmy(home=tmp_path).stderr.decode()
+    serve_it, generate_it, pull_it = re.findall(r"(?m)^  python (shimmy\.py .*)$", shown)
+    hub.repo = module.SUGGESTED
+    for example in (generate_it, pull_it):
+        command = f"'{sys.executable}' {example.replace('shimmy.py', str(SHIMMY), 1)}"
+        done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=environment(tmp_path, hub.env), capture_output=True,
+                              timeout=HANG, check=False)  # fmt: skip
+        assert done.returncode == 0 and done.stdout, done.stderr
+    assert serve_it == "shimmy.py serve"
+
+
+@cases(
+    "words,completed",
+    {"a command": (["gen"], ["generate"]), "a flag": (["serve", "--po"], ["--port"]),
+     "a choice": (["serve", "--kv-type", "q"], ["q8_0", "q4_0"]), "a model": (["generate", "rec"], ["recital"]),
+     "a hostile one": (["probe", "$("], [r"\$\(touch\$ifs-run\)"])},
+)  # fmt: skip
+def test_bash_completes(words: list[str], completed: list[str], models: Path, tmp_path: Path) -> None:
+    write_recital(tmp_path / "models" / "$(touch$IFS run).gguf")
+    command = tmp_path / "shimmy.py"
+    command.write_text(f"#!/bin/sh\nexec '{sys.executable}' '{SHIMMY}' \"$@\"\n")
+    command.chmod(0o755)
+    script = shimmy("completion", "bash", home=tmp_path).stdout.decode()
+    array = " ".join(f"'{word}'" for word in ["./shimmy.py", *words])
+    script += f"\nCOMP_WORDS=({array}); COMP_CWORD={len(words)}; _shimmy; printf '%s\\n' \"${{COMPREPLY[@]}}\""
+    env = environment(tmp_path, {"SHIMMY_MODEL_PATHS": str(models)})
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, timeout=HANG, check=True)
+    assert done.stdout.decode().split("\n")[:-1] == completed and not (tmp_path / "run").exists()
+
+
+@cases("shell", {"zsh": "zsh", "fish": "fish"})
+def test_completion_knows_every_command(shell: str, tmp_path: Path) -> None:
+    script = shimmy("completion", shell, home=tmp_path).stdout.decode()
+    assert all(command in script for command in module.HELP if command) and "kv-type" in script
+
+
+@cases(
+    "changes",
+    {"text for numbers": {"attention.key_length": "a" * 1000, "attention.value_length": "a"},
+     "text for a count": {"block_count": "x"}, "no heads": {"attention.head_count": 0},
+     "a list of texts": {"attention.head_count_kv": ("a",)}, "a fraction": {"block_count": 0.5}},
+)  # fmt: skip
+def test_memory_of_a_context_is_unknown_where_the_header_is_wrong(changes: dict[str, Any]) -> None:
+    shape = {"block_count": 2, "embedding_length": 64, "attention.head_count": 4, "attention.head_count_kv": 2}
+    named = [{f"llama.{key}": value for key, value in each.items()} for each in (shape, shape | changes)]
+    assert [module._kv_numbers(meta, "llama") for meta in named] == [2 * 2 * 2 * 16, None]
+
+
+def test_memory_of_a_context_counts_each_layers_heads() -> None:
+    meta = {"a.block_count": 3, "a.embedding_length": 64, "a.attention.head_count": 4, "a.attention.head_count_kv": (4, 0, 2)}
+    assert module._kv_numbers(meta, "a") == 6 * 2 * 16
+
+
+# ── README ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Readme.
+
+README = (REPO / "README.md").read_text()
+BLOCKS = re.findall(r"(?ms)^```(\w+)\n(.*?)^```$", README)
+PENDING = {"models/page.png"}  # branch page makes it
+
+
+def blocks_of(*languages: str) -> list[str]:
+    return [text for language, text in BLOCKS if language in languages]
+
+
+def first_line(block: str) -> str:
+    return block.splitlines()[0][:60]
+
+
+def check_command_lines(block: str) -> None:
+    """Asserts that shimmy understands its command lines in a block, and that pip is asked for what the script needs."""
+    joined = block.replace("\\\n", " ")
+    for line in joined.splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["pip", "install"]:
+            script = SHIMMY.read_text()
+            assert all(f'"{w}"' in script for w in words if re.match(r"[a-z-]+>=", w)) and "--prefer-binary" in words
+        elif len(words) > 1 and words[1] == "shimmy.py":
+            module.parser().parse_args(words[2:])
+
+
+def check_make(block: str) -> None:
+    """Asserts that make knows the target."""
+    target = block.split()[1]
+    assert subprocess.run(["make", "-n", target], cwd=REPO, capture_output=True, check=False).returncode == 0
+
+
+def check_docker(block: str) -> None:
+    """Asserts that the flags are those of the container file."""
+    (file,) = blocks_of("dockerfile")
+    assert f"EXPOSE {module.DEFAULT_PORT}" in file and f"{module.DEFAULT_PORT}:{module.DEFAULT_PORT}" in block
+    assert "ENV SHIMMY_MODEL_PATHS=/models" in file and ":/models:ro" in block and "SHIMMY_API_KEY" in block
+
+
+NOT_RUN: dict[str, tuple[str, Callable[[str], None]]] = {  # by a block's start: why it is not run, what is checked instead
+    "make run": ("installs for minutes and then serves for ever", check_make),
+    ".venv/bin/python shimmy.py pull": ("fetches from the network", check_command_lines),
+    "pip install --prefer-binary": ("installs, and opens a browser", check_command_lines),
+    "python shimmy.py pull": ("fetches from the network", check_command_lines),
+    "docker build": ("needs docker's daemon and the network", check_docker),
+}
+
+
+def why_not_run(block: str) -> tuple[str, Callable[[str], None]] | None:
+    return next((entry for start, entry in NOT_RUN.items() if block.startswith(start)), None)
+
+
+@pytest.fixture(scope="module")
+def documented(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server with the model in the box, and a reranker; its home is a checkout as README's reader has it."""
+    home = tmp_path_factory.mktemp("reader")
+    (home / "models").mkdir()
+    shutil.copy(REPO / "models" / "shimmy-tiny.gguf", home / "models")
+    BERT.write(home / "models" / "reranker.gguf", pooling=4)
+    shutil.copy(SHIMMY, home / "shimmy.py")
+    (home / "notes.txt").write_text("The meeting is moved to Monday.\n")
+    (home / "phrases.txt").write_text("Hello\nGood evening\n")
+    person = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}, "required": ["name"]}
+    (home / "person.json").write_text(json.dumps(person))
+    (home / "bin").mkdir()
+    for name, command in {"python": sys.executable, "curl": f"{shutil.which('curl')} -sS --fail-with-body"}.items():
+        (home / "bin" / name).write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+        (home / "bin" / name).chmod(0o755)
+    subprocess.run("git init -q && git add notes.txt && echo changed >> notes.txt", shell=True, cwd=home, check=True)
+    with shared(home, "--models-dir", home / "models", "--model", "shimmy-tiny", script=home / "shimmy.py") as running:
+        yield running
+
+
+def as_reader(documented: Server, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Runs a command as README's reader does, but for the port."""
+    env = environment(documented.home, {"SHIMMY_PORT": str(documented.port), "NO_PROXY": "*"})
+    env["PATH"] = f"{documented.home / 'bin'}:{env['PATH']}"
+    return subprocess.run(
+        command, cwd=documented.home, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=HANG, check=False
+    )
+
+
+def served(block: str, server: Server) -> str:
+    """The block for this server."""
+    return block.replace(str(module.DEFAULT_PORT), str(server.port)).replace("RERANKER", "reranker")
+
+
+@pytest.mark.parametrize("block", [b for b in blocks_of("sh", "console") if not why_not_run(b)], ids=first_line)
+def test_readme_shell_lines_run(block: str, documented: Server) -> None:
+    done = as_reader(documented, ["bash", "-euo", "pipefail", "-c", served(block, documented)])
+    assert done.returncode == 0 and done.stdout.strip(), done
+    assert '"error": {' not in done.stdout and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("block", [b for b in blocks_of("sh", "console") if why_not_run(b)], ids=first_line)
+def test_readme_shell_lines_that_are_not_run_are_understood(block: str) -> None:
+    reason = why_not_run(block)
+    assert reason
+    reason[1](block)
+
+
+@pytest.mark.parametrize("block", blocks_of("python"), ids=first_line)
+def test_readme_python_runs(block: str, documented: Server) -> None:
+    done = as_reader(documented, [sys.executable, "-c", served(block, documented)])
+    assert done.returncode == 0 and not done.stderr, done
+    assert done.stdout.strip() or "@tool" in block
+
+
+def test_readme_blocks_name_their_language_and_none_is_left_out() -> None:
+    known = {"sh", "python", "nginx", "ini", "dockerfile", "caddyfile"}
+    assert {language for language, _ in BLOCKS} == known and README.count("\n```") == 2 * len(BLOCKS)
+    for start in NOT_RUN:
+        assert [b for b in blocks_of("sh") if b.startswith(start)], f"README no longer says {start!r}"
+
+
+def test_readme_links_lead_somewhere() -> None:
+    headings = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"(?m)^#+ (.+)$", README)}
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        if target.startswith("#"):
+            assert target[1:] in headings, target
+        elif not target.startswith("http") and target not in PENDING:
+            assert (REPO / target).is_file(), target
+
+
+def test_readme_names_every_route() -> None:
+    missing = [r.label() for r in module.ROUTES if r.label() not in README and f"/v1{r.label()}" not in README]
+    assert [m for m in missing if not re.search(r"…|/unload$|/status$|^/$|reranking|models/\{name\}$", m)] == []
+
+
+def test_readme_names_every_flag_of_serve() -> None:
+    flags = set(re.findall(r"(?m)^ +(--[a-z-]+)", shimmy("serve", "--help", home=Path("/tmp")).stdout.decode()))
+    assert {flag for flag in flags if flag not in README} <= {"--help"}
+
+
+def test_readme_flags_exist() -> None:
+    others = "prefer-binary extra-index-url url no-cache-dir no-install-recommends create-home now install"
+    commands = ("serve", "generate", "list", "probe", "diag", "pull")
+    help = "".join(shimmy(command, "--help", home=Path("/tmp")).stdout.decode() for command in commands)
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {f"--{name}" for name in others.split()}
+    assert {flag for flag in named if not re.search(rf"{flag}\b", help)} == set()
+
+
+def test_readme_systemd_unit_is_valid_and_starts(serve: Callable[..., Server], tmp_path: Path) -> None:
+    (unit,) = blocks_of("ini")
+    python, script, command, *flags = re.search(r"(?m)^ExecStart=(.+)$", unit)[1].split()  # type: ignore[index]
+    assert command == "serve" and serve(*flags).get("/health").status == 200
+    if shutil.which("systemd-analyze"):
+        file = tmp_path / "shimmy.service"
+        file.write_text(unit.replace(python, sys.executable).replace(script, str(SHIMMY)))
+        done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, timeout=HANG, check=False)
+        assert done.returncode == 0 and "shimmy.service" not in done.stderr, done.stderr
+
+
+def test_readme_container_file_copies_what_is_there_and_its_entry_starts(serve: Callable[..., Server]) -> None:
+    (file,) = blocks_of("dockerfile")
+    lines = [line for line in file.replace("\\\n", " ").splitlines() if line]
+    known = {"FROM", "RUN", "USER", "COPY", "ENV", "EXPOSE", "ENTRYPOINT"}
+    assert {line.split()[0] for line in lines} == known and "COPY shimmy.py /app/" in lines
+    check_command_lines(next(line.removeprefix("RUN ") for line in lines if "pip install" in line).replace("--no-cache-dir ", ""))
+    entry = next(line for line in lines if line.startswith("ENTRYPOINT"))
+    python, script, command, *flags = json.loads(entry.split(maxsplit=1)[1])
+    assert (python, script, command) == ("python", "/app/shimmy.py", "serve")
+    own = serve(*flags, env={"SHIMMY_API_KEY": "k"})
+    assert own.get("/health").status == 200 and own.get("/v1/models").status == 401
+
+
+def test_readme_caddyfile_names_the_server() -> None:
+    """Not run: Caddy is in no package list here."""
+    (file,) = blocks_of("caddyfile")
+    assert file.count("{") == file.count("}") and f"reverse_proxy 127.0.0.1:{module.DEFAULT_PORT}" in file
+    if shutil.which("caddy"):
+        adapted = subprocess.run(["caddy", "adapt", "--config", "-", "--adapter", "caddyfile"], input=file.encode(), check=True)
+        assert adapted.returncode == 0
+
+
+# Nginx.
+
+nginx = pytest.mark.skipif(not shutil.which("nginx") or not shutil.which("openssl"), reason="nginx and openssl are not here")
+
+
+@dataclass(frozen=True)
+class Proxied:
+    """The server behind nginx as README sets it up: TLS, another name, a key."""
+
+    port: int
+    context: ssl.SSLContext
+    headers: dict[str, str]
+
+    def connect(self) -> http.client.HTTPSConnection:
+        return http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=HANG)
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> http.client.HTTPResponse:
+        connection = self.connect()
+        connection.request(method, path, body and json.dumps(body), {**self.headers, **headers})
+        return connection.getresponse()
+
+
+def nginx_files(folder: Path, port: int, upstream: int) -> Path:
+    """README's configuration for ports of a test's own, and what surrounds it on a real machine."""
+    certify = "openssl req -x509 -newkey rsa:2048 -nodes -subj /CN=llm.example.com -days 2 -keyout privkey.pem -out fullchain.pem"
+    subprocess.run(certify.split(), cwd=folder, check=True, capture_output=True)
+    (block,) = blocks_of("nginx")
+    own = block.replace("listen 443", f"listen 127.0.0.1:{port}").replace("/etc/letsencrypt/live/llm.example.com", str(folder))
+    own = own.replace(str(module.DEFAULT_PORT), str(upstream))
+    temporary = "".join(f"{name}_temp_path {folder / name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    user = "user root;" if os.geteuid() == 0 else ""
+    (folder / "nginx.conf").write_text(f"{user} daemon off; pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+                                       f"http {{ access_log off; {temporary}\n{own}\n}}")  # fmt: skip
+    return folder / "nginx.conf"
+
+
+@pytest.fixture(scope="module")
+def proxied(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Proxied]:
+    home, folder = tmp_path_factory.mktemp("behind"), tmp_path_factory.mktemp("nginx")
+    host = "llm.example.com"
+    flags = ["--allow-host", host, "--allow-origin", f"https://{host}", "--api-key", "k", "--ctx", str(LONG_CTX)]
+    assert f"serve {' '.join(flags[:4])}" in README
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with shared(home, "--models-dir", models, "--model", "recital", *flags) as server:
+        process = subprocess.Popen(["nginx", "-c", nginx_files(folder, port, server.port), "-p", folder], stderr=subprocess.PIPE)
+        context = ssl.create_default_context(cafile=folder / "fullchain.pem")
+        context.check_hostname = False
+        found = Proxied(port, context, {"Host": host, "Authorization": "Bearer k", "Origin": f"https://{host}"})
+
+        def answers() -> bool:
+            with contextlib.suppress(ConnectionError):
+                return found.request("GET", "/health").status == 200
+            return False
+
+        try:
+            eventually(answers, "nginx answers")
+            yield found
+        finally:
+            process.terminate()
+            process.wait(HANG)
+
+
+@nginx
+@cases("path, body", {
+    "SSE": ("/api/generate", {"model": "recital", "prompt": "#", "max_tokens": LONG_CTX, "stream": True}),
+    "NDJSON": ("/api/chat", {"model": "recital", "messages": [{"role": "user", "content": "forever"}],
+                             "options": {"num_predict": LONG_CTX}}),
+})  # fmt: skip
+def test_streams_come_piece_by_piece_through_nginx(path: str, body: dict[str, Any], proxied: Proxied) -> None:
+    """The stream never ends by itself: what is read here has not waited for its end."""
+    response = proxied.request("POST", path, body)
+    assert response.status == 200
+    assert b"ick" in response.readline() + response.readline() + response.readline()
+    response.close()
+
+
+@nginx
+def test_websocket_passes_nginx(proxied: Proxied) -> None:
+    options: Any = {"ssl": proxied.context, "proxy": None, "origin": proxied.headers["Origin"], "open_timeout": HANG,
+                    "additional_headers": {"Authorization": "Bearer k"}}  # fmt: skip
+    with socket.create_connection(("127.0.0.1", proxied.port)) as sock, ws_connect(
+        "wss://llm.example.com/ws/generate", sock=sock, **options
+    ) as ws:
+        ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": LONG_CTX}))
+        assert "ick" in json.loads(ws.recv(HANG))["token"]
+        ws.send(json.dumps({"cancel": True}))
+        assert ws_answer(ws)[1]["finish_reason"] == "cancelled"
+
+
+@nginx
+def test_keys_hosts_origins_and_ids_hold_behind_nginx(proxied: Proxied) -> None:
+    assert proxied.request("GET", "/v1/models", **{"X-Request-Id": "edge-1"}).headers["X-Request-Id"] == "edge-1"
+    assert proxied.request("GET", "/v1/models", Authorization="").status == 401
+    assert proxied.request("GET", "/v1/models", Origin="https://evil.example").status == 403
+
+
+@nginx
+def test_large_bodies_pass_nginx(proxied: Proxied) -> None:
+    body = {"model": "recital", "prompt": ":", "unknown": "a" * 15_000_000}
+    assert proxied.request("POST", "/api/generate", body).status == 200
 
 
 # ── What the shared servers logged ────────────────────────────────────────────────────────────────────────────────────
@@ -10862,6 +16098,215 @@ def test_box_model_holds_the_chat_template_it_was_trained_with(monkeypatch: pyte
     assert reader.fields["tokenizer.chat_template"].contents() == generator.CHAT_TEMPLATE
 
 
+# ── Soak ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+# Soak.
+# `python test_shimmy.py soak` runs mixed traffic for minutes: nothing may grow, no answer may lack its end. Exit 1 if so.
+
+
+@only_under_soak
+def test_soak_of_seconds_finds_nothing() -> None:
+    command = [sys.executable, __file__, "soak", "--minutes", "0.03", "--kill", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "websocket" in done.stdout and "descriptors" in done.stdout
+
+
+class Improper(Exception):
+    """An answer without a proper end, or that is none of its dialect."""
+
+
+SOAK_SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+               "required": ["name", "age"], "additionalProperties": False}  # fmt: skip
+
+
+class Soak:
+    """Mixed traffic on one server. Each kind of traffic is a method that makes one request and says how it ended."""
+
+    KINDS = (*TONGUES, "websocket", "tools", "schema", "embeddings", "leaving", "loading", "asking")
+
+    def __init__(self, server: Server, kill: float) -> None:
+        self.server, self.kill = server, kill
+        self.ends = {kind: dict.fromkeys(("complete", "error", "left", "improper"), 0) for kind in self.KINDS}
+        self.faults: list[str] = []
+        self.kills = 0
+        self._lock = threading.Lock()
+
+    def run(self, seconds: float) -> list[float]:
+        """Runs every kind at once. Returns the seconds that each of the same probes took."""
+        until = time.monotonic() + seconds
+        threads = [threading.Thread(target=self._repeat, args=(kind, until)) for kind in self.KINDS]
+        threads.append(threading.Thread(target=self._kill_engines, args=(until,)))
+        for thread in threads:
+            thread.start()
+        probes = []
+        while time.monotonic() < until:
+            began = time.perf_counter()
+            if self.server.generate("=").status == 200:
+                probes.append(time.perf_counter() - began)
+            time.sleep(0.2)
+        for thread in threads:
+            thread.join()
+        return probes
+
+    def _repeat(self, kind: str, until: float) -> None:
+        rng = random.Random(kind)
+        while time.monotonic() < until:
+            try:
+                end = self._tongue(TONGUES[kind], rng) if kind in TONGUES else getattr(self, f"_{kind}")(rng)
+            except Exception as fault:  # whatever it is, it is no proper end
+                end = "improper"
+                self.faults.append(f"{kind}: {type(fault).__name__}: {fault}"[:300])
+            with self._lock:
+                self.ends[kind][end] += 1
+            time.sleep(rng.random() / 10)
+
+    def _kill_engines(self, until: float) -> None:
+        rng = random.Random(0)
+        while time.monotonic() + self.kill < until:
+            time.sleep(self.kill)
+            if found := engines_of(self.server):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(rng.choice(found), signal.SIGKILL)
+                    self.kills += 1
+
+    @staticmethod
+    def _judged(reply: Reply, stream: bool = False) -> str:
+        """How an answer ended. Raises Improper."""
+        if reply.status in (500, 503):
+            document = reply.json()
+            if not document.get("error"):
+                raise Improper(f"{reply.status} {reply.body[:200]!r}")
+            return "error"
+        if reply.status != 200:
+            raise Improper(f"{reply.status} {reply.body[:200]!r}")
+        if not stream:
+            reply.json()
+            return "complete"
+        if not ends_well(reply.body) and not ends_with_an_error(reply.body):
+            raise Improper(f"ends with {reply.body[-200:]!r}")
+        return "complete" if ends_well(reply.body) else "error"
+
+    def _tongue(self, tongue: Tongue, rng: random.Random) -> str:
+        stream, body = rng.random() < 0.7, tongue.body(rng.choice(("forever", "hi")), pad="x" * rng.choice((0, 10, 3000)))
+        body["stream"] = stream
+        limit = rng.choice((1, 20, 300))
+        for name in tongue.fields:
+            body[name] = {"num_predict": limit} if name == "options" else limit if name != "raw" else True
+        return self._judged(self.server.post(tongue.path, body), stream)
+
+    def _websocket(self, rng: random.Random) -> str:
+        with self.server.ws() as ws:
+            for _ in range(rng.choice((1, 3))):
+                ws.send(json.dumps({"model": "recital", "prompt": "#", "max_tokens": rng.choice((1, 300))}))
+                if cancel := rng.random() < 0.3:
+                    ws.send('{"cancel": true}')
+                end = ws_answer(ws)[1]
+                if "error" in end:
+                    return "error"
+                if not end["done"] or not (end["finish_reason"] == "length" or cancel):
+                    raise Improper(str(end))
+        return "complete"
+
+    def _tools(self, rng: random.Random) -> str:
+        messages = [{"role": "user", "content": f"What is {rng.randrange(100)} plus {rng.randrange(100)}?"}]
+        body = {"model": "shimmy-tiny", "messages": messages, "tools": [{"type": "builtin", "name": "calculator"}],
+                "max_tokens": 60, "stream": (stream := rng.random() < 0.5)}  # fmt: skip
+        return self._judged(self.server.post("/v1/chat/completions", body), stream)
+
+    def _schema(self, rng: random.Random) -> str:
+        form = {"type": "json_schema", "json_schema": {"name": "person", "schema": SOAK_SCHEMA}}
+        fields = {"response_format": form, "max_tokens": 100, "seed": rng.randrange(9)}
+        reply = self.server.chat("Describe a person as JSON.", "shimmy-tiny", **fields)
+        end = self._judged(reply)
+        if end == "complete" and reply.finish_reason == "stop":
+            json.loads(reply.message["content"])
+        return end
+
+    def _embeddings(self, rng: random.Random) -> str:
+        texts = ["word " * rng.randrange(1, 30) for _ in range(rng.randrange(1, 6))]
+        reply = self.server.post("/v1/embeddings", {"model": "recital", "input": texts})
+        end = self._judged(reply)
+        if end == "complete" and len(reply.json()["data"]) != len(texts):
+            raise Improper("vectors are missing")
+        return end
+
+    def _leaving(self, rng: random.Random) -> str:
+        tongue = rng.choice(list(TONGUES.values()))
+        with requested(self.server, tongue, pad="y" * rng.choice((0, 5000)), stream=rng.random() < 0.7) as sock:
+            sock.settimeout(rng.choice((0.001, 0.05, 0.3)))
+            with contextlib.suppress(TimeoutError):
+                sock.recv(1000)
+        return "left"
+
+    def _loading(self, rng: random.Random) -> str:
+        replies = [self.server.load("dice"), self.server.generate("Once", "dice", max_tokens=5),
+                   self.server.unload("dice", rng.choice(("", "?force=true")))]  # fmt: skip
+        return min((self._judged(reply) for reply in replies), key=("error", "complete").index)
+
+    def _asking(self, rng: random.Random) -> str:
+        path = rng.choice(("/health", "/api/models", "/v1/models", "/api/ps", "/api/tags", "/", "/api/models/dice/status"))
+        reply = self.server.get(path)
+        if reply.status != 200 or not reply.body:
+            raise Improper(f"{path} {reply.status}")
+        return "complete"
+
+
+def at_rest(server: Server) -> dict[str, float]:
+    """What the server holds once nothing runs: memory (MB), descriptors, threads."""
+    health = lambda: server.get("/health").json()  # noqa: E731
+    eventually(lambda: health()["requests_running"] == health()["requests_waiting"] == 0, "nothing runs")
+    time.sleep(3.0)  # connections and threads that end
+    pages = int(Path(f"/proc/{server.process.pid}/statm").read_text().split()[1])
+    descriptors, threads = held(server)
+    return {"memory (MB)": pages * resource.getpagesize() / 1e6, "descriptors": descriptors, "threads": threads}
+
+
+SOAK_ROOM = {"memory (MB)": (1.1, 10.0), "descriptors": (1.0, 6.0), "threads": (1.0, 6.0)}  # may grow by this factor, and so much
+
+
+def soak(arguments: list[str]) -> int:
+    """Runs the traffic, prints how it ended, and returns the exit status."""
+    parser = argparse.ArgumentParser(prog="test_shimmy.py soak", description="Mixed traffic; exit 1 when something breaks.")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--kill", type=float, default=60.0, help="seconds between engines that are killed")
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        write_recital(Path(folder) / "models" / "recital.gguf")
+        write_dice(Path(folder) / "models" / "dice.gguf")
+        flags: list[str | Path] = ["--models-dir", f"{folder}/models", "--models-dir", REPO / "models", "--ctx", "8192"]
+        server = Server(Path(folder) / "home", "--port", "0", *flags)
+        try:
+            return soaked(Soak(server, options.kill), options.minutes * 60)
+        finally:
+            server.stop()
+
+
+def soaked(traffic: Soak, seconds: float) -> int:
+    traffic.run(min(60.0, seconds / 4))  # warms up: lazy imports, caches, the largest of everything
+    before = at_rest(traffic.server)
+    probes = traffic.run(seconds)
+    after = at_rest(traffic.server)
+    print(f"{'traffic':<18}{'complete':>10}{'error':>8}{'left':>8}{'improper':>10}")
+    for kind, ends in traffic.ends.items():
+        print(f"{kind:<18}{ends['complete']:>10}{ends['error']:>8}{ends['left']:>8}{ends['improper']:>10}")
+    fifth = max(1, len(probes) // 5)
+    first, last = (statistics.median(part) * 1000 for part in (probes[:fifth], probes[-fifth:]))
+    print(f"engines killed: {traffic.kills}; {len(probes)} probes, {first:.0f} ms at first, {last:.0f} ms at last")
+    wrong = list(traffic.faults)
+    if len(probes) >= 100 and last > 1.5 * first + 20:  # fewer say nothing
+        wrong.append("the last probes took longer than the first")
+    for what, (factor, more) in SOAK_ROOM.items():
+        print(f"{what:<18}{before[what]:>10.1f} -> {after[what]:.1f}")
+        if after[what] > before[what] * factor + more:
+            wrong.append(f"{what} grew")
+    if "Traceback" in traffic.server.log.read_text():
+        wrong.append("the server logged a traceback: " + traffic.server.log.read_text().split("Traceback", 1)[1][-1500:])
+    for fault in wrong[:20]:
+        print("FAULT", fault)
+    return 1 if wrong else 0
+
+
 # ── Benchmark ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # `python test_shimmy.py bench` prints a table of speeds. It is not a test: nothing asserts speed. Each speed is compared
 # with the bare loop, a process that reads the same prompts and decodes the same number of tokens and does nothing else.
@@ -10915,7 +16360,7 @@ def hush_llama() -> Any:
     """Silences llama.cpp; the cache keeps the callback alive until the process ends."""
     import ctypes
 
-    import llama_cpp
+    import llama_cpp.llama_cpp as llama_cpp
 
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
@@ -10924,7 +16369,7 @@ def hush_llama() -> Any:
 
 def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) -> Path:
     """Writes a random q4_k_m model shaped like a 0.5B one (24 layers of width 896); every word is one token."""
-    import llama_cpp
+    import llama_cpp.llama_cpp as llama_cpp
 
     rng, width, ffn, raw = np.random.default_rng(0), 896, 4864, path.with_suffix(".f16")
     words = [f"▁{w}" for w in (*BENCH_WORDS, "assistant", "user", "system")]
@@ -10975,7 +16420,7 @@ def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) ->
 
 def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) -> float:
     """Times one process that reads `batch` prompts and decodes `tokens` tokens of each, in seconds."""
-    import llama_cpp as c
+    import llama_cpp.llama_cpp as c
 
     hush_llama()
     handle = c.llama_model_load_from_file(model.encode(), c.llama_model_default_params())
@@ -11288,5 +16733,7 @@ if __name__ == "__main__":
         bench(sys.argv[2:])
     elif sys.argv[1:2] == ["bare"]:
         print(bare_loop(sys.argv[2], *map(int, sys.argv[3:7])))
+    elif sys.argv[1:2] == ["soak"]:
+        sys.exit(soak(sys.argv[2:]))
     else:
-        sys.exit("python test_shimmy.py bench [--help]; the tests run with pytest")
+        sys.exit("python test_shimmy.py bench|soak [--help]; the tests run with pytest")
