@@ -4776,6 +4776,7 @@ class TextMachine:
         for kind, low, high in algebra.pieces():
             sizes.setdefault(1 << kind, []).extend((low, high))
         self._single = {mask: codes[0] for mask, codes in sizes.items() if codes[0] == codes[-1]}  # class → its only character
+        self._many: dict[tuple[Texts, int, int | None], tuple[int, bool]] = {}
 
     def _start_bytes(self) -> list[int]:
         """The bytes that a character of each class may begin with, written as itself."""
@@ -4822,6 +4823,41 @@ class TextMachine:
     def only(self, classes: int) -> int | None:
         """The one character of the classes, if there is but one."""
         return self._single.get(classes)
+
+    def characters(self, classes: int, ranges: Ranges = EVERY_CHAR) -> int:
+        """How many characters of the ranges are of the classes."""
+        pieces = [(low, high) for kind, low, high in self.algebra.pieces() if classes >> kind & 1]
+        return sum(b - a + 1 for first, last in ranges for a, b in _within(tuple(pieces), first, last))
+
+    def more_than(self, number: int, at: Texts, low: int, high: int | None) -> bool:
+        """Whether there are more than so many of the texts that follow."""
+        if at is self.algebra.all and high is None:
+            return True
+        key = (at, low, high)
+        count, whole = self._many.get(key, (0, False))
+        if count <= number and not whole:
+            if len(self._many) > self.MAX_KEPT:
+                self._many.clear()
+            count, whole = self._many[key] = self._count(key, 2 * number + 100)
+        return count > number
+
+    def _count(self, start: tuple[Texts, int, int | None], most: int) -> tuple[int, bool]:
+        """How many texts follow, counted until they are more than `most`; and whether those are all.
+
+        Texts that begin differently are different, and each beginning can be finished: so the beginnings are counted.
+        """
+        (at, low, high), ended = start, 0
+        layer = {at: int(self.alive(*start))}
+        while layer and ended + sum(layer.values()) <= most:
+            ended += sum(ways for at, ways in layer.items() if at.nullable and low == 0)
+            then, longer = self.counted(low, high), dict[Texts, int]()
+            for at, ways in layer.items():
+                classes = self.open(at, low, high)
+                for mask, behind in self.algebra.moves(at):
+                    if mask & classes:
+                        longer[behind] = longer.get(behind, 0) + ways * self.characters(mask & classes)
+            layer, (low, high) = longer, then
+        return ended + sum(layer.values()), not layer
 
     def first_bytes(self, classes: int) -> int:
         """The bytes that a character of the classes may begin with, the backslash of escapes among them."""
@@ -6530,6 +6566,19 @@ class Documents:
             self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else honoured(number_symbol, shape)
         return self._leaves[shape]
 
+    def new_text(self, shape: StringShape, taken: TakenTexts) -> Symbol | None:
+        """A string that is none of those taken; None if there is none."""
+        leaf = self.leaf(shape)
+        if leaf is None or not taken.texts:
+            return leaf
+        machine = text_machine(shape)
+        start = (machine.root, machine.low, machine.high)
+        if not machine.more_than(len(taken.texts), *start):
+            taken = TakenTexts(filter(machine.fits, taken.texts))
+            if not machine.more_than(len(taken.texts), *start):
+                return None
+        return InOrder((Word(b'"'), NewText(JsonText(machine, *start), taken, 0, len(taken.texts), 0)))
+
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
 
     def _possible(self, root: Node) -> set[Node]:
@@ -6647,7 +6696,7 @@ class Documents:
         counted = shape.low > 0 or shape.high is not None
         after = replace(here, count=self._counted(shape, here.count), first=False)
         for names, node in shape.unnamed:
-            key = self.leaf(replace(names, excluded=names.excluded | here.taken) if counted else names)
+            key = self.new_text(names, TakenTexts(here.taken)) if counted else self.leaf(names)
             if key is None or node not in self.possible:
                 continue
             begin = (word(comma),) if comma else ()
@@ -6687,12 +6736,12 @@ class Documents:
         texts = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)
                  and comparable(json.loads(shape.text)) not in seen}  # fmt: skip
         found: list[Symbol] = [InOrder(any_text(texts))] if texts else []
-        names = frozenset(value for value in seen if isinstance(value, str))
+        names = TakenTexts(value for value in seen if isinstance(value, str))
         numbers = [value for value in seen if isinstance(value, (int, float))]
         for shape in shapes:
             if isinstance(shape, StringShape):
-                leaf = self.leaf(replace(shape, excluded=shape.excluded | names))
-                found += [leaf] if leaf else []
+                text = self.new_text(shape, names)
+                found += [text] if text else []
             elif isinstance(shape, NumberShape):
                 few = shape.low or shape.high or shape.multiples  # else one more digit makes another of any, but for 0e1
                 found += filter(None, map(self.leaf, numbers_but(shape, [one for one in numbers if few or not one])))
@@ -6858,6 +6907,84 @@ class Recorded(Symbol):
 
     def left(self) -> Symbols:
         return self.then.follow(self.text) or ()
+
+
+class TakenTexts:
+    """Texts that a string must not be, in their order."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = sorted(texts)
+
+
+@dataclass(frozen=True)
+class NewText(Symbol):
+    """The rest of a JSON string that is to be none of the texts taken: those between `low` and `high` begin like it.
+
+    It goes on only with characters behind which there are more texts than are taken, so that it can always be finished.
+    """
+
+    text: JsonText
+    taken: TakenTexts
+    low: int
+    high: int
+    read: int  # characters
+
+    @property
+    def _is_taken(self) -> bool:
+        return self.low < self.high and len(self.taken.texts[self.low]) == self.read
+
+    def _begin(self, code: int) -> tuple[int, int]:
+        """Which of those taken go on with a character."""
+        texts, low = self.taken.texts, self.low + self._is_taken
+        first = bisect.bisect_left(texts, code, low, self.high, key=lambda text: ord(text[self.read]))
+        return first, bisect.bisect_right(texts, code, first, self.high, key=lambda text: ord(text[self.read]))
+
+    @functools.cached_property
+    def _used_up(self) -> frozenset[int]:
+        """The characters behind which everything is taken."""
+        text, found = self.text, set[int]()
+        machine, then = text.machine, text.machine.counted(text.low, text.high)
+        first = self.low + self._is_taken
+        classes = sum(mask for mask, behind in machine.algebra.moves(text.at)
+                      if not machine.more_than(self.high - first, behind, *then))  # fmt: skip
+        classes &= machine.open(text.at, text.low, text.high)
+        while classes and first < self.high:
+            code = ord(self.taken.texts[first][self.read])
+            first, last = self._begin(code)
+            if classes >> machine.algebra.class_of(code) & 1:
+                found |= set() if machine.more_than(last - first, machine.behind(text.at, code), *then) else {code}
+            first = last
+        return frozenset(found)
+
+    def _may_read(self, byte: int) -> bool:
+        machine, half = self.text.machine, self.text.half
+        if byte == ord('"') and not half[1]:
+            return not self._is_taken
+        if not self._used_up:
+            return True
+        ranges = spelled(half)[byte][0]
+        used = sum(first <= code <= last for code in self._used_up for first, last in ranges)
+        return machine.characters(machine.open(self.text.at, self.text.low, self.text.high), ranges) > used
+
+    @functools.cached_property
+    def firsts(self) -> int:  # type: ignore[override]
+        bits = self.text.firsts
+        if self._used_up:
+            return sum(1 << byte for byte in bytes_of(bits) if self._may_read(byte))
+        return bits & ~(1 << ord('"')) if self._is_taken and not self.text.half[1] else bits
+
+    def step(self, byte: int) -> Symbols | None:
+        rest = self.text.step(byte) if self.firsts >> byte & 1 else None
+        if not rest:
+            return rest
+        *written, behind = rest
+        assert isinstance(behind, JsonText)
+        if behind.half[1]:
+            return (replace(self, text=behind),)
+        machine, half = self.text.machine, self.text.half
+        only = None if half[1] else machine.only(machine.open(self.text.at, self.text.low, self.text.high))
+        low, high = self._begin(spelled(half)[byte][2] if only is None else only)
+        return (*written, NewText(behind, self.taken, low, high, self.read + 1) if low < high else behind)
 
 
 def bytes_of(bits: int) -> Iterator[int]:
