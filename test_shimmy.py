@@ -4870,12 +4870,7 @@ def test_what_plain_arguments_cannot_honour_is_refused_by_name(parameters, word)
 # Structured output.
 
 
-def begin(schema: Any) -> State:
-    """The state before the first byte of a schema's documents."""
-    return Automaton(read_json(json.dumps(schema), "json_schema")).start
-
-
-def written(schema: Any, seed: int, most: int = 600) -> Any:
+def document_at_random(schema: Any, seed: int, most: int = 600) -> Any:
     """A document written at random, which must never come to a dead end; None if it grew too long."""
     here, text, rnd = begin(schema), bytearray(), random.Random(seed)
     while len(text) < most and not (here.ends and rnd.random() < 0.3):
@@ -4907,7 +4902,7 @@ STRINGS = {**UNIQUE, "items": {"type": "string"}}
     "names": {**NULLS, "minProperties": 3, "propertyNames": {"pattern": "^[abc]$"}},
 })  # fmt: skip
 def test_schema_of_unlike_texts_is_written_without_dead_ends(schema: Any) -> None:
-    documents = [document for seed in range(40) if (document := written(schema, seed)) is not None]
+    documents = [document for seed in range(40) if (document := document_at_random(schema, seed)) is not None]
     for document in documents:
         Draft202012Validator(schema).validate(document)
     assert documents
