@@ -100,7 +100,8 @@ from shimmy import (
     strings_meet,
 )
 
-if __name__ != "__main__":  # the benchmark does not need it, and importing it takes most of a second
+if __name__ != "__main__":  # the benchmark does not need them, and importing them takes seconds
+    import llama_cpp  # the whole package, before shimmy takes its bindings alone
     import openai
 
 REPO = Path(__file__).resolve().parent
@@ -5686,11 +5687,11 @@ def test_completions_return_logprobs_on_request(server: Server) -> None:
 
 
 def test_logprobs_match_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
-    from llama_cpp.llama import Llama
+    import llama_cpp
 
     path = write_kind(tmp_path / "same.gguf", "llama")
     prompt = ids("What comes next")
-    llama = Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
     llama.eval(prompt)
     scores = llama.scores[len(prompt) - 1].astype(np.float64)
     expected = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
@@ -16419,7 +16420,7 @@ def hush_llama() -> Any:
     """Silences llama.cpp; the cache keeps the callback alive until the process ends."""
     import ctypes
 
-    import llama_cpp.llama_cpp as llama_cpp
+    import llama_cpp
 
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
     llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
@@ -16428,7 +16429,7 @@ def hush_llama() -> Any:
 
 def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) -> Path:
     """Writes a random q4_k_m model shaped like a 0.5B one (24 layers of width 896); every word is one token."""
-    import llama_cpp.llama_cpp as llama_cpp
+    import llama_cpp
 
     rng, width, ffn, raw = np.random.default_rng(0), 896, 4864, path.with_suffix(".f16")
     words = [f"▁{w}" for w in (*BENCH_WORDS, "assistant", "user", "system")]
@@ -16479,7 +16480,7 @@ def write_bench_model(path: Path, layers: int = 24, vocabulary: int = 32_000) ->
 
 def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) -> float:
     """Times one process that reads `batch` prompts and decodes `tokens` tokens of each, in seconds."""
-    import llama_cpp.llama_cpp as c
+    import llama_cpp as c
 
     hush_llama()
     handle = c.llama_model_load_from_file(model.encode(), c.llama_model_default_params())
