@@ -16361,7 +16361,7 @@ p { margin: 0; }
 :not(pre) > code { font: .875em var(--mono); background: var(--code); border-radius: .3em; padding: .1em .3em; }
 .code { border: 1px solid var(--line); border-radius: .7rem; margin: .75em 0; background: var(--code); overflow: hidden; }
 .code .row { justify-content: space-between; padding: 0 .25rem 0 .9rem; font-size: .8rem; border-bottom: 1px solid var(--line); }
-.code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; }
+.code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; font-size: .9rem; }
 .wide { overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
 th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal; }
