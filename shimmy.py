@@ -5199,7 +5199,7 @@ FORMATS = {  # name → a regular expression for the whole text, how long it may
     "regex": (_REGEX, None),
 }
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("idn-email", "regex")  # the rule leaves out some texts that have the format
+PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
 
 
 @functools.lru_cache(maxsize=100)
@@ -6541,6 +6541,7 @@ class Documents:
 
     MAX_KEPT = 10_000  # objects' and arrays' options, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
+    MAX_FEW = 100  # values that are counted
 
     def __init__(self, shapes: SchemaShapes) -> None:
         self.shapes = shapes
@@ -6549,6 +6550,7 @@ class Documents:
         self._values: dict[Node, list[Symbols]] = {}
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Symbol, list[Symbols]] = {}
+        self._few: dict[Node, set[Any] | None] = {}
 
     def root(self) -> Symbol:
         reader = self.shapes
@@ -6612,6 +6614,8 @@ class Documents:
         if isinstance(shape, Constant):
             return True
         if isinstance(shape, ArrayShape):
+            if shape.unique and shape.low > 1 and not self._has_enough(shape):
+                return False
             if shape.contains:
                 return (0, (0,) * len(shape.contains)) in self._alive(shape, possible)
             return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
@@ -6621,6 +6625,71 @@ class Documents:
             return False
         most = math.inf if self._has_unnamed(shape, possible) else sum(prop.node in possible for prop in shape.named)
         return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
+
+    def _has_enough(self, shape: ArrayShape) -> bool:
+        """Whether an array whose elements are all different can be as long as it must be."""
+        found = [self.few_values(node) for node in (*shape.first[: shape.low], shape.at(len(shape.first))) if node is not None]
+        scarce = [values for values in found if values is not None and len(values) < shape.low]
+        if scarce and shape.first:
+            raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
+        return not scarce
+
+    def few_values(self, node: Node) -> set[Any] | None:
+        """All values that fit, to compare with; None if they are many, or it takes more than a look at them to tell."""
+        if node not in self._few:
+            self._few[node] = None  # what holds itself is many
+            found: set[Any] | None = set()
+            for shape in self.shapes.choice(node):
+                values = self._few_of(shape)
+                found = None if values is None or found is None or len(found | values) > self.MAX_FEW else found | values
+            self._few[node] = found
+        return self._few[node]
+
+    def _few_of(self, shape: Shape) -> set[Any] | None:
+        self.shapes.spend()
+        if isinstance(shape, Constant):
+            return {comparable(json.loads(shape.text))}
+        if isinstance(shape, StringShape):
+            return {""} if shape.high == 0 else None
+        if isinstance(shape, NumberShape):
+            return self._few_numbers(shape)
+        if isinstance(shape, ArrayShape):
+            if shape.high is None or shape.high > self.MAX_FEW:
+                return None
+            return self._few_lists(shape, shape.high)
+        if shape.unnamed:
+            return None
+        return self._few_objects(shape)
+
+    def _few_lists(self, shape: ArrayShape, high: int) -> set[Any] | None:
+        found: set[Any] = {()}
+        whole = set(found) if shape.low == 0 else set()
+        for index in range(high):
+            values = self.few_values(shape.at(index) or ())
+            if values is None or len(found) * len(values) + len(whole) > self.MAX_FEW:
+                return None
+            found = {(*one, value) for one in found for value in values if not shape.unique or value not in one}
+            whole |= found if index + 1 >= shape.low else set()
+        return whole
+
+    def _few_objects(self, shape: ObjectShape) -> set[Any] | None:
+        found: set[Any] = {frozenset()}
+        for prop in shape.named:
+            values = self.few_values(prop.node)
+            if values is None or len(found) * (len(values) + 1) > self.MAX_FEW:
+                return None
+            more = {one | {(prop.name, value)} for one in found for value in values}
+            found = more if prop.required else found | more
+        return found
+
+    def _few_numbers(self, shape: NumberShape) -> set[Any] | None:
+        if shape.low is None or shape.high is None:
+            return None
+        if shape.low[0] == shape.high[0]:
+            return {shape.low[0]}
+        if not shape.whole or shape.high[0] - shape.low[0] > self.MAX_FEW:
+            return None
+        return {value for value in range(math.floor(shape.low[0]), math.ceil(shape.high[0]) + 1) if number_fits(shape, value)}
 
     def _has_unnamed(self, shape: ObjectShape, possible: set[Node]) -> bool:
         return any(node in possible and self.leaf(names) is not None for names, node in shape.unnamed)

@@ -101,7 +101,7 @@ from shimmy import (
 )
 
 if __name__ != "__main__":  # the benchmark does not need them, and importing them takes seconds
-    import llama_cpp  # the whole package, before shimmy takes its bindings alone
+    import llama_cpp  # noqa: F401  the whole package, before shimmy takes its bindings alone
     import openai
 
 REPO = Path(__file__).resolve().parent
@@ -4782,6 +4782,8 @@ def test_schema_without_a_choice_forces_its_whole_text(schema: Any, text: str) -
     "what must be contained, late": {**ANY_ARRAY, "items": {"enum": [1, 2]}, "contains": {"const": 1}, "maxItems": 2},
     "unique objects that run out": {**ANY_ARRAY, "uniqueItems": True, "minItems": 2,
                                     "items": {**OBJECT, "properties": {"a": {"type": "boolean"}}, "required": ["a"]}},
+    "as many as there are": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3,
+                             "items": {**ANY_ARRAY, "maxItems": 1, "items": {"enum": [1, 2]}}},
     "unique numbers that run out": {**ANY_ARRAY, "uniqueItems": True, "items": {"type": "integer", "minimum": 9, "maximum": 11}},
 })  # fmt: skip
 def test_schema_leads_into_no_dead_end(schema: Any) -> None:
@@ -4789,6 +4791,18 @@ def test_schema_leads_into_no_dead_end(schema: Any) -> None:
     for seed in range(40):
         text = walk(begin(schema), random.Random(seed))
         assert text is None or checker.is_valid(json.loads(text)), text
+
+
+@cases("schema", {
+    "one value, twice": {**ANY_ARRAY, "uniqueItems": True, "minItems": 2, "items": {"const": {"a": 1}}},
+    "two integers, three times": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3, "items": {"enum": [1, 2]}},
+    "more properties than there are": {**NAMED_SCHEMAS, "minProperties": 4},
+    "what nothing is": {"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "^b"}]},
+    "contained where nothing is": {**ANY_ARRAY, "items": {"type": "string"}, "contains": {"type": "integer"}},
+})  # fmt: skip
+def test_schema_that_nothing_fits_is_refused(schema: Any) -> None:
+    with pytest.raises(InvalidRequest, match="no document can fit"):
+        begin(schema)
 
 
 def written_alike(count: int) -> dict[str, Any]:
