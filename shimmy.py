@@ -4802,12 +4802,13 @@ class TextMachine:
         if at is self.algebra.all and (high is None or (high >= low and high > 0)):
             return self.algebra.every
         key = (at, low, high)
-        if key not in self._open:
+        found = self._open.get(key)
+        if found is None:
             if len(self._open) > self.MAX_KEPT:
-                self._open.clear()
+                self._open.clear()  # other threads may do so too: what is returned is never looked up again
             then = self.counted(low, high)
-            self._open[key] = sum(mask for mask, behind in self.algebra.moves(at) if self.alive(behind, *then))
-        return self._open[key]
+            found = self._open[key] = sum(mask for mask, behind in self.algebra.moves(at) if self.alive(behind, *then))
+        return found
 
     def reaches(self, classes: int, ranges: Ranges) -> bool:
         """Whether some character of the ranges is of one of the classes."""
@@ -6717,11 +6718,12 @@ class Documents:
 
     def kept(self, symbol: Part, opened: Callable[[Part], list[Symbols]]) -> list[Symbols]:
         """What a symbol opens into; equal ones into the same."""
-        if symbol not in self._kept:
+        found = self._kept.get(symbol)
+        if found is None:
             if len(self._kept) > self.MAX_KEPT:
-                self._kept.clear()
-            self._kept[symbol] = opened(symbol)
-        return self._kept[symbol]
+                self._kept.clear()  # other threads may do so too: what is returned is never looked up again
+            found = self._kept[symbol] = opened(symbol)
+        return found
 
     # Objects
 
@@ -8866,8 +8868,8 @@ class Sampler:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a document has begun and is not complete."""
-        return self.grammar is not None and not self.grammar.is_awaited and not self.grammar.ends
+        """Whether a document has begun and is not complete, and it is not the client's own bans that end it."""
+        return not self.never and self.grammar is not None and not self.grammar.is_awaited and not self.grammar.ends
 
     def close(self) -> None:
         if self.chain:
