@@ -15778,7 +15778,7 @@ def check_command_lines(block: str) -> None:
     """Asserts that shimmy understands its command lines in a block, and that pip is asked for what the script needs."""
     joined = block.replace("\\\n", " ")
     for line in joined.splitlines():
-        words = shlex.split(line, comments=True)
+        words = shlex.split(line.partition(" < ")[0], comments=True)
         if words[:2] == ["pip", "install"]:
             script = SHIMMY.read_text()
             assert all(f'"{w}"' in script for w in words if re.match(r"[a-z-]+>=", w)) and "--prefer-binary" in words
