@@ -11516,24 +11516,29 @@ class Names:
         details = f"Model '{printable(wanted)}' is not available{reason}"
         if could_be or not known:
             return ModelNotFound(details)
-        alias = f"; --alias '{printable(name, 40)}=MODEL' gives a model this name" if name != "default" else ""
+        if near := self.near(wanted):
+            return ModelNotFound(details, hint=f" (did you mean {' or '.join(near)}? available: {known})")
+        alias = f"; serve --alias '{printable(name, 40)}=MODEL' gives a model this name" if name != "default" else ""
         return ModelNotFound(details, hint=f" (available: {known}{alias})")
+
+    def near(self, name: str) -> tuple[str, ...]:
+        """The ids that a name could mean, else those that are spelled alike; at most three."""
+        import difflib
+
+        alike = difflib.get_close_matches(plain_id(name)[:MAX_MODEL_NAME], self._models, n=3, cutoff=0.5)
+        return tuple(self._match(name)[:3] or alike)
 
     def _available(self) -> str:
         return some_of(list(self._models))
 
     def unresolved(self, catalog: Catalog) -> list[Unresolved]:
         """What the command line names and what is not there, each with ids that are spelled alike."""
-        import difflib
-
         named = [("--model", self._wanted, self.resolve("default"))] if self._wanted else []
         named += [(f"--alias {p}", t, self.resolve("default") if t == "default" else self._match(t)) for p, t in self._aliases]
         result = []
         for setting, value, found in named:
             if len(found) != 1 and value != "default":
-                alike = difflib.get_close_matches(plain_id(value)[:MAX_MODEL_NAME], self._models, n=3, cutoff=0.5)
-                near = tuple(self._match(value)[:3] or alike)
-                result.append(Unresolved(setting, value, near, catalog.why_path_skipped(value)))
+                result.append(Unresolved(setting, value, self.near(value), catalog.why_path_skipped(value)))
         return result
 
 
@@ -12585,7 +12590,8 @@ class Hub:
                     raise (yield from self.refusal(response, repo))
                 data = self._read_document(response)
         except ConnectionLost as error:
-            raise PullFailed(message=f"{self.host} cannot be reached: {error}") from None
+            other = "" if os.environ.get("HF_ENDPOINT") else "; is the network there? HF_ENDPOINT names another hub"
+            raise PullFailed(message=f"{self.host} cannot be reached: {error}{other}") from None
         try:
             return self._read_listing(repo, json.loads(data))
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -17262,11 +17268,11 @@ examples:
 Shows what a report of a problem should contain: versions, engine, memory, where models were looked for, and whether a server
 answers.""", ""),
     "completion": ("{bash,zsh,fish}", """\
-Prints a script that completes commands, flags and names of models, for this file called by its name (it is executable), or by
-an alias of that name without .py.""", """\
+Prints a script that makes `shimmy` a command of your shell (unless it has one), and completes commands, flags and names of
+models for it.""", """\
 examples:
   source <(python shimmy.py completion bash)
-  python shimmy.py completion fish > ~/.config/fish/completions/shimmy.py.fish"""),
+  python shimmy.py completion fish | source"""),
 }
 
 
@@ -17537,7 +17543,7 @@ def command_serve(args: argparse.Namespace) -> int:
     try:
         server = Server(address, service, access)
     except OSError as error:
-        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}") from None
+        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{port_advice(error)}") from None
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     service.table.start()
@@ -17549,6 +17555,11 @@ def command_serve(args: argparse.Namespace) -> int:
         log.warning("shutting down%s", _waited_for(service))
     server.stop()
     return code
+
+
+def port_advice(error: OSError) -> str:
+    """What to do where another program has the port."""
+    return "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
 
 
 def draw_loads(table: ModelTable) -> None:
@@ -17649,14 +17660,23 @@ def serving_memory(model: ModelInfo, engine: EngineOptions) -> str:
     free, most = available_memory(), model.largest_context(engine.kv_type)
     if free is None:
         return "nobody tells how much is free"
-    told = f"{human_bytes(free)} free, {printable(model.id)} takes {human_bytes(model.size_bytes)}"
+    told = f"{human_bytes(free)} free, {printable(model.id)} takes"
     if most is None or model.embedding:
-        return told
+        return f"{told} {human_bytes(model.size_bytes)}"
+    told = f"{told} about {human_bytes(model.size_bytes + pool_bytes(model, engine, free))}"
     usual = min(engine.ctx or 8192, model.context_length or 8192)
     if most < usual:
         advice = f"only {most:,} fit, say --ctx {most}" if most else "none fits"
         return f"{told}; {usual:,} tokens of context do not fit: {advice}"
     return f"{told}; {usual:,} tokens of context, up to {most:,} fit (--ctx)"
+
+
+def pool_bytes(model: ModelInfo, engine: EngineOptions, free: int) -> int:
+    """The KV pool that the engine will make: four contexts by default, at most a quarter of the memory that is left."""
+    each, own = (model.kv_numbers or 0) * KV_WIDTHS[engine.kv_type], model.context_length or 8192
+    ctx = min(engine.ctx or 8192, own)
+    pool = engine.kv_pool * each if engine.kv_pool else min(4 * ctx * each, (free - model.size_bytes) / 4)
+    return int(max(pool, ctx * each))
 
 
 def engine_words(engine: EngineOptions) -> Iterator[str]:
@@ -18044,22 +18064,27 @@ _shimmy() {
   esac
 }
 complete -o default -F _shimmy shimmy shimmy.py
+command -v shimmy >/dev/null || shimmy() { %s "$@"; }
 """
 
 
 def command_completion(args: argparse.Namespace) -> int:
-    """Prints a shell's script, made of what argparse knows."""
+    """Prints a shell's script, made of what argparse knows; it also makes `shimmy` a command, unless there is one."""
+    import shlex
+
     commands = next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
     flags = {name: [a for a in sub._actions if a.option_strings and a.help != argparse.SUPPRESS]
              for name, sub in dict(commands or {}).items()}  # fmt: skip
     chosen = {a.option_strings[-1]: " ".join(a.choices) for some in flags.values() for a in some if a.choices}
+    this = f"{shlex.quote(sys.executable)} {shlex.quote(os.path.realpath(__file__))}"
     if args.shell == "fish":
-        print("\n".join(fish_lines(flags)))
+        print("\n".join([*fish_lines(flags), "complete -c shimmy -w shimmy.py",
+                         f"type -q shimmy; or function shimmy; {this} $argv; end"]))  # fmt: skip
         return 0
     rows = (f'    {name}) words="{" ".join(o for a in some for o in a.option_strings)}";;' for name, some in flags.items())
     values = (f'    {flag}) words="{words}";;' for flag, words in chosen.items())
     start = "autoload -U +X bashcompinit && bashcompinit\n" if args.shell == "zsh" else ""
-    print(start + BASH % ("\n".join(rows), " ".join(flags), "\n".join(values)), end="")
+    print(start + BASH % ("\n".join(rows), " ".join(flags), "\n".join(values), this), end="")
     return 0
 
 

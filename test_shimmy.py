@@ -15525,7 +15525,7 @@ def test_serve_says_what_it_found_and_how_to_begin(serve: Callable[..., Server],
     running = serve("--models-dir", models, "--model", "dice", "--api-key", "s3cret")
     said = said_by(running, "curl")
     assert "default model: dice; " in said and f"4 in {models}" in said and re.search(r"engine +1 thread\n", said)
-    assert re.search(r"memory +[\d.]+GB free, dice takes \d+KB; 256 tokens of context, up to 256 fit", said)
+    assert re.search(r"memory +[\d.]+GB free, dice takes about \d+KB; 256 tokens of context, up to 256 fit", said)
     assert f"http://127.0.0.1:{running.port}/\n" in said and "pull" not in said and "s3cret" not in said
     command = next(line for line in said.splitlines() if "curl " in line).partition("try")[2].replace("KEY", "s3cret")
     done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=HANG, check=True)
