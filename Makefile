@@ -34,6 +34,7 @@ test: .venv/.test
 	$(BIN)/python -m pytest -q -x -n 3 test_shimmy.py $(ARGS)
 
 soak: .venv/.test
+	$(BIN)/python test_shimmy.py soak --minutes $(SHIMMY_SOAK)
 	SHIMMY_SOAK=$(SHIMMY_SOAK) $(BIN)/python -m pytest -q -m soak test_shimmy.py $(ARGS)
 
 audit: .venv/.test
@@ -89,7 +90,7 @@ clean:
 
 .venv/.test: .venv/.run
 	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist hypothesis openai httpx gguf prometheus_client \
-	  jsonschema hypothesis-jsonschema ruff mypy bandit pip-audit || { \
+	  jsonschema ruff mypy bandit pip-audit || { \
 	  echo "pip could not install the development tools. Is the network there?"; exit 1; }
 	@touch $@
 
