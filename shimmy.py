@@ -8869,7 +8869,9 @@ class Sampler:
     @property
     def is_stuck(self) -> bool:
         """Whether a document has begun and is not complete, and it is not the client's own bans that end it."""
-        return not self.never and self.grammar is not None and not self.grammar.is_awaited and not self.grammar.ends
+        if any(bias == -math.inf for _, bias in self.sampling.logit_bias):
+            return False
+        return self.grammar is not None and not self.grammar.is_awaited and not self.grammar.ends
 
     def close(self) -> None:
         if self.chain:
