@@ -2291,7 +2291,7 @@ def loadable(data: bytes, header: int, pick: random.Random, path: Path) -> None:
 
 
 @linux
-@more_under_soak
+@only_under_soak
 def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
@@ -2618,6 +2618,7 @@ def test_hostile_chat_template_is_its_requests_error_and_nobody_elses(name: str,
     assert hostile.chat("hi").message["content"] == "Hello wide world"
 
 
+@only_under_soak
 def test_more_runaway_templates_than_helpers_leave_the_others_served(hostile: Server) -> None:
     hostile.load("nested-loops")
     with ThreadPoolExecutor(12) as pool:
@@ -5700,14 +5701,16 @@ def test_completions_return_logprobs_on_request(server: Server) -> None:
     assert logprobs["text_offset"][:3] == [0, 5, 10]
 
 
-def test_logprobs_match_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
-    import llama_cpp
+LOGITS = """import json, sys, llama_cpp
+llama, prompt = llama_cpp.Llama(sys.argv[1], n_ctx=64, logits_all=True, verbose=False), json.loads(sys.argv[2])
+llama.eval(prompt)
+print(json.dumps([float(score) for score in llama.scores[len(prompt) - 1]]))"""
 
-    path = write_kind(tmp_path / "same.gguf", "llama")
-    prompt = ids("What comes next")
-    llama = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
-    llama.eval(prompt)
-    scores = llama.scores[len(prompt) - 1].astype(np.float64)
+
+def test_logprobs_match_a_full_softmax(kinds: Server, tmp_path: Path) -> None:
+    path, prompt = write_kind(tmp_path / "same.gguf", "llama"), ids("What comes next")
+    done = subprocess.run([sys.executable, "-c", LOGITS, path, json.dumps(prompt)], capture_output=True, check=True)
+    scores = np.array(json.loads(done.stdout.splitlines()[-1]))
     expected = scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
     body = {"model": "llama", "prompt": prompt, "max_tokens": 1, "temperature": 0, "logprobs": 5, "ignore_eos": True}
     shown = kinds.post("/v1/completions", body).json()["choices"][0]["logprobs"]
@@ -12872,7 +12875,7 @@ def change(document: Any, at: int, how: str, value: Any, name: str) -> None:
         holder[key] = [holder[key]] if how == "wrap" else value
 
 
-@more_under_soak
+@only_under_soak
 @pytest.mark.parametrize("path", BODIES)
 def test_changed_body_is_answered_in_its_dialect(path: str, fuzzed: Server) -> None:
     with contextlib.closing(fuzzed.connect()) as connection:
@@ -16448,6 +16451,7 @@ def soaked(traffic: Soak, seconds: float) -> int:
 # with the bare loop, a process that reads the same prompts and decodes the same number of tokens and does nothing else.
 
 
+@only_under_soak
 def test_bench_measures_every_row(tmp_path: Path) -> None:
     model = write_bench_model(tmp_path / "made.gguf", layers=1, vocabulary=1000)
     flags = ["--tokens", "8", "--words", "4", "--long", "200", "--seconds", "0", "--threads", "1", "--json"]
