@@ -3575,6 +3575,7 @@ class Word(Symbol):
 
 
 def word(text: str) -> Word:
+    """The symbol of a text that must stand there."""
     return Word(text.encode())
 
 
@@ -3635,6 +3636,7 @@ def _utf8(low: bytes, high: bytes) -> Iterator[tuple[OneByte, ...]]:
 
 
 def between(low: int, high: int) -> OneByte:
+    """The symbol of one byte from low to high."""
     return OneByte((1 << high + 1) - (1 << low))
 
 
@@ -4111,6 +4113,8 @@ class Pattern:
 
 @dataclass(frozen=True, eq=False)
 class CharPattern(Pattern):
+    """One character of ranges of code points."""
+
     ranges: Ranges
 
     @functools.cached_property
@@ -5081,8 +5085,8 @@ def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
 
 
 @dataclass(frozen=True)
-class JsonText(Symbol):
-    """The rest of a JSON string behind its opening quote: where its text is, and what is half-written of a character."""
+class RestOfText(Symbol):
+    """What may still follow of a text: where it is, how many characters are left, and what is half-written of one."""
 
     machine: TextMachine
     at: Texts
@@ -5091,27 +5095,41 @@ class JsonText(Symbol):
     half: Half = NO_HALF
 
     @property
+    def is_whole(self) -> bool:
+        """Whether the text may end here."""
+        return not self.half[1] and self.at.nullable and self.low == 0
+
+    @property
+    def classes(self) -> int:
+        """The classes of characters with which it may go on."""
+        return self.machine.open(self.at, self.low, self.high)
+
+
+class JsonText(RestOfText):
+    """The rest of a JSON string behind its opening quote."""
+
+    @property
     def firsts(self) -> int:
-        open_classes = self.machine.open(self.at, self.low, self.high)
+        classes = self.classes
         if self.half != NO_HALF:
-            return sum(1 << byte for byte, half in spelled(self.half).items() if self.machine.reaches(open_classes, half[0]))
-        quote = 1 << ord('"') if self.at.nullable and self.low == 0 else 0
-        only = self.machine.only(open_classes)
+            return sum(1 << byte for byte, half in spelled(self.half).items() if self.machine.reaches(classes, half[0]))
+        quote = 1 << ord('"') if self.is_whole else 0
+        only = self.machine.only(classes)
         if only is not None:
             return quote | 1 << _written(only)[0]
-        return quote | self.machine.first_bytes(open_classes)
+        return quote | self.machine.first_bytes(classes)
 
     def step(self, byte: int) -> Symbols | None:
         if not self.half[1] and byte == ord('"'):
-            return () if self.at.nullable and self.low == 0 else None
-        open_classes = self.machine.open(self.at, self.low, self.high)
-        only = self.machine.only(open_classes) if not self.half[1] else None
+            return () if self.is_whole else None
+        classes = self.classes
+        only = self.machine.only(classes) if not self.half[1] else None
         if only is not None:
             written = _written(only)
             rest = (Word(written, 1),) if len(written) > 1 else ()
             return (*rest, self._behind(only)) if byte == written[0] else None
         half = spelled(self.half).get(byte)
-        if half is None or not self.machine.reaches(open_classes, half[0]):
+        if half is None or not self.machine.reaches(classes, half[0]):
             return None
         if half[1] != "done":
             return (JsonText(self.machine, self.at, self.low, self.high, half),)
@@ -7216,27 +7234,20 @@ def not_before(marker: str) -> str:
     return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
 
-@dataclass(frozen=True)
-class PlainText(Symbol):
-    """The rest of a text that is written as it is: where it is, and what is half-written of a character."""
-
-    machine: TextMachine
-    at: Texts
-    low: int
-    high: int | None
-    half: Half = NO_HALF
+class PlainText(RestOfText):
+    """The rest of a text that is written as it is."""
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
-        return not self.half[1] and self.at.nullable and self.low == 0
+        return self.is_whole
 
     @property
     def firsts(self) -> int:
-        return plain_firsts(self.machine, self.machine.open(self.at, self.low, self.high), self.half)
+        return plain_firsts(self.machine, self.classes, self.half)
 
     def step(self, byte: int) -> Symbols | None:
         half = spelled_plainly(self.half).get(byte)
-        if half is None or not self.machine.reaches(self.machine.open(self.at, self.low, self.high), half[0]):
+        if half is None or not self.machine.reaches(self.classes, half[0]):
             return None
         if half[1] != "done":
             return (replace(self, half=half),)
@@ -10602,8 +10613,10 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
         try:
             work()
         except Exception:
-            log.exception("the engine fails")
-            os._exit(1)
+            try:
+                log.exception("the engine fails")
+            finally:  # without memory even that may fail
+                os._exit(1)
 
     while stack >= 2 * MIB:
         with contextlib.suppress(ValueError, RuntimeError):  # no such size here; not so much address space
@@ -12367,6 +12380,7 @@ def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
 
 
 def offered_names(offers: Iterable[Offer]) -> list[str]:
+    """What can be had, smallest first, each with its size, for a message."""
     return [f"{printable(o.label, 60)} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
 
 
@@ -12422,6 +12436,7 @@ def plain_target(folder: str, file: RemoteFile) -> Target:
 
 
 def repository_folder(repo: str) -> str:
+    """Where the hub's cache keeps a repository."""
     return os.path.join(os.path.abspath(hub_caches()[0]), f"models--{repo.replace('/', '--')}")
 
 
@@ -12482,6 +12497,7 @@ def hub_token() -> str | None:
 
 
 def origin_of(url: str) -> tuple[str, str, int | None]:
+    """An address's scheme, host and port: a token is sent to the hub's own only."""
     parts = urllib.parse.urlsplit(url)
     return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 

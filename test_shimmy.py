@@ -2291,7 +2291,7 @@ def loadable(data: bytes, header: int, pick: random.Random, path: Path) -> None:
 
 
 @linux
-@only_under_soak
+@more_under_soak
 def test_changed_file_that_is_loaded_is_one_error_and_the_server_goes_on(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
@@ -2618,7 +2618,6 @@ def test_hostile_chat_template_is_its_requests_error_and_nobody_elses(name: str,
     assert hostile.chat("hi").message["content"] == "Hello wide world"
 
 
-@only_under_soak
 def test_more_runaway_templates_than_helpers_leave_the_others_served(hostile: Server) -> None:
     hostile.load("nested-loops")
     with ThreadPoolExecutor(12) as pool:
@@ -6988,7 +6987,6 @@ def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(
 
 
 @linux
-@only_under_soak  # a thread that cannot start for want of memory leaves its engine to the watchdog's minutes, seldom
 def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[..., Server], models: Path) -> None:
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
     own.load("recital")
@@ -7001,6 +6999,18 @@ def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[...
     eventually(lambda: requests_of(own) == (0, 0), "nobody is left")
     own.unload("recital", "?force=true")
     assert own.generate().text == TEXTS[":"] and engine_of(own) != engine
+    assert_healthy(own)
+
+
+@linux
+def test_engine_whose_thread_has_no_memory_to_say_why_it_fails_is_replaced(
+    serve: Callable[..., Server], models: Path, tmp_path: Path
+) -> None:
+    faults = [(old, "raise MemoryError") for old in ("self._admit(submission)", 'log.exception("a job cannot begin")',
+                                                     'log.exception("the engine fails")')]  # fmt: skip
+    own = serve("--models-dir", models, script=altered(tmp_path, *faults))
+    reply = own.generate()
+    assert_error(reply, 500, "generation_failed")
     assert_healthy(own)
 
 
@@ -12876,7 +12886,7 @@ def change(document: Any, at: int, how: str, value: Any, name: str) -> None:
         holder[key] = [holder[key]] if how == "wrap" else value
 
 
-@only_under_soak
+@more_under_soak
 @pytest.mark.parametrize("path", BODIES)
 def test_changed_body_is_answered_in_its_dialect(path: str, fuzzed: Server) -> None:
     with contextlib.closing(fuzzed.connect()) as connection:
@@ -16452,7 +16462,6 @@ def soaked(traffic: Soak, seconds: float) -> int:
 # with the bare loop, a process that reads the same prompts and decodes the same number of tokens and does nothing else.
 
 
-@only_under_soak
 def test_bench_measures_every_row(tmp_path: Path) -> None:
     model = write_bench_model(tmp_path / "made.gguf", layers=1, vocabulary=1000)
     flags = ["--tokens", "8", "--words", "4", "--long", "200", "--seconds", "0", "--threads", "1", "--json"]
