@@ -142,6 +142,7 @@ if __name__ == "__main__":
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+import _thread
 import argparse
 import base64
 import binascii
@@ -10549,6 +10550,7 @@ class Engine:
 
 
 BEAT_SECONDS = 1.0  # between two heartbeats of a child
+START_SECONDS = 10.0  # a thread that has not begun by then never will
 
 
 def engine_main() -> None:
@@ -10573,13 +10575,13 @@ def engine_main() -> None:
     try:
         pulses[0].begin("load")
         llama = Llama(load, progress)
+        engine = Engine(llama, load.options, pipe, pulses[0])
+        pulses.append(engine.intake.pulse)
+        llama.vocab.max_run = start_or_die(engine.intake.tokenize, stack=512 * MIB) // Vocabulary.RUN_STACK
         pipe.send(llama.loaded(load.options))
     except Exception as error:  # the process's border: whatever it is, the parent is told
         pipe.send(LoadFailed(str(error) or type(error).__name__))
         os._exit(1)
-    engine = Engine(llama, load.options, pipe, pulses[0])
-    pulses.append(engine.intake.pulse)
-    llama.vocab.max_run = start_or_die(engine.intake.tokenize, stack=512 * MIB) // Vocabulary.RUN_STACK
     ready.put(engine.intake)
     engine.run()
 
@@ -10609,7 +10611,10 @@ def _beat(pipe: Pipe, pulses: Seq[Pulse]) -> None:
 def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
     """Starts a thread whose failure ends the process. Returns its stack's bytes: `stack`, or what can be had of it."""
 
+    begun = threading.Event()
+
     def guarded() -> None:
+        begun.set()
         try:
             work()
         except Exception:
@@ -10618,15 +10623,23 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
             finally:  # without memory even that may fail
                 os._exit(1)
 
+    stack = _start_thread(guarded, stack)
+    if not begun.wait(START_SECONDS):
+        os._exit(1)
+    return stack
+
+
+def _start_thread(work: Callable[[], None], stack: int) -> int:
+    """Not by `Thread.start`: that waits for ever for a thread which has no memory to begin."""
     while stack >= 2 * MIB:
         with contextlib.suppress(ValueError, RuntimeError):  # no such size here; not so much address space
             threading.stack_size(stack)
-            threading.Thread(target=guarded, daemon=True).start()
+            _thread.start_new_thread(work, ())
             threading.stack_size(0)
             return stack
         stack //= 2
     threading.stack_size(0)
-    threading.Thread(target=guarded, daemon=True).start()
+    _thread.start_new_thread(work, ())
     return MIB // 2  # the smallest default, macOS's
 
 

@@ -7024,6 +7024,13 @@ def test_engine_whose_thread_has_no_memory_to_say_why_it_fails_is_replaced(
     assert_healthy(own)
 
 
+def test_engine_whose_thread_never_begins_fails_its_load(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
+    faults = ("begun.set()", "raise MemoryError"), ("START_SECONDS = 10.0", "START_SECONDS = 0.5")
+    own = serve("--models-dir", models, script=altered(tmp_path, *faults))
+    assert_error(own.generate(), 500, "generation_failed", "recital")
+    assert_healthy(own)
+
+
 BABBLE = {
     "bytes that are no message": "pipe._writer.write(b'\\xff' * 64); pipe._writer.flush()",
     "a message of 4 GiB": "pipe._writer.write(b'\\xff\\xff\\xff\\xff'); pipe._writer.flush()",
