@@ -7028,7 +7028,7 @@ def test_engine_whose_thread_never_begins_fails_its_load(serve: Callable[..., Se
     faults = ("begun.set()", "raise MemoryError"), ("START_SECONDS = 10.0", "START_SECONDS = 0.5")
     own = serve("--models-dir", models, script=altered(tmp_path, *faults))
     assert_error(own.generate(), 500, "generation_failed", "recital")
-    assert_healthy(own)
+    assert own.get("/health").status == 200  # its log has the traceback of our fault
 
 
 BABBLE = {
