@@ -16151,10 +16151,42 @@ class SocketRequest:
             READING.give(held)
 
 
+class SocketOutbox:
+    """A request's documents, on their way from its thread to the loop that sends them.
+
+    The thread waits while the client takes none, as one that writes to a socket does: what is not sent stays in its
+    Generation, which bounds it (MAX_UNREAD).
+    """
+
+    AHEAD = 8  # documents that need not wait until the one before is sent
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Cancellation) -> None:
+        import asyncio
+
+        self._loop, self._documents, self._cancel = loop, asyncio.Queue[dict[str, Any] | None](), cancel
+        self._room = threading.Semaphore(self.AHEAD)
+        cancel.on_cancel(self._room.release)  # whoever waits
+
+    def say(self, document: dict[str, Any] | None) -> None:
+        """Hands the loop a document, None behind the last. Raises RuntimeError when the loop has ended."""
+        if not self._off():
+            self._room.acquire()
+        self._loop.call_soon_threadsafe(self._documents.put_nowait, document)
+
+    async def next(self) -> dict[str, Any] | None:
+        document = await self._documents.get()
+        self._room.release()
+        return document
+
+    def _off(self) -> bool:
+        """Whether what is said now is an end, or goes nowhere, and need not wait."""
+        return self._cancel.cancelled and not self._cancel.gently
+
+
 class SocketFrames(Wire):
     """Documents as WebSocket messages; also the Door of a request that came in one."""
 
-    def __init__(self, say: Callable[[dict[str, Any] | None], Any]) -> None:
+    def __init__(self, say: Callable[[dict[str, Any] | None], None]) -> None:
         self._say = say
 
     def send(self, document: dict[str, Any]) -> None:
@@ -16325,9 +16357,20 @@ class SocketListener:
             large = len(message) > READ_FREE  # and may have to wait for its room
             request = await asyncio.to_thread(SocketRequest, message, owner) if large else SocketRequest(message, owner)
         except ApiError as error:
-            await connection.send(to_json(NativeSocket.error(error)).decode())
+            await self._send(connection, NativeSocket.error(error))
             return
         requests.append(request)
+
+    @staticmethod
+    async def _send(connection: Any, document: dict[str, Any]) -> None:
+        """Sends a document, or ends a connection whose client does not read for so long: the pings would wait behind it."""
+        import asyncio
+
+        guard = asyncio.get_running_loop().call_later(WRITE_SECONDS, connection.transport.abort)
+        try:
+            await connection.send(to_json(document).decode())
+        finally:
+            guard.cancel()
 
     @staticmethod
     def _is_cancel(message: bytes) -> bool:
@@ -16347,19 +16390,18 @@ class SocketListener:
                 arrived.clear()
                 await arrived.wait()
             request = requests[0]
-            out = asyncio.Queue[dict[str, Any] | None]()
-            say: Any = functools.partial(loop.call_soon_threadsafe, out.put_nowait)  # type: ignore[arg-type]
+            out = SocketOutbox(loop, request.cancel)
             with self.server.busy():  # until the last message is sent
-                loop.run_in_executor(None, self._answer_one, request, connection.response.headers[ID_HEADERS[0]], say)
+                loop.run_in_executor(None, self._answer_one, request, connection.response.headers[ID_HEADERS[0]], out.say)
                 try:
-                    while (document := await out.get()) is not None:
-                        await connection.send(to_json(document).decode())
+                    while (document := await out.next()) is not None:
+                        await self._send(connection, document)
                 except websockets.exceptions.ConnectionClosed:
                     request.cancel.cancel()
                     return
             requests.popleft()
 
-    def _answer_one(self, request: SocketRequest, id: str, say: Callable[[dict[str, Any] | None], Any]) -> None:
+    def _answer_one(self, request: SocketRequest, id: str, say: Callable[[dict[str, Any] | None], None]) -> None:
         """One request, in a thread of its own: says each document, then None."""
         line, door = RequestLog("WS /ws/generate", id), SocketFrames(say)
 
