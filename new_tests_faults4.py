@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
+import itertools
 import json
 import signal
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,21 +20,34 @@ import pytest
 from test_shimmy import (  # noqa: F401
     HANG,
     LONG_CTX,
+    REPO_NAME,
+    SHIMMY,
     SHORT_GRACE,
     TEXT,
     TEXTS,
     TONGUES,
     VOCABULARY,
+    FakeHub,
     Server,
     altered,
+    assert_failed_last,
     assert_healthy,
+    assert_ollama_error,
+    cases,
+    encoded,
+    environment,
     eventually,
+    fetched,
     frame,
+    hub,
     linux,
     memory_of,
+    parts,
     raw_ws,
+    real_hub,
     requests_of,
     serve,
+    shimmy,
     write_recital,
     ws_ask,
 )
@@ -122,3 +140,122 @@ def test_serve_stops_although_a_ws_client_reads_nothing(
         own.signal(signal.SIGTERM)
         assert own.process.wait(HANG) == 0
     assert "Traceback" not in own.log.read_text()
+
+
+# topic: Pull
+# A busy hub, many pulls at once, a full disk, and clients that leave.
+
+
+def pulling(server: Server, repo: str = REPO_NAME) -> http.client.HTTPConnection:
+    """A connection on which a pull has been asked for."""
+    connection = server.connect()
+    connection.request("POST", "/api/pull", encoded({"model": f"hf.co/{repo}"}))
+    return connection
+
+
+def statuses(connection: http.client.HTTPConnection) -> list[str]:
+    """What an answered pull says, each once in a row."""
+    said = [json.loads(line) for line in connection.getresponse().read().splitlines()]
+    return [status for status, _ in itertools.groupby(each.get("status") or each["error"] for each in said)]
+
+
+def test_ollama_pull_tells_each_second_how_long_a_busy_hub_has_it_wait(
+    real_hub: FakeHub, serve: Callable[..., Server]
+) -> None:
+    real_hub.answers = [(429, {"Retry-After": "3"})]
+    connection = pulling(serve("--allow-pull", env=real_hub.env))
+    response = connection.getresponse()
+    first = json.loads(response.readline())
+    assert not real_hub.answers and len(real_hub.seen) == 1, "it still waits"
+    assert response.status == 200 and first == {"status": f"{real_hub.url[7:]} is busy (429), trying again in 3 s"}
+    rest = [json.loads(line) for line in response.read().splitlines()]
+    assert [each["status"][-3:] for each in rest[:2]] == ["2 s", "1 s"] and rest[-1] == {"status": "success"}
+
+
+def test_ollama_pull_of_a_hub_that_stays_busy_ends_with_an_error(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    hub.answers = [(429, {"Retry-After": "1"}), (429, {"Retry-After": "3600"})]
+    assert statuses(pulling(serve("--allow-pull", env=hub.env)))[-1].endswith("answers 429; it asks to be left alone for 3600 s")
+
+
+def test_pulls_beyond_four_at_once_are_refused_and_later_ones_served(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    own = serve("--allow-pull", env=hub.env)
+    hub.hold.clear()
+    running = [pulling(own) for _ in range(4)]
+    heads = [connection.getresponse() for connection in running]
+    assert [head.status for head in heads] == [200] * 4
+    refused = own.post("/api/pull", {"model": REPO_NAME})
+    assert_ollama_error(refused, 503, "4 models are being fetched already")
+    assert refused.headers["Retry-After"]
+    hub.hold.set()
+    assert [json.loads(head.read().splitlines()[-1]) for head in heads] == [{"status": "success"}] * 4
+    assert own.post("/api/pull", {"model": REPO_NAME, "stream": False}).json() == {"status": "success"}
+    assert len(hub.downloads()) == 1, "one fetched, the others waited for it"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size here")
+def test_pull_onto_a_full_disk_says_what_to_do_and_keeps_the_part(hub: FakeHub, tmp_path: Path) -> None:
+    small = [sys.executable, "-c", f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (123456, 123456)); {EXEC}"]
+    env = environment(tmp_path, hub.env)
+    done = subprocess.run([*small, str(SHIMMY), "pull", REPO_NAME], cwd=tmp_path, env=env, capture_output=True, timeout=HANG)
+    assert_failed_last(done, "File too large", "make room for 270KB and pull again to go on", ".incomplete")
+    assert [part.stat().st_size for part in parts(tmp_path)] == [123456]
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+    assert hub.downloads()[-1]["Range"] == "bytes=123456-"
+
+
+EXEC = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+WRITE = "left = left[part.write(left) :]"
+FULL = "raise OSError(errno.ENOSPC, 'No space left on device')"
+
+
+@cases("stream,status", {"streamed": (True, 200), "whole": (False, 507)})
+def test_ollama_pull_onto_a_full_disk_says_what_to_do(
+    stream: bool, status: int, hub: FakeHub, serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    own = serve("--allow-pull", env=hub.env, script=altered(tmp_path, (WRITE, FULL)))
+    reply = own.post("/api/pull", {"model": REPO_NAME, "stream": stream})
+    error = json.loads(reply.body.splitlines()[-1])["error"]
+    assert reply.status == status and "No space left on device: make room for 391KB" in error
+    assert_healthy(own)
+
+
+def test_pull_of_a_file_that_the_disk_takes_in_pieces_is_whole(hub: FakeHub, tmp_path: Path) -> None:
+    script = altered(tmp_path, (WRITE, "left = left[part.write(left[:1000]) :]"))
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=script).returncode == 0
+    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+
+
+def test_ollama_pull_into_a_folder_that_cannot_be_made_names_it(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    own = serve("--allow-pull", env={**hub.env, "HF_HUB_CACHE": "/dev/null/hub"})
+    reply = own.post("/api/pull", {"model": REPO_NAME, "stream": False})
+    assert_ollama_error(reply, 502, "the model cannot be written: /dev/null/hub")
+    assert_healthy(own)
+
+
+def test_client_that_leaves_a_pull_ends_it_although_the_server_sends_nothing(
+    hub: FakeHub, serve: Callable[..., Server]
+) -> None:
+    own = serve("--allow-pull", "-v", env=hub.env)
+    hub.hold.clear()
+    connection = pulling(own)
+    eventually(lambda: [part for part in parts(own.home) if part.stat().st_size == 200_000], "half of it is here")
+    connection.close()
+    left = time.monotonic()
+    eventually(lambda: "POST /api/pull" in own.log.read_text(), "the pull has ended")
+    assert time.monotonic() - left < 10, "it waited for the server's next byte"
+    assert [part.stat().st_size for part in parts(own.home)] == [200_000] and not hub.hold.is_set()
+    hub.hold.set()
+    assert own.post("/api/pull", {"model": REPO_NAME, "stream": False}).json() == {"status": "success"}
+    assert hub.downloads()[-1]["Range"] == "bytes=200000-"
+    assert_healthy(own)
+
+
+def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    own = serve("--allow-pull", "-v", env=hub.env)
+    hub.answers = [(429, {"Retry-After": "200"})]
+    connection = pulling(own)
+    connection.getresponse().readline()
+    connection.close()
+    eventually(lambda: "POST /api/pull" in own.log.read_text(), "the pull has ended")
+    assert_healthy(own)

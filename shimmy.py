@@ -12250,6 +12250,7 @@ PULL_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # the pauses between tries; byt
 MAX_REMOTE_FILE = 1 << 63  # bytes; no file system has larger files
 MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
+MAX_PULLS = 4  # that clients may have running at once; more would only share the same line
 HUB = "https://huggingface.co"
 
 
@@ -12257,6 +12258,12 @@ class PullFailed(ApiError):
     """The model could not be fetched; the message says why, and what helps."""
 
     status, message = 502, "The model could not be fetched"
+
+
+class DiskFull(PullFailed):
+    """The model does not fit the disk; the message says how much is missing, and what helps."""
+
+    status = 507
 
 
 class ConnectionLost(Exception):
@@ -12524,11 +12531,34 @@ class Hub:
         import urllib.request as web
 
         self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self._woken = threading.Event()
-        cancel.on_cancel(self._woken.set)
+        self._woken, self._socket = threading.Event(), None
+        cancel.on_cancel(self._break_off)
         self._request, self._opener = web.Request, web.OpenerDirector()
         for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
-            self._opener.add_handler(handler())
+            self._opener.add_handler(self._cancellable(handler)())
+
+    def _cancellable(self, handler: Any) -> Any:
+        """A handler of urllib's whose connections are known, so that a cancel need not wait for the server's next byte."""
+        hub = self
+
+        class Cancellable(handler):  # type: ignore[misc]
+            def do_open(self, connection_class: Any, *args: Any, **more: Any) -> Any:
+                class Known(connection_class):  # type: ignore[misc]
+                    def connect(self) -> None:
+                        super().connect()
+                        hub._socket = self.sock
+                        hub.cancel.check()
+
+                return super().do_open(Known, *args, **more)
+
+        return Cancellable
+
+    def _break_off(self) -> None:
+        """Wakes the thread that waits or reads; in the thread that cancels."""
+        self._woken.set()
+        if self._socket:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     @property
     def host(self) -> str:
@@ -12538,6 +12568,13 @@ class Hub:
         """Waits; raises Cancelled."""
         self._woken.wait(seconds)
         self.cancel.check()
+
+    def wait(self, seconds: float, tell: Callable[[float], Fetching]) -> Iterator[Fetching]:
+        """Waits, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            yield tell(left)
+            self.pause(min(left, 1.0))
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
         """The answer, whatever its status, once redirects are followed and a busy server was waited for.
@@ -12554,9 +12591,12 @@ class Hub:
             if pause > MAX_RETRY_AFTER:
                 return response
             response.close()
-            host = urllib.parse.urlsplit(url).netloc
-            yield Fetching(f"{host} is busy ({response.status}), trying again in {pause:.0f} s")
-            self.pause(pause)
+            why = f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})"
+            yield from self.wait(pause, functools.partial(self._trying_again, why))
+
+    @staticmethod
+    def _trying_again(why: str, left: float) -> Fetching:
+        return Fetching(f"{why}, trying again in {left:.0f} s")
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
@@ -12750,12 +12790,25 @@ class Download:
             while chunk := self._hub.read(response):
                 if self._have + len(chunk) > self._file.size:
                     raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
-                part.write(chunk)
+                self._append(part, chunk)
                 self._hash.update(chunk)
                 self._have += len(chunk)
                 yield self._event("")
         if self._have < self._file.size:
             raise ConnectionLost("the connection was cut")
+
+    def _append(self, part: BinaryIO, chunk: bytes) -> None:
+        """Writes all of a chunk, where a disk that becomes full takes a part of it first. Raises DiskFull."""
+        left = memoryview(chunk)
+        try:
+            while left:
+                left = left[part.write(left) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            room = f"make room for {human_bytes(self._file.size - self._target.begun())} and pull again to go on"
+            remove = f"or remove {printable(part.name, MAX_SHOWN_PATH)}"
+            raise DiskFull(message=f"{printable(self._file.name)}: {error.strerror}: {room}, {remove}") from None
 
     def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
         """Starts anew if the server sends something else than the rest that was asked for."""
@@ -12854,15 +12907,19 @@ class Pull:
         return Plan(name, ((file, target),))
 
     def run(self, plan: Plan) -> Generator[Fetching, None, None]:
-        """Fetches all that is not here yet. Raises as Download.run does, and PullFailed when the disk is too small."""
+        """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
         free = free_disk(plan.files[0][1].blob)
         if free is not None and plan.left > free:
             need = f"{human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free"
-            raise PullFailed(message=f"the disk is too small: {need}")
-        for file, target in plan.files:
-            yield from Download(self._hub, plan.repo, file, target).run()
-        if plan.commit:
-            write_reference(repository_folder(plan.repo), plan.commit)
+            raise DiskFull(message=f"the disk is too small: {need}")
+        try:
+            for file, target in plan.files:
+                yield from Download(self._hub, plan.repo, file, target).run()
+            if plan.commit:
+                write_reference(repository_folder(plan.repo), plan.commit)
+        except OSError as error:
+            where = f"{printable(str(error.filename), MAX_SHOWN_PATH)}: " if error.filename else ""
+            raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
 
 
 def free_disk(path: str) -> int | None:
@@ -14410,10 +14467,11 @@ class OllamaPull(Dialect):
 
     api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
+    places = threading.BoundedSemaphore(MAX_PULLS)
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
-        self._begun, self._told = False, -math.inf
+        self._told = -math.inf
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         name = body.get("name") if body.get("model") is None else body["model"]
@@ -14429,17 +14487,20 @@ class OllamaPull(Dialect):
         return self._fetched(service, cancel)
 
     def _fetched(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        pull = Pull(cancel)
-        plan = yield from pull.plan(self._wanted, "")
-        yield Queued(self.model)
-        yield Fetching("pulling manifest")
-        yield from pull.run(plan)
+        if not self.places.acquire(blocking=False):
+            raise Overloaded(f"{MAX_PULLS} models are being fetched already, which is as many as may be at once")
+        try:
+            pull = Pull(cancel)
+            plan = yield from pull.plan(self._wanted, "")
+            yield Fetching("pulling manifest")
+            yield from pull.run(plan)
+        finally:
+            self.places.release()
         service.table.scan()
         yield Fetching("success")
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self._begun = self._begun or isinstance(event, Queued)
-        if not isinstance(event, Fetching) or not self._begun or not (self.stream or event.status == "success"):
+        if not isinstance(event, Fetching) or not (self.stream or event.status == "success"):
             return
         now, whole = time.monotonic(), event.completed == event.total
         if whole or now - self._told >= self.EVENT_SECONDS:
@@ -15262,7 +15323,7 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
         for event in events:
             if isinstance(event, Waiting):
                 signs += 1
-            if isinstance(event, Queued) or signs == HEAD_SIGNS:
+            if isinstance(event, (Queued, Fetching)) or signs == HEAD_SIGNS:
                 wire.begin()
             if isinstance(event, Waiting):
                 wire.idle(dialect.idle)
