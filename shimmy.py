@@ -12807,7 +12807,7 @@ class Download:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             room = f"make room for {human_bytes(self._file.size - self._target.begun())} and pull again to go on"
-            remove = f"or remove {printable(part.name, MAX_SHOWN_PATH)}"
+            remove = f"or remove {printable(part.name, 400)}"
             raise DiskFull(message=f"{printable(self._file.name)}: {error.strerror}: {room}, {remove}") from None
 
     def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
@@ -12918,7 +12918,7 @@ class Pull:
             if plan.commit:
                 write_reference(repository_folder(plan.repo), plan.commit)
         except OSError as error:
-            where = f"{printable(str(error.filename), MAX_SHOWN_PATH)}: " if error.filename else ""
+            where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
             raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
 
 
