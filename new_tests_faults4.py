@@ -6,19 +6,24 @@ import contextlib
 import http.client
 import itertools
 import json
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from test_shimmy import (  # noqa: F401
+    BERT,
+    GAP_TOKENS,
     HANG,
+    HOLD,
     LONG_CTX,
     REPO_NAME,
     SHIMMY,
@@ -45,9 +50,12 @@ from test_shimmy import (  # noqa: F401
     parts,
     raw_ws,
     real_hub,
+    requested,
     requests_of,
     serve,
+    shared,
     shimmy,
+    words,
     write_recital,
     ws_ask,
 )
@@ -259,3 +267,121 @@ def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub
     connection.close()
     eventually(lambda: "POST /api/pull" in own.log.read_text(), "the pull has ended")
     assert_healthy(own)
+
+
+# topic: Engine
+# Clients that leave the routes that make vectors, ranks and gaps, at every stage.
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A request of seconds to a route that tells no endless text; used as a Tongue is."""
+
+    path: str
+    model: str
+    long: dict[str, Any]
+    short: dict[str, Any]
+    streams: bool = False
+
+    def body(self, stream: bool = False, long: bool = True) -> dict[str, Any]:
+        return {"model": self.model, **(self.long if long else self.short), **({"stream": stream} if self.streams else {})}
+
+
+MANY = [words(*range(90))] * 2000
+GAP = {"input_prefix": "a", "input_suffix": "b", "n_predict": 3}
+ERRANDS = {
+    "embeddings": Errand("/v1/embeddings", "bert", {"input": MANY}, {"input": "w011"}),
+    "embeddings of a generative model": Errand("/v1/embeddings", "gap", {"input": MANY}, {"input": "w011"}),
+    "ollama embed": Errand("/api/embed", "bert", {"input": MANY}, {"input": "w011"}),
+    "ollama embeddings": Errand("/api/embeddings", "gap", {"prompt": "w011 " * 12_000}, {"prompt": "w011"}),
+    "rerank": Errand("/v1/rerank", "reranker", {"query": "w011", "documents": MANY}, {"query": "w011", "documents": ["w012"]}),
+    "infill": Errand("/infill", "gap", GAP | {"n_predict": LONG_CTX, "ignore_eos": True}, GAP, streams=True),
+    "infill of a long text": Errand("/infill", "gap", GAP | {"input_prefix": "y" * 60_000}, GAP, streams=True),
+}
+on_every_errand = cases("errand", ERRANDS)
+
+
+@pytest.fixture(scope="module")
+def errands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that runs one text at a time, with models for vectors, ranks and gaps; a load waits while `hold` is there."""
+    folder = tmp_path_factory.mktemp("errands")
+    BERT.write(folder / "models" / "bert.gguf")
+    BERT.write(folder / "models" / "reranker.gguf", pooling=4)
+    write_recital(folder / "models" / "gap.gguf", name="Gap", tokens=GAP_TOKENS)
+    flags: list[str | Path] = ["--models-dir", folder / "models", "--ctx", str(LONG_CTX), "--parallel", "1"]
+    with shared(folder / "home", *flags, script=altered(folder, HOLD)) as running:
+        for model in ("bert", "reranker", "gap"):
+            running.load(model)
+        yield running
+
+
+@contextlib.contextmanager
+def held_load(server: Server, model: str) -> Iterator[None]:
+    """The model is unloaded, and its next load waits for the block's end."""
+    server.unload(model)
+    hold = server.home / "hold"
+    hold.touch()
+    try:
+        yield
+    finally:
+        hold.unlink(missing_ok=True)
+
+
+def aborted(server: Server, model: str) -> int:
+    """How many jobs the engine has ended before they were done."""
+    metrics = server.get("/metrics").body.decode()
+    found = re.search(rf'request_success_total{{model_name="{model}",finished_reason="abort"}} (\d+)', metrics)
+    assert found
+    return int(found[1])
+
+
+def nobody_left_at(server: Server, errand: Errand) -> None:
+    eventually(lambda: requests_of(server, errand.model) == (0, 0), "nobody is left")
+    assert server.post(errand.path, errand.body(long=False)).status == 200
+
+
+@on_every_errand
+def test_client_that_leaves_ends_its_errand(errand: Errand, errands: Server) -> None:
+    before = aborted(errands, errand.model)
+    with requested(errands, errand):
+        eventually(lambda: requests_of(errands, errand.model) == (1, 0), "it runs")
+    eventually(lambda: aborted(errands, errand.model) == before + 1, "the engine lets go of it")
+    nobody_left_at(errands, errand)
+
+
+@cases("errand", {name: errand for name, errand in ERRANDS.items() if errand.streams})
+def test_client_that_leaves_a_streamed_errand_ends_it(errand: Errand, errands: Server) -> None:
+    before = aborted(errands, errand.model)
+    with requested(errands, errand, stream=True) as sock:
+        assert sock.recv(1) == b"H"
+    eventually(lambda: aborted(errands, errand.model) == before + 1, "the engine lets go of it")
+    nobody_left_at(errands, errand)
+
+
+@on_every_errand
+def test_client_that_leaves_behind_another_errand_is_waited_for_no_more(errand: Errand, errands: Server) -> None:
+    before = aborted(errands, errand.model)
+    with requested(errands, errand):
+        eventually(lambda: sum(requests_of(errands, errand.model)) == 1, "another is at work")
+        with requested(errands, errand):
+            eventually(lambda: sum(requests_of(errands, errand.model)) == 2, "it waits")
+        eventually(lambda: sum(requests_of(errands, errand.model)) == 1, "it waits no more")
+    eventually(lambda: aborted(errands, errand.model) == before + 2, "the engine lets go of both")
+    nobody_left_at(errands, errand)
+
+
+def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_no_more(errands: Server) -> None:
+    with contextlib.ExitStack() as held:
+        for model in ("bert", "reranker", "gap"):
+            held.enter_context(held_load(errands, model))
+        with contextlib.ExitStack() as clients:
+            for errand in ERRANDS.values():
+                clients.enter_context(requested(errands, errand))
+            waiting = {"bert": 2, "reranker": 1, "gap": 4}
+            for model, count in waiting.items():
+                eventually(lambda m=model, n=count: requests_of(errands, m) == (0, n), "all wait")
+        for model in waiting:
+            eventually(lambda m=model: requests_of(errands, m) == (0, 0), "nobody is left")
+            assert errands.status(model)["status"] == "loading"
+    for errand in ERRANDS.values():
+        nobody_left_at(errands, errand)
