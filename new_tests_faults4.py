@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import itertools
 import json
+import os
 import re
 import signal
 import socket
@@ -34,6 +35,7 @@ from test_shimmy import (  # noqa: F401
     VOCABULARY,
     FakeHub,
     Server,
+    alive,
     altered,
     assert_failed_last,
     assert_healthy,
@@ -47,8 +49,11 @@ from test_shimmy import (  # noqa: F401
     hub,
     linux,
     memory_of,
+    models,
     parts,
+    raw_post,
     raw_ws,
+    read_reply,
     real_hub,
     requested,
     requests_of,
@@ -385,3 +390,39 @@ def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_n
             assert errands.status(model)["status"] == "loading"
     for errand in ERRANDS.values():
         nobody_left_at(errands, errand)
+
+
+# topic: Lifecycle
+# A server that is killed while its engines are stopped.
+
+
+@linux
+def test_server_killed_while_its_engines_are_stopped_leaves_none(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    for model in ("recital", "plain"):
+        assert own.load(model).json()["loaded"]  # from threads that have ended since
+    children = [own.engine(f"{model}.gguf") for model in ("recital", "plain")]
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    own.process.kill()
+    own.process.wait(HANG)
+    try:
+        eventually(lambda: not any(map(alive, children)), "the engines end although they are stopped")
+    finally:
+        for child in filter(alive, children):
+            os.kill(child, signal.SIGKILL)
+
+
+@linux
+def test_engine_outlives_the_threads_that_asked_for_it(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    with socket.create_connection((own.host, own.port), timeout=HANG) as sock:
+        sock.sendall(raw_post("/api/models/recital/load", b"{}"))
+        assert read_reply(sock).json()["loaded"]
+    engine = own.engine("recital.gguf")
+    threads = Path(f"/proc/{own.process.pid}/task")
+    busy = len(list(threads.iterdir()))
+    for _ in range(20):  # each on a connection, hence in a thread, of its own
+        assert own.generate().text == TEXTS[":"]
+    eventually(lambda: len(list(threads.iterdir())) <= busy, "their threads have ended")
+    assert own.engine("recital.gguf") == engine and own.status("recital")["status"] == "loaded"

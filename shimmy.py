@@ -22,14 +22,15 @@ Three seams. What the client speaks: a Dialect reads bodies and makes documents,
 loop between. What the model writes: Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived
 from its template. What the engine computes: a Job, which a Submit carries.
 
-Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in a
-helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone imports
-llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together. In the child one thread
-receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine takes the step that Scheduler plans,
-in cells that Cache gives out, and reads long prompts aside (PromptReader). A child ends with its pipe, however the parent
-went. A crash in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran there.
-HTTP threads are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio
-and starts with the first upgrade.
+Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in
+a helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone
+imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together. In the child one
+thread receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine takes the step that
+Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader). A child ends with its pipe,
+however the parent went; on Linux an engine ends with the thread that starts them all, even while it is stopped. A crash
+in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran there. HTTP threads
+are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio and starts
+with the first upgrade.
 """
 from __future__ import annotations
 
@@ -182,6 +183,7 @@ if TYPE_CHECKING:
     import ast
     import asyncio
     import subprocess
+    from concurrent.futures import Executor
 
 __version__ = "0.1.0"
 
@@ -521,15 +523,50 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
+class ParentThread:
+    """Starts all children from one thread, which lives as long as this process: its end is theirs (die_with_parent)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: Executor | None = None
+
+    def start(self, command: Seq[str]) -> subprocess.Popen[bytes]:
+        """Raises OSError; RuntimeError when there is no thread to be had, or the interpreter ends."""
+        import subprocess
+
+        with self._lock:
+            if self._pool is None:
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._pool = ThreadPoolExecutor(1, "children")
+        return self._pool.submit(
+            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
+        ).result()
+
+
+PARENT = ParentThread()
+
+
 def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
     """Starts a process of ours that runs `entry`: the process, its stdout and its stdin."""
-    import subprocess
-
-    child = subprocess.Popen(  # noqa: S603  # nosec B603  # our own command line, and no shell
-        child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
-    )
+    child = PARENT.start(child_command(entry))
     assert child.stdin and child.stdout
     return child, child.stdout, child.stdin
+
+
+def die_with_parent() -> None:
+    """Linux kills this child when the thread that started it ends (prctl(2)), even while it is stopped (SIGSTOP).
+
+    Elsewhere, and if the parent died before, the end of the pipe tells.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def mapped_bytes(pids: Iterable[int]) -> int:
@@ -10553,6 +10590,7 @@ BEAT_SECONDS = 1.0  # between two heartbeats of a child
 
 def engine_main() -> None:
     """The child's main: messages on stdin and stdout. Never returns."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
