@@ -47,6 +47,7 @@ from test_shimmy import (  # noqa: F401
     fetched,
     frame,
     hub,
+    interruptible,
     linux,
     memory_of,
     models,
@@ -426,3 +427,29 @@ def test_engine_outlives_the_threads_that_asked_for_it(serve: Callable[..., Serv
         assert own.generate().text == TEXTS[":"]
     eventually(lambda: len(list(threads.iterdir())) <= busy, "their threads have ended")
     assert own.engine("recital.gguf") == engine and own.status("recital")["status"] == "loaded"
+
+
+# topic: Command line
+# Ctrl-C at early moments.
+
+HERE = "__import__('os').write(2, b'here'); __import__('time').sleep(1)"
+EARLY: dict[str, tuple[str, str, str]] = {
+    "before the restart": ("serve", '    if _bytecode_prefix(os.path.realpath(__file__)) == os', f"    {HERE}\n"),
+    "when the restart begins": ("serve", 'import signal, sys\nif signal', f"{HERE}\n"),
+    "while modules are imported": ("list", "import argparse\n", f"{HERE}\n"),
+    "before main has begun": ("list", "    for stream in (sys.stdout, sys.stderr):\n        if isinst", f"    {HERE}\n"),
+    "when main has begun": ("list", "        args = parse(argv)\n", f"        {HERE}\n"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send here")
+@cases("command,line,pause", EARLY)
+def test_ctrl_c_at_an_early_moment_ends_quietly(command: str, line: str, pause: str, tmp_path: Path) -> None:
+    script = altered(tmp_path, (line, pause + line))
+    os.utime(script, (1e9, 1e9))  # old enough to be run from bytecode
+    with subprocess.Popen([sys.executable, script, command], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=interruptible) as running:  # fmt: skip
+        assert running.stderr and running.stderr.read(4) == b"here"
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate(timeout=HANG)
+    assert (running.returncode, stdout, stderr) == (-signal.SIGINT, b"", b"")

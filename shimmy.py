@@ -35,6 +35,7 @@ with the first upgrade.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -45,6 +46,8 @@ STARTER = """\
 import signal, sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if hasattr(signal, 'pthread_sigmask'):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 prefix, entry, path = sys.argv[1:4]
 sys.argv = sys.argv[3:]
 if sys.path[0] == '':
@@ -128,20 +131,19 @@ def restart_from_bytecode() -> None:
     if sys.orig_argv[at] != sys.argv[0] or "-m" in options or "-c" in options:
         return  # another program runs us, which would be lost
     python, *rest = child_command("main", *sys.argv[1:])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until STARTER says what Ctrl-C does
     try:
         os.execv(python, [python, *options, *rest])  # noqa: S606  # nosec B606  # our own command line, and no shell
-    except OSError:
-        pass  # then as the script that we are
+    except OSError:  # then as the script that we are
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 if __name__ == "__main__":
-    if os.name == "posix" and "serve" in sys.argv[1:3]:
-        restart_from_bytecode()
-    import signal
-
     # Ctrl-C while the imports run ends the program; main() makes it an exception again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.name == "posix" and "serve" in sys.argv[1:3]:
+        restart_from_bytecode()
 
 import argparse
 import base64
@@ -166,7 +168,6 @@ import pickle  # nosec B403  # between processes of ours only, and bounded by _U
 import queue
 import re
 import selectors
-import signal
 import socket
 import stat
 import struct
@@ -18996,12 +18997,12 @@ def end_interrupted() -> int:
 def main(argv: Seq[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     no_stdout = open_closed_streams()
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name or a × must not end a command where the locale is C
             stream.reconfigure(errors="backslashreplace")
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
         clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
         shown = logging.StreamHandler()
