@@ -51,7 +51,9 @@ from test_shimmy import (  # noqa: F401
     linux,
     memory_of,
     models,
+    narrow_terminal,
     parts,
+    pty,
     raw_post,
     raw_ws,
     read_reply,
@@ -453,3 +455,15 @@ def test_ctrl_c_at_an_early_moment_ends_quietly(command: str, line: str, pause: 
         running.send_signal(signal.SIGINT)
         stdout, stderr = running.communicate(timeout=HANG)
     assert (running.returncode, stdout, stderr) == (-signal.SIGINT, b"", b"")
+
+
+@pty
+def test_list_on_a_narrow_terminal_leaves_paths_and_values_whole(models: Path, tmp_path: Path) -> None:
+    with narrow_terminal(40, "list", "--models-dir", models, home=tmp_path) as screen:
+        lines = screen.rest().splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line == "recital"]
+    path = f"  {models / 'recital.gguf'}"
+    about = lines[start + 1 : lines.index(path)]
+    labels = [pair.split() for pair in ", ".join(about).replace(",,", ",").split(", ")]
+    assert [pair[0] for pair in labels] == ["params", "quant", "size", "context", "fits"] and all(len(p) == 2 for p in labels)
+    assert max(map(len, about)) <= 40

@@ -17911,7 +17911,10 @@ def print_json(document: Any) -> None:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell; on a terminal too narrow for them, a paragraph for each row."""
+    """Columns as wide as their widest cell; on a terminal too narrow for them, a paragraph for each row.
+
+    There the last cell, a path, has a line of its own, which the terminal may wrap: so it can be copied whole.
+    """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     room = terminal_width(sys.stdout) if sys.stdout.isatty() else sys.maxsize
     if sum(widths) + 2 * len(widths) - 2 <= room:
@@ -17920,9 +17923,11 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         return
     import textwrap
 
-    for name, *cells in rows:
-        text = ", ".join(f"{label.lower()} {cell}" for label, cell in zip(header[1:], cells, strict=True))
-        print(textwrap.fill(text, room, initial_indent=f"{name}\n  ", subsequent_indent="  ", break_on_hyphens=False))
+    hard = "\xa0"  # textwrap parts no words at it, so that a label stays beside its value
+    for name, *cells, path in rows:
+        text = ", ".join(f"{label.lower()} {cell}".replace(" ", hard) for label, cell in zip(header[1:-1], cells, strict=True))
+        about = textwrap.fill(text, room, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        print(f"{name}\n{about.replace(hard, ' ')}\n  {path}")
 
 
 class WaitingLine:
