@@ -22,18 +22,20 @@ Three seams. What the client speaks: a Dialect reads bodies and makes documents,
 loop between. What the model writes: Chat makes its prompts, reads its text and constrains it, by a ChatFormat derived
 from its template. What the engine computes: a Job, which a Submit carries.
 
-Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in a
-helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone imports
-llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together. In the child one thread
-receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine takes the step that Scheduler plans,
-in cells that Cache gives out, and reads long prompts aside (PromptReader). A child ends with its pipe, however the parent
-went. A crash in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran there.
-HTTP threads are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio
-and starts with the first upgrade.
+Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in
+a helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone
+imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together. In the child one
+thread receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine takes the step that
+Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader). A child ends with its pipe,
+however the parent went; on Linux an engine ends with the thread that starts them all, even while it is stopped. A crash
+in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran there. HTTP threads
+are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio and starts
+with the first upgrade.
 """
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -44,6 +46,8 @@ STARTER = """\
 import signal, sys
 if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+if hasattr(signal, 'pthread_sigmask'):
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 prefix, entry, path = sys.argv[1:4]
 sys.argv = sys.argv[3:]
 if sys.path[0] == '':
@@ -127,20 +131,19 @@ def restart_from_bytecode() -> None:
     if sys.orig_argv[at] != sys.argv[0] or "-m" in options or "-c" in options:
         return  # another program runs us, which would be lost
     python, *rest = child_command("main", *sys.argv[1:])
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # until STARTER says what Ctrl-C does
     try:
         os.execv(python, [python, *options, *rest])  # noqa: S606  # nosec B606  # our own command line, and no shell
-    except OSError:
-        pass  # then as the script that we are
+    except OSError:  # then as the script that we are
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
 
 
 if __name__ == "__main__":
-    if os.name == "posix" and "serve" in sys.argv[1:3]:
-        restart_from_bytecode()
-    import signal
-
     # Ctrl-C while the imports run ends the program; main() makes it an exception again
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background jobs ignore it
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.name == "posix" and "serve" in sys.argv[1:3]:
+        restart_from_bytecode()
 
 import _thread
 import argparse
@@ -166,7 +169,6 @@ import pickle  # nosec B403  # between processes of ours only, and bounded by _U
 import queue
 import re
 import selectors
-import signal
 import socket
 import stat
 import struct
@@ -183,6 +185,7 @@ if TYPE_CHECKING:
     import ast
     import asyncio
     import subprocess
+    from concurrent.futures import Executor
 
 __version__ = "0.1.0"
 
@@ -522,15 +525,50 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
+class ParentThread:
+    """Starts all children from one thread, which lives as long as this process: its end is theirs (die_with_parent)."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pool: Executor | None = None
+
+    def start(self, command: Seq[str]) -> subprocess.Popen[bytes]:
+        """Raises OSError; RuntimeError when there is no thread to be had, or the interpreter ends."""
+        import subprocess
+
+        with self._lock:
+            if self._pool is None:
+                from concurrent.futures import ThreadPoolExecutor
+
+                self._pool = ThreadPoolExecutor(1, "children")
+        return self._pool.submit(
+            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
+        ).result()
+
+
+PARENT = ParentThread()
+
+
 def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
     """Starts a process of ours that runs `entry`: the process, its stdout and its stdin."""
-    import subprocess
-
-    child = subprocess.Popen(  # noqa: S603  # nosec B603  # our own command line, and no shell
-        child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
-    )
+    child = PARENT.start(child_command(entry))
     assert child.stdin and child.stdout
     return child, child.stdout, child.stdin
+
+
+def die_with_parent() -> None:
+    """Linux kills this child when the thread that started it ends (prctl(2)), even while it is stopped (SIGSTOP).
+
+    Elsewhere, and if the parent died before, the end of the pipe tells.
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def mapped_bytes(pids: Iterable[int]) -> int:
@@ -10555,6 +10593,7 @@ START_SECONDS = 10.0  # a thread that has not begun by then never will
 
 def engine_main() -> None:
     """The child's main: messages on stdin and stdout. Never returns."""
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
@@ -12263,6 +12302,7 @@ PULL_RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0)  # the pauses between tries; byt
 MAX_REMOTE_FILE = 1 << 63  # bytes; no file system has larger files
 MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
+MAX_PULLS = 4  # that clients may have running at once; more would only share the same line
 HUB = "https://huggingface.co"
 
 
@@ -12270,6 +12310,12 @@ class PullFailed(ApiError):
     """The model could not be fetched; the message says why, and what helps."""
 
     status, message = 502, "The model could not be fetched"
+
+
+class DiskFull(PullFailed):
+    """The model does not fit the disk; the message says how much is missing, and what helps."""
+
+    status = 507
 
 
 class ConnectionLost(Exception):
@@ -12537,11 +12583,34 @@ class Hub:
         import urllib.request as web
 
         self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self._woken = threading.Event()
-        cancel.on_cancel(self._woken.set)
+        self._woken, self._socket = threading.Event(), None
+        cancel.on_cancel(self._break_off)
         self._request, self._opener = web.Request, web.OpenerDirector()
         for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
-            self._opener.add_handler(handler())
+            self._opener.add_handler(self._cancellable(handler)())
+
+    def _cancellable(self, handler: Any) -> Any:
+        """A handler of urllib's whose connections are known, so that a cancel need not wait for the server's next byte."""
+        hub = self
+
+        class Cancellable(handler):  # type: ignore[misc]
+            def do_open(self, connection_class: Any, *args: Any, **more: Any) -> Any:
+                class Known(connection_class):  # type: ignore[misc]
+                    def connect(self) -> None:
+                        super().connect()
+                        hub._socket = self.sock
+                        hub.cancel.check()
+
+                return super().do_open(Known, *args, **more)
+
+        return Cancellable
+
+    def _break_off(self) -> None:
+        """Wakes the thread that waits or reads; in the thread that cancels."""
+        self._woken.set()
+        if self._socket:
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
 
     @property
     def host(self) -> str:
@@ -12551,6 +12620,13 @@ class Hub:
         """Waits; raises Cancelled."""
         self._woken.wait(seconds)
         self.cancel.check()
+
+    def wait(self, seconds: float, tell: Callable[[float], Fetching]) -> Iterator[Fetching]:
+        """Waits, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            yield tell(left)
+            self.pause(min(left, 1.0))
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
         """The answer, whatever its status, once redirects are followed and a busy server was waited for.
@@ -12567,9 +12643,12 @@ class Hub:
             if pause > MAX_RETRY_AFTER:
                 return response
             response.close()
-            host = urllib.parse.urlsplit(url).netloc
-            yield Fetching(f"{host} is busy ({response.status}), trying again in {pause:.0f} s")
-            self.pause(pause)
+            why = f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})"
+            yield from self.wait(pause, functools.partial(self._trying_again, why))
+
+    @staticmethod
+    def _trying_again(why: str, left: float) -> Fetching:
+        return Fetching(f"{why}, trying again in {left:.0f} s")
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
@@ -12763,12 +12842,25 @@ class Download:
             while chunk := self._hub.read(response):
                 if self._have + len(chunk) > self._file.size:
                     raise PullFailed(message=f"{printable(self._file.name)}: the server sends more than {self._file.size} bytes")
-                part.write(chunk)
+                self._append(part, chunk)
                 self._hash.update(chunk)
                 self._have += len(chunk)
                 yield self._event("")
         if self._have < self._file.size:
             raise ConnectionLost("the connection was cut")
+
+    def _append(self, part: BinaryIO, chunk: bytes) -> None:
+        """Writes all of a chunk, where a disk that becomes full takes a part of it first. Raises DiskFull."""
+        left = memoryview(chunk)
+        try:
+            while left:
+                left = left[part.write(left) :]
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            room = f"make room for {human_bytes(self._file.size - self._target.begun())} and pull again to go on"
+            remove = f"or remove {printable(part.name, 400)}"
+            raise DiskFull(message=f"{printable(self._file.name)}: {error.strerror}: {room}, {remove}") from None
 
     def _check_answer(self, response: http.client.HTTPResponse, part: BinaryIO) -> None:
         """Starts anew if the server sends something else than the rest that was asked for."""
@@ -12867,15 +12959,19 @@ class Pull:
         return Plan(name, ((file, target),))
 
     def run(self, plan: Plan) -> Generator[Fetching, None, None]:
-        """Fetches all that is not here yet. Raises as Download.run does, and PullFailed when the disk is too small."""
+        """Fetches all that is not here yet. Raises as Download.run does, but PullFailed for what cannot be written."""
         free = free_disk(plan.files[0][1].blob)
         if free is not None and plan.left > free:
             need = f"{human_bytes(plan.left)} are to be fetched, {human_bytes(free)} are free"
-            raise PullFailed(message=f"the disk is too small: {need}")
-        for file, target in plan.files:
-            yield from Download(self._hub, plan.repo, file, target).run()
-        if plan.commit:
-            write_reference(repository_folder(plan.repo), plan.commit)
+            raise DiskFull(message=f"the disk is too small: {need}")
+        try:
+            for file, target in plan.files:
+                yield from Download(self._hub, plan.repo, file, target).run()
+            if plan.commit:
+                write_reference(repository_folder(plan.repo), plan.commit)
+        except OSError as error:
+            where = f"{printable(str(error.filename), 400)}: " if error.filename else ""
+            raise PullFailed(message=f"the model cannot be written: {where}{error.strerror or error}") from None
 
 
 def free_disk(path: str) -> int | None:
@@ -14423,10 +14519,11 @@ class OllamaPull(Dialect):
 
     api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
+    places = threading.BoundedSemaphore(MAX_PULLS)
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
-        self._begun, self._told = False, -math.inf
+        self._told = -math.inf
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         name = body.get("name") if body.get("model") is None else body["model"]
@@ -14442,17 +14539,20 @@ class OllamaPull(Dialect):
         return self._fetched(service, cancel)
 
     def _fetched(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        pull = Pull(cancel)
-        plan = yield from pull.plan(self._wanted, "")
-        yield Queued(self.model)
-        yield Fetching("pulling manifest")
-        yield from pull.run(plan)
+        if not self.places.acquire(blocking=False):
+            raise Overloaded(f"{MAX_PULLS} models are being fetched already, which is as many as may be at once")
+        try:
+            pull = Pull(cancel)
+            plan = yield from pull.plan(self._wanted, "")
+            yield Fetching("pulling manifest")
+            yield from pull.run(plan)
+        finally:
+            self.places.release()
         service.table.scan()
         yield Fetching("success")
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self._begun = self._begun or isinstance(event, Queued)
-        if not isinstance(event, Fetching) or not self._begun or not (self.stream or event.status == "success"):
+        if not isinstance(event, Fetching) or not (self.stream or event.status == "success"):
             return
         now, whole = time.monotonic(), event.completed == event.total
         if whole or now - self._told >= self.EVENT_SECONDS:
@@ -15275,7 +15375,7 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
         for event in events:
             if isinstance(event, Waiting):
                 signs += 1
-            if isinstance(event, Queued) or signs == HEAD_SIGNS:
+            if isinstance(event, (Queued, Fetching)) or signs == HEAD_SIGNS:
                 wire.begin()
             if isinstance(event, Waiting):
                 wire.idle(dialect.idle)
@@ -16164,10 +16264,42 @@ class SocketRequest:
             READING.give(held)
 
 
+class SocketOutbox:
+    """A request's documents, on their way from its thread to the loop that sends them.
+
+    The thread waits while the client takes none, as one that writes to a socket does: what is not sent stays in its
+    Generation, which bounds it (MAX_UNREAD).
+    """
+
+    AHEAD = 8  # documents that need not wait until the one before is sent
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Cancellation) -> None:
+        import asyncio
+
+        self._loop, self._documents, self._cancel = loop, asyncio.Queue[dict[str, Any] | None](), cancel
+        self._room = threading.Semaphore(self.AHEAD)
+        cancel.on_cancel(self._room.release)  # whoever waits
+
+    def say(self, document: dict[str, Any] | None) -> None:
+        """Hands the loop a document, None behind the last. Raises RuntimeError when the loop has ended."""
+        if not self._off():
+            self._room.acquire()
+        self._loop.call_soon_threadsafe(self._documents.put_nowait, document)
+
+    async def next(self) -> dict[str, Any] | None:
+        document = await self._documents.get()
+        self._room.release()
+        return document
+
+    def _off(self) -> bool:
+        """Whether what is said now is an end, or goes nowhere, and need not wait."""
+        return self._cancel.cancelled and not self._cancel.gently
+
+
 class SocketFrames(Wire):
     """Documents as WebSocket messages; also the Door of a request that came in one."""
 
-    def __init__(self, say: Callable[[dict[str, Any] | None], Any]) -> None:
+    def __init__(self, say: Callable[[dict[str, Any] | None], None]) -> None:
         self._say = say
 
     def send(self, document: dict[str, Any]) -> None:
@@ -16338,9 +16470,20 @@ class SocketListener:
             large = len(message) > READ_FREE  # and may have to wait for its room
             request = await asyncio.to_thread(SocketRequest, message, owner) if large else SocketRequest(message, owner)
         except ApiError as error:
-            await connection.send(to_json(NativeSocket.error(error)).decode())
+            await self._send(connection, NativeSocket.error(error))
             return
         requests.append(request)
+
+    @staticmethod
+    async def _send(connection: Any, document: dict[str, Any]) -> None:
+        """Sends a document, or ends a connection whose client does not read for so long: the pings would wait behind it."""
+        import asyncio
+
+        guard = asyncio.get_running_loop().call_later(WRITE_SECONDS, connection.transport.abort)
+        try:
+            await connection.send(to_json(document).decode())
+        finally:
+            guard.cancel()
 
     @staticmethod
     def _is_cancel(message: bytes) -> bool:
@@ -16360,19 +16503,18 @@ class SocketListener:
                 arrived.clear()
                 await arrived.wait()
             request = requests[0]
-            out = asyncio.Queue[dict[str, Any] | None]()
-            say: Any = functools.partial(loop.call_soon_threadsafe, out.put_nowait)  # type: ignore[arg-type]
+            out = SocketOutbox(loop, request.cancel)
             with self.server.busy():  # until the last message is sent
-                loop.run_in_executor(None, self._answer_one, request, connection.response.headers[ID_HEADERS[0]], say)
+                loop.run_in_executor(None, self._answer_one, request, connection.response.headers[ID_HEADERS[0]], out.say)
                 try:
-                    while (document := await out.get()) is not None:
-                        await connection.send(to_json(document).decode())
+                    while (document := await out.next()) is not None:
+                        await self._send(connection, document)
                 except websockets.exceptions.ConnectionClosed:
                     request.cancel.cancel()
                     return
             requests.popleft()
 
-    def _answer_one(self, request: SocketRequest, id: str, say: Callable[[dict[str, Any] | None], Any]) -> None:
+    def _answer_one(self, request: SocketRequest, id: str, say: Callable[[dict[str, Any] | None], None]) -> None:
         """One request, in a thread of its own: says each document, then None."""
         line, door = RequestLog("WS /ws/generate", id), SocketFrames(say)
 
@@ -17782,7 +17924,10 @@ def print_json(document: Any) -> None:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell; on a terminal too narrow for them, a paragraph for each row."""
+    """Columns as wide as their widest cell; on a terminal too narrow for them, a paragraph for each row.
+
+    There the last cell, a path, has a line of its own, which the terminal may wrap: so it can be copied whole.
+    """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     room = terminal_width(sys.stdout) if sys.stdout.isatty() else sys.maxsize
     if sum(widths) + 2 * len(widths) - 2 <= room:
@@ -17791,9 +17936,11 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
         return
     import textwrap
 
-    for name, *cells in rows:
-        text = ", ".join(f"{label.lower()} {cell}" for label, cell in zip(header[1:], cells, strict=True))
-        print(textwrap.fill(text, room, initial_indent=f"{name}\n  ", subsequent_indent="  ", break_on_hyphens=False))
+    hard = "\xa0"  # textwrap parts no words at it, so that a label stays beside its value
+    for name, *cells, path in rows:
+        text = ", ".join(f"{label.lower()} {cell}".replace(" ", hard) for label, cell in zip(header[1:-1], cells, strict=True))
+        about = textwrap.fill(text, room, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+        print(f"{name}\n{about.replace(hard, ' ')}\n  {path}")
 
 
 class WaitingLine:
@@ -18868,12 +19015,12 @@ def end_interrupted() -> int:
 def main(argv: Seq[str] | None = None) -> int:
     """Runs one command; returns its exit code."""
     no_stdout = open_closed_streams()
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file's name or a × must not end a command where the locale is C
             stream.reconfigure(errors="backslashreplace")
     try:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
         clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
         shown = logging.StreamHandler()
