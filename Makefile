@@ -18,7 +18,7 @@ ARGS ?=
 # how many minutes of mixed traffic `make soak` runs; set at all, it also multiplies the examples of the fuzz tests
 SHIMMY_SOAK ?= 10
 
-.PHONY: run test test-page soak audit test-models fuzz bench model model-eval clean
+.PHONY: run test types security compiled test-page soak audit test-models fuzz bench model model-eval clean
 .DELETE_ON_ERROR:
 
 run: .venv/.run
@@ -27,11 +27,23 @@ run: .venv/.run
 # assert states what the code itself guarantees; importing subprocess is no fault, each call of it is looked at
 BANDIT := --skip B101,B404
 
+# each worker takes the tests of a part of the file, so that few start the same servers, and then helps the others;
+# the tests are compiled once, beside the checks, instead of in each worker
+PYTEST := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest
 test: .venv/.test
 	$(BIN)/ruff check shimmy.py test_shimmy.py models
-	$(BIN)/mypy shimmy.py test_shimmy.py
+	@$(MAKE) --no-print-directory -j 3 types security compiled
+	$(PYTEST) -q -x -n 3 --dist worksteal test_shimmy.py $(ARGS)
+
+# what mypy knows of the libraries stays as long as they do
+types:
+	$(BIN)/mypy --cache-dir .venv/mypy shimmy.py test_shimmy.py
+
+security:
 	$(BIN)/bandit -q $(BANDIT) shimmy.py
-	$(BIN)/python -m pytest -q -x -n 3 test_shimmy.py $(ARGS)
+
+compiled:
+	@$(PYTEST) -qq --collect-only test_shimmy.py
 
 soak: .venv/.test
 	$(BIN)/python test_shimmy.py soak --minutes $(SHIMMY_SOAK)
