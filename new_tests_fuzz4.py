@@ -1,0 +1,30 @@
+"""Tests of the branch fuzz4."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from test_shimmy import ANY_ARRAY, InvalidRequest, begin, cases, follow
+
+# topic: Structured output
+
+R = {"$ref": "#/$defs/R"}
+HOLDS_ITSELF: dict[str, Any] = {**R, "$defs": {"R": {**ANY_ARRAY, "uniqueItems": True, "items": R}}}
+
+
+@cases("text, ends", {
+    "the empty one, and others": ("[[], [[]], [[], [[]]]]", True),
+    "one twice": ("[[], []", False),
+    "one twice, further in": ("[[[]], [[], []", False),
+    "three that hold each other": ("[[], [[]], [[[]]]]", True),
+})  # fmt: skip
+def test_arrays_without_repeats_that_hold_each_other_are_followed(text: str, ends: bool) -> None:
+    here = follow(begin(HOLDS_ITSELF), text.encode())
+    assert bool(here and here.ends) == ends
+
+
+def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="nests too deep"):
+        begin(HOLDS_ITSELF).read(b"[" * 3000 + b"]")
