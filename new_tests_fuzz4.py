@@ -28,3 +28,14 @@ def test_arrays_without_repeats_that_hold_each_other_are_followed(text: str, end
 def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="nests too deep"):
         begin(HOLDS_ITSELF).read(b"[" * 3000 + b"]")
+
+
+@cases("schema, said", {
+    "a format that a constant must not have": ({"const": "a", "not": {"format": "email"}}, "format"),
+    "an array beside something else": ({"type": ["array", "null"], "uniqueItems": True, "minItems": 2,
+                                        "prefixItems": [{"const": 1}, {"const": 1}]}, "uniqueItems"),
+})  # fmt: skip
+def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^json_schema: .*{said}") as refused:
+        begin(schema)
+    assert refused.value.param == "json_schema"

@@ -5874,7 +5874,7 @@ class SchemaReader:
                 and ("$ref" not in schema or holds(self.target(schema["$ref"]))))  # fmt: skip
 
     def _fits_text(self, value: str, schema: dict[str, Any]) -> bool:
-        return string_fits(string_shape([schema]), value)
+        return self.honoured(string_fits, string_shape([schema]), value)
 
     def _fits_number(self, value: Any, schema: dict[str, Any]) -> bool:
         return not self._is_number(value) or number_fits(number_shape([schema]), value)
@@ -6594,6 +6594,8 @@ class Documents:
         reader = self.shapes
         root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
         self.possible = self._possible(root)
+        for shape in (shape for node in self.possible for shape in reader.choice(node) if isinstance(shape, ArrayShape)):
+            self._is_possible(shape, self.possible)  # may be refused, and not only when a text comes there
         reader.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
