@@ -30,6 +30,21 @@ def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
         begin(HOLDS_ITSELF).read(b"[" * 3000 + b"]")
 
 
+EMPTY = {"type": "object", "maxProperties": 0}
+IMPOSSIBLE = {"type": "integer", "minimum": 2, "maximum": 1}
+
+
+@cases("schema", {
+    "objects that can only be empty": {**ANY_ARRAY, "uniqueItems": True, "prefixItems": [
+        EMPTY, {"type": "object", "additionalProperties": IMPOSSIBLE}]},
+    "objects that must not be empty": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3, "items": {
+        "type": "object", "properties": {"a": {"type": "boolean"}}, "minProperties": 1}},
+})  # fmt: skip
+def test_array_without_repeats_that_lacks_elements_is_refused(schema: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"uniqueItems|no document"):
+        begin(schema)
+
+
 @cases("schema, said", {
     "a format that a constant must not have": ({"const": "a", "not": {"format": "email"}}, "format"),
     "an array beside something else": ({"type": ["array", "null"], "uniqueItems": True, "minItems": 2,

@@ -6689,15 +6689,15 @@ class Documents:
         self.shapes.spend()
         if isinstance(shape, Constant):
             return {comparable(json.loads(shape.text))}
-        if isinstance(shape, StringShape):
-            return {""} if shape.high == 0 else None
-        if isinstance(shape, NumberShape):
-            return self._few_numbers(shape)
+        if isinstance(shape, (StringShape, NumberShape)):
+            if self.leaf(shape) is None:
+                return set()
+            return self._few_numbers(shape) if isinstance(shape, NumberShape) else {""} if shape.high == 0 else None
         if isinstance(shape, ArrayShape):
             if shape.high is None or shape.high > self.MAX_FEW:
                 return None
             return self._few_lists(shape, shape.high)
-        if shape.unnamed:
+        if any(self.few_values(node) != set() and self.leaf(names) is not None for names, node in shape.unnamed):
             return None
         return self._few_objects(shape)
 
@@ -6720,7 +6720,7 @@ class Documents:
                 return None
             more = {one | {(prop.name, value)} for one in found for value in values}
             found = more if prop.required else found | more
-        return found
+        return {one for one in found if len(one) >= shape.low and (shape.high is None or len(one) <= shape.high)}
 
     def _few_numbers(self, shape: NumberShape) -> set[Any] | None:
         if shape.low is None or shape.high is None:
