@@ -68,7 +68,7 @@ test-models: .venv/.clients .venv/.reference
 	PYTHONPATH=$(CLIENTS)/llm $(BIN)/python -m pytest -q test_shimmy.py -k "test_llm" $(ARGS)
 
 fuzz: .venv/.test
-	SHIMMY_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 test_shimmy.py -k "schema_made_at_random or temperature_1" $(ARGS)
+	SHIMMY_FUZZ=20000 $(BIN)/python -m pytest -q -n 2 test_shimmy.py -k "schema_made_at_random or temperature_1" -rP $(ARGS)
 
 bench: .venv/.test
 	@$(BIN)/python test_shimmy.py bench $(ARGS)

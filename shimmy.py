@@ -3762,7 +3762,7 @@ class State:
         self.bits = functools.reduce(operator.or_, (stack.top.firsts for stack in stacks), 0)  # the bytes that may come
 
     def step(self, byte: int) -> State | None:
-        """The state behind one more byte; None if that may not come. Raises TooManyReadings."""
+        """The state behind one more byte; None if that may not come. Raises as the automaton does."""
         if byte not in self._next:
             self._next[byte] = self._automaton.after(self, byte) if self.bits >> byte & 1 else None
         return self._next[byte]
@@ -3794,6 +3794,13 @@ class TooManyReadings(InvalidRequest):
         super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
 
 
+class NestedTooDeep(InvalidRequest):
+    """A text nests parts that are followed one inside the other, such as arrays without repeats, too deep to go on."""
+
+    def __init__(self) -> None:
+        super().__init__("the grammar nests too deep: what a text may go on with cannot be found")
+
+
 class NotYet(Exception):
     """To find what may come next takes longer than other texts should wait. What was found is kept: ask again."""
 
@@ -3813,18 +3820,21 @@ class Automaton:
         self.start = self._closed({(root,): frozenset([None])})
 
     def after(self, state: State, byte: int) -> State | None:
-        """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NotYet."""
+        """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NestedTooDeep, NotYet."""
         self._made += 1
         if self._made > self.MADE_AT_LEAST and time.thread_time() > self._deadline:
             raise NotYet
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
             self._forget()
-        found: dict[Symbols, Below] = {}
-        for stack in state.stacks:
-            rest = stack.top.step(byte)
-            if rest is not None:
-                found[rest] = found[rest] | stack.below if rest in found else stack.below
-        return self._closed(found) if found else None
+        try:
+            found: dict[Symbols, Below] = {}
+            for stack in state.stacks:
+                rest = stack.top.step(byte)
+                if rest is not None:
+                    found[rest] = found[rest] | stack.below if rest in found else stack.below
+            return self._closed(found) if found else None
+        except RecursionError:
+            raise NestedTooDeep from None
 
     def _stack(self, top: Symbol, below: Below) -> Stack:
         key = (top, below)
@@ -5903,7 +5913,7 @@ class SchemaReader:
                 and ("$ref" not in schema or holds(self.target(schema["$ref"]))))  # fmt: skip
 
     def _fits_text(self, value: str, schema: dict[str, Any]) -> bool:
-        return string_fits(string_shape([schema]), value)
+        return self.honoured(string_fits, string_shape([schema]), value)
 
     def _fits_number(self, value: Any, schema: dict[str, Any]) -> bool:
         return not self._is_number(value) or number_fits(number_shape([schema]), value)
@@ -6609,11 +6619,22 @@ class Documents:
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Symbol, list[Symbols]] = {}
         self._few: dict[Node, set[Any] | None] = {}
+        self._looks = True
+
+    @functools.cached_property
+    def rough(self) -> Documents:
+        """The same, but an array without repeats may begin an element that turns out to be one: looks ahead go through
+        these, for a look within a look, and so on, would never end where arrays hold each other."""
+        rough = copy.copy(self)
+        rough._values, rough._kept, rough._looks = {}, {}, False
+        return rough
 
     def root(self) -> Symbol:
         reader = self.shapes
         root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
         self.possible = self._possible(root)
+        for shape in (shape for node in self.possible for shape in reader.choice(node) if isinstance(shape, ArrayShape)):
+            self._is_possible(shape, self.possible)  # may be refused, and not only when a text comes there
         reader.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
@@ -6707,15 +6728,15 @@ class Documents:
         self.shapes.spend()
         if isinstance(shape, Constant):
             return {comparable(json.loads(shape.text))}
-        if isinstance(shape, StringShape):
-            return {""} if shape.high == 0 else None
-        if isinstance(shape, NumberShape):
-            return self._few_numbers(shape)
+        if isinstance(shape, (StringShape, NumberShape)):
+            if self.leaf(shape) is None:
+                return set()
+            return self._few_numbers(shape) if isinstance(shape, NumberShape) else {""} if shape.high == 0 else None
         if isinstance(shape, ArrayShape):
             if shape.high is None or shape.high > self.MAX_FEW:
                 return None
             return self._few_lists(shape, shape.high)
-        if shape.unnamed:
+        if any(self.few_values(node) != set() and self.leaf(names) is not None for names, node in shape.unnamed):
             return None
         return self._few_objects(shape)
 
@@ -6738,7 +6759,7 @@ class Documents:
                 return None
             more = {one | {(prop.name, value)} for one in found for value in values}
             found = more if prop.required else found | more
-        return found
+        return {one for one in found if len(one) >= shape.low and (shape.high is None or len(one) <= shape.high)}
 
     def _few_numbers(self, shape: NumberShape) -> set[Any] | None:
         if shape.low is None or shape.high is None:
@@ -6829,7 +6850,7 @@ class Documents:
                 continue
             begin = (word(comma),) if comma else ()
             if counted:
-                yield (*begin, recorded(key, Named(after, node)))
+                yield (*begin, Recorded(Automaton(key).start, Named(after, node)))
             else:
                 yield (*begin, key, Word(b": "), Value(self, node), after)
 
@@ -6854,8 +6875,11 @@ class Documents:
             yield (*comma, Value(self, node), after)
             return
         options = self._unlike(node, after.seen)
-        element = recorded(AnyOf(tuple(options)), Different(after)) if options else None
-        if element is not None and element.firsts:
+        if not options:
+            return
+        ahead = Automaton(AnyOf(tuple(self.rough._unlike(node, after.seen)))).start if self._looks else None
+        element = Recorded(Automaton(AnyOf(tuple(options))).start, Different(after), ahead)
+        if element.firsts:
             yield (*comma, element)
 
     def _unlike(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
@@ -6990,36 +7014,38 @@ class Different:
 
 @dataclass(frozen=True)
 class Recorded(Symbol):
-    """A part whose text so far is kept, for what follows depends on it."""
+    """A part whose text so far is kept, for what follows depends on it. It is never empty."""
 
     here: State
     then: Named | Different
+    ahead: State | None = None  # through which to look whether a text can still become another than those seen
     text: bytes = b""
     ends: bool = False
 
     CLOSING: ClassVar = 1 << ord('"') | 1 << ord("]") | 1 << ord("}")
-    MAX_LOOK: ClassVar = 40  # choices that are tried to see whether a text can still become another than those seen
+    MAX_LOOK: ClassVar = 40  # choices that a look tries
+    MAX_FORCED: ClassVar = 10_000  # bytes of a text in which there is no choice
 
     @functools.cached_property
     def firsts(self) -> int:
-        bits = self.here.bits
-        if isinstance(self.then, Different) and any(isinstance(one, (tuple, frozenset)) for one in self.then.after.seen):
+        bits, then = self.here.bits, self.then
+        if self.ahead and isinstance(then, Different) and any(isinstance(one, (tuple, frozenset)) for one in then.after.seen):
             few = bits if bits.bit_count() <= 16 else bits & self.CLOSING  # where much may come, only ends take choice away
-            return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(byte))
+            return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(self.ahead, byte))
         return bits
 
-    def _can_differ(self, byte: int) -> bool:
+    def _can_differ(self, ahead: State, byte: int) -> bool:
         """False if a byte leaves only texts that may not be."""
-        todo, ended = [(self.here.step(byte), self.text + bytes([byte]))], False
+        todo, ended = [(ahead.step(byte), self.text + bytes([byte]))], False
         for _ in range(self.MAX_LOOK):
             if not todo:
                 return False
             here, text = todo.pop()
+            while here and not here.ends and here.bits.bit_count() == 1 and len(text) < self.MAX_FORCED:
+                text += bytes(bytes_of(here.bits))
+                here = here.step(text[-1])
             if here is None:
                 continue
-            forced = here.forced(10_000)
-            here, text = here.read(forced), text + forced
-            assert here is not None, "it is forced"
             if here.bits.bit_count() > 16 or (here.ends and self.then.follow(text) is not None):
                 return True
             ended = ended or here.ends
@@ -7031,7 +7057,8 @@ class Recorded(Symbol):
         if here is None or not self.firsts >> byte & 1:
             return None
         follows = self.then.follow(text) if here.ends else None
-        return (Recorded(here, self.then, text, follows is not None),) if here.bits else follows
+        ahead = self.ahead.step(byte) if self.ahead else None
+        return (Recorded(here, self.then, ahead, text, follows is not None),) if here.bits else follows
 
     def left(self) -> Symbols:
         return self.then.follow(self.text) or ()
@@ -7120,17 +7147,6 @@ def bytes_of(bits: int) -> Iterator[int]:
     while bits:
         yield (bits & -bits).bit_length() - 1
         bits &= bits - 1
-
-
-class Within(Automaton):
-    """The states of a part of a grammar; whoever follows the whole counts the work."""
-
-    MAX_WORK = 10**12
-
-
-def recorded(symbol: Symbol, then: Named | Different) -> Symbol:
-    """A symbol whose text is kept; it is never empty."""
-    return Recorded(Within(symbol).start, then)
 
 
 class TextTable:

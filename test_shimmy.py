@@ -56,7 +56,7 @@ from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import gguf
@@ -66,7 +66,7 @@ import pytest
 from hypothesis import assume
 from hypothesis import strategies as some
 from hypothesis import strategies as st
-from jsonschema import Draft202012Validator  # type: ignore[import-untyped]
+from jsonschema import Draft202012Validator, FormatChecker  # type: ignore[import-untyped]
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as ws_connect
@@ -4613,9 +4613,16 @@ def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: 
 
 # Structured output.
 
-FUZZ = int(os.environ.get("SHIMMY_FUZZ", "300"))
-CHECKED = [  # formats that jsonschema checks without further packages, as we do
-    "date", "email", "ipv4", "ipv6", "uuid", "time"]  # fmt: skip
+FUZZ = int(os.environ.get("SHIMMY_FUZZ", 0))  # schemas of each kind under `make fuzz`; 0: the plain suite
+FORMATS = FormatChecker(["date", "email", "ipv4", "ipv6", "uuid"])  # what jsonschema checks without further packages
+CHECKED = [*FORMATS.checkers, "time"]
+
+
+@FORMATS.checks("time")
+def is_time(value: Any) -> bool:
+    """RFC 3339's full-time."""
+    return not isinstance(value, str) or bool(
+        re.fullmatch(r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?([Zz]|[+-]([01]\d|2[0-3]):[0-5]\d)", value, re.ASCII))
 
 
 def begin(schema: Any) -> State:
@@ -4719,19 +4726,19 @@ def with_definitions(pick: random.Random) -> Any:
 
 def test_schema_made_at_random_is_refused_or_holds_whatever_the_walk() -> None:
     """Random legal bytes lead to a document that fits, never into a dead end; no model is needed for that."""
-    fitted = 0
-    for seed in range(FUZZ):
+    fitted, schemas = 0, FUZZ or 300
+    for seed in range(schemas):
         pick = random.Random(seed)
         schema = with_definitions(pick)
         try:
             here = begin(schema)
         except InvalidRequest:
             continue
-        checker = Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+        checker = Draft202012Validator(schema, format_checker=FORMATS)
         for text in filter(None, (walk(here, pick) for _ in range(4))):
             checker.validate(json.loads(text))
             fitted += 1
-    assert fitted > FUZZ
+    assert fitted > schemas
 
 
 # What a keyword admits, and what not: documents in the order and style in which they are written.
@@ -4864,18 +4871,30 @@ def test_alternatives_that_begin_alike_stay_few_however_deep(schema: Any, text: 
     assert here is not None and len(here.stacks) < 100
 
 
-def test_schemas_of_a_chat_at_temperature_1_hold(server: Server) -> None:
+def filled_at_random(server: Server, seed: int) -> tuple[str, str]:
+    """How a schema made at random ended that the model in the box filled, and what is wrong with its document."""
+    schema = with_definitions(random.Random(10**6 + seed))
+    reply = server.generate("any", TINY, json_schema=schema, max_tokens=40, temperature=1, seed=seed)
+    if reply.status != 200:
+        assert_error(reply, 400, "invalid_request", "json_schema")
+        return "refused", ""
+    if reply.finish_reason == "stop":
+        checker = Draft202012Validator(schema, format_checker=FORMATS)
+        if not checker.is_valid(json.loads(reply.text)):
+            return "invalid", f"{seed}: {json.dumps(schema)} {reply.text!r}"
+    return reply.finish_reason, ""
+
+
+def test_schemas_filled_at_temperature_1_hold(server: Server) -> None:
     """As above through the server: what ends by itself fits, what cannot be honoured is 400."""
-    fitted = 0
-    for seed in range(FUZZ // 5):
-        schema = with_definitions(random.Random(10**6 + seed))
-        reply = server.generate("any", "dice", json_schema=schema, max_tokens=100, temperature=1, seed=seed)
-        if reply.status != 200:
-            assert_error(reply, 400, "invalid_request", "json_schema")
-        elif reply.finish_reason == "stop":
-            Draft202012Validator(schema, format_checker=Draft202012Validator.FORMAT_CHECKER).validate(json.loads(reply.text))
-            fitted += 1
-    assert fitted > FUZZ // 20
+    schemas, ends = FUZZ or 500, dict.fromkeys(("stop", "length", "refused", "invalid"), 0)
+    with ThreadPoolExecutor(8) as pool:
+        for end, wrong in pool.map(functools.partial(filled_at_random, server), range(schemas)):
+            ends[end] += 1
+            print(wrong, end="\n" * bool(wrong))
+    print(f"{schemas} schemas: {ends}")
+    assert not ends["invalid"] and ends["stop"] > schemas // 4
+
 
 # Calls whose arguments stand one by one.
 
@@ -16534,7 +16553,7 @@ def test_bench_measures_every_row(tmp_path: Path) -> None:
     flags = ["--tokens", "8", "--words", "4", "--long", "200", "--seconds", "0", "--threads", "1", "--json"]
     done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
     rows = json.loads(done.stdout)
-    assert done.returncode == 0 and "not measured" not in done.stderr and len(rows) == 30
+    assert done.returncode == 0 and "not measured" not in done.stderr and len(rows) == 33
     assert all(row["value"] > 0 for row in rows.values())
 
 
@@ -16570,6 +16589,13 @@ BENCH_CONSTRAINTS: dict[str, dict[str, Any]] = {
                                                                   "parameters": bench_object(BENCH_KEYS)}}],
                       "tool_choice": "required"},
 }  # fmt: skip
+BENCH_HOSTILE: list[dict[str, Any]] = [
+    *({"grammar": grammar, "top_k": 0, "top_p": 1, "min_p": 0, "ignore_eos": True} for grammar in (
+        "root ::= " + "(" * 10_000 + '"a"' + ")" * 10_000, 'root ::= root "a" | "b"', 'root ::= "ab"{1000000000}', DOUBLING, MANY,
+        MOST, REPEATS)),
+    *({"json_schema": schema} for schema in HOSTILE.values()),
+    *({"json_schema": {"type": "string", "pattern": pattern}} for pattern in HOSTILE_PATTERNS),
+]  # fmt: skip
 
 
 @functools.cache
@@ -16679,6 +16705,9 @@ def bench_prompt(words: int, salt: int) -> str:
     return " ".join(choose.choice(BENCH_WORDS) for _ in range(words))
 
 
+Done = TypeVar("Done")
+
+
 class Streamed(NamedTuple):
     times: list[float]  # time of each event with text
     ended: float  # time of the last byte
@@ -16731,6 +16760,10 @@ class BenchClient:
             while chunk := connection.recv(65536):
                 yield chunk
 
+    def answers(self, chats: Iterable[bytes]) -> list[bytes]:
+        """Sends chats one after another."""
+        return [b"".join(self.post("/v1/chat/completions", body)) for body in chats]
+
     def first_token(self, prompt: str | list[dict[str, str]]) -> float:
         """Returns the seconds to the first text; in a chat, to the event after the role's."""
         began = time.perf_counter()
@@ -16762,12 +16795,21 @@ class BenchClient:
 
     def gaps(self, words: int) -> dict[str, float]:
         """Measures two streams' gaps before and while a long prompt is read, and how long that prompt waits."""
-        began = time.perf_counter()
-        alone, answered = self.stream(bench_prompt(words, 70), 2).times[0] - began, threading.Event()
-        streams: list[list[float]] = [[], []]
+
+        def first_text(salt: int) -> float:
+            began = time.perf_counter()
+            return self.stream(bench_prompt(words, salt), 2).times[0] - began
+
+        alone = first_text(70)
+        usual, worst, wait = self.beside(lambda: first_text(73))
+        return {"usual_gap": usual, "worst_gap": worst, "alone": alone, "wait": wait}
+
+    def beside(self, work: Callable[[], Done]) -> tuple[float, float, Done]:
+        """Returns the usual gap of two streams before `work`, their worst one while it is done, and what it returned."""
+        done, streams = threading.Event(), list[list[float]]([[], []])
 
         def run(number: int) -> None:
-            for at in self.times(bench_prompt(16, 71 + number), 8000, answered.is_set):
+            for at in self.times(bench_prompt(16, 71 + number), 8000, done.is_set):
                 streams[number].append(at)
 
         threads = [threading.Thread(target=run, args=(number,)) for number in range(2)]
@@ -16776,19 +16818,21 @@ class BenchClient:
         patience = time.perf_counter() + 30
         while min(map(len, streams)) < 48 and all(t.is_alive() for t in threads) and time.perf_counter() < patience:
             time.sleep(0.001)
-        together, arrived = min(map(len, streams)) >= 48, time.perf_counter()
-        first = self.stream(bench_prompt(words, 73), 2).times[0] if together else 0.0
-        whole = all(t.is_alive() for t in threads)
-        answered.set()
-        for thread in threads:
-            thread.join()
-        if not together or not whole:
-            raise RuntimeError("the streams ended before the long prompt was read" if together else "two do not stream at once")
-        usual = statistics.median(b - a for stream in streams for a, b in itertools.pairwise(stream) if b < arrived)
+        together, began = min(map(len, streams)) >= 48, time.perf_counter()
+        try:
+            if not together:
+                raise RuntimeError("two do not stream at once")
+            found, over = work(), time.perf_counter()
+            if not all(t.is_alive() for t in threads):
+                raise RuntimeError("the streams ended before what is measured beside them")
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join()
+        usual = statistics.median(b - a for stream in streams for a, b in itertools.pairwise(stream) if b < began)
         # Both streams are in every step, but one may print nothing while half a character is held back.
         shown = sorted(itertools.chain(*streams))
-        worst = max(b - a for a, b in itertools.pairwise(shown) if b > arrived and a < first)
-        return {"usual_gap": usual, "worst_gap": worst, "alone": alone, "wait": first - arrived}
+        return usual, max(b - a for a, b in itertools.pairwise(shown) if b > began and a < over), found
 
 
 Bare: TypeAlias = Callable[[int], float]
@@ -16855,6 +16899,7 @@ def bench_own(table: BenchTable, options: argparse.Namespace) -> None:
             loaded = table.add("memory with the model", resident(server), "MB")
             size = client.stream(bench_prompt(options.words, 2), 1).usage["prompt_tokens"]
             bench_url(table, client, options, lambda batch: batch * options.tokens / bare_seconds(model, batch, size, options))
+            bench_hostile(table, client, options)
             server.unload("default")
             kept = (resident(server) - idle) / max(loaded - idle, 1e-9)
             table.add("memory after unload", resident(server), "MB", kept or None, "what loading took is still there")
@@ -16924,6 +16969,25 @@ def bench_waits(table: BenchTable, client: BenchClient, options: argparse.Namesp
     table.add(f"worst gap while {options.long} words arrive", gaps["worst_gap"] * 1000, "ms",
               gaps["worst_gap"] / gaps["usual_gap"], "usual gap")  # fmt: skip
     table.add("the newcomer's first token", gaps["wait"], "s", gaps["wait"] / gaps["alone"], "alone")
+
+
+def bench_hostile(table: BenchTable, client: BenchClient, options: argparse.Namespace) -> None:
+    """Measures two streams' worst gap while a third client sends hostile grammars, five beside each pair of streams."""
+    chat = {"model": client.model, "messages": [{"role": "user", "content": "time"}], "max_tokens": 24, "seed": 1}
+    bodies = [json.dumps({**chat, **fields}).encode() for fields in BENCH_HOSTILE]  # beside streams it would delay their clocks
+    random.Random(0).shuffle(bodies)
+    gaps, heads, began = list[tuple[float, float]](), list[bytes](), time.perf_counter()
+    while bodies and (not gaps or time.perf_counter() - began < 5 * options.seconds):
+        five, bodies = bodies[:5], bodies[5:]
+        usual, worst, answers = client.beside(functools.partial(client.answers, five))
+        gaps.append((worst / usual, worst))
+        heads += [answer[:12] for answer in answers]
+    refused, written = heads.count(b"HTTP/1.1 400"), heads.count(b"HTTP/1.1 200")
+    if refused + written < len(heads):
+        raise RuntimeError(f"hostile grammars were answered {sorted(set(heads))}")
+    table.add("worst gap beside hostile grammars", max(gaps)[1] * 1000, "ms", max(gaps)[0], "usual gap")
+    table.add("hostile grammars that are refused", refused, "requests", refused / len(heads), "all that were sent")
+    table.add("hostile grammars that write", written, "requests", written / len(heads), "all that were sent")
 
 
 def bare_seconds(model: Path, batch: int, prompt: int, options: argparse.Namespace) -> float:
