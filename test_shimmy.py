@@ -7062,7 +7062,8 @@ def test_engine_that_hangs_while_it_reads_a_prompt_is_replaced(
         os.kill(engine, signal.SIGSTOP)
         replies = [waiter.result() for waiter in waiters]
     assert all(r.status == 500 and "said nothing" in r.body.decode() for r in replies)
-    assert not alive(engine) and own.generate().text == TEXTS[":"]
+    eventually(lambda: not alive(engine), "the engine is gone")
+    assert own.generate().text == TEXTS[":"]
 
 
 @linux
