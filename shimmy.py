@@ -8271,7 +8271,7 @@ class Vocabulary:
         A tokenizer that begins a text with a space of its own is shown a line break first.
         """
         for before in (b"", b"\n"):
-            tokens = self._tokenize(before + data, False, False).tolist()
+            tokens = self._call(before + data, False, False).tolist()
             pieces = [self.piece(token) for token in tokens]
             ends = [0, *itertools.accumulate(map(len, pieces))]
             start = ends[-1] - len(data)
