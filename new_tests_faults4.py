@@ -37,6 +37,7 @@ from test_shimmy import (  # noqa: F401
     Server,
     alive,
     altered,
+    assert_error,
     assert_failed_last,
     assert_healthy,
     assert_ollama_error,
@@ -61,8 +62,10 @@ from test_shimmy import (  # noqa: F401
     requested,
     requests_of,
     serve,
+    server,
     shared,
     shimmy,
+    tool_root,
     words,
     write_recital,
     ws_ask,
@@ -467,3 +470,37 @@ def test_list_on_a_narrow_terminal_leaves_paths_and_values_whole(models: Path, t
     labels = [pair.split() for pair in ", ".join(about).replace(",,", ",").split(", ")]
     assert [pair[0] for pair in labels] == ["params", "quant", "size", "context", "fits"] and all(len(p) == 2 for p in labels)
     assert max(map(len, about)) <= 40
+
+
+# topic: llama.cpp
+# Long runs of characters that a SentencePiece vocabulary does not have.
+
+UNKNOWN_RUNS = {
+    "letters": "a" * 30_000, "emoji": "😀" * 8_000, "between words": ("tick " + "龘" * 300) * 20 + " tick",
+    "words behind": "é" * 20_000 + " wide  world",
+}  # fmt: skip
+
+
+def test_a_million_letters_without_a_token_are_refused_with_their_number_soon(server: Server) -> None:
+    began = time.monotonic()
+    reply = server.generate("a" * 1_000_000, max_tokens=1)
+    assert_error(reply, 400, "context_length_exceeded", "1000001 tokens")
+    assert time.monotonic() - began < HANG / 2, "it took llama.cpp over a minute"
+
+
+@cases("text", UNKNOWN_RUNS)
+def test_long_runs_of_bytes_become_the_tokens_that_llama_cpp_makes(text: str, server: Server, models: Path) -> None:
+    found = server.post("/tokenize", {"content": text, "model": "recital"}).json()["tokens"]
+    script = f"""
+import sys; sys.path.insert(0, {str(SHIMMY.parent)!r})
+import json, numpy, shimmy
+c = shimmy.import_llama(); c.llama_backend_init(); quiet = c.llama_log_callback(lambda *_: None); c.llama_log_set(quiet, None)
+parameters = c.llama_model_default_params(); parameters.vocab_only = True
+model = c.llama_model_load_from_file({str(models / "recital.gguf")!r}.encode(), parameters)
+vocab = c.llama_model_get_vocab(model); text = sys.stdin.buffer.read()
+rows = numpy.empty(len(text) + 16, numpy.int32)
+count = c.llama_tokenize(vocab, text, len(text), rows.ctypes.data_as(c.ctypes.POINTER(c.ctypes.c_int32)), len(rows), False, True)
+print(json.dumps(rows[:count].tolist()))
+"""
+    theirs = subprocess.run([sys.executable, "-c", script], input=text.encode(), capture_output=True, timeout=HANG, check=True)
+    assert found == json.loads(theirs.stdout)

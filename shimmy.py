@@ -8107,6 +8107,7 @@ class Vocabulary:
     SHORTEST = 4  # bytes that the longest piece has at least; a character has no more
     COUNTED = MIB  # characters that are always tokenized, to say exactly how many tokens: a megabyte takes about a second
     RUN_STACK = 8192  # bytes of a thread's stack for each character of `max_run`: nine times what was measured
+    QUICK = 16384  # bytes that need no care; see ByteRuns
 
     def __init__(self, c: Any, model: Any, np: Any) -> None:
         import ctypes
@@ -8165,6 +8166,37 @@ class Vocabulary:
         yield text[start:]
 
     def _tokenize(self, data: bytes, first: bool, special: bool = True) -> Any:
+        """A text's tokens as llama.cpp makes them, an int32 array."""
+        if len(data) < self.QUICK or self.c.llama_vocab_type(self.handle) != self.c.LLAMA_VOCAB_TYPE_SPM:
+            return self._call(data, first, special)
+        text = data.decode()
+        runs = self._byte_runs.find(text)
+        return self._around(runs, text, first, special) if runs else self._call(data, first, special)
+
+    def _around(self, runs: Seq[tuple[int, int]], text: str, first: bool, special: bool) -> Any:
+        """The tokens of a text whose long runs of bytes need no tokenizer.
+
+        Each of the other parts ends with the first character of a run, and the next one begins with its last: these tokens
+        are known, and so is the space that the tokenizer may put before them.
+        """
+        ends = [self.c.llama_vocab_eos(self.handle)] if first and self.c.llama_vocab_get_add_eos(self.handle) else []
+        found, start = [], 0
+        for begin, end in (*runs, (len(text), len(text))):
+            tokens = self._call(text[start : begin + 1].encode(), first and not start, special)
+            known = self.count(text[start]) if start else 0
+            found += [tokens[known : len(tokens) - (0 if start else len(ends))], self._byte_runs.tokens(text[begin + 1 : end])]
+            start = end - 1
+        return self.np.concatenate([*found, self.np.array(ends, self.np.int32)])
+
+    def count(self, text: str) -> int:
+        """How many tokens a short text has, with the space before it."""
+        return len(self._call(text.encode(), False, False))
+
+    @functools.cached_property
+    def _byte_runs(self) -> ByteRuns:
+        return ByteRuns(self)
+
+    def _call(self, data: bytes, first: bool, special: bool) -> Any:
         """Usually fewer tokens than bytes; an unknown space takes three."""
         count = len(data) + 16
         for _ in range(2):
@@ -8256,7 +8288,7 @@ class Vocabulary:
         A tokenizer that begins a text with a space of its own is shown a line break first.
         """
         for before in (b"", b"\n"):
-            tokens = self._tokenize(before + data, False, False).tolist()
+            tokens = self._call(before + data, False, False).tolist()
             pieces = [self.piece(token) for token in tokens]
             ends = [0, *itertools.accumulate(map(len, pieces))]
             start = ends[-1] - len(data)
@@ -8280,6 +8312,70 @@ class Vocabulary:
             buffer = self.ctypes.create_string_buffer(-size)
             size = self.c.llama_token_to_piece(self.handle, token, buffer, -size, 0, special)
         return bytes(buffer.raw[:size])
+
+
+class ByteRuns:
+    """Finds where a SentencePiece tokenizer (SPM) makes nothing but bytes of a text for long.
+
+    llama.cpp copies all tokens so far at each such character (llama-vocab.cpp, resegment: the reserve), which takes a
+    minute for a million. They are characters without a token that stand beside their neighbours in no token's text: so no
+    merge reaches across, and each becomes the tokens of its bytes.
+    """
+
+    LONG = 256  # characters; shorter runs cost little
+
+    def __init__(self, vocab: Vocabulary) -> None:
+        """Reads the vocabulary: 0.1 s for a large one, so only long texts ask."""
+        c, np = vocab.c, vocab.np
+        texts = [c.llama_vocab_get_text(vocab.handle, t).decode("utf-8", "replace") for t in range(vocab.size)]
+        ids = {text: token for token, text in enumerate(texts)}
+        self._np = np
+        self._bytes = np.array([ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)], np.int32)
+        self._known = np.zeros(sys.maxunicode + 1, bool)  # by code point: has a token, or cannot be told
+        self._known[[0, *(ord(text) for text in map(self._escaped, ids) if len(text) == 1)]] = True
+        strips = c.LLAMA_TOKEN_ATTR_LSTRIP | c.LLAMA_TOKEN_ATTR_RSTRIP
+        if any(c.llama_vocab_get_attr(vocab.handle, t) & strips for t in range(vocab.size)):
+            self._known[[ord(space) for space in "\t\n\v\f\r"]] = True  # special tokens take those beside them
+        if self._bytes.min() < 0:
+            self._known[:] = True
+        else:  # four bytes, behind a space if the tokenizer begins texts with one
+            self._spaced = vocab.count("\U0010fffd") > 4
+        codes = self._codes("\0".join(texts))
+        self._pairs = np.unique(self._paired(codes[:-1], codes[1:]))
+
+    @staticmethod
+    def _escaped(text: str) -> str:
+        return text.replace(" ", "▁")
+
+    def _codes(self, text: str) -> Any:
+        """Code points, an array, with spaces as the tokenizer sees them."""
+        return self._np.frombuffer(self._escaped(text).encode("utf-32-le", "replace"), self._np.uint32)
+
+    def _paired(self, left: Any, right: Any) -> Any:
+        return left.astype(self._np.uint64) << self._np.uint64(32) | right
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Where each long run begins and ends."""
+        codes = self._codes(text)
+        return [(begin + b, begin + e) for begin, end in self._long(~self._known[codes])
+                for b, e in self._long(self._alone(codes, begin, end))]  # fmt: skip
+
+    def _long(self, marked: Any) -> list[tuple[int, int]]:
+        edges = self._np.flatnonzero(self._np.diff(marked, prepend=False, append=False)).tolist()
+        return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if e - b >= self.LONG]
+
+    def _alone(self, codes: Any, begin: int, end: int) -> Any:
+        """Which of these characters merge with neither neighbour, nor with a space that the tokenizer may put before them."""
+        np = self._np
+        codes = np.concatenate([[0], codes, [0]]).astype(np.uint32)  # a neighbour before the first and behind the last
+        here = codes[begin + 1 : end + 1]
+        joined = np.isin(self._paired(codes[begin : end + 1], codes[begin + 1 : end + 2]), self._pairs)
+        alone = ~(joined[:-1] | joined[1:])
+        return alone & ~np.isin(self._paired(np.full_like(here, ord("▁")), here), self._pairs) if self._spaced else alone
+
+    def tokens(self, text: str) -> Any:
+        """The tokens of a run's text, an int32 array."""
+        return self._bytes[self._np.frombuffer(self._escaped(text).encode(), self._np.uint8)]
 
 
 class Llama:
