@@ -6940,7 +6940,7 @@ class Members(Symbol):
 class Elements(Symbol):
     """What an array holds from here on, behind `index` elements, of which so many fit what it must contain.
 
-    `seen` are the elements so far, where no two may be the same.
+    `seen` are the elements so far, where no two may be the same, and `texts` how those that are objects and arrays were written.
     """
 
     documents: Documents
@@ -6948,6 +6948,7 @@ class Elements(Symbol):
     index: int
     counts: tuple[int, ...]
     seen: frozenset[Any] = frozenset()
+    texts: frozenset[bytes] = frozenset()
 
     def opened(self) -> Iterable[Symbols]:
         return self.documents.kept(self, self.documents.elements)
@@ -6972,8 +6973,11 @@ class Different:
     after: Elements
 
     def follow(self, text: bytes) -> Symbols | None:
-        value = comparable(json.loads(text))
-        return None if value in self.after.seen else (replace(self.after, seen=self.after.seen | {value}),)
+        value, after = comparable(json.loads(text)), self.after
+        if value in after.seen:
+            return None
+        texts = after.texts | {text} if isinstance(value, (tuple, frozenset)) else after.texts
+        return (replace(after, seen=after.seen | {value}, texts=texts),)
 
 
 @dataclass(frozen=True)
@@ -6993,10 +6997,15 @@ class Recorded(Symbol):
     @functools.cached_property
     def firsts(self) -> int:
         bits, then = self.here.bits, self.then
-        if self.ahead and isinstance(then, Different) and any(isinstance(one, (tuple, frozenset)) for one in then.after.seen):
-            few = bits if bits.bit_count() <= 16 else bits & self.CLOSING  # where much may come, only ends take choice away
+        if self.ahead and isinstance(then, Different) and then.after.texts:
+            few = bits if bits.bit_count() <= 16 else bits & (self.CLOSING | self._known(then.after.texts))
             return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(self.ahead, byte))
         return bits
+
+    def _known(self, texts: Iterable[bytes]) -> int:
+        """The bytes with which texts go on that begin like this one: where much may come, only they and ends take choice away."""
+        at = len(self.text)
+        return functools.reduce(operator.or_, (1 << text[at] for text in texts if text.startswith(self.text)), 0)
 
     def _can_differ(self, ahead: State, byte: int) -> bool:
         """False if a byte leaves only texts that may not be."""
