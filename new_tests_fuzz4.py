@@ -25,6 +25,13 @@ def test_arrays_without_repeats_that_hold_each_other_are_followed(text: str, end
     assert bool(here and here.ends) == ends
 
 
+def test_element_that_begins_like_another_can_still_become_one_of_its_own() -> None:
+    text = {"type": "string", "pattern": "b", "maxLength": 2}
+    schema = {**ANY_ARRAY, "uniqueItems": True, "items": {"type": "object", "properties": {"a": text}, "required": ["a"]}}
+    here = follow(begin(schema), b'[{"a": "1b"}, {"a": "')
+    assert here and here.step(ord("2")) and here.step(ord("b")) and not here.step(ord("1"))
+
+
 def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
     with pytest.raises(InvalidRequest, match="nests too deep"):
         begin(HOLDS_ITSELF).read(b"[" * 3000 + b"]")

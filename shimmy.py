@@ -155,6 +155,7 @@ import contextlib
 import copy
 import errno
 import functools
+import gc
 import http.client
 import http.server
 import io
@@ -6807,11 +6808,11 @@ class Documents:
 
     def members(self, here: Members) -> list[Symbols]:
         """What may follow in an object: a named property, the end, an unnamed property."""
-        shape, comma = here.shape, "" if here.first else ", "
+        shape, comma, count = here.shape, "" if here.first else ", ", self._counted(here.shape, here.count)
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
         for index in range(here.at, len(shape.named)):
-            prop, after = shape.named[index], replace(here, at=index + 1, count=self._counted(shape, here.count), first=False)
+            prop, after = shape.named[index], Members(self, shape, index + 1, count, False, here.taken)
             if prop.node in self.possible and self._can_end(after):
                 key = f"{comma}{json.dumps(prop.name, ensure_ascii=False)}: "
                 texts[key.encode()] = (Value(self, prop.node), after)
@@ -6830,10 +6831,12 @@ class Documents:
 
     def _can_end(self, here: Members) -> bool:
         """True if what is still required, and how many properties there must be, can come within the most there may be."""
-        shape, rest = here.shape, here.shape.named[here.at :]
+        shape, lacking = here.shape, here.shape.low - here.count
+        if lacking <= 0 and shape.high is None:
+            return True  # the rest is not looked at: objects with thousands of properties would take its square
+        rest = shape.named[here.at :]
         if shape.high is not None and here.count + sum(prop.required for prop in rest) > shape.high:
             return False
-        lacking = shape.low - here.count
         return (lacking <= 0 or sum(prop.node in self.possible for prop in rest) >= lacking
                 or self._has_unnamed(shape, self.possible))  # fmt: skip
 
@@ -6976,7 +6979,7 @@ class Members(Symbol):
 class Elements(Symbol):
     """What an array holds from here on, behind `index` elements, of which so many fit what it must contain.
 
-    `seen` are the elements so far, where no two may be the same.
+    `seen` are the elements so far, where no two may be the same, and `texts` how those that are objects and arrays were written.
     """
 
     documents: Documents
@@ -6984,6 +6987,7 @@ class Elements(Symbol):
     index: int
     counts: tuple[int, ...]
     seen: frozenset[Any] = frozenset()
+    texts: frozenset[bytes] = frozenset()
 
     def opened(self) -> Iterable[Symbols]:
         return self.documents.kept(self, self.documents.elements)
@@ -7008,8 +7012,11 @@ class Different:
     after: Elements
 
     def follow(self, text: bytes) -> Symbols | None:
-        value = comparable(json.loads(text))
-        return None if value in self.after.seen else (replace(self.after, seen=self.after.seen | {value}),)
+        value, after = comparable(json.loads(text)), self.after
+        if value in after.seen:
+            return None
+        texts = after.texts | {text} if isinstance(value, (tuple, frozenset)) else after.texts
+        return (replace(after, seen=after.seen | {value}, texts=texts),)
 
 
 @dataclass(frozen=True)
@@ -7029,10 +7036,15 @@ class Recorded(Symbol):
     @functools.cached_property
     def firsts(self) -> int:
         bits, then = self.here.bits, self.then
-        if self.ahead and isinstance(then, Different) and any(isinstance(one, (tuple, frozenset)) for one in then.after.seen):
-            few = bits if bits.bit_count() <= 16 else bits & self.CLOSING  # where much may come, only ends take choice away
+        if self.ahead and isinstance(then, Different) and then.after.texts:
+            few = bits if bits.bit_count() <= 16 else bits & (self.CLOSING | self._known(then.after.texts))
             return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(self.ahead, byte))
         return bits
+
+    def _known(self, texts: Iterable[bytes]) -> int:
+        """The bytes with which texts go on that begin like this one: where much may come, only they and ends take choice away."""
+        at = len(self.text)
+        return functools.reduce(operator.or_, (1 << text[at] for text in texts if text.startswith(self.text)), 0)
 
     def _can_differ(self, ahead: State, byte: int) -> bool:
         """False if a byte leaves only texts that may not be."""
@@ -10410,6 +10422,7 @@ class Engine:
     GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
     PATIENCE, TRIES = 0.01, 500  # seconds of a step in which a grammar says what may come next, and in how many steps
     GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
+    GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
     def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe, pulse: Pulse) -> None:
         self.llama, self.main, self.pulse = llama, llama.main, pulse
@@ -10435,11 +10448,13 @@ class Engine:
                 self._gather()
 
     def _rest(self) -> None:
-        """Idle work: parks finished sequences, makes the prompt reader where several ran at once."""
+        """Idle work: parks finished sequences, makes the prompt reader where several ran at once, frees what leads in rings."""
         while self.inbox.empty() and self.scheduler.tidy():
             pass
         if self._several and self._aside and not self.reader and self.inbox.empty():
             self._make_reader()
+        if gc.get_count()[2] >= self.GARBAGE and self.inbox.empty():
+            gc.collect()
 
     def _gather(self) -> None:
         """Before an idle engine's first step: prompts that arrive together are read together, at twice the speed."""
@@ -10711,6 +10726,8 @@ def engine_main() -> None:
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what native code prints must not run into the messages
     pipe, ready = Pipe(reader, writer), queue.SimpleQueue[Intake]()
+    # to look through a grammar's states for garbage takes as long as several steps; idle engines do it
+    gc.set_threshold(*gc.get_threshold()[:2], Engine.MOST_GARBAGE)
     sys.setswitchinterval(0.0005)  # a thread that reads a grammar must not hold up the step loop: usual are 5 ms, at each call
     try:
         load, pulses = pipe.receive(), [Pulse()]
