@@ -5819,15 +5819,16 @@ class SchemaReader:
     def read(self, schema: Any, depth: int, where: str, base: str) -> int:
         """The number of a client's schema; references in it are relative to `base`."""
         self.spend()
-        if isinstance(schema, bool):
-            return self.free if schema else self.never
         if not isinstance(schema, dict):
-            raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
+            if not isinstance(schema, bool):
+                raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
+            return self.free if schema else self.never
         if depth > self.MAX_DEPTH:
             raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
-        if id(schema) not in self._read:
-            self._read[id(schema)] = self._tidy(schema, depth + 1, base)
-        return self._read[id(schema)]
+        number = self._read.get(id(schema))
+        if number is None:
+            number = self._read[id(schema)] = self._tidy(schema, depth + 1, base)
+        return number
 
     def said(self, value: Any) -> str:
         """A client's value for a message."""
@@ -5835,13 +5836,13 @@ class SchemaReader:
 
     def _tidy(self, schema: dict[str, Any], depth: int, base: str) -> int:
         """The number of a schema's checked dict."""
-        given = self._renewed(schema) if self.OLDER & schema.keys() or None in schema.values() else schema
+        given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
         if "$id" in given and isinstance(given["$id"], str) and not given["$id"].startswith("#"):
             base = self.joined(base, given["$id"]).partition("#")[0]
         found: dict[str, Any] = {}
+        readers = self.KEYWORDS
         for key, value in given.items():
-            reader = self.KEYWORDS.get(key)
-            if reader is not None:
+            if (reader := readers.get(key)) is not None:
                 found[key] = reader(self, key, value, depth, base)
         return self.number(found) if self.CONDITIONS.isdisjoint(found) else self._rewritten(found)
 
@@ -5916,6 +5917,8 @@ class SchemaReader:
         return [value]
 
     def _types(self, key: str, value: Any, depth: int, base: str) -> int:
+        if isinstance(value, str) and value in self.TYPES:
+            return self.TYPES[value]
         types = value if isinstance(value, list) else [value]
         if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
             raise self.refuse(f"type {self.said(value)} is unknown")
@@ -6161,7 +6164,8 @@ class SchemaReader:
         """What the value of an object's property must fit."""
         for schema in schemas:
             own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
-            own += [number for pattern, number in schema.get("patternProperties", {}).items() if self.matches(pattern, name)]
+            if "patternProperties" in schema:
+                own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
             yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
 
     def matches(self, pattern: str, name: str) -> bool:
@@ -6190,11 +6194,12 @@ class SchemaReader:
 
 def type_bit(value: Any) -> int:
     """The type of a value, as one of SchemaReader's bits; 1.0 is an integer there."""
-    if isinstance(value, bool) or value is None:
-        return 64 if value is None else 32
-    if isinstance(value, (int, float)):
-        return 8 if isinstance(value, int) or value.is_integer() else 16
-    return 1 if isinstance(value, dict) else 2 if isinstance(value, list) else 4
+    if isinstance(value, float):
+        return 8 if value.is_integer() else 16
+    return TYPE_BITS[type(value)]
+
+
+TYPE_BITS = {dict: 1, list: 2, str: 4, int: 8, bool: 32, type(None): 64}
 
 
 def comparable(value: Any) -> Any:
@@ -6228,6 +6233,15 @@ def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberSh
     return NumberShape(whole, max(lows, default=None), (high[0], not high[1]) if high else None, factors, others)
 
 
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a look tells of a branch: types, required properties, and values that are listed for properties, or ruled out."""
+
+    bits: int
+    required: set[str]
+    lists: dict[str, list[tuple[frozenset[Any], bool]]]
+
+
 class SchemaAlgebra(SchemaReader):
     """A schema as branches, of which one must hold: schemas without allOf, anyOf, oneOf, not and the like.
 
@@ -6248,6 +6262,7 @@ class SchemaAlgebra(SchemaReader):
         self._branches: dict[tuple[int, bool], list[Branch]] = {}
         self._opposites: dict[int, int] = {}
         self._lists: dict[int, tuple[frozenset[Any], bool]] = {}
+        self._looks: dict[Branch, Told] = {}
         self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
         self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
 
@@ -6298,23 +6313,37 @@ class SchemaAlgebra(SchemaReader):
         if ours == [()]:
             return theirs
         self.spend(len(ours) * len(theirs))
-        found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one in ours for two in theirs)
-        if len(found) > 1:
-            found = {branch: None for branch in found if not self._is_dead(branch)}
+        pairs: Iterable[tuple[Branch, Branch]] = itertools.product(ours, theirs)
+        if len(ours) > 1 or len(theirs) > 1:
+            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._told(one), self._told(two)))
+        found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one, two in pairs)
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         return list(found) or [(self.never,)]
 
-    def _is_dead(self, branch: Branch) -> bool:
-        """True if the schemas have no type in common, or a required property no constant."""
-        bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
-        if bits != 1 or len(branch) < 2:
+    def _told(self, branch: Branch) -> Told:
+        """What a look tells of a branch."""
+        if branch not in self._looks:
+            schemas = [self.schemas[number] for number in branch]
+            lists: dict[str, list[tuple[frozenset[Any], bool]]] = {}
+            for name, number in (pair for schema in schemas for pair in schema.get("properties", {}).items()):
+                listed = self._lists[number] if number in self._lists else self._list_of(number)
+                if listed[0] or listed[1]:
+                    lists.setdefault(name, []).append(listed)
+            bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
+            required = {name for schema in schemas for name in schema.get("required", ())}
+            self.spend(1 + len(branch) // 8)
+            self._looks[branch] = Told(bits, required, lists)
+        return self._looks[branch]
+
+    def _are_dead(self, one: Told, two: Told) -> bool:
+        """True if two branches have no type in common, or a required property no constant."""
+        bits = one.bits & two.bits
+        if bits != 1:
             return not bits
-        schemas = [self.schemas[number] for number in branch]
-        for name in dict.fromkeys(name for schema in schemas for name in schema.get("required", ())):
-            numbers = dict.fromkeys(s["properties"][name] for s in schemas if name in s.get("properties", ()))
-            lists = [self._lists[number] if number in self._lists else self._list_of(number) for number in numbers]
-            self.spend(1 + len(lists) // 8)
+        for name in (one.required & two.lists.keys()) | (two.required & one.lists.keys()):
+            self.spend()
+            lists = one.lists.get(name, []) + two.lists.get(name, [])
             allowed = [values for values, may in lists if may]
             if allowed and len(allowed[0]) <= 8 and not allowed[0].intersection(*allowed).difference(
                     *(values for values, may in lists if not may)):  # fmt: skip
@@ -6539,7 +6568,7 @@ class SchemaShapes(SchemaAlgebra):
         return self._choices[node, loose]
 
     def _simplify(self, shapes: list[Shape]) -> Shapes:
-        if len(shapes) < 2:
+        if all(isinstance(shape, Constant) for shape in shapes) or len(shapes) < 2:
             return tuple(shapes)
         if len(shapes) >= len(self.everything) and set(shapes) >= set(self.everything):
             return self.everything
@@ -6576,11 +6605,12 @@ class SchemaShapes(SchemaAlgebra):
         if bits & 1:
             yield from self._object(schemas, loose, self._size("object", excluded))
 
-    def json(self, value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
 
     def _kinds(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> int:
         """The types that all of them allow; where none says one, what their other keywords are about."""
+        if len(branch) == 1 and "type" in schemas[0] and "soft" not in schemas[0]:
+            return self.bits[branch[0]]
         bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
         said = [schema["type"] for schema in schemas if "type" in schema and "soft" not in schema]
         if not bits and said:
