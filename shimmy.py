@@ -5354,7 +5354,9 @@ _IPV6 = "(?:{})".format("|".join(
     [f"(?:{_H16}:){{6}}{_LS32}", f"::(?:{_H16}:){{0,5}}{_LS32}"]
     + [f"{_H16}(?::{_H16}){{0,{n}}}::(?:{_H16}:){{0,{4 - n}}}{_LS32}" for n in range(5)]
     + [f"(?:{_H16}(?::{_H16}){{0,5}})?::{_H16}", f"(?:{_H16}(?::{_H16}){{0,6}})?::"]))  # fmt: skip
-_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+# "--" as a label's third and fourth character is left out: what is written so (xn--) is right only if it is right in Unicode.
+_LABEL = ("[A-Za-z0-9](?:[A-Za-z0-9-]{0,2}[A-Za-z0-9]"
+          "|[A-Za-z0-9-](?:[A-Za-z0-9][A-Za-z0-9-]|-[A-Za-z0-9])[A-Za-z0-9-]{0,58}[A-Za-z0-9])?")  # fmt: skip
 _HOSTNAME = rf"{_LABEL}(?:\.{_LABEL})*"
 _MAIL_HOST = rf"(?:{_HOSTNAME}|\[(?:{_IPV4}|IPv6:{_IPV6})\])"
 _POINTER = "(?:/(?:[^~/]|~[01])*)*"
@@ -5408,7 +5410,7 @@ FORMATS = {  # name → a regular expression for the whole text, how long it may
     "regex": (_REGEX, None),
 }
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
+PARTIAL_FORMATS = ("email", "hostname", "idn-email", "regex")  # the rule leaves out some texts that have the format
 
 
 @functools.lru_cache(maxsize=100)
@@ -6850,6 +6852,7 @@ class Documents:
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Symbol, list[Symbols]] = {}
         self._few: dict[Node, Few | None] = {}
+        self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
 
     def root(self) -> Symbol:
         reader = self.shapes
@@ -7087,9 +7090,12 @@ class Documents:
         if not after.shape.unique:
             yield (*comma, Value(self, node), after)
             return
-        options = self._unlike(node, after.seen)
-        element = recorded(AnyOf(tuple(options)), Different(after)) if options else None
-        if element is not None and element.firsts:
+        element = self._new.get((node, after))
+        if element is None:  # kept before it is looked at, so that to look again goes on where it was left
+            if len(self._new) > self.MAX_KEPT:
+                self._new.clear()
+            element = self._new[node, after] = recorded(AnyOf(tuple(self._unlike(node, after.seen))), Different(after))
+        if element.firsts:
             yield (*comma, element)
 
     def _unlike(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
@@ -9101,13 +9107,21 @@ class Grammar:
 
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
         """Raises InvalidRequest for a grammar that cannot be followed. Runs in the tokenizing thread."""
-        self._vocab, self._machine = llama.vocab, llama.machines.of(constraint.grammar)
+        self._vocab, self.param = llama.vocab, constraint.param
+        try:
+            self._machine = llama.machines.of(constraint.grammar)
+        except InvalidRequest as error:
+            raise InvalidRequest(self.said(error), error.param or self.param) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = self._vocab.tokens_named(constraint.markers)
         self.closing: Seq[int] = ()
         if self._marker and constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
             self.closing = self._vocab.tokens_of(f"\n{(constraint.after or '').strip()}\n\n")
+
+    def said(self, error: InvalidRequest) -> str:
+        """An error's message with the request's field, if it knows none."""
+        return error.message if error.param else f"{self.param}: {error.message}"
 
     @property
     def is_awaited(self) -> bool:
@@ -10242,8 +10256,9 @@ class Outbox:
                        min(sequence.n_jumped, generated))  # fmt: skip
         self._events.append(end)
 
-    def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code) -> None:
-        self._events.append(Failed(work.id, code, details))
+    def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code,
+               param: str | None = None) -> None:  # fmt: skip
+        self._events.append(Failed(work.id, code, details, param))
 
     def embedded(self, job: Embedding, reason: str = "stop") -> None:
         """The end of an Embed job, with its vectors unless it was cancelled."""
@@ -10673,9 +10688,10 @@ class Engine:
         except NotYet:
             sequence.logits, sequence.tries = scores.copy(), sequence.tries + 1
             if sequence.tries > self.TRIES:
-                self._fail(sequence, "the grammar is too intricate: what may come next is not found in time", InvalidRequest.code)
+                what = "the grammar is too intricate: what may come next is not found in time"
+                self._refuse(sequence, InvalidRequest(what))
         except InvalidRequest as error:
-            self._fail(sequence, error.message, error.code)
+            self._refuse(sequence, error)
 
     def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
         """One more token for one sequence, and its end if that was the last."""
@@ -10713,7 +10729,7 @@ class Engine:
         try:
             sequence.jump()
         except InvalidRequest as error:
-            self._fail(sequence, error.message, error.code)
+            self._refuse(sequence, error)
             self._flush()
             return
         if sequence.n_jumped:
@@ -10734,6 +10750,13 @@ class Engine:
 
     def _fail(self, sequence: Sequence, details: str, code: str = GenerationFailed.code) -> None:
         self.outbox.failed(sequence, details, code)
+        self._retire(sequence)
+
+    def _refuse(self, sequence: Sequence, error: InvalidRequest) -> None:
+        """Ends a text whose grammar cannot be followed: the request is at fault, in the field that holds the grammar."""
+        assert sequence.sampler and sequence.sampler.grammar
+        grammar = sequence.sampler.grammar
+        self.outbox.failed(sequence, grammar.said(error), error.code, error.param or grammar.param)
         self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
