@@ -3739,6 +3739,13 @@ def read_ahead(root: Symbol) -> Symbol:
     return root
 
 
+def bytes_of(bits: int) -> Iterator[int]:
+    """The bytes of a set."""
+    while bits:
+        yield (bits & -bits).bit_length() - 1
+        bits &= bits - 1
+
+
 class Stack:
     """What some readings of a text still want: a symbol, and behind it what any of them wants. An automaton makes equal
     ones once."""
@@ -3806,15 +3813,42 @@ class NotYet(Exception):
     """To find what may come next takes longer than other texts should wait. What was found is kept: ask again."""
 
 
+class Turn(threading.local):
+    """For how long this thread may look for what may come next; without end unless the step loop says so.
+
+    All that looks counts here, automata of parts within automata and searches in strings too.
+    """
+
+    AT_LEAST = 10  # looks, before NotYet: so that asking again leads on
+
+    def __init__(self) -> None:
+        self._ends, self._looks = math.inf, 0
+
+    def begin(self, seconds: float) -> None:
+        """From now on for so long."""
+        self._ends, self._looks = time.thread_time() + seconds, 0
+
+    def look(self) -> None:
+        """Counts what takes some 10 to 100 µs. Raises NotYet when the turn is over; nothing found so far may then be lost."""
+        self._looks += 1
+        if self._looks > self.AT_LEAST and self.is_over:
+            raise NotYet
+
+    @property
+    def is_over(self) -> bool:
+        return self._ends < math.inf and time.thread_time() > self._ends
+
+
+TURN = Turn()
+
+
 class Automaton:
     """The states of one grammar, made as texts reach them and kept for all its texts. Used by one thread at a time."""
 
     MAX_READINGS = 4000  # of one state, with what they open into: some 1 µs each
     MAX_KEPT = 50_000  # states; some 1 KB each
-    MADE_AT_LEAST = 10  # states, before NotYet: so that asking again leads on
 
     def __init__(self, root: Symbol) -> None:
-        self._deadline, self._made = math.inf, 0
         self._states: dict[tuple[frozenset[Stack], bool], State] = {}
         self._stacks: dict[tuple[Symbol, Below], Stack] = {}
         self._root = root
@@ -3822,9 +3856,7 @@ class Automaton:
 
     def after(self, state: State, byte: int) -> State | None:
         """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NestedTooDeep, NotYet."""
-        self._made += 1
-        if self._made > self.MADE_AT_LEAST and time.thread_time() > self._deadline:
-            raise NotYet
+        TURN.look()
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
             self._forget()
         try:
@@ -3877,15 +3909,6 @@ class Automaton:
         if key not in self._states:
             self._states[key] = State(self, *key)
         return self._states[key]
-
-    def work_for(self, seconds: float) -> None:
-        """For how long from now on to make new states; then it says NotYet."""
-        self._deadline, self._made = time.thread_time() + seconds, 0
-
-    @property
-    def is_late(self) -> bool:
-        """Whether that time is over."""
-        return time.thread_time() > self._deadline
 
     def __len__(self) -> int:
         """How many states are kept."""
@@ -4671,24 +4694,6 @@ class Algebra:
             texts = two
         return self.none if texts.kind in ("none", "empty") else self.either([*found, self._behind(texts, bit)])
 
-    def words(self, texts: Iterable[str]) -> Texts:
-        """Some texts, common beginnings shared."""
-        tree: list[dict[str, int]] = [{}]  # a node for each beginning: character → node, "" where a text ends
-        for text in texts:
-            at = 0
-            for char in text:
-                if char not in tree[at]:
-                    tree[at][char] = len(tree)
-                    tree.append({})
-                at = tree[at][char]
-            tree[at][""] = 0
-        found = [self.none] * len(tree)
-        for at in reversed(range(len(tree))):
-            options = [self.then(self.char(1 << self.class_of(ord(c))), found[to]) if c else self.empty
-                       for c, to in tree[at].items()]  # fmt: skip
-            found[at] = self.either(options)
-        return found[0]
-
     def matching(self, pattern: Pattern, most: int | None = None) -> Texts:
         """The texts in which a pattern is found, of at most so many characters."""
         self.work = 0
@@ -4800,39 +4805,61 @@ class StringShape:
     excluded: frozenset[str] = frozenset()  # texts that it is not
 
 
+Rest = tuple[Texts, int, int | None]  # what may follow in a text, and how many characters at least and at most
+
+
 class TextMachine:
     """The texts of one shape, and what can still be reached in them: no step into a dead end.
 
-    Where complements and intersections meet, a way to an end is searched. What is not found within MAX_STEPS counts as
-    dead: a text is then kept from what could have been right, but never led where it cannot end.
+    The texts that a shape excludes are not its machine's business: NewText keeps those beside it. Where complements and
+    intersections meet, a way to an end is searched (Search).
     """
 
-    MAX_STEPS, MAX_ALL_STEPS, WINDOW, MAX_KEPT = 3000, 20_000, 4096, 50_000
+    WINDOW, MAX_KEPT = 4096, 50_000
+    MAX_COUNTED = 1000  # characters in which texts must differ for all of them to count
 
     def __init__(self, shape: StringShape) -> None:
         formats = [found for found in map(read_format, shape.formats) if found]
         patterns = [*map(read_pattern, shape.patterns), *(pattern for pattern, _ in formats)]
         unlike = [(read_pattern(text), None) for text in shape.unlike] + [whole_format(name) for name in shape.not_formats]
-        chars = {((ord(c), ord(c)),) for text in shape.excluded for c in text}
-        algebra = self.algebra = Algebra(chars.union(*(p.classes for p in (*patterns, *(pattern for pattern, _ in unlike)))))
-        wrong = [*itertools.starmap(algebra.matching, unlike), algebra.words(sorted(shape.excluded))]
+        classes = (pattern.classes for pattern in (*patterns, *(pattern for pattern, _ in unlike)))
+        algebra = self.algebra = Algebra(itertools.chain(*classes))
+        wrong = itertools.starmap(algebra.matching, unlike)
         self.root = algebra.both([*map(algebra.matching, patterns), *map(algebra.but_not, wrong)])
         highs = [high for high in (shape.high, *(most for _, most in formats)) if high is not None]
         self.low, self.high = shape.low, min(highs, default=None)
-        self.steps_left, self.gave_up = self.MAX_ALL_STEPS, False
-        self._distances: dict[Texts, int | None] = {}
-        self._found: dict[tuple[Texts, int, int | None], bool] = {}
-        self._open: dict[tuple[Texts, int, int | None], int] = {}
+        self.distances: dict[Texts, int | None] = {}  # to an end, as far as searches have found them
+        self.found: dict[Rest, bool] = {}  # whether there is a way to an end, as far as searches know
+        self._searches: dict[tuple[Any, ...], Iterator[None]] = {}  # that are not at their end
+        self._open: dict[Rest, int] = {}
         self._lengths: dict[tuple[Texts, int], int] = {}
-        self._starts = self._start_bytes()
         self._first_bytes: dict[int, int] = {}
-        sizes: dict[int, list[int]] = {}
-        for kind, low, high in algebra.pieces():
-            sizes.setdefault(1 << kind, []).extend((low, high))
-        self._single = {mask: codes[0] for mask, codes in sizes.items() if codes[0] == codes[-1]}  # class → its only character
-        self._many: dict[tuple[Texts, int, int | None], tuple[int, bool]] = {}
+        self._many: dict[Rest, tuple[int, bool]] = {}
 
-    def _start_bytes(self) -> list[int]:
+    @property
+    def start(self) -> Rest:
+        return self.root, self.low, self.high
+
+    @functools.cached_property
+    def first_search(self) -> Search | None:
+        """The search for any of the texts; None if it can be told without one."""
+        if self._is_alive_plainly(*self.start) is not None:
+            return None
+        search = Search(self, self.start)
+        for _ in search.run():
+            pass
+        return search
+
+    @functools.cached_property
+    def _single(self) -> dict[int, int]:
+        """The characters that are alone in their classes."""
+        sizes: dict[int, list[int]] = {}
+        for kind, low, high in self.algebra.pieces():
+            sizes.setdefault(1 << kind, []).extend((low, high))
+        return {mask: codes[0] for mask, codes in sizes.items() if codes[0] == codes[-1]}
+
+    @functools.cached_property
+    def _starts(self) -> list[int]:
         """The bytes that a character of each class may begin with, written as itself."""
         bits = [0] * (max(self.algebra.class_at) + 1)
         for kind, low, high in self.algebra.pieces():
@@ -4858,11 +4885,16 @@ class TextMachine:
         key = (at, low, high)
         found = self._open.get(key)
         if found is None:
-            if len(self._open) > self.MAX_KEPT:
-                self._open.clear()  # other threads may do so too: what is returned is never looked up again
             then = self.counted(low, high)
-            found = self._open[key] = sum(mask for mask, behind in self.algebra.moves(at) if self.alive(behind, *then))
+            found = sum(mask for mask, behind in self.algebra.moves(at) if self.alive(behind, *then))
+            self.keep(self._open, key, found)
         return found
+
+    def keep(self, kept: dict[Any, Any], key: Any, value: Any) -> None:
+        """Keeps what was found; not for ever. Other threads do so too: what is to be returned is not looked up again."""
+        if len(kept) > self.MAX_KEPT:
+            kept.clear()
+        kept[key] = value
 
     def reaches(self, classes: int, ranges: Ranges) -> bool:
         """Whether some character of the ranges is of one of the classes."""
@@ -4886,24 +4918,25 @@ class TextMachine:
 
     def more_than(self, number: int, at: Texts, low: int, high: int | None) -> bool:
         """Whether there are more than so many of the texts that follow."""
-        if at is self.algebra.all and high is None:
-            return True
+        if number == 0 or (at is self.algebra.all and high is None):
+            return self.alive(at, low, high)
         key = (at, low, high)
         count, whole = self._many.get(key, (0, False))
         if count <= number and not whole:
-            if len(self._many) > self.MAX_KEPT:
-                self._many.clear()
-            count, whole = self._many[key] = self._count(key, 2 * number + 100)
+            self._go_on(("count", *key), self._count(key, 2 * number + 100))
+            count = self._many.get(key, (0, False))[0]
         return count > number
 
-    def _count(self, start: tuple[Texts, int, int | None], most: int) -> tuple[int, bool]:
-        """How many texts follow, counted until they are more than `most`; and whether those are all.
+    def _count(self, start: Rest, most: int) -> Iterator[None]:
+        """Leaves in `_many` how many texts follow, counted until they are more than `most`; and whether to count no further.
 
         Texts that begin differently are different, and each beginning can be finished: so the beginnings are counted.
         """
-        (at, low, high), ended = start, 0
+        (at, low, high), ended, length = start, 0, 0
         layer = {at: int(self.alive(*start))}
-        while layer and ended + sum(layer.values()) <= most:
+        while layer and length < self.MAX_COUNTED and ended + sum(layer.values()) <= most:
+            yield
+            length += 1
             ended += sum(ways for at, ways in layer.items() if at.nullable and low == 0)
             then, longer = self.counted(low, high), dict[Texts, int]()
             for at, ways in layer.items():
@@ -4912,7 +4945,26 @@ class TextMachine:
                     if mask & classes:
                         longer[behind] = longer.get(behind, 0) + ways * self.characters(mask & classes)
             layer, (low, high) = longer, then
-        return ended + sum(layer.values()), not layer
+        self.keep(self._many, start, (ended + sum(layer.values()), not layer or length == self.MAX_COUNTED))
+
+    def every_text(self, most: int) -> set[str] | None:
+        """The texts, if there are at most so many."""
+        if self.more_than(most, *self.start):
+            return None
+        found, counts = set[str](), (self.low, self.high)
+        layer = [("", self.root)] if self.alive(*self.start) else []
+        for _ in range(self.MAX_COUNTED):
+            found |= {text for text, at in layer if at.nullable and counts[0] == 0}
+            layer = [(text + chr(code), self.behind(at, code)) for text, at in layer
+                     for code in self.codes(self.open(at, *counts))]
+            counts = self.counted(*counts)
+        return None if layer else found
+
+    def codes(self, classes: int) -> Iterator[int]:
+        """The characters of the classes."""
+        for kind, first, last in self.algebra.pieces() if classes else ():
+            if classes >> kind & 1:
+                yield from itertools.chain(*(range(a, b + 1) for a, b in _within(EVERY_CHAR, first, last)))
 
     def first_bytes(self, classes: int) -> int:
         """The bytes that a character of the classes may begin with, the backslash of escapes among them."""
@@ -4932,17 +4984,37 @@ class TextMachine:
         return next(behind for mask, behind in self.algebra.moves(at) if mask & bit)
 
     def alive(self, at: Texts, low: int, high: int | None) -> bool:
-        """Whether one of the texts has `low` to `high` characters."""
+        """Whether one of the texts has `low` to `high` characters. Raises NotYet.
+
+        What a search does not find counts as dead: a text is then kept from what could have been right, but never led
+        where it cannot end.
+        """
+        plainly = self._is_alive_plainly(at, low, high)
+        if plainly is not None:
+            return plainly
+        key = (at, low, high)
+        self._go_on(("alive", *key), Search(self, key).run())
+        return self.found.get(key, False)
+
+    def _go_on(self, key: tuple[Any, ...], fresh: Iterator[None]) -> None:
+        """Brings a search to its end, where it was left if it has begun. Raises NotYet."""
+        search = self._searches.pop(key, fresh)  # nobody else has it meanwhile
+        for _ in search:
+            try:
+                TURN.look()
+            except NotYet:
+                self.keep(self._searches, key, search)
+                raise
+
+    def _is_alive_plainly(self, at: Texts, low: int, high: int | None) -> bool | None:
+        """The same, if it can be told without a search."""
         if high is not None and (high < at.least or high < low):
             return False
         if at is self.algebra.none or at.most < low:
             return False
         if at.plain:
             return high is None or self._has_length(at, low, high)
-        shortest = self._distance(at)
-        if shortest is None or (high is not None and shortest > high):
-            return False
-        return shortest >= low or self._search(at, low, high)
+        return self.found.get((at, low, high))
 
     def _has_length(self, at: Texts, low: int, high: int) -> bool:
         if at.dense or low <= at.least:
@@ -4953,11 +5025,11 @@ class TextMachine:
     def _sizes(self, at: Texts, top: int) -> int:
         """The lengths of plain texts, up to some length, a bit each."""
         key = (at, top)
-        if key not in self._lengths:
-            if len(self._lengths) > self.MAX_KEPT:
-                self._lengths.clear()
-            self._lengths[key] = self._sized(at, top)
-        return self._lengths[key]
+        found = self._lengths.get(key)
+        if found is None:
+            found = self._sized(at, top)
+            self.keep(self._lengths, key, found)
+        return found
 
     def _sized(self, at: Texts, top: int) -> int:
         if at.dense:
@@ -4978,76 +5050,98 @@ class TextMachine:
                 count, sizes = count >> 1, _sums(sizes, sizes, top)
         return found
 
-    def _distance(self, start: Texts) -> int | None:
+
+class Search:
+    """Looks for one of a machine's texts where only a search tells whether there is one: a question, in small steps."""
+
+    MAX_STEPS, MAX_ALL_STEPS = 3000, 20_000  # of one walk, and of all for the question; some 50 µs each
+
+    def __init__(self, machine: TextMachine, start: Rest) -> None:
+        self.machine, self.start, self.steps, self.gave_up = machine, start, 0, False
+
+    def run(self) -> Iterator[None]:
+        """Leaves in `machine.found` whether there is a text, after some steps."""
+        at, low, high = self.start
+        shortest = yield from self._distance(at)
+        if shortest is None or (high is not None and shortest > high):
+            self.machine.keep(self.machine.found, self.start, False)
+        elif shortest >= low:
+            self.machine.keep(self.machine.found, self.start, True)
+        else:
+            yield from self._walk(self.start)
+
+    def _may_step(self, taken: int) -> bool:
+        return taken < self.MAX_STEPS and self.steps < self.MAX_ALL_STEPS
+
+    def _distance(self, start: Texts) -> Generator[None, None, int | None]:
         """The length of a shortest text; None if none is known. Breadth first, until plain texts tell theirs."""
-        if start in self._distances:
-            return self._distances[start]
+        known = self.machine.distances
+        if start in known:
+            return known[start]
         before: dict[Texts, Texts | None] = {start: None}
         layer, depth = [start], 0
         best: tuple[int, int, Texts] | None = None
         while layer and (best is None or depth < best[0]) and self._may_step(len(before)):
             for at in layer:
-                rest = 0 if at.nullable else at.least if at.plain else self._distances.get(at)
+                rest = 0 if at.nullable else at.least if at.plain else known.get(at)
                 if rest is not None and (best is None or depth + rest < best[0]):
                     best = (depth + rest, depth, at)
             fresh = []
             for at in layer if best is None or depth < best[0] else ():
-                for _, behind in self.algebra.moves(at):
-                    if behind not in before and not (behind in self._distances and self._distances[behind] is None):
+                yield
+                for _, behind in self.machine.algebra.moves(at):
+                    if behind not in before and not (behind in known and known[behind] is None):
                         before[behind] = at
                         fresh.append(behind)
-            self.steps_left -= len(layer)
+            self.steps += len(layer)
             layer, depth = fresh, depth + 1
         if best is None:
             self.gave_up = self.gave_up or bool(layer)
-            self._distances |= dict.fromkeys(before if not layer else (start,))
+            for at in before if not layer else (start,):
+                self.machine.keep(known, at, None)
             return None
         total, depth, here = best
         step: Texts | None = here
         while step is not None:
-            self._distances[step] = total - depth
+            self.machine.keep(known, step, total - depth)
             step, depth = before[step], depth - 1
-        return self._distances[start]
+        return total
 
-    def _may_step(self, taken: int) -> bool:
-        return taken < self.MAX_STEPS and self.steps_left > 0
-
-    def _search(self, start: Texts, low: int, high: int | None) -> bool:
-        """Whether a text of `low` to `high` characters is found, depth first."""
-        key = (start, low, high)
-        if key in self._found:
-            return self._found[key]
-        before: dict[tuple[Texts, int, int | None], Any] = {key: None}
-        todo = [key]
+    def _walk(self, start: Rest) -> Iterator[None]:
+        """Looks for a text of the right length, depth first."""
+        machine, before = self.machine, dict[Rest, Any]({start: None})
+        todo = [start]
         while todo and self._may_step(len(before)):
             here = todo.pop()
-            self.steps_left -= 1
-            counts = self.counted(*here[1:])
-            moves = sorted(self.algebra.moves(here[0]), key=lambda move: (move[1].plain, move[1].most))
-            for there in [(behind, *counts) for _, behind in moves]:
-                if there in before or not self._may_live(there):
+            self.steps += 1
+            yield
+            counts = machine.counted(*here[1:])
+            moves = sorted(machine.algebra.moves(here[0]), key=lambda move: (move[1].plain, move[1].most))
+            for there in [(behind, *counts) for _, behind in moves if (behind, *counts) not in before]:
+                shortest = yield from self._rest(there)
+                if shortest is None:
                     continue
                 before[there] = here
-                if there[0].plain or self._found.get(there) or (self._distances[there[0]] or 0) >= there[1]:
+                if shortest >= there[1]:
                     step = there
                     while step is not None:
-                        self._found[step] = True
+                        machine.keep(machine.found, step, True)
                         step = before[step]
-                    return True
+                    return
                 todo.append(there)
         self.gave_up = self.gave_up or bool(todo)
-        self._found |= dict.fromkeys([key] if todo else before, False)
-        return False
+        for one in [start] if todo else before:
+            machine.keep(machine.found, one, False)
 
-    def _may_live(self, state: tuple[Texts, int, int | None]) -> bool:
-        """Whether a search should go on there; for plain texts, whether it has come to its end."""
-        at, low, high = state
-        if at.plain:
-            return self.alive(at, low, high)
-        if self._found.get(state) is False or at.most < low or (high is not None and high < low):
-            return False
-        shortest = self._distance(at)
-        return shortest is not None and (high is None or shortest <= high)
+    def _rest(self, rest: Rest) -> Generator[None, None, float | None]:
+        """How long a text is that may follow; None if the walk need not go on there."""
+        at, low, high = rest
+        if at.plain or rest in self.machine.found:
+            return math.inf if self.machine.alive(*rest) else None
+        if at.most < low or (high is not None and high < low):
+            return None
+        shortest = yield from self._distance(at)
+        return None if shortest is None or (high is not None and shortest > high) else shortest
 
 
 def _sums(one: int, two: int, top: int) -> int:
@@ -5177,15 +5271,15 @@ class JsonText(RestOfText):
         if only is not None:
             written = _written(only)
             rest = (Word(written, 1),) if len(written) > 1 else ()
-            return (*rest, self._behind(only)) if byte == written[0] else None
+            return (*rest, self.behind(only)) if byte == written[0] else None
         half = spelled(self.half).get(byte)
         if half is None or not self.machine.reaches(classes, half[0]):
             return None
         if half[1] != "done":
             return (JsonText(self.machine, self.at, self.low, self.high, half),)
-        return (self._behind(half[2]),)
+        return (self.behind(half[2]),)
 
-    def _behind(self, code: int) -> JsonText:
+    def behind(self, code: int) -> JsonText:
         """The state behind a whole character."""
         if self.low == 0 and self.high is None and self.at is self.machine.algebra.all and not self.half[1]:
             return self
@@ -5195,6 +5289,102 @@ class JsonText(RestOfText):
 def _written(code: int) -> bytes:
     """A character as json.dumps writes it: where no other may stand, there is one way to write it."""
     return json.dumps(chr(code), ensure_ascii=False)[1:-1].encode()
+
+
+class TakenTexts:
+    """Texts that a string must not be, in their order."""
+
+    def __init__(self, texts: Iterable[str]) -> None:
+        self.texts = sorted(texts)
+
+
+@dataclass(frozen=True)
+class NewText(Symbol):
+    """The rest of a JSON string that is to be none of the texts taken: those between `low` and `high` begin like it.
+
+    It goes on only with characters behind which there are more texts than are taken, so that it can always be finished.
+    """
+
+    text: JsonText
+    taken: TakenTexts
+    low: int
+    high: int
+    read: int  # characters
+
+    @property
+    def _is_taken(self) -> bool:
+        return self.low < self.high and len(self.taken.texts[self.low]) == self.read
+
+    def _begin(self, code: int) -> tuple[int, int]:
+        """Which of those taken go on with a character."""
+        texts, low = self.taken.texts, self.low + self._is_taken
+        first = bisect.bisect_left(texts, code, low, self.high, key=lambda text: ord(text[self.read]))
+        return first, bisect.bisect_right(texts, code, first, self.high, key=lambda text: ord(text[self.read]))
+
+    @functools.cached_property
+    def _used_up(self) -> frozenset[int]:
+        """The characters behind which everything is taken."""
+        text, found = self.text, set[int]()
+        machine, then = text.machine, text.machine.counted(text.low, text.high)
+        first = self.low + self._is_taken
+        classes = sum(mask for mask, behind in machine.algebra.moves(text.at)
+                      if not machine.more_than(self.high - first, behind, *then))  # fmt: skip
+        classes &= machine.open(text.at, text.low, text.high)
+        while classes and first < self.high:
+            code = ord(self.taken.texts[first][self.read])
+            first, last = self._begin(code)
+            if classes >> machine.algebra.class_of(code) & 1:
+                found |= set() if machine.more_than(last - first, machine.behind(text.at, code), *then) else {code}
+            first = last
+        return frozenset(found)
+
+    def _may_read(self, byte: int) -> bool:
+        machine, half = self.text.machine, self.text.half
+        if byte == ord('"') and not half[1]:
+            return not self._is_taken
+        if not self._used_up:
+            return True
+        ranges = spelled(half)[byte][0]
+        used = sum(first <= code <= last for code in self._used_up for first, last in ranges)
+        return machine.characters(machine.open(self.text.at, self.text.low, self.text.high), ranges) > used
+
+    @functools.cached_property
+    def _only(self) -> int | None:
+        """The one character that may come, if there is but one; there is one way to write it."""
+        machine, classes = self.text.machine, self.text.classes
+        if self.text.half[1] or not self._used_up:
+            return None if self.text.half[1] else machine.only(classes)
+        if machine.characters(classes) != len(self._used_up) + 1:
+            return None
+        return next(code for code in machine.codes(classes) if code not in self._used_up)
+
+    @functools.cached_property
+    def firsts(self) -> int:  # type: ignore[override]
+        bits = self.text.firsts
+        if self._only is not None:
+            quote = 0 if self._is_taken else bits & 1 << ord('"')
+            return quote | 1 << _written(self._only)[0]
+        if self._used_up:
+            return sum(1 << byte for byte in bytes_of(bits) if self._may_read(byte))
+        return bits & ~(1 << ord('"')) if self._is_taken and not self.text.half[1] else bits
+
+    def step(self, byte: int) -> Symbols | None:
+        if not self.firsts >> byte & 1:
+            return None
+        if self._only is not None and byte != ord('"'):
+            written = _written(self._only)
+            return (*((Word(written, 1),) if len(written) > 1 else ()), self._behind(self._only))
+        rest = self.text.step(byte)
+        if not rest:
+            return rest
+        (behind,) = rest
+        assert isinstance(behind, JsonText)
+        return (replace(self, text=behind) if behind.half[1] else self._behind(spelled(self.text.half)[byte][2]),)
+
+    def _behind(self, code: int) -> Symbol:
+        """The state behind a whole character."""
+        behind, (low, high) = self.text.behind(code), self._begin(code)
+        return NewText(behind, self.taken, low, high, self.read + 1) if low < high else behind
 
 
 # Formats as regular expressions, after the RFCs that JSON Schema names; where jsonschema's checker is narrower, as it says.
@@ -5214,7 +5404,9 @@ _IPV6 = "(?:{})".format("|".join(
     [f"(?:{_H16}:){{6}}{_LS32}", f"::(?:{_H16}:){{0,5}}{_LS32}"]
     + [f"{_H16}(?::{_H16}){{0,{n}}}::(?:{_H16}:){{0,{4 - n}}}{_LS32}" for n in range(5)]
     + [f"(?:{_H16}(?::{_H16}){{0,5}})?::{_H16}", f"(?:{_H16}(?::{_H16}){{0,6}})?::"]))  # fmt: skip
-_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+# "--" as a label's third and fourth character is left out: what is written so (xn--) is right only if it is right in Unicode.
+_LABEL = ("[A-Za-z0-9](?:[A-Za-z0-9-]{0,2}[A-Za-z0-9]"
+          "|[A-Za-z0-9-](?:[A-Za-z0-9][A-Za-z0-9-]|-[A-Za-z0-9])[A-Za-z0-9-]{0,58}[A-Za-z0-9])?")  # fmt: skip
 _HOSTNAME = rf"{_LABEL}(?:\.{_LABEL})*"
 _MAIL_HOST = rf"(?:{_HOSTNAME}|\[(?:{_IPV4}|IPv6:{_IPV6})\])"
 _POINTER = "(?:/(?:[^~/]|~[01])*)*"
@@ -5268,7 +5460,7 @@ FORMATS = {  # name → a regular expression for the whole text, how long it may
     "regex": (_REGEX, None),
 }
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
+PARTIAL_FORMATS = ("email", "hostname", "idn-email", "regex")  # the rule leaves out some texts that have the format
 
 
 @functools.lru_cache(maxsize=100)
@@ -5289,9 +5481,13 @@ def whole_format(name: str) -> tuple[Pattern, int | None]:
     return read_format(name) or (Chain(()), None)
 
 
-@functools.lru_cache(maxsize=500)
 def text_machine(shape: StringShape) -> TextMachine:
-    """The machine of a shape, made once. Raises InvalidRequest naming what cannot be honoured."""
+    """The machine of a shape but for what it excludes, made once. Raises InvalidRequest naming what cannot be honoured."""
+    return _text_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape)
+
+
+@functools.lru_cache(maxsize=500)
+def _text_machine(shape: StringShape) -> TextMachine:
     return TextMachine(shape)
 
 
@@ -5299,16 +5495,25 @@ def text_machine(shape: StringShape) -> TextMachine:
 def string_symbol(shape: StringShape) -> Symbol | None:
     """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
     machine = text_machine(shape)
-    if machine.alive(machine.root, machine.low, machine.high):
-        return InOrder((word('"'), JsonText(machine, machine.root, machine.low, machine.high)))
-    if machine.gave_up:
+    if machine.first_search and machine.first_search.gave_up and not machine.alive(*machine.start):
         raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-    return None
+    return another_text(shape, ())
+
+
+def another_text(shape: StringShape, taken: Iterable[str]) -> Symbol | None:
+    """A JSON string of a shape that is none of those taken; None if there is none."""
+    machine, texts = text_machine(shape), shape.excluded.union(taken)
+    if not machine.more_than(len(texts), *machine.start):
+        texts = frozenset(filter(machine.fits, texts))
+        if not machine.more_than(len(texts), *machine.start):
+            return None
+    text = JsonText(machine, *machine.start)
+    return InOrder((Word(b'"'), NewText(text, TakenTexts(texts), 0, len(texts), 0) if texts else text))
 
 
 def string_fits(shape: StringShape, text: str) -> bool:
     """Whether a text has a shape."""
-    return text_machine(shape).fits(text)
+    return text not in shape.excluded and text_machine(shape).fits(text)
 
 
 def strings_meet(one: StringShape, two: StringShape) -> bool:
@@ -5337,6 +5542,7 @@ class NumberShape:
     high: tuple[int | float, bool] | None = None
     multiples: tuple[int | float, ...] = ()
     not_multiples: tuple[int | float, ...] = ()  # (1,): not an integer
+    excluded: frozenset[int | float] = frozenset()
 
 
 def decimal_digits(value: int | float) -> tuple[int, int]:
@@ -5354,18 +5560,18 @@ class NumberMachine:
     """The numbers of one shape, as whole multiples of a smallest unit (a decimal place) in an interval.
 
     The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds or multiples has
-    no exponent.
+    no exponent, nor one that others are taken from. Those, which a shape excludes, are not its machine's business.
     """
 
     DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
     MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
 
-    def __init__(self, shape: NumberShape) -> None:
+    def __init__(self, shape: NumberShape, exponents: bool) -> None:
         self._check(shape)
         multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
         unlike = [decimal_digits(value) for value in shape.not_multiples]
         bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
-        self.exponents = not multiples and not unlike and not bounds
+        self.exponents = exponents and not multiples and not unlike and not bounds
         self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
         if multiples or unlike:
             self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
@@ -5409,16 +5615,33 @@ class NumberMachine:
             edge = max(edge, -(-digits * self.scale // 10**places))
         return edge
 
-    def holds(self, negative: bool, low: int, high: int, free: bool = False) -> bool:
-        """Whether one of the magnitudes `low` to `high` is right; `free`: whatever the bounds."""
+    def taken(self, values: Iterable[int | float]) -> TakenNumbers:
+        """Values in units, those that are no number of them left out."""
+        digits = ((digits * self.scale, 10**places) for digits, places in map(decimal_digits, values))
+        found = (number // part for number, part in digits if number % part == 0)
+        return TakenNumbers(value for value in found if value % self.unit == 0 and all(value % one for one in self.unlike))
+
+    def every_number(self, most: int) -> set[int | float] | None:
+        """The numbers, if there are at most so many."""
+        if self.low is None or self.high is None or (self.high - self.low) // self.unit > most:
+            return None
+        found = (value for value in range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit)
+                 if all(value % one for one in self.unlike))  # fmt: skip
+        return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
+
+    def holds(self, negative: bool, low: int, high: int, taken: TakenNumbers, free: bool = False) -> bool:
+        """Whether one of the magnitudes `low` to `high` is right and not taken; `free`: whatever the bounds."""
         if not free:
             least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
             low, high = max(low, low if least is None else least), min(high, high if most is None else most)
-        value = -(-low // self.unit) * self.unit
-        for _ in range(self.MAX_TRIES):
+        value, gone = -(-low // self.unit) * self.unit, taken.count(negative, low, high)
+        if not self.unlike:
+            return (high - value) // self.unit + 1 > gone
+        for _ in range(self.MAX_TRIES + gone):
             if value > high:
                 return False
-            if all(value % number for number in self.unlike):
+            gone -= (right := all(value % number for number in self.unlike))
+            if right and gone < 0:
                 return True
             value += self.unit
         return False
@@ -5432,14 +5655,32 @@ class NumberMachine:
         return (least is None or least <= low) and (most is None or high <= most)
 
 
+class TakenNumbers:
+    """Numbers that another must not be, in units and in their order."""
+
+    def __init__(self, values: Iterable[int] = ()) -> None:
+        self.values = sorted(set(values))
+
+    def count(self, negative: bool, low: int, high: int) -> int:
+        """How many of them are of the magnitudes `low` to `high`."""
+        if not self.values:
+            return 0
+        low, high = (-high, -low) if negative else (low, high)
+        return bisect.bisect_right(self.values, high) - bisect.bisect_left(self.values, low) if low <= high else 0
+
+
+NONE_TAKEN = TakenNumbers()
+
+
 @dataclass(frozen=True)
 class JsonNumber(Symbol):
     """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
 
-    Once the bounds cannot be missed any more (`free`), only the remainder is kept.
+    Once neither the bounds can be missed any more nor what is taken be met (`free`), only the remainder is kept.
     """
 
     machine: NumberMachine
+    taken: TakenNumbers
     part: str = ""  # sign, zero, whole, point, fraction, e, e-sign, exponent
     negative: bool = False
     value: int = 0
@@ -5459,7 +5700,7 @@ class JsonNumber(Symbol):
         if self.part == "exponent":
             return True
         low = self._range(0)[0]
-        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.free)
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
 
     def _next(self, byte: int) -> JsonNumber | None:
         """What follows a byte; None if no number does."""
@@ -5467,12 +5708,12 @@ class JsonNumber(Symbol):
         if char.isdigit():
             return self._digit(int(char))
         if char == "-" and part == "":
-            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most) else None
+            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most, self.taken) else None
         if char == "." and part in ("zero", "whole") and machine.places:
             return replace(self, part="point", count=0)._lively()
         if char in "eE" and part in ("zero", "whole", "fraction") and machine.exponents:
-            return JsonNumber(machine, "e")
-        return JsonNumber(machine, "e-sign") if char in "+-" and part == "e" else None
+            return JsonNumber(machine, self.taken, "e")
+        return JsonNumber(machine, self.taken, "e-sign") if char in "+-" and part == "e" else None
 
     def _digit(self, digit: int) -> JsonNumber | None:
         part, count = self.part, self.count
@@ -5485,7 +5726,7 @@ class JsonNumber(Symbol):
             more = count < self.machine.places
             return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._lively() if more else None
         if part in ("e", "e-sign", "exponent") and count < 2:  # 1e99 times 20 digits is a double still
-            return JsonNumber(self.machine, "exponent", count=count + 1)
+            return JsonNumber(self.machine, self.taken, "exponent", count=count + 1)
         return None
 
     def _range(self, more: int) -> tuple[int, int]:
@@ -5497,22 +5738,39 @@ class JsonNumber(Symbol):
     def _lively(self) -> JsonNumber | None:
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
-        if not any(machine.holds(self.negative, *self._range(more), self.free) for more in range(most + 1)):
+        ranges = [self._range(more) for more in range(most + 1)]
+        if not any(machine.holds(self.negative, *span, self.taken, self.free) for span in ranges):
             return None
-        free = self.free or machine.unbounded(self.negative, self._range(0)[0], self._range(most)[1])
-        return replace(self, free=True, negative=False, value=self.value % machine.cycle) if free else self
+        if not self.free and (any(self.taken.count(self.negative, *span) for span in ranges)
+                              or not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1])):  # fmt: skip
+            return self
+        return replace(self, taken=NONE_TAKEN, free=True, negative=False, value=self.value % machine.cycle)
+
+
+@functools.lru_cache(maxsize=1000)
+def number_machine(shape: NumberShape, exponents: bool) -> NumberMachine:
+    """The machine of a shape that excludes nothing, made once. Raises InvalidRequest naming what cannot be honoured."""
+    return NumberMachine(shape, exponents)
 
 
 @functools.lru_cache(maxsize=1000)
 def number_symbol(shape: NumberShape) -> Symbol | None:
     """A JSON number of a shape; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
-    machine = NumberMachine(shape)
-    start = JsonNumber(machine)
+    return another_number(shape, ())
+
+
+def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
+    """A JSON number of a shape that is none of those taken; None if there is none."""
+    values = shape.excluded.union(taken)
+    machine = number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values)
+    start = JsonNumber(machine, machine.taken(values) if values else NONE_TAKEN)
     return start if start.firsts else None
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
     """Whether a number has a shape, as its decimal notation says."""
+    if value in shape.excluded:
+        return False
     if shape.low and (value <= shape.low[0] if shape.low[1] else value < shape.low[0]):
         return False
     if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
@@ -5536,7 +5794,7 @@ def both_numbers(one: NumberShape, two: NumberShape) -> NumberShape:
     low = max(filter(None, (one.low, two.low)), default=None)
     high = min(filter(None, (one.high, two.high)), key=lambda bound: (bound[0], not bound[1]), default=None)
     return NumberShape(one.whole or two.whole, low, high, tuple(dict.fromkeys(one.multiples + two.multiples)),
-                       tuple(dict.fromkeys(one.not_multiples + two.not_multiples)))  # fmt: skip
+                       tuple(dict.fromkeys(one.not_multiples + two.not_multiples)), one.excluded | two.excluded)  # fmt: skip
 
 
 # ── 11. JSON schemas ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5613,15 +5871,16 @@ class SchemaReader:
     def read(self, schema: Any, depth: int, where: str, base: str) -> int:
         """The number of a client's schema; references in it are relative to `base`."""
         self.spend()
-        if isinstance(schema, bool):
-            return self.free if schema else self.never
         if not isinstance(schema, dict):
-            raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
+            if not isinstance(schema, bool):
+                raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
+            return self.free if schema else self.never
         if depth > self.MAX_DEPTH:
             raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
-        if id(schema) not in self._read:
-            self._read[id(schema)] = self._tidy(schema, depth + 1, base)
-        return self._read[id(schema)]
+        number = self._read.get(id(schema))
+        if number is None:
+            number = self._read[id(schema)] = self._tidy(schema, depth + 1, base)
+        return number
 
     def said(self, value: Any) -> str:
         """A client's value for a message."""
@@ -5629,13 +5888,13 @@ class SchemaReader:
 
     def _tidy(self, schema: dict[str, Any], depth: int, base: str) -> int:
         """The number of a schema's checked dict."""
-        given = self._renewed(schema) if self.OLDER & schema.keys() or None in schema.values() else schema
+        given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
         if "$id" in given and isinstance(given["$id"], str) and not given["$id"].startswith("#"):
             base = self.joined(base, given["$id"]).partition("#")[0]
         found: dict[str, Any] = {}
+        readers = self.KEYWORDS
         for key, value in given.items():
-            reader = self.KEYWORDS.get(key)
-            if reader is not None:
+            if (reader := readers.get(key)) is not None:
                 found[key] = reader(self, key, value, depth, base)
         return self.number(found) if self.CONDITIONS.isdisjoint(found) else self._rewritten(found)
 
@@ -5710,6 +5969,8 @@ class SchemaReader:
         return [value]
 
     def _types(self, key: str, value: Any, depth: int, base: str) -> int:
+        if isinstance(value, str) and value in self.TYPES:
+            return self.TYPES[value]
         types = value if isinstance(value, list) else [value]
         if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
             raise self.refuse(f"type {self.said(value)} is unknown")
@@ -5955,7 +6216,8 @@ class SchemaReader:
         """What the value of an object's property must fit."""
         for schema in schemas:
             own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
-            own += [number for pattern, number in schema.get("patternProperties", {}).items() if self.matches(pattern, name)]
+            if "patternProperties" in schema:
+                own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
             yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
 
     def matches(self, pattern: str, name: str) -> bool:
@@ -5968,7 +6230,8 @@ class SchemaReader:
         """A string; None if there is none of its shape. The search for one is counted."""
         found = self.honoured(string_symbol, shape)
         if shape.patterns or shape.unlike or shape.formats or shape.not_formats:
-            self.spend((TextMachine.MAX_ALL_STEPS - text_machine(shape).steps_left) * 10)
+            search = text_machine(shape).first_search
+            self.spend(search.steps * 10 if search else 0)
         return found
 
     def honoured(self, function: Callable[..., Result], *arguments: Any) -> Result:
@@ -5983,11 +6246,12 @@ class SchemaReader:
 
 def type_bit(value: Any) -> int:
     """The type of a value, as one of SchemaReader's bits; 1.0 is an integer there."""
-    if isinstance(value, bool) or value is None:
-        return 64 if value is None else 32
-    if isinstance(value, (int, float)):
-        return 8 if isinstance(value, int) or value.is_integer() else 16
-    return 1 if isinstance(value, dict) else 2 if isinstance(value, list) else 4
+    if isinstance(value, float):
+        return 8 if value.is_integer() else 16
+    return TYPE_BITS[type(value)]
+
+
+TYPE_BITS = {dict: 1, list: 2, str: 4, int: 8, bool: 32, type(None): 64}
 
 
 def comparable(value: Any) -> Any:
@@ -6011,13 +6275,6 @@ def string_shape(schemas: list[dict[str, Any]]) -> StringShape:
         frozenset(listed("excluded")))  # fmt: skip
 
 
-def numbers_but(shape: NumberShape, values: Iterable[int | float]) -> Iterator[NumberShape]:
-    """A shape without some values: what lies before, between and behind them."""
-    edges = [(value, True) for value in sorted(values)]
-    for low, high in itertools.pairwise([None, *edges, None]):
-        yield both_numbers(shape, NumberShape(low=low, high=high))
-
-
 def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
     """What several schemas demand of a number, but for values that they exclude."""
     lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
@@ -6026,6 +6283,15 @@ def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberSh
     factors, others = (tuple(dict.fromkeys(factor for schema in schemas for factor in schema.get(key, ())))
                        for key in ("multipleOf", "notMultiple"))  # fmt: skip
     return NumberShape(whole, max(lows, default=None), (high[0], not high[1]) if high else None, factors, others)
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """What a look tells of a branch: types, required properties, and values that are listed for properties, or ruled out."""
+
+    bits: int
+    required: set[str]
+    lists: dict[str, list[tuple[frozenset[Any], bool]]]
 
 
 class SchemaAlgebra(SchemaReader):
@@ -6048,6 +6314,7 @@ class SchemaAlgebra(SchemaReader):
         self._branches: dict[tuple[int, bool], list[Branch]] = {}
         self._opposites: dict[int, int] = {}
         self._lists: dict[int, tuple[frozenset[Any], bool]] = {}
+        self._looks: dict[Branch, Told] = {}
         self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
         self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
 
@@ -6098,23 +6365,37 @@ class SchemaAlgebra(SchemaReader):
         if ours == [()]:
             return theirs
         self.spend(len(ours) * len(theirs))
-        found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one in ours for two in theirs)
-        if len(found) > 1:
-            found = {branch: None for branch in found if not self._is_dead(branch)}
+        pairs: Iterable[tuple[Branch, Branch]] = itertools.product(ours, theirs)
+        if len(ours) > 1 or len(theirs) > 1:
+            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._told(one), self._told(two)))
+        found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one, two in pairs)
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         return list(found) or [(self.never,)]
 
-    def _is_dead(self, branch: Branch) -> bool:
-        """True if the schemas have no type in common, or a required property no constant."""
-        bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
-        if bits != 1 or len(branch) < 2:
+    def _told(self, branch: Branch) -> Told:
+        """What a look tells of a branch."""
+        if branch not in self._looks:
+            schemas = [self.schemas[number] for number in branch]
+            lists: dict[str, list[tuple[frozenset[Any], bool]]] = {}
+            for name, number in (pair for schema in schemas for pair in schema.get("properties", {}).items()):
+                listed = self._lists[number] if number in self._lists else self._list_of(number)
+                if listed[0] or listed[1]:
+                    lists.setdefault(name, []).append(listed)
+            bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
+            required = {name for schema in schemas for name in schema.get("required", ())}
+            self.spend(1 + len(branch) // 8)
+            self._looks[branch] = Told(bits, required, lists)
+        return self._looks[branch]
+
+    def _are_dead(self, one: Told, two: Told) -> bool:
+        """True if two branches have no type in common, or a required property no constant."""
+        bits = one.bits & two.bits
+        if bits != 1:
             return not bits
-        schemas = [self.schemas[number] for number in branch]
-        for name in dict.fromkeys(name for schema in schemas for name in schema.get("required", ())):
-            numbers = dict.fromkeys(s["properties"][name] for s in schemas if name in s.get("properties", ()))
-            lists = [self._lists[number] if number in self._lists else self._list_of(number) for number in numbers]
-            self.spend(1 + len(lists) // 8)
+        for name in (one.required & two.lists.keys()) | (two.required & one.lists.keys()):
+            self.spend()
+            lists = one.lists.get(name, []) + two.lists.get(name, [])
             allowed = [values for values, may in lists if may]
             if allowed and len(allowed[0]) <= 8 and not allowed[0].intersection(*allowed).difference(
                     *(values for values, may in lists if not may)):  # fmt: skip
@@ -6339,7 +6620,7 @@ class SchemaShapes(SchemaAlgebra):
         return self._choices[node, loose]
 
     def _simplify(self, shapes: list[Shape]) -> Shapes:
-        if len(shapes) < 2:
+        if all(isinstance(shape, Constant) for shape in shapes) or len(shapes) < 2:
             return tuple(shapes)
         if len(shapes) >= len(self.everything) and set(shapes) >= set(self.everything):
             return self.everything
@@ -6368,7 +6649,7 @@ class SchemaShapes(SchemaAlgebra):
             if bits & type_bit(value) and not any(value is one for one in excluded):
                 yield Constant(self.json(value))
         if bits & 24:
-            yield from self._number(schemas, bits, excluded)
+            yield self._number(schemas, bits, excluded)
         if bits & 4:
             yield string_shape(schemas)
         if bits & 2:
@@ -6376,11 +6657,12 @@ class SchemaShapes(SchemaAlgebra):
         if bits & 1:
             yield from self._object(schemas, loose, self._size("object", excluded))
 
-    def json(self, value: Any) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
 
     def _kinds(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> int:
         """The types that all of them allow; where none says one, what their other keywords are about."""
+        if len(branch) == 1 and "type" in schemas[0] and "soft" not in schemas[0]:
+            return self.bits[branch[0]]
         bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
         said = [schema["type"] for schema in schemas if "type" in schema and "soft" not in schema]
         if not bits and said:
@@ -6392,12 +6674,11 @@ class SchemaShapes(SchemaAlgebra):
         hinted = next((self.TYPES[kind] for kind, about in self.HINTS.items() if about & keywords), 0)
         return bits & hinted or bits
 
-    def _number(self, schemas: list[dict[str, Any]], bits: int, excluded: list[Any]) -> Iterator[NumberShape]:
-        """Numbers between bounds; values that are excluded part them."""
+    def _number(self, schemas: list[dict[str, Any]], bits: int, excluded: list[Any]) -> NumberShape:
         shape = number_shape(schemas, bits & 24 == 8)
         if bits & 24 == self.FRACTION:
             shape = replace(shape, not_multiples=(*shape.not_multiples, 1))
-        yield from numbers_but(shape, {value for value in excluded if type_bit(value) & 24})
+        return replace(shape, excluded=frozenset(value for value in excluded if type_bit(value) & 24)) if excluded else shape
 
     def _size(self, kind: str, excluded: list[Any]) -> int:
         """How many elements an array or object has at least, because the empty one is excluded."""
@@ -6602,6 +6883,7 @@ def read_json(text: str, param: str) -> Symbol:
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
+Few = dict[Any, Any]  # values, by what compares as they do
 Part = TypeVar("Part", "Members", "Elements")
 
 
@@ -6619,7 +6901,8 @@ class Documents:
         self._values: dict[Node, list[Symbols]] = {}
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Symbol, list[Symbols]] = {}
-        self._few: dict[Node, set[Any] | None] = {}
+        self._few: dict[Node, Few | None] = {}
+        self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
         self._looks = True
 
     @functools.cached_property
@@ -6627,7 +6910,7 @@ class Documents:
         """The same, but an array without repeats may begin an element that turns out to be one: looks ahead go through
         these, for a look within a look, and so on, would never end where arrays hold each other."""
         rough = copy.copy(self)
-        rough._values, rough._kept, rough._looks = {}, {}, False
+        rough._values, rough._kept, rough._new, rough._looks = {}, {}, {}, False
         return rough
 
     def root(self) -> Symbol:
@@ -6648,18 +6931,9 @@ class Documents:
             self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else honoured(number_symbol, shape)
         return self._leaves[shape]
 
-    def new_text(self, shape: StringShape, taken: TakenTexts) -> Symbol | None:
+    def another_text(self, shape: StringShape, taken: Iterable[str]) -> Symbol | None:
         """A string that is none of those taken; None if there is none."""
-        leaf = self.leaf(shape)
-        if leaf is None or not taken.texts:
-            return leaf
-        machine = text_machine(shape)
-        start = (machine.root, machine.low, machine.high)
-        if not machine.more_than(len(taken.texts), *start):
-            taken = TakenTexts(filter(machine.fits, taken.texts))
-            if not machine.more_than(len(taken.texts), *start):
-                return None
-        return InOrder((Word(b'"'), NewText(JsonText(machine, *start), taken, 0, len(taken.texts), 0)))
+        return another_text(shape, taken) if taken and self.leaf(shape) else self.leaf(shape)
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
 
@@ -6714,62 +6988,64 @@ class Documents:
             raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
         return not scarce
 
-    def few_values(self, node: Node) -> set[Any] | None:
+    def few_values(self, node: Node) -> Few | None:
         """All values that fit, to compare with; None if they are many, or it takes more than a look at them to tell."""
         if node not in self._few:
             self._few[node] = None  # what holds itself is many
-            found: set[Any] | None = set()
+            found: Few | None = {}
             for shape in self.shapes.choice(node):
                 values = self._few_of(shape)
                 found = None if values is None or found is None or len(found | values) > self.MAX_FEW else found | values
             self._few[node] = found
         return self._few[node]
 
-    def _few_of(self, shape: Shape) -> set[Any] | None:
+    def _few_of(self, shape: Shape) -> Few | None:
         self.shapes.spend()
         if isinstance(shape, Constant):
-            return {comparable(json.loads(shape.text))}
+            return {comparable(json.loads(shape.text)): json.loads(shape.text)}
         if isinstance(shape, (StringShape, NumberShape)):
-            if self.leaf(shape) is None:
-                return set()
-            return self._few_numbers(shape) if isinstance(shape, NumberShape) else {""} if shape.high == 0 else None
+            return self.shapes.honoured(self._few_leaves, shape)
         if isinstance(shape, ArrayShape):
             if shape.high is None or shape.high > self.MAX_FEW:
                 return None
             return self._few_lists(shape, shape.high)
-        if any(self.few_values(node) != set() and self.leaf(names) is not None for names, node in shape.unnamed):
+        if any(self.few_values(node) != {} and self.leaf(names) is not None for names, node in shape.unnamed):
             return None
         return self._few_objects(shape)
 
-    def _few_lists(self, shape: ArrayShape, high: int) -> set[Any] | None:
-        found: set[Any] = {()}
-        whole = set(found) if shape.low == 0 else set()
+    def _few_lists(self, shape: ArrayShape, high: int) -> Few | None:
+        found: Few = {(): []}
+        whole = dict(found) if shape.low == 0 else {}
         for index in range(high):
             values = self.few_values(shape.at(index) or ())
             if values is None or len(found) * len(values) + len(whole) > self.MAX_FEW:
                 return None
-            found = {(*one, value) for one in found for value in values if not shape.unique or value not in one}
-            whole |= found if index + 1 >= shape.low else set()
+            found = {(*key, one): [*value, more] for key, value in found.items() for one, more in values.items()
+                     if not shape.unique or one not in key}  # fmt: skip
+            whole |= found if index + 1 >= shape.low else {}
         return whole
 
-    def _few_objects(self, shape: ObjectShape) -> set[Any] | None:
-        found: set[Any] = {frozenset()}
+    def _few_objects(self, shape: ObjectShape) -> Few | None:
+        found: Few = {frozenset(): {}}
         for prop in shape.named:
             values = self.few_values(prop.node)
             if values is None or len(found) * (len(values) + 1) > self.MAX_FEW:
                 return None
-            more = {one | {(prop.name, value)} for one in found for value in values}
+            more = {key | {(prop.name, one)}: {**value, prop.name: further}
+                    for key, value in found.items() for one, further in values.items()}  # fmt: skip
             found = more if prop.required else found | more
-        return {one for one in found if len(one) >= shape.low and (shape.high is None or len(one) <= shape.high)}
+        return {key: value for key, value in found.items()
+                if len(value) >= shape.low and (shape.high is None or len(value) <= shape.high)}  # fmt: skip
 
-    def _few_numbers(self, shape: NumberShape) -> set[Any] | None:
-        if shape.low is None or shape.high is None:
-            return None
-        if shape.low[0] == shape.high[0]:
-            return {shape.low[0]}
-        if not shape.whole or shape.high[0] - shape.low[0] > self.MAX_FEW:
-            return None
-        return {value for value in range(math.floor(shape.low[0]), math.ceil(shape.high[0]) + 1) if number_fits(shape, value)}
+    def _few_leaves(self, shape: StringShape | NumberShape) -> Few | None:
+        """The strings or numbers of a shape; None if they are many."""
+        most = self.MAX_FEW + len(shape.excluded)
+        found: set[Any] | None = None
+        if isinstance(shape, StringShape):
+            found = text_machine(shape).every_text(most)
+        else:
+            found = number_machine(replace(shape, excluded=frozenset()), False).every_number(most)
+        return None if found is None else {value: value for value in found - shape.excluded}
 
     def _has_unnamed(self, shape: ObjectShape, possible: set[Node]) -> bool:
         return any(node in possible and self.leaf(names) is not None for names, node in shape.unnamed)
@@ -6848,7 +7124,7 @@ class Documents:
         counted = shape.low > 0 or shape.high is not None
         after = replace(here, count=self._counted(shape, here.count), first=False)
         for names, node in shape.unnamed:
-            key = self.new_text(names, TakenTexts(here.taken)) if counted else self.leaf(names)
+            key = self.another_text(names, here.taken) if counted else self.leaf(names)
             if key is None or node not in self.possible:
                 continue
             begin = (word(comma),) if comma else ()
@@ -6877,29 +7153,41 @@ class Documents:
         if not after.shape.unique:
             yield (*comma, Value(self, node), after)
             return
-        options = self._unlike(node, after.seen)
-        if not options:
-            return
-        ahead = Automaton(AnyOf(tuple(self.rough._unlike(node, after.seen)))).start if self._looks else None
-        element = Recorded(Automaton(AnyOf(tuple(options))).start, Different(after), ahead)
+        element = self._new.get((node, after))
+        if element is None:  # kept before it is looked at, so that to look again goes on where it was left
+            if len(self._new) > self.MAX_KEPT:
+                self._new.clear()
+            element = self._new[node, after] = self._new_element(node, after)
         if element.firsts:
             yield (*comma, element)
+
+    def _new_element(self, node: Node, after: Elements) -> Recorded:
+        """An element that is none of those seen; looks ahead go through one that may be."""
+        ahead = Automaton(AnyOf(tuple(self.rough._unlike(node, after.seen)))).start if self._looks else None
+        alike = tuple(one for one in after.seen if isinstance(one, (tuple, frozenset)))
+        return Recorded(Automaton(AnyOf(tuple(self._unlike(node, after.seen)))).start, Different(after), ahead, alike=alike)
 
     def _unlike(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
         """What a value may be that is none of those seen; objects and arrays are told apart at their ends."""
         shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
-        texts = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)
-                 and comparable(json.loads(shape.text)) not in seen}  # fmt: skip
+        texts: dict[bytes, Symbols] = {}
+        for shape in list(shapes):  # written as constants, if they are few
+            few = self._few_of(shape) if not isinstance(shape, (StringShape, NumberShape)) else None
+            if few is not None:
+                texts |= {self.shapes.json(value).encode(): () for key, value in few.items() if key not in seen}
+                shapes.remove(shape)
         found: list[Symbol] = [InOrder(any_text(texts))] if texts else []
-        names = TakenTexts(value for value in seen if isinstance(value, str))
+        names = [value for value in seen if isinstance(value, str)]
         numbers = [value for value in seen if isinstance(value, (int, float))]
         for shape in shapes:
             if isinstance(shape, StringShape):
-                text = self.new_text(shape, names)
+                text = self.another_text(shape, names)
                 found += [text] if text else []
             elif isinstance(shape, NumberShape):
-                few = shape.low or shape.high or shape.multiples  # else one more digit makes another of any, but for 0e1
-                found += filter(None, map(self.leaf, numbers_but(shape, [one for one in numbers if few or not one])))
+                bound = shape.low or shape.high or shape.multiples  # else one more digit makes another of any, but for 0e1
+                taken = [one for one in numbers if bound or not one]
+                number = another_number(shape, taken) if taken else self.leaf(shape)
+                found += [number] if number else []
             elif not isinstance(shape, Constant):
                 found.append(InOrder(self._of_shape(shape)))
         return found
@@ -7028,16 +7316,18 @@ class Recorded(Symbol):
     ahead: State | None = None  # through which to look whether a text can still become another than those seen
     text: bytes = b""
     ends: bool = False
+    alike: tuple[Any, ...] = ()  # arrays and objects that it must not be and begin as it does
 
     CLOSING: ClassVar = 1 << ord('"') | 1 << ord("]") | 1 << ord("}")
+    WIDE: ClassVar = 16  # that much may come: some of it differs
     MAX_LOOK: ClassVar = 40  # choices that a look tries
     MAX_FORCED: ClassVar = 10_000  # bytes of a text in which there is no choice
 
     @functools.cached_property
     def firsts(self) -> int:
         bits, then = self.here.bits, self.then
-        if self.ahead and isinstance(then, Different) and then.after.texts:
-            few = bits if bits.bit_count() <= 16 else bits & (self.CLOSING | self._known(then.after.texts))
+        if self.ahead and self.alike and isinstance(then, Different):
+            few = bits if bits.bit_count() <= self.WIDE else bits & (self.CLOSING | self._known(then.after.texts))
             return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(self.ahead, byte))
         return bits
 
@@ -7053,112 +7343,43 @@ class Recorded(Symbol):
             if not todo:
                 return False
             here, text = todo.pop()
-            while here and not here.ends and here.bits.bit_count() == 1 and len(text) < self.MAX_FORCED:
-                text += bytes(bytes_of(here.bits))
-                here = here.step(text[-1])
             if here is None:
                 continue
-            if here.bits.bit_count() > 16 or (here.ends and self.then.follow(text) is not None):
+            forced = here.forced(self.MAX_FORCED)
+            here, text = here.read(forced), text + forced
+            assert here is not None, "it is forced"
+            wide = min(self.WIDE, len(self.alike) + 3)  # a number can be written in three ways more
+            if here.bits.bit_count() > wide or (here.ends and self.then.follow(text) is not None):
                 return True
             ended = ended or here.ends
-            todo += [(here.step(one), text + bytes([one])) for one in bytes_of(here.bits)]  # of a number, the end is tried first
+            behind = sorted(bytes_of(here.bits), key=lambda byte: (self.CLOSING >> byte & 1, byte == ord(","), byte))
+            todo += [(here.step(one), text + bytes([one])) for one in behind]  # ends first: they tell
         return not ended
+
+    def _still_alike(self, byte: int) -> tuple[Any, ...]:
+        """Those that still begin as it does: behind a whole element or property, those that have it too."""
+        if byte != ord(",") or not self.alike:
+            return self.alike
+        try:
+            begun = comparable(json.loads(self.text + (b"]" if self.text[:1] == b"[" else b"}")))
+        except ValueError:
+            return self.alike  # the comma stands further inside
+        if isinstance(begun, tuple):
+            return tuple(one for one in self.alike if isinstance(one, tuple) and one[: len(begun)] == begun)
+        return tuple(one for one in self.alike if isinstance(one, frozenset) and begun <= one)
 
     def step(self, byte: int) -> Symbols | None:
         here, text = self.here.step(byte), self.text + bytes([byte])
         if here is None or not self.firsts >> byte & 1:
             return None
         follows = self.then.follow(text) if here.ends else None
+        if not here.bits:
+            return follows
         ahead = self.ahead.step(byte) if self.ahead else None
-        return (Recorded(here, self.then, ahead, text, follows is not None),) if here.bits else follows
+        return (Recorded(here, self.then, ahead, text, follows is not None, self._still_alike(byte)),)
 
     def left(self) -> Symbols:
         return self.then.follow(self.text) or ()
-
-
-class TakenTexts:
-    """Texts that a string must not be, in their order."""
-
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = sorted(texts)
-
-
-@dataclass(frozen=True)
-class NewText(Symbol):
-    """The rest of a JSON string that is to be none of the texts taken: those between `low` and `high` begin like it.
-
-    It goes on only with characters behind which there are more texts than are taken, so that it can always be finished.
-    """
-
-    text: JsonText
-    taken: TakenTexts
-    low: int
-    high: int
-    read: int  # characters
-
-    @property
-    def _is_taken(self) -> bool:
-        return self.low < self.high and len(self.taken.texts[self.low]) == self.read
-
-    def _begin(self, code: int) -> tuple[int, int]:
-        """Which of those taken go on with a character."""
-        texts, low = self.taken.texts, self.low + self._is_taken
-        first = bisect.bisect_left(texts, code, low, self.high, key=lambda text: ord(text[self.read]))
-        return first, bisect.bisect_right(texts, code, first, self.high, key=lambda text: ord(text[self.read]))
-
-    @functools.cached_property
-    def _used_up(self) -> frozenset[int]:
-        """The characters behind which everything is taken."""
-        text, found = self.text, set[int]()
-        machine, then = text.machine, text.machine.counted(text.low, text.high)
-        first = self.low + self._is_taken
-        classes = sum(mask for mask, behind in machine.algebra.moves(text.at)
-                      if not machine.more_than(self.high - first, behind, *then))  # fmt: skip
-        classes &= machine.open(text.at, text.low, text.high)
-        while classes and first < self.high:
-            code = ord(self.taken.texts[first][self.read])
-            first, last = self._begin(code)
-            if classes >> machine.algebra.class_of(code) & 1:
-                found |= set() if machine.more_than(last - first, machine.behind(text.at, code), *then) else {code}
-            first = last
-        return frozenset(found)
-
-    def _may_read(self, byte: int) -> bool:
-        machine, half = self.text.machine, self.text.half
-        if byte == ord('"') and not half[1]:
-            return not self._is_taken
-        if not self._used_up:
-            return True
-        ranges = spelled(half)[byte][0]
-        used = sum(first <= code <= last for code in self._used_up for first, last in ranges)
-        return machine.characters(machine.open(self.text.at, self.text.low, self.text.high), ranges) > used
-
-    @functools.cached_property
-    def firsts(self) -> int:  # type: ignore[override]
-        bits = self.text.firsts
-        if self._used_up:
-            return sum(1 << byte for byte in bytes_of(bits) if self._may_read(byte))
-        return bits & ~(1 << ord('"')) if self._is_taken and not self.text.half[1] else bits
-
-    def step(self, byte: int) -> Symbols | None:
-        rest = self.text.step(byte) if self.firsts >> byte & 1 else None
-        if not rest:
-            return rest
-        *written, behind = rest
-        assert isinstance(behind, JsonText)
-        if behind.half[1]:
-            return (replace(self, text=behind),)
-        machine, half = self.text.machine, self.text.half
-        only = None if half[1] else machine.only(machine.open(self.text.at, self.text.low, self.text.high))
-        low, high = self._begin(spelled(half)[byte][2] if only is None else only)
-        return (*written, NewText(behind, self.taken, low, high, self.read + 1) if low < high else behind)
-
-
-def bytes_of(bits: int) -> Iterator[int]:
-    """The bytes of a set."""
-    while bits:
-        yield (bits & -bits).bit_length() - 1
-        bits &= bits - 1
 
 
 class TextTable:
@@ -7286,7 +7507,8 @@ def read_plain(text: str, param: str, marker: str) -> tuple[Symbols, ...]:
         if isinstance(shape, Constant) and string_fits(apart, json.loads(shape.text)):
             found.append((word(json.loads(shape.text)),))
         elif isinstance(shape, StringShape):
-            shape = both_strings(shape, apart)
+            unlike = [f"^(?:{'|'.join(map(re.escape, sorted(shape.excluded)))})$"] if shape.excluded else []
+            shape = both_strings(replace(shape, excluded=frozenset()), replace(apart, unlike=(*apart.unlike, *unlike)))
             if documents.leaf(shape) is not None:
                 machine = text_machine(shape)
                 found.append((PlainText(machine, machine.root, machine.low, machine.high),))
@@ -9025,7 +9247,7 @@ class Sampler:
         grammar = self.grammar
         if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
             return ()
-        grammar.work_for(self.JUMP_SECONDS)
+        TURN.begin(self.JUMP_SECONDS)
         try:
             forced = grammar.jump()[:most]
         except NotYet:
@@ -9058,13 +9280,21 @@ class Grammar:
 
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
         """Raises InvalidRequest for a grammar that cannot be followed. Runs in the tokenizing thread."""
-        self._vocab, self._machine = llama.vocab, llama.machines.of(constraint.grammar)
+        self._vocab, self.param = llama.vocab, constraint.param
+        try:
+            self._machine = llama.machines.of(constraint.grammar)
+        except InvalidRequest as error:
+            raise InvalidRequest(self.said(error), error.param or self.param) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
         self._markers = self._vocab.tokens_named(constraint.markers)
         self.closing: Seq[int] = ()
         if self._marker and constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
             self.closing = self._vocab.tokens_of(f"\n{(constraint.after or '').strip()}\n\n")
+
+    def said(self, error: InvalidRequest) -> str:
+        """An error's message with the request's field, if it knows none."""
+        return error.message if error.param else f"{self.param}: {error.message}"
 
     @property
     def is_awaited(self) -> bool:
@@ -9080,10 +9310,6 @@ class Grammar:
     def is_done(self) -> bool:
         """Whether the document is complete, and nothing may follow."""
         return not self._marker and self._state.ends and not self._state.bits
-
-    def work_for(self, seconds: float) -> None:
-        """For how long from now on to look for what may come next; then it says NotYet."""
-        self._machine.automaton.work_for(seconds)
 
     def after(self, token: int) -> State | None:
         """The state behind a token; None if it may not come. What stands behind the marker in the token that ends it must fit."""
@@ -9196,7 +9422,7 @@ class Machine:
             found = self._found.setdefault(state, [])  # by first byte, as far as there was time
             for byte in range(len(found), 256):
                 found.append(self.vocab.spelling.allowed(state, byte) if state.bits >> byte & 1 else [])
-                if len(found) < 256 and self.automaton.is_late:
+                if len(found) < 256 and TURN.is_over:
                     raise NotYet
             tokens = self.vocab.np.array(sorted(itertools.chain(*found)), self.vocab.np.int32)
             del self._found[state]
@@ -10203,8 +10429,9 @@ class Outbox:
                        min(sequence.n_jumped, generated))  # fmt: skip
         self._events.append(end)
 
-    def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code) -> None:
-        self._events.append(Failed(work.id, code, details))
+    def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code,
+               param: str | None = None) -> None:  # fmt: skip
+        self._events.append(Failed(work.id, code, details, param))
 
     def embedded(self, job: Embedding, reason: str = "stop") -> None:
         """The end of an Embed job, with its vectors unless it was cancelled."""
@@ -10631,15 +10858,16 @@ class Engine:
         """Advances one sequence, unless its grammar needs more time or cannot be followed."""
         try:
             if sequence.sampler and sequence.sampler.grammar:
-                sequence.sampler.grammar.work_for(self.PATIENCE)
+                TURN.begin(self.PATIENCE)
             self._advance(sequence, scores, row)
             sequence.logits, sequence.tries = None, 0
         except NotYet:
             sequence.logits, sequence.tries = scores.copy(), sequence.tries + 1
             if sequence.tries > self.TRIES:
-                self._fail(sequence, "the grammar is too intricate: what may come next is not found in time", InvalidRequest.code)
+                what = "the grammar is too intricate: what may come next is not found in time"
+                self._refuse(sequence, InvalidRequest(what))
         except InvalidRequest as error:
-            self._fail(sequence, error.message, error.code)
+            self._refuse(sequence, error)
 
     def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
         """One more token for one sequence, and its end if that was the last."""
@@ -10677,7 +10905,7 @@ class Engine:
         try:
             sequence.jump()
         except InvalidRequest as error:
-            self._fail(sequence, error.message, error.code)
+            self._refuse(sequence, error)
             self._flush()
             return
         if sequence.n_jumped:
@@ -10698,6 +10926,13 @@ class Engine:
 
     def _fail(self, sequence: Sequence, details: str, code: str = GenerationFailed.code) -> None:
         self.outbox.failed(sequence, details, code)
+        self._retire(sequence)
+
+    def _refuse(self, sequence: Sequence, error: InvalidRequest) -> None:
+        """Ends a text whose grammar cannot be followed: the request is at fault, in the field that holds the grammar."""
+        assert sequence.sampler and sequence.sampler.grammar
+        grammar = sequence.sampler.grammar
+        self.outbox.failed(sequence, grammar.said(error), error.code, error.param or grammar.param)
         self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
