@@ -74,6 +74,7 @@ from websockets.sync.client import connect as ws_connect
 import shimmy as module
 from shimmy import (
     FORMATS,
+    TURN,
     Automaton,
     CallFormat,
     CallsGrammar,
@@ -82,6 +83,7 @@ from shimmy import (
     GenerationFailed,
     InvalidRequest,
     ModelTable,
+    NotYet,
     NumberShape,
     Params,
     SearchRoot,
@@ -994,7 +996,7 @@ def ends_well(body: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def requested(server: Server, tongue: Tongue, **options: Any) -> Iterator[socket.socket]:
+def requested(server: Server, tongue: Tongue | Errand, **options: Any) -> Iterator[socket.socket]:
     """A raw connection on which a request has been sent."""
     with socket.create_connection((server.host, server.port), timeout=HANG) as sock:
         sock.sendall(raw_post(tongue.path, json.dumps(tongue.body(**options)).encode()))
@@ -1004,6 +1006,10 @@ def requested(server: Server, tongue: Tongue, **options: Any) -> Iterator[socket
 def requests_of(server: Server, model: str = "recital") -> tuple[int, int]:
     status = server.status(model)
     return status["requests_running"], status["requests_waiting"]
+
+
+def has_requests(server: Server, model: str, counts: tuple[int, int]) -> bool:
+    return requests_of(server, model) == counts
 
 
 # What runs longer under make soak.
@@ -3838,6 +3844,69 @@ def test_states_are_few():
     assert len(text._states) < 12
 
 
+SEARCHED = StringShape(patterns=("a.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)  # a way to its end must be searched
+
+
+def a_walk(here: State, seed: int, most: int = 60) -> None:
+    """Goes on at random, and sees that every place can be left."""
+    pick = random.Random(seed)
+    for _ in range(most):
+        if not here.bits:
+            assert here.ends
+            return
+        here = here.step(pick.choice([byte for byte in b'abcd"' if here.bits >> byte & 1] or [here.bits.bit_length() - 1]))  # type: ignore[assignment]
+
+
+def test_pattern_is_searched_for_every_text_as_for_the_first():
+    for seed in range(150):  # a cached machine's searches once had 20,000 steps for all its life
+        a_walk(first_state(SEARCHED), seed)
+    here = first_state(SEARCHED).read(b'"a')
+    assert here is not None and here.bits >> ord("b") & 1
+
+
+@pytest.fixture
+def short_turn() -> Iterator[None]:
+    """The thread's turn is over at once."""
+    TURN.begin(0.0)
+    yield
+    TURN.begin(math.inf)
+
+
+def asked_again(here: State, data: bytes) -> tuple[State, int]:
+    """The state behind some bytes, and how many turns that took."""
+    turns = 1
+    while True:
+        try:
+            found = here.read(data)
+            assert found is not None
+            return found, turns
+        except NotYet:
+            turns += 1
+            TURN.begin(0.0)
+
+
+def test_search_in_a_string_goes_on_in_the_next_turn(short_turn):
+    shape = StringShape(patterns=("x.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)
+    here, turns = asked_again(Automaton(string_symbol(shape)).start, b'"xc')
+    assert turns > 2 and here.bits
+
+
+def test_elements_that_must_differ_are_looked_at_within_turns(short_turn):
+    schema = {"type": "array", "uniqueItems": True, "items": {"type": "array", "items": {"enum": list(range(20))}, "minItems": 2}}
+    here, turns = asked_again(begin(schema), b"[[1, 2], [1")
+    assert turns > 1 and here.bits
+
+
+@each(name=["xn--X", "a.xn--07jt112bpxg", "XN--aa---o47jg78q", "ab--c"])
+def test_hostname_with_hyphens_in_the_third_and_fourth_place_is_left_out(name):
+    assert not takes(StringShape(formats=("hostname",)), name)
+
+
+@each(name=["a-b", "a--b", "abc--d", "a-b-c.de", "abcd", "ab-d", "x" * 63, "a1-b"])
+def test_hostname_with_other_hyphens_is_read(name):
+    assert takes(StringShape(formats=("hostname",)), name)
+
+
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A JSON schema constrains what the model writes, or is rejected.
 
@@ -4614,11 +4683,11 @@ def test_grammar_that_takes_too_many_steps_for_a_token_ends_its_own_text(serve: 
 # Structured output.
 
 FUZZ = int(os.environ.get("SHIMMY_FUZZ", 0))  # schemas of each kind under `make fuzz`; 0: the plain suite
-FORMATS = FormatChecker(["date", "email", "ipv4", "ipv6", "uuid"])  # what jsonschema checks without further packages
-CHECKED = [*FORMATS.checkers, "time"]
+CHECKED_FORMATS = FormatChecker(["date", "email", "ipv4", "ipv6", "uuid"])  # what jsonschema checks without further packages
+CHECKED = [*CHECKED_FORMATS.checkers, "time"]
 
 
-@FORMATS.checks("time")
+@CHECKED_FORMATS.checks("time")
 def is_time(value: Any) -> bool:
     """RFC 3339's full-time."""
     return not isinstance(value, str) or bool(
@@ -4727,7 +4796,7 @@ def with_definitions(pick: random.Random) -> Any:
 def holds(schema: Any, text: str | bytes) -> bool:
     """Whether a document fits; a $ref that leads to itself says nothing, and jsonschema follows it without end."""
     try:
-        return bool(Draft202012Validator(schema, format_checker=FORMATS).is_valid(json.loads(text)))
+        return bool(Draft202012Validator(schema, format_checker=CHECKED_FORMATS).is_valid(json.loads(text)))
     except RecursionError:
         return True
 
@@ -5006,6 +5075,129 @@ def test_schema_of_many_unlike_texts_keeps_one_machine() -> None:
     state = Automaton(root).start.read(json.dumps([f"text {i}" for i in range(200)]).encode())
     assert state is not None and state.ends
     assert len(root.documents._leaves) == 1  # type: ignore[attr-defined]
+
+
+R = {"$ref": "#/$defs/R"}
+HOLDS_ITSELF: dict[str, Any] = {**R, "$defs": {"R": {**ANY_ARRAY, "uniqueItems": True, "items": R}}}
+
+
+@cases("text, ends", {
+    "the empty one, and others": ("[[], [[]], [[], [[]]]]", True),
+    "one twice": ("[[], []", False),
+    "one twice, further in": ("[[[]], [[], []", False),
+    "three that hold each other": ("[[], [[]], [[[]]]]", True),
+})  # fmt: skip
+def test_arrays_without_repeats_that_hold_each_other_are_followed(text: str, ends: bool) -> None:
+    here = follow(begin(HOLDS_ITSELF), text.encode())
+    assert bool(here and here.ends) == ends
+
+
+def test_element_that_begins_like_another_can_still_become_one_of_its_own() -> None:
+    text = {"type": "string", "pattern": "b", "maxLength": 2}
+    schema = {**ANY_ARRAY, "uniqueItems": True, "items": {"type": "object", "properties": {"a": text}, "required": ["a"]}}
+    here = follow(begin(schema), b'[{"a": "1b"}, {"a": "')
+    assert here and here.step(ord("2")) and here.step(ord("b")) and not here.step(ord("1"))
+
+
+def test_text_that_nests_too_deep_to_be_followed_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="nests too deep"):
+        begin(HOLDS_ITSELF).read(b"[" * 3000 + b"]")
+
+
+EMPTY = {"type": "object", "maxProperties": 0}
+NO_INTEGER = {"type": "integer", "minimum": 2, "maximum": 1}
+
+
+@cases("schema", {
+    "objects that can only be empty": {**ANY_ARRAY, "uniqueItems": True, "prefixItems": [
+        EMPTY, {"type": "object", "additionalProperties": NO_INTEGER}]},
+    "objects that must not be empty": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3, "items": {
+        "type": "object", "properties": {"a": {"type": "boolean"}}, "minProperties": 1}},
+})  # fmt: skip
+def test_array_without_repeats_that_lacks_elements_is_refused(schema: Any) -> None:
+    with pytest.raises(InvalidRequest, match=r"uniqueItems|no document"):
+        begin(schema)
+
+
+@cases("schema, said", {
+    "a format that a constant must not have": ({"const": "a", "not": {"format": "email"}}, "format"),
+    "an array beside something else": ({"type": ["array", "null"], "uniqueItems": True, "minItems": 2,
+                                        "prefixItems": [{"const": 1}, {"const": 1}]}, "uniqueItems"),
+})  # fmt: skip
+def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^json_schema: .*{said}") as refused:
+        begin(schema)
+    assert refused.value.param == "json_schema"
+
+
+def test_what_a_number_must_not_be_is_one_machine():
+    values = list(range(0, 4000, 2))
+    here = begin({"type": "integer", "minimum": 0, "not": {"enum": values}}).read(b"1")
+    assert here is not None and here.ends and len(here.stacks) == 1
+    schema = {"type": "integer", "not": {"enum": values}}
+    assert not accepts(schema, 1998) and accepts(schema, 1999)
+
+
+@each(document=["0", "-0", "0.0", "2", "2.0", "2.50", "-1"])
+def test_number_that_is_excluded_is_refused_however_it_is_written(document):
+    here = begin({"type": "number", "not": {"enum": [0, 2, 2.5, -1]}}).read(document.encode())
+    assert here is None or not here.ends
+
+
+@cases("items, least", {
+    "a pattern": ({"type": "string", "pattern": "^(x|yy|zzz)$"}, 3),
+    "a pattern and lengths": ({"type": "string", "pattern": "^[ab]*$", "maxLength": 1}, 3),
+    "one multiple": ({"type": "number", "exclusiveMinimum": 0.5, "maximum": 2, "multipleOf": 2}, 1),
+    "halves": ({"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.5}, 3),
+    "lists of one": ({"type": "array", "items": {"type": "string", "pattern": "^[ab]$"}, "minItems": 1, "maxItems": 1}, 2),
+    "objects": ({"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]$"}}, "minProperties": 1}, 2),
+})  # fmt: skip
+def test_different_elements_are_counted(items, least):
+    schema = {"type": "array", "items": items, "uniqueItems": True}
+    with pytest.raises(InvalidRequest, match="no document can fit"):
+        begin({**schema, "minItems": least + 1})
+    for seed in range(20):
+        text = walk(begin({**schema, "minItems": least}), random.Random(seed))
+        assert text is not None and len(json.loads(text)) == least
+
+
+def test_objects_of_few_values_are_told_apart_in_their_names():
+    letters = [chr(code) for code in range(ord("a"), ord("u"))]
+    item = {"type": "object", "properties": {"a": {"enum": letters}}, "required": ["a"]}
+    schema = {"type": "array", "items": item, "uniqueItems": True}
+    here = begin(schema).read(("[" + ", ".join(f'{{"a": "{letter}"}}' for letter in letters[:-2]) + ', {"a": "').encode())
+    assert here is not None and here.bits == 1 << ord("s") | 1 << ord("t")
+
+
+def test_lists_that_differ_within_lists_that_differ_cost_little():
+    schema = {"type": "array", "uniqueItems": True, "items": {"type": "array", "uniqueItems": True}}
+    automaton = Automaton(read_json(json.dumps(schema), "x"))
+    here = automaton.start.read(b'[[1, [2]], [1, [3]], [1, [2, 4')
+    assert here is not None and here.bits >> ord("]") & 1
+
+
+def test_schema_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Callable[..., Server], tmp_path: Path) -> None:
+    slow = altered(tmp_path, ("PATIENCE, TRIES = 0.01, 500", "PATIENCE, TRIES = 0.0, 10**9"))
+    items = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]c?$"}, "b": {"type": "integer"}},
+             "required": ["a"]}  # fmt: skip
+    schema = {"type": "array", "items": items, "uniqueItems": True, "minItems": 4, "maxItems": 5}
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    ask = {"response_format": form, "seed": 2, "temperature": 1.5}
+    texts = [serve("--models-dir", REPO / "models", "--model", TINY, script=script).chat("hi", TINY, **ask).message["content"]
+             for script in (SHIMMY, slow)]  # fmt: skip
+    assert texts[0] == texts[1]
+    Draft202012Validator(schema).validate(json.loads(texts[0]))
+
+
+def test_grammar_that_is_too_ambiguous_to_begin_names_its_field(server: Server) -> None:
+    begins = "root ::= " + " | ".join(f'[a-z]{{{n}}} "{n}"' for n in range(60, 5000))
+    error = assert_error(server.chat("hi", "dice", grammar=begins), 400, "invalid_request", "grammar: the grammar is ambiguous")
+    assert error["param"] == "grammar"
+
+
+def test_grammar_that_becomes_too_ambiguous_names_its_field(server: Server) -> None:
+    error = assert_error(server.chat("hi", "dice", grammar=MOST, max_tokens=100), 400, "invalid_request", "ambiguous")
+    assert error["param"] == "grammar"
 
 
 # ── Tools ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6212,6 +6404,39 @@ def test_every_chunk_carries_the_logprobs_of_its_own_text(prompt: str, stop: lis
     assert "".join(piece["text"] for piece in pieces) == text and len(pieces) > 1
 
 
+# Long runs of characters that a SentencePiece vocabulary does not have.
+
+UNKNOWN_RUNS = {
+    "letters": "a" * 30_000, "emoji": "😀" * 8_000, "between words": ("tick " + "龘" * 300) * 20 + " tick",
+    "words behind": "é" * 20_000 + " wide  world",
+}  # fmt: skip
+
+
+def test_a_million_letters_without_a_token_are_refused_with_their_number_soon(server: Server) -> None:
+    began = time.monotonic()
+    reply = server.generate("a" * 1_000_000, max_tokens=1)
+    assert_error(reply, 400, "context_length_exceeded", "1000001 tokens")
+    assert time.monotonic() - began < HANG / 2, "it took llama.cpp over a minute"
+
+
+@cases("text", UNKNOWN_RUNS)
+def test_long_runs_of_bytes_become_the_tokens_that_llama_cpp_makes(text: str, server: Server, models: Path) -> None:
+    found = server.post("/tokenize", {"content": text, "model": "recital"}).json()["tokens"]
+    script = f"""
+import sys; sys.path.insert(0, {str(SHIMMY.parent)!r})
+import json, numpy, shimmy
+c = shimmy.import_llama(); c.llama_backend_init(); quiet = c.llama_log_callback(lambda *_: None); c.llama_log_set(quiet, None)
+parameters = c.llama_model_default_params(); parameters.vocab_only = True
+model = c.llama_model_load_from_file({str(models / "recital.gguf")!r}.encode(), parameters)
+vocab = c.llama_model_get_vocab(model); text = sys.stdin.buffer.read()
+rows = numpy.empty(len(text) + 16, numpy.int32)
+count = c.llama_tokenize(vocab, text, len(text), rows.ctypes.data_as(c.ctypes.POINTER(c.ctypes.c_int32)), len(rows), False, True)
+print(json.dumps(rows[:count].tolist()))
+"""
+    theirs = subprocess.run([sys.executable, "-c", script], input=text.encode(), capture_output=True, timeout=HANG, check=True)
+    assert found == json.loads(theirs.stdout)
+
+
 # ── Scheduling ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sequences start, share cells, wait, get preempted and end without losing or mixing tokens.
 
@@ -6677,9 +6902,9 @@ def single(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
 
 
 @contextlib.contextmanager
-def held_load(server: Server) -> Iterator[None]:
+def held_load(server: Server, model: str = "recital") -> Iterator[None]:
     """The model is unloaded, and its next load waits for the block's end."""
-    server.unload("recital")
+    server.unload(model)
     hold = server.home / "hold"
     hold.touch()
     try:
@@ -6756,6 +6981,112 @@ def test_websocket_whose_client_vanishes_while_its_prompt_is_read_ends_its_reque
         eventually(lambda: requests_of(single) == (1, 0), "it runs")
         ws.socket.shutdown(socket.SHUT_RDWR)  # no closing frame
         nobody_left(single)
+
+
+# Clients that leave the routes that make vectors, ranks and gaps, at every stage.
+
+
+@dataclass(frozen=True)
+class Errand:
+    """A request of seconds to a route that tells no endless text; used as a Tongue is."""
+
+    path: str
+    model: str
+    long: dict[str, Any]
+    short: dict[str, Any]
+    streams: bool = False
+
+    def body(self, stream: bool = False, long: bool = True) -> dict[str, Any]:
+        return {"model": self.model, **(self.long if long else self.short), **({"stream": stream} if self.streams else {})}
+
+
+MANY_TEXTS = [" ".join(f"w{n:03}" for n in range(10, 100))] * 2000
+GAP = {"input_prefix": "a", "input_suffix": "b", "n_predict": 3}
+ERRANDS = {
+    "embeddings": Errand("/v1/embeddings", "bert", {"input": MANY_TEXTS}, {"input": "w011"}),
+    "embeddings of a generative model": Errand("/v1/embeddings", "gap", {"input": MANY_TEXTS}, {"input": "w011"}),
+    "ollama embed": Errand("/api/embed", "bert", {"input": MANY_TEXTS}, {"input": "w011"}),
+    "ollama embeddings": Errand("/api/embeddings", "gap", {"prompt": "w011 " * 12_000}, {"prompt": "w011"}),
+    "rerank": Errand("/v1/rerank", "reranker", {"query": "w011", "documents": MANY_TEXTS},
+                     {"query": "w011", "documents": ["w012"]}),
+    "infill": Errand("/infill", "gap", GAP | {"n_predict": LONG_CTX, "ignore_eos": True}, GAP, streams=True),
+    "infill of a long text": Errand("/infill", "gap", GAP | {"input_prefix": "y" * 60_000}, GAP, streams=True),
+}
+on_every_errand = cases("errand", ERRANDS)
+
+
+@pytest.fixture(scope="module")
+def errands(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that runs one text at a time, with models for vectors, ranks and gaps; a load waits while `hold` is there."""
+    folder = tmp_path_factory.mktemp("errands")
+    BERT.write(folder / "models" / "bert.gguf")
+    BERT.write(folder / "models" / "reranker.gguf", pooling=4)
+    write_recital(folder / "models" / "gap.gguf", name="Gap", tokens=GAP_TOKENS)
+    flags: list[str | Path] = ["--models-dir", folder / "models", "--ctx", str(LONG_CTX), "--parallel", "1"]
+    with shared(folder / "home", *flags, script=altered(folder, HOLD)) as running:
+        for model in ("bert", "reranker", "gap"):
+            running.load(model)
+        yield running
+
+
+def aborted(server: Server, model: str) -> int:
+    """How many jobs the engine has ended before they were done."""
+    metrics = server.get("/metrics").body.decode()
+    found = re.search(rf'request_success_total{{model_name="{model}",finished_reason="abort"}} (\d+)', metrics)
+    assert found
+    return int(found[1])
+
+
+def nobody_left_at(server: Server, errand: Errand) -> None:
+    eventually(lambda: requests_of(server, errand.model) == (0, 0), "nobody is left")
+    assert server.post(errand.path, errand.body(long=False)).status == 200
+
+
+@on_every_errand
+def test_client_that_leaves_ends_its_errand(errand: Errand, errands: Server) -> None:
+    before = aborted(errands, errand.model)
+    with requested(errands, errand):
+        eventually(lambda: requests_of(errands, errand.model) == (1, 0), "it runs")
+    eventually(lambda: aborted(errands, errand.model) == before + 1, "the engine lets go of it")
+    nobody_left_at(errands, errand)
+
+
+@cases("errand", {name: errand for name, errand in ERRANDS.items() if errand.streams})
+def test_client_that_leaves_a_streamed_errand_ends_it(errand: Errand, errands: Server) -> None:
+    before = aborted(errands, errand.model)
+    with requested(errands, errand, stream=True) as sock:
+        assert sock.recv(1) == b"H"
+    eventually(lambda: aborted(errands, errand.model) == before + 1, "the engine lets go of it")
+    nobody_left_at(errands, errand)
+
+
+@on_every_errand
+def test_client_that_leaves_behind_another_errand_is_waited_for_no_more(errand: Errand, errands: Server) -> None:
+    before = aborted(errands, errand.model)
+    with requested(errands, errand):
+        eventually(lambda: sum(requests_of(errands, errand.model)) == 1, "another is at work")
+        with requested(errands, errand):
+            eventually(lambda: sum(requests_of(errands, errand.model)) == 2, "it waits")
+        eventually(lambda: sum(requests_of(errands, errand.model)) == 1, "it waits no more")
+    eventually(lambda: aborted(errands, errand.model) == before + 2, "the engine lets go of both")
+    nobody_left_at(errands, errand)
+
+
+def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_no_more(errands: Server) -> None:
+    with contextlib.ExitStack() as held:
+        for model in ("bert", "reranker", "gap"):
+            held.enter_context(held_load(errands, model))
+        with contextlib.ExitStack() as clients:
+            for errand in ERRANDS.values():
+                clients.enter_context(requested(errands, errand))
+            waiting = {"bert": 2, "reranker": 1, "gap": 4}
+            for model, count in waiting.items():
+                eventually(functools.partial(has_requests, errands, model, (0, count)), "all wait")
+        for model in waiting:
+            eventually(functools.partial(has_requests, errands, model, (0, 0)), "nobody is left")
+            assert errands.status(model)["status"] == "loading"
+    for errand in ERRANDS.values():
+        nobody_left_at(errands, errand)
 
 
 # ── Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -13049,6 +13380,95 @@ def test_special_tokens_of_a_user_stay_text(path: str, fuzzed: Server) -> None:
     assert lengths[0] == lengths[1]
 
 
+# Clients that stop reading.
+
+
+@contextlib.contextmanager
+def stalled_ws(server: Server, body: dict[str, Any]) -> Iterator[socket.socket]:
+    """A WebSocket on which a request was sent and nothing is read."""
+    with raw_ws(server, frame(TEXT, json.dumps(body).encode())) as sock:
+        eventually(lambda: requests_of(server) != (0, 0), "it runs")
+        yield sock
+
+
+def ws_documents(sock: socket.socket) -> Iterator[dict[str, Any]]:
+    """The documents in a server's unmasked text frames (RFC 6455, 5.2), pings left out."""
+    stream = sock.makefile("rb")
+    while head := stream.read(2):
+        longer = {126: 2, 127: 8}.get(head[1], 0)
+        data = stream.read(int.from_bytes(stream.read(longer), "big") if longer else head[1])
+        if head[0] & 15 == TEXT:
+            yield json.loads(data)
+
+
+SMALL_UNREAD = ("MAX_UNREAD = 4 * MIB", "MAX_UNREAD = MIB // 4")
+
+
+@pytest.fixture(scope="session")
+def wordy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose words have 4,000 characters, so that a client is soon far behind."""
+    folder = tmp_path_factory.mktemp("wordy")
+    tokens = [token[:3] * 1300 + "▁" if token in ("tick▁", "tock▁") else token for token in VOCABULARY]
+    write_recital(folder / "recital.gguf", tokens=tokens)
+    return folder
+
+
+def test_ws_client_too_far_behind_is_given_up_and_told_why(
+    serve: Callable[..., Server], wordy: Path, tmp_path: Path
+) -> None:
+    own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), script=altered(tmp_path, SMALL_UNREAD))
+    own.load("recital")
+    text = ""
+    with stalled_ws(own, TONGUES["native"].body()) as sock:
+        eventually(lambda: requests_of(own)[0] == 0, "the engine's work for it ends")
+        for document in ws_documents(sock):
+            if "error" in document:
+                break
+            text += document["token"]
+    assert "too slowly" in document["error"]["details"], document
+    assert len(text) > 200_000 and set(text.removeprefix("Tick ").split()) == {"tic" * 1300, "toc" * 1300}
+
+
+def test_ws_client_that_reads_nothing_for_too_long_is_dropped(
+    serve: Callable[..., Server], wordy: Path, tmp_path: Path
+) -> None:
+    script = altered(tmp_path, ("WRITE_SECONDS = 60.0", "WRITE_SECONDS = 0.5"))
+    own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), script=script)
+    own.load("recital")
+    with stalled_ws(own, TONGUES["native"].body()):
+        eventually(lambda: requests_of(own) == (0, 0), "the engine's work for it ends")
+        eventually(lambda: b"shimmy_open_connections 1\n" in own.get("/metrics").body, "only the asking connection is open")
+    assert ws_ask(own, prompt=":")[0] == TEXTS[":"]
+    assert_healthy(own)
+
+
+@linux
+def test_ws_clients_that_stop_reading_take_little_memory_and_hold_nobody_up(
+    serve: Callable[..., Server], wordy: Path, tmp_path: Path
+) -> None:
+    own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), "--parallel", "9", script=altered(tmp_path, SMALL_UNREAD))
+    own.load("recital")
+    with contextlib.ExitStack() as stack:
+        before = memory_of(own)
+        for _ in range(8):
+            stack.enter_context(stalled_ws(own, TONGUES["native"].body()))
+        while requests_of(own)[0]:
+            assert ws_ask(own, prompt="=")[0] == TEXTS["="]
+        assert memory_of(own) - before < 30 << 20
+
+
+def test_serve_stops_although_a_ws_client_reads_nothing(
+    serve: Callable[..., Server], wordy: Path, tmp_path: Path
+) -> None:
+    own = serve("--models-dir", wordy, "--ctx", str(LONG_CTX), script=altered(tmp_path, SMALL_UNREAD, SHORT_GRACE))
+    own.load("recital")
+    with stalled_ws(own, TONGUES["native"].body()):
+        eventually(lambda: requests_of(own)[0] == 0, "the engine's work for it ends")
+        own.signal(signal.SIGTERM)
+        assert own.process.wait(HANG) == 0
+    assert "Traceback" not in own.log.read_text()
+
+
 # ── Lifecycle ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The server exits on a signal, lets streams finish, and leaves no process behind.
 
@@ -13316,6 +13736,41 @@ def test_wall_clock_is_asked_only_for_dates() -> None:
 
     visit(ast.parse(SHIMMY.read_text()), "")
     assert asking == DATES
+
+
+# A server that is killed while its engines are stopped.
+
+
+@linux
+def test_server_killed_while_its_engines_are_stopped_leaves_none(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    for model in ("recital", "plain"):
+        assert own.load(model).json()["loaded"]  # from threads that have ended since
+    children = [own.engine(f"{model}.gguf") for model in ("recital", "plain")]
+    for child in children:
+        os.kill(child, signal.SIGSTOP)
+    own.process.kill()
+    own.process.wait(HANG)
+    try:
+        eventually(lambda: not any(map(alive, children)), "the engines end although they are stopped")
+    finally:
+        for child in filter(alive, children):
+            os.kill(child, signal.SIGKILL)
+
+
+@linux
+def test_engine_outlives_the_threads_that_asked_for_it(serve: Callable[..., Server], models: Path) -> None:
+    own = serve("--models-dir", models)
+    with socket.create_connection((own.host, own.port), timeout=HANG) as sock:
+        sock.sendall(raw_post("/api/models/recital/load", b"{}"))
+        assert read_reply(sock).json()["loaded"]
+    engine = own.engine("recital.gguf")
+    threads = Path(f"/proc/{own.process.pid}/task")
+    busy = len(list(threads.iterdir()))
+    for _ in range(20):  # each on a connection, hence in a thread, of its own
+        assert own.generate().text == TEXTS[":"]
+    eventually(lambda: len(list(threads.iterdir())) <= busy, "their threads have ended")
+    assert own.engine("recital.gguf") == engine and own.status("recital")["status"] == "loaded"
 
 
 # ── Page ──────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -14564,6 +15019,124 @@ def test_a_file_server_that_refuses_does_not_make_its_repository_gated(hub: Fake
     hub.answer_file = lambda request: request.reply(403, {})  # type: ignore[method-assign]
     done = shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env)
     assert done.returncode == 1 and b"answers 403" in done.stderr and b"gated" not in done.stderr
+
+
+# A busy hub, many pulls at once, a full disk, and clients that leave.
+
+
+def pulling(server: Server, repo: str = REPO_NAME) -> http.client.HTTPConnection:
+    """A connection on which a pull has been asked for."""
+    connection = server.connect()
+    connection.request("POST", "/api/pull", encoded({"model": f"hf.co/{repo}"}))
+    return connection
+
+
+def statuses(connection: http.client.HTTPConnection) -> list[str]:
+    """What an answered pull says, each once in a row."""
+    said = [json.loads(line) for line in connection.getresponse().read().splitlines()]
+    return [status for status, _ in itertools.groupby(each.get("status") or each["error"] for each in said)]
+
+
+def test_ollama_pull_tells_each_second_how_long_a_busy_hub_has_it_wait(
+    real_hub: FakeHub, serve: Callable[..., Server]
+) -> None:
+    real_hub.answers = [(429, {"Retry-After": "3"})]
+    connection = pulling(serve("--allow-pull", env=real_hub.env))
+    response = connection.getresponse()
+    first = json.loads(response.readline())
+    assert not real_hub.answers and len(real_hub.seen) == 1, "it still waits"
+    assert response.status == 200 and first == {"status": f"{real_hub.url[7:]} is busy (429), trying again in 3 s"}
+    rest = [json.loads(line) for line in response.read().splitlines()]
+    assert [each["status"][-3:] for each in rest[:2]] == ["2 s", "1 s"] and rest[-1] == {"status": "success"}
+
+
+def test_ollama_pull_of_a_hub_that_stays_busy_ends_with_an_error(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    hub.answers = [(429, {"Retry-After": "1"}), (429, {"Retry-After": "3600"})]
+    assert statuses(pulling(serve("--allow-pull", env=hub.env)))[-1].endswith("answers 429; it asks to be left alone for 3600 s")
+
+
+def test_pulls_beyond_four_at_once_are_refused_and_later_ones_served(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    own = serve("--allow-pull", env=hub.env)
+    hub.hold.clear()
+    running = [pulling(own) for _ in range(4)]
+    heads = [connection.getresponse() for connection in running]
+    assert [head.status for head in heads] == [200] * 4
+    refused = own.post("/api/pull", {"model": REPO_NAME})
+    assert_ollama_error(refused, 503, "4 models are being fetched already")
+    assert refused.headers["Retry-After"]
+    hub.hold.set()
+    assert [json.loads(head.read().splitlines()[-1]) for head in heads] == [{"status": "success"}] * 4
+    assert own.post("/api/pull", {"model": REPO_NAME, "stream": False}).json() == {"status": "success"}
+    assert len(hub.downloads()) == 1, "one fetched, the others waited for it"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit of a file's size here")
+def test_pull_onto_a_full_disk_says_what_to_do_and_keeps_the_part(hub: FakeHub, tmp_path: Path) -> None:
+    small = [sys.executable, "-c", f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (123456, 123456)); {EXEC}"]
+    env = environment(tmp_path, hub.env)
+    done = subprocess.run([*small, str(SHIMMY), "pull", REPO_NAME], cwd=tmp_path, env=env, capture_output=True, timeout=HANG)
+    assert_failed_last(done, "File too large", "make room for 270KB and pull again to go on", ".incomplete")
+    assert [part.stat().st_size for part in parts(tmp_path)] == [123456]
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env).returncode == 0
+    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+    assert hub.downloads()[-1]["Range"] == "bytes=123456-"
+
+
+EXEC = "import os, sys; os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+WRITE = "left = left[part.write(left) :]"
+FULL = "raise OSError(errno.ENOSPC, 'No space left on device')"
+
+
+@cases("stream,status", {"streamed": (True, 200), "whole": (False, 507)})
+def test_ollama_pull_onto_a_full_disk_says_what_to_do(
+    stream: bool, status: int, hub: FakeHub, serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    own = serve("--allow-pull", env=hub.env, script=altered(tmp_path, (WRITE, FULL)))
+    reply = own.post("/api/pull", {"model": REPO_NAME, "stream": stream})
+    error = json.loads(reply.body.splitlines()[-1])["error"]
+    assert reply.status == status and "No space left on device: make room for 391KB" in error
+    assert_healthy(own)
+
+
+def test_pull_of_a_file_that_the_disk_takes_in_pieces_is_whole(hub: FakeHub, tmp_path: Path) -> None:
+    script = altered(tmp_path, (WRITE, "left = left[part.write(left[:1000]) :]"))
+    assert shimmy("pull", REPO_NAME, home=tmp_path, env=hub.env, script=script).returncode == 0
+    assert fetched(tmp_path, "recital-q4_k_m.gguf") == hub.files["recital-q4_k_m.gguf"]
+
+
+def test_ollama_pull_into_a_folder_that_cannot_be_made_names_it(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    own = serve("--allow-pull", env={**hub.env, "HF_HUB_CACHE": "/dev/null/hub"})
+    reply = own.post("/api/pull", {"model": REPO_NAME, "stream": False})
+    assert_ollama_error(reply, 502, "the model cannot be written: /dev/null/hub")
+    assert_healthy(own)
+
+
+def test_client_that_leaves_a_pull_ends_it_although_the_server_sends_nothing(
+    hub: FakeHub, serve: Callable[..., Server]
+) -> None:
+    own = serve("--allow-pull", "-v", env=hub.env)
+    hub.hold.clear()
+    connection = pulling(own)
+    eventually(lambda: [part for part in parts(own.home) if part.stat().st_size == 200_000], "half of it is here")
+    connection.close()
+    left = time.monotonic()
+    eventually(lambda: "POST /api/pull" in own.log.read_text(), "the pull has ended")
+    assert time.monotonic() - left < 10, "it waited for the server's next byte"
+    assert [part.stat().st_size for part in parts(own.home)] == [200_000] and not hub.hold.is_set()
+    hub.hold.set()
+    assert own.post("/api/pull", {"model": REPO_NAME, "stream": False}).json() == {"status": "success"}
+    assert hub.downloads()[-1]["Range"] == "bytes=200000-"
+    assert_healthy(own)
+
+
+def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub, serve: Callable[..., Server]) -> None:
+    own = serve("--allow-pull", "-v", env=hub.env)
+    hub.answers = [(429, {"Retry-After": "200"})]
+    connection = pulling(own)
+    connection.getresponse().readline()
+    connection.close()
+    eventually(lambda: "POST /api/pull" in own.log.read_text(), "the pull has ended")
+    assert_healthy(own)
 
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15924,6 +16497,43 @@ def test_completion_makes_shimmy_a_command_unless_there_is_one(other: bool, used
 
 def test_shimmy_is_executable() -> None:
     assert os.access(SHIMMY, os.X_OK)
+
+
+# Ctrl-C at early moments.
+
+HERE = "__import__('os').write(2, b'here'); __import__('time').sleep(1)"
+EARLY: dict[str, tuple[str, str, str]] = {
+    "before the restart": ("serve", '    if _bytecode_prefix(os.path.realpath(__file__)) == os', f"    {HERE}\n"),
+    "when the restart begins": ("serve", 'import signal, sys\nif signal', f"{HERE}\n"),
+    "while modules are imported": ("list", "import argparse\n", f"{HERE}\n"),
+    "before main has begun": ("list", "    for stream in (sys.stdout, sys.stderr):\n        if isinst", f"    {HERE}\n"),
+    "when main has begun": ("list", "        args = parse(argv)\n", f"        {HERE}\n"),
+}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT to send here")
+@cases("command,line,pause", EARLY)
+def test_ctrl_c_at_an_early_moment_ends_quietly(command: str, line: str, pause: str, tmp_path: Path) -> None:
+    script = altered(tmp_path, (line, pause + line))
+    os.utime(script, (1e9, 1e9))  # old enough to be run from bytecode
+    with subprocess.Popen([sys.executable, script, command], cwd=tmp_path, env=environment(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, preexec_fn=interruptible) as running:  # fmt: skip
+        assert running.stderr and running.stderr.read(4) == b"here"
+        running.send_signal(signal.SIGINT)
+        stdout, stderr = running.communicate(timeout=HANG)
+    assert (running.returncode, stdout, stderr) == (-signal.SIGINT, b"", b"")
+
+
+@pty
+def test_list_on_a_narrow_terminal_leaves_paths_and_values_whole(models: Path, tmp_path: Path) -> None:
+    with narrow_terminal(40, "list", "--models-dir", models, home=tmp_path) as screen:
+        lines = screen.rest().splitlines()
+    (start,) = [i for i, line in enumerate(lines) if line == "recital"]
+    path = f"  {models / 'recital.gguf'}"
+    about = lines[start + 1 : lines.index(path)]
+    labels = [pair.split() for pair in ", ".join(about).replace(",,", ",").split(", ")]
+    assert [pair[0] for pair in labels] == ["params", "quant", "size", "context", "fits"] and all(len(p) == 2 for p in labels)
+    assert max(map(len, about)) <= 40
 
 
 # ── README ────────────────────────────────────────────────────────────────────────────────────────────────────────────
