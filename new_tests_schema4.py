@@ -10,7 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
-from shimmy import TURN, Automaton, InvalidRequest, NotYet, State, StringShape, read_json, string_symbol
+from shimmy import TURN, Automaton, InvalidRequest, NotYet, State, StringShape, read_json, string_fits, string_symbol
 from test_shimmy import (  # noqa: F401
     MOST,
     REPO,
@@ -35,24 +35,17 @@ from test_shimmy import (  # noqa: F401
 
 # topic: Strings and numbers
 
-SEARCHED = StringShape(patterns=("a.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)  # a way to its end must be searched
-
-
-def a_walk(here: State, seed: int, most: int = 60) -> None:
-    """Goes on at random, and sees that every place can be left."""
-    pick = random.Random(seed)
-    for _ in range(most):
-        if not here.bits:
-            assert here.ends
-            return
-        here = here.step(pick.choice([byte for byte in b'abcd"' if here.bits >> byte & 1] or [here.bits.bit_length() - 1]))  # type: ignore[assignment]
+SEARCHED = StringShape(patterns=("a.{5}b", "c.{4}d"), unlike=("aa", "bd"), high=40)  # a way to its end must be searched
 
 
 def test_pattern_is_searched_for_every_text_as_for_the_first():
-    for seed in range(150):  # a cached machine's searches once had 20,000 steps for all its life
-        a_walk(first_state(SEARCHED), seed)
-    here = first_state(SEARCHED).read(b'"a')
-    assert here is not None and here.bits >> ord("b") & 1
+    pick = random.Random(1)
+    for _ in range(150):  # a machine once had 20,000 steps of search for all its life
+        here = first_state(SEARCHED)
+        while here.bits:
+            here = here.step(pick.choice([byte for byte in b'abcd"' if here.bits >> byte & 1] or [here.bits.bit_length() - 1]))
+    texts = ("".join(pick.choices("abcdx", k=pick.randint(20, 40))) for _ in range(2000))
+    assert all(takes(SEARCHED, text) for text in texts if string_fits(SEARCHED, text))
 
 
 @pytest.fixture
@@ -98,13 +91,18 @@ def test_hostname_with_other_hyphens_is_read(name):
     assert takes(StringShape(formats=("hostname",)), name)
 
 
+def test_what_is_no_hostname_is_not_told():
+    with pytest.raises(InvalidRequest, match="not format 'hostname' cannot be honoured"):
+        string_fits(StringShape(not_formats=("hostname",)), "xn--x")
+
+
 # topic: Structured output
 
 def test_what_a_number_must_not_be_is_one_machine():
     values = list(range(0, 4000, 2))
     here = begin({"type": "integer", "minimum": 0, "not": {"enum": values}}).read(b"1")
     assert here is not None and here.ends and len(here.stacks) == 1
-    assert not accepts({"type": "integer", "not": {"enum": values}}, 1998) and accepts({"type": "integer", "not": {"enum": values}}, 1999)
+    assert [accepts({"type": "integer", "not": {"enum": values}}, value) for value in (1998, 1999)] == [False, True]
 
 
 @each(document=["0", "-0", "0.0", "2", "2.0", "2.50", "-1"])
@@ -130,6 +128,19 @@ def test_different_elements_are_counted(items, least):
         assert text is not None and len(json.loads(text)) == least
 
 
+@cases("schema, least", {
+    "names of a pattern": ({"patternProperties": {"^[ab]$": {}}}, 2),
+    "beside one that is named": ({"properties": {"a": {}, "c": {}}, "patternProperties": {"^[ab]$": {}}}, 3),
+    "the empty name": ({"additionalProperties": {}, "propertyNames": {"maxLength": 0}}, 1),
+})  # fmt: skip
+def test_names_that_an_object_may_have_are_counted(schema, least):
+    with pytest.raises(InvalidRequest, match="no document can fit"):
+        begin({"type": "object", **schema, "minProperties": least + 1})
+    for seed in range(20):
+        text = walk(begin({"type": "object", **schema, "minProperties": least}), random.Random(seed), 5000)
+        assert text is None or len(json.loads(text)) == least
+
+
 def test_objects_of_few_values_are_told_apart_in_their_names():
     letters = [chr(code) for code in range(ord("a"), ord("u"))]
     item = {"type": "object", "properties": {"a": {"enum": letters}}, "required": ["a"]}
@@ -150,7 +161,8 @@ def test_schema_that_takes_many_steps_for_a_token_gives_the_same_text(serve: Cal
     items = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]c?$"}, "b": {"type": "integer"}},
              "required": ["a"]}  # fmt: skip
     schema = {"type": "array", "items": items, "uniqueItems": True, "minItems": 4, "maxItems": 5}
-    ask = {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}, "seed": 2, "temperature": 1.5}
+    answer = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    ask = {"response_format": answer, "seed": 2, "temperature": 1.5}
     texts = [serve("--models-dir", REPO / "models", "--model", TINY, script=script).chat("hi", TINY, **ask).message["content"]
              for script in (SHIMMY, slow)]  # fmt: skip
     assert texts[0] == texts[1]

@@ -4877,6 +4877,10 @@ class TextMachine:
             count = self._many.get(key, (0, False))[0]
         return count > number
 
+    def number(self, most: int) -> int:
+        """How many texts there are, counted until they are more than `most`."""
+        return most + 1 if self.more_than(most, *self.start) else self._many.get(self.start, (0, True))[0]
+
     def _count(self, start: Rest, most: int) -> Iterator[None]:
         """Leaves in `_many` how many texts follow, counted until they are more than `most`; and whether to count no further.
 
@@ -6852,6 +6856,7 @@ class Documents:
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Symbol, list[Symbols]] = {}
         self._few: dict[Node, Few | None] = {}
+        self._names: dict[ObjectShape, int] = {}
         self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
 
     def root(self) -> Symbol:
@@ -6916,7 +6921,7 @@ class Documents:
             return self.leaf(shape) is not None
         if not all(prop.node in possible for prop in shape.named if prop.required):
             return False
-        most = math.inf if self._has_unnamed(shape, possible) else sum(prop.node in possible for prop in shape.named)
+        most = sum(prop.node in possible for prop in shape.named) + self._most_names(shape, possible)
         return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
 
     def _has_enough(self, shape: ArrayShape) -> bool:
@@ -6986,8 +6991,14 @@ class Documents:
             found = number_machine(replace(shape, excluded=frozenset()), False).every_number(most)
         return None if found is None else {value: value for value in found - shape.excluded}
 
-    def _has_unnamed(self, shape: ObjectShape, possible: set[Node]) -> bool:
-        return any(node in possible and self.leaf(names) is not None for names, node in shape.unnamed)
+    def _most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
+        """How many unnamed properties an object may have, counted as far as it must have some."""
+        found = 0
+        for names, node in shape.unnamed:
+            if node in possible and self.leaf(names) is not None and found < shape.low:
+                machine = text_machine(names)
+                found += machine.number(shape.low + len(names.excluded)) - sum(map(machine.fits, names.excluded))
+        return found
 
     # Symbols
 
@@ -7050,8 +7061,11 @@ class Documents:
         if shape.high is not None and here.count + sum(prop.required for prop in rest) > shape.high:
             return False
         lacking = shape.low - here.count
-        return (lacking <= 0 or sum(prop.node in self.possible for prop in rest) >= lacking
-                or self._has_unnamed(shape, self.possible))  # fmt: skip
+        if lacking <= 0:
+            return True
+        if shape not in self._names:
+            self._names[shape] = self._most_names(shape, self.possible)
+        return sum(prop.node in self.possible for prop in rest) + self._names[shape] >= lacking
 
     def _unnamed(self, here: Members, comma: str) -> Iterator[Symbols]:
         """Unnamed properties; where properties are counted, their names are told apart."""
