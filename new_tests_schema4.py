@@ -92,7 +92,7 @@ def test_hostname_with_other_hyphens_is_read(name):
 
 
 def test_what_is_no_hostname_is_not_told():
-    with pytest.raises(InvalidRequest, match="not format 'hostname' cannot be honoured"):
+    with pytest.raises(InvalidRequest, match="not format .hostname. cannot be honoured"):
         string_fits(StringShape(not_formats=("hostname",)), "xn--x")
 
 
@@ -139,6 +139,11 @@ def test_names_that_an_object_may_have_are_counted(schema, least):
     for seed in range(20):
         text = walk(begin({"type": "object", **schema, "minProperties": least}), random.Random(seed), 5000)
         assert text is None or len(json.loads(text)) == least
+
+
+def test_object_that_needs_its_named_properties_cannot_leave_them_out():
+    here = begin({"type": "object", "properties": {"name": {}}, "patternProperties": {"^[ab]$": {}}, "minProperties": 3})
+    assert here.forced(100) == b'{"name": '
 
 
 def test_objects_of_few_values_are_told_apart_in_their_names():

@@ -7065,13 +7065,13 @@ class Documents:
             return True
         if shape not in self._names:
             self._names[shape] = self._most_names(shape, self.possible)
-        return sum(prop.node in self.possible for prop in rest) + self._names[shape] >= lacking
+        return sum(prop.node in self.possible for prop in rest) + self._names[shape] - len(here.taken) >= lacking
 
     def _unnamed(self, here: Members, comma: str) -> Iterator[Symbols]:
         """Unnamed properties; where properties are counted, their names are told apart."""
         shape = here.shape
-        if shape.high is not None and here.count >= shape.high:
-            return
+        if (shape.high is not None and here.count >= shape.high) or not self._can_end(here):
+            return  # those that are named and left out would be missing
         counted = shape.low > 0 or shape.high is not None
         after = replace(here, count=self._counted(shape, here.count), first=False)
         for names, node in shape.unnamed:
