@@ -5414,17 +5414,21 @@ FORMATS = {  # name → a regular expression for the whole text, how long it may
     "regex": (_REGEX, None),
 }
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "hostname", "idn-email", "regex")  # the rule leaves out some texts that have the format
+PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
+
+
+_ANY_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+WIDER_FORMATS = {"hostname": (rf"{_ANY_LABEL}(?:\.{_ANY_LABEL})*", 253)}  # all that may have it, where the rule leaves some out
 
 
 @functools.lru_cache(maxsize=100)
-def read_format(name: str) -> tuple[Pattern, int | None] | None:
+def read_format(name: str, wider: bool = False) -> tuple[Pattern, int | None] | None:
     """The whole text's pattern and its longest length; None for a format that asks for nothing."""
     if name in UNKNOWN_FORMATS:
         raise InvalidRequest(f"format {_said(name)} cannot be honoured")
     if name not in FORMATS:
         return None
-    text, most = FORMATS[name]
+    text, most = WIDER_FORMATS.get(name, FORMATS[name]) if wider else FORMATS[name]
     return Chain((Edge(False), read_pattern(text), Edge(True))), most
 
 
@@ -5432,7 +5436,7 @@ def whole_format(name: str) -> tuple[Pattern, int | None]:
     """As read_format, for what must not have the format: all that has it must be known."""
     if name in PARTIAL_FORMATS:
         raise InvalidRequest(f"not format {_said(name)} cannot be honoured")
-    return read_format(name) or (Chain(()), None)
+    return read_format(name, wider=True) or (Chain(()), None)
 
 
 def text_machine(shape: StringShape) -> TextMachine:

@@ -3682,6 +3682,7 @@ def test_format_that_cannot_be_honoured_is_refused_by_name():
 def test_hostname_of_254_characters_is_none():
     name = ".".join(["a" * 62] * 4) + "a"
     assert takes(StringShape(formats=("hostname",)), name) and not takes(StringShape(formats=("hostname",)), name + ".a")
+    assert string_fits(StringShape(not_formats=("hostname",)), name + ".a")
 
 
 HOSTILE_PATTERNS = [
