@@ -4927,6 +4927,10 @@ class TextMachine:
             count = self._many.get(key, (0, False))[0]
         return count > number
 
+    def number(self, most: int) -> int:
+        """How many texts there are, counted until they are more than `most`."""
+        return most + 1 if self.more_than(most, *self.start) else self._many.get(self.start, (0, True))[0]
+
     def _count(self, start: Rest, most: int) -> Iterator[None]:
         """Leaves in `_many` how many texts follow, counted until they are more than `most`; and whether to count no further.
 
@@ -5460,17 +5464,21 @@ FORMATS = {  # name → a regular expression for the whole text, how long it may
     "regex": (_REGEX, None),
 }
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "hostname", "idn-email", "regex")  # the rule leaves out some texts that have the format
+PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
+
+
+_ANY_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+WIDER_FORMATS = {"hostname": (rf"{_ANY_LABEL}(?:\.{_ANY_LABEL})*", 253)}  # all that may have it, where the rule leaves some out
 
 
 @functools.lru_cache(maxsize=100)
-def read_format(name: str) -> tuple[Pattern, int | None] | None:
+def read_format(name: str, wider: bool = False) -> tuple[Pattern, int | None] | None:
     """The whole text's pattern and its longest length; None for a format that asks for nothing."""
     if name in UNKNOWN_FORMATS:
         raise InvalidRequest(f"format {_said(name)} cannot be honoured")
     if name not in FORMATS:
         return None
-    text, most = FORMATS[name]
+    text, most = WIDER_FORMATS.get(name, FORMATS[name]) if wider else FORMATS[name]
     return Chain((Edge(False), read_pattern(text), Edge(True))), most
 
 
@@ -5478,7 +5486,7 @@ def whole_format(name: str) -> tuple[Pattern, int | None]:
     """As read_format, for what must not have the format: all that has it must be known."""
     if name in PARTIAL_FORMATS:
         raise InvalidRequest(f"not format {_said(name)} cannot be honoured")
-    return read_format(name) or (Chain(()), None)
+    return read_format(name, wider=True) or (Chain(()), None)
 
 
 def text_machine(shape: StringShape) -> TextMachine:
@@ -6902,6 +6910,7 @@ class Documents:
         self._live: dict[ArrayShape, set[Position]] = {}
         self._kept: dict[Symbol, list[Symbols]] = {}
         self._few: dict[Node, Few | None] = {}
+        self._names: dict[ObjectShape, int] = {}
         self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
         self._looks = True
 
@@ -6977,7 +6986,7 @@ class Documents:
             return self.leaf(shape) is not None
         if not all(prop.node in possible for prop in shape.named if prop.required):
             return False
-        most = math.inf if self._has_unnamed(shape, possible) else sum(prop.node in possible for prop in shape.named)
+        most = sum(prop.node in possible for prop in shape.named) + self._most_names(shape, possible)
         return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
 
     def _has_enough(self, shape: ArrayShape) -> bool:
@@ -7047,8 +7056,14 @@ class Documents:
             found = number_machine(replace(shape, excluded=frozenset()), False).every_number(most)
         return None if found is None else {value: value for value in found - shape.excluded}
 
-    def _has_unnamed(self, shape: ObjectShape, possible: set[Node]) -> bool:
-        return any(node in possible and self.leaf(names) is not None for names, node in shape.unnamed)
+    def _most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
+        """How many unnamed properties an object may have, counted as far as it must have some."""
+        found = 0
+        for names, node in shape.unnamed:
+            if node in possible and self.leaf(names) is not None and found < shape.low:
+                machine = text_machine(names)
+                found += machine.number(shape.low + len(names.excluded)) - sum(map(machine.fits, names.excluded))
+        return found
 
     # Symbols
 
@@ -7113,14 +7128,17 @@ class Documents:
         rest = shape.named[here.at :]
         if shape.high is not None and here.count + sum(prop.required for prop in rest) > shape.high:
             return False
-        return (lacking <= 0 or sum(prop.node in self.possible for prop in rest) >= lacking
-                or self._has_unnamed(shape, self.possible))  # fmt: skip
+        if lacking <= 0:
+            return True
+        if shape not in self._names:
+            self._names[shape] = self._most_names(shape, self.possible)
+        return sum(prop.node in self.possible for prop in rest) + self._names[shape] - len(here.taken) >= lacking
 
     def _unnamed(self, here: Members, comma: str) -> Iterator[Symbols]:
         """Unnamed properties; where properties are counted, their names are told apart."""
         shape = here.shape
-        if shape.high is not None and here.count >= shape.high:
-            return
+        if (shape.high is not None and here.count >= shape.high) or not self._can_end(here):
+            return  # those that are named and left out would be missing
         counted = shape.low > 0 or shape.high is not None
         after = replace(here, count=self._counted(shape, here.count), first=False)
         for names, node in shape.unnamed:

@@ -3844,24 +3844,17 @@ def test_states_are_few():
     assert len(text._states) < 12
 
 
-SEARCHED = StringShape(patterns=("a.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)  # a way to its end must be searched
-
-
-def a_walk(here: State, seed: int, most: int = 60) -> None:
-    """Goes on at random, and sees that every place can be left."""
-    pick = random.Random(seed)
-    for _ in range(most):
-        if not here.bits:
-            assert here.ends
-            return
-        here = here.step(pick.choice([byte for byte in b'abcd"' if here.bits >> byte & 1] or [here.bits.bit_length() - 1]))  # type: ignore[assignment]
+SEARCHED = StringShape(patterns=("a.{5}b", "c.{4}d"), unlike=("aa", "bd"), high=40)  # a way to its end must be searched
 
 
 def test_pattern_is_searched_for_every_text_as_for_the_first():
-    for seed in range(150):  # a cached machine's searches once had 20,000 steps for all its life
-        a_walk(first_state(SEARCHED), seed)
-    here = first_state(SEARCHED).read(b'"a')
-    assert here is not None and here.bits >> ord("b") & 1
+    pick = random.Random(1)
+    for _ in range(150):  # a machine once had 20,000 steps of search for all its life
+        here = first_state(SEARCHED)
+        while here.bits:
+            here = here.step(pick.choice([byte for byte in b'abcd"' if here.bits >> byte & 1] or [here.bits.bit_length() - 1]))
+    texts = ("".join(pick.choices("abcdx", k=pick.randint(20, 40))) for _ in range(2000))
+    assert all(takes(SEARCHED, text) for text in texts if string_fits(SEARCHED, text))
 
 
 @pytest.fixture
@@ -5130,6 +5123,11 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
     assert refused.value.param == "json_schema"
 
 
+@each(name=["xn--x", "xn--nxasmq6b", "ab--c.de"])
+def test_what_may_be_a_hostname_is_none_that_is_no_hostname(name):
+    assert not takes(StringShape(not_formats=("hostname",)), name) and takes(StringShape(not_formats=("hostname",)), name + "-")
+
+
 def test_what_a_number_must_not_be_is_one_machine():
     values = list(range(0, 4000, 2))
     here = begin({"type": "integer", "minimum": 0, "not": {"enum": values}}).read(b"1")
@@ -5159,6 +5157,24 @@ def test_different_elements_are_counted(items, least):
     for seed in range(20):
         text = walk(begin({**schema, "minItems": least}), random.Random(seed))
         assert text is not None and len(json.loads(text)) == least
+
+
+@cases("schema, least", {
+    "names of a pattern": ({"patternProperties": {"^[ab]$": {}}}, 2),
+    "beside one that is named": ({"properties": {"a": {}, "c": {}}, "patternProperties": {"^[ab]$": {}}}, 3),
+    "the empty name": ({"additionalProperties": {}, "propertyNames": {"maxLength": 0}}, 1),
+})  # fmt: skip
+def test_names_that_an_object_may_have_are_counted(schema, least):
+    with pytest.raises(InvalidRequest, match="no document can fit"):
+        begin({"type": "object", **schema, "minProperties": least + 1})
+    for seed in range(20):
+        text = walk(begin({"type": "object", **schema, "minProperties": least}), random.Random(seed), 5000)
+        assert text is None or len(json.loads(text)) == least
+
+
+def test_object_that_needs_its_named_properties_cannot_leave_them_out():
+    here = begin({"type": "object", "properties": {"name": {}}, "patternProperties": {"^[ab]$": {}}, "minProperties": 3})
+    assert here.forced(100) == b'{"name": '
 
 
 def test_objects_of_few_values_are_told_apart_in_their_names():
