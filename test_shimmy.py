@@ -16031,6 +16031,14 @@ class Screen:
         assert words in self.seen, self.seen
         return self.seen
 
+    def interrupt_until(self, words: str) -> None:
+        """Ctrl-C, and once more where readline missed it: it looks for signals only while it waits for a key."""
+        deadline = time.monotonic() + HANG
+        while words not in self.seen and time.monotonic() < deadline:
+            self.process.send_signal(signal.SIGINT)
+            self._read(1.0)
+        assert words in self.seen, self.seen
+
     def rest(self) -> str:
         """All that was written, once the process has ended."""
         self.process.wait(HANG)
@@ -16337,8 +16345,7 @@ def test_ctrl_c_stops_an_answer_and_the_conversation_goes_on(models: Path, tmp_p
         screen.seen = ""
         os.write(screen.mine, b"half a line")
         screen.read_until("half a line")
-        screen.process.send_signal(signal.SIGINT)
-        screen.read_until("\r\n> ")
+        screen.interrupt_until("\r\n> ")
         say(screen, "hello", "Hello wide world")
         end(screen)
 
