@@ -3819,20 +3819,21 @@ class Turn(threading.local):
     All that looks counts here, automata of parts within automata and searches in strings too.
     """
 
-    AT_LEAST = 10  # looks, before NotYet: so that asking again leads on
-
     def __init__(self) -> None:
-        self._ends, self._looks = math.inf, 0
+        self._ends, self._found = math.inf, False
 
     def begin(self, seconds: float) -> None:
         """From now on for so long."""
-        self._ends, self._looks = time.thread_time() + seconds, 0
+        self._ends, self._found = time.thread_time() + seconds, False
 
     def look(self) -> None:
-        """Counts what takes some 10 to 100 µs. Raises NotYet when the turn is over; nothing found so far may then be lost."""
-        self._looks += 1
-        if self._looks > self.AT_LEAST and self.is_over:
+        """Before each look, of 10 µs to 10 ms. Raises NotYet when the turn is over, if it led on: nothing found may be lost."""
+        if self._found and self.is_over:
             raise NotYet
+
+    def found(self) -> None:
+        """After a look that is kept, so that the same question asked again goes on from there."""
+        self._found = True
 
     @property
     def is_over(self) -> bool:
@@ -3865,9 +3866,11 @@ class Automaton:
                 rest = stack.top.step(byte)
                 if rest is not None:
                     found[rest] = found[rest] | stack.below if rest in found else stack.below
-            return self._closed(found) if found else None
+            behind = self._closed(found) if found else None
         except RecursionError:
             raise NestedTooDeep from None
+        TURN.found()
+        return behind
 
     def _stack(self, top: Symbol, below: Below) -> Stack:
         key = (top, below)
@@ -5004,6 +5007,7 @@ class TextMachine:
         """Brings a search to its end, where it was left if it has begun. Raises NotYet."""
         search = self._searches.pop(key, fresh)  # nobody else has it meanwhile
         for _ in search:
+            TURN.found()
             try:
                 TURN.look()
             except NotYet:
@@ -6901,6 +6905,7 @@ class Documents:
     MAX_KEPT = 10_000  # objects' and arrays' options, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
     MAX_FEW = 100  # values that are counted
+    BLOCK = 256  # named properties that are opened at a time: a millisecond
 
     def __init__(self, shapes: SchemaShapes) -> None:
         self.shapes = shapes
@@ -6911,6 +6916,7 @@ class Documents:
         self._kept: dict[Symbol, list[Symbols]] = {}
         self._few: dict[Node, Few | None] = {}
         self._names: dict[ObjectShape, int] = {}
+        self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
         self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
         self._looks = True
 
@@ -7087,22 +7093,26 @@ class Documents:
         return (leaf,)
 
     def kept(self, symbol: Part, opened: Callable[[Part], list[Symbols]]) -> list[Symbols]:
-        """What a symbol opens into; equal ones into the same."""
+        """What a symbol opens into; equal ones into the same. Raises NotYet."""
         found = self._kept.get(symbol)
         if found is None:
+            TURN.look()
             if len(self._kept) > self.MAX_KEPT:
                 self._kept.clear()  # other threads may do so too: what is returned is never looked up again
             found = self._kept[symbol] = opened(symbol)
+            TURN.found()
         return found
 
     # Objects
 
     def members(self, here: Members) -> list[Symbols]:
-        """What may follow in an object: a named property, the end, an unnamed property."""
+        """What may follow in an object: a named property, the end, an unnamed property. Those that many named ones lie
+        before are opened by themselves."""
         shape, comma, count = here.shape, "" if here.first else ", ", self._counted(here.shape, here.count)
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
-        for index in range(here.at, len(shape.named)):
+        next_block = (here.at // self.BLOCK + 1) * self.BLOCK
+        for index in range(here.at, min(next_block, len(shape.named))):
             prop, after = shape.named[index], Members(self, shape, index + 1, count, False, here.taken)
             if prop.node in self.possible and self._can_end(after):
                 key = f"{comma}{json.dumps(prop.name, ensure_ascii=False)}: "
@@ -7110,9 +7120,12 @@ class Documents:
             if prop.required:
                 break
         else:
-            if here.count >= shape.low:
-                texts[b"}"] = ()
-            found += self._unnamed(replace(here, at=len(shape.named)), comma)
+            if next_block < len(shape.named):
+                found.append((replace(here, at=next_block),))
+            else:
+                found += self._unnamed(replace(here, at=len(shape.named)), comma)
+                if here.count >= shape.low:
+                    texts[b"}"] = ()
         return [any_text(texts), *found] if texts else found
 
     @staticmethod
@@ -7124,15 +7137,23 @@ class Documents:
         """True if what is still required, and how many properties there must be, can come within the most there may be."""
         shape, lacking = here.shape, here.shape.low - here.count
         if lacking <= 0 and shape.high is None:
-            return True  # the rest is not looked at: objects with thousands of properties would take its square
-        rest = shape.named[here.at :]
-        if shape.high is not None and here.count + sum(prop.required for prop in rest) > shape.high:
+            return True
+        required, possible = self._tail(shape, here.at)
+        if shape.high is not None and here.count + required > shape.high:
             return False
         if lacking <= 0:
             return True
         if shape not in self._names:
             self._names[shape] = self._most_names(shape, self.possible)
-        return sum(prop.node in self.possible for prop in rest) + self._names[shape] - len(here.taken) >= lacking
+        return possible + self._names[shape] - len(here.taken) >= lacking
+
+    def _tail(self, shape: ObjectShape, at: int) -> tuple[int, int]:
+        """How many of the named properties from one on are required, and how many can be."""
+        if shape not in self._tails:
+            counts = [(prop.required, prop.node in self.possible) for prop in reversed(shape.named)]
+            sums = itertools.accumulate(counts, lambda so_far, one: (so_far[0] + one[0], so_far[1] + one[1]), initial=(0, 0))
+            self._tails[shape] = list(sums)[::-1]
+        return self._tails[shape][at]
 
     def _unnamed(self, here: Members, comma: str) -> Iterator[Symbols]:
         """Unnamed properties; where properties are counted, their names are told apart."""
@@ -9014,7 +9035,6 @@ class Sampler:
     COLDEST = 1e-4  # temperatures below are 0: logits divided by less would leave float32, and infinities have no softmax
     LEAST = 1e-30  # of the likeliest token's probability; typical and Mirostat take the logarithm, and 0 has none
     CHUNKS = (64, 512, 4096)  # so many of the likeliest tokens are tried one by one, before all that the grammar allows
-    JUMP_SECONDS = 0.05  # to find out what must come next: a hundredth of that is usual
     NEAR_TOP = 10  # below the likeliest one's logit: mostly some hundred tokens
     NEAR = 1e-4  # llama.cpp computes with 24 bits: what lies so near to a limit may fall on either side of it
 
@@ -9261,16 +9281,11 @@ class Sampler:
         return kept <= low + 1 or (low == high < len(found))
 
     def jump(self, most: int) -> Seq[int]:
-        """At most so many tokens that must come next, whatever the model says; they are taken."""
+        """At most so many tokens that must come next, whatever the model says; they are taken. Raises NotYet."""
         grammar = self.grammar
         if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
             return ()
-        TURN.begin(self.JUMP_SECONDS)
-        try:
-            forced = grammar.jump()[:most]
-        except NotYet:
-            return ()
-        tokens = list(itertools.takewhile(lambda token: token not in self.never, forced))
+        tokens = list(itertools.takewhile(lambda token: token not in self.never, grammar.jump()[:most]))
         for token in tokens:
             self.force(token)
         return tokens
@@ -9663,7 +9678,8 @@ class Sequence:
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.n_jumped, self._jumped_at = 0, -1  # tokens that came without the model; the last token before the last of them
         self.logits: Any = None  # while its grammar takes more than a step to say what may come next
-        self.tries = 0  # steps that has taken
+        self.jumps = False  # while that takes more than a step to say what must come next
+        self.sought = 0.0  # seconds in which its grammar was asked, beyond what its tokens allow for
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
         self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
         self.place: Place | None = None  # None: it waits, or is parked
@@ -9703,27 +9719,34 @@ class Sequence:
         return self.n_tokens - self.n_computed
 
     @property
+    def unread(self) -> int:
+        """Tokens of its prompt that are not evaluated; after a step back its own text is read like that too."""
+        return (self.n_tokens if self.first_token else self.n_prompt) - self.n_computed
+
+    @property
     def jumping(self) -> bool:
         """Whether what is pending is text that had to come behind its last pick, computed together with that."""
         return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at and not self.aside
 
     @property
     def is_stream(self) -> bool:
-        """Whether its client waits for the next step of the main context: its prompt is read."""
-        return self.pending == 1 or self.jumping
+        """Whether its client waits for the next step of the main context: its prompt is read, and it is known what must come."""
+        return (self.pending == 1 or self.jumping) and not self.jumps
 
     def append(self, token: int) -> None:
         self.tokens[self.n_tokens] = token
         self.n_tokens += 1
 
-    def jump(self) -> None:
-        """Appends the text that must come next: nothing needs to be picked there. Raises InvalidRequest, from its grammar."""
-        if self.sampler and not self.forced:
-            at = self.n_tokens - 1
-            for token in self.sampler.jump(self.limit - 1 - self.n_tokens):
-                self.append(token)
-            self.n_jumped += self.n_tokens - 1 - at
-            self._jumped_at = at
+    def jump(self) -> int:
+        """Appends the text that must come next: nothing needs to be picked there. Returns the number of its tokens; raises
+        NotYet and InvalidRequest, from its grammar."""
+        if not self.sampler or self.forced:
+            return 0
+        tokens, self._jumped_at = self.sampler.jump(self.limit - 1 - self.n_tokens), self.n_tokens - 1
+        for token in tokens:
+            self.append(token)
+        self.n_jumped += len(tokens)
+        return len(tokens)
 
     def next_token(self, logits: Any, row: int) -> int:
         """The forced token whose turn it is, else what the sampler picks; -1 when nothing may follow."""
@@ -9849,7 +9872,7 @@ class Pace:
 
     TARGET = 4.4  # a running stream's gap while a prompt is read, as a multiple of its usual gap
     ASIDE = 3.5  # the same for prompts read aside, where nothing is guessed
-    FLOOR = 5 * FLUSH_SECONDS  # five times the gap that clients of the fastest models see
+    FORCED = 2.5  # the same while a text is read that a grammar forces: anybody may ask for long ones, again and again
     STEP = 4  # kernels work in blocks: 17 rows take longer than 20
     SLICE = 1.3  # what a row costs in a small slice against one in a whole batch, until measured
 
@@ -9880,16 +9903,17 @@ class Pace:
     def interval(self, decoding: int) -> float:
         """Seconds that the reader may compute between two steps of so many decoding sequences."""
         usual = self.usual(decoding)
-        return max(self.ASIDE * usual, self.FLOOR) - usual
+        return self.ASIDE * max(usual, FLUSH_SECONDS) - usual
 
-    def prompt_rows(self, decoding: int) -> int:
-        """How many prompt tokens the next step may take beside so many decoding sequences."""
+    def prompt_rows(self, decoding: int, target: float = TARGET) -> int:
+        """How many prompt tokens the next step may take beside so many decoding sequences. Faster than messages are sent, no
+        client sees a step."""
         room, usual = self.n_batch - decoding, self.usual(decoding)
         if not decoding:
             return room
         if not usual or not self.row:
             return min(room, 16)
-        rows = decoding + int((max(self.TARGET * usual, self.FLOOR) - usual) / self.row)
+        rows = decoding + int((target * max(usual, FLUSH_SECONDS) - usual) / self.row)
         return max(1, min((rows + 1) // self.STEP * self.STEP - decoding, room))
 
 
@@ -10315,7 +10339,8 @@ class Scheduler:
         if not jumping and not prompts:
             return plan
         alone = len(streams) == len(jumping) == 1 and not prompts
-        rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams))
+        target = Pace.TARGET if any(s.unread > 1 for s in prompts) else Pace.FORCED
+        rows = self.pace.prompt_rows(0) - 1 if alone else self.pace.prompt_rows(len(streams), target)
         for index, sequence in enumerate(sorted(jumping, key=lambda s: s.pending)):
             more = min(sequence.pending - 1, rows // (len(jumping) - index))
             plan.append((sequence, 1 + more))
@@ -10330,7 +10355,7 @@ class Scheduler:
         prompts = [s for s in self.running if not s.is_stream and not s.aside]
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
-        return [s for s in prompts if s.pending > most and self._may_leave(s)]
+        return [s for s in prompts if s.unread > most and self._may_leave(s)]
 
     def _may_leave(self, sequence: Sequence) -> bool:
         """Whether the pool has room for what will be there twice when the sequence comes back with a copy of its cells."""
@@ -10665,7 +10690,8 @@ class Engine:
     """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader and Outbox do the rest."""
 
     GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
-    PATIENCE, TRIES = 0.01, 500  # seconds of a step in which a grammar says what may come next, and in how many steps
+    PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
+    SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
     GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
@@ -10679,6 +10705,7 @@ class Engine:
         self.reader: PromptReader | None = None
         self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         self._several = False  # whether several sequences have run at once, since that was last asked
+        self._sought = 0.0  # seconds of this step in which grammars were asked
 
     def run(self) -> None:
         """For ever: takes what came, steps while anything runs, sleeps when nothing does."""
@@ -10724,6 +10751,8 @@ class Engine:
         elif work is not None:
             self.scheduler.waiting.append(work)
             self._jump(work)
+            if work.n_jumped or work.done:
+                self._flush()
         if work is None or work.cancelled:
             for gone in [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.cancelled]:
                 self._finish(gone, "cancelled")
@@ -10811,10 +10840,7 @@ class Engine:
         scheduler = self.scheduler
         if self._running() != self.outbox.running:
             self._flush()
-        for sequence in [s for s in scheduler.running if s.logits is not None and not s.pending]:
-            self._pick(sequence, sequence.logits, -1)
-            if self.outbox.due():
-                self._flush()
+        self._ask_again()
         plan = scheduler.schedule(self.reader is not None)
         if not plan:
             scheduler.stepped_at = time.perf_counter()
@@ -10872,27 +10898,46 @@ class Engine:
                 self._fail(sequence, "the model's output is not a number")
         return first
 
-    def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
-        """Advances one sequence, unless its grammar needs more time or cannot be followed."""
+    def _ask_again(self) -> None:
+        """Asks the grammars that needed more time in the step before, the one that was asked least first."""
+        self._sought = 0.0
+        for sequence in sorted((s for s in self.scheduler.running if not s.aside), key=lambda s: s.sought):
+            if sequence.jumps:
+                self._jump(sequence)
+            elif sequence.logits is not None and not sequence.pending:
+                self._pick(sequence, sequence.logits, -1)
+            if self.outbox.due():
+                self._flush()
+
+    def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
+        """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
+        share = self.PATIENCE / max(1, len(self.scheduler.running))
+        began = time.thread_time()
+        TURN.begin(max(self.PATIENCE - self._sought, share))
         try:
-            if sequence.sampler and sequence.sampler.grammar:
-                TURN.begin(self.PATIENCE)
-            self._advance(sequence, scores, row)
-            sequence.logits, sequence.tries = None, 0
+            return question()
         except NotYet:
-            sequence.logits, sequence.tries = scores.copy(), sequence.tries + 1
-            if sequence.tries > self.TRIES:
+            if sequence.sought > self.SEEKING:
                 what = "the grammar is too intricate: what may come next is not found in time"
                 self._refuse(sequence, InvalidRequest(what))
         except InvalidRequest as error:
             self._refuse(sequence, error)
+        finally:
+            spent = time.thread_time() - began
+            self._sought += spent
+            sequence.sought += spent
+        return None
 
-    def _advance(self, sequence: Sequence, scores: Any, row: int) -> None:
-        """One more token for one sequence, and its end if that was the last."""
+    def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
+        """One more token for one sequence, with what must come behind it; its end if that was the last."""
         sampling, vocab = sequence.sampling, self.llama.vocab
         sequence.first_token = sequence.first_token or time.perf_counter()
         known = None if sampling.logprobs is None else LogProbs(vocab, scores)
-        forced, token = bool(sequence.forced), sequence.next_token(scores, row)
+        forced, token = bool(sequence.forced), self._ask(sequence, lambda: sequence.next_token(scores, row))
+        sequence.logits = scores.copy() if token is None and not sequence.done else None
+        if token is None:
+            return
+        sequence.sought = max(0.0, sequence.sought - self.SEEKING_EACH)
         if token < 0 and sequence.sampler and sequence.sampler.is_stuck:
             self._fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
             return
@@ -10902,9 +10947,17 @@ class Engine:
         sequence.append(token)
         if known:
             sequence.note(known.of(token, sampling.logprobs or 0))
-        sequence.jump()
-        self._show(sequence)
-        self._end(sequence)
+        self._jump(sequence)
+
+    def _jump(self, sequence: Sequence) -> None:
+        """Appends what must come next, and gives out what is there; the sequence waits while that takes more than this step.
+
+        So where a text is cut into tokens does not depend on the time, nor what the model says behind it.
+        """
+        sequence.jumps = self._ask(sequence, sequence.jump) is None
+        if not sequence.done:
+            self._show(sequence)
+            self._end(sequence)
 
     def _show(self, sequence: Sequence) -> None:
         """Gives out the text of tokens that were not shown yet, up to a stop string."""
@@ -10917,19 +10970,6 @@ class Engine:
             self.outbox.text(sequence, sequence.text.push(piece))
             if sequence.thought:
                 sequence.watch_thought(vocab.shown(token))
-
-    def _jump(self, sequence: Sequence) -> None:
-        """Gives out at once what a text must begin with; it is read with the prompt."""
-        try:
-            sequence.jump()
-        except InvalidRequest as error:
-            self._refuse(sequence, error)
-            self._flush()
-            return
-        if sequence.n_jumped:
-            self._show(sequence)
-            self._end(sequence)
-            self._flush()
 
     def _end(self, sequence: Sequence) -> None:
         """Ends a sequence whose last token has come."""
