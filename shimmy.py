@@ -2388,7 +2388,7 @@ class Helper:
     def __init__(self) -> None:
         self.process, *ends = start_child("helper_main")
         self._pipe = Pipe(*ends)
-        self.timed_out = False
+        self.timed_out = self.starved = False  # its task took too much of the processor; it got too little of it
 
     def run(self, task: Any) -> Outcome:
         """The task's outcome. Raises EOFError or OSError when the process died, of its own or at the time's end."""
@@ -2400,18 +2400,18 @@ class Helper:
             return outcome
         except EOFError:
             with contextlib.suppress(Exception):
-                self.timed_out = self.timed_out or self.process.wait(1.0) == -_SIGPROF
+                self.timed_out = self.timed_out or (not self.starved and self.process.wait(1.0) == -_SIGPROF)
             raise
         finally:
             done.set()
 
     def _watch(self, done: threading.Event) -> None:
         """Kills the process when the task takes too long. Counts ticks: a machine that slept meanwhile gave it no time."""
-        patience = HELPER_PATIENCE if _PROCESSOR_TIMER is not None else 1
-        for _ in range(int(HELPER_SECONDS * patience * 10)):
+        counts = _PROCESSOR_TIMER is not None  # the process its own time, and ends with that
+        for _ in range(int(HELPER_SECONDS * (HELPER_PATIENCE if counts else 1) * 10)):
             if done.wait(0.1):
                 return
-        self.timed_out = True
+        self.starved, self.timed_out = counts, not counts
         self.process.kill()
 
     def end(self) -> None:
@@ -2464,10 +2464,12 @@ class Helpers:
             outcome = helper.run(task)
         except Exception:  # a process's border: it died, or what it says cannot be read
             helper.end()
+            if helper.starved:
+                raise Overloaded("The machine is too busy to apply the model's chat template") from None
             if helper.timed_out:
                 return Outcome(error=f"it takes over {HELPER_SECONDS:g} seconds")
             return self._outcome(task) if idle else Outcome(error="it ended the process that ran it")
-        if helper.timed_out:  # killed behind its answer
+        if helper.starved or helper.timed_out:  # killed behind its answer
             helper.end()
         else:
             self._keep(helper)
@@ -9403,6 +9405,10 @@ class Spelling:
             self.shared.append(next((i for i, (a, b) in enumerate(zip(before, here, strict=False)) if a != b), len(before)))
         self.starts = [bisect.bisect_left(self.pieces, bytes([byte])) for byte in range(256)] + [len(pieces)]
 
+    def count(self, bits: int) -> int:
+        """How many tokens begin with one of some bytes."""
+        return sum(self.starts[byte + 1] - self.starts[byte] for byte in bytes_of(bits))
+
     def allowed(self, state: State, byte: int) -> list[int]:
         """The tokens that a state may read and that begin with a byte. Raises NotYet.
 
@@ -9434,7 +9440,7 @@ class Machine:
     Made in the tokenizing thread, used by the step loop alone.
     """
 
-    FEW = 8  # bytes that may come next: then few tokens may
+    FEW, FEW_TOKENS = 8, 1000  # bytes that may come next, or tokens that begin with one of them: then few tokens may
     MOST_JUMPED = 512  # bytes of text that must come, at a time
     MAX_KEPT = 1_000_000  # tokens, of all lists together
 
@@ -9446,8 +9452,9 @@ class Machine:
         self._kept = 0
 
     def is_quick(self, state: State) -> bool:
-        """Whether `allowed` takes no time."""
-        return state in self._allowed or state.bits.bit_count() <= self.FEW
+        """Whether `allowed` takes no time, or was begun."""
+        bits, begun = state.bits, state in self._allowed or state in self._found
+        return begun or bits.bit_count() <= self.FEW or self.vocab.spelling.count(bits) <= self.FEW_TOKENS
 
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
@@ -13005,27 +13012,54 @@ class Hub:
         import urllib.request as web
 
         self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self._woken, self._socket = threading.Event(), None
+        self._woken = threading.Event()
+        self._socket: socket.socket | None = None
         cancel.on_cancel(self._break_off)
         self._request, self._opener = web.Request, web.OpenerDirector()
         for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
             self._opener.add_handler(self._cancellable(handler)())
 
     def _cancellable(self, handler: Any) -> Any:
-        """A handler of urllib's whose connections are known, so that a cancel need not wait for the server's next byte."""
+        """A handler of urllib's whose connections are ours, so that a cancel need not wait for a server."""
         hub = self
 
         class Cancellable(handler):  # type: ignore[misc]
             def do_open(self, connection_class: Any, *args: Any, **more: Any) -> Any:
                 class Known(connection_class):  # type: ignore[misc]
                     def connect(self) -> None:
+                        self._create_connection = hub._connect  # http.client's own hook
                         super().connect()
-                        hub._socket = self.sock
-                        hub.cancel.check()
+                        hub._watch(self.sock)
 
                 return super().do_open(Known, *args, **more)
 
         return Cancellable
+
+    def _connect(self, address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
+        """As socket.create_connection, but that a cancel ends it: no call does that to a look-up, which may take minutes."""
+        from concurrent.futures import Future
+
+        connected: Future[socket.socket] = Future()
+
+        def connect() -> None:
+            try:
+                connected.set_result(socket.create_connection(address, timeout, source))
+            except Exception as error:  # raised again where it is waited for
+                connected.set_exception(error)
+
+        try:
+            threading.Thread(target=connect, name="connecting", daemon=True).start()
+        except RuntimeError as error:
+            raise OSError(str(error)) from None
+        while not connected.done():
+            self.pause(0.02)
+        self._watch(connected.result().dup())  # TLS makes another socket object of it, and shakes hands first
+        return connected.result()
+
+    def _watch(self, connection: socket.socket) -> None:
+        """From now on a cancel breaks off this connection."""
+        self._socket = connection
+        self.cancel.check()
 
     def _break_off(self) -> None:
         """Wakes the thread that waits or reads; in the thread that cancels."""

@@ -4433,6 +4433,15 @@ def test_allowed_tokens_are_those_whose_bytes_may_follow(grammar: str, llama: An
         started.follow(token)
 
 
+def test_allowed_tokens_within_a_character_are_found_at_once(llama: Any) -> None:
+    started = module.Grammar(llama, module.Constraint(module.Json('{"type": "string", "minLength": 600}', "x"), "x"))
+    assert started.few_allowed() is not None, "a quote must come"
+    for token in llama.vocab.tokens_inside('"é'.encode())[:2]:
+        assert started.after(token)
+        started.accept(token)
+    assert started._state.bits.bit_count() == 64 and started.few_allowed() is not None
+
+
 def test_allowed_tokens_hold_the_end_only_where_the_text_may_end(llama: Any) -> None:
     started = module.Grammar(llama, module.Constraint(module.Gbnf('root ::= "a" "b"?'), "grammar"))
     assert not set(started.allowed()) & llama.vocab.eog
@@ -5197,30 +5206,30 @@ def test_objects_of_few_values_are_told_apart_in_their_names():
     assert here is not None and here.bits == 1 << ord("s") | 1 << ord("t")
 
 
-def named(*required: int, count: int = 700, **fields: Any) -> dict[str, Any]:
+def wide_object(*required: int, count: int = 700, **fields: Any) -> dict[str, Any]:
     """An object with many properties, of which those of some numbers are required."""
     properties = {f"p{number}": {"type": "null"} for number in range(count)}
     return {"type": "object", "properties": properties, "required": [f"p{number}" for number in required], **fields}
 
 
-def some(*numbers: int | str) -> dict[str, None]:
+def nulls(*numbers: int | str) -> dict[str, None]:
     return {f"p{number}": None for number in numbers}
 
 
 @cases("schema, value, fits", {
-    "the first": (named(), some(0), True),
-    "one far behind": (named(), some(699), True),
-    "one of each part": (named(), some(3, 300, 600), True),
-    "none": (named(), {}, True),
-    "one before another": (named(), some(600, 300), False),
-    "one that is not there": (named(), some(700), False),
-    "one that is not there, where more may be": (named(additionalProperties={"type": "null"}), some(5, 700), True),
-    "what is required in a later part": (named(400), some(2, 400, 600), True),
-    "without what is required in a later part": (named(400), some(2, 600), False),
-    "as many as there must be": (named(minProperties=2), some(1, 690), True),
-    "too few": (named(minProperties=2), some(690), False),
-    "as many as there may be": (named(650, maxProperties=2), some(1, 650), True),
-    "too many before what is required": (named(650, maxProperties=2), some(1, 2, 650), False),
+    "the first": (wide_object(), nulls(0), True),
+    "one far behind": (wide_object(), nulls(699), True),
+    "one of each part": (wide_object(), nulls(3, 300, 600), True),
+    "none": (wide_object(), {}, True),
+    "one before another": (wide_object(), nulls(600, 300), False),
+    "one that is not there": (wide_object(), nulls(700), False),
+    "one that is not there, where more may be": (wide_object(additionalProperties={"type": "null"}), nulls(5, 700), True),
+    "what is required in a later part": (wide_object(400), nulls(2, 400, 600), True),
+    "without what is required in a later part": (wide_object(400), nulls(2, 600), False),
+    "as many as there must be": (wide_object(minProperties=2), nulls(1, 690), True),
+    "too few": (wide_object(minProperties=2), nulls(690), False),
+    "as many as there may be": (wide_object(650, maxProperties=2), nulls(1, 650), True),
+    "too many before what is required": (wide_object(650, maxProperties=2), nulls(1, 2, 650), False),
 })  # fmt: skip
 def test_object_with_many_properties_holds_what_it_may(schema: dict[str, Any], value: dict[str, Any], fits: bool):
     assert accepts(schema, value) == fits
@@ -5228,10 +5237,10 @@ def test_object_with_many_properties_holds_what_it_may(schema: dict[str, Any], v
 
 def test_object_with_many_properties_is_opened_in_many_turns(short_turn):
     TURN.begin(math.inf)
-    start = begin(named(count=20_000))
+    start = begin(wide_object(count=20_000))
     TURN.begin(0.0)
-    here, turns = asked_again(start, b'{"p19999"')
-    assert turns > 60 and here.forced(9) == b": null}"
+    here, turns = asked_again(start, b'{"p19999": null}')
+    assert turns > 60 and here.ends
 
 
 def test_lists_that_differ_within_lists_that_differ_cost_little():
@@ -15202,6 +15211,25 @@ def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub
     connection.close()
     eventually(lambda: "POST /api/pull" in own.log.read_text(), "the pull has ended")
     assert_healthy(own)
+
+
+@cases("script_of", {
+    "a look-up that takes long": lambda tmp: altered(tmp, ("connected.set_result(", "time.sleep(60) or (")),
+    "a server that does not shake hands": lambda _: SHIMMY,
+})  # fmt: skip
+def test_client_that_leaves_while_a_pull_connects_ends_it(
+    script_of: Callable[[Path], Path], serve: Callable[..., Server], tmp_path: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}"
+        own = serve("--allow-pull", "-v", env={"HF_ENDPOINT": url}, script=script_of(tmp_path))
+        connection = pulling(own)
+        time.sleep(0.3)  # so that most of the time it connects
+        connection.close()
+        left = time.monotonic()
+        eventually(lambda: "POST /api/pull" in own.log.read_text(), "the pull has ended")
+        assert time.monotonic() - left < 10, "it waited for the server"
+        assert_healthy(own)
 
 
 # ── Command line ──────────────────────────────────────────────────────────────────────────────────────────────────────
