@@ -2665,6 +2665,16 @@ def test_hostile_chat_template_is_its_requests_error_and_nobody_elses(name: str,
     assert hostile.chat("hi").message["content"] == "Hello wide world"
 
 
+def test_template_whose_process_gets_no_time_is_the_machines_fault(serve: Callable[..., Server], tmp_path: Path) -> None:
+    script = altered(tmp_path, ("HELPER_SECONDS = 1.5 ", "HELPER_SECONDS = 0.2 "), ("= _outcome_of(task)", "= time.sleep(60)"))
+    write_recital(tmp_path / "starved.gguf")
+    own = serve("--models-dir", tmp_path, "--model", "starved", script=script)
+    refused = own.chat("hi", "starved")
+    assert_error(refused, 503, "overloaded", "The machine is too busy")
+    assert refused.headers["Retry-After"]
+    assert own.post("/api/generate", {"model": "starved", "prompt": "hi", "max_tokens": 4}).status == 200
+
+
 def test_more_runaway_templates_than_helpers_leave_the_others_served(hostile: Server) -> None:
     hostile.load("nested-loops")
     with ThreadPoolExecutor(12) as pool:
