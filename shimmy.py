@@ -586,10 +586,14 @@ def _proc_pages(pid: int, column: int) -> int:
         return 0
 
 
+def processors() -> set[int]:
+    """Those this process may use, hyperthreads too."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def physical_cores() -> int:
     """Cores this process may use, hyperthreads counted once: llama.cpp's kernels gain nothing from the second."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    cores = set()
+    allowed, cores = processors(), set()
     for cpu in allowed:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
@@ -3823,6 +3827,7 @@ class Turn(threading.local):
 
     def __init__(self) -> None:
         self._ends, self._found = math.inf, False
+        self._gate: Gate | None = None
 
     def begin(self, seconds: float) -> None:
         """From now on for so long."""
@@ -3830,6 +3835,8 @@ class Turn(threading.local):
 
     def look(self) -> None:
         """Before each look, of 10 µs to 10 ms. Raises NotYet when the turn is over, if it led on: nothing found may be lost."""
+        if self._gate:
+            self._gate.wait()
         if self._found and self.is_over:
             raise NotYet
 
@@ -3837,12 +3844,78 @@ class Turn(threading.local):
         """After a look that is kept, so that the same question asked again goes on from there."""
         self._found = True
 
+    def tick(self) -> None:
+        """In the middle of reading a grammar, some µs after the last tick. Raises NotYet when the turn is over."""
+        if self._gate:
+            self._gate.wait()
+        if self.is_over:
+            raise NotYet
+
+    @contextlib.contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """Ends work that takes so long, which must be done elsewhere then: from its start, nothing is kept."""
+        self.begin(seconds)
+        try:
+            with contextlib.suppress(NotYet):
+                yield
+        finally:
+            self.begin(math.inf)
+
+    @contextlib.contextmanager
+    def behind(self, gate: Gate | None) -> Iterator[None]:
+        """Work that goes on only while a gate is open."""
+        self._gate = gate
+        if gate:
+            gate.begin()
+        try:
+            yield
+        finally:
+            self._gate = None
+            if gate:
+                gate.end()
+
     @property
     def is_over(self) -> bool:
         return self._ends < math.inf and time.thread_time() > self._ends
 
 
 TURN = Turn()
+
+
+class Gate:
+    """Keeps a thread's work off the processors while another computes with all of them.
+
+    llama.cpp's threads wait for each other hundreds of times a step: one busy thread more than there are processors makes a
+    step take five times as long.
+    """
+
+    def __init__(self) -> None:
+        self._open, self._idle = threading.Event(), threading.Event()
+        self._open.set()
+        self._idle.set()
+
+    def begin(self) -> None:
+        """There is work now."""
+        self._idle.clear()
+
+    def end(self) -> None:
+        self._idle.set()
+
+    def wait(self) -> None:
+        """In the middle of the work: until the gate is open."""
+        if not self._open.is_set():
+            self._open.wait()
+
+    @contextlib.contextmanager
+    def shut(self, seconds: float) -> Iterator[None]:
+        """The work is left so many seconds if there is any, then waits."""
+        if not self._idle.is_set():
+            self._idle.wait(seconds)
+        self._open.clear()
+        try:
+            yield
+        finally:
+            self._open.set()
 
 
 class Automaton:
@@ -4054,6 +4127,7 @@ class GbnfReader:
         return low, high
 
     def _one(self, depth: int) -> Symbol:
+        TURN.tick()
         if self.kind == "name":
             self.used.setdefault(self.word(), self.line)
             return RuleName(self.word(), self.rules)
@@ -4310,6 +4384,7 @@ class PatternReader:
         return Loop(part, low, high)
 
     def _one(self, depth: int) -> Pattern:
+        TURN.tick()
         char = self.text[self.at]
         if char == "(":
             return self._group(depth)
@@ -4543,6 +4618,7 @@ class Algebra:
         key = (kind, mask, low, high, parts)
         found = self._made.get(key)
         if found is None:
+            TURN.tick()
             if len(self._made) > self.MAX_KEPT:
                 self._made.clear()  # what is in use lives on, and equal ones may be made anew
             found = self._made.setdefault(key, Texts(*key))
@@ -5860,6 +5936,7 @@ class SchemaReader:
         return InvalidRequest(f"{self.name}: {what}", self.name)
 
     def spend(self, steps: int = 1) -> None:
+        TURN.tick()
         self.steps += steps
         if self.steps > self.MAX_STEPS:
             raise self.refuse("the schema is too large, or its allOf, anyOf and $ref unfold into too many cases")
@@ -7623,8 +7700,18 @@ class NamedArguments(Symbol):
 def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
     """The documents of a schema in the request's field `param`. Raises InvalidRequest naming the keyword at fault."""
     symbol = Json(json.dumps(schema), param)
-    symbol.opened()
+    read_soon(symbol)
     return symbol
+
+
+READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
+
+
+def read_soon(root: Symbol) -> None:
+    """Raises InvalidRequest for a grammar that cannot be read, but for one that takes long: the model's engine refuses that,
+    which reads it where no text waits."""
+    with TURN.limited(READING_SECONDS):
+        read_ahead(root)
 
 
 def anything_but(marker: str) -> Symbol:
@@ -8741,6 +8828,16 @@ class Llama:
     def on_cpu(self) -> bool:
         return self.options.gpu_layers == 0 or not self.c.llama_supports_gpu_offload()
 
+    @property
+    def threads(self) -> int:
+        """That compute."""
+        return self.options.threads or (1 if self.size_bytes < self.SMALL else physical_cores())
+
+    @functools.cached_property
+    def gate(self) -> Gate | None:
+        """What other threads of the engine wait at while it computes, if that takes all processors."""
+        return Gate() if self.on_cpu and self.threads >= len(processors()) else None
+
     @functools.cached_property
     def looks_both_ways(self) -> bool:
         """Whether every token attends to all others, so that an input must be computed in one piece."""
@@ -8836,8 +8933,7 @@ class Context:
         params.n_ctx, params.n_seq_max, params.kv_unified, params.swa_full = self.cells, self.n_seq, True, True
         params.n_batch = params.n_ubatch = self.n_batch
         params.n_outputs_max = self.n_seq  # else n_ubatch × n_vocab logits are reserved: 300 MiB for a large vocabulary
-        small = self.llama.size_bytes < self.llama.SMALL
-        params.n_threads = params.n_threads_batch = options.threads or (1 if small else physical_cores())
+        params.n_threads = params.n_threads_batch = self.llama.threads
         params.flash_attn_type = {"auto": -1, "on": 1, "off": 0}[options.flash_attn]
         params.type_k = params.type_v = getattr(self.c, f"GGML_TYPE_{options.kv_type.upper()}")
         params.no_perf = True
@@ -9317,7 +9413,8 @@ class Grammar:
         """Raises InvalidRequest for a grammar that cannot be followed. Runs in the tokenizing thread."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            self._machine = llama.machines.of(constraint.grammar)
+            with TURN.behind(llama.gate):
+                self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
             raise InvalidRequest(self.said(error), error.param or self.param) from None
         self._state = self._machine.automaton.start
@@ -9879,7 +9976,7 @@ class Pace:
 
     TARGET = 4.4  # a running stream's gap while a prompt is read, as a multiple of its usual gap
     ASIDE = 3.5  # the same for prompts read aside, where nothing is guessed
-    FORCED = 2.5  # the same while a text is read that a grammar forces: anybody may ask for long ones, again and again
+    FORCED = 2.2  # the same while a text is read that a grammar forces: anybody may ask for long ones, again and again
     STEP = 4  # kernels work in blocks: 17 rows take longer than 20
     SLICE = 1.3  # what a row costs in a small slice against one in a whole batch, until measured
 
@@ -10858,8 +10955,9 @@ class Engine:
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
         self.pulse.begin("decode")
-        started = time.perf_counter()
-        status = self.main.decode(plan)
+        with self.llama.gate.shut(self.PATIENCE - self._sought) if self.llama.gate else contextlib.nullcontext():
+            started = time.perf_counter()
+            status = self.main.decode(plan)
         scheduler.stepped_at, self.intake.in_step = time.perf_counter(), ()
         if status:
             self._recover(status, plan)
@@ -12715,7 +12813,8 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
     if schema:
         constraint = Constraint(json_symbol(schema.param, schema.schema), schema.param)
     elif grammar:
-        constraint = Constraint(read_ahead(Gbnf(grammar)), "grammar")
+        constraint = Constraint(Gbnf(grammar), "grammar")
+        read_soon(constraint.grammar)
     else:
         return request
     return replace(request, sampling=replace(sampling, constraint=constraint, json_schema=None, grammar=None))

@@ -5253,6 +5253,49 @@ def test_object_with_many_properties_is_opened_in_many_turns(short_turn):
     assert turns > 60 and here.ends
 
 
+def test_work_behind_a_gate_waits_while_it_is_shut():
+    gate, ticks = module.Gate(), itertools.count()
+
+    def work() -> None:
+        with TURN.behind(gate):
+            while next(ticks) < 20_000_000 and not done.is_set():
+                TURN.tick()
+
+    done, worker = threading.Event(), threading.Thread(target=work)
+    worker.start()
+    eventually(lambda: next(ticks) > 100, "it works")
+    with gate.shut(0.0):
+        time.sleep(0.05)  # one tick may be under way
+        before = next(ticks)
+        time.sleep(0.05)
+        assert next(ticks) == before + 1
+    eventually(lambda: next(ticks) > before + 100, "it goes on")
+    done.set()
+    worker.join(HANG)
+    with gate.shut(HANG):  # nothing to wait for
+        pass
+
+
+SLOW_PATTERN = {"type": "string", "pattern": "^(" + "|".join(f"w{n}" for n in range(2500)) + ")$"}  # refused, after a while
+
+
+@streamed_and_plain
+def test_schema_that_takes_long_to_read_is_refused_by_the_engine(stream: bool, server: Server) -> None:
+    reply = server.chat("hi", "dice", json_schema={"properties": {"a": SLOW_PATTERN}}, stream=stream)
+    error = assert_error(reply, 400, "invalid_request", "json_schema: pattern", "readings at once")
+    assert error["param"] == "json_schema"
+
+
+@pytest.mark.parametrize("threads", [1, len(module.processors())])
+def test_schema_that_takes_long_to_read_is_followed(threads: int, serve: Callable[..., Server]) -> None:
+    own = serve("--models-dir", REPO / "models", "--model", TINY, "--threads", threads)
+    with own.endless(TINY) as other:
+        next(other)
+        reply = own.chat("hi", TINY, json_schema=wide_object(7, count=20_000))
+        next(other)
+    assert json.loads(reply.message["content"])["p7"] is None
+
+
 def test_lists_that_differ_within_lists_that_differ_cost_little():
     schema = {"type": "array", "uniqueItems": True, "items": {"type": "array", "uniqueItems": True}}
     automaton = Automaton(read_json(json.dumps(schema), "x"))
