@@ -3828,6 +3828,7 @@ class Turn(threading.local):
     def __init__(self) -> None:
         self._ends, self._found = math.inf, False
         self._gate: Gate | None = None
+        self._is_limited = False
 
     def begin(self, seconds: float) -> None:
         """From now on for so long."""
@@ -3845,21 +3846,23 @@ class Turn(threading.local):
         self._found = True
 
     def tick(self) -> None:
-        """In the middle of reading a grammar, some µs after the last tick. Raises NotYet when the turn is over."""
+        """In the middle of a look, some µs after the last tick. Raises NotYet when limited work takes too long."""
         if self._gate:
             self._gate.wait()
-        if self.is_over:
+        if self._is_limited and self.is_over:
             raise NotYet
 
     @contextlib.contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
         """Ends work that takes so long, which must be done elsewhere then: from its start, nothing is kept."""
         self.begin(seconds)
+        self._is_limited = True
         try:
             with contextlib.suppress(NotYet):
                 yield
         finally:
             self.begin(math.inf)
+            self._is_limited = False
 
     @contextlib.contextmanager
     def behind(self, gate: Gate | None) -> Iterator[None]:
