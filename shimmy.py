@@ -7075,7 +7075,7 @@ class Documents:
         if not all(prop.node in possible for prop in shape.named if prop.required):
             return False
         most = sum(prop.node in possible for prop in shape.named) + self._most_names(shape, possible)
-        return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
+        return shape.low <= most and not self._needs_too_many(shape)
 
     def _has_enough(self, shape: ArrayShape) -> bool:
         """Whether an array whose elements are all different can be as long as it must be."""
@@ -7103,12 +7103,18 @@ class Documents:
         if isinstance(shape, (StringShape, NumberShape)):
             return self.shapes.honoured(self._few_leaves, shape)
         if isinstance(shape, ArrayShape):
-            if shape.high is None or shape.high > self.MAX_FEW:
-                return None
-            return self._few_lists(shape, shape.high)
+            high = shape.high if self.few_values(shape.at(len(shape.first)) or ()) != {} else len(shape.first)
+            return None if high is None or high > self.MAX_FEW else self._few_lists(shape, high)
+        if self._needs_too_many(shape):
+            return {}
         if any(self.few_values(node) != {} and self.leaf(names) is not None for names, node in shape.unnamed):
             return None
         return self._few_objects(shape)
+
+    @staticmethod
+    def _needs_too_many(shape: ObjectShape) -> bool:
+        """Whether more properties are required than there may be."""
+        return shape.high is not None and sum(prop.required for prop in shape.named) > shape.high
 
     def _few_lists(self, shape: ArrayShape, high: int) -> Few | None:
         found: Few = {(): []}
@@ -9979,7 +9985,7 @@ class Pace:
 
     TARGET = 4.4  # a running stream's gap while a prompt is read, as a multiple of its usual gap
     ASIDE = 3.5  # the same for prompts read aside, where nothing is guessed
-    FORCED = 2.2  # the same while a text is read that a grammar forces: anybody may ask for long ones, again and again
+    FORCED = 2.0  # the same while a text is read that a grammar forces: anybody may ask for long ones, again and again
     STEP = 4  # kernels work in blocks: 17 rows take longer than 20
     SLICE = 1.3  # what a row costs in a small slice against one in a whole batch, until measured
 
@@ -11124,6 +11130,10 @@ def engine_main() -> None:
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # else an abort() in native code starts a debugger
+    # llama.cpp's threads wait for each other busily, GNU's OpenMP for milliseconds: beside one other busy program a step then
+    # took up to twenty times as long; some 30 µs at most cost nothing where there is none
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what native code prints must not run into the messages
     pipe, ready = Pipe(reader, writer), queue.SimpleQueue[Intake]()

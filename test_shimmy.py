@@ -5076,6 +5076,8 @@ STRINGS = {**UNIQUE, "items": {"type": "string"}}
     "constants and strings": {**UNIQUE, "minItems": 3,
                               "items": {"anyOf": [{"enum": ["a", 1]}, {"type": "string", "pattern": "^[ab]$"}]}},
     "names": {**NULLS, "minProperties": 3, "propertyNames": {"pattern": "^[abc]$"}},
+    "lists that can only be empty": {"anyOf": [{"type": "null"}, {**UNIQUE, "minItems": 2, "items": {"type": "array", "items": {
+        "type": "object", "required": ["a"], "maxProperties": 0}}}]},
 })  # fmt: skip
 def test_schema_of_unlike_texts_is_written_without_dead_ends(schema: Any) -> None:
     documents = [document for seed in range(40) if (document := document_at_random(schema, seed)) is not None]
