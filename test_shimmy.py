@@ -5076,7 +5076,7 @@ STRINGS = {**UNIQUE, "items": {"type": "string"}}
     "constants and strings": {**UNIQUE, "minItems": 3,
                               "items": {"anyOf": [{"enum": ["a", 1]}, {"type": "string", "pattern": "^[ab]$"}]}},
     "names": {**NULLS, "minProperties": 3, "propertyNames": {"pattern": "^[abc]$"}},
-    "lists that can only be empty": {"anyOf": [{"type": "null"}, {**UNIQUE, "minItems": 2, "items": {"type": "array", "items": {
+    "lists that can only be empty": {"anyOf": [{"const": 1}, {**UNIQUE, "minItems": 2, "items": {"type": "array", "items": {
         "type": "object", "required": ["a"], "maxProperties": 0}}}]},
 })  # fmt: skip
 def test_schema_of_unlike_texts_is_written_without_dead_ends(schema: Any) -> None:
