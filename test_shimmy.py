@@ -16170,7 +16170,9 @@ class Screen:
         deadline = time.monotonic() + HANG
         while words not in self.seen and time.monotonic() < deadline:
             self.process.send_signal(signal.SIGINT)
-            self._read(1.0)
+            again = time.monotonic() + 2  # one too many would end what comes next
+            while words not in self.seen and time.monotonic() < again:
+                self._read(0.2)
         assert words in self.seen, self.seen
 
     def rest(self) -> str:
