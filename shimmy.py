@@ -7194,8 +7194,7 @@ class Documents:
     # Objects
 
     def members(self, here: Members) -> list[Symbols]:
-        """What may follow in an object: a named property, the end, an unnamed property. Those that many named ones lie
-        before are opened by themselves."""
+        """What may follow in an object: a named property, the end, an unnamed property; a block of named ones at a time."""
         shape, comma, count = here.shape, "" if here.first else ", ", self._counted(here.shape, here.count)
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
@@ -8839,7 +8838,7 @@ class Llama:
 
     @property
     def threads(self) -> int:
-        """That compute."""
+        """How many compute a step."""
         return self.options.threads or (1 if self.size_bytes < self.SMALL else physical_cores())
 
     @functools.cached_property
@@ -10964,7 +10963,8 @@ class Engine:
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
         self.pulse.begin("decode")
-        with self.llama.gate.shut(self.PATIENCE - self._sought) if self.llama.gate else contextlib.nullcontext():
+        left = max(self.PATIENCE - self._sought, self.PATIENCE / 4)  # for a grammar that is being read
+        with self.llama.gate.shut(left) if self.llama.gate else contextlib.nullcontext():
             started = time.perf_counter()
             status = self.main.decode(plan)
         scheduler.stepped_at, self.intake.in_step = time.perf_counter(), ()
