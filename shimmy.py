@@ -10963,8 +10963,7 @@ class Engine:
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
         self.pulse.begin("decode")
-        left = max(self.PATIENCE - self._sought, self.PATIENCE / 4)  # for a grammar that is being read
-        with self.llama.gate.shut(left) if self.llama.gate else contextlib.nullcontext():
+        with self._undisturbed(decoding):
             started = time.perf_counter()
             status = self.main.decode(plan)
         scheduler.stepped_at, self.intake.in_step = time.perf_counter(), ()
@@ -10976,6 +10975,17 @@ class Engine:
         urgent = self._sample(plan)
         if urgent or self.outbox.due():
             self._flush()
+
+    def _undisturbed(self, decoding: int) -> contextlib.AbstractContextManager[None]:
+        """Keeps a grammar that is being read off the processors for a step of streams, if that takes them all.
+
+        Before it the grammar has its part, of a slow step more: else it would take minutes beside a large model.
+        """
+        gate = self.llama.gate
+        if gate is None or not decoding:
+            return contextlib.nullcontext()
+        least = max(self.PATIENCE / 4, self.scheduler.pace.usual(decoding) / 3)
+        return gate.shut(max(least, self.PATIENCE - self._sought))
 
     def _recover(self, status: int, plan: Seq[tuple[Sequence, int]]) -> None:
         """After a decode that did not do its work (llama.h): 1 no free cells, 2 aborted, below zero an error."""

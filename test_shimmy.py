@@ -5279,6 +5279,24 @@ def test_work_behind_a_gate_waits_while_it_is_shut():
         pass
 
 
+@cases("usual, decoding, sought, seconds", {
+    "a quick step": (0.001, 2, 0.0, 0.01),
+    "a quick step in which others have asked": (0.001, 2, 0.02, 0.0025),
+    "a step of a large model": (3.0, 2, 0.02, 1.0),
+    "a prompt alone": (3.0, 0, 0.0, None),
+})  # fmt: skip
+def test_grammar_that_is_read_has_a_part_of_each_step(usual: float, decoding: int, sought: float, seconds: float | None):
+    """A large model's steps take seconds: in 10 ms of each, a grammar would count as stuck before it is read."""
+    given = list[float]()
+    pace = module.Pace(512)
+    pace.record(2, 2, usual)
+    engine = types.SimpleNamespace(
+        llama=types.SimpleNamespace(gate=types.SimpleNamespace(shut=given.append)), _sought=sought,
+        PATIENCE=module.Engine.PATIENCE, scheduler=types.SimpleNamespace(pace=pace))  # fmt: skip
+    module.Engine._undisturbed(engine, decoding)  # type: ignore[arg-type]
+    assert given == ([] if seconds is None else [pytest.approx(seconds)])
+
+
 SLOW_PATTERN = {"type": "string", "pattern": "^(" + "|".join(f"w{n}" for n in range(2500)) + ")$"}  # refused, after a while
 
 
