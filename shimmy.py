@@ -444,9 +444,12 @@ def whole(low: int | None = None, high: int | None = None) -> Check:
     return check
 
 
-def token_limit(name: str, value: Any) -> int | None:
-    """A number of tokens; -1 means none, up to the context's end, as llama-server and Ollama have it."""
-    return None if value == -1 and not isinstance(value, bool) else whole(1)(name, value)
+NO_LIMIT = 1 << 30  # tokens; more than any context has
+
+
+def token_limit(name: str, value: Any) -> int:
+    """A number of tokens; -1 means no limit but the context's end, as llama-server and Ollama have it."""
+    return NO_LIMIT if value == -1 and not isinstance(value, bool) else int(whole(1)(name, value))
 
 
 def one_type(kind: type, words: str) -> Check:
@@ -592,6 +595,12 @@ class Sampling:
         }
         return cls(**defaults | given)
 
+    def filled(self, *defaults: Mapping[str, Any]) -> Sampling:
+        """With the values of these, the first ones first, where the request says nothing."""
+        merged = {name: value for layer in reversed(defaults) for name, value in layer.items()}
+        empty = {name for name, value in vars(self).items() if value is None or value is False or value == ()}
+        return replace(self, **{name: value for name, value in merged.items() if name in empty})
+
 
 @dataclass(frozen=True)
 class Infill:
@@ -619,6 +628,8 @@ class GenerateRequest:
     owner: str = ""  # only requests of the same owner share cached prompts
     template_args: Mapping[str, Any] = field(default_factory=dict)
     sampling: Sampling = Sampling()
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # the API's own, where neither request nor preset says more
+    engine: Mapping[str, Any] = field(default_factory=dict)  # what the model is to be loaded with, as Ollama's options tell
     n: int = 1
     split_markers: bool = False  # take thoughts and tool calls out of the text
 
@@ -632,6 +643,7 @@ class EmbedRequest:
     dimensions: int | None = None
     query: str | None = None
     truncate: bool = False  # cut what is too long instead of refusing it
+    engine: Mapping[str, Any] = field(default_factory=dict)  # as GenerateRequest has it
 
 
 def read_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
@@ -1075,10 +1087,18 @@ EMBEDDERS = {"bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", 
 ENCODER_DECODERS = {"t5"}  # read with one half and write with the other, which nothing here does
 DIFFUSERS = {"dream", "llada", "llada-moe", "rnd1"}  # attend in both directions and generate all the same
 POOLINGS = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.h, enum llama_pooling_type; 0 is none, rank a reranker's
-KV_WIDTHS = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes of a number in the KV cache, by --kv-type
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
 QUANT_IN_NAME = re.compile(r"(?:^|[-._])((?:I?Q\d[\w]*|BF16|F16|F32|MXFP4\w*))(?=$|[-.])", re.I)
 SIZE_IN_NAME = re.compile(r"(?:^|[-_.])(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[BM])(?=$|[-_.])", re.I)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a store says of a model beside its file: Ollama's parameters, system message and adapters."""
+
+    engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
+    system: str = ""
 
 
 @dataclass(frozen=True)
@@ -1098,15 +1118,16 @@ class ModelInfo:
     pooling: str | None  # how tokens' vectors become one: mean, cls, last; rank: it scores a document for a query
     chat_template: bool | None  # None: not read so far
     description: str
-    kv_numbers: int | None = None  # that a token takes in the KV cache; None: not known
+    kv: KvShape | None = None  # None: not known
+    stored: Stored = field(default_factory=lambda: Stored())
 
     def largest_context(self, kv_type: str) -> int | None:
         """The longest context whose KV cache fits the free memory beside the weights; None where nobody knows."""
         free = available_memory()
-        if free is None or not self.kv_numbers:
+        if free is None or not self.kv or not self.kv.token_bytes(kv_type):
             return None
-        left = free - self.size_bytes - 128 * MIB  # buffers of the graph, and logits
-        most = max(0, int(left / (self.kv_numbers * KV_WIDTHS[kv_type])) // 256 * 256)
+        left = free - self.size_bytes - GRAPH_BYTES
+        most = max(0, int(left / self.kv.token_bytes(kv_type)) // 256 * 256)
         return min(most, self.context_length or most)
 
     def refusal(self, use: str) -> str | None:
@@ -1124,7 +1145,7 @@ class ModelInfo:
 
     def document(self) -> dict[str, Any]:
         """The model as `/api/models` lists it, without its state."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source", "kv_numbers")}
+        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
         return shown | {"model_type": self.architecture}
 
 
@@ -1143,24 +1164,8 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
         embedding=_is_embedding(meta, architecture), pooling=POOLINGS.get(meta.get(f"{architecture}.pooling_type", 0)),
         chat_template="tokenizer.chat_template" in meta if header.complete else None,
         description=printable(str(meta.get("general.description") or f"{name} ({shown})")),
-        kv_numbers=_kv_numbers(meta, architecture),
+        kv=kv_shape(meta, architecture),
     )  # fmt: skip
-
-
-def _kv_numbers(meta: Mapping[str, Any], architecture: str) -> int | None:
-    """Keys and values of a token in all layers; more than is needed where some layers see only a window."""
-    names = ("block_count", "embedding_length", "attention.head_count", "attention.head_count_kv", "attention.key_length",
-             "attention.value_length")  # fmt: skip
-    said: list[Any] = [meta.get(f"{architecture}.{name}") for name in names]
-    layers, width, heads, shared, key, value = said
-    if isinstance(shared, tuple) and all(isinstance(n, int) for n in shared):  # each layer has its own
-        layers, shared = 1, sum(shared)
-    heads = max(heads) if isinstance(heads, tuple) and all(isinstance(n, int) for n in heads) else heads
-    usual = width // heads if isinstance(width, int) and isinstance(heads, int) and heads > 0 else None
-    parts: list[Any] = [layers, heads if shared is None else shared, key or usual, value or usual]
-    if not all(isinstance(n, int) and n > 0 for n in parts):
-        return None
-    return int(parts[0] * parts[1] * (parts[2] + parts[3]))
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
@@ -1259,6 +1264,7 @@ class Candidate:
     size: int
     mtime_ns: int
     file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
+    stored: Stored = Stored()
 
 
 @dataclass(frozen=True)
@@ -1336,26 +1342,58 @@ class TreeWalk:
         for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
             self.entries += 1
             try:
-                digest = _model_digest(manifest)
-            except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:  # JSON of any shape
-                self._note(f"{manifest}: {error}")
+                layers = ollama_layers(manifest)
+                stored = read_stored(store / "blobs", layers)
+            except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
+                self._note(f"{manifest}: {error}")  # JSON of any shape
                 continue
-            if digest:
+            for digest in layers.get("model", ())[:1]:
                 label = f"{manifest.parent.name}:{manifest.name}"
-                yield from self.candidate(str(store / "blobs" / f"sha256-{digest}"), label)
+                for candidate in self.candidate(str(store / "blobs" / digest), label):
+                    yield replace(candidate, stored=stored)
 
 
-def _model_digest(manifest: pathlib.Path) -> str | None:
-    """The 64 hex digits of an Ollama manifest's model layer; ValueError when it is not that."""
+def ollama_layers(manifest: pathlib.Path) -> dict[str, list[str]]:
+    """The blobs of an Ollama manifest by the last word of their type: model, params, system, adapter …
+
+    Raises ValueError for a digest that is not 64 hex digits: it becomes a path.
+    """
     with open_regular(str(manifest)) as file:
         layers = json.loads(file.read(MIB)).get("layers", [])
+    found: dict[str, list[str]] = {}
     for layer in layers:
-        if layer.get("mediaType") == "application/vnd.ollama.image.model":
-            found = re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
-            if not found:
+        kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
+        if kind.startswith("application/vnd.ollama.image."):
+            if not digest:
                 raise ValueError("the manifest's digest is malformed")
-            return found[1]
-    return None
+            found.setdefault(kind.rpartition(".")[2], []).append(f"sha256-{digest[1]}")
+    return found
+
+
+# Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
+OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch"}
+OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
+
+
+def read_stored(blobs: pathlib.Path, layers: Mapping[str, Seq[str]]) -> Stored:
+    """What an Ollama store says of a model. Raises OSError, ValueError, ApiError for parameters that make no sense."""
+    params: dict[str, Any] = {}
+    system = ""
+    for name in layers.get("params", ()):
+        with open_regular(str(blobs / name)) as file:
+            params |= parse_object(file.read(MIB), "the parameters")
+    for name in layers.get("system", ()):
+        with open_regular(str(blobs / name)) as file:
+            system = file.read(MIB).decode("utf-8", "replace")
+    named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
+    sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
+    given = {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}
+    engine = {
+        field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
+    }
+    if adapters := tuple(str(blobs / name) for name in layers.get("adapter", ())):
+        engine["lora"] = adapters
+    return Stored(engine, given, system)
 
 
 MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are two of them
@@ -1396,7 +1434,7 @@ class Findings:
 
     def report(self, began: float) -> ScanReport:
         """The report; the model that comes with shimmy stands last, unless it was asked for by path."""
-        models = [info for _, info in self.models.values()]
+        models = [replace(info, stored=c.stored) for c, info in self.models.values()]
         models.sort(key=lambda m: is_boxed(m) and m.source != "--model")
         paths = {m.path for m in models}
         directories = (d | {"models": len(d["models"] & paths)} for d in self.directories)
@@ -1513,7 +1551,7 @@ class Catalog:
             return model
         c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
         result = self._examine(c, whole_header=True)
-        return result if isinstance(result, ModelInfo) else model
+        return replace(result, stored=model.stored) if isinstance(result, ModelInfo) else model
 
 
 def _has_shards_beside(path: str) -> bool:
@@ -2788,6 +2826,39 @@ def knob(default: Any, help: str, **more: Any) -> Any:
     return field(default=default, metadata={"help": help, **more})
 
 
+def parse_gpu_layers(words: str) -> int | None:
+    """--gpu-layers: a number, or auto for None. -1, and `all`, are all of them."""
+    if words in ("auto", "all"):
+        return None if words == "auto" else -1
+    if not re.fullmatch(r"-1|\d{1,6}", words):
+        raise argparse.ArgumentTypeError(f"{words!r} is neither auto nor a number of layers")
+    return int(words)
+
+
+def parse_shares(words: str) -> tuple[float, ...]:
+    """--tensor-split: how the layers are shared out, a number from 0 on for each device."""
+    if not re.fullmatch(r"\d+(\.\d+)?([,/]\d+(\.\d+)?)*", words) or not any(map(float, re.split("[,/]", words))):
+        raise argparse.ArgumentTypeError(f"{words!r} is no list of shares, such as 3,1")
+    return tuple(map(float, re.split("[,/]", words)))
+
+
+def parse_names(words: str) -> tuple[str, ...]:
+    """--device: names by commas."""
+    return tuple(word.strip() for word in words.split(",") if word.strip())
+
+
+def parse_override(words: str) -> tuple[str, str]:
+    """--override-tensor: a regular expression for tensors' names, and the device that they go to."""
+    pattern, equals, device = words.rpartition("=")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{words!r} holds no regular expression: {error}") from None
+    if not (pattern and equals and device):
+        raise argparse.ArgumentTypeError(f"{words!r} is no override; write PATTERN=DEVICE")
+    return pattern, device
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """How a model is loaded; flags of serve, generate and probe alike, in llama.cpp's words."""
@@ -2798,7 +2869,16 @@ class EngineOptions:
     kv_type: str = knob("f16", "type of the KV cache", choices=("f16", "q8_0", "q4_0"))
     threads: int | None = knob(None, "CPU threads (default: the physical cores, 1 for models below 16 MB); "
                               "fewer where other programs are busy", type=int)
-    gpu_layers: int = knob(-1, "layers on the GPU, where there is a GPU build; -1 is all", type=int)
+    gpu_layers: int | None = knob(None, "layers on the GPU, where there is a GPU build; -1 is all "
+                                  "(default: auto, as many as fit)", type=parse_gpu_layers, metavar="N|auto")  # fmt: skip
+    n_cpu_moe: int | None = knob(None, "layers whose experts stay on the CPU (default: as few as fit)", type=int)
+    override_tensor: tuple[tuple[str, str], ...] = knob((), "tensors whose names match go to a device (repeatable)",
+                                                        type=parse_override, metavar="PATTERN=DEVICE")  # fmt: skip
+    device: tuple[str, ...] | None = knob(None, "devices to use, by commas, as diag names them; none: the CPU alone",
+                                          type=parse_names, metavar="LIST")  # fmt: skip
+    main_gpu: int | None = knob(None, "the GPU to use alone, by its number among those used", type=int)
+    tensor_split: tuple[float, ...] | None = knob(None, "how to share the layers out over the GPUs", type=parse_shares,
+                                                  metavar="A,B")  # fmt: skip
     flash_attn: str = knob("auto", "flash attention", choices=("auto", "on", "off"))
     batch: int = knob(512, "most tokens of prompts read in one step", type=int)
     mmap: bool = knob(True, "map the weights from the file instead of reading them")
@@ -2807,13 +2887,52 @@ class EngineOptions:
 
 
 @dataclass(frozen=True)
-class Load:
-    """First message to a child: which file, and how."""
+class Rung:
+    """One way to load a model, from as configured (the top) down to the plainest. What each step gives up:"""
 
-    path: str
-    size_bytes: int
-    options: EngineOptions
-    embedding: bool = False  # it makes vectors or scores, and has no context to generate in
+    small_pool: bool = False  # a KV pool of more than one context
+    gpu_share: float = 1.0  # the rest of the layers that the GPU would take
+    without: tuple[str, ...] = ()  # these special kernels of the CPU
+    plain: bool = False  # all of them
+    cpu: bool = False  # the GPU
+
+    def below(self, cause: str, gpu: bool) -> Rung | None:
+        """The next rung that may mend a crash, a hang, or a want of memory; None if no other can."""
+        if cause == "memory" and not self.small_pool:
+            return replace(self, small_pool=True)
+        if gpu and not self.cpu and self.gpu_share > 0.25:
+            return replace(self, gpu_share=self.gpu_share / 2)
+        if cause != "memory" and not self.plain:
+            return replace(self, plain=True)
+        return replace(self, cpu=True) if gpu and not self.cpu else None
+
+    def words(self) -> str:
+        """What is given up, for people; "" at the top."""
+        given_up = [
+            (self.small_pool, "with a KV pool of one context"), (self.cpu, "on the CPU alone"),
+            (self.gpu_share < 1 and not self.cpu, f"with {self.gpu_share:.0%} of the layers on the GPU"),
+            (self.plain, "without special CPU kernels"),
+            (bool(self.without) and not self.plain, f"without the {' and '.join(self.without)} kernels of the CPU"),
+        ]  # fmt: skip
+        return ", ".join(words for given, words in given_up if given)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How one engine loads its model: the options, what this machine makes us give up, what memory others will take."""
+
+    options: EngineOptions = EngineOptions()
+    rung: Rung = Rung()
+    reserved: int = 0  # bytes that count as free, and that other engines have mapped or will fill
+    others_idle: bool = False  # models that nobody uses are in memory: better that they go than to do with less
+
+
+@dataclass(frozen=True)
+class Load:
+    """First message to a child: which model, and how."""
+
+    model: ModelInfo
+    setup: Setup = Setup()
 
 
 @dataclass(frozen=True)
@@ -2903,7 +3022,9 @@ class Loaded:
     parallel: int
     chat: ChatFacts
     notes: tuple[str, ...]
-    pool_bytes: int = 0  # memory that the pool's KV cache takes
+    pool_bytes: int = 0  # memory that the pool's KV cache takes when it is full
+    memory_need: int = 0  # bytes of RAM that the engine takes when its pool is full
+    devices: str = ""  # where the layers are, on a machine with more than a CPU
 
 
 @dataclass(frozen=True)
@@ -2915,9 +3036,14 @@ class Alive:
 
 @dataclass(frozen=True)
 class LoadFailed:
-    """Why the model cannot be served; the child ends."""
+    """Why the model cannot be served; the child ends.
+
+    A cause tells what may help: "room" (others hold the memory), "memory" (the library got none), else "crash" or "hang",
+    which the parent sees. Nothing helps against other reasons.
+    """
 
     reason: str
+    cause: str = ""
 
 
 @dataclass(frozen=True)
@@ -3033,7 +3159,11 @@ class Pipe:
 
 
 class LoadError(Exception):
-    """The model cannot be loaded; the message tells the user why."""
+    """The model cannot be loaded; the message tells the user why, `cause` what may help (LoadFailed)."""
+
+    def __init__(self, reason: str, cause: str = "") -> None:
+        super().__init__(reason)
+        self.cause = cause
 
 
 def import_llama() -> Any:
@@ -3057,14 +3187,232 @@ def import_llama() -> Any:
     return bindings
 
 
+@dataclass(frozen=True)
+class Device:
+    """A device of llama.cpp's: its name, such as CPU or CUDA0, its kind (CPU, GPU, IGPU, ACCEL), and bytes of its memory."""
+
+    name: str
+    description: str
+    kind: str
+    free: int
+    total: int
+    handle: Any = field(default=None, compare=False)  # where it is, in the process that asked
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.kind in ("GPU", "IGPU")
+
+
+class Ggml:
+    """The functions of libggml that llama_cpp does not bind: devices, and the CPU's special kernels (ggml-backend.h).
+
+    These kernels come with buffer types of the CPU device ("extra": AMX, CPU_REPACK …), into which fitting weights are
+    rearranged. llama.cpp walks a list of them that can be edited in place before a model is loaded.
+    """
+
+    KINDS = ("CPU", "GPU", "IGPU", "ACCEL", "META")  # enum ggml_backend_dev_type
+
+    def __init__(self, llama: Any) -> None:
+        import ctypes
+
+        self._ctypes, self._llama = ctypes, llama
+        folder = os.path.dirname(llama._lib._name)
+        # libraries that libllama links to show their functions through it, but not on Windows
+        paths = [os.path.join(folder, n) for n in sorted(os.listdir(folder)) if "ggml" in n] if os.name == "nt" else []
+        self._libraries = [llama._lib, *map(ctypes.CDLL, paths)]
+
+    def call(self, name: str, result: Any, *arguments: Any) -> Any:
+        """Calls a function; whole numbers are passed as size_t or pointers, which have the same width."""
+        function = next(getattr(library, name) for library in self._libraries if hasattr(library, name))
+        kinds = {int: self._ctypes.c_size_t, type(None): self._ctypes.c_void_p, bytes: self._ctypes.c_char_p}
+        function.restype, function.argtypes = result, [kinds.get(type(a), type(a)) for a in arguments]
+        return function(*arguments)
+
+    def devices(self) -> list[Device]:
+        """All devices, the CPU included, in llama.cpp's order."""
+        c, found = self._ctypes, list[Device]()
+        for index in range(self.call("ggml_backend_dev_count", c.c_size_t)):
+            handle = self.call("ggml_backend_dev_get", c.c_void_p, index)
+            name, about = (self.call(f"ggml_backend_dev_{n}", c.c_char_p, handle) for n in ("name", "description"))
+            free, total = c.c_size_t(), c.c_size_t()
+            self.call("ggml_backend_dev_memory", None, handle, c.pointer(free), c.pointer(total))
+            kind = self.KINDS[self.call("ggml_backend_dev_type", c.c_int, handle)]
+            found.append(Device(name.decode(), about.decode("utf-8", "replace"), kind, free.value, total.value, handle))
+        return found
+
+    def buffer_type(self, device: Device) -> int:
+        """Where tensors go that are meant for a device."""
+        return int(self.call("ggml_backend_dev_buffer_type", self._ctypes.c_void_p, device.handle))
+
+    @functools.cached_property
+    def cpu(self) -> int:
+        return int(self.call("ggml_backend_dev_by_type", self._ctypes.c_void_p, self.KINDS.index("CPU")))
+
+    def _cpu_function(self, name: bytes, result: Any, *kinds: Any) -> Any:
+        """A function that only the CPU backend has, or None."""
+        registry = self.call("ggml_backend_dev_backend_reg", self._ctypes.c_void_p, self.cpu)
+        address = self.call("ggml_backend_reg_get_proc_address", self._ctypes.c_void_p, registry, name)
+        return self._ctypes.CFUNCTYPE(result, *kinds)(address) if address else None
+
+    def kernels(self) -> dict[str, int]:
+        """The CPU's extra buffer types by name, in the order in which weights are offered to them."""
+        return {self.call("ggml_backend_buft_name", self._ctypes.c_char_p, kind).decode(): kind for kind in self._listed()}
+
+    def _listed(self) -> list[int]:
+        found: list[int] = []
+        while (array := self._array) and array[len(found)]:
+            found.append(array[len(found)])
+        return found
+
+    @functools.cached_property
+    def _array(self) -> Any:
+        c = self._ctypes
+        ask = self._cpu_function(b"ggml_backend_dev_get_extra_bufts", c.POINTER(c.c_void_p), c.c_void_p)
+        return ask(self.cpu) if ask else None
+
+    def leave_out(self, names: Seq[str]) -> None:
+        """Takes kernels out of the list, before a model is loaded."""
+        left = [kind for name, kind in self.kernels().items() if name not in names]
+        for index, kind in enumerate([*left, None] if self._array else ()):
+            self._array[index] = kind
+
+    SIDE = 64  # of the matrix that a kernel is tried on
+    ROWS = (1, 2, 33)  # as a generated token has, a pair of them, a prompt
+
+    def try_kernel(self, kind: int) -> str:
+        """Multiplies a small 4-bit matrix in a buffer of this type: "" or what is wrong. What crashes does so here."""
+        c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE
+        held, weights = self._tensor(2, side)  # GGML_TYPE_Q4_0
+        buffer = self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, kind)
+        if not buffer:
+            return ""  # it takes no such matrix
+        self.call("ggml_backend_buffer_set_usage", None, buffer, c.c_int(1))  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
+        # a block holds 32 numbers: the scale 0.5, then 4 bits each, which mean that number less 8
+        numbers = [[(row + block) % 7 + 5 for block in range(side // 32)] for row in range(side)]
+        data = b"".join(struct.pack("<e16B", 0.5, *[n * 17] * 16) for row in numbers for n in row)
+        self.call("ggml_backend_tensor_set", None, weights, data, 0, len(data))
+        backend = self.call("ggml_backend_dev_init", pointer, self.cpu, None)
+        self._cpu_function(b"ggml_backend_set_n_threads", None, pointer, c.c_int)(backend, min(2, len(processors())))
+        return "" if all(self._multiplies(backend, weights, numbers, rows) for rows in self.ROWS) else "wrong results"
+
+    def _tensor(self, kind: int, rows: int, size: int = 1 << 20) -> tuple[int, int]:
+        """A graph's memory without data (ggml_init_params), and a matrix in it."""
+        c = self._ctypes
+        params = type("Params", (c.Structure,), {"_fields_": [("size", c.c_size_t), ("at", c.c_void_p), ("bare", c.c_bool)]})
+        held = self.call("ggml_init", c.c_void_p, params(size, None, True))
+        return held, self.call("ggml_new_tensor_2d", c.c_void_p, held, c.c_int(kind), c.c_int64(self.SIDE), c.c_int64(rows))
+
+    def _multiplies(self, backend: int, weights: int, numbers: list[list[int]], rows: int) -> bool:
+        """Whether so many rows times the matrix are what they should be, within what 8-bit rounding costs."""
+        c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE
+        held, input = self._tensor(0, rows)  # GGML_TYPE_F32
+        result = self.call("ggml_mul_mat", pointer, held, weights, input)
+        graph = self.call("ggml_new_graph", pointer, held)
+        self.call("ggml_build_forward_expand", None, graph, result)
+        usual = self.call("ggml_backend_dev_buffer_type", pointer, self.cpu)
+        self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, usual)
+        values = [[(row * 3 + column) % 5 / 2 - 1 for column in range(side)] for row in range(rows)]
+        data = struct.pack(f"<{rows * side}f", *itertools.chain(*values))
+        self.call("ggml_backend_tensor_set", None, input, data, 0, len(data))
+        if self.call("ggml_backend_graph_compute", c.c_int, backend, graph):
+            return False
+        output = c.create_string_buffer(4 * rows * side)
+        self.call("ggml_backend_tensor_get", None, result, output, 0, len(output))
+        found = struct.unpack(f"<{rows * side}f", output.raw)
+        right = (sum((numbers[n][k // 32] - 8) * x for k, x in enumerate(row)) / 2 for row in values for n in range(side))
+        return all(abs(f - r) < 0.5 for f, r in zip(found, right, strict=True))
+
+
 def build_main() -> None:
-    """A helper process's main: prints what the engine library says of itself, as JSON."""
+    """A helper process's main: prints what the engine library says of itself and of the devices, as JSON."""
     try:
         llama = import_llama()
+        ggml = Ggml(llama)
+        shown = [{k: v for k, v in vars(device).items() if k != "handle"} for device in ggml.devices()]
         print(json.dumps({"engine": llama.llama_print_system_info().decode().strip(" |\n"),
-                          "gpu_offload": bool(llama.llama_supports_gpu_offload())}))  # fmt: skip
-    except (ImportError, OSError, RuntimeError) as error:
-        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False}))
+                          "gpu_offload": bool(llama.llama_supports_gpu_offload()), "devices": shown}))  # fmt: skip
+    except (ImportError, OSError, RuntimeError, StopIteration) as error:
+        print(json.dumps({"engine": f"not usable: {error}", "gpu_offload": False, "devices": []}))
+
+
+def kernels_main() -> None:
+    """A helper process's main: tries the CPU's special kernels but those on the command line.
+
+    Prints each one's name, and behind it what is wrong with it: a name alone is one that was not survived.
+    """
+    die_with_parent()
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")
+    ggml = Ggml(import_llama())
+    for name, kind in ggml.kernels().items():
+        if name not in sys.argv[1:]:
+            print(name, end="", flush=True)
+            print(f"\t{ggml.try_kernel(kind)}", flush=True)
+
+
+@dataclass(frozen=True)
+class LoadPlan:
+    """How much of a model goes where, and how much context it gets."""
+
+    ctx: int  # tokens of one sequence
+    pool: int  # cells that all share; 0: the model keeps nothing of a text
+    sequences: int  # in the context at once, idle ones included
+    gpu_layers: int = 0
+    cpu_moe: int = 0
+    memory_need: int = 0  # bytes of RAM that it takes when the pool is full
+
+
+def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] = (), weights: Weights | None = None) -> LoadPlan:
+    """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU. LoadError, with numbers, if it cannot fit."""
+    options, rung, own = setup.options, setup.rung, model.context_length or 8192
+    kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
+    spare = 2 if any(kv.states) else options.parallel + 8  # idle sequences kept for their prefix; a state takes megabytes
+    sequences = min(options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
+    pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
+    placed = Placement(0, 0, pool)
+    if gpus and not rung.cpu:
+        wish = Wish(ctx, max(pool, ctx), options.kv_type, sequences, 4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe,
+                    rung.gpu_share)  # fmt: skip
+        placed = place(weights or Weights((), model.size_bytes), kv, gpus, wish)
+        if setup.others_idle and weights and placed.gpu_layers <= len(weights.layers) and options.gpu_layers is None:
+            raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
+        pool = placed.pool if pool else 0
+    need, on_cpu = _ram_need(model, weights, placed)
+    each, need = kv.token_bytes(options.kv_type) * on_cpu, need + int(kv.state_bytes(sequences) * on_cpu)
+    if free is not None and on_cpu:
+        pool = _fit_pool(model, options, ctx, pool, each, free - need)
+    cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
+    return LoadPlan(ctx, cells, sequences, placed.gpu_layers, placed.cpu_moe, int(need + each * cells) + GRAPH_BYTES)
+
+
+def expected_need(model: ModelInfo, options: EngineOptions) -> int:
+    """Bytes of RAM that a model takes at least while it is loaded, as far as can be told before: the weights and a context."""
+    ctx = min(options.ctx or 8192, model.context_length or 8192)
+    return model.size_bytes + int((model.kv or KvShape()).token_bytes(options.kv_type) * ctx) + GRAPH_BYTES
+
+
+def _ram_need(model: ModelInfo, weights: Weights | None, placed: Placement) -> tuple[int, float]:
+    """Bytes of the weights that stay in RAM, and the share of the layers that does."""
+    if weights is None or not weights.layers or not placed.gpu_layers:
+        return (0, 0.0) if placed.gpu_layers else (model.size_bytes, 1.0)
+    first = max(0, len(weights.layers) - placed.gpu_layers)
+    gone = sum(total for total, _ in weights.layers[first:]) - sum(e for _, e in weights.layers[first : placed.cpu_moe])
+    gone += weights.output if placed.gpu_layers > len(weights.layers) else 0
+    return max(0, model.size_bytes - gone), first / len(weights.layers)
+
+
+def _fit_pool(model: ModelInfo, options: EngineOptions, ctx: int, pool: int, each: float, free: int) -> int:
+    """The pool's tokens with so many free bytes beside the weights: a quarter of them at most, but one context at least."""
+    left = free - GRAPH_BYTES
+    if free < 0:
+        have = human_bytes(max(0, free + model.size_bytes))
+        raise LoadError(f"the weights need {human_bytes(model.size_bytes)}, {have} of memory are available", "room")
+    if pool and each * ctx > left:
+        fits = max(0, int(left // each)) // 256 * 256
+        advice = f"--ctx {fits} would fit" if fits >= 256 else "no context would fit"
+        raise LoadError(f"a context of {ctx} tokens needs {human_bytes(each * ctx)} of KV cache, "
+                        f"{human_bytes(max(left, 0))} are available; {advice}", "room")  # fmt: skip
+    fixed = options.kv_pool or model.embedding or not each
+    return pool if fixed else max(min(pool, int(left / 4 // each)), min(pool, ctx))
 
 
 class Vocabulary:
@@ -3355,38 +3703,63 @@ class Llama:
         import numpy
 
         self.c, self.np, self.ctypes = import_llama(), numpy, ctypes
-        self.options, self.size_bytes, self.embedding = load.options, load.size_bytes, load.embedding
+        self.info, self.setup, self.options = load.model, load.setup, load.setup.options
+        self.size_bytes, self.embedding = load.model.size_bytes, load.model.embedding
         self.notes: list[str] = []
-        self.log_lines: deque[str] = deque(maxlen=20)
+        self.log_lines: deque[tuple[int, str]] = deque(maxlen=20)  # warnings and errors: level, text
         self._log = self.c.llama_log_callback(self._on_log)  # kept: the library calls it until the process ends
         self.c.llama_log_set(self._log, ctypes.c_void_p())
         self.c.llama_backend_init()
-        self._load_model(load, progress)
+        self.ggml = Ggml(self.c)
+        self.ggml.leave_out(self.setup.rung.without)
+        self.devices = self._devices()
+        self.plan = self._plan()
+        self.ctx, self.pool = self.plan.ctx, self.plan.pool
+        self._load_model(progress)
         self.vocab = Vocabulary(self.c, self.model, numpy)
         self.machines = Machines(self.vocab)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
-        self.adapters = self._load_adapters(load.options.lora)
-        self.ctx, self.pool = self._sizes(load)
-        if load.embedding:
-            self.main: Context = EmbeddingContext(self)
-            return
-        spare = load.options.parallel + 8 if self.cuttable else 2  # idle sequences kept for their prefix
-        n_seq = min(load.options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
-        self.main = Context(self, self.pool, max(load.options.batch, load.options.parallel), n_seq)
+        self.adapters = self._load_adapters(self.options.lora)
+        n_batch = max(self.options.batch, self.options.parallel)
+        with zero_pages_returned():
+            self.main: Context = (
+                EmbeddingContext(self) if self.embedding else Context(self, self.pool, n_batch, self.plan.sequences)
+            )
 
     def _on_log(self, level: int, line: bytes, _: Any) -> None:
         if level >= 3:  # GGML_LOG_LEVEL_WARN and ERROR
-            self.log_lines.append(line.decode("utf-8", "replace").strip())
+            self.log_lines.append((level, line.decode("utf-8", "replace").strip()))
 
-    def _load_model(self, load: Load, progress: Callable[[float], None]) -> None:
-        free = available_memory()
-        self.left = None if free is None or not self.on_cpu else free - load.size_bytes
-        if self.left is not None and self.left < 0:
-            raise LoadError(f"the weights need {human_bytes(load.size_bytes)}, {human_bytes(free or 0)} of memory are available")
-        params = self.c.llama_model_default_params()
-        params.n_gpu_layers = load.options.gpu_layers
-        params.load_mode = self.c.LLAMA_LOAD_MODE_MMAP if load.options.mmap else self.c.LLAMA_LOAD_MODE_NONE
+    def _devices(self) -> list[Device]:
+        """The devices beside the CPU that the options name; all GPUs if they name none. LoadError for one that is not there."""
+        found, wanted = [d for d in self.ggml.devices() if d.kind != "CPU"], self.options.device
+        if self.setup.rung.cpu or wanted in (("none",), ()):
+            return []
+        known = {d.name: d for d in found}
+        for name in wanted or ():
+            if name not in known:
+                raise LoadError(f"there is no device {name}; there are {', '.join(known) or 'none but the CPU'}")
+        used = [known[name] for name in wanted] if wanted else [d for d in found if d.is_gpu]
+        if self.options.main_gpu is not None:
+            if self.options.main_gpu >= len(used):
+                raise LoadError(f"--main-gpu {self.options.main_gpu}: there are {len(used)} GPUs, the first one is 0")
+            used = [used[self.options.main_gpu]]
+        return used
+
+    def _plan(self) -> LoadPlan:
+        """Where the model goes. Raises LoadError when it does not fit."""
+        free, weights, own = available_memory(), None, self.info.context_length
+        if self.devices:
+            with contextlib.suppress(GgufError, OSError):
+                weights = read_weights(shard_paths(self.info.path))
+        if self.options.ctx and own and self.options.ctx > own:
+            self.notes.append(f"--ctx {self.options.ctx} is beyond the model's own context; using {own}")
+        free = None if free is None else free - self.setup.reserved
+        return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
+
+    def _load_model(self, progress: Callable[[float], None]) -> None:
+        params = self._model_params()
         last = [0.0]
 
         def on_progress(fraction: float, _: Any) -> bool:
@@ -3397,40 +3770,68 @@ class Llama:
 
         callback = self.c.llama_progress_callback(on_progress)
         params.progress_callback = callback
-        self.model = self.c.llama_model_load_from_file(os.fsencode(load.path), params)
+        self.model = self.c.llama_model_load_from_file(os.fsencode(self.info.path), params)
         if not self.model:
-            raise LoadError(self.reason("llama.cpp cannot load the file"))
+            raise self.refusal("llama.cpp cannot load the file")
         if self.c.llama_model_has_encoder(self.model) and self.c.llama_model_has_decoder(self.model):
             raise LoadError("an encoder-decoder model (T5 and the like), which is not supported")
 
-    def reason(self, what: str) -> str:
-        """`what`, with the first warning that llama.cpp logged."""
-        words = [line.split(": ", 1)[-1] for line in self.log_lines if line]
-        return f"{what}: {words[0]}" if words else what
+    def _model_params(self) -> Any:
+        c, options, params = self.c, self.options, self.c.llama_model_default_params()
+        kinds = {name: kind for name, kind, *_ in c.llama_model_params._fields_}
+        params.load_mode = c.LLAMA_LOAD_MODE_MMAP if options.mmap else c.LLAMA_LOAD_MODE_NONE
+        params.use_extra_bufts = not self.setup.rung.plain
+        params.n_gpu_layers = self.plan.gpu_layers
+        if not self.devices:
+            params.n_gpu_layers = 0
+        self._devices_array = (self.ctypes.c_void_p * (len(self.devices) + 1))(*[d.handle for d in self.devices], None)
+        params.devices = self.ctypes.cast(self._devices_array, kinds["devices"])
+        if options.tensor_split:
+            most = max(c.llama_max_devices(), len(options.tensor_split))
+            self._split = (self.ctypes.c_float * most)(*options.tensor_split)
+            params.tensor_split = self.ctypes.cast(self._split, kinds["tensor_split"])
+        if rules := self._overrides():
+            members = [("pattern", self.ctypes.c_char_p), ("kind", self.ctypes.c_void_p)]
+            rule = type("Rule", (self.ctypes.Structure,), {"_fields_": members})
+            array: Any = self.ctypes.ARRAY(rule, len(rules) + 1)  # type: ignore[type-var]
+            self._rules = array(*rules)  # a rule of zeros ends it; kept as long as the model
+            params.tensor_buft_overrides = self.ctypes.cast(self._rules, kinds["tensor_buft_overrides"])
+        return params
 
-    def _sizes(self, load: Load) -> tuple[int, int]:
-        """Tokens of one sequence's context and of the shared pool; LoadError with numbers when they cannot fit."""
-        options, own = load.options, int(self.c.llama_model_n_ctx_train(self.model)) or 8192
-        ctx = min(options.ctx or min(own, 8192), own)
-        if self.embedding and self.looks_both_ways:  # no KV cache
-            return ctx, 0
-        if options.ctx and options.ctx > own:
-            self.notes.append(f"--ctx {options.ctx} is beyond the model's own context; using {own}")
-        each, pool = self.kv_bytes(), ctx if self.embedding else options.kv_pool or 4 * ctx
-        if self.left is not None:
-            left = self.left - 64 * MIB - self.vocab.size * 4 * 24  # graph buffers, and logits of every sequence
-            if each * ctx > left:
-                fits = max(0, int(left // each)) // 256 * 256
-                advice = f"--ctx {fits} would fit" if fits >= 256 else "no context would fit"
-                raise LoadError(f"a context of {ctx} tokens needs {human_bytes(each * ctx)} of KV cache, "
-                                f"{human_bytes(max(left, 0))} are available; {advice}")  # fmt: skip
-            if not options.kv_pool and not self.embedding:
-                pool = min(pool, int(left / 4 // each))
-        return ctx, -(-max(pool, ctx) // 256) * 256
+    def _overrides(self) -> list[tuple[bytes, int]]:
+        """Patterns of tensors' names, and the buffer types that these go to: as asked, and experts that stay on the CPU."""
+        devices = {d.name: d for d in self.ggml.devices()}
+        for pattern, name in self.options.override_tensor:
+            if name not in devices:
+                raise LoadError(f"--override-tensor {pattern}={name}: there is no device {name}, only {', '.join(devices)}")
+        rules = [(p.encode(), self.ggml.buffer_type(devices[name])) for p, name in self.options.override_tensor]
+        layers = "|".join(map(str, range(self.plan.cpu_moe)))
+        experts = [(rf"blk\.({layers}){EXPERTS}".encode(), self.ggml.buffer_type(devices["CPU"]))] if layers else []
+        return [*rules, *experts]
+
+    def refusal(self, what: str) -> LoadError:
+        """The error for something that llama.cpp refuses, with the reason that it logged."""
+        wants_memory = any(re.search(r"alloc|out of memory|insufficient", line, re.I) for _, line in self.log_lines)
+        return LoadError(self.reason(what), "memory" if wants_memory else "")
+
+    def reason(self, what: str) -> str:
+        """`what`, with the first error that llama.cpp logged, or else the first warning."""
+        words = [line.split(": ", 1)[-1] for _, line in sorted(self.log_lines, key=lambda logged: -logged[0]) if line]
+        return f"{what}: {words[0]}" if words else what
 
     @property
     def on_cpu(self) -> bool:
-        return self.options.gpu_layers == 0 or not self.c.llama_supports_gpu_offload()
+        return self.plan.gpu_layers == 0
+
+    @property
+    def placed(self) -> str:
+        """Where the layers are; "" where there is only the CPU."""
+        if not self.devices:
+            return ""
+        layers, names = int(self.c.llama_model_n_layer(self.model)), ", ".join(d.name for d in self.devices)
+        moe = f", experts of {self.plan.cpu_moe} layers on the CPU" if self.plan.cpu_moe else ""
+        count = "all" if self.plan.gpu_layers > layers else self.plan.gpu_layers
+        return f"{count} of {layers} layers on {names}{moe}" if self.plan.gpu_layers else f"on the CPU, not on {names}"
 
     @property
     def threads(self) -> int:
@@ -3448,15 +3849,19 @@ class Llama:
         architecture = self.metadata("general.architecture")
         return architecture in EMBEDDERS or self.metadata(f"{architecture}.attention.causal") == "false"
 
-    def kv_bytes(self) -> int:
-        """Bytes of KV cache a token takes, from the model's shape."""
-        c, m = self.c, self.model
-        heads = max(c.llama_model_n_head(m), 1)
-        architecture = self.metadata("general.architecture")
-        usual = c.llama_model_n_embd(m) // heads
-        key, value = (int(self.metadata(f"{architecture}.attention.{k}_length") or usual) for k in ("key", "value"))
-        numbers = c.llama_model_n_layer(m) * c.llama_model_n_head_kv(m) * (key + value)
-        return max(1, int(numbers * KV_WIDTHS[self.options.kv_type]))
+    @functools.cached_property
+    def kv_bytes(self) -> float:
+        """Bytes of KV cache that a token takes."""
+        return (self.info.kv or KvShape()).token_bytes(self.options.kv_type)
+
+    def trial(self) -> None:
+        """Decodes a few tokens and then one, as steps do: what cannot work on this machine shows before it counts as loaded."""
+        count = min(4, self.main.n_batch, max(1, self.ctx - 2))
+        tokens = self.np.full(count + 1, max(self.c.llama_vocab_bos(self.vocab.handle), 0), self.np.int32)
+        for rows in (TrialRows(tokens, count), TrialRows(tokens, count + 1, count)):
+            if status := self.main.decode([(rows, rows.n_tokens - rows.n_computed)]):
+                raise self.refusal(f"llama.cpp cannot compute: llama_decode returned {status}")
+        self.main.clear(False)
 
     def metadata(self, key: str) -> str:
         """A value of the GGUF header as text, "" when absent."""
@@ -3464,9 +3869,9 @@ class Llama:
         size = self.c.llama_model_meta_val_str(self.model, key.encode(), buffer, 256)
         return buffer.value.decode("utf-8", "replace") if size >= 0 else ""
 
-    def loaded(self, options: EngineOptions) -> Loaded:
+    def loaded(self) -> Loaded:
         """The description of this model that the parent works with."""
-        c, vocab = self.c, self.vocab.handle
+        c, vocab, options = self.c, self.vocab.handle, self.options
         bos, eos = (self.vocab.name(t(vocab)).decode("utf-8", "replace") for t in (c.llama_vocab_bos, c.llama_vocab_eos))
         templates: dict[str, str] = {}
         for name in (None, b"tool_use"):
@@ -3480,27 +3885,88 @@ class Llama:
         ends = tuple(self.vocab.name(t).decode("utf-8", "replace") for t in sorted(self.vocab.eog))
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
-        return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), self.pool * self.kv_bytes())
+        return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
+                      self.plan.memory_need, self.placed)  # fmt: skip
 
     def _load_adapters(self, files: Seq[str]) -> list[Any]:
         adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
         for file, adapter in zip(files, adapters, strict=True):
             if not adapter:
-                raise LoadError(self.reason(f"the LoRA adapter {file} cannot be applied"))
+                raise self.refusal(f"the LoRA adapter {file} cannot be applied")
         return adapters
+
+
+ZERO_BLOCK = 4 * MIB  # bytes looked at together by zero_pages_returned
+
+
+@contextlib.contextmanager
+def zero_pages_returned() -> Iterator[None]:
+    """Gives large blocks of zeros that are allocated meanwhile back to the system, which makes pages of them when written.
+
+    llama.cpp wipes a KV cache when it makes it, so that all of it takes memory before a single token has come: of
+    SmolLM2 seven times the weights. An anonymous page without content reads as zeros: nothing changes but the memory
+    (madvise(2), Linux). No other thread may be using new memory meanwhile.
+    """
+    before = _anonymous_blocks(outward=True)
+    yield
+    new = _anonymous_blocks(outward=False) - before
+    if new:
+        import ctypes
+
+        import numpy
+
+        madvise, words = ctypes.CDLL(None).madvise, ctypes.POINTER(ctypes.c_uint64)
+        for at in new:
+            if not numpy.ctypeslib.as_array(ctypes.cast(at, words), (ZERO_BLOCK // 8,)).any():
+                madvise(ctypes.c_void_p(at), ctypes.c_size_t(ZERO_BLOCK), 4)  # MADV_DONTNEED
+
+
+def _anonymous_blocks(outward: bool) -> set[int]:
+    """Addresses of the blocks within private writable memory of no file; outward: of those that have any (proc(5), maps)."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/maps") as file:
+        for place, access, _, _, inode, *name in map(str.split, file):
+            if access == "rw-p" and inode == "0" and not name:
+                start, end = (int(side, 16) for side in place.split("-"))
+                first, last = (start // ZERO_BLOCK, -(-end // ZERO_BLOCK)) if outward else (
+                    -(-start // ZERO_BLOCK), end // ZERO_BLOCK)  # fmt: skip
+                found.update(range(first * ZERO_BLOCK, last * ZERO_BLOCK, ZERO_BLOCK))
+    return found
 
 
 class Rows(Protocol):
     """What a decode reads of a sequence."""
 
-    tokens: Any  # int32, at least n_tokens of them
-    n_tokens: int
-    n_computed: int  # the first ones, whose cells are in the context
+    @property
+    def tokens(self) -> Any:
+        """int32, at least n_tokens of them."""
+        ...
+
+    @property
+    def n_tokens(self) -> int: ...
+
+    @property
+    def n_computed(self) -> int:
+        """So many of the first ones have their cells in the context."""
+        ...
 
     @property
     def row(self) -> int:
         """The sequence's number in the context."""
         ...
+
+
+@dataclass(frozen=True)
+class TrialRows:
+    """The sequence of a trial."""
+
+    tokens: Any
+    n_tokens: int
+    n_computed: int = 0
+
+    @property
+    def row(self) -> int:
+        return 0
 
 
 class Context:
@@ -3522,7 +3988,7 @@ class Context:
         llama.log_lines.clear()
         self.handle = self.c.llama_init_from_model(llama.model, self._params())
         if not self.handle:
-            raise LoadError(llama.reason("llama.cpp cannot make a context"))
+            raise llama.refusal("llama.cpp cannot make a context")
         if llama.adapters:
             count = len(llama.adapters)
             adapters = (self.c.llama_adapter_lora_p_ctypes * count)(*llama.adapters)
@@ -3671,7 +4137,7 @@ class EmbeddingContext(Context):
     @classmethod
     def memory_need(cls, llama: Llama) -> int:
         """Bytes that such a context takes, about: for a model that generates, which has one already."""
-        return llama.kv_bytes() * llama.ctx + 2 * 4 * cls.batch_size(llama) * llama.vocab.size + 64 * MIB
+        return int(llama.kv_bytes * llama.ctx) + 2 * 4 * cls.batch_size(llama) * llama.vocab.size + 64 * MIB
 
     def _params(self) -> Any:
         params = super()._params()
@@ -4636,6 +5102,7 @@ class Cache:
     """
 
     PARKED, PARKED_BYTES = 64, 256 * MIB  # most idle sequences outside the cache, and their bytes where the pool has fewer
+    SPARE_BYTES = 256 * MIB  # of the machine's memory, that parked sequences leave free
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.main = llama, llama.main
@@ -4748,8 +5215,13 @@ class Cache:
 
     def _too_much_parked(self) -> bool:
         """Counts tokens for attention's cells, bytes for recurrent states, which are large for the shortest text."""
+        if not self.parked:
+            return False
+        free = available_memory()
+        if free is not None and free - self.llama.setup.reserved < self.SPARE_BYTES:
+            return True
         tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
-        most = max(self.llama.pool * self.llama.kv_bytes(), self.PARKED_BYTES)
+        most = max(self.llama.pool * self.llama.kv_bytes, self.PARKED_BYTES)
         return tokens > self.llama.pool or size > most or len(self.parked) > self.PARKED
 
     def _covers(self, sequence: Sequence, other: Sequence) -> bool:
@@ -5325,13 +5797,17 @@ class Intake:
         if not job.spare:
             return self._tokens(job.prompt)
         rest: Seq[Any] = job.prompt[job.spare :]
-        room, first = self.llama.ctx - len(self._tokens(rest)) - (job.sampling.max_tokens or 0), job.spare
+        room, first = self.llama.ctx - len(self._tokens(rest)) - self._answer_tokens(job.sampling), job.spare
         for segment in reversed(job.prompt[: job.spare]):
             room -= len(self.llama.vocab.encode(str(segment), False, True))
             if room <= 0:
                 break
             first -= 1
         return self._tokens(job.prompt[first:])
+
+    def _answer_tokens(self, sampling: Sampling) -> int:
+        """How many the answer was promised; none if it has no limit."""
+        return 0 if sampling.max_tokens is None or sampling.max_tokens >= self.llama.ctx else sampling.max_tokens
 
     def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
         """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
@@ -5403,12 +5879,12 @@ class Engine:
     GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
-    def __init__(self, llama: Llama, options: EngineOptions, pipe: Pipe, pulse: Pulse) -> None:
+    def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
         self.llama, self.main, self.pulse = llama, llama.main, pulse
         self.outbox = Outbox(pipe)
         self.intake = Intake(llama, self.outbox)
         self.inbox = self.intake.inbox
-        self.scheduler = Scheduler(llama, options.parallel)
+        self.scheduler = Scheduler(llama, llama.options.parallel)
         self.embedder = Embedder(llama, self.scheduler, self._step_streams)
         self.reader: PromptReader | None = None
         self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
@@ -5517,7 +5993,7 @@ class Engine:
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
         self._several = False
-        free, need = available_memory(), self.llama.kv_bytes() * self.llama.ctx + 64 * MIB
+        free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
                 self.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
@@ -5760,12 +6236,15 @@ def engine_main() -> None:
     try:
         pulses[0].begin("load")
         llama = Llama(load, progress)
-        engine = Engine(llama, load.options, pipe, pulses[0])
+        pulses[0].begin("trial")
+        llama.trial()
+        engine = Engine(llama, pipe, pulses[0])
         pulses.append(engine.intake.pulse)
         llama.vocab.max_run = start_or_die(engine.intake.tokenize, stack=512 * MIB) // Vocabulary.RUN_STACK
-        pipe.send(llama.loaded(load.options))
+        pipe.send(llama.loaded())
     except Exception as error:  # the process's border: whatever it is, the parent is told
-        pipe.send(LoadFailed(str(error) or type(error).__name__))
+        cause = "memory" if isinstance(error, MemoryError) else getattr(error, "cause", "")
+        pipe.send(LoadFailed(str(error) or type(error).__name__, cause))
         os._exit(1)
     ready.put(engine.intake)
     engine.run()
@@ -6049,9 +6528,10 @@ class Heartbeat:
         "tokenize": 300,  # one text: a megabyte takes a second, a grammar's start a tenth
     }
 
-    def __init__(self) -> None:
+    def __init__(self, size_bytes: int = 0) -> None:
         self._heard = self._seen = self._silent = 0
         self._silence = self.STARTING
+        self._stuck = self.STUCK | {"trial": 60 + size_bytes // (50 * MIB)}  # the first step reads the weights from a slow disk
         self._tasks: tuple[tuple[str, int], ...] = ()
         self._beats: list[int] = []  # of each thread, since its task last changed
 
@@ -6065,8 +6545,8 @@ class Heartbeat:
         self._beats = [known[i][1] + 1 if i in known and known[i][0] == task else 0 for i, task in enumerate(message.tasks)]
         self._tasks = message.tasks
         for (task, _), beats in zip(self._tasks, self._beats, strict=True):
-            if beats * BEAT_SECONDS > self.STUCK.get(task, math.inf):
-                return f"'{task}' did not come to an end within {self.STUCK[task]} s"
+            if beats * BEAT_SECONDS > self._stuck.get(task, math.inf):
+                return f"'{task}' did not come to an end within {self._stuck[task]} s"
         return None
 
     def tick(self) -> str | None:
@@ -6074,6 +6554,17 @@ class Heartbeat:
         self._silent = self._silent + 1 if self._heard == self._seen else 0
         self._seen = self._heard
         return f"it said nothing for {self._silence} s" if self._silent * BEAT_SECONDS > self._silence else None
+
+
+KILLED = 9  # SIGKILL, which Windows has no name for
+
+
+class LoadFailure(GenerationFailed):
+    """An engine could not load its model; `cause` as LoadFailed has it."""
+
+    def __init__(self, details: str = "", message: str | None = None, param: str | None = None, cause: str = "") -> None:
+        super().__init__(details, message or "The model could not be loaded", param)
+        self.cause = cause
 
 
 class Worker:
@@ -6085,19 +6576,20 @@ class Worker:
 
     _ids = itertools.count(1)
 
-    def __init__(self, info: ModelInfo, options: EngineOptions, max_queue: int, died: Callable[[Worker, str], None],
+    def __init__(self, info: ModelInfo, setup: Setup, max_queue: int, died: Callable[[Worker, str], None],
                  report: Callable[[str], None], meter: Meter | None = None) -> None:  # fmt: skip
         """`died` is called when the child ends by itself, `report` gets a line about each step of the load."""
-        self.info, self.max_queue, self._died, self._report = info, max_queue, died, report
-        self._options, self._meter = options, meter or Meter()
+        self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
+        self._meter = meter or Meter()
         self._lock = threading.Lock()
         self._generations: dict[int, Generation] = {}  # by job id, from submit to the last message
         self._timings: dict[int, Timing] = {}  # by job id, until the child says how it ended, wanted or not
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
-        self._heartbeat = Heartbeat()
+        self._heartbeat = Heartbeat(info.size_bytes)
         self._ended = threading.Event()
         self._why = ""  # why the child was given up
+        self.cause = ""  # why the child ended by itself, as LoadFailed has it
         self._running = self.cells = 0
         self._serving = self._stopping = False
         self.alive = True
@@ -6106,24 +6598,25 @@ class Worker:
     def start(self, progress: Callable[[float], None]) -> Worker:
         """Starts the child and waits until the model is loaded.
 
-        Raises GenerationFailed with the reason if it is not: llama.cpp refused, the child died or hung, or another thread
+        Raises LoadFailure with the reason if it is not: llama.cpp refused, the child died or hung, or another thread
         called `stop`.
         """
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
-        self._outbox.put(Load(os.path.abspath(self.info.path), self.info.size_bytes, self._options, self.info.embedding))
+        self._outbox.put(Load(replace(self.info, path=os.path.abspath(self.info.path)), self.setup))
         while isinstance(message := self._loading.get(), Progress):
             progress(message.fraction)
         if isinstance(message, LoadFailed):
             self.stop()
-            self._report(f"{id} could not be loaded: {printable(message.reason)}")
-            raise GenerationFailed(f"Model '{self.info.id}': {message.reason}", "The model could not be loaded")
+            raise LoadFailure(f"Model '{self.info.id}': {message.reason}", cause=message.cause)
         self.loaded: Loaded = message
+        self.loaded_at = time.monotonic()
         self.load_seconds = time.perf_counter() - began
         for note in message.notes:
             log.warning("%s: %s", id, printable(note))
-        pool = f"; its KV pool of {message.pool:,} tokens takes {human_bytes(message.pool_bytes)}" if message.pool else ""
+        pool = f"; its KV pool of {message.pool:,} tokens takes up to {human_bytes(message.pool_bytes)}" if message.pool else ""
+        pool += f"; {message.devices}" if message.devices else ""
         self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory{pool}")
         self._serving = True
         return self
@@ -6131,7 +6624,7 @@ class Worker:
     def _start_child(self) -> None:
         with self._lock:
             if self._stopping:
-                raise GenerationFailed(f"Model '{self.info.id}': unloaded before it was loaded", "The model could not be loaded")
+                raise LoadFailure(f"Model '{self.info.id}': unloaded before it was loaded")
             self.process, *ends = start_child("engine_main")
             self._pipe = Pipe(*ends)
         try:
@@ -6241,27 +6734,32 @@ class Worker:
 
     def _end(self) -> None:
         """The child is gone: fails everybody who waits for it. Only the first call counts."""
-        reason = self._why or f"the engine process ended ({self._how_it_ended()})"
+        reason = self._why or f"the engine process ended ({ending(self._exit_status())})"
         with self._lock:
             if self._ended.is_set():
                 return
             self.alive, self._running, self.cells = False, 0, 0
+            self.cause = "" if self._stopping else "hang" if self._why else self._cause_of(self._exit_status())
             self._ended.set()
         for id in list(self._timings):
             if job := self._timings.pop(id, None):
                 self._meter.failed(job)
-        if not self._stopping:
+        if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
-        self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason))
+        self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
         self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
         if self._serving:
             self._died(self, reason)
 
-    def _how_it_ended(self) -> str:
+    def _exit_status(self) -> int | None:
         with contextlib.suppress(Exception):
             self.process.wait(2.0)
-        code = self.process.returncode
-        return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+        return self.process.returncode
+
+    @staticmethod
+    def _cause_of(status: int | None) -> str:
+        """A child that is killed from outside is killed by a system without memory, mostly."""
+        return "" if not has_crashed(status) else "memory" if status == -KILLED else "crash"
 
     def fail_all(self, error: ApiError) -> None:
         """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
@@ -6301,10 +6799,168 @@ class Worker:
         self._end()
 
 
+class Ladder:
+    """Finds a way in which models load on this machine: as configured, else a rung down, and another (Rung.below).
+
+    A rung that a crash or a hang led to is remembered for models of that kind, in KnownFaults: the next start does not
+    crash again. What want of memory led to is not: the memory may be there next time. Any thread may call.
+    """
+
+    YOUNG = 300.0  # seconds behind a load, in which a crash is likely to come from how the model was loaded
+
+    def __init__(self, faults: KnownFaults, report: Callable[[str], None]) -> None:
+        self.faults, self.report = faults, report
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        self._crashes: dict[str, int] = {}  # young engines that crashed, by model
+        self._lowered: dict[str, Rung] = {}  # where to begin, by model
+
+    def load(self, model: ModelInfo, gpu_wanted: bool, start: Callable[[Rung], Worker]) -> Worker:
+        """Loads by the highest rung that holds. `start` tries one, and raises LoadFailure.
+
+        Raises the first rung's failure when none holds, and at once one that no other rung would mend.
+        """
+        rung, first = self._top(model), None
+        while True:
+            try:
+                worker = start(rung)
+            except LoadFailure as failure:
+                first = first or failure
+                lower = rung.below(failure.cause, gpu_wanted and self._has_gpu()) if failure.cause not in ("", "room") else None
+                if lower is None:
+                    raise (failure if failure.cause == "room" else first) from None
+                self._say(f"{printable(failure.details)}; trying again {lower.words()}", True)
+                rung, cause = lower, failure.cause
+            else:
+                if first and cause != "memory":
+                    self._remember(model, rung, first.details)
+                return worker
+
+    def _top(self, model: ModelInfo) -> Rung:
+        """Where to begin with a model: what its kind is known to need, without the kernels that are known to be broken."""
+        kernels, new = self.faults.kernels()
+        broken = {name: fault for name, fault in kernels.items() if fault}
+        for name, fault in broken.items():
+            self._say(f"this CPU's {name} kernels are broken in this build of llama-cpp-python ({fault}); "
+                      "going on without them", new)  # fmt: skip
+        with self._lock:
+            lowered = self._lowered.get(model.id)
+        rung = lowered or self._known(model)
+        return rung if rung.plain else replace(rung, without=tuple(broken))
+
+    def _known(self, model: ModelInfo) -> Rung:
+        known = self.faults.read().get("rungs")
+        said: Any = known.get(self._kind(model)) if isinstance(known, dict) else None
+        try:
+            rung = Rung(plain=bool(said["plain"]), cpu=bool(said["cpu"]), gpu_share=float(said["gpu_share"]))
+        except (KeyError, TypeError, ValueError):
+            return Rung()
+        reason = printable(str(said.get("reason")))
+        self._say(f"{printable(model.id)} is loaded {rung.words()}, for models of its kind failed before: {reason}", False)
+        return rung
+
+    @staticmethod
+    def _kind(model: ModelInfo) -> str:
+        return f"{model.architecture} {model.quantization}"
+
+    def _remember(self, model: ModelInfo, rung: Rung, reason: str) -> None:
+        kept = {"plain": rung.plain, "cpu": rung.cpu, "gpu_share": rung.gpu_share, "reason": reason}
+        self.faults.note("rungs", {self._kind(model): kept})
+        self._say(f"{printable(model.id)} runs {rung.words()}; {self.faults.path} remembers that", True)
+
+    def _say(self, words: str, new: bool) -> None:
+        """Says something once; what is new to this machine also where only warnings are shown."""
+        with self._lock:
+            if words in self._said:
+                return
+            self._said.add(words)
+        (log.warning if new else self.report)(words)
+
+    @staticmethod
+    def _has_gpu() -> bool:
+        return bool(engine_build()["gpu_offload"])
+
+    def died(self, worker: Worker) -> None:
+        """An engine ended by itself: the second crash of a young one takes its model a rung down."""
+        model = worker.info
+        if not worker.cause or time.monotonic() - worker.loaded_at > self.YOUNG:
+            return
+        gpu = bool(worker.loaded.devices)
+        with self._lock:
+            self._crashes[model.id] = self._crashes.get(model.id, 0) + 1
+            if self._crashes[model.id] < 2:
+                return
+            self._crashes[model.id] = 0
+            lower = worker.setup.rung.below(worker.cause, gpu)
+            if lower:
+                self._lowered[model.id] = lower
+        if lower:
+            self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
+            if worker.cause != "memory":
+                self._remember(model, lower, f"the engine crashed twice ({worker.cause})")
+
+
 # ── 12. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
 # The life of each model: loading, loaded, unloading; what the names in requests mean; and the table of both.
 
-MakeWorker = Callable[[ModelInfo, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
+MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]  # not started yet; calls back when it dies
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What holds for one model: how it is loaded, and what its requests mean where they say nothing."""
+
+    engine: EngineOptions = EngineOptions()
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
+    system: str = ""  # the system message of chats without one
+    keep_alive: float | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a section of a preset file says of the models that its name, a shell pattern, means."""
+
+    pattern: str
+    engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
+    sampling: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()  # patterns of names that mean the model
+    preload: bool = False
+    keep_alive: float | None = None
+
+    def means(self, id: str) -> bool:
+        import fnmatch
+
+        return fnmatch.fnmatchcase(id, self.pattern) or plain_id(self.pattern) == id
+
+
+class Settings:
+    """The settings of every model.
+
+    The closer to the model, the stronger: what its store says of it (Ollama's parameters), a preset file's [*], the
+    command line, the model's own sections, what was asked for this load. Never changes; any thread may ask.
+    """
+
+    DEFAULT_ONLY = ("lora", "chat_template")  # on the command line these mean the default model: others would not fit them
+
+    def __init__(self, flags: Mapping[str, Any] | None = None, presets: Seq[Preset] = (), one: bool = False) -> None:
+        """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
+        self._flags, self.presets, self._one = flags or {}, tuple(presets), one
+        self._all = [p for p in presets if p.pattern == "*"]
+        self.engine = EngineOptions(**self._merged([p.engine for p in self._all], self._flags))  # of no model in particular
+
+    @staticmethod
+    def _merged(layers: Iterable[Mapping[str, Any]], last: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for layer in (*layers, last) for name, value in layer.items()}
+
+    def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
+        """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
+        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
+        engine = [model.stored.engine, *(p.engine for p in self._all), flags, *(p.engine for p in own)]
+        sampling = [model.stored.sampling, *(p.sampling for p in self._all), *(p.sampling for p in own)]
+        keep = [p.keep_alive for p in (*self._all, *own) if p.keep_alive is not None]
+        return ModelSettings(EngineOptions(**self._merged(engine, asked or {})), self._merged(sampling, {}),
+                             model.stored.system, keep[-1] if keep else None)  # fmt: skip
 
 
 class LoadAttempt:
@@ -6330,6 +6986,13 @@ class Entry:
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
     attempt: LoadAttempt = field(default_factory=LoadAttempt)
+    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests for its load gave
+    held: Mapping[str, Any] = field(default_factory=dict)  # the same, of the last load that came to its end
+    crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
+    begun: int = 0  # the number of its last load among all
+    reserved: int = 0  # bytes that others held or were to take then
+    failures: int = 0  # loads in a row that failed on every rung
+    retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure
     pending: Cancellation | None = None  # a load that nobody waits for and that has no room yet
     leases: int = 0  # requests that use the worker now
     waiting: int = 0  # requests that wait for the load
@@ -6353,6 +7016,17 @@ class Entry:
             "progress": round(self.progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
+        } | (self._settings(self.worker) if self.worker else {})  # fmt: skip
+
+    @staticmethod
+    def _settings(worker: Worker) -> dict[str, Any]:
+        """What holds for the engine: context, pool, options that differ from their defaults, and what had to be given up."""
+        usual, loaded = EngineOptions(), worker.loaded
+        options = {k: v for k, v in vars(worker.setup.options).items() if v != getattr(usual, k)}
+        options |= {"chat_template": "given"} if "chat_template" in options else {}
+        return {
+            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
+            "devices": loaded.devices, "fallback": worker.setup.rung.words(),
         }  # fmt: skip
 
 
@@ -6364,6 +7038,7 @@ class TableOptions:
     keep_alive: float = -1  # seconds an idle model stays; 0: not at all, negative: for ever
     default: str | None = None  # a model's name, or the path among the catalog's files
     aliases: tuple[tuple[str, str], ...] = ()  # shell pattern, model
+    preset_aliases: tuple[tuple[str, str], ...] = ()  # the same; their models need not be there
 
 
 def start_thread(work: Callable[..., None], *args: Any, name: str) -> None:
@@ -6382,17 +7057,25 @@ class Residents:
     say that they take it.
     """
 
-    def __init__(self, make_worker: MakeWorker, options: TableOptions, metrics: Metrics) -> None:
+    FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
+
+    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Callable[[Entry], ModelSettings],
+                 options: TableOptions, metrics: Metrics) -> None:  # fmt: skip
+        """`settings` is asked with the condition held."""
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
         self.closed = False
-        self._make_worker, self._options, self._metrics = make_worker, options, metrics
+        self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
+        self._options, self._metrics, self._loads = options, metrics, itertools.count()
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
         self._metrics.meter(entry.info.id).moved(entry.state, state)
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
+        if not entry.in_memory:
+            for other in self.entries.values():
+                other.crowded = ""
         self.changed.notify_all()
 
     def wake(self) -> None:
@@ -6402,19 +7085,39 @@ class Residents:
 
     # Loading
 
-    def worker_for(self, entry: Entry, deadline: float) -> Worker | None:
+    def worker_for(self, entry: Entry, deadline: float, asked: Mapping[str, Any] | None = None) -> Worker | None:
         """The worker if the model is loaded; otherwise begins the load unless one runs, as soon as there is room.
 
-        Raises Overloaded when no room came until the deadline, or the server ends.
+        `asked` are options that the request wants it loaded with: a longer context reloads it once nobody uses it.
+        Raises Overloaded when no room came until the deadline, or the server ends; GenerationFailed in the pause after a
+        load that failed on every rung.
         """
         if self.closed:
             raise Overloaded("The server is shutting down")
+        if entry.state == "loaded" and asked and self._is_too_short(entry, asked):
+            if entry.leases and time.monotonic() > deadline:
+                raise Overloaded(f"Model '{entry.info.id}' is too busy to be loaded with a context of {asked['ctx']} tokens")
+            if not entry.leases:
+                entry.asked = {**entry.asked, **asked}
+                self._begin_unload(entry)
+            return None
         if entry.state == "loaded":
             entry.idle_since, entry.last_used = time.monotonic(), time.time()
             return entry.worker
+        pause = entry.retry_at - time.monotonic()
+        if entry.state == "failed" and pause > 0:
+            raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
         if not entry.in_memory and self._make_room(entry, deadline):
+            entry.asked = {**entry.asked, **(asked or {})}
             self._begin_load(entry)
         return None
+
+    @staticmethod
+    def _is_too_short(entry: Entry, asked: Mapping[str, Any]) -> bool:
+        """Whether a request wants more context than the model is loaded with, and than it got when it was asked for that."""
+        assert entry.worker
+        wanted = min(asked.get("ctx") or 0, entry.info.context_length or sys.maxsize)
+        return wanted > entry.worker.loaded.ctx and asked.get("ctx") != entry.held.get("ctx")
 
     def load_in_background(self, entry: Entry) -> None:
         """Begins to load; without room one thread waits for it, however often this is asked."""
@@ -6447,31 +7150,42 @@ class Residents:
     def _make_room(self, entry: Entry, deadline: float) -> bool:
         """True if a load may start; otherwise starts evicting the least recently used idle model.
 
+        The load itself finds out whether it fits beside the others (`crowded`), for only an engine knows the devices.
         Raises Overloaded when all are busy beyond the deadline.
         """
         held = [e for e in self.entries.values() if e.in_memory]
-        if len(held) < self._options.max_loaded and self._fits_beside(entry, held):
+        if len(held) < self._options.max_loaded and not (entry.crowded and held):
             return True
         if not any(e.state == "unloading" and not e.leases for e in held):
-            idle = [e for e in held if e.idle]
-            if idle:
+            if idle := [e for e in held if e.idle]:
                 self._begin_unload(min(idle, key=lambda e: e.idle_since))
-            elif len(held) < self._options.max_loaded:
-                return True  # nothing more to free: the load itself tells whether the memory is enough
             elif time.monotonic() > deadline:
-                raise Overloaded(f"All {len(held)} loaded models are busy (--max-loaded {self._options.max_loaded})")
+                crowded, entry.crowded = entry.crowded, ""
+                busy = f"{len(held)} loaded models are busy"
+                raise Overloaded(f"{crowded}; {busy}" if crowded else f"All {busy} (--max-loaded {self._options.max_loaded})")
         return False
 
-    @staticmethod
-    def _fits_beside(entry: Entry, held: Seq[Entry]) -> bool:
-        """Whether free memory holds the weights; what the engines have mapped counts as free, but is in use."""
-        free = available_memory() if held else None
-        return free is None or entry.info.size_bytes <= free - mapped_bytes(e.worker.process.pid for e in held if e.worker)
+    def _reserved(self, entry: Entry) -> int:
+        """Bytes of memory that count as free and are not: other engines have mapped them, or will fill them. Takes time.
+
+        Of two loads the one that began first is the other's, so that not each waits for each.
+        """
+        with self.changed:
+            others = [e for e in self.entries.values() if e.in_memory and e is not entry]
+            earlier = [e for e in others if e.state != "loading" or e.begun < entry.begun]
+            needs = [(e.worker or e.starting, expected_need(e.info, self._settings(e).engine)) for e in earlier]
+        reserved = 0
+        for worker, need in needs:
+            process, loaded = getattr(worker, "process", None), getattr(worker, "loaded", None)
+            pids = [process.pid] if process else []
+            need = loaded.memory_need if loaded else need
+            reserved += mapped_bytes(pids) + max(0, need - resident_bytes(pids))
+        return reserved
 
     def _begin_load(self, entry: Entry) -> None:
         attempt = LoadAttempt()
         start_thread(self._load, entry, attempt, name=f"load {entry.info.id}")  # before the state says that one runs
-        entry.attempt = attempt
+        entry.attempt, entry.begun = attempt, next(self._loads)
         self.move(entry, "loading")
 
     def _load(self, entry: Entry, attempt: LoadAttempt) -> None:
@@ -6481,29 +7195,59 @@ class Residents:
             with self.changed:
                 entry.progress = fraction
 
-        worker, error = None, None
+        with self.changed:
+            settings = self._settings(entry)
+        worker: Worker | None = None
+        error: ApiError | None = None
         try:
-            starting = self._make_worker(entry.info, functools.partial(self._died, entry))
-            with self.changed:
-                entry.starting = starting
-                if self.closed:
-                    raise Overloaded("The server is shutting down")
-            worker = starting.start(progress)
+            gpu_wanted = settings.engine.gpu_layers != 0
+            worker = self._ladder.load(entry.info, gpu_wanted, lambda rung: self._start(entry, settings, rung, progress))
         except ApiError as failure:
             error = copy.copy(failure)
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
             error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
         with self.changed:
-            attempt.error, entry.idle_since = error, time.monotonic()
-            self.move(entry, "failed" if error else "loaded", worker, error.details if error else None)
+            entry.idle_since = time.monotonic()
+            if not error:
+                entry.held, entry.failures, entry.retry_at = entry.asked, 0, 0.0
+                self.move(entry, "loaded", worker)
+            elif getattr(error, "cause", "") == "room" and entry.reserved:
+                self.move(entry, "unloaded")
+                if any(e.in_memory for e in self.entries.values()):
+                    entry.crowded = error.details
+            else:
+                self._failed(entry, attempt, error)
         if worker is not None and self.closed:
             worker.stop()
         elif worker is not None and not worker.alive:
             self._died(entry, worker, "the engine process ended right after the load")
 
+    def _start(self, entry: Entry, settings: ModelSettings, rung: Rung, progress: Callable[[float], None]) -> Worker:
+        """Starts one engine for a load; takes the condition. Raises LoadFailure."""
+        with self.changed:
+            idle = any(e.idle for e in self.entries.values() if e is not entry)
+        entry.reserved = self._reserved(entry)
+        setup = Setup(settings.engine, rung, entry.reserved, idle)
+        starting = self._make_worker(entry.info, setup, functools.partial(self._died, entry))
+        with self.changed:
+            if self.closed:
+                raise Overloaded("The server is shutting down")
+            entry.starting = starting
+        return starting.start(progress)
+
+    def _failed(self, entry: Entry, attempt: LoadAttempt, error: ApiError) -> None:
+        """A load is over without a model. What every rung failed at is not tried again and again."""
+        self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
+        attempt.error, entry.asked = error, entry.held
+        if getattr(error, "cause", ""):
+            entry.retry_at = time.monotonic() + min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2**entry.failures)
+            entry.failures += 1
+        self.move(entry, "failed", error=error.details)
+
     def _died(self, entry: Entry, worker: Worker, reason: str) -> None:
         """A child ended by itself; takes the condition."""
+        self._ladder.died(worker)
         with self.changed:
             if entry.worker is worker and entry.state == "loaded":
                 self.move(entry, "failed", error=reason)
@@ -6520,7 +7264,10 @@ class Residents:
 
     def keep_alive(self, entry: Entry) -> float:
         """How many seconds the model stays when nobody uses it; below zero: for ever."""
-        return self._options.keep_alive if entry.keep_alive is None else entry.keep_alive
+        if entry.keep_alive is not None:
+            return entry.keep_alive
+        own = self._settings(entry).keep_alive
+        return self._options.keep_alive if own is None else own
 
     def keep(self, entry: Entry, seconds: float) -> None:
         """Changes how long the model stays; 0 unloads it now if it is idle."""
@@ -6595,9 +7342,10 @@ class Residents:
 class Lease:
     """A request's claim on a model: waits for the load, then keeps the worker in memory until the request is done."""
 
-    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, uses: bool = True) -> None:
-        """`uses` is false for who only wants the model loaded."""
-        self._residents, self._entry, self._cancel, self._uses = residents, entry, cancel, uses
+    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, uses: bool = True,
+                 asked: Mapping[str, Any] | None = None) -> None:  # fmt: skip
+        """`uses` is false for who only wants the model loaded; `asked` as Residents.worker_for has it."""
+        self._residents, self._entry, self._cancel, self._uses, self._asked = residents, entry, cancel, uses, asked
         self._deadline = time.monotonic() + LOAD_WAIT_SECONDS
         self._attempt = LoadAttempt()
         self._waiting = True
@@ -6618,7 +7366,7 @@ class Lease:
             while (left := until - time.monotonic()) > 0:
                 self._cancel.check()
                 self._attempt.check()
-                worker = self._residents.worker_for(entry, self._deadline)
+                worker = self._residents.worker_for(entry, self._deadline, self._asked)
                 if worker:
                     entry.waiting, entry.leases = entry.waiting - 1, entry.leases + self._uses
                     self._waiting = False
@@ -6667,7 +7415,7 @@ class Names:
     """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
 
     def __init__(self, options: TableOptions) -> None:
-        self._wanted, self._aliases = options.default, options.aliases
+        self._wanted, self._aliases, self._preset_aliases = options.default, options.aliases, options.preset_aliases
         self._models: dict[str, ModelInfo] = {}  # by id, in the order of the list
         self._stems: dict[str, str] = {}  # id to file stem
         self.default: str | None = None
@@ -6695,7 +7443,7 @@ class Names:
             return [name]
         import fnmatch
 
-        for pattern, target in self._aliases:
+        for pattern, target in (*self._aliases, *self._preset_aliases):
             if fnmatch.fnmatchcase(name, pattern):
                 return self.resolve("default") if target == "default" else self._match(target)
         return self._match(name)
@@ -6758,9 +7506,11 @@ class Names:
 class ModelTable:
     """The models by name, those on the disk and those in memory: what Service and the routes ask."""
 
-    def __init__(self, catalog: Catalog, make_worker: MakeWorker, options: TableOptions, metrics: Metrics | None = None) -> None:
-        self.catalog, self.options = catalog, options
-        self._residents = Residents(make_worker, options, metrics or Metrics())
+    def __init__(self, catalog: Catalog, make_worker: MakeWorker, options: TableOptions, metrics: Metrics | None = None,
+                 settings: Settings | None = None, ladder: Ladder | None = None) -> None:  # fmt: skip
+        self.catalog, self.options, self._settings = catalog, options, settings or Settings()
+        ladder = ladder or Ladder(KnownFaults(), log.info)
+        self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options)
         self._scanned = False  # the first scan is over, whatever came of it
@@ -6893,21 +7643,40 @@ class ModelTable:
         """All that the header of the model tells. Raises ModelNotFound."""
         return self._read_whole(self.resolve(name, cancel))
 
+    def _settings_of(self, entry: Entry) -> ModelSettings:
+        return self._settings.of(entry.info, entry.info.id == self._names.default, entry.asked)
+
+    def settings(self, id: str) -> ModelSettings:
+        """What holds for a model, or will when it is loaded."""
+        with self._changed:
+            return self._settings_of(self._entry(id))
+
     # Life
 
-    def lease(self, name: str, cancel: Cancellation, use: str = "generate") -> Lease:
-        """A request's claim on the model, to generate, embed or rank. Raises ModelNotFound, InvalidRequest if it cannot."""
+    def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None) -> Lease:
+        """A request's claim on the model, to generate, embed or rank. Raises ModelNotFound, InvalidRequest if it cannot.
+
+        `asked` are fields of EngineOptions that the request wants the model loaded with, as Residents.worker_for has it.
+        """
         id = self.resolve(name, cancel)
         self._check_use(id, use)
         with self._changed:
-            return Lease(self._residents, self._entry(id), cancel)
+            return Lease(self._residents, self._entry(id), cancel, asked=asked)
 
-    def load(self, name: str, wait: bool, cancel: Cancellation) -> dict[str, Any]:
-        """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status."""
+    def load(self, name: str, wait: bool, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status.
+
+        A model that is loaded with other options than `asked` is unloaded first, once its requests are done.
+        """
         id = self.resolve(name, cancel)
         self._read_whole(id)  # tells how to load it
         with self._changed:
             entry = self._entry(id)
+            entry.retry_at = 0.0
+            if asked and any(entry.asked.get(k, self) != v for k, v in asked.items()):
+                if entry.in_memory:
+                    self._residents.unload(entry, False, cancel)
+                entry.asked = {**entry.asked, **asked}
             if not wait:
                 self._residents.load_in_background(entry)
         if wait:
@@ -6994,17 +7763,19 @@ class ModelTable:
 class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
-    def __init__(self, catalog: Catalog, table: TableOptions, engine: EngineOptions, tools: ToolOptions = ToolOptions(),
+    def __init__(self, catalog: Catalog, table: TableOptions, settings: Settings, tools: ToolOptions = ToolOptions(),
                  max_queue: int = 512, allow_pull: bool = False) -> None:  # fmt: skip
-        self.engine, self.max_queue, self.allow_pull = engine, max_queue, allow_pull
+        self.settings, self.max_queue, self.allow_pull = settings, max_queue, allow_pull
         self.metrics = Metrics()
-        self.table = ModelTable(catalog, self._make_worker, table, self.metrics)
+        self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
+        self.faults = KnownFaults()
+        ladder = Ladder(self.faults, lambda line: self.report(line))
+        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, ladder)
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started, self._began = time.time(), time.monotonic()
-        self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
 
-    def _make_worker(self, info: ModelInfo, died: Callable[[Worker, str], None]) -> Worker:
-        return Worker(info, self.engine, self.max_queue, died, lambda line: self.report(line), self.metrics.meter(info.id))
+    def _make_worker(self, info: ModelInfo, setup: Setup, died: Callable[[Worker, str], None]) -> Worker:
+        return Worker(info, setup, self.max_queue, died, lambda line: self.report(line), self.metrics.meter(info.id))
 
     def _chat(self, worker: Worker) -> Chat:
         """How the model chats, made from what it says of itself when first asked."""
@@ -7025,8 +7796,9 @@ class Service:
     def _answer(self, request: GenerateRequest, cancel: Cancellation) -> Iterator[Event]:
         """One answer of the model's."""
         began = time.monotonic()
-        with self.table.lease(request.model, cancel) as lease:
+        with self.table.lease(request.model, cancel, asked=request.engine) as lease:
             worker = yield from self._loaded(lease, cancel)
+            request = self._filled(request, self.table.settings(worker.info.id))
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel, began)
             ends: list[Finished] = []
@@ -7042,6 +7814,15 @@ class Service:
             yield self._usage(ends, generation.index, request.n)
 
     @staticmethod
+    def _filled(request: GenerateRequest, settings: ModelSettings) -> GenerateRequest:
+        """The request with the model's own settings where it says nothing."""
+        messages, system = request.messages, {"role": "system", "content": settings.system}
+        if settings.system and messages and not any(message["role"] == "system" for message in messages):
+            messages = (system, *messages)
+        sampling = request.sampling.filled(settings.sampling, request.defaults)
+        return replace(request, messages=messages, sampling=sampling)
+
+    @staticmethod
     def _loaded(lease: Lease, cancel: Cancellation) -> Generator[Waiting, None, Worker]:
         """Waits for the model, with signs of life."""
         while (worker := lease.wait(PING_SECONDS)) is None:
@@ -7049,9 +7830,9 @@ class Service:
         cancel.check()
         return worker
 
-    def load(self, model: str, use: str, cancel: Cancellation) -> Iterator[Event]:
+    def load(self, model: str, use: str, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> Iterator[Event]:
         """Only loads the model, as a request that uses it would: Queued once it is there."""
-        with self.table.lease(model, cancel, use) as lease:
+        with self.table.lease(model, cancel, use, asked) as lease:
             worker = yield from self._loaded(lease, cancel)
             yield Queued(worker.info.id)
 
@@ -7060,7 +7841,7 @@ class Service:
         with self.table.lease(request.model, cancel) as lease:
             worker = lease.wait()
             assert worker
-            return "".join(self._chat(worker).prompt(request))
+            return "".join(self._chat(worker).prompt(self._filled(request, self.table.settings(worker.info.id))))
 
     def tokenize(self, model: str, job: Tokenize, cancel: Cancellation) -> Tokens:
         """A text's tokens, or what tokens stand for; the model is loaded for it."""
@@ -7098,7 +7879,7 @@ class Service:
     def embed(self, request: EmbedRequest, cancel: Cancellation) -> Iterator[Event]:
         """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
         began, use = time.monotonic(), "embed" if request.query is None else "rank"
-        with self.table.lease(request.model, cancel, use) as lease:
+        with self.table.lease(request.model, cancel, use, request.engine) as lease:
             worker = yield from self._loaded(lease, cancel)
             job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
             generation = worker.submit([job], cancel, began)
@@ -7146,8 +7927,13 @@ class Service:
             "memory": {"resident_bytes": self.memory_bytes(), "available_bytes": available_memory()},
             "directories": list(report.directories), "skipped": list(report.skipped),
             "models": len(report.models), "models_loaded": [w.info.id for w in self.table.workers()],
-            "server": {"running": True, "pid": os.getpid()},
+            "server": {"running": True, "pid": os.getpid()}, "known_faults": self.known_faults(),
         }  # fmt: skip
+
+    def known_faults(self) -> dict[str, Any]:
+        """What native code cannot do on this machine, as far as that was found out, and the file that remembers it."""
+        known = self.faults.read()
+        return {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})}
 
     def close(self) -> None:
         """Ends every engine and helper; idempotent."""
@@ -7581,7 +8367,8 @@ class Native(Dialect):
             prompts=() if prompt is None else (a_string("prompt", prompt),),
             messages=messages,
             builtins=builtins,
-            sampling=Sampling.from_json(body, **NATIVE_DEFAULTS),
+            sampling=Sampling.from_json(body),
+            defaults=NATIVE_DEFAULTS,
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -8673,9 +9460,6 @@ class Responses(BlockDialect):
 
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
 OLLAMA_FIELDS = ("options", "raw", "keep_alive", "suffix", "context", "template", "images", "think", "format")
-OLLAMA_UNUSED = {  # options that are checked, but decided when the model is loaded
-    "num_ctx": whole(1), "num_batch": whole(1), "num_keep": whole(-1), "num_thread": whole(0)
-}  # fmt: skip
 MAX_KEEP = 1e9  # seconds, 31 years: a date that every client can read
 GO_DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h))+|\d{1,9})")
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
@@ -8724,8 +9508,7 @@ def ollama_error(error: ApiError) -> dict[str, Any]:
 def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     """Ollama's options and format. A limit of 0 or less, like a seed below zero, is none."""
     options = optional(body, "options", an_object, {})
-    for name, check in OLLAMA_UNUSED.items():
-        optional(options, name, check)
+    optional(options, "num_keep", whole(-1))
     limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
     own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
     top = optional(body, "top_logprobs", whole(0, 20), 0)
@@ -8736,6 +9519,15 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     if isinstance(format, str):
         one_of("format", format, ("json",))
     return replace(sampling, json_schema=a_schema("format", {"type": "object"} if format == "json" else format))
+
+
+def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that Ollama decides at a model's load, as fields of EngineOptions."""
+    options = optional(body, "options", an_object, {})
+    least = {"num_ctx": 1, "num_batch": 1, "num_thread": 0, "num_gpu": -1}  # 0 threads are as many as usual
+    read = {name: optional(options, name, whole(least[name])) for name in OLLAMA_ENGINE}
+    return {OLLAMA_ENGINE[name]: min(value, 1 << 24 if name == "num_ctx" else 1 << 16) for name, value in read.items()
+            if value or (value is not None and name == "num_gpu")}  # fmt: skip
 
 
 def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -8768,7 +9560,8 @@ class Ollama(Dialect):
         if body.get("model") is None:
             raise InvalidRequest("model is required: the name of a model, or default", "model")
         return GenerateRequest(
-            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body)
+            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body),
+            engine=ollama_engine(body),
         )
 
     def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
@@ -8786,7 +9579,7 @@ class Ollama(Dialect):
         if self._keep == 0:
             yield Queued(service.table.resolve(self.request.model, cancel))
         else:
-            yield from service.load(self.request.model, "generate", cancel)
+            yield from service.load(self.request.model, "generate", cancel, self.request.engine)
         yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
         yield Usage(0, 0, 0, 0.0, 0.0)
 
@@ -8925,6 +9718,7 @@ class OllamaEmbed(Embeddings):
             inputs=() if given is None or given in ("", []) else read_inputs(self.taken(given)),
             dimensions=optional(body, "dimensions", whole(1)),
             truncate=body.get("truncate") is None or flag(body, "truncate"),
+            engine=ollama_engine(body),
         )
 
     def taken(self, given: Any) -> Any:
@@ -8936,7 +9730,7 @@ class OllamaEmbed(Embeddings):
         return kept(events, self, service, self._keep)
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        yield from service.load(self.request.model, "embed", cancel)
+        yield from service.load(self.request.model, "embed", cancel, self.request.engine)
         yield Vectors(0, ())
         yield Usage(0, 0, 0, 0.0, 0.0)
 
@@ -9053,7 +9847,7 @@ def parameter_number(words: str | None) -> int | None:
 def context_of(service: Service, info: ModelInfo, resident: Resident | None) -> int:
     """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
     own = info.context_length or 8192
-    return resident.loaded.ctx if resident else min(service.engine.ctx or min(own, 8192), own)
+    return resident.loaded.ctx if resident else min(service.settings.engine.ctx or min(own, 8192), own)
 
 
 def template_of(metadata: Mapping[str, Any]) -> str:
@@ -9132,8 +9926,9 @@ def model_properties(service: Service, info: ModelInfo, resident: Resident | Non
     tools = "tools" in capabilities(info, metadata, resident)
     caps = {"supports_system_role": True} | {f"supports_{what}": tools for what in ("tools", "tool_calls", "parallel_tool_calls")}
     return {
-        "default_generation_settings": {"n_ctx": context}, "total_slots": service.engine.parallel, "model_alias": info.id,
-        "model_path": os.path.basename(info.path), "chat_template": template_of(metadata), "chat_template_caps": caps,
+        "default_generation_settings": {"n_ctx": context}, "total_slots": service.settings.engine.parallel,
+        "model_alias": info.id, "model_path": os.path.basename(info.path), "chat_template": template_of(metadata),
+        "chat_template_caps": caps,
         "modalities": {"vision": False, "audio": False}, "build_info": f"shimmy-{__version__}", "is_sleeping": resident is None,
     }  # fmt: skip
 
@@ -9942,9 +10737,10 @@ def answer_discover(call: Call) -> Answer:
 
 
 def answer_load(call: Call) -> Answer:
-    """200 with the status once the model is loaded; with `?wait=false` 202 at once."""
+    """200 with the status once the model is loaded; with `?wait=false` 202 at once. The body may hold a preset's keys."""
     wait = call.query.get("wait", "true").lower() not in ("false", "0", "no")
-    status = call.service.table.load(call.names[0], wait, call.cancel)
+    asked = load_options(parse_object(call.body)) if call.body.strip() else {}
+    status = call.service.table.load(call.names[0], wait, call.cancel, asked)
     return Answer(status, 200 if wait or status["loaded"] else 202)
 
 
@@ -11189,6 +11985,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
     add("--model", metavar="NAME|PATH", help="what `default` means; OWNER/REPO[:QUANT] is fetched first")
     add("--preload", action="store_true", help="load the default model at once")
     add("--alias", action="append", type=alias, default=[], metavar="PATTERN=MODEL", help="names that mean a model")
+    add("--preset", metavar="FILE.ini", help="settings of single models: a section a model, its keys are flags")
     add("--max-loaded", type=count(1), default=3, metavar="N", help="models in memory at once (default: 3)")
     add("--keep-alive", type=duration, default=-1, metavar="5m", help="unload models idle for so long; 0: at once, "
         "-1: never (default)")  # fmt: skip
@@ -11225,6 +12022,12 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
                      "calculator (repeatable)")  # fmt: skip
     sub.add_argument("--local", action="store_true", help="never ask a running server")
     _address_flags(sub)
+    _sampling_flags(sub)
+    _engine_flags(sub)
+
+
+def _sampling_flags(sub: argparse.ArgumentParser) -> None:
+    """One flag for each parameter of Sampling that has a line of help."""
     group = sub.add_argument_group("sampling")
     for f in fields(Sampling):
         if f.metadata.get("help"):
@@ -11233,7 +12036,6 @@ def _generate_flags(sub: argparse.ArgumentParser) -> None:
             repeated, switch = {"action": "append", "metavar": "TEXT"}, {"action": "store_true", "default": None}
             kind = {stops: repeated, breakers: repeated, boolean: switch}.get(f.metadata["check"])
             group.add_argument(flag, help=help, **kind or {"type": _plain_number, "metavar": "N"})  # type: ignore[arg-type]
-    _engine_flags(sub)
 
 
 def _plain_number(words: str) -> float:
@@ -11262,29 +12064,167 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     return host, number
 
 
-def engine_options(args: argparse.Namespace) -> EngineOptions:
-    """The engine's knobs from flags and SHIMMY_MAX_CTX."""
-    given: dict[str, Any] = {f.name: getattr(args, f.name, None) for f in fields(EngineOptions)}
-    if given["ctx"] is None and os.environ.get("SHIMMY_MAX_CTX"):
-        try:
-            given["ctx"] = int(os.environ["SHIMMY_MAX_CTX"])
-        except ValueError:
-            raise UsageError(f"SHIMMY_MAX_CTX {os.environ['SHIMMY_MAX_CTX']} is no whole number") from None
-    for name, most in {"ctx": 1 << 24, "parallel": 200, "kv_pool": 1 << 26, "threads": 1024, "batch": 65536}.items():
-        if given[name] is not None and not 1 <= given[name] <= most:
-            raise UsageError(f"--{name.replace('_', '-')} must be from 1 to {most}, not {given[name]}")
-    if given["flash_attn"] == "off" and given["kv_type"] not in (None, "f16"):
-        raise UsageError(f"--kv-type {given['kv_type']} needs flash attention, which --flash-attn off forbids")
-    given["lora"] = tuple(given["lora"] or ())
-    for file in given["lora"]:
+ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
+                 "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
+
+
+def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of EngineOptions that the flags give. Raises UsageError for values that make no sense."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(EngineOptions)}
+    found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
+    for name, (least, most) in ENGINE_BOUNDS.items():
+        if not least <= found.get(name, least) <= most:
+            raise UsageError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {found[name]}")
+    if found.get("flash_attn") == "off" and found.get("kv_type", "f16") != "f16":
+        raise UsageError(f"--kv-type {found['kv_type']} needs flash attention, which --flash-attn off forbids")
+    for file in found.get("lora", ()):
         if not os.path.isfile(file):
             raise UsageError(f"--lora {file}: there is no such file")
-    if given["chat_template"]:
+    if "chat_template" in found:
         try:
-            given["chat_template"] = pathlib.Path(given["chat_template"]).read_text(encoding="utf-8")
+            found["chat_template"] = pathlib.Path(found["chat_template"]).read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
-            raise UsageError(f"--chat-template {given['chat_template']}: {getattr(error, 'strerror', None) or error}") from None
-    return EngineOptions(**{k: v for k, v in given.items() if v is not None})
+            raise UsageError(f"--chat-template {found['chat_template']}: {getattr(error, 'strerror', None) or error}") from None
+    check_devices(found)
+    return found
+
+
+def check_devices(found: Mapping[str, Any]) -> None:
+    """Raises UsageError for devices that are not there; a helper process is asked, but only if any are named."""
+    named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
+    if not any(named.values()) and "main_gpu" not in found:
+        return
+    devices = engine_build()["devices"]
+    there = [d["name"] for d in devices]
+    for flag, names in named.items():
+        if absent := [name for name in names if name not in there and not (flag == "--device" and names == ("none",))]:
+            raise UsageError(f"{flag} {absent[0]}: there is no such device; there are {', '.join(there) or 'none'}")
+    gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
+    if found.get("main_gpu", -1) >= len(found.get("device") or gpus):
+        raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
+
+
+def engine_flags(args: argparse.Namespace) -> dict[str, Any]:
+    """The same of a command line, with SHIMMY_MAX_CTX."""
+    found = engine_fields(args)
+    if "ctx" not in found and os.environ.get("SHIMMY_MAX_CTX"):
+        try:
+            found["ctx"] = int(os.environ["SHIMMY_MAX_CTX"])
+        except ValueError:
+            raise UsageError(f"SHIMMY_MAX_CTX {os.environ['SHIMMY_MAX_CTX']} is no whole number") from None
+        least, most = ENGINE_BOUNDS["ctx"]
+        if not least <= found["ctx"] <= most:
+            raise UsageError(f"SHIMMY_MAX_CTX must be from {least} to {most}, not {found['ctx']}")
+    return found
+
+
+# Settings of single models
+
+SYNONYMS = {  # llama-server's names of our flags, where they mean the same
+    "c": "ctx", "ctx-size": "ctx", "np": "parallel", "t": "threads", "ngl": "gpu-layers", "n-gpu-layers": "gpu-layers",
+    "ncmoe": "n-cpu-moe", "ot": "override-tensor", "dev": "device", "mg": "main-gpu", "ts": "tensor-split", "fa": "flash-attn",
+    "b": "batch", "batch-size": "batch", "cache-type-k": "kv-type", "cache-type-v": "kv-type", "ctk": "kv-type",
+    "ctv": "kv-type", "chat-template-file": "chat-template", "temp": "temperature", "n-predict": "max-tokens",
+    "load-on-startup": "preload", "s": "seed", "a": "alias",
+}  # fmt: skip
+SWITCHES = {"true": True, "on": True, "1": True, "yes": True, "false": False, "off": False, "0": False, "no": False}
+
+
+class PresetParser(Arguments):
+    """Reads the keys of a preset or of a load's body as the flags that they are; says what is wrong as a UsageError."""
+
+    def __init__(self) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        _engine_flags(self)
+        _sampling_flags(self)
+        self.add_argument("--alias", action="append", default=[])
+        self.add_argument("--preload", action="store_true")
+        self.add_argument("--keep-alive", type=duration)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+    def read(self, pairs: Mapping[str, Any]) -> argparse.Namespace:
+        """The flags that the pairs stand for. Raises UsageError, which begins with the key."""
+        result = argparse.Namespace()
+        for key, value in pairs.items():
+            flag = key.strip().replace("_", "-")
+            flag = SYNONYMS.get(flag, flag)
+            action = self._option_string_actions.get(f"--{flag}")
+            if action is None:
+                raise UsageError(f"{printable(key)}: there is no such setting")
+            try:
+                self.parse_args(self._words(flag, action, value), result)
+            except UsageError as error:
+                raise UsageError(f"{printable(key)}: {str(error).partition(': ')[2] or error}") from None
+        return self.parse_args([], result)
+
+    @staticmethod
+    def _words(flag: str, action: argparse.Action, value: Any) -> list[str]:
+        """A pair as words of a command line."""
+        if action.nargs == 0:
+            switch = SWITCHES.get(str(value).lower())
+            if switch is None:
+                raise UsageError(f"--{flag}: {printable(str(value))} is neither true nor false")
+            off = f"--no-{flag}" if isinstance(action, argparse.BooleanOptionalAction) else None
+            return [f"--{flag}"] if switch else [off] if off else []
+        values = value if isinstance(value, list) else [value]
+        if not isinstance(action, argparse._AppendAction):
+            values = [",".join(map(str, values))]
+        elif flag != "override-tensor" and not isinstance(value, list):
+            values = str(value).split(",")
+        return [f"--{flag}={str(v).strip()}" for v in values]
+
+
+def read_preset(file: str) -> list[Preset]:
+    """The sections of a preset file, llama-server's form: INI, a section a model. Raises UsageError naming file, section, key."""
+    import configparser
+
+    ini = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="\0", comment_prefixes=("#", ";"))
+    ini.optionxform = str  # type: ignore[assignment, method-assign]
+    try:
+        ini.read_string("[\1]\n" + pathlib.Path(file).read_text(encoding="utf-8"), file)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--preset {file}: {getattr(error, 'strerror', None) or error}") from None
+    except configparser.Error as error:
+        raise UsageError(f"--preset {file}: {' '.join(error.message.split())}") from None
+    presets = []
+    for section in ini.sections():
+        pairs = dict(ini[section])
+        if section == "\1":  # what stands above the first section
+            if left := [key for key in pairs if key != "version"]:
+                raise UsageError(f"--preset {file}: {left[0]} stands in no section")
+            continue
+        try:
+            presets.append(preset := preset_of(section, pairs))
+            if preset.aliases and re.search(r"[*?\[]", section):
+                raise UsageError("alias: a pattern means several models, and a name can mean only one")
+        except UsageError as error:
+            raise UsageError(f"--preset {file}: [{section}] {error}") from None
+    return presets
+
+
+def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
+    """What pairs of key and value say of the models that a pattern means. Raises UsageError."""
+    args = PresetParser().read(pairs)
+    sampling = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")}
+    try:
+        checked = Sampling.from_json({k: v for k, v in sampling.items() if v is not None})
+    except InvalidRequest as error:
+        raise UsageError(str(error)) from None
+    given = {k: getattr(checked, k) for k, v in sampling.items() if v is not None}
+    return Preset(pattern, engine_fields(args), given, tuple(args.alias), args.preload, args.keep_alive)
+
+
+def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of EngineOptions from the body of a load: a preset's keys. Raises InvalidRequest."""
+    try:
+        preset = preset_of("", body)
+    except UsageError as error:
+        raise InvalidRequest(str(error), str(error).partition(":")[0]) from None
+    if preset.sampling or preset.aliases or preset.preload or preset.keep_alive is not None:
+        raise InvalidRequest("a load takes the engine's settings, no sampling, alias, preload or keep-alive", None)
+    return dict(preset.engine)
 
 
 def make_service(args: argparse.Namespace, model: str | None = None, **more: Any) -> Service:
@@ -11296,10 +12236,12 @@ def make_service(args: argparse.Namespace, model: str | None = None, **more: Any
         if not os.path.isfile(file):
             raise ModelNotFound(f"There is no file {file}")
     catalog = Catalog(search_roots(args.models_dir, base if base and is_path(base) else None), files)
+    presets = read_preset(args.preset) if getattr(args, "preset", None) else []
     table = TableOptions(
-        getattr(args, "max_loaded", 3), getattr(args, "keep_alive", -1), default, tuple(getattr(args, "alias", ()))
-    )
-    return Service(catalog, table, engine_options(args), **more)
+        getattr(args, "max_loaded", 3), getattr(args, "keep_alive", -1), default, tuple(getattr(args, "alias", ())),
+        tuple((alias, p.pattern) for p in presets for alias in p.aliases),
+    )  # fmt: skip
+    return Service(catalog, table, Settings(engine_flags(args), presets, args.command != "serve"), **more)
 
 
 def is_path(model: str) -> bool:
@@ -11367,6 +12309,7 @@ def command_serve(args: argparse.Namespace) -> int:
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     service.table.start()
+    threading.Thread(target=service.faults.kernels, name="kernels", daemon=True).start()  # before the first load asks
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
     threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
@@ -11427,9 +12370,14 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
         signals.stop(2)
         return
     tell_serving(args, service, url)
-    if args.preload:
+    ids = [model.id for model in service.table.infos()]
+    for preset in service.settings.presets:
+        if preset.pattern != "*" and not any(map(preset.means, ids)):
+            log.warning("--preset %s: [%s] means no model that is here", args.preset, printable(preset.pattern))
+    wanted = [id for id in ids for preset in service.settings.presets if preset.preload and preset.means(id)]
+    for name in dict.fromkeys([*(["default"] if args.preload else []), *wanted]):
         try:
-            service.table.load("default", True, Cancellation())
+            service.table.load(name, True, Cancellation())
         except ApiError as error:
             log.error("preload: %s", error)
 
@@ -11443,8 +12391,8 @@ def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
     log.warning("default model: %s; %d model%s found", printable(default or "none"), len(models), "s" * (len(models) != 1))
     rows = [("found", words) for words in found_words(service.table.catalog.report)]
     if default:
-        rows.append(("memory", serving_memory(service.table.info(default), service.engine)))
-    rows += [("engine", words) for words in engine_words(service.engine)]
+        rows.append(("memory", serving_memory(service.table.info(default), service.table.settings(default).engine)))
+    rows += [("engine", words) for words in engine_words(service.settings.engine)]
     key = ' -H "Authorization: Bearer KEY"' if args.api_key or os.environ.get("SHIMMY_API_KEY") else ""
     body = '{"messages":[{"role":"user","content":"Hello!"}]}'
     rows += [("page", f"{url}/"), ("try", f"curl {url}/v1/chat/completions{key} -d '{body}'")]
@@ -11479,31 +12427,25 @@ def serving_memory(model: ModelInfo, engine: EngineOptions) -> str:
     """Whether the default model fits the memory, and with which context."""
     free, most = available_memory(), model.largest_context(engine.kv_type)
     if free is None:
-        return "nobody tells how much is free"
+        return "free memory unknown"
     told = f"{human_bytes(free)} free, {printable(model.id)} takes"
     if most is None or model.embedding:
         return f"{told} {human_bytes(model.size_bytes)}"
-    told = f"{told} about {human_bytes(model.size_bytes + pool_bytes(model, engine, free))}"
     usual = min(engine.ctx or 8192, model.context_length or 8192)
     if most < usual:
         advice = f"only {most:,} fit, say --ctx {most}" if most else "none fits"
-        return f"{told}; {usual:,} tokens of context do not fit: {advice}"
-    return f"{told}; {usual:,} tokens of context, up to {most:,} fit (--ctx)"
-
-
-def pool_bytes(model: ModelInfo, engine: EngineOptions, free: int) -> int:
-    """The KV pool that the engine will make: four contexts by default, at most a quarter of the memory that is left."""
-    each, own = (model.kv_numbers or 0) * KV_WIDTHS[engine.kv_type], model.context_length or 8192
-    ctx = min(engine.ctx or 8192, own)
-    pool = engine.kv_pool * each if engine.kv_pool else min(4 * ctx * each, (free - model.size_bytes) / 4)
-    return int(max(pool, ctx * each))
+        return f"{told} {human_bytes(model.size_bytes)}; {usual:,} tokens of context do not fit: {advice}"
+    with contextlib.suppress(LoadError):  # memory that was taken since
+        need = plan_load(model, Setup(engine), free).memory_need - GRAPH_BYTES
+        return f"{told} about {human_bytes(need)}; {usual:,} tokens of context, up to {most:,} fit (--ctx)"
+    return f"{told} {human_bytes(model.size_bytes)}"
 
 
 def engine_words(engine: EngineOptions) -> Iterator[str]:
     """The threads, and a GPU that lies idle."""
     threads, gpu = engine.threads or physical_cores(), machine_gpu()
     yield f"{threads} thread{'s' * (threads != 1)}"
-    if gpu and engine.gpu_layers and not engine_build()["gpu_offload"]:
+    if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
         build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
         yield f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"
 
@@ -11843,14 +12785,16 @@ def command_probe(args: argparse.Namespace) -> int:
           f"loaded in    {result['load_seconds']:.2f} s\n"
           f"memory       {human_bytes(result['memory_bytes'])}, {human_bytes(result['available_bytes'] or 0)} are left\n"
           f"context      {result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}\n"
-          f"prompt       {result['prompt_tokens_per_second']:,.0f} tokens/s\n"
+          + "".join(f"{key:12} {result[key]}\n" for key in ("devices", "fallback") if result[key])
+          + f"prompt       {result['prompt_tokens_per_second']:,.0f} tokens/s\n"
           f"generated    {result['generated_tokens_per_second']:,.0f} tokens/s")  # fmt: skip
     return 0
 
 
 def probe(service: Service, name: str) -> dict[str, Any]:
     """Loads a model for real and generates 64 tokens; speeds in tokens per second."""
-    cancel, most = Cancellation(), service.table.info(name).largest_context(service.engine.kv_type)
+    cancel, engine = Cancellation(), service.table.settings(name).engine
+    most = service.table.info(name).largest_context(engine.kv_type)
     with service.table.lease(name, cancel) as lease:
         worker = lease.wait()
         assert worker
@@ -11863,6 +12807,7 @@ def probe(service: Service, name: str) -> dict[str, Any]:
             "model": name, "path": worker.info.path, "load_seconds": round(worker.load_seconds, 3),
             "memory_bytes": worker.memory_bytes(), "available_bytes": available_memory(),
             "context_length": worker.loaded.ctx, "largest_context": most,
+            "devices": worker.loaded.devices, "fallback": worker.setup.rung.words(),
             "prompt_tokens": usage.prompt_tokens, "completion_tokens": usage.completion_tokens,
             "prompt_tokens_per_second": round(usage.prompt_tokens / max(usage.prompt_seconds, 1e-9), 1),
             "generated_tokens_per_second": round((usage.completion_tokens - 1) / max(usage.decode_seconds, 1e-9), 1),
@@ -11972,8 +12917,12 @@ def command_diag(args: argparse.Namespace) -> int:
     if args.json:
         print_json(document)
         return 0
-    for key in [*versions(), *engine_build()]:
+    for key in [*versions(), "engine", "gpu_offload"]:
         print(f"{key:12} {printable(str(document[key]))}")
+    for device in document["devices"]:
+        words = f"{device['name']}: {device['description']}, {human_bytes(device['free'])} free"
+        print(f"{'device':12} {printable(words)}")
+    print(f"{'known faults':12} {printable(_fault_words(document['known_faults']), MAX_SHOWN_PATH)}")
     free = document["memory"]["available_bytes"]
     print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
     print(f"{'server':12} {document['server']['url']}: {_server_words(document['server'])}")
@@ -11984,6 +12933,13 @@ def command_diag(args: argparse.Namespace) -> int:
     for skipped in document["skipped"]:
         print(f"{'skipped':12} {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}")
     return 0
+
+
+def _fault_words(known: Mapping[str, Any]) -> str:
+    """What native code cannot do here, and how to forget that."""
+    broken = [f"{name} kernels ({fault})" for name, fault in known["kernels"].items() if fault]
+    broken += [f"{kind} ({said.get('reason')})" for kind, said in known["rungs"].items() if isinstance(said, dict)]
+    return f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken else "none"
 
 
 def server_state(args: argparse.Namespace) -> dict[str, Any]:
@@ -12570,7 +13526,7 @@ def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: di
 
 def line_documents(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The lines' documents in order, made as many at once as the engine batches."""
-    parallel = engine_options(args).parallel
+    parallel = Settings(engine_flags(args)).engine.parallel
     answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * parallel)  # reads ahead so far
     jobs: queue.SimpleQueue[tuple[str | ApiError, queue.SimpleQueue[dict[str, Any]]]] = queue.SimpleQueue()
 
@@ -12812,11 +13768,18 @@ def available_memory() -> int | None:
             free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
     for directory in _cgroups("memory"):
         free += _cgroup_memory(directory)
-    if not free and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        free.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    if not free and sys.platform == "darwin":
+        free += _mac_memory(output_of(["/usr/bin/vm_stat"]))
     if not free and sys.platform == "win32":
         free.append(_windows_memory())
     return max(0, min(free)) if free else None
+
+
+def _mac_memory(vm_stat: str) -> Iterator[int]:
+    """Free bytes by what vm_stat(1) prints: pages that are free, or that the kernel gives back when asked."""
+    pages = dict(re.findall(r"^Pages (\w+): +(\d+)\.", vm_stat, re.M))
+    if size := re.search(r"page size of (\d+) bytes", vm_stat):
+        yield int(size[1]) * sum(int(pages.get(kind, 0)) for kind in ("free", "inactive", "speculative", "purgeable"))
 
 
 def _windows_memory() -> int:
@@ -12836,9 +13799,14 @@ def resident_bytes(pids: Iterable[int]) -> int:
         return sum(_proc_pages(pid, 1) for pid in pids)
     if sys.platform == "win32":
         tasklist = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "tasklist.exe")
-        shown = output_of([tasklist, "/fo", "csv", "/nh", *(f"/fi:PID eq {p}" for p in pids[:1])])
-        return int("0" + re.sub(r"\D", "", shown.split('","')[-1])) * 1024
+        return _windows_resident(output_of([tasklist, "/fo", "csv", "/nh"]), pids)
     return sum(int(n) for n in output_of(["/bin/ps", "-o", "rss=", "-p", ",".join(map(str, pids))]).split()) * 1024
+
+
+def _windows_resident(tasklist: str, pids: Seq[int]) -> int:
+    """Bytes by tasklist's rows: "name","PID","session","number","12.345 K", with a separator by the user's language."""
+    rows = re.findall(r'^"[^"]*","(\d+)","[^"]*","[^"]*","([^"]*)"', tasklist, re.M)
+    return sum(int("0" + re.sub(r"\D", "", size)) * 1024 for pid, size in rows if int(pid) in pids)
 
 
 def output_of(command: Seq[str], seconds: float | None = None) -> str:
@@ -12980,7 +13948,116 @@ def _ask_engine_build() -> dict[str, Any]:
     try:
         return dict(json.loads(output_of(child_command("build_main"), 60)))
     except (OSError, ValueError, subprocess.SubprocessError):
-        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
+        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "devices": []}
+
+
+class KnownFaults:
+    """What native code was found not to do on this machine with this build of llama-cpp-python: JSON in the user's cache.
+
+    Each machine and build has an entry of its own: a home directory may be on a network, and a driver or library that
+    changes may have been mended. Any thread and several processes may use the file; one that is damaged counts as empty.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path or os.path.join(user_cache(), "known-faults.json")
+        self._lock = threading.Lock()
+
+    @functools.cached_property
+    def _key(self) -> str:
+        import hashlib
+
+        return hashlib.sha256("\n".join(self._signs()).encode()).hexdigest()[:16]
+
+    @staticmethod
+    def _signs() -> Iterator[str]:
+        """What tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
+        import importlib.util
+        import platform
+
+        yield from (platform.machine(), platform.processor(), platform.release())
+        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+            yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
+        for sign in GPU_SIGNS:
+            with contextlib.suppress(OSError):
+                yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
+        spec = importlib.util.find_spec("llama_cpp")
+        for folder in spec.submodule_search_locations or [] if spec else []:
+            with contextlib.suppress(OSError):
+                yield from (f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}"
+                            for f in sorted(os.scandir(os.path.join(folder, "lib")), key=lambda f: f.name))  # fmt: skip
+
+    def read(self) -> dict[str, Any]:
+        """What is known here: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
+        entry = self._read().get(self._key)
+        return entry if isinstance(entry, dict) else {}
+
+    def _read(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError, ValueError, RecursionError):
+            known = json.loads(pathlib.Path(self.path).read_text(encoding="utf-8"))
+            return known if isinstance(known, dict) else {}
+        return {}
+
+    def note(self, kind: str, found: Mapping[str, Any]) -> None:
+        """Adds to what is known here of a kind. A folder that cannot be written only costs the finding out again."""
+        with self._lock, contextlib.suppress(OSError):
+            known, entry = self._read(), self.read()
+            entry[kind] = (entry[kind] if isinstance(entry.get(kind), dict) else {}) | dict(found)
+            os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+            part = f"{self.path}.{os.getpid()}"
+            pathlib.Path(part).write_text(json.dumps(known | {self._key: entry}, indent=1), encoding="utf-8")
+            os.replace(part, self.path)
+
+    def kernels(self) -> tuple[dict[str, str], bool]:
+        """The CPU's special kernels of llama.cpp by name, and what is wrong with each, "" for a good one; whether that is new.
+
+        They are tried once on a machine with a build; whoever asks first waits for that, a quarter of a second.
+        """
+        with _trying_kernels:
+            known = self.read().get("kernels")
+            if isinstance(known, dict) and all(isinstance(fault, str) for fault in known.values()):
+                return known, False
+            found = try_kernels()
+            if found is not None:
+                self.note("kernels", found)
+        return found or {}, True
+
+
+_trying_kernels = threading.Lock()
+KERNEL_SECONDS = 60.0  # for all of them: what takes 0.2 s, on a machine that others keep busy
+
+
+def try_kernels() -> dict[str, str] | None:
+    """Tries each of the CPU's special kernels in a child, as a broken one ends the process or never comes back.
+
+    None where none can be tried, without llama.cpp for instance.
+    """
+    import subprocess
+
+    found: dict[str, str] = {}
+    while True:
+        command = child_command("kernels_main", *found)
+        try:
+            # no shell, and nothing from a client is on the command line
+            done = subprocess.run(command, capture_output=True, text=True, timeout=KERNEL_SECONDS)  # noqa: S603  # nosec B603
+            said, fault, failed = done.stdout, ending(done.returncode), bool(done.returncode)
+        except subprocess.TimeoutExpired as error:
+            said, fault, failed = (error.stdout or b"").decode(), "hangs", True
+        except (OSError, subprocess.SubprocessError):
+            return None
+        rows = [line.partition("\t") for line in said.splitlines()]
+        found |= {name: words if tab else fault for name, tab, words in rows}
+        if not rows or rows[-1][1]:  # all that begun came to an end
+            return None if failed else found
+
+
+def ending(code: int | None) -> str:
+    """How a process ended, by its exit status (subprocess): "signal 11" or "exit status 1"."""
+    return f"signal {-code}" if code is not None and code < 0 else f"exit status {code}"
+
+
+def has_crashed(code: int | None) -> bool:
+    """Whether a process's exit status tells of a crash in native code: a signal, or an exception of Windows."""
+    return code is not None and (code < 0 or code >= 0xC0000000)
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -13116,6 +14193,7 @@ class GgufHeader:
     complete: bool  # False: reading stopped at the vocabulary
     parameters: int = 0  # summed over the tensors, when complete
     data_end: int = 0  # where the last tensor ends, bytes from the file's start, when complete
+    tensors: tuple[tuple[str, int], ...] = ()  # names and bytes, when complete
 
 
 # elements and bytes of a block, by ggml_type (ggml.h)
@@ -13141,8 +14219,7 @@ def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: 
             if kind == 9 and key.startswith("tokenizer.") and not whole_header:
                 return GgufHeader(metadata, tensors, complete=False)
             metadata[key] = reader.value(kind)
-        parameters, data_end = _read_tensors(reader, tensors, metadata)
-        return GgufHeader(metadata, tensors, True, parameters, data_end)
+        return GgufHeader(metadata, tensors, True, *_read_tensors(reader, tensors, metadata))
 
 
 def _read_counts(reader: HeaderReader) -> tuple[int, int]:
@@ -13163,24 +14240,194 @@ def _read_counts(reader: HeaderReader) -> tuple[int, int]:
     return tensors, pairs
 
 
-def _read_tensors(reader: HeaderReader, count: int, metadata: Mapping[str, Any]) -> tuple[int, int]:
-    """Parameters in all tensors, and where in the file the last one ends."""
-    parameters, end = 0, 0
+def _read_tensors(
+    reader: HeaderReader, count: int, metadata: Mapping[str, Any]
+) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+    """Parameters in all tensors, where in the file the last one ends, and names and bytes of each."""
+    parameters, end, found = 0, 0, []
     for _ in range(count):
-        reader.skip_strings(1)
-        dimensions = reader.scalar("I")
+        name, dimensions = reader.string(), reader.scalar("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
         elements = math.prod(reader.scalar("Q") for _ in range(dimensions))
         kind, offset = reader.scalar("I"), reader.scalar("Q")
         block, width = BLOCKS.get(kind, (1, 0))
+        size = elements // block * width
         parameters += elements
-        end = max(end, offset + elements // block * width)
+        end = max(end, offset + size)
+        found.append((name, size))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
     start = reader.base + reader.at
-    return parameters, start + -start % alignment + end
+    return parameters, start + -start % alignment + end, tuple(found)
+
+
+# What a model takes in memory, and what of it goes where
+
+KV_WIDTHS = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes of a number in the KV cache, by --kv-type
+GRAPH_BYTES = 128 * MIB  # of a context beside its KV cache: the graph's buffers, and logits
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """What a model keeps of a text in each layer: numbers of the KV cache for a token, bytes of recurrent state a sequence."""
+
+    layers: tuple[int, ...] = ()  # keys and values; 0 where a layer has none
+    states: tuple[int, ...] = ()  # 0 where a layer has none
+
+    def token_bytes(self, kv_type: str, first: int = 0) -> float:
+        """Bytes of a token in the layers from `first` on."""
+        return sum(self.layers[first:]) * KV_WIDTHS[kv_type]
+
+    def state_bytes(self, sequences: int, first: int = 0) -> int:
+        """Bytes of all sequences' states in the layers from `first` on."""
+        return sum(self.states[first:]) * sequences
+
+
+def kv_shape(meta: Mapping[str, Any], architecture: str) -> KvShape | None:
+    """A model's KvShape by its header, as llama-kv-cache.cpp and llama-hparams.cpp have it; None if the header is odd."""
+
+    def said(name: str, default: Any = 0) -> Any:
+        return meta.get(f"{architecture}.{name}", default)
+
+    def each(value: Any) -> list[int]:
+        """A value for each layer. Raises ValueError unless it is one or more whole numbers."""
+        listed = list(value) if isinstance(value, tuple) else [value] * n_layer
+        if not all(isinstance(n, int) and 0 <= n < 1 << 24 for n in listed):
+            raise ValueError
+        return [*listed, *[0] * n_layer][:n_layer]
+
+    if architecture in EMBEDDERS or said("attention.causal", None) is False:
+        return KvShape()
+    n_layer = said("block_count")
+    if not isinstance(n_layer, int) or not 0 < n_layer <= 4096:
+        return None
+    try:
+        (width, *_), heads = each(said("embedding_length")), each(said("attention.head_count"))
+        kv_heads = each(said("attention.head_count_kv", heads[0]))
+        usual = width // max(heads) if max(heads) else 0
+        sizes = [sum(each(said(f"attention.{part}_length{suffix}", said(f"attention.{part}_length", usual)))[0]
+                     for part in (("key",) if said("attention.key_length_mla") else ("key", "value")))
+                 for suffix in ("", "_swa")]  # fmt: skip
+        borrowers = each(said("attention.shared_kv_layers", max(0, n_layer - 20) if architecture == "gemma3n" else 0))[0]
+        state = _state_bytes(lambda name: each(said(name))[0], width, max(heads))
+    except ValueError:
+        return None
+    windows, recurrent = _windows(said("attention.sliding_window_pattern"), n_layer), _recurrent_layers(said, kv_heads, n_layer)
+    with_keys = [not r and i < n_layer - borrowers for i, r in enumerate(recurrent)]  # the last ones may read those before them
+    layers = tuple(n * sizes[w] * k for n, w, k in zip(kv_heads, windows, with_keys, strict=True))
+    states = tuple(state * (r or not any(recurrent)) for r in recurrent)
+    return KvShape(layers, states) if any(layers) or any(states) else None
+
+
+def _windows(pattern: Any, count: int) -> list[bool]:
+    """Which layers see only a window: stated for each, or all but every n-th."""
+    if isinstance(pattern, tuple):
+        return [bool(w) for w in (*pattern, *[False] * count)[:count]]
+    return [isinstance(pattern, int) and pattern > 1 and (i + 1) % pattern != 0 for i in range(count)]
+
+
+def _recurrent_layers(said: Callable[..., Any], kv_heads: Seq[int], count: int) -> list[bool]:
+    """Which layers keep a state in place of keys and values: stated, by an interval, or those without KV heads."""
+    stated, interval = said("attention.recurrent_layers", None), said("full_attention_interval")
+    if isinstance(stated, tuple):
+        return [bool(r) for r in (*stated, *[False] * count)[:count]]
+    if isinstance(interval, int) and interval > 0:
+        return [(i + 1) % interval != 0 for i in range(count)]
+    return [not heads for heads in kv_heads]
+
+
+def _state_bytes(said: Callable[[str], int], width: int, heads: int) -> int:
+    """Bytes of a sequence's state in one recurrent layer, in 32-bit floats: RWKV's, LFM2's, delta attention's or Mamba's."""
+    names = ("wkv.head_size", "shortconv.l_cache", "kda.head_dim", "ssm.conv_kernel", "ssm.inner_size", "ssm.state_size",
+             "ssm.group_count", "token_shift_count")  # fmt: skip
+    head, cached, delta, kernel, inner, state, groups, shifts = map(said, names)
+    if head:
+        return 4 * width * ((shifts or 2) + head)
+    if cached:
+        return 4 * width * (cached - 1)
+    if delta:
+        return 4 * heads * delta * (3 * max(kernel - 1, 3) + delta)
+    return 4 * (max(kernel - 1, 0) * (inner + 2 * groups * state) + state * inner)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model's tensors."""
+
+    layers: tuple[tuple[int, int], ...]  # of each layer, and how many of these are its experts'
+    output: int  # behind the last layer; the same tensor may be the input layer's, which stays on the CPU
+
+
+def read_weights(paths: Iterable[str]) -> Weights:
+    """The weights by the headers of a model's files. Raises GgufError, OSError."""
+    tensors = [tensor for path in paths for tensor in read_gguf_header(path, os.path.getsize(path)).tensors]
+    layers: dict[int, tuple[int, int]] = {}
+    output = sum(size for name, size in tensors if name.startswith("output"))
+    if not any(name == "output.weight" for name, _ in tensors):
+        output += sum(size for name, size in tensors if name == "token_embd.weight")
+    for name, size in tensors:
+        if found := re.match(r"blk\.(\d{1,4})\.", name):
+            total, experts = layers.get(int(found[1]), (0, 0))
+            layers[int(found[1])] = total + size, experts + size * bool(re.search(EXPERTS, name))
+    return Weights(tuple(layers.get(i, (0, 0)) for i in range(max(layers, default=-1) + 1)), output)
+
+
+EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch)?exps"  # in the names of experts' tensors, which take the most and work the least
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a load asks of the GPUs."""
+
+    ctx: int  # tokens that one sequence must have
+    pool: int  # and all together would like
+    kv_type: str
+    sequences: int
+    compute: int  # bytes of buffers on each GPU
+    gpu_layers: int | None = None  # None: as many as fit
+    cpu_moe: int | None = None  # None: as few as must be
+    share: float = 1.0  # of the layers that would fit
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model's parts go."""
+
+    gpu_layers: int = 0  # the last ones; one more with the output
+    cpu_moe: int = 0  # the first layers, whose experts stay on the CPU
+    pool: int = 0  # tokens in the KV cache
+
+
+def place(weights: Weights, kv: KvShape, gpus: Seq[int], wish: Wish) -> Placement:
+    """Fits a model onto GPUs with so many free bytes each: a smaller pool first, then experts on the CPU, then fewer layers.
+
+    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free.
+    """
+    count = len(weights.layers)
+    each = [total + kv.state_bytes(wish.sequences) // max(count, 1) for total, _ in weights.layers]
+    room = sum(max(0, free - free // 20 - wish.compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
+
+    def fits(layers: int, moe: int, pool: int) -> bool:
+        first = max(0, count - layers)
+        experts = sum(e for _, e in weights.layers[first:moe])
+        need = sum(total for total, _ in weights.layers[first:]) - experts + (weights.output if layers > count else 0)
+        return need + kv.token_bytes(wish.kv_type, first) * pool + kv.state_bytes(wish.sequences, first) <= room
+
+    def most(layers: int, moe: int) -> int:
+        """The largest pool, in steps of an eighth of a context."""
+        step = max(1, wish.ctx // 8)
+        return next((p for p in range(wish.pool, wish.ctx, -step) if fits(layers, moe, p)), wish.ctx)
+
+    moe, mixture = wish.cpu_moe or 0, any(experts for _, experts in weights.layers)
+    if wish.gpu_layers is not None:
+        layers = count + 1 if wish.gpu_layers < 0 else wish.gpu_layers
+        return Placement(int(layers * wish.share), moe, most(layers, moe))
+    all_moe = count if mixture and wish.cpu_moe is None else moe
+    tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
+    layers, moe = next(((n, m) for n, m in tries if fits(n, m, wish.ctx)), (0, moe))
+    return Placement(int(layers * wish.share), moe, most(layers, moe) if layers else wish.pool)
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
