@@ -89,12 +89,17 @@ clean:
 	@$(PYTHON) -m venv .venv || { echo "python's venv module is missing: on Debian or Ubuntu, apt install python3-venv"; exit 1; }
 	@touch $@
 
+# gcc 12 declares 8 of the 64 bytes that its AMX configuration instruction reads, and drops the stores of the others: what it
+# makes of llama.cpp's AMX kernels crashes at the first step, on every CPU that has them. There they are left out
+BROKEN_AMX = $(shell printf '\043include <immintrin.h>\n' | $${CC:-cc} -E -x c - 2>/dev/null | grep -q 'ldtilecfg.*const void \*\*' && echo yes)
+BUILD_FLAGS = $(if $(BROKEN_AMX),CFLAGS="$(CFLAGS) -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" CXXFLAGS="$(CXXFLAGS) -mno-amx-tile -mno-amx-int8 -mno-amx-bf16")
+
 # llama-cpp-python is compiled here when no wheel is at hand: some six minutes, once; pip keeps the result
 .venv/.run: .venv/.made
 	@$(BIN)/python -m pip install -q --disable-pip-version-check 'websockets>=17' 'jinja2>=3.1.6' 'numpy' || { \
 	  echo "pip could not install websockets. Is the network there?  Try: $(BIN)/python -m pip install websockets"; exit 1; }
 	@echo "Installing llama-cpp-python (compiled on the first time: about six minutes) ..."
-	@$(BIN)/python -m pip install -q --disable-pip-version-check 'llama-cpp-python==0.3.36' || { \
+	@$(BUILD_FLAGS) $(BIN)/python -m pip install -q --disable-pip-version-check 'llama-cpp-python==0.3.36' || { \
 	  command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null || \
 	    echo "No C compiler was found: apt install build-essential, or xcode-select --install, and try again."; \
 	  echo "llama-cpp-python could not be installed; pip's words are above. It needs a C++ compiler and the network."; exit 1; }
