@@ -168,7 +168,7 @@ import logging
 import math
 import operator
 import pathlib
-import pickle  # nosec B403  # between processes of ours only, and bounded by _Unpickler
+import pickle  # nosec B403  # for what the server sends to its own children
 import queue
 import re
 import selectors
@@ -181,7 +181,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -1977,8 +1977,8 @@ class Helper:
     """One helper process. Owned by whoever took it from Helpers."""
 
     def __init__(self) -> None:
-        self.process, *ends = start_child("helper_main")
-        self._pipe = Pipe(*ends)
+        self.process, reader, writer = start_child("helper_main")
+        self._pipe = Pipe(reader, writer)
         self.timed_out = self.starved = False  # its task took too much of the processor; it got too little of it
 
     def run(self, task: Any) -> Outcome:
@@ -2090,7 +2090,7 @@ def helper_main() -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (HELPER_BYTES, HELPER_BYTES))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    pipe = Pipe(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"))
+    pipe = Pipe(os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb"), in_child=True)
     os.dup2(2, 1)
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -3104,42 +3104,91 @@ class Stepped:
     cells: int = 0  # of the pool, that these hold
 
 
-class _Unpickler(pickle.Unpickler):  # nosec B301  # what it may call are constructors of messages
-    """Finds a message's class in this file, whatever the module is called on either side.
-
-    Only dataclasses are found: whoever took over a child by a hostile model file or template names no function to us.
-    """
+class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
+    """Finds classes in this file, whatever the module is called on either side."""
 
     def find_class(self, module: str, name: str) -> Any:
-        found = globals().get(name)
-        if not (isinstance(found, type) and is_dataclass(found)):
-            raise pickle.UnpicklingError(f"{name} is no message")
+        return globals()[name]
+
+
+# The pipe. A child may be taken over by a hostile model file or template: what it sends is JSON, whose objects stand for a
+# few types in a table and nothing else. What we send to it may be anything, a grammar's symbols too, and is pickled.
+
+MAX_MESSAGE = 128 * MIB  # of a child's: 2,048 vectors of 8,192 numbers are 64 MiB, in base64 85
+KINDS: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bytes": bytes, "bool": bool, "tuple": tuple,
+                         "Mapping": dict, "None": type(None)}  # fmt: skip
+
+
+@functools.cache
+def sendable() -> dict[type, int]:
+    """The types that a child may send, and their numbers."""
+    types = (Progress, Loaded, LoadFailed, Alive, Accepted, Stepped, Piece, TokenLogprob, Vectors, Tokens, Finished, Failed,
+             ChatFacts, Outcome, ChatFormat, CallFormat, Params)  # fmt: skip
+    return {kind: number for number, kind in enumerate(types)}
+
+
+@functools.cache
+def wanted_kinds(kind: type) -> list[tuple[Any, ...]]:
+    """For each field of a dataclass the types of its values; none where it may hold anything."""
+    plain = (re.sub(r"\[.*\]", "", str(f.type)).split(" | ") for f in fields(kind))
+    return [tuple(KINDS[name] for name in names) if all(name in KINDS for name in names) else () for names in plain]
+
+
+def json_form(value: Any) -> dict[str, Any]:
+    """A value that JSON has no form for: bytes, or a dataclass that a child may send."""
+    if isinstance(value, bytes):
+        return {"bytes": binascii.b2a_base64(value, newline=False).decode()}
+    return {"type": sendable()[type(value)], "fields": [getattr(value, f.name) for f in fields(value)]}
+
+
+def from_json_form(found: dict[str, Any]) -> Any:
+    """The value that a JSON object stands for. Raises ValueError, LookupError or TypeError for any other."""
+    if "bytes" in found:
+        return binascii.a2b_base64(found["bytes"])
+    if "type" not in found:
         return found
+    kind, values = list(sendable())[found["type"]], list(map(tupled, found["fields"]))
+    for value, kinds in zip(values, wanted_kinds(kind), strict=True):
+        if kinds and not isinstance(value, tuple(itertools.chain(*(k if isinstance(k, tuple) else (k,) for k in kinds)))):
+            raise TypeError(f"a {kind.__name__} holds what it cannot")
+    return kind(*values)
+
+
+def tupled(value: Any) -> Any:
+    """Lists, which JSON has alone, as the tuples that they were."""
+    return tuple(map(tupled, value)) if isinstance(value, list) else value
 
 
 class Pipe:
-    """Messages over a pair of byte streams: a length, then the pickled message. Any thread may send."""
+    """Messages over a pair of byte streams: a length, then the message. Any thread may send."""
 
-    def __init__(self, reader: IO[bytes], writer: IO[bytes]) -> None:
-        self._reader, self._writer, self._lock = reader, writer, threading.Lock()
+    def __init__(self, reader: IO[bytes], writer: IO[bytes], in_child: bool = False) -> None:
+        self._reader, self._writer, self._in_child, self._lock = reader, writer, in_child, threading.Lock()
 
     def send(self, message: Any) -> None:
         """Raises OSError when the other side is gone."""
-        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        if self._in_child:
+            data = json.dumps(message, default=json_form, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        else:
+            data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
         with self._lock:
             self._writer.write(struct.pack("<I", len(data)) + data)
             self._writer.flush()
 
     def receive(self) -> Any:
-        """The next message; EOFError when the other side is gone."""
+        """The next message. Raises EOFError when the other side is gone, other exceptions for what is no message."""
         header = self._reader.read(4)
         if len(header) < 4:
             raise EOFError
         (size,) = struct.unpack("<I", header)
+        if size > MAX_MESSAGE and not self._in_child:
+            raise ValueError(f"a message of {size} bytes")
         data = self._reader.read(size)
         if len(data) < size:
             raise EOFError
-        return _Unpickler(io.BytesIO(data)).load()
+        if self._in_child:
+            return _Unpickler(io.BytesIO(data)).load()
+        return json.loads(data.decode("utf-8", "surrogatepass"), object_hook=from_json_form)
 
     def close(self) -> None:
         """Shows the other side the end of the stream, unless a send is stuck in it: only the other side's death ends that."""
@@ -6218,7 +6267,7 @@ def engine_main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     reader, writer = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what native code prints must not run into the messages
-    pipe, ready = Pipe(reader, writer), queue.SimpleQueue[Intake]()
+    pipe, ready = Pipe(reader, writer, in_child=True), queue.SimpleQueue[Intake]()
     # to look through a grammar's states for garbage takes as long as several steps; idle engines do it
     gc.set_threshold(*gc.get_threshold()[:2], Engine.MOST_GARBAGE)
     sys.setswitchinterval(0.0005)  # a thread that reads a grammar must not hold up the step loop: usual are 5 ms, at each call
@@ -6625,8 +6674,8 @@ class Worker:
         with self._lock:
             if self._stopping:
                 raise LoadFailure(f"Model '{self.info.id}': unloaded before it was loaded")
-            self.process, *ends = start_child("engine_main")
-            self._pipe = Pipe(*ends)
+            self.process, reader, writer = start_child("engine_main")
+            self._pipe = Pipe(reader, writer)
         try:
             for work in (self._read, self._write, self._watch):
                 threading.Thread(target=work, name=f"{work.__name__[1:]} {self.info.id}", daemon=True).start()
