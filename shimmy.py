@@ -3115,8 +3115,10 @@ class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
 # few types in a table and nothing else. What we send to it may be anything, a grammar's symbols too, and is pickled.
 
 MAX_MESSAGE = 128 * MIB  # of a child's: 2,048 vectors of 8,192 numbers are 64 MiB, in base64 85
-KINDS: dict[str, Any] = {"int": int, "float": (int, float), "str": str, "bytes": bytes, "bool": bool, "tuple": tuple,
-                         "Mapping": dict, "None": type(None)}  # fmt: skip
+KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,), "float": (int, float), "str": (str,), "bytes": (bytes,), "bool": (bool,), "tuple": (tuple,), "Mapping": (dict,),
+    "None": (type(None),),
+}  # fmt: skip
 
 
 @functools.cache
@@ -3128,10 +3130,10 @@ def sendable() -> dict[type, int]:
 
 
 @functools.cache
-def wanted_kinds(kind: type) -> list[tuple[Any, ...]]:
-    """For each field of a dataclass the types of its values; none where it may hold anything."""
+def wanted_kinds(kind: type) -> list[tuple[type, ...]]:
+    """For each field of a dataclass the types of its values."""
     plain = (re.sub(r"\[.*\]", "", str(f.type)).split(" | ") for f in fields(kind))
-    return [tuple(KINDS[name] for name in names) if all(name in KINDS for name in names) else () for names in plain]
+    return [tuple(itertools.chain(*(KINDS.get(name, (object,)) for name in names))) for names in plain]
 
 
 def json_form(value: Any) -> dict[str, Any]:
@@ -3147,16 +3149,16 @@ def from_json_form(found: dict[str, Any]) -> Any:
         return binascii.a2b_base64(found["bytes"])
     if "type" not in found:
         return found
-    kind, values = list(sendable())[found["type"]], list(map(tupled, found["fields"]))
-    for value, kinds in zip(values, wanted_kinds(kind), strict=True):
-        if kinds and not isinstance(value, tuple(itertools.chain(*(k if isinstance(k, tuple) else (k,) for k in kinds)))):
-            raise TypeError(f"a {kind.__name__} holds what it cannot")
+    kind = list(sendable())[found["type"]]
+    values = [tupled(value) if isinstance(value, list) else value for value in found["fields"]]
+    if not all(map(isinstance, values, wanted_kinds(kind))):
+        raise TypeError(f"a {kind.__name__} holds what it cannot")
     return kind(*values)
 
 
-def tupled(value: Any) -> Any:
-    """Lists, which JSON has alone, as the tuples that they were."""
-    return tuple(map(tupled, value)) if isinstance(value, list) else value
+def tupled(value: list[Any]) -> tuple[Any, ...]:
+    """A list, which JSON has alone, as the tuple that it was."""
+    return tuple([tupled(v) if isinstance(v, list) else v for v in value])
 
 
 class Pipe:
