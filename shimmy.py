@@ -3116,8 +3116,8 @@ class _Unpickler(pickle.Unpickler):  # nosec B301  # of what the server sends
 
 MAX_MESSAGE = 128 * MIB  # of a child's: 2,048 vectors of 8,192 numbers are 64 MiB, in base64 85
 KINDS: dict[str, tuple[type, ...]] = {
-    "int": (int,), "float": (int, float), "str": (str,), "bytes": (bytes,), "bool": (bool,), "tuple": (tuple,), "Mapping": (dict,),
-    "None": (type(None),),
+    "int": (int,), "float": (int, float), "str": (str,), "bytes": (bytes,), "bool": (bool,), "tuple": (tuple,),
+    "Mapping": (dict,), "None": (type(None),),
 }  # fmt: skip
 
 
