@@ -2471,12 +2471,24 @@ class Tools:
 
     def execute(self, name: str, arguments: Any, cancel: Cancellation | None = None) -> dict[str, Any]:
         """Runs a tool: {"success", "result", "error"}. Raises NotFound, Overloaded, InvalidRequest outside its schema."""
+        running = self.running(name, arguments, cancel)
+        while True:
+            try:
+                next(running)
+            except StopIteration as end:
+                return dict(end.value)
+
+    def running(
+        self, name: str, arguments: Any, cancel: Cancellation | None = None, seconds: float = math.inf
+    ) -> Generator[Waiting, None, dict[str, Any]]:
+        """The same with signs of life while the tool runs, for so many seconds and TOOL_SECONDS at most."""
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
         tool = self._tools[name]
         arguments = check_arguments(tool, arguments)
         try:
-            return {"success": True, "result": self._run(tool, arguments, cancel), "error": None}
+            result = yield from self._run(tool, arguments, cancel, min(seconds, TOOL_SECONDS))
+            return {"success": True, "result": result, "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
         except (Overloaded, Cancelled):
@@ -2485,20 +2497,26 @@ class Tools:
             log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
 
-    def _run(self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None) -> Any:
-        """Calls the function in a thread of its own, which is left behind when it takes over TOOL_SECONDS."""
+    def _run(
+        self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None, seconds: float
+    ) -> Generator[Waiting, None, Any]:
+        """Calls the function in a thread of its own, which is left behind when it takes longer than it may."""
         outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         thread = threading.Thread(target=_call, args=(tool, arguments, outcome), name=f"tool {tool.name}", daemon=True)
         self._start(tool, thread)
         if cancel:
             cancel.on_cancel(lambda: outcome.put((None, Cancelled())))
-        try:
-            result, error = outcome.get(timeout=TOOL_SECONDS)
-        except queue.Empty:
-            raise ToolError(f"{tool.name} took over {TOOL_SECONDS:g} seconds") from None
-        if error:
-            raise error
-        return result
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            try:
+                result, error = outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
+            except queue.Empty:
+                yield Waiting()
+                continue
+            if error:
+                raise error
+            return result
+        raise ToolError(f"{tool.name} took over {seconds:g} seconds")
 
     def _start(self, tool: Tool, thread: threading.Thread) -> None:
         """Starts a call. Raises ToolError where MAX_STUCK calls never came back, Overloaded beyond MAX_CALLS."""
@@ -8201,8 +8219,10 @@ class ToolLoop:
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
                 yield from self._passed_on(events, first=count == 0)
             ours = [call for call in self._calls.values() if call.name in self._request.builtins]
-            results = [self._execute(call) for call in ours if self._reason != "length"]  # a call that was cut is not run
-            yield from results
+            results: list[ToolResult] = []
+            for call in ours if self._reason != "length" else ():  # a call that was cut is not run
+                results.append((yield from self._execute(call)))
+                yield results[-1]
             if not results or self._client_calls or self._reason == "length":
                 break
             self._extend(ours, results)
@@ -8229,13 +8249,15 @@ class ToolLoop:
             elif isinstance(event, (Text, Thought, Waiting)) or (isinstance(event, Queued) and first):
                 yield event
 
-    def _execute(self, call: Called) -> ToolResult:
-        """Runs a call; what is wrong with it is told to the model."""
+    def _execute(self, call: Called) -> Generator[Waiting, None, ToolResult]:
+        """Runs a call, with signs of life; what is wrong with it is told to the model."""
         self._cancel.check()
+        left = self._deadline - time.monotonic()
         try:
-            answer = self._tools.execute(
-                call.name, parse_json(call.arguments.encode("utf-8", "replace"), "The arguments"), self._cancel
-            )
+            if left <= 0:
+                raise Overloaded(f"not run: the tools of an answer have {TOOL_LOOP_SECONDS:g} seconds", "The time is over")
+            arguments = parse_json(call.arguments.encode("utf-8", "replace"), "The arguments")
+            answer = yield from self._tools.running(call.name, arguments, self._cancel, left)
         except ApiError as error:
             answer = {"result": None, "error": str(error)}
         return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])

@@ -6089,6 +6089,37 @@ def test_tool_that_never_returns_ends_a_chat_with_its_error(serve: Callable[...,
         assert own.stop() == 0
 
 
+def test_tools_of_a_round_tell_their_results_as_they_come_and_keep_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five calls of one round: each result goes out at once, signs of life between, and none begins when the time is over."""
+    for name, seconds in {"TOOL_LOOP_SECONDS": 1.0, "PING_SECONDS": 0.1}.items():
+        monkeypatch.setattr(module, name, seconds)
+    monkeypatch.setitem(module.REGISTERED, "nap", module.make_tool(nap))
+    tools = module.Tools(module.ToolOptions())
+
+    def answer(request: Any, _: Any) -> Iterator[Any]:
+        if request.tools and not any(message["role"] == "tool" for message in request.messages):
+            for number in range(5):
+                yield module.CallBegan(0, number, f"call{number}", "nap")
+                yield module.CallArguments(0, number, "{}")
+        yield module.ChoiceEnd(0, "stop")
+
+    request = module.GenerateRequest(messages=({"role": "user", "content": "hi"},), builtins=("nap",))
+    began, seen = time.monotonic(), list[tuple[float, Any]]()
+    for event in module.ToolLoop(tools, request, Cancellation()).run(answer):
+        seen.append((time.monotonic() - began, event))
+    results = [(at, event) for at, event in seen if isinstance(event, module.ToolResult)]
+    assert [event.id for _, event in results] == [f"call{n}" for n in range(5)]
+    assert [event.error is None for _, event in results][:2] == [True, True] and results[0][0] < results[1][0] - 0.2
+    assert "nap took over" in results[2][1].error and "not run" in results[3][1].error and "not run" in results[4][1].error
+    assert sum(isinstance(event, module.Waiting) for _, event in seen) >= 4 and seen[-1][0] < 3
+
+
+def nap() -> bool:
+    """Sleeps for a moment."""
+    time.sleep(0.4)
+    return True
+
+
 def test_client_that_leaves_a_chat_whose_tool_hangs_frees_its_place(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
