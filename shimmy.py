@@ -4864,6 +4864,16 @@ class Place:
     row: int
 
 
+BORDERS = 3  # turns at a prompt's end, where the state of a model whose memory cannot be cut is kept
+
+
+def turn_borders(prompt: Seq[int], vocab: Vocabulary) -> tuple[int, ...]:
+    """Where the last turns of a prompt begin, by their control tokens, and the end but for one token."""
+    marks = [at for at, token in enumerate(prompt[:-1]) if at and (int(token) in vocab.marker_pieces or token in vocab.eog)]
+    apart = [at for at, before in zip(marks, [0, *marks], strict=False) if at - before >= 8]  # else within the same markup
+    return tuple(sorted({*apart[-BORDERS:], max(len(prompt) - 1, 0)}))
+
+
 class ThoughtMeter:
     """Counts the tokens of the thought that a text begins with."""
 
@@ -4909,6 +4919,7 @@ class Sequence:
     def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
+        self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
         self.n_prompt = self.n_tokens = len(prompt)
         room = job.sampling.max_tokens or llama.ctx
@@ -4925,15 +4936,13 @@ class Sequence:
         self.sought = 0.0  # seconds in which its grammar was asked, beyond what its tokens allow for
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
         self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
-        self.place: Place | None = None  # None: it waits, or is parked
+        self.place: Place | None = None  # None: it waits
         self._main = llama.main
         self.n_computed = 0  # tokens whose keys and values are in the cache
         self.lender: Sequence | None = None  # a running sequence
         self.n_shared = 0  # of those tokens, the ones whose cells are the lender's
         self.n_cached = 0  # prompt tokens that were not evaluated
         self.done = False
-        self.saved: Any = None  # its cells as bytes, once it is parked
-        self.oldest = 0  # the first position they hold
         self.last_used = self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
         self._n_told = self.n_prompt  # tokens of which the messages have told
@@ -5042,12 +5051,29 @@ class Sequence:
             self.logprobs += [logprob for _, logprob in self._unshown]
             self._unshown.clear()
 
-    def common(self, other: Sequence, limit: int) -> int:
+    @property
+    def to_border(self) -> int:
+        """Tokens up to where the next copy of its state is to be kept; more than it has if nowhere."""
+        return next((at - self.n_computed for at in self.borders if at > self.n_computed), self.n_tokens)
+
+    def common(self, other: Sequence | Prefix, limit: int) -> int:
         """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
         size = min(self.n_tokens - 1, limit)
         different = self.tokens[:size] != other.tokens[:size]
         first = int(different.argmax()) if size else 0
         return first if size and different[first] else size
+
+
+class Prefix:
+    """A beginning of texts, kept as bytes outside the cache: its tokens, and what the model remembers of them."""
+
+    place = None
+    done = True
+
+    def __init__(self, sequence: Sequence, saved: Any, oldest: int) -> None:
+        self.tokens = sequence.tokens[: sequence.n_computed].copy()
+        self.n_computed = self.n_tokens = sequence.n_computed
+        self.owner, self.saved, self.oldest, self.last_used = sequence.owner, saved, oldest, time.monotonic()
 
 
 class Input:
@@ -5103,7 +5129,7 @@ def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]
     slices = []
     prompts = sorted(prompts, key=lambda s: s.pending)
     for i, sequence in enumerate(prompts):
-        count = min(sequence.pending - 1, rows // (len(prompts) - i))
+        count = min(sequence.pending - 1, rows // (len(prompts) - i), sequence.to_border)
         rows -= count
         if count > 0:
             slices.append((sequence, count))
@@ -5176,11 +5202,12 @@ class Cache:
     def __init__(self, llama: Llama) -> None:
         self.llama, self.main = llama, llama.main
         self.rows: list[Sequence | None] = [None] * llama.main.n_seq
-        self.parked: list[Sequence] = []
+        self.parked: list[Prefix] = []
 
-    def best_prefix(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+    def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
-        best, longest = None, 0
+        best: Sequence | Prefix | None = None
+        longest = 0
         for other in (s for s in (*self.rows, *self.parked) if s and s.n_computed and s.owner == sequence.owner):
             length = sequence.common(other, other.n_computed)
             whole = self.llama.cuttable or length == other.n_computed
@@ -5188,13 +5215,13 @@ class Cache:
                 best, longest = other, length
         return best, longest
 
-    def _oldest(self, sequence: Sequence) -> int:
-        return self.main.oldest(sequence.row) if sequence.place else sequence.oldest
+    def _oldest(self, prefix: Sequence | Prefix) -> int:
+        return prefix.oldest if isinstance(prefix, Prefix) else self.main.oldest(prefix.row)
 
-    def settle(self, sequence: Sequence, donor: Sequence | None, shared: int) -> None:
+    def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
         """Gives the sequence a row that begins with so many of the donor's cells."""
         row = self._row_for(donor, shared)
-        if not donor or not donor.place or row != donor.row:
+        if not isinstance(donor, Sequence) or row != donor.row:
             self.empty(row)
         self._assign(row, sequence)
         sequence.n_computed = self._lend(donor, row, shared) if donor else 0
@@ -5202,24 +5229,24 @@ class Cache:
     def _assign(self, row: int, sequence: Sequence) -> None:
         self.rows[row], sequence.place = sequence, Place(self.main, row)
 
-    def _row_for(self, donor: Sequence | None, shared: int) -> int:
+    def _row_for(self, donor: Sequence | Prefix | None, shared: int) -> int:
         """The donor's own row when nothing in it is lost, else an empty one, made by parking if need be."""
-        if donor and donor.place and donor.done and donor.n_computed == shared:
+        if isinstance(donor, Sequence) and donor.done and donor.n_computed == shared:
             return donor.row
         if None not in self.rows:
             others = [s for s in self._idle() if s is not donor]
-            if donor and not others:
+            if isinstance(donor, Sequence) and not others:
                 return donor.row
             self._park(others[0])
         return self.rows.index(None)
 
-    def _lend(self, donor: Sequence, row: int, shared: int) -> int:
+    def _lend(self, donor: Sequence | Prefix, row: int, shared: int) -> int:
         """Lets a row begin with so many cells of the donor; returns how many it got. A parked donor lends from its bytes."""
         donor.last_used = time.monotonic()
-        if donor.place and donor.row != row:
+        if isinstance(donor, Sequence) and donor.row != row:
             self.main.share(donor.row, row, shared)
             return shared
-        if not donor.place and not self._restore(row, donor.saved):
+        if isinstance(donor, Prefix) and not self._restore(row, donor.saved):
             return 0
         if donor.n_computed > shared:
             self.main.drop(row, shared)
@@ -5272,18 +5299,23 @@ class Cache:
 
     def _park(self, sequence: Sequence) -> None:
         """Moves an idle sequence out of the cache; the parked ones used least recently make room."""
-        sequence.saved, sequence.oldest = self.main.save(sequence.row), self.main.oldest(sequence.row)
+        self.keep(sequence)
         self.empty(sequence.row)
         sequence.place = None
         if self.llama.cuttable and not any(self.rows):
             self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
-        if sequence.saved is not None and sequence.n_computed:
-            self.parked = [s for s in self.parked if not self._covers(sequence, s)] + [sequence]
+
+    def keep(self, sequence: Sequence) -> None:
+        """Keeps what a sequence has in the cache now as bytes, for prompts that begin alike."""
+        saved = self.main.save(sequence.row) if sequence.n_computed else None
+        if saved is not None:
+            kept = Prefix(sequence, saved, self.main.oldest(sequence.row))
+            self.parked = [other for other in self.parked if not self._covers(kept, other)] + [kept]
         while self._too_much_parked():
-            self.parked.remove(min(self.parked, key=lambda s: s.last_used))
+            self.parked.remove(min(self.parked, key=lambda p: p.last_used))
 
     def _too_much_parked(self) -> bool:
-        """Counts tokens for attention's cells, bytes for recurrent states, which are large for the shortest text."""
+        """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept at several places."""
         if not self.parked:
             return False
         free = available_memory()
@@ -5291,16 +5323,14 @@ class Cache:
             return True
         tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
         most = max(self.llama.pool * self.llama.kv_bytes, self.PARKED_BYTES)
-        return tokens > self.llama.pool or size > most or len(self.parked) > self.PARKED
+        return size > most or len(self.parked) > self.PARKED or (self.llama.cuttable and tokens > self.llama.pool)
 
-    def _covers(self, sequence: Sequence, other: Sequence) -> bool:
-        """Whether this sequence begins with all of the other's cells, and can be cut to them."""
-        size = other.n_computed
-        if not self.llama.cuttable or size > sequence.n_computed or sequence.oldest > max(0, size - self.llama.n_swa):
+    def _covers(self, prefix: Prefix, other: Prefix) -> bool:
+        """Whether this one begins with all of the other's cells, and can be cut to them; or is the same."""
+        size, cut = other.n_computed, self.llama.cuttable and prefix.oldest <= max(0, other.n_computed - self.llama.n_swa)
+        if size > prefix.n_computed or not (cut or size == prefix.n_computed) or prefix.owner != other.owner:
             return False
-        if sequence.owner != other.owner:
-            return False
-        return bool((sequence.tokens[:size] == other.tokens[:size]).all())
+        return bool((prefix.tokens[:size] == other.tokens).all())
 
 
 class Aside:
@@ -5556,7 +5586,7 @@ class Scheduler:
             self.cache.settle(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = min(sequence.n_computed, sequence.n_prompt), time.perf_counter()
-            sequence.lender, sequence.n_shared = (donor, borrowed) if borrowed else (None, 0)
+            sequence.lender, sequence.n_shared = (donor, borrowed) if borrowed and isinstance(donor, Sequence) else (None, 0)
             self.running.append(sequence)
 
     def _better_soon(self, sequence: Sequence, shared: int) -> bool:
@@ -6150,6 +6180,8 @@ class Engine:
             sequence.n_computed += count
             if sequence.n_computed == sequence.n_tokens:
                 ready.append((sequence, row))
+            elif sequence.n_computed in sequence.borders:
+                self.scheduler.cache.keep(sequence)
         if not ready:
             return False
         logits = self.main.logits(len(ready))

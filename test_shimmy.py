@@ -7086,6 +7086,25 @@ def test_continuation_reuses_prompt_and_generated_tokens(kind: str, kinds: Serve
     fresh(kinds, kind, longer).assert_same(on)
 
 
+@pytest.mark.parametrize("kind", ["mamba", "lfm2"])
+def test_state_that_cannot_be_cut_is_kept_at_the_prompts_end_and_where_turns_begin(kind: str, kinds: Server) -> None:
+    """Asked again, with another last token, with another last turn, and as a template does that drops a thought."""
+    kinds.unload(kind)
+    turns = [ids(f"{i}{STORY}"[:60]) for i in range(5)]
+    prompt = [*turns[0], 2, *turns[1], 2, *turns[2], 2, *turns[3]]
+    first = greedy(kinds, kind, prompt)
+    assert first.cached == 0
+    other = [*prompt[:-1], prompt[-1] + 1]
+    turn = [*prompt[: -len(turns[3])], *turns[4]]
+    dropped = [*prompt, *ids("another answer"), 2, *turns[4]]
+    for asked, least in ((prompt, len(prompt) - 1), (other, len(prompt) - 1), (turn, 3 * 61 - 1), (dropped, len(prompt) - 1)):
+        found = greedy(kinds, kind, asked)
+        assert found.cached >= least, (kind, found.cached, least)
+        fresh(kinds, kind, asked).assert_same(found)
+        kinds.unload(kind)
+        greedy(kinds, kind, prompt).assert_same(first)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_parked_conversation_is_restored_intact(kind: str, kinds: Server) -> None:
     """Idle sequences are saved, up to the pool's size in tokens, and restored."""
