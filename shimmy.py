@@ -5315,7 +5315,7 @@ class Cache:
             self.parked.remove(min(self.parked, key=lambda p: p.last_used))
 
     def _too_much_parked(self) -> bool:
-        """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept at several places."""
+        """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
         if not self.parked:
             return False
         free = available_memory()
