@@ -88,7 +88,6 @@ from shimmy import (
     Params,
     SearchRoot,
     State,
-    StringShape,
     TableOptions,
     Watcher,
     bytes_of,
@@ -97,9 +96,6 @@ from shimmy import (
     numbers_meet,
     read_ahead,
     read_json,
-    string_fits,
-    string_symbol,
-    strings_meet,
 )
 
 if __name__ != "__main__":  # the benchmark does not need them, and importing them takes seconds
@@ -3408,24 +3404,56 @@ def each(**values: list[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(name, found)
 
 
-def first_state(shape: StringShape | NumberShape) -> State:
+@dataclass(frozen=True)
+class Strings:
+    """What strings must be, in the words of a schema; lengths in characters."""
+
+    low: int = 0
+    high: int | None = None
+    patterns: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    not_formats: tuple[str, ...] = ()
+    excluded: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def shape(self) -> module.StringShape:
+        rules = [("pattern", self.patterns, True), ("pattern", self.unlike, False),
+                 ("format", self.formats, True), ("format", self.not_formats, False)]  # fmt: skip
+        texts = module.intersection([module.texts_by(key, one, wanted) for key, all_of_it, wanted in rules for one in all_of_it])
+        return module.StringShape(self.low, self.high, texts).but_not(self.excluded)
+
+
+def string_symbol(strings: Strings) -> module.Symbol | None:
+    return module.string_symbol(strings.shape)
+
+
+def string_fits(strings: Strings, text: str) -> bool:
+    return module.string_fits(strings.shape, text)
+
+
+def strings_meet(one: Strings, two: Strings) -> bool:
+    return module.string_symbol(module.both_strings(one.shape, two.shape)) is not None
+
+
+def first_state(shape: Strings | NumberShape) -> State:
     """The state before a string or number of a shape."""
-    symbol = string_symbol(shape) if isinstance(shape, StringShape) else number_symbol(shape)
+    symbol = string_symbol(shape) if isinstance(shape, Strings) else number_symbol(shape)
     assert symbol is not None
     return Automaton(symbol).start
 
 
-def reads(shape: StringShape | NumberShape, text: str | bytes) -> bool:
+def reads(shape: Strings | NumberShape, text: str | bytes) -> bool:
     """Whether a JSON text is read to its end."""
     state = first_state(shape).read(text if isinstance(text, bytes) else text.encode())
     return state is not None and state.ends
 
 
-def takes(shape: StringShape, text: str) -> bool:
+def takes(shape: Strings, text: str) -> bool:
     return reads(shape, json.dumps(text, ensure_ascii=False))
 
 
-def random_text(shape: StringShape | NumberShape, seed: int, patience: int = 40) -> str | None:
+def random_text(shape: Strings | NumberShape, seed: int, patience: int = 40) -> str | None:
     """A JSON text, byte by byte at random; after some of them it ends where it may. None where chance led nowhere near an end."""
     chance, state, text = random.Random(seed), first_state(shape), b""
     while not (state.ends and (not state.bits or chance.random() < 0.3)):
@@ -3441,13 +3469,13 @@ def random_text(shape: StringShape | NumberShape, seed: int, patience: int = 40)
     return text.decode()
 
 
-def pattern(*texts: str, **more: object) -> StringShape:
-    return StringShape(patterns=texts, **more)  # type: ignore[arg-type]
+def pattern(*texts: str, **more: object) -> Strings:
+    return Strings(patterns=texts, **more)  # type: ignore[arg-type]
 
 
 @each(text=['""', '"abc"', '"\\n\\u00e9\\/"', '"é\U0001f600"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00x"', '"\x7f"'])
 def test_string_without_conditions_reads(text):
-    assert reads(StringShape(), text)
+    assert reads(Strings(), text)
 
 
 @each(
@@ -3467,18 +3495,18 @@ def test_string_without_conditions_reads(text):
     ]
 )
 def test_string_that_is_no_json_is_not_read(text):
-    assert not reads(StringShape(), text)
+    assert not reads(Strings(), text)
 
 
 def test_string_without_conditions_is_one_state():
-    state = first_state(StringShape()).read(b'"')
+    state = first_state(Strings()).read(b'"')
     assert state is not None and state.read(b"abc") is state and state.read("é\\n\\ud83d\\ude00".encode()) is state
 
 
 @each(text=['"\U0001f600\U0001f600"', '"\\ud83d\\ude00a"', '"ab"'])
 def test_length_counts_code_points(text):
     assert (
-        reads(StringShape(low=2, high=2), text) and not reads(StringShape(high=1), text) and not reads(StringShape(low=3), text)
+        reads(Strings(low=2, high=2), text) and not reads(Strings(high=1), text) and not reads(Strings(low=3), text)
     )
 
 
@@ -3506,6 +3534,8 @@ YES_AND_NO = [
     ("^\\w\\d\\s$", ["a1 ", "_0\ufeff"], ["é1 ", "a٣ "]),
     ("^[\\W\\D\\S]$", ["é", "1"], ["ab"]),
     ("^\\p{Lu}\\P{L}$", ["É1"], ["é1", "Éé"]),
+    ("^\\p{Ll}\\P{Lo}$", ["\ufb01\ufb01"], ["\ufb01\ufb50"]),
+    ("^(\\p{Extended_Pictographic}|\\p{Emoji_Component})+$", ["\U0001f600", "\u2764\ufe0f", "1\u20e3"], ["", "a", "\U0001f600a"]),
     ("^\\u00e9\\x41\\u{1F600}\\ud83d\\ude00\\cJ$", ["éA\U0001f600\U0001f600\n"], ["éA"]),
     ("^[a\\-z\\]/\\/-]$", ["a", "-", "]", "/"], ["b"]),
     ("^[\\w-.]$", ["a", "-", "."], ["+"]),
@@ -3523,7 +3553,7 @@ def test_pattern_takes_what_it_matches(text):
     yes, no = next((yes, no) for one, yes, no in YES_AND_NO if one == text)
     for example, wanted in [(one, True) for one in yes] + [(one, False) for one in no]:
         assert takes(pattern(text), example) is wanted and string_fits(pattern(text), example) is wanted
-        assert string_fits(StringShape(unlike=(text,)), example) is not wanted
+        assert string_fits(Strings(unlike=(text,)), example) is not wanted
 
 
 @each(
@@ -3536,6 +3566,7 @@ def test_pattern_takes_what_it_matches(text):
         "\\k<a>",
         "\\q",
         "\\p{Greek}",
+        "\\uD8ZZ\\uDCZZ",
         "(",
         "a)",
         "[a",
@@ -3570,10 +3601,10 @@ def test_last_text_left_is_forced():
         pattern("^a+$", "^b+$"),
         pattern("^(abc)*$", low=4, high=5),
         pattern("^a$", excluded=frozenset("a")),
-        StringShape(low=2, high=1),
+        Strings(low=2, high=1),
         pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")),
-        StringShape(formats=("ipv4", "ipv6")),
-        StringShape(formats=("uuid",), high=35),
+        Strings(formats=("ipv4", "ipv6")),
+        Strings(formats=("uuid",), high=35),
         pattern("[^]^"),
     ]
 )
@@ -3583,8 +3614,8 @@ def test_string_that_cannot_be_is_none(shape):
 
 def test_strings_meet():
     assert strings_meet(pattern("^a+b$"), pattern("^[ab]{3}$")) and not strings_meet(pattern("^a+$"), pattern("b"))
-    assert strings_meet(StringShape(low=3), pattern("^(abc)*$")) and not strings_meet(
-        StringShape(low=4, high=5), pattern("^(abc)*$")
+    assert strings_meet(Strings(low=3), pattern("^(abc)*$")) and not strings_meet(
+        Strings(low=4, high=5), pattern("^(abc)*$")
     )
 
 
@@ -3611,7 +3642,7 @@ PATTERNS = some.sampled_from(
     ]
 )
 SHAPES = some.builds(
-    StringShape,
+    Strings,
     low=some.integers(0, 5),
     high=some.none() | some.integers(2, 9),
     patterns=some.lists(PATTERNS, max_size=2).map(tuple),
@@ -3620,7 +3651,7 @@ SHAPES = some.builds(
 )
 
 
-def is_right(shape: StringShape, text: str) -> bool:
+def is_right(shape: Strings, text: str) -> bool:
     """As `re` says."""
     dotted = text.replace("\u2028", "\n").replace("\r", "\n").replace("\u2029", "\n")
     return (
@@ -3648,7 +3679,7 @@ RIGHT = Draft202012Validator.FORMAT_CHECKER
 
 @each(name=[name for name in FORMATS if name != "relative-json-pointer"])  # jsonschema refuses 101#
 def test_format_is_what_jsonschema_accepts(name):
-    texts = [random_text(StringShape(formats=(name,)), seed) for seed in range(20)]
+    texts = [random_text(Strings(formats=(name,)), seed) for seed in range(20)]
     assert all(RIGHT.conforms(json.loads(text), name) for text in texts if text is not None)
     assert any(texts)
 
@@ -3686,7 +3717,7 @@ def test_format_is_what_jsonschema_accepts(name):
     ]
 )
 def test_format_takes(case):
-    assert takes(StringShape(formats=case[:1]), case[1])
+    assert takes(Strings(formats=case[:1]), case[1])
 
 
 @each(
@@ -3720,19 +3751,19 @@ def test_format_takes(case):
     ]
 )
 def test_format_does_not_take(case):
-    assert not takes(StringShape(formats=case[:1]), case[1])
+    assert not takes(Strings(formats=case[:1]), case[1])
 
 
 def test_format_that_cannot_be_honoured_is_refused_by_name():
-    for shape in (StringShape(formats=("uri-template",)), StringShape(not_formats=("regex",))):
+    for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",))):
         with pytest.raises(InvalidRequest, match="format"):
             string_symbol(shape)
 
 
 def test_hostname_of_254_characters_is_none():
     name = ".".join(["a" * 62] * 4) + "a"
-    assert takes(StringShape(formats=("hostname",)), name) and not takes(StringShape(formats=("hostname",)), name + ".a")
-    assert string_fits(StringShape(not_formats=("hostname",)), name + ".a")
+    assert takes(Strings(formats=("hostname",)), name) and not takes(Strings(formats=("hostname",)), name + ".a")
+    assert string_fits(Strings(not_formats=("hostname",)), name + ".a")
 
 
 HOSTILE_PATTERNS = [
@@ -3750,6 +3781,7 @@ HOSTILE_PATTERNS = [
     "(a|b)*a(a|b){200}$",
     "^" + "(?=.*a)" * 500,
     "(?!" * 30 + "a" + ")" * 30,
+    "^(" + "|".join(f"[{chr(0x4E00 + n)}-{chr(0x7E00 + n)}]" for n in range(2000)) + ")*$",
 ]
 
 
@@ -3844,7 +3876,7 @@ def test_number_of_any_shape_is_as_arithmetic_says(shape, value, seed):
 
 def test_excluded_texts_are_many_and_long():
     names = frozenset(["a" * n for n in range(1000)] + [f"name{n}" for n in range(1000)])
-    shape = StringShape(excluded=names)
+    shape = Strings(excluded=names)
     assert takes(shape, "a" * 1000) and takes(shape, "name1000") and not takes(shape, "aaa") and not takes(shape, "name12")
 
 
@@ -3855,7 +3887,7 @@ def test_states_are_few():
     assert len(text._states) < 12
 
 
-SEARCHED = StringShape(patterns=("a.{5}b", "c.{4}d"), unlike=("aa", "bd"), high=40)  # a way to its end must be searched
+SEARCHED = Strings(patterns=("a.{5}b", "c.{4}d"), unlike=("aa", "bd"), high=40)  # a way to its end must be searched
 
 
 def test_pattern_is_searched_for_every_text_as_for_the_first():
@@ -3890,8 +3922,11 @@ def asked_again(here: State, data: bytes) -> tuple[State, int]:
 
 
 def test_search_in_a_string_goes_on_in_the_next_turn(short_turn):
-    shape = StringShape(patterns=("x.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)
-    here, turns = asked_again(Automaton(string_symbol(shape)).start, b'"xc')
+    shape = Strings(patterns=("x.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)
+    TURN.begin(math.inf)
+    start = Automaton(string_symbol(shape)).start
+    TURN.begin(0.0)
+    here, turns = asked_again(start, b'"xc')
     assert turns > 2 and here.bits
 
 
@@ -3903,12 +3938,12 @@ def test_elements_that_must_differ_are_looked_at_within_turns(short_turn):
 
 @each(name=["xn--X", "a.xn--07jt112bpxg", "XN--aa---o47jg78q", "ab--c"])
 def test_hostname_with_hyphens_in_the_third_and_fourth_place_is_left_out(name):
-    assert not takes(StringShape(formats=("hostname",)), name)
+    assert not takes(Strings(formats=("hostname",)), name)
 
 
 @each(name=["a-b", "a--b", "abc--d", "a-b-c.de", "abcd", "ab-d", "x" * 63, "a1-b"])
 def test_hostname_with_other_hyphens_is_read(name):
-    assert takes(StringShape(formats=("hostname",)), name)
+    assert takes(Strings(formats=("hostname",)), name)
 
 
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -4916,6 +4951,15 @@ def test_schema_keyword_admits_just_what_fits(kind: str) -> None:
     assert [value for value in others if accepts(schema, value)] == []
 
 
+def test_six_patterns_of_names_that_overlap_are_told_apart() -> None:
+    names = zip("abcdef", "lmnopq", strict=True)
+    patterns = {f"{one}.*{two}": {"type": "integer", "minimum": n} for n, (one, two) in enumerate(names)}
+    begun = time.thread_time()
+    assert accepts({**OBJECT, "patternProperties": patterns}, {"al": 0, "alfq": 5, "abcdeflmnopq": 9})
+    assert not accepts({**OBJECT, "patternProperties": patterns}, {"alfq": 4})
+    assert time.thread_time() - begun < 10
+
+
 @cases("schema, text", {
     "between elements and behind keys": ({**OBJECT, "required": ["a"], "properties": {"a": {"const": [1, 2]}}}, '{"a": [1, 2]}'),
     "a constant's own order": ({"const": {"b": 1, "a": "é"}}, '{"b": 1, "a": "é"}'),
@@ -5159,7 +5203,7 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
 
 @each(name=["xn--x", "xn--nxasmq6b", "ab--c.de"])
 def test_what_may_be_a_hostname_is_none_that_is_no_hostname(name):
-    assert not takes(StringShape(not_formats=("hostname",)), name) and takes(StringShape(not_formats=("hostname",)), name + "-")
+    assert not takes(Strings(not_formats=("hostname",)), name) and takes(Strings(not_formats=("hostname",)), name + "-")
 
 
 def test_what_a_number_must_not_be_is_one_machine():
@@ -8420,6 +8464,52 @@ def test_chat_grammar_that_cannot_be_read_says_why(grammar: str, said: str, serv
     error = assert_error(server.chat("hi", grammar=f"{grammar} # {forged}"), 400, "invalid_request")
     assert error["message"] == f"grammar: {said}" and error["param"] == "grammar"
     assert forged not in server.log.read_text()
+
+
+def reads_grammar(grammar: str, text: str) -> bool:
+    here = Automaton(module.read_gbnf(grammar)).start.read(text.encode())
+    return here is not None and here.ends
+
+
+@cases("grammar, text, fits", {
+    "a line break in a text": ('root ::= "a\nb"', "a\nb", True),
+    "a line break in a class": ("root ::= [\n]+", "\n\n", True),
+    "a rule written twice": ('root ::= "a"\nroot ::= "b"', "b", True),
+    "the rule that came first": ('root ::= "a"\nroot ::= "b"', "a", False),
+    "a token": ('root ::= <think> "x" </think>', "<think>x</think>", True),
+    "blanks within repeats": ('root ::= "a"{ 1 , 2 }', "aa", True),
+    "rules that may be empty": ('root ::= a b "c"\na ::= "x"*\nb ::= a | a a', "xxc", True),
+})  # fmt: skip
+def test_grammar_is_read_as_llama_cpp_reads_it(grammar: str, text: str, fits: bool) -> None:
+    assert reads_grammar(grammar, text) == fits
+
+
+@cases("grammar, said", {
+    "two numbers without a comma": ('root ::= "a"{1 2}', "cannot be read"),
+    "no number": ('root ::= "a"{ }', "cannot be read"),
+    "a token by its number": ("root ::= <[12]>", "tokens by number"),
+    "all tokens but one": ("root ::= !<think>", "all tokens but one"),
+    "a rule that begins with itself behind what may be empty": ('root ::= a a root "b"\na ::= "x"?', "left-recursive"),
+    "a backslash at the end": ('root ::= "\\', "backslash"),
+})  # fmt: skip
+def test_grammar_that_llama_cpp_would_not_read_or_we_cannot_is_refused(grammar: str, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        module.read_gbnf(grammar)
+
+
+def test_grammar_of_a_long_chain_of_rules_is_read_soon() -> None:
+    rules = "\n".join(f'a{n} ::= a{n + 1} | "y" a{n + 1} a{n}' for n in range(8000))
+    begun = time.thread_time()
+    with TURN.limited(0.02):
+        module.read_gbnf(f'root ::= a0\n{rules}\na8000 ::= "z"')
+    assert time.thread_time() - begun < 0.5, "it counts its time all along"
+    module.read_gbnf(f'root ::= a0\n{rules}\na8000 ::= "z"')
+    assert time.thread_time() - begun < 5
+
+
+def test_tokens_that_a_grammar_names_may_come() -> None:
+    grammar = 'root ::= <think> "<b>" [<] <|end|> # <c>\n'
+    assert module.token_names(grammar) == {"<think>", "<|end|>"}
 
 
 def test_chat_grammar_holds_the_answer(server: Server) -> None:
