@@ -15740,11 +15740,13 @@ def decimal_digits(value: int | float) -> tuple[int, int]:
 class NumberMachine:
     """The numbers of one shape, as whole multiples of a smallest unit (a decimal place) in an interval.
 
-    The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds or multiples has
-    no exponent, nor one that others are taken from. Those, which a shape excludes, are not its machine's business.
+    The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
+    behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
+    most would be led to 7e-05). One with multiples has none, nor one that others are taken from. Those, which a shape excludes,
+    are not its machine's business.
     """
 
-    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    DIGITS, PLACES, MORE_PLACES, DOUBLE, EXPONENTS = 20, 18, 3, 15, range(-290, 281)
     MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
 
     def __init__(self, shape: NumberShape, exponents: bool) -> None:
@@ -15752,7 +15754,11 @@ class NumberMachine:
         multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
         unlike = [decimal_digits(value) for value in shape.not_multiples]
         bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
-        self.exponents = exponents and not multiples and not unlike and not bounds
+        self.has_bounds = bool(bounds)
+        self.exponents: list[JsonExponent | None] = [None, None]  # of a positive number, and of a negative one
+        if exponents and not multiples and not unlike:
+            low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
+            self.exponents = [self._exponent(shape.low, shape.high), self._exponent(low, high)]
         self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
         if multiples or unlike:
             self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
@@ -15783,6 +15789,17 @@ class NumberMachine:
             raise InvalidRequest("multipleOf must be over 0")
         if len(shape.not_multiples) > self.MAX_UNLIKE:
             raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+
+    def _exponent(self, low: tuple[int | float, bool] | None, high: tuple[int | float, bool] | None) -> JsonExponent | None:
+        """The exponents with which all numbers from 1 to 10 are within bounds."""
+        def reaches(exponent: int, bound: int | float, left_out: bool) -> bool:
+            digits, places = decimal_digits(bound)
+            return 10 ** (exponent + 400) >= digits * 10 ** (400 - places) + left_out
+
+        least = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: low is None or reaches(exponent, *low))
+        most = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: (
+            high is not None and reaches(exponent + 1, high[0], not high[1])))  # fmt: skip
+        return JsonExponent(self.EXPONENTS[least], self.EXPONENTS[most - 1]) if least < most else None
 
     def _edge(self, bound: int | float, left_out: bool) -> int:
         """The least number of units that a lower bound allows."""
@@ -15862,11 +15879,12 @@ class JsonNumber(Symbol):
 
     machine: NumberMachine
     taken: TakenNumbers
-    part: str = ""  # sign, zero, whole, point, fraction, e, e-sign, exponent
+    part: str = ""  # sign, zero, whole, point, fraction
     negative: bool = False
     value: int = 0
     count: int = 0
     free: bool = False
+    scientific: bool = False  # there are bounds, and one digit other than 0 stands before the point
 
     @property
     def firsts(self) -> int:
@@ -15878,12 +15896,10 @@ class JsonNumber(Symbol):
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
-        if self.part == "exponent":
-            return True
         low = self._range(0)[0]
         return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
 
-    def _next(self, byte: int) -> JsonNumber | None:
+    def _next(self, byte: int) -> Symbol | None:
         """What follows a byte; None if no number does."""
         char, part, machine = chr(byte), self.part, self.machine
         if char.isdigit():
@@ -15891,23 +15907,23 @@ class JsonNumber(Symbol):
         if char == "-" and part == "":
             return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most, self.taken) else None
         if char == "." and part in ("zero", "whole") and machine.places:
-            return replace(self, part="point", count=0)._lively()
-        if char in "eE" and part in ("zero", "whole", "fraction") and machine.exponents:
-            return JsonNumber(machine, self.taken, "e")
-        return JsonNumber(machine, self.taken, "e-sign") if char in "+-" and part == "e" else None
+            return replace(self, part="point", count=0)._if_possible()
+        if char in "eE" and part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds:
+            return machine.exponents[self.negative]
+        return None
 
     def _digit(self, digit: int) -> JsonNumber | None:
         part, count = self.part, self.count
         if part in ("", "sign"):
-            return replace(self, part="whole" if digit else "zero", value=digit, count=1)._lively()
+            scientific = digit > 0 and self.machine.has_bounds
+            return replace(self, part="whole" if digit else "zero", value=digit, count=1, scientific=scientific)._if_possible()
         if part == "whole":
             more = count < self.machine.digits
-            return replace(self, value=self.value * 10 + digit, count=count + 1)._lively() if more else None
+            after = replace(self, value=self.value * 10 + digit, count=count + 1, scientific=False)
+            return after._if_possible() if more else None
         if part in ("point", "fraction"):
             more = count < self.machine.places
-            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._lively() if more else None
-        if part in ("e", "e-sign", "exponent") and count < 2:  # 1e99 times 20 digits is a double still
-            return JsonNumber(self.machine, self.taken, "exponent", count=count + 1)
+            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._if_possible() if more else None
         return None
 
     def _range(self, more: int) -> tuple[int, int]:
@@ -15916,7 +15932,7 @@ class JsonNumber(Symbol):
         unit = 10 ** (machine.places - self.count) if self.part in ("point", "fraction") else machine.scale
         return self.value * 10**more * unit, (self.value + 1) * 10**more * unit - 1
 
-    def _lively(self) -> JsonNumber | None:
+    def _if_possible(self) -> JsonNumber | None:
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
         ranges = [self._range(more) for more in range(most + 1)]
@@ -15925,7 +15941,44 @@ class JsonNumber(Symbol):
         if not self.free and (any(self.taken.count(self.negative, *span) for span in ranges)
                               or not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1])):  # fmt: skip
             return self
-        return replace(self, taken=NONE_TAKEN, free=True, negative=False, value=self.value % machine.cycle)
+        negative = self.negative and self.scientific
+        return replace(self, taken=NONE_TAKEN, free=True, negative=negative, value=self.value % machine.cycle)
+
+
+@dataclass(frozen=True)
+class JsonExponent(Symbol):
+    """The rest of a JSON number behind its e: an exponent from `low` to `high`."""
+
+    low: int
+    high: int
+    sign: str = ""
+    value: int = 0
+    count: int = 0  # digits
+
+    @property
+    def firsts(self) -> int:
+        return sum(1 << byte for byte in b"0123456789-+" if self.step(byte) is not None)
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return self.count > 0 and self._meets(self.value, self.value)
+
+    def step(self, byte: int) -> Symbols | None:
+        after = None
+        if byte in b"+-" and not self.sign and not self.count:
+            after = replace(self, sign=chr(byte))
+        elif byte in b"0123456789" and self.count < 3:
+            after = replace(self, value=self.value * 10 + byte - ord("0"), count=self.count + 1)
+        return (after,) if after and any(after._meets(*span) for span in after._spans()) else None
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """The magnitudes that further digits can make."""
+        return ((self.value * 10**more, (self.value + 1) * 10**more - 1) for more in range(4 - self.count))
+
+    def _meets(self, least: int, most: int) -> bool:
+        """Whether an exponent of such a magnitude is right."""
+        least, most = (-most, -least) if self.sign == "-" else (least, most)
+        return self.low <= most and least <= self.high
 
 
 @functools.lru_cache(maxsize=1000)
@@ -16005,7 +16058,8 @@ class SchemaReader:
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
     COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator", "unevaluatedProperties", "unevaluatedItems"}
-    DATA = ("enum", "const", "default", "examples", "example")  # what looks like a schema in these is none
+    PLAIN: ClassVar = {"type", "enum", "excluded", "soft"}
+    DEFINITIONS: ClassVar = {"$defs", "definitions", "dependencies"}  # that hold schemas by name, beside KEYWORDS
 
     def __init__(self, name: str, root: Any) -> None:
         self.name, self.root, self.steps, self.size = name, root, 0, 0
@@ -16230,7 +16284,7 @@ class SchemaReader:
             also.append(self._any({"allOf": [condition, *([] if then is None else [then])]}, opposite))
         if also:
             found["allOf"] = [*found.get("allOf", ()), *also]
-        nullable = found.pop("nullable", False)
+        nullable = found.pop("nullable", False)  # OpenAPI's: null may be whatever else stands there, an enum too
         return self.number({"anyOf": [self.number(found), self.null]} if nullable else found)
 
     def _lacks_or(self, name: str, schema: dict[str, Any]) -> int:
@@ -16278,14 +16332,21 @@ class SchemaReader:
         if self._resources is None:
             self._resources, todo = {}, [(self.root, self.base)]
             while todo:
-                value, base = todo.pop()
-                if isinstance(value, dict):
+                schema, base = todo.pop()
+                if isinstance(schema, dict):
                     self.spend()
-                    base = self._enter(value, base)
-                    todo += [(inner, base) for key, inner in value.items() if key not in self.DATA]
-                elif isinstance(value, list):
-                    todo += [(inner, base) for inner in value]
+                    base = self._enter(schema, base)
+                    todo += [(inner, base) for key, value in schema.items() for inner in self._schemas_in(key, value)]
         return self._resources
+
+    def _schemas_in(self, key: str, value: Any) -> Iterable[Any]:
+        """The schemas that a keyword holds; what looks like one in a constant, or beside an unknown word, is none."""
+        reader = self.KEYWORDS.get(key)
+        if isinstance(value, dict) and (reader is SchemaReader._named or key in self.DEFINITIONS):
+            return value.values()
+        if isinstance(value, list) and (reader is SchemaReader._schemas or key == "items"):
+            return value
+        return [value] if reader is SchemaReader._schema or key == "additionalItems" else ()
 
     def _enter(self, schema: dict[str, Any], base: str) -> str:
         """Notes a schema's own names; returns the base of references inside."""
@@ -16331,6 +16392,8 @@ class SchemaReader:
             return False
         if ("enum" in schema or "excluded" in schema) and (comparable(value) in self.listed(number)) != ("enum" in schema):
             return False
+        if schema.keys() <= self.PLAIN:
+            return True
         if schema.keys() & self.COMBINED and not self._fits_all(schema, functools.partial(self.fits, value, refs=refs + 1)):
             return False
         if schema.keys() & {"unevaluatedProperties", "unevaluatedItems"} and isinstance(value, (dict, list)):
@@ -16383,7 +16446,7 @@ class SchemaReader:
             if not any(self.fits(one, inner) for name, one in value.items() if self.is_other(name, names, patterns)):
                 return False
         return all(self.fits(name, number) for name in value for number in [schema.get("propertyNames", self.free)]) and all(
-            self.fits(one, number) for name, one in value.items() for number in self.property([schema], name))  # fmt: skip
+            self.fits(one, number) for name, one in value.items() for number in self.property(schema, name))  # fmt: skip
 
     @staticmethod
     def element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
@@ -16394,13 +16457,12 @@ class SchemaReader:
             elif "items" in schema:
                 yield schema["items"]
 
-    def property(self, schemas: list[dict[str, Any]], name: str) -> Iterator[int]:
+    def property(self, schema: dict[str, Any], name: str) -> list[int]:
         """What the value of an object's property must fit."""
-        for schema in schemas:
-            own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
-            if "patternProperties" in schema:
-                own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
-            yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
+        own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
+        if "patternProperties" in schema:
+            own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
+        return own or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
 
     def matches(self, pattern: str, name: str) -> bool:
         return self.honoured(string_fits, StringShape(texts=self.honoured(texts_by, "pattern", pattern)), name)
@@ -16571,9 +16633,8 @@ class SchemaAlgebra(SchemaReader):
         for name in (one.required & two.lists.keys()) | (two.required & one.lists.keys()):
             self.spend()
             lists = one.lists.get(name, []) + two.lists.get(name, [])
-            allowed = [values for values, may in lists if may]
-            if allowed and len(allowed[0]) <= 8 and not allowed[0].intersection(*allowed).difference(
-                    *(values for values, may in lists if not may)):  # fmt: skip
+            allowed = min((values for values, may in lists if may), key=len, default=None)
+            if allowed is not None and not any(all((value in values) == may for values, may in lists) for value in allowed):
                 return True
         return False
 
@@ -16595,8 +16656,40 @@ class SchemaAlgebra(SchemaReader):
         """Each option, without what fits another too."""
         if loose:
             return self._either([self.branches(number, loose) for number in options])
-        self.spend(len(options) ** 2 // 4)
-        return self._either([self._alone(number, options[:i] + options[i + 1 :]) for i, number in enumerate(options)])
+        rivals = self._rivals(options)
+        return self._either([self._alone(number, others) for number, others in zip(options, rivals, strict=True)])
+
+    def _rivals(self, options: list[int]) -> list[list[int]]:
+        """The other options that each may share a document with, as far as the constants of a property tell that all need."""
+        marks = [self._marks(number) for number in options]
+        counts: dict[str, int] = {}
+        for name in itertools.chain(*marks):
+            counts[name] = counts.get(name, 0) + 1
+        best = max(counts, key=counts.__getitem__, default="")
+        holders: dict[Any, list[int]] = {}
+        for i, mark in enumerate(marks):
+            for value in mark.get(best, ()):
+                holders.setdefault(value, []).append(i)
+        unmarked = [i for i, mark in enumerate(marks) if best not in mark]
+        found = []
+        for i, mark in enumerate(marks):
+            shared = (j for value in mark[best] for j in holders[value]) if best in mark else range(len(options))
+            near = dict.fromkeys(itertools.chain(shared, unmarked))
+            self.spend(len(near) // 4)
+            found.append([options[j] for j in sorted(near) if j != i])
+        return found
+
+    def _marks(self, number: int) -> dict[str, set[Any]]:
+        """The properties that a schema's documents must have, objects all, if their values are listed: name → values."""
+        found: dict[str, set[Any]] = {}
+        facts = [self._told(branch) for branch in self.branches(number, True)]
+        if any(fact.bits != self.TYPES["object"] for fact in facts):
+            return {}
+        for name in set.intersection(*(fact.required & fact.lists.keys() for fact in facts)) if facts else ():
+            lists = [[values for values, may in fact.lists[name] if may] for fact in facts]
+            if all(lists):
+                found[name] = set().union(*(min(values, key=len) for values in lists))
+        return found
 
     def _alone(self, number: int, others: list[int]) -> list[Branch]:
         found = self.branches(number, False)
@@ -16767,6 +16860,7 @@ class SchemaShapes(SchemaAlgebra):
     schema accepts.
     """
 
+    MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
     MAX_PATTERNS = 12  # that an object's unnamed properties may have
     HINTS: ClassVar = {  # type → keywords about it
         "object": {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
@@ -16791,6 +16885,8 @@ class SchemaShapes(SchemaAlgebra):
             for number in node:
                 found = self.both(found, self.branches(number, loose), "allOf")
             shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
+            if not loose and sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
+                raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
             self._choices[node, loose] = self._simplify(list(shapes))
         return self._choices[node, loose]
 
@@ -16811,7 +16907,7 @@ class SchemaShapes(SchemaAlgebra):
         return self._shapes[branch, loose]
 
     def _made(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> Iterator[Shape]:
-        listed = next((schema["enum"] for schema in schemas if "enum" in schema), None)
+        listed = min((schema["enum"] for schema in schemas if "enum" in schema), key=len, default=None)
         if listed is not None:
             plain = len(branch) == 1 and schemas[0].keys() <= {"enum", "type"}
             bits = self.bits[branch[0]] if plain else 0
@@ -16902,12 +16998,13 @@ class SchemaShapes(SchemaAlgebra):
         closed = not loose and any(s.keys() & {"properties", "patternProperties", "required"} for s in schemas if "soft" not in s)
         opened = not closed or any("additionalProperties" in schema for schema in schemas if "soft" not in schema)
         allowed = self.node(schema["propertyNames"] for schema in schemas if "propertyNames" in schema)
-        self.spend((len(names) + len(patterns)) * len(schemas))
+        self.spend(len(names) + len(patterns) * len(schemas))
         if opened and allowed:
             names |= dict.fromkeys(self._listed_names(allowed, loose))
         if not opened and not named >= set(required):
             return  # a closed object has no other properties
-        properties = [Property(name, self._property(schemas, name, allowed), name in required) for name in names]
+        values = self._values(schemas, names)
+        properties = [Property(name, self._property(values[name], name, allowed), name in required) for name in names]
         shapes = [s for s in self.choice(allowed, loose) if isinstance(s, StringShape)] if allowed else [StringShape()]
         shapes = [shape.but_not(names) for shape in shapes]
         unnamed = [pair for shape in shapes for pair in self._unnamed(schemas, shape, patterns, opened)]
@@ -16936,10 +17033,21 @@ class SchemaShapes(SchemaAlgebra):
             if isinstance(shape, Constant) and shape.text[0] == '"':
                 yield json.loads(shape.text)
 
-    def _property(self, schemas: list[dict[str, Any]], name: str, allowed: Node) -> Node:
+    def _values(self, schemas: list[dict[str, Any]], names: Iterable[str]) -> dict[str, list[int]]:
+        """The schemas that each property's value must fit: a schema that speaks only of its own is asked for no others."""
+        found: dict[str, list[int]] = {name: [] for name in names}
+        for schema in schemas:
+            others = schema.keys() & {"patternProperties", "additionalProperties"}
+            about = found if others else schema.get("properties", ())
+            self.spend(len(about) // 4)
+            for name in about:
+                found[name] += self.property(schema, name)
+        return found
+
+    def _property(self, values: list[int], name: str, allowed: Node) -> Node:
         if allowed and not all(self.fits(name, number) for number in allowed):
             return (self.never,)
-        return self.node(self.property(schemas, name))
+        return self.node(values)
 
     def _unnamed(self, schemas: list[dict[str, Any]], names: StringShape, patterns: list[str],
                  opened: bool) -> Iterator[tuple[StringShape, Node]]:  # fmt: skip
@@ -17148,7 +17256,7 @@ class Documents:
         if isinstance(shape, Constant):
             return True
         if isinstance(shape, ArrayShape):
-            if shape.unique and shape.low > 1 and not self._has_enough(shape):
+            if shape.unique and max(shape.low, *(least for _, least, _ in shape.contains), 0) > 1 and not self._has_enough(shape):
                 return False
             if shape.contains:
                 return (0, (0,) * len(shape.contains)) in self._alive(shape, possible)
@@ -17163,6 +17271,10 @@ class Documents:
     def _has_enough(self, shape: ArrayShape) -> bool:
         """Whether an array whose elements are all different can be as long as it must be."""
         found = [self.few_values(node) for node in (*shape.first[: shape.low], shape.at(len(shape.first))) if node is not None]
+        for number, least, _ in shape.contains:
+            few = self.few_values(self.shapes.node((*(shape.at(len(shape.first)) or ()), number)))
+            if few is not None and len(few) < least and not shape.first:
+                return False
         scarce = [values for values in found if values is not None and len(values) < shape.low]
         if scarce and shape.first:
             raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")

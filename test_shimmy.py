@@ -3812,6 +3812,22 @@ def test_number_never_begins_what_bounds_forbid():
     assert first_state(NumberShape(True, (100, False), None, (1000,))).read(b"0") is None
 
 
+EXPONENTS: list[tuple[NumberShape, list[str], list[str]]] = [
+    (NumberShape(low=(0, False), high=(1, False)), ["1e-06", "1.0E-290", "0.5"], ["1e0", "1e1", "2e-1", "10e-3", "-1e-3"]),
+    (NumberShape(low=(0, True)), ["1e100", "2.5e+20", "1e-100"], ["0e1", "1e400", "-1e1"]),
+    (NumberShape(high=(-5, False)), ["-9e3"], ["-9e-1", "1e3"]),
+    (NumberShape(high=(10, True)), ["9e-1", "1e-5"], ["9e1", "1e1"]),
+    (NumberShape(True, (0, False)), ["100"], ["1e2"]),
+    (NumberShape(), ["1e100", "12.5e-120", "0e1"], ["1e400", "1e0001"]),
+]
+
+
+@each(case=EXPONENTS)
+def test_number_has_an_exponent_that_keeps_its_bounds(case):
+    shape, yes, no = case
+    assert [text for text in yes if not reads(shape, text)] == [text for text in no if reads(shape, text)] == []
+
+
 def test_number_as_near_to_its_excluded_bound_as_doubles_are_is_not_read():
     shape = NumberShape(high=(1, True))
     assert reads(shape, "0.999999") and not reads(shape, "0.99999999999999999") and not reads(shape, "1")
@@ -4951,6 +4967,47 @@ def test_schema_keyword_admits_just_what_fits(kind: str) -> None:
     assert [value for value in others if accepts(schema, value)] == []
 
 
+def each_its_own(count: int, **more: Any) -> dict[str, Any]:
+    """An object whose kind tells which property it must have."""
+    properties = {"kind": {"enum": [f"v{n}" for n in range(count)]}, **{f"p{n}": {"type": "null"} for n in range(count)}}
+    rules = [{"if": {"properties": {"kind": {"const": f"v{n}"}}, **more}, "then": {"required": [f"p{n}"]}} for n in range(count)]
+    return {**OBJECT, "properties": properties, "required": ["kind"], "allOf": rules}
+
+
+def told_apart(count: int) -> dict[str, Any]:
+    kinds = [{**OBJECT, "properties": {"kind": {"const": f"v{n}"}, "n": {"type": "integer"}}, "required": ["kind"]}
+             for n in range(count)]  # fmt: skip
+    return {"oneOf": kinds}
+
+
+@cases("schema, fitting, others", {
+    "a condition for each value": (each_its_own(60), {"kind": "v59", "p59": None}, {"kind": "v59", "p58": None}),
+    "one that needs the property": (each_its_own(60, required=["kind"]), {"kind": "v7", "p7": None}, {"kind": "v7"}),
+    "options by a constant": (told_apart(1000), {"kind": "v999", "n": 1}, {"kind": "v1000"}),
+    "options by a constant, and others": ({"oneOf": [{"type": "null"}, {"type": "integer"}, *told_apart(400)["oneOf"]]},
+                                          {"kind": "v399"}, {"n": 1}),
+    "options that share a value": (
+        {"oneOf": [*told_apart(300)["oneOf"], {**told_apart(1)["oneOf"][0], "required": ["kind", "n"]}]},
+        {"kind": "v0"}, {"kind": "v0", "n": 1}),
+})  # fmt: skip
+def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: Any) -> None:
+    begun = time.thread_time()
+    assert accepts(schema, fitting) and not accepts(schema, others)
+    assert time.thread_time() - begun < 5  # 0.3 s on a quiet machine
+
+
+def test_schema_with_too_many_alternatives_says_so() -> None:
+    with pytest.raises(InvalidRequest, match="anyOf and oneOf leave over 1500 alternatives"):
+        begin({"anyOf": told_apart(2000)["oneOf"]})
+
+
+def test_id_in_an_unknown_keyword_names_nothing() -> None:
+    named = {"$id": "https://x.org/a", "type": "null"}
+    with pytest.raises(InvalidRequest, match="not inside the schema"):
+        begin({"unknown": {"a": named}, "$ref": "https://x.org/a"})
+    assert accepts({"$defs": {"a": {"allOf": [named]}}, "$ref": "https://x.org/a"}, None)
+
+
 def test_six_patterns_of_names_that_overlap_are_told_apart() -> None:
     names = zip("abcdef", "lmnopq", strict=True)
     patterns = {f"{one}.*{two}": {"type": "integer", "minimum": n} for n, (one, two) in enumerate(names)}
@@ -4993,6 +5050,10 @@ def test_schema_leads_into_no_dead_end(schema: Any) -> None:
     "two integers, three times": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3, "items": {"enum": [1, 2]}},
     "more properties than there are": {**NAMED_SCHEMAS, "minProperties": 4},
     "what nothing is": {"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "^b"}]},
+    "contained twice, without repeats": {"uniqueItems": True, "contains": {"const": 1}, "minContains": 2},
+    "contained twice among few": {**ANY_ARRAY, "uniqueItems": True, "items": {"enum": [1, 2, 3]}, "contains": {"minimum": 3},
+                                  "minContains": 2},
+    "an empty object, twice": {"uniqueItems": True, "contains": {"const": {}}, "minContains": 2, "maxItems": 3},
     "contained where nothing is": {**ANY_ARRAY, "items": {"type": "string"}, "contains": {"type": "integer"}},
 })  # fmt: skip
 def test_schema_that_nothing_fits_is_refused(schema: Any) -> None:
