@@ -15466,12 +15466,6 @@ class StringShape:
         return self.within(complement(word_texts(frozenset(texts))))
 
 
-def both_strings(one: StringShape, two: StringShape) -> StringShape:
-    """The shape of what has both shapes."""
-    highs = [high for high in (one.high, two.high) if high is not None]
-    return StringShape(max(one.low, two.low), min(highs, default=None), intersection([one.texts, two.texts]))
-
-
 # A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
 Half = tuple[Ranges, str, int, int]
 NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
@@ -16016,19 +16010,6 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
 def _divides(part: int | float, value: int | float) -> bool:
     (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
     return two * 10**places % (one * 10**more) == 0
-
-
-def numbers_meet(one: NumberShape, two: NumberShape) -> bool:
-    """Whether some number has both shapes."""
-    return number_symbol(both_numbers(one, two)) is not None
-
-
-def both_numbers(one: NumberShape, two: NumberShape) -> NumberShape:
-    """The shape of what has both shapes."""
-    low = max(filter(None, (one.low, two.low)), default=None)
-    high = min(filter(None, (one.high, two.high)), key=lambda bound: (bound[0], not bound[1]), default=None)
-    return NumberShape(one.whole or two.whole, low, high, tuple(dict.fromkeys(one.multiples + two.multiples)),
-                       tuple(dict.fromkeys(one.not_multiples + two.not_multiples)), one.excluded | two.excluded)  # fmt: skip
 
 
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17075,62 +17056,24 @@ class SchemaShapes(SchemaAlgebra):
 
     def apart(self, one: int, two: int) -> bool:
         """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
-        ours, theirs = (tuple(shape for branch in self.branches(number, True) for shape in self.shapes(branch, True))
-                        for number in (one, two))  # fmt: skip
-        return self._disjoint(ours, theirs, 0)
+        try:
+            return self._is_empty(self.node((one, two)), 0)
+        except InvalidRequest:
+            return False  # they cannot be told apart so
 
-    def _disjoint(self, ours: Shapes, theirs: Shapes, depth: int) -> bool:
-        self.spend(len(ours) * len(theirs) // 4)
-        sides = [[comparable(json.loads(shape.text)) for shape in side if isinstance(shape, Constant)] for side in (ours, theirs)]
-        if len(sides[0]) == len(ours) and len(sides[1]) == len(theirs):
-            return not set(sides[0]) & set(sides[1])
-        return depth < 4 and all(self._unlike(one, two, depth) for one in ours for two in theirs)
+    def _is_empty(self, node: Node, depth: int) -> bool:
+        return depth < 4 and all(self._is_impossible(shape, depth + 1) for shape in self.choice(node, True))
 
-    def _unlike(self, one: Shape, two: Shape, depth: int) -> bool:
-        if opening_of(one) != opening_of(two):
-            return True
-        if isinstance(one, ObjectShape) and isinstance(two, ObjectShape):
-            return self._objects_unlike(one, two, depth + 1)
-        if isinstance(one, ArrayShape) and isinstance(two, ArrayShape):
-            return self._arrays_unlike(one, two, depth + 1)
-        if isinstance(one, StringShape) and isinstance(two, StringShape):
-            return self.string(both_strings(one, two)) is None
-        if isinstance(one, NumberShape) and isinstance(two, NumberShape):
-            return not self.honoured(numbers_meet, one, two)
-        for constant, shape in ((one, two), (two, one)):
-            if isinstance(constant, Constant) and isinstance(shape, StringShape):
-                return not self.honoured(string_fits, shape, json.loads(constant.text))
-            if isinstance(constant, Constant) and isinstance(shape, NumberShape):
-                return not self.honoured(number_fits, shape, json.loads(constant.text))
-        return isinstance(one, Constant) and isinstance(two, Constant) and (
-            comparable(json.loads(one.text)) != comparable(json.loads(two.text)))  # fmt: skip
-
-    def _arrays_unlike(self, one: ArrayShape, two: ArrayShape, depth: int) -> bool:
-        if (one.high is not None and one.high < two.low) or (two.high is not None and two.high < one.low):
-            return True
-        both = ((one.at(index), two.at(index)) for index in range(min(one.low, two.low, 8)))
-        return any(a is not None and b is not None and self._disjoint(self.choice(a, True), self.choice(b, True), depth)
-                   for a, b in both)  # fmt: skip
-
-    def _objects_unlike(self, one: ObjectShape, two: ObjectShape, depth: int) -> bool:
-        if (one.high is not None and one.high < two.low) or (two.high is not None and two.high < one.low):
-            return True
-        ours, theirs = ({prop.name: prop for prop in shape.named} for shape in (one, two))
-        pairs = []  # values of properties that what fits both must have
-        for name in (name for named in (ours, theirs) for name, prop in named.items() if prop.required):
-            mine, other = self._value_of(one, ours, name), self._value_of(two, theirs, name)
-            self.spend()
-            if mine is None or other is None:
-                return True
-            pairs.append((self.choice(mine, True), self.choice(other, True)))
-        pairs.sort(key=lambda pair: not all(isinstance(shape, Constant) for side in pair for shape in side))  # they tell soonest
-        return any(self._disjoint(mine, other, depth) for mine, other in pairs)
-
-    def _value_of(self, shape: ObjectShape, named: dict[str, Property], name: str) -> Node | None:
-        """What a property's value must fit; None if the object has none of that name."""
-        if name in named:
-            return None if named[name].node == (self.never,) else named[name].node
-        return next((node for names, node in shape.unnamed if self.honoured(string_fits, names, name)), None)
+    def _is_impossible(self, shape: Shape, depth: int) -> bool:
+        self.spend()
+        if isinstance(shape, ArrayShape):
+            first = (shape.at(index) for index in range(min(shape.low, 8)))
+            return any(node is None or self._is_empty(node, depth) for node in first)
+        if isinstance(shape, ObjectShape):
+            return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
+        if isinstance(shape, StringShape):
+            return self.string(shape) is None
+        return isinstance(shape, NumberShape) and self.honoured(number_symbol, shape) is None
 
 
 def opening_of(shape: Shape) -> str:

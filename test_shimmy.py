@@ -93,7 +93,6 @@ from shimmy import (
     bytes_of,
     number_fits,
     number_symbol,
-    numbers_meet,
     read_ahead,
     read_json,
 )
@@ -3432,10 +3431,6 @@ def string_fits(strings: Strings, text: str) -> bool:
     return module.string_fits(strings.shape, text)
 
 
-def strings_meet(one: Strings, two: Strings) -> bool:
-    return module.string_symbol(module.both_strings(one.shape, two.shape)) is not None
-
-
 def first_state(shape: Strings | NumberShape) -> State:
     """The state before a string or number of a shape."""
     symbol = string_symbol(shape) if isinstance(shape, Strings) else number_symbol(shape)
@@ -3612,11 +3607,23 @@ def test_string_that_cannot_be_is_none(shape):
     assert string_symbol(shape) is None
 
 
-def test_strings_meet():
-    assert strings_meet(pattern("^a+b$"), pattern("^[ab]{3}$")) and not strings_meet(pattern("^a+$"), pattern("b"))
-    assert strings_meet(Strings(low=3), pattern("^(abc)*$")) and not strings_meet(
-        Strings(low=4, high=5), pattern("^(abc)*$")
-    )
+@cases("one, two, meet", {
+    "patterns of a common text": ({"pattern": "^a+b$"}, {"pattern": "^[ab]{3}$"}, True),
+    "patterns without one": ({"pattern": "^a+$"}, {"pattern": "b"}, False),
+    "a length and a pattern": ({"minLength": 3}, {"pattern": "^(abc)*$"}, True),
+    "a length between two texts": ({"minLength": 4, "maxLength": 5}, {"pattern": "^(abc)*$"}, False),
+    "an integer between": ({"type": "integer", "exclusiveMinimum": 1}, {"maximum": 2}, True),
+    "no integer between": ({"type": "integer", "exclusiveMinimum": 1}, {"exclusiveMaximum": 2}, False),
+})  # fmt: skip
+def test_schemas_meet_where_a_value_fits_both(one, two, meet):
+    kind = {"type": "number" if "type" in one else "string"}
+    schemas = [{**kind, **one}, {**kind, **two}]
+    if meet:
+        begin({"allOf": schemas})
+    else:
+        begin({"oneOf": schemas})  # told apart, with no more said
+        with pytest.raises(InvalidRequest, match="no document"):
+            begin({"allOf": schemas})
 
 
 LETTERS = some.text("ab1-\n\U0001f600", max_size=6)
@@ -3858,11 +3865,6 @@ def test_number_that_cannot_be_is_none(shape):
 def test_number_out_of_proportion_is_refused(shape):
     with pytest.raises(InvalidRequest):
         number_symbol(shape)
-
-
-def test_numbers_meet():
-    assert numbers_meet(NumberShape(True, (1, True)), NumberShape(high=(2, False)))
-    assert not numbers_meet(NumberShape(True, (1, True)), NumberShape(high=(2, True)))
 
 
 NUMBERS = some.integers(-30, 30) | some.integers(-(10**12), 10**12) | some.integers(-900, 900).map(lambda n: n / 100)
