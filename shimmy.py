@@ -15156,17 +15156,17 @@ def _combined(options: Iterable[Iterable[tuple[Ranges, Texts]]], join: Callable[
             begun.setdefault(low, []).append(behind)
             ended.setdefault(high + 1, []).append(behind)
     found: dict[Texts, list[tuple[int, int]]] = {}
-    known: dict[tuple[Texts, ...], Texts] = {}
+    known: dict[tuple[int, frozenset[Texts]], Texts] = {}
     here: list[Texts] = []
-    for low, behind_it in itertools.pairwise(sorted(begun.keys() | ended.keys())):
+    for low, after in itertools.pairwise(sorted(begun.keys() | ended.keys())):
         for one in ended.get(low, ()):
             here.remove(one)
         here += begun.get(low, ())
         if here:
-            key = tuple(here)
+            key = len(here), frozenset(here)
             if key not in known:
                 known[key] = join(here)
-            found.setdefault(known[key], []).append((low, behind_it - 1))
+            found.setdefault(known[key], []).append((low, after - 1))
     found.pop(NONE, None)
     return tuple((merged(ranges), behind) for behind, ranges in found.items())
 
@@ -16986,9 +16986,9 @@ class SchemaShapes(SchemaAlgebra):
             return  # a closed object has no other properties
         values = self._values(schemas, names)
         properties = [Property(name, self._property(values[name], name, allowed), name in required) for name in names]
-        shapes = [s for s in self.choice(allowed, loose) if isinstance(s, StringShape)] if allowed else [StringShape()]
-        shapes = [shape.but_not(names) for shape in shapes]
-        unnamed = [pair for shape in shapes for pair in self._unnamed(schemas, shape, patterns, opened)]
+        shapes = self.choice(allowed, loose) if allowed else (StringShape(),)
+        unnamed = [pair for shape in shapes if isinstance(shape, StringShape) and (opened or patterns)
+                   for pair in self._unnamed(schemas, shape.but_not(names), patterns, opened)]  # fmt: skip
         if high is None or low <= high:
             yield self._one_object(tuple(properties), tuple(unnamed), low, high)
 
