@@ -16061,6 +16061,16 @@ class SchemaReader:
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.name}: {what}", self.name)
 
+    @contextlib.contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Names the request's field in errors that strings, numbers and nesting raise."""
+        try:
+            yield
+        except InvalidRequest as error:
+            raise error if error.param else self.refuse(str(error)) from None
+        except RecursionError:
+            raise self.refuse("the schema is nested too deep") from None
+
     def spend(self, steps: int = 1) -> None:
         TURN.tick()
         self.steps += steps
@@ -16446,7 +16456,7 @@ class SchemaReader:
         return own or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
 
     def matches(self, pattern: str, name: str) -> bool:
-        return self.honoured(string_fits, StringShape(texts=self.honoured(texts_by, "pattern", pattern)), name)
+        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
 
     def is_other(self, name: str, names: list[str], patterns: list[str]) -> bool:
         return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
@@ -16454,23 +16464,15 @@ class SchemaReader:
     def string_shape(self, schemas: list[dict[str, Any]]) -> StringShape:
         """What several schemas demand of a string."""
         rules = (rule for schema in schemas for key in ("pattern", "format") for rule in schema.get(key, ()))
-        texts = intersection(self.honoured(texts_by, *rule) for rule in rules)
         shape = StringShape(max((schema.get("minLength", 0) for schema in schemas), default=0),
                             min((schema["maxLength"] for schema in schemas if "maxLength" in schema), default=None),
-                            texts)  # fmt: skip
+                            intersection(texts_by(*rule) for rule in rules))  # fmt: skip
         return shape.but_not(text for schema in schemas for text in schema.get("excluded", ()) if isinstance(text, str))
 
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
         self.spend(0 if shape.texts.plain else find_text(shape.texts, shape.low, shape.high)[1])
-        return self.honoured(string_symbol, shape)
-
-    def honoured(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """What strings and numbers say of a shape; what they refuse is told with the field's name."""
-        try:
-            return function(*arguments)
-        except InvalidRequest as error:
-            raise self.refuse(str(error)) from None
+        return string_symbol(shape)
 
 
 
@@ -16641,12 +16643,13 @@ class SchemaAlgebra(SchemaReader):
         return self._either([self._alone(number, others) for number, others in zip(options, rivals, strict=True)])
 
     def _rivals(self, options: list[int]) -> list[list[int]]:
-        """The other options that each may share a document with, as far as the constants of a property tell that all need."""
+        """The other options that each may share a document with, as far as listed values tell: their own, or those of a
+        property that all need."""
         marks = [self._marks(number) for number in options]
-        counts: dict[str, int] = {}
+        counts: dict[str | None, int] = {}
         for name in itertools.chain(*marks):
             counts[name] = counts.get(name, 0) + 1
-        best = max(counts, key=counts.__getitem__, default="")
+        best = max(counts, key=counts.__getitem__, default=None)
         holders: dict[Any, list[int]] = {}
         for i, mark in enumerate(marks):
             for value in mark.get(best, ()):
@@ -16660,13 +16663,16 @@ class SchemaAlgebra(SchemaReader):
             found.append([options[j] for j in sorted(near) if j != i])
         return found
 
-    def _marks(self, number: int) -> dict[str, set[Any]]:
-        """The properties that a schema's documents must have, objects all, if their values are listed: name → values."""
-        found: dict[str, set[Any]] = {}
-        facts = [self._told(branch) for branch in self.branches(number, True)]
-        if any(fact.bits != self.TYPES["object"] for fact in facts):
-            return {}
-        for name in set.intersection(*(fact.required & fact.lists.keys() for fact in facts)) if facts else ():
+    def _marks(self, number: int) -> dict[str | None, set[Any]]:
+        """The values that are listed for a schema's documents (None) and, if all are objects, for the properties that they need."""
+        found: dict[str | None, set[Any]] = {}
+        branches = self.branches(number, True)
+        facts = [self._told(branch) for branch in branches]
+        own = [[self.listed(one) for one in branch if "enum" in self.schemas[one]] for branch in branches]
+        if all(own):
+            found[None] = set().union(*(min(lists, key=len) for lists in own))
+        objects = all(fact.bits == self.TYPES["object"] for fact in facts)
+        for name in set.intersection(*(fact.required & fact.lists.keys() for fact in facts)) if objects and facts else ():
             lists = [[values for values, may in fact.lists[name] if may] for fact in facts]
             if all(lists):
                 found[name] = set().union(*(min(values, key=len) for values in lists))
@@ -17037,7 +17043,7 @@ class SchemaShapes(SchemaAlgebra):
             raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
         found: list[tuple[StringShape, tuple[str, ...]]] = [(names, ())]
         for pattern in patterns:
-            texts = self.honoured(texts_by, "pattern", pattern)
+            texts = texts_by("pattern", pattern)
             yes = [(shape.within(texts), (*matched, pattern)) for shape, matched in found]
             no = [(shape.within(complement(texts)), matched) for shape, matched in found]
             found = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
@@ -17073,7 +17079,7 @@ class SchemaShapes(SchemaAlgebra):
             return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
         if isinstance(shape, StringShape):
             return self.string(shape) is None
-        return isinstance(shape, NumberShape) and self.honoured(number_symbol, shape) is None
+        return isinstance(shape, NumberShape) and number_symbol(shape) is None
 
 
 def opening_of(shape: Shape) -> str:
@@ -17102,11 +17108,9 @@ class Json(Symbol):
 @functools.lru_cache(maxsize=64)
 def read_json(text: str, param: str) -> Symbol:
     """The documents of a schema. Raises InvalidRequest naming the keyword at fault."""
-    documents = Documents(SchemaShapes(param, json.loads(text)))
-    try:
-        return documents.root()
-    except RecursionError:
-        raise documents.shapes.refuse("the schema is nested too deep") from None
+    shapes = SchemaShapes(param, json.loads(text))
+    with shapes.errors_named():
+        return Documents(shapes).root()
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
@@ -17145,6 +17149,7 @@ class Documents:
         return rough
 
     def root(self) -> Symbol:
+        """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
         reader = self.shapes
         root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
         self.possible = self._possible(root)
@@ -17158,13 +17163,12 @@ class Documents:
     def leaf(self, shape: StringShape | NumberShape) -> Symbol | None:
         """A string or number; None if there is none of its shape."""
         if shape not in self._leaves:
-            honoured = self.shapes.honoured
-            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else honoured(number_symbol, shape)
+            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else number_symbol(shape)
         return self._leaves[shape]
 
     def another(self, shape: StringShape, taken: Iterable[str]) -> Symbol | None:
         """A string that is none of those taken; None if there is none."""
-        return self.shapes.honoured(string_symbol, shape.but_not(taken)) if taken else self.leaf(shape)
+        return string_symbol(shape.but_not(taken)) if taken else self.leaf(shape)
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
 
@@ -17239,7 +17243,7 @@ class Documents:
         if isinstance(shape, Constant):
             return {comparable(json.loads(shape.text)): json.loads(shape.text)}
         if isinstance(shape, (StringShape, NumberShape)):
-            return self.shapes.honoured(self._few_leaves, shape)
+            return self._few_leaves(shape)
         if isinstance(shape, ArrayShape):
             high = shape.high if self.few_values(shape.at(len(shape.first)) or ()) != {} else len(shape.first)
             return None if high is None or high > self.MAX_FEW else self._few_lists(shape, high)
@@ -17764,16 +17768,17 @@ def read_plain(text: str, param: str, marker: str) -> tuple[Symbols, ...]:
     """A schema's strings as they are; none if it wants other values. Raises InvalidRequest naming the keyword at fault."""
     documents, found = Documents(SchemaShapes(param, json.loads(text))), list[Symbols]()
     apart = texts_by("pattern", not_before(marker), False)
-    root = documents.root()
-    assert isinstance(root, Value)
-    shapes = [s for s in documents.shapes.choice(root.node) if opening_of(s) == '"']
-    for shape in shapes:
-        if isinstance(shape, Constant) and string_fits(StringShape(texts=apart), json.loads(shape.text)):
-            found.append((word(json.loads(shape.text)),))
-        elif isinstance(shape, StringShape):
-            shape = shape.within(apart)
-            if documents.leaf(shape) is not None:
-                found.append((PlainText(shape.texts, shape.low, shape.high),))
+    with documents.shapes.errors_named():
+        root = documents.root()
+        assert isinstance(root, Value)
+        shapes = [s for s in documents.shapes.choice(root.node) if opening_of(s) == '"']
+        for shape in shapes:
+            if isinstance(shape, Constant) and string_fits(StringShape(texts=apart), json.loads(shape.text)):
+                found.append((word(json.loads(shape.text)),))
+            elif isinstance(shape, StringShape):
+                shape = shape.within(apart)
+                if documents.leaf(shape) is not None:
+                    found.append((PlainText(shape.texts, shape.low, shape.high),))
     if shapes and not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)

@@ -4986,6 +4986,7 @@ def told_apart(count: int) -> dict[str, Any]:
     "a condition for each value": (each_its_own(60), {"kind": "v59", "p59": None}, {"kind": "v59", "p58": None}),
     "one that needs the property": (each_its_own(60, required=["kind"]), {"kind": "v7", "p7": None}, {"kind": "v7"}),
     "options by a constant": (told_apart(1000), {"kind": "v999", "n": 1}, {"kind": "v1000"}),
+    "constants": ({"oneOf": [{"const": f"c{n}", "title": f"{n}"} for n in range(1000)]}, "c999", "c1000"),
     "options by a constant, and others": ({"oneOf": [{"type": "null"}, {"type": "integer"}, *told_apart(400)["oneOf"]]},
                                           {"kind": "v399"}, {"n": 1}),
     "options that share a value": (
