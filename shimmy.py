@@ -16664,7 +16664,7 @@ class SchemaAlgebra(SchemaReader):
         return found
 
     def _marks(self, number: int) -> dict[str | None, set[Any]]:
-        """The values that are listed for a schema's documents (None) and, if all are objects, for the properties that they need."""
+        """The values that a schema lists for its documents (None) and, if all are objects, for the properties that they need."""
         found: dict[str | None, set[Any]] = {}
         branches = self.branches(number, True)
         facts = [self._told(branch) for branch in branches]
