@@ -13964,20 +13964,21 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 
 
 # ── D.1. Automata ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# What a text may go on with, byte by byte: a grammar's symbols, and the states of all its readings, made as they are met.
+# A grammar's symbols, and the states of all readings of a text, made as they are met: which bytes may come next.
+# Offers: Symbol and its kinds (Word, OneChar, AnyOf, InOrder, Repeated, word), Automaton, State, read_ahead, TURN, Gate, NotYet.
+# Uses: nothing.
 
 
 class Symbol:
     """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
 
-    A subclass has `opened`, or `firsts` and `step`. Symbols made by the thousand are equal by value, the others are
-    themselves. No symbol may lead into a dead end: whatever `step` returns can be finished.
+    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead into a dead end: whatever `step` returns can be finished.
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
 
     def opened(self) -> Iterable[Symbols] | None:
-        """What may stand in its place, one or another; None if it reads bytes."""
+        """The alternatives that may stand in its place; None if it reads bytes."""
         return None
 
     @property
@@ -13986,11 +13987,11 @@ class Symbol:
         raise NotImplementedError
 
     def step(self, byte: int) -> Symbols | None:
-        """What must follow once it has read a byte; None if it may not."""
+        """Reads a byte and returns the symbols that must follow; None if it may not read that byte."""
         raise NotImplementedError
 
     def left(self) -> Symbols:
-        """What must follow when it is left although it could read on."""
+        """The symbols that must follow when it is left although it could read on."""
         return ()
 
     @property
@@ -14000,7 +14001,7 @@ class Symbol:
 
     @functools.cached_property
     def looks(self) -> bool:
-        """Whether what it reads depends on what stands around it: only in regular expressions."""
+        """True if it depends on the text around it: anchors and lookaheads, in regular expressions only."""
         return any(part.looks for part in self.parts)
 
 
@@ -14160,8 +14161,7 @@ def bytes_of(bits: int) -> Iterator[int]:
 
 
 class Stack:
-    """What some readings of a text still want: a symbol, and behind it what any of them wants. An automaton makes equal
-    ones once."""
+    """A node of the graph-structured stack: a symbol and the stacks below it. An automaton makes equal ones once."""
 
     __slots__ = ("below", "top")
 
@@ -14173,7 +14173,7 @@ Below = frozenset["Stack | None"]  # None: the end
 
 
 class State:
-    """What may come next: every reading of the text so far that the grammar allows. Its automaton makes equal ones once."""
+    """All readings of the text so far that the grammar allows. Its automaton makes equal ones once."""
 
     __slots__ = ("_automaton", "_next", "bits", "ends", "stacks")
 
@@ -14223,13 +14223,13 @@ class NestedTooDeep(InvalidRequest):
 
 
 class NotYet(Exception):
-    """To find what may come next takes longer than other texts should wait. What was found is kept: ask again."""
+    """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
 
 class Turn(threading.local):
-    """For how long this thread may look for what may come next; without end unless the step loop says so.
+    """The time slice in which this thread may work on grammars; without end unless the step loop says so.
 
-    All that looks counts here, automata of parts within automata and searches in strings too.
+    All such work counts here, automata of parts within automata and searches in strings too.
     """
 
     def __init__(self) -> None:
@@ -14238,22 +14238,22 @@ class Turn(threading.local):
         self._is_limited = False
 
     def begin(self, seconds: float) -> None:
-        """From now on for so long."""
+        """Starts a time slice of `seconds`."""
         self._ends, self._found = time.thread_time() + seconds, False
 
     def look(self) -> None:
-        """Before each look, of 10 µs to 10 ms. Raises NotYet when the turn is over, if it led on: nothing found may be lost."""
+        """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
         if self._gate:
             self._gate.wait()
         if self._found and self.is_over:
             raise NotYet
 
     def found(self) -> None:
-        """After a look that is kept, so that the same question asked again goes on from there."""
+        """Call after a step that is kept, so that the same question asked again goes on from there."""
         self._found = True
 
     def tick(self) -> None:
-        """In the middle of a look, some µs after the last tick. Raises NotYet when limited work takes too long."""
+        """Call every few µs within a step. Raises NotYet when limited work takes too long."""
         if self._gate:
             self._gate.wait()
         if self._is_limited and self.is_over:
@@ -14261,7 +14261,7 @@ class Turn(threading.local):
 
     @contextlib.contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
-        """Ends work that takes so long, which must be done elsewhere then: from its start, nothing is kept."""
+        """Ends work after `seconds`: it must then be done elsewhere, from its start."""
         self.begin(seconds)
         self._is_limited = True
         try:
@@ -14273,7 +14273,7 @@ class Turn(threading.local):
 
     @contextlib.contextmanager
     def behind(self, gate: Gate | None) -> Iterator[None]:
-        """Work that goes on only while a gate is open."""
+        """Lets work go on only while a gate is open."""
         self._gate = gate
         if gate:
             gate.begin()
@@ -14312,13 +14312,13 @@ class Gate:
         self._idle.set()
 
     def wait(self) -> None:
-        """In the middle of the work: until the gate is open."""
+        """Call within the work: waits until the gate is open."""
         if not self._open.is_set():
             self._open.wait()
 
     @contextlib.contextmanager
     def shut(self, seconds: float) -> Iterator[None]:
-        """The work is left so many seconds if there is any, then waits."""
+        """Lets running work go on for up to `seconds`, then holds it while the block runs."""
         if not self._idle.is_set():
             self._idle.wait(seconds)
         self._open.clear()
@@ -15115,7 +15115,7 @@ def word_texts(texts: frozenset[str]) -> Texts:
 
 
 def moves(texts: Texts) -> Moves:
-    """What follows a first character: derivatives, as Brzozowski's, by ranges of characters."""
+    """The sets that follow a first character (Brzozowski's derivatives), by ranges of characters."""
     if texts.moves is None:
         texts.moves = tuple(_moves(texts))
     return texts.moves
@@ -15290,7 +15290,7 @@ def counted(low: int, high: int | None) -> tuple[int, int | None]:
 
 
 def alive(at: Texts, low: int, high: int | None) -> bool:
-    """Whether one of the texts has `low` to `high` characters. Raises NotYet.
+    """True if one of the texts has `low` to `high` characters. Raises NotYet.
 
     What a search does not find counts as dead: a text is then kept from what could have been right, but never led where
     it cannot end.
@@ -15344,7 +15344,7 @@ def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
 
 
 def _has_known(at: Texts, low: int, high: int | None) -> bool:
-    """Whether a text is known that has the right length."""
+    """True if a text of the right length is known."""
     length = 0 if at.nullable else at.known
     return length is not None and low <= length and (high is None or length <= high)
 
@@ -15362,7 +15362,7 @@ WINDOW = 4096  # lengths that are told apart
 
 
 def _has_length(at: Texts, low: int, high: int) -> bool:
-    """Whether a plain set with gaps in its lengths has one of these."""
+    """True if a plain set with gaps in its lengths has one of these."""
     top = min(high, max(low, at.least) + WINDOW)
     return at.most <= top or bool(_lengths(at, 1 << top.bit_length()) >> low & ((1 << top - low + 1) - 1))
 
@@ -15407,7 +15407,7 @@ class Opening:
     only: int | None
 
     def reaches(self, ranges: Ranges) -> bool:
-        """Whether one of the characters is in some ranges."""
+        """True if one of the characters is in some ranges."""
         return any(map(self._has, ranges))
 
     def _has(self, span: tuple[int, int]) -> bool:
@@ -15437,7 +15437,7 @@ def opened_at(at: Texts, low: int, high: int | None) -> Opening:
 
 
 def behind(at: Texts, code: int) -> Texts:
-    """What follows a character."""
+    """The texts that follow a character."""
     return next((behind for ranges, behind in moves(at) if _holds(ranges, code)), NONE)
 
 
@@ -15451,7 +15451,7 @@ def _holds(ranges: Ranges, code: int) -> bool:
 
 @dataclass(frozen=True)
 class StringShape:
-    """What a JSON string's text must be; lengths in code points."""
+    """The condition on a JSON string; lengths in code points."""
 
     low: int = 0
     high: int | None = None
@@ -15475,7 +15475,7 @@ ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r
 
 @functools.lru_cache(maxsize=50_000)
 def spelled(half: Half) -> dict[int, Half]:
-    """What a half-written character of a JSON string becomes by each byte; "done" if it is whole."""
+    """Maps each byte to the half-written character that it makes of another; "done" if it is whole."""
     ranges, how, value, missing = half
     if how == "":
         found = _begun()
@@ -15515,7 +15515,7 @@ def _half_utf8(ranges: Ranges, value: int, missing: int) -> Half:
 
 
 def _half_hex(value: int, missing: int) -> Half:
-    """What \\u and some digits may become: a character, or half of a pair."""
+    """Reads \\u and some digits: a character, or half of a pair."""
     low, high = value << 4 * missing, (value + 1 << 4 * missing) - 1
     first, last = max(low, 0xD800), min(high, 0xDBFF)
     pairs = (((first - 0xD800 << 10) + 0x10000, (last - 0xD800 << 10) + 0x103FF),) if first <= last else ()
@@ -15526,7 +15526,7 @@ def _half_hex(value: int, missing: int) -> Half:
 
 
 def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
-    """What a high surrogate and some digits of a low one may become."""
+    """Reads some digits of the low surrogate behind a high one."""
     base, low, high = ranges[0][0] & ~0x3FF, value << 4 * missing, (value + 1 << 4 * missing) - 1
     low, high = max(low, 0xDC00), min(high, 0xDFFF)
     if low > high:
@@ -15537,7 +15537,7 @@ def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
 
 @dataclass(frozen=True)
 class RestOfText(Symbol):
-    """What may still follow of a text: the set of those, how many characters, and what is half-written of one."""
+    """The rest of a text: the set it is from, how many characters are left, and what is half-written of one."""
 
     at: Texts
     low: int
@@ -15546,7 +15546,7 @@ class RestOfText(Symbol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the text may end here."""
+        """True if the text may end here."""
         return not self.half[1] and self.at.nullable and self.low == 0
 
     @property
@@ -15602,7 +15602,7 @@ def string_symbol(shape: StringShape) -> Symbol | None:
 
 
 def string_fits(shape: StringShape, text: str) -> bool:
-    """Whether a text has a shape."""
+    """True if a text has a shape."""
     at = functools.reduce(behind, map(ord, text), shape.texts)
     return at.nullable and shape.low <= len(text) and (shape.high is None or len(text) <= shape.high)
 
@@ -15706,11 +15706,12 @@ WIDER_FORMATS = {  # name → a rule for all that may have the format, where the
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
+# Offers: NumberShape, number_symbol, another_number, number_fits, number_machine. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
 class NumberShape:
-    """What a JSON number must be. A bound is its value and whether the value itself is left out."""
+    """The condition on a JSON number. A bound is its value and whether the value itself is left out."""
 
     whole: bool = False
     low: tuple[int | float, bool] | None = None
@@ -15736,8 +15737,8 @@ class NumberMachine:
 
     The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
     behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
-    most would be led to 7e-05). One with multiples has none, nor one that others are taken from. Those, which a shape excludes,
-    are not its machine's business.
+    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which
+    JsonNumber handles.
     """
 
     DIGITS, PLACES, MORE_PLACES, DOUBLE, EXPONENTS = 20, 18, 3, 15, range(-290, 281)
@@ -15822,7 +15823,7 @@ class NumberMachine:
         return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
     def holds(self, negative: bool, low: int, high: int, taken: TakenNumbers, free: bool = False) -> bool:
-        """Whether one of the magnitudes `low` to `high` is right and not taken; `free`: whatever the bounds."""
+        """True if one of the magnitudes `low` to `high` is right and not taken; `free`: no bound can be missed any more."""
         if not free:
             least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
             low, high = max(low, low if least is None else least), min(high, high if most is None else most)
@@ -15842,7 +15843,7 @@ class NumberMachine:
         return None if bound is None else -bound
 
     def unbounded(self, negative: bool, low: int, high: int) -> bool:
-        """Whether all magnitudes from `low` to `high` are within the bounds."""
+        """True if all magnitudes from `low` to `high` are within the bounds."""
         least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
         return (least is None or least <= low) and (most is None or high <= most)
 
@@ -15868,7 +15869,7 @@ NONE_TAKEN = TakenNumbers()
 class JsonNumber(Symbol):
     """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
 
-    Once neither the bounds can be missed any more nor what is taken be met (`free`), only the remainder is kept.
+    `free`: no further digit can break a bound or hit an excluded value; then only the remainder is kept.
     """
 
     machine: NumberMachine
@@ -15894,7 +15895,7 @@ class JsonNumber(Symbol):
         return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
 
     def _next(self, byte: int) -> Symbol | None:
-        """What follows a byte; None if no number does."""
+        """The symbol behind a byte; None if no number goes on so."""
         char, part, machine = chr(byte), self.part, self.machine
         if char.isdigit():
             return self._digit(int(char))
@@ -15970,7 +15971,7 @@ class JsonExponent(Symbol):
         return ((self.value * 10**more, (self.value + 1) * 10**more - 1) for more in range(4 - self.count))
 
     def _meets(self, least: int, most: int) -> bool:
-        """Whether an exponent of such a magnitude is right."""
+        """True if an exponent of such a magnitude is right."""
         least, most = (-most, -least) if self.sign == "-" else (least, most)
         return self.low <= most and least <= self.high
 
@@ -15996,7 +15997,7 @@ def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol |
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
-    """Whether a number has a shape, as its decimal notation says."""
+    """True if a number has a shape, by its decimal notation."""
     if value in shape.excluded:
         return False
     if shape.low and (value <= shape.low[0] if shape.low[1] else value < shape.low[0]):
@@ -16015,6 +16016,8 @@ def _divides(part: int | float, value: int | float) -> bool:
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
+# Offers: SchemaAlgebra (a schema as branches), SchemaReader.KEYWORDS, comparable, type_bit.
+# Uses: D.3's strings, D.4's numbers.
 
 Node = tuple[int, ...]  # schemas that must all hold for one value, by their number in SchemaReader; () allows everything
 Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
@@ -16025,8 +16028,8 @@ class SchemaReader:
     """A client's JSON schema as checked dicts with a number each, equal ones once.
 
     A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, multipleOf a list. Some are our own. `soft` marks what was derived and
-    neither opens nor closes an object ("not": nor names its properties). `excluded` lists values that may not be,
+    each type, const an enum, multipleOf a list. Some are our own. `soft` marks what was derived by us, which
+    does not count when it is decided whether an object is open ("not": nor which names it has). `excluded` lists values that may not be,
     `notMultiple` what a number may not be a multiple of; pattern and format are lists of texts_by's arguments. `other`
     says that some property outside of names and patterns must fit a schema.
     """
@@ -16309,7 +16312,7 @@ class SchemaReader:
         return self._targets[ref]
 
     def _pointed(self, ref: str, pointer: str, target: Any, base: str) -> tuple[Any, int, str, str]:
-        """What a JSON pointer names, as `read` takes it."""
+        """Follows a JSON pointer; returns `read`'s arguments for what it names."""
         for part in pointer.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
             try:
@@ -16319,7 +16322,7 @@ class SchemaReader:
         return target, 0, "$ref", base
 
     def resources(self) -> dict[str, tuple[Any, str]]:
-        """What has a URL of its own in the schema, by $id, id or $anchor."""
+        """The schemas that have a URL of their own, by $id, id or $anchor."""
         if self._resources is None:
             self._resources, todo = {}, [(self.root, self.base)]
             while todo:
@@ -16374,7 +16377,7 @@ class SchemaReader:
     # Constants: does a value fit a schema?
 
     def fits(self, value: Any, number: int, refs: int = 0) -> bool:
-        """Whether a value is a document of a schema."""
+        """True if a value fits a schema."""
         self.spend()
         schema = self.schemas[number]
         if refs > self.MAX_DEPTH:
@@ -16403,7 +16406,7 @@ class SchemaReader:
         return self._listed[number]
 
     def _fits_all(self, schema: dict[str, Any], holds: Callable[[int], bool]) -> bool:
-        """Whether the schemas hold that a schema holds for the same value."""
+        """True if the schemas inside a schema that are about the same value hold."""
         return (all(map(holds, schema.get("allOf", ())))
                 and ("anyOf" not in schema or any(map(holds, schema["anyOf"])))
                 and ("oneOf" not in schema or sum(map(holds, schema["oneOf"])) == 1)
@@ -16441,7 +16444,7 @@ class SchemaReader:
 
     @staticmethod
     def element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
-        """What an array's element must fit."""
+        """The schemas that an array's element must fit."""
         for schema in schemas:
             if index < len(schema.get("prefixItems", ())):
                 yield schema["prefixItems"][index]
@@ -16449,7 +16452,7 @@ class SchemaReader:
                 yield schema["items"]
 
     def property(self, schema: dict[str, Any], name: str) -> list[int]:
-        """What the value of an object's property must fit."""
+        """The schemas that the value of an object's property must fit."""
         own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
         if "patternProperties" in schema:
             own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
@@ -16462,7 +16465,7 @@ class SchemaReader:
         return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
     def string_shape(self, schemas: list[dict[str, Any]]) -> StringShape:
-        """What several schemas demand of a string."""
+        """Joins several schemas' conditions on a string."""
         rules = (rule for schema in schemas for key in ("pattern", "format") for rule in schema.get(key, ()))
         shape = StringShape(max((schema.get("minLength", 0) for schema in schemas), default=0),
                             min((schema["maxLength"] for schema in schemas if "maxLength" in schema), default=None),
@@ -16497,7 +16500,7 @@ def comparable(value: Any) -> Any:
 
 
 def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
-    """What several schemas demand of a number, but for values that they exclude."""
+    """Joins several schemas' conditions on a number, but for values that they exclude."""
     lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
     highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
     high = min(highs, default=None)
@@ -16507,8 +16510,8 @@ def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberSh
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """What a look tells of a branch: types, required properties, and values that are listed for properties, or ruled out."""
+class BranchFacts:
+    """Cheap facts about a branch: types, required properties, and values that are listed for properties, or ruled out."""
 
     bits: int
     required: set[str]
@@ -16534,7 +16537,7 @@ class SchemaAlgebra(SchemaReader):
         self._branches: dict[tuple[int, bool], list[Branch]] = {}
         self._opposites: dict[int, int] = {}
         self._lists: dict[int, tuple[frozenset[Any], bool]] = {}
-        self._looks: dict[Branch, Told] = {}
+        self._facts: dict[Branch, BranchFacts] = {}
         self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
         self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
 
@@ -16567,7 +16570,7 @@ class SchemaAlgebra(SchemaReader):
         return found
 
     def _also(self, schema: dict[str, Any], loose: bool) -> Iterator[tuple[str, int]]:
-        """What must hold beside a schema's own keywords, and the keyword that says so."""
+        """The schemas that must hold beside a schema's own keywords, and the keyword that says so."""
         if "$ref" in schema:
             yield "$ref", self.target(schema["$ref"])
         for number in schema.get("allOf", ()):
@@ -16587,15 +16590,15 @@ class SchemaAlgebra(SchemaReader):
         self.spend(len(ours) * len(theirs))
         pairs: Iterable[tuple[Branch, Branch]] = itertools.product(ours, theirs)
         if len(ours) > 1 or len(theirs) > 1:
-            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._told(one), self._told(two)))
+            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._facts_of(one), self._facts_of(two)))
         found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one, two in pairs)
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         return list(found) or [(self.never,)]
 
-    def _told(self, branch: Branch) -> Told:
-        """What a look tells of a branch."""
-        if branch not in self._looks:
+    def _facts_of(self, branch: Branch) -> BranchFacts:
+        """Collects the cheap facts about a branch."""
+        if branch not in self._facts:
             schemas = [self.schemas[number] for number in branch]
             lists: dict[str, list[tuple[frozenset[Any], bool]]] = {}
             for name, number in (pair for schema in schemas for pair in schema.get("properties", {}).items()):
@@ -16605,10 +16608,10 @@ class SchemaAlgebra(SchemaReader):
             bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
             required = {name for schema in schemas for name in schema.get("required", ())}
             self.spend(1 + len(branch) // 8)
-            self._looks[branch] = Told(bits, required, lists)
-        return self._looks[branch]
+            self._facts[branch] = BranchFacts(bits, required, lists)
+        return self._facts[branch]
 
-    def _are_dead(self, one: Told, two: Told) -> bool:
+    def _are_dead(self, one: BranchFacts, two: BranchFacts) -> bool:
         """True if two branches have no type in common, or a required property no constant."""
         bits = one.bits & two.bits
         if bits != 1:
@@ -16667,7 +16670,7 @@ class SchemaAlgebra(SchemaReader):
         """The values that a schema lists for its documents (None) and, if all are objects, for the properties that they need."""
         found: dict[str | None, set[Any]] = {}
         branches = self.branches(number, True)
-        facts = [self._told(branch) for branch in branches]
+        facts = [self._facts_of(branch) for branch in branches]
         own = [[self.listed(one) for one in branch if "enum" in self.schemas[one]] for branch in branches]
         if all(own):
             found[None] = set().union(*(min(lists, key=len) for lists in own))
@@ -16785,7 +16788,9 @@ class SchemaAlgebra(SchemaReader):
 
 
 # ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# What a value may look like: the schemas of a branch, which must all hold, made into one constant, object, array …
+# Turns the schemas of a branch, which must all hold, into one constant, object, array …
+# Offers: SchemaShapes (a schema as shapes), the shapes.
+# Uses: E.1's branches.
 
 
 @dataclass(frozen=True)
@@ -16840,7 +16845,7 @@ Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 
 
 class SchemaShapes(SchemaAlgebra):
-    """What a JSON schema allows, as shapes.
+    """Turns a JSON schema into shapes.
 
     An object without additionalProperties or patternProperties holds only the properties it names, as with every engine
     that generates, and a schema without a type allows what its keywords are about; `loose` shapes hold everything that the
@@ -17092,6 +17097,7 @@ def opening_of(shape: Shape) -> str:
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
+# Offers: json_symbol, read_json, read_soon, CallsGrammar, anything_but. Uses: D.1's automata, E.2's shapes, C's CallFormat.
 
 
 @dataclass(frozen=True)
@@ -17119,7 +17125,7 @@ Part = TypeVar("Part", "Members", "Elements")
 
 
 class Documents:
-    """What fits a schema, as symbols; those that nothing can fit are left out, so that no text ends in nothing."""
+    """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
     MAX_KEPT = 10_000  # objects' and arrays' options, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
@@ -17138,14 +17144,13 @@ class Documents:
         self._names: dict[ObjectShape, int] = {}
         self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
         self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
-        self._looks = True
+        self._looks_ahead = True
 
     @functools.cached_property
     def rough(self) -> Documents:
-        """The same, but an array without repeats may begin an element that turns out to be one: looks ahead go through
-        these, for a look within a look, and so on, would never end where arrays hold each other."""
+        """The same without the check for repeats, for lookaheads: with it they would never end where arrays nest."""
         rough = copy.copy(self)
-        rough._values, rough._kept, rough._new, rough._looks = {}, {}, {}, False
+        rough._values, rough._kept, rough._new, rough._looks_ahead = {}, {}, {}, False
         return rough
 
     def root(self) -> Symbol:
@@ -17216,7 +17221,7 @@ class Documents:
         return shape.low <= most and not self._needs_too_many(shape)
 
     def _has_enough(self, shape: ArrayShape) -> bool:
-        """Whether an array whose elements are all different can be as long as it must be."""
+        """True if an array whose elements are all different can be as long as it must be."""
         found = [self.few_values(node) for node in (*shape.first[: shape.low], shape.at(len(shape.first))) if node is not None]
         for number, least, _ in shape.contains:
             few = self.few_values(self.shapes.node((*(shape.at(len(shape.first)) or ()), number)))
@@ -17255,7 +17260,7 @@ class Documents:
 
     @staticmethod
     def _needs_too_many(shape: ObjectShape) -> bool:
-        """Whether more properties are required than there may be."""
+        """True if more properties are required than there may be."""
         return shape.high is not None and sum(prop.required for prop in shape.named) > shape.high
 
     def _few_lists(self, shape: ArrayShape, high: int) -> Few | None:
@@ -17304,7 +17309,7 @@ class Documents:
     # Symbols
 
     def value(self, node: Node) -> list[Symbols]:
-        """What a value may be, by its kinds."""
+        """The alternatives for a value."""
         if node not in self._values:
             shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
             constants: dict[bytes, Symbols] = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)}
@@ -17323,7 +17328,7 @@ class Documents:
         return (leaf,)
 
     def kept(self, symbol: Part, opened: Callable[[Part], list[Symbols]]) -> list[Symbols]:
-        """What a symbol opens into; equal ones into the same. Raises NotYet."""
+        """Opens a symbol, equal ones once. Raises NotYet."""
         found = self._kept.get(symbol)
         if found is None:
             TURN.look()
@@ -17336,7 +17341,7 @@ class Documents:
     # Objects
 
     def members(self, here: Members) -> list[Symbols]:
-        """What may follow in an object: a named property, the end, an unnamed property; a block of named ones at a time."""
+        """The alternatives within an object: a named property, the end, an unnamed one; a block of named ones at a time."""
         shape, comma, count = here.shape, "" if here.first else ", ", self._counted(here.shape, here.count)
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
@@ -17404,7 +17409,7 @@ class Documents:
     # Arrays
 
     def elements(self, here: Elements) -> list[Symbols]:
-        """What may follow in an array: the end, or one more element."""
+        """The alternatives within an array: the end, or one more element."""
         shape = here.shape
         found: list[Symbols] = []
         if self._is_whole(shape, here.index, here.counts):
@@ -17431,12 +17436,12 @@ class Documents:
 
     def _new_element(self, node: Node, after: Elements) -> Recorded:
         """An element that is none of those seen; looks ahead go through one that may be."""
-        ahead = Automaton(AnyOf(tuple(self.rough._unlike(node, after.seen)))).start if self._looks else None
+        ahead = Automaton(AnyOf(tuple(self.rough._others_than(node, after.seen)))).start if self._looks_ahead else None
         alike = tuple(one for one in after.seen if isinstance(one, (tuple, frozenset)))
-        return Recorded(Automaton(AnyOf(tuple(self._unlike(node, after.seen)))).start, Different(after), ahead, alike=alike)
+        return Recorded(Automaton(AnyOf(tuple(self._others_than(node, after.seen)))).start, Different(after), ahead, alike=alike)
 
-    def _unlike(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
-        """What a value may be that is none of those seen; objects and arrays are told apart at their ends."""
+    def _others_than(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
+        """The alternatives for a value that is none of those seen; objects and arrays are told apart at their ends."""
         shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
         texts: dict[bytes, Symbols] = {}
         for shape in list(shapes):  # written as constants, if they are few
@@ -17466,7 +17471,7 @@ class Documents:
         return index + 1 if shape.high is not None or index < max(len(shape.first), shape.low, 1) else index
 
     def _elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
-        """What an element may be, and how many then have fitted each schema of contains."""
+        """The schemas that an element may fit, and how many then have fitted each schema of contains."""
         node = shape.at(index)
         for counted in itertools.product((True, False), repeat=len(shape.contains)) if node is not None else ():
             inside, after = list(node or ()), []
@@ -17515,7 +17520,7 @@ class Value(Symbol):
 
 @dataclass(frozen=True)
 class Members(Symbol):
-    """What an object holds from here on: its named properties from `at`, `count` of them so far as far as that matters.
+    """The rest of an object: its named properties from `at` on. `count` properties stand there, as far as that matters.
 
     `taken` are the names of unnamed properties, where they are counted.
     """
@@ -17533,7 +17538,7 @@ class Members(Symbol):
 
 @dataclass(frozen=True)
 class Elements(Symbol):
-    """What an array holds from here on, behind `index` elements, of which so many fit what it must contain.
+    """The rest of an array behind `index` elements, of which so many fit what it must contain.
 
     `seen` are the elements so far, where no two may be the same, and `texts` how those that are objects and arrays were written.
     """
@@ -17651,7 +17656,7 @@ class Recorded(Symbol):
 
 
 class TextTable:
-    """TextTable of which one must come, in the order of their bytes, and what follows each."""
+    """Texts of which one must come, in byte order, and what follows each."""
 
     def __init__(self, texts: Mapping[bytes, Symbols]) -> None:
         self.texts = sorted(texts)
@@ -17856,8 +17861,7 @@ READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
 
 
 def read_soon(root: Symbol) -> None:
-    """Raises InvalidRequest for a grammar that cannot be read, but for one that takes long: the model's engine refuses that,
-    which reads it where no text waits."""
+    """Checks a grammar for up to 5 ms; a slower one is checked by the engine, where no text waits. Raises InvalidRequest."""
     with TURN.limited(READING_SECONDS):
         read_ahead(root)
 
