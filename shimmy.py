@@ -13972,7 +13972,8 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 class Symbol:
     """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
 
-    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead into a dead end: whatever `step` returns can be finished.
+    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead
+    into a dead end: whatever `step` returns can be finished.
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
@@ -16028,10 +16029,10 @@ class SchemaReader:
     """A client's JSON schema as checked dicts with a number each, equal ones once.
 
     A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, multipleOf a list. Some are our own. `soft` marks what was derived by us, which
-    does not count when it is decided whether an object is open ("not": nor which names it has). `excluded` lists values that may not be,
-    `notMultiple` what a number may not be a multiple of; pattern and format are lists of texts_by's arguments. `other`
-    says that some property outside of names and patterns must fit a schema.
+    each type, const an enum, multipleOf a list. Some are our own. `soft`: derived by us; ignored when deciding whether an
+    object is open ("not": and which names it has). `excluded` lists values that may not be, `notMultiple` what a number may
+    not be a multiple of; pattern and format are lists of texts_by's arguments. `other` says that some property outside of
+    names and patterns must fit a schema.
     """
 
     MAX_STEPS = 60_000  # schemas read, merged and compared, some 10 µs each
