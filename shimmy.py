@@ -15409,7 +15409,7 @@ class Opening:
 
     def reaches(self, ranges: Ranges) -> bool:
         """True if one of the characters is in some ranges."""
-        return any(map(self._has, ranges))
+        return self.ranges is EVERY_CHAR or any(map(self._has, ranges))
 
     def _has(self, span: tuple[int, int]) -> bool:
         at = bisect.bisect_right(self.ranges, (span[1], 0x110000)) - 1
@@ -15427,6 +15427,9 @@ def opening(ranges: Ranges) -> Opening:
     bits &= ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\"))
     only = ranges[0][0] if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else None
     return Opening(ranges, bits | 1 << ord("\\") if ranges else 0, only)
+
+
+EVERY_OPENING = opening(EVERY_CHAR)
 
 
 @functools.lru_cache(maxsize=50_000)
@@ -15553,7 +15556,8 @@ class RestOfText(Symbol):
     @property
     def opening(self) -> Opening:
         """How it may go on."""
-        return opened_at(self.at, self.low, self.high)
+        is_free = self.at is ALL and (self.high is None or 0 < self.high >= self.low)
+        return EVERY_OPENING if is_free else opened_at(self.at, self.low, self.high)
 
 
 class JsonText(RestOfText):
