@@ -15813,61 +15813,42 @@ class NumberMachine:
             edge = max(edge, -(-digits * self.scale // 10**places))
         return edge
 
-    def taken(self, values: Iterable[int | float]) -> TakenNumbers:
+    def taken(self, values: Iterable[int | float]) -> frozenset[int]:
         """Values in units, those that are no number of them left out."""
         digits = ((digits * self.scale, 10**places) for digits, places in map(decimal_digits, values))
         found = (number // part for number, part in digits if number % part == 0)
-        return TakenNumbers(value for value in found if value % self.unit == 0 and all(value % one for one in self.unlike))
+        return frozenset(filter(self._is_right, found))
+
+    def _is_right(self, value: int) -> bool:
+        """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
+        return value % self.unit == 0 and all(value % one for one in self.unlike)
 
     def every_number(self, most: int) -> set[int | float] | None:
         """The numbers, if there are at most so many."""
         if self.low is None or self.high is None or (self.high - self.low) // self.unit > most:
             return None
-        found = (value for value in range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit)
-                 if all(value % one for one in self.unlike))  # fmt: skip
+        found = filter(self._is_right, range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit))
         return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
-    def holds(self, negative: bool, low: int, high: int, taken: TakenNumbers, free: bool = False) -> bool:
+    def holds(self, negative: bool, low: int, high: int, taken: frozenset[int], free: bool = False) -> bool:
         """True if one of the magnitudes `low` to `high` is right and not taken; `free`: no bound can be missed any more."""
         if not free:
-            least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
-            low, high = max(low, low if least is None else least), min(high, high if most is None else most)
-        value, gone = -(-low // self.unit) * self.unit, taken.count(negative, low, high)
-        if not self.unlike:
-            return (high - value) // self.unit + 1 > gone
-        for _ in range(self.MAX_TRIES + gone):
-            if value > high:
-                return False
-            gone -= (right := all(value % number for number in self.unlike))
-            if right and gone < 0:
-                return True
-            value += self.unit
-        return False
+            least, most = self._bounds(negative)
+            low, high = low if least is None else max(low, least), high if most is None else min(high, most)
+        first = range(-(-low // self.unit) * self.unit, high + 1, self.unit)
+        tried = itertools.islice(first, (self.MAX_TRIES if self.unlike else 1) + len(taken))
+        return any((-value if negative else value) not in taken and self._is_right(value) for value in tried)
 
-    def _minus(self, bound: int | None) -> int | None:
-        return None if bound is None else -bound
+    def _bounds(self, negative: bool) -> tuple[int | None, int | None]:
+        """The bounds of a number's magnitude."""
+        bounds = (self.high, self.low) if negative else (self.low, self.high)
+        low, high = (bound if bound is None or not negative else -bound for bound in bounds)
+        return low, high
 
     def unbounded(self, negative: bool, low: int, high: int) -> bool:
         """True if all magnitudes from `low` to `high` are within the bounds."""
-        least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
+        least, most = self._bounds(negative)
         return (least is None or least <= low) and (most is None or high <= most)
-
-
-class TakenNumbers:
-    """Numbers that another must not be, in units and in their order."""
-
-    def __init__(self, values: Iterable[int] = ()) -> None:
-        self.values = sorted(set(values))
-
-    def count(self, negative: bool, low: int, high: int) -> int:
-        """How many of them are of the magnitudes `low` to `high`."""
-        if not self.values:
-            return 0
-        low, high = (-high, -low) if negative else (low, high)
-        return bisect.bisect_right(self.values, high) - bisect.bisect_left(self.values, low) if low <= high else 0
-
-
-NONE_TAKEN = TakenNumbers()
 
 
 @dataclass(frozen=True)
@@ -15878,7 +15859,7 @@ class JsonNumber(Symbol):
     """
 
     machine: NumberMachine
-    taken: TakenNumbers
+    taken: frozenset[int]  # in units
     part: str = ""  # sign, zero, whole, point, fraction
     negative: bool = False
     value: int = 0
@@ -15938,11 +15919,11 @@ class JsonNumber(Symbol):
         ranges = [self._range(more) for more in range(most + 1)]
         if not any(machine.holds(self.negative, *span, self.taken, self.free) for span in ranges):
             return None
-        if not self.free and (any(self.taken.count(self.negative, *span) for span in ranges)
-                              or not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1])):  # fmt: skip
+        if not self.free and (not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1]) or any(
+                low <= abs(value) <= high for value in self.taken for low, high in ranges)):  # fmt: skip
             return self
         negative = self.negative and self.scientific
-        return replace(self, taken=NONE_TAKEN, free=True, negative=negative, value=self.value % machine.cycle)
+        return replace(self, taken=frozenset(), free=True, negative=negative, value=self.value % machine.cycle)
 
 
 @dataclass(frozen=True)
@@ -15997,7 +15978,7 @@ def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol |
     """A JSON number of a shape that is none of those taken; None if there is none."""
     values = shape.excluded.union(taken)
     machine = number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values)
-    start = JsonNumber(machine, machine.taken(values) if values else NONE_TAKEN)
+    start = JsonNumber(machine, machine.taken(values))
     return start if start.firsts else None
 
 
