@@ -15296,11 +15296,15 @@ def alive(at: Texts, low: int, high: int | None) -> bool:
     What a search does not find counts as dead: a text is then kept from what could have been right, but never led where
     it cannot end.
     """
+    plainly = is_plainly_alive(at, low, high)
+    return bool(find_text(at, low, high)[0]) if plainly is None else plainly
+
+
+def is_plainly_alive(at: Texts, low: int, high: int | None) -> bool | None:
+    """The same without a search; None if one is needed."""
     if at is NONE or at.most < low or (high is not None and (high < at.least or high < low)):
         return False
-    if at.plain and (high is None or at.dense or low <= at.least):
-        return True
-    return _has_length(at, low, high or 0) if at.plain else bool(find_text(at, low, high)[0])
+    return True if at.plain and (high is None or at.dense or low <= at.least) else None
 
 
 MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
@@ -15308,7 +15312,7 @@ MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to
 
 @functools.lru_cache(maxsize=50_000)
 def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
-    """Looks for a text of some length, where complements and intersections meet: breadth first, by length.
+    """Looks for a text of some length, in sets of complements and intersections or with gaps in their lengths: breadth first.
 
     Tells whether there is one, None if that took too long, and in how many steps. Raises NotYet: what was derived is kept,
     and the next search goes quickly where this one has been.
@@ -15322,12 +15326,13 @@ def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
         longer: dict[Texts, Texts | None] = {}
         for one in layer:
             steps += 1
-            if (one.plain and alive(one, *rest)) or _has_known(one, *rest):
+            plainly = is_plainly_alive(one, *rest)
+            if plainly or (plainly is None and _has_known(one, *rest)):
                 _keep_length(one, seen | layer)
                 return True, steps
             if steps > MAX_SEARCH:
                 return None, steps
-            if not one.plain:
+            if plainly is None:
                 fresh = one.moves is None
                 longer |= ((behind, one) for _, behind in moves(one))
                 if fresh:
@@ -15357,46 +15362,6 @@ def _keep_length(at: Texts, before: Mapping[Texts, Texts | None]) -> None:
     while here is not None and here.known is None:
         here.known = length
         here, length = before.get(here), length + 1
-
-
-WINDOW = 4096  # lengths that are told apart
-
-
-def _has_length(at: Texts, low: int, high: int) -> bool:
-    """True if a plain set with gaps in its lengths has one of these."""
-    top = min(high, max(low, at.least) + WINDOW)
-    return at.most <= top or bool(_lengths(at, 1 << top.bit_length()) >> low & ((1 << top - low + 1) - 1))
-
-
-@functools.lru_cache(maxsize=5000)
-def _lengths(at: Texts, top: int) -> int:
-    """The lengths of plain texts, up to some length, a bit each."""
-    if at.dense:
-        last = int(min(at.most, top))
-        return (1 << last + 1) - (1 << at.least) if at.least <= last else 0
-    if at.kind == "words":
-        return functools.reduce(operator.or_, (1 << len(text) for text in at.data.rest() if len(text) <= top), 0)
-    if at.kind == "either":
-        return functools.reduce(operator.or_, (_lengths(part, top) for part in at.parts))
-    if at.kind == "then":
-        chain = [at]
-        while chain[-1].kind == "then":
-            chain[-1:] = chain[-1].parts
-        return functools.reduce(lambda one, two: _sums(one, _lengths(two, top), top), chain, 1)
-    one, found = _lengths(at.parts[0], top), 1
-    low, high = at.data
-    for count, sizes in ((low, one), (int(min(high, top)) - low, 1 | one)):
-        while count > 0 and found:
-            found = _sums(found, sizes, top) if count & 1 else found
-            count, sizes = count >> 1, _sums(sizes, sizes, top)
-    return found
-
-
-def _sums(one: int, two: int, top: int) -> int:
-    """The sums of two sets of numbers up to `top`, a bit each."""
-    if one.bit_count() > two.bit_count():
-        one, two = two, one
-    return functools.reduce(operator.or_, (two << bit for bit in bytes_of(one)), 0) & (1 << top + 1) - 1
 
 
 @dataclass(frozen=True)
@@ -15460,6 +15425,13 @@ class StringShape:
     low: int = 0
     high: int | None = None
     texts: Texts = ALL
+
+    @classmethod
+    def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
+        """The shape by several bounds of the length, and by arguments of texts_by."""
+        rules = list(rules)
+        highs = [*highs, *(LONGEST[value] for key, value, wanted in rules if wanted and key == "format" and value in LONGEST)]
+        return cls(max(lows, default=0), min(highs, default=None), intersection(texts_by(*rule) for rule in rules))
 
     def within(self, texts: Texts) -> StringShape:
         """The same, of just those texts."""
@@ -15601,7 +15573,8 @@ def string_symbol(shape: StringShape) -> Symbol | None:
     """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
     if alive(shape.texts, shape.low, shape.high):
         return InOrder((Word(b'"'), JsonText(shape.texts, shape.low, shape.high)))
-    if not shape.texts.plain and find_text(shape.texts, shape.low, shape.high)[0] is None:
+    condition = shape.texts, shape.low, shape.high
+    if is_plainly_alive(*condition) is None and find_text(*condition)[0] is None:
         raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
     return None
 
@@ -15687,7 +15660,7 @@ FORMATS = {  # name → a regular expression for the whole text
     "duration": f"P(?:[0-9]+W|{_DAYS}(?:{_SPAN})?|{_SPAN})",
     "email": _mailbox(""),
     "idn-email": _mailbox(r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF"),
-    "hostname": "(?=.{0,253}$)" + _HOSTNAME,
+    "hostname": _HOSTNAME,
     "ipv4": _IPV4,
     "ipv6": _IPV6,
     "uuid": "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
@@ -15699,6 +15672,7 @@ FORMATS = {  # name → a regular expression for the whole text
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "regex": _REGEX,
 }
+LONGEST = {"hostname": 253}  # kept beside the set, where lengths cost nothing
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
 PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
 
@@ -16452,15 +16426,15 @@ class SchemaReader:
 
     def string_shape(self, schemas: list[dict[str, Any]]) -> StringShape:
         """Joins several schemas' conditions on a string."""
-        rules = (rule for schema in schemas for key in ("pattern", "format") for rule in schema.get(key, ()))
-        shape = StringShape(max((schema.get("minLength", 0) for schema in schemas), default=0),
-                            min((schema["maxLength"] for schema in schemas if "maxLength" in schema), default=None),
-                            intersection(texts_by(*rule) for rule in rules))  # fmt: skip
+        lows, highs = ([schema[key] for schema in schemas if key in schema] for key in ("minLength", "maxLength"))
+        rules = [rule for schema in schemas for key in ("pattern", "format") for rule in schema.get(key, ())]
+        shape = StringShape.of(lows, highs, rules)
         return shape.but_not(text for schema in schemas for text in schema.get("excluded", ()) if isinstance(text, str))
 
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
-        self.spend(0 if shape.texts.plain else find_text(shape.texts, shape.low, shape.high)[1])
+        if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
+            self.spend(find_text(shape.texts, shape.low, shape.high)[1])
         return string_symbol(shape)
 
 

@@ -3417,10 +3417,11 @@ class Strings:
 
     @functools.cached_property
     def shape(self) -> module.StringShape:
-        rules = [("pattern", self.patterns, True), ("pattern", self.unlike, False),
-                 ("format", self.formats, True), ("format", self.not_formats, False)]  # fmt: skip
-        texts = module.intersection([module.texts_by(key, one, wanted) for key, all_of_it, wanted in rules for one in all_of_it])
-        return module.StringShape(self.low, self.high, texts).but_not(self.excluded)
+        groups = [("pattern", self.patterns, True), ("pattern", self.unlike, False),
+                  ("format", self.formats, True), ("format", self.not_formats, False)]  # fmt: skip
+        rules = [(key, value, wanted) for key, values, wanted in groups for value in values]
+        highs = [] if self.high is None else [self.high]
+        return module.StringShape.of([self.low], highs, rules).but_not(self.excluded)
 
 
 def string_symbol(strings: Strings) -> module.Symbol | None:
