@@ -14902,7 +14902,7 @@ class Texts:
     """
 
     __slots__ = ("data", "dense", "kind", "known", "least", "most", "moves", "nullable", "parts", "plain")
-    MAX_KEPT = 100_000
+    MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
