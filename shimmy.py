@@ -16384,11 +16384,14 @@ class SchemaReader:
             return False
         if schema.get("uniqueItems") and len(set(map(comparable, value))) < len(value):
             return False
-        if "contains" in schema:
-            count = sum(self.fits(one, schema["contains"]) for one in value)
-            if not schema.get("minContains", 1) <= count <= schema.get("maxContains", count):
-                return False
+        if "contains" in schema and not self.has_contained(value, [contained(schema)]):
+            return False
         return all(self.fits(one, number) for i, one in enumerate(value) for number in self.element([schema], i))
+
+    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
+        """True if a list holds as many elements that fit each schema as it must and may."""
+        counts = ((sum(self.fits(one, number) for one in value), least, most) for number, least, most in wanted)
+        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
 
     def _fits_object(self, value: dict[str, Any], schema: dict[str, Any]) -> bool:
         if not schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", len(value)):
@@ -16457,6 +16460,11 @@ def comparable(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(comparable, value))
     return (type(value), value) if isinstance(value, bool) else value
+
+
+def contained(schema: dict[str, Any]) -> tuple[int, int, int | None]:
+    """The schema that an array's elements must fit, how many at least and at most."""
+    return schema["contains"], schema.get("minContains", 1), schema.get("maxContains")
 
 
 def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
@@ -16930,8 +16938,7 @@ class SchemaShapes(SchemaAlgebra):
             rest = None
         if first and not loose and not any("minItems" in schema for schema in schemas):
             low = longest if high is None else min(longest, high)  # a tuple is written whole
-        contains = tuple(dict.fromkeys((s["contains"], s.get("minContains", 1), s.get("maxContains"))
-                                       for s in schemas if "contains" in s))  # fmt: skip
+        contains = tuple(dict.fromkeys(contained(schema) for schema in schemas if "contains" in schema))
         if high is None or low <= high:
             yield ArrayShape(tuple(first), rest, low, high, any(schema.get("uniqueItems") for schema in schemas), contains)
 
@@ -17233,7 +17240,7 @@ class Documents:
             found = {(*key, one): [*value, more] for key, value in found.items() for one, more in values.items()
                      if not shape.unique or one not in key}  # fmt: skip
             whole |= found if index + 1 >= shape.low else {}
-        return whole
+        return {key: value for key, value in whole.items() if self.shapes.has_contained(value, shape.contains)}
 
     def _few_objects(self, shape: ObjectShape) -> Few | None:
         found: Few = {frozenset(): {}}

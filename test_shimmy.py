@@ -4947,6 +4947,8 @@ KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
                                     [[1, 1], [1, 0, 1]],
                                     [[1], [1, 1, 1]]),
     "uniqueItems": ({**ANY_ARRAY, "uniqueItems": True}, [[], [1, "1", 2], [{"a": 1}, {"a": 2}]], [[1, 1], [{"a": 1}, {"a": 1}]]),
+    "uniqueItems of lists that must contain": ({**ANY_ARRAY, "uniqueItems": True, "items": {
+        **ANY_ARRAY, "items": {"enum": [1, 2]}, "maxItems": 1, "contains": {"const": 1}}}, [[], [[1]]], [[[2]], [[]]]),
     "uniqueItems of what is written in two ways": ({**ANY_ARRAY, "uniqueItems": True}, [[1, True]], [[1, 1.0]]),
     "draft 4's tuples": ({**ANY_ARRAY, "items": [{"const": 1}], "additionalItems": {"const": 2}}, [[1], [1, 2, 2]],
                          [[2], [1, 1]]),
