@@ -1855,7 +1855,7 @@ class Chat:
         """
         wanted, (thought, after) = request.sampling.constraint, self._thought_first(last)
         if wanted is None or wanted.param == "grammar":
-            return wanted and replace(wanted, after=after, markers=self.markers)
+            return wanted and replace(wanted, after=after, markers=self.markers | wanted.markers)
         grammar = wanted.grammar
         if request.tools and request.tool_choice != "none":
             calls = CallsGrammar(self.format.calls[0], request.tools)
@@ -8323,7 +8323,7 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
     if schema:
         constraint = Constraint(json_symbol(schema.param, schema.schema), schema.param)
     elif grammar:
-        constraint = Constraint(Gbnf(grammar), "grammar")
+        constraint = Constraint(Gbnf(grammar), "grammar", markers=token_names(grammar))
         read_soon(constraint.grammar)
     else:
         return request
@@ -15316,20 +15316,22 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 
 
 # ── D.1. Automata ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# What a text may go on with, byte by byte: a grammar's symbols, and the states of all its readings, made as they are met.
+# A grammar's symbols, and the states of all readings of a text, made as they are met: which bytes may come next.
+# Offers: Symbol and its kinds (Word, OneChar, AnyOf, InOrder, Repeated, word), Automaton, State, read_ahead, TURN, Gate, NotYet.
+# Uses: nothing.
 
 
 class Symbol:
     """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
 
-    A subclass has `opened`, or `firsts` and `step`. Symbols made by the thousand are equal by value, the others are
-    themselves. No symbol may lead into a dead end: whatever `step` returns can be finished.
+    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead
+    into a dead end: whatever `step` returns can be finished.
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
 
     def opened(self) -> Iterable[Symbols] | None:
-        """What may stand in its place, one or another; None if it reads bytes."""
+        """The alternatives that may stand in its place; None if it reads bytes."""
         return None
 
     @property
@@ -15338,17 +15340,22 @@ class Symbol:
         raise NotImplementedError
 
     def step(self, byte: int) -> Symbols | None:
-        """What must follow once it has read a byte; None if it may not."""
+        """Reads a byte and returns the symbols that must follow; None if it may not read that byte."""
         raise NotImplementedError
 
     def left(self) -> Symbols:
-        """What must follow when it is left although it could read on."""
+        """The symbols that must follow when it is left although it could read on."""
         return ()
 
     @property
     def parts(self) -> Symbols:
         """The symbols that it is made of, as far as they stand there already."""
         return ()
+
+    @functools.cached_property
+    def looks(self) -> bool:
+        """True if it depends on the text around it: anchors and lookaheads, in regular expressions only."""
+        return any(part.looks for part in self.parts)
 
 
 Symbols = tuple[Symbol, ...]
@@ -15507,8 +15514,7 @@ def bytes_of(bits: int) -> Iterator[int]:
 
 
 class Stack:
-    """What some readings of a text still want: a symbol, and behind it what any of them wants. An automaton makes equal
-    ones once."""
+    """A node of the graph-structured stack: a symbol and the stacks below it. An automaton makes equal ones once."""
 
     __slots__ = ("below", "top")
 
@@ -15520,7 +15526,7 @@ Below = frozenset["Stack | None"]  # None: the end
 
 
 class State:
-    """What may come next: every reading of the text so far that the grammar allows. Its automaton makes equal ones once."""
+    """All readings of the text so far that the grammar allows. Its automaton makes equal ones once."""
 
     __slots__ = ("_automaton", "_next", "bits", "ends", "stacks")
 
@@ -15570,13 +15576,13 @@ class NestedTooDeep(InvalidRequest):
 
 
 class NotYet(Exception):
-    """To find what may come next takes longer than other texts should wait. What was found is kept: ask again."""
+    """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
 
 class Turn(threading.local):
-    """For how long this thread may look for what may come next; without end unless the step loop says so.
+    """The time slice in which this thread may work on grammars; without end unless the step loop says so.
 
-    All that looks counts here, automata of parts within automata and searches in strings too.
+    All such work counts here, automata of parts within automata and searches in strings too.
     """
 
     def __init__(self) -> None:
@@ -15585,22 +15591,22 @@ class Turn(threading.local):
         self._is_limited = False
 
     def begin(self, seconds: float) -> None:
-        """From now on for so long."""
+        """Starts a time slice of `seconds`."""
         self._ends, self._found = time.thread_time() + seconds, False
 
     def look(self) -> None:
-        """Before each look, of 10 µs to 10 ms. Raises NotYet when the turn is over, if it led on: nothing found may be lost."""
+        """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
         if self._gate:
             self._gate.wait()
         if self._found and self.is_over:
             raise NotYet
 
     def found(self) -> None:
-        """After a look that is kept, so that the same question asked again goes on from there."""
+        """Call after a step that is kept, so that the same question asked again goes on from there."""
         self._found = True
 
     def tick(self) -> None:
-        """In the middle of a look, some µs after the last tick. Raises NotYet when limited work takes too long."""
+        """Call every few µs within a step. Raises NotYet when limited work takes too long."""
         if self._gate:
             self._gate.wait()
         if self._is_limited and self.is_over:
@@ -15608,7 +15614,7 @@ class Turn(threading.local):
 
     @contextlib.contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
-        """Ends work that takes so long, which must be done elsewhere then: from its start, nothing is kept."""
+        """Ends work after `seconds`: it must then be done elsewhere, from its start."""
         self.begin(seconds)
         self._is_limited = True
         try:
@@ -15620,7 +15626,7 @@ class Turn(threading.local):
 
     @contextlib.contextmanager
     def behind(self, gate: Gate | None) -> Iterator[None]:
-        """Work that goes on only while a gate is open."""
+        """Lets work go on only while a gate is open."""
         self._gate = gate
         if gate:
             gate.begin()
@@ -15659,13 +15665,13 @@ class Gate:
         self._idle.set()
 
     def wait(self) -> None:
-        """In the middle of the work: until the gate is open."""
+        """Call within the work: waits until the gate is open."""
         if not self._open.is_set():
             self._open.wait()
 
     @contextlib.contextmanager
     def shut(self, seconds: float) -> Iterator[None]:
-        """The work is left so many seconds if there is any, then waits."""
+        """Lets running work go on for up to `seconds`, then holds it while the block runs."""
         if not self._idle.is_set():
             self._idle.wait(seconds)
         self._open.clear()
@@ -15756,236 +15762,20 @@ class Automaton:
         self.start._next.clear()
 
 
-@dataclass(frozen=True)
-class Gbnf(Symbol):
-    """A grammar in llama.cpp's notation (grammars/README.md there), read when it is met."""
-
-    text: str
-
-    def opened(self) -> Iterable[Symbols]:
-        return ((read_gbnf(self.text),),)
-
-
-@functools.lru_cache(maxsize=32)
-def read_gbnf(text: str) -> Symbol:
-    """The root of a GBNF grammar. Raises InvalidRequest saying where it is wrong."""
-    return GbnfReader(text).read()
-
-
-@dataclass(frozen=True, eq=False)
-class RuleName(Symbol):
-    """A rule of a GBNF grammar, which may be written further down."""
-
-    name: str
-    rules: Mapping[str, Symbol]
-
-    def opened(self) -> Iterable[Symbols]:
-        return ((self.rules[self.name],),)
-
-
-class GbnfReader:
-    """Reads one GBNF grammar into symbols."""
-
-    MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
-    TOKEN = re.compile(
-        r'(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)'
-        r'|"(?P<literal>(?:[^"\\\n]|\\.)*)"|\[(?P<negated>\^?)(?P<class>(?:[^\]\\\n]|\\.)*)\]'
-        r"|(?P<repeat>[*+?]|\{[0-9 ]{1,12}(?:,[0-9 ]{0,12})?\})|(?P<mark>[().|])")  # fmt: skip
-    CHAR = re.compile(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})|\\(.)|([^\\])", re.DOTALL)
-    ESCAPES: ClassVar = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "[": "[", "]": "]", "-": "-", "^": "^"}
-    EVERY = ((0, 0x10FFFF),)
-
-    def __init__(self, text: str) -> None:
-        self.text, self.at, self.line = text, 0, 1
-        self.rules: dict[str, Symbol] = {}
-        self.used: dict[str, int] = {}  # name → line
-        self.token: re.Match[str] | None = None
-        self.kind: str | None = None
-
-    def refuse(self, what: str) -> InvalidRequest:
-        return InvalidRequest(f"grammar: line {self.line}: {what}", "grammar")
-
-    def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
-        self.advance()
-        while self.kind is not None:
-            self._rule()
-        missing = next((name for name in self.used if name not in self.rules), None)
-        if missing is not None:
-            self.line = self.used[missing]
-            raise self.refuse(f"the rule {_said(missing)} is used but not written")
-        if "root" not in self.rules:
-            raise InvalidRequest("grammar: there is no rule named root", "grammar")
-        self._check_left_recursion()
-        return self.rules["root"]
-
-    def advance(self) -> None:
-        """Goes to the next token; blanks and comments are none."""
-        while True:
-            self.line += self.token[0].count("\n") if self.token else 0
-            self.token = self.TOKEN.match(self.text, self.at)
-            if self.token is None:
-                if self.at < len(self.text):
-                    raise self.refuse(f"{_said(self.text[self.at : self.at + 20])} cannot be read")
-                self.kind = None
-                return
-            self.at = self.token.end()
-            self.kind = self.token.lastgroup
-            if self.kind != "blank":
-                return
-
-    def word(self) -> str:
-        """The token's text."""
-        assert self.token is not None
-        return self.token[self.kind or 0]
-
-    def _rule(self) -> None:
-        if self.kind != "rule":
-            raise self.refuse(f"a rule must begin here (name ::= …), not {_said(self.token and self.token[0])}")
-        name = self.word()
-        if name in self.rules:
-            raise self.refuse(f"the rule {_said(name)} is written twice")
-        self.advance()
-        self.rules[name] = self._options(0)
-        if self.kind not in ("rule", None):
-            raise self.refuse(f"{_said(self.token and self.token[0])} is not expected here")
-
-    def _options(self, depth: int) -> Symbol:
-        if depth > self.MAX_DEPTH:
-            raise self.refuse(f"brackets are nested over {self.MAX_DEPTH} deep")
-        options = [self._in_order(depth)]
-        while self.kind == "mark" and self.word() == "|":
-            self.advance()
-            options.append(self._in_order(depth))
-        return options[0] if len(options) == 1 else AnyOf(tuple(options))
-
-    def _in_order(self, depth: int) -> Symbol:
-        symbols: list[Symbol] = []
-        while True:
-            if self.kind == "repeat":
-                if not symbols:
-                    raise self.refuse(f"there is nothing before {self.word()} to repeat")
-                symbols[-1] = Repeated(symbols[-1], *self._bounds())
-            elif self.kind in ("name", "literal", "class") or (self.kind == "mark" and self.word() in "(."):
-                symbols.append(self._one(depth))
-            else:
-                return symbols[0] if len(symbols) == 1 else InOrder(tuple(symbols))
-            self.advance()
-
-    def _bounds(self) -> tuple[int, int | None]:
-        signs: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-        if self.word() in signs:
-            return signs[self.word()]
-        first, comma, last = self.word().strip("{} ").replace(" ", "").partition(",")
-        low, high = int(first or 0), int(last) if last else None if comma else int(first or 0)
-        if max(low, high or 0) > self.MAX_REPEATS or (high is not None and low > high):
-            raise self.refuse(f"{self.word()} is not a number of repeats up to {self.MAX_REPEATS}")
-        return low, high
-
-    def _one(self, depth: int) -> Symbol:
-        TURN.tick()
-        if self.kind == "name":
-            self.used.setdefault(self.word(), self.line)
-            return RuleName(self.word(), self.rules)
-        if self.kind == "literal":
-            return word("".join(chr(code) for code, _ in self._chars(self.word())))
-        if self.kind == "class":
-            return self._class()
-        if self.word() == ".":
-            return OneChar(self.EVERY)
-        self.advance()
-        inside = self._options(depth + 1)
-        if self.kind != "mark" or self.word() != ")":
-            raise self.refuse("a bracket is not closed")
-        return inside
-
-    def _chars(self, text: str) -> Iterator[tuple[int, bool]]:
-        """Code points, and whether each was escaped."""
-        for match in self.CHAR.finditer(text):
-            *codes, escaped, plain = match.groups()
-            code = next((int(digits, 16) for digits in codes if digits), None)
-            if code is None and plain is None and escaped not in self.ESCAPES:
-                raise self.refuse(f"the escape {_said(match[0])} is unknown")
-            code = ord(plain or self.ESCAPES[escaped]) if code is None else code
-            if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
-                raise self.refuse(f"{match[0]} is not a character")
-            yield code, plain is None
-
-    def _class(self) -> Symbol:
-        assert self.token is not None
-        chars, ranges = list(self._chars(self.word())), []
-        while chars:
-            low, high = chars[0][0], chars[0][0]
-            if len(chars) > 2 and chars[1] == (ord("-"), False):
-                high = chars[2][0]
-                del chars[:2]
-            del chars[0]
-            if low > high:
-                raise self.refuse(f"the range {chr(low)}-{chr(high)} is empty")
-            ranges.append((low, high))
-        if self.token["negated"]:
-            edges = [(-1, -1), *sorted(ranges), (0x110000, 0x110000)]
-            tops = itertools.accumulate((high for _, high in edges), max)
-            ranges = [(top + 1, low - 1) for top, (low, _) in zip(tops, edges[1:]) if top + 1 < low]  # noqa: B905  the last has none
-        if not ranges:
-            raise self.refuse("a class without characters matches nothing")
-        return OneChar(tuple(ranges))
-
-    def _check_left_recursion(self) -> None:
-        """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
-        empty: set[str] = set()  # rules that may be empty
-        while more := {name for name, symbol in self.rules.items() if name not in empty and self._may_be_empty(symbol, empty)}:
-            empty |= more
-        leads = {name: list(self._leads_to(symbol, empty)) for name, symbol in self.rules.items()}
-        for name in self.rules:
-            todo, seen = leads[name][:], set()
-            while todo:
-                here = todo.pop()
-                if here == name:
-                    raise InvalidRequest(f"grammar: the rule {_said(name)} is left-recursive: it begins with itself", "grammar")
-                todo += leads[here] if here not in seen else ()
-                seen.add(here)
-
-    def _may_be_empty(self, symbol: Symbol, empty: set[str]) -> bool:
-        if isinstance(symbol, RuleName):
-            return symbol.name in empty
-        if isinstance(symbol, Repeated):
-            return symbol.low == 0 or self._may_be_empty(symbol.symbol, empty)
-        if isinstance(symbol, AnyOf):
-            return any(self._may_be_empty(option, empty) for option in symbol.options)
-        if isinstance(symbol, InOrder):
-            return all(self._may_be_empty(part, empty) for part in symbol.symbols)
-        return symbol == Word(b"")
-
-    def _leads_to(self, symbol: Symbol, empty: set[str]) -> Iterator[str]:
-        """The rules that may be met before anything is read."""
-        if isinstance(symbol, RuleName):
-            yield symbol.name
-        elif isinstance(symbol, Repeated):
-            yield from self._leads_to(symbol.symbol, empty)
-        elif isinstance(symbol, AnyOf):
-            for option in symbol.options:
-                yield from self._leads_to(option, empty)
-        elif isinstance(symbol, InOrder):
-            for part in symbol.symbols:
-                yield from self._leads_to(part, empty)
-                if not self._may_be_empty(part, empty):
-                    return
-
-
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
-# Regular expressions, read as JSON Schema means them, and the sets of texts that they describe, character by character.
+# Regular expressions and GBNF grammars, read into symbols.
+# Offers: read_pattern, read_gbnf, Gbnf, token_names; ranges of characters (merged, others).
+# Uses: the symbols of D.1.
 
 Ranges = tuple[tuple[int, int], ...]  # code points, first and last, ascending and apart
 EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
-    """Ranges in order, those that touch made one, without the surrogates."""
+    """Sorts ranges, joins those that touch, and drops the surrogates."""
     found: list[tuple[int, int]] = []
-    halves = ((low, min(high, 0xD7FF)) for low, high in ranges), ((max(low, 0xE000), high) for low, high in ranges)
-    for low, high in sorted(itertools.chain(*halves)):
+    halves = (half for low, high in ranges for half in ((low, min(high, 0xD7FF)), (max(low, 0xE000), high)))
+    for low, high in sorted(halves):
         if low > high:
             continue
         if found and low <= found[-1][1] + 1:
@@ -16001,198 +15791,123 @@ def others(ranges: Ranges) -> Ranges:
     return merged([(one[1] + 1, two[0] - 1) for one, two in itertools.pairwise(edges)])
 
 
-@dataclass(frozen=True, eq=False)
-class Pattern:
-    """A part of a regular expression."""
-
-    @functools.cached_property
-    def parts(self) -> tuple[Pattern, ...]:
-        return ()
-
-    @functools.cached_property
-    def looks(self) -> bool:
-        """Whether what it matches depends on what stands around it."""
-        return any(part.looks for part in self.parts)
-
-    @functools.cached_property
-    def classes(self) -> frozenset[Ranges]:
-        """The sets of characters that it tells apart."""
-        return frozenset().union(*(part.classes for part in self.parts))
+def common(one: Ranges, two: Ranges) -> Ranges:
+    """The characters that are in both."""
+    return others(merged((*others(one), *others(two))))
 
 
 @dataclass(frozen=True, eq=False)
-class CharPattern(Pattern):
-    """One character of ranges of code points."""
-
-    ranges: Ranges
-
-    @functools.cached_property
-    def classes(self) -> frozenset[Ranges]:
-        return frozenset([self.ranges])
-
-
-@dataclass(frozen=True, eq=False)
-class Edge(Pattern):
-    """The text's beginning, or its end."""
+class Edge(Symbol):
+    """A regular expression's anchor: the text's beginning, or its end."""
 
     at_end: bool
     looks = True
 
 
 @dataclass(frozen=True, eq=False)
-class Ahead(Pattern):
-    """What must follow, or must not, without being read."""
+class Ahead(Symbol):
+    """A regular expression's lookahead: what must follow, or must not."""
 
-    inside: Pattern
+    inside: Symbol
     wanted: bool
     looks = True
 
-    @functools.cached_property
-    def parts(self) -> tuple[Pattern, ...]:
-        return (self.inside,)
 
+class Reader:
+    """Reads what regular expressions and GBNF share: choices of sequences of repeated parts, brackets, character classes.
 
-@dataclass(frozen=True, eq=False)
-class Chain(Pattern):
-    """Parts one after another."""
-
-    parts: tuple[Pattern, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Branches(Pattern):
-    """One of its parts."""
-
-    parts: tuple[Pattern, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Loop(Pattern):
-    """A part `low` to `high` times; None: without end."""
-
-    part: Pattern
-    low: int
-    high: int | None
-
-    @functools.cached_property
-    def parts(self) -> tuple[Pattern, ...]:
-        return (self.part,)
-
-
-class PatternReader:
-    """Reads one regular expression in the syntax of ECMA 262, as JSON Schema wants it.
-
-    Beyond it, where ECMA 262 says nothing useful, Python's: `{,n}`, `(?P<name>…)`, `(?#…)`, `\\A` and `\\Z`.
+    A subclass has the TOKENs of its language, and reads one part and one character.
     """
 
-    MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 20_000, 40, 10**9
-    SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
-                     (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
-    CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
-    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
-    DOT = CharPattern(others(((10, 10), (13, 13), (0x2028, 0x2029))))
-    GROUP = re.compile(r"\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<comment>\#[^)]*\))|(?P<other>)))?")
-    REPEATS = re.compile(
-        r"(?:(?P<sign>[*+?])|\{(?P<low>[0-9]{1,4000})(?P<comma>,(?P<high>[0-9]{0,4000}))?\}|\{,(?P<most>[0-9]{1,4000})\})\??")
-    ESCAPE = re.compile(
-        r"\\(?:u([dD][89abAB]..)\\u([dD][c-fC-F]..)|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
-        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
+    MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
+    TOKEN: ClassVar[re.Pattern[str]]
+    PARTS: ClassVar[frozenset[str]]  # the kinds of tokens that begin a part
+    SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+    REPEATS_REPEATS = True  # a** is (a*)*
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
+        self.token: re.Match[str] | None = None
+        self.kind: str | None = None  # of the token; None: the end
 
     def refuse(self, what: str) -> InvalidRequest:
-        return InvalidRequest(f"pattern {_said(self.text)}: {what}")
+        raise NotImplementedError
 
-    def read(self) -> Pattern:
-        if len(self.text) > self.MAX_TEXT:
-            raise self.refuse(f"over {self.MAX_TEXT} characters")
-        found = self._choice(0)
-        if self.at < len(self.text):
-            raise self.refuse("a bracket is closed that was not opened")
-        return found
+    def part(self, depth: int) -> Symbol:
+        """Reads the part that the token begins, up to its last token."""
+        raise NotImplementedError
 
-    def _choice(self, depth: int) -> Pattern:
+    def member(self) -> Ranges:
+        """Reads a character of a class, or a named class, at `at`."""
+        raise NotImplementedError
+
+    def word(self) -> str:
+        """The token's text."""
+        return self.token[0] if self.token else ""
+
+    def advance(self) -> None:
+        """Goes to the next token that is not blank."""
+        TURN.tick()
+        self.kind = "blank"
+        while self.kind == "blank":
+            self.token = self.TOKEN.match(self.text, self.at)
+            if self.token is None and self.at < len(self.text):
+                raise self.refuse(f"{_said(self.text[self.at : self.at + 20])} cannot be read")
+            self.kind, self.at = (self.token.lastgroup, self.token.end()) if self.token else (None, self.at)
+
+    def choice(self, depth: int) -> Symbol:
         if depth > self.MAX_DEPTH:
             raise self.refuse(f"brackets are nested over {self.MAX_DEPTH} deep")
-        options = [self._chain(depth)]
-        while self.text.startswith("|", self.at):
-            self.at += 1
-            options.append(self._chain(depth))
-        return options[0] if len(options) == 1 else Branches(tuple(options))
+        options = [self._sequence(depth)]
+        while self.kind == "or":
+            self.advance()
+            options.append(self._sequence(depth))
+        return options[0] if len(options) == 1 else AnyOf(tuple(options))
 
-    def _chain(self, depth: int) -> Pattern:
-        parts = []
-        while self.at < len(self.text) and self.text[self.at] not in "|)":
-            parts.append(self._repeated(self._one(depth)))
-        return parts[0] if len(parts) == 1 else Chain(tuple(parts))
+    def _sequence(self, depth: int) -> Symbol:
+        parts: list[Symbol] = []
+        may_repeat = False
+        while self.kind == "repeat" or self.kind in self.PARTS:
+            if self.kind != "repeat":
+                parts.append(self.part(depth))
+            elif may_repeat:
+                parts[-1] = Repeated(parts[-1], *self._bounds())
+            else:
+                raise self.refuse(f"there is nothing before {self.word()} to repeat")
+            may_repeat = self.kind != "repeat" or self.REPEATS_REPEATS
+            self.advance()
+        return parts[0] if len(parts) == 1 else InOrder(tuple(parts))
 
-    def _repeated(self, part: Pattern) -> Pattern:
-        match = self.REPEATS.match(self.text, self.at)
-        if match is None:
-            return part
-        self.at = match.end()
-        signs: dict[str | None, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-        low = int(match["low"] or 0)
-        high = int(match["most"] or match["high"] or low) if match["most"] or match["high"] or not match["comma"] else None
-        low, high = signs.get(match["sign"], (low, high))
+    def _bounds(self) -> tuple[int, int | None]:
+        assert self.token is not None
+        sign, least, comma, most = self.token.group("sign", "low", "comma", "high")
+        low, high = int(least or 0), int(most) if most else None if comma else int(least or 0)
+        low, high = self.SIGNS.get(sign, (low, high))
         if max(low, high or 0) > self.MAX_REPEATS or (high is not None and low > high):
-            raise self.refuse(f"{match[0]} is not a number of repeats up to {self.MAX_REPEATS}")
-        return Loop(part, low, high)
+            raise self.refuse(f"{self.word()} is not a number of repeats up to {self.MAX_REPEATS}")
+        return low, high
 
-    def _one(self, depth: int) -> Pattern:
-        TURN.tick()
-        char = self.text[self.at]
-        if char == "(":
-            return self._group(depth)
-        if char == "[":
-            return CharPattern(self._class())
-        if char == "\\":
-            return self._escaped()
-        if self.REPEATS.match(self.text, self.at):
-            raise self.refuse(f"there is nothing before {char} to repeat")
-        self.at += 1
-        if char in "^$":
-            return Edge(char == "$")
-        return self.DOT if char == "." else CharPattern(merged([(ord(char), ord(char))]))
-
-    def _group(self, depth: int) -> Pattern:
-        match = self.GROUP.match(self.text, self.at)
-        assert match is not None
-        if match["other"] is not None:
-            raise self.refuse(f"{_said(self.text[self.at : self.at + 4])} (look-behind, flags …) cannot be honoured")
-        self.at = match.end()
-        if match["comment"]:
-            return Chain(())
-        inside = self._choice(depth + 1)
-        if not self.text.startswith(")", self.at):
+    def inside(self, depth: int) -> Symbol:
+        """Reads what stands in brackets, up to the closing one."""
+        self.advance()
+        inside = self.choice(depth + 1)
+        if self.kind != "close":
             raise self.refuse("a bracket is not closed")
-        self.at += 1
-        return Ahead(inside, match["ahead"] == "=") if match["ahead"] else inside
+        return inside
 
-    def _escaped(self) -> Pattern:
-        letter = self.text[self.at + 1 : self.at + 2]
-        if letter in ("b", "B"):
-            raise self.refuse(f"\\{letter} (a word's border) cannot be honoured")
-        if letter in ("A", "Z", "z"):
-            self.at += 2
-            return Edge(letter != "A")
-        return CharPattern(self._escape())
-
-    def _class(self) -> Ranges:
-        """A set in square brackets."""
-        self.at += 1
+    def characters(self) -> Ranges:
+        """Reads a class in square brackets, from behind the opening one."""
         negated = self.text.startswith("^", self.at)
         self.at += negated
         found: list[tuple[int, int]] = []
         while not self.text.startswith("]", self.at):
-            low = self._member()
+            low, begun = self._member(), self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
-                back, self.at = self.at, self.at + 1
+                self.at += 1
                 high = self._member()
                 if len(low) == len(high) == 1 and low[0][0] == low[0][1] and high[0][0] == high[0][1]:
                     if low > high:
-                        raise self.refuse(f"the range {_said(self.text[back - 1 : self.at])} is empty")
+                        raise self.refuse(f"the range {_said(self.text[begun - 1 : self.at])} is empty")
                     low = ((low[0][0], high[0][0]),)
                 else:  # [\w-.]: the hyphen is one
                     low = (*low, (45, 45), *high)
@@ -16203,7 +15918,66 @@ class PatternReader:
     def _member(self) -> Ranges:
         if self.at >= len(self.text):
             raise self.refuse("a square bracket is not closed")
-        if self.text.startswith("\\b", self.at):
+        return self.member()
+
+
+class PatternReader(Reader):
+    """Reads one regular expression in the syntax of ECMA 262, as JSON Schema wants it.
+
+    Beyond it, where ECMA 262 says nothing useful, Python's: `{,n}`, `(?P<name>…)`, `(?#…)`, `\\A` and `\\Z`.
+    """
+
+    MAX_TEXT, MAX_DEPTH, REPEATS_REPEATS = 20_000, 40, False
+    SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
+                     (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
+    CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
+    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+    DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
+    TOKEN = re.compile(
+        r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
+        r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
+        r"|(?P<edge>[\^$]|\\[AZz])|(?P<class>\[)|(?P<dot>\.)|(?P<char>.)", re.DOTALL)  # fmt: skip
+    PARTS = frozenset(("open", "edge", "class", "dot", "char"))
+    ESCAPE = re.compile(
+        r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})"
+        r"|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
+        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
+
+    def refuse(self, what: str) -> InvalidRequest:
+        return InvalidRequest(f"pattern {_said(self.text)}: {what}")
+
+    def read(self) -> Symbol:
+        if len(self.text) > self.MAX_TEXT:
+            raise self.refuse(f"over {self.MAX_TEXT} characters")
+        self.advance()
+        found = self.choice(0)
+        if self.kind is not None:
+            raise self.refuse("a bracket is closed that was not opened")
+        return found
+
+    def part(self, depth: int) -> Symbol:
+        assert self.token is not None
+        if self.kind == "open":
+            return self._group(self.token, depth)
+        if self.kind == "edge":
+            return Edge(self.word() not in ("^", "\\A"))
+        if self.kind == "class":
+            return OneChar(self.characters())
+        if self.kind == "dot":
+            return self.DOT
+        if self.text.startswith(("\\b", "\\B"), self.token.start()):
+            raise self.refuse(f"{self.text[self.token.start() :][:2]} (a word's border) cannot be honoured")
+        self.at = self.token.start()
+        return OneChar(merged(self.member()))
+
+    def _group(self, token: re.Match[str], depth: int) -> Symbol:
+        if token["other"] is not None:
+            raise self.refuse(f"{_said(self.text[token.start() : token.start() + 4])} (look-behind, flags …) cannot be honoured")
+        inside = self.inside(depth)
+        return Ahead(inside, token["ahead"] == "=") if token["ahead"] else inside
+
+    def member(self) -> Ranges:
+        if self.text.startswith("\\b", self.at):  # within a class a backspace
             self.at += 2
             return ((8, 8),)
         if self.text[self.at] == "\\":
@@ -16212,7 +15986,7 @@ class PatternReader:
         return ((ord(self.text[self.at - 1]),) * 2,)
 
     def _escape(self) -> Ranges:
-        """What a backslash and what follows stand for."""
+        """The characters that a backslash and what follows stand for."""
         match = self.ESCAPE.match(self.text, self.at)
         if match is None:
             raise self.refuse("it ends with a backslash")
@@ -16241,14 +16015,34 @@ class PatternReader:
         return ((code, code),)
 
     def _property(self, name: str) -> Ranges:
-        """The characters of a general category, by its short name."""
+        """The characters of a general category by its short name, or of a property of emoji."""
         name = re.sub(r"^(gc|General_Category)=", "", name)
-        if name in ("Any", "ASCII"):
-            return EVERY_CHAR if name == "Any" else ((0, 127),)
+        if name in PROPERTIES:
+            return PROPERTIES[name]
         found = [ranges for category, ranges in general_categories().items() if category.startswith(name)]
         if not found or not name:
             raise self.refuse(f"the property {_said(name)} is not one of the general categories (L, Lu, Nd …)")
         return merged(itertools.chain(*found))
+
+
+def _ranges_of(text: str) -> Ranges:
+    """Reads ranges written as in Unicode's tables."""
+    pairs = (part.partition("-") for part in text.split())
+    return merged((int(low, 16), int(high or low, 16)) for low, _, high in pairs)
+
+
+PROPERTIES = {
+    "Any": EVERY_CHAR, "ASCII": ((0, 127),),
+    # of Unicode's emoji-data.txt those that zod's z.emoji names
+    "Emoji_Component": _ranges_of("23 2A 30-39 200D 20E3 FE0F 1F1E6-1F1FF 1F3FB-1F3FF 1F9B0-1F9B3 E0020-E007F"),
+    "Extended_Pictographic": _ranges_of(
+        "A9 AE 203C 2049 2122 2139 2194-2199 21A9-21AA 231A-231B 2328 2388 23CF 23E9-23F3 23F8-23FA 24C2 25AA-25AB 25B6 25C0 "
+        "25FB-25FE 2600-2605 2607-2612 2614-2685 2690-2705 2708-2712 2714 2716 271D 2721 2728 2733-2734 2744 2747 274C 274E "
+        "2753-2755 2757 2763-2767 2795-2797 27A1 27B0 27BF 2934-2935 2B05-2B07 2B1B-2B1C 2B50 2B55 3030 303D 3297 3299 "
+        "1F000-1F0FF 1F10D-1F10F 1F12F 1F16C-1F171 1F17E-1F17F 1F18E 1F191-1F19A 1F1AD-1F1E5 1F201-1F20F 1F21A 1F22F "
+        "1F232-1F23A 1F23C-1F23F 1F249-1F3FA 1F400-1F53D 1F546-1F64F 1F680-1F6FF 1F774-1F77F 1F7D5-1F7FF 1F80C-1F80F "
+        "1F848-1F84F 1F85A-1F85F 1F888-1F88F 1F8AE-1F8FF 1F90C-1F93A 1F93C-1F945 1F947-1FAFF 1FC00-1FFFD"),
+}  # fmt: skip
 
 
 @functools.cache
@@ -16266,57 +16060,236 @@ def general_categories() -> dict[str, list[tuple[int, int]]]:
 
 
 @functools.lru_cache(maxsize=1000)
-def read_pattern(text: str) -> Pattern:
-    """A regular expression, read. Raises InvalidRequest saying why it cannot be honoured."""
+def read_pattern(text: str) -> Symbol:
+    """Reads a regular expression into AnyOf, InOrder, Repeated, OneChar, Edge and Ahead. Raises InvalidRequest saying why it
+    cannot be honoured."""
     return PatternReader(text).read()
 
 
+@dataclass(frozen=True)
+class Gbnf(Symbol):
+    """A grammar in llama.cpp's notation (grammars/README.md there), read when it is met."""
+
+    text: str
+
+    def opened(self) -> Iterable[Symbols]:
+        return ((read_gbnf(self.text),),)
+
+
+@functools.lru_cache(maxsize=32)
+def read_gbnf(text: str) -> Symbol:
+    """The root of a GBNF grammar. Raises InvalidRequest saying where it is wrong."""
+    return GbnfReader(text).read()
+
+
+def token_names(grammar: str) -> frozenset[str]:
+    """The control tokens that a GBNF grammar may write: those it names, such as <think>."""
+    return frozenset(filter(None, GbnfReader.NAMED_TOKENS.findall(grammar))) if "<" in grammar else frozenset()
+
+
+@dataclass(frozen=True, eq=False)
+class RuleName(Symbol):
+    """A rule of a GBNF grammar, which may be written further down."""
+
+    name: str
+    rules: Mapping[str, Symbol]
+
+    def opened(self) -> Iterable[Symbols]:
+        return ((self.rules[self.name],),)
+
+
+class GbnfReader(Reader):
+    """Reads one GBNF grammar into symbols, as llama.cpp does: of two rules with one name the last counts."""
+
+    NAMED_TOKENS = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|\#[^\n]*|(<[^>\n]+>)', re.DOTALL)  # between texts
+    TOKEN = re.compile(
+        r"(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)|(?P<literal>\")"
+        r"|(?P<class>\[)|(?P<repeat>(?P<sign>[*+?])|\{\s*(?P<low>[0-9]{1,12})\s*(?:(?P<comma>,)\s*(?P<high>[0-9]{0,12})\s*)?\})"
+        r"|(?P<open>\()|(?P<close>\))|(?P<or>\|)|(?P<dot>\.)|(?P<token><(?!\[)[^>\n]+>)|(?P<no_text>!?<)")  # fmt: skip
+    PARTS = frozenset(("name", "literal", "class", "open", "dot", "token", "no_text"))
+    CHAR = re.compile(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})|\\(.)|([^\\])", re.DOTALL)
+    ESCAPES: ClassVar = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "[": "[", "]": "]", "-": "-", "^": "^"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.rules: dict[str, Symbol] = {}
+        self.used: dict[str, int] = {}  # name → place
+
+    def refuse(self, what: str, place: int | None = None) -> InvalidRequest:
+        place = (self.token.start() if self.token else len(self.text)) if place is None else place
+        return InvalidRequest(f"grammar: line {self.text.count(chr(10), 0, place) + 1}: {what}", "grammar")
+
+    def read(self) -> Symbol:
+        if len(self.text) > self.MAX_TEXT:
+            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
+        self.advance()
+        while self.kind is not None:
+            self._rule()
+        missing = next((name for name in self.used if name not in self.rules), None)
+        if missing is not None:
+            raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
+        if "root" not in self.rules:
+            raise InvalidRequest("grammar: there is no rule named root", "grammar")
+        self._check_left_recursion(self._empty())
+        return self.rules["root"]
+
+    def _rule(self) -> None:
+        if self.kind != "rule":
+            raise self.refuse(f"a rule must begin here (name ::= …), not {_said(self.word())}")
+        assert self.token is not None
+        name = self.token["rule"]
+        self.advance()
+        self.rules[name] = self.choice(0)
+        if self.kind not in ("rule", None):
+            raise self.refuse(f"{_said(self.word())} is not expected here")
+
+    def part(self, depth: int) -> Symbol:
+        assert self.token is not None
+        if self.kind == "name":
+            self.used.setdefault(self.word(), self.token.start())
+            return RuleName(self.word(), self.rules)
+        if self.kind == "literal":
+            return word(self._literal())
+        if self.kind == "class":
+            ranges = self.characters()
+            if not ranges:
+                raise self.refuse("a class without characters matches nothing")
+            return OneChar(ranges)
+        if self.kind == "token":
+            return word(self.word())
+        if self.kind == "no_text":
+            raise self.refuse("tokens by number, and all tokens but one, cannot be honoured: write <name>, or a text")
+        return OneChar(EVERY_CHAR) if self.kind == "dot" else self.inside(depth)
+
+    def _literal(self) -> str:
+        codes = []
+        while not self.text.startswith('"', self.at):
+            if self.at >= len(self.text):
+                raise self.refuse("a text is not closed")
+            codes.append(self.member()[0][0])
+        self.at += 1
+        return "".join(map(chr, codes))
+
+    def member(self) -> Ranges:
+        match = self.CHAR.match(self.text, self.at)
+        if match is None:
+            raise self.refuse("the grammar ends with a backslash")
+        self.at = match.end()
+        *codes, escaped, plain = match.groups()
+        code = next((int(digits, 16) for digits in codes if digits), None)
+        if code is None and plain is None and escaped not in self.ESCAPES:
+            raise self.refuse(f"the escape {_said(match[0])} is unknown")
+        code = ord(plain or self.ESCAPES[escaped]) if code is None else code
+        if code > 0x10FFFF or 0xD800 <= code <= 0xDFFF:
+            raise self.refuse(f"{match[0]} is not a character")
+        return ((code, code),)
+
+    def _inside(self, symbol: Symbol) -> Symbols:
+        return (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts
+
+    def _empty(self) -> set[Symbol]:
+        """The symbols that may be empty: each counts how many of its parts must still turn out so."""
+        lacking: dict[Symbol, int] = {}
+        holders: dict[Symbol, list[Symbol]] = {}
+        todo = list(self.rules.values())
+        while todo:
+            TURN.tick()
+            if (symbol := todo.pop()) not in lacking:
+                parts = self._inside(symbol)
+                lacking[symbol] = len(parts) if isinstance(symbol, InOrder) else int(symbol != Word(b""))
+                if isinstance(symbol, Repeated) and not symbol.low:
+                    lacking[symbol] = 0
+                for part in parts:
+                    holders.setdefault(part, []).append(symbol)
+                todo += parts
+        empty = [symbol for symbol, count in lacking.items() if not count]
+        for symbol in empty:
+            TURN.tick()
+            for holder in holders.get(symbol, ()):
+                lacking[holder] -= 1
+                if not lacking[holder]:
+                    empty.append(holder)
+        return set(empty)
+
+    def _check_left_recursion(self, empty: set[Symbol]) -> None:
+        """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
+        on_path, done = set[Symbol](), set[Symbol]()
+        path: list[tuple[Symbol, Iterator[Symbol]]] = []
+        for root in self.rules.values():
+            path.append((root, self._first_parts(root, empty)))
+            while path:
+                TURN.tick()
+                symbol, parts = path[-1]
+                on_path.add(symbol)
+                part = next(parts, None)
+                if part is None:
+                    on_path.discard(symbol)
+                    done.add(symbol)
+                    path.pop()
+                elif part in on_path:
+                    name = next(s.name for s, _ in reversed(path) if isinstance(s, RuleName))
+                    raise InvalidRequest(f"grammar: the rule {_said(name)} is left-recursive: it begins with itself", "grammar")
+                elif part not in done:
+                    path.append((part, self._first_parts(part, empty)))
+
+    def _first_parts(self, symbol: Symbol, empty: set[Symbol]) -> Iterator[Symbol]:
+        """The parts that may be met before anything is read."""
+        for part in self._inside(symbol):
+            yield part
+            if isinstance(symbol, InOrder) and part not in empty:
+                return
+
+
+# ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); StringShape, string_symbol, string_fits,
+# few_texts; FORMATS. Uses: D.1's symbols, D.2's patterns.
+
+
 class Texts:
-    """A set of texts, as an expression over classes of characters. Its algebra makes equal ones once.
+    """A set of texts, as an expression over ranges of characters: a regular language. The functions below make equal ones once.
 
     `least` and `most` are the lengths of its shortest and longest text. If it is `plain`, made without complements and
     intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
     """
 
-    __slots__ = ("dense", "firsts", "heads", "high", "kind", "least", "low", "mask",
-                 "most", "moves", "nullable", "parts", "plain")  # fmt: skip
+    __slots__ = ("data", "dense", "kind", "known", "least", "most", "moves", "nullable", "parts", "plain")
+    MAX_KEPT = 50_000
+    made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
-    def __init__(self, kind: str, mask: int, low: int, high: float, parts: tuple[Texts, ...]) -> None:
-        self.kind, self.mask, self.low, self.high, self.parts = kind, mask, low, high, parts
-        self.moves: tuple[tuple[int, Texts], ...] | None = None  # classes of characters → the texts behind one
-        self.heads: frozenset[int] = frozenset([mask]) if kind == "char" else frozenset().union(*(p.heads for p in parts))
-        self.firsts: int = functools.reduce(operator.or_, (part.firsts for part in parts), mask)  # the classes it may begin with
-        self.plain: bool = all(part.plain for part in parts)
+    def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
+        self.kind, self.data, self.parts = kind, data, parts
+        self.moves: Moves | None = None
+        self.known: int | None = None  # the length of a text that a search has found
+        self.plain: bool = kind != "none" and all(part.plain for part in parts)
         self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
         if kind == "empty":
             self.nullable, self.least, self.most = True, 0, 0
+        elif kind == "words":
+            lengths = {len(text) for text in data.rest()}
+            self.nullable, self.least, self.most, self.dense = 0 in lengths, min(lengths), max(lengths), len(lengths) == 1
         elif kind == "then":
-            self._chained(*parts)
+            one, two = parts
+            self.nullable, self.dense = one.nullable and two.nullable, one.dense and two.dense
+            self.least, self.most = one.least + two.least, one.most + two.most
         elif kind == "repeat":
-            self._repeated(parts[0])
-        elif kind in ("either", "both"):
-            self._combined(parts, any if kind == "either" else all)
+            self._repeated(parts[0], *data)
         elif kind == "not":
-            self.plain, self.nullable, self.firsts = False, not parts[0].nullable, -1
+            self.plain, self.nullable = False, not parts[0].nullable
             self.least, self.most = int(parts[0].nullable), math.inf
+        elif kind == "both":
+            self.plain, self.dense, self.nullable = False, False, all(part.nullable for part in parts)
+            self.least, self.most = max(p.least for p in parts), min(p.most for p in parts)
+        elif kind == "either":
+            self._either(parts)
 
-    def _chained(self, one: Texts, two: Texts) -> None:
-        self.heads = one.heads | two.heads if one.nullable else one.heads
-        self.nullable, self.dense = one.nullable and two.nullable, one.dense and two.dense
-        self.least, self.most = one.least + two.least, one.most + two.most
-
-    def _repeated(self, part: Texts) -> None:
-        low, high = self.low, self.high
+    def _repeated(self, part: Texts, low: int, high: float) -> None:
         self.nullable = low == 0 or part.nullable
         self.least, self.most = part.least * low, part.most * high if part.most else 0
         self.dense = part.dense and (low == high or (low + 1) * part.least <= low * part.most + 1 if low else part.least <= 1)
 
-    def _combined(self, parts: tuple[Texts, ...], some: Callable[[Iterable[bool]], bool]) -> None:
-        self.nullable = some(part.nullable for part in parts)
-        if self.kind == "both":
-            self.plain, self.dense = False, False
-            self.least, self.most = max(p.least for p in parts), min(p.most for p in parts)
-            return
+    def _either(self, parts: tuple[Texts, ...]) -> None:
+        self.nullable = any(part.nullable for part in parts)
         self.least, self.most = min(p.least for p in parts), max(p.most for p in parts)
         reach: float = self.least
         for part in sorted(parts, key=lambda part: part.least):
@@ -16324,678 +16297,501 @@ class Texts:
             reach = max(reach, part.most)
 
 
-class Algebra:
-    """Makes sets of texts out of others and of patterns, and steps through them: derivatives as Brzozowski's.
+Moves = tuple[tuple[Ranges, Texts], ...]  # characters that may come first, and the texts that follow one of them
+MAX_OPTIONS, MAX_UNROLLED = 1000, 50
 
-    The alphabet is cut into classes of characters that no pattern tells apart; a set of classes is a bit mask.
-    """
 
-    MAX_KEPT, MAX_OPTIONS, MAX_WORK, MAX_UNROLLED = 50_000, 1000, 20_000, 50
+def _make(kind: str, data: Any = None, parts: tuple[Texts, ...] = ()) -> Texts:
+    key = (kind, data, parts)
+    found = Texts.made.get(key)
+    if found is None:
+        TURN.tick()
+        if len(Texts.made) > Texts.MAX_KEPT:
+            Texts.made = {(one.kind, one.data, one.parts): one for one in CONSTANTS}  # what is in use lives on
+        found = Texts.made.setdefault(key, Texts(*key))
+    return found
 
-    def __init__(self, sets: Iterable[Ranges]) -> None:
-        self._cut({EVERY_CHAR, *sets})
-        self._made: dict[tuple[str, int, int, float, tuple[Texts, ...]], Texts] = {}
-        self.none, self.empty = self._make("none"), self._make("empty")
-        self.none.plain = False
-        self.every = self.mask_of(EVERY_CHAR)
-        self.all = self.repeat(self.char(self.every), 0, math.inf)
+
+def char_texts(ranges: Ranges) -> Texts:
+    """The texts of one character."""
+    return _make("char", ranges) if ranges else NONE
+
+
+NONE, EMPTY, EVERY = _make("none"), _make("empty"), _make("char", EVERY_CHAR)
+ALL = _make("repeat", (0, math.inf), (EVERY,))
+CONSTANTS = (NONE, EMPTY, EVERY, ALL)
+
+
+def then(one: Texts, two: Texts) -> Texts:
+    """One text of each, joined."""
+    chain = [one]
+    while chain[-1].kind == "then":
+        chain[-1:] = chain[-1].parts
+    for part in reversed(chain):
+        two = _joined(part, two)
+    return two
+
+
+def _joined(one: Texts, two: Texts) -> Texts:
+    while True:
+        if one is NONE or two is NONE:
+            return NONE
+        if one is EMPTY or two is EMPTY:
+            return two if one is EMPTY else one
+        if (one is ALL and two.nullable) or (two is ALL and one.nullable):
+            return ALL
+        head, rest = two.parts if two.kind == "then" else (two, EMPTY)
+        (part, low, high), (again, least, most) = _counted(one), _counted(head)
+        if part is not again:
+            return _make("then", parts=(one, two))
+        one, two = repeat(part, low + least, high + most), rest
+
+
+def _counted(texts: Texts) -> tuple[Texts, int, float]:
+    return (texts.parts[0], *texts.data) if texts.kind == "repeat" else (texts, 1, 1)
+
+
+def repeat(part: Texts, low: int, high: float) -> Texts:
+    """So many texts of a set, joined."""
+    if high == 0 or part is EMPTY or part is NONE:
+        return NONE if part is NONE and low else EMPTY
+    low = 0 if part.nullable else low
+    if part.kind == "repeat":  # (a{2,3}){4,5} is a{8,15}, as the counts meet
+        inner, least, most = _counted(part)
+        if low == high or (least <= 1 if low == 0 else low * most + 1 >= (low + 1) * least):
+            part, low, high = inner, low * least, high * most
+    return part if low == high == 1 else _make("repeat", (low, high), (part,))
+
+
+def union(options: Iterable[Texts]) -> Texts:
+    """The texts of all."""
+    flat: dict[Texts, None] = {}
+    ranges: list[tuple[int, int]] = []
+    for option in options:
+        for part in option.parts if option.kind == "either" else (option,):
+            if part.kind == "char":
+                ranges += part.data
+            else:
+                flat[part] = None
+    flat.pop(NONE, None)
+    if ALL in flat:
+        return ALL
+    if len(flat) > 1:
+        flat = _merged_counts(flat)
+    if ranges:
+        flat[char_texts(merged(ranges))] = None
+    if EMPTY in flat and any(part.nullable for part in flat if part is not EMPTY):
+        del flat[EMPTY]
+    if len(flat) > MAX_OPTIONS:
+        raise InvalidRequest(f"pattern: a text has over {MAX_OPTIONS} readings at once")
+    return _of_some("either", flat, NONE)
+
+
+def _of_some(kind: str, parts: dict[Texts, None], without: Texts) -> Texts:
+    return _make(kind, parts=tuple(sorted(parts, key=id))) if len(parts) > 1 else next(iter(parts), without)
+
+
+def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
+    """Makes one of a{0,4}b and a{2,7}b, or counting would keep every count."""
+    counts: dict[tuple[Texts, Texts], list[tuple[int, float]]] = {}
+    for texts in parts:
+        head, rest = texts.parts if texts.kind == "then" else (texts, EMPTY)
+        part, low, high = _counted(head)
+        counts.setdefault((part, rest), []).append((low, high))
+    if len(counts) == len(parts):
+        return parts
+    found: dict[Texts, None] = {}
+    for (part, rest), spans in counts.items():
+        union: list[tuple[int, float]] = []
+        for low, high in sorted(spans):
+            if union and low <= union[-1][1] + 1:
+                union[-1] = (union[-1][0], max(union[-1][1], high))
+            else:
+                union.append((low, high))
+        found |= dict.fromkeys(then(repeat(part, low, high), rest) for low, high in union)
+    return found
+
+
+def intersection(parts: Iterable[Texts]) -> Texts:
+    """The texts that are in every one."""
+    flat: dict[Texts, None] = {}
+    for part in parts:
+        flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
+    flat.pop(ALL, None)
+    if len(flat) < 2:
+        return next(iter(flat), ALL)
+    sized = [part for part in flat if part.kind != "not"]
+    least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
+    for part in list(flat):
+        if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
+            del flat[part]  # the others' lengths exclude already what it excludes
+    if NONE in flat or least > most or any(p.parts[0] in flat for p in flat if p.kind == "not"):
+        return NONE
+    if most == 0:
+        return EMPTY if all(part.nullable for part in flat) else NONE
+    if flat and all(part.kind == "char" for part in flat):
+        return char_texts(functools.reduce(common, (part.data for part in flat)))
+    return _of_some("both", flat, ALL)
+
+
+def complement(texts: Texts) -> Texts:
+    """All the other texts."""
+    if texts is NONE or texts is ALL:
+        return ALL if texts is NONE else NONE
+    return texts.parts[0] if texts.kind == "not" else _make("not", parts=(texts,))
+
+
+class WordList:
+    """Some of the texts of a sorted list, which begin alike: from `low` to `high`, from their character `at` on."""
+
+    def __init__(self, texts: list[str], low: int, high: int, at: int) -> None:
+        self.texts, self.low, self.high, self.at = texts, low, high, at
+
+    def rest(self) -> Iterator[str]:
+        """The texts, without what was read."""
+        return (text[self.at :] for text in self.texts[self.low : self.high])
+
+    def moves(self) -> Iterator[tuple[Ranges, Texts]]:
+        texts, at = self.texts, self.at
+        first = self.low + (len(texts[self.low]) == at)
+        while first < self.high:
+            code = ord(texts[first][at])
+            last = bisect.bisect_right(texts, code, first, self.high, key=lambda text: ord(text[at]))
+            yield ((code, code),), _make("words", WordList(texts, first, last, at + 1))
+            first = last
+
+
+@functools.lru_cache(maxsize=1000)
+def word_texts(texts: frozenset[str]) -> Texts:
+    """Just some texts."""
+    return _make("words", WordList(sorted(texts), 0, len(texts), 0)) if texts else NONE
+
+
+def moves(texts: Texts) -> Moves:
+    """The sets that follow a first character (Brzozowski's derivatives), by ranges of characters."""
+    if texts.moves is None:
+        texts.moves = tuple(_moves(texts))
+    return texts.moves
+
+
+def _moves(texts: Texts) -> Iterable[tuple[Ranges, Texts]]:
+    kind, parts = texts.kind, texts.parts
+    if kind in ("none", "empty"):
+        return ()
+    if kind == "char":
+        return ((texts.data, EMPTY),)
+    if kind == "words":
+        return texts.data.moves()
+    if kind == "repeat":
+        again = repeat(parts[0], max(texts.data[0] - 1, 0), texts.data[1] - 1)
+        return [(ranges, then(behind, again)) for ranges, behind in moves(parts[0])]
+    if kind == "either":
+        return _combined([moves(part) for part in parts], union)
+    if kind == "both":
+        return _combined([moves(part) for part in parts], lambda found: intersection(found) if len(found) == len(parts) else NONE)
+    if kind == "not":
+        return _combined([moves(parts[0]), ((EVERY_CHAR, NONE),)], lambda found: complement(union(found)))
+    found = []
+    while texts.kind == "then":
+        one, texts = texts.parts
+        found.append([(ranges, then(behind, texts)) for ranges, behind in moves(one)])
+        if not one.nullable:
+            return found[0] if len(found) == 1 else _combined(found, union)
+    return _combined([*found, moves(texts)], union)
+
+
+def _combined(options: Iterable[Iterable[tuple[Ranges, Texts]]], join: Callable[[list[Texts]], Texts]) -> Moves:
+    """The moves of several sets at once: `join` makes one of all that a character leads to."""
+    begun: dict[int, list[Texts]] = {}
+    ended: dict[int, list[Texts]] = {}
+    for ranges, behind in itertools.chain(*options):
+        for low, high in ranges:
+            begun.setdefault(low, []).append(behind)
+            ended.setdefault(high + 1, []).append(behind)
+    found: dict[Texts, list[tuple[int, int]]] = {}
+    known: dict[tuple[int, frozenset[Texts]], Texts] = {}
+    here: list[Texts] = []
+    for low, after in itertools.pairwise(sorted(begun.keys() | ended.keys())):
+        for one in ended.get(low, ()):
+            here.remove(one)
+        here += begun.get(low, ())
+        if here:
+            key = len(here), frozenset(here)
+            if key not in known:
+                known[key] = join(here)
+            found.setdefault(known[key], []).append((low, after - 1))
+    found.pop(NONE, None)
+    return tuple((merged(ranges), behind) for behind, ranges in found.items())
+
+
+# Patterns
+
+
+class Matching:
+    """Makes the set of texts in which a pattern is found."""
+
+    MAX_WORK = 20_000
+
+    def __init__(self) -> None:
         self.work = 0
 
-    def _cut(self, sets: set[Ranges]) -> None:
-        """Cuts the alphabet: `starts` of the pieces, the class of each."""
-        turns: dict[int, int] = {0: 0}
-        for bit, ranges in enumerate(sets):
-            for low, high in ranges:
-                turns[low] = turns.get(low, 0) ^ 1 << bit
-                turns[high + 1] = turns.get(high + 1, 0) ^ 1 << bit
-        self.starts = sorted(turns)
-        kinds = list(itertools.accumulate((turns[start] for start in self.starts), operator.xor))
-        numbers = {kind: n for n, kind in enumerate(dict.fromkeys(kinds))}
-        self.class_at = [numbers[kind] for kind in kinds]
-        masks = [0] * len(sets)
-        for kind, n in numbers.items():
-            while kind:
-                bit = kind.bit_length() - 1
-                masks[bit] |= 1 << n
-                kind ^= 1 << bit
-        self._masks = dict(zip(sets, masks, strict=True))
+    def before(self, pattern: Symbol, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """Joins a pattern and the rest up to the text's end: as read from the text's beginning, and as read from later on.
 
-    def mask_of(self, ranges: Ranges) -> int:
-        return self._masks[ranges]
-
-    def class_of(self, code: int) -> int:
-        return self.class_at[bisect.bisect_right(self.starts, code) - 1]
-
-    def pieces(self) -> Iterator[tuple[int, int, int]]:
-        """The classes' ranges of characters: class, first, last."""
-        ends = [*self.starts[1:], 0x110000]
-        return ((kind, low, high - 1) for kind, low, high in zip(self.class_at, self.starts, ends, strict=True) if low < high)
-
-    def _make(self, kind: str, mask: int = 0, low: int = 0, high: float = 0, parts: tuple[Texts, ...] = ()) -> Texts:
-        key = (kind, mask, low, high, parts)
-        found = self._made.get(key)
-        if found is None:
-            TURN.tick()
-            if len(self._made) > self.MAX_KEPT:
-                self._made.clear()  # what is in use lives on, and equal ones may be made anew
-            found = self._made.setdefault(key, Texts(*key))
-        return found
-
-    def char(self, mask: int) -> Texts:
-        return self._make("char", mask) if mask else self.none
-
-    def then(self, one: Texts, two: Texts) -> Texts:
-        """One text of each, joined."""
-        chain = [one]
-        while chain[-1].kind == "then":
-            chain[-1:] = chain[-1].parts
-        for part in reversed(chain):
-            two = self._joined(part, two)
-        return two
-
-    def _joined(self, one: Texts, two: Texts) -> Texts:
-        while True:
-            if one is self.none or two is self.none:
-                return self.none
-            if one is self.empty or two is self.empty:
-                return two if one is self.empty else one
-            if (one is self.all and two.nullable) or (two is self.all and one.nullable):
-                return self.all
-            head, rest = two.parts if two.kind == "then" else (two, self.empty)
-            part, low, high = self._counted(one)
-            again, least, most = self._counted(head)
-            if part is not again:
-                return self._make("then", parts=(one, two))
-            one, two = self.repeat(part, low + least, high + most), rest
-
-    def _counted(self, texts: Texts) -> tuple[Texts, int, float]:
-        return (texts.parts[0], texts.low, texts.high) if texts.kind == "repeat" else (texts, 1, 1)
-
-    def repeat(self, part: Texts, low: int, high: float) -> Texts:
-        """So many texts of a set, joined."""
-        if high == 0 or part is self.empty or part is self.none:
-            return self.none if part is self.none and low else self.empty
-        low = 0 if part.nullable else low
-        if part.kind == "repeat":  # (a{2,3}){4,5} is a{8,15}, as the counts meet
-            inner, least, most = self._counted(part)
-            if low == high or (least <= 1 if low == 0 else low * most + 1 >= (low + 1) * least):
-                part, low, high = inner, low * least, high * most
-        return part if low == high == 1 else self._make("repeat", low=low, high=high, parts=(part,))
-
-    def either(self, options: Iterable[Texts]) -> Texts:
-        """The texts of all."""
-        flat: dict[Texts, None] = {}
-        mask = 0
-        for option in options:
-            for part in option.parts if option.kind == "either" else (option,):
-                mask |= part.mask
-                if part.kind != "char":
-                    flat[part] = None
-        flat.pop(self.none, None)
-        if self.all in flat:
-            return self.all
-        flat = self._merged(flat)
-        if mask:
-            flat[self.char(mask)] = None
-        if self.empty in flat and any(part.nullable for part in flat if part is not self.empty):
-            del flat[self.empty]
-        if len(flat) > self.MAX_OPTIONS:
-            raise InvalidRequest(f"pattern: a text has over {self.MAX_OPTIONS} readings at once")
-        return self._of_some("either", flat, self.none)
-
-    def _of_some(self, kind: str, parts: dict[Texts, None], without: Texts) -> Texts:
-        if len(parts) < 2:
-            return next(iter(parts), without)
-        return self._make(kind, parts=tuple(sorted(parts, key=id)))
-
-    def _merged(self, parts: dict[Texts, None]) -> dict[Texts, None]:
-        """Makes one of a{0,4}b and a{2,7}b, or counting would keep every count."""
-        counts: dict[tuple[Texts, Texts], list[tuple[int, float]]] = {}
-        for texts in parts:
-            head, rest = texts.parts if texts.kind == "then" else (texts, self.empty)
-            part, low, high = self._counted(head)
-            counts.setdefault((part, rest), []).append((low, high))
-        if len(counts) == len(parts):
-            return parts
-        found: dict[Texts, None] = {}
-        for (part, rest), spans in counts.items():
-            union: list[tuple[int, float]] = []
-            for low, high in sorted(spans):
-                if union and low <= union[-1][1] + 1:
-                    union[-1] = (union[-1][0], max(union[-1][1], high))
-                else:
-                    union.append((low, high))
-            found |= dict.fromkeys(self.then(self.repeat(part, low, high), rest) for low, high in union)
-        return found
-
-    def both(self, parts: Iterable[Texts]) -> Texts:
-        """The texts that are in every one."""
-        flat: dict[Texts, None] = {}
-        for part in parts:
-            flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
-        flat.pop(self.all, None)
-        sized = [part for part in flat if part.kind != "not"]
-        least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
-        for part in list(flat):
-            if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
-                del flat[part]  # the others' lengths exclude already what it excludes
-        if self.none in flat or least > most or any(p.parts[0] in flat for p in flat if p.kind == "not"):
-            return self.none
-        if most == 0:
-            return self.empty if all(part.nullable for part in flat) else self.none
-        if flat and all(part.kind == "char" for part in flat):
-            return self.char(functools.reduce(operator.and_, (part.mask for part in flat)))
-        return self._of_some("both", flat, self.all)
-
-    def but_not(self, texts: Texts) -> Texts:
-        """All the other texts."""
-        if texts is self.none or texts is self.all:
-            return self.all if texts is self.none else self.none
-        return texts.parts[0] if texts.kind == "not" else self._make("not", parts=(texts,))
-
-    def moves(self, texts: Texts) -> tuple[tuple[int, Texts], ...]:
-        """What follows a first character: sets of classes, and the texts behind each."""
-        if texts.moves is None:
-            groups = [self.every]
-            for head in texts.heads:
-                groups = [part for group in groups for part in (group & head, group & ~head) if part]
-            found: dict[Texts, int] = {}
-            for group in groups:
-                behind = self._behind(texts, group & -group)
-                found[behind] = found.get(behind, 0) | group
-            found.pop(self.none, None)
-            texts.moves = tuple((mask, behind) for behind, mask in found.items())
-        return texts.moves
-
-    def _behind(self, texts: Texts, bit: int) -> Texts:
-        """What follows a character of the class `bit`."""
-        kind, parts = texts.kind, texts.parts
-        if not texts.firsts & bit:
-            return self.none
-        if kind == "char":
-            return self.empty if texts.mask & bit else self.none
-        if kind == "repeat":
-            again = self.repeat(parts[0], max(texts.low - 1, 0), texts.high - 1)
-            return self.then(self._behind(parts[0], bit), again)
-        if kind == "either":
-            return self.either([self._behind(part, bit) for part in parts if part.firsts & bit])
-        if kind == "both":
-            return self.both([self._behind(part, bit) for part in parts])
-        if kind == "not":
-            return self.but_not(self._behind(parts[0], bit))
-        found = []
-        while texts.kind == "then":
-            one, two = texts.parts
-            found.append(self.then(self._behind(one, bit), two))
-            if not one.nullable:
-                return self.either(found)
-            texts = two
-        return self.none if texts.kind in ("none", "empty") else self.either([*found, self._behind(texts, bit)])
-
-    def matching(self, pattern: Pattern, most: int | None = None) -> Texts:
-        """The texts in which a pattern is found, of at most so many characters."""
-        self.work = 0
-        found = self._before(Chain((Loop(CharPattern(EVERY_CHAR), 0, None), pattern)), (self.all, self.all))[0]
-        return found if most is None else self.both([found, self.repeat(self.char(self.every), 0, most)])
-
-    def _before(self, pattern: Pattern, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """A pattern, then the rest up to the text's end: as read from the text's beginning, and as read from further on.
-
-        That a pattern is read with all that follows makes anchors and looks ahead plain intersections with the rest.
+        That a pattern is read with all that follows makes anchors and lookaheads plain intersections with the rest.
         """
         self.work += 1
         if self.work > self.MAX_WORK:
             raise InvalidRequest("pattern: its anchors and repeats multiply too far")
         first, later = rest
         if not pattern.looks:
-            texts = self._alone(pattern)
-            found = self.then(texts, later)
+            texts = self.alone(pattern)
+            found = then(texts, later)
             if first is later or not texts.nullable:
                 return found, found
-            more = self.both([texts, self.repeat(self.char(self.every), 1, math.inf)])
-            return self.either([first, self.then(more, later)]), found
+            return union([first, then(intersection([texts, repeat(EVERY, 1, math.inf)]), later)]), found
         if isinstance(pattern, Edge):
-            if not pattern.at_end:
-                return first, self.none
-            return self._end(first), self._end(later)
-        if isinstance(pattern, Chain):
-            for part in reversed(pattern.parts):
-                rest = self._before(part, rest)
+            ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
+            return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
+        if isinstance(pattern, InOrder):
+            for part in reversed(pattern.symbols):
+                rest = self.before(part, rest)
             return rest
-        if isinstance(pattern, Branches):
-            options = [self._before(part, rest) for part in pattern.parts]
-            return self.either(option[0] for option in options), self.either(option[1] for option in options)
+        if isinstance(pattern, AnyOf):
+            options = [self.before(part, rest) for part in pattern.options]
+            return union(option[0] for option in options), union(option[1] for option in options)
         if isinstance(pattern, Ahead):
-            seen = self._before(pattern.inside, (self.all, self.all))
-            one, two = seen if pattern.wanted else (self.but_not(seen[0]), self.but_not(seen[1]))
-            return self.both([one, first]), self.both([two, later])
-        assert isinstance(pattern, Loop)
+            one, two = self.before(pattern.inside, (ALL, ALL))
+            one, two = (one, two) if pattern.wanted else (complement(one), complement(two))
+            return intersection([one, first]), intersection([two, later])
+        assert isinstance(pattern, Repeated)
         return self._loop(pattern, rest)
 
-    def _end(self, rest: Texts) -> Texts:
-        return self.empty if rest.nullable else self.none
-
-    def _alone(self, pattern: Pattern) -> Texts:
+    def alone(self, pattern: Symbol) -> Texts:
         """The texts that a pattern matches as a whole, away from the text's beginning and end."""
-        if isinstance(pattern, CharPattern):
-            return self.char(self.mask_of(pattern.ranges))
-        if isinstance(pattern, Edge):
-            return self.none
-        if isinstance(pattern, Branches):
-            return self.either([self._alone(part) for part in pattern.parts])
-        if isinstance(pattern, Loop):
-            return self.repeat(self._alone(pattern.part), pattern.low, math.inf if pattern.high is None else pattern.high)
-        return functools.reduce(lambda later, one: self.then(self._alone(one), later), reversed(pattern.parts), self.empty)
+        if isinstance(pattern, OneChar):
+            return char_texts(pattern.ranges)
+        if isinstance(pattern, AnyOf):
+            return union([self.alone(part) for part in pattern.options])
+        if isinstance(pattern, Repeated):
+            return repeat(self.alone(pattern.symbol), pattern.low, math.inf if pattern.high is None else pattern.high)
+        if isinstance(pattern, InOrder):
+            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
+        return NONE  # an Edge
 
-    def _loop(self, loop: Loop, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """A repeat of something that looks around it."""
-        part, low, (first, later) = loop.part, loop.low, rest
+    def _loop(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """Joins a repeat of something that looks around it."""
+        part, low, (first, later) = loop.symbol, loop.low, rest
         high = math.inf if loop.high is None else loop.high
         if high == 0:
             return rest
         if high == 1:
-            inside = self._before(part, rest)
-            return inside if low else (self.either([inside[0], first]), self.either([inside[1], later]))
+            inside = self.before(part, rest)
+            return inside if low else (union([inside[0], first]), union([inside[1], later]))
         if _looks_ahead(part):
             return self._tempered(loop, rest)
-        if low > self.MAX_UNROLLED:
-            raise InvalidRequest(f"pattern: an anchor within over {self.MAX_UNROLLED} repeats cannot be honoured")
+        if low > MAX_UNROLLED:
+            raise InvalidRequest(f"pattern: an anchor within over {MAX_UNROLLED} repeats cannot be honoured")
         if low:
             more = None if loop.high is None else loop.high - low
-            return self._before(Chain((part,) * low + (Loop(part, 0, more),)), rest)
-        inner, final = self._alone(part), self._before(part, (self.none, later))[1]  # the last round may meet the end
-        further = [self.either([self.then(self.repeat(inner, 0, count), later),
-                                self.then(self.repeat(inner, 0, count - 1), final)]) for count in (high - 1, high)]  # fmt: skip
-        return self.either([first, self._before(part, (first, further[0]))[0]]), further[1]
+            return self.before(InOrder((part,) * low + (Repeated(part, 0, more),)), rest)
+        inner, final = self.alone(part), self.before(part, (NONE, later))[1]  # the last round may meet the end
+        further = [union([then(repeat(inner, 0, count), later), then(repeat(inner, 0, count - 1), final)])
+                   for count in (high - 1, high)]  # fmt: skip
+        return union([first, self.before(part, (first, further[0]))[0]]), further[1]
 
-    def _tempered(self, loop: Loop, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+    def _tempered(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
         """((?!foo).)* up to the end: what it says of each character is that foo is nowhere."""
-        parts = loop.part.parts
-        if isinstance(loop.part, Chain) and len(parts) > 1 and rest == (self.empty, self.empty) and loop.high is None:
+        parts = loop.symbol.parts
+        if isinstance(loop.symbol, InOrder) and len(parts) > 1 and rest == (EMPTY, EMPTY) and loop.high is None:
             *looks, char = parts
             unwanted = [look.inside for look in looks if isinstance(look, Ahead) and not look.wanted]
-            seen = [self._before(inside, (self.all, self.all)) for inside in unwanted]
-            if isinstance(char, CharPattern) and len(seen) == len(looks) and all(a is b and not a.nullable for a, b in seen):
-                found = [self.repeat(self._alone(char), loop.low, math.inf)]
-                found += [self.but_not(self.then(self.all, texts)) for texts, _ in seen]
-                return self.both(found), self.both(found)
+            seen = [self.before(inside, (ALL, ALL)) for inside in unwanted]
+            if isinstance(char, OneChar) and len(seen) == len(looks) and all(a is b and not a.nullable for a, b in seen):
+                nowhere = (complement(then(ALL, one)) for one, _ in seen)
+                found = intersection([repeat(self.alone(char), loop.low, math.inf), *nowhere])
+                return found, found
         raise InvalidRequest("pattern: a look ahead within a repeat cannot be honoured")
 
 
-def _looks_ahead(pattern: Pattern) -> bool:
-    return isinstance(pattern, Ahead) or any(_looks_ahead(part) for part in pattern.parts)
+def _looks_ahead(pattern: Symbol) -> bool:
+    return isinstance(pattern, Ahead) or any(map(_looks_ahead, pattern.parts))
 
 
-# ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
-# JSON strings by pattern, format and length: symbols that know what can still come.
+@functools.lru_cache(maxsize=1000)
+def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
+    """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
+    it cannot be honoured."""
+    if keyword == "format" and value not in (*FORMATS, *UNKNOWN_FORMATS):
+        found = ALL
+    elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
+        raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
+    elif keyword == "format":
+        texts = FORMATS[value] if wanted else WIDER_FORMATS.get(value, FORMATS[value])
+        found = Matching().before(InOrder((Edge(False), read_pattern(texts), Edge(True))), (ALL, ALL))[0]
+    else:
+        found = Matching().before(InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value))), (ALL, ALL))[0]
+    return found if wanted else complement(found)
+
+
+# What can still be reached
+
+
+def counted(low: int, high: int | None) -> tuple[int, int | None]:
+    """How many characters more a text needs, and may have, behind one more."""
+    return max(low - 1, 0), None if high is None else high - 1
+
+
+def alive(at: Texts, low: int, high: int | None) -> bool:
+    """True if one of the texts has `low` to `high` characters. Raises NotYet.
+
+    What a search does not find counts as dead: a text is then kept from what could have been right, but never led where
+    it cannot end.
+    """
+    plainly = is_plainly_alive(at, low, high)
+    return bool(find_text(at, low, high)[0]) if plainly is None else plainly
+
+
+def is_plainly_alive(at: Texts, low: int, high: int | None) -> bool | None:
+    """The same without a search; None if one is needed."""
+    if at is NONE or at.most < low or (high is not None and (high < at.least or high < low)):
+        return False
+    return True if at.plain and (high is None or at.dense or low <= at.least) else None
+
+
+MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
+
+
+@functools.lru_cache(maxsize=50_000)
+def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
+    """Looks for a text of some length, in sets of complements and intersections or with gaps in their lengths: breadth first.
+
+    Tells whether there is one, None if that took too long, and in how many steps. Raises NotYet: what was derived is kept,
+    and the next search goes quickly where this one has been.
+    """
+    layer: dict[Texts, Texts | None] = {at: None}  # the sets that follow so many characters, and the one before each
+    length, steps = 0, 0
+    rounds: dict[frozenset[Texts], int] = {}  # layers that were met, and the length
+    seen: dict[Texts, Texts | None] = {}
+    while layer and (high is None or length <= high):
+        rest = max(low - length, 0), None if high is None else high - length
+        longer: dict[Texts, Texts | None] = {}
+        for one in layer:
+            steps += 1
+            plainly = is_plainly_alive(one, *rest)
+            if plainly or (plainly is None and _has_known(one, *rest)):
+                _keep_length(one, seen | layer)
+                return True, steps
+            if steps > MAX_SEARCH:
+                return None, steps
+            if plainly is None:
+                fresh = one.moves is None
+                longer |= ((behind, one) for _, behind in moves(one))
+                if fresh:
+                    TURN.found()
+                    TURN.look()
+        if rest[0]:
+            before = rounds.setdefault(frozenset(longer), length)
+            if before < length:  # and so on, round after round
+                length += (low - length - 1) // (length - before) * (length - before)
+        else:
+            seen |= layer
+            longer = {one: before_it for one, before_it in longer.items() if one not in seen}
+        layer, length = longer, length + 1
+    return False, steps
+
+
+def _has_known(at: Texts, low: int, high: int | None) -> bool:
+    """True if a text of the right length is known."""
+    length = 0 if at.nullable else at.known
+    return length is not None and low <= length and (high is None or length <= high)
+
+
+def _keep_length(at: Texts, before: Mapping[Texts, Texts | None]) -> None:
+    """Keeps the length of a text that was found, for the sets through which a search came to it."""
+    length = 0 if at.nullable else at.least if at.plain else at.known or 0
+    here: Texts | None = at
+    while here is not None and here.known is None:
+        here.known = length
+        here, length = before.get(here), length + 1
+
+
+@dataclass(frozen=True)
+class Opening:
+    """The characters with which a text may go on, the bytes that they may begin with, and the character if it is the only one."""
+
+    ranges: Ranges
+    firsts: int
+    only: int | None
+
+    def reaches(self, ranges: Ranges) -> bool:
+        """True if one of the characters is in some ranges."""
+        return self.ranges is EVERY_CHAR or any(map(self._has, ranges))
+
+    def _has(self, span: tuple[int, int]) -> bool:
+        at = bisect.bisect_right(self.ranges, (span[1], 0x110000)) - 1
+        return at >= 0 and self.ranges[at][1] >= span[0]
+
+
+@functools.lru_cache(maxsize=10_000)
+def opening(ranges: Ranges) -> Opening:
+    bits = 0
+    for first, last in ranges:
+        for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):
+            if first <= min(border, last):
+                bits |= between(chr(first).encode()[0], chr(min(border, last)).encode()[0]).bits
+            first = max(first, border + 1)
+    bits &= ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\"))
+    only = ranges[0][0] if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else None
+    return Opening(ranges, bits | 1 << ord("\\") if ranges else 0, only)
+
+
+EVERY_OPENING = opening(EVERY_CHAR)
+
+
+@functools.lru_cache(maxsize=50_000)
+def opened_at(at: Texts, low: int, high: int | None) -> Opening:
+    """How a text may go on."""
+    then = counted(low, high)
+    found = [ranges for ranges, behind in moves(at) if alive(behind, *then)]
+    return opening(found[0] if len(found) == 1 else merged(itertools.chain(*found)))
+
+
+def behind(at: Texts, code: int) -> Texts:
+    """The texts that follow a character."""
+    return next((behind for ranges, behind in moves(at) if _holds(ranges, code)), NONE)
+
+
+def _holds(ranges: Ranges, code: int) -> bool:
+    at = bisect.bisect_right(ranges, (code, 0x110000)) - 1
+    return at >= 0 and ranges[at][1] >= code
+
+
+# JSON strings
 
 
 @dataclass(frozen=True)
 class StringShape:
-    """What a JSON string's text must be; lengths in code points."""
+    """The condition on a JSON string; lengths in code points."""
 
     low: int = 0
     high: int | None = None
-    patterns: tuple[str, ...] = ()  # regular expressions that are found in it
-    unlike: tuple[str, ...] = ()  # and that are not
-    formats: tuple[str, ...] = ()
-    not_formats: tuple[str, ...] = ()
-    excluded: frozenset[str] = frozenset()  # texts that it is not
+    texts: Texts = ALL
 
+    @classmethod
+    def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
+        """The shape by several bounds of the length, and by arguments of texts_by."""
+        rules = list(rules)
+        highs = [*highs, *(LONGEST[value] for key, value, wanted in rules if wanted and key == "format" and value in LONGEST)]
+        return cls(max(lows, default=0), min(highs, default=None), intersection(texts_by(*rule) for rule in rules))
 
-Rest = tuple[Texts, int, int | None]  # what may follow in a text, and how many characters at least and at most
+    def within(self, texts: Texts) -> StringShape:
+        """The same, of just those texts."""
+        return replace(self, texts=intersection([self.texts, texts]))
 
-
-class TextMachine:
-    """The texts of one shape, and what can still be reached in them: no step into a dead end.
-
-    The texts that a shape excludes are not its machine's business: NewText keeps those beside it. Where complements and
-    intersections meet, a way to an end is searched (Search).
-    """
-
-    WINDOW, MAX_KEPT = 4096, 50_000
-    MAX_COUNTED = 1000  # characters in which texts must differ for all of them to count
-
-    def __init__(self, shape: StringShape) -> None:
-        formats = [found for found in map(read_format, shape.formats) if found]
-        patterns = [*map(read_pattern, shape.patterns), *(pattern for pattern, _ in formats)]
-        unlike = [(read_pattern(text), None) for text in shape.unlike] + [whole_format(name) for name in shape.not_formats]
-        classes = (pattern.classes for pattern in (*patterns, *(pattern for pattern, _ in unlike)))
-        algebra = self.algebra = Algebra(itertools.chain(*classes))
-        wrong = itertools.starmap(algebra.matching, unlike)
-        self.root = algebra.both([*map(algebra.matching, patterns), *map(algebra.but_not, wrong)])
-        highs = [high for high in (shape.high, *(most for _, most in formats)) if high is not None]
-        self.low, self.high = shape.low, min(highs, default=None)
-        self.distances: dict[Texts, int | None] = {}  # to an end, as far as searches have found them
-        self.found: dict[Rest, bool] = {}  # whether there is a way to an end, as far as searches know
-        self._searches: dict[tuple[Any, ...], Iterator[None]] = {}  # that are not at their end
-        self._open: dict[Rest, int] = {}
-        self._lengths: dict[tuple[Texts, int], int] = {}
-        self._first_bytes: dict[int, int] = {}
-        self._many: dict[Rest, tuple[int, bool]] = {}
-
-    @property
-    def start(self) -> Rest:
-        return self.root, self.low, self.high
-
-    @functools.cached_property
-    def first_search(self) -> Search | None:
-        """The search for any of the texts; None if it can be told without one."""
-        if self._is_alive_plainly(*self.start) is not None:
-            return None
-        search = Search(self, self.start)
-        for _ in search.run():
-            pass
-        return search
-
-    @functools.cached_property
-    def _single(self) -> dict[int, int]:
-        """The characters that are alone in their classes."""
-        sizes: dict[int, list[int]] = {}
-        for kind, low, high in self.algebra.pieces():
-            sizes.setdefault(1 << kind, []).extend((low, high))
-        return {mask: codes[0] for mask, codes in sizes.items() if codes[0] == codes[-1]}
-
-    @functools.cached_property
-    def _starts(self) -> list[int]:
-        """The bytes that a character of each class may begin with, written as itself."""
-        bits = [0] * (max(self.algebra.class_at) + 1)
-        for kind, low, high in self.algebra.pieces():
-            for first, last in merged([(low, high)]):
-                for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):
-                    if first <= min(border, last):
-                        bits[kind] |= between(chr(first).encode()[0], chr(min(border, last)).encode()[0]).bits
-                    first = max(first, border + 1)
-        return [b & ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\")) for b in bits]
-
-    def fits(self, text: str) -> bool:
-        """Whether a text is one of them."""
-        here = self.root
-        for char in text:
-            bit = 1 << self.algebra.class_of(ord(char))
-            here = next((behind for mask, behind in self.algebra.moves(here) if mask & bit), self.algebra.none)
-        return here.nullable and self.low <= len(text) and (self.high is None or len(text) <= self.high)
-
-    def open(self, at: Texts, low: int, high: int | None) -> int:
-        """The classes of characters with which a text may go on."""
-        if at is self.algebra.all and (high is None or (high >= low and high > 0)):
-            return self.algebra.every
-        key = (at, low, high)
-        found = self._open.get(key)
-        if found is None:
-            then = self.counted(low, high)
-            found = sum(mask for mask, behind in self.algebra.moves(at) if self.alive(behind, *then))
-            self.keep(self._open, key, found)
-        return found
-
-    def keep(self, kept: dict[Any, Any], key: Any, value: Any) -> None:
-        """Keeps what was found; not for ever. Other threads do so too: what is to be returned is not looked up again."""
-        if len(kept) > self.MAX_KEPT:
-            kept.clear()
-        kept[key] = value
-
-    def reaches(self, classes: int, ranges: Ranges) -> bool:
-        """Whether some character of the ranges is of one of the classes."""
-        starts, class_at = self.algebra.starts, self.algebra.class_at
-        for low, high in ranges if classes != self.algebra.every else ():
-            at = bisect.bisect_right(starts, low) - 1
-            while at < len(starts) and starts[at] <= high:
-                if classes >> class_at[at] & 1:
-                    return True
-                at += 1
-        return classes == self.algebra.every
-
-    def only(self, classes: int) -> int | None:
-        """The one character of the classes, if there is but one."""
-        return self._single.get(classes)
-
-    def characters(self, classes: int, ranges: Ranges = EVERY_CHAR) -> int:
-        """How many characters of the ranges are of the classes."""
-        pieces = [(low, high) for kind, low, high in self.algebra.pieces() if classes >> kind & 1]
-        return sum(b - a + 1 for first, last in ranges for a, b in _within(tuple(pieces), first, last))
-
-    def more_than(self, number: int, at: Texts, low: int, high: int | None) -> bool:
-        """Whether there are more than so many of the texts that follow."""
-        if number == 0 or (at is self.algebra.all and high is None):
-            return self.alive(at, low, high)
-        key = (at, low, high)
-        count, whole = self._many.get(key, (0, False))
-        if count <= number and not whole:
-            self._go_on(("count", *key), self._count(key, 2 * number + 100))
-            count = self._many.get(key, (0, False))[0]
-        return count > number
-
-    def number(self, most: int) -> int:
-        """How many texts there are, counted until they are more than `most`."""
-        return most + 1 if self.more_than(most, *self.start) else self._many.get(self.start, (0, True))[0]
-
-    def _count(self, start: Rest, most: int) -> Iterator[None]:
-        """Leaves in `_many` how many texts follow, counted until they are more than `most`; and whether to count no further.
-
-        Texts that begin differently are different, and each beginning can be finished: so the beginnings are counted.
-        """
-        (at, low, high), ended, length = start, 0, 0
-        layer = {at: int(self.alive(*start))}
-        while layer and length < self.MAX_COUNTED and ended + sum(layer.values()) <= most:
-            yield
-            length += 1
-            ended += sum(ways for at, ways in layer.items() if at.nullable and low == 0)
-            then, longer = self.counted(low, high), dict[Texts, int]()
-            for at, ways in layer.items():
-                classes = self.open(at, low, high)
-                for mask, behind in self.algebra.moves(at):
-                    if mask & classes:
-                        longer[behind] = longer.get(behind, 0) + ways * self.characters(mask & classes)
-            layer, (low, high) = longer, then
-        self.keep(self._many, start, (ended + sum(layer.values()), not layer or length == self.MAX_COUNTED))
-
-    def every_text(self, most: int) -> set[str] | None:
-        """The texts, if there are at most so many."""
-        if self.more_than(most, *self.start):
-            return None
-        found, counts = set[str](), (self.low, self.high)
-        layer = [("", self.root)] if self.alive(*self.start) else []
-        for _ in range(self.MAX_COUNTED):
-            found |= {text for text, at in layer if at.nullable and counts[0] == 0}
-            layer = [(text + chr(code), self.behind(at, code)) for text, at in layer
-                     for code in self.codes(self.open(at, *counts))]
-            counts = self.counted(*counts)
-        return None if layer else found
-
-    def codes(self, classes: int) -> Iterator[int]:
-        """The characters of the classes."""
-        for kind, first, last in self.algebra.pieces() if classes else ():
-            if classes >> kind & 1:
-                yield from itertools.chain(*(range(a, b + 1) for a, b in _within(EVERY_CHAR, first, last)))
-
-    def first_bytes(self, classes: int) -> int:
-        """The bytes that a character of the classes may begin with, the backslash of escapes among them."""
-        if classes not in self._first_bytes:
-            found = (bits for kind, bits in enumerate(self._starts) if classes >> kind & 1)
-            self._first_bytes[classes] = functools.reduce(operator.or_, found, 1 << ord("\\") if classes else 0)
-        return self._first_bytes[classes]
-
-    @staticmethod
-    def counted(low: int, high: int | None) -> tuple[int, int | None]:
-        """How many characters more a text needs, and may have, behind one more."""
-        return max(low - 1, 0), None if high is None else high - 1
-
-    def behind(self, at: Texts, code: int) -> Texts:
-        """What follows a character that is open."""
-        bit = 1 << self.algebra.class_of(code)
-        return next(behind for mask, behind in self.algebra.moves(at) if mask & bit)
-
-    def alive(self, at: Texts, low: int, high: int | None) -> bool:
-        """Whether one of the texts has `low` to `high` characters. Raises NotYet.
-
-        What a search does not find counts as dead: a text is then kept from what could have been right, but never led
-        where it cannot end.
-        """
-        plainly = self._is_alive_plainly(at, low, high)
-        if plainly is not None:
-            return plainly
-        key = (at, low, high)
-        self._go_on(("alive", *key), Search(self, key).run())
-        return self.found.get(key, False)
-
-    def _go_on(self, key: tuple[Any, ...], fresh: Iterator[None]) -> None:
-        """Brings a search to its end, where it was left if it has begun. Raises NotYet."""
-        search = self._searches.pop(key, fresh)  # nobody else has it meanwhile
-        for _ in search:
-            TURN.found()
-            try:
-                TURN.look()
-            except NotYet:
-                self.keep(self._searches, key, search)
-                raise
-
-    def _is_alive_plainly(self, at: Texts, low: int, high: int | None) -> bool | None:
-        """The same, if it can be told without a search."""
-        if high is not None and (high < at.least or high < low):
-            return False
-        if at is self.algebra.none or at.most < low:
-            return False
-        if at.plain:
-            return high is None or self._has_length(at, low, high)
-        return self.found.get((at, low, high))
-
-    def _has_length(self, at: Texts, low: int, high: int) -> bool:
-        if at.dense or low <= at.least:
-            return True
-        top = min(high, max(low, at.least) + self.WINDOW)
-        return at.most <= top or bool(self._sizes(at, 1 << top.bit_length()) >> low & ((1 << top - low + 1) - 1))
-
-    def _sizes(self, at: Texts, top: int) -> int:
-        """The lengths of plain texts, up to some length, a bit each."""
-        key = (at, top)
-        found = self._lengths.get(key)
-        if found is None:
-            found = self._sized(at, top)
-            self.keep(self._lengths, key, found)
-        return found
-
-    def _sized(self, at: Texts, top: int) -> int:
-        if at.dense:
-            last = int(min(at.most, top))
-            return (1 << last + 1) - (1 << at.least) if at.least <= last else 0
-        if at.kind == "either":
-            return functools.reduce(operator.or_, (self._sizes(part, top) for part in at.parts))
-        if at.kind == "then":
-            chain = [at]
-            while chain[-1].kind == "then":
-                chain[-1:] = chain[-1].parts
-            return functools.reduce(lambda one, two: _sums(one, self._sizes(two, top), top), chain, 1)
-        one, found = self._sizes(at.parts[0], top), 1
-        more = 1 | one
-        for count, sizes in ((at.low, one), (int(min(at.high, top)) - at.low, more)):
-            while count > 0 and found:
-                found = _sums(found, sizes, top) if count & 1 else found
-                count, sizes = count >> 1, _sums(sizes, sizes, top)
-        return found
-
-
-class Search:
-    """Looks for one of a machine's texts where only a search tells whether there is one: a question, in small steps."""
-
-    MAX_STEPS, MAX_ALL_STEPS = 3000, 20_000  # of one walk, and of all for the question; some 50 µs each
-
-    def __init__(self, machine: TextMachine, start: Rest) -> None:
-        self.machine, self.start, self.steps, self.gave_up = machine, start, 0, False
-
-    def run(self) -> Iterator[None]:
-        """Leaves in `machine.found` whether there is a text, after some steps."""
-        at, low, high = self.start
-        shortest = yield from self._distance(at)
-        if shortest is None or (high is not None and shortest > high):
-            self.machine.keep(self.machine.found, self.start, False)
-        elif shortest >= low:
-            self.machine.keep(self.machine.found, self.start, True)
-        else:
-            yield from self._walk(self.start)
-
-    def _may_step(self, taken: int) -> bool:
-        return taken < self.MAX_STEPS and self.steps < self.MAX_ALL_STEPS
-
-    def _distance(self, start: Texts) -> Generator[None, None, int | None]:
-        """The length of a shortest text; None if none is known. Breadth first, until plain texts tell theirs."""
-        known = self.machine.distances
-        if start in known:
-            return known[start]
-        before: dict[Texts, Texts | None] = {start: None}
-        layer, depth = [start], 0
-        best: tuple[int, int, Texts] | None = None
-        while layer and (best is None or depth < best[0]) and self._may_step(len(before)):
-            for at in layer:
-                rest = 0 if at.nullable else at.least if at.plain else known.get(at)
-                if rest is not None and (best is None or depth + rest < best[0]):
-                    best = (depth + rest, depth, at)
-            fresh = []
-            for at in layer if best is None or depth < best[0] else ():
-                yield
-                for _, behind in self.machine.algebra.moves(at):
-                    if behind not in before and not (behind in known and known[behind] is None):
-                        before[behind] = at
-                        fresh.append(behind)
-            self.steps += len(layer)
-            layer, depth = fresh, depth + 1
-        if best is None:
-            self.gave_up = self.gave_up or bool(layer)
-            for at in before if not layer else (start,):
-                self.machine.keep(known, at, None)
-            return None
-        total, depth, here = best
-        step: Texts | None = here
-        while step is not None:
-            self.machine.keep(known, step, total - depth)
-            step, depth = before[step], depth - 1
-        return total
-
-    def _walk(self, start: Rest) -> Iterator[None]:
-        """Looks for a text of the right length, depth first."""
-        machine, before = self.machine, dict[Rest, Any]({start: None})
-        todo = [start]
-        while todo and self._may_step(len(before)):
-            here = todo.pop()
-            self.steps += 1
-            yield
-            counts = machine.counted(*here[1:])
-            moves = sorted(machine.algebra.moves(here[0]), key=lambda move: (move[1].plain, move[1].most))
-            for there in [(behind, *counts) for _, behind in moves if (behind, *counts) not in before]:
-                shortest = yield from self._rest(there)
-                if shortest is None:
-                    continue
-                before[there] = here
-                if shortest >= there[1]:
-                    step = there
-                    while step is not None:
-                        machine.keep(machine.found, step, True)
-                        step = before[step]
-                    return
-                todo.append(there)
-        self.gave_up = self.gave_up or bool(todo)
-        for one in [start] if todo else before:
-            machine.keep(machine.found, one, False)
-
-    def _rest(self, rest: Rest) -> Generator[None, None, float | None]:
-        """How long a text is that may follow; None if the walk need not go on there."""
-        at, low, high = rest
-        if at.plain or rest in self.machine.found:
-            return math.inf if self.machine.alive(*rest) else None
-        if at.most < low or (high is not None and high < low):
-            return None
-        shortest = yield from self._distance(at)
-        return None if shortest is None or (high is not None and shortest > high) else shortest
-
-
-def _sums(one: int, two: int, top: int) -> int:
-    """The sums of two sets of numbers up to `top`, a bit each."""
-    if one.bit_count() > two.bit_count():
-        one, two = two, one
-    found = 0
-    while one:
-        found |= two << (one & -one).bit_length() - 1
-        one &= one - 1
-    return found & (1 << top + 1) - 1
+    def but_not(self, texts: Iterable[str]) -> StringShape:
+        """The same without some texts."""
+        return self.within(complement(word_texts(frozenset(texts))))
 
 
 # A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
@@ -17007,7 +16803,7 @@ ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r
 
 @functools.lru_cache(maxsize=50_000)
 def spelled(half: Half) -> dict[int, Half]:
-    """What a half-written character of a JSON string becomes by each byte; "done" if it is whole."""
+    """Maps each byte to the half-written character that it makes of another; "done" if it is whole."""
     ranges, how, value, missing = half
     if how == "":
         found = _begun()
@@ -17029,10 +16825,6 @@ def _whole(code: int) -> Half:
     return ((code, code),), "done", code, 0
 
 
-def _within(ranges: Ranges, low: int, high: int) -> Ranges:
-    return tuple((max(low, first), min(high, last)) for first, last in ranges if first <= high and last >= low)
-
-
 def _begun() -> dict[int, Half]:
     """The first bytes of characters, written as themselves or as escapes."""
     found = {byte: _whole(byte) for byte in range(32, 128) if byte not in b'"\\'}
@@ -17045,24 +16837,24 @@ def _begun() -> dict[int, Half]:
 
 def _half_utf8(ranges: Ranges, value: int, missing: int) -> Half:
     if missing == 0:
-        return _whole(value) if _within(ranges, value, value) else ((), "", 0, 0)
+        return _whole(value) if common(ranges, ((value, value),)) else ((), "", 0, 0)
     shift = 6 * missing
-    return _within(ranges, value << shift, (value + 1 << shift) - 1), "utf8", value, missing
+    return common(ranges, ((value << shift, (value + 1 << shift) - 1),)), "utf8", value, missing
 
 
 def _half_hex(value: int, missing: int) -> Half:
-    """What \\u and some digits may become: a character, or half of a pair."""
+    """Reads \\u and some digits: a character, or half of a pair."""
     low, high = value << 4 * missing, (value + 1 << 4 * missing) - 1
     first, last = max(low, 0xD800), min(high, 0xDBFF)
     pairs = (((first - 0xD800 << 10) + 0x10000, (last - 0xD800 << 10) + 0x103FF),) if first <= last else ()
-    ranges = _within(((0, 0xD7FF), (0xE000, 0xFFFF)), low, high) + pairs
+    ranges = common(((0, 0xD7FF), (0xE000, 0xFFFF)), ((low, high),)) + pairs
     if missing:
         return ranges, "hex", value, missing
     return (ranges, "pair", 0, 0) if pairs else _whole(value) if ranges else ((), "", 0, 0)
 
 
 def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
-    """What a high surrogate and some digits of a low one may become."""
+    """Reads some digits of the low surrogate behind a high one."""
     base, low, high = ranges[0][0] & ~0x3FF, value << 4 * missing, (value + 1 << 4 * missing) - 1
     low, high = max(low, 0xDC00), min(high, 0xDFFF)
     if low > high:
@@ -17073,9 +16865,8 @@ def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
 
 @dataclass(frozen=True)
 class RestOfText(Symbol):
-    """What may still follow of a text: where it is, how many characters are left, and what is half-written of one."""
+    """The rest of a text: the set it is from, how many characters are left, and what is half-written of one."""
 
-    machine: TextMachine
     at: Texts
     low: int
     high: int | None
@@ -17083,13 +16874,14 @@ class RestOfText(Symbol):
 
     @property
     def is_whole(self) -> bool:
-        """Whether the text may end here."""
+        """True if the text may end here."""
         return not self.half[1] and self.at.nullable and self.low == 0
 
     @property
-    def classes(self) -> int:
-        """The classes of characters with which it may go on."""
-        return self.machine.open(self.at, self.low, self.high)
+    def opening(self) -> Opening:
+        """How it may go on."""
+        is_free = self.at is ALL and (self.high is None or 0 < self.high >= self.low)
+        return EVERY_OPENING if is_free else opened_at(self.at, self.low, self.high)
 
 
 class JsonText(RestOfText):
@@ -17097,36 +16889,30 @@ class JsonText(RestOfText):
 
     @property
     def firsts(self) -> int:
-        classes = self.classes
+        opening = self.opening
         if self.half != NO_HALF:
-            return sum(1 << byte for byte, half in spelled(self.half).items() if self.machine.reaches(classes, half[0]))
+            return sum(1 << byte for byte, half in spelled(self.half).items() if opening.reaches(half[0]))
         quote = 1 << ord('"') if self.is_whole else 0
-        only = self.machine.only(classes)
-        if only is not None:
-            return quote | 1 << _written(only)[0]
-        return quote | self.machine.first_bytes(classes)
+        return quote | (opening.firsts if opening.only is None else 1 << _written(opening.only)[0])
 
     def step(self, byte: int) -> Symbols | None:
         if not self.half[1] and byte == ord('"'):
             return () if self.is_whole else None
-        classes = self.classes
-        only = self.machine.only(classes) if not self.half[1] else None
-        if only is not None:
-            written = _written(only)
+        opening = self.opening
+        if opening.only is not None and not self.half[1]:
+            written = _written(opening.only)
             rest = (Word(written, 1),) if len(written) > 1 else ()
-            return (*rest, self.behind(only)) if byte == written[0] else None
+            return (*rest, self.behind(opening.only)) if byte == written[0] else None
         half = spelled(self.half).get(byte)
-        if half is None or not self.machine.reaches(classes, half[0]):
+        if half is None or not opening.reaches(half[0]):
             return None
-        if half[1] != "done":
-            return (JsonText(self.machine, self.at, self.low, self.high, half),)
-        return (self.behind(half[2]),)
+        return (replace(self, half=half) if half[1] != "done" else self.behind(half[2]),)
 
     def behind(self, code: int) -> JsonText:
         """The state behind a whole character."""
-        if self.low == 0 and self.high is None and self.at is self.machine.algebra.all and not self.half[1]:
+        if self.low == 0 and self.high is None and self.at is ALL and not self.half[1]:
             return self
-        return JsonText(self.machine, self.machine.behind(self.at, code), *self.machine.counted(self.low, self.high))
+        return JsonText(behind(self.at, code), *counted(self.low, self.high))
 
 
 def _written(code: int) -> bytes:
@@ -17134,100 +16920,36 @@ def _written(code: int) -> bytes:
     return json.dumps(chr(code), ensure_ascii=False)[1:-1].encode()
 
 
-class TakenTexts:
-    """Texts that a string must not be, in their order."""
+@functools.lru_cache(maxsize=1000)
+def string_symbol(shape: StringShape) -> Symbol | None:
+    """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
+    if alive(shape.texts, shape.low, shape.high):
+        return InOrder((Word(b'"'), JsonText(shape.texts, shape.low, shape.high)))
+    condition = shape.texts, shape.low, shape.high
+    if is_plainly_alive(*condition) is None and find_text(*condition)[0] is None:
+        raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+    return None
 
-    def __init__(self, texts: Iterable[str]) -> None:
-        self.texts = sorted(texts)
+
+def string_fits(shape: StringShape, text: str) -> bool:
+    """True if a text has a shape."""
+    at = functools.reduce(behind, map(ord, text), shape.texts)
+    return at.nullable and shape.low <= len(text) and (shape.high is None or len(text) <= shape.high)
 
 
-@dataclass(frozen=True)
-class NewText(Symbol):
-    """The rest of a JSON string that is to be none of the texts taken: those between `low` and `high` begin like it.
-
-    It goes on only with characters behind which there are more texts than are taken, so that it can always be finished.
-    """
-
-    text: JsonText
-    taken: TakenTexts
-    low: int
-    high: int
-    read: int  # characters
-
-    @property
-    def _is_taken(self) -> bool:
-        return self.low < self.high and len(self.taken.texts[self.low]) == self.read
-
-    def _begin(self, code: int) -> tuple[int, int]:
-        """Which of those taken go on with a character."""
-        texts, low = self.taken.texts, self.low + self._is_taken
-        first = bisect.bisect_left(texts, code, low, self.high, key=lambda text: ord(text[self.read]))
-        return first, bisect.bisect_right(texts, code, first, self.high, key=lambda text: ord(text[self.read]))
-
-    @functools.cached_property
-    def _used_up(self) -> frozenset[int]:
-        """The characters behind which everything is taken."""
-        text, found = self.text, set[int]()
-        machine, then = text.machine, text.machine.counted(text.low, text.high)
-        first = self.low + self._is_taken
-        classes = sum(mask for mask, behind in machine.algebra.moves(text.at)
-                      if not machine.more_than(self.high - first, behind, *then))  # fmt: skip
-        classes &= machine.open(text.at, text.low, text.high)
-        while classes and first < self.high:
-            code = ord(self.taken.texts[first][self.read])
-            first, last = self._begin(code)
-            if classes >> machine.algebra.class_of(code) & 1:
-                found |= set() if machine.more_than(last - first, machine.behind(text.at, code), *then) else {code}
-            first = last
-        return frozenset(found)
-
-    def _may_read(self, byte: int) -> bool:
-        machine, half = self.text.machine, self.text.half
-        if byte == ord('"') and not half[1]:
-            return not self._is_taken
-        if not self._used_up:
-            return True
-        ranges = spelled(half)[byte][0]
-        used = sum(first <= code <= last for code in self._used_up for first, last in ranges)
-        return machine.characters(machine.open(self.text.at, self.text.low, self.text.high), ranges) > used
-
-    @functools.cached_property
-    def _only(self) -> int | None:
-        """The one character that may come, if there is but one; there is one way to write it."""
-        machine, classes = self.text.machine, self.text.classes
-        if self.text.half[1] or not self._used_up:
-            return None if self.text.half[1] else machine.only(classes)
-        if machine.characters(classes) != len(self._used_up) + 1:
-            return None
-        return next(code for code in machine.codes(classes) if code not in self._used_up)
-
-    @functools.cached_property
-    def firsts(self) -> int:  # type: ignore[override]
-        bits = self.text.firsts
-        if self._only is not None:
-            quote = 0 if self._is_taken else bits & 1 << ord('"')
-            return quote | 1 << _written(self._only)[0]
-        if self._used_up:
-            return sum(1 << byte for byte in bytes_of(bits) if self._may_read(byte))
-        return bits & ~(1 << ord('"')) if self._is_taken and not self.text.half[1] else bits
-
-    def step(self, byte: int) -> Symbols | None:
-        if not self.firsts >> byte & 1:
-            return None
-        if self._only is not None and byte != ord('"'):
-            written = _written(self._only)
-            return (*((Word(written, 1),) if len(written) > 1 else ()), self._behind(self._only))
-        rest = self.text.step(byte)
-        if not rest:
-            return rest
-        (behind,) = rest
-        assert isinstance(behind, JsonText)
-        return (replace(self, text=behind) if behind.half[1] else self._behind(spelled(self.text.half)[byte][2]),)
-
-    def _behind(self, code: int) -> Symbol:
-        """The state behind a whole character."""
-        behind, (low, high) = self.text.behind(code), self._begin(code)
-        return NewText(behind, self.taken, low, high, self.read + 1) if low < high else behind
+def few_texts(shape: StringShape, most: int) -> set[str] | None:
+    """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
+    found, (low, high) = set[str](), (shape.low, shape.high)
+    layer = [("", shape.texts)] if alive(shape.texts, low, high) else []  # each can be finished, so texts are at least as many
+    for _ in range(1000):
+        if not layer or len(found) + len(layer) > most:
+            break
+        found |= {text for text, at in layer if at.nullable and low == 0}
+        low, high = counted(low, high)
+        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in moves(at) if alive(behind, low, high)
+                  for first, last in ranges for code in range(first, last + 1))  # fmt: skip
+        layer = list(itertools.islice(longer, most + 1))
+    return None if layer else found
 
 
 # Formats as regular expressions, after the RFCs that JSON Schema names; where jsonschema's checker is narrower, as it says.
@@ -17283,106 +17005,44 @@ _PIECE = rf"(?:{_ITEM}|\.|{_SET})(?:(?:[*+?]|\{{[0-9](?:,(?:[1-9][0-9])?)?\}})\?
 _RUN = rf"(?:{_PIECE})*(?:\|(?:{_PIECE})*)*"
 _REGEX = rf"\^?(?:{_PIECE}|\(\?:{_RUN}\)[*+?]?|\({_RUN}\)[*+?]?|\|)*\$?"
 
-FORMATS = {  # name → a regular expression for the whole text, how long it may be
-    "date": (_DATE, None),
-    "time": (_TIME, None),
-    "date-time": (f"{_DATE}[Tt]{_TIME}", None),
-    "duration": (f"P(?:[0-9]+W|{_DAYS}(?:{_SPAN})?|{_SPAN})", None),
-    "email": (_mailbox(""), None),
-    "idn-email": (_mailbox(r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF"), None),
-    "hostname": (_HOSTNAME, 253),
-    "ipv4": (_IPV4, None),
-    "ipv6": (_IPV6, None),
-    "uuid": ("[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}", None),
-    "uri": (_URI, None),
-    "uri-reference": (f"(?:{_URI}|{_RELATIVE})", None),
-    "iri": (_IRI, None),
-    "iri-reference": (f"(?:{_IRI}|{_RELATIVE_IRI})", None),
-    "json-pointer": (_POINTER, None),
-    "relative-json-pointer": (f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})", None),
-    "regex": (_REGEX, None),
+FORMATS = {  # name → a regular expression for the whole text
+    "date": _DATE,
+    "time": _TIME,
+    "date-time": f"{_DATE}[Tt]{_TIME}",
+    "duration": f"P(?:[0-9]+W|{_DAYS}(?:{_SPAN})?|{_SPAN})",
+    "email": _mailbox(""),
+    "idn-email": _mailbox(r"\u00A0-\uD7FF\uF900-\uFDCF\uFDF0-\uFFEF"),
+    "hostname": _HOSTNAME,
+    "ipv4": _IPV4,
+    "ipv6": _IPV6,
+    "uuid": "[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}",
+    "uri": _URI,
+    "uri-reference": f"(?:{_URI}|{_RELATIVE})",
+    "iri": _IRI,
+    "iri-reference": f"(?:{_IRI}|{_RELATIVE_IRI})",
+    "json-pointer": _POINTER,
+    "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
+    "regex": _REGEX,
 }
+LONGEST = {"hostname": 253}  # kept beside the set, where lengths cost nothing
 UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
 PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
 
 
 _ANY_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-WIDER_FORMATS = {"hostname": (rf"{_ANY_LABEL}(?:\.{_ANY_LABEL})*", 253)}  # all that may have it, where the rule leaves some out
-
-
-@functools.lru_cache(maxsize=100)
-def read_format(name: str, wider: bool = False) -> tuple[Pattern, int | None] | None:
-    """The whole text's pattern and its longest length; None for a format that asks for nothing."""
-    if name in UNKNOWN_FORMATS:
-        raise InvalidRequest(f"format {_said(name)} cannot be honoured")
-    if name not in FORMATS:
-        return None
-    text, most = WIDER_FORMATS.get(name, FORMATS[name]) if wider else FORMATS[name]
-    return Chain((Edge(False), read_pattern(text), Edge(True))), most
-
-
-def whole_format(name: str) -> tuple[Pattern, int | None]:
-    """As read_format, for what must not have the format: all that has it must be known."""
-    if name in PARTIAL_FORMATS:
-        raise InvalidRequest(f"not format {_said(name)} cannot be honoured")
-    return read_format(name, wider=True) or (Chain(()), None)
-
-
-def text_machine(shape: StringShape) -> TextMachine:
-    """The machine of a shape but for what it excludes, made once. Raises InvalidRequest naming what cannot be honoured."""
-    return _text_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape)
-
-
-@functools.lru_cache(maxsize=500)
-def _text_machine(shape: StringShape) -> TextMachine:
-    return TextMachine(shape)
-
-
-@functools.lru_cache(maxsize=500)
-def string_symbol(shape: StringShape) -> Symbol | None:
-    """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest naming what cannot be honoured."""
-    machine = text_machine(shape)
-    if machine.first_search and machine.first_search.gave_up and not machine.alive(*machine.start):
-        raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-    return another_text(shape, ())
-
-
-def another_text(shape: StringShape, taken: Iterable[str]) -> Symbol | None:
-    """A JSON string of a shape that is none of those taken; None if there is none."""
-    machine, texts = text_machine(shape), shape.excluded.union(taken)
-    if not machine.more_than(len(texts), *machine.start):
-        texts = frozenset(filter(machine.fits, texts))
-        if not machine.more_than(len(texts), *machine.start):
-            return None
-    text = JsonText(machine, *machine.start)
-    return InOrder((Word(b'"'), NewText(text, TakenTexts(texts), 0, len(texts), 0) if texts else text))
-
-
-def string_fits(shape: StringShape, text: str) -> bool:
-    """Whether a text has a shape."""
-    return text not in shape.excluded and text_machine(shape).fits(text)
-
-
-def strings_meet(one: StringShape, two: StringShape) -> bool:
-    """Whether some text has both shapes."""
-    return string_symbol(both_strings(one, two)) is not None
-
-
-def both_strings(one: StringShape, two: StringShape) -> StringShape:
-    """The shape of what has both shapes."""
-    highs = [high for high in (one.high, two.high) if high is not None]
-    lists = {name: tuple(dict.fromkeys(getattr(one, name) + getattr(two, name)))
-             for name in ("patterns", "unlike", "formats", "not_formats")}  # fmt: skip
-    return StringShape(max(one.low, two.low), min(highs, default=None), excluded=one.excluded | two.excluded, **lists)
+WIDER_FORMATS = {  # name → a rule for all that may have the format, where the one above leaves some out
+    "hostname": rf"(?=.{{0,253}}$){_ANY_LABEL}(?:\.{_ANY_LABEL})*",
+}
 
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
+# Offers: NumberShape, number_symbol, another_number, number_fits, number_machine. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
 class NumberShape:
-    """What a JSON number must be. A bound is its value and whether the value itself is left out."""
+    """The condition on a JSON number. A bound is its value and whether the value itself is left out."""
 
     whole: bool = False
     low: tuple[int | float, bool] | None = None
@@ -17406,11 +17066,13 @@ def decimal_digits(value: int | float) -> tuple[int, int]:
 class NumberMachine:
     """The numbers of one shape, as whole multiples of a smallest unit (a decimal place) in an interval.
 
-    The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds or multiples has
-    no exponent, nor one that others are taken from. Those, which a shape excludes, are not its machine's business.
+    The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
+    behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
+    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which
+    JsonNumber handles.
     """
 
-    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    DIGITS, PLACES, MORE_PLACES, DOUBLE, EXPONENTS = 20, 18, 3, 15, range(-290, 281)
     MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
 
     def __init__(self, shape: NumberShape, exponents: bool) -> None:
@@ -17418,7 +17080,11 @@ class NumberMachine:
         multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
         unlike = [decimal_digits(value) for value in shape.not_multiples]
         bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
-        self.exponents = exponents and not multiples and not unlike and not bounds
+        self.has_bounds = bool(bounds)
+        self.exponents: list[JsonExponent | None] = [None, None]  # of a positive number, and of a negative one
+        if exponents and not multiples and not unlike:
+            low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
+            self.exponents = [self._exponent(shape.low, shape.high), self._exponent(low, high)]
         self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
         if multiples or unlike:
             self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
@@ -17450,6 +17116,17 @@ class NumberMachine:
         if len(shape.not_multiples) > self.MAX_UNLIKE:
             raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
 
+    def _exponent(self, low: tuple[int | float, bool] | None, high: tuple[int | float, bool] | None) -> JsonExponent | None:
+        """The exponents with which all numbers from 1 to 10 are within bounds."""
+        def reaches(exponent: int, bound: int | float, left_out: bool) -> bool:
+            digits, places = decimal_digits(bound)
+            return 10 ** (exponent + 400) >= digits * 10 ** (400 - places) + left_out
+
+        least = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: low is None or reaches(exponent, *low))
+        most = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: (
+            high is not None and reaches(exponent + 1, high[0], not high[1])))  # fmt: skip
+        return JsonExponent(self.EXPONENTS[least], self.EXPONENTS[most - 1]) if least < most else None
+
     def _edge(self, bound: int | float, left_out: bool) -> int:
         """The least number of units that a lower bound allows."""
         digits, places = decimal_digits(bound)
@@ -17462,77 +17139,59 @@ class NumberMachine:
             edge = max(edge, -(-digits * self.scale // 10**places))
         return edge
 
-    def taken(self, values: Iterable[int | float]) -> TakenNumbers:
+    def taken(self, values: Iterable[int | float]) -> frozenset[int]:
         """Values in units, those that are no number of them left out."""
         digits = ((digits * self.scale, 10**places) for digits, places in map(decimal_digits, values))
         found = (number // part for number, part in digits if number % part == 0)
-        return TakenNumbers(value for value in found if value % self.unit == 0 and all(value % one for one in self.unlike))
+        return frozenset(filter(self._is_right, found))
+
+    def _is_right(self, value: int) -> bool:
+        """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
+        return value % self.unit == 0 and all(value % one for one in self.unlike)
 
     def every_number(self, most: int) -> set[int | float] | None:
         """The numbers, if there are at most so many."""
         if self.low is None or self.high is None or (self.high - self.low) // self.unit > most:
             return None
-        found = (value for value in range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit)
-                 if all(value % one for one in self.unlike))  # fmt: skip
+        found = filter(self._is_right, range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit))
         return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
-    def holds(self, negative: bool, low: int, high: int, taken: TakenNumbers, free: bool = False) -> bool:
-        """Whether one of the magnitudes `low` to `high` is right and not taken; `free`: whatever the bounds."""
+    def holds(self, negative: bool, low: int, high: int, taken: frozenset[int], free: bool = False) -> bool:
+        """True if one of the magnitudes `low` to `high` is right and not taken; `free`: no bound can be missed any more."""
         if not free:
-            least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
-            low, high = max(low, low if least is None else least), min(high, high if most is None else most)
-        value, gone = -(-low // self.unit) * self.unit, taken.count(negative, low, high)
-        if not self.unlike:
-            return (high - value) // self.unit + 1 > gone
-        for _ in range(self.MAX_TRIES + gone):
-            if value > high:
-                return False
-            gone -= (right := all(value % number for number in self.unlike))
-            if right and gone < 0:
-                return True
-            value += self.unit
-        return False
+            least, most = self._bounds(negative)
+            low, high = low if least is None else max(low, least), high if most is None else min(high, most)
+        first = range(-(-low // self.unit) * self.unit, high + 1, self.unit)
+        tried = itertools.islice(first, (self.MAX_TRIES if self.unlike else 1) + len(taken))
+        return any((-value if negative else value) not in taken and self._is_right(value) for value in tried)
 
-    def _minus(self, bound: int | None) -> int | None:
-        return None if bound is None else -bound
+    def _bounds(self, negative: bool) -> tuple[int | None, int | None]:
+        """The bounds of a number's magnitude."""
+        bounds = (self.high, self.low) if negative else (self.low, self.high)
+        low, high = (bound if bound is None or not negative else -bound for bound in bounds)
+        return low, high
 
     def unbounded(self, negative: bool, low: int, high: int) -> bool:
-        """Whether all magnitudes from `low` to `high` are within the bounds."""
-        least, most = (self.low, self.high) if not negative else (self._minus(self.high), self._minus(self.low))
+        """True if all magnitudes from `low` to `high` are within the bounds."""
+        least, most = self._bounds(negative)
         return (least is None or least <= low) and (most is None or high <= most)
-
-
-class TakenNumbers:
-    """Numbers that another must not be, in units and in their order."""
-
-    def __init__(self, values: Iterable[int] = ()) -> None:
-        self.values = sorted(set(values))
-
-    def count(self, negative: bool, low: int, high: int) -> int:
-        """How many of them are of the magnitudes `low` to `high`."""
-        if not self.values:
-            return 0
-        low, high = (-high, -low) if negative else (low, high)
-        return bisect.bisect_right(self.values, high) - bisect.bisect_left(self.values, low) if low <= high else 0
-
-
-NONE_TAKEN = TakenNumbers()
 
 
 @dataclass(frozen=True)
 class JsonNumber(Symbol):
     """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
 
-    Once neither the bounds can be missed any more nor what is taken be met (`free`), only the remainder is kept.
+    `free`: no further digit can break a bound or hit an excluded value; then only the remainder is kept.
     """
 
     machine: NumberMachine
-    taken: TakenNumbers
-    part: str = ""  # sign, zero, whole, point, fraction, e, e-sign, exponent
+    taken: frozenset[int]  # in units
+    part: str = ""  # sign, zero, whole, point, fraction
     negative: bool = False
     value: int = 0
     count: int = 0
     free: bool = False
+    scientific: bool = False  # there are bounds, and one digit other than 0 stands before the point
 
     @property
     def firsts(self) -> int:
@@ -17544,36 +17203,34 @@ class JsonNumber(Symbol):
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
-        if self.part == "exponent":
-            return True
         low = self._range(0)[0]
         return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
 
-    def _next(self, byte: int) -> JsonNumber | None:
-        """What follows a byte; None if no number does."""
+    def _next(self, byte: int) -> Symbol | None:
+        """The symbol behind a byte; None if no number goes on so."""
         char, part, machine = chr(byte), self.part, self.machine
         if char.isdigit():
             return self._digit(int(char))
         if char == "-" and part == "":
             return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most, self.taken) else None
         if char == "." and part in ("zero", "whole") and machine.places:
-            return replace(self, part="point", count=0)._lively()
-        if char in "eE" and part in ("zero", "whole", "fraction") and machine.exponents:
-            return JsonNumber(machine, self.taken, "e")
-        return JsonNumber(machine, self.taken, "e-sign") if char in "+-" and part == "e" else None
+            return replace(self, part="point", count=0)._if_possible()
+        if char in "eE" and part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds:
+            return machine.exponents[self.negative]
+        return None
 
     def _digit(self, digit: int) -> JsonNumber | None:
         part, count = self.part, self.count
         if part in ("", "sign"):
-            return replace(self, part="whole" if digit else "zero", value=digit, count=1)._lively()
+            scientific = digit > 0 and self.machine.has_bounds
+            return replace(self, part="whole" if digit else "zero", value=digit, count=1, scientific=scientific)._if_possible()
         if part == "whole":
             more = count < self.machine.digits
-            return replace(self, value=self.value * 10 + digit, count=count + 1)._lively() if more else None
+            after = replace(self, value=self.value * 10 + digit, count=count + 1, scientific=False)
+            return after._if_possible() if more else None
         if part in ("point", "fraction"):
             more = count < self.machine.places
-            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._lively() if more else None
-        if part in ("e", "e-sign", "exponent") and count < 2:  # 1e99 times 20 digits is a double still
-            return JsonNumber(self.machine, self.taken, "exponent", count=count + 1)
+            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._if_possible() if more else None
         return None
 
     def _range(self, more: int) -> tuple[int, int]:
@@ -17582,16 +17239,53 @@ class JsonNumber(Symbol):
         unit = 10 ** (machine.places - self.count) if self.part in ("point", "fraction") else machine.scale
         return self.value * 10**more * unit, (self.value + 1) * 10**more * unit - 1
 
-    def _lively(self) -> JsonNumber | None:
+    def _if_possible(self) -> JsonNumber | None:
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
         ranges = [self._range(more) for more in range(most + 1)]
         if not any(machine.holds(self.negative, *span, self.taken, self.free) for span in ranges):
             return None
-        if not self.free and (any(self.taken.count(self.negative, *span) for span in ranges)
-                              or not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1])):  # fmt: skip
+        if not self.free and (not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1]) or any(
+                low <= abs(value) <= high for value in self.taken for low, high in ranges)):  # fmt: skip
             return self
-        return replace(self, taken=NONE_TAKEN, free=True, negative=False, value=self.value % machine.cycle)
+        negative = self.negative and self.scientific
+        return replace(self, taken=frozenset(), free=True, negative=negative, value=self.value % machine.cycle)
+
+
+@dataclass(frozen=True)
+class JsonExponent(Symbol):
+    """The rest of a JSON number behind its e: an exponent from `low` to `high`."""
+
+    low: int
+    high: int
+    sign: str = ""
+    value: int = 0
+    count: int = 0  # digits
+
+    @property
+    def firsts(self) -> int:
+        return sum(1 << byte for byte in b"0123456789-+" if self.step(byte) is not None)
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return self.count > 0 and self._meets(self.value, self.value)
+
+    def step(self, byte: int) -> Symbols | None:
+        after = None
+        if byte in b"+-" and not self.sign and not self.count:
+            after = replace(self, sign=chr(byte))
+        elif byte in b"0123456789" and self.count < 3:
+            after = replace(self, value=self.value * 10 + byte - ord("0"), count=self.count + 1)
+        return (after,) if after and any(after._meets(*span) for span in after._spans()) else None
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        """The magnitudes that further digits can make."""
+        return ((self.value * 10**more, (self.value + 1) * 10**more - 1) for more in range(4 - self.count))
+
+    def _meets(self, least: int, most: int) -> bool:
+        """True if an exponent of such a magnitude is right."""
+        least, most = (-most, -least) if self.sign == "-" else (least, most)
+        return self.low <= most and least <= self.high
 
 
 @functools.lru_cache(maxsize=1000)
@@ -17610,12 +17304,12 @@ def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol |
     """A JSON number of a shape that is none of those taken; None if there is none."""
     values = shape.excluded.union(taken)
     machine = number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values)
-    start = JsonNumber(machine, machine.taken(values) if values else NONE_TAKEN)
+    start = JsonNumber(machine, machine.taken(values))
     return start if start.firsts else None
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
-    """Whether a number has a shape, as its decimal notation says."""
+    """True if a number has a shape, by its decimal notation."""
     if value in shape.excluded:
         return False
     if shape.low and (value <= shape.low[0] if shape.low[1] else value < shape.low[0]):
@@ -17631,22 +17325,11 @@ def _divides(part: int | float, value: int | float) -> bool:
     return two * 10**places % (one * 10**more) == 0
 
 
-def numbers_meet(one: NumberShape, two: NumberShape) -> bool:
-    """Whether some number has both shapes."""
-    return number_symbol(both_numbers(one, two)) is not None
-
-
-def both_numbers(one: NumberShape, two: NumberShape) -> NumberShape:
-    """The shape of what has both shapes."""
-    low = max(filter(None, (one.low, two.low)), default=None)
-    high = min(filter(None, (one.high, two.high)), key=lambda bound: (bound[0], not bound[1]), default=None)
-    return NumberShape(one.whole or two.whole, low, high, tuple(dict.fromkeys(one.multiples + two.multiples)),
-                       tuple(dict.fromkeys(one.not_multiples + two.not_multiples)), one.excluded | two.excluded)  # fmt: skip
-
-
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
+# Offers: SchemaAlgebra (a schema as branches), SchemaReader.KEYWORDS, comparable, type_bit.
+# Uses: D.3's strings, D.4's numbers.
 
 Node = tuple[int, ...]  # schemas that must all hold for one value, by their number in SchemaReader; () allows everything
 Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
@@ -17657,10 +17340,10 @@ class SchemaReader:
     """A client's JSON schema as checked dicts with a number each, equal ones once.
 
     A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, pattern, format and multipleOf are lists. Some are our own. `soft` marks what was derived and
-    neither opens nor closes an object ("not": nor names its properties). `excluded` lists values that may not be, `unlike`
-    patterns and `notFormat` formats that a string may not have, `notMultiple` what a number may not be a multiple of.
-    `other` says that some property outside of names and patterns must fit a schema.
+    each type, const an enum, multipleOf a list. Some are our own. `soft`: derived by us; ignored when deciding whether an
+    object is open ("not": and which names it has). `excluded` lists values that may not be, `notMultiple` what a number may
+    not be a multiple of; pattern and format are lists of texts_by's arguments. `other` says that some property outside of
+    names and patterns must fit a schema.
     """
 
     MAX_STEPS = 60_000  # schemas read, merged and compared, some 10 µs each
@@ -17671,7 +17354,8 @@ class SchemaReader:
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
     COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator", "unevaluatedProperties", "unevaluatedItems"}
-    DATA = ("enum", "const", "default", "examples", "example")  # what looks like a schema in these is none
+    PLAIN: ClassVar = {"type", "enum", "excluded", "soft"}
+    DEFINITIONS: ClassVar = {"$defs", "definitions", "dependencies"}  # that hold schemas by name, beside KEYWORDS
 
     def __init__(self, name: str, root: Any) -> None:
         self.name, self.root, self.steps, self.size = name, root, 0, 0
@@ -17691,6 +17375,16 @@ class SchemaReader:
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.name}: {what}", self.name)
+
+    @contextlib.contextmanager
+    def errors_named(self) -> Iterator[None]:
+        """Names the request's field in errors that strings, numbers and nesting raise."""
+        try:
+            yield
+        except InvalidRequest as error:
+            raise error if error.param else self.refuse(str(error)) from None
+        except RecursionError:
+            raise self.refuse("the schema is nested too deep") from None
 
     def spend(self, steps: int = 1) -> None:
         TURN.tick()
@@ -17810,11 +17504,11 @@ class SchemaReader:
             raise self.refuse(f"{key} must be above 0")
         return [value]
 
-    def _text(self, key: str, value: Any, depth: int, base: str) -> list[str]:
+    def _text(self, key: str, value: Any, depth: int, base: str) -> list[tuple[str, str, bool]]:
         if not isinstance(value, str):
             raise self.refuse(f"{key} must be a string, not {self.said(value)}")
         self.keep(value)
-        return [value]
+        return [(key, value, True)]
 
     def _types(self, key: str, value: Any, depth: int, base: str) -> int:
         if isinstance(value, str) and value in self.TYPES:
@@ -17896,7 +17590,7 @@ class SchemaReader:
             also.append(self._any({"allOf": [condition, *([] if then is None else [then])]}, opposite))
         if also:
             found["allOf"] = [*found.get("allOf", ()), *also]
-        nullable = found.pop("nullable", False)
+        nullable = found.pop("nullable", False)  # OpenAPI's: null may be whatever else stands there, an enum too
         return self.number({"anyOf": [self.number(found), self.null]} if nullable else found)
 
     def _lacks_or(self, name: str, schema: dict[str, Any]) -> int:
@@ -17930,7 +17624,7 @@ class SchemaReader:
         return self._targets[ref]
 
     def _pointed(self, ref: str, pointer: str, target: Any, base: str) -> tuple[Any, int, str, str]:
-        """What a JSON pointer names, as `read` takes it."""
+        """Follows a JSON pointer; returns `read`'s arguments for what it names."""
         for part in pointer.split("/")[1:]:
             part = part.replace("~1", "/").replace("~0", "~")
             try:
@@ -17940,18 +17634,25 @@ class SchemaReader:
         return target, 0, "$ref", base
 
     def resources(self) -> dict[str, tuple[Any, str]]:
-        """What has a URL of its own in the schema, by $id, id or $anchor."""
+        """The schemas that have a URL of their own, by $id, id or $anchor."""
         if self._resources is None:
             self._resources, todo = {}, [(self.root, self.base)]
             while todo:
-                value, base = todo.pop()
-                if isinstance(value, dict):
+                schema, base = todo.pop()
+                if isinstance(schema, dict):
                     self.spend()
-                    base = self._enter(value, base)
-                    todo += [(inner, base) for key, inner in value.items() if key not in self.DATA]
-                elif isinstance(value, list):
-                    todo += [(inner, base) for inner in value]
+                    base = self._enter(schema, base)
+                    todo += [(inner, base) for key, value in schema.items() for inner in self._schemas_in(key, value)]
         return self._resources
+
+    def _schemas_in(self, key: str, value: Any) -> Iterable[Any]:
+        """The schemas that a keyword holds; what looks like one in a constant, or beside an unknown word, is none."""
+        reader = self.KEYWORDS.get(key)
+        if isinstance(value, dict) and (reader is SchemaReader._named or key in self.DEFINITIONS):
+            return value.values()
+        if isinstance(value, list) and (reader is SchemaReader._schemas or key == "items"):
+            return value
+        return [value] if reader is SchemaReader._schema or key == "additionalItems" else ()
 
     def _enter(self, schema: dict[str, Any], base: str) -> str:
         """Notes a schema's own names; returns the base of references inside."""
@@ -17988,7 +17689,7 @@ class SchemaReader:
     # Constants: does a value fit a schema?
 
     def fits(self, value: Any, number: int, refs: int = 0) -> bool:
-        """Whether a value is a document of a schema."""
+        """True if a value fits a schema."""
         self.spend()
         schema = self.schemas[number]
         if refs > self.MAX_DEPTH:
@@ -17997,6 +17698,8 @@ class SchemaReader:
             return False
         if ("enum" in schema or "excluded" in schema) and (comparable(value) in self.listed(number)) != ("enum" in schema):
             return False
+        if schema.keys() <= self.PLAIN:
+            return True
         if schema.keys() & self.COMBINED and not self._fits_all(schema, functools.partial(self.fits, value, refs=refs + 1)):
             return False
         if schema.keys() & {"unevaluatedProperties", "unevaluatedItems"} and isinstance(value, (dict, list)):
@@ -18015,7 +17718,7 @@ class SchemaReader:
         return self._listed[number]
 
     def _fits_all(self, schema: dict[str, Any], holds: Callable[[int], bool]) -> bool:
-        """Whether the schemas hold that a schema holds for the same value."""
+        """True if the schemas inside a schema that are about the same value hold."""
         return (all(map(holds, schema.get("allOf", ())))
                 and ("anyOf" not in schema or any(map(holds, schema["anyOf"])))
                 and ("oneOf" not in schema or sum(map(holds, schema["oneOf"])) == 1)
@@ -18023,7 +17726,7 @@ class SchemaReader:
                 and ("$ref" not in schema or holds(self.target(schema["$ref"]))))  # fmt: skip
 
     def _fits_text(self, value: str, schema: dict[str, Any]) -> bool:
-        return self.honoured(string_fits, string_shape([schema]), value)
+        return string_fits(self.string_shape([schema]), value)
 
     def _fits_number(self, value: Any, schema: dict[str, Any]) -> bool:
         return not self._is_number(value) or number_fits(number_shape([schema]), value)
@@ -18033,11 +17736,14 @@ class SchemaReader:
             return False
         if schema.get("uniqueItems") and len(set(map(comparable, value))) < len(value):
             return False
-        if "contains" in schema:
-            count = sum(self.fits(one, schema["contains"]) for one in value)
-            if not schema.get("minContains", 1) <= count <= schema.get("maxContains", count):
-                return False
+        if "contains" in schema and not self.has_contained(value, [contained(schema)]):
+            return False
         return all(self.fits(one, number) for i, one in enumerate(value) for number in self.element([schema], i))
+
+    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
+        """True if a list holds as many elements that fit each schema as it must and may."""
+        counts = ((sum(self.fits(one, number) for one in value), least, most) for number, least, most in wanted)
+        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
 
     def _fits_object(self, value: dict[str, Any], schema: dict[str, Any]) -> bool:
         if not schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", len(value)):
@@ -18049,45 +17755,42 @@ class SchemaReader:
             if not any(self.fits(one, inner) for name, one in value.items() if self.is_other(name, names, patterns)):
                 return False
         return all(self.fits(name, number) for name in value for number in [schema.get("propertyNames", self.free)]) and all(
-            self.fits(one, number) for name, one in value.items() for number in self.property([schema], name))  # fmt: skip
+            self.fits(one, number) for name, one in value.items() for number in self.property(schema, name))  # fmt: skip
 
     @staticmethod
     def element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
-        """What an array's element must fit."""
+        """The schemas that an array's element must fit."""
         for schema in schemas:
             if index < len(schema.get("prefixItems", ())):
                 yield schema["prefixItems"][index]
             elif "items" in schema:
                 yield schema["items"]
 
-    def property(self, schemas: list[dict[str, Any]], name: str) -> Iterator[int]:
-        """What the value of an object's property must fit."""
-        for schema in schemas:
-            own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
-            if "patternProperties" in schema:
-                own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
-            yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
+    def property(self, schema: dict[str, Any], name: str) -> list[int]:
+        """The schemas that the value of an object's property must fit."""
+        own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
+        if "patternProperties" in schema:
+            own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
+        return own or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
 
     def matches(self, pattern: str, name: str) -> bool:
-        return self.honoured(string_fits, StringShape(patterns=(pattern,)), name)
+        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
 
     def is_other(self, name: str, names: list[str], patterns: list[str]) -> bool:
         return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
+    def string_shape(self, schemas: list[dict[str, Any]]) -> StringShape:
+        """Joins several schemas' conditions on a string."""
+        lows, highs = ([schema[key] for schema in schemas if key in schema] for key in ("minLength", "maxLength"))
+        rules = [rule for schema in schemas for key in ("pattern", "format") for rule in schema.get(key, ())]
+        shape = StringShape.of(lows, highs, rules)
+        return shape.but_not(text for schema in schemas for text in schema.get("excluded", ()) if isinstance(text, str))
+
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
-        found = self.honoured(string_symbol, shape)
-        if shape.patterns or shape.unlike or shape.formats or shape.not_formats:
-            search = text_machine(shape).first_search
-            self.spend(search.steps * 10 if search else 0)
-        return found
-
-    def honoured(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        """What strings and numbers say of a shape; what they refuse is told with the field's name."""
-        try:
-            return function(*arguments)
-        except InvalidRequest as error:
-            raise self.refuse(str(error)) from None
+        if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
+            self.spend(find_text(shape.texts, shape.low, shape.high)[1])
+        return string_symbol(shape)
 
 
 
@@ -18111,20 +17814,13 @@ def comparable(value: Any) -> Any:
     return (type(value), value) if isinstance(value, bool) else value
 
 
-def string_shape(schemas: list[dict[str, Any]]) -> StringShape:
-    """What several schemas demand of a string."""
-    def listed(key: str) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(text for schema in schemas for text in schema.get(key, ()) if isinstance(text, str)))
-
-    return StringShape(
-        max((schema.get("minLength", 0) for schema in schemas), default=0),
-        min((schema["maxLength"] for schema in schemas if "maxLength" in schema), default=None),
-        listed("pattern"), listed("unlike"), listed("format"), listed("notFormat"),
-        frozenset(listed("excluded")))  # fmt: skip
+def contained(schema: dict[str, Any]) -> tuple[int, int, int | None]:
+    """The schema that an array's elements must fit, how many at least and at most."""
+    return schema["contains"], schema.get("minContains", 1), schema.get("maxContains")
 
 
 def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
-    """What several schemas demand of a number, but for values that they exclude."""
+    """Joins several schemas' conditions on a number, but for values that they exclude."""
     lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
     highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
     high = min(highs, default=None)
@@ -18134,8 +17830,8 @@ def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberSh
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """What a look tells of a branch: types, required properties, and values that are listed for properties, or ruled out."""
+class BranchFacts:
+    """Cheap facts about a branch: types, required properties, and values that are listed for properties, or ruled out."""
 
     bits: int
     required: set[str]
@@ -18155,14 +17851,13 @@ class SchemaAlgebra(SchemaReader):
         "minProperties": ("object", "maxProperties", -1), "maxProperties": ("object", "minProperties", 1),
         "minimum": ("number", "exclusiveMaximum", 0), "exclusiveMaximum": ("number", "minimum", 0),
         "maximum": ("number", "exclusiveMinimum", 0), "exclusiveMinimum": ("number", "maximum", 0)}  # fmt: skip
-    SWAPS: ClassVar = {"pattern": "unlike", "unlike": "pattern", "format": "notFormat", "notFormat": "format"}
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
         self._branches: dict[tuple[int, bool], list[Branch]] = {}
         self._opposites: dict[int, int] = {}
         self._lists: dict[int, tuple[frozenset[Any], bool]] = {}
-        self._looks: dict[Branch, Told] = {}
+        self._facts: dict[Branch, BranchFacts] = {}
         self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
         self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
 
@@ -18195,7 +17890,7 @@ class SchemaAlgebra(SchemaReader):
         return found
 
     def _also(self, schema: dict[str, Any], loose: bool) -> Iterator[tuple[str, int]]:
-        """What must hold beside a schema's own keywords, and the keyword that says so."""
+        """The schemas that must hold beside a schema's own keywords, and the keyword that says so."""
         if "$ref" in schema:
             yield "$ref", self.target(schema["$ref"])
         for number in schema.get("allOf", ()):
@@ -18215,15 +17910,15 @@ class SchemaAlgebra(SchemaReader):
         self.spend(len(ours) * len(theirs))
         pairs: Iterable[tuple[Branch, Branch]] = itertools.product(ours, theirs)
         if len(ours) > 1 or len(theirs) > 1:
-            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._told(one), self._told(two)))
+            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._facts_of(one), self._facts_of(two)))
         found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one, two in pairs)
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
         return list(found) or [(self.never,)]
 
-    def _told(self, branch: Branch) -> Told:
-        """What a look tells of a branch."""
-        if branch not in self._looks:
+    def _facts_of(self, branch: Branch) -> BranchFacts:
+        """Collects the cheap facts about a branch."""
+        if branch not in self._facts:
             schemas = [self.schemas[number] for number in branch]
             lists: dict[str, list[tuple[frozenset[Any], bool]]] = {}
             for name, number in (pair for schema in schemas for pair in schema.get("properties", {}).items()):
@@ -18233,10 +17928,10 @@ class SchemaAlgebra(SchemaReader):
             bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
             required = {name for schema in schemas for name in schema.get("required", ())}
             self.spend(1 + len(branch) // 8)
-            self._looks[branch] = Told(bits, required, lists)
-        return self._looks[branch]
+            self._facts[branch] = BranchFacts(bits, required, lists)
+        return self._facts[branch]
 
-    def _are_dead(self, one: Told, two: Told) -> bool:
+    def _are_dead(self, one: BranchFacts, two: BranchFacts) -> bool:
         """True if two branches have no type in common, or a required property no constant."""
         bits = one.bits & two.bits
         if bits != 1:
@@ -18244,9 +17939,8 @@ class SchemaAlgebra(SchemaReader):
         for name in (one.required & two.lists.keys()) | (two.required & one.lists.keys()):
             self.spend()
             lists = one.lists.get(name, []) + two.lists.get(name, [])
-            allowed = [values for values, may in lists if may]
-            if allowed and len(allowed[0]) <= 8 and not allowed[0].intersection(*allowed).difference(
-                    *(values for values, may in lists if not may)):  # fmt: skip
+            allowed = min((values for values, may in lists if may), key=len, default=None)
+            if allowed is not None and not any(all((value in values) == may for values, may in lists) for value in allowed):
                 return True
         return False
 
@@ -18268,8 +17962,44 @@ class SchemaAlgebra(SchemaReader):
         """Each option, without what fits another too."""
         if loose:
             return self._either([self.branches(number, loose) for number in options])
-        self.spend(len(options) ** 2 // 4)
-        return self._either([self._alone(number, options[:i] + options[i + 1 :]) for i, number in enumerate(options)])
+        rivals = self._rivals(options)
+        return self._either([self._alone(number, others) for number, others in zip(options, rivals, strict=True)])
+
+    def _rivals(self, options: list[int]) -> list[list[int]]:
+        """The other options that each may share a document with, as far as listed values tell: their own, or those of a
+        property that all need."""
+        marks = [self._marks(number) for number in options]
+        counts: dict[str | None, int] = {}
+        for name in itertools.chain(*marks):
+            counts[name] = counts.get(name, 0) + 1
+        best = max(counts, key=counts.__getitem__, default=None)
+        holders: dict[Any, list[int]] = {}
+        for i, mark in enumerate(marks):
+            for value in mark.get(best, ()):
+                holders.setdefault(value, []).append(i)
+        unmarked = [i for i, mark in enumerate(marks) if best not in mark]
+        found = []
+        for i, mark in enumerate(marks):
+            shared = (j for value in mark[best] for j in holders[value]) if best in mark else range(len(options))
+            near = dict.fromkeys(itertools.chain(shared, unmarked))
+            self.spend(len(near) // 4)
+            found.append([options[j] for j in sorted(near) if j != i])
+        return found
+
+    def _marks(self, number: int) -> dict[str | None, set[Any]]:
+        """The values that a schema lists for its documents (None) and, if all are objects, for the properties that they need."""
+        found: dict[str | None, set[Any]] = {}
+        branches = self.branches(number, True)
+        facts = [self._facts_of(branch) for branch in branches]
+        own = [[self.listed(one) for one in branch if "enum" in self.schemas[one]] for branch in branches]
+        if all(own):
+            found[None] = set().union(*(min(lists, key=len) for lists in own))
+        objects = all(fact.bits == self.TYPES["object"] for fact in facts)
+        for name in set.intersection(*(fact.required & fact.lists.keys() for fact in facts)) if objects and facts else ():
+            lists = [[values for values, may in fact.lists[name] if may] for fact in facts]
+            if all(lists):
+                found[name] = set().union(*(min(values, key=len) for values in lists))
+        return found
 
     def _alone(self, number: int, others: list[int]) -> list[Branch]:
         found = self.branches(number, False)
@@ -18302,8 +18032,8 @@ class SchemaAlgebra(SchemaReader):
             kind, other, move = self.FLIPS[key]
             if move + 1 or value:  # nothing is shorter than 0
                 yield {"type": self.TYPES[kind], other: value + move}
-        elif key in self.SWAPS:
-            yield from ({"type": self.TYPES["string"], self.SWAPS[key]: [one]} for one in value)
+        elif key in ("pattern", "format"):
+            yield from ({"type": self.TYPES["string"], key: [(key, text, not wanted)]} for _, text, wanted in value)
         elif key in ("multipleOf", "notMultiple"):
             other = "notMultiple" if key == "multipleOf" else "multipleOf"
             yield from ({"type": self.TYPES["number"], other: [one]} for one in value)
@@ -18378,7 +18108,9 @@ class SchemaAlgebra(SchemaReader):
 
 
 # ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# What a value may look like: the schemas of a branch, which must all hold, made into one constant, object, array …
+# Turns the schemas of a branch, which must all hold, into one constant, object, array …
+# Offers: SchemaShapes (a schema as shapes), the shapes.
+# Uses: E.1's branches.
 
 
 @dataclass(frozen=True)
@@ -18433,13 +18165,14 @@ Shapes = tuple[Shape, ...]  # a value that has one of these shapes
 
 
 class SchemaShapes(SchemaAlgebra):
-    """What a JSON schema allows, as shapes.
+    """Turns a JSON schema into shapes.
 
     An object without additionalProperties or patternProperties holds only the properties it names, as with every engine
     that generates, and a schema without a type allows what its keywords are about; `loose` shapes hold everything that the
     schema accepts.
     """
 
+    MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
     MAX_PATTERNS = 12  # that an object's unnamed properties may have
     HINTS: ClassVar = {  # type → keywords about it
         "object": {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
@@ -18464,6 +18197,8 @@ class SchemaShapes(SchemaAlgebra):
             for number in node:
                 found = self.both(found, self.branches(number, loose), "allOf")
             shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
+            if not loose and sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
+                raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
             self._choices[node, loose] = self._simplify(list(shapes))
         return self._choices[node, loose]
 
@@ -18484,7 +18219,7 @@ class SchemaShapes(SchemaAlgebra):
         return self._shapes[branch, loose]
 
     def _made(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> Iterator[Shape]:
-        listed = next((schema["enum"] for schema in schemas if "enum" in schema), None)
+        listed = min((schema["enum"] for schema in schemas if "enum" in schema), key=len, default=None)
         if listed is not None:
             plain = len(branch) == 1 and schemas[0].keys() <= {"enum", "type"}
             bits = self.bits[branch[0]] if plain else 0
@@ -18499,7 +18234,7 @@ class SchemaShapes(SchemaAlgebra):
         if bits & 24:
             yield self._number(schemas, bits, excluded)
         if bits & 4:
-            yield string_shape(schemas)
+            yield self.string_shape(schemas)
         if bits & 2:
             yield from self._array(schemas, loose, self._size("array", excluded))
         if bits & 1:
@@ -18555,8 +18290,7 @@ class SchemaShapes(SchemaAlgebra):
             rest = None
         if first and not loose and not any("minItems" in schema for schema in schemas):
             low = longest if high is None else min(longest, high)  # a tuple is written whole
-        contains = tuple(dict.fromkeys((s["contains"], s.get("minContains", 1), s.get("maxContains"))
-                                       for s in schemas if "contains" in s))  # fmt: skip
+        contains = tuple(dict.fromkeys(contained(schema) for schema in schemas if "contains" in schema))
         if high is None or low <= high:
             yield ArrayShape(tuple(first), rest, low, high, any(schema.get("uniqueItems") for schema in schemas), contains)
 
@@ -18575,15 +18309,16 @@ class SchemaShapes(SchemaAlgebra):
         closed = not loose and any(s.keys() & {"properties", "patternProperties", "required"} for s in schemas if "soft" not in s)
         opened = not closed or any("additionalProperties" in schema for schema in schemas if "soft" not in schema)
         allowed = self.node(schema["propertyNames"] for schema in schemas if "propertyNames" in schema)
-        self.spend((len(names) + len(patterns)) * len(schemas))
+        self.spend(len(names) + len(patterns) * len(schemas))
         if opened and allowed:
             names |= dict.fromkeys(self._listed_names(allowed, loose))
         if not opened and not named >= set(required):
             return  # a closed object has no other properties
-        properties = [Property(name, self._property(schemas, name, allowed), name in required) for name in names]
-        shapes = [s for s in self.choice(allowed, loose) if isinstance(s, StringShape)] if allowed else [StringShape()]
-        shapes = [replace(shape, excluded=shape.excluded | set(names)) for shape in shapes]
-        unnamed = [pair for shape in shapes for pair in self._unnamed(schemas, shape, patterns, opened)]
+        values = self._values(schemas, names)
+        properties = [Property(name, self._property(values[name], name, allowed), name in required) for name in names]
+        shapes = self.choice(allowed, loose) if allowed else (StringShape(),)
+        unnamed = [pair for shape in shapes if isinstance(shape, StringShape) and (opened or patterns)
+                   for pair in self._unnamed(schemas, shape.but_not(names), patterns, opened)]  # fmt: skip
         if high is None or low <= high:
             yield self._one_object(tuple(properties), tuple(unnamed), low, high)
 
@@ -18609,10 +18344,21 @@ class SchemaShapes(SchemaAlgebra):
             if isinstance(shape, Constant) and shape.text[0] == '"':
                 yield json.loads(shape.text)
 
-    def _property(self, schemas: list[dict[str, Any]], name: str, allowed: Node) -> Node:
+    def _values(self, schemas: list[dict[str, Any]], names: Iterable[str]) -> dict[str, list[int]]:
+        """The schemas that each property's value must fit: a schema that speaks only of its own is asked for no others."""
+        found: dict[str, list[int]] = {name: [] for name in names}
+        for schema in schemas:
+            others = schema.keys() & {"patternProperties", "additionalProperties"}
+            about = found if others else schema.get("properties", ())
+            self.spend(len(about) // 4)
+            for name in about:
+                found[name] += self.property(schema, name)
+        return found
+
+    def _property(self, values: list[int], name: str, allowed: Node) -> Node:
         if allowed and not all(self.fits(name, number) for number in allowed):
             return (self.never,)
-        return self.node(self.property(schemas, name))
+        return self.node(values)
 
     def _unnamed(self, schemas: list[dict[str, Any]], names: StringShape, patterns: list[str],
                  opened: bool) -> Iterator[tuple[StringShape, Node]]:  # fmt: skip
@@ -18621,8 +18367,9 @@ class SchemaShapes(SchemaAlgebra):
             raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
         found: list[tuple[StringShape, tuple[str, ...]]] = [(names, ())]
         for pattern in patterns:
-            yes = [(replace(shape, patterns=(*shape.patterns, pattern)), (*matched, pattern)) for shape, matched in found]
-            no = [(replace(shape, unlike=(*shape.unlike, pattern)), matched) for shape, matched in found]
+            texts = texts_by("pattern", pattern)
+            yes = [(shape.within(texts), (*matched, pattern)) for shape, matched in found]
+            no = [(shape.within(complement(texts)), matched) for shape, matched in found]
             found = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
         for shape, matched in found:
             node = self.node(self._by_patterns(schemas, matched))
@@ -18639,62 +18386,24 @@ class SchemaShapes(SchemaAlgebra):
 
     def apart(self, one: int, two: int) -> bool:
         """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
-        ours, theirs = (tuple(shape for branch in self.branches(number, True) for shape in self.shapes(branch, True))
-                        for number in (one, two))  # fmt: skip
-        return self._disjoint(ours, theirs, 0)
+        try:
+            return self._is_empty(self.node((one, two)), 0)
+        except InvalidRequest:
+            return False  # they cannot be told apart so
 
-    def _disjoint(self, ours: Shapes, theirs: Shapes, depth: int) -> bool:
-        self.spend(len(ours) * len(theirs) // 4)
-        sides = [[comparable(json.loads(shape.text)) for shape in side if isinstance(shape, Constant)] for side in (ours, theirs)]
-        if len(sides[0]) == len(ours) and len(sides[1]) == len(theirs):
-            return not set(sides[0]) & set(sides[1])
-        return depth < 4 and all(self._unlike(one, two, depth) for one in ours for two in theirs)
+    def _is_empty(self, node: Node, depth: int) -> bool:
+        return depth < 4 and all(self._is_impossible(shape, depth + 1) for shape in self.choice(node, True))
 
-    def _unlike(self, one: Shape, two: Shape, depth: int) -> bool:
-        if opening_of(one) != opening_of(two):
-            return True
-        if isinstance(one, ObjectShape) and isinstance(two, ObjectShape):
-            return self._objects_unlike(one, two, depth + 1)
-        if isinstance(one, ArrayShape) and isinstance(two, ArrayShape):
-            return self._arrays_unlike(one, two, depth + 1)
-        if isinstance(one, StringShape) and isinstance(two, StringShape):
-            return not self.honoured(strings_meet, one, two)
-        if isinstance(one, NumberShape) and isinstance(two, NumberShape):
-            return not self.honoured(numbers_meet, one, two)
-        for constant, shape in ((one, two), (two, one)):
-            if isinstance(constant, Constant) and isinstance(shape, StringShape):
-                return not self.honoured(string_fits, shape, json.loads(constant.text))
-            if isinstance(constant, Constant) and isinstance(shape, NumberShape):
-                return not self.honoured(number_fits, shape, json.loads(constant.text))
-        return isinstance(one, Constant) and isinstance(two, Constant) and (
-            comparable(json.loads(one.text)) != comparable(json.loads(two.text)))  # fmt: skip
-
-    def _arrays_unlike(self, one: ArrayShape, two: ArrayShape, depth: int) -> bool:
-        if (one.high is not None and one.high < two.low) or (two.high is not None and two.high < one.low):
-            return True
-        both = ((one.at(index), two.at(index)) for index in range(min(one.low, two.low, 8)))
-        return any(a is not None and b is not None and self._disjoint(self.choice(a, True), self.choice(b, True), depth)
-                   for a, b in both)  # fmt: skip
-
-    def _objects_unlike(self, one: ObjectShape, two: ObjectShape, depth: int) -> bool:
-        if (one.high is not None and one.high < two.low) or (two.high is not None and two.high < one.low):
-            return True
-        ours, theirs = ({prop.name: prop for prop in shape.named} for shape in (one, two))
-        pairs = []  # values of properties that what fits both must have
-        for name in (name for named in (ours, theirs) for name, prop in named.items() if prop.required):
-            mine, other = self._value_of(one, ours, name), self._value_of(two, theirs, name)
-            self.spend()
-            if mine is None or other is None:
-                return True
-            pairs.append((self.choice(mine, True), self.choice(other, True)))
-        pairs.sort(key=lambda pair: not all(isinstance(shape, Constant) for side in pair for shape in side))  # they tell soonest
-        return any(self._disjoint(mine, other, depth) for mine, other in pairs)
-
-    def _value_of(self, shape: ObjectShape, named: dict[str, Property], name: str) -> Node | None:
-        """What a property's value must fit; None if the object has none of that name."""
-        if name in named:
-            return None if named[name].node == (self.never,) else named[name].node
-        return next((node for names, node in shape.unnamed if self.honoured(string_fits, names, name)), None)
+    def _is_impossible(self, shape: Shape, depth: int) -> bool:
+        self.spend()
+        if isinstance(shape, ArrayShape):
+            first = (shape.at(index) for index in range(min(shape.low, 8)))
+            return any(node is None or self._is_empty(node, depth) for node in first)
+        if isinstance(shape, ObjectShape):
+            return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
+        if isinstance(shape, StringShape):
+            return self.string(shape) is None
+        return isinstance(shape, NumberShape) and number_symbol(shape) is None
 
 
 def opening_of(shape: Shape) -> str:
@@ -18707,6 +18416,7 @@ def opening_of(shape: Shape) -> str:
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A schema's documents as symbols that open as a text reaches them, and calls of functions.
+# Offers: json_symbol, read_json, read_soon, CallsGrammar, anything_but. Uses: D.1's automata, E.2's shapes, C's CallFormat.
 
 
 @dataclass(frozen=True)
@@ -18723,11 +18433,9 @@ class Json(Symbol):
 @functools.lru_cache(maxsize=64)
 def read_json(text: str, param: str) -> Symbol:
     """The documents of a schema. Raises InvalidRequest naming the keyword at fault."""
-    documents = Documents(SchemaShapes(param, json.loads(text)))
-    try:
-        return documents.root()
-    except RecursionError:
-        raise documents.shapes.refuse("the schema is nested too deep") from None
+    shapes = SchemaShapes(param, json.loads(text))
+    with shapes.errors_named():
+        return Documents(shapes).root()
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
@@ -18736,11 +18444,12 @@ Part = TypeVar("Part", "Members", "Elements")
 
 
 class Documents:
-    """What fits a schema, as symbols; those that nothing can fit are left out, so that no text ends in nothing."""
+    """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
     MAX_KEPT = 10_000  # objects' and arrays' options, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
     MAX_FEW = 100  # values that are counted
+    MAX_NAMES = 10_000  # names that an object may have, counted
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
     def __init__(self, shapes: SchemaShapes) -> None:
@@ -18754,17 +18463,17 @@ class Documents:
         self._names: dict[ObjectShape, int] = {}
         self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
         self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
-        self._looks = True
+        self._looks_ahead = True
 
     @functools.cached_property
     def rough(self) -> Documents:
-        """The same, but an array without repeats may begin an element that turns out to be one: looks ahead go through
-        these, for a look within a look, and so on, would never end where arrays hold each other."""
+        """The same without the check for repeats, for lookaheads: with it they would never end where arrays nest."""
         rough = copy.copy(self)
-        rough._values, rough._kept, rough._new, rough._looks = {}, {}, {}, False
+        rough._values, rough._kept, rough._new, rough._looks_ahead = {}, {}, {}, False
         return rough
 
     def root(self) -> Symbol:
+        """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
         reader = self.shapes
         root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
         self.possible = self._possible(root)
@@ -18778,13 +18487,12 @@ class Documents:
     def leaf(self, shape: StringShape | NumberShape) -> Symbol | None:
         """A string or number; None if there is none of its shape."""
         if shape not in self._leaves:
-            honoured = self.shapes.honoured
-            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else honoured(number_symbol, shape)
+            self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else number_symbol(shape)
         return self._leaves[shape]
 
-    def another_text(self, shape: StringShape, taken: Iterable[str]) -> Symbol | None:
+    def another(self, shape: StringShape, taken: Iterable[str]) -> Symbol | None:
         """A string that is none of those taken; None if there is none."""
-        return another_text(shape, taken) if taken and self.leaf(shape) else self.leaf(shape)
+        return string_symbol(shape.but_not(taken)) if taken else self.leaf(shape)
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
 
@@ -18819,7 +18527,7 @@ class Documents:
         if isinstance(shape, Constant):
             return True
         if isinstance(shape, ArrayShape):
-            if shape.unique and shape.low > 1 and not self._has_enough(shape):
+            if shape.unique and max(shape.low, *(least for _, least, _ in shape.contains), 0) > 1 and not self._has_enough(shape):
                 return False
             if shape.contains:
                 return (0, (0,) * len(shape.contains)) in self._alive(shape, possible)
@@ -18832,8 +18540,12 @@ class Documents:
         return shape.low <= most and not self._needs_too_many(shape)
 
     def _has_enough(self, shape: ArrayShape) -> bool:
-        """Whether an array whose elements are all different can be as long as it must be."""
+        """True if an array whose elements are all different can be as long as it must be."""
         found = [self.few_values(node) for node in (*shape.first[: shape.low], shape.at(len(shape.first))) if node is not None]
+        for number, least, _ in shape.contains:
+            few = self.few_values(self.shapes.node((*(shape.at(len(shape.first)) or ()), number)))
+            if few is not None and len(few) < least and not shape.first:
+                return False
         scarce = [values for values in found if values is not None and len(values) < shape.low]
         if scarce and shape.first:
             raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
@@ -18855,7 +18567,7 @@ class Documents:
         if isinstance(shape, Constant):
             return {comparable(json.loads(shape.text)): json.loads(shape.text)}
         if isinstance(shape, (StringShape, NumberShape)):
-            return self.shapes.honoured(self._few_leaves, shape)
+            return self._few_leaves(shape)
         if isinstance(shape, ArrayShape):
             high = shape.high if self.few_values(shape.at(len(shape.first)) or ()) != {} else len(shape.first)
             return None if high is None or high > self.MAX_FEW else self._few_lists(shape, high)
@@ -18867,7 +18579,7 @@ class Documents:
 
     @staticmethod
     def _needs_too_many(shape: ObjectShape) -> bool:
-        """Whether more properties are required than there may be."""
+        """True if more properties are required than there may be."""
         return shape.high is not None and sum(prop.required for prop in shape.named) > shape.high
 
     def _few_lists(self, shape: ArrayShape, high: int) -> Few | None:
@@ -18880,7 +18592,7 @@ class Documents:
             found = {(*key, one): [*value, more] for key, value in found.items() for one, more in values.items()
                      if not shape.unique or one not in key}  # fmt: skip
             whole |= found if index + 1 >= shape.low else {}
-        return whole
+        return {key: value for key, value in whole.items() if self.shapes.has_contained(value, shape.contains)}
 
     def _few_objects(self, shape: ObjectShape) -> Few | None:
         found: Few = {frozenset(): {}}
@@ -18896,27 +18608,27 @@ class Documents:
 
     def _few_leaves(self, shape: StringShape | NumberShape) -> Few | None:
         """The strings or numbers of a shape; None if they are many."""
-        most = self.MAX_FEW + len(shape.excluded)
         found: set[Any] | None = None
         if isinstance(shape, StringShape):
-            found = text_machine(shape).every_text(most)
+            found = few_texts(shape, self.MAX_FEW)
         else:
-            found = number_machine(replace(shape, excluded=frozenset()), False).every_number(most)
-        return None if found is None else {value: value for value in found - shape.excluded}
+            found = number_machine(replace(shape, excluded=frozenset()), False).every_number(self.MAX_FEW + len(shape.excluded))
+            found = None if found is None else found - shape.excluded
+        return None if found is None else {value: value for value in found}
 
     def _most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
         """How many unnamed properties an object may have, counted as far as it must have some."""
         found = 0
         for names, node in shape.unnamed:
             if node in possible and self.leaf(names) is not None and found < shape.low:
-                machine = text_machine(names)
-                found += machine.number(shape.low + len(names.excluded)) - sum(map(machine.fits, names.excluded))
+                few = few_texts(names, min(shape.low, self.MAX_NAMES))
+                found += shape.low if few is None else len(few)
         return found
 
     # Symbols
 
     def value(self, node: Node) -> list[Symbols]:
-        """What a value may be, by its kinds."""
+        """The alternatives for a value."""
         if node not in self._values:
             shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
             constants: dict[bytes, Symbols] = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)}
@@ -18935,7 +18647,7 @@ class Documents:
         return (leaf,)
 
     def kept(self, symbol: Part, opened: Callable[[Part], list[Symbols]]) -> list[Symbols]:
-        """What a symbol opens into; equal ones into the same. Raises NotYet."""
+        """Opens a symbol, equal ones once. Raises NotYet."""
         found = self._kept.get(symbol)
         if found is None:
             TURN.look()
@@ -18948,7 +18660,7 @@ class Documents:
     # Objects
 
     def members(self, here: Members) -> list[Symbols]:
-        """What may follow in an object: a named property, the end, an unnamed property; a block of named ones at a time."""
+        """The alternatives within an object: a named property, the end, an unnamed one; a block of named ones at a time."""
         shape, comma, count = here.shape, "" if here.first else ", ", self._counted(here.shape, here.count)
         texts: dict[bytes, Symbols] = {}
         found: list[Symbols] = []
@@ -19004,7 +18716,7 @@ class Documents:
         counted = shape.low > 0 or shape.high is not None
         after = replace(here, count=self._counted(shape, here.count), first=False)
         for names, node in shape.unnamed:
-            key = self.another_text(names, here.taken) if counted else self.leaf(names)
+            key = self.another(names, here.taken)
             if key is None or node not in self.possible:
                 continue
             begin = (word(comma),) if comma else ()
@@ -19016,7 +18728,7 @@ class Documents:
     # Arrays
 
     def elements(self, here: Elements) -> list[Symbols]:
-        """What may follow in an array: the end, or one more element."""
+        """The alternatives within an array: the end, or one more element."""
         shape = here.shape
         found: list[Symbols] = []
         if self._is_whole(shape, here.index, here.counts):
@@ -19043,12 +18755,12 @@ class Documents:
 
     def _new_element(self, node: Node, after: Elements) -> Recorded:
         """An element that is none of those seen; looks ahead go through one that may be."""
-        ahead = Automaton(AnyOf(tuple(self.rough._unlike(node, after.seen)))).start if self._looks else None
+        ahead = Automaton(AnyOf(tuple(self.rough._others_than(node, after.seen)))).start if self._looks_ahead else None
         alike = tuple(one for one in after.seen if isinstance(one, (tuple, frozenset)))
-        return Recorded(Automaton(AnyOf(tuple(self._unlike(node, after.seen)))).start, Different(after), ahead, alike=alike)
+        return Recorded(Automaton(AnyOf(tuple(self._others_than(node, after.seen)))).start, Different(after), ahead, alike=alike)
 
-    def _unlike(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
-        """What a value may be that is none of those seen; objects and arrays are told apart at their ends."""
+    def _others_than(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
+        """The alternatives for a value that is none of those seen; objects and arrays are told apart at their ends."""
         shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
         texts: dict[bytes, Symbols] = {}
         for shape in list(shapes):  # written as constants, if they are few
@@ -19061,7 +18773,7 @@ class Documents:
         numbers = [value for value in seen if isinstance(value, (int, float))]
         for shape in shapes:
             if isinstance(shape, StringShape):
-                text = self.another_text(shape, names)
+                text = self.another(shape, names)
                 found += [text] if text else []
             elif isinstance(shape, NumberShape):
                 bound = shape.low or shape.high or shape.multiples  # else one more digit makes another of any, but for 0e1
@@ -19078,7 +18790,7 @@ class Documents:
         return index + 1 if shape.high is not None or index < max(len(shape.first), shape.low, 1) else index
 
     def _elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
-        """What an element may be, and how many then have fitted each schema of contains."""
+        """The schemas that an element may fit, and how many then have fitted each schema of contains."""
         node = shape.at(index)
         for counted in itertools.product((True, False), repeat=len(shape.contains)) if node is not None else ():
             inside, after = list(node or ()), []
@@ -19127,7 +18839,7 @@ class Value(Symbol):
 
 @dataclass(frozen=True)
 class Members(Symbol):
-    """What an object holds from here on: its named properties from `at`, `count` of them so far as far as that matters.
+    """The rest of an object: its named properties from `at` on. `count` properties stand there, as far as that matters.
 
     `taken` are the names of unnamed properties, where they are counted.
     """
@@ -19145,7 +18857,7 @@ class Members(Symbol):
 
 @dataclass(frozen=True)
 class Elements(Symbol):
-    """What an array holds from here on, behind `index` elements, of which so many fit what it must contain.
+    """The rest of an array behind `index` elements, of which so many fit what it must contain.
 
     `seen` are the elements so far, where no two may be the same, and `texts` how those that are objects and arrays were written.
     """
@@ -19263,7 +18975,7 @@ class Recorded(Symbol):
 
 
 class TextTable:
-    """TextTable of which one must come, in the order of their bytes, and what follows each."""
+    """Texts of which one must come, in byte order, and what follows each."""
 
     def __init__(self, texts: Mapping[bytes, Symbols]) -> None:
         self.texts = sorted(texts)
@@ -19379,19 +19091,18 @@ class PlainTexts(Json):
 def read_plain(text: str, param: str, marker: str) -> tuple[Symbols, ...]:
     """A schema's strings as they are; none if it wants other values. Raises InvalidRequest naming the keyword at fault."""
     documents, found = Documents(SchemaShapes(param, json.loads(text))), list[Symbols]()
-    apart = StringShape(unlike=(not_before(marker),))
-    root = documents.root()
-    assert isinstance(root, Value)
-    shapes = [s for s in documents.shapes.choice(root.node) if opening_of(s) == '"']
-    for shape in shapes:
-        if isinstance(shape, Constant) and string_fits(apart, json.loads(shape.text)):
-            found.append((word(json.loads(shape.text)),))
-        elif isinstance(shape, StringShape):
-            unlike = [f"^(?:{'|'.join(map(re.escape, sorted(shape.excluded)))})$"] if shape.excluded else []
-            shape = both_strings(replace(shape, excluded=frozenset()), replace(apart, unlike=(*apart.unlike, *unlike)))
-            if documents.leaf(shape) is not None:
-                machine = text_machine(shape)
-                found.append((PlainText(machine, machine.root, machine.low, machine.high),))
+    apart = texts_by("pattern", not_before(marker), False)
+    with documents.shapes.errors_named():
+        root = documents.root()
+        assert isinstance(root, Value)
+        shapes = [s for s in documents.shapes.choice(root.node) if opening_of(s) == '"']
+        for shape in shapes:
+            if isinstance(shape, Constant) and string_fits(StringShape(texts=apart), json.loads(shape.text)):
+                found.append((word(json.loads(shape.text)),))
+            elif isinstance(shape, StringShape):
+                shape = shape.within(apart)
+                if documents.leaf(shape) is not None:
+                    found.append((PlainText(shape.texts, shape.low, shape.high),))
     if shapes and not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
@@ -19412,16 +19123,15 @@ class PlainText(RestOfText):
 
     @property
     def firsts(self) -> int:
-        return plain_firsts(self.machine, self.classes, self.half)
+        return plain_firsts(self.opening, self.half)
 
     def step(self, byte: int) -> Symbols | None:
         half = spelled_plainly(self.half).get(byte)
-        if half is None or not self.machine.reaches(self.classes, half[0]):
+        if half is None or not self.opening.reaches(half[0]):
             return None
         if half[1] != "done":
             return (replace(self, half=half),)
-        low, high = self.machine.counted(self.low, self.high)
-        return (PlainText(self.machine, self.machine.behind(self.at, half[2]), low, high),)
+        return (PlainText(behind(self.at, half[2]), *counted(self.low, self.high)),)
 
 
 def spelled_plainly(half: Half) -> dict[int, Half]:
@@ -19432,9 +19142,9 @@ def spelled_plainly(half: Half) -> dict[int, Half]:
 
 
 @functools.lru_cache(maxsize=1000)
-def plain_firsts(machine: TextMachine, classes: int, half: Half) -> int:
-    """The bytes that may come where a text may go on with some classes of characters."""
-    return sum(1 << byte for byte, more in spelled_plainly(half).items() if machine.reaches(classes, more[0]))
+def plain_firsts(opening: Opening, half: Half) -> int:
+    """The bytes that may come where a text may go on in some way."""
+    return sum(1 << byte for byte, more in spelled_plainly(half).items() if opening.reaches(more[0]))
 
 
 @dataclass(frozen=True)
@@ -19470,8 +19180,7 @@ READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
 
 
 def read_soon(root: Symbol) -> None:
-    """Raises InvalidRequest for a grammar that cannot be read, but for one that takes long: the model's engine refuses that,
-    which reads it where no text waits."""
+    """Checks a grammar for up to 5 ms; a slower one is checked by the engine, where no text waits. Raises InvalidRequest."""
     with TURN.limited(READING_SECONDS):
         read_ahead(root)
 

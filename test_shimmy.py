@@ -88,18 +88,13 @@ from shimmy import (
     Params,
     SearchRoot,
     State,
-    StringShape,
     TableOptions,
     Watcher,
     bytes_of,
     number_fits,
     number_symbol,
-    numbers_meet,
     read_ahead,
     read_json,
-    string_fits,
-    string_symbol,
-    strings_meet,
 )
 
 if __name__ != "__main__":  # the benchmark does not need them, and importing them takes seconds
@@ -3566,24 +3561,53 @@ def each(**values: list[Any]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(name, found)
 
 
-def first_state(shape: StringShape | NumberShape) -> State:
+@dataclass(frozen=True)
+class Strings:
+    """What strings must be, in the words of a schema; lengths in characters."""
+
+    low: int = 0
+    high: int | None = None
+    patterns: tuple[str, ...] = ()
+    unlike: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
+    not_formats: tuple[str, ...] = ()
+    excluded: frozenset[str] = frozenset()
+
+    @functools.cached_property
+    def shape(self) -> module.StringShape:
+        groups = [("pattern", self.patterns, True), ("pattern", self.unlike, False),
+                  ("format", self.formats, True), ("format", self.not_formats, False)]  # fmt: skip
+        rules = [(key, value, wanted) for key, values, wanted in groups for value in values]
+        highs = [] if self.high is None else [self.high]
+        return module.StringShape.of([self.low], highs, rules).but_not(self.excluded)
+
+
+def string_symbol(strings: Strings) -> module.Symbol | None:
+    return module.string_symbol(strings.shape)
+
+
+def string_fits(strings: Strings, text: str) -> bool:
+    return module.string_fits(strings.shape, text)
+
+
+def first_state(shape: Strings | NumberShape) -> State:
     """The state before a string or number of a shape."""
-    symbol = string_symbol(shape) if isinstance(shape, StringShape) else number_symbol(shape)
+    symbol = string_symbol(shape) if isinstance(shape, Strings) else number_symbol(shape)
     assert symbol is not None
     return Automaton(symbol).start
 
 
-def reads(shape: StringShape | NumberShape, text: str | bytes) -> bool:
+def reads(shape: Strings | NumberShape, text: str | bytes) -> bool:
     """Whether a JSON text is read to its end."""
     state = first_state(shape).read(text if isinstance(text, bytes) else text.encode())
     return state is not None and state.ends
 
 
-def takes(shape: StringShape, text: str) -> bool:
+def takes(shape: Strings, text: str) -> bool:
     return reads(shape, json.dumps(text, ensure_ascii=False))
 
 
-def random_text(shape: StringShape | NumberShape, seed: int, patience: int = 40) -> str | None:
+def random_text(shape: Strings | NumberShape, seed: int, patience: int = 40) -> str | None:
     """A JSON text, byte by byte at random; after some of them it ends where it may. None where chance led nowhere near an end."""
     chance, state, text = random.Random(seed), first_state(shape), b""
     while not (state.ends and (not state.bits or chance.random() < 0.3)):
@@ -3599,13 +3623,13 @@ def random_text(shape: StringShape | NumberShape, seed: int, patience: int = 40)
     return text.decode()
 
 
-def pattern(*texts: str, **more: object) -> StringShape:
-    return StringShape(patterns=texts, **more)  # type: ignore[arg-type]
+def pattern(*texts: str, **more: object) -> Strings:
+    return Strings(patterns=texts, **more)  # type: ignore[arg-type]
 
 
 @each(text=['""', '"abc"', '"\\n\\u00e9\\/"', '"é\U0001f600"', '"\\ud83d\\ude00"', '"\\uD83D\\uDE00x"', '"\x7f"'])
 def test_string_without_conditions_reads(text):
-    assert reads(StringShape(), text)
+    assert reads(Strings(), text)
 
 
 @each(
@@ -3625,18 +3649,18 @@ def test_string_without_conditions_reads(text):
     ]
 )
 def test_string_that_is_no_json_is_not_read(text):
-    assert not reads(StringShape(), text)
+    assert not reads(Strings(), text)
 
 
 def test_string_without_conditions_is_one_state():
-    state = first_state(StringShape()).read(b'"')
+    state = first_state(Strings()).read(b'"')
     assert state is not None and state.read(b"abc") is state and state.read("é\\n\\ud83d\\ude00".encode()) is state
 
 
 @each(text=['"\U0001f600\U0001f600"', '"\\ud83d\\ude00a"', '"ab"'])
 def test_length_counts_code_points(text):
     assert (
-        reads(StringShape(low=2, high=2), text) and not reads(StringShape(high=1), text) and not reads(StringShape(low=3), text)
+        reads(Strings(low=2, high=2), text) and not reads(Strings(high=1), text) and not reads(Strings(low=3), text)
     )
 
 
@@ -3664,6 +3688,8 @@ YES_AND_NO = [
     ("^\\w\\d\\s$", ["a1 ", "_0\ufeff"], ["é1 ", "a٣ "]),
     ("^[\\W\\D\\S]$", ["é", "1"], ["ab"]),
     ("^\\p{Lu}\\P{L}$", ["É1"], ["é1", "Éé"]),
+    ("^\\p{Ll}\\P{Lo}$", ["\ufb01\ufb01"], ["\ufb01\ufb50"]),
+    ("^(\\p{Extended_Pictographic}|\\p{Emoji_Component})+$", ["\U0001f600", "\u2764\ufe0f", "1\u20e3"], ["", "a", "\U0001f600a"]),
     ("^\\u00e9\\x41\\u{1F600}\\ud83d\\ude00\\cJ$", ["éA\U0001f600\U0001f600\n"], ["éA"]),
     ("^[a\\-z\\]/\\/-]$", ["a", "-", "]", "/"], ["b"]),
     ("^[\\w-.]$", ["a", "-", "."], ["+"]),
@@ -3681,7 +3707,7 @@ def test_pattern_takes_what_it_matches(text):
     yes, no = next((yes, no) for one, yes, no in YES_AND_NO if one == text)
     for example, wanted in [(one, True) for one in yes] + [(one, False) for one in no]:
         assert takes(pattern(text), example) is wanted and string_fits(pattern(text), example) is wanted
-        assert string_fits(StringShape(unlike=(text,)), example) is not wanted
+        assert string_fits(Strings(unlike=(text,)), example) is not wanted
 
 
 @each(
@@ -3694,6 +3720,7 @@ def test_pattern_takes_what_it_matches(text):
         "\\k<a>",
         "\\q",
         "\\p{Greek}",
+        "\\uD8ZZ\\uDCZZ",
         "(",
         "a)",
         "[a",
@@ -3728,10 +3755,10 @@ def test_last_text_left_is_forced():
         pattern("^a+$", "^b+$"),
         pattern("^(abc)*$", low=4, high=5),
         pattern("^a$", excluded=frozenset("a")),
-        StringShape(low=2, high=1),
+        Strings(low=2, high=1),
         pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")),
-        StringShape(formats=("ipv4", "ipv6")),
-        StringShape(formats=("uuid",), high=35),
+        Strings(formats=("ipv4", "ipv6")),
+        Strings(formats=("uuid",), high=35),
         pattern("[^]^"),
     ]
 )
@@ -3739,11 +3766,23 @@ def test_string_that_cannot_be_is_none(shape):
     assert string_symbol(shape) is None
 
 
-def test_strings_meet():
-    assert strings_meet(pattern("^a+b$"), pattern("^[ab]{3}$")) and not strings_meet(pattern("^a+$"), pattern("b"))
-    assert strings_meet(StringShape(low=3), pattern("^(abc)*$")) and not strings_meet(
-        StringShape(low=4, high=5), pattern("^(abc)*$")
-    )
+@cases("one, two, meet", {
+    "patterns of a common text": ({"pattern": "^a+b$"}, {"pattern": "^[ab]{3}$"}, True),
+    "patterns without one": ({"pattern": "^a+$"}, {"pattern": "b"}, False),
+    "a length and a pattern": ({"minLength": 3}, {"pattern": "^(abc)*$"}, True),
+    "a length between two texts": ({"minLength": 4, "maxLength": 5}, {"pattern": "^(abc)*$"}, False),
+    "an integer between": ({"type": "integer", "exclusiveMinimum": 1}, {"maximum": 2}, True),
+    "no integer between": ({"type": "integer", "exclusiveMinimum": 1}, {"exclusiveMaximum": 2}, False),
+})  # fmt: skip
+def test_schemas_meet_where_a_value_fits_both(one, two, meet):
+    kind = {"type": "number" if "type" in one else "string"}
+    schemas = [{**kind, **one}, {**kind, **two}]
+    if meet:
+        begin({"allOf": schemas})
+    else:
+        begin({"oneOf": schemas})  # told apart, with no more said
+        with pytest.raises(InvalidRequest, match="no document"):
+            begin({"allOf": schemas})
 
 
 LETTERS = some.text("ab1-\n\U0001f600", max_size=6)
@@ -3769,7 +3808,7 @@ PATTERNS = some.sampled_from(
     ]
 )
 SHAPES = some.builds(
-    StringShape,
+    Strings,
     low=some.integers(0, 5),
     high=some.none() | some.integers(2, 9),
     patterns=some.lists(PATTERNS, max_size=2).map(tuple),
@@ -3778,7 +3817,7 @@ SHAPES = some.builds(
 )
 
 
-def is_right(shape: StringShape, text: str) -> bool:
+def is_right(shape: Strings, text: str) -> bool:
     """As `re` says."""
     dotted = text.replace("\u2028", "\n").replace("\r", "\n").replace("\u2029", "\n")
     return (
@@ -3806,7 +3845,7 @@ RIGHT = Draft202012Validator.FORMAT_CHECKER
 
 @each(name=[name for name in FORMATS if name != "relative-json-pointer"])  # jsonschema refuses 101#
 def test_format_is_what_jsonschema_accepts(name):
-    texts = [random_text(StringShape(formats=(name,)), seed) for seed in range(20)]
+    texts = [random_text(Strings(formats=(name,)), seed) for seed in range(20)]
     assert all(RIGHT.conforms(json.loads(text), name) for text in texts if text is not None)
     assert any(texts)
 
@@ -3844,7 +3883,7 @@ def test_format_is_what_jsonschema_accepts(name):
     ]
 )
 def test_format_takes(case):
-    assert takes(StringShape(formats=case[:1]), case[1])
+    assert takes(Strings(formats=case[:1]), case[1])
 
 
 @each(
@@ -3878,19 +3917,19 @@ def test_format_takes(case):
     ]
 )
 def test_format_does_not_take(case):
-    assert not takes(StringShape(formats=case[:1]), case[1])
+    assert not takes(Strings(formats=case[:1]), case[1])
 
 
 def test_format_that_cannot_be_honoured_is_refused_by_name():
-    for shape in (StringShape(formats=("uri-template",)), StringShape(not_formats=("regex",))):
+    for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",))):
         with pytest.raises(InvalidRequest, match="format"):
             string_symbol(shape)
 
 
 def test_hostname_of_254_characters_is_none():
     name = ".".join(["a" * 62] * 4) + "a"
-    assert takes(StringShape(formats=("hostname",)), name) and not takes(StringShape(formats=("hostname",)), name + ".a")
-    assert string_fits(StringShape(not_formats=("hostname",)), name + ".a")
+    assert takes(Strings(formats=("hostname",)), name) and not takes(Strings(formats=("hostname",)), name + ".a")
+    assert string_fits(Strings(not_formats=("hostname",)), name + ".a")
 
 
 HOSTILE_PATTERNS = [
@@ -3908,6 +3947,7 @@ HOSTILE_PATTERNS = [
     "(a|b)*a(a|b){200}$",
     "^" + "(?=.*a)" * 500,
     "(?!" * 30 + "a" + ")" * 30,
+    "^(" + "|".join(f"[{chr(0x4E00 + n)}-{chr(0x7E00 + n)}]" for n in range(2000)) + ")*$",
 ]
 
 
@@ -3936,6 +3976,22 @@ def test_number_never_begins_what_bounds_forbid():
     assert first_state(NumberShape(True, (12, False), (17, False))).bits == 1 << ord("1")
     assert first_state(NumberShape(True, (7, False), (7, False))).forced(9) == b"7"
     assert first_state(NumberShape(True, (100, False), None, (1000,))).read(b"0") is None
+
+
+EXPONENTS: list[tuple[NumberShape, list[str], list[str]]] = [
+    (NumberShape(low=(0, False), high=(1, False)), ["1e-06", "1.0E-290", "0.5"], ["1e0", "1e1", "2e-1", "10e-3", "-1e-3"]),
+    (NumberShape(low=(0, True)), ["1e100", "2.5e+20", "1e-100"], ["0e1", "1e400", "-1e1"]),
+    (NumberShape(high=(-5, False)), ["-9e3"], ["-9e-1", "1e3"]),
+    (NumberShape(high=(10, True)), ["9e-1", "1e-5"], ["9e1", "1e1"]),
+    (NumberShape(True, (0, False)), ["100"], ["1e2"]),
+    (NumberShape(), ["1e100", "12.5e-120", "0e1"], ["1e400", "1e0001"]),
+]
+
+
+@each(case=EXPONENTS)
+def test_number_has_an_exponent_that_keeps_its_bounds(case):
+    shape, yes, no = case
+    assert [text for text in yes if not reads(shape, text)] == [text for text in no if reads(shape, text)] == []
 
 
 def test_number_as_near_to_its_excluded_bound_as_doubles_are_is_not_read():
@@ -3970,11 +4026,6 @@ def test_number_out_of_proportion_is_refused(shape):
         number_symbol(shape)
 
 
-def test_numbers_meet():
-    assert numbers_meet(NumberShape(True, (1, True)), NumberShape(high=(2, False)))
-    assert not numbers_meet(NumberShape(True, (1, True)), NumberShape(high=(2, True)))
-
-
 NUMBERS = some.integers(-30, 30) | some.integers(-(10**12), 10**12) | some.integers(-900, 900).map(lambda n: n / 100)
 BOUNDS = some.none() | some.tuples(NUMBERS, some.booleans())
 NUMBER_SHAPES = some.builds(
@@ -4002,7 +4053,7 @@ def test_number_of_any_shape_is_as_arithmetic_says(shape, value, seed):
 
 def test_excluded_texts_are_many_and_long():
     names = frozenset(["a" * n for n in range(1000)] + [f"name{n}" for n in range(1000)])
-    shape = StringShape(excluded=names)
+    shape = Strings(excluded=names)
     assert takes(shape, "a" * 1000) and takes(shape, "name1000") and not takes(shape, "aaa") and not takes(shape, "name12")
 
 
@@ -4013,7 +4064,7 @@ def test_states_are_few():
     assert len(text._states) < 12
 
 
-SEARCHED = StringShape(patterns=("a.{5}b", "c.{4}d"), unlike=("aa", "bd"), high=40)  # a way to its end must be searched
+SEARCHED = Strings(patterns=("a.{5}b", "c.{4}d"), unlike=("aa", "bd"), high=40)  # a way to its end must be searched
 
 
 def test_pattern_is_searched_for_every_text_as_for_the_first():
@@ -4048,8 +4099,11 @@ def asked_again(here: State, data: bytes) -> tuple[State, int]:
 
 
 def test_search_in_a_string_goes_on_in_the_next_turn(short_turn):
-    shape = StringShape(patterns=("x.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)
-    here, turns = asked_again(Automaton(string_symbol(shape)).start, b'"xc')
+    shape = Strings(patterns=("x.{3}b", "c.{2}d"), unlike=("aa", "bd"), high=30)
+    TURN.begin(math.inf)
+    start = Automaton(string_symbol(shape)).start
+    TURN.begin(0.0)
+    here, turns = asked_again(start, b'"xc')
     assert turns > 2 and here.bits
 
 
@@ -4061,12 +4115,12 @@ def test_elements_that_must_differ_are_looked_at_within_turns(short_turn):
 
 @each(name=["xn--X", "a.xn--07jt112bpxg", "XN--aa---o47jg78q", "ab--c"])
 def test_hostname_with_hyphens_in_the_third_and_fourth_place_is_left_out(name):
-    assert not takes(StringShape(formats=("hostname",)), name)
+    assert not takes(Strings(formats=("hostname",)), name)
 
 
 @each(name=["a-b", "a--b", "abc--d", "a-b-c.de", "abcd", "ab-d", "x" * 63, "a1-b"])
 def test_hostname_with_other_hyphens_is_read(name):
-    assert takes(StringShape(formats=("hostname",)), name)
+    assert takes(Strings(formats=("hostname",)), name)
 
 
 # ── Structured output ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5051,6 +5105,8 @@ KEYWORDS: dict[str, tuple[Any, list[Any], list[Any]]] = {
                                     [[1, 1], [1, 0, 1]],
                                     [[1], [1, 1, 1]]),
     "uniqueItems": ({**ANY_ARRAY, "uniqueItems": True}, [[], [1, "1", 2], [{"a": 1}, {"a": 2}]], [[1, 1], [{"a": 1}, {"a": 1}]]),
+    "uniqueItems of lists that must contain": ({**ANY_ARRAY, "uniqueItems": True, "items": {
+        **ANY_ARRAY, "items": {"enum": [1, 2]}, "maxItems": 1, "contains": {"const": 1}}}, [[], [[1]]], [[[2]], [[]]]),
     "uniqueItems of what is written in two ways": ({**ANY_ARRAY, "uniqueItems": True}, [[1, True]], [[1, 1.0]]),
     "draft 4's tuples": ({**ANY_ARRAY, "items": [{"const": 1}], "additionalItems": {"const": 2}}, [[1], [1, 2, 2]],
                          [[2], [1, 1]]),
@@ -5072,6 +5128,57 @@ def test_schema_keyword_admits_just_what_fits(kind: str) -> None:
     schema, fitting, others = KEYWORDS[kind]
     assert [value for value in fitting if not accepts(schema, value)] == []
     assert [value for value in others if accepts(schema, value)] == []
+
+
+def each_its_own(count: int, **more: Any) -> dict[str, Any]:
+    """An object whose kind tells which property it must have."""
+    properties = {"kind": {"enum": [f"v{n}" for n in range(count)]}, **{f"p{n}": {"type": "null"} for n in range(count)}}
+    rules = [{"if": {"properties": {"kind": {"const": f"v{n}"}}, **more}, "then": {"required": [f"p{n}"]}} for n in range(count)]
+    return {**OBJECT, "properties": properties, "required": ["kind"], "allOf": rules}
+
+
+def told_apart(count: int) -> dict[str, Any]:
+    kinds = [{**OBJECT, "properties": {"kind": {"const": f"v{n}"}, "n": {"type": "integer"}}, "required": ["kind"]}
+             for n in range(count)]  # fmt: skip
+    return {"oneOf": kinds}
+
+
+@cases("schema, fitting, others", {
+    "a condition for each value": (each_its_own(60), {"kind": "v59", "p59": None}, {"kind": "v59", "p58": None}),
+    "one that needs the property": (each_its_own(60, required=["kind"]), {"kind": "v7", "p7": None}, {"kind": "v7"}),
+    "options by a constant": (told_apart(1000), {"kind": "v999", "n": 1}, {"kind": "v1000"}),
+    "constants": ({"oneOf": [{"const": f"c{n}", "title": f"{n}"} for n in range(1000)]}, "c999", "c1000"),
+    "options by a constant, and others": ({"oneOf": [{"type": "null"}, {"type": "integer"}, *told_apart(400)["oneOf"]]},
+                                          {"kind": "v399"}, {"n": 1}),
+    "options that share a value": (
+        {"oneOf": [*told_apart(300)["oneOf"], {**told_apart(1)["oneOf"][0], "required": ["kind", "n"]}]},
+        {"kind": "v0"}, {"kind": "v0", "n": 1}),
+})  # fmt: skip
+def test_schema_with_many_kinds_is_read_soon(schema: Any, fitting: Any, others: Any) -> None:
+    begun = time.thread_time()
+    assert accepts(schema, fitting) and not accepts(schema, others)
+    assert time.thread_time() - begun < 5  # 0.3 s on a quiet machine
+
+
+def test_schema_with_too_many_alternatives_says_so() -> None:
+    with pytest.raises(InvalidRequest, match="anyOf and oneOf leave over 1500 alternatives"):
+        begin({"anyOf": told_apart(2000)["oneOf"]})
+
+
+def test_id_in_an_unknown_keyword_names_nothing() -> None:
+    named = {"$id": "https://x.org/a", "type": "null"}
+    with pytest.raises(InvalidRequest, match="not inside the schema"):
+        begin({"unknown": {"a": named}, "$ref": "https://x.org/a"})
+    assert accepts({"$defs": {"a": {"allOf": [named]}}, "$ref": "https://x.org/a"}, None)
+
+
+def test_six_patterns_of_names_that_overlap_are_told_apart() -> None:
+    names = zip("abcdef", "lmnopq", strict=True)
+    patterns = {f"{one}.*{two}": {"type": "integer", "minimum": n} for n, (one, two) in enumerate(names)}
+    begun = time.thread_time()
+    assert accepts({**OBJECT, "patternProperties": patterns}, {"al": 0, "alfq": 5, "abcdeflmnopq": 9})
+    assert not accepts({**OBJECT, "patternProperties": patterns}, {"alfq": 4})
+    assert time.thread_time() - begun < 10
 
 
 @cases("schema, text", {
@@ -5107,6 +5214,10 @@ def test_schema_leads_into_no_dead_end(schema: Any) -> None:
     "two integers, three times": {**ANY_ARRAY, "uniqueItems": True, "minItems": 3, "items": {"enum": [1, 2]}},
     "more properties than there are": {**NAMED_SCHEMAS, "minProperties": 4},
     "what nothing is": {"type": "string", "allOf": [{"pattern": "^a"}, {"pattern": "^b"}]},
+    "contained twice, without repeats": {"uniqueItems": True, "contains": {"const": 1}, "minContains": 2},
+    "contained twice among few": {**ANY_ARRAY, "uniqueItems": True, "items": {"enum": [1, 2, 3]}, "contains": {"minimum": 3},
+                                  "minContains": 2},
+    "an empty object, twice": {"uniqueItems": True, "contains": {"const": {}}, "minContains": 2, "maxItems": 3},
     "contained where nothing is": {**ANY_ARRAY, "items": {"type": "string"}, "contains": {"type": "integer"}},
 })  # fmt: skip
 def test_schema_that_nothing_fits_is_refused(schema: Any) -> None:
@@ -5317,7 +5428,7 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
 
 @each(name=["xn--x", "xn--nxasmq6b", "ab--c.de"])
 def test_what_may_be_a_hostname_is_none_that_is_no_hostname(name):
-    assert not takes(StringShape(not_formats=("hostname",)), name) and takes(StringShape(not_formats=("hostname",)), name + "-")
+    assert not takes(Strings(not_formats=("hostname",)), name) and takes(Strings(not_formats=("hostname",)), name + "-")
 
 
 def test_what_a_number_must_not_be_is_one_machine():
@@ -9171,6 +9282,52 @@ def test_chat_grammar_that_cannot_be_read_says_why(grammar: str, said: str, serv
     error = assert_error(server.chat("hi", grammar=f"{grammar} # {forged}"), 400, "invalid_request")
     assert error["message"] == f"grammar: {said}" and error["param"] == "grammar"
     assert forged not in server.log.read_text()
+
+
+def reads_grammar(grammar: str, text: str) -> bool:
+    here = Automaton(module.read_gbnf(grammar)).start.read(text.encode())
+    return here is not None and here.ends
+
+
+@cases("grammar, text, fits", {
+    "a line break in a text": ('root ::= "a\nb"', "a\nb", True),
+    "a line break in a class": ("root ::= [\n]+", "\n\n", True),
+    "a rule written twice": ('root ::= "a"\nroot ::= "b"', "b", True),
+    "the rule that came first": ('root ::= "a"\nroot ::= "b"', "a", False),
+    "a token": ('root ::= <think> "x" </think>', "<think>x</think>", True),
+    "blanks within repeats": ('root ::= "a"{ 1 , 2 }', "aa", True),
+    "rules that may be empty": ('root ::= a b "c"\na ::= "x"*\nb ::= a | a a', "xxc", True),
+})  # fmt: skip
+def test_grammar_is_read_as_llama_cpp_reads_it(grammar: str, text: str, fits: bool) -> None:
+    assert reads_grammar(grammar, text) == fits
+
+
+@cases("grammar, said", {
+    "two numbers without a comma": ('root ::= "a"{1 2}', "cannot be read"),
+    "no number": ('root ::= "a"{ }', "cannot be read"),
+    "a token by its number": ("root ::= <[12]>", "tokens by number"),
+    "all tokens but one": ("root ::= !<think>", "all tokens but one"),
+    "a rule that begins with itself behind what may be empty": ('root ::= a a root "b"\na ::= "x"?', "left-recursive"),
+    "a backslash at the end": ('root ::= "\\', "backslash"),
+})  # fmt: skip
+def test_grammar_that_llama_cpp_would_not_read_or_we_cannot_is_refused(grammar: str, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        module.read_gbnf(grammar)
+
+
+def test_grammar_of_a_long_chain_of_rules_is_read_soon() -> None:
+    rules = "\n".join(f'a{n} ::= a{n + 1} | "y" a{n + 1} a{n}' for n in range(8000))
+    begun = time.thread_time()
+    with TURN.limited(0.02):
+        module.read_gbnf(f'root ::= a0\n{rules}\na8000 ::= "z"')
+    assert time.thread_time() - begun < 0.5, "it counts its time all along"
+    module.read_gbnf(f'root ::= a0\n{rules}\na8000 ::= "z"')
+    assert time.thread_time() - begun < 5
+
+
+def test_tokens_that_a_grammar_names_may_come() -> None:
+    grammar = 'root ::= <think> "<b>" [<] <|end|> # <c>\n'
+    assert module.token_names(grammar) == {"<think>", "<|end|>"}
 
 
 def test_chat_grammar_holds_the_answer(server: Server) -> None:
