@@ -178,7 +178,7 @@ import struct
 import threading
 import urllib.parse
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -216,13 +216,14 @@ PING_SECONDS = 15.0  # silence before a sign of life keeps clients and proxies p
 HEAD_SIGNS = 2  # of them before a stream's head goes out, although its request is not queued yet
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
-MAX_STOPS = 16
+MAX_STOPS = 64  # SillyTavern sends one for each name in a chat
 MAX_STOP = 256  # characters of one; each is looked for with every token
 MAX_BREAKERS = 16  # of DRY; for each one llama.cpp walks the vocabulary, up to 12 ms with 49,000 tokens
 MAX_BREAKER = 40  # bytes of one; llama.cpp cuts longer ones
 MAX_BIASES = 1024
 MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
+MAX_TEXTS = 256  # that one request may ask for, prompts times choices: half of what the queue holds
 MAX_INPUTS = 2048  # of an embedding request, OpenAI's bound
 MAX_TOKENIZED = MIB  # characters of /tokenize: about a second; a quarter as many tokens of /detokenize
 MAX_TOOLS = 128
@@ -548,6 +549,9 @@ class Sampling:
 
     max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end")
     temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8)
+    dynatemp_range: float | None = param(number(0, 5), "let the temperature go up and down by so much, with how unsure the "
+                                         "model is", otherwise=0.0)  # fmt: skip
+    dynatemp_exponent: float | None = param(number(0, 10), "how fast it rises then", otherwise=1.0)
     top_p: float | None = param(number(0, 1), "keep the likeliest tokens that sum to this probability", otherwise=0.95)
     top_k: int | None = param(whole(0), "keep this many likeliest tokens; 0 keeps all", otherwise=40)
     min_p: float | None = param(number(0, 1), "drop tokens below this share of the likeliest one", otherwise=0.05)
@@ -634,8 +638,11 @@ class EmbedRequest:
     truncate: bool = False  # cut what is too long instead of refusing it
 
 
-def read_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids."""
+def read_inputs(value: Any, may_be_empty: bool = False) -> tuple[str | tuple[int, ...], ...]:
+    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids.
+
+    OpenAI refuses an empty one; Ollama makes a vector of it when it is in a list (EmbedHandler in server/routes.go).
+    """
     wrong = InvalidRequest("input must be a string, a list of strings, token ids, or a list of lists of token ids", "input")
     listed = [value] if isinstance(value, str) or _is_ids(value) else value
     if not isinstance(listed, list) or not listed:
@@ -643,7 +650,7 @@ def read_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
     if len(listed) > MAX_INPUTS:
         raise InvalidRequest(f"input may hold up to {MAX_INPUTS} inputs, not {len(listed)}", "input")
     for index, each in enumerate(listed):
-        if each in ("", []):
+        if each in ("", []) and not may_be_empty:
             raise InvalidRequest(f"input[{index}] is empty: each input needs some text", "input")
         if not (isinstance(each, str) or _is_ids(each)) or type(each) is not type(listed[0]):
             raise wrong
@@ -678,7 +685,7 @@ def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = No
 
 
 def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The prompts of a completion request, at most MAX_CHOICES of them."""
+    """The prompts of a completion request, at most MAX_TEXTS of them."""
     wrong = InvalidRequest("prompt must be a string, or a list of strings or token ids", "prompt")
     if isinstance(value, str):
         return (value,)
@@ -686,8 +693,8 @@ def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
         raise wrong
     if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return (tuple(value),)
-    if len(value) > MAX_CHOICES:
-        raise InvalidRequest(f"prompt may hold up to {MAX_CHOICES} prompts, not {len(value)}", "prompt")
+    if len(value) > MAX_TEXTS:
+        raise InvalidRequest(f"prompt may hold up to {MAX_TEXTS} prompts, not {len(value)}", "prompt")
     return tuple(p for v in value for p in (read_prompts(v) if isinstance(v, str) or _is_ids(v) else _raise(wrong)))
 
 
@@ -711,10 +718,16 @@ def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages may hold up to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
-    return tuple(read_message(f"messages[{i}]", message) for i, message in enumerate(messages))
+    newest = newest_turn(messages)
+    return tuple(read_message(f"messages[{i}]", message, message is newest) for i, message in enumerate(messages))
 
 
-def read_message(where: str, message: Any) -> dict[str, Any]:
+def newest_turn(messages: Seq[Any]) -> Any:
+    """The user's newest message; None without one."""
+    return next((m for m in reversed(messages) if isinstance(m, dict) and m.get("role") == "user"), None)
+
+
+def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     """One message of a chat as templates want it: content is always a string, tool arguments are objects."""
     message = an_object(where, message)
     role = message.get("role")
@@ -724,7 +737,8 @@ def read_message(where: str, message: Any) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if content is None and not (role == "assistant"):
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
-    read = {"role": "system" if role == "developer" else role, "content": flat_content(f"{where}.content", content)}
+    text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
+    read = {"role": "system" if role == "developer" else role, "content": text}
     for name in ("name", "tool_call_id", "reasoning_content"):
         if message.get(name) is not None:
             read[name] = a_string(f"{where}.{name}", message[name])
@@ -733,19 +747,43 @@ def read_message(where: str, message: Any) -> dict[str, Any]:
     return read
 
 
-def flat_content(where: str, content: Any) -> str:
-    """A message's content as one string: a string as it is, text parts joined, None empty."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{where} must be a string or a list of text parts, not {_said(content)}", where)
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):  # a refusal comes back in the history
-            raise InvalidRequest(f'{where}[{i}] must be {{"type": "text", "text": …}}, not {_said(part)}', where)
-        texts.append(part[kind])
-    return "".join(texts)
+MEDIA = {  # parts of messages that no model here reads, in every API's words
+    "image_url": "image", "image": "image", "input_image": "image", "input_audio": "audio", "audio_url": "audio",
+    "video_url": "video", "file": "file", "input_file": "file", "document": "file",
+}  # fmt: skip
+
+
+def flat_content(where: str, content: Any, kinds: Seq[str] = ("text", "refusal"), between: str = "", newest: bool = False) -> str:
+    """A message's content as one string: a string as it is, or the texts of a list of parts of these types, joined.
+
+    A note stands for images, audio and files, but in the user's newest turn they are refused.
+    """
+    if isinstance(content, str):
+        return content
+    texts, media = [], []
+    for place, part in listed(where, content):
+        kind = part.get("type")
+        if isinstance(kind, str) and kind in MEDIA:
+            media.append(left_out(f"{place}.type", kind, newest))
+        else:
+            name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
+            texts.append(a_string(f"{place}.{name}", part.get(name)))
+    return with_note(between.join(texts), media)
+
+
+def left_out(where: str, kind: str, newest: bool) -> str:
+    """The word for a part that no model here reads. Raises InvalidRequest in the user's newest turn, which is about it."""
+    if newest:
+        raise InvalidRequest(f"{where}: {_said(kind)} is not served: no model here reads anything but text", where)
+    return MEDIA[kind]
+
+
+def with_note(text: str, media: Seq[str]) -> str:
+    """A text, and what was left out beside it."""
+    if not media:
+        return text
+    note = f"[{' and '.join(dict.fromkeys(media))} left out: this model reads text only]"
+    return f"{text}\n{note}" if text else note
 
 
 def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
@@ -786,13 +824,15 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
 class TokenLogprob:
     """A token, its log probability under the full softmax, and the likeliest alternatives, best first.
 
-    Two flat tuples: pairs would be 20 objects more a token, which Python's collector then looks at in every sweep.
+    Flat tuples: pairs would be 20 objects more a token, which Python's collector then looks at in every sweep.
     """
 
     token: bytes
     logprob: float
     names: tuple[bytes, ...] = ()
     logprobs: tuple[float, ...] = ()
+    id: int = -1
+    ids: tuple[int, ...] = ()
 
     @property
     def top(self) -> Iterable[tuple[bytes, float]]:
@@ -873,6 +913,7 @@ class ChoiceEnd:
     index: int
     finish_reason: str
     stopped_by: str = ""  # the stop string that ended it
+    usage: Usage | None = None  # its own
 
 
 @dataclass(frozen=True)
@@ -903,6 +944,7 @@ class Usage:
     prompt_seconds: float
     decode_seconds: float
     forced_tokens: int = 0  # of the completion's, those that a grammar left no choice about
+    reasoning_tokens: int = 0  # of the completion's, those of thoughts
 
     def document(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
@@ -3798,7 +3840,8 @@ class Sampler:
         links = list(self._filters(v)) if self._filters_too else []
         if self.greedy:
             return [*links, c.llama_sampler_init_greedy()] if links or self.bends else []
-        return [*links, c.llama_sampler_init_temp(v.temperature), c.llama_sampler_init_dist(v.seed)]
+        temperature = c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
+        return [*links, temperature, c.llama_sampler_init_dist(v.seed)]
 
     def _biases(self, v: Any) -> Iterator[Any]:
         c, biases = self.llama.c, v.logit_bias
@@ -4237,8 +4280,9 @@ class LogProbs:
         values, name = self.values, self.vocab.name
         if alternatives:
             best = self.vocab.np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives]
-        top = sorted(((self._said(t), name(int(t))) for t in best), reverse=True) if alternatives else ()
-        return TokenLogprob(name(token), self._said(token), tuple(n for _, n in top), tuple(p for p, _ in top))
+        top = sorted(((self._said(t), name(int(t)), int(t)) for t in best), reverse=True) if alternatives else ()
+        said, names, ids = zip(*top, strict=True) if top else ((), (), ())
+        return TokenLogprob(name(token), self._said(token), names, said, token, ids)
 
     def _said(self, token: int) -> float:
         value = float(self.values[token])
@@ -7030,16 +7074,24 @@ class Service:
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel, began)
             ends: list[Finished] = []
+            thought, untold = 0, Counter[int]()  # tokens: of thoughts, and by job of what the parser holds back
             for message in generation:
                 if isinstance(message, Piece):
-                    yield from parsers[generation.index[message.id]].push(message.text, message.logprobs)
+                    events = list(parsers[generation.index[message.id]].push(message.text, message.logprobs))
+                    untold[message.id] += message.tokens
+                    if events:
+                        thought += untold.pop(message.id) * isinstance(events[0], Thought)
+                    yield from events
                 elif isinstance(message, Finished):
                     ends.append(message)
                     for event in parsers[generation.index[message.id]].finish(message.finish_reason):
-                        yield replace(event, stopped_by=message.stopped_by) if isinstance(event, ChoiceEnd) else event
+                        if isinstance(event, ChoiceEnd):
+                            usage = self._usage([message], generation.index, request.n)
+                            event = replace(event, stopped_by=message.stopped_by, usage=usage)
+                        yield event
                 else:
                     yield message
-            yield self._usage(ends, generation.index, request.n)
+            yield replace(self._usage(ends, generation.index, request.n), reasoning_tokens=thought)
 
     @staticmethod
     def _loaded(lease: Lease, cancel: Cancellation) -> Generator[Waiting, None, Worker]:
@@ -7452,11 +7504,15 @@ class Choice:
     calls: list[dict[str, str]] = field(default_factory=list)  # id, name, arguments
     results: list[ToolResult] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
+    end: ChoiceEnd | None = None
 
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.end.finish_reason if self.end else None
 
 
 class Reply:
@@ -7485,7 +7541,7 @@ class Reply:
         elif isinstance(event, ToolResult):
             choice.results.append(event)
         else:
-            choice.finish_reason = event.finish_reason
+            choice.end = event
 
     def choices(self) -> list[tuple[int, Choice]]:
         return sorted(self._choices.items())
@@ -7627,8 +7683,8 @@ class NativeSocket(Native):
         return cls._end("cancelled", Usage(0, 0, 0, 0, 0))
 
 
-UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's that are known here but not served
-    "suffix": lambda v: v != "",
+UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's and vLLM's that are known here but not served
+    "guided_regex": lambda v: True,
     "functions": lambda v: v != [],
     "function_call": lambda v: v not in ("none", "auto"),
     "modalities": lambda v: v != ["text"],
@@ -7646,45 +7702,71 @@ def refuse_unbuilt(body: Mapping[str, Any]) -> None:
 
 
 def response_schema(format: Any) -> Schema | None:
-    """The schema a `response_format` asks for: any object for json_object, none for text."""
+    """The schema a `response_format` asks for: any object for a json_object without one, none for text.
+
+    OpenAI holds a json_schema's in an object of that name; llama-server beside the type, as it does a json_object's.
+    """
     if format is None:
         return None
-    kind = an_object("response_format", format).get("type")
+    kind, schema = an_object("response_format", format).get("type"), format.get("schema")
     if kind == "text":
         return None
-    if kind == "json_object":
-        return Schema("response_format", {"type": "object"})
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         served = "text, json_object or json_schema"
         raise InvalidRequest(f"response_format.type must be {served}, not {_said(kind)}", "response_format")
-    holder = an_object("response_format.json_schema", format.get("json_schema"))
-    return Schema("response_format", an_object("response_format.json_schema.schema", holder.get("schema")))
+    if schema is None and kind == "json_object":
+        schema = {"type": "object"}
+    if schema is None:
+        schema = an_object("response_format.json_schema", format.get("json_schema")).get("schema")
+    return Schema("response_format", an_object("response_format.schema", schema))
 
 
-def read_tool_choice(body: Mapping[str, Any], offered: Iterable[str]) -> str:
-    """GenerateRequest.tool_choice; a call can only be forced of a tool that is offered, and without another format."""
+def guided(body: Mapping[str, Any]) -> dict[str, Any]:
+    """json_schema or grammar, as vLLM's fields ask for them: structured_outputs, and guided_… before it."""
+    told = dict(optional(body, "structured_outputs", an_object, {}))
+    told |= {name: body[f"guided_{name}"] for name in ("json", "choice", "grammar") if f"guided_{name}" in body}
+    given = {name: value for name, value in told.items() if value is not None and value is not False}
+    for name in given:
+        one_of("structured_outputs", name, ("json", "json_object", "choice", "grammar"))
+    if len(given) > 1:
+        raise InvalidRequest(f"structured_outputs: {' and '.join(given)} exclude each other", "structured_outputs")
+    for name, value in given.items():
+        if name == "choice":
+            texts = [a_string("structured_outputs.choice", text) for text in one_type(list, "a list")(name, value)]
+            return {"grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)}
+        if name == "grammar":
+            return {"grammar": value}
+        schema = {"type": "object"} if name == "json_object" else value
+        return {"json_schema": parse_json(schema.encode(), "The schema") if isinstance(schema, str) else schema}
+    return {}
+
+
+def read_tool_choice(body: Mapping[str, Any], offered: Seq[str]) -> tuple[str, Seq[str]]:
+    """GenerateRequest.tool_choice, and which of the tools offered may be called. One that is forced must be offered."""
     choice = body.get("tool_choice")
-    if choice in (None, "auto", "none"):
-        return str(choice or "auto")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        raise InvalidRequest("tool_choice: allowed_tools is not supported here; offer just those in tools", "tool_choice")
+        holder = an_object("tool_choice.allowed_tools", choice.get("allowed_tools"))
+        offered = [_named_function(tool, offered) for _, tool in listed("tool_choice.allowed_tools.tools", holder.get("tools"))]
+        choice = one_of("tool_choice.allowed_tools.mode", holder.get("mode"), ("auto", "required"))
+    if choice in (None, "auto", "none"):
+        return str(choice or "auto"), offered
     if choice != "required":
-        choice = f"function:{_named_function(choice)}"
-    named, names = choice.removeprefix("function:"), list(offered)
-    if not names or (choice != "required" and named not in names):
-        said = "a call is required, but tools offers none" if choice == "required" else f"tools does not offer {_said(named)}"
-        raise InvalidRequest(f"tool_choice: {said}", "tool_choice")
-    if response_schema(body.get("response_format")) or body.get("json_schema") or body.get("grammar"):
-        raise InvalidRequest("tool_choice: a forced call excludes response_format, json_schema and grammar", "tool_choice")
-    return choice
+        choice = f"function:{_named_function(choice, offered)}"
+    elif not offered:
+        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
+    if body.get("json_schema") or body.get("grammar"):
+        raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
+    return choice, offered
 
 
-def _named_function(choice: Any) -> str:
-    """The name in {"type": "function", "function": {"name": …}}."""
+def _named_function(choice: Any, offered: Seq[str]) -> str:
+    """The name in {"type": "function", "function": {"name": …}}, of a tool that is offered."""
     function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         forms = 'none, auto, required or {"type": "function", "function": {"name": …}}'
         raise InvalidRequest(f"tool_choice must be {forms}, not {_said(choice)}", "tool_choice")
+    if function["name"] not in offered:
+        raise InvalidRequest(f"tool_choice: tools does not offer {_said(function['name'])}", "tool_choice")
     return str(function["name"])
 
 
@@ -7734,7 +7816,10 @@ class OpenAI(Dialect):
     def common(body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
         """The fields both routes read alike."""
         refuse_unbuilt(body)
-        n, sampling = body.get("n"), Sampling.from_json(body, logprobs=logprobs)
+        named = ("max_completion_tokens", "max_tokens", "n_predict")  # OpenAI's newer name and older, llama-server's
+        limit = next((token_limit(name, body[name]) for name in named if body.get(name) is not None), None)
+        read = {**body, "max_tokens": limit, **guided(body)}
+        n, sampling = body.get("n"), Sampling.from_json(read, logprobs=logprobs)
         schema = response_schema(body.get("response_format"))
         if schema and (sampling.json_schema or sampling.grammar):
             raise InvalidRequest("response_format excludes json_schema and grammar: send one of them", "response_format")
@@ -7748,18 +7833,31 @@ class OpenAI(Dialect):
         return {"id": self._id, "object": name, "created": self._created, "model": self.model, "choices": choices} | more
 
     def _chunk(self, choices: list[Any], **more: Any) -> dict[str, Any]:
-        if self._include_usage:
-            more.setdefault("usage", None)
         return self._envelope(self.chunk_name, choices, **more)
 
     @staticmethod
     def _usage(usage: Usage | None) -> dict[str, Any]:
+        """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
         assert usage
-        return usage.document() | {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}, "timings": usage.timings()}
+        timings = usage.timings()
+        details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+                   "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}  # fmt: skip
+        return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
 
     def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
+        """No other chunk has a usage, not even null: there are clients that take the first with the key for the last."""
         if self._include_usage:
-            yield self._chunk([], usage=self._usage(event))
+            yield self._chunk([], **self._usage(event))
+
+
+def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
+    """A token and its log probability, as OpenAI's chat, Ollama and llama-server show them."""
+    return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+
+
+def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
+    """Tokens with their likeliest alternatives."""
+    return [shown_token(t.token, t.logprob) | {"top_logprobs": [shown_token(*each) for each in t.top]} for t in tokens]
 
 
 class ChatCompletion(OpenAI):
@@ -7774,17 +7872,16 @@ class ChatCompletion(OpenAI):
         top, wanted = body.get("top_logprobs"), flag(body, "logprobs")
         if top is not None and not wanted:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        limit = body.get("max_completion_tokens")
-        if limit is not None:
-            body = {**body, "max_tokens": whole(1)("max_completion_tokens", limit)}
         functions, builtins = read_tools(body)
-        names = [*(f["function"]["name"] for f in functions), *builtins]
+        choice, names = read_tool_choice(body, [*(f["function"]["name"] for f in functions), *builtins])
+        if choice not in ("auto", "none"):  # a call has a form of its own
+            body = {**body, "response_format": None}
         return replace(
             self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
             messages=messages,
-            tools=functions,
-            builtins=builtins,
-            tool_choice=read_tool_choice(body, names),
+            tools=tuple(f for f in functions if f["function"]["name"] in names),
+            builtins=tuple(name for name in builtins if name in names),
+            tool_choice=choice,
             parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
             continue_final_message=None if body.get("continue_final_message") is None else flag(body, "continue_final_message"),
             thinking_budget=read_thinking_budget(body),
@@ -7820,11 +7917,7 @@ class ChatCompletion(OpenAI):
 
     @staticmethod
     def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
-        def one(token: bytes, logprob: float) -> dict[str, Any]:
-            return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
-
-        content = [one(t.token, t.logprob) | {"top_logprobs": [one(*alternative) for alternative in t.top]} for t in tokens]
-        return {"content": content, "refusal": None}
+        return {"content": shown_logprobs(tokens), "refusal": None}
 
     def document(self, reply: Reply) -> dict[str, Any]:
         choices = [
@@ -7832,7 +7925,7 @@ class ChatCompletion(OpenAI):
              "logprobs": None if self.request.sampling.logprobs is None else self._logprobs(c.logprobs)}
             for i, c in reply.choices()
         ]  # fmt: skip
-        return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
+        return self._envelope(self.object_name, choices, **self._usage(reply.usage))
 
     def _message(self, choice: Choice) -> dict[str, Any]:
         content = choice.text or (None if choice.calls else "")
@@ -7867,10 +7960,15 @@ class Completion(OpenAI):
         logprobs = body.get("logprobs")
         count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
         request = replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
+        if (texts := len(request.prompts) * request.n) > MAX_TEXTS:
+            raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
         if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
         self._echo = self._echoes(body, request)
-        return request
+        suffix = optional(body, "suffix", a_string, "")
+        if suffix and (len(request.prompts) > 1 or not isinstance(request.prompts[0], str)):
+            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
+        return replace(request, prompts=(), infill=Infill(str(request.prompts[0]), suffix)) if suffix else request
 
     @staticmethod
     def _echoes(body: Mapping[str, Any], request: GenerateRequest) -> Seq[str]:
@@ -7908,7 +8006,7 @@ class Completion(OpenAI):
 
     def document(self, reply: Reply) -> dict[str, Any]:
         choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in reply.choices()]
-        return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
+        return self._envelope(self.object_name, choices, **self._usage(reply.usage))
 
 
 class Embeddings(Dialect):
@@ -7990,16 +8088,6 @@ def listed(where: str, value: Any) -> list[tuple[str, dict[str, Any]]]:
 def given(body: Mapping[str, Any], name: str, default: Any) -> Any:
     """A field, or the default when it is absent."""
     return default if body.get(name) is None else body[name]
-
-
-def text_parts(where: str, content: Any, kinds: Seq[str], between: str = "") -> str:
-    """A string as it is, or the texts of a list of parts of these types, joined."""
-    if isinstance(content, str):
-        return content
-    parts = listed(where, content)
-    for place, part in parts:
-        one_of(f"{place}.type", part.get("type"), kinds)
-    return between.join(a_string(f"{place}.text", part.get("text")) for place, part in parts)
 
 
 def a_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
@@ -8122,9 +8210,9 @@ class BlockDialect(Dialect):
         raise NotImplementedError
 
 
-CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference")
-CLAUDE_BLOCKS = {  # what messages may hold, by role; images are refused like whatever else is not here
-    "user": ("text", "tool_result", "document", "search_result"),
+CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference", "image")
+CLAUDE_BLOCKS = {  # what messages may hold, by role
+    "user": ("text", "tool_result", "document", "search_result", "image"),
     "assistant": ("text", "thinking", "tool_use"),
     "system": ("text",),
 }
@@ -8141,15 +8229,24 @@ def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
     system = body.get("system")
-    text = "" if system is None else text_parts("system", system, ("text",), "\n\n")
+    for place, part in listed("system", [] if system is None or isinstance(system, str) else system):
+        one_of(f"{place}.type", part.get("type"), ("text",))
+    text = "" if system is None else flat_content("system", system, ("text",), "\n\n")
     turns = [{"role": "system", "content": text}] if text else []
-    return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names)))
+    newest = newest_turn([message for _, message in messages if not is_results(message.get("content"))])
+    return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names, message is newest)))
 
 
-def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str]) -> list[dict[str, Any]]:
+def is_results(content: Any) -> bool:
+    """True for a message of tool results alone, which is no turn of the user's own."""
+    return isinstance(content, list) and all(isinstance(b, dict) and b.get("type") == "tool_result" for b in content)
+
+
+def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
     """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
     role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
     texts: list[str] = [content] if isinstance(content, str) else []
+    media: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
@@ -8165,9 +8262,9 @@ def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str]) 
         elif kind == "tool_result":
             results.append(claude_result(place, block, names))
         else:
-            texts.append(claude_text(place, block))
+            texts.append(claude_text(place, block, media, newest))
     between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
-    turn: dict[str, Any] = {"role": role, "content": between.join(filter(None, texts))}
+    turn: dict[str, Any] = {"role": role, "content": with_note(between.join(filter(None, texts)), media)}
     turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
     turn |= {"tool_calls": calls} if calls else {}
     return results if results and not turn["content"] else [*results, turn]
@@ -8184,15 +8281,20 @@ def claude_result(place: str, block: Mapping[str, Any], names: Mapping[str, str]
     """A tool_result block: its texts, marked where the tool failed."""
     id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), block.get("content")
     if content is not None and not isinstance(content, str):
+        media: list[str] = []
         parts = listed(f"{place}.content", content)
         for where, part in parts:
             one_of(f"{where}.type", part.get("type"), CLAUDE_TEXTS)
-        content = "\n\n".join(claude_text(where, part) for where, part in parts)
+        texts = [claude_text(where, part, media) for where, part in parts]
+        content = with_note("\n\n".join(filter(None, texts)), media)
     return a_result(id, names, f"Error: {content or ''}" if flag(block, "is_error") else content or "")
 
 
-def claude_text(place: str, block: Mapping[str, Any]) -> str:
-    """The text of a block that is nothing else: CLAUDE_TEXTS names them."""
+def claude_text(place: str, block: Mapping[str, Any], media: list[str], newest: bool = False) -> str:
+    """The text of a block that is nothing else: CLAUDE_TEXTS names them. Those without text go to `media`, by their kind."""
+    if block["type"] == "image":
+        media.append(left_out(f"{place}.type", "image", newest))
+        return ""
     if block["type"] == "text":
         return str(a_string(f"{place}.text", block.get("text")))
     if block["type"] == "tool_reference":  # what a search for tools found
@@ -8200,11 +8302,15 @@ def claude_text(place: str, block: Mapping[str, Any]) -> str:
     titles = [a_string(f"{place}.title", block["title"])] if block.get("title") is not None else []
     if block["type"] == "search_result":
         titles.append(a_string(f"{place}.source", block.get("source")))
-        return "\n".join((*titles, text_parts(f"{place}.content", block.get("content"), ("text",), "\n\n")))
+        return "\n".join((*titles, flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")))
     source = an_object(f"{place}.source", block.get("source"))
-    if one_of(f"{place}.source.type", source.get("type"), ("text", "content")) == "text":
+    kind = one_of(f"{place}.source.type", source.get("type"), ("text", "content", "base64", "url", "file"))
+    if kind not in ("text", "content"):
+        media.append(left_out(f"{place}.source.type", "document", newest))
+        return "\n".join(titles)
+    if kind == "text":
         return "\n".join((*titles, a_string(f"{place}.source.data", source.get("data"))))
-    return "\n".join((*titles, text_parts(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
+    return "\n".join((*titles, flat_content(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
 
 
 def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -8422,9 +8528,9 @@ RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text"
 class ResponseInput:
     """Reads the items of a Responses request into turns: what the assistant did in a row is one turn."""
 
-    def __init__(self, tools: ResponseTools) -> None:
+    def __init__(self, tools: ResponseTools, newest: Any) -> None:
         self.turns: list[dict[str, Any]] = []
-        self._tools = tools
+        self._tools, self._newest = tools, newest
         self._names: dict[str, str] = {}  # of calls, by id
 
     def add(self, where: str, item: Mapping[str, Any]) -> None:
@@ -8448,7 +8554,7 @@ class ResponseInput:
 
     def _message(self, where: str, item: Mapping[str, Any]) -> None:
         role = one_of(f"{where}.role", item.get("role"), ("user", "assistant", "system", "developer"))
-        text = text_parts(f"{where}.content", item.get("content"), RESPONSE_TEXTS)
+        text = flat_content(f"{where}.content", item.get("content"), RESPONSE_TEXTS, newest=item is self._newest)
         if role == "assistant":
             self._assistant("content", "tool_calls")["content"] = text
         else:
@@ -8458,7 +8564,7 @@ class ResponseInput:
         text = self._sealed(where, item)
         for name in ("content", "summary"):
             if not text and item.get(name) is not None:
-                text = text_parts(f"{where}.{name}", item[name], RESPONSE_TEXTS)
+                text = flat_content(f"{where}.{name}", item[name], RESPONSE_TEXTS)
         if text:
             turn = self._assistant("content", "tool_calls")
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
@@ -8483,8 +8589,18 @@ class ResponseInput:
         self._assistant().setdefault("tool_calls", []).append(a_call(id, name, arguments))
 
     def _output(self, where: str, item: Mapping[str, Any]) -> None:
-        text = text_parts(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
+        text = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
         self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._names, text))
+
+
+def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
+    """A conversation from a later turn of the user's on, as far on as its tokens and their bound suggest; None: there is none."""
+    begins = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    system = tuple(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    lengths = [len(json.dumps(message)) for message in messages]
+    surplus = sum(lengths) * (1 - sizes[1] / sizes[0])
+    later = [begin for begin in begins[1:] if sum(lengths[len(system) : begin]) >= surplus] or begins[1:][-1:]
+    return (*system, *messages[later[0] :]) if later else None
 
 
 class Responses(BlockDialect):
@@ -8505,6 +8621,7 @@ class Responses(BlockDialect):
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
         self._count, self._announced, self._tools = itertools.count(), False, ResponseTools()
         self._refuse_state(body)
+        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
         self._tools.add("tools", given(body, "tools", []))
         messages = self._messages(body)
         reasoning = an_object("reasoning", given(body, "reasoning", {}))
@@ -8529,12 +8646,13 @@ class Responses(BlockDialect):
                 raise InvalidRequest(f"{name} is not served here", name)
 
     def _messages(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-        read, said = ResponseInput(self._tools), body.get("input")
-        if body.get("instructions") is not None:
-            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
+        said = body.get("input")
         items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
         if not 0 < len(items) <= MAX_MESSAGES:
             raise InvalidRequest(f"input must hold 1 to {MAX_MESSAGES} items, not {len(items)}", "input")
+        read = ResponseInput(self._tools, newest_turn([item for _, item in items]))
+        if body.get("instructions") is not None:
+            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
         for where, item in items:
             read.add(where, item)
         if not read.turns:
@@ -8552,6 +8670,18 @@ class Responses(BlockDialect):
             return sampling
         schema = form.get("schema") if kind == "json_schema" else {"type": "object"}
         return replace(sampling, json_schema=a_schema("text.format.schema", schema))
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        """With `truncation` auto, the oldest turns of a conversation that is too long are left out."""
+        while True:
+            try:
+                yield from super().events(service, cancel)
+                return
+            except ContextLengthExceeded as error:
+                messages = without_oldest(self.request.messages, error.sizes) if self._truncates and error.sizes else None
+                if messages is None:
+                    raise
+                self.request = replace(self.request, messages=messages)
 
     # Events, numbered as they go out
 
@@ -8663,7 +8793,8 @@ class Responses(BlockDialect):
             return None
         return {
             "input_tokens": self.usage.prompt_tokens, "input_tokens_details": {"cached_tokens": self.usage.cached_tokens},
-            "output_tokens": self.usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens": self.usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": self.usage.reasoning_tokens},
             "total_tokens": self.usage.prompt_tokens + self.usage.completion_tokens,
         }  # fmt: skip
 
@@ -8729,13 +8860,23 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
     own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
     top = optional(body, "top_logprobs", whole(0, 20), 0)
-    sampling = Sampling.from_json({**options, **own}, logprobs=top if flag(body, "logprobs") else None)
+    sampling = Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None)
     format = body.get("format")
     if format is None or format == "":
         return sampling
     if isinstance(format, str):
         one_of("format", format, ("json",))
     return replace(sampling, json_schema=a_schema("format", {"type": "object"} if format == "json" else format))
+
+
+def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body with llama.cpp's other ways to say that a sampler is off: top_k below zero, a repeat_penalty of 0."""
+    top, penalty, own = body.get("top_k"), body.get("repeat_penalty"), dict(body)
+    if type(top) is int and top < 0:
+        own["top_k"] = 0
+    if type(penalty) in (int, float) and penalty == 0:
+        own["repeat_penalty"] = 1
+    return own
 
 
 def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -8746,10 +8887,13 @@ def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
     return {"enable_thinking": think} if isinstance(think, bool) else effort_args("think", think)
 
 
-def refuse_images(where: str, holder: Mapping[str, Any]) -> None:
-    """Images that are there are refused; an empty list is not."""
-    if optional(holder, "images", one_type(list, "a list"), []):
+def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[str]:
+    """What with_note is to tell of a turn's images. Those of the user's newest turn are refused."""
+    if not optional(holder, "images", one_type(list, "a list"), []):
+        return []
+    if newest:
         raise InvalidRequest(f"{where} is not served: no model here sees images", where)
+    return ["image"]
 
 
 class Ollama(Dialect):
@@ -8817,7 +8961,7 @@ class Ollama(Dialect):
 
     def _document(self, text: str = "", thought: str = "", calls: Iterable[dict[str, Any]] = (),
                   logprobs: Seq[TokenLogprob] = (), **end: Any) -> dict[str, Any]:  # fmt: skip
-        shown = {"logprobs": ChatCompletion._logprobs(logprobs)["content"]} if logprobs else {}
+        shown = {"logprobs": shown_logprobs(logprobs)} if logprobs else {}
         return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(text, thought, list(calls)),
                 "done": bool(end), **shown, **end}  # fmt: skip
 
@@ -8836,8 +8980,8 @@ class Ollama(Dialect):
         return {
             "done_reason": reason if reason in ("length", "load", "unload") else "stop",
             "total_duration": total, "load_duration": load,
-            "prompt_eval_count": usage.prompt_tokens, "prompt_eval_duration": prompt,
-            "eval_count": usage.completion_tokens, "eval_duration": decode,
+            "prompt_eval_count": usage.prompt_tokens, "prompt_eval_cached_count": usage.cached_tokens,
+            "prompt_eval_duration": prompt, "eval_count": usage.completion_tokens, "eval_duration": decode,
         }  # fmt: skip
 
     @classmethod
@@ -8859,16 +9003,17 @@ class OllamaChat(Ollama):
     @staticmethod
     def _messages(messages: list[Any]) -> tuple[dict[str, Any], ...] | None:
         """The messages as templates want them. Calls have no ids in this API: results follow in the order of the calls."""
-        read, count, called = [], itertools.count(), deque[str]()
+        read, count, called, newest = [], itertools.count(), deque[str](), newest_turn(messages)
         for i, message in enumerate(messages):
             where = f"messages[{i}]"
-            refuse_images(f"{where}.images", an_object(where, message))
+            images = ollama_images(f"{where}.images", an_object(where, message), message is newest)
             calls = [
                 {"id": f"call{next(count):05d}", **call} if isinstance(call, dict) else call
                 for call in optional(message, "tool_calls", one_type(list, "a list"), [])
             ]
             turn = {**message, "tool_calls": calls, "reasoning_content": message.get("thinking")}
-            turn["content"] = "" if message.get("content") is None else message["content"]
+            text = flat_content(f"{where}.content", "" if message.get("content") is None else message["content"])
+            turn["content"] = with_note(text, images)
             turn["name"] = message.get("name") if message.get("tool_name") is None else message["tool_name"]
             if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
                 turn["tool_call_id"] = called.popleft()
@@ -8887,7 +9032,7 @@ class OllamaGenerate(Ollama):
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         request, prompt = super().read(body), optional(body, "prompt", a_string, "")
         system, suffix, raw = optional(body, "system", a_string), optional(body, "suffix", a_string), flag(body, "raw")
-        refuse_images("images", body)
+        ollama_images("images", body, newest=True)
         if optional(body, "template", a_string):
             raise InvalidRequest("template is not served: the model's own is used, or none with raw", "template")
         if optional(body, "context", one_type(list, "a list")):
@@ -8922,7 +9067,7 @@ class OllamaEmbed(Embeddings):
         optional(body, "options", an_object)
         return EmbedRequest(
             model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_inputs(self.taken(given)),
+            inputs=() if given is None or given in ("", []) else read_inputs(self.taken(given), may_be_empty=True),
             dimensions=optional(body, "dimensions", whole(1)),
             truncate=body.get("truncate") is None or flag(body, "truncate"),
         )
@@ -9176,31 +9321,38 @@ class LlamaServer(Dialect):
 class LlamaCompletion(LlamaServer):
     """`/completion`."""
 
+    OFF: ClassVar = {  # what turns a sampler off that `samplers` does not name; their order is always llama.cpp's own
+        "penalties": {"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}, "dry": {"dry_multiplier": 0},
+        "top_n_sigma": {"top_n_sigma": -1}, "top_k": {"top_k": 0}, "typ_p": {"typical_p": 1}, "top_p": {"top_p": 1},
+        "min_p": {"min_p": 0}, "xtc": {"xtc_probability": 0}, "temperature": {"temperature": 1, "dynatemp_range": 0},
+    }  # fmt: skip
+
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         self._prompt_tokens, self._first, self._broke = 0, 0.0, False
-        self._seconds = optional(body, "t_max_predict_ms", number(0, 1e9), 0.0) / 1000  # of writing, from a line's end on
+        self._seconds = optional(body, "t_max_predict_ms", number(-1, 1e9), 0.0) / 1000  # of writing, from a line's end on
         fields = optional(body, "response_fields", one_type(list, "a list"))
         self._fields = None if fields is None else [a_string("response_fields", f) for f in fields]
-        self._limit = optional(body, "n_predict", whole(-1))
-        count, seed = optional(body, "n_probs", whole(0, 20), 0), optional(body, "seed", whole(), -1)
+        self._limit, self._with_tokens = optional(body, "n_predict", whole(-2)), flag(body, "return_tokens")
+        self._count, seed = optional(body, "n_probs", whole(0, 20), 0), optional(body, "seed", whole(), -1)
         optional(body, "n_cmpl", whole(1, 1))
+        if flag(body, "post_sampling_probs"):
+            raise InvalidRequest("post_sampling_probs: probabilities here are those before sampling", "post_sampling_probs")
         own: dict[str, Any] = {"seed": seed if seed >= 0 else None}
-        if self._limit is not None:
-            own["max_tokens"] = self._limit or 1  # 0: the prompt is read into the cache; what comes of it is not shown
+        if self._limit is not None:  # 0: the prompt is read into the cache; what comes of it is not shown
+            own["max_tokens"] = -1 if self._limit < 0 else self._limit or 1
+        if samplers := optional(body, "samplers", one_type(list, "a list")):
+            own |= {field: value for name, off in self.OFF.items() if name not in samplers for field, value in off.items()}
         request = GenerateRequest(
             model=optional(body, "model", a_string, "default").strip() or "default",
-            sampling=Sampling.from_json({**body, **own}, logprobs=count or None),
+            sampling=Sampling.from_json({**neutral(body), **own}, logprobs=self._count or (0 if self._with_tokens else None)),
         )
         return self.asked(body, request)
 
     def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
-        """The request with its prompt."""
+        """The request with its prompts."""
         if body.get("prompt") is None:
-            raise InvalidRequest("prompt is required: a string, or a list of token ids", "prompt")
-        prompts = read_prompts(body["prompt"])
-        if len(prompts) > 1:
-            raise InvalidRequest("prompt: several prompts are several requests here (they are computed together)", "prompt")
-        return replace(request, prompts=prompts)
+            raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
+        return replace(request, prompts=read_prompts(body["prompt"]))
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
@@ -9221,31 +9373,36 @@ class LlamaCompletion(LlamaServer):
         super().note(event)
         if isinstance(event, Queued):
             self._prompt_tokens = event.prompt_tokens
-        elif isinstance(event, ChoiceEnd):
-            self._ended = event
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Text) and (event.text or event.logprobs):
-            yield self._document(event.text, event.logprobs) | {"stop": False, "tokens_evaluated": self._prompt_tokens}
-        elif isinstance(event, Usage):
-            yield self._end("", (), event)
+            piece = {"stop": False, "tokens_evaluated": self._prompt_tokens}
+            yield self._document(event.index, event.text, event.logprobs) | piece
+        elif isinstance(event, ChoiceEnd):
+            yield self._end(event, "", ())
 
-    def document(self, reply: Reply) -> dict[str, Any]:
-        assert reply.usage
-        choice = dict(reply.choices()).get(0, Choice())
-        return self._end(choice.text, choice.logprobs, reply.usage)
+    def document(self, reply: Reply) -> Any:
+        """An object, or for several prompts a list of them."""
+        ends = [self._end(choice.end, choice.text, choice.logprobs) for _, choice in reply.choices() if choice.end]
+        return ends if len(self.request.prompts) > 1 else ends[0]
+
+    def _document(self, index: int, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+        shown = {"completion_probabilities": [self._probability(t) for t in logprobs]} if logprobs and self._count else {}
+        tokens = [t.id for t in logprobs] if self._with_tokens else []
+        return {"index": index, "content": text, "tokens": tokens, "id_slot": -1, **shown}
 
     @staticmethod
-    def _document(text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
-        shown = {"completion_probabilities": ChatCompletion._logprobs(logprobs)["content"]} if logprobs else {}
-        return {"index": 0, "content": text, "tokens": list[int](), "id_slot": -1, **shown}
+    def _probability(token: TokenLogprob) -> dict[str, Any]:
+        top = [{"id": id, **shown} for id, shown in zip(token.ids, map(shown_token, token.names, token.logprobs), strict=True)]
+        return {"id": token.id, **shown_token(token.token, token.logprob), "top_logprobs": top}
 
-    def _end(self, text: str, logprobs: Seq[TokenLogprob], usage: Usage) -> dict[str, Any]:
-        word = self._ended.stopped_by
-        document = self._document(text, logprobs) | {
+    def _end(self, end: ChoiceEnd, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+        assert end.usage
+        usage, word = end.usage, end.stopped_by
+        document = self._document(end.index, text, logprobs) | {
             "stop": True, "model": self.model, "tokens_predicted": 0 if self._limit == 0 else usage.completion_tokens,
             "tokens_evaluated": usage.prompt_tokens, "tokens_cached": usage.cached_tokens, "truncated": False,
-            "stop_type": "word" if word else "eos" if self._ended.finish_reason == "stop" else "limit", "stopping_word": word,
+            "stop_type": "word" if word else "eos" if end.finish_reason == "stop" else "limit", "stopping_word": word,
             "timings": usage.timings(),
         }  # fmt: skip
         return document if self._fields is None else picked(document, self._fields)
@@ -9916,8 +10073,10 @@ class Call:
 
 
 def answer_health(call: Call) -> Answer:
-    """Whether the server is up, and with what."""
-    return Answer(call.service.health())
+    """Whether the server is up, and with what; llama-server's clients read how many slots are free."""
+    residents = call.service.table.residents()
+    running, places = sum(r.running for r in residents), sum(r.loaded.parallel for r in residents)
+    return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
 
 
 def answer_diag(call: Call) -> Answer:
@@ -10054,7 +10213,7 @@ def answer_slots(call: Call) -> Answer:
 
 def answer_ok(call: Call) -> Answer:
     """`/health` in llama-server's word."""
-    return Answer(call.service.health() | {"status": "ok"})
+    return Answer(answer_health(call).document | {"status": "ok"})
 
 
 def answer_tokenize(call: Call) -> Answer:

@@ -1531,7 +1531,9 @@ def test_chat_invalid_field_is_400_naming_it(fields: dict[str, Any], param: str,
     "fields, param",
     {
         "an unknown format": ({"response_format": {"type": "xml"}}, "response_format"),
-        "tools that are allowed": ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        "allowed tools without a list": ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        "a regular expression of vLLM's": ({"guided_regex": "a+"}, "guided_regex"),
+        "another format of vLLM's": ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
         "a tool of an unknown type": ({"tools": [{"type": "web_search"}]}, "tools"),
     },
 )  # fmt: skip
@@ -1540,11 +1542,10 @@ def test_chat_unsupported_field_is_400_naming_it(fields: dict[str, Any], param: 
     assert param in error["param"]
 
 
-@pytest.mark.parametrize("field", ["suffix"])
-def test_completions_unsupported_field_is_400_naming_it(field: str, server: Server) -> None:
-    value = {"suffix": "end", "echo": True, "best_of": 2}[field]
-    reply = server.post("/v1/completions", {"model": "recital", "prompt": ":", field: value})
-    assert assert_error(reply, 400, "invalid_request", field)["param"] == field
+@cases("prompt, param", {"one text": (":", "model"), "two texts": (["a", "b"], "suffix"), "tokens": ([1, 2], "suffix")})
+def test_completions_suffix_that_cannot_be_served_names_what_is_missing(prompt: Any, param: str, server: Server) -> None:
+    reply = server.post("/v1/completions", {"model": "recital", "prompt": prompt, "suffix": "end"})
+    assert assert_error(reply, 400, "invalid_request", "suffix")["param"] == param
 
 
 def test_chat_response_format_text_is_accepted(server: Server) -> None:
@@ -1556,6 +1557,49 @@ def test_completions_accept_several_prompts_as_text_or_tokens(prompt: Any, serve
     choices = server.post("/v1/completions", {"model": "recital", "prompt": prompt, "max_tokens": 50}).json()["choices"]
     assert [choice["index"] for choice in choices] == [0, 1]
     assert [choice["text"] for choice in choices] == [TEXTS[":"], TEXTS["="]]
+
+
+@cases("path, index", {"completions": ("/v1/completions", lambda d: [c["text"] for c in d["choices"]]),
+                       "llama-server's": ("/completion", lambda d: [c["content"] for c in d])})  # fmt: skip
+def test_many_prompts_are_answered_in_their_order(path: str, index: Callable[[Any], list[str]], server: Server) -> None:
+    """As LangChain sends 20 at once."""
+    prompts = [":", "=", "S"] * 30
+    document = server.post(path, {"model": "recital", "prompt": prompts, "temperature": 0}).json()
+    assert index(document) == [TEXTS[prompt] for prompt in prompts]
+
+
+@cases("fields", {"prompts": {"prompt": ["a"] * 257}, "prompts times n": {"prompt": ["a"] * 17, "n": 16}})
+def test_more_texts_than_the_queue_should_hold_are_400(fields: dict[str, Any], server: Server) -> None:
+    assert_error(server.post("/v1/completions", {"model": "recital", **fields}), 400, "invalid_request", "prompt", "256")
+
+
+def test_stops_may_be_as_many_as_a_chat_has_names(server: Server) -> None:
+    names = [f"\nName{n}:" for n in range(62)]
+    assert server.generate(stop=[*names, "wide", "x"]).text == "Hello "
+    assert_error(server.generate(stop=["x"] * 65), 400, "invalid_request", "stop", "64")
+
+
+PICTURE = {"image_url": {"url": "data:,"}, "type": "image_url"}
+LOOK = {"type": "text", "text": "Look"}
+LEFT_OUT = "[image left out: this model reads text only]"
+
+
+@cases("messages, contents", {
+    "in an older turn": ([{"role": "user", "content": [LOOK, PICTURE, PICTURE]}, {"role": "user", "content": "hi"}],
+                         [f"Look\n{LEFT_OUT}", "hi"]),
+    "in a tool's result": ([{"role": "user", "content": "hi"}, {"role": "tool", "content": [PICTURE]}], ["hi", LEFT_OUT]),
+    "of several kinds": ([{"role": "assistant", "content": [PICTURE, {"type": "file"}, {"type": "input_audio"}]}],
+                         [LEFT_OUT.replace("image", "image and file and audio")]),
+})  # fmt: skip
+def test_media_become_a_note(messages: list[Any], contents: list[str]) -> None:
+    assert [m["content"] for m in module.read_messages({"messages": messages})] == contents
+
+
+@cases("kind", {"image": "image_url", "audio": "input_audio", "file": "file"})
+def test_media_in_the_newest_turn_are_refused_by_name(kind: str, server: Server) -> None:
+    messages = [*HELLO, {"role": "user", "content": [LOOK, {"type": kind}]}, {"role": "tool", "content": "x"}]
+    reply = server.post("/v1/chat/completions", {"model": "recital", "messages": messages})
+    assert assert_error(reply, 400, "invalid_request", kind)["param"] == "messages[1].content[1].type"
 
 
 @pytest.mark.parametrize("prompt", [[], [1, "a"], [True], [-1], [10**9], [1.5], [[]], {"a": 1}, 5, [None]], ids=json.dumps)
@@ -2787,6 +2831,15 @@ def test_thought_ends_within_its_budget(
     sent = deltas(thinking.streamed("/v1/chat/completions", {"messages": [{"role": "user", "content": "think"}], **fields}))
     assert "".join(d.get("content") or "" for d in sent) == content
     assert "".join(d.get("reasoning_content") or "" for d in sent).strip() == thought
+
+
+def test_thoughts_are_counted(thinking: Server) -> None:
+    usage = thinking.chat("think", temperature=0).json()["usage"]
+    reasoning = usage["completion_tokens_details"]["reasoning_tokens"]
+    assert reasoning == len(["<think>", "two", " and two"]) < usage["completion_tokens"]
+    body = {"model": "recital", "input": "think", "temperature": 0}
+    assert thinking.post("/v1/responses", body).json()["usage"]["output_tokens_details"] == {"reasoning_tokens": reasoning}
+    assert thinking.chat("hi").json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}
 
 
 def test_closing_a_thought_counts_as_completion_tokens_with_logprobs(thinking: Server) -> None:
@@ -6323,6 +6376,8 @@ SAMPLER_BOUNDS: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # more rows fo
     "top_n_sigma": ([-1.1, 101, "x"], ("-1", "100")),
     "xtc_probability": ([-0.1, 1.1, []], ("0", "1")),
     "xtc_threshold": ([-0.1, 1.1, {}], ("0", "1")),
+    "dynatemp_range": ([-0.1, 5.1, "x"], ("0", "5")),
+    "dynatemp_exponent": ([-0.1, 11, []], ("0", "10")),
     "repeat_last_n": ([-2, 1.5, "64"], ("-1",)),
     "dry_multiplier": ([-0.1, 101, "x"], ("0", "100")),
     "dry_base": ([0.9, 101, "x"], ("1", "100")),
@@ -6354,11 +6409,12 @@ BREAKERS = {"dry_sequence_breakers": ["é", "\n", "\0", "", "the the", "日" * 1
 LOWEST = {
     "typical_p": 0, "top_n_sigma": -1, "xtc_probability": 0, "xtc_threshold": 0, "repeat_last_n": -1, "dry_multiplier": 0,
     "dry_base": 1, "dry_allowed_length": 0, "dry_penalty_last_n": -1, "dry_sequence_breakers": [], "mirostat": 0,
+    "dynatemp_range": 0, "dynatemp_exponent": 0,
 }  # fmt: skip
 HIGHEST = {
     "typical_p": 1, "top_n_sigma": 100, "xtc_probability": 1, "xtc_threshold": 1, "repeat_last_n": 2**40,
     "repeat_penalty": 1.1, "dry_multiplier": 100, "dry_base": 100, "dry_allowed_length": 2**40, "dry_penalty_last_n": 2**40,
-    "dry_sequence_breakers": ["x" * 40] * 16,
+    "dry_sequence_breakers": ["x" * 40] * 16, "dynatemp_range": 5, "dynatemp_exponent": 10,
 }  # fmt: skip
 
 
@@ -8291,14 +8347,15 @@ def test_chat_stream_has_openai_chunks(server: Server) -> None:
     assert deltas(chunks)[0]["role"] == "assistant"
     assert "".join(delta.get("content") or "" for delta in deltas(chunks)) == "Hello wide world"
     assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
-    assert not any(chunk.get("usage") for chunk in chunks)
+    assert not any("usage" in chunk for chunk in chunks)
 
 
 def test_chat_stream_includes_usage_on_request(server: Server) -> None:
     body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}],
             "stream_options": {"include_usage": True}}  # fmt: skip
-    *_, last, done = server.streamed("/v1/chat/completions", body)
+    *chunks, last, done = server.streamed("/v1/chat/completions", body)
     assert done == "[DONE]" and last["choices"] == []
+    assert not any("usage" in chunk for chunk in chunks)  # strands-agents takes the first with the key for the last
     assert last["usage"]["prompt_tokens"] == 1 + len("[user]hi[assistant]:")
 
 
@@ -8439,9 +8496,48 @@ def test_chat_response_format_that_is_wrong_names_it(format: Any, word: str, ser
     assert_error(server.chat(response_format=format), 400, "invalid_request", "response_format", word)
 
 
-def test_usage_holds_timings_in_llama_servers_shape(server: Server) -> None:
-    timings = server.chat("hi").json()["usage"]["timings"]
-    assert {"cache_n", "prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_per_second"} <= set(timings)
+FIVE = {"const": 5}
+
+
+@cases("fields, contents", {
+    "OpenAI's": ({"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": FIVE}}}, {"5"}),
+    "llama-server's json_object": ({"response_format": {"type": "json_object", "schema": FIVE}}, {"5"}),
+    "llama-server's json_schema": ({"response_format": {"type": "json_schema", "schema": FIVE}}, {"5"}),
+    "vLLM's": ({"structured_outputs": {"json": FIVE}}, {"5"}),
+    "vLLM's as text": ({"structured_outputs": {"json": json.dumps(FIVE), "choice": None}}, {"5"}),
+    "vLLM's older": ({"guided_json": FIVE}, {"5"}),
+    "vLLM's choice": ({"structured_outputs": {"choice": ["left", 'a "b"']}}, {"left", 'a "b"'}),
+    "vLLM's older choice": ({"guided_choice": ["left", "right"]}, {"left", "right"}),
+    "vLLM's grammar": ({"guided_grammar": 'root ::= "up"'}, {"up"}),
+})  # fmt: skip
+def test_schema_is_kept_in_each_servers_words(fields: dict[str, Any], contents: set[str], server: Server) -> None:
+    assert server.chat("hi", **fields).message["content"] in contents
+
+
+def test_vllms_formats_exclude_each_other(server: Server) -> None:
+    assert_error(server.chat("hi", guided_json={}, guided_choice=["a"]), 400, "invalid_request", "json and choice")
+
+
+def test_timings_stand_where_llama_server_has_them(server: Server) -> None:
+    document = server.chat("hi").json()
+    names = {"cache_n", "prompt_n", "prompt_ms", "prompt_per_second", "predicted_n", "predicted_per_second"}
+    assert names <= set(document["timings"]) and document["usage"]["timings"] == document["timings"]
+    body = {"model": "recital", "prompt": ":", "stream_options": {"include_usage": True}}
+    *_, last, _ = server.streamed("/v1/completions", body)
+    assert names <= set(last["timings"])
+
+
+@cases("fields", {"its newer name": {"max_completion_tokens": -1}, "its older": {"max_tokens": -1},
+                  "llama-server's": {"n_predict": -1}})  # fmt: skip
+def test_chat_without_a_limit_goes_on_to_the_contexts_end(fields: dict[str, Any], server: Server) -> None:
+    reply = server.chat("a" * 200, "dice", ignore_eos=True, **fields)
+    assert reply.json()["usage"]["total_tokens"] == 256 and reply.finish_reason == "length"
+
+
+def test_chat_takes_llama_servers_limit(server: Server) -> None:
+    assert server.chat("hi", n_predict=1).json()["usage"]["completion_tokens"] == 1
+    assert server.chat("hi", n_predict=1, max_tokens=2).json()["usage"]["completion_tokens"] == 2
+    assert_error(server.chat("hi", n_predict=0), 400, "invalid_request", "n_predict")
 
 
 def test_answer_names_the_real_model(server: Server) -> None:
@@ -8501,14 +8597,31 @@ JSON_OBJECT = {"response_format": {"type": "json_object"}}
         "a function without tools": ({"tools": None, "tool_choice": NAMED}, "get_weather"),
         "a function that is not offered": ({"tools": [ADD], "tool_choice": NAMED}, "get_weather"),
         "allowed_tools": ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {}}}, "allowed_tools"),
-        "required with a format": ({"tool_choice": "required", **JSON_OBJECT}, "response_format"),
-        "a function with a format": ({"tool_choice": NAMED, **JSON_OBJECT}, "response_format"),
+        "an allowed tool that is not offered": (
+            {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
+                {"type": "function", "function": {"name": "fly"}}]}}}, '"fly"'),
         "a function with a grammar": ({"tool_choice": NAMED, "grammar": 'root ::= "a"'}, "grammar"),
     },
-)
+)  # fmt: skip
 def test_tool_choice_that_cannot_be_kept_is_400(fields: dict[str, Any], word: str, server: Server) -> None:
     error = assert_error(server.chat("weather?", **{"tools": [WEATHER], **fields}), 400, "invalid_request", word)
-    assert error["param"] == "tool_choice"
+    assert error["param"].startswith("tool_choice")
+
+
+@cases("choice", {"required": "required", "a function": NAMED})
+def test_forced_call_wins_over_a_format(choice: Any, server: Server) -> None:
+    """As LangChain, the AI SDK and openai-agents send it."""
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": 5}}}
+    reply = server.chat("hi", tools=[WEATHER], tool_choice=choice, response_format=schema, max_tokens=100)
+    assert {call["function"]["name"] for call in reply.message["tool_calls"]} == {"get_weather"}
+
+
+@pytest.mark.parametrize("mode", ["required", "auto"])
+def test_allowed_tools_narrow_what_is_offered(mode: str, server: Server) -> None:
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [NAMED]}}
+    reply = server.chat("weather?", tools=[ADD, WEATHER], tool_choice=choice, max_tokens=100)
+    assert {call["function"]["name"] for call in reply.message["tool_calls"]} == {"get_weather"}
+    assert server.chat("weather?", tools=[WEATHER]).json()["usage"]["prompt_tokens"] == reply.json()["usage"]["prompt_tokens"]
 
 
 @cases(
@@ -8715,7 +8828,7 @@ def test_stream_validates_strictly_against_openais_types(kind: str, fields: dict
     body = {"max_tokens": 30, "stream_options": {"include_usage": True}, **fields}
     *chunks, done = boxed.streamed(path, body)
     for chunk in chunks:
-        usage, absent = chunk.pop("usage"), {} if kind == "chat" else {"finish_reason": "stop"}  # null until the end there
+        usage, absent = chunk.pop("usage", None), {} if kind == "chat" else {"finish_reason": "stop"}  # null until the end there
         assert (usage is None) == bool(chunk["choices"])
         chunk["choices"] = [{**c, **({} if c["finish_reason"] else absent)} for c in chunk["choices"]]
         form.model_validate_json(json.dumps(chunk), strict=True)
@@ -9547,7 +9660,7 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "block type unknown": (claude([{"type": "sound"}]), "messages[0].content[0].type"),
     "block type an object": (claude([{"type": {}}]), "messages[0].content[0].type"),
     "an image": (claude([{"type": "image", "source": {}}]), '"image"'),
-    "an image in a result": (claude([{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "image"}]}]), '"image"'),
+    "sound in a result": (claude([{"type": "tool_result", "tool_use_id": "1", "content": [{"type": "sound"}]}]), '"sound"'),
     "text a number": (claude([{"type": "text", "text": 1}]), "messages[0].content[0].text"),
     "result without id": (claude([{"type": "tool_result", "content": "x"}]), "messages[0].content[0].tool_use_id"),
     "result a number": (claude([{"type": "tool_result", "tool_use_id": "1", "content": 5}]), "messages[0].content[0].content"),
@@ -9854,6 +9967,48 @@ def test_response_prompt_beyond_the_context_fails_among_the_events(server: Serve
     assert assert_error(plain, 400, "context_length_exceeded")["type"] == "invalid_request_error"
 
 
+def test_messages_media_become_a_note(server: Server) -> None:
+    """As Claude Code sends screenshots."""
+    picture = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+    pdf = {"type": "document", "title": "A", "source": {"type": "base64", "data": ""}}
+    result = {"type": "tool_result", "tool_use_id": "1", "content": [LOOK, picture, picture]}
+    messages = [{"role": "user", "content": [LOOK, picture, pdf]}, {"role": "assistant", "content": "Yes"},
+                {"role": "user", "content": "hi"}, {"role": "user", "content": [result]}]  # fmt: skip
+    read = module.Messages({**claude(), "messages": messages}).request.messages
+    assert [m["content"] for m in read] == [
+        f"Look\n\nA\n{LEFT_OUT.replace('image', 'image and file')}", "Yes", "hi", f"Look\n{LEFT_OUT}"]  # fmt: skip
+    beside = server.post("/v1/messages", {**claude(), "messages": [{"role": "user", "content": [picture, result]}]})
+    assert beside.status == 400 and "messages[0].content[0].type" in beside.json()["error"]["message"]
+
+
+def test_response_media_become_a_note() -> None:
+    """As Codex sends screenshots."""
+    picture, text = {"type": "input_image", "image_url": "data:,"}, {"type": "input_text", "text": "Look"}
+    items = [{"role": "user", "content": [text, picture]}, {"role": "user", "content": "hi"},
+             {"type": "function_call", "call_id": "1", "name": "see", "arguments": "{}"},
+             {"type": "function_call_output", "call_id": "1", "output": [picture]}]  # fmt: skip
+    read = module.Responses({"input": items}).request.messages
+    assert [m["content"] for m in read] == [f"Look\n{LEFT_OUT}", "hi", "", LEFT_OUT]
+
+
+def test_response_refusal_comes_back_in_the_history() -> None:
+    said = {"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}
+    assert module.Responses({"input": [said, {"role": "user", "content": "hi"}]}).request.messages[0]["content"] == "No."
+
+
+def test_response_truncation_leaves_out_the_oldest_turns(server: Server) -> None:
+    """The model's context has 256 tokens, and reads a byte as one."""
+    turns = [turn for n in range(9) for turn in ({"role": "user", "content": f"{n}" * 40}, {"role": "assistant", "content": "a"})]
+    body = {"model": "dice", "instructions": "Be brief", "input": [*turns, {"role": "user", "content": "b" * 60}],
+            "max_output_tokens": 2}  # fmt: skip
+    assert_error(server.post("/v1/responses", body), 400, "context_length_exceeded")
+    reply = server.post("/v1/responses", {**body, "truncation": "auto"})
+    assert reply.status == 200 and reply.json()["truncation"] == "auto"
+    assert 150 < reply.json()["usage"]["input_tokens"] < 256
+    alone = {**body, "truncation": "auto", "input": "x" * 300}
+    assert_error(server.post("/v1/responses", alone), 400, "context_length_exceeded")
+
+
 RESPONSE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "input absent": ({"input": None}, "input"),
     "input a number": ({"input": 1}, "input"),
@@ -9889,6 +10044,7 @@ RESPONSE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "prompt": ({"prompt": {"id": "x"}}, "prompt"),
     "background": ({"background": True}, "background"),
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs"),
+    "truncation unknown": ({"truncation": "middle"}, "truncation"),
     "max_output_tokens zero": ({"max_output_tokens": 0}, "max_output_tokens"),
     "temperature text": ({"temperature": "hot"}, "temperature"),
     "stream a number": ({"stream": 1}, "stream"),
@@ -10794,6 +10950,32 @@ def test_ollama_empty_input_only_loads(server: Server, path: str, body: dict[str
     assert server.post(path, {"model": "dice", **body}).json()[answer[0]] == answer[1]
 
 
+def test_ollama_embeds_an_empty_text_among_others(server: Server) -> None:
+    """As Ollama's EmbedHandler does (server/routes.go); OpenAI refuses it."""
+    vectors = server.post("/api/embed", {"model": "dice", "input": ["thin", ""]}).json()["embeddings"]
+    assert [round(math.hypot(*v), 3) for v in vectors] == [1.0, 1.0]
+
+
+def test_ollama_tells_how_many_tokens_were_cached(server: Server) -> None:
+    ollama_chat(server, "a prompt for the cache")
+    reply = ollama_chat(server, "a prompt for the cache")
+    assert 0 < reply["prompt_eval_cached_count"] < reply["prompt_eval_count"]
+
+
+@cases("messages, contents", {
+    "in an older turn": ([{"role": "user", "content": "Look", "images": ["aGk="]}, *HELLO], [f"Look\n{LEFT_OUT}", "Hello!"]),
+    "in a tool's result": ([*HELLO, {"role": "tool", "images": ["aGk="]}], ["Hello!", LEFT_OUT]),
+})  # fmt: skip
+def test_ollama_images_become_a_note(messages: list[Any], contents: list[str]) -> None:
+    request = module.OllamaChat({"model": "recital", "messages": messages}).request
+    assert [m["content"] for m in request.messages] == contents
+
+
+@cases("options", {"top_k below zero": {"top_k": -1}, "no penalty": {"repeat_penalty": 0.0}})
+def test_ollama_takes_llama_cpps_words_for_off(server: Server, options: dict[str, Any]) -> None:
+    assert ollama_chat(server, options=options)["message"]["content"] == "Hello wide world"
+
+
 @cases(
     "path,body,status,words",
     {
@@ -10986,6 +11168,59 @@ def test_completion_ends_when_its_time_is_over(serve: Callable[..., Server], tmp
     assert document["content"].startswith("Tick \ntock")
 
 
+def test_completion_tells_its_tokens(server: Server) -> None:
+    ids = [TOKEN_ID[token] for token in ("Hello", " wide", " world")]
+    document = server.post("/completion", {"prompt": ":", "return_tokens": True}).json()
+    assert document["tokens"][:3] == ids and "completion_probabilities" not in document
+    *pieces, _ = llama_events(server, "/completion", {"prompt": ":", "return_tokens": True})
+    assert [id for piece in pieces for id in piece["tokens"]] == document["tokens"]
+    (first, *_) = server.post("/completion", {"prompt": ":", "n_probs": 2}).json()["completion_probabilities"]
+    assert first["id"] == ids[0] == first["top_logprobs"][0]["id"]
+
+
+@cases("fields", {
+    "top_k below zero": {"top_k": -1}, "no penalty": {"repeat_penalty": 0}, "up to the context's end": {"n_predict": -2},
+    "no time limit": {"t_max_predict_ms": -1}, "dynamic temperature": {"dynatemp_range": 0.5, "dynatemp_exponent": 1.5},
+    "samplers": {"samplers": ["top_k", "infill"]}, "no samplers": {"samplers": []},
+    "probabilities as they are": {"post_sampling_probs": False},
+})  # fmt: skip
+def test_completion_takes_llama_servers_words_for_off(server: Server, fields: dict[str, Any]) -> None:
+    assert server.post("/completion", {"prompt": ":", **fields}).json()["content"] == "Hello wide world"
+
+
+def test_completion_turns_off_the_samplers_that_are_not_named() -> None:
+    fields = {"top_k": 1, "top_p": 0.5, "min_p": 0.3, "dry_multiplier": 2, "samplers": ["top_p", "temperature"]}
+    sampling = module.LlamaCompletion({"prompt": ":", "temperature": 0.5, **fields}).request.sampling
+    assert (sampling.top_k, sampling.top_p, sampling.min_p, sampling.dry_multiplier, sampling.temperature) == (0, 0.5, 0, 0, 0.5)
+
+
+def test_dynamic_temperature_reaches_the_sampler(server: Server) -> None:
+    """With a range as wide as the temperature, an unsure model is twice as hot: other texts of the same seeds."""
+    body = {"model": "dice", "prompt": "Once", "temperature": 1, "n_predict": 40, "seed": 3}
+    usual = server.post("/completion", body).json()["content"]
+    assert server.post("/completion", {**body, "dynatemp_range": 0}).json()["content"] == usual
+    assert server.post("/completion", {**body, "dynatemp_range": 1}).json()["content"] != usual
+
+
+def test_completion_streams_several_prompts_by_their_index(server: Server) -> None:
+    events = llama_events(server, "/completion", {"prompt": [":", "="]})
+    texts = {index: "".join(e["content"] for e in events if e["index"] == index) for index in (0, 1)}
+    assert texts == {0: TEXTS[":"], 1: TEXTS["="]} and [e["stop"] for e in events].count(True) == 2
+
+
+def test_completion_tells_the_counts_of_each_prompt(server: Server) -> None:
+    first, second = server.post("/completion", {"prompt": ["Say :", ":"]}).json()
+    assert (first["tokens_evaluated"], second["tokens_evaluated"]) == (6, 2)
+    assert first["tokens_predicted"] == second["tokens_predicted"] == first["timings"]["predicted_n"]
+
+
+def test_completions_suffix_is_infill(gaps: Server) -> None:
+    for body in ({"prompt": "ab", "suffix": "cde"}, {"prompt": ["ab"], "suffix": "cde", "n": 2, "echo": True}):
+        document = gaps.post("/v1/completions", body).json()
+        assert document["choices"][-1]["text"] == ("ab" if "echo" in body else "") + "Hello wide world"
+        assert document["usage"]["prompt_tokens"] == 9
+
+
 def test_infill_puts_the_gap_between_its_tokens(gaps: Server) -> None:
     document = gaps.post("/infill", {"input_prefix": "ab", "input_suffix": "cde", "n_predict": 20}).json()
     assert document["content"] == "Hello wide world" and document["tokens_evaluated"] == 1 + 3 + 5  # BOS, gap, bytes
@@ -11047,7 +11282,9 @@ def test_llama_server_tells_both_sizes(gaps: Server, path: str, body: dict[str, 
     "path,body,words",
     {
         "no prompt": ("/completion", {}, ["prompt is required"]),
-        "several prompts": ("/completion", {"prompt": ["a", "b"]}, ["several requests"]),
+        "several prompts": ("/completion", {"prompt": ["a"] * 257}, ["up to 256 prompts"]),
+        "probabilities of what is left": ("/completion", {"prompt": "a", "post_sampling_probs": True}, ["post_sampling_probs"]),
+        "samplers no list": ("/completion", {"prompt": "a", "samplers": {"top_k": 1}}, ["samplers must be a list"]),
         "no such tokens": ("/infill", {"input_prefix": "a", "input_suffix": "b"}, ["cannot fill a gap"]),
         "no prefix": ("/infill", {"input_suffix": "b"}, ["input_prefix"]),
         "a piece without text": ("/infill", {"input_prefix": "", "input_suffix": "", "input_extra": [{}]}, ["extra[0].text"]),
