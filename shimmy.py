@@ -984,72 +984,25 @@ Event = (Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolRes
          | Usage)  # fmt: skip
 
 
-TURN_BYTES = MIB  # a body beyond this waits for its turn to be parsed, or for room to be read
+TURN_BYTES = MIB  # a body beyond this waits for one of few places to be read and parsed
 TURN_SECONDS = 10.0  # for that; a full-sized body takes about 0.1 s to parse
 MAX_JSON_VALUES = 1_000_000  # keys count too: about 100 bytes each in memory; 1 MiB of token ids has 200,000
 
 
-class Budget:
-    """Bytes that all threads together may hold at once; who would exceed them waits, in order of arrival."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.used = size, 0
-        self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
-
-    def take(self, size: int) -> None:
-        """Waits for room for `size` bytes. Raises Overloaded when there is none within TURN_SECONDS."""
-        ticket = object()
-        with self._changed:
-            self._waiting.append(ticket)
-            fits = self._changed.wait_for(lambda: self._fits(ticket, size), TURN_SECONDS)
-            self._waiting.remove(ticket)
-            self.used += size if fits else 0
-            self._changed.notify_all()  # the next in line
-        if not fits:
-            raise Overloaded(f"Bodies of {self.size // MIB} MiB in all are being read already")
-
-    def _fits(self, ticket: object, size: int) -> bool:
-        """A body larger than the whole budget fits when it is alone."""
-        return self._waiting[0] is ticket and (not self.used or self.used + size <= self.size)
-
-    def give(self, size: int) -> None:
-        """Returns what was taken."""
-        with self._changed:
-            self.used -= size
-            self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Takes `size` bytes while the block runs."""
-        self.take(size)
-        try:
-            yield
-        finally:
-            self.give(size)
-
-
-PARSING = Budget(MAX_BODY)  # one full-sized body at a time, or several smaller ones
-
-
 def parse_json(data: bytes, what: str = "The body") -> Any:
-    """Strict JSON: UTF-8, no NaN or infinite number, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values.
-
-    Beyond TURN_BYTES it waits for its turn. Raises InvalidRequest, and Overloaded when its turn does not come.
-    """
-    with PARSING.hold(len(data)) if len(data) > TURN_BYTES else contextlib.nullcontext():
-        try:
-            source = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
-        _check_nesting(data, what)
-        try:
-            value = json.loads(source, parse_float=_finite, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
-        if "\\u" in source and _has_surrogate(value):
-            raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
-        return value
+    """Strict JSON: UTF-8, no NaN or infinite number, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values."""
+    try:
+        source = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
+    _check_nesting(data, what)
+    try:
+        value = json.loads(source, parse_float=_finite, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
+    if "\\u" in source and _has_surrogate(value):
+        raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
+    return value
 
 
 _NO_MARKS = bytes(set(range(256)) - set(b'"[]{},:'))
@@ -7551,9 +7504,7 @@ class Dialect:
     """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
 
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes that a stream's client looks for among its documents only
-
-    openai_errors = False  # whether errors carry what OpenAI's clients read
-    api = "shimmy"  # whose API this is, for the metrics
+    api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
@@ -7604,14 +7555,9 @@ class Dialect:
         """A sign of life for clients that count no comments."""
         return None
 
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        """An error in this API's shape."""
-        return error.document(openai=cls.openai_errors)
-
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
         """What a stream that breaks off ends with."""
-        yield self.error(error)
+        yield ERROR_SHAPES[self.api](error)
 
 
 class Native(Dialect):
@@ -7804,7 +7750,7 @@ def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
 class OpenAI(Dialect):
     """What OpenAI's two text routes share."""
 
-    openai_errors, api = True, "openai"
+    api = "openai"
     prefix = object_name = chunk_name = ""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
@@ -7954,7 +7900,6 @@ class Completion(OpenAI):
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         """A prompt is a string, a list of strings, token ids, or a list of those."""
-        self._said: dict[int, int] = {}  # characters by choice so far
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
         logprobs = body.get("logprobs")
@@ -7965,6 +7910,8 @@ class Completion(OpenAI):
         if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
         self._echo = self._echoes(body, request)
+        begun = [len(p) * isinstance(p, str) for p in request.prompts for _ in range(request.n)]
+        self._said = dict(enumerate(begun))  # characters by choice so far: OpenAI counts from the prompt's start
         suffix = optional(body, "suffix", a_string, "")
         if suffix and (len(request.prompts) > 1 or not isinstance(request.prompts[0], str)):
             raise InvalidRequest("suffix is served for one prompt of text", "suffix")
@@ -7996,7 +7943,7 @@ class Completion(OpenAI):
     def _choice(self, index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
         shown = None
         if logprobs:
-            offset = self._said.get(index, 0)
+            offset = self._said[index]
             words = [t.token.decode("utf-8", "replace") for t in logprobs]
             tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in logprobs]
             shown = {"tokens": words, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops,
@@ -8012,7 +7959,7 @@ class Completion(OpenAI):
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
-    openai_errors, api = True, "openai"
+    api = "openai"
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__({**body, "stream": False})
@@ -8047,8 +7994,10 @@ class Embeddings(Dialect):
         return {"object": "list", "data": data}
 
     def _embedding(self, row: bytes) -> str | list[float]:
-
-        return base64.b64encode(row).decode() if self._base64 else list(struct.unpack(f"<{len(row) // 4}f", row))
+        """As base64, or as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
+        if self._base64:
+            return base64.b64encode(row).decode()
+        return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
 
 
 class Rerank(Embeddings):
@@ -8425,15 +8374,14 @@ class Messages(BlockDialect):
         return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens}  # fmt: skip
 
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        kind = {"server_error": "api_error"}.get(error.kind, error.kind)
-        message = str(error)
-        if isinstance(error, PayloadTooLarge):
-            kind = "request_too_large"
-        if isinstance(error, ContextLengthExceeded) and error.sizes:  # Claude Code reads these words, and compacts
-            message = "prompt is too long: {} tokens > {} maximum".format(*error.sizes)
-        return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
+
+def claude_error(error: ApiError) -> dict[str, Any]:
+    """Anthropic's errors."""
+    kinds = {"payload_too_large": "request_too_large", "server_error": "api_error"}
+    kind, message = kinds.get(error.code) or kinds.get(error.kind, error.kind), str(error)
+    if isinstance(error, ContextLengthExceeded) and error.sizes:  # Claude Code reads these words, and compacts
+        message = "prompt is too long: {} tokens > {} maximum".format(*error.sizes)
+    return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
 
 
 def joined_name(space: str, name: str) -> str:
@@ -8606,7 +8554,7 @@ def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...])
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    openai_errors, api = True, "openai"
+    api = "openai"
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
@@ -8804,6 +8752,7 @@ class Responses(BlockDialect):
 
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
 OLLAMA_FIELDS = ("options", "raw", "keep_alive", "suffix", "context", "template", "images", "think", "format")
+OLLAMA_UNSERVED = ("create", "copy", "delete", "push", "blobs")  # below /api, and in no other API
 OLLAMA_UNUSED = {  # options that are checked, but decided when the model is loaded
     "num_ctx": whole(1), "num_batch": whole(1), "num_keep": whole(-1), "num_thread": whole(0)
 }  # fmt: skip
@@ -8845,11 +8794,6 @@ def rfc3339(seconds: float) -> str:
     """A time since the epoch, as in 2026-01-31T12:00:00.000000Z."""
     seconds = max(seconds, 0.0)
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1e6):06d}Z"
-
-
-def ollama_error(error: ApiError) -> dict[str, Any]:
-    """Ollama's errors are a text."""
-    return {"error": str(error)}
 
 
 def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
@@ -8984,10 +8928,6 @@ class Ollama(Dialect):
             "prompt_eval_duration": prompt, "eval_count": usage.completion_tokens, "eval_duration": decode,
         }  # fmt: skip
 
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return ollama_error(error)
-
 
 class OllamaChat(Ollama):
     """`/api/chat`."""
@@ -9100,10 +9040,6 @@ class OllamaEmbed(Embeddings):
         return {"model": self.request.model, "embeddings": vectors, "total_duration": total, "load_duration": load,
                 "prompt_eval_count": self.usage.prompt_tokens}  # fmt: skip
 
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return ollama_error(error)
-
 
 class OllamaPull(Dialect):
     """`/api/pull`, of a hub's repositories: hf.co/OWNER/REPO:QUANT, as Ollama's users write it."""
@@ -9150,10 +9086,6 @@ class OllamaPull(Dialect):
             self._told = now
             file = {"digest": f"sha256:{event.digest}", "total": event.total, "completed": event.completed}
             yield {"status": event.status} | (file if event.total else {})
-
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return ollama_error(error)
 
 
 class OllamaEmbedding(OllamaEmbed):
@@ -9232,7 +9164,7 @@ def ollama_details(info: ModelInfo) -> dict[str, Any]:
 
 
 def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
-    """All of a model that `/api/show` tells."""
+    """What `/api/show` tells of a model."""
     metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
             and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
@@ -9308,19 +9240,16 @@ def picked(document: dict[str, Any], names: Seq[str]) -> dict[str, Any]:
     return found
 
 
-class LlamaServer(Dialect):
-    """The shape of llama-server's errors."""
-
-    api = "llama-server"
-
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return llama_error(error)
+ERROR_SHAPES: dict[str, Callable[[ApiError], dict[str, Any]]] = {  # by API
+    "shimmy": lambda error: error.document(), "openai": lambda error: error.document(openai=True), "anthropic": claude_error,
+    "ollama": lambda error: {"error": str(error)}, "llama-server": llama_error,
+}  # fmt: skip
 
 
-class LlamaCompletion(LlamaServer):
+class LlamaCompletion(Dialect):
     """`/completion`."""
 
+    api = "llama-server"
     OFF: ClassVar = {  # what turns a sampler off that `samplers` does not name; their order is always llama.cpp's own
         "penalties": {"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}, "dry": {"dry_multiplier": 0},
         "top_n_sigma": {"top_n_sigma": -1}, "top_k": {"top_k": 0}, "typ_p": {"typical_p": 1}, "top_p": {"top_p": 1},
@@ -9424,6 +9353,10 @@ class LlamaInfill(LlamaCompletion):
 # Who may call, what comes in, and whether the client is still there.
 
 
+class ClientGone(Exception):
+    """The client has left, or is too slow: there is nobody to answer."""
+
+
 @dataclass(frozen=True)
 class Access:
     """Who may call: checked for every request and every WebSocket upgrade before anything runs."""
@@ -9438,18 +9371,28 @@ class Access:
 
     def check(self, headers: Any, keyless: bool) -> None:
         """Raises Forbidden for a foreign Host or Origin, Unauthorized without the key where one is set."""
-        host = headers.get("Host")
-        if self.loopback and host is not None and not self._host_allowed(host):
-            raise Forbidden(f"Host '{host[:100]}' is not a loopback name; --allow-host opens more")
-        origin = headers.get("Origin")
+        host, origin = headers.get("Host"), headers.get("Origin")
+        if host is not None and not self._host_allowed(host):
+            raise Forbidden(f"Host '{host[:100]}' is no name of this machine; --allow-host opens more")
         if origin is not None and not self.origin_allowed(origin, host or ""):
             raise Forbidden(f"Origin '{origin[:100]}' is not allowed; --allow-origin opens more")
+        if origin is None and self._embedded(headers):
+            raise Forbidden("A foreign page may not embed what this server answers")
         if self.api_keys and not keyless and self._key(headers) is None:
             raise Unauthorized("Send the key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
 
     def _host_allowed(self, host: str) -> bool:
+        """Refuses names that a page's owner can point at this machine (DNS rebinding); where a key is asked of everybody on
+        the network, that gains nothing. Names without a dot are of containers and the local network."""
         name = host_name(host)
-        return name is not None and (is_loopback(name) or bool({"*", name, host} & set(self.hosts)))
+        if name is None or is_loopback(name) or {"*", name, host} & set(self.hosts):
+            return name is not None
+        return not self.loopback and (bool(self.api_keys) or "." not in name or is_ip(name) or name in own_names())
+
+    def _embedded(self, headers: Any) -> bool:
+        """True for an image, frame or script of a foreign page: browsers send no Origin with those."""
+        follows_link = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
+        return headers.get("Sec-Fetch-Site") == "cross-site" and not follows_link and "*" not in self.origins
 
     def origin_allowed(self, origin: str, host: str) -> bool:
         """Loopback pages on any port, desktop apps, pages this server itself serves, and what was opened."""
@@ -9466,25 +9409,14 @@ class Access:
         return str(self._key(headers)) if self.private and self.api_keys else ""
 
     def _key(self, headers: Any) -> int | None:
-        """Which key fits. Compares bytes: headers arrive as latin-1, or as ASCII with surrogates (websockets)."""
+        """Which key fits, compared in constant time."""
         import hmac
 
         scheme, _, bearer = (headers.get("Authorization") or "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
-        given += [headers.get("x-api-key") or ""]
-        sent = [g.encode("latin-1", "surrogateescape") for g in given]
-        for number, key in enumerate(self.api_keys):
-            if any(hmac.compare_digest(s, k) for s in sent for k in self._spellings(key)):
-                return number
-        return None
-
-    @staticmethod
-    def _spellings(key: str) -> list[bytes]:
-        """A key as clients send it: in UTF-8, or in latin-1 as Python's http.client does."""
-        spelled = [key.encode("utf-8", "surrogateescape")]
-        with contextlib.suppress(UnicodeEncodeError):
-            spelled.append(key.encode("latin-1"))
-        return spelled
+        sent = [g.encode("latin-1", "replace") for g in (*given, headers.get("x-api-key") or "")]
+        fits = [[hmac.compare_digest(given, key.encode()) for given in sent] for key in self.api_keys]
+        return next((number for number, found in enumerate(fits) if any(found)), None)
 
 
 APP_PLACE = re.compile(r"[\w.~-]*(?::\d{1,5})?", re.ASCII)  # app://obsidian.md, and Electron's app://.
@@ -9500,322 +9432,222 @@ def host_name(host: str) -> str | None:
     return found[1].strip("[]").lower() if found and int(found[2] or 0) < 65536 else None
 
 
+def is_ip(host: str) -> bool:
+    """True for an IP address."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
 def is_loopback(host: str) -> bool:
-    """Whether a name or address stands for this machine alone."""
+    """True if a name or address stands for this machine alone."""
     host = host.strip("[]").lower()
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
+    if is_ip(host):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or host.endswith(".localhost")
 
 
-UPGRADE_START = b"GET /ws/"
-MAX_UPGRADE_HEAD = 16384  # bytes; it is peeked at whole, before websockets reads it
-MAX_UPGRADE_LINE = 8190  # what websockets reads (its MAX_LINE_LENGTH without CRLF)
+@functools.lru_cache(maxsize=1)
+def own_names() -> frozenset[str]:
+    """This machine's name, alone and as the local network has it."""
+    name = socket.gethostname().lower()
+    return frozenset((name, f"{name.partition('.')[0]}.local"))
+
+
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
 HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
+LARGE_BODIES = threading.BoundedSemaphore(8)  # bodies over TURN_BYTES that arrive, or wait to be parsed
+MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
 
-def _wants_upgrade(head: bytes) -> bool:
-    """Whether the bytes read so far are, or may become, a request below /ws/."""
-    start = re.sub(rb"/+", b"/", head[:256])
-    return bool(start) and (start.startswith(UPGRADE_START) or UPGRADE_START.startswith(start))
+class Incoming(io.RawIOBase):
+    """A connection's bytes. A read ends by `deadline` (monotonic seconds), and raises ClientGone there and at the end of file.
 
-
-def _fits_websockets(head: bytes) -> bool:
-    """Whether the websockets package would read a head so large; what it refuses, it refuses without an error object."""
-    lines = head.split(b"\r\n")
-    return len(head) <= MAX_UPGRADE_HEAD and len(lines) < 128 and all(len(line) <= MAX_UPGRADE_LINE for line in lines)
-
-
-def _are_headers(lines: Iterable[bytes]) -> bool:
-    """Whether each line is a header: Python's parser stops at the first that is none, and would not see those behind it."""
-    return all(colon and TOKEN.fullmatch(name) for name, colon, _ in (line.partition(b":") for line in lines))
-
-
-def _is_handshake(head: bytes) -> bool:
-    """Whether a request head asks for a WebSocket as RFC 6455, 4.2.1 wants it."""
-    head, end, _ = head.partition(b"\r\n\r\n")
-    line, *fields = head.split(b"\r\n")
-    if not end or HEAD_FAULT.search(head) or not line.endswith(b" HTTP/1.1") or not _fits_websockets(head):
-        return False
-    if b"\n" in b"".join(fields) or not _are_headers(fields):
-        return False
-    given = {name.lower(): value.strip(b" \t") for name, _, value in (field.partition(b":") for field in fields)}
-    return (
-        given.get(b"upgrade", b"").lower() == b"websocket"
-        and b"upgrade" in given.get(b"connection", b"").lower()
-        and given.get(b"sec-websocket-version") == b"13"
-        and re.fullmatch(rb"[A-Za-z0-9+/]{22}==", given.get(b"sec-websocket-key", b"")) is not None
-    )
-
-
-READING = Budget(8 * MAX_BODY)  # bytes of bodies that arrive or wait to be parsed, of all connections together
-READ_FREE = 1 << 16  # of each body, not counted
-
-
-class RequestReader:
-    """A connection's incoming bytes: every read ends by `deadline` (monotonic seconds), every size is bounded.
-
-    A body's bytes count against READING until `release`.
+    What the client sends while its request runs is read ahead by the watcher, which so sees it leave.
     """
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.buffer, self.deadline = connection, bytearray(), math.inf
-        self._held = 0  # taken from READING
+        self.connection, self.deadline = connection, math.inf
+        self._ahead = b""
 
-    def _fill(self) -> None:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.connection.settimeout(left)
-        data = self.connection.recv(65536)
-        if not data:
-            raise ConnectionResetError
-        self.buffer += data
-
-    def begin(self) -> bool:
-        """Waits for a request's first byte, then starts its clock; False when the connection is over."""
-        self.release()
-        self.deadline = time.monotonic() + IDLE_SECONDS
-        try:
-            while not self._skip_empty_lines():
-                self.connection.settimeout(max(0.0, self.deadline - time.monotonic()))
-                if self.is_upgrade():
-                    return True
-                self._fill()
-        except (OSError, ValueError):
-            return False
-        self.deadline = time.monotonic() + REQUEST_SECONDS
+    def readable(self) -> bool:
         return True
 
-    def _skip_empty_lines(self) -> bytearray:
-        """Empty lines before a request are fine (RFC 9112, 2.2)."""
-        del self.buffer[: len(self.buffer) - len(self.buffer.lstrip(b"\r\n"))]
-        return self.buffer
+    def readinto(self, buffer: Any) -> int:
+        if self._ahead:
+            data, self._ahead = self._ahead[: len(buffer)], self._ahead[len(buffer) :]
+            buffer[: len(data)] = data
+            return len(data)
+        try:
+            self.connection.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            size = self.connection.recv_into(buffer)
+        except OSError:  # a timeout too
+            raise ClientGone from None
+        if not size:
+            raise ClientGone
+        return size
 
-    def is_upgrade(self) -> bool:
-        """Whether the unread bytes are a proper WebSocket upgrade; peeks, so that the WebSocket side reads them itself.
+    def read_ahead(self) -> tuple[bool, bool]:
+        """Reads what is there: (the client has left, no more is read ahead). An end of file is an end, as in Go's net/http."""
+        try:
+            data = self.connection.recv(MAX_AHEAD)
+        except OSError:
+            return True, True
+        self._ahead += data
+        return not data, not data or len(self._ahead) >= MAX_AHEAD
 
-        Anything else, a malformed upgrade too, is a request that HTTP reads and answers with an error object.
-        """
-        deadline = time.monotonic() + REQUEST_SECONDS
-        while not self.buffer and time.monotonic() < deadline:
-            head = self.connection.recv(MAX_UPGRADE_HEAD, socket.MSG_PEEK)
-            if empty := len(head) - len(head.lstrip(b"\r\n")):
-                self.connection.recv(empty)
-                continue
-            if not _wants_upgrade(head):
-                return False
-            if b"\r\n\r\n" in head or len(head) >= MAX_UPGRADE_HEAD:
-                return _is_handshake(head)
-            waited = time.monotonic() - deadline + REQUEST_SECONDS
-            time.sleep(min(0.005 + waited / 4, 0.25))  # the rest is on its way; peeking cannot wait for more
-        return False
+
+class RequestReader:
+    """Reads requests: every size is bounded. A body over TURN_BYTES holds a place in LARGE_BODIES until `release`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.incoming = Incoming(connection)
+        self._bytes, self._placed = io.BufferedReader(self.incoming), False
+
+    def begin(self) -> None:
+        """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
+        self.incoming.deadline = time.monotonic() + IDLE_SECONDS
+        while self._bytes.peek(1)[:1] in (b"\r", b"\n"):
+            self._bytes.read(1)
+        self.incoming.deadline = time.monotonic() + REQUEST_SECONDS
 
     def head(self) -> tuple[bytes, bytes]:
         """The request line and the header lines. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
-        searched = 0
-        while not (end := self._head_end(searched)):
-            if len(self.buffer) > MAX_HEAD:
-                what, status = ("headers are", 431) if b"\n" in self.buffer else ("request line is", 414)
+        head = bytearray()
+        while not head.endswith((b"\n\r\n", b"\n\n")):
+            head += self._bytes.readline(MAX_HEAD + 1 - len(head))
+            if len(head) > MAX_HEAD:
+                what, status = ("headers are", 431) if b"\n" in head else ("request line is", 414)
                 raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
-            searched = max(0, len(self.buffer) - 2)  # a head sent byte by byte is not searched from its start each time
-            self._fill()
-        head = bytes(self.buffer[:end])
-        del self.buffer[:end]
-        self._check_head(head)
-        line, _, headers = head.partition(b"\n")
-        return line + b"\n", headers
-
-    def _head_end(self, start: int) -> int:
-        """Where the empty line ends that ends a head, 0 while there is none."""
-        found = [at + len(mark) for mark in (b"\n\r\n", b"\n\n") if (at := self.buffer.find(mark, start)) >= 0]
-        return min(found, default=0)
-
-    @staticmethod
-    def _check_head(head: bytes) -> None:
-        if len(head) > MAX_HEAD:
-            raise InvalidRequest(f"The headers are over {MAX_HEAD} bytes", status=431)
         if HEAD_FAULT.search(head):
             raise InvalidRequest("The request's head holds a control character, a CR without LF or a folded line")
-        if not _are_headers(head.rstrip(b"\r\n").split(b"\n")[1:]):
-            raise InvalidRequest("A header line is malformed")
-        if _wants_upgrade(head) and b"\nupgrade:" in head.lower() and not _fits_websockets(head[:-4]):
-            limits = f"{MAX_UPGRADE_HEAD} bytes, a line {MAX_UPGRADE_LINE}"
-            raise InvalidRequest(f"The headers of an upgrade may have up to {limits}", status=431)
+        line, _, headers = bytes(head).partition(b"\n")
+        fields = [field.partition(b":") for field in headers.rstrip(b"\r\n").split(b"\n")] if headers.strip() else []
+        if not all(colon and TOKEN.fullmatch(name) for name, colon, _ in fields):
+            raise InvalidRequest("A header line is malformed")  # Python's parser stops there, and would not see those behind it
+        return line + b"\n", headers
 
-    def exactly(self, size: int) -> bytes:
-        """A body of `size` bytes. Raises Overloaded when too many bodies arrive at once."""
+    def body(self, size: int) -> bytes:
+        """A body of `size` bytes; -1: in chunks. Raises Overloaded when too many large ones arrive at once."""
         body = bytearray()
-        self._read_into(body, size)
+        if size < 0:
+            self._read_chunks(body)
+        else:
+            self._read_into(body, size)
         return bytes(body)
 
     def _read_into(self, body: bytearray, size: int) -> None:
+        """A place is taken when so much has come, so that a body that is announced and never sent keeps nobody waiting."""
         end = len(body) + size
         while len(body) < end:
-            if not self.buffer:
-                self._fill()
-            part = self.buffer[: end - len(body)]
-            del self.buffer[: len(part)]
-            body += part
-            if len(body) > READ_FREE + self._held:
-                READING.take(MIB)  # as they arrive, so that a body which is announced and never sent keeps nobody waiting
-                self._held += MIB
+            if len(body) >= TURN_BYTES:
+                self.take_place()
+            body += self._bytes.read(min(end - len(body), TURN_BYTES))
 
-    def release(self) -> None:
-        """Gives the body's bytes back to READING: it has been parsed, or the connection ends."""
-        held, self._held = self._held, 0
-        if held:
-            READING.give(held)
+    def take_place(self) -> None:
+        """Waits for one among the large bodies. Raises Overloaded when there is none within TURN_SECONDS."""
+        self._placed = self._placed or LARGE_BODIES.acquire(timeout=TURN_SECONDS)
+        if not self._placed:
+            raise Overloaded("Too many large bodies are being read already")
 
-    def line(self) -> bytes:
-        """A line of a chunked body, stripped. Raises InvalidRequest beyond 1,024 bytes."""
-        while (end := self.buffer.find(b"\n", 0, 1025)) < 0:
-            if len(self.buffer) > 1024:
-                raise InvalidRequest("A chunk's size line is too long")
-            self._fill()
-        line = bytes(self.buffer[:end])
-        del self.buffer[: end + 1]
-        return line.strip()
-
-    def chunked(self) -> bytes:
-        """A body in chunks (RFC 9112, 7.1); trailers are read and dropped."""
-        body = bytearray()
+    def _read_chunks(self, body: bytearray) -> None:
+        """RFC 9112, 7.1; trailers are read and dropped."""
         while size := self._chunk_size():
             if len(body) + size > MAX_BODY:
                 raise PayloadTooLarge(f"Bodies may have up to {MAX_BODY} bytes")
             self._read_into(body, size)
-            if self.line():
+            if self._line():
                 raise InvalidRequest("A chunk is longer than its size")
         for _ in range(100):
-            if not self.line():
-                return bytes(body)
+            if not self._line():
+                return
         raise InvalidRequest("Too many trailers")
 
     def _chunk_size(self) -> int:
-        size_text = self.line().partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size_text):
+        text = self._line().partition(b";")[0].rstrip(b" \t")
+        if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", text):
             raise InvalidRequest("A chunk's size is malformed")
-        return int(size_text, 16)
+        return int(text, 16)
+
+    def _line(self) -> bytes:
+        line = self._bytes.readline(1026)
+        if not line.endswith(b"\r\n"):
+            raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
+        return line[:-2]
+
+    def release(self) -> None:
+        """The body has been parsed, or the connection ends."""
+        if self._placed:
+            self._placed = False
+            LARGE_BODIES.release()
+
+    def unread(self) -> bytes:
+        """What has come and was not read."""
+        data, self.incoming.deadline = b"", 0.0
+        with contextlib.suppress(ClientGone):
+            while len(data) < TURN_BYTES:
+                data += self._bytes.read1(MAX_AHEAD)
+        return data
 
     def drain(self) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
-        self.deadline = time.monotonic() + 2.0
-        self.buffer.clear()
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
+        self.incoming.deadline = time.monotonic() + 2.0
+        with contextlib.suppress(OSError, ClientGone):
+            self.incoming.connection.shutdown(socket.SHUT_WR)
             for _ in range(2048):
-                self._fill()
-                self.buffer.clear()
+                self._bytes.read1(1 << 16)
 
 
-POLL_SECONDS = 0.02  # how often a client that has ended its side is looked at: a reset is a round trip away
-PROBE_SECONDS = 1.0, 16.0  # between probes of a client that only listens: at first, and at most
+def uncompressed(data: bytes, encoding: str) -> bytes:
+    """A body without its Content-Encoding, within the bounds of any other. Raises InvalidRequest (400, 415), PayloadTooLarge."""
+    if encoding in ("", "identity"):
+        return data
+    import zlib
 
-Probe = Callable[[], bool]  # writes what a client skips; False where nothing can be written. Must not block
-
-
-@dataclass(eq=False)
-class Watched:
-    """A request's connection, and what to do when its client leaves. Owned by Watcher, under its lock."""
-
-    connection: socket.socket
-    cancel: Cancellation
-    probe: Probe | None
-    due: float = 0.0  # monotonic seconds of the next probe
-    pause: float = PROBE_SECONDS[0]
-
-    def look(self) -> tuple[bool, bool]:
-        """Whether the client has left, and whether the socket has nothing more to tell a selector. Must be readable.
-
-        Close and half-close look the same here, an end of file (RFC 9293, 3.6). They differ in the answer to
-        whatever is sent next: a closed client's kernel resets the connection, a half-closed one's accepts it.
-        """
-        try:
-            data = self.connection.recv(4096, socket.MSG_PEEK)
-            if empty := len(data) - len(data.lstrip(b"\r\n")):
-                self.connection.recv(empty)  # empty lines between requests mean nothing (RFC 9112, 2.2)
-                data = data[empty:]
-                if not data:
-                    return False, False
-            ended = not data or tcp_state(self.connection) in (TCP_CLOSE_WAIT, TCP_CLOSE)  # behind a next request
-            return ended and self._is_gone(), True
-        except OSError:
-            return True, True
-
-    def _is_gone(self) -> bool:
-        if tcp_state(self.connection) == TCP_CLOSE or self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            return True
-        now = time.monotonic()
-        if now < self.due:
-            return False
-        self.due, self.pause = now + self.pause, min(2 * self.pause, PROBE_SECONDS[1])
-        return self.probe is None or not self.probe()
-
-
-TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8  # linux/tcp_states.h
-
-
-def tcp_state(connection: socket.socket) -> int:
-    """The connection's state, which Linux's TCP_INFO begins with; 0 where nobody tells."""
-    if sys.platform != "linux":
-        return 0
+    windows = {"gzip": 31, "x-gzip": 31, "deflate": 15 if data[:1] == b"\x78" else -15}  # deflate: zlib's form, or bare
+    if encoding not in windows:
+        raise InvalidRequest(f"Content-Encoding {encoding[:40]} is not served: send gzip, deflate or none", status=415)
+    stream = zlib.decompressobj(windows[encoding])
     try:
-        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    except OSError:  # no TCP
-        return 0
-
-
-def is_writable(connection: socket.socket) -> bool:
-    """Whether a few bytes can be written at once; select() takes no descriptor beyond 1023."""
-    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        selector.register(connection, selectors.EVENT_WRITE)
-        return bool(selector.select(0))
+        plain = stream.decompress(data, MAX_BODY + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"The body is not {encoding}: {error}") from None
+    if len(plain) > MAX_BODY:
+        raise PayloadTooLarge(f"The body has over {MAX_BODY} bytes when it is unpacked")
+    if not stream.eof or stream.unused_data:
+        raise InvalidRequest(f"The body is not one whole {encoding} stream")
+    return plain
 
 
 class Watcher:
     """Notices clients that leave while their request runs: one thread over the sockets of all running requests."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._aside: dict[socket.socket, Watched] = {}  # readable for good, hence polled
-        self._lock = threading.Lock()
-        self._here, self._there = socket.socketpair()
-        self._here.setblocking(False)
+        self._selector, self._lock = selectors.DefaultSelector(), threading.Lock()
+        self._here, self._there = socket.socketpair()  # select() and poll() look at a new socket only when called anew
         self._selector.register(self._here, selectors.EVENT_READ)
         self._started = False
 
     @contextlib.contextmanager
-    def watching(self, connection: socket.socket, cancel: Cancellation, probe: Probe | None = None) -> Iterator[None]:
-        """Cancels when the client leaves.
-
-        At an end of file `probe` is called, in the watcher's thread and only while the block runs: a client that has
-        closed answers with a reset, one that has only ended its side keeps its request. Without it both have left.
-        """
+    def watching(self, incoming: Incoming, cancel: Cancellation) -> Iterator[None]:
+        """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
         with self._lock:
             if not self._started:
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
                 self._started = True
-            self._selector.register(connection, selectors.EVENT_READ, Watched(connection, cancel, probe))
-        if not isinstance(self._selector, _KERNEL_SELECTORS):
-            self._there.send(b"\0")  # select() and poll() look at a new socket only when called anew
+            self._selector.register(incoming.connection, selectors.EVENT_READ, (incoming, cancel))
+        if not hasattr(selectors, "EpollSelector"):
+            self._there.send(b"\0")
         try:
             yield
         finally:
-            self._drop(connection)
-
-    def _drop(self, connection: socket.socket) -> None:
-        with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
-            if not self._aside.pop(connection, None):
-                self._selector.unregister(connection)
+            with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
+                self._selector.unregister(incoming.connection)
 
     def _run(self) -> None:
         while True:
             with contextlib.suppress(OSError, ValueError):  # Windows' select(), of a socket closed meanwhile
-                self._selector.select(*([POLL_SECONDS] if self._aside else []))
+                self._selector.select()
             for cancel in self._left():
                 cancel.cancel()
 
@@ -9827,47 +9659,42 @@ class Watcher:
         """
         left = []
         with self._lock:
-            for watched in [*self._readable(), *self._aside.values()]:
-                gone, polled = watched.look()
-                if gone or polled:
-                    self._set_aside(watched)
-                if gone:
-                    del self._aside[watched.connection]
-                    left.append(watched.cancel)
+            for key, _ in self._selector.select(0):
+                if key.fileobj is self._here:
+                    self._here.recv(4096)
+                    continue
+                incoming, cancel = key.data
+                gone, done = incoming.read_ahead()
+                if done:
+                    self._selector.unregister(incoming.connection)
+                left += [cancel] * gone
         return left
-
-    def _readable(self) -> list[Watched]:
-        keys = [key for key, _ in self._selector.select(0)]
-        if any(key.fileobj is self._here for key in keys):
-            self._here.recv(4096)
-        return [key.data for key in keys if key.data]
-
-    def _set_aside(self, watched: Watched) -> None:
-        if watched.connection not in self._aside:
-            self._selector.unregister(watched.connection)
-            self._aside[watched.connection] = watched
-
-
-_KERNEL_SELECTORS = tuple(
-    getattr(selectors, name) for name in ("EpollSelector", "KqueueSelector", "DevpollSelector") if hasattr(selectors, name)
-)
 
 
 # ── 15.2. Wires ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # How documents become bytes, and the one loop between an answer's events and the client.
 
 
-class Output(Protocol):
-    """Where a wire writes: an HTTP connection's answer."""
+def to_json(document: Any) -> bytes:
+    """JSON as UTF-8; what cannot be encoded becomes a question mark."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
 
-    def respond(self, answer: Answer) -> None:
-        """Sends a whole answer."""
 
-    def start(self, content_type: str) -> None:
-        """Sends the head of an answer in pieces."""
+@dataclass(frozen=True)
+class Framing:
+    """How a stream's documents become bytes: each one's, the mark at the end, and a sign of life."""
 
-    def write(self, data: bytes, last: bool = False) -> None:
-        """Sends a piece, and the end of the answer behind the last one."""
+    content_type: str
+    encode: Callable[[dict[str, Any]], bytes]
+    done: bytes = b""
+    pulse: bytes = b": waiting\n\n"
+
+
+EVENTS = "text/event-stream; charset=utf-8"  # WHATWG HTML, 9.2
+SSE = Framing(EVENTS, lambda d: b"data: %b\n\n" % to_json(d), b"data: [DONE]\n\n")
+PLAIN_SSE = Framing(EVENTS, SSE.encode)  # llama-server's last document says that it is
+NAMED_SSE = Framing(EVENTS, lambda d: b"event: %b\ndata: %b\n\n" % (d["type"].encode(), to_json(d)))  # Messages, Responses
+NDJSON = Framing("application/x-ndjson", lambda d: to_json(d) + b"\n", pulse=b" ")  # to Ollama's clients a space is nothing
 
 
 class Wire:
@@ -9896,7 +9723,7 @@ class Wire:
 class Whole(Wire):
     """One JSON document, with its status."""
 
-    def __init__(self, out: Output) -> None:
+    def __init__(self, out: Handler) -> None:
         self._out = out
 
     def send(self, document: dict[str, Any]) -> None:
@@ -9906,69 +9733,34 @@ class Whole(Wire):
         self._out.respond(Answer(document, error.status, error.headers()))
 
 
-class Sse(Whole):
-    """Server-sent events (WHATWG HTML, 9.2), one a document, then `[DONE]`."""
+class Stream(Whole):
+    """Documents in a Framing, behind a head that goes out when the answer begins."""
 
-    content_type = "text/event-stream; charset=utf-8"
-    done, pulse = b"data: [DONE]\n\n", b": waiting\n\n"  # the end's mark, and a sign of life
+    def __init__(self, out: Handler, framing: Framing) -> None:
+        super().__init__(out)
+        self._framing = framing
 
     def begin(self) -> None:
         if not self.begun:
-            self._out.start(self.content_type)
+            self._out.start(self._framing.content_type)
             self.begun = True
 
     def send(self, document: dict[str, Any]) -> None:
-        self._out.write(self.encoded(document))
+        self._out.write(self._framing.encode(document))
 
     def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
         if self.begun:
             document = sign()
-            self._out.write(self.encoded(document) if document else self.pulse)
+            self._out.write(self._framing.encode(document) if document else self._framing.pulse)
 
     def end(self) -> None:
-        self._out.write(self.done, last=True)
+        self._out.write(self._framing.done, last=True)
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
         if self.begun:
-            self._out.write(self.encoded(document), last=True)
+            self._out.write(self._framing.encode(document), last=True)
         else:
             super().fail(error, document)
-
-    @staticmethod
-    def encoded(document: dict[str, Any]) -> bytes:
-        return b"data: %b\n\n" % to_json(document)
-
-
-class PlainSse(Sse):
-    """Events without `[DONE]`: llama-server's own, whose last document says that it is."""
-
-    done = b""
-
-
-class Ndjson(Sse):
-    """One JSON document a line, without a mark at the end: Ollama's. Between lines a space means nothing to its clients."""
-
-    content_type = "application/x-ndjson"
-    done, pulse = b"", b" "
-
-    @staticmethod
-    def encoded(document: dict[str, Any]) -> bytes:
-        return to_json(document) + b"\n"
-
-
-class NamedSse(Sse):
-    """Events named by their document's `type`, and no `[DONE]`: Anthropic's Messages, OpenAI's Responses."""
-
-    done = b""
-
-    @staticmethod
-    def encoded(document: dict[str, Any]) -> bytes:
-        return b"event: %b\ndata: %b\n\n" % (document["type"].encode(), to_json(document))
-
-
-def to_json(document: Any) -> bytes:
-    """JSON as UTF-8; what cannot be encoded becomes a question mark."""
-    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
@@ -9988,16 +9780,6 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
 
 
 # One request, through any door
-
-
-class Door(Protocol):
-    """Who waits at the other end of a request."""
-
-    def fail(self, error: ApiError) -> None:
-        """Tells the client about an error."""
-
-    def leave(self) -> None:
-        """The request is off: the client has left, or cancelled."""
 
 
 ID_HEADERS = ("X-Request-Id", "request-id")  # where OpenAI's clients look for it, and Anthropic's
@@ -10026,21 +9808,26 @@ class RequestLog:
         log.info("%s %s %.0f ms%s, id %s", printable(self.what), self.status, milliseconds, tokens, self.id)
 
 
-def run_request(work: Callable[[], None], door: Door, line: RequestLog) -> None:
-    """Runs a request: the one place where errors become answers, and where requests are logged."""
+def run_request(
+    work: Callable[[], None], line: RequestLog, fail: Callable[[ApiError], None], leave: Callable[[], None]
+) -> None:
+    """Runs a request: the one place where errors become answers, and where requests are logged.
+
+    `fail` tells the client about an error; `leave` is for a request that is off: its client has left, or cancelled it.
+    """
     try:
         work()
     except ApiError as error:
         line.status = error.status
         if error.status == 500:
             log.error("%s failed, id %s: %s", printable(line.what), line.id, printable(str(error)))
-        door.fail(error)
-    except (Cancelled, ConnectionError, TimeoutError):  # called off, gone, or too slow
-        door.leave()
+        fail(error)
+    except (Cancelled, ClientGone):
+        leave()
     except Exception:
         log.exception("%s failed, id %s", printable(line.what), line.id)
         line.status = 500
-        door.fail(ApiError("See the server's log"))
+        fail(ApiError("See the server's log"))
     line.write()
 
 
@@ -10079,19 +9866,9 @@ def answer_health(call: Call) -> Answer:
     return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
 
 
-def answer_diag(call: Call) -> Answer:
-    """What a report of a problem should contain."""
-    return Answer(call.service.diag())
-
-
 def answer_metrics(call: Call) -> Answer:
     """What Prometheus scrapes."""
     return Answer(metrics_text(call.service), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def answer_models(call: Call) -> Answer:
-    """The list of models, `default` first."""
-    return Answer(call.service.models())
 
 
 def answer_discover(call: Call) -> Answer:
@@ -10113,23 +9890,13 @@ def answer_unload(call: Call) -> Answer:
     return Answer(call.service.table.unload(call.names[0], force, call.cancel))
 
 
-def answer_status(call: Call) -> Answer:
-    """One model's state and counts."""
-    return Answer(call.service.table.status(call.names[0]))
-
-
-def answer_tools(call: Call) -> Answer:
-    """Every tool with the JSON schema of its arguments."""
-    return Answer({"tools": call.service.tools.documents()})
-
-
 def answer_execute(call: Call) -> Answer:
     """Runs a tool on the arguments in the body."""
     return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}"), call.cancel))
 
 
 def answer_upgrade(call: Call) -> Answer:
-    """426: proper upgrades never come here, Handler.handle gives them to SocketListener."""
+    """426: Handler gives proper upgrades to SocketListener."""
     raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
@@ -10155,18 +9922,8 @@ def answer_count_tokens(call: Call) -> Answer:
 # Ollama's and llama-server's routes that generate nothing
 
 
-def answer_version(call: Call) -> Answer:
-    """The version of Ollama that this API is; clients compare it."""
-    return Answer({"version": OLLAMA_VERSION})
-
-
-def answer_tags(call: Call) -> Answer:
-    """Every model, as Ollama lists them."""
-    return Answer({"models": [ollama_model(info) for info in call.service.table.infos()]})
-
-
 def answer_ps(call: Call) -> Answer:
-    """The loaded models, and when each goes; one that stays does in some 290 years, as Ollama has it."""
+    """The loaded models, and when each goes. As Ollama has it, one that stays goes in some 290 years."""
     models = []
     for r in call.service.table.residents():
         expires = time.time() + (9.2e9 if r.left is None else r.left)
@@ -10206,14 +9963,9 @@ def answer_slots(call: Call) -> Answer:
         {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "is_processing": i < r.running, "model": r.info.id}
         for n, (r, i) in enumerate(places)
     ]
-    if call.query.get("fail_on_no_slot") and not any(not slot["is_processing"] for slot in slots):
-        raise Overloaded("No slot is free")
+    if call.query.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
+        raise Overloaded("No slot is free")  # where nothing is loaded, the next request loads
     return Answer(slots)
-
-
-def answer_ok(call: Call) -> Answer:
-    """`/health` in llama-server's word."""
-    return Answer(answer_health(call).document | {"status": "ok"})
 
 
 def answer_tokenize(call: Call) -> Answer:
@@ -10275,8 +10027,8 @@ class Route:
     answer: Answering | type[Dialect]  # a dialect generates
     keyless: bool = False
     needs_body: bool = False
-    errors: type[Dialect] = Dialect  # whose shape an error takes
-    wire: type[Sse] = Sse  # of a dialect's streams
+    api: str = "shimmy"  # whose shape an error takes
+    framing: Framing = SSE  # of a dialect's streams
     unless: tuple[Callable[[Mapping[str, Any], str], bool], Route] | None = None  # another API's row at this address
 
     def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
@@ -10299,27 +10051,28 @@ class Route:
 def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterator[Route]:
     method, path = row.split()
     if isinstance(answer, type):
-        marks = {"needs_body": True, "errors": answer} | marks
+        assert issubclass(answer, Dialect)
+        marks = {"needs_body": True, "api": answer.api} | marks
     segments = tuple(filter(None, path.split("/")))
     yield Route(method, segments, answer, **marks)
     if segments[:1] == ("v1",):  # OpenAI's routes work without /v1 too
         yield Route(method, segments[1:], answer, **marks)
 
 
-_OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, errors=Ollama, wire=Ndjson)
+_OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, api="ollama", framing=NDJSON)
 ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
-    *_route("GET /diag", answer_diag),
+    *_route("GET /diag", lambda call: Answer(call.service.diag())),
     *_route("GET /metrics", answer_metrics),
     *_route("POST /api/generate", Native, unless=(speaks_ollama, _OLLAMA_GENERATE)),
-    *_route("GET /api/models", answer_models),
+    *_route("GET /api/models", lambda call: Answer(call.service.models())),
     *_route("POST /api/models/discover", answer_discover),
     *_route("POST /api/models/{}/load", answer_load),
     *_route("POST /api/models/{}/unload", answer_unload),
-    *_route("GET /api/models/{}/status", answer_status),
-    *_route("GET /api/tools", answer_tools),
+    *_route("GET /api/models/{}/status", lambda call: Answer(call.service.table.status(call.names[0]))),
+    *_route("GET /api/tools", lambda call: Answer({"tools": call.service.tools.documents()})),
     *_route("POST /api/tools/{}/execute", answer_execute, needs_body=True),
     *_route("GET /ws/generate", answer_upgrade),
     *_route("POST /v1/chat/completions", ChatCompletion),
@@ -10327,27 +10080,28 @@ ROUTES = (
     *_route("POST /v1/embeddings", Embeddings),
     *_route("POST /v1/rerank", Rerank),
     *_route("POST /v1/reranking", Rerank),
-    *_route("POST /v1/messages", Messages, wire=NamedSse),
-    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, errors=Messages),
-    *_route("POST /v1/responses", Responses, wire=NamedSse),
-    *_route("GET /v1/models", answer_openai_models, errors=OpenAI),
-    *_route("GET /v1/models/{}", answer_openai_model, errors=OpenAI),
-    *_route("GET /api/version", answer_version, errors=Ollama),
-    *_route("GET /api/tags", answer_tags, errors=Ollama),
-    *_route("GET /api/ps", answer_ps, errors=Ollama),
-    *_route("POST /api/show", answer_show, needs_body=True, errors=Ollama),
-    *_route("POST /api/pull", OllamaPull, wire=Ndjson),
-    *_route("POST /api/chat", OllamaChat, wire=Ndjson),
+    *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
+    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, api="anthropic"),
+    *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
+    *_route("GET /v1/models", answer_openai_models, api="openai"),
+    *_route("GET /v1/models/{}", answer_openai_model, api="openai"),
+    *_route("GET /api/version", lambda call: Answer({"version": OLLAMA_VERSION}), api="ollama"),  # clients compare it
+    *_route("GET /api/tags", lambda call: Answer({"models": list(map(ollama_model, call.service.table.infos()))}), api="ollama"),
+    *_route("GET /api/ps", answer_ps, api="ollama"),
+    *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
+    *_route("POST /api/pull", OllamaPull, framing=NDJSON),
+    *_route("POST /api/chat", OllamaChat, framing=NDJSON),
     *_route("POST /api/embed", OllamaEmbed),
     *_route("POST /api/embeddings", OllamaEmbedding),
-    *_route("POST /completion", LlamaCompletion, wire=PlainSse),
-    *_route("POST /infill", LlamaInfill, wire=PlainSse),
-    *_route("POST /tokenize", answer_tokenize, needs_body=True, errors=LlamaServer),
-    *_route("POST /detokenize", answer_detokenize, needs_body=True, errors=LlamaServer),
-    *_route("POST /apply-template", answer_template, needs_body=True, errors=LlamaServer),
-    *_route("GET /props", answer_props, errors=LlamaServer),
-    *_route("GET /slots", answer_slots, errors=LlamaServer),
-    *_route("GET /v1/health", answer_ok, errors=LlamaServer, keyless=True),
+    *_route("POST /completion", LlamaCompletion, framing=PLAIN_SSE),
+    *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
+    *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
+    *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
+    *_route("POST /apply-template", answer_template, needs_body=True, api="llama-server"),
+    *_route("GET /props", answer_props, api="llama-server"),
+    *_route("GET /slots", answer_slots, api="llama-server"),
+    *_route("GET /v1/health", lambda call: Answer(answer_health(call).document | {"status": "ok"}), api="llama-server",
+            keyless=True),
 )
 
 
@@ -10356,34 +10110,32 @@ ROUTES = (
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: requests one after another, each read, checked, and answered by its row of ROUTES."""
+    """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
 
     protocol_version = "HTTP/1.1"
     server_version = f"shimmy/{__version__}"
     sys_version = ""
-    disable_nagle_algorithm = True
     server: Server
 
     def setup(self) -> None:
-        super().setup()
+        self.connection = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.service, self.reader = self.server.service, RequestReader(self.connection)
-        self._sending = threading.RLock()  # this thread answers, and the watcher's may probe
 
     def finish(self) -> None:
         self.reader.release()
-        super().finish()
 
     def handle(self) -> None:
         self.close_connection = False
-        while not self.close_connection and self.reader.begin():
-            if self.reader.is_upgrade():
-                self.server.sockets.hand_over(self.connection)
-                return
-            self.handle_one_request()
+        with contextlib.suppress(ClientGone):
+            while not self.close_connection:
+                self.reader.begin()
+                self.handle_one_request()
 
     def handle_one_request(self) -> None:
         self._reset()
-        run_request(self._answer_request, self, self.log_line)
+        run_request(self._answer_request, self.log_line, self.fail, self.leave)
+        self.reader.release()
         self._count()
         if self.close_connection and self.unread:
             self.reader.drain()
@@ -10394,14 +10146,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.log_line = RequestLog()  # its id is the client's as soon as the head is read
         self.route: Route | None = None
         self.wire: Wire = Whole(self)
-        self.chunked = self.unread = self._ended = False
+        self.chunked = self.unread = False
         self.segments: list[str] = []
 
     def _count(self) -> None:
         """Counts the request by words that are ours: a client's are without number."""
         method = self.command if self.command in ("GET", "HEAD", "POST", "OPTIONS") else "other"
         route = self.route.label() if self.route else "other"
-        self.service.metrics.answered(method, route, self._error_shape().api, self.log_line.status)
+        self.service.metrics.answered(method, route, self._api(), self.log_line.status)
 
     def _answer_request(self) -> None:
         self._read_head()
@@ -10432,16 +10184,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.query = dict(urllib.parse.parse_qsl(target.query))
         self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
         self._read_length()
-        self.connection.settimeout(WRITE_SECONDS)
 
     def _read_length(self) -> None:
         """How long the body is (RFC 9112, 6.3)."""
         lengths, encoding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
         if encoding is not None and lengths:
             raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
-        if encoding is not None and (encoding.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
+        if encoding is not None and (encoding.strip(" \t").lower() != "chunked" or self.request_version == "HTTP/1.0"):
             raise InvalidRequest("Transfer-Encoding must be chunked, in HTTP/1.1")  # RFC 9112, 6.1
-        if len(set(lengths)) > 1 or not all(re.fullmatch(r"\d{1,15}", n.strip()) for n in lengths):
+        if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", n.strip(" \t")) for n in lengths):
             raise InvalidRequest("Content-Length must be one whole number")
         self.length = int(lengths[0]) if lengths else None if encoding is None else -1  # -1: in chunks
         self.unread = bool(self.length)
@@ -10456,15 +10207,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _body(self) -> bytes:
         """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
-        size = self.length or 0
+        size, encoding = self.length or 0, (self.headers.get("Content-Encoding") or "").strip().lower()
         if size > MAX_BODY:
             raise PayloadTooLarge(f"The body has {size} bytes, up to {MAX_BODY} are read")
         if self.unread and (self.headers.get("Expect") or "").lower() == "100-continue":
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = self.reader.chunked() if size < 0 else self.reader.exactly(size)
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data = self.reader.body(size)
         self.unread = False
-        self.connection.settimeout(WRITE_SECONDS)
-        return data
+        if data and encoding:
+            self.reader.take_place()  # nobody knows how large it becomes
+        return uncompressed(data, encoding) if data else data
 
     # Answering
 
@@ -10485,6 +10237,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reader.release()
             with self._watched(cancel):
                 self._generate(dialect, cancel)
+        elif answer is answer_upgrade and self._is_handshake():
+            self._upgrade()
         else:
             call = Call(self.service, names, self.query, self._body(), cancel, self.headers.get("Accept") or "")
             with self._watched(cancel):
@@ -10500,7 +10254,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     @contextlib.contextmanager
     def _watched(self, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves, or the server ends."""
-        with self.server.watcher.watching(self.connection, cancel, self._probe), self.server.cancellable(cancel):
+        with self.server.watcher.watching(self.reader.incoming, cancel), self.server.cancellable(cancel):
             yield
 
     def _find_route(self) -> tuple[Route, tuple[str, ...]]:
@@ -10521,9 +10275,28 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
-        self.wire = self.route.wire(self) if dialect.stream else self.wire
+        self.wire = Stream(self, self.route.framing) if dialect.stream else self.wire
         dialect.owner = self.server.access.owner(self.headers)
         deliver(dialect, dialect.events(self.service, cancel), self.wire)
+
+    def _is_handshake(self) -> bool:
+        """True for what RFC 6455, 4.2.1 wants of a client that asks for a WebSocket."""
+        names = ("Upgrade", "Connection", "Sec-WebSocket-Version", "Sec-WebSocket-Key")
+        upgrade, connection, version, key = ((self.headers.get(name) or "").strip() for name in names)
+        return (self.command == "GET" and self.request_version == "HTTP/1.1" and not self.unread and version == "13"
+                and upgrade.lower() == "websocket" and "upgrade" in connection.lower()
+                and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
+
+    def _upgrade(self) -> None:
+        """Answers the handshake, and hands the connection over: here it ends."""
+        import hashlib
+
+        key = self.headers["Sec-WebSocket-Key"].strip() + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
+        accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
+        self._send(self._head(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept}))
+        self.close_connection = True
+        owner = self.server.access.owner(self.headers)
+        self.server.sockets.hand_over(self.connection, self.reader.unread(), self.log_line.id, owner)
 
     def _preflight(self) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
@@ -10541,63 +10314,58 @@ class Handler(http.server.BaseHTTPRequestHandler):
         allowed = origin is not None and self.server.access.origin_allowed(origin, self.headers.get("Host") or "")
         return origin if allowed else None
 
-    # Writing: what a Wire calls, and a Door
+    # Writing: what a Wire calls, and run_request
 
     def respond(self, answer: Answer) -> None:
+        """Sends a whole answer."""
         body = answer.body()
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
-        with self._sending:
-            self.connection.sendall(self._head(answer.status, headers) + (b"" if self.command == "HEAD" else body))
+        self._send(self._head(answer.status, headers) + (b"" if self.command == "HEAD" else body))
 
     def start(self, content_type: str) -> None:
+        """Sends the head of an answer in pieces."""
         self.chunked = self.request_version == "HTTP/1.1"
         headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         if self.chunked:
             headers["Transfer-Encoding"] = "chunked"
         else:
             self.close_connection = True
-        with self._sending:
-            self.connection.sendall(self._head(200, headers))
+        self._send(self._head(200, headers))
 
     def write(self, data: bytes, last: bool = False) -> None:
+        """Sends a piece, and the end of the answer behind the last one."""
         if self.chunked:
             data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
-        with self._sending:
-            self.connection.sendall(data)
-            self._ended = last
+        self._send(data)
 
-    def _probe(self) -> bool:
-        """Sends what a client skips, to learn whether one that ended its side still listens; False where there is nothing.
-
-        Before the answer that is an interim response: 100, the only one that Python's own client skips.
-        """
-        if self.request_version != "HTTP/1.1" or not self._sending.acquire(blocking=False):
-            return self.request_version == "HTTP/1.1"
+    def _send(self, data: bytes) -> None:
+        """Writes it all. Raises ClientGone when the client takes nothing for WRITE_SECONDS: slow ones may read on."""
+        left = memoryview(data)
+        self.connection.settimeout(WRITE_SECONDS)
         try:
-            if not self._ended and is_writable(self.connection):  # else what was sent already tells
-                if self.log_line.status:
-                    self.wire.idle()
-                else:
-                    self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return True
+            while left:
+                left = left[self.connection.send(left) :]
         except OSError:
-            return False
-        finally:
-            self._sending.release()
+            raise ClientGone from None
 
     def fail(self, error: ApiError) -> None:
         """The error as the whole answer, or as the last events of a stream that has begun."""
         dialect = self.log_line.dialect
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(ClientGone):
             if dialect and error.code in dialect.streamed_errors:
                 self.wire.begin()
-            *others, last = dialect.failure(error) if dialect and self.wire.begun else [self._error_shape().error(error)]
+            begun = dialect and self.wire.begun
+            *others, last = dialect.failure(error) if dialect and begun else [ERROR_SHAPES[self._api()](error)]
             for document in others:
                 self.wire.send(document)
             self.wire.fail(error, last)
 
-    def _error_shape(self) -> type[Dialect]:
-        return self.route.errors if self.route else OpenAI if self.segments[:1] == ["v1"] else Dialect
+    def _api(self) -> str:
+        """Whose shape an error takes."""
+        first, second, *_ = (*self.segments, "", "")
+        if self.route:
+            return self.route.api
+        return "openai" if first == "v1" else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
 
     def leave(self) -> None:
         self.close_connection = True
@@ -10620,7 +10388,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 RESERVED_DESCRIPTORS = 128  # for pipes of engines (3 each), model files, sockets of tools, refused connections
-REFUSED_SECONDS, REFUSED_AT_ONCE = 1.0, 32  # a refused connection stays open for its client to read why
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -10664,7 +10431,6 @@ class Server(http.server.ThreadingHTTPServer):
         self._changed = threading.Condition()
         self._busy = 0
         self._cancels: set[Cancellation] = set()
-        self._refused: deque[tuple[float, socket.socket]] = deque()  # close at (monotonic seconds); the accept thread's
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # given up for a moment when descriptors run out
         super().__init__(address, Handler)
 
@@ -10703,11 +10469,7 @@ class Server(http.server.ThreadingHTTPServer):
             os.close(self._spare)
             self._spare = None
         try:
-            with contextlib.closing(self.socket.accept()[0]) as connection:
-                self._send_refusal(connection, "No descriptor is left for another connection")
-                with contextlib.suppress(OSError):
-                    connection.settimeout(0.2)
-                    connection.recv(65536)  # see _refuse
+            self._refuse(self.socket.accept()[0], "No descriptor is left for another connection")
         except OSError:  # a thread took the descriptor first
             time.sleep(0.05)
         with contextlib.suppress(OSError):
@@ -10726,25 +10488,16 @@ class Server(http.server.ThreadingHTTPServer):
             self._refuse(request, "No thread can be started for another connection")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
-        """503, and a second to read it: to close over a request that is on its way would destroy the answer (RST)."""
-        self._send_refusal(connection, why)
-        self._refused.append((time.monotonic() + REFUSED_SECONDS, connection))
-        self.service_actions()
-
-    def _send_refusal(self, connection: socket.socket, why: str) -> None:
+        """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
         self.service.metrics.refused += 1
         body = json.dumps(Overloaded(why).document()).encode()
         head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
         head += "".join(f"{name}: {id}\r\n" for name, id in zip(ID_HEADERS, [request_id(None)] * 2, strict=True)).encode()
-        with contextlib.suppress(OSError):
-            connection.settimeout(1.0)
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            connection.settimeout(0.1)
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             connection.shutdown(socket.SHUT_WR)
-
-    def service_actions(self) -> None:
-        """Closes refused connections whose time is over; serve_forever calls it after each look for new ones."""
-        while self._refused and (self._refused[0][0] < time.monotonic() or len(self._refused) > REFUSED_AT_ONCE):
-            self._refused.popleft()[1].close()
+            connection.recv(1 << 16)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -10802,293 +10555,166 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ── 16. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
-# The asyncio listener on its side thread, started by the first upgrade; the HTTP side hands it connections.
+# asyncio on its side thread, started by the first upgrade; the HTTP side answers handshakes and hands it the connections.
+
+MAX_UNTAKEN = MIB  # bytes of answers to pings that a client does not take
+SOCKET_PING_SECONDS = 20.0  # a client that has not been heard for two of these is gone
+SOCKET_IDLE_SECONDS = 3600.0  # without a request
+SOCKET_CLOSE_SECONDS = 10.0  # for a client to end its side too
 
 
-class HandedOver(socket.socket):
-    """A listening socket for asyncio whose connections come from the HTTP threads instead of the network."""
-
-    ready: deque[socket.socket]
-
-    @classmethod
-    def make(cls) -> tuple[HandedOver, Callable[[socket.socket], None]]:
-        """The socket to listen on, and the function that hands it a connection."""
-        ours, theirs = socket.socketpair()
-        listener = cls(ours.family, ours.type, ours.proto, fileno=ours.detach())
-        listener.setblocking(False)
-        listener.ready = deque()
-
-        def hand_over(connection: socket.socket) -> None:
-            listener.ready.append(connection)
-            theirs.send(b"\0")
-
-        return listener, hand_over
-
-    def listen(self, backlog: int = 0) -> None:
-        """Nothing to do: connections are handed over."""
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """asyncio calls this whenever the socket pair is readable; one byte stands for one connection."""
-        self.recv(1)
-        return self.ready.popleft(), ("", 0)
-
-
-class CountedSocket(socket.socket):
-    """A connection that tells when it is closed, so that those handed over count too."""
-
-    closed: Callable[[], None] | None = None
-
-    def close(self) -> None:
-        super().close()
-        closed, self.closed = self.closed, None
-        if closed:
-            closed()
-
-
+@dataclass
 class SocketRequest:
     """A request on a WebSocket: its message until that is parsed, and the way to cancel it."""
 
-    def __init__(self, message: bytes, owner: str) -> None:
-        """Waits for its room in READING. Raises Overloaded when there is none."""
-        self.message, self.owner, self.cancel = message, owner, Cancellation()
-        self._held = len(message) if len(message) > READ_FREE else 0
-        if self._held:
-            READING.take(self._held)
+    message: bytes
+    placed: bool  # among LARGE_BODIES
+    cancel: Cancellation = field(default_factory=Cancellation)
 
     def body(self) -> dict[str, Any]:
         """The parsed message, which is kept no longer."""
         try:
             return parse_object(self.message, "The message")
         finally:
+            self.message = b""
             self.release()
 
     def release(self) -> None:
-        """Gives the message's room back; idempotent."""
-        held, self._held, self.message = self._held, 0, b""
-        if held:
-            READING.give(held)
+        """Gives the place back; idempotent."""
+        placed, self.placed = self.placed, False
+        if placed:
+            LARGE_BODIES.release()
 
 
-class SocketOutbox:
-    """A request's documents, on their way from its thread to the loop that sends them.
+class SocketWire(Wire):
+    """Documents as WebSocket messages; the request's thread waits until each is sent."""
 
-    The thread waits while the client takes none, as one that writes to a socket does: what is not sent stays in its
-    Generation, which bounds it (MAX_UNREAD).
-    """
-
-    AHEAD = 8  # documents that need not wait until the one before is sent
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Cancellation) -> None:
-        import asyncio
-
-        self._loop, self._documents, self._cancel = loop, asyncio.Queue[dict[str, Any] | None](), cancel
-        self._room = threading.Semaphore(self.AHEAD)
-        cancel.on_cancel(self._room.release)  # whoever waits
-
-    def say(self, document: dict[str, Any] | None) -> None:
-        """Hands the loop a document, None behind the last. Raises RuntimeError when the loop has ended."""
-        if not self._off():
-            self._room.acquire()
-        self._loop.call_soon_threadsafe(self._documents.put_nowait, document)
-
-    async def next(self) -> dict[str, Any] | None:
-        document = await self._documents.get()
-        self._room.release()
-        return document
-
-    def _off(self) -> bool:
-        """Whether what is said now is an end, or goes nowhere, and need not wait."""
-        return self._cancel.cancelled and not self._cancel.gently
-
-
-class SocketFrames(Wire):
-    """Documents as WebSocket messages; also the Door of a request that came in one."""
-
-    def __init__(self, say: Callable[[dict[str, Any] | None], None]) -> None:
+    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
         self._say = say
 
     def send(self, document: dict[str, Any]) -> None:
         self._say(document)
 
     def fail(self, error: ApiError, document: dict[str, Any] | None = None) -> None:
-        self._say(document or NativeSocket.error(error))
+        with contextlib.suppress(ClientGone):
+            self.send(document or ERROR_SHAPES["shimmy"](error))
 
     def leave(self) -> None:
-        self._say(NativeSocket.cancelled())
+        with contextlib.suppress(ClientGone):
+            self.send(NativeSocket.cancelled())
 
 
-MAX_UNTAKEN = MIB  # bytes written and not taken by the client; a message of ours waits until the one before is
-
-
-def bounded_connection() -> Any:
-    """websockets' connection, which ends when a client lets the answers to its pings pile up: nothing else bounds those."""
-    from websockets.asyncio.server import ServerConnection
-
-    class BoundedConnection(ServerConnection):
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.transport.get_write_buffer_size() > MAX_UNTAKEN:
-                self.transport.abort()
-
-    return BoundedConnection
-
-
-class SocketListener:
-    """Serves `/ws/generate`: asyncio and websockets in one side thread, one worker thread a running request."""
+class SocketConnection:
+    """One WebSocket: an asyncio protocol around websockets' parser. All but `say` and `_answer` runs in the loop's thread."""
 
     PENDING = 32  # requests that may wait on one connection
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self._lock = threading.Lock()
-        self._hand_over: Callable[[socket.socket], None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event
-        self._thread: threading.Thread
+    def __init__(self, listener: SocketListener, early: bytes, id: str, owner: str) -> None:
+        from websockets.protocol import SERVER, Protocol
 
-    def hand_over(self, connection: socket.socket) -> None:
-        """Take over an HTTP connection whose unread bytes ask for an upgrade."""
-        with self._lock:
-            if self._hand_over is None:
-                self._start()
-        assert self._hand_over
-        connection.settimeout(None)
-        taken = CountedSocket(connection.family, connection.type, connection.proto, fileno=connection.detach())
-        taken.closed = self.server.connection_closed
-        self.server.connection_opened()  # the HTTP thread's end gives its own count back
-        self._hand_over(taken)
+        self._listener, self._server, self._early, self._id, self._owner = listener, listener.server, early, id, owner
+        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
+        self._requests: deque[SocketRequest] = deque()  # the first one is running
+        self._fragments, self._placed = bytearray(), False  # of a message that is not whole, and whether it has a place
+        self._cut: asyncio.TimerHandle | None = None  # ends such a message
+        self._heard, self._used, self._open = True, time.monotonic(), True
 
-    def _start(self) -> None:
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
         import asyncio
 
-        listener, self._hand_over = HandedOver.make()
-        # Windows' default loop would accept natively, past our accept()
-        self._loop = asyncio.SelectorEventLoop() if sys.platform == "win32" else asyncio.new_event_loop()
-        self._stopping = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, args=(self._loop, listener), name="websocket", daemon=True)
-        self._thread.start()
+        self._transport, self._writable = transport, asyncio.Event()
+        self._writable.set()
+        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
+        if self._early:
+            self.data_received(self._early)
 
-    def _run(self, loop: asyncio.AbstractEventLoop, listener: HandedOver) -> None:
-        import asyncio
-        from concurrent.futures import ThreadPoolExecutor
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        self._protocol.receive_data(data)
+        for frame in self._protocol.events_received():
+            self._take(frame)
+        self._bound()
+        self._flush()
+        if self._transport.get_write_buffer_size() > MAX_UNTAKEN:
+            self._transport.abort()
 
-        from websockets.asyncio.server import serve
+    def eof_received(self) -> None:
+        self._protocol.receive_eof()
+        self._flush()
 
-        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # handshake noise; requests are logged here
-        asyncio.set_event_loop(loop)
-        loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
+    def pause_writing(self) -> None:
+        self._writable.clear()
 
-        async def listen() -> None:
-            async with serve(self._serve, sock=listener, process_request=self._admit, process_response=self._name,
-                             compression=None, max_size=MAX_BODY, open_timeout=REQUEST_SECONDS,
-                             server_header=Handler.server_version,
-                             create_connection=bounded_connection()):  # fmt: skip
-                await self._stopping.wait()
+    def resume_writing(self) -> None:
+        self._writable.set()
 
-        try:
-            loop.run_until_complete(listen())
-        except Exception:
-            if not self.server.stopping:
-                log.exception("the WebSocket listener failed")
+    def connection_lost(self, _: Exception | None) -> None:
+        self._open = False
+        self._writable.set()
+        for timer in filter(None, (self._cut, self._ticking)):
+            timer.cancel()
+        self._place(False)
+        for request in self._requests:
+            request.release()
+            self._listener.in_thread(request.cancel.cancel)
+        self._listener.lost(self)
 
-    def _admit(self, connection: Any, request: Any) -> Any:
-        """Refuses an upgrade as HTTP would: path, Host, Origin, key."""
-        path = [s for s in request.path.partition("?")[0].split("/") if s]  # urlsplit finds a host in "//ws//generate"
-        try:
-            if path != ["ws", "generate"]:
-                raise NotFound(f"No route matches {request.path[:200]}")
-            if self.server.stopping:
-                raise Overloaded("The server is shutting down")
-            self.server.access.check(request.headers, keyless=False)
-        except (ApiError, LookupError, ValueError) as failure:  # a repeated header raises LookupError here
-            error = failure if isinstance(failure, ApiError) else InvalidRequest("The upgrade's head is malformed")
-            response = connection.respond(error.status, json.dumps(error.document()) + "\n")
-            del response.headers["Content-Type"]
-            for name, value in ({"Content-Type": "application/json"} | error.headers()).items():
-                response.headers[name] = value
-            return response
-        return None
+    # Reading
 
-    @staticmethod
-    def _name(connection: Any, request: Any, response: Any) -> None:
-        """The id of a connection, for all of its requests."""
-        sent = request.headers.get_all("X-Request-Id")
-        id = request_id(sent[0] if sent else None)
-        for name in ID_HEADERS:
-            response.headers[name] = id
+    def _take(self, frame: Any) -> None:
+        """One frame; the parser itself answers those of other kinds."""
+        if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
+            return
+        self._fragments += frame.data
+        if frame.fin:
+            message, self._fragments = bytes(self._fragments), bytearray()
+            self._receive(message)
 
-    async def _serve(self, connection: Any) -> None:
-        """One connection: this task reads, another answers one request after another."""
-        import asyncio
+    def _bound(self) -> None:
+        """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
+        size = len(self._fragments) + len(self._protocol.reader.buffer)
+        if size and not self._cut:
+            reason = f"a message took over {REQUEST_SECONDS:g} seconds"
+            self._cut = self._listener.loop.call_later(REQUEST_SECONDS, self.close, 1008, reason)
+        elif not size and self._cut:
+            self._cut.cancel()
+            self._cut = None
+        if size > TURN_BYTES and not self._place(True):
+            self.close(1013, "too many large messages arrive already")
 
-        import websockets
+    def _place(self, wanted: bool) -> bool:
+        """Takes a place among LARGE_BODIES for the message that arrives, or gives it back."""
+        if wanted and not self._placed:
+            self._placed = LARGE_BODIES.acquire(blocking=False)
+        elif self._placed and not wanted:
+            self._placed = False
+            LARGE_BODIES.release()
+        return self._placed
 
-        requests: deque[SocketRequest] = deque()  # the first one is running
-        arrived = asyncio.Event()
-        answering = asyncio.ensure_future(self._answer_all(connection, requests, arrived))
-        try:
-            while True:
-                await self._take(connection, await self._message(connection), requests)
-                arrived.set()
-        except websockets.exceptions.ConnectionClosed:
-            pass
-        except TimeoutError:
-            await connection.close(1008, f"a message took over {REQUEST_SECONDS:g} seconds")
-        finally:
-            answering.cancel()
-            for request in requests:
-                request.cancel.cancel()
-                request.release()
-
-    @staticmethod
-    async def _message(connection: Any) -> bytes:
-        """The next message as bytes. Raises TimeoutError when its fragments take longer than any request may."""
-        import asyncio
-
-        fragments = connection.recv_streaming(decode=False)
-        message = bytearray(await anext(fragments))
-
-        async def rest() -> None:
-            async for fragment in fragments:
-                message.extend(fragment)
-
-        try:
-            await asyncio.wait_for(rest(), REQUEST_SECONDS)
-        except asyncio.TimeoutError:
-            raise TimeoutError from None
-        return bytes(message)
-
-    async def _take(self, connection: Any, message: bytes, requests: deque[SocketRequest]) -> None:
+    def _receive(self, message: bytes) -> None:
         """Queues a request, or cancels the running one."""
-        import asyncio
-
         if len(message) <= 256 and self._is_cancel(message):
-            if requests:  # telling the engine may block on its pipe, which must not stop this loop
-                await asyncio.to_thread(requests[0].cancel.cancel, True)
+            if self._requests:  # telling the engine may block on its pipe, which must not stop this loop
+                self._listener.in_thread(self._requests[0].cancel.cancel, True)
             return
+        request, self._placed = SocketRequest(message, self._placed or (len(message) > TURN_BYTES and self._place(True))), False
         try:
-            if self.server.stopping:
+            if self._server.stopping:
                 raise Overloaded("The server is shutting down")
-            if len(requests) >= self.PENDING or sum(len(r.message) for r in requests) + len(message) > 2 * MAX_BODY:
-                raise Overloaded(f"{len(requests)} requests wait on this connection already")
-            owner = self.server.access.owner(connection.request.headers)
-            large = len(message) > READ_FREE  # and may have to wait for its room
-            request = await asyncio.to_thread(SocketRequest, message, owner) if large else SocketRequest(message, owner)
+            waiting = len(self._requests), sum(len(r.message) for r in self._requests)
+            if waiting[0] >= self.PENDING or waiting[1] + len(message) > 2 * MAX_BODY:
+                raise Overloaded(f"{waiting[0]} requests wait on this connection already")
+            if len(message) > TURN_BYTES and not request.placed:
+                raise Overloaded("Too many large messages are being read already")
         except ApiError as error:
-            await self._send(connection, NativeSocket.error(error))
+            request.release()
+            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
             return
-        requests.append(request)
-
-    @staticmethod
-    async def _send(connection: Any, document: dict[str, Any]) -> None:
-        """Sends a document, or ends a connection whose client does not read for so long: the pings would wait behind it."""
-        import asyncio
-
-        guard = asyncio.get_running_loop().call_later(WRITE_SECONDS, connection.transport.abort)
-        try:
-            await connection.send(to_json(document).decode())
-        finally:
-            guard.cancel()
+        self._requests.append(request)
+        if len(self._requests) == 1:
+            self._listener.in_thread(self._answer, request).add_done_callback(self._next)
 
     @staticmethod
     def _is_cancel(message: bytes) -> bool:
@@ -11097,48 +10723,150 @@ class SocketListener:
         except InvalidRequest:
             return False
 
-    async def _answer_all(self, connection: Any, requests: deque[SocketRequest], arrived: asyncio.Event) -> None:
-        import asyncio
+    def _next(self, _: Any) -> None:
+        self._requests.popleft()
+        self._used = time.monotonic()
+        if self._requests and self._open:
+            self._listener.in_thread(self._answer, self._requests[0]).add_done_callback(self._next)
 
-        import websockets
+    # Answering
 
-        loop = asyncio.get_running_loop()
-        while True:
-            while not requests:
-                arrived.clear()
-                await arrived.wait()
-            request = requests[0]
-            out = SocketOutbox(loop, request.cancel)
-            with self.server.busy():  # until the last message is sent
-                loop.run_in_executor(None, self._answer_one, request, connection.response.headers[ID_HEADERS[0]], out.say)
-                try:
-                    while (document := await out.next()) is not None:
-                        await self._send(connection, document)
-                except websockets.exceptions.ConnectionClosed:
-                    request.cancel.cancel()
-                    return
-            requests.popleft()
-
-    def _answer_one(self, request: SocketRequest, id: str, say: Callable[[dict[str, Any] | None], None]) -> None:
-        """One request, in a thread of its own: says each document, then None."""
-        line, door = RequestLog("WS /ws/generate", id), SocketFrames(say)
+    def _answer(self, request: SocketRequest) -> None:
+        """One request, in a thread of its own."""
+        line, wire = RequestLog("WS /ws/generate", self._id), SocketWire(self.say)
 
         def work() -> None:
             dialect = line.dialect = NativeSocket(request.body())
-            dialect.owner, line.status = request.owner, 200
-            deliver(dialect, dialect.events(self.server.service, request.cancel), door)
+            dialect.owner, line.status = self._owner, 200
+            deliver(dialect, dialect.events(self._server.service, request.cancel), wire)
 
-        with self.server.cancellable(request.cancel), contextlib.suppress(RuntimeError):  # a closed loop
-            run_request(work, door, line)
-            self.server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
-            say(None)
+        with self._server.busy(), self._server.cancellable(request.cancel):
+            run_request(work, line, wire.fail, wire.leave)
+            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
+
+    def say(self, document: dict[str, Any]) -> None:
+        """Sends a document from another thread. Raises ClientGone when the client takes none for WRITE_SECONDS."""
+        import asyncio
+        from concurrent.futures import CancelledError
+        from concurrent.futures import TimeoutError as Late
+
+        sending = self._send(document)
+        try:
+            asyncio.run_coroutine_threadsafe(sending, self._listener.loop).result(WRITE_SECONDS)
+        except (Late, CancelledError):
+            with contextlib.suppress(RuntimeError):
+                self._listener.loop.call_soon_threadsafe(self._transport.abort)  # which ends _send
+            raise ClientGone from None
+        except RuntimeError:  # the loop has ended
+            sending.close()
+            raise ClientGone from None
+
+    async def _send(self, document: dict[str, Any]) -> None:
+        await self._writable.wait()
+        if not self._open or self._protocol.state.name != "OPEN":
+            raise ClientGone
+        self._protocol.send_text(to_json(document))
+        self._flush()
+
+    def _flush(self) -> None:
+        for data in self._protocol.data_to_send():
+            if data:
+                self._transport.write(data)
+            else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
+                self._transport.write_eof()
+                self._listener.loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
+
+    # Ending
+
+    def close(self, code: int, reason: str) -> None:
+        """Ends the connection as RFC 6455, 7 has it."""
+        if self._protocol.state.name == "OPEN":
+            self._protocol.send_close(code, reason)
+            self._flush()
+        self._listener.loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
+
+    def _tick(self) -> None:
+        """Looks whether the client is still there, and for what it is."""
+        if not self._heard and self._writable.is_set():
+            self._transport.abort()
+        elif not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
+            self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
+        elif self._protocol.state.name == "OPEN":
+            self._heard = False
+            self._protocol.send_ping(b"")
+            self._flush()
+        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
+
+
+class SocketListener:
+    """Serves `/ws/generate`: asyncio in one side thread, one worker thread a running request."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._connections: set[SocketConnection] = set()  # the loop's
+
+    def hand_over(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
+        """Takes an HTTP connection over, whose handshake has been answered; `early` came behind it."""
+        import asyncio
+
+        with self._lock:
+            if self._thread is None:
+                self.loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
+                self._thread.start()
+        taken = socket.socket(fileno=connection.detach())
+        taken.setblocking(False)
+        self.server.connection_opened()  # the HTTP thread's end gives its own count back
+
+        async def serve() -> None:
+            made = SocketConnection(self, early, id, owner)
+            self._connections.add(made)
+            try:
+                await self.loop.connect_accepted_socket(lambda: made, taken)  # type: ignore[type-var, return-value]
+            except OSError:
+                self.lost(made)
+
+        asyncio.run_coroutine_threadsafe(serve(), self.loop)
+
+    def lost(self, connection: SocketConnection) -> None:
+        self._connections.discard(connection)
+        self.server.connection_closed()
+
+    def in_thread(self, work: Callable[..., None], *arguments: Any) -> asyncio.Future[None]:
+        """Runs what may block."""
+        return self.loop.run_in_executor(None, work, *arguments)
+
+    def _run(self) -> None:
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
+        asyncio.set_event_loop(self.loop)
+        self.loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
+        self.loop.run_forever()
+        left = asyncio.all_tasks(self.loop)  # threads wait for them
+        for task in left:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self.loop.close()
 
     def stop(self) -> None:
-        """Close the connections and end the loop."""
-        if self._loop:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(1.0)
+        """Closes the connections and ends the loop."""
+        if self._thread is None:
+            return
+
+        def end() -> None:
+            for connection in list(self._connections):
+                connection.close(1001, "the server is shutting down")
+            self.loop.call_later(0.5, self.loop.stop)
+
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(end)
+        self._thread.join(1.0)
 
 
 # ── 17.1. Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -11553,13 +11281,22 @@ def draw_loads(table: ModelTable) -> None:
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
     """Who may call, from the flags. Raises UsageError for an empty key, and for a network address without a key."""
-    if not all(key.strip() for key in args.api_key):
-        raise UsageError("--api-key is empty: give a key, or leave the flag out")
     own = os.environ.get("SHIMMY_API_KEY")
-    keys, loopback = tuple(args.api_key) or ((own,) if own else ()), is_loopback(host)
+    keys = [checked_key("--api-key", key) for key in args.api_key] or ([checked_key("SHIMMY_API_KEY", own)] if own else [])
+    loopback = is_loopback(host)
     if not loopback and not keys and not args.insecure:
         raise UsageError(f"--bind {host} opens the server to the network: set --api-key KEY, or say --insecure")
-    return Access(loopback, keys, args.private_prompts, tuple(args.allow_origin), tuple(args.allow_host))
+    return Access(loopback, tuple(keys), args.private_prompts, tuple(args.allow_origin), tuple(args.allow_host))
+
+
+def checked_key(setting: str, words: str) -> str:
+    """A key, without the blanks and line ends around it. Raises UsageError for one that no header carries."""
+    key = words.strip()
+    if not key:
+        raise UsageError(f"{setting} is empty: give a key, or leave it out")
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{setting} must be printable ASCII, as headers are")
+    return key
 
 
 def serve_tools(args: argparse.Namespace) -> ToolOptions:
@@ -12098,12 +11835,10 @@ def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.c
     return http.client.HTTPConnection(host, port, timeout=timeout)
 
 
-def server_headers() -> dict[str, bytes]:
-    """The key from SHIMMY_API_KEY, if one is set, as UTF-8: http.client would write Latin-1 or fail."""
+def server_headers() -> dict[str, str]:
+    """The key from SHIMMY_API_KEY, if one is set."""
     key = os.environ.get("SHIMMY_API_KEY")
-    if key and not key.isprintable():
-        raise UsageError("SHIMMY_API_KEY holds a character that cannot be sent, such as a line break")
-    return {"Authorization": b"Bearer " + key.encode()} if key else {}
+    return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
 
 
 def _key_refusal() -> str:
@@ -12351,7 +12086,7 @@ class RunningServer:
 
     def _post(self, connection: http.client.HTTPConnection, body: bytes) -> http.client.HTTPResponse:
         """The head of a stream. Raises the server's error."""
-        headers = {"Content-Type": b"application/json", **server_headers()}
+        headers = {"Content-Type": "application/json", **server_headers()}
         connection.connect()
         with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
             connection.request("POST", "/api/generate", body, headers)
