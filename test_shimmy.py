@@ -12505,6 +12505,14 @@ def test_body_of_unclear_length_is_refused_and_ends_the_connection(lines: tuple[
             assert sock.recv(1) == b""
 
 
+@cases("line", {"an encoding": b"Transfer-Encoding: \xa0chunked", "a length": b"Content-Length: \x852\xa0",
+                "a length in other digits": "Content-Length: ٢".encode()})  # fmt: skip
+def test_only_http_s_own_blanks_and_digits_count(line: bytes, server: Server) -> None:
+    """A proxy before us would read another length."""
+    (reply,) = exchange(server, b"POST /api/generate HTTP/1.1\r\nHost: localhost\r\n" + line + b"\r\n\r\n{}")
+    assert_error(reply, 400, "invalid_request")
+
+
 def test_length_said_twice_alike_is_read(server: Server) -> None:
     body = b'{"expression": "1+1"}'
     request = head_of("POST", "/api/tools/calculator/execute", *[f"Content-Length: {len(body)}"] * 2) + body
@@ -12532,6 +12540,10 @@ def test_chunks_in_http_1_0_are_refused(server: Server) -> None:
         "a chunk shorter than its size": b"9\r\nhello\r\n0\r\n\r\n    ",
         "200 trailers": b"0\r\n" + b"X: y\r\n" * 200 + b"\r\n",
         "a trailer of 2000 bytes": b"0\r\nX: " + b"y" * 2000 + b"\r\n\r\n",
+        "a size's line that ends in a bare LF": b"5\nhello\r\n0\r\n\r\n",
+        "a chunk that ends in a bare LF": b"5\r\nhello\n0\r\n\r\n",
+        "a chunk with blanks behind it": b"5\r\nhello   \r\n0\r\n\r\n",
+        "a blank that is none of HTTP's": b"\xa05\r\nhello\r\n0\r\n\r\n",
     },
 )
 def test_bad_chunks_are_refused_and_end_the_connection(chunks: bytes, server: Server) -> None:
