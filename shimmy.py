@@ -158,8 +158,7 @@ import copy
 import errno
 import functools
 import gc
-import http.client
-import http.server
+import http
 import io
 import ipaddress
 import itertools
@@ -173,6 +172,7 @@ import queue
 import re
 import selectors
 import socket
+import socketserver
 import stat
 import struct
 import threading
@@ -187,6 +187,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protoco
 if TYPE_CHECKING:
     import ast
     import asyncio
+    import http.client
     import subprocess
     from concurrent.futures import Executor
 
@@ -2671,6 +2672,8 @@ class HttpGetter:
         """
         if not self.hosts:
             raise ToolError("http_get is off: start the server with --tool-hosts HOST,… (or *) to open hosts")
+        import http.client
+
         deadline = time.monotonic() + self.MAX_SECONDS
         for _ in range(self.MAX_REDIRECTS + 1):
             if len(url) > self.MAX_URL:
@@ -9456,6 +9459,7 @@ def own_names() -> frozenset[str]:
 
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
 HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
+MAX_HEADERS = 100
 LARGE_BODIES = threading.BoundedSemaphore(8)  # bodies over TURN_BYTES that arrive, or wait to be parsed
 MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
@@ -9497,6 +9501,21 @@ class Incoming(io.RawIOBase):
         return not data, not data or len(self._ahead) >= MAX_AHEAD
 
 
+class Headers:
+    """A request's header fields, by name in any letter case."""
+
+    def __init__(self, fields: Iterable[tuple[str, str]] = ()) -> None:
+        self._values: dict[str, list[str]] = {}
+        for name, value in fields:
+            self._values.setdefault(name.lower(), []).append(value)
+
+    def get_all(self, name: str) -> list[str]:
+        return self._values.get(name.lower(), [])
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return next(iter(self.get_all(name)), default)
+
+
 class RequestReader:
     """Reads requests: every size is bounded. A body over TURN_BYTES holds a place in LARGE_BODIES until `release`."""
 
@@ -9511,8 +9530,8 @@ class RequestReader:
             self._bytes.read(1)
         self.incoming.deadline = time.monotonic() + REQUEST_SECONDS
 
-    def head(self) -> tuple[bytes, bytes]:
-        """The request line and the header lines. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
+    def head(self) -> tuple[str, Headers]:
+        """The request line and the headers. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
         head = bytearray()
         while not head.endswith((b"\n\r\n", b"\n\n")):
             head += self._bytes.readline(MAX_HEAD + 1 - len(head))
@@ -9524,8 +9543,11 @@ class RequestReader:
         line, _, headers = bytes(head).partition(b"\n")
         fields = [field.partition(b":") for field in headers.rstrip(b"\r\n").split(b"\n")] if headers.strip() else []
         if not all(colon and TOKEN.fullmatch(name) for name, colon, _ in fields):
-            raise InvalidRequest("A header line is malformed")  # Python's parser stops there, and would not see those behind it
-        return line + b"\n", headers
+            raise InvalidRequest("A header line is malformed")
+        if len(fields) > MAX_HEADERS:
+            raise InvalidRequest(f"A request may have up to {MAX_HEADERS} headers", status=431)
+        named = ((name.decode("latin-1"), value.strip(b" \t\r").decode("latin-1")) for name, _, value in fields)
+        return line.decode("latin-1"), Headers(named)
 
     def body(self, size: int) -> bytes:
         """A body of `size` bytes; -1: in chunks. Raises Overloaded when too many large ones arrive at once."""
@@ -9602,8 +9624,6 @@ def uncompressed(data: bytes, encoding: str) -> bytes:
     """A body without its Content-Encoding, within the bounds of any other. Raises InvalidRequest (400, 415), PayloadTooLarge."""
     if encoding in ("", "identity"):
         return data
-    import zlib
-
     windows = {"gzip": 31, "x-gzip": 31, "deflate": 15 if data[:1] == b"\x78" else -15}  # deflate: zlib's form, or bare
     if encoding not in windows:
         raise InvalidRequest(f"Content-Encoding {encoding[:40]} is not served: send gzip, deflate or none", status=415)
@@ -10109,16 +10129,13 @@ ROUTES = (
 # The handler with its one try/except, and the server. One thread a connection.
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(socketserver.BaseRequestHandler):
     """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
 
-    protocol_version = "HTTP/1.1"
-    server_version = f"shimmy/{__version__}"
-    sys_version = ""
     server: Server
 
     def setup(self) -> None:
-        self.connection = self.request
+        self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.service, self.reader = self.server.service, RequestReader(self.connection)
 
@@ -10130,9 +10147,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(ClientGone):
             while not self.close_connection:
                 self.reader.begin()
-                self.handle_one_request()
+                self._handle_request()
 
-    def handle_one_request(self) -> None:
+    def _handle_request(self) -> None:
         self._reset()
         run_request(self._answer_request, self.log_line, self.fail, self.leave)
         self.reader.release()
@@ -10141,8 +10158,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.reader.drain()
 
     def _reset(self) -> None:
-        self.command, self.path, self.request_version = "", "", "HTTP/1.1"
-        self.headers = http.client.HTTPMessage()
+        self.command, self.path, self.version = "", "", "HTTP/1.1"
+        self.headers = Headers()
         self.log_line = RequestLog()  # its id is the client's as soon as the head is read
         self.route: Route | None = None
         self.wire: Wire = Whole(self)
@@ -10165,15 +10182,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_head(self) -> None:
         self.unread = True
-        self.raw_requestline, headers = self.reader.head()
-        self.rfile = io.BytesIO(headers)  # type: ignore[assignment]
-        self.parse_request()
+        line, self.headers = self.reader.head()
         self.log_line.id = request_id(self.headers.get("X-Request-Id") or self.log_line.id)
+        words = line.split()
+        if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[0-9]", words[2]):
+            raise InvalidRequest("The request line must be METHOD ADDRESS HTTP/1.1")
+        self.command, self.path, self.version = words[0], re.sub(r"^//+", "/", words[1]), min(words[2], "HTTP/1.1")
+        options = {option.strip() for option in self.headers.get("Connection", "").lower().split(",")}
+        self.close_connection = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
         for name in ("Host", "Transfer-Encoding", "Origin", "Authorization"):
-            if len(self.headers.get_all(name, [])) > 1:
+            if len(self.headers.get_all(name)) > 1:
                 raise InvalidRequest(f"The header {name} is repeated, where one is allowed")
-        if self.request_version == "HTTP/0.9":
-            raise InvalidRequest("The request line needs an HTTP version")
         try:
             target = urllib.parse.urlsplit(self.path)
         except ValueError:
@@ -10187,30 +10206,22 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _read_length(self) -> None:
         """How long the body is (RFC 9112, 6.3)."""
-        lengths, encoding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
+        lengths, encoding = self.headers.get_all("Content-Length"), self.headers.get("Transfer-Encoding")
         if encoding is not None and lengths:
             raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
-        if encoding is not None and (encoding.strip(" \t").lower() != "chunked" or self.request_version == "HTTP/1.0"):
+        if encoding is not None and (encoding.lower() != "chunked" or self.version == "HTTP/1.0"):
             raise InvalidRequest("Transfer-Encoding must be chunked, in HTTP/1.1")  # RFC 9112, 6.1
-        if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", n.strip(" \t")) for n in lengths):
+        if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", n) for n in lengths):
             raise InvalidRequest("Content-Length must be one whole number")
         self.length = int(lengths[0]) if lengths else None if encoding is None else -1  # -1: in chunks
         self.unread = bool(self.length)
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What parse_request says of a malformed head, in our shape instead of HTML; 505 is the client's fault too."""
-        raise InvalidRequest(message or explain or "The request is malformed", status=code if code < 500 else 400)
-
-    def handle_expect_100(self) -> bool:
-        """`100 Continue` waits until the head has passed its checks: _body sends it."""
-        return True
-
     def _body(self) -> bytes:
         """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
-        size, encoding = self.length or 0, (self.headers.get("Content-Encoding") or "").strip().lower()
+        size, encoding = self.length or 0, self.headers.get("Content-Encoding", "").lower()
         if size > MAX_BODY:
             raise PayloadTooLarge(f"The body has {size} bytes, up to {MAX_BODY} are read")
-        if self.unread and (self.headers.get("Expect") or "").lower() == "100-continue":
+        if self.unread and self.headers.get("Expect", "").lower() == "100-continue":
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = self.reader.body(size)
         self.unread = False
@@ -10225,7 +10236,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             raise Overloaded("The server is shutting down")
         if self.command == "OPTIONS":
-            self.server.access.check({"Host": self.headers.get("Host") or ""}, keyless=True)
+            self.server.access.check({"Host": self.headers.get("Host", "")}, keyless=True)
             return self._preflight()
         self.route, names = self._find_route()
         if self.route.needs_body and self.length is None:
@@ -10260,7 +10271,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _find_route(self) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
         matching = [(r, names) for r in ROUTES if (names := r.match(self.segments)) is not None]
-        if matching and self.headers.get("Host") is None and self.request_version == "HTTP/1.1":
+        if matching and self.headers.get("Host") is None and self.version == "HTTP/1.1":
             raise InvalidRequest("The Host header is missing")
         method = "GET" if self.command == "HEAD" else self.command
         found = next((pair for pair in matching if pair[0].method == method), matching[0] if matching else None)
@@ -10282,8 +10293,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _is_handshake(self) -> bool:
         """True for what RFC 6455, 4.2.1 wants of a client that asks for a WebSocket."""
         names = ("Upgrade", "Connection", "Sec-WebSocket-Version", "Sec-WebSocket-Key")
-        upgrade, connection, version, key = ((self.headers.get(name) or "").strip() for name in names)
-        return (self.command == "GET" and self.request_version == "HTTP/1.1" and not self.unread and version == "13"
+        upgrade, connection, version, key = (self.headers.get(name, "") for name in names)
+        return (self.command == "GET" and self.version == "HTTP/1.1" and not self.unread and version == "13"
                 and upgrade.lower() == "websocket" and "upgrade" in connection.lower()
                 and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
 
@@ -10291,7 +10302,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Answers the handshake, and hands the connection over: here it ends."""
         import hashlib
 
-        key = self.headers["Sec-WebSocket-Key"].strip() + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
+        key = self.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
         accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
         self._send(self._head(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept}))
         self.close_connection = True
@@ -10324,7 +10335,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def start(self, content_type: str) -> None:
         """Sends the head of an answer in pieces."""
-        self.chunked = self.request_version == "HTTP/1.1"
+        self.chunked = self.version == "HTTP/1.1"
         headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         if self.chunked:
             headers["Transfer-Encoding"] = "chunked"
@@ -10379,8 +10390,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.close_connection or self.unread:
             self.close_connection = True
             headers = {**headers, "Connection": "close"}
-        reason = self.responses.get(status, ("",))[0]  # type: ignore[call-overload]
-        lines = [f"HTTP/1.1 {status} {reason}", f"Server: {self.server_version}", f"Date: {self.date_time_string()}"]
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Server: shimmy/{__version__}", f"Date: {date}"]
         lines += [f"{name}: {self.log_line.id}" for name in ID_HEADERS]
         lines += [f"{name}: {value}" for name, value in headers.items()]
         self.log_line.status = status
@@ -10415,7 +10426,7 @@ def connection_bound(limit: int) -> int:
     return max(1, limit // 10, min(MAX_CONNECTIONS, limit - opened - RESERVED_DESCRIPTORS))
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
 
     daemon_threads = True
@@ -10434,18 +10445,10 @@ class Server(http.server.ThreadingHTTPServer):
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # given up for a moment when descriptors run out
         super().__init__(address, Handler)
 
-    def server_bind(self) -> None:
-        """Binds without HTTPServer's look-up of the host's full name, which can take seconds."""
-        if self.allow_reuse_address:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
     @property
     def url(self) -> str:
-        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}"
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def connection_opened(self) -> None:
         with self._changed:
@@ -10881,7 +10884,10 @@ class UsageError(Exception):
 
 
 class Arguments(argparse.ArgumentParser):
-    """argparse that says what is wrong first, in one line, instead of twelve lines of usage."""
+    """argparse that says what is wrong first, in one line, instead of twelve lines of usage; no flag may be abbreviated."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\ntry: {self.prog} --help\n")
@@ -11022,7 +11028,7 @@ def parser() -> Arguments:
     listing.add_argument("--short", action="store_true", help="names only")
     listing.add_argument("--json", action="store_true", help="as JSON")
     probe = command("probe", "load a model, generate, and say how fast", command_probe)
-    probe.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    _model_arguments(probe)
     probe.add_argument("--json", action="store_true", help="as JSON")
     _engine_flags(probe)
     diag = command("diag", "show versions, memory, search directories and whether a server runs", command_diag)
@@ -11044,7 +11050,16 @@ def parse(argv: Seq[str] | None) -> argparse.Namespace:
         args.text = rest.pop()  # argparse before 3.13 gives up on a second positional behind an option
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(map(printable, rest))}")
+    if getattr(args, "named", None) is not None:  # --model: what stands in MODEL's place is the prompt
+        if (args.model if args.command == "probe" else args.text) is not None:
+            raise UsageError("the model is named twice: by MODEL and by --model")
+        args.model, args.text = args.named, args.model
     return args
+
+
+def _model_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    sub.add_argument("--model", dest="named", metavar="NAME|PATH", help="the same as a flag, as `serve` has it")
 
 
 def _address_flags(sub: argparse.ArgumentParser) -> None:
@@ -11097,7 +11112,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _generate_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    _model_arguments(sub)
     sub.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt, like --prompt")
     sub.add_argument("--prompt", metavar="TEXT", help="the prompt; without it, or with -, standard input is")
     sub.add_argument("--stdin", action="store_true", help="append standard input to the prompt")
@@ -11828,6 +11843,8 @@ def server_url(args: argparse.Namespace) -> str:
 
 def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
     """A connection to the configured address, not opened yet."""
+    import http.client
+
     host, port = listen_address(args)
     with contextlib.suppress(ValueError):  # a name
         if ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
@@ -11882,6 +11899,8 @@ def command_diag(args: argparse.Namespace) -> int:
 
 def server_state(args: argparse.Namespace) -> dict[str, Any]:
     """Whether a server answers at the configured address, what it says of its health, and if it takes our key."""
+    import http.client
+
     state: dict[str, Any] = {"running": False, "url": server_url(args)}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
         status, document = ask_server(args, "/api/health", timeout=2.0)
@@ -12035,6 +12054,8 @@ class RunningServer:
             raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
 
     def _ask(self, path: str) -> dict[str, Any]:
+        import http.client
+
         try:
             status, document = ask_server(self._args, path, timeout=5.0)
         except (OSError, http.client.HTTPException, ValueError):
@@ -12064,6 +12085,8 @@ class RunningServer:
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
     def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        import http.client
+
         connection = connect_to_server(self._args, None)
         self._open.add(connection)
         try:

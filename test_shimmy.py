@@ -16147,6 +16147,35 @@ def test_generate_with_a_prompt_in_the_models_place_says_where_it_goes(tmp_path:
     assert_failed(shimmy("generate", "Tell me a joke", home=tmp_path), 2, "Tell me a joke", "--prompt")
 
 
+ABBREVIATED = {"serve": "--model-dir", "generate": "--models", "probe": "--thread", "list": "--sho", "diag": "--js",
+               "pull": "--dry", "completion": "--verb"}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ABBREVIATED)
+def test_flags_are_never_abbreviated(command: str, tmp_path: Path) -> None:
+    flag, more = ABBREVIATED[command], {"pull": ["a/b"], "completion": ["bash"]}.get(command, [])
+    done = shimmy(command, *more, flag, home=tmp_path)
+    assert done.returncode == 2 and f"unrecognized arguments: {flag}" in done.stderr.decode()
+
+
+@cases("args", {"the prompt behind it": ["--model", "recital", "hi"], "the prompt before it": ["hi", "--model", "recital"],
+                "a flag": ["--model", "recital", "--prompt", "hi"]})  # fmt: skip
+def test_generate_takes_the_model_as_a_flag(args: list[str], models: Path, tmp_path: Path) -> None:
+    done = shimmy("generate", *args, "--models-dir", models, home=tmp_path)
+    assert done.stdout == b"Hello wide world\n", done.stderr
+
+
+@cases("args, code, word", {
+    "one that is not there": (["generate", "--model", "nope", "--prompt", "hi"], 1, "nope"),
+    "two models": (["generate", "recital", "hi", "--model", "dice"], 2, "twice"),
+    "two models to probe": (["probe", "recital", "--model", "dice"], 2, "twice"),
+    "two prompts": (["generate", "hi", "--model", "dice", "--prompt", "hi"], 2, "twice"),
+    "the prompt in its place": (["generate", "Tell me a joke"], 2, "no model is called 'Tell me a joke'"),
+})  # fmt: skip
+def test_model_that_cannot_be_meant_is_an_error(args: list[str], code: int, word: str, models: Path, tmp_path: Path) -> None:
+    assert_failed(shimmy(*args, "--models-dir", models, home=tmp_path), code, word)
+
+
 def test_generate_with_two_prompts_is_a_usage_error(tmp_path: Path) -> None:
     assert_failed(shimmy("generate", "recital", "one", "--prompt", "two", home=tmp_path), 2, "twice")
 
