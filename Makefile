@@ -82,7 +82,8 @@ model-eval: .venv/.test
 clean:
 	rm -rf .venv .hypothesis __pycache__ models/__pycache__ models/generator/__pycache__ .pytest_cache .mypy_cache .ruff_cache models/.training
 
-.venv/.made:
+# a stamp is older than the Makefile where a version below was raised: pip then looks again
+.venv/.made: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "shimmy needs Python 3.10 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)."; \
 	  echo "Install one and say: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
@@ -101,13 +102,14 @@ clean:
 	@touch $@
 
 .venv/.test: .venv/.run
-	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist hypothesis openai httpx gguf prometheus_client \
-	  jsonschema ruff mypy bandit pip-audit || { \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17 \
+	  openai==3.57.0 httpx==0.28.1 gguf==0.19.0 prometheus_client==0.26.0 jsonschema==4.26.0 ruff==0.17.6 mypy==2.4.1 \
+	  bandit==1.9.4 pip-audit==2.10.1 || { \
 	  echo "pip could not install the development tools. Is the network there?"; exit 1; }
 	@touch $@
 
 .venv/.page: .venv/.test
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --target .venv/page playwright || { \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --target .venv/page playwright==1.65.2 || { \
 	  echo "pip could not install playwright, the browser's driver. Is the network there?"; exit 1; }
 	@touch $@
 

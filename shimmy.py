@@ -7452,55 +7452,79 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
 
 
 @dataclass
-class Choice:
-    """One choice of a whole answer."""
+class Block:
+    """A stretch of an answer that is of one kind: a thought, text or a call."""
 
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
-    calls: list[dict[str, str]] = field(default_factory=list)  # id, name, arguments
-    results: list[ToolResult] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    end: ChoiceEnd | None = None
+    kind: str  # thought, text, call
+    index: int = 0  # in the answer
+    call_id: str = ""
+    name: str = ""
+    id: str = ""  # the block's own, in APIs that give it one
+    parts: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        """What it holds: text, or a call's arguments."""
+        return "".join(self.parts)
+
+    def arguments(self) -> dict[str, Any]:
+        """A call's arguments as an object; one that was cut has none."""
+        given: Any = {}
+        with contextlib.suppress(InvalidRequest):
+            given = parse_json(self.text.encode("utf-8", "replace"))
+        return given if isinstance(given, dict) else {}
+
+
+class Choice:
+    """One choice of an answer, as far as it came: a plain reply is a stream that was waited for."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Block] = []
+        self.results: list[ToolResult] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.end: ChoiceEnd | None = None
+
+    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> Block | None:
+        """Takes an event; returns the block that begins with it, if one does."""
+        if isinstance(event, ToolResult):
+            self.results.append(event)
+        elif isinstance(event, ChoiceEnd):
+            self.end = event
+        elif isinstance(event, CallBegan):
+            return self.begin(Block("call", call_id=event.id, name=event.name))
+        elif isinstance(event, CallArguments):
+            self.calls[event.number].parts.append(event.text)
+        else:
+            self.logprobs += event.logprobs
+            kind = "text" if isinstance(event, Text) else "thought"
+            goes_on = self.blocks and self.blocks[-1].kind == kind
+            block = None if goes_on or not event.text else self.begin(Block(kind))
+            if event.text:
+                self.blocks[-1].parts.append(event.text)
+            return block
+        return None
+
+    def begin(self, block: Block) -> Block:
+        """Adds a block behind the others."""
+        block.index = len(self.blocks)
+        self.blocks.append(block)
+        return block
+
+    def said(self, kind: str) -> str:
+        """All text, or all thoughts."""
+        return "".join(block.text for block in self.blocks if block.kind == kind)
+
+    @property
+    def text(self) -> str:
+        return self.said("text")
+
+    @property
+    def calls(self) -> list[Block]:
+        return [block for block in self.blocks if block.kind == "call"]
 
     @property
     def finish_reason(self) -> str | None:
         return self.end.finish_reason if self.end else None
-
-
-class Reply:
-    """A whole answer, collected from its events: a plain reply is a stream that was waited for."""
-
-    def __init__(self) -> None:
-        self._choices: dict[int, Choice] = {}
-        self.usage: Usage | None = None
-
-    def add(self, event: Event) -> None:
-        if isinstance(event, Usage):
-            self.usage = event
-        if isinstance(event, (Queued, Waiting, Vectors, Tokens, Fetching, Usage)):
-            return
-        choice = self._choices.setdefault(event.index, Choice())
-        if isinstance(event, Text):
-            choice.texts.append(event.text)
-            choice.logprobs += event.logprobs
-        elif isinstance(event, Thought):
-            choice.thoughts.append(event.text)
-            choice.logprobs += event.logprobs
-        elif isinstance(event, CallBegan):
-            choice.calls.append({"id": event.id, "name": event.name, "arguments": ""})
-        elif isinstance(event, CallArguments):
-            choice.calls[event.number]["arguments"] += event.text
-        elif isinstance(event, ToolResult):
-            choice.results.append(event)
-        else:
-            choice.end = event
-
-    def choices(self) -> list[tuple[int, Choice]]:
-        return sorted(self._choices.items())
 
 
 class Dialect:
@@ -7517,7 +7541,8 @@ class Dialect:
         self.owner = ""  # whose cached prompts this one may begin with: the door knows the key
         self.usage: Usage | None = None
         self.first: float | None = None  # when its first words came (monotonic seconds)
-        self._reply = Reply()
+        self.choices: dict[int, Choice] = {}
+        self.begun: Block | None = None  # by the last event
 
     def read(self, body: Mapping[str, Any]) -> Any:
         """The request a body asks for: what `events` gives to the service."""
@@ -7528,29 +7553,34 @@ class Dialect:
         return service.generate(replace(self.request, owner=self.owner), cancel)
 
     def note(self, event: Event) -> None:
-        """Remembers what every answer tells."""
+        """Remembers what came."""
+        self.begun = None
         if isinstance(event, Queued):
             self.model = event.model
         elif isinstance(event, Usage):
             self.usage = event
-        elif self.first is None and isinstance(event, (Text, Thought, CallBegan)):
+        elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
+            self.begun = self.choices.setdefault(event.index, Choice()).add(event)
+        if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
+
+    def in_order(self) -> list[tuple[int, Choice]]:
+        """The choices by their index."""
+        return sorted(self.choices.items())
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """What to send at an event: the stream's chunks, or one document at the end."""
         self.note(event)
         if self.stream:
             yield from self.chunks(event)
-            return
-        self._reply.add(event)
-        if isinstance(event, Usage):
-            yield self.document(self._reply)
+        elif isinstance(event, Usage):
+            yield self.document()
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         """A stream's documents for one event."""
         raise NotImplementedError
 
-    def document(self, reply: Reply) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The whole answer."""
         raise NotImplementedError
 
@@ -7592,23 +7622,21 @@ class Native(Dialect):
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Text) and event.text:
             yield self._piece(event.text)
-        elif isinstance(event, ChoiceEnd):
-            self._reason = event.finish_reason
         elif isinstance(event, Usage):
-            yield self._end(self._reason, event)
+            yield self._end(self.choices[0].finish_reason, event)
 
     @staticmethod
     def _piece(text: str) -> dict[str, Any]:
         return {"choices": [{"text": text, "index": 0}]}
 
     @staticmethod
-    def _end(reason: str, usage: Usage) -> dict[str, Any]:
+    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
         return {"choices": [{"text": "", "index": 0, "finish_reason": reason}], "usage": usage.document()}
 
-    def document(self, reply: Reply) -> dict[str, Any]:
-        assert reply.usage
-        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in reply.choices()]
-        return {"choices": choices, "usage": reply.usage.document()}
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        return {"choices": choices, "usage": self.usage.document()}
 
 
 class NativeSocket(Native):
@@ -7623,7 +7651,7 @@ class NativeSocket(Native):
         return {"token": text}
 
     @staticmethod
-    def _end(reason: str, usage: Usage) -> dict[str, Any]:
+    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
         return {"done": True, "finish_reason": reason, "usage": usage.document()}
 
     @classmethod
@@ -7868,24 +7896,21 @@ class ChatCompletion(OpenAI):
     def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
         return {"content": shown_logprobs(tokens), "refusal": None}
 
-    def document(self, reply: Reply) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         choices = [
             {"index": i, "message": self._message(c), "finish_reason": c.finish_reason,
              "logprobs": None if self.request.sampling.logprobs is None else self._logprobs(c.logprobs)}
-            for i, c in reply.choices()
+            for i, c in self.in_order()
         ]  # fmt: skip
-        return self._envelope(self.object_name, choices, **self._usage(reply.usage))
+        return self._envelope(self.object_name, choices, **self._usage(self.usage))
 
     def _message(self, choice: Choice) -> dict[str, Any]:
         content = choice.text or (None if choice.calls else "")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if choice.thoughts:
-            message["reasoning_content"] = "".join(choice.thoughts)
+        if thought := choice.said("thought"):
+            message["reasoning_content"] = thought
         if choice.calls:
-            message["tool_calls"] = [
-                {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
-                for c in choice.calls
-            ]
+            message["tool_calls"] = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
         if choice.results:
             message["tool_results"] = [self._result(r) for r in choice.results]
         return message
@@ -7954,9 +7979,9 @@ class Completion(OpenAI):
             self._said[index] = offset + sum(map(len, words))
         return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
 
-    def document(self, reply: Reply) -> dict[str, Any]:
-        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in reply.choices()]
-        return self._envelope(self.object_name, choices, **self._usage(reply.usage))
+    def document(self) -> dict[str, Any]:
+        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in self.in_order()]
+        return self._envelope(self.object_name, choices, **self._usage(self.usage))
 
 
 class Embeddings(Dialect):
@@ -7988,8 +8013,12 @@ class Embeddings(Dialect):
         if isinstance(event, Vectors):
             self._rows = event.rows
         elif isinstance(event, Usage):
-            usage = {"prompt_tokens": event.prompt_tokens, "total_tokens": event.prompt_tokens}
-            yield {"model": self.model, "usage": usage, **self.answer(self._rows)}
+            yield self.document()
+
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
+        return {"model": self.model, "usage": usage, **self.answer(self._rows)}
 
     def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
         """The answer but for the model and the usage."""
@@ -8072,30 +8101,12 @@ def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) 
     return one_of(where, name, [f["function"]["name"] for f in functions])
 
 
-@dataclass
-class Block:
-    """A stretch of an answer that is of one kind: a thought, text or a call."""
-
-    kind: str  # thought, text, call
-    index: int  # in the answer
-    call_id: str = ""
-    name: str = ""
-    id: str = ""  # the block's own, in APIs that give it one
-    parts: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """What it holds: text, or a call's arguments."""
-        return "".join(self.parts)
-
-
 class BlockDialect(Dialect):
     """An API whose answers are lists of blocks, one after another. A plain answer is its stream, of which the end is sent."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
-        self.blocks: list[Block] = []
-        self.end: ChoiceEnd | None = None
+        self.choice = self.choices[0] = Choice()
         self.prompt_tokens = 0
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -8104,38 +8115,25 @@ class BlockDialect(Dialect):
         if self.stream:
             yield from chunks
         elif isinstance(event, Usage):
-            yield self.whole()
+            yield self.document()
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        blocks, begun = self.choice.blocks, self.begun
+        if isinstance(event, ChoiceEnd) and not blocks:  # clients look at the first block without asking whether there is one
+            begun = self.choice.begin(Block("text"))
+        if begun:
+            if begun.index:
+                yield from self.closed(blocks[-2])
+            yield from self.opened(begun)
         if isinstance(event, Queued):
             self.prompt_tokens = event.prompt_tokens
             yield from self.begin()
-        elif isinstance(event, (Thought, Text)) and event.text:
-            kind = "text" if isinstance(event, Text) else "thought"
-            if not self.blocks or self.blocks[-1].kind != kind:
-                yield from self._next(Block(kind, len(self.blocks)))
-            yield from self._more(event.text)
-        elif isinstance(event, CallBegan):
-            yield from self._next(Block("call", len(self.blocks), event.id, event.name))
-        elif isinstance(event, CallArguments):
-            yield from self._more(event.text)
+        elif isinstance(event, (Thought, Text, CallArguments)) and event.text:
+            yield from self.more(blocks[-1], event.text)
         elif isinstance(event, ChoiceEnd):
-            if not self.blocks:  # clients look at the first block without asking whether there is one
-                yield from self._next(Block("text", 0))
-            self.end = event
-            yield from self.closed(self.blocks[-1])
+            yield from self.closed(blocks[-1])
         elif isinstance(event, Usage):
             yield from self.finish()
-
-    def _next(self, block: Block) -> Iterator[dict[str, Any]]:
-        if self.blocks:
-            yield from self.closed(self.blocks[-1])
-        self.blocks.append(block)
-        yield from self.opened(block)
-
-    def _more(self, text: str) -> Iterator[dict[str, Any]]:
-        self.blocks[-1].parts.append(text)
-        yield from self.more(self.blocks[-1], text)
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """The stream's first documents."""
@@ -8155,10 +8153,6 @@ class BlockDialect(Dialect):
 
     def finish(self) -> Iterator[dict[str, Any]]:
         """The stream's last documents."""
-        raise NotImplementedError
-
-    def whole(self) -> dict[str, Any]:
-        """The whole answer."""
         raise NotImplementedError
 
 
@@ -8324,13 +8318,14 @@ class Messages(BlockDialect):
         )
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_start", "message": self.whole()}
+        yield {"type": "message_start", "message": self.document()}
 
     def idle(self) -> dict[str, Any]:
         return {"type": "ping"}
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        yield {"type": "content_block_start", "index": block.index, "content_block": self._content(block)}
+        empty = self._content(replace(block, parts=[]))
+        yield {"type": "content_block_start", "index": block.index, "content_block": empty}
 
     def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
         kind, name = self.DELTAS[block.kind]
@@ -8346,10 +8341,10 @@ class Messages(BlockDialect):
         yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
-    def whole(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The message as far as it came."""
         return {"id": self._id, "type": "message", "role": "assistant", "model": self.model,
-                "content": [self._content(b) for b in self.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
+                "content": [self._content(b) for b in self.choice.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
 
     @staticmethod
     def _content(block: Block) -> dict[str, Any]:
@@ -8357,19 +8352,16 @@ class Messages(BlockDialect):
             return {"type": "text", "text": block.text}
         if block.kind == "thought":
             return {"type": "thinking", "thinking": block.text, "signature": ""}
-        arguments: Any = {}
-        with contextlib.suppress(InvalidRequest):  # a call that was cut; stop_reason says so
-            arguments = parse_json(block.text.encode("utf-8", "replace"))
-        shown = arguments if isinstance(arguments, dict) else {}
-        return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": shown}
+        return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": block.arguments()}
 
     def _end(self) -> dict[str, Any]:
         """Why the message ended; nothing yet while it goes on."""
-        if self.end is None:
+        end = self.choice.end
+        if end is None:
             return {"stop_reason": None, "stop_sequence": None}
-        if self.end.finish_reason == "stop" and self.end.stopped_by in self.request.sampling.stop:
-            return {"stop_reason": "stop_sequence", "stop_sequence": self.end.stopped_by}
-        return {"stop_reason": self.REASONS.get(self.end.finish_reason, "end_turn"), "stop_sequence": None}
+        if end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
+            return {"stop_reason": "stop_sequence", "stop_sequence": end.stopped_by}
+        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn"), "stop_sequence": None}
 
     def _usage(self) -> dict[str, int]:
         """Tokens: this API counts cached ones by themselves."""
@@ -8661,7 +8653,7 @@ class Responses(BlockDialect):
         freeform = block.kind == "call" and self._tools.meaning(block.name).freeform
         prefix = {"text": "msg", "thought": "rs", "call": "ctc" if freeform else "fc"}[block.kind]
         block.id = f"{prefix}_{os.urandom(12).hex()}"
-        item = self._item(block, "in_progress")
+        item = self._item(replace(block, parts=[]), "in_progress")
         if block.kind == "call":
             yield self._event("output_item.added", output_index=block.index, item=item)
             return
@@ -8704,13 +8696,13 @@ class Responses(BlockDialect):
             yield self._event("function_call_arguments.done", **self._at(block), name=tool.name, arguments=block.text)
 
     def finish(self) -> Iterator[dict[str, Any]]:
-        response = self.whole()
+        response = self.document()
         yield self._event(response["status"], response=response)
 
     # Items
 
     def _status(self, block: Block) -> str:
-        cut = self.end is not None and self.end.finish_reason == "length" and block is self.blocks[-1]
+        cut = self.choice.finish_reason == "length" and block is self.choice.blocks[-1]
         return "incomplete" if cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
@@ -8728,11 +8720,11 @@ class Responses(BlockDialect):
             return call | {"type": "custom_tool_call", "input": raw_input(block.text)}
         return call | {"type": "function_call", "arguments": block.text}
 
-    def whole(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The response at its end."""
-        cut = self.end is not None and self.end.finish_reason == "length"
+        cut = self.choice.finish_reason == "length"
         response = self._response("incomplete" if cut else "completed")
-        response["output"] = [self._item(b, self._status(b)) for b in self.blocks]
+        response["output"] = [self._item(b, self._status(b)) for b in self.choice.blocks]
         return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -8843,21 +8835,55 @@ def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[s
     return ["image"]
 
 
-class Ollama(Dialect):
-    """What Ollama's two text routes share: streams unless told otherwise, and an empty request only loads the model."""
+class OllamaRoute(Dialect):
+    """What Ollama's routes share: the model's time to stay, and that a request without a question only loads it."""
 
     api = "ollama"
+    use = "generate"  # what the model is loaded for
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self._began, self._ready = time.monotonic(), 0.0
         self._keep = optional(body, "keep_alive", keep_seconds)
-        self._call: Called | None = None  # is being written
-        self._calls = itertools.count()
+        if body.get("model") is None:
+            raise InvalidRequest("model is required: the name of a model, or default", "model")
+        super().__init__(body)
+
+    def asks(self) -> bool:
+        """True if there is a question."""
+        raise NotImplementedError
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        events = super().events(service, cancel) if self.asks() else self._loads(service, cancel)
+        return kept(events, self, service, self._keep)
+
+    def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        """Loads the model, or lets it go."""
+        if self._keep == 0:
+            yield Queued(service.table.resolve(self.request.model, cancel))
+        else:
+            yield from service.load(self.request.model, self.use, cancel)
+        yield Vectors(0, ()) if self.use == "embed" else ChoiceEnd(0, "unload" if self._keep == 0 else "load")
+        yield Usage(0, 0, 0, 0.0, 0.0)
+
+    def note(self, event: Event) -> None:
+        super().note(event)
+        if isinstance(event, Queued):
+            self._ready = time.monotonic()
+
+    def times(self) -> dict[str, int]:
+        """How long it took, in nanoseconds."""
+        now = time.monotonic()
+        return {"total_duration": int((now - self._began) * 1e9), "load_duration": int((self._ready - self._began) * 1e9)}
+
+
+class Ollama(OllamaRoute):
+    """What Ollama's two text routes share: they stream unless told otherwise."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._shown_calls = 0
         super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        if body.get("model") is None:
-            raise InvalidRequest("model is required: the name of a model, or default", "model")
         return GenerateRequest(
             model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body)
         )
@@ -8866,45 +8892,26 @@ class Ollama(Dialect):
         """Where this route's answers hold what the model said."""
         raise NotImplementedError
 
-    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        request = self.request
-        asks = request.prompts or request.messages or request.infill
-        events = super().events(service, cancel) if asks else self._loads(service, cancel)
-        return kept(events, self, service, self._keep)
-
-    def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        """Nothing is asked: loads the model, or lets it go."""
-        if self._keep == 0:
-            yield Queued(service.table.resolve(self.request.model, cancel))
-        else:
-            yield from service.load(self.request.model, "generate", cancel)
-        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
-        yield Usage(0, 0, 0, 0.0, 0.0)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._ready = time.monotonic()
+    def asks(self) -> bool:
+        return bool(self.request.prompts or self.request.messages or self.request.infill)
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, CallArguments) and self._call:
-            self._call.arguments += event.text
-        elif isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
+        if isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
             text, thought = (event.text, "") if isinstance(event, Text) else ("", event.text)
             yield self._document(text, thought, logprobs=event.logprobs)
-        elif isinstance(event, (CallBegan, ChoiceEnd)):
-            if self._call:  # calls go out whole
-                yield self._document(calls=[self._shown(asdict(self._call))])
-            self._call = Called(event.id, event.name) if isinstance(event, CallBegan) else None
-            self._reason = event.finish_reason if isinstance(event, ChoiceEnd) else ""
+        elif isinstance(event, (CallBegan, ChoiceEnd)):  # calls go out whole
+            done = len(self.choices[0].calls) - isinstance(event, CallBegan)
+            if done > self._shown_calls:
+                yield self._document(calls=[self._shown(done - 1)])
+                self._shown_calls = done
         elif isinstance(event, Usage):
-            yield self._document(**self._end(self._reason, event))
+            yield self._document(**self._end(event))
 
-    def document(self, reply: Reply) -> dict[str, Any]:
-        assert reply.usage
-        (_, choice), *_ = reply.choices()
-        calls, end = [self._shown(c) for c in choice.calls], self._end(choice.finish_reason or "", reply.usage)
-        return self._document(choice.text, "".join(choice.thoughts), calls, choice.logprobs, **end)
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        choice, end = self.choices[0], self._end(self.usage)
+        calls = map(self._shown, range(len(choice.calls)))
+        return self._document(choice.text, choice.said("thought"), calls, choice.logprobs, **end)
 
     def _document(self, text: str = "", thought: str = "", calls: Iterable[dict[str, Any]] = (),
                   logprobs: Seq[TokenLogprob] = (), **end: Any) -> dict[str, Any]:  # fmt: skip
@@ -8912,23 +8919,19 @@ class Ollama(Dialect):
         return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(text, thought, list(calls)),
                 "done": bool(end), **shown, **end}  # fmt: skip
 
-    def _shown(self, call: Mapping[str, str]) -> dict[str, Any]:
-        """A call with its arguments as an object; one that was cut has none."""
-        given: Any = {}
-        with contextlib.suppress(InvalidRequest):
-            given = parse_json(call["arguments"].encode("utf-8", "replace"))
-        function = {"index": next(self._calls), "name": call["name"], "arguments": given if isinstance(given, dict) else {}}
-        return {"id": call["id"], "function": function}
+    def _shown(self, index: int) -> dict[str, Any]:
+        """A call with its arguments as an object."""
+        call = self.choices[0].calls[index]
+        return {"id": call.call_id, "function": {"index": index, "name": call.name, "arguments": call.arguments()}}
 
-    def _end(self, reason: str, usage: Usage) -> dict[str, Any]:
+    def _end(self, usage: Usage) -> dict[str, Any]:
         """What the last document tells; times in nanoseconds."""
-        spent = (time.monotonic() - self._began, self._ready - self._began, usage.prompt_seconds, usage.decode_seconds)
-        total, load, prompt, decode = (int(seconds * 1e9) for seconds in spent)
+        reason = self.choices[0].finish_reason
         return {
-            "done_reason": reason if reason in ("length", "load", "unload") else "stop",
-            "total_duration": total, "load_duration": load,
+            "done_reason": reason if reason in ("length", "load", "unload") else "stop", **self.times(),
             "prompt_eval_count": usage.prompt_tokens, "prompt_eval_cached_count": usage.cached_tokens,
-            "prompt_eval_duration": prompt, "eval_count": usage.completion_tokens, "eval_duration": decode,
+            "prompt_eval_duration": int(usage.prompt_seconds * 1e9),
+            "eval_count": usage.completion_tokens, "eval_duration": int(usage.decode_seconds * 1e9),
         }  # fmt: skip
 
 
@@ -8993,55 +8996,42 @@ class OllamaGenerate(Ollama):
         return {"response": text, **({"thinking": thought} if thought else {})}
 
 
-class OllamaEmbed(Embeddings):
+class OllamaEmbed(OllamaRoute, Embeddings):
     """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
 
-    source, api = "input", "ollama"
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._began, self._ready = time.monotonic(), 0.0
-        self._keep = optional(body, "keep_alive", keep_seconds)
-        super().__init__(body)
+    use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        if body.get("model") is None:
-            raise InvalidRequest("model is required: the name of a model, or default", "model")
-        self._base64, given = False, body.get(self.source)
+        self._base64, given = False, self.given(body)
         optional(body, "options", an_object)
         return EmbedRequest(
             model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_inputs(self.taken(given), may_be_empty=True),
+            inputs=() if given is None or given in ("", []) else read_inputs(given, may_be_empty=True),
             dimensions=optional(body, "dimensions", whole(1)),
             truncate=body.get("truncate") is None or flag(body, "truncate"),
         )
 
-    def taken(self, given: Any) -> Any:
-        """The input, as far as this route takes it."""
-        return given
+    def given(self, body: Mapping[str, Any]) -> Any:
+        """The input."""
+        return body.get("input")
 
-    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        events = super().events(service, cancel) if self.request.inputs else self._loads(service, cancel)
-        return kept(events, self, service, self._keep)
+    def asks(self) -> bool:
+        return bool(self.request.inputs)
 
-    def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        yield from service.load(self.request.model, "embed", cancel)
-        yield Vectors(0, ())
-        yield Usage(0, 0, 0, 0.0, 0.0)
-
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        if isinstance(event, Queued):
-            self._ready = time.monotonic()
-        elif isinstance(event, Vectors):
-            self._rows = event.rows
-        elif isinstance(event, Usage):
-            yield self._document([self._embedding(row) for row in self._rows])
-
-    def _document(self, vectors: list[Any]) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         assert self.usage
-        total, load = (int((at - self._began) * 1e9) for at in (time.monotonic(), self._ready))
-        return {"model": self.request.model, "embeddings": vectors, "total_duration": total, "load_duration": load,
-                "prompt_eval_count": self.usage.prompt_tokens}  # fmt: skip
+        vectors = [self._embedding(row) for row in self._rows]
+        return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": self.usage.prompt_tokens}
+
+
+class OllamaEmbedding(OllamaEmbed):
+    """`/api/embeddings`, its older form: one prompt, one vector."""
+
+    def given(self, body: Mapping[str, Any]) -> Any:
+        return optional(body, "prompt", a_string)
+
+    def document(self) -> dict[str, Any]:
+        return {"embedding": self._embedding(self._rows[0]) if self._rows else []}
 
 
 class OllamaPull(Dialect):
@@ -9089,18 +9079,6 @@ class OllamaPull(Dialect):
             self._told = now
             file = {"digest": f"sha256:{event.digest}", "total": event.total, "completed": event.completed}
             yield {"status": event.status} | (file if event.total else {})
-
-
-class OllamaEmbedding(OllamaEmbed):
-    """`/api/embeddings`, its older form: one prompt, one vector."""
-
-    source = "prompt"
-
-    def taken(self, given: Any) -> Any:
-        return a_string("prompt", given)
-
-    def _document(self, vectors: list[Any]) -> dict[str, Any]:
-        return {"embedding": vectors[0] if vectors else []}
 
 
 # What clients are told of models: Ollama's lists, the one list of `/v1/models`, llama-server's properties
@@ -9313,9 +9291,9 @@ class LlamaCompletion(Dialect):
         elif isinstance(event, ChoiceEnd):
             yield self._end(event, "", ())
 
-    def document(self, reply: Reply) -> Any:
+    def document(self) -> Any:
         """An object, or for several prompts a list of them."""
-        ends = [self._end(choice.end, choice.text, choice.logprobs) for _, choice in reply.choices() if choice.end]
+        ends = [self._end(choice.end, choice.text, choice.logprobs) for _, choice in self.in_order() if choice.end]
         return ends if len(self.request.prompts) > 1 else ends[0]
 
     def _document(self, index: int, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
@@ -11943,27 +11921,6 @@ class NoServer(Exception):
     """No running server can do the work; the message says why, for -v."""
 
 
-class TextSource(Protocol):
-    """Who generates: the running server, or an engine of our own."""
-
-    model: str  # the model's id
-    has_template: bool | None  # None: not known
-    queued: Queued | None  # the request passed its checks
-    poll_seconds: float  # how often to ask for the status
-
-    def warm(self) -> None:
-        """Has the model loaded, if it is not, without waiting for it."""
-
-    def status(self) -> dict[str, Any]:
-        """The model's status, as the status route tells it."""
-
-    def events(self, body: dict[str, Any]) -> Iterator[Event]:
-        """Generates what a body of /api/generate asks for."""
-
-    def close(self) -> None:
-        """Ends whatever still runs."""
-
-
 def choose_generator(args: argparse.Namespace) -> TextSource:
     """The running server if it knows the model, else an engine of our own; -v says which and why."""
     try:
@@ -12003,7 +11960,7 @@ def why_own(args: argparse.Namespace) -> str | None:
 class OwnEngine:
     """Generates with an engine that lives as long as the command."""
 
-    poll_seconds = 0.1
+    poll_seconds = 0.1  # how often to ask for the status
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Finds the model; the first generation loads it. Raises ModelNotFound, ImportError."""
@@ -12017,12 +11974,15 @@ class OwnEngine:
         self.has_template = next(m["chat_template"] for m in self._service.table.models() if m["id"] == self.model)
 
     def warm(self) -> None:
+        """Has the model loaded, without waiting for it."""
         self._service.table.load(self.model, False, Cancellation())
 
     def status(self) -> dict[str, Any]:
+        """The model's status, as the status route tells it."""
         return self._service.table.status(self.model)
 
     def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        """Generates what a body of /api/generate asks for; `queued` tells that the request passed its checks."""
         with contextlib.closing(self._service.generate(Native(body).request, Cancellation())) as events:  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Queued):
@@ -12047,7 +12007,8 @@ class RunningServer:
         try:
             self.model = self.status()["model"]
             found = next(m for m in self._ask("/api/models")["models"] if m["id"] == self.model)
-            self.has_template, theirs = found["chat_template"], found["size_bytes"]
+            theirs: int | None = found["size_bytes"]
+            self.has_template: bool | None = found["chat_template"]  # None: not known
         except (KeyError, TypeError, StopIteration):
             raise NoServer(f"what answers at {self.url} is no shimmy server of this version") from None
         if size not in (None, theirs):
@@ -12134,6 +12095,9 @@ class RunningServer:
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
 
+TextSource = OwnEngine | RunningServer
+
+
 def named_model(args: argparse.Namespace) -> tuple[str, int | None]:
     """What to ask a server for, and the size of the file that --models-dir has under that name."""
     base = os.environ.get("SHIMMY_BASE_GGUF")  # our default, whatever the server's is
@@ -12163,34 +12127,21 @@ def command_generate(args: argparse.Namespace) -> int:
             return generate_lines(args, generator, sampling)
         body = generate_body(args, generator, read_prompt(args), sampling)
         with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire = PrintedJson(line, args.raw) if args.json else PrintedText(line, args.raw)
-            dialect = Speed(body | {"stream": not args.json})
+            wire, dialect, began = Printed(line, args.raw, args.json), Native(body | {"stream": not args.json}), time.monotonic()
             try:
                 deliver(dialect, generator.events(body), wire)
             except ApiError:
                 wire.end()  # the message gets a line of its own
                 raise
-    dialect.report()
+    report_speed(dialect, began)
     return report_cut(args, wire, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
 
 
-class Speed(Native):
-    """A native request that notes how fast it is answered, for -v."""
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self._began = self._last = time.monotonic()
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Text):
-            self._last = time.monotonic()
-
-    def report(self) -> None:
-        """Logs tokens, time to first token (a load counts) and speed; a server tells only how many tokens there were."""
-        if self.usage and self.first:
-            seconds = self.usage.decode_seconds or self._last - self.first
-            log.info("%s", replace(self.usage, decode_seconds=seconds).words(self.first - self._began))
+def report_speed(dialect: Native, began: float) -> None:
+    """Logs tokens, time to first token (a load counts) and speed, for -v; a server tells only how many tokens there were."""
+    if dialect.usage and dialect.first:
+        seconds = dialect.usage.decode_seconds or time.monotonic() - dialect.first
+        log.info("%s", replace(dialect.usage, decode_seconds=seconds).words(dialect.first - began))
 
 
 def generating_model(model: str | None) -> str | None:
@@ -12277,26 +12228,27 @@ def waiting_for(generator: TextSource) -> str:
     return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
 
 
-class PrintedText(Wire):
-    """A native stream on standard output: the text alone, each piece flushed."""
+class Printed(Wire):
+    """A native answer on standard output: its document, or the text alone, each piece flushed, and kept in `said`."""
 
     finish_reason: str | None = None
     completion_tokens = 0
 
-    def __init__(self, line: WaitingLine, raw: bool) -> None:
-        self._line, self._raw, self._last = line, raw, ""
+    def __init__(self, line: WaitingLine, raw: bool = False, as_json: bool = False) -> None:
+        self._line, self._raw, self._as_json = line, raw, as_json
+        self.said: list[str] = []
 
     def send(self, document: dict[str, Any]) -> None:
-        self._note_end(document)
-        text = document["choices"][0]["text"]
-        if text:
-            self._line.clear()
-            self._last = text[-1]
-            self._write(text)
-
-    def _note_end(self, document: dict[str, Any]) -> None:
-        self.finish_reason = document["choices"][0].get("finish_reason")
+        (choice,) = document["choices"]
+        self.finish_reason = choice.get("finish_reason")
         self.completion_tokens = document.get("usage", {}).get("completion_tokens", 0)
+        if self._as_json:
+            self._line.clear()
+            print_json(document)
+        elif choice["text"]:
+            self._line.clear()
+            self.said.append(choice["text"])
+            self._write(choice["text"])
 
     def _write(self, text: str) -> None:
         """A terminal would obey what a model writes; a pipe gets it byte for byte."""
@@ -12307,20 +12259,11 @@ class PrintedText(Wire):
     def end(self) -> None:
         """The last line gets its newline; only a terminal gets it with --raw."""
         self._line.clear()
-        if self._last not in ("", "\n") and (not self._raw or sys.stdout.isatty()):
+        if self.said and not self.said[-1].endswith("\n") and (not self._raw or sys.stdout.isatty()):
             self._write("\n")
 
 
-class PrintedJson(PrintedText):
-    """A native document on standard output."""
-
-    def send(self, document: dict[str, Any]) -> None:
-        self._note_end(document)
-        self._line.clear()
-        print_json(document)
-
-
-def report_cut(args: argparse.Namespace, wire: PrintedText, most: int) -> int:
+def report_cut(args: argparse.Namespace, wire: Printed, most: int) -> int:
     """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
     if wire.finish_reason != "length":
         return 0
@@ -12399,9 +12342,9 @@ class Conversation:
         args, generator, asked = self._args, self._generator, {"role": "user", "content": decoded(os.fsencode(text), "the text")}
         body = generate_body(args, generator, "", self._sampling) | {"messages": [*self._turns, asked], "stream": True}
         generator.queued = None
-        dialect = Speed(body)
+        dialect, began = Native(body), time.monotonic()
         with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire = Said(line)
+            wire = Printed(line)
             try:
                 deliver(dialect, generator.events(body), wire)
             except KeyboardInterrupt:
@@ -12413,20 +12356,8 @@ class Conversation:
                     print("/reset begins anew", file=sys.stderr)
         if wire.said:
             self._turns += [asked, {"role": "assistant", "content": "".join(wire.said)}]
-        dialect.report()
+        report_speed(dialect, began)
         report_cut(args, wire, self._sampling["max_tokens"])
-
-
-class Said(PrintedText):
-    """An answer that is printed, and kept for the turns to come."""
-
-    def __init__(self, line: WaitingLine) -> None:
-        super().__init__(line, raw=False)
-        self.said: list[str] = []
-
-    def send(self, document: dict[str, Any]) -> None:
-        self.said.append(document["choices"][0]["text"])
-        super().send(document)
 
 
 @contextlib.contextmanager
@@ -12451,15 +12382,6 @@ def line_history() -> Iterator[None]:
 
 
 # --lines
-
-
-class Collected(Wire):
-    """Keeps the one document of a plain reply."""
-
-    document: dict[str, Any]
-
-    def send(self, document: dict[str, Any]) -> None:
-        self.document = document
 
 
 def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
@@ -12516,9 +12438,10 @@ def answer_line(
     try:
         if isinstance(line, ApiError):
             raise line
-        body, wire = generate_body(args, generator, line, sampling), Collected()
-        deliver(Native(body), generator.events(body), wire)
-        return wire.document
+        body = generate_body(args, generator, line, sampling)
+        dialect = Native(body)
+        *_, document = (document for event in generator.events(body) for document in dialect.documents(event))
+        return document
     except ApiError as error:
         return error.document()
     except Exception as error:  # a thread's border: the line's reader must hear something
@@ -18857,7 +18780,8 @@ p { margin: 0; }
 .code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; font-size: .9rem; }
 .wide { overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal;
+  white-space: pre-line; }
 .empty { text-align: center; padding-top: 12vh; color: var(--mute); text-wrap: balance; }
 #foot { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); }
 #foot > * { max-width: 46rem; margin: 0 auto .5rem; }
@@ -18880,6 +18804,7 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
   #side:not(:popover-open) { display: none; }
   #model { flex: 1 1 0; }
 }
+@media (pointer: coarse) { #chats button, .foot button { min-width: 2.75rem; min-height: 2.75rem; } }
 @media (max-width: 32rem) { #state, .empty p + p { display: none; } }
 </style>
 </head>
@@ -18940,7 +18865,7 @@ function make(tag, props, ...children) {
     if (typeof value === "function") node.addEventListener(name, value);
     else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children);
+  children.flat().forEach(child => node.append(child));  // as arguments, tens of thousands would overflow the stack
   return node;
 }
 
@@ -18980,11 +18905,21 @@ const isBlank = line => !line.trim();
 const begins = line => [FENCE, HEADING, RULE, QUOTE, ITEM].some(start => start.test(line));
 const indent = line => line.length - line.trimStart().length;
 
-function drawMarkdown(parent, text) {  // a growing text: what stays the same is left alone
-  const nodes = blocks(text.split(/\r?\n/), 0);
-  const same = nodes.findIndex((node, n) => !parent.children[n]?.isEqualNode(node));
-  while (same !== -1 && parent.children.length > same) parent.lastChild.remove();
-  if (same !== -1) parent.append(...nodes.slice(same));
+// Draws a growing text: what stays the same is left alone, and only the last block is read again.
+function drawMarkdown(parent, text) {
+  let {line, kept} = parent.drawn && text.startsWith(parent.drawn.text) ? parent.drawn : {line: 0, kept: 0};
+  const lines = text.split(/\r?\n/), nodes = [], first = kept;
+  for (let i = line; i < lines.length;) {
+    const [end, ...found] = blockAt(lines, i, 0);
+    if (found.length) [line, kept] = [i, first + nodes.length];
+    nodes.push(...found);
+    i = end;
+  }
+  parent.drawn = {text, line, kept};
+  const same = nodes.findIndex((node, n) => !parent.children[first + n]?.isEqualNode(node));
+  const stays = first + (same === -1 ? nodes.length : same);
+  while (parent.children.length > stays) parent.lastChild.remove();
+  nodes.slice(stays - first).forEach(node => parent.append(node));
 }
 
 function blocks(lines, depth) {
@@ -19007,11 +18942,11 @@ function blockAt(lines, i, depth) {
     return [end + 1, codeBlock(code, fence[2].trim().split(" ")[0])];
   }
   if (isBlank(line)) return [i + 1];
-  if (heading) return [i + 1, make("h" + heading[1].length, null, ...inline(heading[2].replace(/ #+ *$/, "")))];
+  if (heading) return [i + 1, make("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))];
   if (RULE.test(line)) return [i + 1, make("hr")];
   if (QUOTE.test(line) && depth < DEEPEST) {
     const end = past(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
-    return [end, make("blockquote", null, ...blocks(inner, depth + 1))];
+    return [end, make("blockquote", null, blocks(inner, depth + 1))];
   }
   if (ITEM.test(line) && depth < DEEPEST) return list(lines, i, depth);
   if (isTableRule(lines[i + 1] || "", cells(line).length)) {
@@ -19019,7 +18954,7 @@ function blockAt(lines, i, depth) {
     return [end, table(lines.slice(i, end).map(cells))];
   }
   const end = past(i + 1, l => !isBlank(l) && !begins(l));
-  return [end, make("p", null, ...inline(lines.slice(i, end).map(l => l.trim()).join("\n")))];
+  return [end, make("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))];
 }
 
 function list(lines, i, depth) {
@@ -19039,8 +18974,11 @@ function list(lines, i, depth) {
     else break;
   }
   const [tag, props] = isNaN(number) ? ["ul"] : ["ol", {start: number !== 1 && String(number)}];
-  return [i, make(tag, props, ...items.map(item => make("li", null, ...blocks(item, depth + 1))))];
+  return [i, make(tag, props, items.map(item => make("li", null, blocks(ticked(item), depth + 1))))];
 }
+
+// A task's box, which is shown and cannot be ticked here.
+const ticked = ([first, ...rest]) => [first.replace(/^\[( |x|X)\] /, (_, mark) => mark === " " ? "☐ " : "☑ "), ...rest];
 
 const cells = line => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map(cell => cell.trim());
 const isTableRule = (line, width) =>
@@ -19048,7 +18986,7 @@ const isTableRule = (line, width) =>
 
 function table([head, rule, ...rows]) {
   const row = (tag, texts) => make("tr", null, ...head.map((_, n) =>
-    make(tag, null, ...inline((texts[n] || "").replaceAll("\\|", "|")))));
+    make(tag, null, inline((texts[n] || "").replaceAll("\\|", "|").replace(/<br *\/?>/gi, "\n")))));
   const body = make("tbody", null, ...rows.map(texts => row("td", texts)));
   return make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
     make("table", null, make("thead", null, row("th", head)), body));
@@ -19060,6 +18998,7 @@ function codeBlock(code, language) {
 }
 
 const SPANS = new RegExp([
+  /(?<math>\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\])/,
   /\\(?<escaped>[!-/:-@[-`{-~])/,
   /(?<!`)(?<ticks>`+)(?!`) ?(?<code>.{1,500}?) ?(?<!`)\k<ticks>(?!`)/,
   /!?\[(?<label>[^[\]]{0,500})\]\( ?<?(?<target>[^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: "[^"]{0,500}")? ?\)/,
@@ -19080,20 +19019,21 @@ function inline(text, depth = 0) {
   return [...nodes, text.slice(from)];
 }
 
-function span(whole, {escaped, code, label, target, address, mark, strong, em, under, underlined}, depth) {
+function span(whole, {math, escaped, code, label, target, address, mark, strong, em, under, underlined}, depth) {
   const inner = words => depth < DEEPEST ? inline(words, depth + 1) : [words];
+  if (math) return whole;  // as it was written
   if (escaped) return escaped;
   if (code) return make("code", null, code);
   if (address) return link(address, [address]) || whole;
   if (target) return link(target, label && !label.includes("://") ? inner(label) : [label || target]) || whole;
   const words = strong || em || underlined;
-  return TAGS[mark || under || "*"].reduceRight((children, tag) => [make(tag, null, ...children)], inner(words))[0];
+  return TAGS[mark || under || "*"].reduceRight((children, tag) => [make(tag, null, children)], inner(words))[0];
 }
 
 function link(target, label) {
   const url = URL.canParse(target) ? new URL(target) : null;
   if (!url || !["http:", "https:", "mailto:"].includes(url.protocol)) return null;
-  return make("a", {href: url.href, title: url.href, target: "_blank", rel: "noopener noreferrer"}, ...label);
+  return make("a", {href: url.href, title: url.href, target: "_blank", rel: "noopener noreferrer"}, label);
 }
 
 // ── Conversations, kept in the browser. What its storage or a file holds is taken as far as it has the shape of these.
@@ -19198,7 +19138,7 @@ async function refresh() {
     const listed = (await get("/api/models")).models;
     tools = (await get("/api/tools")).tools;
     models = listed.filter(model => model.id !== "default" && !model.embedding);
-    usual = String(listed[0]?.description).replace("Base GGUF model: ", "");
+    usual = await get("/api/models/default/status").then(status => status.model, () => "");
     if (reached === false) $("notice").hidden = true;
     reached = true;
   } catch (error) {
@@ -19287,7 +19227,7 @@ async function ask(chat, question, n = chat.turns.length) {
   save(chat);
   drawSide();
   drawSoon();
-  say(turn.end === "error" ? turn.error.message : turn.end === "stopped" ? "Stopped" : "The answer is complete");
+  say(turn.end === "error" ? turn.error.message : turn.end === "stopped" ? "Stopped" : `The answer is complete: ${textOf(turn)}`);
 }
 
 // Says what an answer waits for, until its first words come.
@@ -19304,6 +19244,8 @@ async function watch(chat, model, run) {
   }
   if (run.first) refresh();  // the model is loaded by now
 }
+
+const textOf = turn => turn.parts.filter(part => part.kind === "text").map(part => part.text).join("\n\n");
 
 function take(turn, run, event) {
   const [choice] = event.choices, delta = choice?.delta || {};
@@ -19365,11 +19307,13 @@ function emptyView() {
     make("p", null, "Enter sends · Shift+Enter new line · Esc stops · / to the box · ↑ edits · Alt+N new chat"));
 }
 
+const heading = words => make("h2", {class: "unseen"}, words);  // readers of screens go from one to the next
+
 function questionView(chat, n) {
   const text = chat.turns[n].question;
   const again = button("Edit", () => edit(n), {class: "plain", "aria-label": "Edit and ask again"});
   const foot = make("div", {class: "row foot"}, copyButton(text, "Copy the question"), again);
-  return make("article", {class: "user", "aria-label": "You"}, make("div", {class: "words"}, text), foot);
+  return make("article", {class: "user", "aria-label": "You"}, heading("You"), make("div", {class: "words"}, text), foot);
 }
 
 function edit(n) {  // the question of turn n, in the box; null: no longer
@@ -19394,7 +19338,7 @@ function answerView(chat, n) {
     shown = words;
   };
   newest();
-  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, parts, foot);
+  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, heading("Answer"), parts, foot);
 }
 
 const folded = (name, summary, ...children) => make("details", {class: name}, make("summary", null, ...summary), ...children);
@@ -19414,7 +19358,7 @@ function partView(part) {
 
 function doneFoot(chat, n) {
   const turn = chat.turns[n], again = () => ask(chat, turn.question, n);
-  const text = turn.parts.filter(part => part.kind === "text").map(part => part.text).join("\n\n");
+  const text = textOf(turn);
   const foot = make("div", {class: "row foot"}, text ? copyButton(text, "Copy the answer") : "",
     button("Again", again, {class: "plain again", "aria-label": "Answer again"}),
     make("span", {class: "figures"}, figureWords(turn)));
@@ -19443,11 +19387,25 @@ function drawSide() {
 
 function remove(chat) {
   if (!confirm(`Delete “${brief(chat.title)}”?`)) return;
+  const at = chats.indexOf(chat);
   stop(chat);
   chats = chats.filter(each => each !== chat);
   store("chat." + chat.id, null);
-  if (chat === current) openChat(chats[0] || newChat());
-  else drawSide();
+  if (chat === current) return openChat(chats[0] || newChat());
+  drawSide();
+  ($("chats").children[Math.min(at, chats.length - 1)]?.firstChild || $("new")).focus();
+}
+
+// Another tab has written or deleted a chat: its word counts, but for one that is being answered here.
+function takeStored({key, newValue}) {
+  const id = key?.startsWith("shimmy.chat.") && key.slice(12), old = chats.find(chat => chat.id === id);
+  if (!id || runs.has(old) || (!old && !newValue)) return;
+  const fresh = newValue === null ? null : newChat(parsed(newValue), id);
+  chats = [fresh, ...chats.filter(chat => chat !== old)].filter(Boolean).sort((a, b) => b.changed - a.changed);
+  if (current !== old || !old) return drawSide();
+  current = fresh || newChat();
+  drawSide();
+  drawLog();
 }
 
 function openChat(chat) {
@@ -19455,11 +19413,11 @@ function openChat(chat) {
   stick = true;
   store("last", chat.id);
   if (reached) $("notice").hidden = true;
-  $("side").hidePopover();
+  $("side").hidePopover?.();
   drawSide();
   drawModels();
   drawLog();
-  if (matchMedia("(hover: hover)").matches) box.focus();  // on a phone that would open the keyboard
+  if (hasKeyboard) box.focus();  // on a phone that would open the one on the screen
 }
 
 function drawModels() {
@@ -19509,13 +19467,16 @@ function submitBox(event) {
   ask(current, text, n);
 }
 
+const hasKeyboard = matchMedia("(hover: hover)").matches;
+const OVERLAY = "dialog[open]" + (CSS.supports("selector(:popover-open)") ? ", :popover-open" : "");
+
 function pressed(event) {
-  const {key, target} = event, inBox = target === box && !event.isComposing;
-  if (document.querySelector("dialog[open], :popover-open")) return;
+  const {key, target} = event, inBox = target === box;
+  if (event.isComposing || event.keyCode === 229 || document.querySelector(OVERLAY)) return;  // 229: Safari's end of composing
   const act = key === "Escape" ? () => edited === null ? stop(current) : edit(null)
     : key === "/" && !target.matches("input, textarea, select") ? () => box.focus()
     : event.altKey && event.code === "KeyN" ? startChat
-    : inBox && key === "Enter" && !event.shiftKey ? () => submitBox(event)
+    : inBox && key === "Enter" && !event.shiftKey && hasKeyboard ? () => submitBox(event)
     : inBox && key === "ArrowUp" && !box.value && current.turns.length ? () => edit(current.turns.length - 1) : null;
   if (act) event.preventDefault();
   act?.();
@@ -19539,6 +19500,9 @@ on(document, "dragover", event => event.preventDefault());
 on(document, "drop", event => insert(event, event.dataTransfer.files));
 on(document, "visibilitychange", () => document.hidden ? [...runs.keys()].forEach(save) : refresh());
 
+on(window, "storage", takeStored);
+
+if (!hasKeyboard) box.enterKeyHint = "enter";  // there is no Shift+Enter: the button sends
 readChats();
 openChat(current);
 refresh();
