@@ -7464,7 +7464,7 @@ class Block:
 
     @property
     def text(self) -> str:
-        """What it holds: text, or a call's arguments."""
+        """Its text, or a call's arguments."""
         return "".join(self.parts)
 
     def arguments(self) -> dict[str, Any]:
@@ -7530,7 +7530,7 @@ class Choice:
 class Dialect:
     """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
 
-    streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes that a stream's client looks for among its documents only
+    streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
 
     def __init__(self, body: Mapping[str, Any]) -> None:
@@ -7538,7 +7538,7 @@ class Dialect:
         self.stream = flag(body, "stream")
         self.request = self.read(body)
         self.model = self.request.model  # as the request has it, until Queued tells the real id
-        self.owner = ""  # whose cached prompts this one may begin with: the door knows the key
+        self.owner = ""  # cache owner; set by the transport
         self.usage: Usage | None = None
         self.first: float | None = None  # when its first words came (monotonic seconds)
         self.choices: dict[int, Choice] = {}
@@ -7569,7 +7569,7 @@ class Dialect:
         return sorted(self.choices.items())
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        """What to send at an event: the stream's chunks, or one document at the end."""
+        """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
         if self.stream:
             yield from self.chunks(event)
@@ -7585,11 +7585,11 @@ class Dialect:
         raise NotImplementedError
 
     def idle(self) -> dict[str, Any] | None:
-        """A sign of life for clients that count no comments."""
+        """Keep-alive for clients that ignore SSE comments."""
         return None
 
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
-        """What a stream that breaks off ends with."""
+        """Ends a stream that breaks off."""
         yield ERROR_SHAPES[self.api](error)
 
 
@@ -7755,7 +7755,7 @@ def one_of(where: str, value: Any, known: Iterable[str]) -> str:
 
 
 def effort_args(where: str, effort: Any) -> dict[str, Any]:
-    """How much to think, as templates want it: they know low, medium and high."""
+    """Translates an effort for templates: they know low, medium and high."""
     if effort is None:
         return {}
     known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
@@ -7764,7 +7764,7 @@ def effort_args(where: str, effort: Any) -> dict[str, Any]:
 
 
 def read_template_args(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is told: chat_template_kwargs, and before them what reasoning_effort means."""
+    """Reads the template's arguments: chat_template_kwargs, which win over reasoning_effort."""
     told = effort_args("reasoning_effort", body.get("reasoning_effort"))
     return told | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
 
@@ -7779,7 +7779,7 @@ def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
 
 
 class OpenAI(Dialect):
-    """What OpenAI's two text routes share."""
+    """Base of OpenAI's two text routes."""
 
     api = "openai"
     prefix = object_name = chunk_name = ""
@@ -7947,7 +7947,7 @@ class Completion(OpenAI):
 
     @staticmethod
     def _echoes(body: Mapping[str, Any], request: GenerateRequest) -> Seq[str]:
-        """What each choice begins with: with `echo` its prompt."""
+        """With `echo` the prompts, by choice; else nothing."""
         if not flag(body, "echo"):
             return ()
         if request.sampling.logprobs is not None or not all(isinstance(p, str) for p in request.prompts):
@@ -8102,7 +8102,7 @@ def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) 
 
 
 class BlockDialect(Dialect):
-    """An API whose answers are lists of blocks, one after another. A plain answer is its stream, of which the end is sent."""
+    """An API whose answers are lists of blocks. Non-streamed answers run the same code; only the last document is sent."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
@@ -8140,7 +8140,7 @@ class BlockDialect(Dialect):
         raise NotImplementedError
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        """What announces a block."""
+        """Announces a block."""
         raise NotImplementedError
 
     def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
@@ -8148,7 +8148,7 @@ class BlockDialect(Dialect):
         raise NotImplementedError
 
     def closed(self, block: Block) -> Iterator[dict[str, Any]]:
-        """What ends a block."""
+        """Ends a block."""
         raise NotImplementedError
 
     def finish(self) -> Iterator[dict[str, Any]]:
@@ -8270,7 +8270,7 @@ def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any]:
-    """What the request's tool_choice says."""
+    """Reads the request's tool_choice."""
     choice = an_object("tool_choice", given(body, "tool_choice", {"type": "auto"}))
     kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
     if kind == "any" and not functions:
@@ -8281,7 +8281,7 @@ def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any
 
 
 def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
-    """How much the model thinks: not at all unless the request says so, as that API has it."""
+    """Reads how much to think: not at all unless the request says so, as that API has it."""
     thinking = an_object("thinking", given(body, "thinking", {"type": "disabled"}))
     kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
     budget = thinking.get("budget_tokens")
@@ -8355,7 +8355,7 @@ class Messages(BlockDialect):
         return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": block.arguments()}
 
     def _end(self) -> dict[str, Any]:
-        """Why the message ended; nothing yet while it goes on."""
+        """The reason that the message ended; nothing while it goes on."""
         end = self.choice.end
         if end is None:
             return {"stop_reason": None, "stop_sequence": None}
@@ -8385,7 +8385,7 @@ def joined_name(space: str, name: str) -> str:
 
 
 def raw_input(arguments: str) -> str:
-    """What a freeform tool gets of the call its model made with `{"input": …}`; all of it if it is no such thing."""
+    """Unwraps `{"input": …}`, the call of a freeform tool; other arguments stay as they are."""
     with contextlib.suppress(InvalidRequest):
         read = parse_json(arguments.encode("utf-8", "replace"))
         if isinstance(read, dict) and isinstance(read.get("input"), str):
@@ -8440,7 +8440,7 @@ class ResponseTools:
         return self._offered.get(name) or OfferedTool(name)
 
     def choice(self, choice: Any) -> dict[str, Any]:
-        """What the request's tool_choice says."""
+        """Reads the request's tool_choice."""
         functions = bounded(self.functions)
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             allowed = {self._named(where, tool) for where, tool in listed("tool_choice.tools", choice.get("tools"))}
@@ -8757,7 +8757,7 @@ GO_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0
 
 
 def speaks_ollama(body: Mapping[str, Any], agent: str) -> bool:
-    """Whether a body for `/api/generate` is Ollama's: by a field that only it has, or by the User-Agent that sends it."""
+    """True if a body for `/api/generate` is Ollama's: it has a field of Ollama's own, or one of its packages sends it."""
     packages = agent.lower().startswith("ollama")  # ollama-python/…, ollama-js/…, ollama/… (Go)
     return packages or any(body.get(name) is not None for name in OLLAMA_FIELDS)
 
@@ -8819,7 +8819,7 @@ def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
-    """How much to think, as templates want it: whether, or how hard."""
+    """Translates `think` for templates: on or off, or an effort."""
     think = body.get("think")
     if think is None:
         return {}
@@ -8827,7 +8827,7 @@ def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[str]:
-    """What with_note is to tell of a turn's images. Those of the user's newest turn are refused."""
+    """Lists a turn's images for with_note. Those of the user's newest turn are refused."""
     if not optional(holder, "images", one_type(list, "a list"), []):
         return []
     if newest:
@@ -8836,7 +8836,7 @@ def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[s
 
 
 class OllamaRoute(Dialect):
-    """What Ollama's routes share: the model's time to stay, and that a request without a question only loads it."""
+    """Base of Ollama's routes: keep_alive, times, and loading by a request without a question."""
 
     api = "ollama"
     use = "generate"  # what the model is loaded for
@@ -8871,13 +8871,13 @@ class OllamaRoute(Dialect):
             self._ready = time.monotonic()
 
     def times(self) -> dict[str, int]:
-        """How long it took, in nanoseconds."""
+        """Durations in nanoseconds."""
         now = time.monotonic()
         return {"total_duration": int((now - self._began) * 1e9), "load_duration": int((self._ready - self._began) * 1e9)}
 
 
 class Ollama(OllamaRoute):
-    """What Ollama's two text routes share: they stream unless told otherwise."""
+    """Base of Ollama's two text routes, which stream unless told otherwise."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self._shown_calls = 0
@@ -8889,7 +8889,7 @@ class Ollama(OllamaRoute):
         )
 
     def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        """Where this route's answers hold what the model said."""
+        """Puts the model's words into this route's fields."""
         raise NotImplementedError
 
     def asks(self) -> bool:
@@ -8925,7 +8925,7 @@ class Ollama(OllamaRoute):
         return {"id": call.call_id, "function": {"index": index, "name": call.name, "arguments": call.arguments()}}
 
     def _end(self, usage: Usage) -> dict[str, Any]:
-        """What the last document tells; times in nanoseconds."""
+        """The last document's reason, counts and durations."""
         reason = self.choices[0].finish_reason
         return {
             "done_reason": reason if reason in ("length", "load", "unload") else "stop", **self.times(),
@@ -9094,7 +9094,7 @@ def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
 
 
 def model_metadata(info: ModelInfo) -> Mapping[str, Any]:
-    """What the model's header says. Untrusted, but read within bounds."""
+    """The metadata of the model's header: untrusted, but read within bounds."""
     try:
         found = os.stat(info.path)
     except OSError:
@@ -9145,7 +9145,7 @@ def ollama_details(info: ModelInfo) -> dict[str, Any]:
 
 
 def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
-    """What `/api/show` tells of a model."""
+    """The document of `/api/show`."""
     metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
             and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
@@ -9161,7 +9161,7 @@ def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
 
 
 def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Resident | None) -> list[str]:
-    """What the model can do, in Ollama's words, as far as its header tells; a loaded one knows whether it fills gaps."""
+    """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
     if info.embedding:
         return ["embedding"]
     template = template_of(metadata)
@@ -9390,7 +9390,7 @@ class Access:
         return str(self._key(headers)) if self.private and self.api_keys else ""
 
     def _key(self, headers: Any) -> int | None:
-        """Which key fits, compared in constant time."""
+        """The number of the key that fits, compared in constant time; None: none does."""
         import hmac
 
         scheme, _, bearer = (headers.get("Authorization") or "").partition(" ")
@@ -9582,7 +9582,7 @@ class RequestReader:
             LARGE_BODIES.release()
 
     def unread(self) -> bytes:
-        """What has come and was not read."""
+        """Takes the bytes that have come behind the request."""
         data, self.incoming.deadline = b"", 0.0
         with contextlib.suppress(ClientGone):
             while len(data) < TURN_BYTES:
@@ -9680,7 +9680,7 @@ def to_json(document: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Framing:
-    """How a stream's documents become bytes: each one's, the mark at the end, and a sign of life."""
+    """Turns a stream into bytes: each document, the mark at the end, a sign of life."""
 
     content_type: str
     encode: Callable[[dict[str, Any]], bytes]
@@ -9696,7 +9696,7 @@ NDJSON = Framing("application/x-ndjson", lambda d: to_json(d) + b"\n", pulse=b" 
 
 
 class Wire:
-    """How a dialect's documents reach one client. `begin` comes first; from there on errors are documents too."""
+    """Carries a dialect's documents to one client. `begin` comes first; from there on errors are documents too."""
 
     begun = False
 
@@ -9858,14 +9858,14 @@ class Call:
 
 
 def answer_health(call: Call) -> Answer:
-    """Whether the server is up, and with what; llama-server's clients read how many slots are free."""
+    """The server's state; llama-server's older clients read the counts of slots."""
     residents = call.service.table.residents()
     running, places = sum(r.running for r in residents), sum(r.loaded.parallel for r in residents)
     return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
 
 
 def answer_metrics(call: Call) -> Answer:
-    """What Prometheus scrapes."""
+    """The metrics in Prometheus' text format."""
     return Answer(metrics_text(call.service), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
@@ -9913,7 +9913,7 @@ def answer_openai_model(call: Call) -> Answer:
 
 
 def answer_count_tokens(call: Call) -> Answer:
-    """How long the prompt of a Messages request is."""
+    """Counts the prompt tokens of a Messages request."""
     return Answer({"input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)})
 
 
@@ -9921,7 +9921,7 @@ def answer_count_tokens(call: Call) -> Answer:
 
 
 def answer_ps(call: Call) -> Answer:
-    """The loaded models, and when each goes. As Ollama has it, one that stays goes in some 290 years."""
+    """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
     for r in call.service.table.residents():
         expires = time.time() + (9.2e9 if r.left is None else r.left)
@@ -9947,7 +9947,7 @@ def resident_of(service: Service, info: ModelInfo) -> Resident | None:
 
 
 def answer_props(call: Call) -> Answer:
-    """What a client wants to know of a model before it chats; `?model=` names another than the default."""
+    """A model's properties for clients that are about to chat; `?model=` names another than the default."""
     info = call.service.table.info(call.query.get("model", "default"), call.cancel)
     return Answer(model_properties(call.service, info, resident_of(call.service, info)))
 
@@ -10009,7 +10009,7 @@ def answer_template(call: Call) -> Answer:
 def answer_root(call: Call) -> Answer:
     """The chat page for browsers. Others learn who is here; Claude Code asks with HEAD before anything else."""
     if "text/html" in call.accept:
-        return answer_page()
+        return Answer(PAGE.encode(), headers=page_headers())
     return Answer({"server": "shimmy", "version": __version__})
 
 
@@ -10183,7 +10183,7 @@ class Handler(socketserver.BaseRequestHandler):
         self._read_length()
 
     def _read_length(self) -> None:
-        """How long the body is (RFC 9112, 6.3)."""
+        """Reads the body's length (RFC 9112, 6.3)."""
         lengths, encoding = self.headers.get_all("Content-Length"), self.headers.get("Transfer-Encoding")
         if encoding is not None and lengths:
             raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
@@ -10350,7 +10350,7 @@ class Handler(socketserver.BaseRequestHandler):
             self.wire.fail(error, last)
 
     def _api(self) -> str:
-        """Whose shape an error takes."""
+        """The API in whose shape an error is told."""
         first, second, *_ = (*self.segments, "", "")
         if self.route:
             return self.route.api
@@ -10397,7 +10397,7 @@ def raise_descriptor_limit() -> int:
 
 
 def connection_bound(limit: int) -> int:
-    """How many connections fit `limit` descriptors: a tenth at least, however few there are."""
+    """The connections that fit `limit` descriptors: a tenth of them at least."""
     opened = 32
     with contextlib.suppress(OSError):
         opened = len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"))
@@ -10975,7 +10975,7 @@ class HelpFormat(argparse.HelpFormatter):
 
 
 def help_of(command: str) -> dict[str, Any]:
-    """What argparse is told of a command's help."""
+    """A command's help, as argparse takes it."""
     arguments, description, epilog = HELP[command]
     usage = f"%(prog)s [options] {arguments}".rstrip()
     return {"usage": usage, "description": description, "epilog": epilog, "formatter_class": HelpFormat}
@@ -11258,7 +11258,7 @@ def command_serve(args: argparse.Namespace) -> int:
 
 
 def port_advice(error: OSError) -> str:
-    """What to do where another program has the port."""
+    """Advice where another program has the port."""
     return "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
 
 
@@ -11273,7 +11273,7 @@ def draw_loads(table: ModelTable) -> None:
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
-    """Who may call, from the flags. Raises UsageError for an empty key, and for a network address without a key."""
+    """Reads the access rules from the flags. Raises UsageError for a bad key, and for a network address without one."""
     own = os.environ.get("SHIMMY_API_KEY")
     keys = [checked_key("--api-key", key) for key in args.api_key] or ([checked_key("SHIMMY_API_KEY", own)] if own else [])
     loopback = is_loopback(host)
@@ -11293,7 +11293,7 @@ def checked_key(setting: str, words: str) -> str:
 
 
 def serve_tools(args: argparse.Namespace) -> ToolOptions:
-    """What the tools may do, from the flags. Raises UsageError for files and directories that are not there."""
+    """Reads the tools' rights from the flags. Raises UsageError for files and directories that are not there."""
     for file in args.tools:
         if not os.path.isfile(file):
             raise UsageError(f"--tools {file}: there is no such file")
@@ -11352,7 +11352,7 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def found_words(report: ScanReport) -> Iterator[str]:
-    """Where the models are."""
+    """Lists the directories that hold models."""
     home = os.path.expanduser("~")
     gave = [(d["models"], str(d["path"])) for d in report.directories if d["models"]]
     places = [f"{n} in {printable('~' + path.removeprefix(home) if path.startswith(home + os.sep) else path, 100)}"
@@ -11365,10 +11365,10 @@ def found_words(report: ScanReport) -> Iterator[str]:
 
 
 def serving_memory(model: ModelInfo, engine: EngineOptions) -> str:
-    """Whether the default model fits the memory, and with which context."""
+    """Says if the default model fits the memory, and with which context."""
     free, most = available_memory(), model.largest_context(engine.kv_type)
     if free is None:
-        return "nobody tells how much is free"
+        return "free memory unknown"
     told = f"{human_bytes(free)} free, {printable(model.id)} takes"
     if most is None or model.embedding:
         return f"{told} {human_bytes(model.size_bytes)}"
@@ -11431,13 +11431,13 @@ MAX_SHOWN_PATH = 4096  # characters of a path in tables: Linux has none that are
 
 
 def fits_memory(size_bytes: int) -> bool | None:
-    """True if weights of this size fit the memory that is free now, with 64 MiB for the least context; None: nobody knows."""
+    """True if weights of this size fit the memory that is free now, with 64 MiB for the least context; None: unknown."""
     free = available_memory()
     return None if free is None else size_bytes + 64 * MIB <= free
 
 
 def fit_word(model: ModelInfo) -> str | None:
-    """Whether a model fits the free memory: yes, no, or with which context less than the usual one."""
+    """yes, no, or the context that fits the free memory where the usual one does not."""
     fits, usual, most = fits_memory(model.size_bytes), min(model.context_length or 8192, 8192), model.largest_context("f16")
     if not fits or most is None or most >= usual:
         return {True: "yes", False: "no", None: None}[fits]
@@ -11538,7 +11538,7 @@ def terminal_width(stream: IO[str] | None = None) -> int:
 
 
 def loading_stage(status: dict[str, Any]) -> str:
-    """What a load is doing; "" once the model is loaded, or failed."""
+    """Describes a load in progress; "" once the model is loaded, or failed."""
     model, progress = printable(status["model"], 40), status["progress"]
     if status["status"] == "loading":
         weights = f"loading {model} {progress:.0%}" if progress else f"starting the engine for {model}"
@@ -11599,7 +11599,7 @@ def fetch_named(model: str | None) -> str | None:
 
 
 def plan_words(plan: Plan) -> list[str]:
-    """What a pull fetches, whether it fits, and what else there is."""
+    """Describes a pull: the files, if they fit, and the other quantizations."""
     lines = [f"{plan.title}: {human_bytes(plan.size)}"]
     if len(plan.files) > 1:
         lines[0] += f" in {len(plan.files)} files"
@@ -11616,10 +11616,10 @@ def plan_words(plan: Plan) -> list[str]:
 
 
 def memory_words(size: int) -> str:
-    """Whether weights of that size fit the memory that is free."""
+    """Says if weights of that size fit the free memory."""
     free, fits = available_memory(), fits_memory(size)
     if free is None:
-        return "nobody tells how much memory is free"
+        return "free memory unknown"
     return f"{'fits' if fits else 'does not fit'} the memory: {human_bytes(free)} {'are' if fits else 'is all that is'} free"
 
 
@@ -11680,7 +11680,7 @@ class PullView:
         return self._text(terminal_width() - 1)
 
     def _text(self, width: float) -> str:
-        """How far it is: what matters most comes first, and the rest as far as the width goes."""
+        """Describes the progress: the most important first, the rest as far as the width goes."""
         event, seen = self._event, list(self._seen)
         if not event.total:
             return event.status
@@ -11696,7 +11696,7 @@ class PullView:
 
 
 def own_command() -> str:
-    """How to call this program from here."""
+    """The command that calls this program from here."""
     import shlex
     import shutil
 
@@ -11876,7 +11876,7 @@ def command_diag(args: argparse.Namespace) -> int:
 
 
 def server_state(args: argparse.Namespace) -> dict[str, Any]:
-    """Whether a server answers at the configured address, what it says of its health, and if it takes our key."""
+    """Asks the configured address for a server: its health, and if it takes our key."""
     import http.client
 
     state: dict[str, Any] = {"running": False, "url": server_url(args)}
@@ -11948,7 +11948,7 @@ def own_engine(args: argparse.Namespace) -> OwnEngine:
 
 
 def why_own(args: argparse.Namespace) -> str | None:
-    """Why only an engine of our own can do what the command line asks; None when a server can too."""
+    """Reason the running server cannot be used, or None."""
     if args.local:
         return "--local"
     for f in fields(EngineOptions):
@@ -12099,7 +12099,7 @@ TextSource = OwnEngine | RunningServer
 
 
 def named_model(args: argparse.Namespace) -> tuple[str, int | None]:
-    """What to ask a server for, and the size of the file that --models-dir has under that name."""
+    """The model's name for a server, and the size of the file that --models-dir has under that name."""
     base = os.environ.get("SHIMMY_BASE_GGUF")  # our default, whatever the server's is
     name = args.model or (base and plain_id(pathlib.Path(base).stem if is_path(base) else base)) or "default"
     if args.models_dir:
@@ -12221,7 +12221,7 @@ def note_ignored_input() -> None:
 
 
 def waiting_for(generator: TextSource) -> str:
-    """What a generation waits for, before its first word."""
+    """Describes the wait for a generation's first word."""
     if generator.queued is None:
         return loading_stage(generator.status()) or "reading the prompt"
     tokens = generator.queued.prompt_tokens
@@ -18705,6 +18705,8 @@ def write_reference(folder: str, commit: str) -> None:
 # ── G. Page ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The chat page at /: one document without a build, a network or a framework. Its script speaks the same API as every client
 # and keeps conversations in the browser. Nothing in it may run but what stands here, for the policy names its hashes.
+# Offers: PAGE, page_headers, open_page.
+# Uses: nothing.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -19219,7 +19221,7 @@ async function ask(chat, question, n = chat.turns.length) {
     const response = await call("/v1/chat/completions", requestOf(chat), run.abort.signal);
     for await (const event of events(response)) take(turn, run, event);
   } catch (error) {
-    if (!error.code) await sleep(300);  // never over where the page itself is left: that is no fault to show after a reload
+    if (!error.code) await sleep(300);  // leaving the page aborts fetches: wait, so that this is not shown as an error
     turn.end = run.abort.signal.aborted ? "stopped" : "error";
     turn.error = {code: error.code || (run.first ? "cut" : "gone"), message: error.message};
   }
@@ -19526,11 +19528,6 @@ def page_headers() -> dict[str, str]:
               "require-trusted-types-for 'script'; trusted-types 'none'")  # fmt: skip
     return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, "Cache-Control": "no-cache",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Vary": "Accept"}  # fmt: skip
-
-
-def answer_page() -> Answer:
-    """The page, as it stands above."""
-    return Answer(PAGE.encode(), headers=page_headers())
 
 
 def open_page(url: str) -> None:
