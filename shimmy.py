@@ -7532,6 +7532,7 @@ class Dialect:
 
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
+    keeps_text = False  # streams need their text until the end
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
@@ -7559,6 +7560,8 @@ class Dialect:
             self.model = event.model
         elif isinstance(event, Usage):
             self.usage = event
+        elif isinstance(event, (Text, Thought)) and self.stream and not self.keeps_text:
+            pass  # it was sent
         elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
             self.begun = self.choices.setdefault(event.index, Choice()).add(event)
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
@@ -8103,6 +8106,8 @@ def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) 
 
 class BlockDialect(Dialect):
     """An API whose answers are lists of blocks. Non-streamed answers run the same code; only the last document is sent."""
+
+    keeps_text = True
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
@@ -9721,7 +9726,7 @@ class Wire:
 class Whole(Wire):
     """One JSON document, with its status."""
 
-    def __init__(self, out: Handler) -> None:
+    def __init__(self, out: Responder) -> None:
         self._out = out
 
     def send(self, document: dict[str, Any]) -> None:
@@ -9734,7 +9739,7 @@ class Whole(Wire):
 class Stream(Whole):
     """Documents in a Framing, behind a head that goes out when the answer begins."""
 
-    def __init__(self, out: Handler, framing: Framing) -> None:
+    def __init__(self, out: Responder, framing: Framing) -> None:
         super().__init__(out)
         self._framing = framing
 
@@ -10107,67 +10112,26 @@ ROUTES = (
 # The handler with its one try/except, and the server. One thread a connection.
 
 
-class Handler(socketserver.BaseRequestHandler):
-    """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
+class Head:
+    """A request's line and headers, checked; before they are read, those of no request."""
 
-    server: Server
+    method, path, version = "", "", "HTTP/1.1"
+    segments: Seq[str] = ()  # of the path
+    query: Mapping[str, str] = {}
+    length: int | None = None  # of the body; -1: in chunks
+    closes = False  # the client wants the connection to end
 
-    def setup(self) -> None:
-        self.connection: socket.socket = self.request
-        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.service, self.reader = self.server.service, RequestReader(self.connection)
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
 
-    def finish(self) -> None:
-        self.reader.release()
-
-    def handle(self) -> None:
-        self.close_connection = False
-        with contextlib.suppress(ClientGone):
-            while not self.close_connection:
-                self.reader.begin()
-                self._handle_request()
-
-    def _handle_request(self) -> None:
-        self._reset()
-        run_request(self._answer_request, self.log_line, self.fail, self.leave)
-        self.reader.release()
-        self._count()
-        if self.close_connection and self.unread:
-            self.reader.drain()
-
-    def _reset(self) -> None:
-        self.command, self.path, self.version = "", "", "HTTP/1.1"
-        self.headers = Headers()
-        self.log_line = RequestLog()  # its id is the client's as soon as the head is read
-        self.route: Route | None = None
-        self.wire: Wire = Whole(self)
-        self.chunked = self.unread = False
-        self.segments: list[str] = []
-
-    def _count(self) -> None:
-        """Counts the request by words that are ours: a client's are without number."""
-        method = self.command if self.command in ("GET", "HEAD", "POST", "OPTIONS") else "other"
-        route = self.route.label() if self.route else "other"
-        self.service.metrics.answered(method, route, self._api(), self.log_line.status)
-
-    def _answer_request(self) -> None:
-        self._read_head()
-        self.log_line.what = f"{self.command} {self.path.partition('?')[0]}"
-        with self.server.busy():
-            self._answer()
-
-    # Reading
-
-    def _read_head(self) -> None:
-        self.unread = True
-        line, self.headers = self.reader.head()
-        self.log_line.id = request_id(self.headers.get("X-Request-Id") or self.log_line.id)
+    def read(self, line: str) -> None:
+        """Reads the request line, and what the headers say of the request. Raises InvalidRequest."""
         words = line.split()
         if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[0-9]", words[2]):
             raise InvalidRequest("The request line must be METHOD ADDRESS HTTP/1.1")
-        self.command, self.path, self.version = words[0], re.sub(r"^//+", "/", words[1]), min(words[2], "HTTP/1.1")
+        self.method, self.path, self.version = words[0], re.sub(r"^//+", "/", words[1]), min(words[2], "HTTP/1.1")
         options = {option.strip() for option in self.headers.get("Connection", "").lower().split(",")}
-        self.close_connection = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
+        self.closes = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
         for name in ("Host", "Transfer-Encoding", "Origin", "Authorization"):
             if len(self.headers.get_all(name)) > 1:
                 raise InvalidRequest(f"The header {name} is repeated, where one is allowed")
@@ -10175,7 +10139,7 @@ class Handler(socketserver.BaseRequestHandler):
             target = urllib.parse.urlsplit(self.path)
         except ValueError:
             raise InvalidRequest("The request's address is malformed") from None
-        host = (self.headers.get("Host") or "").lower()
+        host = self.headers.get("Host", "").lower()
         if target.scheme and (target.netloc.lower() != host or target.scheme not in ("http", "https")):
             raise InvalidRequest("The request's address and its Host header name different hosts")  # RFC 9112, 3.2.2
         self.query = dict(urllib.parse.parse_qsl(target.query))
@@ -10191,52 +10155,169 @@ class Handler(socketserver.BaseRequestHandler):
             raise InvalidRequest("Transfer-Encoding must be chunked, in HTTP/1.1")  # RFC 9112, 6.1
         if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", n) for n in lengths):
             raise InvalidRequest("Content-Length must be one whole number")
-        self.length = int(lengths[0]) if lengths else None if encoding is None else -1  # -1: in chunks
-        self.unread = bool(self.length)
+        self.length = int(lengths[0]) if lengths else None if encoding is None else -1
+
+    def is_handshake(self) -> bool:
+        """True for what RFC 6455, 4.2.1 wants of a client that asks for a WebSocket."""
+        names = ("Upgrade", "Connection", "Sec-WebSocket-Version", "Sec-WebSocket-Key")
+        upgrade, connection, version, key = (self.headers.get(name, "") for name in names)
+        return (self.method == "GET" and self.version == "HTTP/1.1" and not self.length and version == "13"
+                and upgrade.lower() == "websocket" and "upgrade" in connection.lower()
+                and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
+
+
+class Responder:
+    """Writes the answer to one request; wires call it."""
+
+    def __init__(self, connection: socket.socket, access: Access) -> None:
+        self._connection, self._access = connection, access
+        self.head = Head(Headers())
+        self.line = RequestLog()  # its id is the client's as soon as the head is read
+        self.unread = True  # the request, or its body: what follows it is no request, so the connection closes
+        self.closes = self._chunked = False
+
+    def respond(self, answer: Answer) -> None:
+        """Sends a whole answer."""
+        body = answer.body()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
+        self.begin(answer.status, headers, b"" if self.head.method == "HEAD" else body)
+
+    def start(self, content_type: str) -> None:
+        """Sends the head of an answer in pieces."""
+        self._chunked = self.head.version == "HTTP/1.1"
+        self.closes = self.closes or not self._chunked
+        encoding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
+        self.begin(200, {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **encoding})
+
+    def write(self, data: bytes, last: bool = False) -> None:
+        """Sends a piece, and the end of the answer behind the last one."""
+        if self._chunked:
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
+        self.send(data)
+
+    def send(self, data: bytes) -> None:
+        """Writes it all. Raises ClientGone when the client takes nothing for WRITE_SECONDS: slow ones may read on."""
+        left = memoryview(data)
+        self._connection.settimeout(WRITE_SECONDS)
+        try:
+            while left:
+                left = left[self._connection.send(left) :]
+        except OSError:
+            raise ClientGone from None
+
+    def allowed_origin(self) -> str | None:
+        """The request's Origin, if its page may read the answer."""
+        origin = self.head.headers.get("Origin")
+        allowed = origin is not None and self._access.origin_allowed(origin, self.head.headers.get("Host", ""))
+        return origin if allowed else None
+
+    def begin(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+        """Sends a head, and the body that there is already, in one write."""
+        origin = self.allowed_origin()
+        if origin is not None:
+            vary = ", ".join(filter(None, (headers.get("Vary"), "Origin")))
+            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": vary,
+                       "Access-Control-Expose-Headers": ", ".join(ID_HEADERS)}  # fmt: skip
+        self.closes = self.closes or self.unread
+        headers = {**headers, "Connection": "close"} if self.closes else headers
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Server: shimmy/{__version__}", f"Date: {date}"]
+        lines += [f"{name}: {self.line.id}" for name in ID_HEADERS]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.line.status = status
+        self.send("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
+
+    server: Server
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.service, self.reader = self.server.service, RequestReader(self.request)
+
+    def finish(self) -> None:
+        self.reader.release()
+
+    def handle(self) -> None:
+        closes = False
+        with contextlib.suppress(ClientGone):
+            while not closes:
+                self.reader.begin()
+                closes = self._handle_request()
+
+    def _handle_request(self) -> bool:
+        """Answers one request; true if the connection ends behind it."""
+        self.out = Responder(self.request, self.server.access)
+        self.route: Route | None = None
+        self.wire: Wire = Whole(self.out)
+        run_request(self._answer_request, self.out.line, self.fail, self.leave)
+        self.reader.release()
+        self._count()
+        if self.out.closes and self.out.unread:
+            self.reader.drain()
+        return self.out.closes
+
+    def _count(self) -> None:
+        """Counts the request by words that are ours: a client's are without number."""
+        method = self.out.head.method if self.out.head.method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
+        route = self.route.label() if self.route else "other"
+        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
+
+    def _answer_request(self) -> None:
+        out = self.out
+        line, headers = self.reader.head()
+        out.line.id = request_id(headers.get("X-Request-Id") or out.line.id)
+        head = out.head = Head(headers)
+        head.read(line)
+        out.closes, out.unread = head.closes, bool(head.length)
+        out.line.what = f"{head.method} {head.path.partition('?')[0]}"
+        with self.server.busy():
+            self._answer(head)
 
     def _body(self) -> bytes:
         """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
-        size, encoding = self.length or 0, self.headers.get("Content-Encoding", "").lower()
+        head = self.out.head
+        size, encoding = head.length or 0, head.headers.get("Content-Encoding", "").lower()
         if size > MAX_BODY:
             raise PayloadTooLarge(f"The body has {size} bytes, up to {MAX_BODY} are read")
-        if self.unread and self.headers.get("Expect", "").lower() == "100-continue":
-            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if size and head.headers.get("Expect", "").lower() == "100-continue":
+            self.out.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         data = self.reader.body(size)
-        self.unread = False
+        self.out.unread = False
         if data and encoding:
-            self.reader.take_place()  # nobody knows how large it becomes
+            self.reader.take_place()  # for whatever size it has unpacked
         return uncompressed(data, encoding) if data else data
 
-    # Answering
-
-    def _answer(self) -> None:
+    def _answer(self, head: Head) -> None:
         if self.server.stopping:
-            self.close_connection = True
+            self.out.closes = True
             raise Overloaded("The server is shutting down")
-        if self.command == "OPTIONS":
-            self.server.access.check({"Host": self.headers.get("Host", "")}, keyless=True)
-            return self._preflight()
-        self.route, names = self._find_route()
-        if self.route.needs_body and self.length is None:
-            self.unread = True  # whatever follows is no request: the connection closes
+        if head.method == "OPTIONS":
+            self.server.access.check({"Host": head.headers.get("Host", "")}, keyless=True)
+            return self._preflight(head)
+        self.route, names = self._find_route(head)
+        if self.route.needs_body and head.length is None:
+            self.out.unread = True  # whatever follows is no request
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
         answer, cancel = self.route.answer, Cancellation()
         if isinstance(answer, type):
-            dialect = self.log_line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
+            dialect = self.out.line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
             self.reader.release()
             with self._watched(cancel):
                 self._generate(dialect, cancel)
-        elif answer is answer_upgrade and self._is_handshake():
-            self._upgrade()
+        elif answer is answer_upgrade and head.is_handshake():
+            self._upgrade(head)
         else:
-            call = Call(self.service, names, self.query, self._body(), cancel, self.headers.get("Accept") or "")
+            call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
             with self._watched(cancel):
-                self.respond(answer(call))
+                self.out.respond(answer(call))
 
     def _dialect(self, body: Mapping[str, Any]) -> Dialect:
         """The request, in the API that the body speaks: from here on errors take its shape."""
         assert self.route
-        self.route = self.route.chosen(body, self.headers.get("User-Agent") or "")
+        self.route = self.route.chosen(body, self.out.head.headers.get("User-Agent", ""))
         assert isinstance(self.route.answer, type)
         return self.route.answer(body)
 
@@ -10246,100 +10327,55 @@ class Handler(socketserver.BaseRequestHandler):
         with self.server.watcher.watching(self.reader.incoming, cancel), self.server.cancellable(cancel):
             yield
 
-    def _find_route(self) -> tuple[Route, tuple[str, ...]]:
+    def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
-        matching = [(r, names) for r in ROUTES if (names := r.match(self.segments)) is not None]
-        if matching and self.headers.get("Host") is None and self.version == "HTTP/1.1":
+        matching = [(r, names) for r in ROUTES if (names := r.match(head.segments)) is not None]
+        if matching and head.headers.get("Host") is None and head.version == "HTTP/1.1":
             raise InvalidRequest("The Host header is missing")
-        method = "GET" if self.command == "HEAD" else self.command
+        method = "GET" if head.method == "HEAD" else head.method
         found = next((pair for pair in matching if pair[0].method == method), matching[0] if matching else None)
         self.route = found[0] if found else None
-        self.server.access.check(self.headers, self.route is not None and self.route.keyless)
+        self.server.access.check(head.headers, self.route is not None and self.route.keyless)
         if found is None:
-            raise NotFound(f"No route matches /{'/'.join(self.segments)[:200]}")
+            raise NotFound(f"No route matches /{'/'.join(head.segments)[:200]}")
         if found[0].method != method:
             allowed = {r.method for r, _ in matching}
-            raise MethodNotAllowed(self.command, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
+            raise MethodNotAllowed(head.method, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
         return found
 
     def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
-        self.wire = Stream(self, self.route.framing) if dialect.stream else self.wire
-        dialect.owner = self.server.access.owner(self.headers)
+        self.wire = Stream(self.out, self.route.framing) if dialect.stream else self.wire
+        dialect.owner = self.server.access.owner(self.out.head.headers)
         deliver(dialect, dialect.events(self.service, cancel), self.wire)
 
-    def _is_handshake(self) -> bool:
-        """True for what RFC 6455, 4.2.1 wants of a client that asks for a WebSocket."""
-        names = ("Upgrade", "Connection", "Sec-WebSocket-Version", "Sec-WebSocket-Key")
-        upgrade, connection, version, key = (self.headers.get(name, "") for name in names)
-        return (self.command == "GET" and self.version == "HTTP/1.1" and not self.unread and version == "13"
-                and upgrade.lower() == "websocket" and "upgrade" in connection.lower()
-                and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
-
-    def _upgrade(self) -> None:
+    def _upgrade(self, head: Head) -> None:
         """Answers the handshake, and hands the connection over: here it ends."""
         import hashlib
 
-        key = self.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
+        key = head.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
         accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
-        self._send(self._head(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept}))
-        self.close_connection = True
-        owner = self.server.access.owner(self.headers)
-        self.server.sockets.hand_over(self.connection, self.reader.unread(), self.log_line.id, owner)
+        self.out.closes = False  # whatever the client said of its connection besides
+        self.out.begin(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
+        self.out.closes = True
+        owner = self.server.access.owner(head.headers)
+        self.server.sockets.hand_over(self.request, self.reader.unread(), self.out.line.id, owner)
 
-    def _preflight(self) -> None:
+    def _preflight(self, head: Head) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
-        methods = sorted({r.method for r in ROUTES if r.match(self.segments) is not None} | {"OPTIONS"})
+        methods = sorted({r.method for r in ROUTES if r.match(head.segments) is not None} | {"OPTIONS"})
         headers = {"Allow": ", ".join(methods)}
-        if self._allowed_origin():
-            asked = self.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
+        if self.out.allowed_origin():
+            asked = head.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
             headers |= {"Access-Control-Allow-Methods": ", ".join(methods), "Access-Control-Max-Age": "600",
                         "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)}  # fmt: skip
-        self.respond(Answer(b"", headers=headers))
+        self.out.respond(Answer(b"", headers=headers))
 
-    def _allowed_origin(self) -> str | None:
-        """The request's Origin, if its page may read the answer."""
-        origin = self.headers.get("Origin")
-        allowed = origin is not None and self.server.access.origin_allowed(origin, self.headers.get("Host") or "")
-        return origin if allowed else None
-
-    # Writing: what a Wire calls, and run_request
-
-    def respond(self, answer: Answer) -> None:
-        """Sends a whole answer."""
-        body = answer.body()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
-        self._send(self._head(answer.status, headers) + (b"" if self.command == "HEAD" else body))
-
-    def start(self, content_type: str) -> None:
-        """Sends the head of an answer in pieces."""
-        self.chunked = self.version == "HTTP/1.1"
-        headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        if self.chunked:
-            headers["Transfer-Encoding"] = "chunked"
-        else:
-            self.close_connection = True
-        self._send(self._head(200, headers))
-
-    def write(self, data: bytes, last: bool = False) -> None:
-        """Sends a piece, and the end of the answer behind the last one."""
-        if self.chunked:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
-        self._send(data)
-
-    def _send(self, data: bytes) -> None:
-        """Writes it all. Raises ClientGone when the client takes nothing for WRITE_SECONDS: slow ones may read on."""
-        left = memoryview(data)
-        self.connection.settimeout(WRITE_SECONDS)
-        try:
-            while left:
-                left = left[self.connection.send(left) :]
-        except OSError:
-            raise ClientGone from None
+    # For run_request
 
     def fail(self, error: ApiError) -> None:
-        """The error as the whole answer, or as the last events of a stream that has begun."""
-        dialect = self.log_line.dialect
+        """Tells the error as the whole answer, or as the last events of a stream that has begun."""
+        dialect = self.out.line.dialect
         with contextlib.suppress(ClientGone):
             if dialect and error.code in dialect.streamed_errors:
                 self.wire.begin()
@@ -10349,31 +10385,16 @@ class Handler(socketserver.BaseRequestHandler):
                 self.wire.send(document)
             self.wire.fail(error, last)
 
+    def leave(self) -> None:
+        """The connection ends without an answer."""
+        self.out.closes = True
+
     def _api(self) -> str:
         """The API in whose shape an error is told."""
-        first, second, *_ = (*self.segments, "", "")
+        first, second, *_ = (*self.out.head.segments, "", "")
         if self.route:
             return self.route.api
         return "openai" if first == "v1" else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
-
-    def leave(self) -> None:
-        self.close_connection = True
-
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        origin = self._allowed_origin()
-        if origin is not None:
-            vary = ", ".join(filter(None, (headers.get("Vary"), "Origin")))
-            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": vary,
-                       "Access-Control-Expose-Headers": ", ".join(ID_HEADERS)}  # fmt: skip
-        if self.close_connection or self.unread:
-            self.close_connection = True
-            headers = {**headers, "Connection": "close"}
-        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Server: shimmy/{__version__}", f"Date: {date}"]
-        lines += [f"{name}: {self.log_line.id}" for name in ID_HEADERS]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.log_line.status = status
-        return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
 
 
 RESERVED_DESCRIPTORS = 128  # for pipes of engines (3 each), model files, sockets of tools, refused connections
@@ -10731,6 +10752,8 @@ class SocketConnection:
         from concurrent.futures import CancelledError
         from concurrent.futures import TimeoutError as Late
 
+        if not self._open:
+            raise ClientGone
         sending = self._send(document)
         try:
             asyncio.run_coroutine_threadsafe(sending, self._listener.loop).result(WRITE_SECONDS)
@@ -10759,12 +10782,12 @@ class SocketConnection:
 
     # Ending
 
-    def close(self, code: int, reason: str) -> None:
-        """Ends the connection as RFC 6455, 7 has it."""
+    def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
+        """Ends the connection as RFC 6455, 7 has it, at the latest after so many seconds."""
         if self._protocol.state.name == "OPEN":
             self._protocol.send_close(code, reason)
             self._flush()
-        self._listener.loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
+        self._listener.loop.call_later(seconds, self._transport.abort)
 
     def _tick(self) -> None:
         """Looks whether the client is still there, and for what it is."""
@@ -10842,7 +10865,7 @@ class SocketListener:
 
         def end() -> None:
             for connection in list(self._connections):
-                connection.close(1001, "the server is shutting down")
+                connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
             self.loop.call_later(0.5, self.loop.stop)
 
         with contextlib.suppress(RuntimeError):
