@@ -10109,7 +10109,7 @@ ROUTES = (
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The handler with its one try/except, and the server. One thread a connection.
+# A request's head, the responder that writes its answer, the handler between them, the server. One thread a connection.
 
 
 class Head:
