@@ -10628,6 +10628,7 @@ class SocketConnection:
 
         self._transport, self._writable = transport, asyncio.Event()
         self._writable.set()
+        self._listener.connections.add(self)
         self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
         if self._early:
             self.data_received(self._early)
@@ -10811,7 +10812,7 @@ class SocketListener:
         self.server = server
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._connections: set[SocketConnection] = set()  # the loop's
+        self.connections: set[SocketConnection] = set()  # the loop's
 
     def hand_over(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
         """Takes an HTTP connection over, whose handshake has been answered; `early` came behind it."""
@@ -10828,7 +10829,6 @@ class SocketListener:
 
         async def serve() -> None:
             made = SocketConnection(self, early, id, owner)
-            self._connections.add(made)
             try:
                 await self.loop.connect_accepted_socket(lambda: made, taken)  # type: ignore[type-var, return-value]
             except OSError:
@@ -10837,7 +10837,7 @@ class SocketListener:
         asyncio.run_coroutine_threadsafe(serve(), self.loop)
 
     def lost(self, connection: SocketConnection) -> None:
-        self._connections.discard(connection)
+        self.connections.discard(connection)
         self.server.connection_closed()
 
     def in_thread(self, work: Callable[..., None], *arguments: Any) -> asyncio.Future[None]:
@@ -10864,7 +10864,7 @@ class SocketListener:
             return
 
         def end() -> None:
-            for connection in list(self._connections):
+            for connection in list(self.connections):
                 connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
             self.loop.call_later(0.5, self.loop.stop)
 
