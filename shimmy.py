@@ -158,8 +158,7 @@ import copy
 import errno
 import functools
 import gc
-import http.client
-import http.server
+import http
 import io
 import ipaddress
 import itertools
@@ -173,12 +172,13 @@ import queue
 import re
 import selectors
 import socket
+import socketserver
 import stat
 import struct
 import threading
 import urllib.parse
 import zlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -187,6 +187,7 @@ from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protoco
 if TYPE_CHECKING:
     import ast
     import asyncio
+    import http.client
     import subprocess
     from concurrent.futures import Executor
 
@@ -216,13 +217,14 @@ PING_SECONDS = 15.0  # silence before a sign of life keeps clients and proxies p
 HEAD_SIGNS = 2  # of them before a stream's head goes out, although its request is not queued yet
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
-MAX_STOPS = 16
+MAX_STOPS = 64  # SillyTavern sends one for each name in a chat
 MAX_STOP = 256  # characters of one; each is looked for with every token
 MAX_BREAKERS = 16  # of DRY; for each one llama.cpp walks the vocabulary, up to 12 ms with 49,000 tokens
 MAX_BREAKER = 40  # bytes of one; llama.cpp cuts longer ones
 MAX_BIASES = 1024
 MAX_MESSAGES = 4096  # of a chat; agents that run for hours send hundreds
 MAX_CHOICES = 16
+MAX_TEXTS = 256  # that one request may ask for, prompts times choices: half of what the queue holds
 MAX_INPUTS = 2048  # of an embedding request, OpenAI's bound
 MAX_TOKENIZED = MIB  # characters of /tokenize: about a second; a quarter as many tokens of /detokenize
 MAX_TOOLS = 128
@@ -551,6 +553,9 @@ class Sampling:
 
     max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end")
     temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8)
+    dynatemp_range: float | None = param(number(0, 5), "let the temperature go up and down by so much, with how unsure the "
+                                         "model is", otherwise=0.0)  # fmt: skip
+    dynatemp_exponent: float | None = param(number(0, 10), "how fast it rises then", otherwise=1.0)
     top_p: float | None = param(number(0, 1), "keep the likeliest tokens that sum to this probability", otherwise=0.95)
     top_k: int | None = param(whole(0), "keep this many likeliest tokens; 0 keeps all", otherwise=40)
     min_p: float | None = param(number(0, 1), "drop tokens below this share of the likeliest one", otherwise=0.05)
@@ -646,8 +651,11 @@ class EmbedRequest:
     engine: Mapping[str, Any] = field(default_factory=dict)  # as GenerateRequest has it
 
 
-def read_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids."""
+def read_inputs(value: Any, may_be_empty: bool = False) -> tuple[str | tuple[int, ...], ...]:
+    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids.
+
+    OpenAI refuses an empty one; Ollama makes a vector of it when it is in a list (EmbedHandler in server/routes.go).
+    """
     wrong = InvalidRequest("input must be a string, a list of strings, token ids, or a list of lists of token ids", "input")
     listed = [value] if isinstance(value, str) or _is_ids(value) else value
     if not isinstance(listed, list) or not listed:
@@ -655,7 +663,7 @@ def read_inputs(value: Any) -> tuple[str | tuple[int, ...], ...]:
     if len(listed) > MAX_INPUTS:
         raise InvalidRequest(f"input may hold up to {MAX_INPUTS} inputs, not {len(listed)}", "input")
     for index, each in enumerate(listed):
-        if each in ("", []):
+        if each in ("", []) and not may_be_empty:
             raise InvalidRequest(f"input[{index}] is empty: each input needs some text", "input")
         if not (isinstance(each, str) or _is_ids(each)) or type(each) is not type(listed[0]):
             raise wrong
@@ -690,7 +698,7 @@ def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = No
 
 
 def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The prompts of a completion request, at most MAX_CHOICES of them."""
+    """The prompts of a completion request, at most MAX_TEXTS of them."""
     wrong = InvalidRequest("prompt must be a string, or a list of strings or token ids", "prompt")
     if isinstance(value, str):
         return (value,)
@@ -698,8 +706,8 @@ def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
         raise wrong
     if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
         return (tuple(value),)
-    if len(value) > MAX_CHOICES:
-        raise InvalidRequest(f"prompt may hold up to {MAX_CHOICES} prompts, not {len(value)}", "prompt")
+    if len(value) > MAX_TEXTS:
+        raise InvalidRequest(f"prompt may hold up to {MAX_TEXTS} prompts, not {len(value)}", "prompt")
     return tuple(p for v in value for p in (read_prompts(v) if isinstance(v, str) or _is_ids(v) else _raise(wrong)))
 
 
@@ -723,10 +731,16 @@ def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
     if len(messages) > MAX_MESSAGES:
         raise InvalidRequest(f"messages may hold up to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
-    return tuple(read_message(f"messages[{i}]", message) for i, message in enumerate(messages))
+    newest = newest_turn(messages)
+    return tuple(read_message(f"messages[{i}]", message, message is newest) for i, message in enumerate(messages))
 
 
-def read_message(where: str, message: Any) -> dict[str, Any]:
+def newest_turn(messages: Seq[Any]) -> Any:
+    """The user's newest message; None without one."""
+    return next((m for m in reversed(messages) if isinstance(m, dict) and m.get("role") == "user"), None)
+
+
+def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     """One message of a chat as templates want it: content is always a string, tool arguments are objects."""
     message = an_object(where, message)
     role = message.get("role")
@@ -736,7 +750,8 @@ def read_message(where: str, message: Any) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if content is None and not (role == "assistant"):
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
-    read = {"role": "system" if role == "developer" else role, "content": flat_content(f"{where}.content", content)}
+    text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
+    read = {"role": "system" if role == "developer" else role, "content": text}
     for name in ("name", "tool_call_id", "reasoning_content"):
         if message.get(name) is not None:
             read[name] = a_string(f"{where}.{name}", message[name])
@@ -745,19 +760,43 @@ def read_message(where: str, message: Any) -> dict[str, Any]:
     return read
 
 
-def flat_content(where: str, content: Any) -> str:
-    """A message's content as one string: a string as it is, text parts joined, None empty."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise InvalidRequest(f"{where} must be a string or a list of text parts, not {_said(content)}", where)
-    texts = []
-    for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("text", "refusal") or not isinstance(part.get(kind), str):  # a refusal comes back in the history
-            raise InvalidRequest(f'{where}[{i}] must be {{"type": "text", "text": …}}, not {_said(part)}', where)
-        texts.append(part[kind])
-    return "".join(texts)
+MEDIA = {  # parts of messages that no model here reads, in every API's words
+    "image_url": "image", "image": "image", "input_image": "image", "input_audio": "audio", "audio_url": "audio",
+    "video_url": "video", "file": "file", "input_file": "file", "document": "file",
+}  # fmt: skip
+
+
+def flat_content(where: str, content: Any, kinds: Seq[str] = ("text", "refusal"), between: str = "", newest: bool = False) -> str:
+    """A message's content as one string: a string as it is, or the texts of a list of parts of these types, joined.
+
+    A note stands for images, audio and files, but in the user's newest turn they are refused.
+    """
+    if isinstance(content, str):
+        return content
+    texts, media = [], []
+    for place, part in listed(where, content):
+        kind = part.get("type")
+        if isinstance(kind, str) and kind in MEDIA:
+            media.append(left_out(f"{place}.type", kind, newest))
+        else:
+            name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
+            texts.append(a_string(f"{place}.{name}", part.get(name)))
+    return with_note(between.join(texts), media)
+
+
+def left_out(where: str, kind: str, newest: bool) -> str:
+    """The word for a part that no model here reads. Raises InvalidRequest in the user's newest turn, which is about it."""
+    if newest:
+        raise InvalidRequest(f"{where}: {_said(kind)} is not served: no model here reads anything but text", where)
+    return MEDIA[kind]
+
+
+def with_note(text: str, media: Seq[str]) -> str:
+    """A text, and what was left out beside it."""
+    if not media:
+        return text
+    note = f"[{' and '.join(dict.fromkeys(media))} left out: this model reads text only]"
+    return f"{text}\n{note}" if text else note
 
 
 def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
@@ -798,13 +837,15 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
 class TokenLogprob:
     """A token, its log probability under the full softmax, and the likeliest alternatives, best first.
 
-    Two flat tuples: pairs would be 20 objects more a token, which Python's collector then looks at in every sweep.
+    Flat tuples: pairs would be 20 objects more a token, which Python's collector then looks at in every sweep.
     """
 
     token: bytes
     logprob: float
     names: tuple[bytes, ...] = ()
     logprobs: tuple[float, ...] = ()
+    id: int = -1
+    ids: tuple[int, ...] = ()
 
     @property
     def top(self) -> Iterable[tuple[bytes, float]]:
@@ -885,6 +926,7 @@ class ChoiceEnd:
     index: int
     finish_reason: str
     stopped_by: str = ""  # the stop string that ended it
+    usage: Usage | None = None  # its own
 
 
 @dataclass(frozen=True)
@@ -915,6 +957,7 @@ class Usage:
     prompt_seconds: float
     decode_seconds: float
     forced_tokens: int = 0  # of the completion's, those that a grammar left no choice about
+    reasoning_tokens: int = 0  # of the completion's, those of thoughts
 
     def document(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
@@ -954,72 +997,25 @@ Event = (Queued | Waiting | Text | Thought | CallBegan | CallArguments | ToolRes
          | Usage)  # fmt: skip
 
 
-TURN_BYTES = MIB  # a body beyond this waits for its turn to be parsed, or for room to be read
+TURN_BYTES = MIB  # a body beyond this waits for one of few places to be read and parsed
 TURN_SECONDS = 10.0  # for that; a full-sized body takes about 0.1 s to parse
 MAX_JSON_VALUES = 1_000_000  # keys count too: about 100 bytes each in memory; 1 MiB of token ids has 200,000
 
 
-class Budget:
-    """Bytes that all threads together may hold at once; who would exceed them waits, in order of arrival."""
-
-    def __init__(self, size: int) -> None:
-        self.size, self.used = size, 0
-        self._changed = threading.Condition()
-        self._waiting: deque[object] = deque()
-
-    def take(self, size: int) -> None:
-        """Waits for room for `size` bytes. Raises Overloaded when there is none within TURN_SECONDS."""
-        ticket = object()
-        with self._changed:
-            self._waiting.append(ticket)
-            fits = self._changed.wait_for(lambda: self._fits(ticket, size), TURN_SECONDS)
-            self._waiting.remove(ticket)
-            self.used += size if fits else 0
-            self._changed.notify_all()  # the next in line
-        if not fits:
-            raise Overloaded(f"Bodies of {self.size // MIB} MiB in all are being read already")
-
-    def _fits(self, ticket: object, size: int) -> bool:
-        """A body larger than the whole budget fits when it is alone."""
-        return self._waiting[0] is ticket and (not self.used or self.used + size <= self.size)
-
-    def give(self, size: int) -> None:
-        """Returns what was taken."""
-        with self._changed:
-            self.used -= size
-            self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def hold(self, size: int) -> Iterator[None]:
-        """Takes `size` bytes while the block runs."""
-        self.take(size)
-        try:
-            yield
-        finally:
-            self.give(size)
-
-
-PARSING = Budget(MAX_BODY)  # one full-sized body at a time, or several smaller ones
-
-
 def parse_json(data: bytes, what: str = "The body") -> Any:
-    """Strict JSON: UTF-8, no NaN or infinite number, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values.
-
-    Beyond TURN_BYTES it waits for its turn. Raises InvalidRequest, and Overloaded when its turn does not come.
-    """
-    with PARSING.hold(len(data)) if len(data) > TURN_BYTES else contextlib.nullcontext():
-        try:
-            source = data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
-        _check_nesting(data, what)
-        try:
-            value = json.loads(source, parse_float=_finite, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
-        except (ValueError, RecursionError) as error:
-            raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
-        if "\\u" in source and _has_surrogate(value):
-            raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
-        return value
+    """Strict JSON: UTF-8, no NaN or infinite number, no lone surrogates, MAX_JSON_DEPTH deep, up to MAX_JSON_VALUES values."""
+    try:
+        source = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
+    _check_nesting(data, what)
+    try:
+        value = json.loads(source, parse_float=_finite, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
+    if "\\u" in source and _has_surrogate(value):
+        raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
+    return value
 
 
 _NO_MARKS = bytes(set(range(256)) - set(b'"[]{},:'))
@@ -2732,6 +2728,8 @@ class HttpGetter:
         """
         if not self.hosts:
             raise ToolError("http_get is off: start the server with --tool-hosts HOST,… (or *) to open hosts")
+        import http.client
+
         deadline = time.monotonic() + self.MAX_SECONDS
         for _ in range(self.MAX_REDIRECTS + 1):
             if len(url) > self.MAX_URL:
@@ -4333,7 +4331,8 @@ class Sampler:
         links = list(self._filters(v)) if self._filters_too else []
         if self.greedy:
             return [*links, c.llama_sampler_init_greedy()] if links or self.bends else []
-        return [*links, c.llama_sampler_init_temp(v.temperature), c.llama_sampler_init_dist(v.seed)]
+        temperature = c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
+        return [*links, temperature, c.llama_sampler_init_dist(v.seed)]
 
     def _biases(self, v: Any) -> Iterator[Any]:
         c, biases = self.llama.c, v.logit_bias
@@ -4772,8 +4771,9 @@ class LogProbs:
         values, name = self.values, self.vocab.name
         if alternatives:
             best = self.vocab.np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives]
-        top = sorted(((self._said(t), name(int(t))) for t in best), reverse=True) if alternatives else ()
-        return TokenLogprob(name(token), self._said(token), tuple(n for _, n in top), tuple(p for p, _ in top))
+        top = sorted(((self._said(t), name(int(t)), int(t)) for t in best), reverse=True) if alternatives else ()
+        said, names, ids = zip(*top, strict=True) if top else ((), (), ())
+        return TokenLogprob(name(token), self._said(token), names, said, token, ids)
 
     def _said(self, token: int) -> float:
         value = float(self.values[token])
@@ -7903,16 +7903,24 @@ class Service:
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel, began)
             ends: list[Finished] = []
+            thought, untold = 0, Counter[int]()  # tokens: of thoughts, and by job of what the parser holds back
             for message in generation:
                 if isinstance(message, Piece):
-                    yield from parsers[generation.index[message.id]].push(message.text, message.logprobs)
+                    events = list(parsers[generation.index[message.id]].push(message.text, message.logprobs))
+                    untold[message.id] += message.tokens
+                    if events:
+                        thought += untold.pop(message.id) * isinstance(events[0], Thought)
+                    yield from events
                 elif isinstance(message, Finished):
                     ends.append(message)
                     for event in parsers[generation.index[message.id]].finish(message.finish_reason):
-                        yield replace(event, stopped_by=message.stopped_by) if isinstance(event, ChoiceEnd) else event
+                        if isinstance(event, ChoiceEnd):
+                            usage = self._usage([message], generation.index, request.n)
+                            event = replace(event, stopped_by=message.stopped_by, usage=usage)
+                        yield event
                 else:
                     yield message
-            yield self._usage(ends, generation.index, request.n)
+            yield replace(self._usage(ends, generation.index, request.n), reasoning_tokens=thought)
 
     @staticmethod
     def _filled(request: GenerateRequest, settings: ModelSettings) -> GenerateRequest:
@@ -8335,70 +8343,98 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
 
 
 @dataclass
-class Choice:
-    """One choice of a whole answer."""
+class Block:
+    """A stretch of an answer that is of one kind: a thought, text or a call."""
 
-    texts: list[str] = field(default_factory=list)
-    thoughts: list[str] = field(default_factory=list)
-    calls: list[dict[str, str]] = field(default_factory=list)  # id, name, arguments
-    results: list[ToolResult] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None
+    kind: str  # thought, text, call
+    index: int = 0  # in the answer
+    call_id: str = ""
+    name: str = ""
+    id: str = ""  # the block's own, in APIs that give it one
+    parts: list[str] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        """Its text, or a call's arguments."""
+        return "".join(self.parts)
+
+    def arguments(self) -> dict[str, Any]:
+        """A call's arguments as an object; one that was cut has none."""
+        given: Any = {}
+        with contextlib.suppress(InvalidRequest):
+            given = parse_json(self.text.encode("utf-8", "replace"))
+        return given if isinstance(given, dict) else {}
 
 
-class Reply:
-    """A whole answer, collected from its events: a plain reply is a stream that was waited for."""
+class Choice:
+    """One choice of an answer, as far as it came: a plain reply is a stream that was waited for."""
 
     def __init__(self) -> None:
-        self._choices: dict[int, Choice] = {}
-        self.usage: Usage | None = None
+        self.blocks: list[Block] = []
+        self.results: list[ToolResult] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.end: ChoiceEnd | None = None
 
-    def add(self, event: Event) -> None:
-        if isinstance(event, Usage):
-            self.usage = event
-        if isinstance(event, (Queued, Waiting, Vectors, Tokens, Fetching, Usage)):
-            return
-        choice = self._choices.setdefault(event.index, Choice())
-        if isinstance(event, Text):
-            choice.texts.append(event.text)
-            choice.logprobs += event.logprobs
-        elif isinstance(event, Thought):
-            choice.thoughts.append(event.text)
-            choice.logprobs += event.logprobs
+    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> Block | None:
+        """Takes an event; returns the block that begins with it, if one does."""
+        if isinstance(event, ToolResult):
+            self.results.append(event)
+        elif isinstance(event, ChoiceEnd):
+            self.end = event
         elif isinstance(event, CallBegan):
-            choice.calls.append({"id": event.id, "name": event.name, "arguments": ""})
+            return self.begin(Block("call", call_id=event.id, name=event.name))
         elif isinstance(event, CallArguments):
-            choice.calls[event.number]["arguments"] += event.text
-        elif isinstance(event, ToolResult):
-            choice.results.append(event)
+            self.calls[event.number].parts.append(event.text)
         else:
-            choice.finish_reason = event.finish_reason
+            self.logprobs += event.logprobs
+            kind = "text" if isinstance(event, Text) else "thought"
+            goes_on = self.blocks and self.blocks[-1].kind == kind
+            block = None if goes_on or not event.text else self.begin(Block(kind))
+            if event.text:
+                self.blocks[-1].parts.append(event.text)
+            return block
+        return None
 
-    def choices(self) -> list[tuple[int, Choice]]:
-        return sorted(self._choices.items())
+    def begin(self, block: Block) -> Block:
+        """Adds a block behind the others."""
+        block.index = len(self.blocks)
+        self.blocks.append(block)
+        return block
+
+    def said(self, kind: str) -> str:
+        """All text, or all thoughts."""
+        return "".join(block.text for block in self.blocks if block.kind == kind)
+
+    @property
+    def text(self) -> str:
+        return self.said("text")
+
+    @property
+    def calls(self) -> list[Block]:
+        return [block for block in self.blocks if block.kind == "call"]
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.end.finish_reason if self.end else None
 
 
 class Dialect:
     """One request in one API's shapes. A dialect knows nothing of connections: it makes documents, a Wire sends them."""
 
-    streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes that a stream's client looks for among its documents only
-
-    openai_errors = False  # whether errors carry what OpenAI's clients read
-    api = "shimmy"  # whose API this is, for the metrics
+    streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
+    api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
+    keeps_text = False  # streams need their text until the end
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
         self.stream = flag(body, "stream")
         self.request = self.read(body)
         self.model = self.request.model  # as the request has it, until Queued tells the real id
-        self.owner = ""  # whose cached prompts this one may begin with: the door knows the key
+        self.owner = ""  # cache owner; set by the transport
         self.usage: Usage | None = None
         self.first: float | None = None  # when its first words came (monotonic seconds)
-        self._reply = Reply()
+        self.choices: dict[int, Choice] = {}
+        self.begun: Block | None = None  # by the last event
 
     def read(self, body: Mapping[str, Any]) -> Any:
         """The request a body asks for: what `events` gives to the service."""
@@ -8409,44 +8445,46 @@ class Dialect:
         return service.generate(replace(self.request, owner=self.owner), cancel)
 
     def note(self, event: Event) -> None:
-        """Remembers what every answer tells."""
+        """Remembers what came."""
+        self.begun = None
         if isinstance(event, Queued):
             self.model = event.model
         elif isinstance(event, Usage):
             self.usage = event
-        elif self.first is None and isinstance(event, (Text, Thought, CallBegan)):
+        elif isinstance(event, (Text, Thought)) and self.stream and not self.keeps_text:
+            pass  # it was sent
+        elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
+            self.begun = self.choices.setdefault(event.index, Choice()).add(event)
+        if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
+    def in_order(self) -> list[tuple[int, Choice]]:
+        """The choices by their index."""
+        return sorted(self.choices.items())
+
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        """What to send at an event: the stream's chunks, or one document at the end."""
+        """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
         if self.stream:
             yield from self.chunks(event)
-            return
-        self._reply.add(event)
-        if isinstance(event, Usage):
-            yield self.document(self._reply)
+        elif isinstance(event, Usage):
+            yield self.document()
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         """A stream's documents for one event."""
         raise NotImplementedError
 
-    def document(self, reply: Reply) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The whole answer."""
         raise NotImplementedError
 
     def idle(self) -> dict[str, Any] | None:
-        """A sign of life for clients that count no comments."""
+        """Keep-alive for clients that ignore SSE comments."""
         return None
 
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        """An error in this API's shape."""
-        return error.document(openai=cls.openai_errors)
-
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
-        """What a stream that breaks off ends with."""
-        yield self.error(error)
+        """Ends a stream that breaks off."""
+        yield ERROR_SHAPES[self.api](error)
 
 
 class Native(Dialect):
@@ -8479,23 +8517,21 @@ class Native(Dialect):
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Text) and event.text:
             yield self._piece(event.text)
-        elif isinstance(event, ChoiceEnd):
-            self._reason = event.finish_reason
         elif isinstance(event, Usage):
-            yield self._end(self._reason, event)
+            yield self._end(self.choices[0].finish_reason, event)
 
     @staticmethod
     def _piece(text: str) -> dict[str, Any]:
         return {"choices": [{"text": text, "index": 0}]}
 
     @staticmethod
-    def _end(reason: str, usage: Usage) -> dict[str, Any]:
+    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
         return {"choices": [{"text": "", "index": 0, "finish_reason": reason}], "usage": usage.document()}
 
-    def document(self, reply: Reply) -> dict[str, Any]:
-        assert reply.usage
-        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in reply.choices()]
-        return {"choices": choices, "usage": reply.usage.document()}
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        return {"choices": choices, "usage": self.usage.document()}
 
 
 class NativeSocket(Native):
@@ -8510,7 +8546,7 @@ class NativeSocket(Native):
         return {"token": text}
 
     @staticmethod
-    def _end(reason: str, usage: Usage) -> dict[str, Any]:
+    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
         return {"done": True, "finish_reason": reason, "usage": usage.document()}
 
     @classmethod
@@ -8519,8 +8555,8 @@ class NativeSocket(Native):
         return cls._end("cancelled", Usage(0, 0, 0, 0, 0))
 
 
-UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's that are known here but not served
-    "suffix": lambda v: v != "",
+UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's and vLLM's that are known here but not served
+    "guided_regex": lambda v: True,
     "functions": lambda v: v != [],
     "function_call": lambda v: v not in ("none", "auto"),
     "modalities": lambda v: v != ["text"],
@@ -8538,45 +8574,71 @@ def refuse_unbuilt(body: Mapping[str, Any]) -> None:
 
 
 def response_schema(format: Any) -> Schema | None:
-    """The schema a `response_format` asks for: any object for json_object, none for text."""
+    """The schema a `response_format` asks for: any object for a json_object without one, none for text.
+
+    OpenAI holds a json_schema's in an object of that name; llama-server beside the type, as it does a json_object's.
+    """
     if format is None:
         return None
-    kind = an_object("response_format", format).get("type")
+    kind, schema = an_object("response_format", format).get("type"), format.get("schema")
     if kind == "text":
         return None
-    if kind == "json_object":
-        return Schema("response_format", {"type": "object"})
-    if kind != "json_schema":
+    if kind not in ("json_object", "json_schema"):
         served = "text, json_object or json_schema"
         raise InvalidRequest(f"response_format.type must be {served}, not {_said(kind)}", "response_format")
-    holder = an_object("response_format.json_schema", format.get("json_schema"))
-    return Schema("response_format", an_object("response_format.json_schema.schema", holder.get("schema")))
+    if schema is None and kind == "json_object":
+        schema = {"type": "object"}
+    if schema is None:
+        schema = an_object("response_format.json_schema", format.get("json_schema")).get("schema")
+    return Schema("response_format", an_object("response_format.schema", schema))
 
 
-def read_tool_choice(body: Mapping[str, Any], offered: Iterable[str]) -> str:
-    """GenerateRequest.tool_choice; a call can only be forced of a tool that is offered, and without another format."""
+def guided(body: Mapping[str, Any]) -> dict[str, Any]:
+    """json_schema or grammar, as vLLM's fields ask for them: structured_outputs, and guided_… before it."""
+    told = dict(optional(body, "structured_outputs", an_object, {}))
+    told |= {name: body[f"guided_{name}"] for name in ("json", "choice", "grammar") if f"guided_{name}" in body}
+    given = {name: value for name, value in told.items() if value is not None and value is not False}
+    for name in given:
+        one_of("structured_outputs", name, ("json", "json_object", "choice", "grammar"))
+    if len(given) > 1:
+        raise InvalidRequest(f"structured_outputs: {' and '.join(given)} exclude each other", "structured_outputs")
+    for name, value in given.items():
+        if name == "choice":
+            texts = [a_string("structured_outputs.choice", text) for text in one_type(list, "a list")(name, value)]
+            return {"grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)}
+        if name == "grammar":
+            return {"grammar": value}
+        schema = {"type": "object"} if name == "json_object" else value
+        return {"json_schema": parse_json(schema.encode(), "The schema") if isinstance(schema, str) else schema}
+    return {}
+
+
+def read_tool_choice(body: Mapping[str, Any], offered: Seq[str]) -> tuple[str, Seq[str]]:
+    """GenerateRequest.tool_choice, and which of the tools offered may be called. One that is forced must be offered."""
     choice = body.get("tool_choice")
-    if choice in (None, "auto", "none"):
-        return str(choice or "auto")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        raise InvalidRequest("tool_choice: allowed_tools is not supported here; offer just those in tools", "tool_choice")
+        holder = an_object("tool_choice.allowed_tools", choice.get("allowed_tools"))
+        offered = [_named_function(tool, offered) for _, tool in listed("tool_choice.allowed_tools.tools", holder.get("tools"))]
+        choice = one_of("tool_choice.allowed_tools.mode", holder.get("mode"), ("auto", "required"))
+    if choice in (None, "auto", "none"):
+        return str(choice or "auto"), offered
     if choice != "required":
-        choice = f"function:{_named_function(choice)}"
-    named, names = choice.removeprefix("function:"), list(offered)
-    if not names or (choice != "required" and named not in names):
-        said = "a call is required, but tools offers none" if choice == "required" else f"tools does not offer {_said(named)}"
-        raise InvalidRequest(f"tool_choice: {said}", "tool_choice")
-    if response_schema(body.get("response_format")) or body.get("json_schema") or body.get("grammar"):
-        raise InvalidRequest("tool_choice: a forced call excludes response_format, json_schema and grammar", "tool_choice")
-    return choice
+        choice = f"function:{_named_function(choice, offered)}"
+    elif not offered:
+        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
+    if body.get("json_schema") or body.get("grammar"):
+        raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
+    return choice, offered
 
 
-def _named_function(choice: Any) -> str:
-    """The name in {"type": "function", "function": {"name": …}}."""
+def _named_function(choice: Any, offered: Seq[str]) -> str:
+    """The name in {"type": "function", "function": {"name": …}}, of a tool that is offered."""
     function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         forms = 'none, auto, required or {"type": "function", "function": {"name": …}}'
         raise InvalidRequest(f"tool_choice must be {forms}, not {_said(choice)}", "tool_choice")
+    if function["name"] not in offered:
+        raise InvalidRequest(f"tool_choice: tools does not offer {_said(function['name'])}", "tool_choice")
     return str(function["name"])
 
 
@@ -8588,7 +8650,7 @@ def one_of(where: str, value: Any, known: Iterable[str]) -> str:
 
 
 def effort_args(where: str, effort: Any) -> dict[str, Any]:
-    """How much to think, as templates want it: they know low, medium and high."""
+    """Translates an effort for templates: they know low, medium and high."""
     if effort is None:
         return {}
     known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
@@ -8597,7 +8659,7 @@ def effort_args(where: str, effort: Any) -> dict[str, Any]:
 
 
 def read_template_args(body: Mapping[str, Any]) -> dict[str, Any]:
-    """What the chat template is told: chat_template_kwargs, and before them what reasoning_effort means."""
+    """Reads the template's arguments: chat_template_kwargs, which win over reasoning_effort."""
     told = effort_args("reasoning_effort", body.get("reasoning_effort"))
     return told | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
 
@@ -8612,9 +8674,9 @@ def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
 
 
 class OpenAI(Dialect):
-    """What OpenAI's two text routes share."""
+    """Base of OpenAI's two text routes."""
 
-    openai_errors, api = True, "openai"
+    api = "openai"
     prefix = object_name = chunk_name = ""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
@@ -8626,7 +8688,10 @@ class OpenAI(Dialect):
     def common(body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
         """The fields both routes read alike."""
         refuse_unbuilt(body)
-        n, sampling = body.get("n"), Sampling.from_json(body, logprobs=logprobs)
+        named = ("max_completion_tokens", "max_tokens", "n_predict")  # OpenAI's newer name and older, llama-server's
+        limit = next((token_limit(name, body[name]) for name in named if body.get(name) is not None), None)
+        read = {**body, "max_tokens": limit, **guided(body)}
+        n, sampling = body.get("n"), Sampling.from_json(read, logprobs=logprobs)
         schema = response_schema(body.get("response_format"))
         if schema and (sampling.json_schema or sampling.grammar):
             raise InvalidRequest("response_format excludes json_schema and grammar: send one of them", "response_format")
@@ -8640,18 +8705,31 @@ class OpenAI(Dialect):
         return {"id": self._id, "object": name, "created": self._created, "model": self.model, "choices": choices} | more
 
     def _chunk(self, choices: list[Any], **more: Any) -> dict[str, Any]:
-        if self._include_usage:
-            more.setdefault("usage", None)
         return self._envelope(self.chunk_name, choices, **more)
 
     @staticmethod
     def _usage(usage: Usage | None) -> dict[str, Any]:
+        """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
         assert usage
-        return usage.document() | {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens}, "timings": usage.timings()}
+        timings = usage.timings()
+        details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+                   "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}  # fmt: skip
+        return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
 
     def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
+        """No other chunk has a usage, not even null: there are clients that take the first with the key for the last."""
         if self._include_usage:
-            yield self._chunk([], usage=self._usage(event))
+            yield self._chunk([], **self._usage(event))
+
+
+def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
+    """A token and its log probability, as OpenAI's chat, Ollama and llama-server show them."""
+    return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+
+
+def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
+    """Tokens with their likeliest alternatives."""
+    return [shown_token(t.token, t.logprob) | {"top_logprobs": [shown_token(*each) for each in t.top]} for t in tokens]
 
 
 class ChatCompletion(OpenAI):
@@ -8666,17 +8744,16 @@ class ChatCompletion(OpenAI):
         top, wanted = body.get("top_logprobs"), flag(body, "logprobs")
         if top is not None and not wanted:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        limit = body.get("max_completion_tokens")
-        if limit is not None:
-            body = {**body, "max_tokens": whole(1)("max_completion_tokens", limit)}
         functions, builtins = read_tools(body)
-        names = [*(f["function"]["name"] for f in functions), *builtins]
+        choice, names = read_tool_choice(body, [*(f["function"]["name"] for f in functions), *builtins])
+        if choice not in ("auto", "none"):  # a call has a form of its own
+            body = {**body, "response_format": None}
         return replace(
             self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
             messages=messages,
-            tools=functions,
-            builtins=builtins,
-            tool_choice=read_tool_choice(body, names),
+            tools=tuple(f for f in functions if f["function"]["name"] in names),
+            builtins=tuple(name for name in builtins if name in names),
+            tool_choice=choice,
             parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
             continue_final_message=None if body.get("continue_final_message") is None else flag(body, "continue_final_message"),
             thinking_budget=read_thinking_budget(body),
@@ -8712,30 +8789,23 @@ class ChatCompletion(OpenAI):
 
     @staticmethod
     def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
-        def one(token: bytes, logprob: float) -> dict[str, Any]:
-            return {"token": token.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(token)}
+        return {"content": shown_logprobs(tokens), "refusal": None}
 
-        content = [one(t.token, t.logprob) | {"top_logprobs": [one(*alternative) for alternative in t.top]} for t in tokens]
-        return {"content": content, "refusal": None}
-
-    def document(self, reply: Reply) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         choices = [
             {"index": i, "message": self._message(c), "finish_reason": c.finish_reason,
              "logprobs": None if self.request.sampling.logprobs is None else self._logprobs(c.logprobs)}
-            for i, c in reply.choices()
+            for i, c in self.in_order()
         ]  # fmt: skip
-        return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
+        return self._envelope(self.object_name, choices, **self._usage(self.usage))
 
     def _message(self, choice: Choice) -> dict[str, Any]:
         content = choice.text or (None if choice.calls else "")
         message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if choice.thoughts:
-            message["reasoning_content"] = "".join(choice.thoughts)
+        if thought := choice.said("thought"):
+            message["reasoning_content"] = thought
         if choice.calls:
-            message["tool_calls"] = [
-                {"id": c["id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
-                for c in choice.calls
-            ]
+            message["tool_calls"] = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
         if choice.results:
             message["tool_results"] = [self._result(r) for r in choice.results]
         return message
@@ -8753,20 +8823,26 @@ class Completion(OpenAI):
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         """A prompt is a string, a list of strings, token ids, or a list of those."""
-        self._said: dict[int, int] = {}  # characters by choice so far
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
         logprobs = body.get("logprobs")
         count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
         request = replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
+        if (texts := len(request.prompts) * request.n) > MAX_TEXTS:
+            raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
         if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
         self._echo = self._echoes(body, request)
-        return request
+        begun = [len(p) * isinstance(p, str) for p in request.prompts for _ in range(request.n)]
+        self._said = dict(enumerate(begun))  # characters by choice so far: OpenAI counts from the prompt's start
+        suffix = optional(body, "suffix", a_string, "")
+        if suffix and (len(request.prompts) > 1 or not isinstance(request.prompts[0], str)):
+            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
+        return replace(request, prompts=(), infill=Infill(str(request.prompts[0]), suffix)) if suffix else request
 
     @staticmethod
     def _echoes(body: Mapping[str, Any], request: GenerateRequest) -> Seq[str]:
-        """What each choice begins with: with `echo` its prompt."""
+        """With `echo` the prompts, by choice; else nothing."""
         if not flag(body, "echo"):
             return ()
         if request.sampling.logprobs is not None or not all(isinstance(p, str) for p in request.prompts):
@@ -8790,7 +8866,7 @@ class Completion(OpenAI):
     def _choice(self, index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
         shown = None
         if logprobs:
-            offset = self._said.get(index, 0)
+            offset = self._said[index]
             words = [t.token.decode("utf-8", "replace") for t in logprobs]
             tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in logprobs]
             shown = {"tokens": words, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops,
@@ -8798,15 +8874,15 @@ class Completion(OpenAI):
             self._said[index] = offset + sum(map(len, words))
         return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
 
-    def document(self, reply: Reply) -> dict[str, Any]:
-        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in reply.choices()]
-        return self._envelope(self.object_name, choices, usage=self._usage(reply.usage))
+    def document(self) -> dict[str, Any]:
+        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in self.in_order()]
+        return self._envelope(self.object_name, choices, **self._usage(self.usage))
 
 
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
-    openai_errors, api = True, "openai"
+    api = "openai"
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__({**body, "stream": False})
@@ -8832,8 +8908,12 @@ class Embeddings(Dialect):
         if isinstance(event, Vectors):
             self._rows = event.rows
         elif isinstance(event, Usage):
-            usage = {"prompt_tokens": event.prompt_tokens, "total_tokens": event.prompt_tokens}
-            yield {"model": self.model, "usage": usage, **self.answer(self._rows)}
+            yield self.document()
+
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
+        return {"model": self.model, "usage": usage, **self.answer(self._rows)}
 
     def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
         """The answer but for the model and the usage."""
@@ -8841,8 +8921,10 @@ class Embeddings(Dialect):
         return {"object": "list", "data": data}
 
     def _embedding(self, row: bytes) -> str | list[float]:
-
-        return base64.b64encode(row).decode() if self._base64 else list(struct.unpack(f"<{len(row) // 4}f", row))
+        """As base64, or as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
+        if self._base64:
+            return base64.b64encode(row).decode()
+        return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
 
 
 class Rerank(Embeddings):
@@ -8884,16 +8966,6 @@ def given(body: Mapping[str, Any], name: str, default: Any) -> Any:
     return default if body.get(name) is None else body[name]
 
 
-def text_parts(where: str, content: Any, kinds: Seq[str], between: str = "") -> str:
-    """A string as it is, or the texts of a list of parts of these types, joined."""
-    if isinstance(content, str):
-        return content
-    parts = listed(where, content)
-    for place, part in parts:
-        one_of(f"{place}.type", part.get("type"), kinds)
-    return between.join(a_string(f"{place}.text", part.get("text")) for place, part in parts)
-
-
 def a_call(id: str, name: str, arguments: Any) -> dict[str, Any]:
     """A tool call in an assistant's turn, as templates want it."""
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
@@ -8924,30 +8996,14 @@ def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) 
     return one_of(where, name, [f["function"]["name"] for f in functions])
 
 
-@dataclass
-class Block:
-    """A stretch of an answer that is of one kind: a thought, text or a call."""
-
-    kind: str  # thought, text, call
-    index: int  # in the answer
-    call_id: str = ""
-    name: str = ""
-    id: str = ""  # the block's own, in APIs that give it one
-    parts: list[str] = field(default_factory=list)
-
-    @property
-    def text(self) -> str:
-        """What it holds: text, or a call's arguments."""
-        return "".join(self.parts)
-
-
 class BlockDialect(Dialect):
-    """An API whose answers are lists of blocks, one after another. A plain answer is its stream, of which the end is sent."""
+    """An API whose answers are lists of blocks. Non-streamed answers run the same code; only the last document is sent."""
+
+    keeps_text = True
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
-        self.blocks: list[Block] = []
-        self.end: ChoiceEnd | None = None
+        self.choice = self.choices[0] = Choice()
         self.prompt_tokens = 0
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -8956,45 +9012,32 @@ class BlockDialect(Dialect):
         if self.stream:
             yield from chunks
         elif isinstance(event, Usage):
-            yield self.whole()
+            yield self.document()
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        blocks, begun = self.choice.blocks, self.begun
+        if isinstance(event, ChoiceEnd) and not blocks:  # clients look at the first block without asking whether there is one
+            begun = self.choice.begin(Block("text"))
+        if begun:
+            if begun.index:
+                yield from self.closed(blocks[-2])
+            yield from self.opened(begun)
         if isinstance(event, Queued):
             self.prompt_tokens = event.prompt_tokens
             yield from self.begin()
-        elif isinstance(event, (Thought, Text)) and event.text:
-            kind = "text" if isinstance(event, Text) else "thought"
-            if not self.blocks or self.blocks[-1].kind != kind:
-                yield from self._next(Block(kind, len(self.blocks)))
-            yield from self._more(event.text)
-        elif isinstance(event, CallBegan):
-            yield from self._next(Block("call", len(self.blocks), event.id, event.name))
-        elif isinstance(event, CallArguments):
-            yield from self._more(event.text)
+        elif isinstance(event, (Thought, Text, CallArguments)) and event.text:
+            yield from self.more(blocks[-1], event.text)
         elif isinstance(event, ChoiceEnd):
-            if not self.blocks:  # clients look at the first block without asking whether there is one
-                yield from self._next(Block("text", 0))
-            self.end = event
-            yield from self.closed(self.blocks[-1])
+            yield from self.closed(blocks[-1])
         elif isinstance(event, Usage):
             yield from self.finish()
-
-    def _next(self, block: Block) -> Iterator[dict[str, Any]]:
-        if self.blocks:
-            yield from self.closed(self.blocks[-1])
-        self.blocks.append(block)
-        yield from self.opened(block)
-
-    def _more(self, text: str) -> Iterator[dict[str, Any]]:
-        self.blocks[-1].parts.append(text)
-        yield from self.more(self.blocks[-1], text)
 
     def begin(self) -> Iterator[dict[str, Any]]:
         """The stream's first documents."""
         raise NotImplementedError
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        """What announces a block."""
+        """Announces a block."""
         raise NotImplementedError
 
     def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
@@ -9002,21 +9045,17 @@ class BlockDialect(Dialect):
         raise NotImplementedError
 
     def closed(self, block: Block) -> Iterator[dict[str, Any]]:
-        """What ends a block."""
+        """Ends a block."""
         raise NotImplementedError
 
     def finish(self) -> Iterator[dict[str, Any]]:
         """The stream's last documents."""
         raise NotImplementedError
 
-    def whole(self) -> dict[str, Any]:
-        """The whole answer."""
-        raise NotImplementedError
 
-
-CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference")
-CLAUDE_BLOCKS = {  # what messages may hold, by role; images are refused like whatever else is not here
-    "user": ("text", "tool_result", "document", "search_result"),
+CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference", "image")
+CLAUDE_BLOCKS = {  # what messages may hold, by role
+    "user": ("text", "tool_result", "document", "search_result", "image"),
     "assistant": ("text", "thinking", "tool_use"),
     "system": ("text",),
 }
@@ -9033,15 +9072,24 @@ def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
     system = body.get("system")
-    text = "" if system is None else text_parts("system", system, ("text",), "\n\n")
+    for place, part in listed("system", [] if system is None or isinstance(system, str) else system):
+        one_of(f"{place}.type", part.get("type"), ("text",))
+    text = "" if system is None else flat_content("system", system, ("text",), "\n\n")
     turns = [{"role": "system", "content": text}] if text else []
-    return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names)))
+    newest = newest_turn([message for _, message in messages if not is_results(message.get("content"))])
+    return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names, message is newest)))
 
 
-def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str]) -> list[dict[str, Any]]:
+def is_results(content: Any) -> bool:
+    """True for a message of tool results alone, which is no turn of the user's own."""
+    return isinstance(content, list) and all(isinstance(b, dict) and b.get("type") == "tool_result" for b in content)
+
+
+def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
     """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
     role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
     texts: list[str] = [content] if isinstance(content, str) else []
+    media: list[str] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     results: list[dict[str, Any]] = []
@@ -9057,9 +9105,9 @@ def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str]) 
         elif kind == "tool_result":
             results.append(claude_result(place, block, names))
         else:
-            texts.append(claude_text(place, block))
+            texts.append(claude_text(place, block, media, newest))
     between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
-    turn: dict[str, Any] = {"role": role, "content": between.join(filter(None, texts))}
+    turn: dict[str, Any] = {"role": role, "content": with_note(between.join(filter(None, texts)), media)}
     turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
     turn |= {"tool_calls": calls} if calls else {}
     return results if results and not turn["content"] else [*results, turn]
@@ -9076,15 +9124,20 @@ def claude_result(place: str, block: Mapping[str, Any], names: Mapping[str, str]
     """A tool_result block: its texts, marked where the tool failed."""
     id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), block.get("content")
     if content is not None and not isinstance(content, str):
+        media: list[str] = []
         parts = listed(f"{place}.content", content)
         for where, part in parts:
             one_of(f"{where}.type", part.get("type"), CLAUDE_TEXTS)
-        content = "\n\n".join(claude_text(where, part) for where, part in parts)
+        texts = [claude_text(where, part, media) for where, part in parts]
+        content = with_note("\n\n".join(filter(None, texts)), media)
     return a_result(id, names, f"Error: {content or ''}" if flag(block, "is_error") else content or "")
 
 
-def claude_text(place: str, block: Mapping[str, Any]) -> str:
-    """The text of a block that is nothing else: CLAUDE_TEXTS names them."""
+def claude_text(place: str, block: Mapping[str, Any], media: list[str], newest: bool = False) -> str:
+    """The text of a block that is nothing else: CLAUDE_TEXTS names them. Those without text go to `media`, by their kind."""
+    if block["type"] == "image":
+        media.append(left_out(f"{place}.type", "image", newest))
+        return ""
     if block["type"] == "text":
         return str(a_string(f"{place}.text", block.get("text")))
     if block["type"] == "tool_reference":  # what a search for tools found
@@ -9092,11 +9145,15 @@ def claude_text(place: str, block: Mapping[str, Any]) -> str:
     titles = [a_string(f"{place}.title", block["title"])] if block.get("title") is not None else []
     if block["type"] == "search_result":
         titles.append(a_string(f"{place}.source", block.get("source")))
-        return "\n".join((*titles, text_parts(f"{place}.content", block.get("content"), ("text",), "\n\n")))
+        return "\n".join((*titles, flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")))
     source = an_object(f"{place}.source", block.get("source"))
-    if one_of(f"{place}.source.type", source.get("type"), ("text", "content")) == "text":
+    kind = one_of(f"{place}.source.type", source.get("type"), ("text", "content", "base64", "url", "file"))
+    if kind not in ("text", "content"):
+        media.append(left_out(f"{place}.source.type", "document", newest))
+        return "\n".join(titles)
+    if kind == "text":
         return "\n".join((*titles, a_string(f"{place}.source.data", source.get("data"))))
-    return "\n".join((*titles, text_parts(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
+    return "\n".join((*titles, flat_content(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
 
 
 def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -9110,7 +9167,7 @@ def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
 
 
 def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any]:
-    """What the request's tool_choice says."""
+    """Reads the request's tool_choice."""
     choice = an_object("tool_choice", given(body, "tool_choice", {"type": "auto"}))
     kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
     if kind == "any" and not functions:
@@ -9121,7 +9178,7 @@ def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any
 
 
 def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
-    """How much the model thinks: not at all unless the request says so, as that API has it."""
+    """Reads how much to think: not at all unless the request says so, as that API has it."""
     thinking = an_object("thinking", given(body, "thinking", {"type": "disabled"}))
     kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
     budget = thinking.get("budget_tokens")
@@ -9158,13 +9215,14 @@ class Messages(BlockDialect):
         )
 
     def begin(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_start", "message": self.whole()}
+        yield {"type": "message_start", "message": self.document()}
 
     def idle(self) -> dict[str, Any]:
         return {"type": "ping"}
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        yield {"type": "content_block_start", "index": block.index, "content_block": self._content(block)}
+        empty = self._content(replace(block, parts=[]))
+        yield {"type": "content_block_start", "index": block.index, "content_block": empty}
 
     def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
         kind, name = self.DELTAS[block.kind]
@@ -9180,10 +9238,10 @@ class Messages(BlockDialect):
         yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
         yield {"type": "message_stop"}
 
-    def whole(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The message as far as it came."""
         return {"id": self._id, "type": "message", "role": "assistant", "model": self.model,
-                "content": [self._content(b) for b in self.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
+                "content": [self._content(b) for b in self.choice.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
 
     @staticmethod
     def _content(block: Block) -> dict[str, Any]:
@@ -9191,19 +9249,16 @@ class Messages(BlockDialect):
             return {"type": "text", "text": block.text}
         if block.kind == "thought":
             return {"type": "thinking", "thinking": block.text, "signature": ""}
-        arguments: Any = {}
-        with contextlib.suppress(InvalidRequest):  # a call that was cut; stop_reason says so
-            arguments = parse_json(block.text.encode("utf-8", "replace"))
-        shown = arguments if isinstance(arguments, dict) else {}
-        return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": shown}
+        return {"type": "tool_use", "id": block.call_id, "name": block.name, "input": block.arguments()}
 
     def _end(self) -> dict[str, Any]:
-        """Why the message ended; nothing yet while it goes on."""
-        if self.end is None:
+        """The reason that the message ended; nothing while it goes on."""
+        end = self.choice.end
+        if end is None:
             return {"stop_reason": None, "stop_sequence": None}
-        if self.end.finish_reason == "stop" and self.end.stopped_by in self.request.sampling.stop:
-            return {"stop_reason": "stop_sequence", "stop_sequence": self.end.stopped_by}
-        return {"stop_reason": self.REASONS.get(self.end.finish_reason, "end_turn"), "stop_sequence": None}
+        if end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
+            return {"stop_reason": "stop_sequence", "stop_sequence": end.stopped_by}
+        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn"), "stop_sequence": None}
 
     def _usage(self) -> dict[str, int]:
         """Tokens: this API counts cached ones by themselves."""
@@ -9211,15 +9266,14 @@ class Messages(BlockDialect):
         return {"input_tokens": usage.prompt_tokens - usage.cached_tokens, "cache_creation_input_tokens": 0,
                 "cache_read_input_tokens": usage.cached_tokens, "output_tokens": usage.completion_tokens}  # fmt: skip
 
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        kind = {"server_error": "api_error"}.get(error.kind, error.kind)
-        message = str(error)
-        if isinstance(error, PayloadTooLarge):
-            kind = "request_too_large"
-        if isinstance(error, ContextLengthExceeded) and error.sizes:  # Claude Code reads these words, and compacts
-            message = "prompt is too long: {} tokens > {} maximum".format(*error.sizes)
-        return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
+
+def claude_error(error: ApiError) -> dict[str, Any]:
+    """Anthropic's errors."""
+    kinds = {"payload_too_large": "request_too_large", "server_error": "api_error"}
+    kind, message = kinds.get(error.code) or kinds.get(error.kind, error.kind), str(error)
+    if isinstance(error, ContextLengthExceeded) and error.sizes:  # Claude Code reads these words, and compacts
+        message = "prompt is too long: {} tokens > {} maximum".format(*error.sizes)
+    return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
 
 
 def joined_name(space: str, name: str) -> str:
@@ -9228,7 +9282,7 @@ def joined_name(space: str, name: str) -> str:
 
 
 def raw_input(arguments: str) -> str:
-    """What a freeform tool gets of the call its model made with `{"input": …}`; all of it if it is no such thing."""
+    """Unwraps `{"input": …}`, the call of a freeform tool; other arguments stay as they are."""
     with contextlib.suppress(InvalidRequest):
         read = parse_json(arguments.encode("utf-8", "replace"))
         if isinstance(read, dict) and isinstance(read.get("input"), str):
@@ -9283,7 +9337,7 @@ class ResponseTools:
         return self._offered.get(name) or OfferedTool(name)
 
     def choice(self, choice: Any) -> dict[str, Any]:
-        """What the request's tool_choice says."""
+        """Reads the request's tool_choice."""
         functions = bounded(self.functions)
         if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
             allowed = {self._named(where, tool) for where, tool in listed("tool_choice.tools", choice.get("tools"))}
@@ -9314,9 +9368,9 @@ RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text"
 class ResponseInput:
     """Reads the items of a Responses request into turns: what the assistant did in a row is one turn."""
 
-    def __init__(self, tools: ResponseTools) -> None:
+    def __init__(self, tools: ResponseTools, newest: Any) -> None:
         self.turns: list[dict[str, Any]] = []
-        self._tools = tools
+        self._tools, self._newest = tools, newest
         self._names: dict[str, str] = {}  # of calls, by id
 
     def add(self, where: str, item: Mapping[str, Any]) -> None:
@@ -9340,7 +9394,7 @@ class ResponseInput:
 
     def _message(self, where: str, item: Mapping[str, Any]) -> None:
         role = one_of(f"{where}.role", item.get("role"), ("user", "assistant", "system", "developer"))
-        text = text_parts(f"{where}.content", item.get("content"), RESPONSE_TEXTS)
+        text = flat_content(f"{where}.content", item.get("content"), RESPONSE_TEXTS, newest=item is self._newest)
         if role == "assistant":
             self._assistant("content", "tool_calls")["content"] = text
         else:
@@ -9350,7 +9404,7 @@ class ResponseInput:
         text = self._sealed(where, item)
         for name in ("content", "summary"):
             if not text and item.get(name) is not None:
-                text = text_parts(f"{where}.{name}", item[name], RESPONSE_TEXTS)
+                text = flat_content(f"{where}.{name}", item[name], RESPONSE_TEXTS)
         if text:
             turn = self._assistant("content", "tool_calls")
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
@@ -9375,14 +9429,24 @@ class ResponseInput:
         self._assistant().setdefault("tool_calls", []).append(a_call(id, name, arguments))
 
     def _output(self, where: str, item: Mapping[str, Any]) -> None:
-        text = text_parts(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
+        text = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
         self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._names, text))
+
+
+def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
+    """A conversation from a later turn of the user's on, as far on as its tokens and their bound suggest; None: there is none."""
+    begins = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    system = tuple(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    lengths = [len(json.dumps(message)) for message in messages]
+    surplus = sum(lengths) * (1 - sizes[1] / sizes[0])
+    later = [begin for begin in begins[1:] if sum(lengths[len(system) : begin]) >= surplus] or begins[1:][-1:]
+    return (*system, *messages[later[0] :]) if later else None
 
 
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    openai_errors, api = True, "openai"
+    api = "openai"
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
@@ -9397,6 +9461,7 @@ class Responses(BlockDialect):
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
         self._count, self._announced, self._tools = itertools.count(), False, ResponseTools()
         self._refuse_state(body)
+        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
         self._tools.add("tools", given(body, "tools", []))
         messages = self._messages(body)
         reasoning = an_object("reasoning", given(body, "reasoning", {}))
@@ -9421,12 +9486,13 @@ class Responses(BlockDialect):
                 raise InvalidRequest(f"{name} is not served here", name)
 
     def _messages(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-        read, said = ResponseInput(self._tools), body.get("input")
-        if body.get("instructions") is not None:
-            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
+        said = body.get("input")
         items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
         if not 0 < len(items) <= MAX_MESSAGES:
             raise InvalidRequest(f"input must hold 1 to {MAX_MESSAGES} items, not {len(items)}", "input")
+        read = ResponseInput(self._tools, newest_turn([item for _, item in items]))
+        if body.get("instructions") is not None:
+            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
         for where, item in items:
             read.add(where, item)
         if not read.turns:
@@ -9444,6 +9510,18 @@ class Responses(BlockDialect):
             return sampling
         schema = form.get("schema") if kind == "json_schema" else {"type": "object"}
         return replace(sampling, json_schema=a_schema("text.format.schema", schema))
+
+    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
+        """With `truncation` auto, the oldest turns of a conversation that is too long are left out."""
+        while True:
+            try:
+                yield from super().events(service, cancel)
+                return
+            except ContextLengthExceeded as error:
+                messages = without_oldest(self.request.messages, error.sizes) if self._truncates and error.sizes else None
+                if messages is None:
+                    raise
+                self.request = replace(self.request, messages=messages)
 
     # Events, numbered as they go out
 
@@ -9472,7 +9550,7 @@ class Responses(BlockDialect):
         freeform = block.kind == "call" and self._tools.meaning(block.name).freeform
         prefix = {"text": "msg", "thought": "rs", "call": "ctc" if freeform else "fc"}[block.kind]
         block.id = f"{prefix}_{os.urandom(12).hex()}"
-        item = self._item(block, "in_progress")
+        item = self._item(replace(block, parts=[]), "in_progress")
         if block.kind == "call":
             yield self._event("output_item.added", output_index=block.index, item=item)
             return
@@ -9515,13 +9593,13 @@ class Responses(BlockDialect):
             yield self._event("function_call_arguments.done", **self._at(block), name=tool.name, arguments=block.text)
 
     def finish(self) -> Iterator[dict[str, Any]]:
-        response = self.whole()
+        response = self.document()
         yield self._event(response["status"], response=response)
 
     # Items
 
     def _status(self, block: Block) -> str:
-        cut = self.end is not None and self.end.finish_reason == "length" and block is self.blocks[-1]
+        cut = self.choice.finish_reason == "length" and block is self.choice.blocks[-1]
         return "incomplete" if cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
@@ -9539,11 +9617,11 @@ class Responses(BlockDialect):
             return call | {"type": "custom_tool_call", "input": raw_input(block.text)}
         return call | {"type": "function_call", "arguments": block.text}
 
-    def whole(self) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         """The response at its end."""
-        cut = self.end is not None and self.end.finish_reason == "length"
+        cut = self.choice.finish_reason == "length"
         response = self._response("incomplete" if cut else "completed")
-        response["output"] = [self._item(b, self._status(b)) for b in self.blocks]
+        response["output"] = [self._item(b, self._status(b)) for b in self.choice.blocks]
         return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -9555,7 +9633,8 @@ class Responses(BlockDialect):
             return None
         return {
             "input_tokens": self.usage.prompt_tokens, "input_tokens_details": {"cached_tokens": self.usage.cached_tokens},
-            "output_tokens": self.usage.completion_tokens, "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens": self.usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": self.usage.reasoning_tokens},
             "total_tokens": self.usage.prompt_tokens + self.usage.completion_tokens,
         }  # fmt: skip
 
@@ -9565,13 +9644,14 @@ class Responses(BlockDialect):
 
 OLLAMA_VERSION = "0.14.0"  # clients ask for one that serves what they use: that had all of Ollama's, OpenAI's and Anthropic's
 OLLAMA_FIELDS = ("options", "raw", "keep_alive", "suffix", "context", "template", "images", "think", "format")
+OLLAMA_UNSERVED = ("create", "copy", "delete", "push", "blobs")  # below /api, and in no other API
 MAX_KEEP = 1e9  # seconds, 31 years: a date that every client can read
 GO_DURATION = re.compile(r"(-?)((?:\d{1,9}(?:\.\d{1,9})?(?:ns|us|µs|ms|s|m|h))+|\d{1,9})")
 GO_UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "": 1.0}
 
 
 def speaks_ollama(body: Mapping[str, Any], agent: str) -> bool:
-    """Whether a body for `/api/generate` is Ollama's: by a field that only it has, or by the User-Agent that sends it."""
+    """True if a body for `/api/generate` is Ollama's: it has a field of Ollama's own, or one of its packages sends it."""
     packages = agent.lower().startswith("ollama")  # ollama-python/…, ollama-js/…, ollama/… (Go)
     return packages or any(body.get(name) is not None for name in OLLAMA_FIELDS)
 
@@ -9605,11 +9685,6 @@ def rfc3339(seconds: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1e6):06d}Z"
 
 
-def ollama_error(error: ApiError) -> dict[str, Any]:
-    """Ollama's errors are a text."""
-    return {"error": str(error)}
-
-
 def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     """Ollama's options and format. A limit of 0 or less, like a seed below zero, is none."""
     options = optional(body, "options", an_object, {})
@@ -9617,7 +9692,7 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
     own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
     top = optional(body, "top_logprobs", whole(0, 20), 0)
-    sampling = Sampling.from_json({**options, **own}, logprobs=top if flag(body, "logprobs") else None)
+    sampling = Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None)
     format = body.get("format")
     if format is None or format == "":
         return sampling
@@ -9635,57 +9710,61 @@ def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
             if value or (value is not None and name == "num_gpu")}  # fmt: skip
 
 
+def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body with llama.cpp's other ways to say that a sampler is off: top_k below zero, a repeat_penalty of 0."""
+    top, penalty, own = body.get("top_k"), body.get("repeat_penalty"), dict(body)
+    if type(top) is int and top < 0:
+        own["top_k"] = 0
+    if type(penalty) in (int, float) and penalty == 0:
+        own["repeat_penalty"] = 1
+    return own
+
+
 def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
-    """How much to think, as templates want it: whether, or how hard."""
+    """Translates `think` for templates: on or off, or an effort."""
     think = body.get("think")
     if think is None:
         return {}
     return {"enable_thinking": think} if isinstance(think, bool) else effort_args("think", think)
 
 
-def refuse_images(where: str, holder: Mapping[str, Any]) -> None:
-    """Images that are there are refused; an empty list is not."""
-    if optional(holder, "images", one_type(list, "a list"), []):
+def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[str]:
+    """Lists a turn's images for with_note. Those of the user's newest turn are refused."""
+    if not optional(holder, "images", one_type(list, "a list"), []):
+        return []
+    if newest:
         raise InvalidRequest(f"{where} is not served: no model here sees images", where)
+    return ["image"]
 
 
-class Ollama(Dialect):
-    """What Ollama's two text routes share: streams unless told otherwise, and an empty request only loads the model."""
+class OllamaRoute(Dialect):
+    """Base of Ollama's routes: keep_alive, times, and loading by a request without a question."""
 
     api = "ollama"
+    use = "generate"  # what the model is loaded for
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self._began, self._ready = time.monotonic(), 0.0
         self._keep = optional(body, "keep_alive", keep_seconds)
-        self._call: Called | None = None  # is being written
-        self._calls = itertools.count()
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
-
-    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         if body.get("model") is None:
             raise InvalidRequest("model is required: the name of a model, or default", "model")
-        return GenerateRequest(
-            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body),
-            engine=ollama_engine(body),
-        )
+        super().__init__(body)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        """Where this route's answers hold what the model said."""
+    def asks(self) -> bool:
+        """True if there is a question."""
         raise NotImplementedError
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        request = self.request
-        asks = request.prompts or request.messages or request.infill
-        events = super().events(service, cancel) if asks else self._loads(service, cancel)
+        events = super().events(service, cancel) if self.asks() else self._loads(service, cancel)
         return kept(events, self, service, self._keep)
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        """Nothing is asked: loads the model, or lets it go."""
+        """Loads the model, or lets it go."""
         if self._keep == 0:
             yield Queued(service.table.resolve(self.request.model, cancel))
         else:
-            yield from service.load(self.request.model, "generate", cancel, self.request.engine)
-        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
+            yield from service.load(self.request.model, self.use, cancel, self.request.engine)
+        yield Vectors(0, ()) if self.use == "embed" else ChoiceEnd(0, "unload" if self._keep == 0 else "load")
         yield Usage(0, 0, 0, 0.0, 0.0)
 
     def note(self, event: Event) -> None:
@@ -9693,54 +9772,70 @@ class Ollama(Dialect):
         if isinstance(event, Queued):
             self._ready = time.monotonic()
 
+    def times(self) -> dict[str, int]:
+        """Durations in nanoseconds."""
+        now = time.monotonic()
+        return {"total_duration": int((now - self._began) * 1e9), "load_duration": int((self._ready - self._began) * 1e9)}
+
+
+class Ollama(OllamaRoute):
+    """Base of Ollama's two text routes, which stream unless told otherwise."""
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self._shown_calls = 0
+        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
+
+    def read(self, body: Mapping[str, Any]) -> GenerateRequest:
+        return GenerateRequest(
+            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body),
+            engine=ollama_engine(body),
+        )
+
+    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+        """Puts the model's words into this route's fields."""
+        raise NotImplementedError
+
+    def asks(self) -> bool:
+        return bool(self.request.prompts or self.request.messages or self.request.infill)
+
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, CallArguments) and self._call:
-            self._call.arguments += event.text
-        elif isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
+        if isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
             text, thought = (event.text, "") if isinstance(event, Text) else ("", event.text)
             yield self._document(text, thought, logprobs=event.logprobs)
-        elif isinstance(event, (CallBegan, ChoiceEnd)):
-            if self._call:  # calls go out whole
-                yield self._document(calls=[self._shown(asdict(self._call))])
-            self._call = Called(event.id, event.name) if isinstance(event, CallBegan) else None
-            self._reason = event.finish_reason if isinstance(event, ChoiceEnd) else ""
+        elif isinstance(event, (CallBegan, ChoiceEnd)):  # calls go out whole
+            done = len(self.choices[0].calls) - isinstance(event, CallBegan)
+            if done > self._shown_calls:
+                yield self._document(calls=[self._shown(done - 1)])
+                self._shown_calls = done
         elif isinstance(event, Usage):
-            yield self._document(**self._end(self._reason, event))
+            yield self._document(**self._end(event))
 
-    def document(self, reply: Reply) -> dict[str, Any]:
-        assert reply.usage
-        (_, choice), *_ = reply.choices()
-        calls, end = [self._shown(c) for c in choice.calls], self._end(choice.finish_reason or "", reply.usage)
-        return self._document(choice.text, "".join(choice.thoughts), calls, choice.logprobs, **end)
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        choice, end = self.choices[0], self._end(self.usage)
+        calls = map(self._shown, range(len(choice.calls)))
+        return self._document(choice.text, choice.said("thought"), calls, choice.logprobs, **end)
 
     def _document(self, text: str = "", thought: str = "", calls: Iterable[dict[str, Any]] = (),
                   logprobs: Seq[TokenLogprob] = (), **end: Any) -> dict[str, Any]:  # fmt: skip
-        shown = {"logprobs": ChatCompletion._logprobs(logprobs)["content"]} if logprobs else {}
+        shown = {"logprobs": shown_logprobs(logprobs)} if logprobs else {}
         return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(text, thought, list(calls)),
                 "done": bool(end), **shown, **end}  # fmt: skip
 
-    def _shown(self, call: Mapping[str, str]) -> dict[str, Any]:
-        """A call with its arguments as an object; one that was cut has none."""
-        given: Any = {}
-        with contextlib.suppress(InvalidRequest):
-            given = parse_json(call["arguments"].encode("utf-8", "replace"))
-        function = {"index": next(self._calls), "name": call["name"], "arguments": given if isinstance(given, dict) else {}}
-        return {"id": call["id"], "function": function}
+    def _shown(self, index: int) -> dict[str, Any]:
+        """A call with its arguments as an object."""
+        call = self.choices[0].calls[index]
+        return {"id": call.call_id, "function": {"index": index, "name": call.name, "arguments": call.arguments()}}
 
-    def _end(self, reason: str, usage: Usage) -> dict[str, Any]:
-        """What the last document tells; times in nanoseconds."""
-        spent = (time.monotonic() - self._began, self._ready - self._began, usage.prompt_seconds, usage.decode_seconds)
-        total, load, prompt, decode = (int(seconds * 1e9) for seconds in spent)
+    def _end(self, usage: Usage) -> dict[str, Any]:
+        """The last document's reason, counts and durations."""
+        reason = self.choices[0].finish_reason
         return {
-            "done_reason": reason if reason in ("length", "load", "unload") else "stop",
-            "total_duration": total, "load_duration": load,
-            "prompt_eval_count": usage.prompt_tokens, "prompt_eval_duration": prompt,
-            "eval_count": usage.completion_tokens, "eval_duration": decode,
+            "done_reason": reason if reason in ("length", "load", "unload") else "stop", **self.times(),
+            "prompt_eval_count": usage.prompt_tokens, "prompt_eval_cached_count": usage.cached_tokens,
+            "prompt_eval_duration": int(usage.prompt_seconds * 1e9),
+            "eval_count": usage.completion_tokens, "eval_duration": int(usage.decode_seconds * 1e9),
         }  # fmt: skip
-
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return ollama_error(error)
 
 
 class OllamaChat(Ollama):
@@ -9757,16 +9852,17 @@ class OllamaChat(Ollama):
     @staticmethod
     def _messages(messages: list[Any]) -> tuple[dict[str, Any], ...] | None:
         """The messages as templates want them. Calls have no ids in this API: results follow in the order of the calls."""
-        read, count, called = [], itertools.count(), deque[str]()
+        read, count, called, newest = [], itertools.count(), deque[str](), newest_turn(messages)
         for i, message in enumerate(messages):
             where = f"messages[{i}]"
-            refuse_images(f"{where}.images", an_object(where, message))
+            images = ollama_images(f"{where}.images", an_object(where, message), message is newest)
             calls = [
                 {"id": f"call{next(count):05d}", **call} if isinstance(call, dict) else call
                 for call in optional(message, "tool_calls", one_type(list, "a list"), [])
             ]
             turn = {**message, "tool_calls": calls, "reasoning_content": message.get("thinking")}
-            turn["content"] = "" if message.get("content") is None else message["content"]
+            text = flat_content(f"{where}.content", "" if message.get("content") is None else message["content"])
+            turn["content"] = with_note(text, images)
             turn["name"] = message.get("name") if message.get("tool_name") is None else message["tool_name"]
             if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
                 turn["tool_call_id"] = called.popleft()
@@ -9785,7 +9881,7 @@ class OllamaGenerate(Ollama):
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         request, prompt = super().read(body), optional(body, "prompt", a_string, "")
         system, suffix, raw = optional(body, "system", a_string), optional(body, "suffix", a_string), flag(body, "raw")
-        refuse_images("images", body)
+        ollama_images("images", body, newest=True)
         if optional(body, "template", a_string):
             raise InvalidRequest("template is not served: the model's own is used, or none with raw", "template")
         if optional(body, "context", one_type(list, "a list")):
@@ -9803,60 +9899,43 @@ class OllamaGenerate(Ollama):
         return {"response": text, **({"thinking": thought} if thought else {})}
 
 
-class OllamaEmbed(Embeddings):
+class OllamaEmbed(OllamaRoute, Embeddings):
     """`/api/embed`. What is too long is cut unless `truncate` is false; without an input the model is only loaded."""
 
-    source, api = "input", "ollama"
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._began, self._ready = time.monotonic(), 0.0
-        self._keep = optional(body, "keep_alive", keep_seconds)
-        super().__init__(body)
+    use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        if body.get("model") is None:
-            raise InvalidRequest("model is required: the name of a model, or default", "model")
-        self._base64, given = False, body.get(self.source)
+        self._base64, given = False, self.given(body)
         optional(body, "options", an_object)
         return EmbedRequest(
             model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_inputs(self.taken(given)),
+            inputs=() if given is None or given in ("", []) else read_inputs(given, may_be_empty=True),
             dimensions=optional(body, "dimensions", whole(1)),
             truncate=body.get("truncate") is None or flag(body, "truncate"),
             engine=ollama_engine(body),
         )
 
-    def taken(self, given: Any) -> Any:
-        """The input, as far as this route takes it."""
-        return given
+    def given(self, body: Mapping[str, Any]) -> Any:
+        """The input."""
+        return body.get("input")
 
-    def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        events = super().events(service, cancel) if self.request.inputs else self._loads(service, cancel)
-        return kept(events, self, service, self._keep)
+    def asks(self) -> bool:
+        return bool(self.request.inputs)
 
-    def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        yield from service.load(self.request.model, "embed", cancel, self.request.engine)
-        yield Vectors(0, ())
-        yield Usage(0, 0, 0, 0.0, 0.0)
-
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        if isinstance(event, Queued):
-            self._ready = time.monotonic()
-        elif isinstance(event, Vectors):
-            self._rows = event.rows
-        elif isinstance(event, Usage):
-            yield self._document([self._embedding(row) for row in self._rows])
-
-    def _document(self, vectors: list[Any]) -> dict[str, Any]:
+    def document(self) -> dict[str, Any]:
         assert self.usage
-        total, load = (int((at - self._began) * 1e9) for at in (time.monotonic(), self._ready))
-        return {"model": self.request.model, "embeddings": vectors, "total_duration": total, "load_duration": load,
-                "prompt_eval_count": self.usage.prompt_tokens}  # fmt: skip
+        vectors = [self._embedding(row) for row in self._rows]
+        return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": self.usage.prompt_tokens}
 
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return ollama_error(error)
+
+class OllamaEmbedding(OllamaEmbed):
+    """`/api/embeddings`, its older form: one prompt, one vector."""
+
+    def given(self, body: Mapping[str, Any]) -> Any:
+        return optional(body, "prompt", a_string)
+
+    def document(self) -> dict[str, Any]:
+        return {"embedding": self._embedding(self._rows[0]) if self._rows else []}
 
 
 class OllamaPull(Dialect):
@@ -9905,22 +9984,6 @@ class OllamaPull(Dialect):
             file = {"digest": f"sha256:{event.digest}", "total": event.total, "completed": event.completed}
             yield {"status": event.status} | (file if event.total else {})
 
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return ollama_error(error)
-
-
-class OllamaEmbedding(OllamaEmbed):
-    """`/api/embeddings`, its older form: one prompt, one vector."""
-
-    source = "prompt"
-
-    def taken(self, given: Any) -> Any:
-        return a_string("prompt", given)
-
-    def _document(self, vectors: list[Any]) -> dict[str, Any]:
-        return {"embedding": vectors[0] if vectors else []}
-
 
 # What clients are told of models: Ollama's lists, the one list of `/v1/models`, llama-server's properties
 
@@ -9935,7 +9998,7 @@ def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
 
 
 def model_metadata(info: ModelInfo) -> Mapping[str, Any]:
-    """What the model's header says. Untrusted, but read within bounds."""
+    """The metadata of the model's header: untrusted, but read within bounds."""
     try:
         found = os.stat(info.path)
     except OSError:
@@ -9986,7 +10049,7 @@ def ollama_details(info: ModelInfo) -> dict[str, Any]:
 
 
 def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
-    """All of a model that `/api/show` tells."""
+    """The document of `/api/show`."""
     metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
             and (isinstance(v, (str, int)) or (isinstance(v, float) and math.isfinite(v)))}  # fmt: skip
@@ -10002,7 +10065,7 @@ def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
 
 
 def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Resident | None) -> list[str]:
-    """What the model can do, in Ollama's words, as far as its header tells; a loaded one knows whether it fills gaps."""
+    """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
     if info.embedding:
         return ["embedding"]
     template = template_of(metadata)
@@ -10063,44 +10126,48 @@ def picked(document: dict[str, Any], names: Seq[str]) -> dict[str, Any]:
     return found
 
 
-class LlamaServer(Dialect):
-    """The shape of llama-server's errors."""
+ERROR_SHAPES: dict[str, Callable[[ApiError], dict[str, Any]]] = {  # by API
+    "shimmy": lambda error: error.document(), "openai": lambda error: error.document(openai=True), "anthropic": claude_error,
+    "ollama": lambda error: {"error": str(error)}, "llama-server": llama_error,
+}  # fmt: skip
+
+
+class LlamaCompletion(Dialect):
+    """`/completion`."""
 
     api = "llama-server"
-
-    @classmethod
-    def error(cls, error: ApiError) -> dict[str, Any]:
-        return llama_error(error)
-
-
-class LlamaCompletion(LlamaServer):
-    """`/completion`."""
+    OFF: ClassVar = {  # what turns a sampler off that `samplers` does not name; their order is always llama.cpp's own
+        "penalties": {"repeat_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}, "dry": {"dry_multiplier": 0},
+        "top_n_sigma": {"top_n_sigma": -1}, "top_k": {"top_k": 0}, "typ_p": {"typical_p": 1}, "top_p": {"top_p": 1},
+        "min_p": {"min_p": 0}, "xtc": {"xtc_probability": 0}, "temperature": {"temperature": 1, "dynatemp_range": 0},
+    }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         self._prompt_tokens, self._first, self._broke = 0, 0.0, False
-        self._seconds = optional(body, "t_max_predict_ms", number(0, 1e9), 0.0) / 1000  # of writing, from a line's end on
+        self._seconds = optional(body, "t_max_predict_ms", number(-1, 1e9), 0.0) / 1000  # of writing, from a line's end on
         fields = optional(body, "response_fields", one_type(list, "a list"))
         self._fields = None if fields is None else [a_string("response_fields", f) for f in fields]
-        self._limit = optional(body, "n_predict", whole(-1))
-        count, seed = optional(body, "n_probs", whole(0, 20), 0), optional(body, "seed", whole(), -1)
+        self._limit, self._with_tokens = optional(body, "n_predict", whole(-2)), flag(body, "return_tokens")
+        self._count, seed = optional(body, "n_probs", whole(0, 20), 0), optional(body, "seed", whole(), -1)
         optional(body, "n_cmpl", whole(1, 1))
+        if flag(body, "post_sampling_probs"):
+            raise InvalidRequest("post_sampling_probs: probabilities here are those before sampling", "post_sampling_probs")
         own: dict[str, Any] = {"seed": seed if seed >= 0 else None}
-        if self._limit is not None:
-            own["max_tokens"] = self._limit or 1  # 0: the prompt is read into the cache; what comes of it is not shown
+        if self._limit is not None:  # 0: the prompt is read into the cache; what comes of it is not shown
+            own["max_tokens"] = -1 if self._limit < 0 else self._limit or 1
+        if samplers := optional(body, "samplers", one_type(list, "a list")):
+            own |= {field: value for name, off in self.OFF.items() if name not in samplers for field, value in off.items()}
         request = GenerateRequest(
             model=optional(body, "model", a_string, "default").strip() or "default",
-            sampling=Sampling.from_json({**body, **own}, logprobs=count or None),
+            sampling=Sampling.from_json({**neutral(body), **own}, logprobs=self._count or (0 if self._with_tokens else None)),
         )
         return self.asked(body, request)
 
     def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
-        """The request with its prompt."""
+        """The request with its prompts."""
         if body.get("prompt") is None:
-            raise InvalidRequest("prompt is required: a string, or a list of token ids", "prompt")
-        prompts = read_prompts(body["prompt"])
-        if len(prompts) > 1:
-            raise InvalidRequest("prompt: several prompts are several requests here (they are computed together)", "prompt")
-        return replace(request, prompts=prompts)
+            raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
+        return replace(request, prompts=read_prompts(body["prompt"]))
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
@@ -10121,31 +10188,36 @@ class LlamaCompletion(LlamaServer):
         super().note(event)
         if isinstance(event, Queued):
             self._prompt_tokens = event.prompt_tokens
-        elif isinstance(event, ChoiceEnd):
-            self._ended = event
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Text) and (event.text or event.logprobs):
-            yield self._document(event.text, event.logprobs) | {"stop": False, "tokens_evaluated": self._prompt_tokens}
-        elif isinstance(event, Usage):
-            yield self._end("", (), event)
+            piece = {"stop": False, "tokens_evaluated": self._prompt_tokens}
+            yield self._document(event.index, event.text, event.logprobs) | piece
+        elif isinstance(event, ChoiceEnd):
+            yield self._end(event, "", ())
 
-    def document(self, reply: Reply) -> dict[str, Any]:
-        assert reply.usage
-        choice = dict(reply.choices()).get(0, Choice())
-        return self._end(choice.text, choice.logprobs, reply.usage)
+    def document(self) -> Any:
+        """An object, or for several prompts a list of them."""
+        ends = [self._end(choice.end, choice.text, choice.logprobs) for _, choice in self.in_order() if choice.end]
+        return ends if len(self.request.prompts) > 1 else ends[0]
+
+    def _document(self, index: int, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+        shown = {"completion_probabilities": [self._probability(t) for t in logprobs]} if logprobs and self._count else {}
+        tokens = [t.id for t in logprobs] if self._with_tokens else []
+        return {"index": index, "content": text, "tokens": tokens, "id_slot": -1, **shown}
 
     @staticmethod
-    def _document(text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
-        shown = {"completion_probabilities": ChatCompletion._logprobs(logprobs)["content"]} if logprobs else {}
-        return {"index": 0, "content": text, "tokens": list[int](), "id_slot": -1, **shown}
+    def _probability(token: TokenLogprob) -> dict[str, Any]:
+        top = [{"id": id, **shown} for id, shown in zip(token.ids, map(shown_token, token.names, token.logprobs), strict=True)]
+        return {"id": token.id, **shown_token(token.token, token.logprob), "top_logprobs": top}
 
-    def _end(self, text: str, logprobs: Seq[TokenLogprob], usage: Usage) -> dict[str, Any]:
-        word = self._ended.stopped_by
-        document = self._document(text, logprobs) | {
+    def _end(self, end: ChoiceEnd, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+        assert end.usage
+        usage, word = end.usage, end.stopped_by
+        document = self._document(end.index, text, logprobs) | {
             "stop": True, "model": self.model, "tokens_predicted": 0 if self._limit == 0 else usage.completion_tokens,
             "tokens_evaluated": usage.prompt_tokens, "tokens_cached": usage.cached_tokens, "truncated": False,
-            "stop_type": "word" if word else "eos" if self._ended.finish_reason == "stop" else "limit", "stopping_word": word,
+            "stop_type": "word" if word else "eos" if end.finish_reason == "stop" else "limit", "stopping_word": word,
             "timings": usage.timings(),
         }  # fmt: skip
         return document if self._fields is None else picked(document, self._fields)
@@ -10167,6 +10239,10 @@ class LlamaInfill(LlamaCompletion):
 # Who may call, what comes in, and whether the client is still there.
 
 
+class ClientGone(Exception):
+    """The client has left, or is too slow: there is nobody to answer."""
+
+
 @dataclass(frozen=True)
 class Access:
     """Who may call: checked for every request and every WebSocket upgrade before anything runs."""
@@ -10181,18 +10257,28 @@ class Access:
 
     def check(self, headers: Any, keyless: bool) -> None:
         """Raises Forbidden for a foreign Host or Origin, Unauthorized without the key where one is set."""
-        host = headers.get("Host")
-        if self.loopback and host is not None and not self._host_allowed(host):
-            raise Forbidden(f"Host '{host[:100]}' is not a loopback name; --allow-host opens more")
-        origin = headers.get("Origin")
+        host, origin = headers.get("Host"), headers.get("Origin")
+        if host is not None and not self._host_allowed(host):
+            raise Forbidden(f"Host '{host[:100]}' is no name of this machine; --allow-host opens more")
         if origin is not None and not self.origin_allowed(origin, host or ""):
             raise Forbidden(f"Origin '{origin[:100]}' is not allowed; --allow-origin opens more")
+        if origin is None and self._embedded(headers):
+            raise Forbidden("A foreign page may not embed what this server answers")
         if self.api_keys and not keyless and self._key(headers) is None:
             raise Unauthorized("Send the key as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
 
     def _host_allowed(self, host: str) -> bool:
+        """Refuses names that a page's owner can point at this machine (DNS rebinding); where a key is asked of everybody on
+        the network, that gains nothing. Names without a dot are of containers and the local network."""
         name = host_name(host)
-        return name is not None and (is_loopback(name) or bool({"*", name, host} & set(self.hosts)))
+        if name is None or is_loopback(name) or {"*", name, host} & set(self.hosts):
+            return name is not None
+        return not self.loopback and (bool(self.api_keys) or "." not in name or is_ip(name) or name in own_names())
+
+    def _embedded(self, headers: Any) -> bool:
+        """True for an image, frame or script of a foreign page: browsers send no Origin with those."""
+        follows_link = headers.get("Sec-Fetch-Mode") == "navigate" and headers.get("Sec-Fetch-Dest") == "document"
+        return headers.get("Sec-Fetch-Site") == "cross-site" and not follows_link and "*" not in self.origins
 
     def origin_allowed(self, origin: str, host: str) -> bool:
         """Loopback pages on any port, desktop apps, pages this server itself serves, and what was opened."""
@@ -10209,25 +10295,14 @@ class Access:
         return str(self._key(headers)) if self.private and self.api_keys else ""
 
     def _key(self, headers: Any) -> int | None:
-        """Which key fits. Compares bytes: headers arrive as latin-1, or as ASCII with surrogates (websockets)."""
+        """The number of the key that fits, compared in constant time; None: none does."""
         import hmac
 
         scheme, _, bearer = (headers.get("Authorization") or "").partition(" ")
         given = [bearer.strip()] if scheme.lower() == "bearer" else []
-        given += [headers.get("x-api-key") or ""]
-        sent = [g.encode("latin-1", "surrogateescape") for g in given]
-        for number, key in enumerate(self.api_keys):
-            if any(hmac.compare_digest(s, k) for s in sent for k in self._spellings(key)):
-                return number
-        return None
-
-    @staticmethod
-    def _spellings(key: str) -> list[bytes]:
-        """A key as clients send it: in UTF-8, or in latin-1 as Python's http.client does."""
-        spelled = [key.encode("utf-8", "surrogateescape")]
-        with contextlib.suppress(UnicodeEncodeError):
-            spelled.append(key.encode("latin-1"))
-        return spelled
+        sent = [g.encode("latin-1", "replace") for g in (*given, headers.get("x-api-key") or "")]
+        fits = [[hmac.compare_digest(given, key.encode()) for given in sent] for key in self.api_keys]
+        return next((number for number, found in enumerate(fits) if any(found)), None)
 
 
 APP_PLACE = re.compile(r"[\w.~-]*(?::\d{1,5})?", re.ASCII)  # app://obsidian.md, and Electron's app://.
@@ -10243,322 +10318,239 @@ def host_name(host: str) -> str | None:
     return found[1].strip("[]").lower() if found and int(found[2] or 0) < 65536 else None
 
 
+def is_ip(host: str) -> bool:
+    """True for an IP address."""
+    with contextlib.suppress(ValueError):
+        return bool(ipaddress.ip_address(host))
+    return False
+
+
 def is_loopback(host: str) -> bool:
-    """Whether a name or address stands for this machine alone."""
+    """True if a name or address stands for this machine alone."""
     host = host.strip("[]").lower()
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
-    try:
+    if is_ip(host):
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return host == "localhost" or host.endswith(".localhost")
 
 
-UPGRADE_START = b"GET /ws/"
-MAX_UPGRADE_HEAD = 16384  # bytes; it is peeked at whole, before websockets reads it
-MAX_UPGRADE_LINE = 8190  # what websockets reads (its MAX_LINE_LENGTH without CRLF)
+@functools.lru_cache(maxsize=1)
+def own_names() -> frozenset[str]:
+    """This machine's name, alone and as the local network has it."""
+    name = socket.gethostname().lower()
+    return frozenset((name, f"{name.partition('.')[0]}.local"))
+
+
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
 HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
+MAX_HEADERS = 100
+LARGE_BODIES = threading.BoundedSemaphore(8)  # bodies over TURN_BYTES that arrive, or wait to be parsed
+MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
 
-def _wants_upgrade(head: bytes) -> bool:
-    """Whether the bytes read so far are, or may become, a request below /ws/."""
-    start = re.sub(rb"/+", b"/", head[:256])
-    return bool(start) and (start.startswith(UPGRADE_START) or UPGRADE_START.startswith(start))
+class Incoming(io.RawIOBase):
+    """A connection's bytes. A read ends by `deadline` (monotonic seconds), and raises ClientGone there and at the end of file.
 
-
-def _fits_websockets(head: bytes) -> bool:
-    """Whether the websockets package would read a head so large; what it refuses, it refuses without an error object."""
-    lines = head.split(b"\r\n")
-    return len(head) <= MAX_UPGRADE_HEAD and len(lines) < 128 and all(len(line) <= MAX_UPGRADE_LINE for line in lines)
-
-
-def _are_headers(lines: Iterable[bytes]) -> bool:
-    """Whether each line is a header: Python's parser stops at the first that is none, and would not see those behind it."""
-    return all(colon and TOKEN.fullmatch(name) for name, colon, _ in (line.partition(b":") for line in lines))
-
-
-def _is_handshake(head: bytes) -> bool:
-    """Whether a request head asks for a WebSocket as RFC 6455, 4.2.1 wants it."""
-    head, end, _ = head.partition(b"\r\n\r\n")
-    line, *fields = head.split(b"\r\n")
-    if not end or HEAD_FAULT.search(head) or not line.endswith(b" HTTP/1.1") or not _fits_websockets(head):
-        return False
-    if b"\n" in b"".join(fields) or not _are_headers(fields):
-        return False
-    given = {name.lower(): value.strip(b" \t") for name, _, value in (field.partition(b":") for field in fields)}
-    return (
-        given.get(b"upgrade", b"").lower() == b"websocket"
-        and b"upgrade" in given.get(b"connection", b"").lower()
-        and given.get(b"sec-websocket-version") == b"13"
-        and re.fullmatch(rb"[A-Za-z0-9+/]{22}==", given.get(b"sec-websocket-key", b"")) is not None
-    )
-
-
-READING = Budget(8 * MAX_BODY)  # bytes of bodies that arrive or wait to be parsed, of all connections together
-READ_FREE = 1 << 16  # of each body, not counted
-
-
-class RequestReader:
-    """A connection's incoming bytes: every read ends by `deadline` (monotonic seconds), every size is bounded.
-
-    A body's bytes count against READING until `release`.
+    What the client sends while its request runs is read ahead by the watcher, which so sees it leave.
     """
 
     def __init__(self, connection: socket.socket) -> None:
-        self.connection, self.buffer, self.deadline = connection, bytearray(), math.inf
-        self._held = 0  # taken from READING
+        self.connection, self.deadline = connection, math.inf
+        self._ahead = b""
 
-    def _fill(self) -> None:
-        left = self.deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.connection.settimeout(left)
-        data = self.connection.recv(65536)
-        if not data:
-            raise ConnectionResetError
-        self.buffer += data
-
-    def begin(self) -> bool:
-        """Waits for a request's first byte, then starts its clock; False when the connection is over."""
-        self.release()
-        self.deadline = time.monotonic() + IDLE_SECONDS
-        try:
-            while not self._skip_empty_lines():
-                self.connection.settimeout(max(0.0, self.deadline - time.monotonic()))
-                if self.is_upgrade():
-                    return True
-                self._fill()
-        except (OSError, ValueError):
-            return False
-        self.deadline = time.monotonic() + REQUEST_SECONDS
+    def readable(self) -> bool:
         return True
 
-    def _skip_empty_lines(self) -> bytearray:
-        """Empty lines before a request are fine (RFC 9112, 2.2)."""
-        del self.buffer[: len(self.buffer) - len(self.buffer.lstrip(b"\r\n"))]
-        return self.buffer
+    def readinto(self, buffer: Any) -> int:
+        if self._ahead:
+            data, self._ahead = self._ahead[: len(buffer)], self._ahead[len(buffer) :]
+            buffer[: len(data)] = data
+            return len(data)
+        try:
+            self.connection.settimeout(max(self.deadline - time.monotonic(), 0.001))
+            size = self.connection.recv_into(buffer)
+        except OSError:  # a timeout too
+            raise ClientGone from None
+        if not size:
+            raise ClientGone
+        return size
 
-    def is_upgrade(self) -> bool:
-        """Whether the unread bytes are a proper WebSocket upgrade; peeks, so that the WebSocket side reads them itself.
+    def read_ahead(self) -> tuple[bool, bool]:
+        """Reads what is there: (the client has left, no more is read ahead). An end of file is an end, as in Go's net/http."""
+        try:
+            data = self.connection.recv(MAX_AHEAD)
+        except OSError:
+            return True, True
+        self._ahead += data
+        return not data, not data or len(self._ahead) >= MAX_AHEAD
 
-        Anything else, a malformed upgrade too, is a request that HTTP reads and answers with an error object.
-        """
-        deadline = time.monotonic() + REQUEST_SECONDS
-        while not self.buffer and time.monotonic() < deadline:
-            head = self.connection.recv(MAX_UPGRADE_HEAD, socket.MSG_PEEK)
-            if empty := len(head) - len(head.lstrip(b"\r\n")):
-                self.connection.recv(empty)
-                continue
-            if not _wants_upgrade(head):
-                return False
-            if b"\r\n\r\n" in head or len(head) >= MAX_UPGRADE_HEAD:
-                return _is_handshake(head)
-            waited = time.monotonic() - deadline + REQUEST_SECONDS
-            time.sleep(min(0.005 + waited / 4, 0.25))  # the rest is on its way; peeking cannot wait for more
-        return False
 
-    def head(self) -> tuple[bytes, bytes]:
-        """The request line and the header lines. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
-        searched = 0
-        while not (end := self._head_end(searched)):
-            if len(self.buffer) > MAX_HEAD:
-                what, status = ("headers are", 431) if b"\n" in self.buffer else ("request line is", 414)
+class Headers:
+    """A request's header fields, by name in any letter case."""
+
+    def __init__(self, fields: Iterable[tuple[str, str]] = ()) -> None:
+        self._values: dict[str, list[str]] = {}
+        for name, value in fields:
+            self._values.setdefault(name.lower(), []).append(value)
+
+    def get_all(self, name: str) -> list[str]:
+        return self._values.get(name.lower(), [])
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return next(iter(self.get_all(name)), default)
+
+
+class RequestReader:
+    """Reads requests: every size is bounded. A body over TURN_BYTES holds a place in LARGE_BODIES until `release`."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.incoming = Incoming(connection)
+        self._bytes, self._placed = io.BufferedReader(self.incoming), False
+
+    def begin(self) -> None:
+        """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
+        self.incoming.deadline = time.monotonic() + IDLE_SECONDS
+        while self._bytes.peek(1)[:1] in (b"\r", b"\n"):
+            self._bytes.read(1)
+        self.incoming.deadline = time.monotonic() + REQUEST_SECONDS
+
+    def head(self) -> tuple[str, Headers]:
+        """The request line and the headers. Raises InvalidRequest (400, 414, 431): too large, or malformed lines."""
+        head = bytearray()
+        while not head.endswith((b"\n\r\n", b"\n\n")):
+            head += self._bytes.readline(MAX_HEAD + 1 - len(head))
+            if len(head) > MAX_HEAD:
+                what, status = ("headers are", 431) if b"\n" in head else ("request line is", 414)
                 raise InvalidRequest(f"The {what} over {MAX_HEAD} bytes", status=status)
-            searched = max(0, len(self.buffer) - 2)  # a head sent byte by byte is not searched from its start each time
-            self._fill()
-        head = bytes(self.buffer[:end])
-        del self.buffer[:end]
-        self._check_head(head)
-        line, _, headers = head.partition(b"\n")
-        return line + b"\n", headers
-
-    def _head_end(self, start: int) -> int:
-        """Where the empty line ends that ends a head, 0 while there is none."""
-        found = [at + len(mark) for mark in (b"\n\r\n", b"\n\n") if (at := self.buffer.find(mark, start)) >= 0]
-        return min(found, default=0)
-
-    @staticmethod
-    def _check_head(head: bytes) -> None:
-        if len(head) > MAX_HEAD:
-            raise InvalidRequest(f"The headers are over {MAX_HEAD} bytes", status=431)
         if HEAD_FAULT.search(head):
             raise InvalidRequest("The request's head holds a control character, a CR without LF or a folded line")
-        if not _are_headers(head.rstrip(b"\r\n").split(b"\n")[1:]):
+        line, _, headers = bytes(head).partition(b"\n")
+        fields = [field.partition(b":") for field in headers.rstrip(b"\r\n").split(b"\n")] if headers.strip() else []
+        if not all(colon and TOKEN.fullmatch(name) for name, colon, _ in fields):
             raise InvalidRequest("A header line is malformed")
-        if _wants_upgrade(head) and b"\nupgrade:" in head.lower() and not _fits_websockets(head[:-4]):
-            limits = f"{MAX_UPGRADE_HEAD} bytes, a line {MAX_UPGRADE_LINE}"
-            raise InvalidRequest(f"The headers of an upgrade may have up to {limits}", status=431)
+        if len(fields) > MAX_HEADERS:
+            raise InvalidRequest(f"A request may have up to {MAX_HEADERS} headers", status=431)
+        named = ((name.decode("latin-1"), value.strip(b" \t\r").decode("latin-1")) for name, _, value in fields)
+        return line.decode("latin-1"), Headers(named)
 
-    def exactly(self, size: int) -> bytes:
-        """A body of `size` bytes. Raises Overloaded when too many bodies arrive at once."""
+    def body(self, size: int) -> bytes:
+        """A body of `size` bytes; -1: in chunks. Raises Overloaded when too many large ones arrive at once."""
         body = bytearray()
-        self._read_into(body, size)
+        if size < 0:
+            self._read_chunks(body)
+        else:
+            self._read_into(body, size)
         return bytes(body)
 
     def _read_into(self, body: bytearray, size: int) -> None:
+        """A place is taken when so much has come, so that a body that is announced and never sent keeps nobody waiting."""
         end = len(body) + size
         while len(body) < end:
-            if not self.buffer:
-                self._fill()
-            part = self.buffer[: end - len(body)]
-            del self.buffer[: len(part)]
-            body += part
-            if len(body) > READ_FREE + self._held:
-                READING.take(MIB)  # as they arrive, so that a body which is announced and never sent keeps nobody waiting
-                self._held += MIB
+            if len(body) >= TURN_BYTES:
+                self.take_place()
+            body += self._bytes.read(min(end - len(body), TURN_BYTES))
 
-    def release(self) -> None:
-        """Gives the body's bytes back to READING: it has been parsed, or the connection ends."""
-        held, self._held = self._held, 0
-        if held:
-            READING.give(held)
+    def take_place(self) -> None:
+        """Waits for one among the large bodies. Raises Overloaded when there is none within TURN_SECONDS."""
+        self._placed = self._placed or LARGE_BODIES.acquire(timeout=TURN_SECONDS)
+        if not self._placed:
+            raise Overloaded("Too many large bodies are being read already")
 
-    def line(self) -> bytes:
-        """A line of a chunked body, stripped. Raises InvalidRequest beyond 1,024 bytes."""
-        while (end := self.buffer.find(b"\n", 0, 1025)) < 0:
-            if len(self.buffer) > 1024:
-                raise InvalidRequest("A chunk's size line is too long")
-            self._fill()
-        line = bytes(self.buffer[:end])
-        del self.buffer[: end + 1]
-        return line.strip()
-
-    def chunked(self) -> bytes:
-        """A body in chunks (RFC 9112, 7.1); trailers are read and dropped."""
-        body = bytearray()
+    def _read_chunks(self, body: bytearray) -> None:
+        """RFC 9112, 7.1; trailers are read and dropped."""
         while size := self._chunk_size():
             if len(body) + size > MAX_BODY:
                 raise PayloadTooLarge(f"Bodies may have up to {MAX_BODY} bytes")
             self._read_into(body, size)
-            if self.line():
+            if self._line():
                 raise InvalidRequest("A chunk is longer than its size")
         for _ in range(100):
-            if not self.line():
-                return bytes(body)
+            if not self._line():
+                return
         raise InvalidRequest("Too many trailers")
 
     def _chunk_size(self) -> int:
-        size_text = self.line().partition(b";")[0].strip()
-        if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", size_text):
+        text = self._line().partition(b";")[0].rstrip(b" \t")
+        if not re.fullmatch(rb"[0-9a-fA-F]{1,15}", text):
             raise InvalidRequest("A chunk's size is malformed")
-        return int(size_text, 16)
+        return int(text, 16)
+
+    def _line(self) -> bytes:
+        line = self._bytes.readline(1026)
+        if not line.endswith(b"\r\n"):
+            raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
+        return line[:-2]
+
+    def release(self) -> None:
+        """The body has been parsed, or the connection ends."""
+        if self._placed:
+            self._placed = False
+            LARGE_BODIES.release()
+
+    def unread(self) -> bytes:
+        """Takes the bytes that have come behind the request."""
+        data, self.incoming.deadline = b"", 0.0
+        with contextlib.suppress(ClientGone):
+            while len(data) < TURN_BYTES:
+                data += self._bytes.read1(MAX_AHEAD)
+        return data
 
     def drain(self) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
-        self.deadline = time.monotonic() + 2.0
-        self.buffer.clear()
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_WR)
+        self.incoming.deadline = time.monotonic() + 2.0
+        with contextlib.suppress(OSError, ClientGone):
+            self.incoming.connection.shutdown(socket.SHUT_WR)
             for _ in range(2048):
-                self._fill()
-                self.buffer.clear()
+                self._bytes.read1(1 << 16)
 
 
-POLL_SECONDS = 0.02  # how often a client that has ended its side is looked at: a reset is a round trip away
-PROBE_SECONDS = 1.0, 16.0  # between probes of a client that only listens: at first, and at most
-
-Probe = Callable[[], bool]  # writes what a client skips; False where nothing can be written. Must not block
-
-
-@dataclass(eq=False)
-class Watched:
-    """A request's connection, and what to do when its client leaves. Owned by Watcher, under its lock."""
-
-    connection: socket.socket
-    cancel: Cancellation
-    probe: Probe | None
-    due: float = 0.0  # monotonic seconds of the next probe
-    pause: float = PROBE_SECONDS[0]
-
-    def look(self) -> tuple[bool, bool]:
-        """Whether the client has left, and whether the socket has nothing more to tell a selector. Must be readable.
-
-        Close and half-close look the same here, an end of file (RFC 9293, 3.6). They differ in the answer to
-        whatever is sent next: a closed client's kernel resets the connection, a half-closed one's accepts it.
-        """
-        try:
-            data = self.connection.recv(4096, socket.MSG_PEEK)
-            if empty := len(data) - len(data.lstrip(b"\r\n")):
-                self.connection.recv(empty)  # empty lines between requests mean nothing (RFC 9112, 2.2)
-                data = data[empty:]
-                if not data:
-                    return False, False
-            ended = not data or tcp_state(self.connection) in (TCP_CLOSE_WAIT, TCP_CLOSE)  # behind a next request
-            return ended and self._is_gone(), True
-        except OSError:
-            return True, True
-
-    def _is_gone(self) -> bool:
-        if tcp_state(self.connection) == TCP_CLOSE or self.connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
-            return True
-        now = time.monotonic()
-        if now < self.due:
-            return False
-        self.due, self.pause = now + self.pause, min(2 * self.pause, PROBE_SECONDS[1])
-        return self.probe is None or not self.probe()
-
-
-TCP_CLOSE, TCP_CLOSE_WAIT = 7, 8  # linux/tcp_states.h
-
-
-def tcp_state(connection: socket.socket) -> int:
-    """The connection's state, which Linux's TCP_INFO begins with; 0 where nobody tells."""
-    if sys.platform != "linux":
-        return 0
+def uncompressed(data: bytes, encoding: str) -> bytes:
+    """A body without its Content-Encoding, within the bounds of any other. Raises InvalidRequest (400, 415), PayloadTooLarge."""
+    if encoding in ("", "identity"):
+        return data
+    windows = {"gzip": 31, "x-gzip": 31, "deflate": 15 if data[:1] == b"\x78" else -15}  # deflate: zlib's form, or bare
+    if encoding not in windows:
+        raise InvalidRequest(f"Content-Encoding {encoding[:40]} is not served: send gzip, deflate or none", status=415)
+    stream = zlib.decompressobj(windows[encoding])
     try:
-        return connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
-    except OSError:  # no TCP
-        return 0
-
-
-def is_writable(connection: socket.socket) -> bool:
-    """Whether a few bytes can be written at once; select() takes no descriptor beyond 1023."""
-    with getattr(selectors, "PollSelector", selectors.SelectSelector)() as selector:
-        selector.register(connection, selectors.EVENT_WRITE)
-        return bool(selector.select(0))
+        plain = stream.decompress(data, MAX_BODY + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"The body is not {encoding}: {error}") from None
+    if len(plain) > MAX_BODY:
+        raise PayloadTooLarge(f"The body has over {MAX_BODY} bytes when it is unpacked")
+    if not stream.eof or stream.unused_data:
+        raise InvalidRequest(f"The body is not one whole {encoding} stream")
+    return plain
 
 
 class Watcher:
     """Notices clients that leave while their request runs: one thread over the sockets of all running requests."""
 
     def __init__(self) -> None:
-        self._selector = selectors.DefaultSelector()
-        self._aside: dict[socket.socket, Watched] = {}  # readable for good, hence polled
-        self._lock = threading.Lock()
-        self._here, self._there = socket.socketpair()
-        self._here.setblocking(False)
+        self._selector, self._lock = selectors.DefaultSelector(), threading.Lock()
+        self._here, self._there = socket.socketpair()  # select() and poll() look at a new socket only when called anew
         self._selector.register(self._here, selectors.EVENT_READ)
         self._started = False
 
     @contextlib.contextmanager
-    def watching(self, connection: socket.socket, cancel: Cancellation, probe: Probe | None = None) -> Iterator[None]:
-        """Cancels when the client leaves.
-
-        At an end of file `probe` is called, in the watcher's thread and only while the block runs: a client that has
-        closed answers with a reset, one that has only ended its side keeps its request. Without it both have left.
-        """
+    def watching(self, incoming: Incoming, cancel: Cancellation) -> Iterator[None]:
+        """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
         with self._lock:
             if not self._started:
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
                 self._started = True
-            self._selector.register(connection, selectors.EVENT_READ, Watched(connection, cancel, probe))
-        if not isinstance(self._selector, _KERNEL_SELECTORS):
-            self._there.send(b"\0")  # select() and poll() look at a new socket only when called anew
+            self._selector.register(incoming.connection, selectors.EVENT_READ, (incoming, cancel))
+        if not hasattr(selectors, "EpollSelector"):
+            self._there.send(b"\0")
         try:
             yield
         finally:
-            self._drop(connection)
-
-    def _drop(self, connection: socket.socket) -> None:
-        with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
-            if not self._aside.pop(connection, None):
-                self._selector.unregister(connection)
+            with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
+                self._selector.unregister(incoming.connection)
 
     def _run(self) -> None:
         while True:
             with contextlib.suppress(OSError, ValueError):  # Windows' select(), of a socket closed meanwhile
-                self._selector.select(*([POLL_SECONDS] if self._aside else []))
+                self._selector.select()
             for cancel in self._left():
                 cancel.cancel()
 
@@ -10570,51 +10562,46 @@ class Watcher:
         """
         left = []
         with self._lock:
-            for watched in [*self._readable(), *self._aside.values()]:
-                gone, polled = watched.look()
-                if gone or polled:
-                    self._set_aside(watched)
-                if gone:
-                    del self._aside[watched.connection]
-                    left.append(watched.cancel)
+            for key, _ in self._selector.select(0):
+                if key.fileobj is self._here:
+                    self._here.recv(4096)
+                    continue
+                incoming, cancel = key.data
+                gone, done = incoming.read_ahead()
+                if done:
+                    self._selector.unregister(incoming.connection)
+                left += [cancel] * gone
         return left
-
-    def _readable(self) -> list[Watched]:
-        keys = [key for key, _ in self._selector.select(0)]
-        if any(key.fileobj is self._here for key in keys):
-            self._here.recv(4096)
-        return [key.data for key in keys if key.data]
-
-    def _set_aside(self, watched: Watched) -> None:
-        if watched.connection not in self._aside:
-            self._selector.unregister(watched.connection)
-            self._aside[watched.connection] = watched
-
-
-_KERNEL_SELECTORS = tuple(
-    getattr(selectors, name) for name in ("EpollSelector", "KqueueSelector", "DevpollSelector") if hasattr(selectors, name)
-)
 
 
 # ── 15.2. Wires ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # How documents become bytes, and the one loop between an answer's events and the client.
 
 
-class Output(Protocol):
-    """Where a wire writes: an HTTP connection's answer."""
+def to_json(document: Any) -> bytes:
+    """JSON as UTF-8; what cannot be encoded becomes a question mark."""
+    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
 
-    def respond(self, answer: Answer) -> None:
-        """Sends a whole answer."""
 
-    def start(self, content_type: str) -> None:
-        """Sends the head of an answer in pieces."""
+@dataclass(frozen=True)
+class Framing:
+    """Turns a stream into bytes: each document, the mark at the end, a sign of life."""
 
-    def write(self, data: bytes, last: bool = False) -> None:
-        """Sends a piece, and the end of the answer behind the last one."""
+    content_type: str
+    encode: Callable[[dict[str, Any]], bytes]
+    done: bytes = b""
+    pulse: bytes = b": waiting\n\n"
+
+
+EVENTS = "text/event-stream; charset=utf-8"  # WHATWG HTML, 9.2
+SSE = Framing(EVENTS, lambda d: b"data: %b\n\n" % to_json(d), b"data: [DONE]\n\n")
+PLAIN_SSE = Framing(EVENTS, SSE.encode)  # llama-server's last document says that it is
+NAMED_SSE = Framing(EVENTS, lambda d: b"event: %b\ndata: %b\n\n" % (d["type"].encode(), to_json(d)))  # Messages, Responses
+NDJSON = Framing("application/x-ndjson", lambda d: to_json(d) + b"\n", pulse=b" ")  # to Ollama's clients a space is nothing
 
 
 class Wire:
-    """How a dialect's documents reach one client. `begin` comes first; from there on errors are documents too."""
+    """Carries a dialect's documents to one client. `begin` comes first; from there on errors are documents too."""
 
     begun = False
 
@@ -10639,7 +10626,7 @@ class Wire:
 class Whole(Wire):
     """One JSON document, with its status."""
 
-    def __init__(self, out: Output) -> None:
+    def __init__(self, out: Responder) -> None:
         self._out = out
 
     def send(self, document: dict[str, Any]) -> None:
@@ -10649,69 +10636,34 @@ class Whole(Wire):
         self._out.respond(Answer(document, error.status, error.headers()))
 
 
-class Sse(Whole):
-    """Server-sent events (WHATWG HTML, 9.2), one a document, then `[DONE]`."""
+class Stream(Whole):
+    """Documents in a Framing, behind a head that goes out when the answer begins."""
 
-    content_type = "text/event-stream; charset=utf-8"
-    done, pulse = b"data: [DONE]\n\n", b": waiting\n\n"  # the end's mark, and a sign of life
+    def __init__(self, out: Responder, framing: Framing) -> None:
+        super().__init__(out)
+        self._framing = framing
 
     def begin(self) -> None:
         if not self.begun:
-            self._out.start(self.content_type)
+            self._out.start(self._framing.content_type)
             self.begun = True
 
     def send(self, document: dict[str, Any]) -> None:
-        self._out.write(self.encoded(document))
+        self._out.write(self._framing.encode(document))
 
     def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
         if self.begun:
             document = sign()
-            self._out.write(self.encoded(document) if document else self.pulse)
+            self._out.write(self._framing.encode(document) if document else self._framing.pulse)
 
     def end(self) -> None:
-        self._out.write(self.done, last=True)
+        self._out.write(self._framing.done, last=True)
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
         if self.begun:
-            self._out.write(self.encoded(document), last=True)
+            self._out.write(self._framing.encode(document), last=True)
         else:
             super().fail(error, document)
-
-    @staticmethod
-    def encoded(document: dict[str, Any]) -> bytes:
-        return b"data: %b\n\n" % to_json(document)
-
-
-class PlainSse(Sse):
-    """Events without `[DONE]`: llama-server's own, whose last document says that it is."""
-
-    done = b""
-
-
-class Ndjson(Sse):
-    """One JSON document a line, without a mark at the end: Ollama's. Between lines a space means nothing to its clients."""
-
-    content_type = "application/x-ndjson"
-    done, pulse = b"", b" "
-
-    @staticmethod
-    def encoded(document: dict[str, Any]) -> bytes:
-        return to_json(document) + b"\n"
-
-
-class NamedSse(Sse):
-    """Events named by their document's `type`, and no `[DONE]`: Anthropic's Messages, OpenAI's Responses."""
-
-    done = b""
-
-    @staticmethod
-    def encoded(document: dict[str, Any]) -> bytes:
-        return b"event: %b\ndata: %b\n\n" % (document["type"].encode(), to_json(document))
-
-
-def to_json(document: Any) -> bytes:
-    """JSON as UTF-8; what cannot be encoded becomes a question mark."""
-    return json.dumps(document, ensure_ascii=False).encode("utf-8", "replace")
 
 
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
@@ -10731,16 +10683,6 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
 
 
 # One request, through any door
-
-
-class Door(Protocol):
-    """Who waits at the other end of a request."""
-
-    def fail(self, error: ApiError) -> None:
-        """Tells the client about an error."""
-
-    def leave(self) -> None:
-        """The request is off: the client has left, or cancelled."""
 
 
 ID_HEADERS = ("X-Request-Id", "request-id")  # where OpenAI's clients look for it, and Anthropic's
@@ -10769,21 +10711,26 @@ class RequestLog:
         log.info("%s %s %.0f ms%s, id %s", printable(self.what), self.status, milliseconds, tokens, self.id)
 
 
-def run_request(work: Callable[[], None], door: Door, line: RequestLog) -> None:
-    """Runs a request: the one place where errors become answers, and where requests are logged."""
+def run_request(
+    work: Callable[[], None], line: RequestLog, fail: Callable[[ApiError], None], leave: Callable[[], None]
+) -> None:
+    """Runs a request: the one place where errors become answers, and where requests are logged.
+
+    `fail` tells the client about an error; `leave` is for a request that is off: its client has left, or cancelled it.
+    """
     try:
         work()
     except ApiError as error:
         line.status = error.status
         if error.status == 500:
             log.error("%s failed, id %s: %s", printable(line.what), line.id, printable(str(error)))
-        door.fail(error)
-    except (Cancelled, ConnectionError, TimeoutError):  # called off, gone, or too slow
-        door.leave()
+        fail(error)
+    except (Cancelled, ClientGone):
+        leave()
     except Exception:
         log.exception("%s failed, id %s", printable(line.what), line.id)
         line.status = 500
-        door.fail(ApiError("See the server's log"))
+        fail(ApiError("See the server's log"))
     line.write()
 
 
@@ -10816,23 +10763,15 @@ class Call:
 
 
 def answer_health(call: Call) -> Answer:
-    """Whether the server is up, and with what."""
-    return Answer(call.service.health())
-
-
-def answer_diag(call: Call) -> Answer:
-    """What a report of a problem should contain."""
-    return Answer(call.service.diag())
+    """The server's state; llama-server's older clients read the counts of slots."""
+    residents = call.service.table.residents()
+    running, places = sum(r.running for r in residents), sum(r.loaded.parallel for r in residents)
+    return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
 
 
 def answer_metrics(call: Call) -> Answer:
-    """What Prometheus scrapes."""
+    """The metrics in Prometheus' text format."""
     return Answer(metrics_text(call.service), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def answer_models(call: Call) -> Answer:
-    """The list of models, `default` first."""
-    return Answer(call.service.models())
 
 
 def answer_discover(call: Call) -> Answer:
@@ -10855,23 +10794,13 @@ def answer_unload(call: Call) -> Answer:
     return Answer(call.service.table.unload(call.names[0], force, call.cancel))
 
 
-def answer_status(call: Call) -> Answer:
-    """One model's state and counts."""
-    return Answer(call.service.table.status(call.names[0]))
-
-
-def answer_tools(call: Call) -> Answer:
-    """Every tool with the JSON schema of its arguments."""
-    return Answer({"tools": call.service.tools.documents()})
-
-
 def answer_execute(call: Call) -> Answer:
     """Runs a tool on the arguments in the body."""
     return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}"), call.cancel))
 
 
 def answer_upgrade(call: Call) -> Answer:
-    """426: proper upgrades never come here, Handler.handle gives them to SocketListener."""
+    """426: Handler gives proper upgrades to SocketListener."""
     raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
@@ -10890,25 +10819,15 @@ def answer_openai_model(call: Call) -> Answer:
 
 
 def answer_count_tokens(call: Call) -> Answer:
-    """How long the prompt of a Messages request is."""
+    """Counts the prompt tokens of a Messages request."""
     return Answer({"input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)})
 
 
 # Ollama's and llama-server's routes that generate nothing
 
 
-def answer_version(call: Call) -> Answer:
-    """The version of Ollama that this API is; clients compare it."""
-    return Answer({"version": OLLAMA_VERSION})
-
-
-def answer_tags(call: Call) -> Answer:
-    """Every model, as Ollama lists them."""
-    return Answer({"models": [ollama_model(info) for info in call.service.table.infos()]})
-
-
 def answer_ps(call: Call) -> Answer:
-    """The loaded models, and when each goes; one that stays does in some 290 years, as Ollama has it."""
+    """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
     for r in call.service.table.residents():
         expires = time.time() + (9.2e9 if r.left is None else r.left)
@@ -10934,7 +10853,7 @@ def resident_of(service: Service, info: ModelInfo) -> Resident | None:
 
 
 def answer_props(call: Call) -> Answer:
-    """What a client wants to know of a model before it chats; `?model=` names another than the default."""
+    """A model's properties for clients that are about to chat; `?model=` names another than the default."""
     info = call.service.table.info(call.query.get("model", "default"), call.cancel)
     return Answer(model_properties(call.service, info, resident_of(call.service, info)))
 
@@ -10948,14 +10867,9 @@ def answer_slots(call: Call) -> Answer:
         {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "is_processing": i < r.running, "model": r.info.id}
         for n, (r, i) in enumerate(places)
     ]
-    if call.query.get("fail_on_no_slot") and not any(not slot["is_processing"] for slot in slots):
-        raise Overloaded("No slot is free")
+    if call.query.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
+        raise Overloaded("No slot is free")  # where nothing is loaded, the next request loads
     return Answer(slots)
-
-
-def answer_ok(call: Call) -> Answer:
-    """`/health` in llama-server's word."""
-    return Answer(call.service.health() | {"status": "ok"})
 
 
 def answer_tokenize(call: Call) -> Answer:
@@ -11001,7 +10915,7 @@ def answer_template(call: Call) -> Answer:
 def answer_root(call: Call) -> Answer:
     """The chat page for browsers. Others learn who is here; Claude Code asks with HEAD before anything else."""
     if "text/html" in call.accept:
-        return answer_page()
+        return Answer(PAGE.encode(), headers=page_headers())
     return Answer({"server": "shimmy", "version": __version__})
 
 
@@ -11017,8 +10931,8 @@ class Route:
     answer: Answering | type[Dialect]  # a dialect generates
     keyless: bool = False
     needs_body: bool = False
-    errors: type[Dialect] = Dialect  # whose shape an error takes
-    wire: type[Sse] = Sse  # of a dialect's streams
+    api: str = "shimmy"  # whose shape an error takes
+    framing: Framing = SSE  # of a dialect's streams
     unless: tuple[Callable[[Mapping[str, Any], str], bool], Route] | None = None  # another API's row at this address
 
     def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
@@ -11041,27 +10955,28 @@ class Route:
 def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterator[Route]:
     method, path = row.split()
     if isinstance(answer, type):
-        marks = {"needs_body": True, "errors": answer} | marks
+        assert issubclass(answer, Dialect)
+        marks = {"needs_body": True, "api": answer.api} | marks
     segments = tuple(filter(None, path.split("/")))
     yield Route(method, segments, answer, **marks)
     if segments[:1] == ("v1",):  # OpenAI's routes work without /v1 too
         yield Route(method, segments[1:], answer, **marks)
 
 
-_OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, errors=Ollama, wire=Ndjson)
+_OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, api="ollama", framing=NDJSON)
 ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
-    *_route("GET /diag", answer_diag),
+    *_route("GET /diag", lambda call: Answer(call.service.diag())),
     *_route("GET /metrics", answer_metrics),
     *_route("POST /api/generate", Native, unless=(speaks_ollama, _OLLAMA_GENERATE)),
-    *_route("GET /api/models", answer_models),
+    *_route("GET /api/models", lambda call: Answer(call.service.models())),
     *_route("POST /api/models/discover", answer_discover),
     *_route("POST /api/models/{}/load", answer_load),
     *_route("POST /api/models/{}/unload", answer_unload),
-    *_route("GET /api/models/{}/status", answer_status),
-    *_route("GET /api/tools", answer_tools),
+    *_route("GET /api/models/{}/status", lambda call: Answer(call.service.table.status(call.names[0]))),
+    *_route("GET /api/tools", lambda call: Answer({"tools": call.service.tools.documents()})),
     *_route("POST /api/tools/{}/execute", answer_execute, needs_body=True),
     *_route("GET /ws/generate", answer_upgrade),
     *_route("POST /v1/chat/completions", ChatCompletion),
@@ -11069,300 +10984,321 @@ ROUTES = (
     *_route("POST /v1/embeddings", Embeddings),
     *_route("POST /v1/rerank", Rerank),
     *_route("POST /v1/reranking", Rerank),
-    *_route("POST /v1/messages", Messages, wire=NamedSse),
-    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, errors=Messages),
-    *_route("POST /v1/responses", Responses, wire=NamedSse),
-    *_route("GET /v1/models", answer_openai_models, errors=OpenAI),
-    *_route("GET /v1/models/{}", answer_openai_model, errors=OpenAI),
-    *_route("GET /api/version", answer_version, errors=Ollama),
-    *_route("GET /api/tags", answer_tags, errors=Ollama),
-    *_route("GET /api/ps", answer_ps, errors=Ollama),
-    *_route("POST /api/show", answer_show, needs_body=True, errors=Ollama),
-    *_route("POST /api/pull", OllamaPull, wire=Ndjson),
-    *_route("POST /api/chat", OllamaChat, wire=Ndjson),
+    *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
+    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, api="anthropic"),
+    *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
+    *_route("GET /v1/models", answer_openai_models, api="openai"),
+    *_route("GET /v1/models/{}", answer_openai_model, api="openai"),
+    *_route("GET /api/version", lambda call: Answer({"version": OLLAMA_VERSION}), api="ollama"),  # clients compare it
+    *_route("GET /api/tags", lambda call: Answer({"models": list(map(ollama_model, call.service.table.infos()))}), api="ollama"),
+    *_route("GET /api/ps", answer_ps, api="ollama"),
+    *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
+    *_route("POST /api/pull", OllamaPull, framing=NDJSON),
+    *_route("POST /api/chat", OllamaChat, framing=NDJSON),
     *_route("POST /api/embed", OllamaEmbed),
     *_route("POST /api/embeddings", OllamaEmbedding),
-    *_route("POST /completion", LlamaCompletion, wire=PlainSse),
-    *_route("POST /infill", LlamaInfill, wire=PlainSse),
-    *_route("POST /tokenize", answer_tokenize, needs_body=True, errors=LlamaServer),
-    *_route("POST /detokenize", answer_detokenize, needs_body=True, errors=LlamaServer),
-    *_route("POST /apply-template", answer_template, needs_body=True, errors=LlamaServer),
-    *_route("GET /props", answer_props, errors=LlamaServer),
-    *_route("GET /slots", answer_slots, errors=LlamaServer),
-    *_route("GET /v1/health", answer_ok, errors=LlamaServer, keyless=True),
+    *_route("POST /completion", LlamaCompletion, framing=PLAIN_SSE),
+    *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
+    *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
+    *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
+    *_route("POST /apply-template", answer_template, needs_body=True, api="llama-server"),
+    *_route("GET /props", answer_props, api="llama-server"),
+    *_route("GET /slots", answer_slots, api="llama-server"),
+    *_route("GET /v1/health", lambda call: Answer(answer_health(call).document | {"status": "ok"}), api="llama-server",
+            keyless=True),
 )
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# The handler with its one try/except, and the server. One thread a connection.
+# A request's head, the responder that writes its answer, the handler between them, the server. One thread a connection.
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: requests one after another, each read, checked, and answered by its row of ROUTES."""
+class Head:
+    """A request's line and headers, checked; before they are read, those of no request."""
 
-    protocol_version = "HTTP/1.1"
-    server_version = f"shimmy/{__version__}"
-    sys_version = ""
-    disable_nagle_algorithm = True
-    server: Server
+    method, path, version = "", "", "HTTP/1.1"
+    segments: Seq[str] = ()  # of the path
+    query: Mapping[str, str] = {}
+    length: int | None = None  # of the body; -1: in chunks
+    closes = False  # the client wants the connection to end
 
-    def setup(self) -> None:
-        super().setup()
-        self.service, self.reader = self.server.service, RequestReader(self.connection)
-        self._sending = threading.RLock()  # this thread answers, and the watcher's may probe
+    def __init__(self, headers: Headers) -> None:
+        self.headers = headers
 
-    def finish(self) -> None:
-        self.reader.release()
-        super().finish()
-
-    def handle(self) -> None:
-        self.close_connection = False
-        while not self.close_connection and self.reader.begin():
-            if self.reader.is_upgrade():
-                self.server.sockets.hand_over(self.connection)
-                return
-            self.handle_one_request()
-
-    def handle_one_request(self) -> None:
-        self._reset()
-        run_request(self._answer_request, self, self.log_line)
-        self._count()
-        if self.close_connection and self.unread:
-            self.reader.drain()
-
-    def _reset(self) -> None:
-        self.command, self.path, self.request_version = "", "", "HTTP/1.1"
-        self.headers = http.client.HTTPMessage()
-        self.log_line = RequestLog()  # its id is the client's as soon as the head is read
-        self.route: Route | None = None
-        self.wire: Wire = Whole(self)
-        self.chunked = self.unread = self._ended = False
-        self.segments: list[str] = []
-
-    def _count(self) -> None:
-        """Counts the request by words that are ours: a client's are without number."""
-        method = self.command if self.command in ("GET", "HEAD", "POST", "OPTIONS") else "other"
-        route = self.route.label() if self.route else "other"
-        self.service.metrics.answered(method, route, self._error_shape().api, self.log_line.status)
-
-    def _answer_request(self) -> None:
-        self._read_head()
-        self.log_line.what = f"{self.command} {self.path.partition('?')[0]}"
-        with self.server.busy():
-            self._answer()
-
-    # Reading
-
-    def _read_head(self) -> None:
-        self.unread = True
-        self.raw_requestline, headers = self.reader.head()
-        self.rfile = io.BytesIO(headers)  # type: ignore[assignment]
-        self.parse_request()
-        self.log_line.id = request_id(self.headers.get("X-Request-Id") or self.log_line.id)
+    def read(self, line: str) -> None:
+        """Reads the request line, and what the headers say of the request. Raises InvalidRequest."""
+        words = line.split()
+        if len(words) != 3 or not re.fullmatch(r"HTTP/1\.[0-9]", words[2]):
+            raise InvalidRequest("The request line must be METHOD ADDRESS HTTP/1.1")
+        self.method, self.path, self.version = words[0], re.sub(r"^//+", "/", words[1]), min(words[2], "HTTP/1.1")
+        options = {option.strip() for option in self.headers.get("Connection", "").lower().split(",")}
+        self.closes = "close" in options or (self.version == "HTTP/1.0" and "keep-alive" not in options)
         for name in ("Host", "Transfer-Encoding", "Origin", "Authorization"):
-            if len(self.headers.get_all(name, [])) > 1:
+            if len(self.headers.get_all(name)) > 1:
                 raise InvalidRequest(f"The header {name} is repeated, where one is allowed")
-        if self.request_version == "HTTP/0.9":
-            raise InvalidRequest("The request line needs an HTTP version")
         try:
             target = urllib.parse.urlsplit(self.path)
         except ValueError:
             raise InvalidRequest("The request's address is malformed") from None
-        host = (self.headers.get("Host") or "").lower()
+        host = self.headers.get("Host", "").lower()
         if target.scheme and (target.netloc.lower() != host or target.scheme not in ("http", "https")):
             raise InvalidRequest("The request's address and its Host header name different hosts")  # RFC 9112, 3.2.2
         self.query = dict(urllib.parse.parse_qsl(target.query))
         self.segments = [urllib.parse.unquote(s) for s in target.path.split("/") if s]
         self._read_length()
-        self.connection.settimeout(WRITE_SECONDS)
 
     def _read_length(self) -> None:
-        """How long the body is (RFC 9112, 6.3)."""
-        lengths, encoding = self.headers.get_all("Content-Length", []), self.headers.get("Transfer-Encoding")
+        """Reads the body's length (RFC 9112, 6.3)."""
+        lengths, encoding = self.headers.get_all("Content-Length"), self.headers.get("Transfer-Encoding")
         if encoding is not None and lengths:
             raise InvalidRequest("A request with both Content-Length and Transfer-Encoding is refused")
-        if encoding is not None and (encoding.strip().lower() != "chunked" or self.request_version == "HTTP/1.0"):
+        if encoding is not None and (encoding.lower() != "chunked" or self.version == "HTTP/1.0"):
             raise InvalidRequest("Transfer-Encoding must be chunked, in HTTP/1.1")  # RFC 9112, 6.1
-        if len(set(lengths)) > 1 or not all(re.fullmatch(r"\d{1,15}", n.strip()) for n in lengths):
+        if len(set(lengths)) > 1 or not all(re.fullmatch(r"[0-9]{1,15}", n) for n in lengths):
             raise InvalidRequest("Content-Length must be one whole number")
-        self.length = int(lengths[0]) if lengths else None if encoding is None else -1  # -1: in chunks
-        self.unread = bool(self.length)
+        self.length = int(lengths[0]) if lengths else None if encoding is None else -1
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """What parse_request says of a malformed head, in our shape instead of HTML; 505 is the client's fault too."""
-        raise InvalidRequest(message or explain or "The request is malformed", status=code if code < 500 else 400)
+    def is_handshake(self) -> bool:
+        """True for what RFC 6455, 4.2.1 wants of a client that asks for a WebSocket."""
+        names = ("Upgrade", "Connection", "Sec-WebSocket-Version", "Sec-WebSocket-Key")
+        upgrade, connection, version, key = (self.headers.get(name, "") for name in names)
+        return (self.method == "GET" and self.version == "HTTP/1.1" and not self.length and version == "13"
+                and upgrade.lower() == "websocket" and "upgrade" in connection.lower()
+                and re.fullmatch(r"[A-Za-z0-9+/]{22}==", key) is not None)  # fmt: skip
 
-    def handle_expect_100(self) -> bool:
-        """`100 Continue` waits until the head has passed its checks: _body sends it."""
-        return True
+
+class Responder:
+    """Writes the answer to one request; wires call it."""
+
+    def __init__(self, connection: socket.socket, access: Access) -> None:
+        self._connection, self._access = connection, access
+        self.head = Head(Headers())
+        self.line = RequestLog()  # its id is the client's as soon as the head is read
+        self.unread = True  # the request, or its body: what follows it is no request, so the connection closes
+        self.closes = self._chunked = False
+
+    def respond(self, answer: Answer) -> None:
+        """Sends a whole answer."""
+        body = answer.body()
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
+        self.begin(answer.status, headers, b"" if self.head.method == "HEAD" else body)
+
+    def start(self, content_type: str) -> None:
+        """Sends the head of an answer in pieces."""
+        self._chunked = self.head.version == "HTTP/1.1"
+        self.closes = self.closes or not self._chunked
+        encoding = {"Transfer-Encoding": "chunked"} if self._chunked else {}
+        self.begin(200, {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no", **encoding})
+
+    def write(self, data: bytes, last: bool = False) -> None:
+        """Sends a piece, and the end of the answer behind the last one."""
+        if self._chunked:
+            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
+        self.send(data)
+
+    def send(self, data: bytes) -> None:
+        """Writes it all. Raises ClientGone when the client takes nothing for WRITE_SECONDS: slow ones may read on."""
+        left = memoryview(data)
+        self._connection.settimeout(WRITE_SECONDS)
+        try:
+            while left:
+                left = left[self._connection.send(left) :]
+        except OSError:
+            raise ClientGone from None
+
+    def allowed_origin(self) -> str | None:
+        """The request's Origin, if its page may read the answer."""
+        origin = self.head.headers.get("Origin")
+        allowed = origin is not None and self._access.origin_allowed(origin, self.head.headers.get("Host", ""))
+        return origin if allowed else None
+
+    def begin(self, status: int, headers: Mapping[str, str], body: bytes = b"") -> None:
+        """Sends a head, and the body that there is already, in one write."""
+        origin = self.allowed_origin()
+        if origin is not None:
+            vary = ", ".join(filter(None, (headers.get("Vary"), "Origin")))
+            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": vary,
+                       "Access-Control-Expose-Headers": ", ".join(ID_HEADERS)}  # fmt: skip
+        self.closes = self.closes or self.unread
+        headers = {**headers, "Connection": "close"} if self.closes else headers
+        date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime())
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Server: shimmy/{__version__}", f"Date: {date}"]
+        lines += [f"{name}: {self.line.id}" for name in ID_HEADERS]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        self.line.status = status
+        self.send("\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n" + body)
+
+
+class Handler(socketserver.BaseRequestHandler):
+    """One connection, in its own thread: requests one after another, each read, checked, and answered by its row of ROUTES."""
+
+    server: Server
+
+    def setup(self) -> None:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.service, self.reader = self.server.service, RequestReader(self.request)
+
+    def finish(self) -> None:
+        self.reader.release()
+
+    def handle(self) -> None:
+        closes = False
+        with contextlib.suppress(ClientGone):
+            while not closes:
+                self.reader.begin()
+                closes = self._handle_request()
+
+    def _handle_request(self) -> bool:
+        """Answers one request; true if the connection ends behind it."""
+        self.out = Responder(self.request, self.server.access)
+        self.route: Route | None = None
+        self.wire: Wire = Whole(self.out)
+        run_request(self._answer_request, self.out.line, self.fail, self.leave)
+        self.reader.release()
+        self._count()
+        if self.out.closes and self.out.unread:
+            self.reader.drain()
+        return self.out.closes
+
+    def _count(self) -> None:
+        """Counts the request by words that are ours: a client's are without number."""
+        method = self.out.head.method if self.out.head.method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
+        route = self.route.label() if self.route else "other"
+        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
+
+    def _answer_request(self) -> None:
+        out = self.out
+        line, headers = self.reader.head()
+        out.line.id = request_id(headers.get("X-Request-Id") or out.line.id)
+        head = out.head = Head(headers)
+        head.read(line)
+        out.closes, out.unread = head.closes, bool(head.length)
+        out.line.what = f"{head.method} {head.path.partition('?')[0]}"
+        with self.server.busy():
+            self._answer(head)
 
     def _body(self) -> bytes:
         """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
-        size = self.length or 0
+        head = self.out.head
+        size, encoding = head.length or 0, head.headers.get("Content-Encoding", "").lower()
         if size > MAX_BODY:
             raise PayloadTooLarge(f"The body has {size} bytes, up to {MAX_BODY} are read")
-        if self.unread and (self.headers.get("Expect") or "").lower() == "100-continue":
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-        data = self.reader.chunked() if size < 0 else self.reader.exactly(size)
-        self.unread = False
-        self.connection.settimeout(WRITE_SECONDS)
-        return data
+        if size and head.headers.get("Expect", "").lower() == "100-continue":
+            self.out.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        data = self.reader.body(size)
+        self.out.unread = False
+        if data and encoding:
+            self.reader.take_place()  # for whatever size it has unpacked
+        return uncompressed(data, encoding) if data else data
 
-    # Answering
-
-    def _answer(self) -> None:
+    def _answer(self, head: Head) -> None:
         if self.server.stopping:
-            self.close_connection = True
+            self.out.closes = True
             raise Overloaded("The server is shutting down")
-        if self.command == "OPTIONS":
-            self.server.access.check({"Host": self.headers.get("Host") or ""}, keyless=True)
-            return self._preflight()
-        self.route, names = self._find_route()
-        if self.route.needs_body and self.length is None:
-            self.unread = True  # whatever follows is no request: the connection closes
+        if head.method == "OPTIONS":
+            self.server.access.check({"Host": head.headers.get("Host", "")}, keyless=True)
+            return self._preflight(head)
+        self.route, names = self._find_route(head)
+        if self.route.needs_body and head.length is None:
+            self.out.unread = True  # whatever follows is no request
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
         answer, cancel = self.route.answer, Cancellation()
         if isinstance(answer, type):
-            dialect = self.log_line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
+            dialect = self.out.line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
             self.reader.release()
             with self._watched(cancel):
                 self._generate(dialect, cancel)
+        elif answer is answer_upgrade and head.is_handshake():
+            self._upgrade(head)
         else:
-            call = Call(self.service, names, self.query, self._body(), cancel, self.headers.get("Accept") or "")
+            call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
             with self._watched(cancel):
-                self.respond(answer(call))
+                self.out.respond(answer(call))
 
     def _dialect(self, body: Mapping[str, Any]) -> Dialect:
         """The request, in the API that the body speaks: from here on errors take its shape."""
         assert self.route
-        self.route = self.route.chosen(body, self.headers.get("User-Agent") or "")
+        self.route = self.route.chosen(body, self.out.head.headers.get("User-Agent", ""))
         assert isinstance(self.route.answer, type)
         return self.route.answer(body)
 
     @contextlib.contextmanager
     def _watched(self, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves, or the server ends."""
-        with self.server.watcher.watching(self.connection, cancel, self._probe), self.server.cancellable(cancel):
+        with self.server.watcher.watching(self.reader.incoming, cancel), self.server.cancellable(cancel):
             yield
 
-    def _find_route(self) -> tuple[Route, tuple[str, ...]]:
+    def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
-        matching = [(r, names) for r in ROUTES if (names := r.match(self.segments)) is not None]
-        if matching and self.headers.get("Host") is None and self.request_version == "HTTP/1.1":
+        matching = [(r, names) for r in ROUTES if (names := r.match(head.segments)) is not None]
+        if matching and head.headers.get("Host") is None and head.version == "HTTP/1.1":
             raise InvalidRequest("The Host header is missing")
-        method = "GET" if self.command == "HEAD" else self.command
+        method = "GET" if head.method == "HEAD" else head.method
         found = next((pair for pair in matching if pair[0].method == method), matching[0] if matching else None)
         self.route = found[0] if found else None
-        self.server.access.check(self.headers, self.route is not None and self.route.keyless)
+        self.server.access.check(head.headers, self.route is not None and self.route.keyless)
         if found is None:
-            raise NotFound(f"No route matches /{'/'.join(self.segments)[:200]}")
+            raise NotFound(f"No route matches /{'/'.join(head.segments)[:200]}")
         if found[0].method != method:
             allowed = {r.method for r, _ in matching}
-            raise MethodNotAllowed(self.command, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
+            raise MethodNotAllowed(head.method, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
         return found
 
     def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
-        self.wire = self.route.wire(self) if dialect.stream else self.wire
-        dialect.owner = self.server.access.owner(self.headers)
+        self.wire = Stream(self.out, self.route.framing) if dialect.stream else self.wire
+        dialect.owner = self.server.access.owner(self.out.head.headers)
         deliver(dialect, dialect.events(self.service, cancel), self.wire)
 
-    def _preflight(self) -> None:
+    def _upgrade(self, head: Head) -> None:
+        """Answers the handshake, and hands the connection over: here it ends."""
+        import hashlib
+
+        key = head.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
+        accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
+        self.out.closes = False  # whatever the client said of its connection besides
+        self.out.begin(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
+        self.out.closes = True
+        owner = self.server.access.owner(head.headers)
+        self.server.sockets.hand_over(self.request, self.reader.unread(), self.out.line.id, owner)
+
+    def _preflight(self, head: Head) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
-        methods = sorted({r.method for r in ROUTES if r.match(self.segments) is not None} | {"OPTIONS"})
+        methods = sorted({r.method for r in ROUTES if r.match(head.segments) is not None} | {"OPTIONS"})
         headers = {"Allow": ", ".join(methods)}
-        if self._allowed_origin():
-            asked = self.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
+        if self.out.allowed_origin():
+            asked = head.headers.get("Access-Control-Request-Headers") or "authorization, content-type"
             headers |= {"Access-Control-Allow-Methods": ", ".join(methods), "Access-Control-Max-Age": "600",
                         "Access-Control-Allow-Headers": re.sub(r"[^\w\-, ]", "", asked)}  # fmt: skip
-        self.respond(Answer(b"", headers=headers))
+        self.out.respond(Answer(b"", headers=headers))
 
-    def _allowed_origin(self) -> str | None:
-        """The request's Origin, if its page may read the answer."""
-        origin = self.headers.get("Origin")
-        allowed = origin is not None and self.server.access.origin_allowed(origin, self.headers.get("Host") or "")
-        return origin if allowed else None
-
-    # Writing: what a Wire calls, and a Door
-
-    def respond(self, answer: Answer) -> None:
-        body = answer.body()
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **answer.headers}
-        with self._sending:
-            self.connection.sendall(self._head(answer.status, headers) + (b"" if self.command == "HEAD" else body))
-
-    def start(self, content_type: str) -> None:
-        self.chunked = self.request_version == "HTTP/1.1"
-        headers = {"Content-Type": content_type, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        if self.chunked:
-            headers["Transfer-Encoding"] = "chunked"
-        else:
-            self.close_connection = True
-        with self._sending:
-            self.connection.sendall(self._head(200, headers))
-
-    def write(self, data: bytes, last: bool = False) -> None:
-        if self.chunked:
-            data = (b"%x\r\n%b\r\n" % (len(data), data) if data else b"") + (b"0\r\n\r\n" if last else b"")
-        with self._sending:
-            self.connection.sendall(data)
-            self._ended = last
-
-    def _probe(self) -> bool:
-        """Sends what a client skips, to learn whether one that ended its side still listens; False where there is nothing.
-
-        Before the answer that is an interim response: 100, the only one that Python's own client skips.
-        """
-        if self.request_version != "HTTP/1.1" or not self._sending.acquire(blocking=False):
-            return self.request_version == "HTTP/1.1"
-        try:
-            if not self._ended and is_writable(self.connection):  # else what was sent already tells
-                if self.log_line.status:
-                    self.wire.idle()
-                else:
-                    self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
-            return True
-        except OSError:
-            return False
-        finally:
-            self._sending.release()
+    # For run_request
 
     def fail(self, error: ApiError) -> None:
-        """The error as the whole answer, or as the last events of a stream that has begun."""
-        dialect = self.log_line.dialect
-        with contextlib.suppress(OSError):
+        """Tells the error as the whole answer, or as the last events of a stream that has begun."""
+        dialect = self.out.line.dialect
+        with contextlib.suppress(ClientGone):
             if dialect and error.code in dialect.streamed_errors:
                 self.wire.begin()
-            *others, last = dialect.failure(error) if dialect and self.wire.begun else [self._error_shape().error(error)]
+            begun = dialect and self.wire.begun
+            *others, last = dialect.failure(error) if dialect and begun else [ERROR_SHAPES[self._api()](error)]
             for document in others:
                 self.wire.send(document)
             self.wire.fail(error, last)
 
-    def _error_shape(self) -> type[Dialect]:
-        return self.route.errors if self.route else OpenAI if self.segments[:1] == ["v1"] else Dialect
-
     def leave(self) -> None:
-        self.close_connection = True
+        """The connection ends without an answer."""
+        self.out.closes = True
 
-    def _head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        origin = self._allowed_origin()
-        if origin is not None:
-            vary = ", ".join(filter(None, (headers.get("Vary"), "Origin")))
-            headers = {**headers, "Access-Control-Allow-Origin": origin, "Vary": vary,
-                       "Access-Control-Expose-Headers": ", ".join(ID_HEADERS)}  # fmt: skip
-        if self.close_connection or self.unread:
-            self.close_connection = True
-            headers = {**headers, "Connection": "close"}
-        reason = self.responses.get(status, ("",))[0]  # type: ignore[call-overload]
-        lines = [f"HTTP/1.1 {status} {reason}", f"Server: {self.server_version}", f"Date: {self.date_time_string()}"]
-        lines += [f"{name}: {self.log_line.id}" for name in ID_HEADERS]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
-        self.log_line.status = status
-        return "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+    def _api(self) -> str:
+        """The API in whose shape an error is told."""
+        first, second, *_ = (*self.out.head.segments, "", "")
+        if self.route:
+            return self.route.api
+        return "openai" if first == "v1" else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
 
 
 RESERVED_DESCRIPTORS = 128  # for pipes of engines (3 each), model files, sockets of tools, refused connections
-REFUSED_SECONDS, REFUSED_AT_ONCE = 1.0, 32  # a refused connection stays open for its client to read why
 _OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -11383,14 +11319,14 @@ def raise_descriptor_limit() -> int:
 
 
 def connection_bound(limit: int) -> int:
-    """How many connections fit `limit` descriptors: a tenth at least, however few there are."""
+    """The connections that fit `limit` descriptors: a tenth of them at least."""
     opened = 32
     with contextlib.suppress(OSError):
         opened = len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"))
     return max(1, limit // 10, min(MAX_CONNECTIONS, limit - opened - RESERVED_DESCRIPTORS))
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server(socketserver.ThreadingTCPServer):
     """The listening socket and what its connections share. `stop` is the end: ordered and idempotent."""
 
     daemon_threads = True
@@ -11406,22 +11342,13 @@ class Server(http.server.ThreadingHTTPServer):
         self._changed = threading.Condition()
         self._busy = 0
         self._cancels: set[Cancellation] = set()
-        self._refused: deque[tuple[float, socket.socket]] = deque()  # close at (monotonic seconds); the accept thread's
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # given up for a moment when descriptors run out
         super().__init__(address, Handler)
 
-    def server_bind(self) -> None:
-        """Binds without HTTPServer's look-up of the host's full name, which can take seconds."""
-        if self.allow_reuse_address:
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
-        self.server_name, self.server_port = str(self.server_address[0]), self.server_address[1]
-
     @property
     def url(self) -> str:
-        host = f"[{self.server_name}]" if ":" in self.server_name else self.server_name
-        return f"http://{host}:{self.server_port}"
+        host, port = str(self.server_address[0]), self.server_address[1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
     def connection_opened(self) -> None:
         with self._changed:
@@ -11445,11 +11372,7 @@ class Server(http.server.ThreadingHTTPServer):
             os.close(self._spare)
             self._spare = None
         try:
-            with contextlib.closing(self.socket.accept()[0]) as connection:
-                self._send_refusal(connection, "No descriptor is left for another connection")
-                with contextlib.suppress(OSError):
-                    connection.settimeout(0.2)
-                    connection.recv(65536)  # see _refuse
+            self._refuse(self.socket.accept()[0], "No descriptor is left for another connection")
         except OSError:  # a thread took the descriptor first
             time.sleep(0.05)
         with contextlib.suppress(OSError):
@@ -11468,25 +11391,16 @@ class Server(http.server.ThreadingHTTPServer):
             self._refuse(request, "No thread can be started for another connection")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
-        """503, and a second to read it: to close over a request that is on its way would destroy the answer (RST)."""
-        self._send_refusal(connection, why)
-        self._refused.append((time.monotonic() + REFUSED_SECONDS, connection))
-        self.service_actions()
-
-    def _send_refusal(self, connection: socket.socket, why: str) -> None:
+        """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
         self.service.metrics.refused += 1
         body = json.dumps(Overloaded(why).document()).encode()
         head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
         head += "".join(f"{name}: {id}\r\n" for name, id in zip(ID_HEADERS, [request_id(None)] * 2, strict=True)).encode()
-        with contextlib.suppress(OSError):
-            connection.settimeout(1.0)
+        with contextlib.closing(connection), contextlib.suppress(OSError):
+            connection.settimeout(0.1)
             connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             connection.shutdown(socket.SHUT_WR)
-
-    def service_actions(self) -> None:
-        """Closes refused connections whose time is over; serve_forever calls it after each look for new ones."""
-        while self._refused and (self._refused[0][0] < time.monotonic() or len(self._refused) > REFUSED_AT_ONCE):
-            self._refused.popleft()[1].close()
+            connection.recv(1 << 16)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         try:
@@ -11544,293 +11458,167 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 # ── 16. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
-# The asyncio listener on its side thread, started by the first upgrade; the HTTP side hands it connections.
+# asyncio on its side thread, started by the first upgrade; the HTTP side answers handshakes and hands it the connections.
+
+MAX_UNTAKEN = MIB  # bytes of answers to pings that a client does not take
+SOCKET_PING_SECONDS = 20.0  # a client that has not been heard for two of these is gone
+SOCKET_IDLE_SECONDS = 3600.0  # without a request
+SOCKET_CLOSE_SECONDS = 10.0  # for a client to end its side too
 
 
-class HandedOver(socket.socket):
-    """A listening socket for asyncio whose connections come from the HTTP threads instead of the network."""
-
-    ready: deque[socket.socket]
-
-    @classmethod
-    def make(cls) -> tuple[HandedOver, Callable[[socket.socket], None]]:
-        """The socket to listen on, and the function that hands it a connection."""
-        ours, theirs = socket.socketpair()
-        listener = cls(ours.family, ours.type, ours.proto, fileno=ours.detach())
-        listener.setblocking(False)
-        listener.ready = deque()
-
-        def hand_over(connection: socket.socket) -> None:
-            listener.ready.append(connection)
-            theirs.send(b"\0")
-
-        return listener, hand_over
-
-    def listen(self, backlog: int = 0) -> None:
-        """Nothing to do: connections are handed over."""
-
-    def accept(self) -> tuple[socket.socket, Any]:
-        """asyncio calls this whenever the socket pair is readable; one byte stands for one connection."""
-        self.recv(1)
-        return self.ready.popleft(), ("", 0)
-
-
-class CountedSocket(socket.socket):
-    """A connection that tells when it is closed, so that those handed over count too."""
-
-    closed: Callable[[], None] | None = None
-
-    def close(self) -> None:
-        super().close()
-        closed, self.closed = self.closed, None
-        if closed:
-            closed()
-
-
+@dataclass
 class SocketRequest:
     """A request on a WebSocket: its message until that is parsed, and the way to cancel it."""
 
-    def __init__(self, message: bytes, owner: str) -> None:
-        """Waits for its room in READING. Raises Overloaded when there is none."""
-        self.message, self.owner, self.cancel = message, owner, Cancellation()
-        self._held = len(message) if len(message) > READ_FREE else 0
-        if self._held:
-            READING.take(self._held)
+    message: bytes
+    placed: bool  # among LARGE_BODIES
+    cancel: Cancellation = field(default_factory=Cancellation)
 
     def body(self) -> dict[str, Any]:
         """The parsed message, which is kept no longer."""
         try:
             return parse_object(self.message, "The message")
         finally:
+            self.message = b""
             self.release()
 
     def release(self) -> None:
-        """Gives the message's room back; idempotent."""
-        held, self._held, self.message = self._held, 0, b""
-        if held:
-            READING.give(held)
+        """Gives the place back; idempotent."""
+        placed, self.placed = self.placed, False
+        if placed:
+            LARGE_BODIES.release()
 
 
-class SocketOutbox:
-    """A request's documents, on their way from its thread to the loop that sends them.
+class SocketWire(Wire):
+    """Documents as WebSocket messages; the request's thread waits until each is sent."""
 
-    The thread waits while the client takes none, as one that writes to a socket does: what is not sent stays in its
-    Generation, which bounds it (MAX_UNREAD).
-    """
-
-    AHEAD = 8  # documents that need not wait until the one before is sent
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, cancel: Cancellation) -> None:
-        import asyncio
-
-        self._loop, self._documents, self._cancel = loop, asyncio.Queue[dict[str, Any] | None](), cancel
-        self._room = threading.Semaphore(self.AHEAD)
-        cancel.on_cancel(self._room.release)  # whoever waits
-
-    def say(self, document: dict[str, Any] | None) -> None:
-        """Hands the loop a document, None behind the last. Raises RuntimeError when the loop has ended."""
-        if not self._off():
-            self._room.acquire()
-        self._loop.call_soon_threadsafe(self._documents.put_nowait, document)
-
-    async def next(self) -> dict[str, Any] | None:
-        document = await self._documents.get()
-        self._room.release()
-        return document
-
-    def _off(self) -> bool:
-        """Whether what is said now is an end, or goes nowhere, and need not wait."""
-        return self._cancel.cancelled and not self._cancel.gently
-
-
-class SocketFrames(Wire):
-    """Documents as WebSocket messages; also the Door of a request that came in one."""
-
-    def __init__(self, say: Callable[[dict[str, Any] | None], None]) -> None:
+    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
         self._say = say
 
     def send(self, document: dict[str, Any]) -> None:
         self._say(document)
 
     def fail(self, error: ApiError, document: dict[str, Any] | None = None) -> None:
-        self._say(document or NativeSocket.error(error))
+        with contextlib.suppress(ClientGone):
+            self.send(document or ERROR_SHAPES["shimmy"](error))
 
     def leave(self) -> None:
-        self._say(NativeSocket.cancelled())
+        with contextlib.suppress(ClientGone):
+            self.send(NativeSocket.cancelled())
 
 
-MAX_UNTAKEN = MIB  # bytes written and not taken by the client; a message of ours waits until the one before is
-
-
-def bounded_connection() -> Any:
-    """websockets' connection, which ends when a client lets the answers to its pings pile up: nothing else bounds those."""
-    from websockets.asyncio.server import ServerConnection
-
-    class BoundedConnection(ServerConnection):
-        def data_received(self, data: bytes) -> None:
-            super().data_received(data)
-            if self.transport.get_write_buffer_size() > MAX_UNTAKEN:
-                self.transport.abort()
-
-    return BoundedConnection
-
-
-class SocketListener:
-    """Serves `/ws/generate`: asyncio and websockets in one side thread, one worker thread a running request."""
+class SocketConnection:
+    """One WebSocket: an asyncio protocol around websockets' parser. All but `say` and `_answer` runs in the loop's thread."""
 
     PENDING = 32  # requests that may wait on one connection
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
-        self._lock = threading.Lock()
-        self._hand_over: Callable[[socket.socket], None] | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stopping: asyncio.Event
-        self._thread: threading.Thread
+    def __init__(self, listener: SocketListener, early: bytes, id: str, owner: str) -> None:
+        from websockets.protocol import SERVER, Protocol
 
-    def hand_over(self, connection: socket.socket) -> None:
-        """Take over an HTTP connection whose unread bytes ask for an upgrade."""
-        with self._lock:
-            if self._hand_over is None:
-                self._start()
-        assert self._hand_over
-        connection.settimeout(None)
-        taken = CountedSocket(connection.family, connection.type, connection.proto, fileno=connection.detach())
-        taken.closed = self.server.connection_closed
-        self.server.connection_opened()  # the HTTP thread's end gives its own count back
-        self._hand_over(taken)
+        self._listener, self._server, self._early, self._id, self._owner = listener, listener.server, early, id, owner
+        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
+        self._requests: deque[SocketRequest] = deque()  # the first one is running
+        self._fragments, self._placed = bytearray(), False  # of a message that is not whole, and whether it has a place
+        self._cut: asyncio.TimerHandle | None = None  # ends such a message
+        self._heard, self._used, self._open = True, time.monotonic(), True
 
-    def _start(self) -> None:
+    # What asyncio calls
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
         import asyncio
 
-        listener, self._hand_over = HandedOver.make()
-        # Windows' default loop would accept natively, past our accept()
-        self._loop = asyncio.SelectorEventLoop() if sys.platform == "win32" else asyncio.new_event_loop()
-        self._stopping = asyncio.Event()
-        self._thread = threading.Thread(target=self._run, args=(self._loop, listener), name="websocket", daemon=True)
-        self._thread.start()
+        self._transport, self._writable = transport, asyncio.Event()
+        self._writable.set()
+        self._listener.connections.add(self)
+        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
+        if self._early:
+            self.data_received(self._early)
 
-    def _run(self, loop: asyncio.AbstractEventLoop, listener: HandedOver) -> None:
-        import asyncio
-        from concurrent.futures import ThreadPoolExecutor
+    def data_received(self, data: bytes) -> None:
+        self._heard = True
+        self._protocol.receive_data(data)
+        for frame in self._protocol.events_received():
+            self._take(frame)
+        self._bound()
+        self._flush()
+        if self._transport.get_write_buffer_size() > MAX_UNTAKEN:
+            self._transport.abort()
 
-        from websockets.asyncio.server import serve
+    def eof_received(self) -> None:
+        self._protocol.receive_eof()
+        self._flush()
 
-        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # handshake noise; requests are logged here
-        asyncio.set_event_loop(loop)
-        loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
+    def pause_writing(self) -> None:
+        self._writable.clear()
 
-        async def listen() -> None:
-            async with serve(self._serve, sock=listener, process_request=self._admit, process_response=self._name,
-                             compression=None, max_size=MAX_BODY, open_timeout=REQUEST_SECONDS,
-                             server_header=Handler.server_version,
-                             create_connection=bounded_connection()):  # fmt: skip
-                await self._stopping.wait()
+    def resume_writing(self) -> None:
+        self._writable.set()
 
-        try:
-            loop.run_until_complete(listen())
-        except Exception:
-            if not self.server.stopping:
-                log.exception("the WebSocket listener failed")
+    def connection_lost(self, _: Exception | None) -> None:
+        self._open = False
+        self._writable.set()
+        for timer in filter(None, (self._cut, self._ticking)):
+            timer.cancel()
+        self._place(False)
+        for request in self._requests:
+            request.release()
+            self._listener.in_thread(request.cancel.cancel)
+        self._listener.lost(self)
 
-    def _admit(self, connection: Any, request: Any) -> Any:
-        """Refuses an upgrade as HTTP would: path, Host, Origin, key."""
-        path = [s for s in request.path.partition("?")[0].split("/") if s]  # urlsplit finds a host in "//ws//generate"
-        try:
-            if path != ["ws", "generate"]:
-                raise NotFound(f"No route matches {request.path[:200]}")
-            if self.server.stopping:
-                raise Overloaded("The server is shutting down")
-            self.server.access.check(request.headers, keyless=False)
-        except (ApiError, LookupError, ValueError) as failure:  # a repeated header raises LookupError here
-            error = failure if isinstance(failure, ApiError) else InvalidRequest("The upgrade's head is malformed")
-            response = connection.respond(error.status, json.dumps(error.document()) + "\n")
-            del response.headers["Content-Type"]
-            for name, value in ({"Content-Type": "application/json"} | error.headers()).items():
-                response.headers[name] = value
-            return response
-        return None
+    # Reading
 
-    @staticmethod
-    def _name(connection: Any, request: Any, response: Any) -> None:
-        """The id of a connection, for all of its requests."""
-        sent = request.headers.get_all("X-Request-Id")
-        id = request_id(sent[0] if sent else None)
-        for name in ID_HEADERS:
-            response.headers[name] = id
+    def _take(self, frame: Any) -> None:
+        """One frame; the parser itself answers those of other kinds."""
+        if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
+            return
+        self._fragments += frame.data
+        if frame.fin:
+            message, self._fragments = bytes(self._fragments), bytearray()
+            self._receive(message)
 
-    async def _serve(self, connection: Any) -> None:
-        """One connection: this task reads, another answers one request after another."""
-        import asyncio
+    def _bound(self) -> None:
+        """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
+        size = len(self._fragments) + len(self._protocol.reader.buffer)
+        if size and not self._cut:
+            reason = f"a message took over {REQUEST_SECONDS:g} seconds"
+            self._cut = self._listener.loop.call_later(REQUEST_SECONDS, self.close, 1008, reason)
+        elif not size and self._cut:
+            self._cut.cancel()
+            self._cut = None
+        if size > TURN_BYTES and not self._place(True):
+            self.close(1013, "too many large messages arrive already")
 
-        import websockets
+    def _place(self, wanted: bool) -> bool:
+        """Takes a place among LARGE_BODIES for the message that arrives, or gives it back."""
+        if wanted and not self._placed:
+            self._placed = LARGE_BODIES.acquire(blocking=False)
+        elif self._placed and not wanted:
+            self._placed = False
+            LARGE_BODIES.release()
+        return self._placed
 
-        requests: deque[SocketRequest] = deque()  # the first one is running
-        arrived = asyncio.Event()
-        answering = asyncio.ensure_future(self._answer_all(connection, requests, arrived))
-        try:
-            while True:
-                await self._take(connection, await self._message(connection), requests)
-                arrived.set()
-        except websockets.exceptions.ConnectionClosed:
-            pass
-        except TimeoutError:
-            await connection.close(1008, f"a message took over {REQUEST_SECONDS:g} seconds")
-        finally:
-            answering.cancel()
-            for request in requests:
-                request.cancel.cancel()
-                request.release()
-
-    @staticmethod
-    async def _message(connection: Any) -> bytes:
-        """The next message as bytes. Raises TimeoutError when its fragments take longer than any request may."""
-        import asyncio
-
-        fragments = connection.recv_streaming(decode=False)
-        message = bytearray(await anext(fragments))
-
-        async def rest() -> None:
-            async for fragment in fragments:
-                message.extend(fragment)
-
-        try:
-            await asyncio.wait_for(rest(), REQUEST_SECONDS)
-        except asyncio.TimeoutError:
-            raise TimeoutError from None
-        return bytes(message)
-
-    async def _take(self, connection: Any, message: bytes, requests: deque[SocketRequest]) -> None:
+    def _receive(self, message: bytes) -> None:
         """Queues a request, or cancels the running one."""
-        import asyncio
-
         if len(message) <= 256 and self._is_cancel(message):
-            if requests:  # telling the engine may block on its pipe, which must not stop this loop
-                await asyncio.to_thread(requests[0].cancel.cancel, True)
+            if self._requests:  # telling the engine may block on its pipe, which must not stop this loop
+                self._listener.in_thread(self._requests[0].cancel.cancel, True)
             return
+        request, self._placed = SocketRequest(message, self._placed or (len(message) > TURN_BYTES and self._place(True))), False
         try:
-            if self.server.stopping:
+            if self._server.stopping:
                 raise Overloaded("The server is shutting down")
-            if len(requests) >= self.PENDING or sum(len(r.message) for r in requests) + len(message) > 2 * MAX_BODY:
-                raise Overloaded(f"{len(requests)} requests wait on this connection already")
-            owner = self.server.access.owner(connection.request.headers)
-            large = len(message) > READ_FREE  # and may have to wait for its room
-            request = await asyncio.to_thread(SocketRequest, message, owner) if large else SocketRequest(message, owner)
+            waiting = len(self._requests), sum(len(r.message) for r in self._requests)
+            if waiting[0] >= self.PENDING or waiting[1] + len(message) > 2 * MAX_BODY:
+                raise Overloaded(f"{waiting[0]} requests wait on this connection already")
+            if len(message) > TURN_BYTES and not request.placed:
+                raise Overloaded("Too many large messages are being read already")
         except ApiError as error:
-            await self._send(connection, NativeSocket.error(error))
+            request.release()
+            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
             return
-        requests.append(request)
-
-    @staticmethod
-    async def _send(connection: Any, document: dict[str, Any]) -> None:
-        """Sends a document, or ends a connection whose client does not read for so long: the pings would wait behind it."""
-        import asyncio
-
-        guard = asyncio.get_running_loop().call_later(WRITE_SECONDS, connection.transport.abort)
-        try:
-            await connection.send(to_json(document).decode())
-        finally:
-            guard.cancel()
+        self._requests.append(request)
+        if len(self._requests) == 1:
+            self._listener.in_thread(self._answer, request).add_done_callback(self._next)
 
     @staticmethod
     def _is_cancel(message: bytes) -> bool:
@@ -11839,48 +11627,151 @@ class SocketListener:
         except InvalidRequest:
             return False
 
-    async def _answer_all(self, connection: Any, requests: deque[SocketRequest], arrived: asyncio.Event) -> None:
-        import asyncio
+    def _next(self, _: Any) -> None:
+        self._requests.popleft()
+        self._used = time.monotonic()
+        if self._requests and self._open:
+            self._listener.in_thread(self._answer, self._requests[0]).add_done_callback(self._next)
 
-        import websockets
+    # Answering
 
-        loop = asyncio.get_running_loop()
-        while True:
-            while not requests:
-                arrived.clear()
-                await arrived.wait()
-            request = requests[0]
-            out = SocketOutbox(loop, request.cancel)
-            with self.server.busy():  # until the last message is sent
-                loop.run_in_executor(None, self._answer_one, request, connection.response.headers[ID_HEADERS[0]], out.say)
-                try:
-                    while (document := await out.next()) is not None:
-                        await self._send(connection, document)
-                except websockets.exceptions.ConnectionClosed:
-                    request.cancel.cancel()
-                    return
-            requests.popleft()
-
-    def _answer_one(self, request: SocketRequest, id: str, say: Callable[[dict[str, Any] | None], None]) -> None:
-        """One request, in a thread of its own: says each document, then None."""
-        line, door = RequestLog("WS /ws/generate", id), SocketFrames(say)
+    def _answer(self, request: SocketRequest) -> None:
+        """One request, in a thread of its own."""
+        line, wire = RequestLog("WS /ws/generate", self._id), SocketWire(self.say)
 
         def work() -> None:
             dialect = line.dialect = NativeSocket(request.body())
-            dialect.owner, line.status = request.owner, 200
-            deliver(dialect, dialect.events(self.server.service, request.cancel), door)
+            dialect.owner, line.status = self._owner, 200
+            deliver(dialect, dialect.events(self._server.service, request.cancel), wire)
 
-        with self.server.cancellable(request.cancel), contextlib.suppress(RuntimeError):  # a closed loop
-            run_request(work, door, line)
-            self.server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
-            say(None)
+        with self._server.busy(), self._server.cancellable(request.cancel):
+            run_request(work, line, wire.fail, wire.leave)
+            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
+
+    def say(self, document: dict[str, Any]) -> None:
+        """Sends a document from another thread. Raises ClientGone when the client takes none for WRITE_SECONDS."""
+        import asyncio
+        from concurrent.futures import CancelledError
+        from concurrent.futures import TimeoutError as Late
+
+        if not self._open:
+            raise ClientGone
+        sending = self._send(document)
+        try:
+            asyncio.run_coroutine_threadsafe(sending, self._listener.loop).result(WRITE_SECONDS)
+        except (Late, CancelledError):
+            with contextlib.suppress(RuntimeError):
+                self._listener.loop.call_soon_threadsafe(self._transport.abort)  # which ends _send
+            raise ClientGone from None
+        except RuntimeError:  # the loop has ended
+            sending.close()
+            raise ClientGone from None
+
+    async def _send(self, document: dict[str, Any]) -> None:
+        await self._writable.wait()
+        if not self._open or self._protocol.state.name != "OPEN":
+            raise ClientGone
+        self._protocol.send_text(to_json(document))
+        self._flush()
+
+    def _flush(self) -> None:
+        for data in self._protocol.data_to_send():
+            if data:
+                self._transport.write(data)
+            else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
+                self._transport.write_eof()
+                self._listener.loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
+
+    # Ending
+
+    def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
+        """Ends the connection as RFC 6455, 7 has it, at the latest after so many seconds."""
+        if self._protocol.state.name == "OPEN":
+            self._protocol.send_close(code, reason)
+            self._flush()
+        self._listener.loop.call_later(seconds, self._transport.abort)
+
+    def _tick(self) -> None:
+        """Looks whether the client is still there, and for what it is."""
+        if not self._heard and self._writable.is_set():
+            self._transport.abort()
+        elif not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
+            self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
+        elif self._protocol.state.name == "OPEN":
+            self._heard = False
+            self._protocol.send_ping(b"")
+            self._flush()
+        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
+
+
+class SocketListener:
+    """Serves `/ws/generate`: asyncio in one side thread, one worker thread a running request."""
+
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self.connections: set[SocketConnection] = set()  # the loop's
+
+    def hand_over(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
+        """Takes an HTTP connection over, whose handshake has been answered; `early` came behind it."""
+        import asyncio
+
+        with self._lock:
+            if self._thread is None:
+                self.loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
+                self._thread.start()
+        taken = socket.socket(fileno=connection.detach())
+        taken.setblocking(False)
+        self.server.connection_opened()  # the HTTP thread's end gives its own count back
+
+        async def serve() -> None:
+            made = SocketConnection(self, early, id, owner)
+            try:
+                await self.loop.connect_accepted_socket(lambda: made, taken)  # type: ignore[type-var, return-value]
+            except OSError:
+                self.lost(made)
+
+        asyncio.run_coroutine_threadsafe(serve(), self.loop)
+
+    def lost(self, connection: SocketConnection) -> None:
+        self.connections.discard(connection)
+        self.server.connection_closed()
+
+    def in_thread(self, work: Callable[..., None], *arguments: Any) -> asyncio.Future[None]:
+        """Runs what may block."""
+        return self.loop.run_in_executor(None, work, *arguments)
+
+    def _run(self) -> None:
+        import asyncio
+        from concurrent.futures import ThreadPoolExecutor
+
+        logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
+        asyncio.set_event_loop(self.loop)
+        self.loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
+        self.loop.run_forever()
+        left = asyncio.all_tasks(self.loop)  # threads wait for them
+        for task in left:
+            task.cancel()
+        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+        self.loop.close()
 
     def stop(self) -> None:
-        """Close the connections and end the loop."""
-        if self._loop:
-            with contextlib.suppress(RuntimeError):
-                self._loop.call_soon_threadsafe(self._stopping.set)
-            self._thread.join(1.0)
+        """Closes the connections and ends the loop."""
+        if self._thread is None:
+            return
+
+        def end() -> None:
+            for connection in list(self.connections):
+                connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
+            self.loop.call_later(0.5, self.loop.stop)
+
+        with contextlib.suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(end)
+        self._thread.join(1.0)
 
 
 # ── 17.1. Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -11895,7 +11786,10 @@ class UsageError(Exception):
 
 
 class Arguments(argparse.ArgumentParser):
-    """argparse that says what is wrong first, in one line, instead of twelve lines of usage."""
+    """argparse that says what is wrong first, in one line, instead of twelve lines of usage; no flag may be abbreviated."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | settings)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\ntry: {self.prog} --help\n")
@@ -12005,7 +11899,7 @@ class HelpFormat(argparse.HelpFormatter):
 
 
 def help_of(command: str) -> dict[str, Any]:
-    """What argparse is told of a command's help."""
+    """A command's help, as argparse takes it."""
     arguments, description, epilog = HELP[command]
     usage = f"%(prog)s [options] {arguments}".rstrip()
     return {"usage": usage, "description": description, "epilog": epilog, "formatter_class": HelpFormat}
@@ -12036,7 +11930,7 @@ def parser() -> Arguments:
     listing.add_argument("--short", action="store_true", help="names only")
     listing.add_argument("--json", action="store_true", help="as JSON")
     probe = command("probe", "load a model, generate, and say how fast", command_probe)
-    probe.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    _model_arguments(probe)
     probe.add_argument("--json", action="store_true", help="as JSON")
     _engine_flags(probe)
     diag = command("diag", "show versions, memory, search directories and whether a server runs", command_diag)
@@ -12058,7 +11952,16 @@ def parse(argv: Seq[str] | None) -> argparse.Namespace:
         args.text = rest.pop()  # argparse before 3.13 gives up on a second positional behind an option
     if rest:
         args.parser.error(f"unrecognized arguments: {' '.join(map(printable, rest))}")
+    if getattr(args, "named", None) is not None:  # --model: what stands in MODEL's place is the prompt
+        if (args.model if args.command == "probe" else args.text) is not None:
+            raise UsageError("the model is named twice: by MODEL and by --model")
+        args.model, args.text = args.named, args.model
     return args
+
+
+def _model_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    sub.add_argument("--model", dest="named", metavar="NAME|PATH", help="the same as a flag, as `serve` has it")
 
 
 def _address_flags(sub: argparse.ArgumentParser) -> None:
@@ -12112,7 +12015,7 @@ def _serve_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def _generate_flags(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("model", nargs="?", metavar="MODEL", help="name or path (default: the default model)")
+    _model_arguments(sub)
     sub.add_argument("text", nargs="?", metavar="PROMPT", help="the prompt, like --prompt")
     sub.add_argument("--prompt", metavar="TEXT", help="the prompt; without it, or with -, standard input is")
     sub.add_argument("--stdin", action="store_true", help="append standard input to the prompt")
@@ -12426,7 +12329,7 @@ def command_serve(args: argparse.Namespace) -> int:
 
 
 def port_advice(error: OSError) -> str:
-    """What to do where another program has the port."""
+    """Advice where another program has the port."""
     return "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
 
 
@@ -12441,18 +12344,27 @@ def draw_loads(table: ModelTable) -> None:
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
-    """Who may call, from the flags. Raises UsageError for an empty key, and for a network address without a key."""
-    if not all(key.strip() for key in args.api_key):
-        raise UsageError("--api-key is empty: give a key, or leave the flag out")
+    """Reads the access rules from the flags. Raises UsageError for a bad key, and for a network address without one."""
     own = os.environ.get("SHIMMY_API_KEY")
-    keys, loopback = tuple(args.api_key) or ((own,) if own else ()), is_loopback(host)
+    keys = [checked_key("--api-key", key) for key in args.api_key] or ([checked_key("SHIMMY_API_KEY", own)] if own else [])
+    loopback = is_loopback(host)
     if not loopback and not keys and not args.insecure:
         raise UsageError(f"--bind {host} opens the server to the network: set --api-key KEY, or say --insecure")
-    return Access(loopback, keys, args.private_prompts, tuple(args.allow_origin), tuple(args.allow_host))
+    return Access(loopback, tuple(keys), args.private_prompts, tuple(args.allow_origin), tuple(args.allow_host))
+
+
+def checked_key(setting: str, words: str) -> str:
+    """A key, without the blanks and line ends around it. Raises UsageError for one that no header carries."""
+    key = words.strip()
+    if not key:
+        raise UsageError(f"{setting} is empty: give a key, or leave it out")
+    if not (key.isascii() and key.isprintable()):
+        raise UsageError(f"{setting} must be printable ASCII, as headers are")
+    return key
 
 
 def serve_tools(args: argparse.Namespace) -> ToolOptions:
-    """What the tools may do, from the flags. Raises UsageError for files and directories that are not there."""
+    """Reads the tools' rights from the flags. Raises UsageError for files and directories that are not there."""
     for file in args.tools:
         if not os.path.isfile(file):
             raise UsageError(f"--tools {file}: there is no such file")
@@ -12516,7 +12428,7 @@ def print_rows(rows: Iterable[tuple[str, str]]) -> None:
 
 
 def found_words(report: ScanReport) -> Iterator[str]:
-    """Where the models are."""
+    """Lists the directories that hold models."""
     home = os.path.expanduser("~")
     gave = [(d["models"], str(d["path"])) for d in report.directories if d["models"]]
     places = [f"{n} in {printable('~' + path.removeprefix(home) if path.startswith(home + os.sep) else path, 100)}"
@@ -12529,7 +12441,7 @@ def found_words(report: ScanReport) -> Iterator[str]:
 
 
 def serving_memory(model: ModelInfo, engine: EngineOptions) -> str:
-    """Whether the default model fits the memory, and with which context."""
+    """Says if the default model fits the memory, and with which context."""
     free, most = available_memory(), model.largest_context(engine.kv_type)
     if free is None:
         return "free memory unknown"
@@ -12589,13 +12501,13 @@ MAX_SHOWN_PATH = 4096  # characters of a path in tables: Linux has none that are
 
 
 def fits_memory(size_bytes: int) -> bool | None:
-    """True if weights of this size fit the memory that is free now, with 64 MiB for the least context; None: nobody knows."""
+    """True if weights of this size fit the memory that is free now, with 64 MiB for the least context; None: unknown."""
     free = available_memory()
     return None if free is None else size_bytes + 64 * MIB <= free
 
 
 def fit_word(model: ModelInfo) -> str | None:
-    """Whether a model fits the free memory: yes, no, or with which context less than the usual one."""
+    """yes, no, or the context that fits the free memory where the usual one does not."""
     fits, usual, most = fits_memory(model.size_bytes), min(model.context_length or 8192, 8192), model.largest_context("f16")
     if not fits or most is None or most >= usual:
         return {True: "yes", False: "no", None: None}[fits]
@@ -12696,7 +12608,7 @@ def terminal_width(stream: IO[str] | None = None) -> int:
 
 
 def loading_stage(status: dict[str, Any]) -> str:
-    """What a load is doing; "" once the model is loaded, or failed."""
+    """Describes a load in progress; "" once the model is loaded, or failed."""
     model, progress = printable(status["model"], 40), status["progress"]
     if status["status"] == "loading":
         weights = f"loading {model} {progress:.0%}" if progress else f"starting the engine for {model}"
@@ -12757,7 +12669,7 @@ def fetch_named(model: str | None) -> str | None:
 
 
 def plan_words(plan: Plan) -> list[str]:
-    """What a pull fetches, whether it fits, and what else there is."""
+    """Describes a pull: the files, if they fit, and the other quantizations."""
     lines = [f"{plan.title}: {human_bytes(plan.size)}"]
     if len(plan.files) > 1:
         lines[0] += f" in {len(plan.files)} files"
@@ -12774,10 +12686,10 @@ def plan_words(plan: Plan) -> list[str]:
 
 
 def memory_words(size: int) -> str:
-    """Whether weights of that size fit the memory that is free."""
+    """Says if weights of that size fit the free memory."""
     free, fits = available_memory(), fits_memory(size)
     if free is None:
-        return "nobody tells how much memory is free"
+        return "free memory unknown"
     return f"{'fits' if fits else 'does not fit'} the memory: {human_bytes(free)} {'are' if fits else 'is all that is'} free"
 
 
@@ -12838,7 +12750,7 @@ class PullView:
         return self._text(terminal_width() - 1)
 
     def _text(self, width: float) -> str:
-        """How far it is: what matters most comes first, and the rest as far as the width goes."""
+        """Describes the progress: the most important first, the rest as far as the width goes."""
         event, seen = self._event, list(self._seen)
         if not event.total:
             return event.status
@@ -12854,7 +12766,7 @@ class PullView:
 
 
 def own_command() -> str:
-    """How to call this program from here."""
+    """The command that calls this program from here."""
     import shlex
     import shutil
 
@@ -12951,7 +12863,7 @@ def command_completion(args: argparse.Namespace) -> int:
     flags = {name: [a for a in sub._actions if a.option_strings and a.help != argparse.SUPPRESS]
              for name, sub in dict(commands or {}).items()}  # fmt: skip
     chosen = {a.option_strings[-1]: " ".join(a.choices) for some in flags.values() for a in some if a.choices}
-    this = f"{shlex.quote(sys.executable)} {shlex.quote(os.path.realpath(__file__))}"
+    this = shlex.join(child_command("main"))  # from cached bytecode, in a quarter of a script's time
     if args.shell == "fish":
         print("\n".join([*fish_lines(flags), "complete -c shimmy -w shimmy.py",
                          f"type -q shimmy; or function shimmy; {this} $argv; end"]))  # fmt: skip
@@ -12982,6 +12894,8 @@ def server_url(args: argparse.Namespace) -> str:
 
 def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
     """A connection to the configured address, not opened yet."""
+    import http.client
+
     host, port = listen_address(args)
     with contextlib.suppress(ValueError):  # a name
         if ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
@@ -12989,12 +12903,10 @@ def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.c
     return http.client.HTTPConnection(host, port, timeout=timeout)
 
 
-def server_headers() -> dict[str, bytes]:
-    """The key from SHIMMY_API_KEY, if one is set, as UTF-8: http.client would write Latin-1 or fail."""
+def server_headers() -> dict[str, str]:
+    """The key from SHIMMY_API_KEY, if one is set."""
     key = os.environ.get("SHIMMY_API_KEY")
-    if key and not key.isprintable():
-        raise UsageError("SHIMMY_API_KEY holds a character that cannot be sent, such as a line break")
-    return {"Authorization": b"Bearer " + key.encode()} if key else {}
+    return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
 
 
 def _key_refusal() -> str:
@@ -13048,7 +12960,9 @@ def _fault_words(known: Mapping[str, Any]) -> str:
 
 
 def server_state(args: argparse.Namespace) -> dict[str, Any]:
-    """Whether a server answers at the configured address, what it says of its health, and if it takes our key."""
+    """Asks the configured address for a server: its health, and if it takes our key."""
+    import http.client
+
     state: dict[str, Any] = {"running": False, "url": server_url(args)}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
         status, document = ask_server(args, "/api/health", timeout=2.0)
@@ -13091,27 +13005,6 @@ class NoServer(Exception):
     """No running server can do the work; the message says why, for -v."""
 
 
-class TextSource(Protocol):
-    """Who generates: the running server, or an engine of our own."""
-
-    model: str  # the model's id
-    has_template: bool | None  # None: not known
-    queued: Queued | None  # the request passed its checks
-    poll_seconds: float  # how often to ask for the status
-
-    def warm(self) -> None:
-        """Has the model loaded, if it is not, without waiting for it."""
-
-    def status(self) -> dict[str, Any]:
-        """The model's status, as the status route tells it."""
-
-    def events(self, body: dict[str, Any]) -> Iterator[Event]:
-        """Generates what a body of /api/generate asks for."""
-
-    def close(self) -> None:
-        """Ends whatever still runs."""
-
-
 def choose_generator(args: argparse.Namespace) -> TextSource:
     """The running server if it knows the model, else an engine of our own; -v says which and why."""
     try:
@@ -13139,7 +13032,7 @@ def own_engine(args: argparse.Namespace) -> OwnEngine:
 
 
 def why_own(args: argparse.Namespace) -> str | None:
-    """Why only an engine of our own can do what the command line asks; None when a server can too."""
+    """Reason the running server cannot be used, or None."""
     if args.local:
         return "--local"
     for f in fields(EngineOptions):
@@ -13151,7 +13044,7 @@ def why_own(args: argparse.Namespace) -> str | None:
 class OwnEngine:
     """Generates with an engine that lives as long as the command."""
 
-    poll_seconds = 0.1
+    poll_seconds = 0.1  # how often to ask for the status
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Finds the model; the first generation loads it. Raises ModelNotFound, ImportError."""
@@ -13165,12 +13058,15 @@ class OwnEngine:
         self.has_template = next(m["chat_template"] for m in self._service.table.models() if m["id"] == self.model)
 
     def warm(self) -> None:
+        """Has the model loaded, without waiting for it."""
         self._service.table.load(self.model, False, Cancellation())
 
     def status(self) -> dict[str, Any]:
+        """The model's status, as the status route tells it."""
         return self._service.table.status(self.model)
 
     def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        """Generates what a body of /api/generate asks for; `queued` tells that the request passed its checks."""
         with contextlib.closing(self._service.generate(Native(body).request, Cancellation())) as events:  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Queued):
@@ -13195,13 +13091,16 @@ class RunningServer:
         try:
             self.model = self.status()["model"]
             found = next(m for m in self._ask("/api/models")["models"] if m["id"] == self.model)
-            self.has_template, theirs = found["chat_template"], found["size_bytes"]
+            theirs: int | None = found["size_bytes"]
+            self.has_template: bool | None = found["chat_template"]  # None: not known
         except (KeyError, TypeError, StopIteration):
             raise NoServer(f"what answers at {self.url} is no shimmy server of this version") from None
         if size not in (None, theirs):
             raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
 
     def _ask(self, path: str) -> dict[str, Any]:
+        import http.client
+
         try:
             status, document = ask_server(self._args, path, timeout=5.0)
         except (OSError, http.client.HTTPException, ValueError):
@@ -13231,6 +13130,8 @@ class RunningServer:
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
     def events(self, body: dict[str, Any]) -> Iterator[Event]:
+        import http.client
+
         connection = connect_to_server(self._args, None)
         self._open.add(connection)
         try:
@@ -13253,7 +13154,7 @@ class RunningServer:
 
     def _post(self, connection: http.client.HTTPConnection, body: bytes) -> http.client.HTTPResponse:
         """The head of a stream. Raises the server's error."""
-        headers = {"Content-Type": b"application/json", **server_headers()}
+        headers = {"Content-Type": "application/json", **server_headers()}
         connection.connect()
         with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
             connection.request("POST", "/api/generate", body, headers)
@@ -13278,8 +13179,11 @@ class RunningServer:
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
 
+TextSource = OwnEngine | RunningServer
+
+
 def named_model(args: argparse.Namespace) -> tuple[str, int | None]:
-    """What to ask a server for, and the size of the file that --models-dir has under that name."""
+    """The model's name for a server, and the size of the file that --models-dir has under that name."""
     base = os.environ.get("SHIMMY_BASE_GGUF")  # our default, whatever the server's is
     name = args.model or (base and plain_id(pathlib.Path(base).stem if is_path(base) else base)) or "default"
     if args.models_dir:
@@ -13307,34 +13211,21 @@ def command_generate(args: argparse.Namespace) -> int:
             return generate_lines(args, generator, sampling)
         body = generate_body(args, generator, read_prompt(args), sampling)
         with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire = PrintedJson(line, args.raw) if args.json else PrintedText(line, args.raw)
-            dialect = Speed(body | {"stream": not args.json})
+            wire, dialect, began = Printed(line, args.raw, args.json), Native(body | {"stream": not args.json}), time.monotonic()
             try:
                 deliver(dialect, generator.events(body), wire)
             except ApiError:
                 wire.end()  # the message gets a line of its own
                 raise
-    dialect.report()
+    report_speed(dialect, began)
     return report_cut(args, wire, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
 
 
-class Speed(Native):
-    """A native request that notes how fast it is answered, for -v."""
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self._began = self._last = time.monotonic()
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Text):
-            self._last = time.monotonic()
-
-    def report(self) -> None:
-        """Logs tokens, time to first token (a load counts) and speed; a server tells only how many tokens there were."""
-        if self.usage and self.first:
-            seconds = self.usage.decode_seconds or self._last - self.first
-            log.info("%s", replace(self.usage, decode_seconds=seconds).words(self.first - self._began))
+def report_speed(dialect: Native, began: float) -> None:
+    """Logs tokens, time to first token (a load counts) and speed, for -v; a server tells only how many tokens there were."""
+    if dialect.usage and dialect.first:
+        seconds = dialect.usage.decode_seconds or time.monotonic() - dialect.first
+        log.info("%s", replace(dialect.usage, decode_seconds=seconds).words(dialect.first - began))
 
 
 def generating_model(model: str | None) -> str | None:
@@ -13414,33 +13305,34 @@ def note_ignored_input() -> None:
 
 
 def waiting_for(generator: TextSource) -> str:
-    """What a generation waits for, before its first word."""
+    """Describes the wait for a generation's first word."""
     if generator.queued is None:
         return loading_stage(generator.status()) or "reading the prompt"
     tokens = generator.queued.prompt_tokens
     return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
 
 
-class PrintedText(Wire):
-    """A native stream on standard output: the text alone, each piece flushed."""
+class Printed(Wire):
+    """A native answer on standard output: its document, or the text alone, each piece flushed, and kept in `said`."""
 
     finish_reason: str | None = None
     completion_tokens = 0
 
-    def __init__(self, line: WaitingLine, raw: bool) -> None:
-        self._line, self._raw, self._last = line, raw, ""
+    def __init__(self, line: WaitingLine, raw: bool = False, as_json: bool = False) -> None:
+        self._line, self._raw, self._as_json = line, raw, as_json
+        self.said: list[str] = []
 
     def send(self, document: dict[str, Any]) -> None:
-        self._note_end(document)
-        text = document["choices"][0]["text"]
-        if text:
-            self._line.clear()
-            self._last = text[-1]
-            self._write(text)
-
-    def _note_end(self, document: dict[str, Any]) -> None:
-        self.finish_reason = document["choices"][0].get("finish_reason")
+        (choice,) = document["choices"]
+        self.finish_reason = choice.get("finish_reason")
         self.completion_tokens = document.get("usage", {}).get("completion_tokens", 0)
+        if self._as_json:
+            self._line.clear()
+            print_json(document)
+        elif choice["text"]:
+            self._line.clear()
+            self.said.append(choice["text"])
+            self._write(choice["text"])
 
     def _write(self, text: str) -> None:
         """A terminal would obey what a model writes; a pipe gets it byte for byte."""
@@ -13451,20 +13343,11 @@ class PrintedText(Wire):
     def end(self) -> None:
         """The last line gets its newline; only a terminal gets it with --raw."""
         self._line.clear()
-        if self._last not in ("", "\n") and (not self._raw or sys.stdout.isatty()):
+        if self.said and not self.said[-1].endswith("\n") and (not self._raw or sys.stdout.isatty()):
             self._write("\n")
 
 
-class PrintedJson(PrintedText):
-    """A native document on standard output."""
-
-    def send(self, document: dict[str, Any]) -> None:
-        self._note_end(document)
-        self._line.clear()
-        print_json(document)
-
-
-def report_cut(args: argparse.Namespace, wire: PrintedText, most: int) -> int:
+def report_cut(args: argparse.Namespace, wire: Printed, most: int) -> int:
     """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
     if wire.finish_reason != "length":
         return 0
@@ -13543,9 +13426,9 @@ class Conversation:
         args, generator, asked = self._args, self._generator, {"role": "user", "content": decoded(os.fsencode(text), "the text")}
         body = generate_body(args, generator, "", self._sampling) | {"messages": [*self._turns, asked], "stream": True}
         generator.queued = None
-        dialect = Speed(body)
+        dialect, began = Native(body), time.monotonic()
         with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire = Said(line)
+            wire = Printed(line)
             try:
                 deliver(dialect, generator.events(body), wire)
             except KeyboardInterrupt:
@@ -13557,20 +13440,8 @@ class Conversation:
                     print("/reset begins anew", file=sys.stderr)
         if wire.said:
             self._turns += [asked, {"role": "assistant", "content": "".join(wire.said)}]
-        dialect.report()
+        report_speed(dialect, began)
         report_cut(args, wire, self._sampling["max_tokens"])
-
-
-class Said(PrintedText):
-    """An answer that is printed, and kept for the turns to come."""
-
-    def __init__(self, line: WaitingLine) -> None:
-        super().__init__(line, raw=False)
-        self.said: list[str] = []
-
-    def send(self, document: dict[str, Any]) -> None:
-        self.said.append(document["choices"][0]["text"])
-        super().send(document)
 
 
 @contextlib.contextmanager
@@ -13595,15 +13466,6 @@ def line_history() -> Iterator[None]:
 
 
 # --lines
-
-
-class Collected(Wire):
-    """Keeps the one document of a plain reply."""
-
-    document: dict[str, Any]
-
-    def send(self, document: dict[str, Any]) -> None:
-        self.document = document
 
 
 def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
@@ -13660,9 +13522,10 @@ def answer_line(
     try:
         if isinstance(line, ApiError):
             raise line
-        body, wire = generate_body(args, generator, line, sampling), Collected()
-        deliver(Native(body), generator.events(body), wire)
-        return wire.document
+        body = generate_body(args, generator, line, sampling)
+        dialect = Native(body)
+        *_, document = (document for event in generator.events(body) for document in dialect.documents(event))
+        return document
     except ApiError as error:
         return error.document()
     except Exception as error:  # a thread's border: the line's reader must hear something
@@ -19926,6 +19789,8 @@ def write_reference(folder: str, commit: str) -> None:
 # ── G. Page ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # The chat page at /: one document without a build, a network or a framework. Its script speaks the same API as every client
 # and keeps conversations in the browser. Nothing in it may run but what stands here, for the policy names its hashes.
+# Offers: PAGE, page_headers, open_page.
+# Uses: nothing.
 
 PAGE = r"""<!doctype html>
 <html lang="en">
@@ -20001,7 +19866,8 @@ p { margin: 0; }
 .code pre { margin: 0; padding: .75rem .9rem; overflow-x: auto; overflow-wrap: normal; font-size: .9rem; }
 .wide { overflow-x: auto; margin: .75em 0; }
 table { border-collapse: collapse; font-size: .95em; }
-th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal; }
+th, td { border-bottom: 1px solid var(--line); padding: .35rem .8rem .35rem 0; text-align: left; overflow-wrap: normal;
+  white-space: pre-line; }
 .empty { text-align: center; padding-top: 12vh; color: var(--mute); text-wrap: balance; }
 #foot { padding: 0 1rem max(.75rem, env(safe-area-inset-bottom)); }
 #foot > * { max-width: 46rem; margin: 0 auto .5rem; }
@@ -20024,6 +19890,7 @@ small { display: block; color: var(--mute); line-height: 1.4; margin-bottom: .25
   #side:not(:popover-open) { display: none; }
   #model { flex: 1 1 0; }
 }
+@media (pointer: coarse) { #chats button, .foot button { min-width: 2.75rem; min-height: 2.75rem; } }
 @media (max-width: 32rem) { #state, .empty p + p { display: none; } }
 </style>
 </head>
@@ -20084,7 +19951,7 @@ function make(tag, props, ...children) {
     if (typeof value === "function") node.addEventListener(name, value);
     else if (value !== false && value != null) node.setAttribute(name, value === true ? "" : value);
   }
-  node.append(...children);
+  children.flat().forEach(child => node.append(child));  // as arguments, tens of thousands would overflow the stack
   return node;
 }
 
@@ -20124,11 +19991,21 @@ const isBlank = line => !line.trim();
 const begins = line => [FENCE, HEADING, RULE, QUOTE, ITEM].some(start => start.test(line));
 const indent = line => line.length - line.trimStart().length;
 
-function drawMarkdown(parent, text) {  // a growing text: what stays the same is left alone
-  const nodes = blocks(text.split(/\r?\n/), 0);
-  const same = nodes.findIndex((node, n) => !parent.children[n]?.isEqualNode(node));
-  while (same !== -1 && parent.children.length > same) parent.lastChild.remove();
-  if (same !== -1) parent.append(...nodes.slice(same));
+// Draws a growing text: what stays the same is left alone, and only the last block is read again.
+function drawMarkdown(parent, text) {
+  let {line, kept} = parent.drawn && text.startsWith(parent.drawn.text) ? parent.drawn : {line: 0, kept: 0};
+  const lines = text.split(/\r?\n/), nodes = [], first = kept;
+  for (let i = line; i < lines.length;) {
+    const [end, ...found] = blockAt(lines, i, 0);
+    if (found.length) [line, kept] = [i, first + nodes.length];
+    nodes.push(...found);
+    i = end;
+  }
+  parent.drawn = {text, line, kept};
+  const same = nodes.findIndex((node, n) => !parent.children[first + n]?.isEqualNode(node));
+  const stays = first + (same === -1 ? nodes.length : same);
+  while (parent.children.length > stays) parent.lastChild.remove();
+  nodes.slice(stays - first).forEach(node => parent.append(node));
 }
 
 function blocks(lines, depth) {
@@ -20151,11 +20028,11 @@ function blockAt(lines, i, depth) {
     return [end + 1, codeBlock(code, fence[2].trim().split(" ")[0])];
   }
   if (isBlank(line)) return [i + 1];
-  if (heading) return [i + 1, make("h" + heading[1].length, null, ...inline(heading[2].replace(/ #+ *$/, "")))];
+  if (heading) return [i + 1, make("h" + heading[1].length, null, inline(heading[2].replace(/ #+ *$/, "")))];
   if (RULE.test(line)) return [i + 1, make("hr")];
   if (QUOTE.test(line) && depth < DEEPEST) {
     const end = past(i, l => QUOTE.test(l)), inner = lines.slice(i, end).map(l => l.replace(QUOTE, ""));
-    return [end, make("blockquote", null, ...blocks(inner, depth + 1))];
+    return [end, make("blockquote", null, blocks(inner, depth + 1))];
   }
   if (ITEM.test(line) && depth < DEEPEST) return list(lines, i, depth);
   if (isTableRule(lines[i + 1] || "", cells(line).length)) {
@@ -20163,7 +20040,7 @@ function blockAt(lines, i, depth) {
     return [end, table(lines.slice(i, end).map(cells))];
   }
   const end = past(i + 1, l => !isBlank(l) && !begins(l));
-  return [end, make("p", null, ...inline(lines.slice(i, end).map(l => l.trim()).join("\n")))];
+  return [end, make("p", null, inline(lines.slice(i, end).map(l => l.trim()).join("\n")))];
 }
 
 function list(lines, i, depth) {
@@ -20183,8 +20060,11 @@ function list(lines, i, depth) {
     else break;
   }
   const [tag, props] = isNaN(number) ? ["ul"] : ["ol", {start: number !== 1 && String(number)}];
-  return [i, make(tag, props, ...items.map(item => make("li", null, ...blocks(item, depth + 1))))];
+  return [i, make(tag, props, items.map(item => make("li", null, blocks(ticked(item), depth + 1))))];
 }
+
+// A task's box, which is shown and cannot be ticked here.
+const ticked = ([first, ...rest]) => [first.replace(/^\[( |x|X)\] /, (_, mark) => mark === " " ? "☐ " : "☑ "), ...rest];
 
 const cells = line => line.trim().replace(/^\||(?<!\\)\|$/g, "").split(/(?<!\\)\|/).map(cell => cell.trim());
 const isTableRule = (line, width) =>
@@ -20192,7 +20072,7 @@ const isTableRule = (line, width) =>
 
 function table([head, rule, ...rows]) {
   const row = (tag, texts) => make("tr", null, ...head.map((_, n) =>
-    make(tag, null, ...inline((texts[n] || "").replaceAll("\\|", "|")))));
+    make(tag, null, inline((texts[n] || "").replaceAll("\\|", "|").replace(/<br *\/?>/gi, "\n")))));
   const body = make("tbody", null, ...rows.map(texts => row("td", texts)));
   return make("div", {class: "wide", tabindex: 0, role: "region", "aria-label": "Table"},
     make("table", null, make("thead", null, row("th", head)), body));
@@ -20204,6 +20084,7 @@ function codeBlock(code, language) {
 }
 
 const SPANS = new RegExp([
+  /(?<math>\\\(.{1,500}?\\\)|\\\[.{1,500}?\\\])/,
   /\\(?<escaped>[!-/:-@[-`{-~])/,
   /(?<!`)(?<ticks>`+)(?!`) ?(?<code>.{1,500}?) ?(?<!`)\k<ticks>(?!`)/,
   /!?\[(?<label>[^[\]]{0,500})\]\( ?<?(?<target>[^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?: "[^"]{0,500}")? ?\)/,
@@ -20224,20 +20105,21 @@ function inline(text, depth = 0) {
   return [...nodes, text.slice(from)];
 }
 
-function span(whole, {escaped, code, label, target, address, mark, strong, em, under, underlined}, depth) {
+function span(whole, {math, escaped, code, label, target, address, mark, strong, em, under, underlined}, depth) {
   const inner = words => depth < DEEPEST ? inline(words, depth + 1) : [words];
+  if (math) return whole;  // as it was written
   if (escaped) return escaped;
   if (code) return make("code", null, code);
   if (address) return link(address, [address]) || whole;
   if (target) return link(target, label && !label.includes("://") ? inner(label) : [label || target]) || whole;
   const words = strong || em || underlined;
-  return TAGS[mark || under || "*"].reduceRight((children, tag) => [make(tag, null, ...children)], inner(words))[0];
+  return TAGS[mark || under || "*"].reduceRight((children, tag) => [make(tag, null, children)], inner(words))[0];
 }
 
 function link(target, label) {
   const url = URL.canParse(target) ? new URL(target) : null;
   if (!url || !["http:", "https:", "mailto:"].includes(url.protocol)) return null;
-  return make("a", {href: url.href, title: url.href, target: "_blank", rel: "noopener noreferrer"}, ...label);
+  return make("a", {href: url.href, title: url.href, target: "_blank", rel: "noopener noreferrer"}, label);
 }
 
 // ── Conversations, kept in the browser. What its storage or a file holds is taken as far as it has the shape of these.
@@ -20342,7 +20224,7 @@ async function refresh() {
     const listed = (await get("/api/models")).models;
     tools = (await get("/api/tools")).tools;
     models = listed.filter(model => model.id !== "default" && !model.embedding);
-    usual = String(listed[0]?.description).replace("Base GGUF model: ", "");
+    usual = await get("/api/models/default/status").then(status => status.model, () => "");
     if (reached === false) $("notice").hidden = true;
     reached = true;
   } catch (error) {
@@ -20423,7 +20305,7 @@ async function ask(chat, question, n = chat.turns.length) {
     const response = await call("/v1/chat/completions", requestOf(chat), run.abort.signal);
     for await (const event of events(response)) take(turn, run, event);
   } catch (error) {
-    if (!error.code) await sleep(300);  // never over where the page itself is left: that is no fault to show after a reload
+    if (!error.code) await sleep(300);  // leaving the page aborts fetches: wait, so that this is not shown as an error
     turn.end = run.abort.signal.aborted ? "stopped" : "error";
     turn.error = {code: error.code || (run.first ? "cut" : "gone"), message: error.message};
   }
@@ -20431,7 +20313,7 @@ async function ask(chat, question, n = chat.turns.length) {
   save(chat);
   drawSide();
   drawSoon();
-  say(turn.end === "error" ? turn.error.message : turn.end === "stopped" ? "Stopped" : "The answer is complete");
+  say(turn.end === "error" ? turn.error.message : turn.end === "stopped" ? "Stopped" : `The answer is complete: ${textOf(turn)}`);
 }
 
 // Says what an answer waits for, until its first words come.
@@ -20448,6 +20330,8 @@ async function watch(chat, model, run) {
   }
   if (run.first) refresh();  // the model is loaded by now
 }
+
+const textOf = turn => turn.parts.filter(part => part.kind === "text").map(part => part.text).join("\n\n");
 
 function take(turn, run, event) {
   const [choice] = event.choices, delta = choice?.delta || {};
@@ -20509,11 +20393,13 @@ function emptyView() {
     make("p", null, "Enter sends · Shift+Enter new line · Esc stops · / to the box · ↑ edits · Alt+N new chat"));
 }
 
+const heading = words => make("h2", {class: "unseen"}, words);  // readers of screens go from one to the next
+
 function questionView(chat, n) {
   const text = chat.turns[n].question;
   const again = button("Edit", () => edit(n), {class: "plain", "aria-label": "Edit and ask again"});
   const foot = make("div", {class: "row foot"}, copyButton(text, "Copy the question"), again);
-  return make("article", {class: "user", "aria-label": "You"}, make("div", {class: "words"}, text), foot);
+  return make("article", {class: "user", "aria-label": "You"}, heading("You"), make("div", {class: "words"}, text), foot);
 }
 
 function edit(n) {  // the question of turn n, in the box; null: no longer
@@ -20538,7 +20424,7 @@ function answerView(chat, n) {
     shown = words;
   };
   newest();
-  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, parts, foot);
+  return make("article", {class: "answer", "aria-label": `Answer of ${turn.model}`}, heading("Answer"), parts, foot);
 }
 
 const folded = (name, summary, ...children) => make("details", {class: name}, make("summary", null, ...summary), ...children);
@@ -20558,7 +20444,7 @@ function partView(part) {
 
 function doneFoot(chat, n) {
   const turn = chat.turns[n], again = () => ask(chat, turn.question, n);
-  const text = turn.parts.filter(part => part.kind === "text").map(part => part.text).join("\n\n");
+  const text = textOf(turn);
   const foot = make("div", {class: "row foot"}, text ? copyButton(text, "Copy the answer") : "",
     button("Again", again, {class: "plain again", "aria-label": "Answer again"}),
     make("span", {class: "figures"}, figureWords(turn)));
@@ -20587,11 +20473,25 @@ function drawSide() {
 
 function remove(chat) {
   if (!confirm(`Delete “${brief(chat.title)}”?`)) return;
+  const at = chats.indexOf(chat);
   stop(chat);
   chats = chats.filter(each => each !== chat);
   store("chat." + chat.id, null);
-  if (chat === current) openChat(chats[0] || newChat());
-  else drawSide();
+  if (chat === current) return openChat(chats[0] || newChat());
+  drawSide();
+  ($("chats").children[Math.min(at, chats.length - 1)]?.firstChild || $("new")).focus();
+}
+
+// Another tab has written or deleted a chat: its word counts, but for one that is being answered here.
+function takeStored({key, newValue}) {
+  const id = key?.startsWith("shimmy.chat.") && key.slice(12), old = chats.find(chat => chat.id === id);
+  if (!id || runs.has(old) || (!old && !newValue)) return;
+  const fresh = newValue === null ? null : newChat(parsed(newValue), id);
+  chats = [fresh, ...chats.filter(chat => chat !== old)].filter(Boolean).sort((a, b) => b.changed - a.changed);
+  if (current !== old || !old) return drawSide();
+  current = fresh || newChat();
+  drawSide();
+  drawLog();
 }
 
 function openChat(chat) {
@@ -20599,11 +20499,11 @@ function openChat(chat) {
   stick = true;
   store("last", chat.id);
   if (reached) $("notice").hidden = true;
-  $("side").hidePopover();
+  $("side").hidePopover?.();
   drawSide();
   drawModels();
   drawLog();
-  if (matchMedia("(hover: hover)").matches) box.focus();  // on a phone that would open the keyboard
+  if (hasKeyboard) box.focus();  // on a phone that would open the one on the screen
 }
 
 function drawModels() {
@@ -20653,13 +20553,16 @@ function submitBox(event) {
   ask(current, text, n);
 }
 
+const hasKeyboard = matchMedia("(hover: hover)").matches;
+const OVERLAY = "dialog[open]" + (CSS.supports("selector(:popover-open)") ? ", :popover-open" : "");
+
 function pressed(event) {
-  const {key, target} = event, inBox = target === box && !event.isComposing;
-  if (document.querySelector("dialog[open], :popover-open")) return;
+  const {key, target} = event, inBox = target === box;
+  if (event.isComposing || event.keyCode === 229 || document.querySelector(OVERLAY)) return;  // 229: Safari's end of composing
   const act = key === "Escape" ? () => edited === null ? stop(current) : edit(null)
     : key === "/" && !target.matches("input, textarea, select") ? () => box.focus()
     : event.altKey && event.code === "KeyN" ? startChat
-    : inBox && key === "Enter" && !event.shiftKey ? () => submitBox(event)
+    : inBox && key === "Enter" && !event.shiftKey && hasKeyboard ? () => submitBox(event)
     : inBox && key === "ArrowUp" && !box.value && current.turns.length ? () => edit(current.turns.length - 1) : null;
   if (act) event.preventDefault();
   act?.();
@@ -20683,6 +20586,9 @@ on(document, "dragover", event => event.preventDefault());
 on(document, "drop", event => insert(event, event.dataTransfer.files));
 on(document, "visibilitychange", () => document.hidden ? [...runs.keys()].forEach(save) : refresh());
 
+on(window, "storage", takeStored);
+
+if (!hasKeyboard) box.enterKeyHint = "enter";  // there is no Shift+Enter: the button sends
 readChats();
 openChat(current);
 refresh();
@@ -20706,11 +20612,6 @@ def page_headers() -> dict[str, str]:
               "require-trusted-types-for 'script'; trusted-types 'none'")  # fmt: skip
     return {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": policy, "Cache-Control": "no-cache",
             "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Vary": "Accept"}  # fmt: skip
-
-
-def answer_page() -> Answer:
-    """The page, as it stands above."""
-    return Answer(PAGE.encode(), headers=page_headers())
 
 
 def open_page(url: str) -> None:
