@@ -1002,7 +1002,7 @@ def parse_json(data: bytes, what: str = "The body") -> Any:
             raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
         _check_nesting(data, what)
         try:
-            value = json.loads(source, parse_float=_finite, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
+            value = json.loads(source, parse_float=_finite, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
         if "\\u" in source and _has_surrogate(value):
@@ -1042,6 +1042,10 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{text[:20]} is too large a number")
     return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
 
 
 def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
@@ -1607,8 +1611,22 @@ class CallFormat:
     @functools.cached_property
     def closers(self) -> frozenset[str]:
         """The pieces of text that may stand between two calls, and behind the last."""
-        between = self.again.removesuffix(self.call_opens)
-        return frozenset(p for p in MARKER.findall(between + self.closes) if not p.isspace())
+        ends = (self.again.removesuffix(self.call_opens), self.closes)
+        if self.keys:  # behind the arguments may stand other pairs
+            ends = tuple(text[text.find("}") :] for text in ends)
+        return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
+
+    @functools.cached_property
+    def beginnings(self) -> tuple[str, ...]:
+        """How the first call of a section begins, and how each does: some models leave the section's marker out."""
+        blank = "[ \n" if self.keys else ""
+        found = (opens.lstrip().rstrip(blank) for opens in (self.opens, self.call_opens))
+        return tuple(dict.fromkeys(opens for index, opens in enumerate(found) if opens or not index))
+
+    @functools.cached_property
+    def marks(self) -> tuple[str, ...]:
+        """The text to look for at each of these beginnings; none where a call has no marker."""
+        return tuple(re.split(rf"\s*\n|[{ID}{ANY}]", opens)[0] for opens in self.beginnings)
 
 
 HERMES = CallFormat("<tool_call>\n", '", "arguments": ', "}\n</tool_call>", head='{"name": "', keys=("name", "arguments"),
@@ -1781,7 +1799,8 @@ class Chat:
             return Parser(index)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in request.tools}
         hidden = frozenset(self.facts.specials) - self.markers
-        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request))
+        forced = request.tool_choice not in ("auto", "none")
+        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request), forced)
 
     def thought_budget(self, request: GenerateRequest, last: Seq[Any]) -> ThoughtBudget | None:
         """How long the answer may think, if the request says so."""
@@ -1802,7 +1821,7 @@ class Chat:
         one = not request.parallel_tool_calls and request.sampling.constraint is None
         if not tools or request.tool_choice == "none" or not (forced or one):
             return self._schema(request, str(last[0]))
-        grammar, mark = CallsGrammar(calls, tools), openers(calls, {})[0].mark
+        grammar, mark = CallsGrammar(calls, tools), calls.marks[0]
         if not forced:  # the first call is the only one
             return Constraint(grammar.symbol(mark, False), "parallel_tool_calls", mark, self.markers) if mark else None
         opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
@@ -13369,243 +13388,487 @@ class Parser:
 
 
 Reading = Generator[None, None, Any]  # a coroutine that waits for text at each yield
-PAIR = r'"[^"\\]*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{)'  # in a JSON object; or it begins an inner one
-MAX_HEADER = 512  # characters from a call's marker to its arguments
+MAX_HEADER = 512  # characters from a call's marker to its arguments, or that stand for nothing in a call
+MAX_EARLY = 64 * 1024  # of arguments that stand before the name
 
 
-@dataclass(frozen=True)
-class Found:
-    """A call's beginning: `size` characters up to its arguments, or up to its end where those stood before the name."""
-
-    opener: Opener
-    name: str
-    id: str
-    size: int
-    depth: int  # JSON objects left open around the arguments
-    arguments: str | None = None
-
-
-@dataclass(frozen=True)
-class Opener:
-    """Recognizes one way in which a call of the offered functions begins."""
-
-    format: CallFormat
-    prefix: str  # up to the name, or to the JSON object that holds it
-    schemas: Mapping[str, Any]
-    inner: Opener | None = None  # what begins the next call in the same section
-
-    @functools.cached_property
-    def mark(self) -> str:
-        """The first text to look for."""
-        return re.split(rf"\s*\n|[{ID}{ANY}]", self.prefix)[0]
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        if self.format.keys is None:
-            names = "|".join(re.escape(n) for n in sorted(self.schemas, key=len, reverse=True))
-            behind = r"(?=[^\w.-])" if not self.format.named.strip() else ""
-            return re.compile(rf"\s*{flexible(self.prefix)}(?P<name>{names}){behind}{flexible(self.format.named.rstrip())}", re.S)
-        name, arguments = map(re.escape, self.format.keys)
-        inside = rf'\s*(?:(?!"(?:{name}|{arguments})"){PAIR}\s*(?:,\s*)?)*?"{name}"\s*:\s*"(?P<name>[^"\\]*)"'
-        inside = inside if name else r'\s*"(?P<name>[^"\\]*)"\s*:\s*(?=\S)'
-        whole = rf"{flexible(self.prefix)}\s*(?:\[\s*)?(?P<object>\{{{inside})"
-        return re.compile(whole.replace(r"\s*\s*", r"\s*"), re.S)  # two in a row would be tried in every division
-
-    def find(self, text: str) -> Found | None:
-        """The call that begins at the text's first character, once its name is known."""
-        match = self.pattern.match(text)
-        if not match:
-            return self._arguments_first(text)
-        if match["name"] not in self.schemas:
-            return None
-        groups = match.groupdict()
-        return Found(self, match["name"], groups.get("id") or "", match.end(), (groups.get("object") or "").count("{"))
-
-    def _arguments_first(self, text: str) -> Found | None:
-        if not self.format.keys or "{" not in text[len(self.mark) :]:
-            return None
-        with contextlib.suppress(ValueError, RecursionError):
-            call, end = json.JSONDecoder().raw_decode(text, text.index("{", len(self.mark)))
-            name, arguments = (call.get(k) for k in self.format.keys)
-            if name in self.schemas and isinstance(arguments, dict):
-                return Found(self, name, "", end, 0, json.dumps(arguments, ensure_ascii=False))
-        return None
-
-    def may_begin(self, text: str) -> bool:
-        """Whether more text may make it a call."""
-        plain, raw, text = squeezed(re.split(f"[{ID}{ANY}]", self.prefix)[0]), text, squeezed(text)
-        if len(raw) - len(text) > MAX_HEADER or len(raw) > 32 * MAX_HEADER:
-            return False  # the buffer is matched anew with every piece: white space without end must not make it long
-        if len(text) <= len(plain):
-            return plain.startswith(text)
-        if not text.startswith(plain) or (len(text) > MAX_HEADER and not self.format.keys):
-            return False
-        rest = text[len(plain) :]
-        if self.format.keys:
-            return self._object_may_begin(rest.removeprefix("["))
-        return ID in self.prefix or ANY in self.prefix or any(self._named(name, rest) for name in map(squeezed, self.schemas))
-
-    def _named(self, name: str, text: str) -> bool:
-        """Whether the text may become this name and what follows it."""
-        whole = name + squeezed(re.split(f"[{ID}{ANY}]", self.format.named)[0])
-        return whole.startswith(text) or (text.startswith(whole) and (ID in self.format.named or ANY in self.format.named))
-
-    def _object_may_begin(self, text: str) -> bool:
-        assert self.format.keys
-        if text[:1] not in ("", "{") or re.match(r'\{[^"]', text):
-            return False
-        known = re.match(rf'\{{"{re.escape(self.format.keys[0])}":"', text) if self.format.keys[0] else re.match(r'\{"', text)
-        if known:  # the name stands first, as nearly always
-            name, quote, _ = text[known.end() :].partition('"')
-            return any(n == name or (not quote and n.startswith(name)) for n in map(squeezed, self.schemas))
-        with contextlib.suppress(ValueError, RecursionError):
-            return json_end(text, 0) < 0  # all of it is there, and find() did not want it
-        return len(text) <= MAX_HEADER or text.startswith(f'{{"{self.format.keys[1]}"')
+_BLANK, _STRING = r"[ \t\r\n]*", r'"[^"\\\x00-\x1f]*"'
+_NUMBER = r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?"
+_SCALAR = f"(?:{_STRING}|{_NUMBER}|true|false|null)"
+_PAIR = rf"{_STRING}{_BLANK}:{_BLANK}{_SCALAR}{_BLANK}"
+_FLAT = (rf"\[{_BLANK}(?:{_SCALAR}{_BLANK}(?:,{_BLANK}{_SCALAR}{_BLANK})*)?\]"
+         rf"|\{{{_BLANK}(?:{_PAIR}(?:,{_BLANK}{_PAIR})*)?\}}")  # fmt: skip
+_WHOLE = rf"(?:{_FLAT}|(?:{_NUMBER}|true|false|null)(?=[ \t\r\n,\]}}]))"
+STRICT_JSON = re.compile(  # a piece of JSON text, as large as a pattern can tell, with the comma before it
+    rf"{_BLANK}(,)?{_BLANK}(?:(?P<pair>{_STRING}{_BLANK}:{_BLANK}(?:{_WHOLE}|{_STRING}))|(?P<string>{_STRING})|(?P<value>{_WHOLE})"
+    r"|(?P<open>[{\[])|(?P<close>[}\]])|(?P<colon>:))")  # fmt: skip
 
 
-def openers(format: CallFormat, schemas: Mapping[str, Any]) -> list[Opener]:
-    """How the first call of a section begins, and how each begins: some models leave the section's marker out."""
-    in_list = "[ \n" if format.keys else ""
-    call = Opener(format, format.call_opens.lstrip().rstrip(in_list), schemas)
-    first = Opener(format, format.opens.lstrip().rstrip(in_list), schemas, None if call.mark else call)
-    return [first] + ([call] if call.mark and call.mark != first.mark else [])
+class JsonMender:
+    """Makes JSON, as it comes, of what models write for it: with Python's words and quotes, raw line breaks, unquoted
+    words, trailing commas.
 
+    `quotes` are those that strings may have beside JSON's. With `closes` the value is an object whose opening bracket has
+    been read, and this one ends it.
+    """
 
-def squeezed(text: str) -> str:
-    """Text without its white space."""
-    return "".join(text.split())
+    TOKEN = re.compile(r"""(?P<string>"[^"\\\x00-\x1f]*")|(?P<blank>[ \t\r\n]+)|(?P<word>[^\s,:=;\[\]{}()"'<]+)|.""", re.S)
+    PLAIN: ClassVar = {'"': re.compile(r'[^"\\\x00-\x1f]+'), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
+    ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+    NUMBER = re.compile(_NUMBER)
+    WORDS: ClassVar = {"True": "true", "False": "false", "None": "null"} | {w: w for w in ("true", "false", "null")}
+    BRACKETS: ClassVar = {"{": "}", "[": "]", "(": ")"}
+    BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
 
+    def __init__(self, quotes: Seq[str] = ("'",), closes: str = "") -> None:
+        self._quotes = quotes
+        self._closes = [closes] if closes else []  # of each bracket that is open
+        self._objects = [True] if closes else []  # whether it is an object
+        self._wants = "key" if closes else "value"  # or element, colon, comma
+        self._quote = self._word = ""  # of the string, or so far, that is being read
+        self._comma = ""  # with the blanks behind it, until something follows
+        self._written = ["{"] if closes else []
+        self.done = self.failed = False
 
-def flexible(text: str) -> str:
-    """A pattern for a format's text: any white space where it has some, and its open places."""
-    opened = {ID: r"(?P<id>\S{1,64}?)", ANY: r".{0,64}?"}
-    return "".join(r"\s*" if m.isspace() else opened.get(m) or re.escape(m) for m in MARKER.findall(text))
+    def take(self) -> str:
+        """What has been written since the last time."""
+        written, self._written = "".join(self._written), []
+        return written
 
+    def read(self, text: str, at: int) -> int:
+        """Reads on from a place in the text; returns how far it came: to the value's end, or to what needs more text."""
+        while at < len(text) and not self.done and not self.failed:
+            if len(text) - at > 8 and not self._quote and not self._word:
+                at = self._strict(text, at)
+            behind = at
+            if at < len(text) and not self.done:
+                behind = self._string(text, at) if self._quote else self._token(text, at)
+            if behind == at:
+                break
+            at = behind
+        return at
 
-class JsonEnd:
-    """Finds where a JSON value ends, in text that comes in pieces."""
+    def _strict(self, text: str, start: int) -> int:
+        """Takes over what is JSON already, nearly all of it, as it stands: several times as fast as token by token."""
+        at, wants, comma = start, self._wants, self._comma != ""
+        closes, objects = self._closes, self._objects
+        while found := STRICT_JSON.match(text, at):
+            more, kind = found[1], found.lastgroup
+            if more and wants != "comma":
+                break
+            if more:
+                wants, comma = "key" if objects[-1] else "element", True
+            if kind == "pair" and wants == "key":
+                wants = "comma"
+            elif kind == "string" and wants == "key":
+                wants = "colon"
+            elif kind in ("value", "string") and wants in ("value", "element"):
+                wants = "comma"
+            elif kind == "open" and wants in ("value", "element"):
+                closes.append(self.BRACKETS[found["open"]])
+                objects.append(found["open"] == "{")
+                wants = "key" if objects[-1] else "element"
+            elif kind == "close" and not comma and wants in ("comma", "key", "element") and found["close"] == closes[-1]:
+                closes.pop()
+                objects.pop()
+                wants = "comma"
+            elif kind == "colon" and wants == "colon":
+                wants = "value"
+            else:
+                break
+            at, comma, self._wants = found.end(), False, wants
+            if not closes:
+                self.done = True
+                break
+        if at > start:
+            self._written.append(self._comma + text[start:at])
+            self._comma = ""
+        return at
 
-    OUTSIDE = frozenset(' \t\r\n,:.+-0123456789eE' "truefalsn")  # what stands between strings and brackets
-
-    def __init__(self, depth: int = 0) -> None:
-        self._depth, self._string, self._escaped = depth, False, False
-
-    def find(self, text: str) -> int | None:
-        """Where it ends in this next piece: behind its last character, or before what is no JSON."""
-        for at, c in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif self._string:
-                self._escaped, self._string = c == "\\", c != '"'
-                if not self._string and not self._depth:
-                    return at + 1
-            elif c == '"':
-                self._string = True
-            elif c in "{[":
-                self._depth += 1
-            elif c in "}]":
-                self._depth -= 1
-                if self._depth <= 0:
-                    return at + 1
-            elif c not in self.OUTSIDE:
+    def _token(self, text: str, at: int) -> int:
+        found = self.TOKEN.match(text, at)
+        assert found, "every character is a token"
+        kind, token = found.lastgroup, found[0]
+        if kind == "word":
+            self._word += token
+            return found.end()
+        if self._word:
+            self._end_word()
+            if self.done or self.failed:
                 return at
-        return None
+        if kind == "string":
+            self._begin("value", "element", "key")
+            self._written.append(token)
+            self._end_value()
+        elif kind == "blank":
+            if self._comma:
+                self._comma += token
+            else:
+                self._written.append(token)
+        elif quote := next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), ""):
+            if len(text) - at < len(quote):
+                return at
+            self._begin("value", "element", "key")
+            self._written.append('"')
+            self._quote = quote
+            return at + len(quote)
+        else:
+            self._mark(token)
+        return found.end()
 
+    def _begin(self, *wanted: str) -> None:
+        """Something comes where one of these is wanted: then the comma before it was none too many."""
+        self.failed = self.failed or self._wants not in wanted
+        self._written.append(self._comma)
+        self._comma = ""
 
-class LiteralEnd:
-    """Finds where one of several literals ends: at a comma or bracket outside its quotes and brackets."""
+    def _end_value(self) -> None:
+        self._wants = "colon" if self._wants == "key" else "comma"
+        self.done = not self._closes
 
-    def __init__(self, quote: str) -> None:
-        self._quotes = (quote, '"') if len(quote) > 1 else ("'", '"')
-        self._at, self._depth, self._inside = 0, 0, ""
+    def _mark(self, mark: str) -> None:
+        if mark in self.BRACKETS:
+            self._begin("value", "element")
+            self._written.append("{" if mark == "{" else "[")
+            self._closes.append(self.BRACKETS[mark])
+            self._objects.append(mark == "{")
+            self._wants = "key" if mark == "{" else "element"
+        elif mark == "," and self._wants == "comma":
+            self._comma, self._wants = ",", "key" if self._objects[-1] else "element"
+        elif mark in ":=" and self._wants == "colon":
+            self._written.append(":")
+            self._wants = "value"
+        elif self._closes and mark == self._closes[-1] and self._wants in ("comma", "key", "element"):
+            self._closes.pop()
+            self._written += [self._comma[1:], "}" if self._objects.pop() else "]"]
+            self._comma, self._wants = "", "value"
+            self._end_value()
+        else:
+            self.failed = True
 
-    def find(self, text: str) -> int | None:
-        """Where it ends in all the text so far; scanned once."""
-        while self._at < len(text):
-            at, c = self._at, text[self._at]
-            quotes = (self._inside,) if self._inside else self._quotes
-            quote = next((q for q in quotes if text.startswith(q, at)), "")
-            if not quote and any(q.startswith(text[at:]) for q in quotes):
-                return None
-            if quote and self._inside:  # an apostrophe ends nothing
-                if len(text) == at + len(quote):
-                    return None
-                quote = quote if text[at + len(quote)] in ",:)]} \n" else ""
-            if quote:
-                self._inside = "" if self._inside else quote
-            elif self._inside:
-                self._at += c == "\\" and len(self._inside) == 1
-            elif c in "{[(":
-                self._depth += 1
-            elif c in ",)]}":
-                if not self._depth:
-                    return at
-                self._depth -= c != ","
-            self._at += len(quote) or 1
-        return None
+    def _end_word(self) -> None:
+        word, self._word = self._word, ""
+        meant = None if self._wants == "key" else self.WORDS.get(word) or self._number(word)
+        if meant is None and self._wants != "key" and not re.match(r"[^\W\d]", word):
+            self.failed = True
+        self._begin("value", "element", "key")
+        self._written.append(json.dumps(word, ensure_ascii=False) if meant is None else meant)
+        self._end_value()
 
-
-def json_text(text: str) -> str:
-    """What a JSON string says that may have been cut."""
-    for whole in (text, *(text[: len(text) - n] + '"' for n in range(7))):  # half an escape has up to 6 characters
+    def _number(self, word: str) -> str | None:
+        """A number as JSON writes it; Python has more ways to."""
+        if self.NUMBER.fullmatch(word):
+            return word
+        with contextlib.suppress(ValueError, OverflowError):
+            return json.dumps(int(word, 0))
         with contextlib.suppress(ValueError):
-            return str(json.loads(whole))
-    return ""
+            return json.dumps(float(word)) if word[-1].isdigit() or word[-1] == "." else None
+        return None
+
+    def _string(self, text: str, at: int) -> int:
+        """Some more of a string."""
+        if len(self._quote) > 1:
+            return self._raw(text, at)
+        char = text[at]
+        if char == self._quote:
+            if char == "'" and at + 1 == len(text):
+                return at
+            if char == "'" and text[at + 1] not in self.BEHIND:
+                self._written.append(char)
+            else:
+                self._end_string()
+            return at + 1
+        if char == "\\":
+            return self._escape(text, at)
+        if found := self.PLAIN[self._quote].match(text, at):
+            self._written.append(found[0])
+            return found.end()
+        self._written.append(json.dumps(char)[1:-1])
+        return at + 1
+
+    def _end_string(self) -> None:
+        self._written.append('"')
+        self._quote = ""
+        self._end_value()
+
+    def _escape(self, text: str, at: int) -> int:
+        """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
+        size = {"u": 6, "x": 4}.get(text[at + 1 : at + 2], 2)
+        escape = text[at : at + size]
+        if len(escape) < size:
+            return at
+        if self.ESCAPE.fullmatch(escape):
+            self._written.append(escape)
+        elif re.fullmatch(r"\\x[0-9a-fA-F]{2}", escape):
+            self._written.append(rf"\u00{escape[2:]}")
+        elif escape == "\\'":
+            self._written.append("'")
+        else:
+            self._written.append("\\\\")
+            return at + 1
+        return at + size
+
+    def _raw(self, text: str, at: int) -> int:
+        """More of a string in a family's own quotes: nothing in it is an escape."""
+        quote = self._quote
+        end = text.find(quote, at)
+        stop = end if end >= 0 else len(text) - held_back(text[at:], (quote,))
+        self._written.append(json.dumps(text[at:stop], ensure_ascii=False)[1:-1])
+        if end < 0:
+            return stop
+        self._end_string()
+        return end + len(quote)
 
 
-def typed(text: str, types: frozenset[str]) -> str:
-    """An argument that stands without quotes, as JSON of one of these types."""
+def mended(text: str) -> str | None:
+    """A whole text as JSON, mended where it is plain what it means; None where it is not."""
+    mender = JsonMender()
+    end = mender.read(text + "\n", 0)
+    return mender.take().strip() if mender.done and not mender.failed and not text[end:].strip() else None
+
+
+def as_json(text: str, types: int) -> str:
+    """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
+    written = text.strip()
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if "string" not in types or json_type(value) in types:
-            return text.strip()
-    if "string" not in types:
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            return python_as_json(text)
+        if type_bit(json.loads(written, parse_constant=_no_constant)) & types:
+            return written
+    meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
+    if meant is not None and type_bit(json.loads(meant)) & types:
+        return meant
     return json.dumps(text, ensure_ascii=False)
 
 
-def python_as_json(text: str) -> str:
-    """Some templates print a list or an object as Python does. Raises ValueError or SyntaxError."""
-    import ast
-
-    return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False, allow_nan=False)
-
-
-def literal_as_json(text: str, quote: str) -> str:
-    """A literal as JSON: Python's, or one with quotes of the family's own and keys without any."""
-    if len(quote) > 1:
-        parts = text.split(quote)
-        for i, part in enumerate(parts):
-            bare = re.sub(r"([{,]\s*)([^\s{}\[\],:]+)(?=\s*:)", r'\1"\2"', part)
-            parts[i] = json.dumps(part, ensure_ascii=False) if i % 2 else bare
-        text = "".join(parts)
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(text)
-        return text
-    with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return python_as_json(text)
-    text = text[1:-1] if text[:1] in ("'", '"') and text[-1:] == text[0] else text
-    return json.dumps(text, ensure_ascii=False)
+def as_object(text: str) -> str | None:
+    """A call's arguments as a JSON object: they may stand as text in a string, and null is none; None if they are no object."""
+    if text.startswith('"'):
+        text = mended(json.loads(text)) or ""
+    text = "{}" if text == "null" else text
+    return text if text.startswith("{") else None
 
 
-def json_type(value: Any) -> str:
-    """What a schema calls this value's type."""
-    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
-    return kinds.get(type(value), "null")
+class TextEnded(Exception):
+    """More text is needed, and none will come."""
 
 
-def types_of(schema: Any) -> frozenset[str]:
-    """The types a schema names; none if it does not say."""
-    if not isinstance(schema, dict):
-        return frozenset()
-    options = [s for k in ("anyOf", "oneOf") for s in schema.get(k) or ()]
-    if options:
-        return frozenset().union(*map(types_of, options))
-    if isinstance(schema.get("enum"), list):
-        return frozenset(map(json_type, schema["enum"]))
-    kind = schema.get("type") or ()
-    return frozenset([kind] if isinstance(kind, str) else kind)
+class CallReader:
+    """Reads one section of calls from a parser's buffer: an automaton follows the text, and what stands in its slots, such as
+    arguments, is read here.
+
+    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
+    """
+
+    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
+
+    def __init__(self, parser: ChatParser, calls: TolerantCalls) -> None:
+        self._parser, self._calls, self._state = parser, calls, calls.start
+        self.at = 0  # how far the buffer has been read
+        self._header = 0  # from where on what is read counts as a call's header
+        self._name = self._id = self._key = ""  # of the call and the argument that are being read
+        self._early: str | None = None  # arguments that stood before the name
+        self._begun = False  # the client has been told of the call
+        self._whole = False  # nothing must follow
+        self._written = ""  # of the arguments: a whole object, or the last separator of those that stand one by one
+        self._found = False  # a call, at all
+
+    def read(self, marked: bool) -> Reading:
+        """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
+        a call begins so."""
+        try:
+            while self.at - self._header <= MAX_HEADER:
+                begun = self.at
+                self._state, self.at = self._calls.follow(self._state, self._parser.buffer, self.at)
+                if self._state.ends and self.at > begun:
+                    self._end_call()
+                elif self._state.bits != 1 << NAMED and self.at == len(self._parser.buffer):
+                    yield from self._more()
+                elif self._state.bits == 1 << NAMED or self.at == begun:
+                    slot = next((stack.top for stack in self._state.stacks if isinstance(stack.top, Slot)), None)
+                    if slot is None or not (yield from self._fill(slot)):
+                        break
+                    self._state = self._calls.behind(self._state, slot)
+                    if self._state.ends:
+                        self._end_call()
+        except TextEnded:
+            return self._end_of_text(marked)
+        self._close()
+        return self._found
+
+    def _more(self) -> Reading:
+        if self._parser.reason:
+            raise TextEnded
+        yield
+
+    def _end_of_text(self, marked: bool) -> bool:
+        """What is left when the text ends inside a section is no content, unless it may still be anything."""
+        cut = self._parser.reason != "stop"
+        if cut and self._name and not self._whole:
+            self._begin()
+        self._close()
+        if self._found or (cut and marked):
+            self.at = len(self._parser.buffer)
+            self._drop()
+        return self._found or (cut and marked)
+
+    def _drop(self) -> None:
+        self._parser.drop(self.at)
+        self.at = self._header = 0
+
+    def _end_call(self) -> None:
+        """Nothing must follow any more, though more may."""
+        self._begin()
+        self._whole = True
+        self._drop()
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._parser.begin_call(self._id, self._name)
+            self._begun = self._found = True
+            self._id = ""
+            self._drop()
+
+    def _write(self, text: str) -> None:
+        self._parser.write_arguments(text)
+
+    def _close(self) -> None:
+        """Ends the call that was being read, if there is one."""
+        if self._whole:
+            self._write({"": "{}", "{}": ""}.get(self._written, "}"))
+        elif self._begun:
+            self._parser.is_broken = True
+        self._begun = self._whole = False
+        self._written = ""
+
+    def _fill(self, slot: Slot) -> Reading:
+        """Reads what stands in a slot; false if that cannot be."""
+        if slot.kind == NAMED:
+            return self._named(slot.text, self._parser.buffer[self.at :])
+        if slot.kind in (TEXT, CALL_ID):
+            return (yield from self._text(slot))
+        if slot.kind == KEYED:
+            return (yield from self._argument_name(slot.text))
+        if slot.kind == VALUE:
+            return (yield from self._value(slot.format))
+        return (yield from self._json(slot))
+
+    def _named(self, name: str, behind: str) -> bool:
+        if self._state.bits != 1 << NAMED and re.match(r"[\w.-]", behind):
+            return False  # a longer name
+        self._close()
+        self._name = name
+        if self._early is not None:
+            self._begin()
+            self._write(self._early)
+            self._early, self._written = None, "{}"
+        return True
+
+    def _text(self, slot: Slot) -> Reading:
+        """Up to 64 characters that differ from call to call, an id perhaps, up to the slot's text."""
+        most = 64 + len(slot.text)
+        while (end := self._parser.buffer.find(slot.text, self.at, self.at + most)) < 0:
+            if len(self._parser.buffer) - self.at >= most:
+                return False
+            yield from self._more()
+        if slot.kind == CALL_ID:
+            self._id = self._parser.buffer[self.at : end]
+        self.at = end + len(slot.text)
+        return slot.kind == TEXT or bool(re.fullmatch(r"\S+", self._id))
+
+    def _json(self, slot: Slot) -> Reading:
+        """A JSON value or what looks like one: arguments, which are written as they come, or what stands for nothing."""
+        params = slot.format.params if slot.format else None
+        first, start = self._parser.buffer[self.at], self.at
+        if slot.kind == ARGUMENTS and not params and first not in "{\"'nN":
+            return False
+        mender = JsonMender((params.quote,), slot.text) if params else JsonMender()
+        streams = slot.kind == ARGUMENTS and self._name != "" and (params is not None or first == "{")
+        if streams:
+            self._begin()
+        while True:
+            self.at = mender.read(self._parser.buffer, self.at)
+            if streams:
+                self._drop()
+                self._write(mender.take())
+            if mender.done or mender.failed:
+                break
+            if self.at - start > (MAX_EARLY if slot.kind == ARGUMENTS else MAX_HEADER):
+                return False
+            yield from self._more()
+        if mender.failed:
+            return False
+        if slot.kind == ARGUMENTS:
+            self._header = 0 if streams else self._header + self.at - start
+            self._written = "{}"
+        if slot.kind == ARGUMENTS and not streams:
+            arguments = as_object(mender.take())
+            if arguments is not None and self._name:
+                self._begin()
+                self._write(arguments)
+            elif arguments is not None:
+                self._early = arguments
+            return arguments is not None
+        return True
+
+    def _argument_name(self, closes: str) -> Reading:
+        buffer = self._parser.buffer[self.at :]
+        while (size := buffer.find(closes)) < 0:
+            if len(buffer) > MAX_HEADER or (buffer and not self.PLAIN_KEY.match(buffer)):
+                return False
+            yield from self._more()
+            buffer = self._parser.buffer[self.at :]
+        self._key = buffer[:size]
+        self.at += size + len(closes)
+        return bool(self.PLAIN_KEY.fullmatch(self._key))
+
+    def _value(self, format: CallFormat | None) -> Reading:
+        """One argument's value up to its end: a string as it comes, what has another type when it is all there."""
+        assert format and format.params
+        params, parser = format.params, self._parser
+        self._begin()
+        self._whole = False
+        self._drop()
+        self._written = ", " if self._written else "{"
+        self._write(f"{self._written}{json.dumps(self._key, ensure_ascii=False)}: ")
+        yield from self._skip(params.keyed[len(params.keyed.rstrip()) :])
+        cdata = yield from self._skip("<![CDATA[")
+        closes = params.closes.replace(KEY, self._key)
+        core, trail = closes.strip(), closes[: len(closes) - len(closes.lstrip())]
+        if cdata:
+            core, trail = f"]]>{core}", ""
+        types = parser.types(self._name, self._key)
+        streams = types == SchemaReader.TYPES["string"]
+        behind = format.closes.rstrip()  # some models forget to close the last value
+        marks = (core, trail + core, behind + " \n\n\n")
+        self._write('"' if streams else "")
+        held = ""
+        while (at := parser.buffer.find(core)) < 0 and not parser.reason:
+            size = len(parser.buffer) - held_back(parser.buffer, marks)
+            held += parser.buffer[:size]
+            parser.drop(size)
+            if streams:
+                self._write(json.dumps(held, ensure_ascii=False)[1:-1])
+                held = ""
+            yield
+        rest = parser.buffer if at < 0 else parser.buffer[:at]
+        is_all = at >= 0 or (parser.reason == "stop" and behind.strip() != "" and rest.rstrip().endswith(behind))
+        value = held + (rest.removesuffix(trail) if at >= 0 else rest.rstrip().removesuffix(behind) if is_all else rest)
+        if streams:
+            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_all)
+        else:
+            self._write(as_json(value, types) if is_all else value)
+        parser.drop(len(rest) + (len(core) if at >= 0 else 0))
+        if not is_all:
+            raise TextEnded
+        return True
+
+    def _skip(self, text: str) -> Reading:
+        """Drops a text if it stands here; true if it did."""
+        parser = self._parser
+        while text.startswith(parser.buffer) and len(parser.buffer) < len(text) and not parser.reason:
+            yield
+        found = text != "" and parser.buffer.startswith(text)
+        parser.drop(len(text) if found else 0)
+        return found
 
 
 class Alignment:
@@ -13639,22 +13902,26 @@ class ChatParser(Parser):
     """
 
     def __init__(self, index: int, format: ChatFormat, schemas: Mapping[str, Any], prompt_end: str, hidden: frozenset[str],
-                 continued: bool = False) -> None:  # fmt: skip
+                 continued: bool = False, forced: bool = False) -> None:  # fmt: skip
         super().__init__(index)
-        self._format, self._schemas = format, schemas
-        self._openers = [o for call in format.calls for o in openers(call, schemas)] if schemas else []
-        self._marks = tuple({o.mark for o in self._openers if o.mark} | set(format.drops))
+        self._format, self._schemas, self._hidden = format, schemas, hidden
+        self._calls = tolerant_calls(format.calls, tuple(schemas)) if schemas else None
+        openings = [mark for call in format.calls for mark in call.marks] if schemas else []
+        self._openings = tuple(filter(None, openings))
+        self._marks = (*self._openings, *format.drops)
+        self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
         self._logprobs = Alignment(hidden)
-        self._buffer = ""
-        self._reason: str | None = None  # why the text ended, once it has
+        self.buffer = ""
+        self.reason: str | None = None  # why the text ended, once it has
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
         self._thinking = prompt_end.rstrip().endswith(format.thought[0])
-        self._continued = continued
+        self._continued, self._forced = continued, forced
         self._begun = continued or self._thinking  # a thought has begun, or content has
         self._events: list[Event] = []
         self.calls = 0
-        opened = next((m for m in self._marks if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
+        self.is_broken = False  # a call's arguments cannot be read
+        opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
         self._taken = -len(opened)
         self._reading = self._answer()
         self._feed(opened)
@@ -13664,17 +13931,17 @@ class ChatParser(Parser):
         return self._feed(text)
 
     def finish(self, reason: str) -> Iterator[Event]:
-        self._reason = reason
+        self.reason = reason
         yield from self._feed("")
         if self._space and not self.calls:
             self._emit(Text(self.index, self._space))
         if rest := self._logprobs.until(None):
             self._events.append(Text(self.index, logprobs=rest))
         yield from self._drain()
-        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" else reason)
+        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self.is_broken else reason)
 
     def _feed(self, text: str) -> Iterator[Event]:
-        self._buffer += text
+        self.buffer += text
         next(self._reading, None)
         return self._drain()
 
@@ -13688,41 +13955,56 @@ class ChatParser(Parser):
         self._events.append(event)
 
     def _take(self, size: int) -> str:
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        taken, self.buffer = self.buffer[:size], self.buffer[size:]
         self._taken += len(taken)
         return taken
 
-    def _drop(self, size: int) -> None:
+    def drop(self, size: int) -> None:
         """Takes markup: its tokens' log probabilities belong to no text."""
-        self._take(size)
-        self._logprobs.until(self._taken)
+        if size:
+            self._take(size)
+            self._logprobs.until(self._taken)
+
+    def begin_call(self, id: str, name: str) -> None:
+        self._space, self._begun, self._trim = "", True, True
+        self.calls += 1
+        id = id if len(id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
+        self._emit(CallBegan(self.index, self.calls - 1, id, name))
+
+    def write_arguments(self, text: str) -> None:
+        if text:
+            self._emit(CallArguments(self.index, self.calls - 1, text))
+
+    def types(self, name: str, key: str) -> int:
+        """The types that an argument may have."""
+        return argument_types(json.dumps(self._schemas[name]), key)
 
     # From here on generators: each `yield` waits for more text
 
     def _answer(self) -> Reading:
         if self._thinking or (yield from self._thought_begins()):
             yield from self._thought()
-        if not self._continued and any(not o.mark for o in self._openers):
-            while not self._buffer.strip() and not self._reason:
+        if self._unmarked and not self._continued:
+            while not self.buffer.strip() and not self.reason:
                 yield
-            yield from self._call("")  # Llama 3: an answer that is a call has no marker
-        while self._buffer or not self._reason:
+            yield from self._call("")
+        while self.buffer or not self.reason:
             yield from self._content()
 
     def _thought_begins(self) -> Reading:
         """Whether the answer begins with a thought's opening marker; takes that and the white space before it."""
         opens = self._format.thought[0]
         while not self._begun:
-            first = self._buffer.lstrip()
+            first = self.buffer.lstrip()
             if first.startswith(self._format.thought[1]):  # the end of a thought that was none
-                self._drop(len(self._buffer) - len(first) + len(self._format.thought[1]))
+                self.drop(len(self.buffer) - len(first) + len(self._format.thought[1]))
                 self._trim = True
                 return False
             if first.startswith(opens):
-                self._drop(len(self._buffer) - len(first) + len(opens))
+                self.drop(len(self.buffer) - len(first) + len(opens))
                 self._begun = self._thinking = True
                 return True
-            if self._reason or not any(m.startswith(first) for m in self._format.thought):
+            if self.reason or not any(m.startswith(first) for m in self._format.thought):
                 break
             yield
         return False
@@ -13731,38 +14013,45 @@ class ChatParser(Parser):
         """A thought up to its closing marker, without the line breaks around it."""
         begun, closes = False, self._format.thought[1]
         while True:
-            at = self._buffer.find(closes)
-            size = at if at >= 0 else len(self._buffer) - (0 if self._reason else held_back(self._buffer, (closes,)))
+            at = self.buffer.find(closes)
+            size = at if at >= 0 else len(self.buffer) - (0 if self.reason else held_back(self.buffer, (closes,)))
             if size:
                 said = self._take(size) if begun else self._take(size).lstrip("\n")
                 begun = begun or bool(said)
                 if said:
                     self._emit(Thought(self.index, said))
             if at >= 0:
-                self._drop(len(closes))
-            if at >= 0 or self._reason:
+                self.drop(len(closes))
+            if at >= 0 or self.reason:
                 self._trim = True
                 return
             yield
 
     def _content(self) -> Reading:
         """Content up to the next marker, and the call that it begins."""
-        found = [(self._buffer.find(m), -len(m), m) for m in self._marks if m in self._buffer]
+        found = [(self.buffer.find(m), -len(m), m) for m in self._marks if m in self.buffer]
         at, _, mark = min(found, default=(-1, 0, ""))
-        held = 0 if self._reason else held_back(self._buffer, self._marks)
-        if at < 0 or at >= len(self._buffer) - held:  # none yet, or what may become a longer one stands before it
-            self._say(self._take(len(self._buffer) - held))
-            if not self._reason:
+        held = held_back(self.buffer, self._marks) if not self.reason or self._drops_a_cut_mark else 0
+        if at < 0 or (at >= len(self.buffer) - held and not self.reason):  # none yet, or one that may become a longer one
+            self._say(self._take(len(self.buffer) - held))
+            if self.reason:
+                self.drop(held)
+            else:
                 yield
             return
         self._say(self._take(at))
-        if (yield from self._call(mark)):
+        if mark in self._openings and (yield from self._call(mark)):
             return
         if mark in self._format.drops:
-            self._drop(len(mark))
+            self.drop(len(mark))
             self._trim = self._trim or not self._begun
-        else:
+        elif self.buffer.startswith(mark):
             self._say(self._take(len(mark)))
+
+    @property
+    def _drops_a_cut_mark(self) -> bool:
+        """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
+        return self.reason == "length" and (self._forced or self.calls > 0)
 
     def _say(self, out: str) -> None:
         """Content; white space waits where a call may follow."""
@@ -13771,185 +14060,21 @@ class ChatParser(Parser):
         if self._trim:
             self._logprobs.until(self._taken)
         out = self._space + out
-        kept = out.rstrip() if self._openers or not self._begun else out
+        kept = out.rstrip() if self._calls or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
             self._begun = True
             self._emit(Text(self.index, kept))
 
     def _call(self, mark: str) -> Reading:
-        """A call, and those that follow in its section; false if the text only looks like one, which then is untouched."""
-        found: Found | None = None
-        candidates = [o for o in self._openers if o.mark == mark]
-        while candidates:
-            found = next((f for o in candidates if (f := o.find(self._buffer))), None)
-            candidates = [o for o in candidates if not found and not self._reason and o.may_begin(self._buffer)]
-            if candidates:
-                yield
-        if not found:
-            return False
-        while found:
-            yield from self._read_call(found)
-            format, opener, found = found.opener.format, found.opener.inner, None
-            opener = opener or next((o.inner for o in self._openers if o.inner and o.format is format), None)
-            if (yield from self._closers(format)) and opener:
-                while not (found := opener.find(self._buffer)) and not self._reason and opener.may_begin(self._buffer):
-                    yield
-        return True
-
-    def _read_call(self, found: Found) -> Reading:
-        self._space, self._begun, self._trim = "", True, True
-        self.calls += 1
-        id = found.id if len(found.id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
-        self._emit(CallBegan(self.index, self.calls - 1, id, found.name))
-        self._drop(found.size)
-        format = found.opener.format
-        if found.arguments is not None:
-            self._write(found.arguments)
-        elif format.params:
-            yield from self._arguments(format.params, self._schemas[found.name])
-        else:
-            yield from self._object(format.keys, found.depth)
-
-    def _write(self, text: str) -> None:
-        if text:
-            self._emit(CallArguments(self.index, self.calls - 1, text))
-
-    def _object(self, keys: tuple[str, str] | None, depth: int) -> Reading:
-        """Arguments that are a JSON object, or its text in a string; then the rest of the `depth` objects around them."""
-        if keys and keys[1]:
-            between = re.compile(rf'\s*(?:,\s*{PAIR}\s*)*?,\s*"{re.escape(keys[1])}"\s*:\s*(?=\S)')
-            while not (found := between.match(self._buffer)):
-                rest = self._buffer.lstrip()
-                if self._reason or rest[:1] not in ("", ",") or len(rest) > MAX_HEADER:
-                    break
-                yield
-            if found:
-                depth += found[0].count("{")
-                self._drop(found.end())
-            elif self._buffer.lstrip()[:1] == "}":
-                self._write("{}")
-        while not self._buffer.strip() and not self._reason:
-            yield
-        self._drop(len(self._buffer) - len(self._buffer.lstrip()))
-        if self._buffer[:1] == '"':
-            yield from self._until_end(JsonEnd(), lambda text: self._write(json_text(text)), whole=True)
-        elif self._buffer[:1] in ("{", "["):
-            yield from self._until_end(JsonEnd(), self._write)
-        if depth:
-            yield from self._until_end(JsonEnd(depth), lambda text: None)
-
-    def _until_end(self, end: JsonEnd, write: Callable[[str], None], whole: bool = False) -> Reading:
-        """Writes a JSON value as it comes, or at its end."""
-        held = ""
-        while True:
-            size = end.find(self._buffer)
-            text = self._buffer if size is None else self._buffer[:size]
-            self._drop(len(text))
-            held += text
-            if not whole or size is not None or self._reason:
-                write(held)
-                held = ""
-            if size is not None or self._reason:
-                return
-            yield
-
-    def _arguments(self, params: Params, schema: Any) -> Reading:
-        """Arguments that stand one by one, written as a JSON object; what was cut is left open."""
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        self._write("{")
-        comma = ""
-        while key := (yield from self._key(params)):
-            types = types_of((properties or {}).get(key))
-            self._write(f"{comma}{json.dumps(key, ensure_ascii=False)}: ")
-            comma = ", "
-            if params.quote:
-                yield from self._literal(params)
-            else:
-                yield from self._value(params, params.closes.replace(KEY, key), types)
-        if self._buffer.strip() or self._reason != "length":
-            self._write("}")
-
-    def _key(self, params: Params) -> Reading:
-        """The next argument's name; None when there is none."""
-        name = r"[^\s<>\"',:=(){}]+" if params.quote else r"[^\n<>\"/][^\n<>\"]*?"
-        whole = rf"[\s,]*{flexible(params.opens)}(?P<key>{name}){flexible(params.keyed.rstrip())}"
-        keyed = re.compile(whole.replace(r"[\s,]*\s*", r"[\s,]*"))
-        opens = params.opens.strip()
-        while True:
-            if found := keyed.match(self._buffer):
-                self._drop(found.end())
-                return found["key"]
-            rest = self._buffer.lstrip(" \n\t,")
-            if self._reason or not (rest.startswith(opens) or opens.startswith(rest)) or len(self._buffer) > 2 * MAX_HEADER:
-                return None
-            if not opens and rest and not re.match(r"[\w$.-]", rest):
-                return None
-            yield
-
-    def _value(self, params: Params, closes: str, types: frozenset[str]) -> Reading:
-        """One argument's value up to `closes`: a string as it comes, what has another type at its end."""
-        core, lead, cdata = closes.strip(), params.keyed[len(params.keyed.rstrip()) :], "<![CDATA["
-        trail = closes[: len(closes) - len(closes.lstrip())]
-        while len(self._buffer) < len(lead) and not self._reason:
-            yield
-        if lead and self._buffer.startswith(lead):
-            self._drop(len(lead))
-        while cdata.startswith(self._buffer) and len(self._buffer) < len(cdata) and not self._reason:
-            yield
-        if self._buffer.startswith(cdata):
-            self._drop(len(cdata))
-            core, trail = f"]]>{core}", ""
-        streams = types == {"string"}
-        self._write('"' if streams else "")
-        held = ""
-        while True:
-            at = self._buffer.find(core)
-            size = at if at >= 0 else len(self._buffer) - held_back(self._buffer, (core, trail + core))
-            size = len(self._buffer) if self._reason and at < 0 else size
-            held += self._buffer[:size]
-            self._drop(size)
-            if at >= 0:
-                self._drop(len(core))
-                held = held.removesuffix(trail)
-                self._write(json.dumps(held, ensure_ascii=False)[1:-1] + '"' if streams else typed(held, types))
-                return
-            if streams or self._reason:
-                self._write(json.dumps(held, ensure_ascii=False)[1:-1] if streams else held)
-                held = ""
-            if self._reason:
-                return
-            yield
-
-    def _literal(self, params: Params) -> Reading:
-        """One argument's value as a literal of Python's, or with quotes of the family's own; at its end."""
-        end = LiteralEnd(params.quote)
-        while (size := end.find(self._buffer)) is None:
-            if self._reason:
-                self._drop(len(self._buffer))
-                return
-            yield
-        text = self._buffer[:size]
-        self._drop(size)
-        self._write(literal_as_json(text.strip(), params.quote))
-
-    def _closers(self, format: CallFormat) -> Reading:
-        """Takes what stands behind a call; true if another may follow in the same section."""
-        last = next((m for m in reversed(MARKER.findall(format.closes)) if not m.isspace()), None)
-        begins = [o.mark for o in self._openers if o.format is format and o.mark]
-        while True:
-            rest = self._buffer.lstrip()
-            if any(rest.startswith(mark) for mark in begins):
-                return False
-            closer = max((c for c in format.closers if rest.startswith(c)), key=len, default="")
-            if not self._reason and any(m.startswith(rest) for m in (*begins, *format.closers) if len(m) > len(closer)):
-                yield  # more text may make it another one
-            elif not closer:
-                return True
-            else:
-                self._drop(len(self._buffer) - len(rest) + len(closer))
-                if closer == last:
-                    return False
+        """A section of calls; false if the text only looks like one: then what cannot begin another was said."""
+        assert self._calls
+        reader = CallReader(self, self._calls)
+        if (yield from reader.read(self._forced or mark != "")):
+            return True
+        again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
+        self._say(self._take(max(len(mark), reader.at - again) if mark not in self._format.drops else 0))
+        return False
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:
@@ -17997,20 +18122,211 @@ class CallsGrammar:
         for key, kind in properties.items():
             kind = {**kind, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if isinstance(kind, dict) else {}
             closes = "" if params.quote else params.closes.replace(KEY, key)
-            value = self._value(f"{where}.properties.{key}", kind, params, closes.strip())
+            types = argument_types(json.dumps(schema), key)
+            value = self._value(f"{where}.properties.{key}", kind, types, params, closes.strip())
             one = InOrder((self._text(params.opens + key + params.keyed), value, self._text(closes)))
             arguments.append((one, key in (schema.get("required") or ())))
         return NamedArguments(tuple(arguments), self._text(params.closes if params.quote else ""))
 
-    def _value(self, where: str, kind: dict[str, Any], params: Params, closes: str) -> Symbol:
+    def _value(self, where: str, kind: dict[str, Any], types: int, params: Params, closes: str) -> Symbol:
         """One value: a string without quotes or in the family's, other types as JSON."""
-        types = types_of(kind)
-        if types and types != {"string"}:
+        if types not in (SchemaReader.TYPES["string"], SchemaReader.EVERY_TYPE):
             return json_symbol(where, kind)
         text = PlainTexts(json.dumps(kind), where, closes or params.quote)
         if not text.opened():
             return json_symbol(where, kind)
         return InOrder((word(params.quote), text, word(params.quote)))
+
+
+NAMED, TEXT, CALL_ID, ARGUMENTS, SKIPPED, KEYED, VALUE = range(0xF8, 0xFF)  # bytes that UTF-8 never has
+
+
+@dataclass(frozen=True)
+class Slot(Symbol):
+    """A place in a call that is read by rules of its own: one byte, `kind`, stands for all of it."""
+
+    kind: int
+    text: str = ""  # NAMED: the function whose name this was; else what ends the slot
+    format: CallFormat | None = None
+
+    @property
+    def firsts(self) -> int:
+        return 1 << self.kind
+
+    def step(self, byte: int) -> Symbols | None:
+        return () if byte == self.kind else None
+
+
+@dataclass(frozen=True, eq=False)
+class Deferred(Symbol):
+    """Symbols that are made when they are met: calls follow calls without end."""
+
+    make: Callable[[], Symbols]
+
+    @functools.cached_property
+    def _made(self) -> tuple[Symbols]:
+        return (self.make(),)
+
+    def opened(self) -> Iterable[Symbols]:
+        return self._made
+
+
+BLANKS = Repeated(OneChar(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20))))
+
+
+class TolerantCalls:
+    """Calls as models write them, to be read: in the forms of their formats, with white space, order and extra keys at will.
+
+    The automaton of these symbols reads names and markup; slots stand for ids, arguments and other values.
+    """
+
+    def __init__(self, formats: Iterable[CallFormat], names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._later: dict[tuple[Any, ...], Deferred] = {}
+        self._lock = threading.Lock()  # all answers of a kind share the automaton, and it grows
+        self.start = Automaton(AnyOf(tuple(InOrder((BLANKS, *self._text(opens), *self._call(format)))
+                                           for format in formats for opens in format.beginnings))).start  # fmt: skip
+
+    def follow(self, state: State, text: str, at: int) -> tuple[State, int]:
+        """The state some way on in the text, and how far: up to what is not followed here, or the end of a name or a call."""
+        with self._lock:
+            for char in text[at : at + MAX_HEADER]:
+                behind = state.read(char.encode())
+                if behind is None:
+                    break
+                state, at = behind, at + 1
+                if state.ends or state.bits == 1 << NAMED:
+                    break
+        return state, at
+
+    def behind(self, state: State, slot: Slot) -> State:
+        """The state behind one of its slots."""
+        with self._lock:
+            found = state.step(slot.kind)
+        assert found is not None, "the state has that slot"
+        return found
+
+    def _deferred(self, make: Callable[..., Symbols], *arguments: Any) -> Deferred:
+        return self._later.setdefault((make.__name__, *arguments), Deferred(functools.partial(make, *arguments)))
+
+    def _text(self, text: str) -> Symbols:
+        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
+        found, literal = list[Symbol](), ""
+        pieces = iter([*MARKER.findall(text), ""])
+        for piece in pieces:
+            if piece and not piece.isspace() and piece not in (ID, ANY):
+                literal += piece
+                continue
+            found += [word(literal)] if literal else []
+            literal = ""
+            if piece.isspace():
+                found.append(BLANKS)
+            elif piece and (closes := next(pieces)):
+                found.append(Slot(CALL_ID if piece == ID else TEXT, closes))
+        return tuple(found)
+
+    def _call(self, format: CallFormat) -> Symbols:
+        """A call behind its beginning."""
+        if format.keys is None:
+            arguments = (*self._text(format.named), *self._arguments(format))
+            return any_text({name.encode(): (Slot(NAMED, name), *arguments) for name in self._names})
+        begins = (BLANKS, Repeated(word("["), 0, 1), BLANKS, word("{"), BLANKS)
+        if format.keys[0]:
+            return (*begins, self._deferred(self._pairs, format, False, False))
+        arguments = (BLANKS, word(":"), BLANKS, Slot(ARGUMENTS), self._deferred(self._behind, format))
+        return (*begins, *self._quoted_names(arguments))
+
+    def _quoted_names(self, behind: Symbols) -> Symbols:
+        """A function's name as a JSON string."""
+        return any_text({json.dumps(name, ensure_ascii=False).encode(): (Slot(NAMED, name), *behind) for name in self._names})
+
+    def _pairs(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
+        """Pairs of the object that holds a call's name and arguments, from the next one on; which of the two it has."""
+        assert format.keys
+        names, arguments = {format.keys[0], "name"}, {format.keys[1], "arguments", "parameters"}
+        inner = {"function", *re.findall(r'"(\w+)":\s*\{', format.head)}
+        colon = (BLANKS, word(":"), BLANKS)
+        options: list[Symbols] = [(*self._other_key(names | arguments | inner), *colon, Slot(SKIPPED),
+                                   *self._behind_pair(format, named, argued))]  # fmt: skip
+        if not argued:
+            options.append((*self._keys(arguments), *colon, Slot(ARGUMENTS), *self._behind_pair(format, named, True)))
+        if not named:
+            options.append((*self._keys(names), *colon, *self._quoted_names(self._behind_pair(format, True, argued))))
+            options.append((*self._keys(inner), *colon, word("{"), BLANKS, self._deferred(self._pairs, format, named, argued)))
+        return (AnyOf(tuple(map(InOrder, options))),)
+
+    def _keys(self, keys: Iterable[str]) -> Symbols:
+        return any_text({json.dumps(key, ensure_ascii=False).encode(): () for key in keys})
+
+    def _other_key(self, known: Iterable[str]) -> Symbols:
+        other = string_symbol(StringShape(excluded=frozenset(known)))
+        assert other
+        return (other,)
+
+    def _behind_pair(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
+        more = InOrder((BLANKS, word(","), BLANKS, self._deferred(self._pairs, format, named, argued)))
+        if not named:
+            return (more,)
+        behind = self._deferred(self._behind, format)
+        return (AnyOf((more, behind if argued else InOrder((BLANKS, word("}"), behind)))),)
+
+    def _arguments(self, format: CallFormat) -> Symbols:
+        """Arguments behind a name that stands by itself; without any there must be what ends the call."""
+        params, behind = format.params, self._deferred(self._behind, format)
+        closers = tuple(map(word, sorted(format.closers)))
+        none = (InOrder((BLANKS, AnyOf(closers), behind)),) if closers else ()
+        if params is None:
+            return (AnyOf((InOrder((BLANKS, Slot(ARGUMENTS), behind)), *none)),)
+        if params.quote:
+            return (BLANKS, Slot(ARGUMENTS, format.closes.strip()[0], format), behind)
+        closes, *rest = MARKER.findall(params.keyed.strip())
+        argument = InOrder((BLANKS, *self._text(params.opens), Slot(KEYED, closes), *self._text("".join(rest)),
+                            Slot(VALUE, "", format)))  # fmt: skip
+        return (AnyOf((InOrder((Repeated(argument, 1), behind)), *none)),)
+
+    def _behind(self, format: CallFormat) -> Symbols:
+        """What may stand behind a call: pieces of what ends it, and the next call, with its marker or without."""
+        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace()), None)
+        pieces = tuple(InOrder((BLANKS, word(piece))) for piece in sorted(format.closers - {last}))
+        between = (Repeated(AnyOf(pieces)),) if pieces else ()
+        ends: Symbols = (InOrder((BLANKS, word(last))),) if last else ()
+        comma = AnyOf((word(","), word(";"), BLANKS))
+        for opens in {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}:
+            ends += (InOrder((BLANKS, comma, BLANKS, *self._text(opens), self._deferred(self._call, format))),)
+        return (*between, Repeated(AnyOf(ends), 0, 1)) if ends else between
+
+
+@functools.lru_cache(maxsize=16)
+def tolerant_calls(formats: tuple[CallFormat, ...], names: tuple[str, ...]) -> TolerantCalls:
+    """What reads calls of these functions; kept, as agents offer the same ones again and again."""
+    return TolerantCalls(formats, names)
+
+
+@functools.lru_cache(maxsize=256)
+def argument_types(text: str, key: str) -> int:
+    """The types that a function's schema allows for one of its arguments, as SchemaReader's bits; all where it does not say."""
+    shapes, found = SchemaShapes("parameters", json.loads(text)), 0
+    with contextlib.suppress(InvalidRequest, RecursionError):
+        root = shapes.node([shapes.read(shapes.root, 0, "the schema", shapes.base)])
+        for shape in shapes.choice(root):
+            for node in values_of(shape, key) if isinstance(shape, ObjectShape) else ():
+                found |= functools.reduce(operator.or_, map(types_of, shapes.choice(node)), 0)
+    return found or SchemaReader.EVERY_TYPE
+
+
+def values_of(shape: ObjectShape, name: str) -> Iterator[Node]:
+    """The schema of the property of this name, if an object may have it."""
+    named = [prop.node for prop in shape.named if prop.name == name]
+    yield from named or [node for names, node in shape.unnamed if string_fits(names, name)][:1]
+
+
+def types_of(shape: Shape) -> int:
+    """The types of values of a shape, as SchemaReader's bits."""
+    if isinstance(shape, Constant):
+        return type_bit(json.loads(shape.text))
+    if isinstance(shape, NumberShape):
+        return SchemaReader.TYPES["integer" if shape.whole else "number"]
+    return SchemaReader.TYPES[{StringShape: "string", ArrayShape: "array"}.get(type(shape), "object")]
 
 
 @dataclass(frozen=True)
