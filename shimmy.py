@@ -13497,9 +13497,9 @@ class JsonMender:
             if self.done or self.failed:
                 return at
         if kind == "string":
-            self._begin("value", "element", "key")
-            self._written.append(token)
-            self._end_value()
+            if self._begins("value", "element", "key"):
+                self._written.append(token)
+                self._end_value()
         elif kind == "blank":
             if self._comma:
                 self._comma += token
@@ -13508,27 +13508,28 @@ class JsonMender:
         elif quote := next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), ""):
             if len(text) - at < len(quote):
                 return at
-            self._begin("value", "element", "key")
-            self._written.append('"')
-            self._quote = quote
-            return at + len(quote)
+            if self._begins("value", "element", "key"):
+                self._written.append('"')
+                self._quote = quote
+            return at if self.failed else at + len(quote)
         else:
             self._mark(token)
-        return found.end()
+        return at if self.failed else found.end()
 
-    def _begin(self, *wanted: str) -> None:
-        """Something comes where one of these is wanted: then the comma before it was none too many."""
-        self.failed = self.failed or self._wants not in wanted
-        self._written.append(self._comma)
-        self._comma = ""
+    def _begins(self, *wanted: str) -> bool:
+        """Whether what comes is wanted; then the comma before it was none too many."""
+        self.failed = self._wants not in wanted
+        if not self.failed:
+            self._written.append(self._comma)
+            self._comma = ""
+        return not self.failed
 
     def _end_value(self) -> None:
         self._wants = "colon" if self._wants == "key" else "comma"
         self.done = not self._closes
 
     def _mark(self, mark: str) -> None:
-        if mark in self.BRACKETS:
-            self._begin("value", "element")
+        if mark in self.BRACKETS and self._begins("value", "element"):
             self._written.append("{" if mark == "{" else "[")
             self._closes.append(self.BRACKETS[mark])
             self._objects.append(mark == "{")
@@ -13551,9 +13552,9 @@ class JsonMender:
         meant = None if self._wants == "key" else self.WORDS.get(word) or self._number(word)
         if meant is None and self._wants != "key" and not re.match(r"[^\W\d]", word):
             self.failed = True
-        self._begin("value", "element", "key")
-        self._written.append(json.dumps(word, ensure_ascii=False) if meant is None else meant)
-        self._end_value()
+        elif self._begins("value", "element", "key"):
+            self._written.append(json.dumps(word, ensure_ascii=False) if meant is None else meant)
+            self._end_value()
 
     def _number(self, word: str) -> str | None:
         """A number as JSON writes it; Python has more ways to."""
@@ -13781,7 +13782,8 @@ class CallReader:
         if slot.kind == ARGUMENTS and not params and first not in "{\"'nN":
             return False
         mender = JsonMender((params.quote,), slot.text) if params else JsonMender()
-        streams = slot.kind == ARGUMENTS and self._name != "" and (params is not None or first == "{")
+        is_named = self._name != "" and not self._whole  # behind a whole call the next one begins
+        streams = slot.kind == ARGUMENTS and is_named and (params is not None or first == "{")
         if streams:
             self._begin()
         while True:
@@ -13798,10 +13800,10 @@ class CallReader:
             return False
         if slot.kind == ARGUMENTS:
             self._header = 0 if streams else self._header + self.at - start
-            self._written = "{}"
+            self._written = "{}" if is_named else self._written
         if slot.kind == ARGUMENTS and not streams:
             arguments = as_object(mender.take())
-            if arguments is not None and self._name:
+            if arguments is not None and is_named:
                 self._begin()
                 self._write(arguments)
             elif arguments is not None:
