@@ -1611,9 +1611,9 @@ class CallFormat:
     @functools.cached_property
     def closers(self) -> frozenset[str]:
         """The pieces of text that may stand between two calls, and behind the last."""
-        ends = (self.again.removesuffix(self.call_opens), self.closes)
+        ends = [self.again.removesuffix(self.call_opens), self.closes]
         if self.keys:  # behind the arguments may stand other pairs
-            ends = tuple(text[text.find("}") :] for text in ends)
+            ends = [text[text.find("}") :] for text in ends]
         return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
 
     @functools.cached_property
@@ -13923,6 +13923,8 @@ class ChatParser(Parser):
         self._events: list[Event] = []
         self.calls = 0
         self.is_broken = False  # a call's arguments cannot be read
+        self._has_text = False  # content that is more than white space
+        self.behind_call = 0  # where the last one ends that stands before it
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
         self._taken = -len(opened)
         self._reading = self._answer()
@@ -13984,7 +13986,7 @@ class ChatParser(Parser):
     # From here on generators: each `yield` waits for more text
 
     def _answer(self) -> Reading:
-        if self._thinking or (yield from self._thought_begins()):
+        if self._thinking or (yield from self._thought_begins(self._continued)):
             yield from self._thought()
         if self._unmarked and not self._continued:
             while not self.buffer.strip() and not self.reason:
@@ -13993,41 +13995,63 @@ class ChatParser(Parser):
         while self.buffer or not self.reason:
             yield from self._content()
 
-    def _thought_begins(self) -> Reading:
-        """Whether the answer begins with a thought's opening marker; takes that and the white space before it."""
-        opens = self._format.thought[0]
-        while not self._begun:
+    def _thought_begins(self, begun: bool = False) -> Reading:
+        """Whether a thought's opening marker comes next, where nothing else has `begun`; takes that and the white space
+        before it."""
+        opens, closes = self._format.thought
+        while not begun:
             first = self.buffer.lstrip()
-            if first.startswith(self._format.thought[1]):  # the end of a thought that was none
-                self.drop(len(self.buffer) - len(first) + len(self._format.thought[1]))
-                self._trim = True
-                return False
-            if first.startswith(opens):
-                self.drop(len(self.buffer) - len(first) + len(opens))
-                self._begun = self._thinking = True
-                return True
+            found = next((m for m in (opens, closes) if first.startswith(m)), "")
+            if found:
+                self.drop(len(self.buffer) - len(first) + len(found))
+                self._trim = True  # the end of a thought that was none
+                return found == opens
             if self.reason or not any(m.startswith(first) for m in self._format.thought):
                 break
             yield
         return False
 
     def _thought(self) -> Reading:
-        """A thought up to its closing marker, without the line breaks around it."""
-        begun, closes = False, self._format.thought[1]
-        while True:
-            at = self.buffer.find(closes)
-            size = at if at >= 0 else len(self.buffer) - (0 if self.reason else held_back(self.buffer, (closes,)))
-            if size:
-                said = self._take(size) if begun else self._take(size).lstrip("\n")
-                begun = begun or bool(said)
-                if said:
-                    self._emit(Thought(self.index, said))
-            if at >= 0:
-                self.drop(len(closes))
-            if at >= 0 or self.reason:
-                self._trim = True
-                return
+        """A thought up to its closing marker, without the line breaks before it."""
+        self._begun = self._trim = True
+        closes = self._format.thought[1]
+        while not self.buffer.strip("\n") and not self.reason:
             yield
+        self.drop(len(self.buffer) - len(self.buffer.lstrip("\n")))
+        while True:
+            marks = (closes, *(() if self.calls else self._openings))
+            at, mark = min(((at, mark) for mark in marks if (at := self.buffer.find(mark)) >= 0), default=(-1, ""))
+            size = at if at >= 0 else len(self.buffer) - (0 if self.reason else held_back(self.buffer, marks))
+            if size:
+                self._emit(Thought(self.index, self._take(size)))
+            if mark == closes:
+                self.drop(len(closes))
+            if mark == closes or (self.reason and not mark):
+                return
+            if not mark:
+                yield
+            elif (yield from self._call_in_thought()):
+                return
+
+    def _call_in_thought(self) -> Reading:
+        """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
+        false if other text follows: then all this is thought."""
+        inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
+        events, read = list[Event](), 0
+        while not any(isinstance(event, Text) for event in events) and self._format.thought[1] not in self.buffer:
+            events += inner.push(self.buffer[read:])
+            read = len(self.buffer)
+            if self.reason:
+                events += inner.finish(self.reason)
+                break
+            yield
+        if events[-1:] == [ChoiceEnd(self.index, "tool_calls")] and not any(isinstance(event, Text) for event in events):
+            self.drop(len(self.buffer))
+            self._events += events[:-1]
+            self.calls = inner.calls
+            return True
+        self._emit(Thought(self.index, self._take(max(inner.behind_call, 1))))
+        return False
 
     def _content(self) -> Reading:
         """Content up to the next marker, and the call that it begins."""
@@ -14042,13 +14066,12 @@ class ChatParser(Parser):
                 yield
             return
         self._say(self._take(at))
-        if mark in self._openings and (yield from self._call(mark)):
+        if mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops):
             return
-        if mark in self._format.drops:
-            self.drop(len(mark))
-            self._trim = self._trim or not self._begun
-        elif self.buffer.startswith(mark):
-            self._say(self._take(len(mark)))
+        self.drop(len(mark))
+        self._trim = self._trim or not self._begun
+        if (yield from self._thought_begins()):  # gpt-oss thinks again between its calls
+            yield from self._thought()
 
     @property
     def _drops_a_cut_mark(self) -> bool:
@@ -14065,7 +14088,7 @@ class ChatParser(Parser):
         kept = out.rstrip() if self._calls or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
-            self._begun = True
+            self._begun = self._has_text = True
             self._emit(Text(self.index, kept))
 
     def _call(self, mark: str) -> Reading:
@@ -14073,6 +14096,7 @@ class ChatParser(Parser):
         assert self._calls
         reader = CallReader(self, self._calls)
         if (yield from reader.read(self._forced or mark != "")):
+            self.behind_call = self.behind_call if self._has_text else self._taken
             return True
         again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
         self._say(self._take(max(len(mark), reader.at - again) if mark not in self._format.drops else 0))
