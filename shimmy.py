@@ -14017,7 +14017,7 @@ class ChatParser(Parser):
         closes = self._format.thought[1]
         while not self.buffer.strip("\n") and not self.reason:
             yield
-        self.drop(len(self.buffer) - len(self.buffer.lstrip("\n")))
+        self._take(len(self.buffer) - len(self.buffer.lstrip("\n")))  # a token may go on with text
         while True:
             marks = (closes, *(() if self.calls else self._openings))
             at, mark = min(((at, mark) for mark in marks if (at := self.buffer.find(mark)) >= 0), default=(-1, ""))
