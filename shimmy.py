@@ -13840,7 +13840,7 @@ class CallReader:
         types = parser.types(self._name, self._key)
         streams = types == SchemaReader.TYPES["string"]
         behind = format.closes.rstrip()  # some models forget to close the last value
-        marks = (core, trail + core, behind + " \n\n\n")
+        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
         self._write('"' if streams else "")
         held = ""
         while (at := parser.buffer.find(core)) < 0 and not parser.reason:
@@ -13853,7 +13853,8 @@ class CallReader:
             yield
         rest = parser.buffer if at < 0 else parser.buffer[:at]
         is_all = at >= 0 or (parser.reason == "stop" and behind.strip() != "" and rest.rstrip().endswith(behind))
-        value = held + (rest.removesuffix(trail) if at >= 0 else rest.rstrip().removesuffix(behind) if is_all else rest)
+        value = held + (rest if at >= 0 or not is_all else rest.rstrip().removesuffix(behind))
+        value = value.removesuffix(trail) if is_all else value
         if streams:
             self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_all)
         else:
@@ -14006,7 +14007,9 @@ class ChatParser(Parser):
                 self.drop(len(self.buffer) - len(first) + len(found))
                 self._trim = True  # the end of a thought that was none
                 return found == opens
-            if self.reason or not any(m.startswith(first) for m in self._format.thought):
+            is_half = any(m.startswith(first) for m in self._format.thought)
+            if self.reason or not is_half:
+                self.drop(len(self.buffer) if is_half and self._drops_a_cut_mark else 0)
                 break
             yield
         return False
@@ -18198,6 +18201,7 @@ class Deferred(Symbol):
 
 
 BLANKS = Repeated(OneChar(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20))))
+COLON = (BLANKS, word(":"), BLANKS)
 
 
 class TolerantCalls:
@@ -18268,33 +18272,36 @@ class TolerantCalls:
 
     def _pairs(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
         """Pairs of the object that holds a call's name and arguments, from the next one on; which of the two it has."""
-        assert format.keys
-        names, arguments = {format.keys[0], "name"}, {format.keys[1], "arguments", "parameters"}
-        inner = {"function", *re.findall(r'"(\w+)":\s*\{', format.head)}
-        colon = (BLANKS, word(":"), BLANKS)
-        options: list[Symbols] = [(*self._other_key(names | arguments | inner), *colon, Slot(SKIPPED),
-                                   *self._behind_pair(format, named, argued))]  # fmt: skip
+        names, arguments, inner = self._known_keys(format)
+        options = [(*self._other_pair(format), *self._behind_pair(format, named, argued))]
         if not argued:
-            options.append((*self._keys(arguments), *colon, Slot(ARGUMENTS), *self._behind_pair(format, named, True)))
+            options.append((*self._keys(arguments), *COLON, Slot(ARGUMENTS), *self._behind_pair(format, named, True)))
         if not named:
-            options.append((*self._keys(names), *colon, *self._quoted_names(self._behind_pair(format, True, argued))))
-            options.append((*self._keys(inner), *colon, word("{"), BLANKS, self._deferred(self._pairs, format, named, argued)))
+            options.append((*self._keys(names), *COLON, *self._quoted_names(self._behind_pair(format, True, argued))))
+            options.append((*self._keys(inner), *COLON, word("{"), BLANKS, self._deferred(self._pairs, format, named, argued)))
         return (AnyOf(tuple(map(InOrder, options))),)
+
+    def _known_keys(self, format: CallFormat) -> tuple[set[str], set[str], set[str]]:
+        """The keys of the name, of the arguments, and of the object that these two stand in."""
+        assert format.keys
+        inner = {"function", *re.findall(r'"(\w+)":\s*\{', format.head)}
+        return {format.keys[0], "name"}, {format.keys[1], "arguments", "parameters"}, inner
+
+    def _other_pair(self, format: CallFormat) -> Symbols:
+        """A pair that tells nothing of the call."""
+        key = string_symbol(StringShape(excluded=frozenset().union(*self._known_keys(format))))
+        assert key
+        return (key, *COLON, Slot(SKIPPED))
 
     def _keys(self, keys: Iterable[str]) -> Symbols:
         return any_text({json.dumps(key, ensure_ascii=False).encode(): () for key in keys})
 
-    def _other_key(self, known: Iterable[str]) -> Symbols:
-        other = string_symbol(StringShape(excluded=frozenset(known)))
-        assert other
-        return (other,)
-
     def _behind_pair(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        more = InOrder((BLANKS, word(","), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        if not named:
-            return (more,)
         behind = self._deferred(self._behind, format)
-        return (AnyOf((more, behind if argued else InOrder((BLANKS, word("}"), behind)))),)
+        if named and argued:
+            return (behind,)
+        more = InOrder((BLANKS, word(","), BLANKS, self._deferred(self._pairs, format, named, argued)))
+        return (AnyOf((more, InOrder((BLANKS, word("}"), behind)))) if named else more,)
 
     def _arguments(self, format: CallFormat) -> Symbols:
         """Arguments behind a name that stands by itself; without any there must be what ends the call."""
@@ -18312,14 +18319,15 @@ class TolerantCalls:
 
     def _behind(self, format: CallFormat) -> Symbols:
         """What may stand behind a call: pieces of what ends it, and the next call, with its marker or without."""
-        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace()), None)
-        pieces = tuple(InOrder((BLANKS, word(piece))) for piece in sorted(format.closers - {last}))
-        between = (Repeated(AnyOf(pieces)),) if pieces else ()
+        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
+        pieces: Symbols = tuple(map(word, sorted(format.closers - {last})))
+        if format.keys:
+            pieces += (word("]"), *([InOrder((word(","), BLANKS, *self._other_pair(format)))] if format.keys[0] else []))
         ends: Symbols = (InOrder((BLANKS, word(last))),) if last else ()
         comma = AnyOf((word(","), word(";"), BLANKS))
         for opens in {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}:
             ends += (InOrder((BLANKS, comma, BLANKS, *self._text(opens), self._deferred(self._call, format))),)
-        return (*between, Repeated(AnyOf(ends), 0, 1)) if ends else between
+        return (*((Repeated(InOrder((BLANKS, AnyOf(pieces)))),) if pieces else ()), Repeated(AnyOf(ends), 0, 1))
 
 
 @functools.lru_cache(maxsize=16)

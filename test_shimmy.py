@@ -3086,6 +3086,229 @@ def test_arguments_before_the_name_and_as_json_text_are_read() -> None:
         assert read(module.ChatFormat(), "", text, 1)[2] == CALLS["one"]
 
 
+READABLE: dict[str, Any] = {
+    "f": {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {}}},
+    "get": {}, "get_weather": {"type": "object", "properties": {"text": {"type": "string"}}},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a client is told of an answer."""
+
+    text: str = ""
+    calls: tuple[tuple[str, str], ...] = ()  # names, and arguments as they were written
+    thought: str = ""
+    reason: str = "tool_calls"
+
+
+def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: str = "", **more: Any) -> Answered:
+    parser, reply = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more), module.Reply()
+    for event in [*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)]:
+        reply.add(event)
+    ((_, choice),) = reply.choices()
+    calls = tuple((c["name"], c["arguments"]) for c in choice.calls)
+    return Answered(choice.text, calls, "".join(choice.thoughts), choice.finish_reason)
+
+
+def in_pieces(text: str, pick: random.Random) -> list[str]:
+    """The text cut at random, into single characters or larger pieces."""
+    pieces, most = list[str](), pick.choice((1, 3, 9, 30))
+    while text:
+        size = pick.randint(1, most)
+        pieces.append(text[:size])
+        text = text[size:]
+    return pieces
+
+
+GPT_OSS = "<|channel|>analysis<|message|> {{ messages[0].content }}"
+QUOTED = {  # families whose arguments are literals
+    "python": CallFormat("<|tools|>[", "(", ")]<|/tools|>", "), ", params=Params("", "=", ", ", "'")),
+    "own quotes": CallFormat("<|call>call:", "{", "}<call|>", "}<call|><|call>call:", params=Params("", ":", ",", '<|"|>')),
+}
+SPOKEN: dict[str, tuple[str, ...]] = {  # by family: answers with calls of READABLE's functions, to be spoiled
+    "hermes": (
+        '<tool_call>\n{"name": "f", "arguments": {"a": "x", "b": 1}}\n</tool_call>\n<tool_call>\n'
+        '{"name": "get_weather", "arguments": {}}\n</tool_call>',
+        '<tool_call>[{"arguments": {"a": "q"}, "name": "get"}]</tool_call>', "<tool_call>{'name': 'f'}</tool_call>",
+        '<tool_call>{"name":"f","parameters":null}{"type":"function","function":{"name":"get","arguments":"{}"}}</tool_call>'),
+    "array": ('<calls>[{"name": "f", "arguments": {"a": "x"}}, {"name": "get", "arguments": {}}]</calls>',),
+    "id in the header": ('<|calls|><|call|>functions.get_weather:0<|args|>{"text": "x"}<|/call|><|call|>functions.get:1<|args|>'
+                         "{}<|/call|><|/calls|>",),
+    "tags": ("<tool_call>\n<function=f>\n<parameter=a>\nhello\n</parameter>\n<parameter=b>\n12\n</parameter>\n</function>\n"
+             "</tool_call>",),
+    "keys and values": ("<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x y</arg_value>\n<arg_key>b</arg_key>\n"
+                        "<arg_value>3</arg_value>\n</tool_call>", "<tool_call>get\n</tool_call>"),
+    "bare": ('{"name": "f", "parameters": {"a": "x"}}; {"name": "get", "parameters": {}}',
+             '[{"name": "f", "parameters": {"a": "x"}}]', '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'),
+    "python": ("<|tools|>[f(a='it''s', b=1), get(c=[1, 'x'])]<|/tools|>",),
+    "own quotes": ('<|call>call:f{a:<|"|>x<|"|>,b:1,c:{d:[1,<|"|>e<|"|>]}}<call|>',),
+    "gpt-oss": (
+        '<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json'
+        '<|message|>{"a":"x"}<|call|>',
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Four.",
+        "<|channel|>commentary<|message|>So<|end|><|start|>assistant to=functions.get<|channel|>commentary json<|message|>{}"
+        "<|call|>"),
+}  # fmt: skip
+SPOILS = ["<think>", "</think>", "\n", " ", *"<>{}[]\"',:;x\\", "name", "arguments", "f", "get", "None", "true", "12", "</",
+          "<tool_call>", "</tool_call>", "héé", " and ", "\t"]  # fmt: skip
+
+
+def format_of(name: str) -> Any:
+    if name in QUOTED:
+        return module.ChatFormat(calls=(QUOTED[name], module.HERMES))
+    return derived_once(GPT_OSS if name == "gpt-oss" else FAMILIES[name])
+
+
+def spoiled(text: str, pick: random.Random) -> str:
+    """The text with some of it left out, repeated, or something put in."""
+    for _ in range(pick.choice((0, 0, 1, 1, 2, 3, 5))):
+        at, size, how = pick.randint(0, len(text)), pick.choice((1, 1, pick.randint(1, 20))), pick.randrange(4)
+        text = text[:at] + (text[at + size :] if how == 0 else text[at : at + size] * 2 + text[at + size :] if how == 1 else
+                            pick.choice(SPOILS) + text[at:])  # fmt: skip
+    return text
+
+
+@more_under_soak
+def test_answer_says_the_same_however_it_is_cut() -> None:
+    pick = random.Random(SOAK)
+    for _ in range(30_000 if SOAK else 1500):
+        name = pick.choice(list(SPOKEN))
+        before = pick.choice(("", "", "So ", "<think>hm</think>\n", "<think>\n"))
+        text = before + spoiled(pick.choice(SPOKEN[name]), pick) + pick.choice(("", "", " Done.", "\n\nBye"))
+        reason, format = pick.choice(("stop", "stop", "length")), format_of(name)
+        whole = answered(format, [text], reason)
+        assert answered(format, in_pieces(text, pick), reason) == whole, text
+        if whole.reason == "tool_calls":
+            assert all(isinstance(json.loads(arguments), dict) for _, arguments in whole.calls), text
+
+
+def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "stop", **more: Any) -> None:
+    """The answer is told so, whole and by character."""
+    for pieces in ([text], text):
+        assert answered(format, pieces, reason, **more) == wanted
+
+
+@cases(
+    "prompt, text, wanted",
+    {
+        "the prompt ends with a mark": (
+            "<|start|>assistant", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Four.",
+            Answered("Four.", (), "hm", "stop")),
+        "thought, words, thought, call": (
+            "", "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>commentary<|message|>So.<|end|><|start|>"
+            "assistant<|channel|>analysis<|message|>two<|end|><|start|>assistant<|channel|>commentary to=functions.get "
+            "<|constrain|>json<|message|>{}<|call|>", Answered("So.", (("get", "{}"),), "onetwo")),
+        "the marker as text": ("", "<|channel|>final<|message|>It is <|channel|>analysis<|message|> that begins it.",
+                               Answered("It is <|channel|>analysis<|message|> that begins it.", (), "", "stop")),
+    },
+)  # fmt: skip
+def test_thoughts_stand_behind_markup_of_channels(prompt: str, text: str, wanted: Answered) -> None:
+    check_in_pieces(derived_once(GPT_OSS), text, wanted, prompt=prompt)
+
+
+CALLED = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
+
+
+@cases(
+    "text, wanted",
+    {
+        "ends with a call": (f"<think>\nI ask.\n{CALLED}\n", Answered("", (("f", '{"a": "x"}'),), "I ask.\n")),
+        "ends with two": (f"<think>Ask.{CALLED}\n{CALLED}", Answered("", (("f", '{"a": "x"}'),) * 2, "Ask.")),
+        "closes": (f"<think>Say {CALLED}\n</think>\nNo.", Answered("No.", (), f"Say {CALLED}\n", "stop")),
+        "goes on": (f"<think>Say {CALLED} and wait", Answered("", (), f"Say {CALLED} and wait", "stop")),
+        "only names it": ("<think>With <tool_call> I", Answered("", (), "With <tool_call> I", "stop")),
+        "shows it, then does it": (f"<think>So: {CALLED}, now {CALLED}", Answered(
+            "", (("f", '{"a": "x"}'),), f"So: {CALLED}, now ")),
+        "has half a call": (f"<think>Ask.{CALLED[:40]}", Answered("", (), f"Ask.{CALLED[:40]}", "stop")),
+    },
+)  # fmt: skip
+def test_call_in_a_thought_that_never_closes_is_one(text: str, wanted: Answered) -> None:
+    check_in_pieces(module.ChatFormat(), text, wanted)
+
+
+@cases(
+    "arguments, wanted",
+    {
+        "null": ("null", {}),
+        "none": ("None", {}),
+        "Python's words": ('{"a": None, "c": [True, False]}', {"a": None, "c": [True, False]}),
+        "Python's quotes": ("{'a': 'it\\'s \"x\"', 'c': 'it's'}", {"a": 'it\'s "x"', "c": "it's"}),
+        "raw line breaks": ('{"a": "one\ntwo\tthree"}', {"a": "one\ntwo\tthree"}),
+        "trailing commas": ('{"a": "x", "c": [1, 2, ], }', {"a": "x", "c": [1, 2]}),
+        "unquoted words": ("{a: Paris, b: 2}", {"a": "Paris", "b": 2}),
+        "Python's numbers": ("{'b': 0x10, 'c': [.5, 1_000, +1, 1.]}", {"b": 16, "c": [0.5, 1000, 1, 1.0]}),
+        "Python's escapes": ("{'a': '\\x41\\d'}", {"a": "A\\d"}),
+        "a tuple": ("{'c': (1, 'x')}", {"c": [1, "x"]}),
+        "text of JSON": ('"{\\"a\\": \\"x\\"}"', {"a": "x"}),
+        "text of Python": ('"{\'a\': \'x\'}"', {"a": "x"}),
+    },
+)
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+def test_arguments_are_mended_where_their_meaning_is_plain(arguments: str, wanted: Any, key: str) -> None:
+    text = f'<tool_call>\n{{"name": "f", "{key}": {arguments}}}\n</tool_call>'
+    for pieces in ([text], text):
+        found = answered(module.ChatFormat(), pieces)
+        assert (found.text, found.reason) == ("", "tool_calls")
+        assert [(name, json.loads(said)) for name, said in found.calls] == [("f", wanted)]
+
+
+@pytest.mark.parametrize("arguments", ["[1, 2]", "7", "oops", '"words"', ""])
+def test_arguments_that_are_no_object_leave_the_call_text(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    check_in_pieces(module.ChatFormat(), text, Answered(text, (), "", "stop"))
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "x" "b": 1}', '{"a": }', '{"a": 1]', '{"a": -}', '{"a"; 1}'])
+def test_arguments_that_cannot_be_mended_are_no_reason_to_run_a_function(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    for pieces in ([text], text):
+        assert answered(module.ChatFormat(), pieces).reason == "stop"
+
+
+@cases(
+    "name, text, count",
+    {
+        "semicolons": ("bare", '{"name": "f", "parameters": {"a": "1"}}; {"name": "f", "parameters": {"a": "2"}}', 2),
+        "a bare list": ("bare", '[{"name": "f", "parameters": {"a": "1"}}, {"name": "f", "parameters": {"a": "2"}}]', 2),
+        "two objects": ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": "1"}}\n{"name": "f", "arguments": {"a": "2"}}\n'
+                                  "</tool_call>", 2),
+        "a list": ("hermes", '<tool_call>[{"name": "f", "arguments": {"a": "1"}}, {"name": "f", "arguments": {"a": "2"}}]'
+                             "</tool_call>", 2),
+        "an object inside": ("hermes", '<tool_call>{"id": "7", "type": "function", "function": {"name": "f", "arguments": '
+                                       '{"a": "1"}}, "index": 0}</tool_call>', 1),
+        "a brace too few": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1"}\n</tool_call>', 1),
+        "a brace too many": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1"}}}\n</tool_call>', 1),
+    },
+)  # fmt: skip
+def test_several_calls_stand_in_one_section(name: str, text: str, count: int) -> None:
+    calls = tuple(("f", f'{{"a": "{i}"}}') for i in range(1, count + 1))
+    check_in_pieces(derived_once(FAMILIES[name]), text, Answered("", calls))
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_forced_call_that_is_cut_anywhere_leaves_no_markup(name: str) -> None:
+    for text in SPOKEN[name]:
+        for cut in range(1, len(text)) if "'name'" not in text and "final" not in text else ():
+            found = answered(format_of(name), [text[:cut]], "length", forced=True)
+            assert "So".startswith(found.text) and found.reason == "length", text[:cut]
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_calls_that_are_cut_behind_the_first_leave_no_markup(name: str) -> None:
+    format, (text, *_) = format_of(name), SPOKEN[name]
+    first = next(cut for cut in range(len(text)) if answered(format, [text[:cut]]).reason == "tool_calls")
+    assert not any(answered(format, text[:cut], "length").text for cut in range(first, len(text)))
+
+
+def test_argument_whose_end_is_missing_is_whole_where_the_call_ends() -> None:
+    text = "<tool_call>\n<function=f>\n<parameter=a>\nhello\n</function>\n</tool_call>"
+    for end in ("", "\n"):
+        check_in_pieces(derived_once(FAMILIES["tags"]), text + end, Answered("", (("f", '{"a": "hello"}'),)))
+    cut = text.partition("\n</function>")[0]
+    check_in_pieces(derived_once(FAMILIES["tags"]), cut, Answered("", (("f", '{"a": "hello'),), "", "stop"))
+
+
 def test_logprobs_go_with_their_own_text() -> None:
     parser = module.ChatParser(0, module.ChatFormat(), {"get_weather": {}}, "", frozenset({"<|quiet|>"}))
     tokens = ["<think>", "hm", "</think>", "One", " <", "|", "<|quiet|>", " two", " <tool", "_x", " three"]
