@@ -18109,15 +18109,19 @@ def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
     return TextTable(texts).between(0, len(texts), 0)
 
 
+LETTERS = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
+LEFT_OPEN = {ID: Repeated(LETTERS, 9, 9), ANY: Repeated(LETTERS, 1, 24)}  # by a format
+
+
+def format_text(text: str) -> Symbol:
+    """A format's text, what it leaves open filled in."""
+    return InOrder(tuple(LEFT_OPEN.get(piece) or word(piece) for piece in re.split(f"([{ID}{ANY}])", text) if piece))
+
+
 class CallsGrammar:
     """Calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
 
-    TOLD = frozenset(("type", "properties", "required",  # of arguments that stand one by one; the others only open objects
-                      "additionalProperties", "patternProperties", "unevaluatedProperties", "nullable"))  # fmt: skip
-
     def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
-        letters = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
-        self._open = {ID: Repeated(letters, 9, 9), ANY: Repeated(letters, 1, 24)}  # what a format leaves open
         self._format = format
         self._call = AnyOf(tuple(self._one(f"tools[{i}].function.parameters", t["function"]) for i, t in enumerate(tools)))
 
@@ -18125,46 +18129,18 @@ class CallsGrammar:
         """One call or several; `opened`, the first one's beginning, stands there already."""
         first, again = (o + self._format.head for o in (self._format.opens.lstrip(), self._format.again))
         more = 7 if many and self._format.again else 0
-        behind = Repeated(InOrder((self._text(again), self._call)), 0, more)
-        return InOrder((self._text(first.removeprefix(opened)), self._call, behind, self._text(self._format.closes.rstrip())))
-
-    def _text(self, text: str) -> Symbol:
-        """A format's text, what it leaves open filled in."""
-        return InOrder(tuple(self._open.get(p) or word(p) for p in re.split(f"([{ID}{ANY}])", text) if p))
+        behind = Repeated(InOrder((format_text(again), self._call)), 0, more)
+        return InOrder((format_text(first.removeprefix(opened)), self._call, behind, format_text(self._format.closes.rstrip())))
 
     def _one(self, where: str, function: dict[str, Any]) -> Symbol:
         schema = function.get("parameters") or {}
         schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
         name = function["name"] if self._format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
         params = self._format.params
-        arguments = self._one_by_one(where, schema, params) if params else json_symbol(where, schema)
-        return InOrder((word(name), self._text(self._format.named), arguments))
-
-    def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> Symbol:
-        """Named arguments in their order, optional ones left out at will."""
-        also = (SchemaReader.KEYWORDS.keys() & schema.keys()) - self.TOLD
-        if also:
-            raise InvalidRequest(f"{where}: keyword {min(also)} is not supported where arguments are written one by one", where)
-        json_symbol(where, schema)  # checked as a whole
-        arguments = []
-        properties = {**{key: {} for key in schema.get("required") or ()}, **(schema.get("properties") or {})}
-        for key, kind in properties.items():
-            kind = {**kind, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if isinstance(kind, dict) else {}
-            closes = "" if params.quote else params.closes.replace(KEY, key)
-            types = argument_types(json.dumps(schema), key)
-            value = self._value(f"{where}.properties.{key}", kind, types, params, closes.strip())
-            one = InOrder((self._text(params.opens + key + params.keyed), value, self._text(closes)))
-            arguments.append((one, key in (schema.get("required") or ())))
-        return NamedArguments(tuple(arguments), self._text(params.closes if params.quote else ""))
-
-    def _value(self, where: str, kind: dict[str, Any], types: int, params: Params, closes: str) -> Symbol:
-        """One value: a string without quotes or in the family's, other types as JSON."""
-        if types not in (SchemaReader.TYPES["string"], SchemaReader.EVERY_TYPE):
-            return json_symbol(where, kind)
-        text = PlainTexts(json.dumps(kind), where, closes or params.quote)
-        if not text.opened():
-            return json_symbol(where, kind)
-        return InOrder((word(params.quote), text, word(params.quote)))
+        text = json.dumps(schema)
+        arguments = ArgumentList(text, where, params) if params else Json(text, where)
+        read_soon(arguments)
+        return InOrder((word(name), format_text(self._format.named), arguments))
 
 
 NAMED, TEXT, CALL_ID, ARGUMENTS, SKIPPED, KEYED, VALUE = range(0xF8, 0xFF)  # bytes that UTF-8 never has
@@ -18341,11 +18317,16 @@ def argument_types(text: str, key: str) -> int:
     """The types that a function's schema allows for one of its arguments, as SchemaReader's bits; all where it does not say."""
     shapes, found = SchemaShapes("parameters", json.loads(text)), 0
     with contextlib.suppress(InvalidRequest, RecursionError):
-        root = shapes.node([shapes.read(shapes.root, 0, "the schema", shapes.base)])
-        for shape in shapes.choice(root):
-            for node in values_of(shape, key) if isinstance(shape, ObjectShape) else ():
-                found |= functools.reduce(operator.or_, map(types_of, shapes.choice(node)), 0)
+        for shape in object_shapes(shapes):
+            for node in values_of(shape, key):
+                found |= types_of(shapes.choice(node))
     return found or SchemaReader.EVERY_TYPE
+
+
+def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
+    """The objects that a schema allows."""
+    root = shapes.node([shapes.read(shapes.root, 0, "the schema", shapes.base)])
+    return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
 def values_of(shape: ObjectShape, name: str) -> Iterator[Node]:
@@ -18354,8 +18335,12 @@ def values_of(shape: ObjectShape, name: str) -> Iterator[Node]:
     yield from named or [node for names, node in shape.unnamed if string_fits(names, name)][:1]
 
 
-def types_of(shape: Shape) -> int:
-    """The types of values of a shape, as SchemaReader's bits."""
+def types_of(shapes: Shapes) -> int:
+    """The types of values of these shapes, as SchemaReader's bits."""
+    return functools.reduce(operator.or_, map(_types_of, shapes), 0)
+
+
+def _types_of(shape: Shape) -> int:
     if isinstance(shape, Constant):
         return type_bit(json.loads(shape.text))
     if isinstance(shape, NumberShape):
@@ -18364,33 +18349,58 @@ def types_of(shape: Shape) -> int:
 
 
 @dataclass(frozen=True)
-class PlainTexts(Json):
-    """The strings of a JSON schema, written as they are: what stands behind them, `marker`, does not occur in them."""
+class ArgumentList(Json):
+    """The objects of a JSON schema, their properties written one by one."""
 
-    marker: str
+    params: Params
 
     def opened(self) -> Iterable[Symbols]:
-        return read_plain(self.text, self.param, self.marker)
+        return read_arguments(self.text, self.param, self.params)
 
 
 @functools.lru_cache(maxsize=64)
-def read_plain(text: str, param: str, marker: str) -> tuple[Symbols, ...]:
-    """A schema's strings as they are; none if it wants other values. Raises InvalidRequest naming the keyword at fault."""
+def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]:
+    """A schema's objects, property by property. Raises InvalidRequest naming the keyword at fault."""
     documents, found = Documents(SchemaShapes(param, json.loads(text))), list[Symbols]()
-    apart = StringShape(unlike=(not_before(marker),))
-    root = documents.root()
-    assert isinstance(root, Value)
-    shapes = [s for s in documents.shapes.choice(root.node) if opening_of(s) == '"']
+    objects = object_shapes(documents.shapes)
+    for shape in objects:
+        if shape.high is not None or shape.low > sum(prop.required for prop in shape.named):
+            keyword = "minProperties" if shape.high is None else "maxProperties"
+            raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
+    documents.root()  # tells what is possible
+    for shape in objects:
+        arguments = tuple((one_argument(documents, prop, params), prop.required) for prop in shape.named
+                          if prop.node in documents.possible)  # fmt: skip
+        found.append((NamedArguments(arguments, format_text(params.closes if params.quote else "")),))
+    if not found:
+        raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
+    return tuple(found)
+
+
+def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol:
+    """A name and its value: a string without quotes or in the family's, other types as JSON."""
+    closes = "" if params.quote else params.closes.replace(KEY, prop.name)
+    shapes = documents.shapes.choice(prop.node)
+    value: Symbol = Value(documents, prop.node)
+    if types_of(shapes) in (SchemaReader.TYPES["string"], SchemaReader.EVERY_TYPE):
+        quote = word(params.quote)
+        value = InOrder((quote, AnyOf(plain_texts(documents, shapes, closes.strip() or params.quote)), quote))
+    return InOrder((format_text(params.opens + prop.name + params.keyed), value, format_text(closes)))
+
+
+def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
+    """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
+    apart, found = StringShape(unlike=(not_before(marker),)), list[Symbol]()
     for shape in shapes:
-        if isinstance(shape, Constant) and string_fits(apart, json.loads(shape.text)):
-            found.append((word(json.loads(shape.text)),))
+        if isinstance(shape, Constant) and shape.text[0] == '"' and string_fits(apart, json.loads(shape.text)):
+            found.append(word(json.loads(shape.text)))
         elif isinstance(shape, StringShape):
             unlike = [f"^(?:{'|'.join(map(re.escape, sorted(shape.excluded)))})$"] if shape.excluded else []
             shape = both_strings(replace(shape, excluded=frozenset()), replace(apart, unlike=(*apart.unlike, *unlike)))
             if documents.leaf(shape) is not None:
                 machine = text_machine(shape)
-                found.append((PlainText(machine, machine.root, machine.low, machine.high),))
-    if shapes and not found:
+                found.append(PlainText(machine, machine.root, machine.low, machine.high))
+    if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
 
