@@ -449,6 +449,11 @@ def token_limit(name: str, value: Any) -> int | None:
     return None if value == -1 and not isinstance(value, bool) else whole(1)(name, value)
 
 
+def token_count(name: str, value: Any) -> int:
+    """How many tokens to keep; 0 means all, and so does -1, which vLLM's clients send."""
+    return max(0, whole(-1)(name, value))
+
+
 def one_type(kind: type, words: str) -> Check:
     """Accepts a value of one JSON type."""
 
@@ -497,7 +502,7 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
         raise InvalidRequest(f"{name} must be {forms}, not {_said(value)}", name)
     check = number(-100, 100)
     return tuple(
-        (int(str(t)[:10]), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
+        (int(str(t).lstrip("0")[:10] or 0), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
     )
 
 
@@ -549,7 +554,7 @@ class Sampling:
     max_tokens: int | None = param(token_limit, "most tokens to generate; -1: up to the context's end")
     temperature: float | None = param(number(0, 5), "randomness; 0 always takes the likeliest token", otherwise=0.8)
     top_p: float | None = param(number(0, 1), "keep the likeliest tokens that sum to this probability", otherwise=0.95)
-    top_k: int | None = param(whole(0), "keep this many likeliest tokens; 0 keeps all", otherwise=40)
+    top_k: int | None = param(token_count, "keep this many likeliest tokens; 0 keeps all", otherwise=40)
     min_p: float | None = param(number(0, 1), "drop tokens below this share of the likeliest one", otherwise=0.05)
     typical_p: float | None = param(number(0, 1), "keep the tokens of about the expected surprise that sum to this "
                                     "probability; 1 is off", otherwise=1.0)  # fmt: skip
@@ -699,6 +704,7 @@ def _raise(error: Exception) -> Any:
     raise error
 
 
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message; inside they all have the first name
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -725,9 +731,10 @@ def read_message(where: str, message: Any) -> dict[str, Any]:
     if content is None and not (role == "assistant"):
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     read = {"role": "system" if role == "developer" else role, "content": flat_content(f"{where}.content", content)}
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
-            read[name] = a_string(f"{where}.{name}", message[name])
+            kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
+            read[kept] = a_string(f"{where}.{name}", message[name])
     if calls:
         read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
     return read
@@ -758,9 +765,12 @@ def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
                 arguments = parse_json(arguments.encode())
-        read.append({"id": str(call.get("id", "")), "type": "function",
+        read.append({"id": str(call.get("id") or ""), "type": "function",
                      "function": {"name": name, "arguments": {} if arguments is None else arguments}})  # fmt: skip
     return read
+
+
+NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; templates look for both
 
 
 def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
@@ -775,8 +785,9 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
         elif tool.get("type") == "function":
             function = an_object(f"{where}.function", tool.get("function"))
             a_string(f"{where}.function.name", function.get("name"))
-            an_object(f"{where}.function.parameters", function.get("parameters") or {})
-            functions.append(tool)
+            parameters = an_object(f"{where}.function.parameters", function.get("parameters") or NO_PARAMETERS)
+            check_structure(json.dumps(parameters), f"{where}.function.parameters")
+            functions.append({**tool, "function": {**function, "parameters": parameters}})
         else:
             raise InvalidRequest(f"{where}.type must be function or builtin, not {_said(tool.get('type'))}", f"{where}.type")
     return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
@@ -1081,6 +1092,7 @@ DIFFUSERS = {"dream", "llada", "llada-moe", "rnd1"}  # attend in both directions
 POOLINGS = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.h, enum llama_pooling_type; 0 is none, rank a reranker's
 KV_WIDTHS = {"f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes of a number in the KV cache, by --kv-type
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+TRASH = re.compile(r"\.Trash|\$RECYCLE\.BIN$", re.I)  # folders of what was thrown away
 QUANT_IN_NAME = re.compile(r"(?:^|[-._])((?:I?Q\d[\w]*|BF16|F16|F32|MXFP4\w*))(?=$|[-.])", re.I)
 SIZE_IN_NAME = re.compile(r"(?:^|[-_.])(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[BM])(?=$|[-_.])", re.I)
 
@@ -1133,10 +1145,9 @@ class ModelInfo:
 
 
 def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> ModelInfo:
-    """The ModelInfo of a header, its texts printable and short. Raises GgufError when the file is not a model to serve."""
+    """The ModelInfo of a header, its texts printable and short."""
     meta, stem = header.metadata, SHARD.sub("", pathlib.Path(path).stem)
     architecture = str(meta.get("general.architecture") or "unknown")
-    refuse_other_kinds(meta, architecture, header)
     quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
     context = meta.get(f"{architecture}.context_length")
     name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
@@ -1190,8 +1201,9 @@ def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
     return causal is False and architecture not in DIFFUSERS
 
 
-def refuse_other_kinds(meta: Mapping[str, Any], architecture: str, header: GgufHeader) -> None:
+def refuse_other_kinds(header: GgufHeader) -> None:
     """Raises GgufError for GGUF files that are not models: projectors, adapters, vocabularies, later shards."""
+    meta, architecture = header.metadata, str(header.metadata.get("general.architecture"))
     kind = str(meta.get("general.type") or "model")
     if architecture == "clip" or kind == "mmproj":
         raise GgufError("a projector (mmproj), not a model")
@@ -1232,8 +1244,11 @@ def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     }.items():  # fmt: skip
         roots += [SearchRoot(str(p), source, ollama=source == "ollama") for p in places if p]
     roots.append(SearchRoot(str(here / "models"), "beside shimmy.py"))
-    unique = {os.path.realpath(os.path.expanduser(r.path)): r for r in reversed(roots)}
-    return [replace(r, path=os.path.abspath(os.path.expanduser(r.path))) for r in reversed(unique.values())]
+    unique: dict[str, SearchRoot] = {}
+    for root in (replace(root, path=os.path.abspath(os.path.expanduser(root.path))) for root in roots):
+        first = unique.setdefault(os.path.realpath(root.path), root)
+        unique[os.path.realpath(root.path)] = replace(first, depth=max(first.depth, root.depth))
+    return list(unique.values())
 
 
 def hub_home() -> str:
@@ -1263,6 +1278,18 @@ class Candidate:
     size: int
     mtime_ns: int
     file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
+
+    @property
+    def version(self) -> tuple[Any, ...]:
+        """Differs once the file changes, or another one of its set appears, changes or goes."""
+        others: list[tuple[int, int] | None] = []
+        for path in shard_paths(self.path) if SHARD.search(os.path.splitext(self.path)[0]) else ():
+            try:
+                status = os.stat(path)
+                others.append((status.st_size, status.st_mtime_ns))
+            except OSError:
+                others.append(None)
+        return (self.path, self.size, self.mtime_ns, *others)
 
 
 @dataclass(frozen=True)
@@ -1309,7 +1336,7 @@ class TreeWalk:
         except OSError as error:  # a link to itself, or through a file
             self._note(f"{entry.path}: {error.strerror or error}")
             return
-        if is_dir and self.root.depth:
+        if is_dir and self.root.depth and not TRASH.match(entry.name):
             if depth >= self.root.depth:
                 self._note(f"stopped {self.root.depth} levels down")
             else:
@@ -1367,7 +1394,10 @@ MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are tw
 
 def plain_id(label: str) -> str:
     """A file's stem as a model id: lower-case, without the shard number, `-` for spaces, `_` and what does not print."""
-    spelled = "".join(c if c.isprintable() else " " for c in SHARD.sub("", label))
+    import unicodedata  # macOS hands out names whose accents stand by themselves
+
+    label = unicodedata.normalize("NFC", SHARD.sub("", label))
+    spelled = "".join(c if c.isprintable() else " " for c in label)
     return re.sub(r"[\s_]+", "-", spelled.strip().lower())
 
 
@@ -1388,13 +1418,12 @@ class Findings:
         """Takes in the models among the candidates; returns the paths of those that are new."""
         before = len(self.models)
         for candidate in candidates:
-            have = self.models.get(candidate.file_id)
-            if have is not None and not _has_shards_beside(candidate.path):
+            if candidate.file_id in self.models:
                 continue
             result = examine(candidate, False)
             if isinstance(result, ModelInfo):
                 self.models[candidate.file_id] = (candidate, result)
-            elif have is None:
+            else:
                 self.skipped.setdefault(candidate.path, result)
         return {candidate.path for candidate, _ in itertools.islice(self.models.values(), before, None)}
 
@@ -1415,7 +1444,7 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[str, int, int], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
+        self._read: dict[tuple[Any, ...], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
@@ -1443,8 +1472,8 @@ class Catalog:
         return findings.report(began)
 
     def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
-        """The candidate's ModelInfo, or why it is none; remembered by path, size and time."""
-        key = (c.path, c.size, c.mtime_ns)
+        """The candidate's ModelInfo, or why it is none; remembered while its files stay as they are."""
+        key = c.version
         result, whole = self._read.get(key, ("", False))
         if key not in self._read or (whole_header and not whole):
             result = self._describe(c, whole_header)
@@ -1455,20 +1484,21 @@ class Catalog:
     def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
-            shard = SHARD.search(pathlib.Path(c.path).stem)
-            if shard and shard[1] != "00001":
-                raise GgufError("a later shard; the first one stands for the set")
-            missing = missing_shards(c.path)
+            header = read_gguf_header(c.path, c.size, whole_header, deadline)
+            refuse_other_kinds(header)
+            is_split = header.metadata.get("split.count", 1) > 1  # a merged file may still be named like a shard
+            missing = missing_shards(c.path) if is_split else []
             if missing:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
-            header = read_gguf_header(c.path, c.size, whole_header, deadline)
-            if header.data_end > c.size:
-                raise GgufError(f"truncated: {c.size} of {header.data_end} bytes")
-            sizes = {part: os.path.getsize(part) for part in shard_paths(c.path)}
-            if whole_header and len(sizes) > 1:
-                parts = [read_gguf_header(part, size, deadline=deadline) for part, size in sizes.items()]
-                header = replace(header, parameters=sum(part.parameters for part in parts),
-                                 metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
+            sizes = {part: os.path.getsize(part) for part in (shard_paths(c.path) if is_split else [c.path])}
+            if whole_header:
+                parts = [header, *(read_gguf_header(part, sizes[part], deadline=deadline) for part in list(sizes)[1:])]
+                for part, size in zip(parts, sizes.values(), strict=True):
+                    if part.data_end > size:
+                        raise GgufError(f"truncated: {size} of {part.data_end} bytes")
+                if len(parts) > 1:
+                    header = replace(header, parameters=sum(part.parameters for part in parts),
+                                     metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
             return describe(header, c.path, self._id_for(c), c.source, sum(sizes.values()))
         except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
@@ -1489,7 +1519,7 @@ class Catalog:
         """Reads the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; drops those found damaged."""
         deadline = time.monotonic() + SCAN_DETAIL_SECONDS
         for file_id, (c, _) in sorted(findings.models.items(), key=lambda item: item[1][0].size):
-            if (c.path, c.size, c.mtime_ns) in known or time.monotonic() > deadline:
+            if c.version in known or time.monotonic() > deadline:
                 continue
             result = self._examine(c, whole_header=True)
             if isinstance(result, ModelInfo):
@@ -1518,11 +1548,6 @@ class Catalog:
         c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
         result = self._examine(c, whole_header=True)
         return result if isinstance(result, ModelInfo) else model
-
-
-def _has_shards_beside(path: str) -> bool:
-    shard = SHARD.search(pathlib.Path(path).stem)
-    return bool(shard) and not missing_shards(path)
 
 
 def shard_paths(path: str) -> list[str]:
@@ -1640,6 +1665,7 @@ class ChatFormat:
     thought: tuple[str, str] = ("<think>", "</think>")
     calls: tuple[CallFormat, ...] = (HERMES,)
     drops: tuple[str, ...] = ()
+    thought_field: str = THOUGHT_FIELDS[0]  # of a message, in which the template looks for its thought
 
     @property
     def literals(self) -> str:
@@ -1721,19 +1747,46 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        messages = without_noise(request.messages or ())
-        begun = messages.pop() if continues(request) else {}
-        said: list[Any] = [messages, list(request.tools), dict(request.template_args), begun]
-        mark = self._mark(said)
+        messages = [self._with_thought(m) for m in without_noise(request.messages or ())]
+        begun = messages.pop() if continues(request) else None
+        said: list[Any] = [list(request.tools), dict(request.template_args)]
+        mark = self._mark([messages, said, begun])
         if mark:
-            said = [[self._guard(m, mark, m["role"] == "assistant") for m in messages], *self._guard(said[1:], mark)]
-        rendered = self._render(Rendering(self._templates, self.facts.bos, self.facts.eos, *said[:3]))
-        if self.facts.adds_bos and self.facts.bos and rendered.startswith(self.facts.bos):
-            rendered = rendered[len(self.facts.bos) :]  # the tokenizer adds it, once
-        segments = [rendered, *([said[3]["content"]] if begun else [])]
-        if begun and (thought := self._thought_before(rendered, said[3].get("reasoning_content"))):
-            segments[1] = thought + segments[1]
+            messages, said = [self._guard(m, mark, m["role"] == "assistant") for m in messages], self._guard(said, mark)
+            begun = begun and self._guard(begun, mark, True)
+        rendering = Rendering(self._templates, self.facts.bos, self.facts.eos, messages, *said)
+        rendered = self._render(rendering)
+        segments = self._continued(rendering, rendered, begun) if begun else [rendered]
+        if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
+            segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
         return tuple(part for s in segments for part in (s.split(mark) if mark else (s,)))
+
+    def _with_thought(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with its thought in the field in which the template looks for it."""
+        name = THOUGHT_FIELDS[0]
+        return {self.format.thought_field if key == name else key: value for key, value in message.items()} \
+            if name in message else message
+
+    def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
+        """The segments of a prompt that ends with an answer that has begun.
+
+        It stands where the template would write it: behind what it writes before the content of such a turn, and behind a
+        thought's end where a thought is open.
+        """
+        opens, closes = self.format.thought
+        content, is_open = begun["content"], rendered.rstrip().endswith(opens)
+        if begins_thought(content, self.format):  # whether it ends or not
+            return [rendered, content.lstrip().removeprefix(opens) if is_open else content]
+        texts = "".join(texts_in([rendering.messages, begun]))
+        place = next((c for c in reversed(NONCHARACTERS) if c not in texts), ID)
+        turn, thought = {**begun, "content": place}, begun.get(self.format.thought_field)
+        with contextlib.suppress(InvalidRequest):  # some templates take no such turn at the end
+            whole = self._render(replace(rendering, messages=[*rendering.messages, turn], generation=False))
+            before = whole[: whole.rfind(place)] if place in whole else ""
+            if before and (not thought or thought in before) and (not is_open or before.count(closes) > rendered.count(closes)):
+                return [before, content]
+        thought_before = f"{'' if is_open else opens}\n{thought or ''}\n{closes}\n\n" if is_open or thought else ""
+        return [rendered, thought_before + content]
 
     def infill(self, gap: Infill) -> tuple[tuple[str, ...], int]:
         """The segments that ask for a gap's text, and how many of the first ones may be left out.
@@ -1758,14 +1811,6 @@ class Chat:
             segments += [self.facts.fim[token]] if token in self.facts.fim else []
             segments += self._guard(text, mark).split(mark) if mark else [text]
         return [segment for segment in segments if segment]
-
-    def _thought_before(self, rendered: str, thought: str | None) -> str:
-        """What must stand between the prompt and an answer that has begun: its thought, and the end of an open one."""
-        opens, closes = self.format.thought
-        is_open = rendered.rstrip().endswith(opens)
-        if not is_open and not thought:
-            return ""
-        return f"{'' if is_open else opens}\n{thought or ''}\n{closes}\n\n"
 
     def _render(self, rendering: Rendering) -> str:
         try:
@@ -1800,14 +1845,20 @@ class Chat:
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in request.tools}
         hidden = frozenset(self.facts.specials) - self.markers
         forced = request.tool_choice not in ("auto", "none")
-        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request), forced)
+        thinking = self._is_thinking(request, str(last[0]))
+        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request), forced, thinking)
 
     def thought_budget(self, request: GenerateRequest, last: Seq[Any]) -> ThoughtBudget | None:
         """How long the answer may think, if the request says so."""
         if request.thinking_budget is None:
             return None
+        return ThoughtBudget(*self.format.thought, request.thinking_budget, self._is_thinking(request, str(last[0])))
+
+    def _is_thinking(self, request: GenerateRequest, last: str) -> bool:
+        """Whether the prompt ends inside a thought, which it opens itself or which an answer that has begun does not close."""
         opens, closes = self.format.thought
-        return ThoughtBudget(opens, closes, request.thinking_budget, str(last[0]).rstrip().endswith(opens))
+        said = (request.messages or ({},))[-1].get("content", "") if continues(request) else ""
+        return last.rstrip().endswith(opens) or (begins_thought(said, self.format) and closes not in said)
 
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
         """What holds the answer to the calls or the schema that were asked for, behind a thought that the prompt has begun.
@@ -1825,7 +1876,7 @@ class Chat:
         if not forced:  # the first call is the only one
             return Constraint(grammar.symbol(mark, False), "parallel_tool_calls", mark, self.markers) if mark else None
         opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
-        thought, after = self._thought_first(str(last[0]))
+        thought, after = self._thought_first(request, str(last[0]))
         many = request.parallel_tool_calls and named is None
         return Constraint(InOrder((*thought, grammar.symbol(opened, many))), "tool_choice", after, self.markers)
 
@@ -1834,21 +1885,31 @@ class Chat:
 
         A client's own grammar says itself what stands beside it.
         """
-        wanted, (thought, after) = request.sampling.constraint, self._thought_first(last)
+        wanted, (thought, after) = request.sampling.constraint, self._thought_first(request, last)
         if wanted is None or wanted.param == "grammar":
             return wanted and replace(wanted, after=after, markers=self.markers)
         grammar = wanted.grammar
+        if continues(request) and after is None and (request.messages or ())[-1]["content"]:
+            grammar = RestOf(grammar, self._behind_thought((request.messages or ())[-1]["content"]).encode(), wanted.param)
+            read_soon(grammar)
+            return replace(wanted, markers=self.markers, grammar=grammar)
         if request.tools and request.tool_choice != "none":
             calls = CallsGrammar(self.format.calls[0], request.tools)
             grammar = AnyOf((calls.symbol("", request.parallel_tool_calls), grammar))
         return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
 
-    def _thought_first(self, last: str) -> tuple[Symbols, str | None]:
+    def _behind_thought(self, content: str) -> str:
+        """An answer without the thought that it begins with."""
+        return content.partition(self.format.thought[1])[2].lstrip() if begins_thought(content, self.format) else content
+
+    def _thought_first(self, request: GenerateRequest, last: str) -> tuple[Symbols, str | None]:
         """What may stand before what a grammar wants, and the marker behind which the grammar begins."""
         end, (opens, closes) = last.rstrip(), self.format.thought
         blanks = Repeated(OneChar(((0x0A, 0x0A), (0x20, 0x20))), 0, 2)
-        if end.endswith(opens):
+        if self._is_thinking(request, last):
             return (blanks,), closes
+        if continues(request):
+            return (), None
         # Qwen 3: the model itself begins a thought, or not; models without the switch would wander off into one
         may_think = any(opens in t and "enable_thinking" in t for t in self._templates.values())
         if may_think and not end.endswith(closes):
@@ -1873,6 +1934,11 @@ class Chat:
         """Names of the special tokens that the parser must see."""
         text = self.format.literals
         return frozenset(text[start:end] for start, end in self._names.spans(text))
+
+
+def begins_thought(content: str, format: ChatFormat) -> bool:
+    """Whether an answer that has begun begins with a thought."""
+    return content.lstrip().startswith(format.thought[0])
 
 
 def continues(request: GenerateRequest) -> bool:
@@ -1960,31 +2026,39 @@ class Helper:
     def __init__(self) -> None:
         self.process, *ends = start_child("helper_main")
         self._pipe = Pipe(*ends)
-        self.timed_out = self.starved = False  # its task took too much of the processor; it got too little of it
+        self.is_late = False  # and was killed
 
     def run(self, task: Any) -> Outcome:
-        """The task's outcome. Raises EOFError or OSError when the process died, of its own or at the time's end."""
-        done = threading.Event()
-        threading.Thread(target=self._watch, args=(done,), name="helper's time", daemon=True).start()
+        """The task's outcome. Raises HelperFailed when it ended or outlived the process, Overloaded when it had no time."""
+        seconds = HELPER_SECONDS * (HELPER_PATIENCE if _PROCESSOR_TIMER is not None else 1)
+        timer = threading.Timer(seconds, self._kill)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError as error:
+            raise Overloaded(f"The system starts no more threads ({error})") from None
         try:
             self._pipe.send(task)
             outcome: Outcome = self._pipe.receive()
             return outcome
-        except EOFError:
-            with contextlib.suppress(Exception):
-                self.timed_out = self.timed_out or (not self.starved and self.process.wait(1.0) == -_SIGPROF)
-            raise
+        except Exception:  # a process's border: it died, or what it says cannot be read
+            raise self._why_ended() from None
         finally:
-            done.set()
+            timer.cancel()
+            timer.join()
 
-    def _watch(self, done: threading.Event) -> None:
-        """Kills the process when the task takes too long. Counts ticks: a machine that slept meanwhile gave it no time."""
-        counts = _PROCESSOR_TIMER is not None  # the process its own time, and ends with that
-        for _ in range(int(HELPER_SECONDS * (HELPER_PATIENCE if counts else 1) * 10)):
-            if done.wait(0.1):
-                return
-        self.starved, self.timed_out = counts, not counts
+    def _kill(self) -> None:
+        self.is_late = True
         self.process.kill()
+
+    def _why_ended(self) -> Exception:
+        with contextlib.suppress(Exception):
+            self.process.wait(1.0)
+        if self.is_late and _PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+            return Overloaded("The machine is too busy to apply the model's chat template")
+        if self.is_late or self.process.returncode == -_SIGPROF:
+            return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
+        return HelperFailed("it ended the process that ran it")
 
     def end(self) -> None:
         self.process.kill()
@@ -2009,47 +2083,44 @@ class Helpers:
 
     def warm(self) -> None:
         """Starts a process unless one waits: its start then overlaps with a model's load."""
-        with self._lock, contextlib.suppress(OSError):  # whoever needs it tells
-            if not self._idle and not self._closed:
-                self._idle.append(Helper())
+        with contextlib.suppress(Overloaded):  # whoever needs it tells
+            self._keep(self._take())
 
     def run(self, task: Any) -> Any:
         """The value of `task.run()` in a helper. Raises HelperFailed with the reason, Overloaded when all stay busy."""
         if not self._free.acquire(timeout=HELPER_SECONDS * 4):
             raise Overloaded(f"{MAX_HELPERS} chat templates take long at once")
         try:
-            outcome = self._outcome(task)
+            helper = self._take()
+            try:
+                outcome = helper.run(task)
+            except BaseException:
+                helper.end()
+                raise
+            self._keep(helper)
         finally:
             self._free.release()
         if outcome.error is not None:
             raise HelperFailed(outcome.error)
         return outcome.value
 
-    def _outcome(self, task: Any) -> Outcome:
+    def _take(self) -> Helper:
+        """A process that waits, if it still lives, or a new one."""
         with self._lock:
             idle = self._idle.pop() if self._idle else None
+        if idle and idle.process.poll() is None:
+            return idle
+        if idle:
+            idle.end()
         try:
-            helper = idle or Helper()
-        except OSError as error:
-            raise Overloaded(f"The system starts no more processes ({error.strerror})") from None
-        try:
-            outcome = helper.run(task)
-        except Exception:  # a process's border: it died, or what it says cannot be read
-            helper.end()
-            if helper.starved:
-                raise Overloaded("The machine is too busy to apply the model's chat template") from None
-            if helper.timed_out:
-                return Outcome(error=f"it takes over {HELPER_SECONDS:g} seconds")
-            return self._outcome(task) if idle else Outcome(error="it ended the process that ran it")
-        if helper.starved or helper.timed_out:  # killed behind its answer
-            helper.end()
-        else:
-            self._keep(helper)
-        return outcome
+            return Helper()
+        except (OSError, RuntimeError) as error:
+            raise Overloaded(f"The system starts no more processes ({error})") from None
 
     def _keep(self, helper: Helper) -> None:
+        """Keeps the process for the next task."""
         with self._lock:
-            keep = not self._idle and not self._closed
+            keep = not self._closed and not helper.is_late
             if keep:
                 self._idle.append(helper)
         if not keep:
@@ -2132,12 +2203,12 @@ class Rendering:
 
     def _render(self, messages: list[Any], tools: list[Any]) -> str:
         name = "tool_use" if tools and "tool_use" in self.templates else next(iter(self.templates))
-        given = {"enable_thinking": True} | ({"tools": tools} if tools else {}) | self.args
+        given = {"enable_thinking": True} | self.args | ({"tools": tools} if tools else {})
         given |= {"functions": json.dumps(tools, ensure_ascii=False), "datetime": time.strftime("%B %d %Y")}  # Firefunction
+        given |= {"messages": list(messages), "add_generation_prompt": self.generation, "bos_token": self.bos,
+                  "eos_token": self.eos}  # fmt: skip
         pieces, size = [], 0
-        for piece in compiled_template(self.templates[name]).generate(
-            messages=list(messages), add_generation_prompt=self.generation, bos_token=self.bos, eos_token=self.eos, **given
-        ):
+        for piece in compiled_template(self.templates[name]).generate(given):
             pieces.append(piece)
             size += len(piece)
             if size > MAX_RENDERED:
@@ -2272,13 +2343,16 @@ def with_ids(messages: list[Any], rename: Callable[[str, str, int], str]) -> lis
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
     """Turns as the strictest templates want them: one system turn at the beginning, then a user's, then by turns.
 
-    A later system text and the result of no call become the user's words; neighbours of one role become one turn. No turn
-    changes what stands before it but in its own neighbour, so that a longer conversation begins as the shorter one did.
+    A later system text and the result of no call become the user's words; an assistant's empty turn is left out, and
+    neighbours of one role become one turn. No turn changes what stands before it but in its own neighbour, so that a longer
+    conversation begins as the shorter one did.
     """
     shaped: list[Any] = []
     called: set[str] = set()
     for message in messages:
         role = message["role"]
+        if role == "assistant" and not (message["content"] or message.keys() - {"role", "content"}):
+            continue  # it says nothing
         called |= {c["id"] for c in message.get("tool_calls", [])}
         if role in ("tool", "function") and message.get("tool_call_id", "") not in called:
             message = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
@@ -12743,20 +12817,21 @@ def _flushed() -> bool:
 
 def human_count(count: int) -> str:
     """1,543,000,000 as 1.5B, 260,000 as 260K."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            scaled = count / size
-            return f"{scaled:.0f}{unit}" if scaled >= 100 else f"{scaled:.2g}{unit}" if scaled < 10 else f"{scaled:.3g}{unit}"
-    return str(count)
+    for unit, size in (("", 1), ("K", 1e3), ("M", 1e6), ("B", 1e9)):
+        scaled = count / size
+        if round(scaled) < 1000 or unit == "B":
+            break
+    digits = ".0f" if scaled >= 100 or not unit else ".2g" if scaled < 10 else ".3g"
+    return f"{scaled:{digits}}{unit}"
 
 
 def human_bytes(count: float) -> str:
     """2254857830 as 2.1GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1024 or unit == "GB":
+    for unit, digits in (("B", 0), ("KB", 0), ("MB", 1), ("GB", 1)):
+        if round(count, digits) < 1024 or unit == "GB":
             break
         count /= 1024
-    return f"{count:.0f}{unit}" if unit in ("B", "KB") else f"{count:.1f}{unit}"
+    return f"{count:.{digits}f}{unit}"
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -12855,8 +12930,8 @@ def resident_bytes(pids: Iterable[int]) -> int:
         return sum(_proc_pages(pid, 1) for pid in pids)
     if sys.platform == "win32":
         tasklist = os.path.join(os.environ.get("SYSTEMROOT", "C:\\Windows"), "System32", "tasklist.exe")
-        shown = output_of([tasklist, "/fo", "csv", "/nh", *(f"/fi:PID eq {p}" for p in pids[:1])])
-        return int("0" + re.sub(r"\D", "", shown.split('","')[-1])) * 1024
+        shown = (output_of([tasklist, "/fo", "csv", "/nh", "/fi", f"PID eq {pid}"]) for pid in pids)
+        return sum(int("0" + re.sub(r"\D", "", line.split('","')[-1])) for line in shown) * 1024
     return sum(int(n) for n in output_of(["/bin/ps", "-o", "rss=", "-p", ",".join(map(str, pids))]).split()) * 1024
 
 
@@ -12983,23 +13058,23 @@ def machine_gpu() -> tuple[str, str] | None:
 
 
 _asking_build = threading.Lock()
+_known_build: dict[str, Any] = {}
 
 
 def engine_build() -> dict[str, Any]:
-    """CPU features and GPU offload of the installed llama.cpp; asked once, whoever comes first."""
-    with _asking_build:
-        return _ask_engine_build()
+    """CPU features and GPU offload of the installed llama.cpp; asked until it answers, by one thread at a time.
 
-
-@functools.cache
-def _ask_engine_build() -> dict[str, Any]:
-    """A child asks, as a broken library may crash."""
+    A child asks, as a broken library may crash.
+    """
     import subprocess
 
-    try:
-        return dict(json.loads(output_of(child_command("build_main"), 60)))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
+    with _asking_build:
+        if not _known_build:
+            try:
+                _known_build.update(json.loads(output_of(child_command("build_main"), 60)))
+            except (OSError, ValueError, subprocess.SubprocessError):
+                return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False}
+        return dict(_known_build)
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -13231,8 +13306,10 @@ class Derivation:
         for mark, row in FAMILIES:
             if any(mark in t for t in self.templates.values()):
                 found |= row | ({"calls": (*row["calls"], HERMES)} if "calls" in row else {})
-        with contextlib.suppress(Exception):  # a template may raise anything: then it tells nothing
-            found.setdefault("thought", self._thought())
+        if field := self._thought_field():
+            found["thought_field"] = field
+            with contextlib.suppress(Exception):
+                found.setdefault("thought", self._thought(field))
         with contextlib.suppress(Exception):
             found.setdefault("calls", self._calls(found.get("thought") or ChatFormat.thought))
         return ChatFormat(**{k: v for k, v in found.items() if v})
@@ -13248,18 +13325,23 @@ class Derivation:
         text = Rendering(self.templates, self.bos, self.eos, messages, tools, {}, generation, native).run()
         return text[text.rindex(self.USER) + len(self.USER) :]
 
-    def _thought(self) -> tuple[str, str] | None:
-        """The markers around a thought: from the last one before it, up to the first one behind."""
-        for name in ("reasoning_content", "reasoning", "thinking"):
-            said: dict[str, Any] = {"content": self.CONTENT, name: self.THOUGHT}
-            text = self._turn(**said)
-            before, found, rest = text.partition(self.THOUGHT)
-            between, content, _ = rest.partition(self.CONTENT)
-            opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
-            closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
-            if found and content and opens and closes:
-                return before[opens[-1] :].strip(), between[: closes[0]].strip()
+    def _thought_field(self) -> str | None:
+        """The field of a message in which the template looks for its thought."""
+        for name in THOUGHT_FIELDS:
+            with contextlib.suppress(Exception):  # a template may raise anything
+                said: dict[str, Any] = {"content": self.CONTENT, name: self.THOUGHT}
+                if self.THOUGHT in self._turn(**said):
+                    return name
         return None
+
+    def _thought(self, field: str) -> tuple[str, str] | None:
+        """The markers around a thought: from the last one before it, up to the first one behind."""
+        said: dict[str, Any] = {"content": self.CONTENT, field: self.THOUGHT}
+        before, _, rest = self._turn(**said).partition(self.THOUGHT)
+        between, content, _ = rest.partition(self.CONTENT)
+        opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
+        closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
+        return (before[opens[-1] :].strip(), between[: closes[0]].strip()) if content and opens and closes else None
 
     def _calls(self, thought: tuple[str, str]) -> tuple[CallFormat, ...]:
         """As the template writes calls; where it does not show all there is to show, also as our own words for it do."""
@@ -13905,7 +13987,7 @@ class ChatParser(Parser):
     """
 
     def __init__(self, index: int, format: ChatFormat, schemas: Mapping[str, Any], prompt_end: str, hidden: frozenset[str],
-                 continued: bool = False, forced: bool = False) -> None:  # fmt: skip
+                 continued: bool = False, forced: bool = False, thinking: bool = False) -> None:  # fmt: skip
         super().__init__(index)
         self._format, self._schemas, self._hidden = format, schemas, hidden
         self._calls = tolerant_calls(format.calls, tuple(schemas)) if schemas else None
@@ -13918,7 +14000,7 @@ class ChatParser(Parser):
         self.reason: str | None = None  # why the text ended, once it has
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
-        self._thinking = prompt_end.rstrip().endswith(format.thought[0])
+        self._thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
         self._continued, self._forced = continued, forced
         self._begun = continued or self._thinking  # a thought has begun, or content has
         self._events: list[Event] = []
@@ -14294,7 +14376,7 @@ def read_ahead(root: Symbol) -> Symbol:
     todo, seen = [root], {root}
     while todo:
         symbol = todo.pop()
-        if isinstance(symbol, (Gbnf, Json)):
+        if isinstance(symbol, (Gbnf, Json, RestOf)):
             symbol.opened()
         todo += (fresh := set(symbol.parts) - seen)
         seen |= fresh
@@ -18312,6 +18394,28 @@ def tolerant_calls(formats: tuple[CallFormat, ...], names: tuple[str, ...]) -> T
     return TolerantCalls(formats, names)
 
 
+class SchemaStructure(SchemaReader):
+    """Reads no more of a schema than where the others in it stand, which templates and parsers rely on."""
+
+    def _type_names(self, key: str, value: Any, depth: int, base: str) -> int:
+        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            raise self.refuse(f"{key} must be a type or a list of types, not {self.said(value)}")
+        return self.EVERY_TYPE
+
+    KEYWORDS: ClassVar = {key: read for key, read in SchemaReader.KEYWORDS.items() if read in (
+        SchemaReader._schema, SchemaReader._schemas, SchemaReader._named, SchemaReader._enum)} | {"type": _type_names}
+
+
+@functools.lru_cache(maxsize=512)
+def check_structure(text: str, where: str) -> None:
+    """Raises InvalidRequest, naming the keyword, for a schema that holds something else where a schema or a list must be."""
+    reader = SchemaStructure(where, json.loads(text))
+    try:
+        reader.read(reader.root, 0, "the schema", reader.base)
+    except RecursionError:
+        raise reader.refuse("the schema is nested too deep") from None
+
+
 @functools.lru_cache(maxsize=256)
 def argument_types(text: str, key: str) -> int:
     """The types that a function's schema allows for one of its arguments, as SchemaReader's bits; all where it does not say."""
@@ -18472,6 +18576,36 @@ def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
     symbol = Json(json.dumps(schema), param)
     read_soon(symbol)
     return symbol
+
+
+@dataclass(frozen=True)
+class RestOf(Symbol):
+    """What may still follow of a grammar's text that has begun. Raises InvalidRequest where none begins so."""
+
+    grammar: Symbol
+    begun: bytes
+    param: str
+
+    def opened(self) -> Iterable[Symbols]:
+        state = Automaton(self.grammar).start.read(self.begun)
+        if state is None:
+            words = f"{self.param}: the answer that is to be continued begins no text that fits"
+            raise InvalidRequest(words, "messages")
+        return [*((Unread(stack),) for stack in state.stacks), *([()] if state.ends else [])]
+
+    @property
+    def parts(self) -> Symbols:
+        return (self.grammar,)
+
+
+@dataclass(frozen=True)
+class Unread(Symbol):
+    """What one reading of a text still wants."""
+
+    stack: Stack
+
+    def opened(self) -> Iterable[Symbols]:
+        return [(self.stack.top, *([Unread(below)] if below else [])) for below in self.stack.below]
 
 
 READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
