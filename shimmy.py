@@ -1776,7 +1776,8 @@ class Chat:
         opens, closes = self.format.thought
         content, is_open = begun["content"], rendered.rstrip().endswith(opens)
         if begins_thought(content, self.format):  # whether it ends or not
-            return [rendered, content.lstrip().removeprefix(opens) if is_open else content]
+            behind = content.lstrip().removeprefix(opens)
+            return [rendered, content if not is_open else behind.lstrip("\n") if rendered.endswith("\n") else behind]
         texts = "".join(texts_in([rendering.messages, begun]))
         place = next((c for c in reversed(NONCHARACTERS) if c not in texts), ID)
         turn, thought = {**begun, "content": place}, begun.get(self.format.thought_field)

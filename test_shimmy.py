@@ -1296,6 +1296,32 @@ def test_health_includes_engine_memory(server: Server) -> None:
     assert megabytes() > without + 5
 
 
+@cases(
+    "count, shown",
+    {"ones": (999, "999"), "a rounded thousand": (999_999, "1M"), "thousands": (1_543_000, "1.5M"), "many": (260_000, "260K"),
+     "a rounded billion": (999_600_000, "1B"), "billions": (2_000_000_000_000, "2000B")},
+)  # fmt: skip
+def test_counts_are_rounded_into_the_next_unit(count: int, shown: str) -> None:
+    assert module.human_count(count) == shown
+
+
+@cases(
+    "size, shown",
+    {"bytes": (1023, "1023B"), "a rounded megabyte": (1_048_575, "1.0MB"), "a rounded gigabyte": (1_073_741_000, "1.0GB"),
+     "gigabytes": (2_254_857_830, "2.1GB"), "thousands of them": (1 << 42, "4096.0GB")},
+)  # fmt: skip
+def test_sizes_are_rounded_into_the_next_unit(size: int, shown: str) -> None:
+    assert module.human_bytes(size) == shown
+
+
+def test_build_is_asked_again_when_it_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["", '{"engine": "x", "gpu_offload": true}'])
+    monkeypatch.setattr(module, "output_of", lambda *_: next(answers))
+    monkeypatch.setattr(module, "_known_build", {})
+    assert module.engine_build()["gpu_offload"] is False
+    assert module.engine_build() == module.engine_build() == {"engine": "x", "gpu_offload": True}
+
+
 def test_diag_over_http_matches_the_command(server: Server, models: Path) -> None:
     report = server.get("/diag").json()
     assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
@@ -2284,6 +2310,80 @@ def read_model(path: Path) -> None:
         info = module.describe(header, str(path), "id", "here", size)
         shown = json.loads(json.dumps(info.document(), allow_nan=False))
         assert all(text.isprintable() and len(text) <= 200 for text in shown.values() if isinstance(text, str)), shown
+
+
+def write_shards(folder: Path, *numbers: int) -> list[Path]:
+    """Writes shards of a set of two."""
+    paths = []
+    for number in numbers:
+        paths.append(folder / f"big-{number:05d}-of-00002.gguf")
+        writer = gguf.GGUFWriter(str(paths[-1]), "llama")
+        writer.add_uint16("split.no", number - 1)
+        writer.add_uint16("split.count", 2)
+        writer.add_tensor(f"part{number}", np.zeros((64, 64), np.float32))
+        finish(writer)
+    return paths
+
+
+def listed(catalog: Any) -> list[str]:
+    return [model.id for model in catalog.scan().models]
+
+
+def test_shards_may_come_and_go_while_the_server_runs(tmp_path: Path) -> None:
+    catalog = Catalog([SearchRoot(str(tmp_path), "here")])
+    write_shards(tmp_path, 1)
+    assert listed(catalog) == [] and "incomplete" in catalog.why_skipped("big")
+    (second,) = write_shards(tmp_path, 2)
+    assert listed(catalog) == ["big"] and catalog.report.models[0].parameter_count == "8.2K"
+    second.unlink()
+    assert listed(catalog) == []
+
+
+def test_each_shard_must_be_whole(tmp_path: Path) -> None:
+    _, second = write_shards(tmp_path, 1, 2)
+    second.write_bytes(second.read_bytes()[:-4000])
+    assert listed(catalog := Catalog([SearchRoot(str(tmp_path), "here")])) == []
+    assert any("truncated" in skipped["reason"] for skipped in catalog.report.skipped)
+
+
+def test_merged_file_that_is_still_named_like_a_shard_is_a_model(tmp_path: Path) -> None:
+    write_header(tmp_path / "merged-00001-of-00003.gguf")
+    assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == ["merged"]
+
+
+def test_split_model_that_is_reached_twice_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    write_shards(tmp_path / "one", 1, 2)
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    catalog = Catalog([SearchRoot(str(tmp_path / name), name) for name in ("one", "two")])
+    assert [(model.id, model.source) for model in catalog.scan().models] == [("big", "one")]
+
+
+def test_folder_that_is_named_twice_keeps_its_first_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    paths = [str(tmp_path / name) for name in ("a", "b", "link", "a")]
+    assert [root.path for root in module.search_roots(paths, None)[:2]] == paths[:2]
+    monkeypatch.chdir(REPO)
+    assert module.search_roots(["models"], None)[0].path == str(REPO / "models")
+    base = str(tmp_path / "a" / "x.gguf")  # of this folder alone only what lies in it, else all below
+    monkeypatch.setenv("SHIMMY_MODEL_PATHS", "")
+    assert module.search_roots([], base)[0].depth == 0
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "a"))
+    assert module.search_roots([], base)[0].depth == module.MAX_SCAN_DEPTH
+
+
+def test_names_with_accents_are_found_as_they_are_typed(tmp_path: Path) -> None:
+    write_header(tmp_path / "caf\u0065\u0301.gguf")
+    assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == ["caf\u00e9"]
+    assert module.plain_id("caf\u0065\u0301") == module.plain_id("caf\u00e9")
+
+
+@pytest.mark.parametrize("folder", [".Trash", ".Trash-1000", ".Trashes", "$RECYCLE.BIN"])
+def test_what_was_thrown_away_is_no_model(folder: str, tmp_path: Path) -> None:
+    write_header(tmp_path / folder / "files" / "old.gguf")
+    assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == []
 
 
 @pytest.mark.parametrize("key", READ_KEYS)
@@ -3451,6 +3551,109 @@ def test_continued_answer_stands_behind_a_thought_that_the_prompt_opens() -> Non
     assert "".join(prompt).endswith("<|assistant|><think>\n\n\n</think>\n\nHello")
 
 
+BEGUN = {  # templates, and what stands behind the user's turn where an answer has begun with "Hello"
+    "markup before the content": (
+        FRAME.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<|final|>{% endif %}{{ m.content }}"),
+        "<|assistant|><|final|>Hello"),
+    "an empty thought before it": (
+        FRAME.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"),
+        "<|assistant|><think>\n\n</think>\n\nHello"),
+    "refuses an answer at the end": (
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('no user') }}{% endif %}" + FRAME, "<|assistant|>Hello"),
+    "trims it": (FRAME.replace("{{ m.content }}", "{{ m.content | trim }}"), "<|assistant|>Hello"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_continued_answer_stands_where_the_template_writes_content(name: str) -> None:
+    source, wanted = BEGUN[name]
+    prompt = chat(source.replace("%s", "")).prompt(asked(("user", "Hi"), ("assistant", "Hello")))
+    assert "".join(prompt) == f"<|user|>Hi<|end|>{wanted}"
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"], ids=["by the answer", "by the prompt"])
+@pytest.mark.parametrize("special", [True, False], ids=["special", "plain"])
+def test_answer_that_begins_with_a_thought_goes_on_thinking(opened: str, special: bool) -> None:
+    talk = chat(FAMILIES["hermes"].replace("<|assistant|>", f"<|assistant|>{opened}"), *["<think>", "</think>"] * special)
+    request = asked(("user", "Hi"), ("assistant", "<think>\nFirst I "))
+    prompt = talk.prompt(request)
+    assert "".join(prompt) == "<|user|>Hi<|end|><|assistant|><think>\nFirst I "
+    parser, reply = talk.parser(request, prompt[-1:], 0), module.Reply()
+    for event in [*parser.push("count.\n</think>\n\nFour."), *parser.finish("stop")]:
+        reply.add(event)
+    choice = reply.choices()[0][1]
+    assert ("".join(choice.thoughts), choice.text) == ("count.\n", "Four.")
+    assert talk.constraint(replace_field(request, schema_of("messages")), prompt[-1:]).after == "</think>"
+
+
+def schema_of(field: str) -> Any:
+    schema = {"type": "object", "properties": {"a": {"enum": ["one", "two"]}}, "required": ["a"]}
+    return module.Constraint(module.json_symbol(field, schema), field)
+
+
+def replace_field(request: Any, constraint: Any) -> Any:
+    return replace(request, sampling=replace(request.sampling, constraint=constraint))
+
+
+def test_continued_document_fits_its_schema_as_a_whole() -> None:
+    talk = chat(FAMILIES["hermes"])
+    request = replace_field(asked(("user", "Hi"), ("assistant", '{"a": "t')), schema_of("response_format"))
+    grammar = talk.constraint(request, talk.prompt(request)[-1:]).grammar
+    assert pickle.loads(pickle.dumps(grammar)) is not None
+    state = Automaton(read_ahead(grammar)).start
+    assert state.forced(9) == b'wo"}'
+    assert state.read(b'wo"}').ends and state.read(b'{"a') is None
+
+
+def test_continued_document_that_cannot_fit_its_schema_is_refused_by_name() -> None:
+    talk = chat(FAMILIES["hermes"])
+    request = replace_field(asked(("user", "Hi"), ("assistant", "Sure: ")), schema_of("response_format"))
+    with pytest.raises(InvalidRequest, match="response_format"):
+        talk.constraint(request, talk.prompt(request)[-1:])
+
+
+@pytest.mark.parametrize("sent", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_in_the_history_reach_the_template_under_its_name(read: str, sent: str) -> None:
+    talk = chat(FRAME.replace("%s", "").replace("reasoning_content", read))
+    body = {"messages": [said("user", "Hi"), said("assistant", "Hello", **{sent: "They greet."}), said("user", "Bye")]}
+    prompt = talk.prompt(module.GenerateRequest(messages=module.read_messages(body)))
+    assert "<|assistant|><think>They greet.</think>Hello<|end|>" in "".join(prompt)
+
+
+def test_template_arguments_that_are_names_of_our_own_change_nothing() -> None:
+    args = {"add_generation_prompt": False, "messages": [], "bos_token": "x", "self": 1, "tools": [], "known": "yes"}
+    talk = chat(FRAME.replace("%s", "") + "{{ known }}")
+    assert "".join(talk.prompt(asked(("user", "Hi"), template_args=args))) == "<|user|>Hi<|end|><|assistant|>yes"
+
+
+def test_empty_turn_of_the_assistants_does_not_end_a_conversation() -> None:
+    refuses = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
+    prompt = chat(refuses + FRAME.replace("%s", "")).prompt(asked(("user", "Hi"), ("assistant", ""), ("user", "Hello?")))
+    assert "".join(prompt) == "<|user|>Hi\n\nHello?<|end|><|assistant|>"
+
+
+@cases(
+    "parameters, word",
+    {
+        "options that are none": ({"properties": {"a": {"anyOf": 5}}}, "anyOf"),
+        "a type that is none": ({"properties": {"a": {"type": 5}}}, "type"),
+        "a list of properties": ({"properties": ["a"]}, "properties"),
+        "a property that is none": ({"properties": {"a": "string"}}, "properties"),
+        "values that are no list": ({"properties": {"a": {"enum": "x"}}}, "enum"),
+    },
+)
+def test_malformed_schema_of_a_tool_is_refused_by_name(parameters: Any, word: str, server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert_error(server.chat("hi", tools=[tool]), 400, "invalid_request", "tools[0].function.parameters", word)
+
+
+def test_function_without_parameters_has_empty_ones() -> None:
+    ((tool,), _) = module.read_tools({"tools": [{"type": "function", "function": {"name": "f"}}]})
+    assert tool["function"]["parameters"] == {"type": "object", "properties": {}}
+    check_in_pieces(module.ChatFormat(), '<tool_call>{"name": "get"}</tool_call>', Answered("", (("get", "{}"),)))
+
+
 def test_billing_header_of_claude_code_is_dropped() -> None:
     system = "x-anthropic-billing-header: cc_version=2.1; cch=5f3a1;\nYou are Claude Code."
     prompt = chat(FAMILIES["hermes"]).prompt(asked(("system", system), ("user", "Hi")))
@@ -3533,6 +3736,42 @@ def test_special_tokens_are_found_in_time_linear_in_the_text() -> None:
     assert not names.found_in("<unused" * 32_000)
     assert names.split("a<unused77>b<bos>", "|") == "a<|unused77>b<|bos>"
     assert time.monotonic() - began < 2
+
+
+def test_helpers_are_kept_for_the_next_burst() -> None:
+    helpers = module.Helpers()
+    rendering = module.Rendering({"": "{% for a in range(90000) %}{% endfor %}{{ messages[0].content }}"}, "", "",
+                                 [said("user", "x")], [], {})  # fmt: skip
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(helpers.run, [rendering] * 3)) == ["x"] * 3
+        kept = {helper.process.pid for helper in helpers._idle}
+        assert len(kept) > 1
+        assert list(pool.map(helpers.run, [rendering] * 3)) == ["x"] * 3
+    assert kept <= {helper.process.pid for helper in helpers._idle}
+    helpers.close()
+
+
+def test_helper_that_died_while_it_waited_is_replaced() -> None:
+    helpers, rendering = module.Helpers(), module.Rendering({"": "x"}, "", "", [], [], {})
+    assert helpers.run(rendering) == "x"
+    (helper,) = helpers._idle
+    helper.process.kill()
+    helper.process.wait(HANG)
+    assert helpers.run(rendering) == "x"
+    helpers.close()
+
+
+def test_no_thread_to_be_had_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers = module.Helpers()
+    helpers.warm()
+
+    def refuse(thread: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", refuse)
+    with pytest.raises(module.Overloaded, match="threads"):
+        helpers.run(module.Rendering({"": "x"}, "", "", [], [], {}))
+    helpers.close()
 
 
 @linux
