@@ -13481,10 +13481,13 @@ _SCALAR = f"(?:{_STRING}|{_NUMBER}|true|false|null)"
 _PAIR = rf"{_STRING}{_BLANK}:{_BLANK}{_SCALAR}{_BLANK}"
 _FLAT = (rf"\[{_BLANK}(?:{_SCALAR}{_BLANK}(?:,{_BLANK}{_SCALAR}{_BLANK})*)?\]"
          rf"|\{{{_BLANK}(?:{_PAIR}(?:,{_BLANK}{_PAIR})*)?\}}")  # fmt: skip
-_WHOLE = rf"(?:{_FLAT}|(?:{_NUMBER}|true|false|null)(?=[ \t\r\n,\]}}]))"
-STRICT_JSON = re.compile(  # a piece of JSON text, as large as a pattern can tell, with the comma before it
-    rf"{_BLANK}(,)?{_BLANK}(?:(?P<pair>{_STRING}{_BLANK}:{_BLANK}(?:{_WHOLE}|{_STRING}))|(?P<string>{_STRING})|(?P<value>{_WHOLE})"
-    r"|(?P<open>[{\[])|(?P<close>[}\]])|(?P<colon>:))")  # fmt: skip
+_VALUE = rf"(?:{_FLAT}|(?:{_NUMBER}|true|false|null)(?=[ \t\r\n,\]}}]))"
+_WORD = r"""[^\s,:=;\[\]{}()"'<]+"""
+_PAIRS = rf"{_STRING}{_BLANK}:{_BLANK}(?:{_VALUE}|{_STRING})"
+_PAIRS += rf"(?:{_BLANK},{_BLANK}{_PAIRS})*"
+JSON_TOKEN = re.compile(  # a piece of JSON text, as large as a pattern can tell, or of what looks like it
+    rf"(?P<pairs>{_PAIRS})|(?P<string>{_STRING})|(?P<value>{_VALUE})|(?P<open>[{{\[(])|(?P<close>[}}\])])|(?P<equals>=)"
+    rf"|(?P<blank>[ \t\r\n]+)|(?P<word>{_WORD})|.", re.S)  # fmt: skip
 
 
 class JsonMender:
@@ -13495,7 +13498,9 @@ class JsonMender:
     been read, and this one ends it.
     """
 
-    TOKEN = re.compile(r"""(?P<string>"[^"\\\x00-\x1f]*")|(?P<blank>[ \t\r\n]+)|(?P<word>[^\s,:=;\[\]{}()"'<]+)|.""", re.S)
+    WANTED: ClassVar = {"pairs": ("key",), "string": ("key", "value", "element"), "value": ("value", "element"),
+                        "open": ("value", "element"), "close": (",", "key", "element"), "equals": (":",)}  # fmt: skip
+    STRING, WORD = re.compile(_STRING), re.compile(_WORD)
     PLAIN: ClassVar = {'"': re.compile(r'[^"\\\x00-\x1f]+'), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
     ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
     NUMBER = re.compile(_NUMBER)
@@ -13507,8 +13512,9 @@ class JsonMender:
         self._quotes = quotes
         self._closes = [closes] if closes else []  # of each bracket that is open
         self._objects = [True] if closes else []  # whether it is an object
-        self._wants = "key" if closes else "value"  # or element, colon, comma
-        self._quote = self._word = ""  # of the string, or so far, that is being read
+        self._wants = "key" if closes else "value"  # or "element", ":", ","
+        self._quote = ""  # of the string that is being read
+        self._word: list[str] = []  # that is being read
         self._comma = ""  # with the blanks behind it, until something follows
         self._written = ["{"] if closes else []
         self.done = self.failed = False
@@ -13521,123 +13527,92 @@ class JsonMender:
     def read(self, text: str, at: int) -> int:
         """Reads on from a place in the text; returns how far it came: to the value's end, or to what needs more text."""
         while at < len(text) and not self.done and not self.failed:
-            if len(text) - at > 8 and not self._quote and not self._word:
-                at = self._strict(text, at)
-            behind = at
-            if at < len(text) and not self.done:
-                behind = self._string(text, at) if self._quote else self._token(text, at)
+            behind = self._string(text, at) if self._quote else self._token(text, at)
             if behind == at:
                 break
             at = behind
         return at
 
-    def _strict(self, text: str, start: int) -> int:
-        """Takes over what is JSON already, nearly all of it, as it stands: several times as fast as token by token."""
-        at, wants, comma = start, self._wants, self._comma != ""
-        closes, objects = self._closes, self._objects
-        while found := STRICT_JSON.match(text, at):
-            more, kind = found[1], found.lastgroup
-            if more and wants != "comma":
-                break
-            if more:
-                wants, comma = "key" if objects[-1] else "element", True
-            if kind == "pair" and wants == "key":
-                wants = "comma"
-            elif kind == "string" and wants == "key":
-                wants = "colon"
-            elif kind in ("value", "string") and wants in ("value", "element"):
-                wants = "comma"
-            elif kind == "open" and wants in ("value", "element"):
-                closes.append(self.BRACKETS[found["open"]])
-                objects.append(found["open"] == "{")
-                wants = "key" if objects[-1] else "element"
-            elif kind == "close" and not comma and wants in ("comma", "key", "element") and found["close"] == closes[-1]:
-                closes.pop()
-                objects.pop()
-                wants = "comma"
-            elif kind == "colon" and wants == "colon":
-                wants = "value"
-            else:
-                break
-            at, comma, self._wants = found.end(), False, wants
-            if not closes:
-                self.done = True
-                break
-        if at > start:
-            self._written.append(self._comma + text[start:at])
-            self._comma = ""
-        return at
-
     def _token(self, text: str, at: int) -> int:
-        found = self.TOKEN.match(text, at)
-        assert found, "every character is a token"
-        kind, token = found.lastgroup, found[0]
-        if kind == "word":
-            self._word += token
-            return found.end()
         if self._word:
+            if found := self.WORD.match(text, at):
+                self._word.append(found[0])
+                return found.end()
             self._end_word()
             if self.done or self.failed:
                 return at
-        if kind == "string":
-            if self._begins("value", "element", "key"):
-                self._written.append(token)
-                self._end_value()
+        if text[at] == self._wants:
+            return self._separator(text, at)
+        found = JSON_TOKEN.match(text, at)
+        assert found, "every character is a token"
+        if found.lastgroup == "pairs" and self._wants != "key":
+            found = self.STRING.match(text, at) or found
+        kind, piece = found.lastgroup or "string", found[0]
+        if kind == "word" or (kind == "value" and self._wants not in self.WANTED[kind] and self.WORD.match(text, at)):
+            self._word = [piece]
         elif kind == "blank":
-            if self._comma:
-                self._comma += token
-            else:
-                self._written.append(token)
-        elif quote := next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), ""):
-            if len(text) - at < len(quote):
-                return at
-            if self._begins("value", "element", "key"):
-                self._written.append('"')
-                self._quote = quote
-            return at if self.failed else at + len(quote)
+            self._comma += piece if self._comma else ""
+            self._written.append("" if self._comma else piece)
+        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._closes[-1]):
+            self.failed = True
+        elif found.lastgroup is None and self.STRING.match(text, at) is None:
+            return self._begin_string(text, at)
         else:
-            self._mark(token)
+            self._take_over(kind, piece)
         return at if self.failed else found.end()
 
-    def _begins(self, *wanted: str) -> bool:
-        """Whether what comes is wanted; then the comma before it was none too many."""
-        self.failed = self._wants not in wanted
-        if not self.failed:
-            self._written.append(self._comma)
-            self._comma = ""
-        return not self.failed
-
-    def _end_value(self) -> None:
-        self._wants = "colon" if self._wants == "key" else "comma"
-        self.done = not self._closes
-
-    def _mark(self, mark: str) -> None:
-        if mark in self.BRACKETS and self._begins("value", "element"):
-            self._written.append("{" if mark == "{" else "[")
-            self._closes.append(self.BRACKETS[mark])
-            self._objects.append(mark == "{")
-            self._wants = "key" if mark == "{" else "element"
-        elif mark == "," and self._wants == "comma":
-            self._comma, self._wants = ",", "key" if self._objects[-1] else "element"
-        elif mark in ":=" and self._wants == "colon":
-            self._written.append(":")
-            self._wants = "value"
-        elif self._closes and mark == self._closes[-1] and self._wants in ("comma", "key", "element"):
+    def _take_over(self, kind: str, piece: str) -> None:
+        """A piece that is wanted. The comma before it was none too many, unless a bracket closes."""
+        if kind == "close":
             self._closes.pop()
             self._written += [self._comma[1:], "}" if self._objects.pop() else "]"]
-            self._comma, self._wants = "", "value"
-            self._end_value()
         else:
-            self.failed = True
+            self._written += [self._comma, {"(": "[", "=": ":"}.get(piece, piece)]
+        self._comma = ""
+        if kind == "open":
+            self._closes.append(self.BRACKETS[piece])
+            self._objects.append(piece == "{")
+            self._wants = "key" if piece == "{" else "element"
+        elif kind == "equals":
+            self._wants = "value"
+        else:
+            self._end_value(kind == "string" and self._wants == "key")
+
+    def _separator(self, text: str, at: int) -> int:
+        """A comma or colon, with the blanks behind it. A comma is written when something follows."""
+        end = at + 1
+        while end < len(text) and text[end] in " \n\r\t":
+            end += 1
+        if self._wants == ",":
+            self._comma, self._wants = text[at:end], "key" if self._objects[-1] else "element"
+        else:
+            self._written.append(text[at:end])
+            self._wants = "value"
+        return end
+
+    def _end_value(self, is_key: bool) -> None:
+        self._wants = ":" if is_key else ","
+        self.done = not self._closes
+
+    def _begin_string(self, text: str, at: int) -> int:
+        quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
+        self.failed = not quote
+        if not quote or len(text) - at < len(quote):
+            return at
+        self._written += [self._comma, '"']
+        self._quote, self._comma = quote, ""
+        return at + len(quote)
 
     def _end_word(self) -> None:
-        word, self._word = self._word, ""
-        meant = None if self._wants == "key" else self.WORDS.get(word) or self._number(word)
-        if meant is None and self._wants != "key" and not re.match(r"[^\W\d]", word):
-            self.failed = True
-        elif self._begins("value", "element", "key"):
-            self._written.append(json.dumps(word, ensure_ascii=False) if meant is None else meant)
-            self._end_value()
+        word, self._word, is_key = "".join(self._word), [], self._wants == "key"
+        meant = json.dumps(word, ensure_ascii=False) if is_key else self.WORDS.get(word) or self._number(word)
+        if meant is None and re.match(r"[^\W\d]", word):
+            meant = json.dumps(word, ensure_ascii=False)
+        self.failed = meant is None or self._wants not in self.WANTED["string"]
+        if not self.failed:
+            self._written += [self._comma, meant or ""]
+            self._comma = ""
+            self._end_value(is_key)
 
     def _number(self, word: str) -> str | None:
         """A number as JSON writes it; Python has more ways to."""
@@ -13673,7 +13648,7 @@ class JsonMender:
     def _end_string(self) -> None:
         self._written.append('"')
         self._quote = ""
-        self._end_value()
+        self._end_value(self._wants == "key")
 
     def _escape(self, text: str, at: int) -> int:
         """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
@@ -14123,15 +14098,17 @@ class ChatParser(Parser):
         """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
         false if other text follows: then all this is thought."""
         inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
-        events, read = list[Event](), 0
-        while not any(isinstance(event, Text) for event in events) and self._format.thought[1] not in self.buffer:
-            events += inner.push(self.buffer[read:])
+        closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
+        while not prose and self.buffer.find(closes, max(0, read - len(closes))) < 0:
+            more = list(inner.push(self.buffer[read:]))
             read = len(self.buffer)
+            more += inner.finish(self.reason) if self.reason else []
+            prose = any(isinstance(event, Text) for event in more)
+            events += more
             if self.reason:
-                events += inner.finish(self.reason)
                 break
             yield
-        if events[-1:] == [ChoiceEnd(self.index, "tool_calls")] and not any(isinstance(event, Text) for event in events):
+        if events[-1:] == [ChoiceEnd(self.index, "tool_calls")] and not prose:
             self.drop(len(self.buffer))
             self._events += events[:-1]
             self.calls = inner.calls
@@ -14193,10 +14170,10 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
     """Length of the longest end of `buffer` that begins one of `marks`: it must wait for what comes next."""
     longest = 0
     for mark in marks:
-        for size in range(min(len(mark) - 1, len(buffer)), longest, -1):
-            if buffer.endswith(mark[:size]):
-                longest = size
-                break
+        at = buffer.find(mark[0], max(0, len(buffer) - len(mark) + 1))
+        while at >= 0 and not mark.startswith(buffer[at:]):
+            at = buffer.find(mark[0], at + 1)
+        longest = max(longest, len(buffer) - at if at >= 0 else 0)
     return longest
 
 
