@@ -81,7 +81,7 @@ def child_command(entry: str, *arguments: str) -> list[str]:
 
 
 def _bytecode_prefix(path: str) -> str:
-    """Below which folder the file's bytecode lies; "" is beside it, and what is no folder has none."""
+    """A value for sys.pycache_prefix: "" is beside the file, os.devnull is nowhere."""
     from importlib.util import cache_from_source
 
     beside = os.path.dirname(cache_from_source(path))
@@ -101,7 +101,7 @@ def _bytecode_prefix(path: str) -> str:
 
 
 def _trusted(folder: str, owners: set[int], cache: str) -> bool:
-    """Whether we may write the folder and nobody may but `owners`; with it the bytecode of this file in `cache`."""
+    """True if only `owners` and we can write the folder, and this file's bytecode in `cache`."""
     if not os.access(folder, os.W_OK):
         return False
     stem = os.path.splitext(os.path.basename(__file__))[0]
@@ -114,7 +114,7 @@ def _trusted(folder: str, owners: set[int], cache: str) -> bool:
 
 
 def user_cache() -> str:
-    """The folder for what can be made again."""
+    """The user's folder of caches; safe to delete."""
     home = os.path.expanduser("~")
     usual = {"win32": os.environ.get("LOCALAPPDATA") or home, "darwin": os.path.join(home, "Library", "Caches")}
     own = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform) or os.path.join(home, ".cache")
@@ -211,9 +211,9 @@ MAX_CONNECTIONS = 1024  # one thread each
 REQUEST_SECONDS = 30.0  # from a request's first byte to its last
 IDLE_SECONDS = 120.0  # a kept-alive connection without a request
 WRITE_SECONDS = 60.0  # a client that does not read for so long is gone
-MAX_UNREAD = 4 * MIB  # of text and log probabilities, some 2,000 tokens with 20 each, behind what the kernel buffers
+MAX_UNREAD = 4 * MIB  # queued for a slow client, beyond the socket's buffer: some 2,000 tokens with 20 log probabilities each
 PING_SECONDS = 15.0  # silence before a sign of life keeps clients and proxies patient
-HEAD_SIGNS = 2  # of them before a stream's head goes out, although its request is not queued yet
+HEAD_SIGNS = 2  # signs of life that are due before the headers of a stream are sent, although its request is not queued yet
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
 MAX_STOPS = 16
@@ -539,7 +539,7 @@ def a_schema(name: str, value: Any) -> Schema:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a text must keep to: a grammar, the request's field that asked for it, for error messages."""
+    """Limits a text to a grammar; `param`, the request's field that asked for it, is named in errors."""
 
     grammar: Symbol
     param: str
@@ -609,7 +609,7 @@ class Infill:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What every dialect asks of Service.generate: prompts (text or token ids), one chat, or a gap to fill."""
+    """A request for text, from any dialect: prompts (text or token ids), one chat, or a gap to fill."""
 
     model: str = "default"
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -630,7 +630,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """What a dialect asks of Service.embed: a vector for each input (text or token ids), or with a query a score for each."""
+    """A request for a vector of each input (text or token ids), or with a query for a score of each."""
 
     model: str
     inputs: tuple[str | tuple[int, ...], ...]
@@ -774,7 +774,7 @@ NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; t
 
 
 def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
-    """What a chat offers, checked: functions, and names of built-in tools; none when tool_choice is "none"."""
+    """Checks a chat's tools: its functions, and the names of built-in ones; none when tool_choice is "none"."""
     tools = body.get("tools") or []
     if len(one_type(list, "a list")("tools", tools)) > MAX_TOOLS:
         raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(tools)}", "tools")
@@ -888,7 +888,7 @@ class ChoiceEnd:
 
 @dataclass(frozen=True)
 class Vectors:
-    """What an Embed job made: for each input its vector, or its score, as float32 in little-endian bytes."""
+    """The result of an Embed job: a vector or a score for each input, as float32 in little-endian bytes."""
 
     id: int  # the job's
     rows: tuple[bytes, ...]
@@ -942,7 +942,7 @@ def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a Tokenize job found; no pieces unless they were asked for."""
+    """The result of a Tokenize job; no pieces unless they were asked for."""
 
     id: int  # the job's
     ids: tuple[int, ...]
@@ -1294,7 +1294,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What a scan found: models in order, skipped files with reasons, and what each directory gave."""
+    """The result of a scan: models in order, skipped files with reasons, and the models of each directory."""
 
     models: tuple[ModelInfo, ...] = ()
     skipped: tuple[dict[str, str], ...] = ()
@@ -1407,7 +1407,7 @@ def is_boxed(model: ModelInfo) -> bool:
 
 
 class Findings:
-    """What one scan has found so far: models in order, by device and inode, and skipped files with their reasons."""
+    """Collects the models of one scan in order, by device and inode, and skipped files with their reasons."""
 
     def __init__(self) -> None:
         self.models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
@@ -1529,7 +1529,7 @@ class Catalog:
                 findings.skipped[c.path] = result
 
     def why_skipped(self, name: str) -> str:
-        """Why a file of that name was found and is no model to serve: ": " and the reason; else nothing."""
+        """": " and the reason, if a file of that name was skipped; else nothing."""
         reasons = (s["reason"] for s in self.report.skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name))
         return next((f": {reason}" for reason in reasons), "")
 
@@ -1597,13 +1597,13 @@ NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of th
 
 # How a family writes thoughts and calls
 
-ID, ANY, KEY = NONCHARACTERS[-3:]  # in a format's text: a call's id, what differs from call to call, a parameter's name
+ID, ANY, KEY = NONCHARACTERS[-3:]  # placeholders in a CallFormat: a call's id, text that varies, a parameter's name
 MARKER = re.compile(r"<[^<>\s]*>?|\[/?[A-Z][A-Z_ ]*\]|\s+|\w+|`+|.", re.S)  # what text between calls is made of
 
 
 @dataclass(frozen=True)
 class Params:
-    """How arguments stand one by one: opens NAME keyed VALUE closes. A quote surrounds strings that are written as such."""
+    """Arguments as separate parameters: opens NAME keyed VALUE closes; `quote` delimits strings, if anything does."""
 
     opens: str
     keyed: str
@@ -1630,7 +1630,7 @@ class CallFormat:
 
     @functools.cached_property
     def call_opens(self) -> str:
-        """What begins each call, the first one's section marker left out."""
+        """The text that begins each call, without the section's marker before the first."""
         return common_suffix(self.opens, self.again) if self.again else self.opens
 
     @functools.cached_property
@@ -1674,7 +1674,7 @@ class ChatFormat:
         return " ".join([*self.thought, *self.drops, *calls])
 
 
-# What a template cannot tell, by a text that only this family's templates hold; a row's fields replace what was derived.
+# Overrides for what cannot be derived, keyed by a text that only this family's templates hold.
 FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("<|channel|>analysis<|message|>", {  # gpt-oss: the model's own order differs from the template's
         "thought": ("<|channel|>analysis<|message|>", "<|end|>"),
@@ -1706,20 +1706,20 @@ FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def common_prefix(a: str, b: str) -> str:
-    """What two texts both begin with, in whole pieces."""
+    """The common prefix of two texts, in whole pieces."""
     pairs = zip(MARKER.findall(a), MARKER.findall(b), strict=False)
     return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def common_suffix(a: str, b: str) -> str:
-    """What two texts both end with, in whole pieces."""
+    """The common suffix of two texts, in whole pieces."""
     pairs = zip(reversed(MARKER.findall(a)), reversed(MARKER.findall(b)), strict=False)
     return "".join(reversed([x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]))
 
 
 @dataclass(frozen=True)
 class ChatFacts:
-    """What the engine says of a model, as far as chats need it."""
+    """The part of what an engine says of its model that chats need."""
 
     templates: Mapping[str, str]  # by name; "" is the usual one
     bos: str  # what the token that begins a text is called, for templates that write it
@@ -1840,7 +1840,7 @@ class Chat:
         return self._names.split(value, mark, keep=self.format.thought if assistant else ())
 
     def parser(self, request: GenerateRequest, last: Seq[Any], index: int) -> Parser:
-        """What reads the text of choice `index`; a prompt whose last segment ends in an open thought begins in it."""
+        """Makes the parser of choice `index`. Behind a prompt that ends inside a thought it begins in that."""
         if not request.split_markers:
             return Parser(index)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in request.tools}
@@ -1862,7 +1862,7 @@ class Chat:
         return last.rstrip().endswith(opens) or (begins_thought(said, self.format) and closes not in said)
 
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
-        """What holds the answer to the calls or the schema that were asked for, behind a thought that the prompt has begun.
+        """Constrains the answer to the calls or the schema that were asked for, behind a thought that the prompt has begun.
 
         `last` is the prompt's last segment, as for the parser.
         """
@@ -1904,7 +1904,7 @@ class Chat:
         return content.partition(self.format.thought[1])[2].lstrip() if begins_thought(content, self.format) else content
 
     def _thought_first(self, request: GenerateRequest, last: str) -> tuple[Symbols, str | None]:
-        """What may stand before what a grammar wants, and the marker behind which the grammar begins."""
+        """Symbols of a thought before the text that a grammar wants, and the marker behind which the grammar begins."""
         end, (opens, closes) = last.rstrip(), self.format.thought
         blanks = Repeated(OneChar(((0x0A, 0x0A), (0x20, 0x20))), 0, 2)
         if self._is_thinking(request, last):
@@ -2015,7 +2015,7 @@ class HelperFailed(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a helper process answers: the task's value, or why it has none."""
+    """A helper process's answer: the task's value, or why it has none."""
 
     value: Any = None
     error: str | None = None
@@ -2155,7 +2155,7 @@ def helper_main() -> None:
 
 
 def _limit_processor_time(seconds: float) -> None:
-    """SIGPROF ends this process after so much work, 0: never; also where the server was killed that would do it."""
+    """Limits the processor time of this task (0: no limit), by SIGPROF: it works although the server may be dead."""
     if _PROCESSOR_TIMER is not None:
         signal.setitimer(_PROCESSOR_TIMER, seconds)
 
@@ -2173,7 +2173,7 @@ def _outcome_of(task: Any) -> Outcome:
 
 @dataclass(frozen=True)
 class Rendering:
-    """A task for a helper: messages through a template, by the first form of them that it takes without loss."""
+    """A task for a helper: renders messages. Tries RESHAPES in order and takes the first whose output loses nothing."""
 
     templates: Mapping[str, str]
     bos: str
@@ -2236,7 +2236,7 @@ class Rendering:
         return False
 
     def _must_appear(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """What the prompt must hold, in the messages' order; each as any one of several spellings."""
+        """Yields the texts that the prompt must hold, in the messages' order, each in several spellings."""
         for message in self.messages:
             if message["role"] != "assistant":
                 yield message["role"], _spellings(message["content"].strip())
@@ -2408,19 +2408,19 @@ def system_as_user(messages: list[Any], tools: list[Any]) -> Turns:
 Reshape = Callable[[list[Any], list[Any]], Turns]
 
 
-def both(*reshapes: Reshape) -> Reshape:
-    """One form after the other."""
+def compose(*reshapes: Reshape) -> Reshape:
+    """Applies several forms one after the other."""
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-CALL_FORMS = (both(), arguments_as_text, short_ids, both(arguments_as_text, short_ids), telling_ids)
-NATIVE = tuple(both(turns, calls) for turns in (both(), folded, system_as_user) for calls in CALL_FORMS)
+CALL_FORMS = (compose(), arguments_as_text, short_ids, compose(arguments_as_text, short_ids), telling_ids)
+NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
     *NATIVE,
     tools_in_system,
-    both(tools_in_system, arguments_as_text),
+    compose(tools_in_system, arguments_as_text),
     calls_as_text,
-    both(calls_as_text, system_as_user),
+    compose(calls_as_text, system_as_user),
 )
 
 
@@ -13080,6 +13080,8 @@ def engine_build() -> dict[str, Any]:
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
 # The header of a model file: read by a bounded reader that trusts no count or length in it.
+# Offers: read_gguf_header, GgufHeader, GgufError; open_regular.
+# Uses: the standard library.
 
 
 class GgufError(Exception):
@@ -13280,6 +13282,8 @@ def _read_tensors(reader: HeaderReader, count: int, metadata: Mapping[str, Any])
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
+# Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
+# Uses: CallFormat and Rendering (4), TolerantCalls and argument_types (E.3).
 
 
 @dataclass(frozen=True)
@@ -13318,7 +13322,7 @@ class Derivation:
     def _turn(
         self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any
     ) -> str:
-        """What the template writes behind the user's turn when the assistant says this."""
+        """Renders a turn of the assistant's: the text behind the user's turn."""
         parameters = {"type": "object", "properties": {k: {"type": "string", "description": k} for k in self.ARGUMENTS[0]}}
         tools = [{"type": "function", "function": {"name": n, "description": n, "parameters": parameters}} for n in self.NAMES]
         messages = [{"role": "user", "content": self.USER}, {"role": "assistant", "content": "", **said}]
@@ -13441,7 +13445,7 @@ class Derivation:
 
 
 def differing(texts: Seq[str]) -> str:
-    """A text with what differs between its two forms left open."""
+    """The common beginning and end of the first and last text, with ANY between them."""
     first, last = texts[0], texts[-1]
     if first == last:
         return first
@@ -13466,7 +13470,7 @@ class Parser:
         yield Text(self.index, text, logprobs)
 
     def finish(self, reason: str) -> Iterator[Event]:
-        """What was held back when the text ended, and the end."""
+        """Flushes text that was held back, and ends the choice."""
         yield ChoiceEnd(self.index, reason)
 
 
@@ -13520,7 +13524,7 @@ class JsonMender:
         self.done = self.failed = False
 
     def take(self) -> str:
-        """What has been written since the last time."""
+        """Returns the JSON text written since the last call."""
         written, self._written = "".join(self._written), []
         return written
 
@@ -13759,7 +13763,7 @@ class CallReader:
         yield
 
     def _end_of_text(self, marked: bool) -> bool:
-        """What is left when the text ends inside a section is no content, unless it may still be anything."""
+        """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
         cut = self._parser.reason != "stop"
         if cut and self._name and not self._whole:
             self._begin()
@@ -14167,7 +14171,7 @@ class ChatParser(Parser):
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:
-    """Length of the longest end of `buffer` that begins one of `marks`: it must wait for what comes next."""
+    """Length of the longest suffix of `buffer` that is a proper prefix of a mark: it must wait for what comes next."""
     longest = 0
     for mark in marks:
         at = buffer.find(mark[0], max(0, len(buffer) - len(mark) + 1))
@@ -18354,7 +18358,7 @@ class TolerantCalls:
         return (AnyOf((InOrder((Repeated(argument, 1), behind)), *none)),)
 
     def _behind(self, format: CallFormat) -> Symbols:
-        """What may stand behind a call: pieces of what ends it, and the next call, with its marker or without."""
+        """Symbols behind a call: pieces of its ending, then perhaps the next call, with its marker or without."""
         last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
         pieces: Symbols = tuple(map(word, sorted(format.closers - {last})))
         if format.keys:
@@ -18368,7 +18372,7 @@ class TolerantCalls:
 
 @functools.lru_cache(maxsize=16)
 def tolerant_calls(formats: tuple[CallFormat, ...], names: tuple[str, ...]) -> TolerantCalls:
-    """What reads calls of these functions; kept, as agents offer the same ones again and again."""
+    """Returns the reader of calls of these functions, cached: agents offer the same ones again and again."""
     return TolerantCalls(formats, names)
 
 
@@ -18488,7 +18492,7 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
 
 
 def not_before(marker: str) -> str:
-    """What must not be found in a text before a marker: its first two characters, or one that could become them."""
+    """A pattern that no text before a marker may match: its first two characters, or one that could become them."""
     first, second = map(re.escape, (marker + "  ")[:2])
     return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
@@ -18515,7 +18519,7 @@ class PlainText(RestOfText):
 
 
 def spelled_plainly(half: Half) -> dict[int, Half]:
-    """What a half-written character becomes by each byte, without escapes; "done" if it is whole."""
+    """Maps each byte to the state of a half-written character behind it, without escapes; "done" if it is whole."""
     if half[1]:
         return spelled(half)
     return {byte: _whole(byte) for byte in range(128)} | {byte: more for byte, more in spelled(half).items() if byte >= 128}
@@ -18558,7 +18562,7 @@ def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
 
 @dataclass(frozen=True)
 class RestOf(Symbol):
-    """What may still follow of a grammar's text that has begun. Raises InvalidRequest where none begins so."""
+    """The rest of a grammar's text that has begun. Raises InvalidRequest where no text begins so."""
 
     grammar: Symbol
     begun: bytes
@@ -18578,7 +18582,7 @@ class RestOf(Symbol):
 
 @dataclass(frozen=True)
 class Unread(Symbol):
-    """What one reading of a text still wants."""
+    """The symbols that one reading of a text still wants."""
 
     stack: Stack
 
