@@ -13115,35 +13115,34 @@ class HeaderReader:
     MAX_TENSORS = 262_144  # 60 layers of 384 experts, each in three tensors of its own, are 70,000
     SECONDS = 2.0  # of processor time for one model; the largest vocabulary takes 0.1
 
-    def __init__(self, file: BinaryIO, size: int, deadline: float) -> None:
-        self.file, self.size, self.deadline = file, size, deadline  # deadline on time.thread_time's clock
-        self.data, self.base, self.at = b"", 0, 0  # data holds the file from base on; at is relative to base
+    def __init__(self, file: Any, size: int, deadline: float) -> None:
+        self.file, self.size, self.deadline = io.BufferedReader(file, 64 * 1024), size, deadline  # on time.thread_time's clock
+        self.at = 0  # in the file
         self.kept = 0  # bytes of strings
 
-    def need(self, count: int) -> None:
-        """Makes `count` bytes available at `at`."""
-        if self.at + count <= len(self.data):
-            return
-        if self.base + self.at + count > self.size:
-            raise GgufError("the header is truncated")
-        self._refill_at(self.base + self.at)
-        self.data += self.file.read(max(count - len(self.data), 8192 if self.base == 0 else MIB))
-        if count > len(self.data):
+    def go(self, count: int) -> None:
+        """Counts bytes that are read or skipped next. Raises GgufError when the file has no more, or the time is over."""
+        self.at += count
+        if self.at > self.size:
             raise GgufError("the header is truncated")
 
-    def _refill_at(self, position: int) -> None:
-        """Lets `data` begin at this position of the file; the one place where a slow header is given up."""
+    def check_time(self) -> None:
         if time.thread_time() > self.deadline:
             raise GgufError(f"the header takes more than {self.SECONDS:.0f} s to read")
-        self.data, self.base, self.at = self.data[position - self.base :], position, 0
-        if not self.data:
-            self.file.seek(position)
+
+    def read(self, count: int) -> bytes:
+        self.go(count)
+        data = self.file.read(count)
+        if len(data) < count:  # cut while it is read
+            raise GgufError("the header is truncated")
+        return data
+
+    def skip(self, count: int) -> None:
+        self.go(count)
+        self.file.seek(count, os.SEEK_CUR)
 
     def scalar(self, code: str) -> Any:
-        size = struct.calcsize("<" + code)
-        self.need(size)
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += size
+        (value,) = struct.unpack("<" + code, self.read(struct.calcsize("<" + code)))
         return value
 
     def string(self) -> str:
@@ -13153,35 +13152,25 @@ class HeaderReader:
         self.kept += keep
         if self.kept > self.KEEP_STRINGS:
             raise GgufError(f"the header holds more than {self.KEEP_STRINGS // MIB} MiB of text")
-        self.need(keep)
-        raw = self.data[self.at : self.at + keep]
-        self.skip_bytes(length)
+        raw = self.read(keep)
+        self.skip(length - keep)
         return raw.decode("utf-8", "replace")
 
     def skip_strings(self, count: int) -> None:
         """Steps over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
-        unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
-        end = len(data) - 8
-        for _ in range(count):
-            if at > end:
-                self.at = at
-                self.need(8)
-                data, at, end = self.data, self.at, len(self.data) - 8
-            at += 8 + unpack(data, at)[0]
-            if at > len(data):
-                if self.base + at > self.size:
+        unpack, read, seek, size, at = struct.Struct("<Q").unpack, self.file.read, self.file.seek, self.size, self.at
+        try:
+            for number in range(count):
+                if not number & 0xFFFF:
+                    self.check_time()
+                length = unpack(read(8))[0]
+                at += 8 + length
+                if at > size:
                     raise GgufError("the header is truncated")
-                self.at = len(data)
-                self.skip_bytes(at - len(data))
-                data, at, end = self.data, self.at, len(self.data) - 8
+                seek(length, 1)
+        except struct.error:
+            raise GgufError("the header is truncated") from None
         self.at = at
-
-    def skip_bytes(self, count: int) -> None:
-        self.at += count
-        if self.base + self.at > self.size:
-            raise GgufError("the header is truncated")
-        if self.at > len(self.data):
-            self._refill_at(self.base + self.at)
 
     def value(self, kind: int) -> Any:
         """One metadata value; long arrays are skipped and give None."""
@@ -13200,7 +13189,7 @@ class HeaderReader:
             raise GgufError(f"the header has an array of unknown type {inner}")
         code = self.SCALARS[inner]
         if count > self.KEEP_ARRAY:
-            return self.skip_bytes(count * struct.calcsize("<" + code))
+            return self.skip(count * struct.calcsize("<" + code))
         return tuple(self.scalar(code) for _ in range(count))
 
 
@@ -13233,6 +13222,7 @@ def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: 
         tensors, pairs = _read_counts(reader)
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
+            reader.check_time()
             key = reader.string()
             kind = reader.scalar("I")
             if kind == 9 and key.startswith("tokenizer.") and not whole_header:
@@ -13246,8 +13236,7 @@ def _read_counts(reader: HeaderReader) -> tuple[int, int]:
     """The first 24 bytes: how many tensors and how many metadata pairs follow. Raises GgufError for another format."""
     if reader.size < 24:
         raise GgufError("too short to be a GGUF file")
-    reader.need(24)
-    magic, version, tensors, pairs = struct.unpack_from("<4sIQQ", reader.data)
+    magic, version, tensors, pairs = struct.unpack("<4sIQQ", reader.read(24))
     if magic != b"GGUF":
         raise GgufError("not a GGUF file (wrong magic)")
     if not version & 0xFFFF:
@@ -13256,7 +13245,6 @@ def _read_counts(reader: HeaderReader) -> tuple[int, int]:
         raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
     if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
         raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
-    reader.at = 24
     return tensors, pairs
 
 
@@ -13264,7 +13252,8 @@ def _read_tensors(reader: HeaderReader, count: int, metadata: Mapping[str, Any])
     """Parameters in all tensors, and where in the file the last one ends."""
     parameters, end = 0, 0
     for _ in range(count):
-        reader.skip_strings(1)
+        reader.check_time()
+        reader.skip(reader.scalar("Q"))
         dimensions = reader.scalar("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
@@ -13276,8 +13265,7 @@ def _read_tensors(reader: HeaderReader, count: int, metadata: Mapping[str, Any])
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
-    start = reader.base + reader.at
-    return parameters, start + -start % alignment + end
+    return parameters, reader.at + -reader.at % alignment + end
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
