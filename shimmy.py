@@ -81,7 +81,7 @@ def child_command(entry: str, *arguments: str) -> list[str]:
 
 
 def _bytecode_prefix(path: str) -> str:
-    """Below which folder the file's bytecode lies; "" is beside it, and what is no folder has none."""
+    """A value for sys.pycache_prefix: "" is beside the file, os.devnull is nowhere."""
     from importlib.util import cache_from_source
 
     beside = os.path.dirname(cache_from_source(path))
@@ -101,7 +101,7 @@ def _bytecode_prefix(path: str) -> str:
 
 
 def _trusted(folder: str, owners: set[int], cache: str) -> bool:
-    """Whether we may write the folder and nobody may but `owners`; with it the bytecode of this file in `cache`."""
+    """True if only `owners` and we can write the folder, and this file's bytecode in `cache`."""
     if not os.access(folder, os.W_OK):
         return False
     stem = os.path.splitext(os.path.basename(__file__))[0]
@@ -114,7 +114,7 @@ def _trusted(folder: str, owners: set[int], cache: str) -> bool:
 
 
 def user_cache() -> str:
-    """The folder for what can be made again."""
+    """The user's folder of caches; safe to delete."""
     home = os.path.expanduser("~")
     usual = {"win32": os.environ.get("LOCALAPPDATA") or home, "darwin": os.path.join(home, "Library", "Caches")}
     own = os.environ.get("XDG_CACHE_HOME") or usual.get(sys.platform) or os.path.join(home, ".cache")
@@ -212,9 +212,9 @@ MAX_CONNECTIONS = 1024  # one thread each
 REQUEST_SECONDS = 30.0  # from a request's first byte to its last
 IDLE_SECONDS = 120.0  # a kept-alive connection without a request
 WRITE_SECONDS = 60.0  # a client that does not read for so long is gone
-MAX_UNREAD = 4 * MIB  # of text and log probabilities, some 2,000 tokens with 20 each, behind what the kernel buffers
+MAX_UNREAD = 4 * MIB  # queued for a slow client, beyond the socket's buffer: some 2,000 tokens with 20 log probabilities each
 PING_SECONDS = 15.0  # silence before a sign of life keeps clients and proxies patient
-HEAD_SIGNS = 2  # of them before a stream's head goes out, although its request is not queued yet
+HEAD_SIGNS = 2  # signs of life that are due before the headers of a stream are sent, although its request is not queued yet
 LOAD_WAIT_SECONDS = 60.0  # how long a request waits for room when every loaded model is busy
 GRACE_SECONDS = 5.0  # streams may finish so long after SIGTERM
 MAX_STOPS = 64  # SillyTavern sends one for each name in a chat
@@ -454,6 +454,11 @@ def token_limit(name: str, value: Any) -> int:
     return NO_LIMIT if value == -1 and not isinstance(value, bool) else int(whole(1)(name, value))
 
 
+def token_count(name: str, value: Any) -> int:
+    """How many tokens to keep; 0 means all, and so does -1, which vLLM's clients send."""
+    return max(0, whole(-1)(name, value))
+
+
 def one_type(kind: type, words: str) -> Check:
     """Accepts a value of one JSON type."""
 
@@ -502,7 +507,7 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
         raise InvalidRequest(f"{name} must be {forms}, not {_said(value)}", name)
     check = number(-100, 100)
     return tuple(
-        (int(str(t)[:10]), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
+        (int(str(t).lstrip("0")[:10] or 0), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
     )
 
 
@@ -539,7 +544,7 @@ def a_schema(name: str, value: Any) -> Schema:
 
 @dataclass(frozen=True)
 class Constraint:
-    """What a text must keep to: a grammar, the request's field that asked for it, for error messages."""
+    """Limits a text to a grammar; `param`, the request's field that asked for it, is named in errors."""
 
     grammar: Symbol
     param: str
@@ -557,7 +562,7 @@ class Sampling:
                                          "model is", otherwise=0.0)  # fmt: skip
     dynatemp_exponent: float | None = param(number(0, 10), "how fast it rises then", otherwise=1.0)
     top_p: float | None = param(number(0, 1), "keep the likeliest tokens that sum to this probability", otherwise=0.95)
-    top_k: int | None = param(whole(0), "keep this many likeliest tokens; 0 keeps all", otherwise=40)
+    top_k: int | None = param(token_count, "keep this many likeliest tokens; 0 keeps all", otherwise=40)
     min_p: float | None = param(number(0, 1), "drop tokens below this share of the likeliest one", otherwise=0.05)
     typical_p: float | None = param(number(0, 1), "keep the tokens of about the expected surprise that sum to this "
                                     "probability; 1 is off", otherwise=1.0)  # fmt: skip
@@ -618,7 +623,7 @@ class Infill:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """What every dialect asks of Service.generate: prompts (text or token ids), one chat, or a gap to fill."""
+    """A request for text, from any dialect: prompts (text or token ids), one chat, or a gap to fill."""
 
     model: str = "default"
     prompts: tuple[str | tuple[int, ...], ...] = ()
@@ -641,7 +646,7 @@ class GenerateRequest:
 
 @dataclass(frozen=True)
 class EmbedRequest:
-    """What a dialect asks of Service.embed: a vector for each input (text or token ids), or with a query a score for each."""
+    """A request for a vector of each input (text or token ids), or with a query for a score of each."""
 
     model: str
     inputs: tuple[str | tuple[int, ...], ...]
@@ -719,6 +724,7 @@ def _raise(error: Exception) -> Any:
     raise error
 
 
+THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message; inside they all have the first name
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
@@ -752,9 +758,10 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
     read = {"role": "system" if role == "developer" else role, "content": text}
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
-            read[name] = a_string(f"{where}.{name}", message[name])
+            kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
+            read[kept] = a_string(f"{where}.{name}", message[name])
     if calls:
         read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
     return read
@@ -809,13 +816,16 @@ def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
                 arguments = parse_json(arguments.encode())
-        read.append({"id": str(call.get("id", "")), "type": "function",
+        read.append({"id": str(call.get("id") or ""), "type": "function",
                      "function": {"name": name, "arguments": {} if arguments is None else arguments}})  # fmt: skip
     return read
 
 
+NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; templates look for both
+
+
 def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
-    """What a chat offers, checked: functions, and names of built-in tools; none when tool_choice is "none"."""
+    """Checks a chat's tools: its functions, and the names of built-in ones; none when tool_choice is "none"."""
     tools = body.get("tools") or []
     if len(one_type(list, "a list")("tools", tools)) > MAX_TOOLS:
         raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(tools)}", "tools")
@@ -826,8 +836,9 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
         elif tool.get("type") == "function":
             function = an_object(f"{where}.function", tool.get("function"))
             a_string(f"{where}.function.name", function.get("name"))
-            an_object(f"{where}.function.parameters", function.get("parameters") or {})
-            functions.append(tool)
+            parameters = an_object(f"{where}.function.parameters", function.get("parameters") or NO_PARAMETERS)
+            check_structure(json.dumps(parameters), f"{where}.function.parameters")
+            functions.append({**tool, "function": {**function, "parameters": parameters}})
         else:
             raise InvalidRequest(f"{where}.type must be function or builtin, not {_said(tool.get('type'))}", f"{where}.type")
     return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
@@ -931,7 +942,7 @@ class ChoiceEnd:
 
 @dataclass(frozen=True)
 class Vectors:
-    """What an Embed job made: for each input its vector, or its score, as float32 in little-endian bytes."""
+    """The result of an Embed job: a vector or a score for each input, as float32 in little-endian bytes."""
 
     id: int  # the job's
     rows: tuple[bytes, ...]
@@ -986,7 +997,7 @@ def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Tokens:
-    """What a Tokenize job found; no pieces unless they were asked for."""
+    """The result of a Tokenize job; no pieces unless they were asked for."""
 
     id: int  # the job's
     ids: tuple[int, ...]
@@ -1010,7 +1021,7 @@ def parse_json(data: bytes, what: str = "The body") -> Any:
         raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
     _check_nesting(data, what)
     try:
-        value = json.loads(source, parse_float=_finite, parse_constant=lambda name: _raise(ValueError(f"{name} is not JSON")))
+        value = json.loads(source, parse_float=_finite, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
     if "\\u" in source and _has_surrogate(value):
@@ -1052,6 +1063,10 @@ def _finite(text: str) -> float:
     return value
 
 
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
 def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
     """A JSON object, as strictly as parse_json."""
     value = parse_json(data, what)
@@ -1084,6 +1099,7 @@ ENCODER_DECODERS = {"t5"}  # read with one half and write with the other, which 
 DIFFUSERS = {"dream", "llada", "llada-moe", "rnd1"}  # attend in both directions and generate all the same
 POOLINGS = {1: "mean", 2: "cls", 3: "last", 4: "rank"}  # llama.h, enum llama_pooling_type; 0 is none, rank a reranker's
 SHARD = re.compile(r"-(\d{5})-of-(\d{5})$")
+TRASH = re.compile(r"\.Trash|\$RECYCLE\.BIN$", re.I)  # folders of what was thrown away
 QUANT_IN_NAME = re.compile(r"(?:^|[-._])((?:I?Q\d[\w]*|BF16|F16|F32|MXFP4\w*))(?=$|[-.])", re.I)
 SIZE_IN_NAME = re.compile(r"(?:^|[-_.])(\d+(?:\.\d+)?(?:x\d+(?:\.\d+)?)?[BM])(?=$|[-_.])", re.I)
 
@@ -1146,10 +1162,9 @@ class ModelInfo:
 
 
 def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> ModelInfo:
-    """The ModelInfo of a header, its texts printable and short. Raises GgufError when the file is not a model to serve."""
+    """The ModelInfo of a header, its texts printable and short."""
     meta, stem = header.metadata, SHARD.sub("", pathlib.Path(path).stem)
     architecture = str(meta.get("general.architecture") or "unknown")
-    refuse_other_kinds(meta, architecture, header)
     quantization = FILE_TYPES.get(meta.get("general.file_type", -1)) or _in_name(QUANT_IN_NAME, stem)
     context = meta.get(f"{architecture}.context_length")
     name, shown = printable(str(meta.get("general.name") or stem)), printable(architecture)
@@ -1187,8 +1202,9 @@ def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
     return causal is False and architecture not in DIFFUSERS
 
 
-def refuse_other_kinds(meta: Mapping[str, Any], architecture: str, header: GgufHeader) -> None:
+def refuse_other_kinds(header: GgufHeader) -> None:
     """Raises GgufError for GGUF files that are not models: projectors, adapters, vocabularies, later shards."""
+    meta, architecture = header.metadata, str(header.metadata.get("general.architecture"))
     kind = str(meta.get("general.type") or "model")
     if architecture == "clip" or kind == "mmproj":
         raise GgufError("a projector (mmproj), not a model")
@@ -1229,8 +1245,11 @@ def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     }.items():  # fmt: skip
         roots += [SearchRoot(str(p), source, ollama=source == "ollama") for p in places if p]
     roots.append(SearchRoot(str(here / "models"), "beside shimmy.py"))
-    unique = {os.path.realpath(os.path.expanduser(r.path)): r for r in reversed(roots)}
-    return [replace(r, path=os.path.abspath(os.path.expanduser(r.path))) for r in reversed(unique.values())]
+    unique: dict[str, SearchRoot] = {}
+    for root in (replace(root, path=os.path.abspath(os.path.expanduser(root.path))) for root in roots):
+        first = unique.setdefault(os.path.realpath(root.path), root)
+        unique[os.path.realpath(root.path)] = replace(first, depth=max(first.depth, root.depth))
+    return list(unique.values())
 
 
 def hub_home() -> str:
@@ -1262,10 +1281,22 @@ class Candidate:
     file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
     stored: Stored = Stored()
 
+    @property
+    def version(self) -> tuple[Any, ...]:
+        """Differs once the file changes, or another one of its set appears, changes or goes."""
+        others: list[tuple[int, int] | None] = []
+        for path in shard_paths(self.path) if SHARD.search(os.path.splitext(self.path)[0]) else ():
+            try:
+                status = os.stat(path)
+                others.append((status.st_size, status.st_mtime_ns))
+            except OSError:
+                others.append(None)
+        return (self.path, self.size, self.mtime_ns, *others)
+
 
 @dataclass(frozen=True)
 class ScanReport:
-    """What a scan found: models in order, skipped files with reasons, and what each directory gave."""
+    """The result of a scan: models in order, skipped files with reasons, and the models of each directory."""
 
     models: tuple[ModelInfo, ...] = ()
     skipped: tuple[dict[str, str], ...] = ()
@@ -1307,7 +1338,7 @@ class TreeWalk:
         except OSError as error:  # a link to itself, or through a file
             self._note(f"{entry.path}: {error.strerror or error}")
             return
-        if is_dir and self.root.depth:
+        if is_dir and self.root.depth and not TRASH.match(entry.name):
             if depth >= self.root.depth:
                 self._note(f"stopped {self.root.depth} levels down")
             else:
@@ -1397,7 +1428,10 @@ MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are tw
 
 def plain_id(label: str) -> str:
     """A file's stem as a model id: lower-case, without the shard number, `-` for spaces, `_` and what does not print."""
-    spelled = "".join(c if c.isprintable() else " " for c in SHARD.sub("", label))
+    import unicodedata  # macOS hands out names whose accents stand by themselves
+
+    label = unicodedata.normalize("NFC", SHARD.sub("", label))
+    spelled = "".join(c if c.isprintable() else " " for c in label)
     return re.sub(r"[\s_]+", "-", spelled.strip().lower())
 
 
@@ -1407,7 +1441,7 @@ def is_boxed(model: ModelInfo) -> bool:
 
 
 class Findings:
-    """What one scan has found so far: models in order, by device and inode, and skipped files with their reasons."""
+    """Collects the models of one scan in order, by device and inode, and skipped files with their reasons."""
 
     def __init__(self) -> None:
         self.models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
@@ -1418,13 +1452,12 @@ class Findings:
         """Takes in the models among the candidates; returns the paths of those that are new."""
         before = len(self.models)
         for candidate in candidates:
-            have = self.models.get(candidate.file_id)
-            if have is not None and not _has_shards_beside(candidate.path):
+            if candidate.file_id in self.models:
                 continue
             result = examine(candidate, False)
             if isinstance(result, ModelInfo):
                 self.models[candidate.file_id] = (candidate, result)
-            elif have is None:
+            else:
                 self.skipped.setdefault(candidate.path, result)
         return {candidate.path for candidate, _ in itertools.islice(self.models.values(), before, None)}
 
@@ -1445,7 +1478,7 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[str, int, int], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
+        self._read: dict[tuple[Any, ...], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
@@ -1473,8 +1506,8 @@ class Catalog:
         return findings.report(began)
 
     def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
-        """The candidate's ModelInfo, or why it is none; remembered by path, size and time."""
-        key = (c.path, c.size, c.mtime_ns)
+        """The candidate's ModelInfo, or why it is none; remembered while its files stay as they are."""
+        key = c.version
         result, whole = self._read.get(key, ("", False))
         if key not in self._read or (whole_header and not whole):
             result = self._describe(c, whole_header)
@@ -1485,20 +1518,21 @@ class Catalog:
     def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
-            shard = SHARD.search(pathlib.Path(c.path).stem)
-            if shard and shard[1] != "00001":
-                raise GgufError("a later shard; the first one stands for the set")
-            missing = missing_shards(c.path)
+            header = read_gguf_header(c.path, c.size, whole_header, deadline)
+            refuse_other_kinds(header)
+            is_split = header.metadata.get("split.count", 1) > 1  # a merged file may still be named like a shard
+            missing = missing_shards(c.path) if is_split else []
             if missing:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
-            header = read_gguf_header(c.path, c.size, whole_header, deadline)
-            if header.data_end > c.size:
-                raise GgufError(f"truncated: {c.size} of {header.data_end} bytes")
-            sizes = {part: os.path.getsize(part) for part in shard_paths(c.path)}
-            if whole_header and len(sizes) > 1:
-                parts = [read_gguf_header(part, size, deadline=deadline) for part, size in sizes.items()]
-                header = replace(header, parameters=sum(part.parameters for part in parts),
-                                 metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
+            sizes = {part: os.path.getsize(part) for part in (shard_paths(c.path) if is_split else [c.path])}
+            if whole_header:
+                parts = [header, *(read_gguf_header(part, sizes[part], deadline=deadline) for part in list(sizes)[1:])]
+                for part, size in zip(parts, sizes.values(), strict=True):
+                    if part.data_end > size:
+                        raise GgufError(f"truncated: {size} of {part.data_end} bytes")
+                if len(parts) > 1:
+                    header = replace(header, parameters=sum(part.parameters for part in parts),
+                                     metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
             return describe(header, c.path, self._id_for(c), c.source, sum(sizes.values()))
         except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
@@ -1519,7 +1553,7 @@ class Catalog:
         """Reads the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; drops those found damaged."""
         deadline = time.monotonic() + SCAN_DETAIL_SECONDS
         for file_id, (c, _) in sorted(findings.models.items(), key=lambda item: item[1][0].size):
-            if (c.path, c.size, c.mtime_ns) in known or time.monotonic() > deadline:
+            if c.version in known or time.monotonic() > deadline:
                 continue
             result = self._examine(c, whole_header=True)
             if isinstance(result, ModelInfo):
@@ -1529,7 +1563,7 @@ class Catalog:
                 findings.skipped[c.path] = result
 
     def why_skipped(self, name: str) -> str:
-        """Why a file of that name was found and is no model to serve: ": " and the reason; else nothing."""
+        """": " and the reason, if a file of that name was skipped; else nothing."""
         reasons = (s["reason"] for s in self.report.skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name))
         return next((f": {reason}" for reason in reasons), "")
 
@@ -1548,11 +1582,6 @@ class Catalog:
         c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
         result = self._examine(c, whole_header=True)
         return replace(result, stored=model.stored) if isinstance(result, ModelInfo) else model
-
-
-def _has_shards_beside(path: str) -> bool:
-    shard = SHARD.search(pathlib.Path(path).stem)
-    return bool(shard) and not missing_shards(path)
 
 
 def shard_paths(path: str) -> list[str]:
@@ -1602,13 +1631,13 @@ NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)]  # never text; one of th
 
 # How a family writes thoughts and calls
 
-ID, ANY, KEY = NONCHARACTERS[-3:]  # in a format's text: a call's id, what differs from call to call, a parameter's name
+ID, ANY, KEY = NONCHARACTERS[-3:]  # placeholders in a CallFormat: a call's id, text that varies, a parameter's name
 MARKER = re.compile(r"<[^<>\s]*>?|\[/?[A-Z][A-Z_ ]*\]|\s+|\w+|`+|.", re.S)  # what text between calls is made of
 
 
 @dataclass(frozen=True)
 class Params:
-    """How arguments stand one by one: opens NAME keyed VALUE closes. A quote surrounds strings that are written as such."""
+    """Arguments as separate parameters: opens NAME keyed VALUE closes; `quote` delimits strings, if anything does."""
 
     opens: str
     keyed: str
@@ -1635,14 +1664,28 @@ class CallFormat:
 
     @functools.cached_property
     def call_opens(self) -> str:
-        """What begins each call, the first one's section marker left out."""
+        """The text that begins each call, without the section's marker before the first."""
         return common_suffix(self.opens, self.again) if self.again else self.opens
 
     @functools.cached_property
     def closers(self) -> frozenset[str]:
         """The pieces of text that may stand between two calls, and behind the last."""
-        between = self.again.removesuffix(self.call_opens)
-        return frozenset(p for p in MARKER.findall(between + self.closes) if not p.isspace())
+        ends = [self.again.removesuffix(self.call_opens), self.closes]
+        if self.keys:  # behind the arguments may stand other pairs
+            ends = [text[text.find("}") :] for text in ends]
+        return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
+
+    @functools.cached_property
+    def beginnings(self) -> tuple[str, ...]:
+        """How the first call of a section begins, and how each does: some models leave the section's marker out."""
+        blank = "[ \n" if self.keys else ""
+        found = (opens.lstrip().rstrip(blank) for opens in (self.opens, self.call_opens))
+        return tuple(dict.fromkeys(opens for index, opens in enumerate(found) if opens or not index))
+
+    @functools.cached_property
+    def marks(self) -> tuple[str, ...]:
+        """The text to look for at each of these beginnings; none where a call has no marker."""
+        return tuple(re.split(rf"\s*\n|[{ID}{ANY}]", opens)[0] for opens in self.beginnings)
 
 
 HERMES = CallFormat("<tool_call>\n", '", "arguments": ', "}\n</tool_call>", head='{"name": "', keys=("name", "arguments"),
@@ -1656,6 +1699,7 @@ class ChatFormat:
     thought: tuple[str, str] = ("<think>", "</think>")
     calls: tuple[CallFormat, ...] = (HERMES,)
     drops: tuple[str, ...] = ()
+    thought_field: str = THOUGHT_FIELDS[0]  # of a message, in which the template looks for its thought
 
     @property
     def literals(self) -> str:
@@ -1664,7 +1708,7 @@ class ChatFormat:
         return " ".join([*self.thought, *self.drops, *calls])
 
 
-# What a template cannot tell, by a text that only this family's templates hold; a row's fields replace what was derived.
+# Overrides for what cannot be derived, keyed by a text that only this family's templates hold.
 FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("<|channel|>analysis<|message|>", {  # gpt-oss: the model's own order differs from the template's
         "thought": ("<|channel|>analysis<|message|>", "<|end|>"),
@@ -1696,20 +1740,20 @@ FAMILIES: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def common_prefix(a: str, b: str) -> str:
-    """What two texts both begin with, in whole pieces."""
+    """The common prefix of two texts, in whole pieces."""
     pairs = zip(MARKER.findall(a), MARKER.findall(b), strict=False)
     return "".join(x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def common_suffix(a: str, b: str) -> str:
-    """What two texts both end with, in whole pieces."""
+    """The common suffix of two texts, in whole pieces."""
     pairs = zip(reversed(MARKER.findall(a)), reversed(MARKER.findall(b)), strict=False)
     return "".join(reversed([x for x, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)]))
 
 
 @dataclass(frozen=True)
 class ChatFacts:
-    """What the engine says of a model, as far as chats need it."""
+    """The part of what an engine says of its model that chats need."""
 
     templates: Mapping[str, str]  # by name; "" is the usual one
     bos: str  # what the token that begins a text is called, for templates that write it
@@ -1737,19 +1781,47 @@ class Chat:
 
     def prompt(self, request: GenerateRequest) -> tuple[str, ...]:
         """The prompt's segments. Raises InvalidRequest when the template refuses the messages, or runs away."""
-        messages = without_noise(request.messages or ())
-        begun = messages.pop() if continues(request) else {}
-        said: list[Any] = [messages, list(request.tools), dict(request.template_args), begun]
-        mark = self._mark(said)
+        messages = [self._with_thought(m) for m in without_noise(request.messages or ())]
+        begun = messages.pop() if continues(request) else None
+        said: list[Any] = [list(request.tools), dict(request.template_args)]
+        mark = self._mark([messages, said, begun])
         if mark:
-            said = [[self._guard(m, mark, m["role"] == "assistant") for m in messages], *self._guard(said[1:], mark)]
-        rendered = self._render(Rendering(self._templates, self.facts.bos, self.facts.eos, *said[:3]))
-        if self.facts.adds_bos and self.facts.bos and rendered.startswith(self.facts.bos):
-            rendered = rendered[len(self.facts.bos) :]  # the tokenizer adds it, once
-        segments = [rendered, *([said[3]["content"]] if begun else [])]
-        if begun and (thought := self._thought_before(rendered, said[3].get("reasoning_content"))):
-            segments[1] = thought + segments[1]
+            messages, said = [self._guard(m, mark, m["role"] == "assistant") for m in messages], self._guard(said, mark)
+            begun = begun and self._guard(begun, mark, True)
+        rendering = Rendering(self._templates, self.facts.bos, self.facts.eos, messages, *said)
+        rendered = self._render(rendering)
+        segments = self._continued(rendering, rendered, begun) if begun else [rendered]
+        if self.facts.adds_bos and self.facts.bos and segments[0].startswith(self.facts.bos):
+            segments[0] = segments[0][len(self.facts.bos) :]  # the tokenizer adds it, once
         return tuple(part for s in segments for part in (s.split(mark) if mark else (s,)))
+
+    def _with_thought(self, message: dict[str, Any]) -> dict[str, Any]:
+        """The message with its thought in the field in which the template looks for it."""
+        name = THOUGHT_FIELDS[0]
+        return {self.format.thought_field if key == name else key: value for key, value in message.items()} \
+            if name in message else message
+
+    def _continued(self, rendering: Rendering, rendered: str, begun: dict[str, Any]) -> list[str]:
+        """The segments of a prompt that ends with an answer that has begun.
+
+        It stands where the template would write it: behind what it writes before the content of such a turn, and behind a
+        thought's end where a thought is open.
+        """
+        opens, closes = self.format.thought
+        content, is_open = begun["content"], rendered.rstrip().endswith(opens)
+        if begins_thought(content, self.format):  # whether it ends or not
+            behind = content.lstrip().removeprefix(opens)
+            return [rendered, content if not is_open else behind.lstrip("\n") if rendered.endswith("\n") else behind]
+        texts = "".join(texts_in([rendering.messages, begun]))
+        place = next((c for c in reversed(NONCHARACTERS) if c not in texts), ID)
+        turn, thought = {**begun, "content": place}, begun.get(self.format.thought_field)
+        with contextlib.suppress(InvalidRequest):  # some templates take no such turn at the end
+            whole = self._render(replace(rendering, messages=[*rendering.messages, turn], generation=False))
+            before = whole[: whole.rfind(place)] if place in whole else ""
+            if before and (not thought or thought in before) and (not is_open or before.count(closes) > rendered.count(closes)):
+                return [before, content]
+        thought_before = f"{'' if is_open else opens}\n{thought or ''}\n{closes}\n\n" if is_open or thought else ""
+        return [rendered, thought_before + content]
 
     def infill(self, gap: Infill) -> tuple[tuple[str, ...], int]:
         """The segments that ask for a gap's text, and how many of the first ones may be left out.
@@ -1774,14 +1846,6 @@ class Chat:
             segments += [self.facts.fim[token]] if token in self.facts.fim else []
             segments += self._guard(text, mark).split(mark) if mark else [text]
         return [segment for segment in segments if segment]
-
-    def _thought_before(self, rendered: str, thought: str | None) -> str:
-        """What must stand between the prompt and an answer that has begun: its thought, and the end of an open one."""
-        opens, closes = self.format.thought
-        is_open = rendered.rstrip().endswith(opens)
-        if not is_open and not thought:
-            return ""
-        return f"{'' if is_open else opens}\n{thought or ''}\n{closes}\n\n"
 
     def _render(self, rendering: Rendering) -> str:
         try:
@@ -1810,22 +1874,29 @@ class Chat:
         return self._names.split(value, mark, keep=self.format.thought if assistant else ())
 
     def parser(self, request: GenerateRequest, last: Seq[Any], index: int) -> Parser:
-        """What reads the text of choice `index`; a prompt whose last segment ends in an open thought begins in it."""
+        """Makes the parser of choice `index`. Behind a prompt that ends inside a thought it begins in that."""
         if not request.split_markers:
             return Parser(index)
         schemas = {t["function"]["name"]: t["function"].get("parameters") or {} for t in request.tools}
         hidden = frozenset(self.facts.specials) - self.markers
-        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request))
+        forced = request.tool_choice not in ("auto", "none")
+        thinking = self._is_thinking(request, str(last[0]))
+        return ChatParser(index, self.format, schemas, str(last[0]), hidden, continues(request), forced, thinking)
 
     def thought_budget(self, request: GenerateRequest, last: Seq[Any]) -> ThoughtBudget | None:
         """How long the answer may think, if the request says so."""
         if request.thinking_budget is None:
             return None
+        return ThoughtBudget(*self.format.thought, request.thinking_budget, self._is_thinking(request, str(last[0])))
+
+    def _is_thinking(self, request: GenerateRequest, last: str) -> bool:
+        """Whether the prompt ends inside a thought, which it opens itself or which an answer that has begun does not close."""
         opens, closes = self.format.thought
-        return ThoughtBudget(opens, closes, request.thinking_budget, str(last[0]).rstrip().endswith(opens))
+        said = (request.messages or ({},))[-1].get("content", "") if continues(request) else ""
+        return last.rstrip().endswith(opens) or (begins_thought(said, self.format) and closes not in said)
 
     def constraint(self, request: GenerateRequest, last: Seq[Any]) -> Constraint | None:
-        """What holds the answer to the calls or the schema that were asked for, behind a thought that the prompt has begun.
+        """Constrains the answer to the calls or the schema that were asked for, behind a thought that the prompt has begun.
 
         `last` is the prompt's last segment, as for the parser.
         """
@@ -1836,11 +1907,11 @@ class Chat:
         one = not request.parallel_tool_calls and request.sampling.constraint is None
         if not tools or request.tool_choice == "none" or not (forced or one):
             return self._schema(request, str(last[0]))
-        grammar, mark = CallsGrammar(calls, tools), openers(calls, {})[0].mark
+        grammar, mark = CallsGrammar(calls, tools), calls.marks[0]
         if not forced:  # the first call is the only one
             return Constraint(grammar.symbol(mark, False), "parallel_tool_calls", mark, self.markers) if mark else None
         opened = calls.opens if calls.opens.strip() and str(last[0]).endswith(calls.opens) else ""
-        thought, after = self._thought_first(str(last[0]))
+        thought, after = self._thought_first(request, str(last[0]))
         many = request.parallel_tool_calls and named is None
         return Constraint(InOrder((*thought, grammar.symbol(opened, many))), "tool_choice", after, self.markers)
 
@@ -1849,21 +1920,31 @@ class Chat:
 
         A client's own grammar says itself what stands beside it.
         """
-        wanted, (thought, after) = request.sampling.constraint, self._thought_first(last)
+        wanted, (thought, after) = request.sampling.constraint, self._thought_first(request, last)
         if wanted is None or wanted.param == "grammar":
             return wanted and replace(wanted, after=after, markers=self.markers | wanted.markers)
         grammar = wanted.grammar
+        if continues(request) and after is None and (request.messages or ())[-1]["content"]:
+            grammar = RestOf(grammar, self._behind_thought((request.messages or ())[-1]["content"]).encode(), wanted.param)
+            read_soon(grammar)
+            return replace(wanted, markers=self.markers, grammar=grammar)
         if request.tools and request.tool_choice != "none":
             calls = CallsGrammar(self.format.calls[0], request.tools)
             grammar = AnyOf((calls.symbol("", request.parallel_tool_calls), grammar))
         return replace(wanted, after=after, markers=self.markers, grammar=InOrder((*thought, grammar)))
 
-    def _thought_first(self, last: str) -> tuple[Symbols, str | None]:
-        """What may stand before what a grammar wants, and the marker behind which the grammar begins."""
+    def _behind_thought(self, content: str) -> str:
+        """An answer without the thought that it begins with."""
+        return content.partition(self.format.thought[1])[2].lstrip() if begins_thought(content, self.format) else content
+
+    def _thought_first(self, request: GenerateRequest, last: str) -> tuple[Symbols, str | None]:
+        """Symbols of a thought before the text that a grammar wants, and the marker behind which the grammar begins."""
         end, (opens, closes) = last.rstrip(), self.format.thought
         blanks = Repeated(OneChar(((0x0A, 0x0A), (0x20, 0x20))), 0, 2)
-        if end.endswith(opens):
+        if self._is_thinking(request, last):
             return (blanks,), closes
+        if continues(request):
+            return (), None
         # Qwen 3: the model itself begins a thought, or not; models without the switch would wander off into one
         may_think = any(opens in t and "enable_thinking" in t for t in self._templates.values())
         if may_think and not end.endswith(closes):
@@ -1888,6 +1969,11 @@ class Chat:
         """Names of the special tokens that the parser must see."""
         text = self.format.literals
         return frozenset(text[start:end] for start, end in self._names.spans(text))
+
+
+def begins_thought(content: str, format: ChatFormat) -> bool:
+    """Whether an answer that has begun begins with a thought."""
+    return content.lstrip().startswith(format.thought[0])
 
 
 def continues(request: GenerateRequest) -> bool:
@@ -1963,7 +2049,7 @@ class HelperFailed(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a helper process answers: the task's value, or why it has none."""
+    """A helper process's answer: the task's value, or why it has none."""
 
     value: Any = None
     error: str | None = None
@@ -1975,31 +2061,39 @@ class Helper:
     def __init__(self) -> None:
         self.process, reader, writer = start_child("helper_main")
         self._pipe = Pipe(reader, writer)
-        self.timed_out = self.starved = False  # its task took too much of the processor; it got too little of it
+        self.is_late = False  # and was killed
 
     def run(self, task: Any) -> Outcome:
-        """The task's outcome. Raises EOFError or OSError when the process died, of its own or at the time's end."""
-        done = threading.Event()
-        threading.Thread(target=self._watch, args=(done,), name="helper's time", daemon=True).start()
+        """The task's outcome. Raises HelperFailed when it ended or outlived the process, Overloaded when it had no time."""
+        seconds = HELPER_SECONDS * (HELPER_PATIENCE if _PROCESSOR_TIMER is not None else 1)
+        timer = threading.Timer(seconds, self._kill)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError as error:
+            raise Overloaded(f"The system starts no more threads ({error})") from None
         try:
             self._pipe.send(task)
             outcome: Outcome = self._pipe.receive()
             return outcome
-        except EOFError:
-            with contextlib.suppress(Exception):
-                self.timed_out = self.timed_out or (not self.starved and self.process.wait(1.0) == -_SIGPROF)
-            raise
+        except Exception:  # a process's border: it died, or what it says cannot be read
+            raise self._why_ended() from None
         finally:
-            done.set()
+            timer.cancel()
+            timer.join()
 
-    def _watch(self, done: threading.Event) -> None:
-        """Kills the process when the task takes too long. Counts ticks: a machine that slept meanwhile gave it no time."""
-        counts = _PROCESSOR_TIMER is not None  # the process its own time, and ends with that
-        for _ in range(int(HELPER_SECONDS * (HELPER_PATIENCE if counts else 1) * 10)):
-            if done.wait(0.1):
-                return
-        self.starved, self.timed_out = counts, not counts
+    def _kill(self) -> None:
+        self.is_late = True
         self.process.kill()
+
+    def _why_ended(self) -> Exception:
+        with contextlib.suppress(Exception):
+            self.process.wait(1.0)
+        if self.is_late and _PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+            return Overloaded("The machine is too busy to apply the model's chat template")
+        if self.is_late or self.process.returncode == -_SIGPROF:
+            return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
+        return HelperFailed("it ended the process that ran it")
 
     def end(self) -> None:
         self.process.kill()
@@ -2024,47 +2118,44 @@ class Helpers:
 
     def warm(self) -> None:
         """Starts a process unless one waits: its start then overlaps with a model's load."""
-        with self._lock, contextlib.suppress(OSError):  # whoever needs it tells
-            if not self._idle and not self._closed:
-                self._idle.append(Helper())
+        with contextlib.suppress(Overloaded):  # whoever needs it tells
+            self._keep(self._take())
 
     def run(self, task: Any) -> Any:
         """The value of `task.run()` in a helper. Raises HelperFailed with the reason, Overloaded when all stay busy."""
         if not self._free.acquire(timeout=HELPER_SECONDS * 4):
             raise Overloaded(f"{MAX_HELPERS} chat templates take long at once")
         try:
-            outcome = self._outcome(task)
+            helper = self._take()
+            try:
+                outcome = helper.run(task)
+            except BaseException:
+                helper.end()
+                raise
+            self._keep(helper)
         finally:
             self._free.release()
         if outcome.error is not None:
             raise HelperFailed(outcome.error)
         return outcome.value
 
-    def _outcome(self, task: Any) -> Outcome:
+    def _take(self) -> Helper:
+        """A process that waits, if it still lives, or a new one."""
         with self._lock:
             idle = self._idle.pop() if self._idle else None
+        if idle and idle.process.poll() is None:
+            return idle
+        if idle:
+            idle.end()
         try:
-            helper = idle or Helper()
-        except OSError as error:
-            raise Overloaded(f"The system starts no more processes ({error.strerror})") from None
-        try:
-            outcome = helper.run(task)
-        except Exception:  # a process's border: it died, or what it says cannot be read
-            helper.end()
-            if helper.starved:
-                raise Overloaded("The machine is too busy to apply the model's chat template") from None
-            if helper.timed_out:
-                return Outcome(error=f"it takes over {HELPER_SECONDS:g} seconds")
-            return self._outcome(task) if idle else Outcome(error="it ended the process that ran it")
-        if helper.starved or helper.timed_out:  # killed behind its answer
-            helper.end()
-        else:
-            self._keep(helper)
-        return outcome
+            return Helper()
+        except (OSError, RuntimeError) as error:
+            raise Overloaded(f"The system starts no more processes ({error})") from None
 
     def _keep(self, helper: Helper) -> None:
+        """Keeps the process for the next task."""
         with self._lock:
-            keep = not self._idle and not self._closed
+            keep = not self._closed and not helper.is_late
             if keep:
                 self._idle.append(helper)
         if not keep:
@@ -2098,7 +2189,7 @@ def helper_main() -> None:
 
 
 def _limit_processor_time(seconds: float) -> None:
-    """SIGPROF ends this process after so much work, 0: never; also where the server was killed that would do it."""
+    """Limits the processor time of this task (0: no limit), by SIGPROF: it works although the server may be dead."""
     if _PROCESSOR_TIMER is not None:
         signal.setitimer(_PROCESSOR_TIMER, seconds)
 
@@ -2116,7 +2207,7 @@ def _outcome_of(task: Any) -> Outcome:
 
 @dataclass(frozen=True)
 class Rendering:
-    """A task for a helper: messages through a template, by the first form of them that it takes without loss."""
+    """A task for a helper: renders messages. Tries RESHAPES in order and takes the first whose output loses nothing."""
 
     templates: Mapping[str, str]
     bos: str
@@ -2147,12 +2238,12 @@ class Rendering:
 
     def _render(self, messages: list[Any], tools: list[Any]) -> str:
         name = "tool_use" if tools and "tool_use" in self.templates else next(iter(self.templates))
-        given = {"enable_thinking": True} | ({"tools": tools} if tools else {}) | self.args
+        given = {"enable_thinking": True} | self.args | ({"tools": tools} if tools else {})
         given |= {"functions": json.dumps(tools, ensure_ascii=False), "datetime": time.strftime("%B %d %Y")}  # Firefunction
+        given |= {"messages": list(messages), "add_generation_prompt": self.generation, "bos_token": self.bos,
+                  "eos_token": self.eos}  # fmt: skip
         pieces, size = [], 0
-        for piece in compiled_template(self.templates[name]).generate(
-            messages=list(messages), add_generation_prompt=self.generation, bos_token=self.bos, eos_token=self.eos, **given
-        ):
+        for piece in compiled_template(self.templates[name]).generate(given):
             pieces.append(piece)
             size += len(piece)
             if size > MAX_RENDERED:
@@ -2179,7 +2270,7 @@ class Rendering:
         return False
 
     def _must_appear(self) -> Iterator[tuple[str, tuple[str, ...]]]:
-        """What the prompt must hold, in the messages' order; each as any one of several spellings."""
+        """Yields the texts that the prompt must hold, in the messages' order, each in several spellings."""
         for message in self.messages:
             if message["role"] != "assistant":
                 yield message["role"], _spellings(message["content"].strip())
@@ -2287,13 +2378,16 @@ def with_ids(messages: list[Any], rename: Callable[[str, str, int], str]) -> lis
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
     """Turns as the strictest templates want them: one system turn at the beginning, then a user's, then by turns.
 
-    A later system text and the result of no call become the user's words; neighbours of one role become one turn. No turn
-    changes what stands before it but in its own neighbour, so that a longer conversation begins as the shorter one did.
+    A later system text and the result of no call become the user's words; an assistant's empty turn is left out, and
+    neighbours of one role become one turn. No turn changes what stands before it but in its own neighbour, so that a longer
+    conversation begins as the shorter one did.
     """
     shaped: list[Any] = []
     called: set[str] = set()
     for message in messages:
         role = message["role"]
+        if role == "assistant" and not (message["content"] or message.keys() - {"role", "content"}):
+            continue  # it says nothing
         called |= {c["id"] for c in message.get("tool_calls", [])}
         if role in ("tool", "function") and message.get("tool_call_id", "") not in called:
             message = {"role": "user", "content": f"<tool_response>\n{message['content']}\n</tool_response>"}
@@ -2348,19 +2442,19 @@ def system_as_user(messages: list[Any], tools: list[Any]) -> Turns:
 Reshape = Callable[[list[Any], list[Any]], Turns]
 
 
-def both(*reshapes: Reshape) -> Reshape:
-    """One form after the other."""
+def compose(*reshapes: Reshape) -> Reshape:
+    """Applies several forms one after the other."""
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-CALL_FORMS = (both(), arguments_as_text, short_ids, both(arguments_as_text, short_ids), telling_ids)
-NATIVE = tuple(both(turns, calls) for turns in (both(), folded, system_as_user) for calls in CALL_FORMS)
+CALL_FORMS = (compose(), arguments_as_text, short_ids, compose(arguments_as_text, short_ids), telling_ids)
+NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
     *NATIVE,
     tools_in_system,
-    both(tools_in_system, arguments_as_text),
+    compose(tools_in_system, arguments_as_text),
     calls_as_text,
-    both(calls_as_text, system_as_user),
+    compose(calls_as_text, system_as_user),
 )
 
 
@@ -13648,20 +13742,21 @@ def _flushed() -> bool:
 
 def human_count(count: int) -> str:
     """1,543,000,000 as 1.5B, 260,000 as 260K."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            scaled = count / size
-            return f"{scaled:.0f}{unit}" if scaled >= 100 else f"{scaled:.2g}{unit}" if scaled < 10 else f"{scaled:.3g}{unit}"
-    return str(count)
+    for unit, size in (("", 1), ("K", 1e3), ("M", 1e6), ("B", 1e9)):
+        scaled = count / size
+        if round(scaled) < 1000 or unit == "B":
+            break
+    digits = ".0f" if scaled >= 100 or not unit else ".2g" if scaled < 10 else ".3g"
+    return f"{scaled:{digits}}{unit}"
 
 
 def human_bytes(count: float) -> str:
     """2254857830 as 2.1GB."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1024 or unit == "GB":
+    for unit, digits in (("B", 0), ("KB", 0), ("MB", 1), ("GB", 1)):
+        if round(count, digits) < 1024 or unit == "GB":
             break
         count /= 1024
-    return f"{count:.0f}{unit}" if unit in ("B", "KB") else f"{count:.1f}{unit}"
+    return f"{count:.{digits}f}{unit}"
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -13900,23 +13995,23 @@ def machine_gpu() -> tuple[str, str] | None:
 
 
 _asking_build = threading.Lock()
+_known_build: dict[str, Any] = {}
 
 
 def engine_build() -> dict[str, Any]:
-    """CPU features and GPU offload of the installed llama.cpp; asked once, whoever comes first."""
-    with _asking_build:
-        return _ask_engine_build()
+    """CPU features and GPU offload of the installed llama.cpp; asked until it answers, by one thread at a time.
 
-
-@functools.cache
-def _ask_engine_build() -> dict[str, Any]:
-    """A child asks, as a broken library may crash."""
+    A child asks, as a broken library may crash.
+    """
     import subprocess
 
-    try:
-        return dict(json.loads(output_of(child_command("build_main"), 60)))
-    except (OSError, ValueError, subprocess.SubprocessError):
-        return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "devices": []}
+    with _asking_build:
+        if not _known_build:
+            try:
+                _known_build.update(json.loads(output_of(child_command("build_main"), 60)))
+            except (OSError, ValueError, subprocess.SubprocessError):
+                return {"engine": "not usable: is llama-cpp-python installed?", "gpu_offload": False, "devices": []}
+        return dict(_known_build)
 
 
 class KnownFaults:
@@ -14030,6 +14125,8 @@ def has_crashed(code: int | None) -> bool:
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
 # The header of a model file: read by a bounded reader that trusts no count or length in it.
+# Offers: read_gguf_header, GgufHeader, GgufError; open_regular.
+# Uses: the standard library.
 
 
 class GgufError(Exception):
@@ -14063,35 +14160,34 @@ class HeaderReader:
     MAX_TENSORS = 262_144  # 60 layers of 384 experts, each in three tensors of its own, are 70,000
     SECONDS = 2.0  # of processor time for one model; the largest vocabulary takes 0.1
 
-    def __init__(self, file: BinaryIO, size: int, deadline: float) -> None:
-        self.file, self.size, self.deadline = file, size, deadline  # deadline on time.thread_time's clock
-        self.data, self.base, self.at = b"", 0, 0  # data holds the file from base on; at is relative to base
+    def __init__(self, file: Any, size: int, deadline: float) -> None:
+        self.file, self.size, self.deadline = io.BufferedReader(file, 64 * 1024), size, deadline  # on time.thread_time's clock
+        self.at = 0  # in the file
         self.kept = 0  # bytes of strings
 
-    def need(self, count: int) -> None:
-        """Makes `count` bytes available at `at`."""
-        if self.at + count <= len(self.data):
-            return
-        if self.base + self.at + count > self.size:
-            raise GgufError("the header is truncated")
-        self._refill_at(self.base + self.at)
-        self.data += self.file.read(max(count - len(self.data), 8192 if self.base == 0 else MIB))
-        if count > len(self.data):
+    def go(self, count: int) -> None:
+        """Counts bytes that are read or skipped next. Raises GgufError when the file has no more, or the time is over."""
+        self.at += count
+        if self.at > self.size:
             raise GgufError("the header is truncated")
 
-    def _refill_at(self, position: int) -> None:
-        """Lets `data` begin at this position of the file; the one place where a slow header is given up."""
+    def check_time(self) -> None:
         if time.thread_time() > self.deadline:
             raise GgufError(f"the header takes more than {self.SECONDS:.0f} s to read")
-        self.data, self.base, self.at = self.data[position - self.base :], position, 0
-        if not self.data:
-            self.file.seek(position)
+
+    def read(self, count: int) -> bytes:
+        self.go(count)
+        data = self.file.read(count)
+        if len(data) < count:  # cut while it is read
+            raise GgufError("the header is truncated")
+        return data
+
+    def skip(self, count: int) -> None:
+        self.go(count)
+        self.file.seek(count, os.SEEK_CUR)
 
     def scalar(self, code: str) -> Any:
-        size = struct.calcsize("<" + code)
-        self.need(size)
-        (value,) = struct.unpack_from("<" + code, self.data, self.at)
-        self.at += size
+        (value,) = struct.unpack("<" + code, self.read(struct.calcsize("<" + code)))
         return value
 
     def string(self) -> str:
@@ -14101,35 +14197,25 @@ class HeaderReader:
         self.kept += keep
         if self.kept > self.KEEP_STRINGS:
             raise GgufError(f"the header holds more than {self.KEEP_STRINGS // MIB} MiB of text")
-        self.need(keep)
-        raw = self.data[self.at : self.at + keep]
-        self.skip_bytes(length)
+        raw = self.read(keep)
+        self.skip(length - keep)
         return raw.decode("utf-8", "replace")
 
     def skip_strings(self, count: int) -> None:
         """Steps over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
-        unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
-        end = len(data) - 8
-        for _ in range(count):
-            if at > end:
-                self.at = at
-                self.need(8)
-                data, at, end = self.data, self.at, len(self.data) - 8
-            at += 8 + unpack(data, at)[0]
-            if at > len(data):
-                if self.base + at > self.size:
+        unpack, read, seek, size, at = struct.Struct("<Q").unpack, self.file.read, self.file.seek, self.size, self.at
+        try:
+            for number in range(count):
+                if not number & 0xFFFF:
+                    self.check_time()
+                length = unpack(read(8))[0]
+                at += 8 + length
+                if at > size:
                     raise GgufError("the header is truncated")
-                self.at = len(data)
-                self.skip_bytes(at - len(data))
-                data, at, end = self.data, self.at, len(self.data) - 8
+                seek(length, 1)
+        except struct.error:
+            raise GgufError("the header is truncated") from None
         self.at = at
-
-    def skip_bytes(self, count: int) -> None:
-        self.at += count
-        if self.base + self.at > self.size:
-            raise GgufError("the header is truncated")
-        if self.at > len(self.data):
-            self._refill_at(self.base + self.at)
 
     def value(self, kind: int) -> Any:
         """One metadata value; long arrays are skipped and give None."""
@@ -14148,7 +14234,7 @@ class HeaderReader:
             raise GgufError(f"the header has an array of unknown type {inner}")
         code = self.SCALARS[inner]
         if count > self.KEEP_ARRAY:
-            return self.skip_bytes(count * struct.calcsize("<" + code))
+            return self.skip(count * struct.calcsize("<" + code))
         return tuple(self.scalar(code) for _ in range(count))
 
 
@@ -14182,6 +14268,7 @@ def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: 
         tensors, pairs = _read_counts(reader)
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
+            reader.check_time()
             key = reader.string()
             kind = reader.scalar("I")
             if kind == 9 and key.startswith("tokenizer.") and not whole_header:
@@ -14194,8 +14281,7 @@ def _read_counts(reader: HeaderReader) -> tuple[int, int]:
     """The first 24 bytes: how many tensors and how many metadata pairs follow. Raises GgufError for another format."""
     if reader.size < 24:
         raise GgufError("too short to be a GGUF file")
-    reader.need(24)
-    magic, version, tensors, pairs = struct.unpack_from("<4sIQQ", reader.data)
+    magic, version, tensors, pairs = struct.unpack("<4sIQQ", reader.read(24))
     if magic != b"GGUF":
         raise GgufError("not a GGUF file (wrong magic)")
     if not version & 0xFFFF:
@@ -14204,7 +14290,6 @@ def _read_counts(reader: HeaderReader) -> tuple[int, int]:
         raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
     if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
         raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
-    reader.at = 24
     return tensors, pairs
 
 
@@ -14214,6 +14299,7 @@ def _read_tensors(
     """Parameters in all tensors, where in the file the last one ends, and names and bytes of each."""
     parameters, end, found = 0, 0, []
     for _ in range(count):
+        reader.check_time()
         name, dimensions = reader.string(), reader.scalar("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
@@ -14227,8 +14313,7 @@ def _read_tensors(
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
-    start = reader.base + reader.at
-    return parameters, start + -start % alignment + end, tuple(found)
+    return parameters, reader.at + -reader.at % alignment + end, tuple(found)
 
 
 # What a model takes in memory, and what of it goes where
@@ -14400,6 +14485,8 @@ def place(weights: Weights, kv: KvShape, gpus: Seq[int], wish: Wish) -> Placemen
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
+# Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
+# Uses: CallFormat and Rendering (4), TolerantCalls and argument_types (E.3).
 
 
 @dataclass(frozen=True)
@@ -14427,8 +14514,10 @@ class Derivation:
         for mark, row in FAMILIES:
             if any(mark in t for t in self.templates.values()):
                 found |= row | ({"calls": (*row["calls"], HERMES)} if "calls" in row else {})
-        with contextlib.suppress(Exception):  # a template may raise anything: then it tells nothing
-            found.setdefault("thought", self._thought())
+        if field := self._thought_field():
+            found["thought_field"] = field
+            with contextlib.suppress(Exception):
+                found.setdefault("thought", self._thought(field))
         with contextlib.suppress(Exception):
             found.setdefault("calls", self._calls(found.get("thought") or ChatFormat.thought))
         return ChatFormat(**{k: v for k, v in found.items() if v})
@@ -14436,7 +14525,7 @@ class Derivation:
     def _turn(
         self, offered: bool = True, native: bool = False, generation: bool = False, **said: Any
     ) -> str:
-        """What the template writes behind the user's turn when the assistant says this."""
+        """Renders a turn of the assistant's: the text behind the user's turn."""
         parameters = {"type": "object", "properties": {k: {"type": "string", "description": k} for k in self.ARGUMENTS[0]}}
         tools = [{"type": "function", "function": {"name": n, "description": n, "parameters": parameters}} for n in self.NAMES]
         messages = [{"role": "user", "content": self.USER}, {"role": "assistant", "content": "", **said}]
@@ -14444,18 +14533,23 @@ class Derivation:
         text = Rendering(self.templates, self.bos, self.eos, messages, tools, {}, generation, native).run()
         return text[text.rindex(self.USER) + len(self.USER) :]
 
-    def _thought(self) -> tuple[str, str] | None:
-        """The markers around a thought: from the last one before it, up to the first one behind."""
-        for name in ("reasoning_content", "reasoning", "thinking"):
-            said: dict[str, Any] = {"content": self.CONTENT, name: self.THOUGHT}
-            text = self._turn(**said)
-            before, found, rest = text.partition(self.THOUGHT)
-            between, content, _ = rest.partition(self.CONTENT)
-            opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
-            closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
-            if found and content and opens and closes:
-                return before[opens[-1] :].strip(), between[: closes[0]].strip()
+    def _thought_field(self) -> str | None:
+        """The field of a message in which the template looks for its thought."""
+        for name in THOUGHT_FIELDS:
+            with contextlib.suppress(Exception):  # a template may raise anything
+                said: dict[str, Any] = {"content": self.CONTENT, name: self.THOUGHT}
+                if self.THOUGHT in self._turn(**said):
+                    return name
         return None
+
+    def _thought(self, field: str) -> tuple[str, str] | None:
+        """The markers around a thought: from the last one before it, up to the first one behind."""
+        said: dict[str, Any] = {"content": self.CONTENT, field: self.THOUGHT}
+        before, _, rest = self._turn(**said).partition(self.THOUGHT)
+        between, content, _ = rest.partition(self.CONTENT)
+        opens = [m.start() for m in MARKER.finditer(before) if m[0][0] in "<[" and len(m[0]) > 2]
+        closes = [m.end() for m in MARKER.finditer(between) if m[0][0] in "<[" and len(m[0]) > 2]
+        return (before[opens[-1] :].strip(), between[: closes[0]].strip()) if content and opens and closes else None
 
     def _calls(self, thought: tuple[str, str]) -> tuple[CallFormat, ...]:
         """As the template writes calls; where it does not show all there is to show, also as our own words for it do."""
@@ -14554,7 +14648,7 @@ class Derivation:
 
 
 def differing(texts: Seq[str]) -> str:
-    """A text with what differs between its two forms left open."""
+    """The common beginning and end of the first and last text, with ANY between them."""
     first, last = texts[0], texts[-1]
     if first == last:
         return first
@@ -14579,248 +14673,470 @@ class Parser:
         yield Text(self.index, text, logprobs)
 
     def finish(self, reason: str) -> Iterator[Event]:
-        """What was held back when the text ended, and the end."""
+        """Flushes text that was held back, and ends the choice."""
         yield ChoiceEnd(self.index, reason)
 
 
 Reading = Generator[None, None, Any]  # a coroutine that waits for text at each yield
-PAIR = r'"[^"\\]*"\s*:\s*(?:"(?:[^"\\]|\\.)*"|[\w.+-]+|\{)'  # in a JSON object; or it begins an inner one
-MAX_HEADER = 512  # characters from a call's marker to its arguments
+MAX_HEADER = 512  # characters from a call's marker to its arguments, or that stand for nothing in a call
+MAX_EARLY = 64 * 1024  # of arguments that stand before the name
 
 
-@dataclass(frozen=True)
-class Found:
-    """A call's beginning: `size` characters up to its arguments, or up to its end where those stood before the name."""
-
-    opener: Opener
-    name: str
-    id: str
-    size: int
-    depth: int  # JSON objects left open around the arguments
-    arguments: str | None = None
-
-
-@dataclass(frozen=True)
-class Opener:
-    """Recognizes one way in which a call of the offered functions begins."""
-
-    format: CallFormat
-    prefix: str  # up to the name, or to the JSON object that holds it
-    schemas: Mapping[str, Any]
-    inner: Opener | None = None  # what begins the next call in the same section
-
-    @functools.cached_property
-    def mark(self) -> str:
-        """The first text to look for."""
-        return re.split(rf"\s*\n|[{ID}{ANY}]", self.prefix)[0]
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        if self.format.keys is None:
-            names = "|".join(re.escape(n) for n in sorted(self.schemas, key=len, reverse=True))
-            behind = r"(?=[^\w.-])" if not self.format.named.strip() else ""
-            return re.compile(rf"\s*{flexible(self.prefix)}(?P<name>{names}){behind}{flexible(self.format.named.rstrip())}", re.S)
-        name, arguments = map(re.escape, self.format.keys)
-        inside = rf'\s*(?:(?!"(?:{name}|{arguments})"){PAIR}\s*(?:,\s*)?)*?"{name}"\s*:\s*"(?P<name>[^"\\]*)"'
-        inside = inside if name else r'\s*"(?P<name>[^"\\]*)"\s*:\s*(?=\S)'
-        whole = rf"{flexible(self.prefix)}\s*(?:\[\s*)?(?P<object>\{{{inside})"
-        return re.compile(whole.replace(r"\s*\s*", r"\s*"), re.S)  # two in a row would be tried in every division
-
-    def find(self, text: str) -> Found | None:
-        """The call that begins at the text's first character, once its name is known."""
-        match = self.pattern.match(text)
-        if not match:
-            return self._arguments_first(text)
-        if match["name"] not in self.schemas:
-            return None
-        groups = match.groupdict()
-        return Found(self, match["name"], groups.get("id") or "", match.end(), (groups.get("object") or "").count("{"))
-
-    def _arguments_first(self, text: str) -> Found | None:
-        if not self.format.keys or "{" not in text[len(self.mark) :]:
-            return None
-        with contextlib.suppress(ValueError, RecursionError):
-            call, end = json.JSONDecoder().raw_decode(text, text.index("{", len(self.mark)))
-            name, arguments = (call.get(k) for k in self.format.keys)
-            if name in self.schemas and isinstance(arguments, dict):
-                return Found(self, name, "", end, 0, json.dumps(arguments, ensure_ascii=False))
-        return None
-
-    def may_begin(self, text: str) -> bool:
-        """Whether more text may make it a call."""
-        plain, raw, text = squeezed(re.split(f"[{ID}{ANY}]", self.prefix)[0]), text, squeezed(text)
-        if len(raw) - len(text) > MAX_HEADER or len(raw) > 32 * MAX_HEADER:
-            return False  # the buffer is matched anew with every piece: white space without end must not make it long
-        if len(text) <= len(plain):
-            return plain.startswith(text)
-        if not text.startswith(plain) or (len(text) > MAX_HEADER and not self.format.keys):
-            return False
-        rest = text[len(plain) :]
-        if self.format.keys:
-            return self._object_may_begin(rest.removeprefix("["))
-        return ID in self.prefix or ANY in self.prefix or any(self._named(name, rest) for name in map(squeezed, self.schemas))
-
-    def _named(self, name: str, text: str) -> bool:
-        """Whether the text may become this name and what follows it."""
-        whole = name + squeezed(re.split(f"[{ID}{ANY}]", self.format.named)[0])
-        return whole.startswith(text) or (text.startswith(whole) and (ID in self.format.named or ANY in self.format.named))
-
-    def _object_may_begin(self, text: str) -> bool:
-        assert self.format.keys
-        if text[:1] not in ("", "{") or re.match(r'\{[^"]', text):
-            return False
-        known = re.match(rf'\{{"{re.escape(self.format.keys[0])}":"', text) if self.format.keys[0] else re.match(r'\{"', text)
-        if known:  # the name stands first, as nearly always
-            name, quote, _ = text[known.end() :].partition('"')
-            return any(n == name or (not quote and n.startswith(name)) for n in map(squeezed, self.schemas))
-        with contextlib.suppress(ValueError, RecursionError):
-            return json_end(text, 0) < 0  # all of it is there, and find() did not want it
-        return len(text) <= MAX_HEADER or text.startswith(f'{{"{self.format.keys[1]}"')
+_BLANK, _STRING = r"[ \t\r\n]*", r'"[^"\\\x00-\x1f]*"'
+_NUMBER = r"-?(?:0|[1-9]\d*)(?:\.\d+)?(?:[eE][+-]?\d+)?"
+_SCALAR = f"(?:{_STRING}|{_NUMBER}|true|false|null)"
+_PAIR = rf"{_STRING}{_BLANK}:{_BLANK}{_SCALAR}{_BLANK}"
+_FLAT = (rf"\[{_BLANK}(?:{_SCALAR}{_BLANK}(?:,{_BLANK}{_SCALAR}{_BLANK})*)?\]"
+         rf"|\{{{_BLANK}(?:{_PAIR}(?:,{_BLANK}{_PAIR})*)?\}}")  # fmt: skip
+_VALUE = rf"(?:{_FLAT}|(?:{_NUMBER}|true|false|null)(?=[ \t\r\n,\]}}]))"
+_WORD = r"""[^\s,:=;\[\]{}()"'<]+"""
+_PAIRS = rf"{_STRING}{_BLANK}:{_BLANK}(?:{_VALUE}|{_STRING})"
+_PAIRS += rf"(?:{_BLANK},{_BLANK}{_PAIRS})*"
+JSON_TOKEN = re.compile(  # a piece of JSON text, as large as a pattern can tell, or of what looks like it
+    rf"(?P<pairs>{_PAIRS})|(?P<string>{_STRING})|(?P<value>{_VALUE})|(?P<open>[{{\[(])|(?P<close>[}}\])])|(?P<equals>=)"
+    rf"|(?P<blank>[ \t\r\n]+)|(?P<word>{_WORD})|.", re.S)  # fmt: skip
 
 
-def openers(format: CallFormat, schemas: Mapping[str, Any]) -> list[Opener]:
-    """How the first call of a section begins, and how each begins: some models leave the section's marker out."""
-    in_list = "[ \n" if format.keys else ""
-    call = Opener(format, format.call_opens.lstrip().rstrip(in_list), schemas)
-    first = Opener(format, format.opens.lstrip().rstrip(in_list), schemas, None if call.mark else call)
-    return [first] + ([call] if call.mark and call.mark != first.mark else [])
+class JsonMender:
+    """Makes JSON, as it comes, of what models write for it: with Python's words and quotes, raw line breaks, unquoted
+    words, trailing commas.
 
+    `quotes` are those that strings may have beside JSON's. With `closes` the value is an object whose opening bracket has
+    been read, and this one ends it.
+    """
 
-def squeezed(text: str) -> str:
-    """Text without its white space."""
-    return "".join(text.split())
+    WANTED: ClassVar = {"pairs": ("key",), "string": ("key", "value", "element"), "value": ("value", "element"),
+                        "open": ("value", "element"), "close": (",", "key", "element"), "equals": (":",)}  # fmt: skip
+    STRING, WORD = re.compile(_STRING), re.compile(_WORD)
+    PLAIN: ClassVar = {'"': re.compile(r'[^"\\\x00-\x1f]+'), "'": re.compile(r"""[^"'\\\x00-\x1f]+""")}
+    ESCAPE = re.compile(r'\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4})')
+    NUMBER = re.compile(_NUMBER)
+    WORDS: ClassVar = {"True": "true", "False": "false", "None": "null"} | {w: w for w in ("true", "false", "null")}
+    BRACKETS: ClassVar = {"{": "}", "[": "]", "(": ")"}
+    BEHIND = frozenset(",:)]}= \t\r\n")  # what follows an apostrophe that ends a string
 
+    def __init__(self, quotes: Seq[str] = ("'",), closes: str = "") -> None:
+        self._quotes = quotes
+        self._closes = [closes] if closes else []  # of each bracket that is open
+        self._objects = [True] if closes else []  # whether it is an object
+        self._wants = "key" if closes else "value"  # or "element", ":", ","
+        self._quote = ""  # of the string that is being read
+        self._word: list[str] = []  # that is being read
+        self._comma = ""  # with the blanks behind it, until something follows
+        self._written = ["{"] if closes else []
+        self.done = self.failed = False
 
-def flexible(text: str) -> str:
-    """A pattern for a format's text: any white space where it has some, and its open places."""
-    opened = {ID: r"(?P<id>\S{1,64}?)", ANY: r".{0,64}?"}
-    return "".join(r"\s*" if m.isspace() else opened.get(m) or re.escape(m) for m in MARKER.findall(text))
+    def take(self) -> str:
+        """Returns the JSON text written since the last call."""
+        written, self._written = "".join(self._written), []
+        return written
 
+    def read(self, text: str, at: int) -> int:
+        """Reads on from a place in the text; returns how far it came: to the value's end, or to what needs more text."""
+        while at < len(text) and not self.done and not self.failed:
+            behind = self._string(text, at) if self._quote else self._token(text, at)
+            if behind == at:
+                break
+            at = behind
+        return at
 
-class JsonEnd:
-    """Finds where a JSON value ends, in text that comes in pieces."""
-
-    OUTSIDE = frozenset(' \t\r\n,:.+-0123456789eE' "truefalsn")  # what stands between strings and brackets
-
-    def __init__(self, depth: int = 0) -> None:
-        self._depth, self._string, self._escaped = depth, False, False
-
-    def find(self, text: str) -> int | None:
-        """Where it ends in this next piece: behind its last character, or before what is no JSON."""
-        for at, c in enumerate(text):
-            if self._escaped:
-                self._escaped = False
-            elif self._string:
-                self._escaped, self._string = c == "\\", c != '"'
-                if not self._string and not self._depth:
-                    return at + 1
-            elif c == '"':
-                self._string = True
-            elif c in "{[":
-                self._depth += 1
-            elif c in "}]":
-                self._depth -= 1
-                if self._depth <= 0:
-                    return at + 1
-            elif c not in self.OUTSIDE:
+    def _token(self, text: str, at: int) -> int:
+        if self._word:
+            if found := self.WORD.match(text, at):
+                self._word.append(found[0])
+                return found.end()
+            self._end_word()
+            if self.done or self.failed:
                 return at
-        return None
+        if text[at] == self._wants:
+            return self._separator(text, at)
+        found = JSON_TOKEN.match(text, at)
+        assert found, "every character is a token"
+        if found.lastgroup == "pairs" and self._wants != "key":
+            found = self.STRING.match(text, at) or found
+        kind, piece = found.lastgroup or "string", found[0]
+        if kind == "word" or (kind == "value" and self._wants not in self.WANTED[kind] and self.WORD.match(text, at)):
+            self._word = [piece]
+        elif kind == "blank":
+            self._comma += piece if self._comma else ""
+            self._written.append("" if self._comma else piece)
+        elif self._wants not in self.WANTED[kind] or (kind == "close" and piece != self._closes[-1]):
+            self.failed = True
+        elif found.lastgroup is None and self.STRING.match(text, at) is None:
+            return self._begin_string(text, at)
+        else:
+            self._take_over(kind, piece)
+        return at if self.failed else found.end()
 
+    def _take_over(self, kind: str, piece: str) -> None:
+        """A piece that is wanted. The comma before it was none too many, unless a bracket closes."""
+        if kind == "close":
+            self._closes.pop()
+            self._written += [self._comma[1:], "}" if self._objects.pop() else "]"]
+        else:
+            self._written += [self._comma, {"(": "[", "=": ":"}.get(piece, piece)]
+        self._comma = ""
+        if kind == "open":
+            self._closes.append(self.BRACKETS[piece])
+            self._objects.append(piece == "{")
+            self._wants = "key" if piece == "{" else "element"
+        elif kind == "equals":
+            self._wants = "value"
+        else:
+            self._end_value(kind == "string" and self._wants == "key")
 
-class LiteralEnd:
-    """Finds where one of several literals ends: at a comma or bracket outside its quotes and brackets."""
+    def _separator(self, text: str, at: int) -> int:
+        """A comma or colon, with the blanks behind it. A comma is written when something follows."""
+        end = at + 1
+        while end < len(text) and text[end] in " \n\r\t":
+            end += 1
+        if self._wants == ",":
+            self._comma, self._wants = text[at:end], "key" if self._objects[-1] else "element"
+        else:
+            self._written.append(text[at:end])
+            self._wants = "value"
+        return end
 
-    def __init__(self, quote: str) -> None:
-        self._quotes = (quote, '"') if len(quote) > 1 else ("'", '"')
-        self._at, self._depth, self._inside = 0, 0, ""
+    def _end_value(self, is_key: bool) -> None:
+        self._wants = ":" if is_key else ","
+        self.done = not self._closes
 
-    def find(self, text: str) -> int | None:
-        """Where it ends in all the text so far; scanned once."""
-        while self._at < len(text):
-            at, c = self._at, text[self._at]
-            quotes = (self._inside,) if self._inside else self._quotes
-            quote = next((q for q in quotes if text.startswith(q, at)), "")
-            if not quote and any(q.startswith(text[at:]) for q in quotes):
-                return None
-            if quote and self._inside:  # an apostrophe ends nothing
-                if len(text) == at + len(quote):
-                    return None
-                quote = quote if text[at + len(quote)] in ",:)]} \n" else ""
-            if quote:
-                self._inside = "" if self._inside else quote
-            elif self._inside:
-                self._at += c == "\\" and len(self._inside) == 1
-            elif c in "{[(":
-                self._depth += 1
-            elif c in ",)]}":
-                if not self._depth:
-                    return at
-                self._depth -= c != ","
-            self._at += len(quote) or 1
-        return None
+    def _begin_string(self, text: str, at: int) -> int:
+        quote = next((q for q in ('"', *self._quotes) if q.startswith(text[at : at + len(q)])), "")
+        self.failed = not quote
+        if not quote or len(text) - at < len(quote):
+            return at
+        self._written += [self._comma, '"']
+        self._quote, self._comma = quote, ""
+        return at + len(quote)
 
+    def _end_word(self) -> None:
+        word, self._word, is_key = "".join(self._word), [], self._wants == "key"
+        meant = json.dumps(word, ensure_ascii=False) if is_key else self.WORDS.get(word) or self._number(word)
+        if meant is None and re.match(r"[^\W\d]", word):
+            meant = json.dumps(word, ensure_ascii=False)
+        self.failed = meant is None or self._wants not in self.WANTED["string"]
+        if not self.failed:
+            self._written += [self._comma, meant or ""]
+            self._comma = ""
+            self._end_value(is_key)
 
-def json_text(text: str) -> str:
-    """What a JSON string says that may have been cut."""
-    for whole in (text, *(text[: len(text) - n] + '"' for n in range(7))):  # half an escape has up to 6 characters
+    def _number(self, word: str) -> str | None:
+        """A number as JSON writes it; Python has more ways to."""
+        if self.NUMBER.fullmatch(word):
+            return word
+        with contextlib.suppress(ValueError, OverflowError):
+            return json.dumps(int(word, 0))
         with contextlib.suppress(ValueError):
-            return str(json.loads(whole))
-    return ""
+            return json.dumps(float(word)) if word[-1].isdigit() or word[-1] == "." else None
+        return None
+
+    def _string(self, text: str, at: int) -> int:
+        """Some more of a string."""
+        if len(self._quote) > 1:
+            return self._raw(text, at)
+        char = text[at]
+        if char == self._quote:
+            if char == "'" and at + 1 == len(text):
+                return at
+            if char == "'" and text[at + 1] not in self.BEHIND:
+                self._written.append(char)
+            else:
+                self._end_string()
+            return at + 1
+        if char == "\\":
+            return self._escape(text, at)
+        if found := self.PLAIN[self._quote].match(text, at):
+            self._written.append(found[0])
+            return found.end()
+        self._written.append(json.dumps(char)[1:-1])
+        return at + 1
+
+    def _end_string(self) -> None:
+        self._written.append('"')
+        self._quote = ""
+        self._end_value(self._wants == "key")
+
+    def _escape(self, text: str, at: int) -> int:
+        """An escape: JSON's as it is, one of Python's as JSON has it, else its backslash."""
+        size = {"u": 6, "x": 4}.get(text[at + 1 : at + 2], 2)
+        escape = text[at : at + size]
+        if len(escape) < size:
+            return at
+        if self.ESCAPE.fullmatch(escape):
+            self._written.append(escape)
+        elif re.fullmatch(r"\\x[0-9a-fA-F]{2}", escape):
+            self._written.append(rf"\u00{escape[2:]}")
+        elif escape == "\\'":
+            self._written.append("'")
+        else:
+            self._written.append("\\\\")
+            return at + 1
+        return at + size
+
+    def _raw(self, text: str, at: int) -> int:
+        """More of a string in a family's own quotes: nothing in it is an escape."""
+        quote = self._quote
+        end = text.find(quote, at)
+        stop = end if end >= 0 else len(text) - held_back(text[at:], (quote,))
+        self._written.append(json.dumps(text[at:stop], ensure_ascii=False)[1:-1])
+        if end < 0:
+            return stop
+        self._end_string()
+        return end + len(quote)
 
 
-def typed(text: str, types: frozenset[str]) -> str:
-    """An argument that stands without quotes, as JSON of one of these types."""
+def mended(text: str) -> str | None:
+    """A whole text as JSON, mended where it is plain what it means; None where it is not."""
+    mender = JsonMender()
+    end = mender.read(text + "\n", 0)
+    return mender.take().strip() if mender.done and not mender.failed and not text[end:].strip() else None
+
+
+def as_json(text: str, types: int) -> str:
+    """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
+    written = text.strip()
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        if "string" not in types or json_type(value) in types:
-            return text.strip()
-    if "string" not in types:
-        with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            return python_as_json(text)
+        if type_bit(json.loads(written, parse_constant=_no_constant)) & types:
+            return written
+    meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
+    if meant is not None and type_bit(json.loads(meant)) & types:
+        return meant
     return json.dumps(text, ensure_ascii=False)
 
 
-def python_as_json(text: str) -> str:
-    """Some templates print a list or an object as Python does. Raises ValueError or SyntaxError."""
-    import ast
-
-    return json.dumps(ast.literal_eval(text.strip()), ensure_ascii=False, allow_nan=False)
-
-
-def literal_as_json(text: str, quote: str) -> str:
-    """A literal as JSON: Python's, or one with quotes of the family's own and keys without any."""
-    if len(quote) > 1:
-        parts = text.split(quote)
-        for i, part in enumerate(parts):
-            bare = re.sub(r"([{,]\s*)([^\s{}\[\],:]+)(?=\s*:)", r'\1"\2"', part)
-            parts[i] = json.dumps(part, ensure_ascii=False) if i % 2 else bare
-        text = "".join(parts)
-    with contextlib.suppress(ValueError, RecursionError):
-        json.loads(text)
-        return text
-    with contextlib.suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-        return python_as_json(text)
-    text = text[1:-1] if text[:1] in ("'", '"') and text[-1:] == text[0] else text
-    return json.dumps(text, ensure_ascii=False)
+def as_object(text: str) -> str | None:
+    """A call's arguments as a JSON object: they may stand as text in a string, and null is none; None if they are no object."""
+    if text.startswith('"'):
+        text = mended(json.loads(text)) or ""
+    text = "{}" if text == "null" else text
+    return text if text.startswith("{") else None
 
 
-def json_type(value: Any) -> str:
-    """What a schema calls this value's type."""
-    kinds = {str: "string", bool: "boolean", int: "integer", float: "number", dict: "object", list: "array"}
-    return kinds.get(type(value), "null")
+class TextEnded(Exception):
+    """More text is needed, and none will come."""
 
 
-def types_of(schema: Any) -> frozenset[str]:
-    """The types a schema names; none if it does not say."""
-    if not isinstance(schema, dict):
-        return frozenset()
-    options = [s for k in ("anyOf", "oneOf") for s in schema.get(k) or ()]
-    if options:
-        return frozenset().union(*map(types_of, options))
-    if isinstance(schema.get("enum"), list):
-        return frozenset(map(json_type, schema["enum"]))
-    kind = schema.get("type") or ()
-    return frozenset([kind] if isinstance(kind, str) else kind)
+class CallReader:
+    """Reads one section of calls from a parser's buffer: an automaton follows the text, and what stands in its slots, such as
+    arguments, is read here.
+
+    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
+    """
+
+    PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
+
+    def __init__(self, parser: ChatParser, calls: TolerantCalls) -> None:
+        self._parser, self._calls, self._state = parser, calls, calls.start
+        self.at = 0  # how far the buffer has been read
+        self._header = 0  # from where on what is read counts as a call's header
+        self._name = self._id = self._key = ""  # of the call and the argument that are being read
+        self._early: str | None = None  # arguments that stood before the name
+        self._begun = False  # the client has been told of the call
+        self._whole = False  # nothing must follow
+        self._written = ""  # of the arguments: a whole object, or the last separator of those that stand one by one
+        self._found = False  # a call, at all
+
+    def read(self, marked: bool) -> Reading:
+        """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
+        a call begins so."""
+        try:
+            while self.at - self._header <= MAX_HEADER:
+                begun = self.at
+                self._state, self.at = self._calls.follow(self._state, self._parser.buffer, self.at)
+                if self._state.ends and self.at > begun:
+                    self._end_call()
+                elif self._state.bits != 1 << NAMED and self.at == len(self._parser.buffer):
+                    yield from self._more()
+                elif self._state.bits == 1 << NAMED or self.at == begun:
+                    slot = next((stack.top for stack in self._state.stacks if isinstance(stack.top, Slot)), None)
+                    if slot is None or not (yield from self._fill(slot)):
+                        break
+                    self._state = self._calls.behind(self._state, slot)
+                    if self._state.ends:
+                        self._end_call()
+        except TextEnded:
+            return self._end_of_text(marked)
+        self._close()
+        return self._found
+
+    def _more(self) -> Reading:
+        if self._parser.reason:
+            raise TextEnded
+        yield
+
+    def _end_of_text(self, marked: bool) -> bool:
+        """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
+        cut = self._parser.reason != "stop"
+        if cut and self._name and not self._whole:
+            self._begin()
+        self._close()
+        if self._found or (cut and marked):
+            self.at = len(self._parser.buffer)
+            self._drop()
+        return self._found or (cut and marked)
+
+    def _drop(self) -> None:
+        self._parser.drop(self.at)
+        self.at = self._header = 0
+
+    def _end_call(self) -> None:
+        """Nothing must follow any more, though more may."""
+        self._begin()
+        self._whole = True
+        self._drop()
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._parser.begin_call(self._id, self._name)
+            self._begun = self._found = True
+            self._id = ""
+            self._drop()
+
+    def _write(self, text: str) -> None:
+        self._parser.write_arguments(text)
+
+    def _close(self) -> None:
+        """Ends the call that was being read, if there is one."""
+        if self._whole:
+            self._write({"": "{}", "{}": ""}.get(self._written, "}"))
+        elif self._begun:
+            self._parser.is_broken = True
+        self._begun = self._whole = False
+        self._written = ""
+
+    def _fill(self, slot: Slot) -> Reading:
+        """Reads what stands in a slot; false if that cannot be."""
+        if slot.kind == NAMED:
+            return self._named(slot.text, self._parser.buffer[self.at :])
+        if slot.kind in (TEXT, CALL_ID):
+            return (yield from self._text(slot))
+        if slot.kind == KEYED:
+            return (yield from self._argument_name(slot.text))
+        if slot.kind == VALUE:
+            return (yield from self._value(slot.format))
+        return (yield from self._json(slot))
+
+    def _named(self, name: str, behind: str) -> bool:
+        if self._state.bits != 1 << NAMED and re.match(r"[\w.-]", behind):
+            return False  # a longer name
+        self._close()
+        self._name = name
+        if self._early is not None:
+            self._begin()
+            self._write(self._early)
+            self._early, self._written = None, "{}"
+        return True
+
+    def _text(self, slot: Slot) -> Reading:
+        """Up to 64 characters that differ from call to call, an id perhaps, up to the slot's text."""
+        most = 64 + len(slot.text)
+        while (end := self._parser.buffer.find(slot.text, self.at, self.at + most)) < 0:
+            if len(self._parser.buffer) - self.at >= most:
+                return False
+            yield from self._more()
+        if slot.kind == CALL_ID:
+            self._id = self._parser.buffer[self.at : end]
+        self.at = end + len(slot.text)
+        return slot.kind == TEXT or bool(re.fullmatch(r"\S+", self._id))
+
+    def _json(self, slot: Slot) -> Reading:
+        """A JSON value or what looks like one: arguments, which are written as they come, or what stands for nothing."""
+        params = slot.format.params if slot.format else None
+        first, start = self._parser.buffer[self.at], self.at
+        if slot.kind == ARGUMENTS and not params and first not in "{\"'nN":
+            return False
+        mender = JsonMender((params.quote,), slot.text) if params else JsonMender()
+        is_named = self._name != "" and not self._whole  # behind a whole call the next one begins
+        streams = slot.kind == ARGUMENTS and is_named and (params is not None or first == "{")
+        if streams:
+            self._begin()
+        while True:
+            self.at = mender.read(self._parser.buffer, self.at)
+            if streams:
+                self._drop()
+                self._write(mender.take())
+            if mender.done or mender.failed:
+                break
+            if self.at - start > (MAX_EARLY if slot.kind == ARGUMENTS else MAX_HEADER):
+                return False
+            yield from self._more()
+        if mender.failed:
+            return False
+        if slot.kind == ARGUMENTS:
+            self._header = 0 if streams else self._header + self.at - start
+            self._written = "{}" if is_named else self._written
+        if slot.kind == ARGUMENTS and not streams:
+            arguments = as_object(mender.take())
+            if arguments is not None and is_named:
+                self._begin()
+                self._write(arguments)
+            elif arguments is not None:
+                self._early = arguments
+            return arguments is not None
+        return True
+
+    def _argument_name(self, closes: str) -> Reading:
+        buffer = self._parser.buffer[self.at :]
+        while (size := buffer.find(closes)) < 0:
+            if len(buffer) > MAX_HEADER or (buffer and not self.PLAIN_KEY.match(buffer)):
+                return False
+            yield from self._more()
+            buffer = self._parser.buffer[self.at :]
+        self._key = buffer[:size]
+        self.at += size + len(closes)
+        return bool(self.PLAIN_KEY.fullmatch(self._key))
+
+    def _value(self, format: CallFormat | None) -> Reading:
+        """One argument's value up to its end: a string as it comes, what has another type when it is all there."""
+        assert format and format.params
+        params, parser = format.params, self._parser
+        self._begin()
+        self._whole = False
+        self._drop()
+        self._written = ", " if self._written else "{"
+        self._write(f"{self._written}{json.dumps(self._key, ensure_ascii=False)}: ")
+        yield from self._skip(params.keyed[len(params.keyed.rstrip()) :])
+        cdata = yield from self._skip("<![CDATA[")
+        closes = params.closes.replace(KEY, self._key)
+        core, trail = closes.strip(), closes[: len(closes) - len(closes.lstrip())]
+        if cdata:
+            core, trail = f"]]>{core}", ""
+        types = parser.types(self._name, self._key)
+        streams = types == SchemaReader.TYPES["string"]
+        behind = format.closes.rstrip()  # some models forget to close the last value
+        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
+        self._write('"' if streams else "")
+        held = ""
+        while (at := parser.buffer.find(core)) < 0 and not parser.reason:
+            size = len(parser.buffer) - held_back(parser.buffer, marks)
+            held += parser.buffer[:size]
+            parser.drop(size)
+            if streams:
+                self._write(json.dumps(held, ensure_ascii=False)[1:-1])
+                held = ""
+            yield
+        rest = parser.buffer if at < 0 else parser.buffer[:at]
+        is_all = at >= 0 or (parser.reason == "stop" and behind.strip() != "" and rest.rstrip().endswith(behind))
+        value = held + (rest if at >= 0 or not is_all else rest.rstrip().removesuffix(behind))
+        value = value.removesuffix(trail) if is_all else value
+        if streams:
+            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_all)
+        else:
+            self._write(as_json(value, types) if is_all else value)
+        parser.drop(len(rest) + (len(core) if at >= 0 else 0))
+        if not is_all:
+            raise TextEnded
+        return True
+
+    def _skip(self, text: str) -> Reading:
+        """Drops a text if it stands here; true if it did."""
+        parser = self._parser
+        while text.startswith(parser.buffer) and len(parser.buffer) < len(text) and not parser.reason:
+            yield
+        found = text != "" and parser.buffer.startswith(text)
+        parser.drop(len(text) if found else 0)
+        return found
 
 
 class Alignment:
@@ -14854,22 +15170,28 @@ class ChatParser(Parser):
     """
 
     def __init__(self, index: int, format: ChatFormat, schemas: Mapping[str, Any], prompt_end: str, hidden: frozenset[str],
-                 continued: bool = False) -> None:  # fmt: skip
+                 continued: bool = False, forced: bool = False, thinking: bool = False) -> None:  # fmt: skip
         super().__init__(index)
-        self._format, self._schemas = format, schemas
-        self._openers = [o for call in format.calls for o in openers(call, schemas)] if schemas else []
-        self._marks = tuple({o.mark for o in self._openers if o.mark} | set(format.drops))
+        self._format, self._schemas, self._hidden = format, schemas, hidden
+        self._calls = tolerant_calls(format.calls, tuple(schemas)) if schemas else None
+        openings = [mark for call in format.calls for mark in call.marks] if schemas else []
+        self._openings = tuple(filter(None, openings))
+        self._marks = (*self._openings, *format.drops)
+        self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
         self._logprobs = Alignment(hidden)
-        self._buffer = ""
-        self._reason: str | None = None  # why the text ended, once it has
+        self.buffer = ""
+        self.reason: str | None = None  # why the text ended, once it has
         self._space = ""  # white space that is dropped if a call follows
         self._trim = False  # white space behind a thought or call is dropped
-        self._thinking = prompt_end.rstrip().endswith(format.thought[0])
-        self._continued = continued
+        self._thinking = thinking or prompt_end.rstrip().endswith(format.thought[0])
+        self._continued, self._forced = continued, forced
         self._begun = continued or self._thinking  # a thought has begun, or content has
         self._events: list[Event] = []
         self.calls = 0
-        opened = next((m for m in self._marks if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
+        self.is_broken = False  # a call's arguments cannot be read
+        self._has_text = False  # content that is more than white space
+        self.behind_call = 0  # where the last one ends that stands before it
+        opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
         self._taken = -len(opened)
         self._reading = self._answer()
         self._feed(opened)
@@ -14879,17 +15201,17 @@ class ChatParser(Parser):
         return self._feed(text)
 
     def finish(self, reason: str) -> Iterator[Event]:
-        self._reason = reason
+        self.reason = reason
         yield from self._feed("")
         if self._space and not self.calls:
             self._emit(Text(self.index, self._space))
         if rest := self._logprobs.until(None):
             self._events.append(Text(self.index, logprobs=rest))
         yield from self._drain()
-        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" else reason)
+        yield ChoiceEnd(self.index, "tool_calls" if self.calls and reason == "stop" and not self.is_broken else reason)
 
     def _feed(self, text: str) -> Iterator[Event]:
-        self._buffer += text
+        self.buffer += text
         next(self._reading, None)
         return self._drain()
 
@@ -14903,81 +15225,128 @@ class ChatParser(Parser):
         self._events.append(event)
 
     def _take(self, size: int) -> str:
-        taken, self._buffer = self._buffer[:size], self._buffer[size:]
+        taken, self.buffer = self.buffer[:size], self.buffer[size:]
         self._taken += len(taken)
         return taken
 
-    def _drop(self, size: int) -> None:
+    def drop(self, size: int) -> None:
         """Takes markup: its tokens' log probabilities belong to no text."""
-        self._take(size)
-        self._logprobs.until(self._taken)
+        if size:
+            self._take(size)
+            self._logprobs.until(self._taken)
+
+    def begin_call(self, id: str, name: str) -> None:
+        self._space, self._begun, self._trim = "", True, True
+        self.calls += 1
+        id = id if len(id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
+        self._emit(CallBegan(self.index, self.calls - 1, id, name))
+
+    def write_arguments(self, text: str) -> None:
+        if text:
+            self._emit(CallArguments(self.index, self.calls - 1, text))
+
+    def types(self, name: str, key: str) -> int:
+        """The types that an argument may have."""
+        return argument_types(json.dumps(self._schemas[name]), key)
 
     # From here on generators: each `yield` waits for more text
 
     def _answer(self) -> Reading:
-        if self._thinking or (yield from self._thought_begins()):
+        if self._thinking or (yield from self._thought_begins(self._continued)):
             yield from self._thought()
-        if not self._continued and any(not o.mark for o in self._openers):
-            while not self._buffer.strip() and not self._reason:
+        if self._unmarked and not self._continued:
+            while not self.buffer.strip() and not self.reason:
                 yield
-            yield from self._call("")  # Llama 3: an answer that is a call has no marker
-        while self._buffer or not self._reason:
+            yield from self._call("")
+        while self.buffer or not self.reason:
             yield from self._content()
 
-    def _thought_begins(self) -> Reading:
-        """Whether the answer begins with a thought's opening marker; takes that and the white space before it."""
-        opens = self._format.thought[0]
-        while not self._begun:
-            first = self._buffer.lstrip()
-            if first.startswith(self._format.thought[1]):  # the end of a thought that was none
-                self._drop(len(self._buffer) - len(first) + len(self._format.thought[1]))
-                self._trim = True
-                return False
-            if first.startswith(opens):
-                self._drop(len(self._buffer) - len(first) + len(opens))
-                self._begun = self._thinking = True
-                return True
-            if self._reason or not any(m.startswith(first) for m in self._format.thought):
+    def _thought_begins(self, begun: bool = False) -> Reading:
+        """Whether a thought's opening marker comes next, where nothing else has `begun`; takes that and the white space
+        before it."""
+        opens, closes = self._format.thought
+        while not begun:
+            first = self.buffer.lstrip()
+            found = next((m for m in (opens, closes) if first.startswith(m)), "")
+            if found:
+                self.drop(len(self.buffer) - len(first) + len(found))
+                self._trim = True  # the end of a thought that was none
+                return found == opens
+            is_half = any(m.startswith(first) for m in self._format.thought)
+            if self.reason or not is_half:
+                self.drop(len(self.buffer) if is_half and self._drops_a_cut_mark else 0)
                 break
             yield
         return False
 
     def _thought(self) -> Reading:
-        """A thought up to its closing marker, without the line breaks around it."""
-        begun, closes = False, self._format.thought[1]
-        while True:
-            at = self._buffer.find(closes)
-            size = at if at >= 0 else len(self._buffer) - (0 if self._reason else held_back(self._buffer, (closes,)))
-            if size:
-                said = self._take(size) if begun else self._take(size).lstrip("\n")
-                begun = begun or bool(said)
-                if said:
-                    self._emit(Thought(self.index, said))
-            if at >= 0:
-                self._drop(len(closes))
-            if at >= 0 or self._reason:
-                self._trim = True
-                return
+        """A thought up to its closing marker, without the line breaks before it."""
+        self._begun = self._trim = True
+        closes = self._format.thought[1]
+        while not self.buffer.strip("\n") and not self.reason:
             yield
+        self._take(len(self.buffer) - len(self.buffer.lstrip("\n")))  # a token may go on with text
+        while True:
+            marks = (closes, *(() if self.calls else self._openings))
+            at, mark = min(((at, mark) for mark in marks if (at := self.buffer.find(mark)) >= 0), default=(-1, ""))
+            size = at if at >= 0 else len(self.buffer) - (0 if self.reason else held_back(self.buffer, marks))
+            if size:
+                self._emit(Thought(self.index, self._take(size)))
+            if mark == closes:
+                self.drop(len(closes))
+            if mark == closes or (self.reason and not mark):
+                return
+            if not mark:
+                yield
+            elif (yield from self._call_in_thought()):
+                return
+
+    def _call_in_thought(self) -> Reading:
+        """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
+        false if other text follows: then all this is thought."""
+        inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
+        closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
+        while not prose and self.buffer.find(closes, max(0, read - len(closes))) < 0:
+            more = list(inner.push(self.buffer[read:]))
+            read = len(self.buffer)
+            more += inner.finish(self.reason) if self.reason else []
+            prose = any(isinstance(event, Text) for event in more)
+            events += more
+            if self.reason:
+                break
+            yield
+        if events[-1:] == [ChoiceEnd(self.index, "tool_calls")] and not prose:
+            self.drop(len(self.buffer))
+            self._events += events[:-1]
+            self.calls = inner.calls
+            return True
+        self._emit(Thought(self.index, self._take(max(inner.behind_call, 1))))
+        return False
 
     def _content(self) -> Reading:
         """Content up to the next marker, and the call that it begins."""
-        found = [(self._buffer.find(m), -len(m), m) for m in self._marks if m in self._buffer]
+        found = [(self.buffer.find(m), -len(m), m) for m in self._marks if m in self.buffer]
         at, _, mark = min(found, default=(-1, 0, ""))
-        held = 0 if self._reason else held_back(self._buffer, self._marks)
-        if at < 0 or at >= len(self._buffer) - held:  # none yet, or what may become a longer one stands before it
-            self._say(self._take(len(self._buffer) - held))
-            if not self._reason:
+        held = held_back(self.buffer, self._marks) if not self.reason or self._drops_a_cut_mark else 0
+        if at < 0 or (at >= len(self.buffer) - held and not self.reason):  # none yet, or one that may become a longer one
+            self._say(self._take(len(self.buffer) - held))
+            if self.reason:
+                self.drop(held)
+            else:
                 yield
             return
         self._say(self._take(at))
-        if (yield from self._call(mark)):
+        if mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops):
             return
-        if mark in self._format.drops:
-            self._drop(len(mark))
-            self._trim = self._trim or not self._begun
-        else:
-            self._say(self._take(len(mark)))
+        self.drop(len(mark))
+        self._trim = self._trim or not self._begun
+        if (yield from self._thought_begins()):  # gpt-oss thinks again between its calls
+            yield from self._thought()
+
+    @property
+    def _drops_a_cut_mark(self) -> bool:
+        """Whether half a marker at the end of the text was to begin a call, had there been more tokens."""
+        return self.reason == "length" and (self._forced or self.calls > 0)
 
     def _say(self, out: str) -> None:
         """Content; white space waits where a call may follow."""
@@ -14986,195 +15355,32 @@ class ChatParser(Parser):
         if self._trim:
             self._logprobs.until(self._taken)
         out = self._space + out
-        kept = out.rstrip() if self._openers or not self._begun else out
+        kept = out.rstrip() if self._calls or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
-            self._begun = True
+            self._begun = self._has_text = True
             self._emit(Text(self.index, kept))
 
     def _call(self, mark: str) -> Reading:
-        """A call, and those that follow in its section; false if the text only looks like one, which then is untouched."""
-        found: Found | None = None
-        candidates = [o for o in self._openers if o.mark == mark]
-        while candidates:
-            found = next((f for o in candidates if (f := o.find(self._buffer))), None)
-            candidates = [o for o in candidates if not found and not self._reason and o.may_begin(self._buffer)]
-            if candidates:
-                yield
-        if not found:
-            return False
-        while found:
-            yield from self._read_call(found)
-            format, opener, found = found.opener.format, found.opener.inner, None
-            opener = opener or next((o.inner for o in self._openers if o.inner and o.format is format), None)
-            if (yield from self._closers(format)) and opener:
-                while not (found := opener.find(self._buffer)) and not self._reason and opener.may_begin(self._buffer):
-                    yield
-        return True
-
-    def _read_call(self, found: Found) -> Reading:
-        self._space, self._begun, self._trim = "", True, True
-        self.calls += 1
-        id = found.id if len(found.id) > 8 else f"call_{os.urandom(12).hex()}"  # short ones count the calls of a turn
-        self._emit(CallBegan(self.index, self.calls - 1, id, found.name))
-        self._drop(found.size)
-        format = found.opener.format
-        if found.arguments is not None:
-            self._write(found.arguments)
-        elif format.params:
-            yield from self._arguments(format.params, self._schemas[found.name])
-        else:
-            yield from self._object(format.keys, found.depth)
-
-    def _write(self, text: str) -> None:
-        if text:
-            self._emit(CallArguments(self.index, self.calls - 1, text))
-
-    def _object(self, keys: tuple[str, str] | None, depth: int) -> Reading:
-        """Arguments that are a JSON object, or its text in a string; then the rest of the `depth` objects around them."""
-        if keys and keys[1]:
-            between = re.compile(rf'\s*(?:,\s*{PAIR}\s*)*?,\s*"{re.escape(keys[1])}"\s*:\s*(?=\S)')
-            while not (found := between.match(self._buffer)):
-                rest = self._buffer.lstrip()
-                if self._reason or rest[:1] not in ("", ",") or len(rest) > MAX_HEADER:
-                    break
-                yield
-            if found:
-                depth += found[0].count("{")
-                self._drop(found.end())
-            elif self._buffer.lstrip()[:1] == "}":
-                self._write("{}")
-        while not self._buffer.strip() and not self._reason:
-            yield
-        self._drop(len(self._buffer) - len(self._buffer.lstrip()))
-        if self._buffer[:1] == '"':
-            yield from self._until_end(JsonEnd(), lambda text: self._write(json_text(text)), whole=True)
-        elif self._buffer[:1] in ("{", "["):
-            yield from self._until_end(JsonEnd(), self._write)
-        if depth:
-            yield from self._until_end(JsonEnd(depth), lambda text: None)
-
-    def _until_end(self, end: JsonEnd, write: Callable[[str], None], whole: bool = False) -> Reading:
-        """Writes a JSON value as it comes, or at its end."""
-        held = ""
-        while True:
-            size = end.find(self._buffer)
-            text = self._buffer if size is None else self._buffer[:size]
-            self._drop(len(text))
-            held += text
-            if not whole or size is not None or self._reason:
-                write(held)
-                held = ""
-            if size is not None or self._reason:
-                return
-            yield
-
-    def _arguments(self, params: Params, schema: Any) -> Reading:
-        """Arguments that stand one by one, written as a JSON object; what was cut is left open."""
-        properties = schema.get("properties") if isinstance(schema, dict) else None
-        self._write("{")
-        comma = ""
-        while key := (yield from self._key(params)):
-            types = types_of((properties or {}).get(key))
-            self._write(f"{comma}{json.dumps(key, ensure_ascii=False)}: ")
-            comma = ", "
-            if params.quote:
-                yield from self._literal(params)
-            else:
-                yield from self._value(params, params.closes.replace(KEY, key), types)
-        if self._buffer.strip() or self._reason != "length":
-            self._write("}")
-
-    def _key(self, params: Params) -> Reading:
-        """The next argument's name; None when there is none."""
-        name = r"[^\s<>\"',:=(){}]+" if params.quote else r"[^\n<>\"/][^\n<>\"]*?"
-        whole = rf"[\s,]*{flexible(params.opens)}(?P<key>{name}){flexible(params.keyed.rstrip())}"
-        keyed = re.compile(whole.replace(r"[\s,]*\s*", r"[\s,]*"))
-        opens = params.opens.strip()
-        while True:
-            if found := keyed.match(self._buffer):
-                self._drop(found.end())
-                return found["key"]
-            rest = self._buffer.lstrip(" \n\t,")
-            if self._reason or not (rest.startswith(opens) or opens.startswith(rest)) or len(self._buffer) > 2 * MAX_HEADER:
-                return None
-            if not opens and rest and not re.match(r"[\w$.-]", rest):
-                return None
-            yield
-
-    def _value(self, params: Params, closes: str, types: frozenset[str]) -> Reading:
-        """One argument's value up to `closes`: a string as it comes, what has another type at its end."""
-        core, lead, cdata = closes.strip(), params.keyed[len(params.keyed.rstrip()) :], "<![CDATA["
-        trail = closes[: len(closes) - len(closes.lstrip())]
-        while len(self._buffer) < len(lead) and not self._reason:
-            yield
-        if lead and self._buffer.startswith(lead):
-            self._drop(len(lead))
-        while cdata.startswith(self._buffer) and len(self._buffer) < len(cdata) and not self._reason:
-            yield
-        if self._buffer.startswith(cdata):
-            self._drop(len(cdata))
-            core, trail = f"]]>{core}", ""
-        streams = types == {"string"}
-        self._write('"' if streams else "")
-        held = ""
-        while True:
-            at = self._buffer.find(core)
-            size = at if at >= 0 else len(self._buffer) - held_back(self._buffer, (core, trail + core))
-            size = len(self._buffer) if self._reason and at < 0 else size
-            held += self._buffer[:size]
-            self._drop(size)
-            if at >= 0:
-                self._drop(len(core))
-                held = held.removesuffix(trail)
-                self._write(json.dumps(held, ensure_ascii=False)[1:-1] + '"' if streams else typed(held, types))
-                return
-            if streams or self._reason:
-                self._write(json.dumps(held, ensure_ascii=False)[1:-1] if streams else held)
-                held = ""
-            if self._reason:
-                return
-            yield
-
-    def _literal(self, params: Params) -> Reading:
-        """One argument's value as a literal of Python's, or with quotes of the family's own; at its end."""
-        end = LiteralEnd(params.quote)
-        while (size := end.find(self._buffer)) is None:
-            if self._reason:
-                self._drop(len(self._buffer))
-                return
-            yield
-        text = self._buffer[:size]
-        self._drop(size)
-        self._write(literal_as_json(text.strip(), params.quote))
-
-    def _closers(self, format: CallFormat) -> Reading:
-        """Takes what stands behind a call; true if another may follow in the same section."""
-        last = next((m for m in reversed(MARKER.findall(format.closes)) if not m.isspace()), None)
-        begins = [o.mark for o in self._openers if o.format is format and o.mark]
-        while True:
-            rest = self._buffer.lstrip()
-            if any(rest.startswith(mark) for mark in begins):
-                return False
-            closer = max((c for c in format.closers if rest.startswith(c)), key=len, default="")
-            if not self._reason and any(m.startswith(rest) for m in (*begins, *format.closers) if len(m) > len(closer)):
-                yield  # more text may make it another one
-            elif not closer:
-                return True
-            else:
-                self._drop(len(self._buffer) - len(rest) + len(closer))
-                if closer == last:
-                    return False
+        """A section of calls; false if the text only looks like one: then what cannot begin another was said."""
+        assert self._calls
+        reader = CallReader(self, self._calls)
+        if (yield from reader.read(self._forced or mark != "")):
+            self.behind_call = self.behind_call if self._has_text else self._taken
+            return True
+        again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
+        self._say(self._take(max(len(mark), reader.at - again) if mark not in self._format.drops else 0))
+        return False
 
 
 def held_back(buffer: str, marks: Iterable[str]) -> int:
-    """Length of the longest end of `buffer` that begins one of `marks`: it must wait for what comes next."""
+    """Length of the longest suffix of `buffer` that is a proper prefix of a mark: it must wait for what comes next."""
     longest = 0
     for mark in marks:
-        for size in range(min(len(mark) - 1, len(buffer)), longest, -1):
-            if buffer.endswith(mark[:size]):
-                longest = size
-                break
+        at = buffer.find(mark[0], max(0, len(buffer) - len(mark) + 1))
+        while at >= 0 and not mark.startswith(buffer[at:]):
+            at = buffer.find(mark[0], at + 1)
+        longest = max(longest, len(buffer) - at if at >= 0 else 0)
     return longest
 
 
@@ -15362,7 +15568,7 @@ def read_ahead(root: Symbol) -> Symbol:
     todo, seen = [root], {root}
     while todo:
         symbol = todo.pop()
-        if isinstance(symbol, (Gbnf, Json)):
+        if isinstance(symbol, (Gbnf, Json, RestOf)):
             symbol.opened()
         todo += (fresh := set(symbol.parts) - seen)
         seen |= fresh
@@ -18882,15 +19088,19 @@ def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
     return TextTable(texts).between(0, len(texts), 0)
 
 
+LETTERS = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
+LEFT_OPEN = {ID: Repeated(LETTERS, 9, 9), ANY: Repeated(LETTERS, 1, 24)}  # by a format
+
+
+def format_text(text: str) -> Symbol:
+    """A format's text, what it leaves open filled in."""
+    return InOrder(tuple(LEFT_OPEN.get(piece) or word(piece) for piece in re.split(f"([{ID}{ANY}])", text) if piece))
+
+
 class CallsGrammar:
     """Calls of the offered functions as their model writes them. Raises InvalidRequest where a schema cannot be."""
 
-    TOLD = frozenset(("type", "properties", "required",  # of arguments that stand one by one; the others only open objects
-                      "additionalProperties", "patternProperties", "unevaluatedProperties", "nullable"))  # fmt: skip
-
     def __init__(self, format: CallFormat, tools: Seq[dict[str, Any]]) -> None:
-        letters = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
-        self._open = {ID: Repeated(letters, 9, 9), ANY: Repeated(letters, 1, 24)}  # what a format leaves open
         self._format = format
         self._call = AnyOf(tuple(self._one(f"tools[{i}].function.parameters", t["function"]) for i, t in enumerate(tools)))
 
@@ -18898,81 +19108,304 @@ class CallsGrammar:
         """One call or several; `opened`, the first one's beginning, stands there already."""
         first, again = (o + self._format.head for o in (self._format.opens.lstrip(), self._format.again))
         more = 7 if many and self._format.again else 0
-        behind = Repeated(InOrder((self._text(again), self._call)), 0, more)
-        return InOrder((self._text(first.removeprefix(opened)), self._call, behind, self._text(self._format.closes.rstrip())))
-
-    def _text(self, text: str) -> Symbol:
-        """A format's text, what it leaves open filled in."""
-        return InOrder(tuple(self._open.get(p) or word(p) for p in re.split(f"([{ID}{ANY}])", text) if p))
+        behind = Repeated(InOrder((format_text(again), self._call)), 0, more)
+        return InOrder((format_text(first.removeprefix(opened)), self._call, behind, format_text(self._format.closes.rstrip())))
 
     def _one(self, where: str, function: dict[str, Any]) -> Symbol:
         schema = function.get("parameters") or {}
         schema = schema if "type" in schema or "properties" in schema else {"type": "object", **schema}
         name = function["name"] if self._format.keys is None else json.dumps(function["name"], ensure_ascii=False)[1:-1]
         params = self._format.params
-        arguments = self._one_by_one(where, schema, params) if params else json_symbol(where, schema)
-        return InOrder((word(name), self._text(self._format.named), arguments))
+        text = json.dumps(schema)
+        arguments = ArgumentList(text, where, params) if params else Json(text, where)
+        read_soon(arguments)
+        return InOrder((word(name), format_text(self._format.named), arguments))
 
-    def _one_by_one(self, where: str, schema: dict[str, Any], params: Params) -> Symbol:
-        """Named arguments in their order, optional ones left out at will."""
-        also = (SchemaReader.KEYWORDS.keys() & schema.keys()) - self.TOLD
-        if also:
-            raise InvalidRequest(f"{where}: keyword {min(also)} is not supported where arguments are written one by one", where)
-        json_symbol(where, schema)  # checked as a whole
-        arguments = []
-        properties = {**{key: {} for key in schema.get("required") or ()}, **(schema.get("properties") or {})}
-        for key, kind in properties.items():
-            kind = {**kind, **{k: schema[k] for k in ("$defs", "definitions") if k in schema}} if isinstance(kind, dict) else {}
-            closes = "" if params.quote else params.closes.replace(KEY, key)
-            value = self._value(f"{where}.properties.{key}", kind, params, closes.strip())
-            one = InOrder((self._text(params.opens + key + params.keyed), value, self._text(closes)))
-            arguments.append((one, key in (schema.get("required") or ())))
-        return NamedArguments(tuple(arguments), self._text(params.closes if params.quote else ""))
 
-    def _value(self, where: str, kind: dict[str, Any], params: Params, closes: str) -> Symbol:
-        """One value: a string without quotes or in the family's, other types as JSON."""
-        types = types_of(kind)
-        if types and types != {"string"}:
-            return json_symbol(where, kind)
-        text = PlainTexts(json.dumps(kind), where, closes or params.quote)
-        if not text.opened():
-            return json_symbol(where, kind)
-        return InOrder((word(params.quote), text, word(params.quote)))
+NAMED, TEXT, CALL_ID, ARGUMENTS, SKIPPED, KEYED, VALUE = range(0xF8, 0xFF)  # bytes that UTF-8 never has
 
 
 @dataclass(frozen=True)
-class PlainTexts(Json):
-    """The strings of a JSON schema, written as they are: what stands behind them, `marker`, does not occur in them."""
+class Slot(Symbol):
+    """A place in a call that is read by rules of its own: one byte, `kind`, stands for all of it."""
 
-    marker: str
+    kind: int
+    text: str = ""  # NAMED: the function whose name this was; else what ends the slot
+    format: CallFormat | None = None
+
+    @property
+    def firsts(self) -> int:
+        return 1 << self.kind
+
+    def step(self, byte: int) -> Symbols | None:
+        return () if byte == self.kind else None
+
+
+@dataclass(frozen=True, eq=False)
+class Deferred(Symbol):
+    """Symbols that are made when they are met: calls follow calls without end."""
+
+    make: Callable[[], Symbols]
+
+    @functools.cached_property
+    def _made(self) -> tuple[Symbols]:
+        return (self.make(),)
 
     def opened(self) -> Iterable[Symbols]:
-        return read_plain(self.text, self.param, self.marker)
+        return self._made
+
+
+BLANKS = Repeated(OneChar(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20))))
+COLON = (BLANKS, word(":"), BLANKS)
+
+
+class TolerantCalls:
+    """Calls as models write them, to be read: in the forms of their formats, with white space, order and extra keys at will.
+
+    The automaton of these symbols reads names and markup; slots stand for ids, arguments and other values.
+    """
+
+    def __init__(self, formats: Iterable[CallFormat], names: Iterable[str]) -> None:
+        self._names = list(names)
+        self._later: dict[tuple[Any, ...], Deferred] = {}
+        self._lock = threading.Lock()  # all answers of a kind share the automaton, and it grows
+        self.start = Automaton(AnyOf(tuple(InOrder((BLANKS, *self._text(opens), *self._call(format)))
+                                           for format in formats for opens in format.beginnings))).start  # fmt: skip
+
+    def follow(self, state: State, text: str, at: int) -> tuple[State, int]:
+        """The state some way on in the text, and how far: up to what is not followed here, or the end of a name or a call."""
+        with self._lock:
+            for char in text[at : at + MAX_HEADER]:
+                behind = state.read(char.encode())
+                if behind is None:
+                    break
+                state, at = behind, at + 1
+                if state.ends or state.bits == 1 << NAMED:
+                    break
+        return state, at
+
+    def behind(self, state: State, slot: Slot) -> State:
+        """The state behind one of its slots."""
+        with self._lock:
+            found = state.step(slot.kind)
+        assert found is not None, "the state has that slot"
+        return found
+
+    def _deferred(self, make: Callable[..., Symbols], *arguments: Any) -> Deferred:
+        return self._later.setdefault((make.__name__, *arguments), Deferred(functools.partial(make, *arguments)))
+
+    def _text(self, text: str) -> Symbols:
+        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
+        found, literal = list[Symbol](), ""
+        pieces = iter([*MARKER.findall(text), ""])
+        for piece in pieces:
+            if piece and not piece.isspace() and piece not in (ID, ANY):
+                literal += piece
+                continue
+            found += [word(literal)] if literal else []
+            literal = ""
+            if piece.isspace():
+                found.append(BLANKS)
+            elif piece and (closes := next(pieces)):
+                found.append(Slot(CALL_ID if piece == ID else TEXT, closes))
+        return tuple(found)
+
+    def _call(self, format: CallFormat) -> Symbols:
+        """A call behind its beginning."""
+        if format.keys is None:
+            arguments = (*self._text(format.named), *self._arguments(format))
+            return any_text({name.encode(): (Slot(NAMED, name), *arguments) for name in self._names})
+        begins = (BLANKS, Repeated(word("["), 0, 1), BLANKS, word("{"), BLANKS)
+        if format.keys[0]:
+            return (*begins, self._deferred(self._pairs, format, False, False))
+        arguments = (BLANKS, word(":"), BLANKS, Slot(ARGUMENTS), self._deferred(self._behind, format))
+        return (*begins, *self._quoted_names(arguments))
+
+    def _quoted_names(self, behind: Symbols) -> Symbols:
+        """A function's name as a JSON string."""
+        return any_text({json.dumps(name, ensure_ascii=False).encode(): (Slot(NAMED, name), *behind) for name in self._names})
+
+    def _pairs(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
+        """Pairs of the object that holds a call's name and arguments, from the next one on; which of the two it has."""
+        names, arguments, inner = self._known_keys(format)
+        options = [(*self._other_pair(format), *self._behind_pair(format, named, argued))]
+        if not argued:
+            options.append((*self._keys(arguments), *COLON, Slot(ARGUMENTS), *self._behind_pair(format, named, True)))
+        if not named:
+            options.append((*self._keys(names), *COLON, *self._quoted_names(self._behind_pair(format, True, argued))))
+            options.append((*self._keys(inner), *COLON, word("{"), BLANKS, self._deferred(self._pairs, format, named, argued)))
+        return (AnyOf(tuple(map(InOrder, options))),)
+
+    def _known_keys(self, format: CallFormat) -> tuple[set[str], set[str], set[str]]:
+        """The keys of the name, of the arguments, and of the object that these two stand in."""
+        assert format.keys
+        inner = {"function", *re.findall(r'"(\w+)":\s*\{', format.head)}
+        return {format.keys[0], "name"}, {format.keys[1], "arguments", "parameters"}, inner
+
+    def _other_pair(self, format: CallFormat) -> Symbols:
+        """A pair that tells nothing of the call."""
+        key = string_symbol(StringShape().but_not(set().union(*self._known_keys(format))))
+        assert key
+        return (key, *COLON, Slot(SKIPPED))
+
+    def _keys(self, keys: Iterable[str]) -> Symbols:
+        return any_text({json.dumps(key, ensure_ascii=False).encode(): () for key in keys})
+
+    def _behind_pair(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
+        behind = self._deferred(self._behind, format)
+        if named and argued:
+            return (behind,)
+        more = InOrder((BLANKS, word(","), BLANKS, self._deferred(self._pairs, format, named, argued)))
+        return (AnyOf((more, InOrder((BLANKS, word("}"), behind)))) if named else more,)
+
+    def _arguments(self, format: CallFormat) -> Symbols:
+        """Arguments behind a name that stands by itself; without any there must be what ends the call."""
+        params, behind = format.params, self._deferred(self._behind, format)
+        closers = tuple(map(word, sorted(format.closers)))
+        none = (InOrder((BLANKS, AnyOf(closers), behind)),) if closers else ()
+        if params is None:
+            return (AnyOf((InOrder((BLANKS, Slot(ARGUMENTS), behind)), *none)),)
+        if params.quote:
+            return (BLANKS, Slot(ARGUMENTS, format.closes.strip()[0], format), behind)
+        closes, *rest = MARKER.findall(params.keyed.strip())
+        argument = InOrder((BLANKS, *self._text(params.opens), Slot(KEYED, closes), *self._text("".join(rest)),
+                            Slot(VALUE, "", format)))  # fmt: skip
+        return (AnyOf((InOrder((Repeated(argument, 1), behind)), *none)),)
+
+    def _behind(self, format: CallFormat) -> Symbols:
+        """Symbols behind a call: pieces of its ending, then perhaps the next call, with its marker or without."""
+        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
+        pieces: Symbols = tuple(map(word, sorted(format.closers - {last})))
+        if format.keys:
+            pieces += (word("]"), *([InOrder((word(","), BLANKS, *self._other_pair(format)))] if format.keys[0] else []))
+        ends: Symbols = (InOrder((BLANKS, word(last))),) if last else ()
+        comma = AnyOf((word(","), word(";"), BLANKS))
+        for opens in {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}:
+            ends += (InOrder((BLANKS, comma, BLANKS, *self._text(opens), self._deferred(self._call, format))),)
+        return (*((Repeated(InOrder((BLANKS, AnyOf(pieces)))),) if pieces else ()), Repeated(AnyOf(ends), 0, 1))
+
+
+@functools.lru_cache(maxsize=16)
+def tolerant_calls(formats: tuple[CallFormat, ...], names: tuple[str, ...]) -> TolerantCalls:
+    """Returns the reader of calls of these functions, cached: agents offer the same ones again and again."""
+    return TolerantCalls(formats, names)
+
+
+class SchemaStructure(SchemaReader):
+    """Reads no more of a schema than where the others in it stand, which templates and parsers rely on."""
+
+    def _type_names(self, key: str, value: Any, depth: int, base: str) -> int:
+        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            raise self.refuse(f"{key} must be a type or a list of types, not {self.said(value)}")
+        return self.EVERY_TYPE
+
+    KEYWORDS: ClassVar = {key: read for key, read in SchemaReader.KEYWORDS.items() if read in (
+        SchemaReader._schema, SchemaReader._schemas, SchemaReader._named, SchemaReader._enum)} | {"type": _type_names}
+
+
+@functools.lru_cache(maxsize=512)
+def check_structure(text: str, where: str) -> None:
+    """Raises InvalidRequest, naming the keyword, for a schema that holds something else where a schema or a list must be."""
+    reader = SchemaStructure(where, json.loads(text))
+    try:
+        reader.read(reader.root, 0, "the schema", reader.base)
+    except RecursionError:
+        raise reader.refuse("the schema is nested too deep") from None
+
+
+@functools.lru_cache(maxsize=256)
+def argument_types(text: str, key: str) -> int:
+    """The types that a function's schema allows for one of its arguments, as SchemaReader's bits; all where it does not say."""
+    shapes, found = SchemaShapes("parameters", json.loads(text)), 0
+    with contextlib.suppress(InvalidRequest, RecursionError):
+        for shape in object_shapes(shapes):
+            for node in values_of(shape, key):
+                found |= types_of(shapes.choice(node))
+    return found or SchemaReader.EVERY_TYPE
+
+
+def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
+    """The objects that a schema allows."""
+    root = shapes.node([shapes.read(shapes.root, 0, "the schema", shapes.base)])
+    return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
+
+
+def values_of(shape: ObjectShape, name: str) -> Iterator[Node]:
+    """The schema of the property of this name, if an object may have it."""
+    named = [prop.node for prop in shape.named if prop.name == name]
+    yield from named or [node for names, node in shape.unnamed if string_fits(names, name)][:1]
+
+
+def types_of(shapes: Shapes) -> int:
+    """The types of values of these shapes, as SchemaReader's bits."""
+    return functools.reduce(operator.or_, map(_types_of, shapes), 0)
+
+
+def _types_of(shape: Shape) -> int:
+    if isinstance(shape, Constant):
+        return type_bit(json.loads(shape.text))
+    if isinstance(shape, NumberShape):
+        return SchemaReader.TYPES["integer" if shape.whole else "number"]
+    return SchemaReader.TYPES[{StringShape: "string", ArrayShape: "array"}.get(type(shape), "object")]
+
+
+@dataclass(frozen=True)
+class ArgumentList(Json):
+    """The objects of a JSON schema, their properties written one by one."""
+
+    params: Params
+
+    def opened(self) -> Iterable[Symbols]:
+        return read_arguments(self.text, self.param, self.params)
 
 
 @functools.lru_cache(maxsize=64)
-def read_plain(text: str, param: str, marker: str) -> tuple[Symbols, ...]:
-    """A schema's strings as they are; none if it wants other values. Raises InvalidRequest naming the keyword at fault."""
+def read_arguments(text: str, param: str, params: Params) -> tuple[Symbols, ...]:
+    """A schema's objects, property by property. Raises InvalidRequest naming the keyword at fault."""
     documents, found = Documents(SchemaShapes(param, json.loads(text))), list[Symbols]()
-    apart = texts_by("pattern", not_before(marker), False)
-    with documents.shapes.errors_named():
-        root = documents.root()
-        assert isinstance(root, Value)
-        shapes = [s for s in documents.shapes.choice(root.node) if opening_of(s) == '"']
-        for shape in shapes:
-            if isinstance(shape, Constant) and string_fits(StringShape(texts=apart), json.loads(shape.text)):
-                found.append((word(json.loads(shape.text)),))
-            elif isinstance(shape, StringShape):
-                shape = shape.within(apart)
-                if documents.leaf(shape) is not None:
-                    found.append((PlainText(shape.texts, shape.low, shape.high),))
-    if shapes and not found:
+    objects = object_shapes(documents.shapes)
+    for shape in objects:
+        if shape.high is not None or shape.low > sum(prop.required for prop in shape.named):
+            keyword = "minProperties" if shape.high is None else "maxProperties"
+            raise documents.shapes.refuse(f"keyword {keyword} is not supported where arguments are written one by one")
+    documents.root()  # tells what is possible
+    for shape in objects:
+        arguments = tuple((one_argument(documents, prop, params), prop.required) for prop in shape.named
+                          if prop.node in documents.possible)  # fmt: skip
+        found.append((NamedArguments(arguments, format_text(params.closes if params.quote else "")),))
+    if not found:
+        raise documents.shapes.refuse("a function's arguments are an object, and the schema allows none")
+    return tuple(found)
+
+
+def one_argument(documents: Documents, prop: Property, params: Params) -> Symbol:
+    """A name and its value: a string without quotes or in the family's, other types as JSON."""
+    closes = "" if params.quote else params.closes.replace(KEY, prop.name)
+    shapes = documents.shapes.choice(prop.node)
+    value: Symbol = Value(documents, prop.node)
+    if types_of(shapes) in (SchemaReader.TYPES["string"], SchemaReader.EVERY_TYPE):
+        quote = word(params.quote)
+        value = InOrder((quote, AnyOf(plain_texts(documents, shapes, closes.strip() or params.quote)), quote))
+    return InOrder((format_text(params.opens + prop.name + params.keyed), value, format_text(closes)))
+
+
+def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
+    """Strings as they are: what stands behind them, `marker`, does not occur in them. Raises InvalidRequest if there are none."""
+    apart, found = texts_by("pattern", not_before(marker), False), list[Symbol]()
+    for shape in shapes:
+        if isinstance(shape, Constant) and shape.text[0] == '"' and string_fits(StringShape(texts=apart), json.loads(shape.text)):
+            found.append(word(json.loads(shape.text)))
+        elif isinstance(shape, StringShape):
+            shape = shape.within(apart)
+            if documents.leaf(shape) is not None:
+                found.append(PlainText(shape.texts, shape.low, shape.high))
+    if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
 
 
 def not_before(marker: str) -> str:
-    """What must not be found in a text before a marker: its first two characters, or one that could become them."""
+    """A pattern that no text before a marker may match: its first two characters, or one that could become them."""
     first, second = map(re.escape, (marker + "  ")[:2])
     return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
@@ -18998,7 +19431,7 @@ class PlainText(RestOfText):
 
 
 def spelled_plainly(half: Half) -> dict[int, Half]:
-    """What a half-written character becomes by each byte, without escapes; "done" if it is whole."""
+    """Maps each byte to the state of a half-written character behind it, without escapes; "done" if it is whole."""
     if half[1]:
         return spelled(half)
     return {byte: _whole(byte) for byte in range(128)} | {byte: more for byte, more in spelled(half).items() if byte >= 128}
@@ -19037,6 +19470,36 @@ def json_symbol(param: str, schema: Mapping[str, Any]) -> Json:
     symbol = Json(json.dumps(schema), param)
     read_soon(symbol)
     return symbol
+
+
+@dataclass(frozen=True)
+class RestOf(Symbol):
+    """The rest of a grammar's text that has begun. Raises InvalidRequest where no text begins so."""
+
+    grammar: Symbol
+    begun: bytes
+    param: str
+
+    def opened(self) -> Iterable[Symbols]:
+        state = Automaton(self.grammar).start.read(self.begun)
+        if state is None:
+            words = f"{self.param}: the answer that is to be continued begins no text that fits"
+            raise InvalidRequest(words, "messages")
+        return [*((Unread(stack),) for stack in state.stacks), *([()] if state.ends else [])]
+
+    @property
+    def parts(self) -> Symbols:
+        return (self.grammar,)
+
+
+@dataclass(frozen=True)
+class Unread(Symbol):
+    """The symbols that one reading of a text still wants."""
+
+    stack: Stack
+
+    def opened(self) -> Iterable[Symbols]:
+        return [(self.stack.top, *([Unread(below)] if below else [])) for below in self.stack.below]
 
 
 READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less

@@ -33,6 +33,7 @@ import math
 import operator
 import os
 import pathlib
+import pickle
 import random
 import re
 import resource
@@ -1383,6 +1384,32 @@ def test_health_includes_engine_memory(server: Server) -> None:
     assert megabytes() > without + 5
 
 
+@cases(
+    "count, shown",
+    {"ones": (999, "999"), "a rounded thousand": (999_999, "1M"), "thousands": (1_543_000, "1.5M"), "many": (260_000, "260K"),
+     "a rounded billion": (999_600_000, "1B"), "billions": (2_000_000_000_000, "2000B")},
+)  # fmt: skip
+def test_counts_are_rounded_into_the_next_unit(count: int, shown: str) -> None:
+    assert module.human_count(count) == shown
+
+
+@cases(
+    "size, shown",
+    {"bytes": (1023, "1023B"), "a rounded megabyte": (1_048_575, "1.0MB"), "a rounded gigabyte": (1_073_741_000, "1.0GB"),
+     "gigabytes": (2_254_857_830, "2.1GB"), "thousands of them": (1 << 42, "4096.0GB")},
+)  # fmt: skip
+def test_sizes_are_rounded_into_the_next_unit(size: int, shown: str) -> None:
+    assert module.human_bytes(size) == shown
+
+
+def test_build_is_asked_again_when_it_did_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter(["", '{"engine": "x", "gpu_offload": true}'])
+    monkeypatch.setattr(module, "output_of", lambda *_: next(answers))
+    monkeypatch.setattr(module, "_known_build", {})
+    assert module.engine_build()["gpu_offload"] is False
+    assert module.engine_build() == module.engine_build() == {"engine": "x", "gpu_offload": True}
+
+
 def test_diag_over_http_matches_the_command(server: Server, models: Path) -> None:
     report = server.get("/diag").json()
     assert {"version", "python", "llama_cpp", "websockets", "memory", "skipped", "server"} <= set(report)
@@ -2415,6 +2442,80 @@ def read_model(path: Path) -> None:
         assert all(text.isprintable() and len(text) <= 200 for text in shown.values() if isinstance(text, str)), shown
 
 
+def write_shards(folder: Path, *numbers: int) -> list[Path]:
+    """Writes shards of a set of two."""
+    paths = []
+    for number in numbers:
+        paths.append(folder / f"big-{number:05d}-of-00002.gguf")
+        writer = gguf.GGUFWriter(str(paths[-1]), "llama")
+        writer.add_uint16("split.no", number - 1)
+        writer.add_uint16("split.count", 2)
+        writer.add_tensor(f"part{number}", np.zeros((64, 64), np.float32))
+        finish(writer)
+    return paths
+
+
+def listed(catalog: Any) -> list[str]:
+    return [model.id for model in catalog.scan().models]
+
+
+def test_shards_may_come_and_go_while_the_server_runs(tmp_path: Path) -> None:
+    catalog = Catalog([SearchRoot(str(tmp_path), "here")])
+    write_shards(tmp_path, 1)
+    assert listed(catalog) == [] and "incomplete" in catalog.why_skipped("big")
+    (second,) = write_shards(tmp_path, 2)
+    assert listed(catalog) == ["big"] and catalog.report.models[0].parameter_count == "8.2K"
+    second.unlink()
+    assert listed(catalog) == []
+
+
+def test_each_shard_must_be_whole(tmp_path: Path) -> None:
+    _, second = write_shards(tmp_path, 1, 2)
+    second.write_bytes(second.read_bytes()[:-4000])
+    assert listed(catalog := Catalog([SearchRoot(str(tmp_path), "here")])) == []
+    assert any("truncated" in skipped["reason"] for skipped in catalog.report.skipped)
+
+
+def test_merged_file_that_is_still_named_like_a_shard_is_a_model(tmp_path: Path) -> None:
+    write_header(tmp_path / "merged-00001-of-00003.gguf")
+    assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == ["merged"]
+
+
+def test_split_model_that_is_reached_twice_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    write_shards(tmp_path / "one", 1, 2)
+    (tmp_path / "two").symlink_to(tmp_path / "one")
+    catalog = Catalog([SearchRoot(str(tmp_path / name), name) for name in ("one", "two")])
+    assert [(model.id, model.source) for model in catalog.scan().models] == [("big", "one")]
+
+
+def test_folder_that_is_named_twice_keeps_its_first_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    paths = [str(tmp_path / name) for name in ("a", "b", "link", "a")]
+    assert [root.path for root in module.search_roots(paths, None)[:2]] == paths[:2]
+    monkeypatch.chdir(REPO)
+    assert module.search_roots(["models"], None)[0].path == str(REPO / "models")
+    base = str(tmp_path / "a" / "x.gguf")  # of this folder alone only what lies in it, else all below
+    monkeypatch.setenv("SHIMMY_MODEL_PATHS", "")
+    assert module.search_roots([], base)[0].depth == 0
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "a"))
+    assert module.search_roots([], base)[0].depth == module.MAX_SCAN_DEPTH
+
+
+def test_names_with_accents_are_found_as_they_are_typed(tmp_path: Path) -> None:
+    write_header(tmp_path / "caf\u0065\u0301.gguf")
+    assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == ["caf\u00e9"]
+    assert module.plain_id("caf\u0065\u0301") == module.plain_id("caf\u00e9")
+
+
+@pytest.mark.parametrize("folder", [".Trash", ".Trash-1000", ".Trashes", "$RECYCLE.BIN"])
+def test_what_was_thrown_away_is_no_model(folder: str, tmp_path: Path) -> None:
+    write_header(tmp_path / folder / "files" / "old.gguf")
+    assert listed(Catalog([SearchRoot(str(tmp_path), "here")])) == []
+
+
 @pytest.mark.parametrize("key", READ_KEYS)
 def test_metadata_of_any_type_is_read_or_refused(key: str, tmp_path: Path) -> None:
     tensor = struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 32, 0, 0)
@@ -3226,6 +3327,229 @@ def test_arguments_before_the_name_and_as_json_text_are_read() -> None:
         assert read(module.ChatFormat(), "", text, 1)[2] == CALLS["one"]
 
 
+READABLE: dict[str, Any] = {
+    "f": {"type": "object", "properties": {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {}}},
+    "get": {}, "get_weather": {"type": "object", "properties": {"text": {"type": "string"}}},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Answered:
+    """What a client is told of an answer."""
+
+    text: str = ""
+    calls: tuple[tuple[str, str], ...] = ()  # names, and arguments as they were written
+    thought: str = ""
+    reason: str = "tool_calls"
+
+
+def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: str = "", **more: Any) -> Answered:
+    parser, reply = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more), module.Reply()
+    for event in [*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)]:
+        reply.add(event)
+    ((_, choice),) = reply.choices()
+    calls = tuple((c["name"], c["arguments"]) for c in choice.calls)
+    return Answered(choice.text, calls, "".join(choice.thoughts), choice.finish_reason)
+
+
+def in_pieces(text: str, pick: random.Random) -> list[str]:
+    """The text cut at random, into single characters or larger pieces."""
+    pieces, most = list[str](), pick.choice((1, 3, 9, 30))
+    while text:
+        size = pick.randint(1, most)
+        pieces.append(text[:size])
+        text = text[size:]
+    return pieces
+
+
+GPT_OSS = "<|channel|>analysis<|message|> {{ messages[0].content }}"
+QUOTED = {  # families whose arguments are literals
+    "python": CallFormat("<|tools|>[", "(", ")]<|/tools|>", "), ", params=Params("", "=", ", ", "'")),
+    "own quotes": CallFormat("<|call>call:", "{", "}<call|>", "}<call|><|call>call:", params=Params("", ":", ",", '<|"|>')),
+}
+SPOKEN: dict[str, tuple[str, ...]] = {  # by family: answers with calls of READABLE's functions, to be spoiled
+    "hermes": (
+        '<tool_call>\n{"name": "f", "arguments": {"a": "x", "b": 1}}\n</tool_call>\n<tool_call>\n'
+        '{"name": "get_weather", "arguments": {}}\n</tool_call>',
+        '<tool_call>[{"arguments": {"a": "q"}, "name": "get"}]</tool_call>', "<tool_call>{'name': 'f'}</tool_call>",
+        '<tool_call>{"name":"f","parameters":null}{"type":"function","function":{"name":"get","arguments":"{}"}}</tool_call>'),
+    "array": ('<calls>[{"name": "f", "arguments": {"a": "x"}}, {"name": "get", "arguments": {}}]</calls>',),
+    "id in the header": ('<|calls|><|call|>functions.get_weather:0<|args|>{"text": "x"}<|/call|><|call|>functions.get:1<|args|>'
+                         "{}<|/call|><|/calls|>",),
+    "tags": ("<tool_call>\n<function=f>\n<parameter=a>\nhello\n</parameter>\n<parameter=b>\n12\n</parameter>\n</function>\n"
+             "</tool_call>",),
+    "keys and values": ("<tool_call>f\n<arg_key>a</arg_key>\n<arg_value>x y</arg_value>\n<arg_key>b</arg_key>\n"
+                        "<arg_value>3</arg_value>\n</tool_call>", "<tool_call>get\n</tool_call>"),
+    "bare": ('{"name": "f", "parameters": {"a": "x"}}; {"name": "get", "parameters": {}}',
+             '[{"name": "f", "parameters": {"a": "x"}}]', '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'),
+    "python": ("<|tools|>[f(a='it''s', b=1), get(c=[1, 'x'])]<|/tools|>",),
+    "own quotes": ('<|call>call:f{a:<|"|>x<|"|>,b:1,c:{d:[1,<|"|>e<|"|>]}}<call|>',),
+    "gpt-oss": (
+        '<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>commentary to=functions.f <|constrain|>json'
+        '<|message|>{"a":"x"}<|call|>',
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Four.",
+        "<|channel|>commentary<|message|>So<|end|><|start|>assistant to=functions.get<|channel|>commentary json<|message|>{}"
+        "<|call|>"),
+}  # fmt: skip
+SPOILS = ["<think>", "</think>", "\n", " ", *"<>{}[]\"',:;x\\", "name", "arguments", "f", "get", "None", "true", "12", "</",
+          "<tool_call>", "</tool_call>", "héé", " and ", "\t"]  # fmt: skip
+
+
+def format_of(name: str) -> Any:
+    if name in QUOTED:
+        return module.ChatFormat(calls=(QUOTED[name], module.HERMES))
+    return derived_once(GPT_OSS if name == "gpt-oss" else FAMILIES[name])
+
+
+def spoiled(text: str, pick: random.Random) -> str:
+    """The text with some of it left out, repeated, or something put in."""
+    for _ in range(pick.choice((0, 0, 1, 1, 2, 3, 5))):
+        at, size, how = pick.randint(0, len(text)), pick.choice((1, 1, pick.randint(1, 20))), pick.randrange(4)
+        text = text[:at] + (text[at + size :] if how == 0 else text[at : at + size] * 2 + text[at + size :] if how == 1 else
+                            pick.choice(SPOILS) + text[at:])  # fmt: skip
+    return text
+
+
+@more_under_soak
+def test_answer_says_the_same_however_it_is_cut() -> None:
+    pick = random.Random(SOAK)
+    for _ in range(30_000 if SOAK else 1500):
+        name = pick.choice(list(SPOKEN))
+        before = pick.choice(("", "", "So ", "<think>hm</think>\n", "<think>\n"))
+        text = before + spoiled(pick.choice(SPOKEN[name]), pick) + pick.choice(("", "", " Done.", "\n\nBye"))
+        reason, format = pick.choice(("stop", "stop", "length")), format_of(name)
+        whole = answered(format, [text], reason)
+        assert answered(format, in_pieces(text, pick), reason) == whole, text
+        if whole.reason == "tool_calls":
+            assert all(isinstance(json.loads(arguments), dict) for _, arguments in whole.calls), text
+
+
+def check_in_pieces(format: Any, text: str, wanted: Answered, reason: str = "stop", **more: Any) -> None:
+    """The answer is told so, whole and by character."""
+    for pieces in ([text], text):
+        assert answered(format, pieces, reason, **more) == wanted
+
+
+@cases(
+    "prompt, text, wanted",
+    {
+        "the prompt ends with a mark": (
+            "<|start|>assistant", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Four.",
+            Answered("Four.", (), "hm", "stop")),
+        "thought, words, thought, call": (
+            "", "<|channel|>analysis<|message|>one<|end|><|start|>assistant<|channel|>commentary<|message|>So.<|end|><|start|>"
+            "assistant<|channel|>analysis<|message|>two<|end|><|start|>assistant<|channel|>commentary to=functions.get "
+            "<|constrain|>json<|message|>{}<|call|>", Answered("So.", (("get", "{}"),), "onetwo")),
+        "the marker as text": ("", "<|channel|>final<|message|>It is <|channel|>analysis<|message|> that begins it.",
+                               Answered("It is <|channel|>analysis<|message|> that begins it.", (), "", "stop")),
+    },
+)  # fmt: skip
+def test_thoughts_stand_behind_markup_of_channels(prompt: str, text: str, wanted: Answered) -> None:
+    check_in_pieces(derived_once(GPT_OSS), text, wanted, prompt=prompt)
+
+
+CALLED = '<tool_call>\n{"name": "f", "arguments": {"a": "x"}}\n</tool_call>'
+
+
+@cases(
+    "text, wanted",
+    {
+        "ends with a call": (f"<think>\nI ask.\n{CALLED}\n", Answered("", (("f", '{"a": "x"}'),), "I ask.\n")),
+        "ends with two": (f"<think>Ask.{CALLED}\n{CALLED}", Answered("", (("f", '{"a": "x"}'),) * 2, "Ask.")),
+        "closes": (f"<think>Say {CALLED}\n</think>\nNo.", Answered("No.", (), f"Say {CALLED}\n", "stop")),
+        "goes on": (f"<think>Say {CALLED} and wait", Answered("", (), f"Say {CALLED} and wait", "stop")),
+        "only names it": ("<think>With <tool_call> I", Answered("", (), "With <tool_call> I", "stop")),
+        "shows it, then does it": (f"<think>So: {CALLED}, now {CALLED}", Answered(
+            "", (("f", '{"a": "x"}'),), f"So: {CALLED}, now ")),
+        "has half a call": (f"<think>Ask.{CALLED[:40]}", Answered("", (), f"Ask.{CALLED[:40]}", "stop")),
+    },
+)  # fmt: skip
+def test_call_in_a_thought_that_never_closes_is_one(text: str, wanted: Answered) -> None:
+    check_in_pieces(module.ChatFormat(), text, wanted)
+
+
+@cases(
+    "arguments, wanted",
+    {
+        "null": ("null", {}),
+        "none": ("None", {}),
+        "Python's words": ('{"a": None, "c": [True, False]}', {"a": None, "c": [True, False]}),
+        "Python's quotes": ("{'a': 'it\\'s \"x\"', 'c': 'it's'}", {"a": 'it\'s "x"', "c": "it's"}),
+        "raw line breaks": ('{"a": "one\ntwo\tthree"}', {"a": "one\ntwo\tthree"}),
+        "trailing commas": ('{"a": "x", "c": [1, 2, ], }', {"a": "x", "c": [1, 2]}),
+        "unquoted words": ("{a: Paris, b: 2}", {"a": "Paris", "b": 2}),
+        "Python's numbers": ("{'b': 0x10, 'c': [.5, 1_000, +1, 1.]}", {"b": 16, "c": [0.5, 1000, 1, 1.0]}),
+        "Python's escapes": ("{'a': '\\x41\\d'}", {"a": "A\\d"}),
+        "a tuple": ("{'c': (1, 'x')}", {"c": [1, "x"]}),
+        "text of JSON": ('"{\\"a\\": \\"x\\"}"', {"a": "x"}),
+        "text of Python": ('"{\'a\': \'x\'}"', {"a": "x"}),
+    },
+)
+@pytest.mark.parametrize("key", ["arguments", "parameters"])
+def test_arguments_are_mended_where_their_meaning_is_plain(arguments: str, wanted: Any, key: str) -> None:
+    text = f'<tool_call>\n{{"name": "f", "{key}": {arguments}}}\n</tool_call>'
+    for pieces in ([text], text):
+        found = answered(module.ChatFormat(), pieces)
+        assert (found.text, found.reason) == ("", "tool_calls")
+        assert [(name, json.loads(said)) for name, said in found.calls] == [("f", wanted)]
+
+
+@pytest.mark.parametrize("arguments", ["[1, 2]", "7", "oops", '"words"', ""])
+def test_arguments_that_are_no_object_leave_the_call_text(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    check_in_pieces(module.ChatFormat(), text, Answered(text, (), "", "stop"))
+
+
+@pytest.mark.parametrize("arguments", ['{"a": "x" "b": 1}', '{"a": }', '{"a": 1]', '{"a": -}', '{"a"; 1}'])
+def test_arguments_that_cannot_be_mended_are_no_reason_to_run_a_function(arguments: str) -> None:
+    text = f'<tool_call>{{"name": "f", "arguments": {arguments}}}</tool_call>'
+    for pieces in ([text], text):
+        assert answered(module.ChatFormat(), pieces).reason == "stop"
+
+
+@cases(
+    "name, text, count",
+    {
+        "semicolons": ("bare", '{"name": "f", "parameters": {"a": "1"}}; {"name": "f", "parameters": {"a": "2"}}', 2),
+        "a bare list": ("bare", '[{"name": "f", "parameters": {"a": "1"}}, {"name": "f", "parameters": {"a": "2"}}]', 2),
+        "two objects": ("hermes", '<tool_call>\n{"name": "f", "arguments": {"a": "1"}}\n{"name": "f", "arguments": {"a": "2"}}\n'
+                                  "</tool_call>", 2),
+        "a list": ("hermes", '<tool_call>[{"name": "f", "arguments": {"a": "1"}}, {"name": "f", "arguments": {"a": "2"}}]'
+                             "</tool_call>", 2),
+        "an object inside": ("hermes", '<tool_call>{"id": "7", "type": "function", "function": {"name": "f", "arguments": '
+                                       '{"a": "1"}}, "index": 0}</tool_call>', 1),
+        "a brace too few": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1"}\n</tool_call>', 1),
+        "a brace too many": ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1"}}}\n</tool_call>', 1),
+    },
+)  # fmt: skip
+def test_several_calls_stand_in_one_section(name: str, text: str, count: int) -> None:
+    calls = tuple(("f", f'{{"a": "{i}"}}') for i in range(1, count + 1))
+    check_in_pieces(derived_once(FAMILIES[name]), text, Answered("", calls))
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_forced_call_that_is_cut_anywhere_leaves_no_markup(name: str) -> None:
+    for text in SPOKEN[name]:
+        for cut in range(1, len(text)) if "'name'" not in text and "final" not in text else ():
+            found = answered(format_of(name), [text[:cut]], "length", forced=True)
+            assert "So".startswith(found.text.strip()) and found.reason == "length", text[:cut]
+
+
+@pytest.mark.parametrize("name", SPOKEN)
+def test_calls_that_are_cut_behind_the_first_leave_no_markup(name: str) -> None:
+    format, (text, *_) = format_of(name), SPOKEN[name]
+    first = next(cut for cut in range(len(text)) if answered(format, [text[:cut]]).reason == "tool_calls")
+    assert not any(answered(format, text[:cut], "length").text for cut in range(first, len(text)))
+
+
+def test_argument_whose_end_is_missing_is_whole_where_the_call_ends() -> None:
+    text = "<tool_call>\n<function=f>\n<parameter=a>\nhello\n</function>\n</tool_call>"
+    for end in ("", "\n"):
+        check_in_pieces(derived_once(FAMILIES["tags"]), text + end, Answered("", (("f", '{"a": "hello"}'),)))
+    cut = text.partition("\n</function>")[0]
+    check_in_pieces(derived_once(FAMILIES["tags"]), cut, Answered("", (("f", '{"a": "hello'),), "", "stop"))
+
+
 def test_logprobs_go_with_their_own_text() -> None:
     parser = module.ChatParser(0, module.ChatFormat(), {"get_weather": {}}, "", frozenset({"<|quiet|>"}))
     tokens = ["<think>", "hm", "</think>", "One", " <", "|", "<|quiet|>", " two", " <tool", "_x", " three"]
@@ -3368,6 +3692,109 @@ def test_continued_answer_stands_behind_a_thought_that_the_prompt_opens() -> Non
     assert "".join(prompt).endswith("<|assistant|><think>\n\n\n</think>\n\nHello")
 
 
+BEGUN = {  # templates, and what stands behind the user's turn where an answer has begun with "Hello"
+    "markup before the content": (
+        FRAME.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<|final|>{% endif %}{{ m.content }}"),
+        "<|assistant|><|final|>Hello"),
+    "an empty thought before it": (
+        FRAME.replace("{{ m.content }}", "{% if m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}"),
+        "<|assistant|><think>\n\n</think>\n\nHello"),
+    "refuses an answer at the end": (
+        "{% if messages[-1].role != 'user' %}{{ raise_exception('no user') }}{% endif %}" + FRAME, "<|assistant|>Hello"),
+    "trims it": (FRAME.replace("{{ m.content }}", "{{ m.content | trim }}"), "<|assistant|>Hello"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BEGUN)
+def test_continued_answer_stands_where_the_template_writes_content(name: str) -> None:
+    source, wanted = BEGUN[name]
+    prompt = chat(source.replace("%s", "")).prompt(asked(("user", "Hi"), ("assistant", "Hello")))
+    assert "".join(prompt) == f"<|user|>Hi<|end|>{wanted}"
+
+
+@pytest.mark.parametrize("opened", ["", "<think>\n"], ids=["by the answer", "by the prompt"])
+@pytest.mark.parametrize("special", [True, False], ids=["special", "plain"])
+def test_answer_that_begins_with_a_thought_goes_on_thinking(opened: str, special: bool) -> None:
+    talk = chat(FAMILIES["hermes"].replace("<|assistant|>", f"<|assistant|>{opened}"), *["<think>", "</think>"] * special)
+    request = asked(("user", "Hi"), ("assistant", "<think>\nFirst I "))
+    prompt = talk.prompt(request)
+    assert "".join(prompt) == "<|user|>Hi<|end|><|assistant|><think>\nFirst I "
+    parser, reply = talk.parser(request, prompt[-1:], 0), module.Reply()
+    for event in [*parser.push("count.\n</think>\n\nFour."), *parser.finish("stop")]:
+        reply.add(event)
+    choice = reply.choices()[0][1]
+    assert ("".join(choice.thoughts), choice.text) == ("count.\n", "Four.")
+    assert talk.constraint(replace_field(request, schema_of("messages")), prompt[-1:]).after == "</think>"
+
+
+def schema_of(field: str) -> Any:
+    schema = {"type": "object", "properties": {"a": {"enum": ["one", "two"]}}, "required": ["a"]}
+    return module.Constraint(module.json_symbol(field, schema), field)
+
+
+def replace_field(request: Any, constraint: Any) -> Any:
+    return replace(request, sampling=replace(request.sampling, constraint=constraint))
+
+
+def test_continued_document_fits_its_schema_as_a_whole() -> None:
+    talk = chat(FAMILIES["hermes"])
+    request = replace_field(asked(("user", "Hi"), ("assistant", '{"a": "t')), schema_of("response_format"))
+    grammar = talk.constraint(request, talk.prompt(request)[-1:]).grammar
+    assert pickle.loads(pickle.dumps(grammar)) is not None
+    state = Automaton(read_ahead(grammar)).start
+    assert state.forced(9) == b'wo"}'
+    assert state.read(b'wo"}').ends and state.read(b'{"a') is None
+
+
+def test_continued_document_that_cannot_fit_its_schema_is_refused_by_name() -> None:
+    talk = chat(FAMILIES["hermes"])
+    request = replace_field(asked(("user", "Hi"), ("assistant", "Sure: ")), schema_of("response_format"))
+    with pytest.raises(InvalidRequest, match="response_format"):
+        talk.constraint(request, talk.prompt(request)[-1:])
+
+
+@pytest.mark.parametrize("sent", ["reasoning_content", "reasoning", "thinking"])
+@pytest.mark.parametrize("read", ["reasoning_content", "reasoning", "thinking"])
+def test_thoughts_in_the_history_reach_the_template_under_its_name(read: str, sent: str) -> None:
+    talk = chat(FRAME.replace("%s", "").replace("reasoning_content", read))
+    body = {"messages": [said("user", "Hi"), said("assistant", "Hello", **{sent: "They greet."}), said("user", "Bye")]}
+    prompt = talk.prompt(module.GenerateRequest(messages=module.read_messages(body)))
+    assert "<|assistant|><think>They greet.</think>Hello<|end|>" in "".join(prompt)
+
+
+def test_template_arguments_that_are_names_of_our_own_change_nothing() -> None:
+    args = {"add_generation_prompt": False, "messages": [], "bos_token": "x", "self": 1, "tools": [], "known": "yes"}
+    talk = chat(FRAME.replace("%s", "") + "{{ known }}")
+    assert "".join(talk.prompt(asked(("user", "Hi"), template_args=args))) == "<|user|>Hi<|end|><|assistant|>yes"
+
+
+def test_empty_turn_of_the_assistants_does_not_end_a_conversation() -> None:
+    refuses = "{% for m in messages %}{% if not m.content %}{{ raise_exception('empty') }}{% endif %}{% endfor %}"
+    prompt = chat(refuses + FRAME.replace("%s", "")).prompt(asked(("user", "Hi"), ("assistant", ""), ("user", "Hello?")))
+    assert "".join(prompt) == "<|user|>Hi\n\nHello?<|end|><|assistant|>"
+
+
+@cases(
+    "parameters, word",
+    {
+        "options that are none": ({"properties": {"a": {"anyOf": 5}}}, "anyOf"),
+        "a type that is none": ({"properties": {"a": {"type": 5}}}, "type"),
+        "a list of properties": ({"properties": ["a"]}, "properties"),
+        "a property that is none": ({"properties": {"a": "string"}}, "properties"),
+        "values that are no list": ({"properties": {"a": {"enum": "x"}}}, "enum"),
+    },
+)
+def test_malformed_schema_of_a_tool_is_refused_by_name(parameters: Any, word: str, server: Server) -> None:
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    assert_error(server.chat("hi", tools=[tool]), 400, "invalid_request", "tools[0].function.parameters", word)
+
+
+def test_function_without_parameters_has_empty_ones() -> None:
+    ((tool,), _) = module.read_tools({"tools": [{"type": "function", "function": {"name": "f"}}]})
+    assert tool["function"]["parameters"] == {"type": "object", "properties": {}}
+    check_in_pieces(module.ChatFormat(), '<tool_call>{"name": "get"}</tool_call>', Answered("", (("get", "{}"),)))
+
+
 def test_billing_header_of_claude_code_is_dropped() -> None:
     system = "x-anthropic-billing-header: cc_version=2.1; cch=5f3a1;\nYou are Claude Code."
     prompt = chat(FAMILIES["hermes"]).prompt(asked(("system", system), ("user", "Hi")))
@@ -3445,6 +3872,42 @@ def test_special_tokens_are_found_in_time_linear_in_the_text() -> None:
     assert not names.found_in("<unused" * 32_000)
     assert names.split("a<unused77>b<bos>", "|") == "a<|unused77>b<|bos>"
     assert time.monotonic() - began < 2
+
+
+def test_helpers_are_kept_for_the_next_burst() -> None:
+    helpers = module.Helpers()
+    rendering = module.Rendering({"": "{% for a in range(90000) %}{% endfor %}{{ messages[0].content }}"}, "", "",
+                                 [said("user", "x")], [], {})  # fmt: skip
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(helpers.run, [rendering] * 3)) == ["x"] * 3
+        kept = {helper.process.pid for helper in helpers._idle}
+        assert len(kept) > 1
+        assert list(pool.map(helpers.run, [rendering] * 3)) == ["x"] * 3
+    assert kept <= {helper.process.pid for helper in helpers._idle}
+    helpers.close()
+
+
+def test_helper_that_died_while_it_waited_is_replaced() -> None:
+    helpers, rendering = module.Helpers(), module.Rendering({"": "x"}, "", "", [], [], {})
+    assert helpers.run(rendering) == "x"
+    (helper,) = helpers._idle
+    helper.process.kill()
+    helper.process.wait(HANG)
+    assert helpers.run(rendering) == "x"
+    helpers.close()
+
+
+def test_no_thread_to_be_had_is_the_machines_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    helpers = module.Helpers()
+    helpers.warm()
+
+    def refuse(thread: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Timer, "start", refuse)
+    with pytest.raises(module.Overloaded, match="threads"):
+        helpers.run(module.Rendering({"": "x"}, "", "", [], [], {}))
+    helpers.close()
 
 
 @linux
@@ -5366,6 +5829,59 @@ def test_a_required_argument_without_a_schema_is_written():
 def test_what_plain_arguments_cannot_honour_is_refused_by_name(parameters, word):
     with pytest.raises(InvalidRequest, match=word):
         written(parameters, 1)
+
+
+ZIP = {"$defs": {"Zip": {"enum": ["12345", "true"]}}}
+REFERENCES = {"$defs": ZIP["$defs"] | {"Args": one({"$ref": "#/$defs/Zip"})}, "$ref": "#/$defs/Args"}
+
+
+@cases(
+    "schema, said, wanted",
+    {
+        "a reference": (ZIP | one({"$ref": "#/$defs/Zip"}), "12345", "12345"),
+        "references all the way": (REFERENCES, "12345", "12345"),
+        "allOf": (ZIP | one({"allOf": [{"$ref": "#/$defs/Zip"}], "description": "d"}), "true", "true"),
+        "or null": (one({"anyOf": [{"type": "integer"}, {"type": "null"}]}), "null", None),
+        "a string or null": (one({"anyOf": [{"type": "string"}, {"type": "null"}]}), "12", "12"),
+        "a list of types": (one({"type": ["string", "null"]}), "null", None),
+        "nullable": (one({"type": "integer", "nullable": True}), "null", None),
+        "const": (one({"const": "5"}), "5", "5"),
+        "enum": (one({"enum": [1, 2]}), "2", 2),
+        "another property": ({"type": "object", "additionalProperties": {"type": "string"}}, "7", "7"),
+        "of either object": ({"anyOf": [one({"type": "string"}), {"type": "object", "properties": {"b": {}}}]}, "7", "7"),
+        "an integer that is none": (one({"type": "integer"}), "1.5", "1.5"),
+        "words for a number": (one({"type": "number"}), "a few", "a few"),
+        "half a list": (one({"type": "array"}), "[1, ", "[1, "),
+        "a list as Python writes it": (one({"type": "array"}), "['x', None]", ["x", None]),
+        "anything": (one({}), '{"x": [1]}', {"x": [1]}),
+        "a schema that cannot be read": (one({"$dynamicRef": "#x"}), "7", 7),
+    },
+)  # fmt: skip
+def test_argument_in_tags_has_the_type_that_its_schema_gives_it(schema: Any, said: str, wanted: Any) -> None:
+    text = f"<call>f\n<p=a>{said}</p></call>"
+    for pieces in ([text], text):
+        parser = module.ChatParser(0, module.ChatFormat(calls=(TAGS,)), {"f": schema}, "", frozenset())
+        events = [*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")]
+        arguments = "".join(e.text for e in events if isinstance(e, module.CallArguments))
+        assert json.loads(arguments) == {"a": wanted} and events[-1].finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("schema", [
+    ZIP | one({"$ref": "#/$defs/Zip"}), REFERENCES,
+    one({"anyOf": [{"type": "integer"}, {"type": "null"}]}), one({"const": "5"}), one({"enum": ["a", 2]}),
+    {"allOf": [one({"type": "boolean"})], "type": "object"},
+    {"anyOf": [one({"type": "integer"}), {"type": "object", "properties": {"b": {"const": 1}}, "required": ["b"]}]},
+], ids=json.dumps)  # fmt: skip
+def test_forced_arguments_in_tags_come_back_and_fit_their_schema(schema: Any) -> None:
+    for seed in range(20):
+        parser = module.ChatParser(0, module.ChatFormat(calls=(TAGS,)), {"f": schema}, "", frozenset())
+        text = written(schema, seed)
+        if not text.endswith("</call>"):
+            continue  # a number without end
+        events = [*parser.push(text), *parser.finish("stop")]
+        arguments = json.loads("".join(e.text for e in events if isinstance(e, module.CallArguments)))
+        assert set(arguments) & {"a", "b"}
+        Draft202012Validator(schema).validate(arguments)
 
 
 # Structured output.
