@@ -3344,12 +3344,11 @@ class Answered:
 
 
 def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: str = "", **more: Any) -> Answered:
-    parser, reply = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more), module.Reply()
+    parser, choice = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more), module.Choice()
     for event in [*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)]:
-        reply.add(event)
-    ((_, choice),) = reply.choices()
-    calls = tuple((c["name"], c["arguments"]) for c in choice.calls)
-    return Answered(choice.text, calls, "".join(choice.thoughts), choice.finish_reason)
+        choice.add(event)  # type: ignore[arg-type]
+    calls = tuple((block.name, block.text) for block in choice.calls)
+    return Answered(choice.text, calls, choice.said("thought"), str(choice.finish_reason))
 
 
 def in_pieces(text: str, pick: random.Random) -> list[str]:
@@ -3719,11 +3718,10 @@ def test_answer_that_begins_with_a_thought_goes_on_thinking(opened: str, special
     request = asked(("user", "Hi"), ("assistant", "<think>\nFirst I "))
     prompt = talk.prompt(request)
     assert "".join(prompt) == "<|user|>Hi<|end|><|assistant|><think>\nFirst I "
-    parser, reply = talk.parser(request, prompt[-1:], 0), module.Reply()
+    parser, choice = talk.parser(request, prompt[-1:], 0), module.Choice()
     for event in [*parser.push("count.\n</think>\n\nFour."), *parser.finish("stop")]:
-        reply.add(event)
-    choice = reply.choices()[0][1]
-    assert ("".join(choice.thoughts), choice.text) == ("count.\n", "Four.")
+        choice.add(event)  # type: ignore[arg-type]
+    assert (choice.said("thought"), choice.text) == ("count.\n", "Four.")
     assert talk.constraint(replace_field(request, schema_of("messages")), prompt[-1:]).after == "</think>"
 
 
@@ -3743,7 +3741,8 @@ def test_continued_document_fits_its_schema_as_a_whole() -> None:
     assert pickle.loads(pickle.dumps(grammar)) is not None
     state = Automaton(read_ahead(grammar)).start
     assert state.forced(9) == b'wo"}'
-    assert state.read(b'wo"}').ends and state.read(b'{"a') is None
+    end = state.read(b'wo"}')
+    assert end and end.ends and state.read(b'{"a') is None
 
 
 def test_continued_document_that_cannot_fit_its_schema_is_refused_by_name() -> None:
@@ -5863,7 +5862,8 @@ def test_argument_in_tags_has_the_type_that_its_schema_gives_it(schema: Any, sai
         parser = module.ChatParser(0, module.ChatFormat(calls=(TAGS,)), {"f": schema}, "", frozenset())
         events = [*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")]
         arguments = "".join(e.text for e in events if isinstance(e, module.CallArguments))
-        assert json.loads(arguments) == {"a": wanted} and events[-1].finish_reason == "tool_calls"
+        end = events[-1]
+        assert json.loads(arguments) == {"a": wanted} and isinstance(end, module.ChoiceEnd) and end.finish_reason == "tool_calls"
 
 
 @pytest.mark.parametrize("schema", [
