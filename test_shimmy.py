@@ -2975,7 +2975,7 @@ def test_call_that_was_cut_has_what_came_and_nothing_else(whole: bool) -> None:
 
 THINKING_TEMPLATE = "{{ messages[-1].content }}<think>"  # the answer begins inside the thought
 ALWAYS_BEHIND = (  # as if every prompt ended inside the thought
-    "        if end.endswith(opens):\n            return",
+    "        if self._is_thinking(request, last):\n            return",
     "        if end or not end:\n            return",
 )
 
