@@ -3272,7 +3272,7 @@ def spoiled(text: str, pick: random.Random) -> str:
 @more_under_soak
 def test_answer_says_the_same_however_it_is_cut() -> None:
     pick = random.Random(SOAK)
-    for _ in range(30_000 if SOAK else 1500):
+    for _ in range(30_000 if SOAK else 1000):
         name = pick.choice(list(SPOKEN))
         before = pick.choice(("", "", "So ", "<think>hm</think>\n", "<think>\n"))
         text = before + spoiled(pick.choice(SPOKEN[name]), pick) + pick.choice(("", "", " Done.", "\n\nBye"))
@@ -3399,6 +3399,36 @@ def test_calls_that_are_cut_behind_the_first_leave_no_markup(name: str) -> None:
     format, (text, *_) = format_of(name), SPOKEN[name]
     first = next(cut for cut in range(len(text)) if answered(format, [text[:cut]]).reason == "tool_calls")
     assert not any(answered(format, text[:cut], "length").text for cut in range(first, len(text)))
+
+
+OPENED = '<tool_call>{"name": "f", "arguments": {"a": '
+
+
+@cases(
+    "name, begin, again",
+    {
+        "marks": ("hermes", "", "<tool_call>"), "marks in a thought": ("hermes", "<think>", "<tool_call>"),
+        "calls in a thought, and prose": ("hermes", "<think>", f"{CALLED} and\n"),
+        "calls in a thought": ("hermes", "<think>", f"{CALLED}\n"), "calls": ("bare", "", '{"name": "f", "parameters": {}}; '),
+        "half a header": ("hermes", "", '<tool_call>\n{"name": "f", "x": "'),
+        "arguments first": ("hermes", "", '<tool_call>{"arguments": {"a": "'),
+        "blanks": ("hermes", "", "<tool_call>" + " " * 900), "a long word": ("hermes", OPENED, "x"),
+        "a long number": ("hermes", OPENED, "1"), "brackets": ("hermes", OPENED, "["), "half lists": ("hermes", OPENED, "[1, "),
+        "a long list": ("hermes", OPENED + "[", "1, "), "apostrophes": ("hermes", OPENED + "'", "'x"),
+        "half escapes": ("hermes", OPENED + '"', "\\u00"), "many arguments": ("tags", "<tool_call>\n<function=f>\n",
+                                                                            "<parameter=a>\nx\n</parameter>\n"),
+        "half ends": ("tags", "<tool_call>\n<function=f>\n<parameter=b>\n", "</paramete"),
+        "ends of calls": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\n", "\n</function>\n"),
+        "half quotes": ("own quotes", '<|call>call:f{a:<|"|>', '<|"'), "dropped markup": ("gpt-oss", "", "<|start|>assistant"),
+    },
+)  # fmt: skip
+def test_reading_an_answer_costs_linear_time(name: str, begin: str, again: str) -> None:
+    format, text = format_of(name), begin + again * (30_000 // len(again))
+    answered(format, [text[:1000]])  # what is made once
+    began = time.thread_time()
+    answered(format, [text], "length")
+    answered(format, (text[i : i + 4] for i in range(0, len(text), 4)), "length")
+    assert time.thread_time() - began < 2  # 0.2 s where nothing else runs
 
 
 def test_argument_whose_end_is_missing_is_whole_where_the_call_ends() -> None:
