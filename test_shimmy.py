@@ -3021,11 +3021,12 @@ def turn(source: str, ids: tuple[str, ...] = ("abcdefgh1", "abcdefgh2"), **said:
     return (prompt if whole[at:].lstrip().startswith("</") else whole[:at]), whole[at:]
 
 
-def read(format: Any, prompt: str, text: str, size: int) -> tuple[str, str, list[tuple[str, Any]], list[Any]]:
-    """The content, thought and calls that the parser finds in a text fed in pieces."""
+def read(format: Any, prompt: str, text: Any, size: int = 1) -> tuple[str, str, list[tuple[str, Any]], list[Any]]:
+    """The content, thought and calls that the parser finds in a text fed in pieces, or of a size each."""
     schemas = {t["function"]["name"]: t["function"]["parameters"] for t in OFFERED}
     parser = module.ChatParser(0, format, schemas, prompt, frozenset())
-    events = [e for i in range(0, len(text), size) for e in parser.push(text[i : i + size])] + list(parser.finish("stop"))
+    pieces = [text[i : i + size] for i in range(0, len(text), size)] if isinstance(text, str) else text
+    events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     reply = module.Reply()
     for event in events:
         reply.add(event)
@@ -3113,11 +3114,54 @@ def test_calls_of_llama_cpps_templates_come_back(path: Path, said: str) -> None:
     source = path.read_text()
     prompt, text = turn(source, ids, calls=CALLS[said])
     end = turn(source, content="some words")[1].partition("some words")[2]
-    for size in (len(text), 1):
-        content, _, found, _ = read(derived_once(source), prompt, text, size)
+    pick = random.Random(said)
+    for pieces in ([text], list(text), *(in_pieces(text, pick) for _ in range(100 if SOAK else 5))):
+        content, _, found, _ = read(derived_once(source), prompt, pieces)
         assert found == CALLS[said]
         words = {p for p in module.MARKER.findall(content.replace("<eos>", "")) if not p.isspace()}
         assert words <= set(module.MARKER.findall(end)) or "command-r-plus" in path.name  # which asks for the next turn
+
+
+REFERRING = {
+    "type": "object", "$defs": {"Zip": {"enum": ["12345", "true"]}}, "required": ["zip", "count", "tags"],
+    "properties": {"zip": {"$ref": "#/$defs/Zip"}, "count": {"type": "integer", "minimum": 0, "maximum": 9},
+                   "tags": {"type": "array", "items": {"enum": ["x", 2]}, "maxItems": 2}},
+}  # fmt: skip
+
+
+def check_forced(source: str) -> None:
+    """What the grammar of forced calls writes in a template's form comes back, in any cutting, and fits its schema."""
+    format, pick = derived_once(source), random.Random(1)
+    tools = [{"type": "function", "function": {"name": name, "parameters": REFERRING}} for name in NAMES]
+    start = Automaton(read_ahead(CallsGrammar(format.calls[0], tools).symbol("", True))).start
+    for _ in range(10):
+        state, data = start, b""
+        while state.bits and len(data) < 2000 and not (state.ends and pick.random() < 0.5):
+            data += bytes([pick.choice(list(bytes_of(state.bits)))])
+            state = state.step(data[-1])
+        if not state.ends:
+            continue  # calls without end
+        text = data.decode()
+        for pieces in ([text], list(text), in_pieces(text, pick)):
+            parser = module.ChatParser(0, format, dict.fromkeys(NAMES, REFERRING), "", frozenset(), forced=True)
+            reply = module.Reply()
+            for event in [*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")]:
+                reply.add(event)
+            choice = reply.choices()[0][1]
+            assert choice.finish_reason == "tool_calls" and not choice.text, text
+            for call in choice.calls:
+                Draft202012Validator(REFERRING).validate(json.loads(call["arguments"]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forced_calls_come_back(name: str) -> None:
+    check_forced(FAMILIES[name])
+
+
+@pytest.mark.skipif(not templates(), reason="SHIMMY_TEMPLATES names no folder of llama.cpp's templates")
+@pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)
+def test_forced_calls_in_llama_cpps_templates_come_back(path: Path) -> None:
+    check_forced(path.read_text())
 
 
 @pytest.mark.parametrize(
