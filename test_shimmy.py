@@ -2839,7 +2839,7 @@ def test_call_that_was_cut_has_what_came_and_nothing_else(whole: bool) -> None:
 
 THINKING_TEMPLATE = "{{ messages[-1].content }}<think>"  # the answer begins inside the thought
 ALWAYS_BEHIND = (  # as if every prompt ended inside the thought
-    "        if end.endswith(opens):\n            return",
+    "        if self._is_thinking(request, last):\n            return",
     "        if end or not end:\n            return",
 )
 
@@ -10159,7 +10159,7 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "max_tokens text": ({"max_tokens": "5"}, "max_tokens"),
     "temperature beyond": ({"temperature": 9}, "temperature"),
     "top_p beyond": ({"top_p": 2}, "top_p"),
-    "top_k negative": ({"top_k": -1}, "top_k"),
+    "top_k negative": ({"top_k": -2}, "top_k"),
     "stop_sequences text": ({"stop_sequences": "x"}, "stop_sequences"),
     "stop_sequences numbers": ({"stop_sequences": [1]}, "stop_sequences"),
     "stream text": ({"stream": "yes"}, "stream"),
@@ -14371,7 +14371,7 @@ def test_server_killed_under_load_leaves_nothing_behind(serve: Callable[..., Ser
         children = descendants(own.process.pid)
         own.process.kill()
         own.process.wait(HANG)
-        assert len(children) == 3  # two engines and a helper
+        assert 3 <= len(children) <= 2 + module.MAX_HELPERS  # two engines, and helpers
         eventually(lambda: not any(map(alive, children)), "every child ends by itself")
     assert not list((tmp_path / "tmp").iterdir()) and set(os.listdir("/dev/shm")) <= shm
     with socket.create_server((own.host, own.port)):
