@@ -15176,7 +15176,8 @@ class ChatParser(Parser):
         self._calls = tolerant_calls(format.calls, tuple(schemas)) if schemas else None
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
-        self._marks = (*self._openings, *format.drops)
+        self._marks = tuple(sorted({*self._openings, *format.drops}, key=len, reverse=True))
+        self._mark = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
         self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
         self._logprobs = Alignment(hidden)
         self.buffer = ""
@@ -15306,16 +15307,18 @@ class ChatParser(Parser):
         false if other text follows: then all this is thought."""
         inner = ChatParser(self.index, replace(self._format, drops=()), self._schemas, "", self._hidden, continued=True)
         closes, events, read, prose = self._format.thought[1], list[Event](), 0, False
-        while not prose and self.buffer.find(closes, max(0, read - len(closes))) < 0:
-            more = list(inner.push(self.buffer[read:]))
-            read = len(self.buffer)
-            more += inner.finish(self.reason) if self.reason else []
-            prose = any(isinstance(event, Text) for event in more)
-            events += more
-            if self.reason:
+        while not prose and (read < len(self.buffer) or not self.reason):
+            if read == len(self.buffer):
+                yield
+            behind = min(read + 64, len(self.buffer))  # to read on would be for nothing if this is prose
+            if self.buffer.find(closes, max(0, read - len(closes)), behind) >= 0:
                 break
-            yield
-        if events[-1:] == [ChoiceEnd(self.index, "tool_calls")] and not prose:
+            more = list(inner.push(self.buffer[read:behind]))
+            prose, read = any(isinstance(event, Text) for event in more), behind
+            events += more
+        more = list(inner.finish(self.reason)) if self.reason and not prose and read == len(self.buffer) else []
+        events += more
+        if more[-1:] == [ChoiceEnd(self.index, "tool_calls")] and not any(isinstance(event, Text) for event in more):
             self.drop(len(self.buffer))
             self._events += events[:-1]
             self.calls = inner.calls
@@ -15325,8 +15328,8 @@ class ChatParser(Parser):
 
     def _content(self) -> Reading:
         """Content up to the next marker, and the call that it begins."""
-        found = [(self.buffer.find(m), -len(m), m) for m in self._marks if m in self.buffer]
-        at, _, mark = min(found, default=(-1, 0, ""))
+        found = self._mark.search(self.buffer)
+        at, mark = (found.start(), found[0]) if found else (-1, "")
         held = held_back(self.buffer, self._marks) if not self.reason or self._drops_a_cut_mark else 0
         if at < 0 or (at >= len(self.buffer) - held and not self.reason):  # none yet, or one that may become a longer one
             self._say(self._take(len(self.buffer) - held))
@@ -19282,7 +19285,8 @@ class TolerantCalls:
         comma = AnyOf((word(","), word(";"), BLANKS))
         for opens in {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}:
             ends += (InOrder((BLANKS, comma, BLANKS, *self._text(opens), self._deferred(self._call, format))),)
-        return (*((Repeated(InOrder((BLANKS, AnyOf(pieces)))),) if pieces else ()), Repeated(AnyOf(ends), 0, 1))
+        between = (Repeated(InOrder((BLANKS, AnyOf(pieces)))),) if pieces else ()
+        return (*between, AnyOf((InOrder(()), *ends)))  # nothing may be left to do behind the next call: they are many
 
 
 @functools.lru_cache(maxsize=16)

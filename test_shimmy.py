@@ -3166,11 +3166,12 @@ def turn(source: str, ids: tuple[str, ...] = ("abcdefgh1", "abcdefgh2"), **said:
     return (prompt if whole[at:].lstrip().startswith("</") else whole[:at]), whole[at:]
 
 
-def read(format: Any, prompt: str, text: str, size: int) -> tuple[str, str, list[tuple[str, Any]], list[Any]]:
-    """The content, thought and calls that the parser finds in a text fed in pieces."""
+def read(format: Any, prompt: str, text: Any, size: int = 1) -> tuple[str, str, list[tuple[str, Any]], list[Any]]:
+    """The content, thought and calls that the parser finds in a text fed in pieces, or of a size each."""
     schemas = {t["function"]["name"]: t["function"]["parameters"] for t in OFFERED}
     parser = module.ChatParser(0, format, schemas, prompt, frozenset())
-    events = [e for i in range(0, len(text), size) for e in parser.push(text[i : i + size])] + list(parser.finish("stop"))
+    pieces = [text[i : i + size] for i in range(0, len(text), size)] if isinstance(text, str) else text
+    events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     choice = collected(events)[0]
     return choice.text, choice.said("thought"), [(c.name, json.loads(c.text or "null")) for c in choice.calls], events
 
@@ -3254,11 +3255,54 @@ def test_calls_of_llama_cpps_templates_come_back(path: Path, said: str) -> None:
     source = path.read_text()
     prompt, text = turn(source, ids, calls=CALLS[said])
     end = turn(source, content="some words")[1].partition("some words")[2]
-    for size in (len(text), 1):
-        content, _, found, _ = read(derived_once(source), prompt, text, size)
+    pick = random.Random(said)
+    for pieces in ([text], list(text), *(in_pieces(text, pick) for _ in range(100 if SOAK else 5))):
+        content, _, found, _ = read(derived_once(source), prompt, pieces)
         assert found == CALLS[said]
         words = {p for p in module.MARKER.findall(content.replace("<eos>", "")) if not p.isspace()}
         assert words <= set(module.MARKER.findall(end)) or "command-r-plus" in path.name  # which asks for the next turn
+
+
+REFERRING = {
+    "type": "object", "$defs": {"Zip": {"enum": ["12345", "true"]}}, "required": ["zip", "count", "tags"],
+    "properties": {"zip": {"$ref": "#/$defs/Zip"}, "count": {"type": "integer", "minimum": 0, "maximum": 9},
+                   "tags": {"type": "array", "items": {"enum": ["x", 2]}, "maxItems": 2}},
+}  # fmt: skip
+
+
+def check_forced(source: str) -> None:
+    """What the grammar of forced calls writes in a template's form comes back, in any cutting, and fits its schema."""
+    format, pick = derived_once(source), random.Random(1)
+    tools = [{"type": "function", "function": {"name": name, "parameters": REFERRING}} for name in NAMES]
+    start = Automaton(read_ahead(CallsGrammar(format.calls[0], tools).symbol("", True))).start
+    for _ in range(10):
+        state, data = start, b""
+        while state.bits and len(data) < 2000 and not (state.ends and pick.random() < 0.5):
+            data += bytes([pick.choice(list(bytes_of(state.bits)))])
+            state = state.step(data[-1]) or start
+        if not state.ends:
+            continue  # calls without end
+        text = data.decode()
+        for pieces in ([text], list(text), in_pieces(text, pick)):
+            parser = module.ChatParser(0, format, dict.fromkeys(NAMES, REFERRING), "", frozenset(), forced=True)
+            reply = module.Reply()
+            for event in [*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")]:
+                reply.add(event)
+            choice = reply.choices()[0][1]
+            assert choice.finish_reason == "tool_calls" and not choice.text, text
+            for call in choice.calls:
+                Draft202012Validator(REFERRING).validate(json.loads(call["arguments"]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forced_calls_come_back(name: str) -> None:
+    check_forced(FAMILIES[name])
+
+
+@pytest.mark.skipif(not templates(), reason="SHIMMY_TEMPLATES names no folder of llama.cpp's templates")
+@pytest.mark.parametrize("path", templates(), ids=lambda path: path.stem)
+def test_forced_calls_in_llama_cpps_templates_come_back(path: Path) -> None:
+    check_forced(path.read_text())
 
 
 @pytest.mark.parametrize(
@@ -3412,7 +3456,7 @@ def spoiled(text: str, pick: random.Random) -> str:
 @more_under_soak
 def test_answer_says_the_same_however_it_is_cut() -> None:
     pick = random.Random(SOAK)
-    for _ in range(30_000 if SOAK else 1500):
+    for _ in range(30_000 if SOAK else 1000):
         name = pick.choice(list(SPOKEN))
         before = pick.choice(("", "", "So ", "<think>hm</think>\n", "<think>\n"))
         text = before + spoiled(pick.choice(SPOKEN[name]), pick) + pick.choice(("", "", " Done.", "\n\nBye"))
@@ -3539,6 +3583,36 @@ def test_calls_that_are_cut_behind_the_first_leave_no_markup(name: str) -> None:
     format, (text, *_) = format_of(name), SPOKEN[name]
     first = next(cut for cut in range(len(text)) if answered(format, [text[:cut]]).reason == "tool_calls")
     assert not any(answered(format, text[:cut], "length").text for cut in range(first, len(text)))
+
+
+OPENED = '<tool_call>{"name": "f", "arguments": {"a": '
+
+
+@cases(
+    "name, begin, again",
+    {
+        "marks": ("hermes", "", "<tool_call>"), "marks in a thought": ("hermes", "<think>", "<tool_call>"),
+        "calls in a thought, and prose": ("hermes", "<think>", f"{CALLED} and\n"),
+        "calls in a thought": ("hermes", "<think>", f"{CALLED}\n"), "calls": ("bare", "", '{"name": "f", "parameters": {}}; '),
+        "half a header": ("hermes", "", '<tool_call>\n{"name": "f", "x": "'),
+        "arguments first": ("hermes", "", '<tool_call>{"arguments": {"a": "'),
+        "blanks": ("hermes", "", "<tool_call>" + " " * 900), "a long word": ("hermes", OPENED, "x"),
+        "a long number": ("hermes", OPENED, "1"), "brackets": ("hermes", OPENED, "["), "half lists": ("hermes", OPENED, "[1, "),
+        "a long list": ("hermes", OPENED + "[", "1, "), "apostrophes": ("hermes", OPENED + "'", "'x"),
+        "half escapes": ("hermes", OPENED + '"', "\\u00"), "many arguments": ("tags", "<tool_call>\n<function=f>\n",
+                                                                            "<parameter=a>\nx\n</parameter>\n"),
+        "half ends": ("tags", "<tool_call>\n<function=f>\n<parameter=b>\n", "</paramete"),
+        "ends of calls": ("tags", "<tool_call>\n<function=f>\n<parameter=a>\n", "\n</function>\n"),
+        "half quotes": ("own quotes", '<|call>call:f{a:<|"|>', '<|"'), "dropped markup": ("gpt-oss", "", "<|start|>assistant"),
+    },
+)  # fmt: skip
+def test_reading_an_answer_costs_linear_time(name: str, begin: str, again: str) -> None:
+    format, text = format_of(name), begin + again * (30_000 // len(again))
+    answered(format, [text[:1000]])  # what is made once
+    began = time.thread_time()
+    answered(format, [text], "length")
+    answered(format, (text[i : i + 4] for i in range(0, len(text), 4)), "length")
+    assert time.thread_time() - began < 2  # 0.2 s where nothing else runs
 
 
 def test_argument_whose_end_is_missing_is_whole_where_the_call_ends() -> None:
@@ -5860,7 +5934,7 @@ def test_argument_in_tags_has_the_type_that_its_schema_gives_it(schema: Any, sai
     text = f"<call>f\n<p=a>{said}</p></call>"
     for pieces in ([text], text):
         parser = module.ChatParser(0, module.ChatFormat(calls=(TAGS,)), {"f": schema}, "", frozenset())
-        events = [*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")]
+        events: list[Any] = [*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")]
         arguments = "".join(e.text for e in events if isinstance(e, module.CallArguments))
         end = events[-1]
         assert json.loads(arguments) == {"a": wanted} and isinstance(end, module.ChoiceEnd) and end.finish_reason == "tool_calls"
@@ -11161,7 +11235,7 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "max_tokens text": ({"max_tokens": "5"}, "max_tokens"),
     "temperature beyond": ({"temperature": 9}, "temperature"),
     "top_p beyond": ({"top_p": 2}, "top_p"),
-    "top_k negative": ({"top_k": -1}, "top_k"),
+    "top_k negative": ({"top_k": -2}, "top_k"),
     "stop_sequences text": ({"stop_sequences": "x"}, "stop_sequences"),
     "stop_sequences numbers": ({"stop_sequences": [1]}, "stop_sequences"),
     "stream text": ({"stream": "yes"}, "stream"),
@@ -15547,7 +15621,7 @@ def test_server_killed_under_load_leaves_nothing_behind(serve: Callable[..., Ser
         children = descendants(own.process.pid)
         own.process.kill()
         own.process.wait(HANG)
-        assert len(children) == 3  # two engines and a helper
+        assert 3 <= len(children) <= 2 + module.MAX_HELPERS  # two engines, and helpers
         eventually(lambda: not any(map(alive, children)), "every child ends by itself")
     assert not list((tmp_path / "tmp").iterdir()) and set(os.listdir("/dev/shm")) <= shm
     with socket.create_server((own.host, own.port)):
