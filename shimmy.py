@@ -14547,8 +14547,9 @@ class Reader:
         """Reads a class in square brackets, from behind the opening one."""
         negated = self.text.startswith("^", self.at)
         self.at += negated
-        found: list[tuple[int, int]] = []
+        found = set[tuple[int, int]]()
         while not self.text.startswith("]", self.at):
+            TURN.tick()
             low, begun = self._member(), self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
@@ -14559,7 +14560,7 @@ class Reader:
                     low = ((low[0][0], high[0][0]),)
                 else:  # [\w-.]: the hyphen is one
                     low = (*low, (45, 45), *high)
-            found += low
+            found |= set(low)
         self.at += 1
         return others(merged(found)) if negated else merged(found)
 
@@ -14812,6 +14813,7 @@ class GbnfReader(Reader):
     def _literal(self) -> str:
         codes = []
         while not self.text.startswith('"', self.at):
+            TURN.tick()
             if self.at >= len(self.text):
                 raise self.refuse("a text is not closed")
             codes.append(self.member()[0][0])
@@ -14841,19 +14843,19 @@ class GbnfReader(Reader):
         holders: dict[Symbol, list[Symbol]] = {}
         todo = list(self.rules.values())
         while todo:
-            TURN.tick()
             if (symbol := todo.pop()) not in lacking:
                 parts = self._inside(symbol)
                 lacking[symbol] = len(parts) if isinstance(symbol, InOrder) else int(symbol != Word(b""))
                 if isinstance(symbol, Repeated) and not symbol.low:
                     lacking[symbol] = 0
                 for part in parts:
+                    TURN.tick()
                     holders.setdefault(part, []).append(symbol)
                 todo += parts
         empty = [symbol for symbol, count in lacking.items() if not count]
         for symbol in empty:
-            TURN.tick()
             for holder in holders.get(symbol, ()):
+                TURN.tick()
                 lacking[holder] -= 1
                 if not lacking[holder]:
                     empty.append(holder)
@@ -16437,7 +16439,7 @@ class SchemaReader:
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
         if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
-            self.spend(find_text(shape.texts, shape.low, shape.high)[1])
+            self.spend(2 * find_text(shape.texts, shape.low, shape.high)[1])
         return string_symbol(shape)
 
 
