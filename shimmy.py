@@ -17219,8 +17219,11 @@ class Documents:
         if isinstance(shape, (StringShape, NumberShape)):
             return self._few_leaves(shape)
         if isinstance(shape, ArrayShape):
-            high = shape.high if self.few_values(shape.at(len(shape.first)) or ()) != {} else len(shape.first)
-            return None if high is None or high > self.MAX_FEW else self._few_lists(shape, high)
+            rest = self.few_values(shape.at(len(shape.first)) or ())
+            ends = [] if shape.high is None else [shape.high]
+            if rest is not None and (shape.unique or not rest):
+                ends.append(len(shape.first) + len(rest))  # as long as it can be
+            return self._few_lists(shape, min(ends)) if ends and min(ends) <= self.MAX_FEW else None
         if self._needs_too_many(shape):
             return {}
         if any(self.few_values(node) != {} and self.leaf(names) is not None for names, node in shape.unnamed):
