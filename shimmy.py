@@ -15971,8 +15971,9 @@ class Reader:
         """Reads a class in square brackets, from behind the opening one."""
         negated = self.text.startswith("^", self.at)
         self.at += negated
-        found: list[tuple[int, int]] = []
+        found = set[tuple[int, int]]()
         while not self.text.startswith("]", self.at):
+            TURN.tick()
             low, begun = self._member(), self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
@@ -15983,7 +15984,7 @@ class Reader:
                     low = ((low[0][0], high[0][0]),)
                 else:  # [\w-.]: the hyphen is one
                     low = (*low, (45, 45), *high)
-            found += low
+            found |= set(low)
         self.at += 1
         return others(merged(found)) if negated else merged(found)
 
@@ -16236,6 +16237,7 @@ class GbnfReader(Reader):
     def _literal(self) -> str:
         codes = []
         while not self.text.startswith('"', self.at):
+            TURN.tick()
             if self.at >= len(self.text):
                 raise self.refuse("a text is not closed")
             codes.append(self.member()[0][0])
@@ -16265,19 +16267,19 @@ class GbnfReader(Reader):
         holders: dict[Symbol, list[Symbol]] = {}
         todo = list(self.rules.values())
         while todo:
-            TURN.tick()
             if (symbol := todo.pop()) not in lacking:
                 parts = self._inside(symbol)
                 lacking[symbol] = len(parts) if isinstance(symbol, InOrder) else int(symbol != Word(b""))
                 if isinstance(symbol, Repeated) and not symbol.low:
                     lacking[symbol] = 0
                 for part in parts:
+                    TURN.tick()
                     holders.setdefault(part, []).append(symbol)
                 todo += parts
         empty = [symbol for symbol, count in lacking.items() if not count]
         for symbol in empty:
-            TURN.tick()
             for holder in holders.get(symbol, ()):
+                TURN.tick()
                 lacking[holder] -= 1
                 if not lacking[holder]:
                     empty.append(holder)
@@ -17861,7 +17863,7 @@ class SchemaReader:
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
         if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
-            self.spend(find_text(shape.texts, shape.low, shape.high)[1])
+            self.spend(2 * find_text(shape.texts, shape.low, shape.high)[1])
         return string_symbol(shape)
 
 
@@ -18641,8 +18643,11 @@ class Documents:
         if isinstance(shape, (StringShape, NumberShape)):
             return self._few_leaves(shape)
         if isinstance(shape, ArrayShape):
-            high = shape.high if self.few_values(shape.at(len(shape.first)) or ()) != {} else len(shape.first)
-            return None if high is None or high > self.MAX_FEW else self._few_lists(shape, high)
+            rest = self.few_values(shape.at(len(shape.first)) or ())
+            ends = [] if shape.high is None else [shape.high]
+            if rest is not None and (shape.unique or not rest):
+                ends.append(len(shape.first) + len(rest))  # as long as it can be
+            return self._few_lists(shape, min(ends)) if ends and min(ends) <= self.MAX_FEW else None
         if self._needs_too_many(shape):
             return {}
         if any(self.few_values(node) != {} and self.leaf(names) is not None for names, node in shape.unnamed):

@@ -6097,6 +6097,7 @@ def test_number_that_is_excluded_is_refused_however_it_is_written(document):
     "one multiple": ({"type": "number", "exclusiveMinimum": 0.5, "maximum": 2, "multipleOf": 2}, 1),
     "halves": ({"type": "number", "minimum": 0, "maximum": 1, "multipleOf": 0.5}, 3),
     "lists of one": ({"type": "array", "items": {"type": "string", "pattern": "^[ab]$"}, "minItems": 1, "maxItems": 1}, 2),
+    "lists without repeats": ({"type": "array", "items": {"const": 1}, "uniqueItems": True}, 2),
     "objects": ({"type": "object", "properties": {"a": {"type": "string", "pattern": "^[ab]$"}}, "minProperties": 1}, 2),
 })  # fmt: skip
 def test_different_elements_are_counted(items, least):
