@@ -3285,13 +3285,10 @@ def check_forced(source: str) -> None:
         text = data.decode()
         for pieces in ([text], list(text), in_pieces(text, pick)):
             parser = module.ChatParser(0, format, dict.fromkeys(NAMES, REFERRING), "", frozenset(), forced=True)
-            reply = module.Reply()
-            for event in [*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")]:
-                reply.add(event)
-            choice = reply.choices()[0][1]
+            choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")])[0]
             assert choice.finish_reason == "tool_calls" and not choice.text, text
             for call in choice.calls:
-                Draft202012Validator(REFERRING).validate(json.loads(call["arguments"]))
+                Draft202012Validator(REFERRING).validate(json.loads(call.text))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -3388,9 +3385,8 @@ class Answered:
 
 
 def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: str = "", **more: Any) -> Answered:
-    parser, choice = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more), module.Choice()
-    for event in [*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)]:
-        choice.add(event)  # type: ignore[arg-type]
+    parser = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more)
+    choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)])[0]
     calls = tuple((block.name, block.text) for block in choice.calls)
     return Answered(choice.text, calls, choice.said("thought"), str(choice.finish_reason))
 
