@@ -26,13 +26,13 @@ from its template. What the engine computes: a Job, which a Submit carries.
 
 Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in
 a helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone
-imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together. In the child one
-thread receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine takes the step that
-Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader). A child ends with its pipe,
-however the parent went; on Linux an engine ends with the thread that starts them all, even while it is stopped. A crash
-in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran there. HTTP threads
-are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio and starts
-with the first upgrade.
+imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says is
+not trusted. In the child one thread receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine
+takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader). A child
+ends with its pipe, however the parent went; on Linux an engine ends with the thread that starts them all, even while it
+is stopped. A crash in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran
+there, and while a model loads, the Ladder loads it again with less. HTTP threads are one a connection and block. The
+watcher thread notices clients that leave. The ws thread runs asyncio and starts with the first upgrade.
 """
 from __future__ import annotations
 
