@@ -177,6 +177,7 @@ import stat
 import struct
 import threading
 import urllib.parse
+import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -3135,6 +3136,7 @@ class Loaded:
     pool_bytes: int = 0  # memory that the pool's KV cache takes when it is full
     memory_need: int = 0  # bytes of RAM that the engine takes when its pool is full
     devices: str = ""  # where the layers are, on a machine with more than a CPU
+    on_gpu: bool = False  # some of them
 
 
 @dataclass(frozen=True)
@@ -3502,6 +3504,7 @@ def kernels_main() -> None:
     Prints each one's name, and behind it what is wrong with it: a name alone is one that was not survived.
     """
     die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("GGML_NO_BACKTRACE", "1")
     ggml = Ggml(import_llama())
     for name, kind in ggml.kernels().items():
@@ -3534,7 +3537,9 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
         wish = Wish(ctx, max(pool, ctx), options.kv_type, sequences, 4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe,
                     rung.gpu_share)  # fmt: skip
         placed = place(weights or Weights((), model.size_bytes), kv, gpus, wish)
-        if setup.others_idle and weights and placed.gpu_layers <= len(weights.layers) and options.gpu_layers is None:
+        squeezed = weights and placed.gpu_layers <= len(weights.layers) and options.gpu_layers is None and rung.gpu_share == 1
+        if setup.others_idle and squeezed:
+            assert weights
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
         pool = placed.pool if pool else 0
     need, on_cpu = _ram_need(model, weights, placed)
@@ -4047,7 +4052,7 @@ class Llama:
         chat = ChatFacts(templates, bos, bool(c.llama_vocab_get_add_bos(vocab)), eos, self.vocab.specials, ends,
                          self.vocab.gap_names())  # fmt: skip
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
-                      self.plan.memory_need, self.placed)  # fmt: skip
+                      self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
 
     def _load_adapters(self, files: Seq[str]) -> list[Any]:
         adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
@@ -4066,7 +4071,7 @@ def zero_pages_returned() -> Iterator[None]:
 
     llama.cpp wipes a KV cache when it makes it, so that all of it takes memory before a single token has come: of
     SmolLM2 seven times the weights. An anonymous page without content reads as zeros: nothing changes but the memory
-    (madvise(2), Linux). No other thread may be using new memory meanwhile.
+    (madvise(2), Linux). Another thread must not write to memory that is new meanwhile; the two that run allocate no blocks.
     """
     before = _anonymous_blocks(outward=True)
     yield
@@ -6751,9 +6756,6 @@ class Heartbeat:
         return f"it said nothing for {self._silence} s" if self._silent * BEAT_SECONDS > self._silence else None
 
 
-KILLED = 9  # SIGKILL, which Windows has no name for
-
-
 class LoadFailure(GenerationFailed):
     """An engine could not load its model; `cause` as LoadFailed has it."""
 
@@ -6809,7 +6811,7 @@ class Worker:
         self.loaded_at = time.monotonic()
         self.load_seconds = time.perf_counter() - began
         for note in message.notes:
-            log.warning("%s: %s", id, printable(note))
+            log.warning("%s: %s", id, printable(str(note)))
         pool = f"; its KV pool of {message.pool:,} tokens takes up to {human_bytes(message.pool_bytes)}" if message.pool else ""
         pool += f"; {message.devices}" if message.devices else ""
         self._report(f"loaded {id} in {self.load_seconds:.1f} s: {human_bytes(self.memory_bytes())} of memory{pool}")
@@ -6884,7 +6886,7 @@ class Worker:
                     for event in message.events:
                         self._count(event)
                         self._give(event)
-                elif isinstance(message, (Progress, Loaded, LoadFailed)):
+                elif isinstance(message, (Progress, Loaded, LoadFailed)) and not self._serving:
                     self._loading.put(message)
                 elif isinstance(message, Accepted):
                     self._give(message)
@@ -6892,7 +6894,7 @@ class Worker:
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
             log.exception("%s: what the engine process says is unreadable", self.info.id)
-            self.process.kill()
+            self._give_up("what it says is unreadable")
         self._pipe.end()
         self._end()
 
@@ -6953,8 +6955,7 @@ class Worker:
 
     @staticmethod
     def _cause_of(status: int | None) -> str:
-        """A child that is killed from outside is killed by a system without memory, mostly."""
-        return "" if not has_crashed(status) else "memory" if status == -KILLED else "crash"
+        return "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
 
     def fail_all(self, error: ApiError) -> None:
         """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
@@ -7008,6 +7009,7 @@ class Ladder:
         self._lock = threading.Lock()
         self._said: set[str] = set()
         self._crashes: dict[str, int] = {}  # young engines that crashed, by model
+        self._counted: weakref.WeakSet[Worker] = weakref.WeakSet()
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
     def load(self, model: ModelInfo, gpu_wanted: bool, start: Callable[[Rung], Worker]) -> Worker:
@@ -7015,20 +7017,25 @@ class Ladder:
 
         Raises the first rung's failure when none holds, and at once one that no other rung would mend.
         """
-        rung, first = self._top(model), None
+        rung = kept = self._top(model)
+        first: LoadFailure | None = None
+        crash = ""  # what the first engine that crashed or hung said
         while True:
             try:
                 worker = start(rung)
             except LoadFailure as failure:
                 first = first or failure
-                lower = rung.below(failure.cause, gpu_wanted and self._has_gpu()) if failure.cause not in ("", "room") else None
+                gpu = failure.cause not in ("", "room") and gpu_wanted and self._has_gpu()
+                lower = rung.below(failure.cause, gpu) if failure.cause not in ("", "room") else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
                 self._say(f"{printable(failure.details)}; trying again {lower.words()}", True)
-                rung, cause = lower, failure.cause
+                if failure.cause != "memory":
+                    crash, kept = crash or failure.details, kept.below(failure.cause, gpu) or kept
+                rung = lower
             else:
-                if first and cause != "memory":
-                    self._remember(model, rung, first.details)
+                if crash:
+                    self._remember(model, kept, crash)
                 return worker
 
     def _top(self, model: ModelInfo) -> Rung:
@@ -7073,15 +7080,18 @@ class Ladder:
 
     @staticmethod
     def _has_gpu() -> bool:
-        return bool(engine_build()["gpu_offload"])
+        return any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
 
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: the second crash of a young one takes its model a rung down."""
         model = worker.info
         if not worker.cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        gpu = bool(worker.loaded.devices)
+        gpu = worker.loaded.on_gpu
         with self._lock:
+            if worker in self._counted:
+                return
+            self._counted.add(worker)
             self._crashes[model.id] = self._crashes.get(model.id, 0) + 1
             if self._crashes[model.id] < 2:
                 return
@@ -7113,7 +7123,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a section of a preset file says of the models that its name, a shell pattern, means."""
+    """What a section of a preset file says of the models that its name, the beginning of one, or a shell pattern means."""
 
     pattern: str
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
@@ -7125,7 +7135,7 @@ class Preset:
     def means(self, id: str) -> bool:
         import fnmatch
 
-        return fnmatch.fnmatchcase(id, self.pattern) or plain_id(self.pattern) == id
+        return fnmatch.fnmatchcase(id, self.pattern) or id.startswith(plain_id(self.pattern) or "\0")
 
 
 class Settings:
@@ -7360,14 +7370,16 @@ class Residents:
                 raise Overloaded(f"{crowded}; {busy}" if crowded else f"All {busy} (--max-loaded {self._options.max_loaded})")
         return False
 
+    def _others(self, entry: Entry) -> list[Entry]:
+        return [e for e in self.entries.values() if e.in_memory and e is not entry]
+
     def _reserved(self, entry: Entry) -> int:
         """Bytes of memory that count as free and are not: other engines have mapped them, or will fill them. Takes time.
 
         Of two loads the one that began first is the other's, so that not each waits for each.
         """
         with self.changed:
-            others = [e for e in self.entries.values() if e.in_memory and e is not entry]
-            earlier = [e for e in others if e.state != "loading" or e.begun < entry.begun]
+            earlier = [e for e in self._others(entry) if e.state != "loading" or e.begun < entry.begun]
             needs = [(e.worker or e.starting, expected_need(e.info, self._settings(e).engine)) for e in earlier]
         reserved = 0
         for worker, need in needs:
@@ -7395,7 +7407,7 @@ class Residents:
         worker: Worker | None = None
         error: ApiError | None = None
         try:
-            gpu_wanted = settings.engine.gpu_layers != 0
+            gpu_wanted = settings.engine.gpu_layers != 0 and settings.engine.device != ("none",)
             worker = self._ladder.load(entry.info, gpu_wanted, lambda rung: self._start(entry, settings, rung, progress))
         except ApiError as failure:
             error = copy.copy(failure)
@@ -7407,10 +7419,9 @@ class Residents:
             if not error:
                 entry.held, entry.failures, entry.retry_at = entry.asked, 0, 0.0
                 self.move(entry, "loaded", worker)
-            elif getattr(error, "cause", "") == "room" and entry.reserved:
+            elif getattr(error, "cause", "") == "room" and (entry.reserved or self._others(entry)):
                 self.move(entry, "unloaded")
-                if any(e.in_memory for e in self.entries.values()):
-                    entry.crowded = error.details
+                entry.crowded = error.details if self._others(entry) else ""
             else:
                 self._failed(entry, attempt, error)
         if worker is not None and self.closed:
@@ -7434,9 +7445,10 @@ class Residents:
     def _failed(self, entry: Entry, attempt: LoadAttempt, error: ApiError) -> None:
         """A load is over without a model. What every rung failed at is not tried again and again."""
         self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
+        wished = entry.asked != entry.held  # what one client wished for does not keep the others from the model
         attempt.error, entry.asked = error, entry.held
-        if getattr(error, "cause", ""):
-            entry.retry_at = time.monotonic() + min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2**entry.failures)
+        if getattr(error, "cause", "") and not wished:
+            entry.retry_at = time.monotonic() + min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(entry.failures, 10))
             entry.failures += 1
         self.move(entry, "failed", error=error.details)
 
@@ -7489,6 +7501,8 @@ class Residents:
             self.changed.wait(1.0)
         if entry.state == "failed":
             self.move(entry, "unloaded")
+        if entry.state == "unloaded":
+            entry.asked = entry.held = {}
 
     def _begin_unload(self, entry: Entry) -> None:
         start_thread(self._unload, entry, entry.worker, name=f"unload {entry.info.id}")
@@ -7868,10 +7882,12 @@ class ModelTable:
         with self._changed:
             entry = self._entry(id)
             entry.retry_at = 0.0
-            if asked and any(entry.asked.get(k, self) != v for k, v in asked.items()):
+            engine = self._settings_of(entry).engine
+            if asked and any(getattr(engine, name) != value for name, value in asked.items()):
+                asked = {**entry.asked, **asked}
                 if entry.in_memory:
                     self._residents.unload(entry, False, cancel)
-                entry.asked = {**entry.asked, **asked}
+                entry.asked = asked
             if not wait:
                 self._residents.load_in_background(entry)
         if wait:
@@ -7899,8 +7915,8 @@ class ModelTable:
     def _status(self, entry: Entry) -> dict[str, Any]:
         """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
         with self._changed:
-            status, worker = entry.status(), entry.worker
-        return status | {"memory_bytes": worker.memory_bytes() if worker else 0}
+            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry)
+        return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
 
     def statuses(self) -> list[dict[str, Any]]:
         """The status of each model that is in memory or waited for."""
@@ -12319,14 +12335,22 @@ def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
 
 
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of EngineOptions from the body of a load: a preset's keys. Raises InvalidRequest."""
+    """Fields of EngineOptions from the body of a load: a preset's keys, but those that name files. Raises InvalidRequest."""
+    body = {key: value for key, value in body.items() if value is not None}
+    for key in body:
+        if key.strip().replace("_", "-") in FILE_SETTINGS:
+            raise InvalidRequest(f"{printable(key)} names a file, which only a preset and the command line may", key)
     try:
         preset = preset_of("", body)
     except UsageError as error:
-        raise InvalidRequest(str(error), str(error).partition(":")[0]) from None
+        named = re.match(r"[-\w]+", str(error).removeprefix("--"))
+        raise InvalidRequest(str(error), named[0] if named else None) from None
     if preset.sampling or preset.aliases or preset.preload or preset.keep_alive is not None:
         raise InvalidRequest("a load takes the engine's settings, no sampling, alias, preload or keep-alive", None)
     return dict(preset.engine)
+
+
+FILE_SETTINGS = ("lora", "chat-template", "chat-template-file")  # a request names no file: presets and the command line do
 
 
 def make_service(args: argparse.Namespace, model: str | None = None, **more: Any) -> Service:
@@ -13031,7 +13055,8 @@ def command_diag(args: argparse.Namespace) -> int:
     for key in [*versions(), "engine", "gpu_offload"]:
         print(f"{key:12} {printable(str(document[key]))}")
     for device in document["devices"]:
-        words = f"{device['name']}: {device['description']}, {human_bytes(device['free'])} free"
+        room = f", {human_bytes(device['free'])} free" if device["kind"] != "CPU" else ""
+        words = f"{device['name']}: {device['description']}{room}"
         print(f"{'device':12} {printable(words)}")
     print(f"{'known faults':12} {printable(_fault_words(document['known_faults']), MAX_SHOWN_PATH)}")
     free = document["memory"]["available_bytes"]
@@ -13050,7 +13075,7 @@ def _fault_words(known: Mapping[str, Any]) -> str:
     """What native code cannot do here, and how to forget that."""
     broken = [f"{name} kernels ({fault})" for name, fault in known["kernels"].items() if fault]
     broken += [f"{kind} ({said.get('reason')})" for kind, said in known["rungs"].items() if isinstance(said, dict)]
-    return f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken else "none"
+    return f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken else f"none (in {known['file']})"
 
 
 def server_state(args: argparse.Namespace) -> dict[str, Any]:
@@ -14101,16 +14126,18 @@ def try_kernels() -> dict[str, str] | None:
         command = child_command("kernels_main", *found)
         try:
             # no shell, and nothing from a client is on the command line
-            done = subprocess.run(command, capture_output=True, text=True, timeout=KERNEL_SECONDS)  # noqa: S603  # nosec B603
-            said, fault, failed = done.stdout, ending(done.returncode), bool(done.returncode)
+            done = subprocess.run(command, capture_output=True, timeout=KERNEL_SECONDS)  # noqa: S603  # nosec B603
+            said, fault, code = done.stdout, ending(done.returncode), done.returncode
         except subprocess.TimeoutExpired as error:
-            said, fault, failed = (error.stdout or b"").decode(), "hangs", True
+            said, fault, code = error.stdout or b"", "hangs", -signal.SIGSEGV
         except (OSError, subprocess.SubprocessError):
             return None
-        rows = [line.partition("\t") for line in said.splitlines()]
+        rows = [line.partition("\t") for line in said.decode("utf-8", "replace").splitlines()]
+        if code and not (has_crashed(code) and rows and not rows[-1][1]):
+            return None  # it ended at nothing that was tried
         found |= {name: words if tab else fault for name, tab, words in rows}
-        if not rows or rows[-1][1]:  # all that begun came to an end
-            return None if failed else found
+        if not code:
+            return found
 
 
 def ending(code: int | None) -> str:
@@ -14119,8 +14146,13 @@ def ending(code: int | None) -> str:
 
 
 def has_crashed(code: int | None) -> bool:
-    """Whether a process's exit status tells of a crash in native code: a signal, or an exception of Windows."""
-    return code is not None and (code < 0 or code >= 0xC0000000)
+    """Whether a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
+    if code is None or code >= 0:
+        return code is not None and code >= 0xC0000000
+    return -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+
+
+KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system without memory mostly
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────

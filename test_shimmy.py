@@ -9017,6 +9017,53 @@ def test_known_faults_file_that_is_damaged_counts_as_empty(content: str | None, 
     assert ladder._known(plain_model()) == module.Rung(plain=True)
 
 
+@cases(
+    "causes, kept",
+    {"a crash": (["crash"], module.Rung(gpu_share=0.5)), "memory": (["memory"], None),
+     "memory, then crashes": (["memory", "memory", "crash", "hang", "crash"], module.Rung(gpu_share=0.25, plain=True)),
+     "a crash, then memory": (["crash", "memory"], module.Rung(gpu_share=0.5))},
+)  # fmt: skip
+def test_only_what_crashes_led_to_is_remembered(
+    causes: list[str], kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module.KnownFaults, "kernels", lambda _: ({}, False))
+    monkeypatch.setattr(module.Ladder, "_has_gpu", staticmethod(lambda: True))
+    faults, left = module.KnownFaults(str(tmp_path / "known.json")), list(causes)
+
+    def start(_: Any) -> Any:
+        if left:
+            raise module.LoadFailure(f"no luck: {left[0]}", cause=left.pop(0))
+        return "a worker"
+
+    ladder = module.Ladder(faults, lambda _: None)
+    assert ladder.load(plain_model(), True, start) == "a worker"
+    known = faults.read().get("rungs", {}).get("llama F32")
+    assert ladder._known(plain_model()) == (kept or module.Rung())
+    assert kept is None or known["reason"] == f"no luck: {next(c for c in causes if c != 'memory')}"
+
+
+def test_kernels_whose_trial_is_broken_off_from_outside_are_not_called_broken(tmp_path: Path) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
+        assert not module.has_crashed(-number)
+    assert module.has_crashed(-signal.SIGSEGV) and module.has_crashed(0xC0000005) and not module.has_crashed(1)
+
+
+def test_load_that_always_fails_keeps_a_pause_with_an_end(models: Path) -> None:
+    def fail(*_: Any) -> Any:
+        raise module.LoadFailure("no luck", cause="hang")
+
+    table = table_of(models, fail)
+    table._residents._ladder._has_gpu = lambda: False  # type: ignore[method-assign]
+    with pytest.raises(GenerationFailed):
+        table.load("dice", True, Cancellation())
+    table._residents.entries["dice"].failures = 5000
+    with pytest.raises(GenerationFailed):
+        table.load("dice", True, Cancellation())
+    assert table.status("dice")["status"] == "failed"
+    assert table._residents.entries["dice"].retry_at < time.monotonic() + 601
+    table.close()
+
+
 def test_known_faults_in_a_folder_that_cannot_be_written_cost_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     faults = module.KnownFaults(str(tmp_path / "file" / "known.json"))
@@ -9627,6 +9674,7 @@ def test_preset_gives_each_model_its_own_settings(serve: Callable[..., Server], 
     assert own.generate(":", max_tokens=None).text == "Hello wide"
     recital, dice = (own.load(name).json() for name in ("recital", "cube"))
     assert (recital["context_length"], recital["parallel"], recital["options"]["ctx"]) == (256, 2, 256)
+    assert recital["sampling"] == {"temperature": 0, "max_tokens": 2}
     assert (dice["model"], dice["context_length"]) == ("dice", 256)  # the model's own is less than asked
     eventually(lambda: "[ghost] means no model" in own.log.read_text(), "it is told")
     assert own.generate("Once", "d6", max_tokens=9).text == own.generate("Once", "dice", max_tokens=9).text
@@ -9667,12 +9715,16 @@ def test_load_takes_settings_and_tells_what_holds(serve: Callable[..., Server], 
     changed = own.post("/api/models/recital/load", {"n-gpu-layers": "all", "ctx_size": 200}).json()
     assert changed["context_length"] == 200 and changed["options"]["parallel"] == 2
     assert own.generate().text == TEXTS[":"]
+    own.unload("recital")
+    assert own.post("/api/models/recital/load", {"ctx": None}).json()["options"] == {"threads": 1}
 
 
 @cases(
     "body, words",
     {"no such key": ({"speed": 1}, "speed: there is no such setting"), "no number": ({"ctx": "x"}, "ctx: invalid int"),
      "out of range": ({"ctx": 0}, "--ctx must be from 1"), "sampling": ({"temperature": 1}, "a load takes the engine's settings"),
+     "a file": ({"chat_template": "/etc/passwd"}, "chat_template names a file"),
+     "another": ({"lora": ["x"]}, "lora names a file"),
      "no such device": ({"device": "CUDA9"}, "there is no such device"), "no object": ([1], "must be a JSON object")},
 )  # fmt: skip
 def test_load_refuses_settings_that_are_wrong_and_loses_nothing(body: Any, words: str, server: Server) -> None:
@@ -9728,6 +9780,16 @@ def test_ollamas_parameters_that_are_wrong_leave_the_model_out_with_the_reason(p
     ollama_model(tmp_path / ".ollama" / "models", "tiny", "latest", more={"params": params})
     done = shimmy("list", "-v", home=tmp_path)
     assert b"tiny:latest" not in done.stdout and b"latest: " in done.stderr
+
+
+def test_context_that_one_client_wishes_for_in_vain_leaves_the_model_to_the_others(
+    serve: Callable[..., Server], models: Path, stand_in: Callable[[str], dict[str, str]]
+) -> None:
+    own = serve("--models-dir", models, "--ctx", "256", env=stand_in("memory 4096"))
+    assert own.generate().text == TEXTS[":"]
+    body = {"model": "recital", "prompt": ":", "raw": True, "stream": False, "options": {"num_ctx": 8192}}
+    assert own.post("/api/generate", body).status == 500
+    assert own.generate().text == TEXTS[":"] and own.status("recital")["context_length"] == 256
 
 
 def test_adapters_and_templates_of_the_command_line_are_the_default_models(
