@@ -18856,7 +18856,7 @@ def test_readme_flags_exist() -> None:
 
 
 def test_readme_systemd_unit_is_valid_and_starts(serve: Callable[..., Server], tmp_path: Path) -> None:
-    (unit,) = blocks_of("ini")
+    (unit,) = [text for text in blocks_of("ini") if "[Service]" in text]
     python, script, command, *flags = re.search(r"(?m)^ExecStart=(.+)$", unit)[1].split()  # type: ignore[index]
     assert command == "serve" and serve(*flags).get("/health").status == 200
     if shutil.which("systemd-analyze"):
@@ -18864,6 +18864,14 @@ def test_readme_systemd_unit_is_valid_and_starts(serve: Callable[..., Server], t
         file.write_text(unit.replace(python, sys.executable).replace(script, str(SHIMMY)))
         done = subprocess.run(["systemd-analyze", "verify", file], capture_output=True, text=True, timeout=HANG, check=False)
         assert done.returncode == 0 and "shimmy.service" not in done.stderr, done.stderr
+
+
+def test_readme_preset_is_one(tmp_path: Path) -> None:
+    (text,) = [text for text in blocks_of("ini") if "[*]" in text]
+    (tmp_path / "own.ini").write_text(text)
+    every, coder, small = module.read_preset(str(tmp_path / "own.ini"))
+    assert every.engine == {"ctx": 4096} and coder.sampling == {"temperature": 0.2} and coder.engine["kv_type"] == "q8_0"
+    assert small.preload and small.keep_alive == 3600 and small.aliases == ("gpt-4o-mini",)
 
 
 def test_readme_container_file_copies_what_is_there_and_its_entry_starts(serve: Callable[..., Server]) -> None:
