@@ -19353,9 +19353,13 @@ def soaked(traffic: Soak, seconds: float) -> int:
 def test_bench_measures_every_row(tmp_path: Path) -> None:
     model = write_bench_model(tmp_path / "made.gguf", layers=1, vocabulary=1000)
     flags = ["--tokens", "8", "--words", "4", "--long", "200", "--seconds", "0", "--threads", "1", "--json"]
-    done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
-    rows = json.loads(done.stdout)
-    assert done.returncode == 0 and "not measured" not in done.stderr and len(rows) == 33
+    for _ in range(3):  # on a machine that others keep busy two streams may not run at once, and the bench says so
+        done = subprocess.run([sys.executable, __file__, "bench", "--model", model, *flags], capture_output=True, text=True)
+        rows = json.loads(done.stdout)
+        assert done.returncode == 0 and len(rows) <= 33
+        if "not measured" not in done.stderr:
+            break
+    assert "not measured" not in done.stderr and len(rows) == 33
     assert all(row["value"] > 0 for row in rows.values())
 
 
