@@ -3537,9 +3537,8 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
         wish = Wish(ctx, max(pool, ctx), options.kv_type, sequences, 4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe,
                     rung.gpu_share)  # fmt: skip
         placed = place(weights or Weights((), model.size_bytes), kv, gpus, wish)
-        squeezed = weights and placed.gpu_layers <= len(weights.layers) and options.gpu_layers is None and rung.gpu_share == 1
-        if setup.others_idle and squeezed:
-            assert weights
+        as_fits = options.gpu_layers is None and rung.gpu_share == 1
+        if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
         pool = placed.pool if pool else 0
     need, on_cpu = _ram_need(model, weights, placed)
@@ -3947,9 +3946,7 @@ class Llama:
         kinds = {name: kind for name, kind, *_ in c.llama_model_params._fields_}
         params.load_mode = c.LLAMA_LOAD_MODE_MMAP if options.mmap else c.LLAMA_LOAD_MODE_NONE
         params.use_extra_bufts = not self.setup.rung.plain
-        params.n_gpu_layers = self.plan.gpu_layers
-        if not self.devices:
-            params.n_gpu_layers = 0
+        params.n_gpu_layers = self.plan.gpu_layers  # 0 without devices
         self._devices_array = (self.ctypes.c_void_p * (len(self.devices) + 1))(*[d.handle for d in self.devices], None)
         params.devices = self.ctypes.cast(self._devices_array, kinds["devices"])
         if options.tensor_split:
@@ -7012,10 +7009,11 @@ class Ladder:
         self._counted: weakref.WeakSet[Worker] = weakref.WeakSet()
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
-    def load(self, model: ModelInfo, gpu_wanted: bool, start: Callable[[Rung], Worker]) -> Worker:
+    def load(self, model: ModelInfo, gpu_wanted: bool, start: Callable[[Rung], Worker], asked: bool = False) -> Worker:
         """Loads by the highest rung that holds. `start` tries one, and raises LoadFailure.
 
-        Raises the first rung's failure when none holds, and at once one that no other rung would mend.
+        Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
+        `asked` for may itself be what crashes: that is remembered of no machine.
         """
         rung = kept = self._top(model)
         first: LoadFailure | None = None
@@ -7025,8 +7023,9 @@ class Ladder:
                 worker = start(rung)
             except LoadFailure as failure:
                 first = first or failure
-                gpu = failure.cause not in ("", "room") and gpu_wanted and self._has_gpu()
-                lower = rung.below(failure.cause, gpu) if failure.cause not in ("", "room") else None
+                mendable = failure.cause not in ("", "room")
+                gpu = mendable and gpu_wanted and self._has_gpu()
+                lower = rung.below(failure.cause, gpu) if mendable else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
                 self._say(f"{printable(failure.details)}; trying again {lower.words()}", True)
@@ -7034,7 +7033,7 @@ class Ladder:
                     crash, kept = crash or failure.details, kept.below(failure.cause, gpu) or kept
                 rung = lower
             else:
-                if crash:
+                if crash and not asked:
                     self._remember(model, kept, crash)
                 return worker
 
@@ -7408,7 +7407,9 @@ class Residents:
         error: ApiError | None = None
         try:
             gpu_wanted = settings.engine.gpu_layers != 0 and settings.engine.device != ("none",)
-            worker = self._ladder.load(entry.info, gpu_wanted, lambda rung: self._start(entry, settings, rung, progress))
+            worker = self._ladder.load(
+                entry.info, gpu_wanted, lambda rung: self._start(entry, settings, rung, progress), bool(entry.asked)
+            )
         except ApiError as failure:
             error = copy.copy(failure)
         except Exception as failure:
@@ -9816,7 +9817,8 @@ def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
     options = optional(body, "options", an_object, {})
     least = {"num_ctx": 1, "num_batch": 1, "num_thread": 0, "num_gpu": -1}  # 0 threads are as many as usual
     read = {name: optional(options, name, whole(least[name])) for name in OLLAMA_ENGINE}
-    return {OLLAMA_ENGINE[name]: min(value, 1 << 24 if name == "num_ctx" else 1 << 16) for name, value in read.items()
+    most = {"num_ctx": 1 << 24, "num_batch": 4096, "num_thread": len(processors()), "num_gpu": 1 << 16}
+    return {OLLAMA_ENGINE[name]: min(value, most[name]) for name, value in read.items()
             if value or (value is not None and name == "num_gpu")}  # fmt: skip
 
 
@@ -12334,6 +12336,9 @@ def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     return Preset(pattern, engine_fields(args), given, tuple(args.alias), args.preload, args.keep_alive)
 
 
+FILE_SETTINGS = ("lora", "chat-template", "chat-template-file")  # a request names no file: presets and the command line do
+
+
 def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of EngineOptions from the body of a load: a preset's keys, but those that name files. Raises InvalidRequest."""
     body = {key: value for key, value in body.items() if value is not None}
@@ -12348,9 +12353,6 @@ def load_options(body: Mapping[str, Any]) -> dict[str, Any]:
     if preset.sampling or preset.aliases or preset.preload or preset.keep_alive is not None:
         raise InvalidRequest("a load takes the engine's settings, no sampling, alias, preload or keep-alive", None)
     return dict(preset.engine)
-
-
-FILE_SETTINGS = ("lora", "chat-template", "chat-template-file")  # a request names no file: presets and the command line do
 
 
 def make_service(args: argparse.Namespace, model: str | None = None, **more: Any) -> Service:
@@ -16841,6 +16843,7 @@ class Opening:
 
 @functools.lru_cache(maxsize=10_000)
 def opening(ranges: Ranges) -> Opening:
+    """How a text may go on with the characters of these ranges."""
     bits = 0
     for first, last in ranges:
         for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):

@@ -8896,7 +8896,7 @@ def test_model_whose_kernels_crash_loads_without_them_and_the_next_start_knows(
     assert first.generate().text == TEXTS[":"]
     assert first.status("recital")["fallback"] == "without special CPU kernels"
     log = first.log.read_text()
-    assert log.count("signal 11") == 1 and "trying again without special CPU kernels" in log and "Traceback" not in log
+    assert log.count("signal 11); trying again without special CPU kernels") == 1 and "Traceback" not in log
     known = first.get("/diag").json()["known_faults"]
     assert known["file"] == str(known_faults(first.home)) and "signal 11" in known["rungs"]["llama F16"]["reason"]
     second = serve("--models-dir", models, env=stand_in("crashes") | {"HOME": str(first.home)})
@@ -8954,7 +8954,7 @@ def test_library_without_memory_for_the_pool_gets_a_smaller_one_which_is_not_rem
     own = serve("--models-dir", models, "--ctx", "1024", env=stand_in("memory 1024"))
     assert own.generate().text == TEXTS[":"]
     status = own.status("recital")
-    assert (status["kv_pool"], status["fallback"]) == (1024, "with a KV pool of one context")
+    assert status["kv_pool"] == 1024 and status["fallback"].startswith("with a KV pool of one context")
     assert "failed to allocate CPU buffer" in own.log.read_text() and own.get("/diag").json()["known_faults"]["rungs"] == {}
     short = serve("--models-dir", models, "--ctx", "1024", env=stand_in("memory 512"))
     assert_error(short.generate(), 500, "generation_failed", "failed to allocate CPU buffer")
@@ -9043,6 +9043,14 @@ def test_only_what_crashes_led_to_is_remembered(
     known = faults.read().get("rungs", {}).get("llama F32")
     assert ladder._known(plain_model()) == (kept or module.Rung())
     assert kept is None or known["reason"] == f"no luck: {next(c for c in causes if c != 'memory')}"
+
+
+def test_crash_of_what_a_client_asked_for_is_not_remembered(
+    serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path
+) -> None:
+    own = serve("--models-dir", models, env=stand_in("crashes"))
+    assert own.post("/api/models/recital/load", {"ctx": 512}).json()["fallback"] == "without special CPU kernels"
+    assert own.get("/diag").json()["known_faults"]["rungs"] == {}
 
 
 def test_kernels_whose_trial_is_broken_off_from_outside_are_not_called_broken(tmp_path: Path) -> None:
@@ -19472,6 +19480,7 @@ def bare_loop(model: str, batch: int, prompt: int, tokens: int, threads: int) ->
     import llama_cpp as c
 
     hush_llama()
+    module.Ggml(c.llama_cpp).leave_out([name for name, fault in (module.try_kernels() or {}).items() if fault])
     handle = c.llama_model_load_from_file(model.encode(), c.llama_model_default_params())
     params = c.llama_context_default_params()
     params.n_ctx = -(-batch * (prompt + tokens + 8) // 256) * 256
