@@ -17688,6 +17688,7 @@ def test_generate_accepts_engine_options(models: Path, tmp_path: Path) -> None:
 
 
 def test_generate_into_a_closed_pipe_prints_no_error(models: Path, tmp_path: Path) -> None:
+    seed(tmp_path)
     command = (
         f"{IN_A_SHELL} generate recital --raw --models-dir '{models}' --ctx {LONG_CTX}"
         f" --max-tokens {LONG_CTX} --prompt '#' | head -c 20"
@@ -18358,6 +18359,7 @@ def test_generate_lines_answers_a_line_before_the_next_one_comes(models: Path, t
 
 
 def test_generate_lines_into_a_closed_pipe_ends_quietly(models: Path, tmp_path: Path) -> None:
+    seed(tmp_path)
     one = f"{IN_A_SHELL} generate recital --raw --lines --models-dir '{models}'"
     command = ["bash", "-c", f"yes : | {one} | head -n 2"]
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, timeout=HANG, check=False)
