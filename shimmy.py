@@ -26,13 +26,14 @@ from its template. What the engine computes: a Job, which a Submit carries.
 
 Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in
 a helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone
-imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says is
-not trusted. In the child one thread receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine
-takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader). A child
-ends with its pipe, however the parent went; on Linux an engine ends with the thread that starts them all, even while it
-is stopped. A crash in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran
-there, and while a model loads, the Ladder loads it again with less. HTTP threads are one a connection and block. The
-watcher thread notices clients that leave. The ws thread runs asyncio and starts with the first upgrade.
+imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says
+is not trusted. In the child one thread receives, one tokenizes, one reads grammars that take long (Intake) and one
+beats; the main thread alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and
+reads long prompts aside (PromptReader). A child ends with its pipe, however the parent went; on Linux an engine ends
+with the thread that starts them all, even while it is stopped. A crash in native code ends one child, and a Heartbeat
+that stops has it killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
+HTTP threads are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio
+and starts with the first upgrade.
 """
 from __future__ import annotations
 
@@ -4644,11 +4645,10 @@ class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
-        """Raises InvalidRequest for a grammar that cannot be followed. Runs in the tokenizing thread."""
+        """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            with TURN.behind(llama.gate):
-                self._machine = llama.machines.of(constraint.grammar)
+            self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
             raise InvalidRequest(self.said(error), error.param or self.param) from None
         self._state = self._machine.automaton.start
@@ -4830,22 +4830,31 @@ class Machine:
 
 
 class Machines:
-    """The machines of grammars that were used last. Made and found by the tokenizing thread."""
+    """The machines of grammars that were used last. Threads that read grammars share it; what they make is the step loop's."""
 
     MAX_KEPT, MAX_STATES = 16, 100_000  # machines, and states of all together but the last one's
 
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = vocab
         self._kept: dict[bytes, Machine] = {}
+        self._lock = threading.Lock()
+
+    def are_quick_to_make(self, grammar: Symbol) -> bool:
+        """Whether a grammar is known, or is read in some milliseconds, as most are."""
+        with contextlib.suppress(InvalidRequest):  # `of` says it
+            return pickle.dumps(grammar) in self._kept or read_soon(grammar)
+        return True
 
     def of(self, grammar: Symbol) -> Machine:
         """The grammar's machine. Raises InvalidRequest for one that cannot be read."""
         _ = self._vocab.spelling  # made here, not in the step loop
         key = pickle.dumps(grammar)
-        machine = self._kept.pop(key, None) or Machine(grammar, self._vocab)
-        self._kept[key] = machine
-        while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
-            del self._kept[next(iter(self._kept))]
+        machine = self._kept.get(key) or Machine(grammar, self._vocab)
+        with self._lock:
+            self._kept.pop(key, None)
+            self._kept[key] = machine
+            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
+                del self._kept[next(iter(self._kept))]
         return machine
 
     def _states(self) -> int:
@@ -5905,17 +5914,20 @@ class Outbox:
 class Intake:
     """Takes in jobs and cancels: cancels take effect at once, texts are tokenized first.
 
-    `receive` runs in the receiving thread, `tokenize` in one of its own, where a huge text makes only other newcomers wait.
+    `receive` runs in the receiving thread. `tokenize` and `read_grammars` have one each: a newcomer waits for one input of each
+    job that is being tokenized, and only one whose own grammar takes long waits for such grammars.
     """
 
     JOBS: ClassVar[dict[type, Callable[[Submission, Seq[Any], Llama], Sequence | Embedding]]] = {
         Generate: Sequence, Embed: Embedding}  # fmt: skip
 
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
-        self.llama, self.outbox, self.pulse = llama, outbox, Pulse()
+        self.llama, self.outbox = llama, outbox
+        self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
         self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
+        self._grammars: queue.SimpleQueue[tuple[Submission, Seq[int]]] = queue.SimpleQueue()  # prompts whose grammars take long
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
         self._known: dict[int, Submission] = {}  # from their arrival to their end
 
@@ -5940,27 +5952,58 @@ class Intake:
         self._known.pop(id, None)
 
     def tokenize(self) -> None:
-        """The tokenizing thread: makes texts sequences, in order, and hands them to the step loop."""
+        """The tokenizing thread: jobs take turns, an input of each at a time."""
+        turns: deque[Iterator[None]] = deque()
         while True:
-            self.pulse.begin("rest")
-            submission = self._submits.get()
-            self.pulse.begin("tokenize")
-            if submission.cancelled:
-                continue
-            try:
-                self._admit(submission)
-            except ApiError as error:
-                self._refuse(submission, error)
-            except Exception as error:  # a job's border: one that nobody foresaw must not end the others
-                log.exception("a job cannot begin")
-                self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
+            self.tokenizing.begin("rest")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    turns.append(self._tokenized_by_turns(self._submits.get(block=not turns)))
+            self.tokenizing.begin("tokenize")
+            job = turns.popleft()
+            if next(job, "ended") is None:
+                turns.append(job)
 
-    def _admit(self, submission: Submission) -> None:
+    def read_grammars(self) -> None:
+        """The thread of grammars that take long: reads them one after another, while others' prompts go on."""
+        while True:
+            self.reading.begin("rest")
+            submission, tokens = self._grammars.get()
+            self.reading.begin("tokenize")
+            with self._answering(submission):
+                self._begin(submission, tokens)
+
+    def _tokenized_by_turns(self, submission: Submission) -> Iterator[None]:
+        """Tokenizes a job and hands it on; yields where others may have their turn."""
         job = submission.job
-        if isinstance(job, Tokenize):
-            return self._answer(submission, *self._tokenized(job))
-        tokens = self._inputs(job, submission) if isinstance(job, Embed) else self._prompt(job)
-        work = self.JOBS[type(job)](submission, tokens, self.llama)
+        with self._answering(submission):
+            if isinstance(job, Tokenize):
+                return self._answer(submission, *self._tokenized(job))
+            if isinstance(job, Embed):
+                return self._begin(submission, (yield from self._inputs(job, submission)))
+            prompt, constraint = self._prompt(job), job.sampling.constraint
+            if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                self._begin(submission, prompt)
+            else:
+                self._grammars.put((submission, prompt))
+
+    @contextlib.contextmanager
+    def _answering(self, submission: Submission) -> Iterator[None]:
+        """Refuses the job for what is raised within: an error must not end the others."""
+        try:
+            yield
+        except Abandoned:
+            log.debug("a grammar was left unread: its client is gone")
+        except ApiError as error:
+            self._refuse(submission, error)
+        except Exception as error:
+            log.exception("a job cannot begin")
+            self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
+
+    def _begin(self, submission: Submission, tokens: Seq[Any]) -> None:
+        """Hands a job to the step loop; its grammar is read first."""
+        with TURN.behind(self.llama.gate, submission):
+            work = self.JOBS[type(submission.job)](submission, tokens, self.llama)
         if self._arriving.pop(submission.id, None):
             self.outbox.accept(submission.id, work.n_prompt)
             self.inbox.put(work)
@@ -6018,8 +6061,8 @@ class Intake:
             self._too_long(len(tokens))
         return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
 
-    def _inputs(self, job: Embed, submission: Submission) -> list[Any]:
-        """The token ids of each input, all int32 arrays. Raises ContextLengthExceeded, or InvalidRequest."""
+    def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
+        """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
         size = int(self.llama.c.llama_model_n_embd_out(self.llama.model))
         if job.dimensions and job.dimensions > size:
             raise InvalidRequest(f"dimensions must be at most {size}, the size of the model's vectors, not {job.dimensions}",
@@ -6029,6 +6072,7 @@ class Intake:
             if submission.cancelled:
                 break
             inputs.append(self._input(job, index, input))
+            yield
         return inputs
 
     def _input(self, job: Embed, index: int, input: str | tuple[int, ...]) -> Any:
@@ -6436,8 +6480,9 @@ def engine_main() -> None:
         pulses[0].begin("trial")
         llama.trial()
         engine = Engine(llama, pipe, pulses[0])
-        pulses.append(engine.intake.pulse)
+        pulses += [engine.intake.tokenizing, engine.intake.reading]
         llama.vocab.max_run = start_or_die(engine.intake.tokenize, stack=512 * MIB) // Vocabulary.RUN_STACK
+        start_or_die(engine.intake.read_grammars, stack=512 * MIB)
         pipe.send(llama.loaded())
     except Exception as error:  # the process's border: whatever it is, the parent is told
         cause = "memory" if isinstance(error, MemoryError) else getattr(error, "cause", "")
@@ -15685,6 +15730,17 @@ class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
 
+class Abandoned(Exception):
+    """Nobody waits any more for the grammar that is being read."""
+
+
+class Client(Protocol):
+    """Who waits for work on a grammar."""
+
+    @property
+    def cancelled(self) -> bool: ...
+
+
 class Turn(threading.local):
     """The time slice in which this thread may work on grammars; without end unless the step loop says so.
 
@@ -15694,6 +15750,7 @@ class Turn(threading.local):
     def __init__(self) -> None:
         self._ends, self._found = math.inf, False
         self._gate: Gate | None = None
+        self._client: Client | None = None
         self._is_limited = False
 
     def begin(self, seconds: float) -> None:
@@ -15702,8 +15759,7 @@ class Turn(threading.local):
 
     def look(self) -> None:
         """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
-        if self._gate:
-            self._gate.wait()
+        self._wait()
         if self._found and self.is_over:
             raise NotYet
 
@@ -15712,9 +15768,8 @@ class Turn(threading.local):
         self._found = True
 
     def tick(self) -> None:
-        """Call every few µs within a step. Raises NotYet when limited work takes too long."""
-        if self._gate:
-            self._gate.wait()
+        """Call every few µs within a step. Raises NotYet when limited work takes too long, Abandoned when nobody waits for it."""
+        self._wait()
         if self._is_limited and self.is_over:
             raise NotYet
 
@@ -15731,17 +15786,23 @@ class Turn(threading.local):
             self._is_limited = False
 
     @contextlib.contextmanager
-    def behind(self, gate: Gate | None) -> Iterator[None]:
-        """Lets work go on only while a gate is open."""
-        self._gate = gate
+    def behind(self, gate: Gate | None, client: Client) -> Iterator[None]:
+        """Lets work go on only while a gate is open and its client waits for it."""
+        self._gate, self._client = gate, client
         if gate:
             gate.begin()
         try:
             yield
         finally:
-            self._gate = None
+            self._gate = self._client = None
             if gate:
                 gate.end()
+
+    def _wait(self) -> None:
+        if self._gate:
+            self._gate.wait()
+        if self._client and self._client.cancelled:
+            raise Abandoned
 
     @property
     def is_over(self) -> bool:
@@ -19549,10 +19610,12 @@ class Unread(Symbol):
 READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
 
 
-def read_soon(root: Symbol) -> None:
-    """Checks a grammar for up to 5 ms; a slower one is checked by the engine, where no text waits. Raises InvalidRequest."""
+def read_soon(root: Symbol) -> bool:
+    """Reads a grammar for up to 5 ms; False for a slower one, which is read where no text waits. Raises InvalidRequest."""
     with TURN.limited(READING_SECONDS):
         read_ahead(root)
+        return True
+    return False
 
 
 def anything_but(marker: str) -> Symbol:

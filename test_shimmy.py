@@ -8369,6 +8369,32 @@ def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_n
         nobody_left_at(errands, errand)
 
 
+def test_newcomers_wait_for_no_grammar_that_takes_long_to_read(server: Server) -> None:
+    assert server.chat("hi", "dice", max_tokens=2).status == 200
+    ask = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    with contextlib.ExitStack() as clients:
+        for n in range(3):
+            intricate = {"allOf": [{"pattern": f"(a|b)*[c-z](c|d){{{n + i}}}"} for i in range(40)]}
+            errand = Errand("/v1/chat/completions", "dice", {**ask, "json_schema": intricate}, {})
+            clients.enter_context(requested(server, errand))
+        eventually(lambda: requests_of(server, "dice")[1] >= 2, "their grammars are being read")
+        assert server.chat("hi", "dice", max_tokens=2).status == 200
+        assert server.chat("hi", "dice", grammar='root ::= "yes"').message["content"] == "yes"
+        assert requests_of(server, "dice")[1], "none waits any more"
+    eventually(lambda: requests_of(server, "dice") == (0, 0), "nobody waits for them")
+    slow = {"properties": {f"p{i}": {"pattern": f"^[a-z]{{{i},{i + 300}}}(x|y)*z{i}$"} for i in range(60)}}
+    assert server.chat("hi", "dice", json_schema=slow, max_tokens=9).status == 200
+
+
+def test_newcomers_wait_for_no_inputs_that_are_tokenized(server: Server) -> None:
+    large = Errand("/v1/embeddings", "recital", {"input": ["w011 " * 1500] * 2000}, {})
+    with requested(server, large):
+        eventually(lambda: requests_of(server) == (0, 1), "its inputs are being tokenized")
+        assert server.post("/api/generate", {"model": "recital", "prompt": ":", "max_tokens": 2}).status == 200
+        assert requests_of(server) == (0, 1)
+    eventually(lambda: requests_of(server) == (0, 0), "nobody waits for them")
+
+
 # ── Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Engines that crash, fail to start or are unloaded: the server notices, reports it and cleans up.
 
