@@ -1186,13 +1186,13 @@ def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
-    """As stated, else as labelled, else summed over the tensors of a model in one file."""
+    """As stated, else as labelled, else summed over the tensors."""
     stated, label = header.metadata.get("general.parameter_count"), header.metadata.get("general.size_label")
     if isinstance(stated, int) and stated:
         return human_count(stated)
     if label:
         return printable(str(label))
-    return human_count(header.parameters) if header.complete and "split.count" not in header.metadata else None
+    return human_count(header.parameters) if header.complete else None
 
 
 def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
@@ -1240,7 +1240,7 @@ def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     for source, places in {
         "huggingface": hub_caches(),
         "llama.cpp": (env("LLAMA_CACHE"), home / ".cache/llama.cpp", home / "Library/Caches/llama.cpp",
-                      _below(env("LOCALAPPDATA"), "llama.cpp")),
+                      env("LOCALAPPDATA") and os.path.join(env("LOCALAPPDATA", ""), "llama.cpp")),
         "lm-studio": (home / ".lmstudio/models", home / ".cache/lm-studio/models"),
         "ollama": (env("OLLAMA_MODELS"), home / ".ollama/models", "/usr/share/ollama/.ollama/models"),
     }.items():  # fmt: skip
@@ -1255,8 +1255,8 @@ def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
 
 def hub_home() -> str:
     """Where the tools of the Hugging Face hub keep their things."""
-    own = os.environ.get("HF_HOME") or _below(os.environ.get("XDG_CACHE_HOME"), "huggingface")
-    return os.path.expanduser(own or "~/.cache/huggingface")
+    env = os.environ.get
+    return os.path.expanduser(env("HF_HOME") or os.path.join(env("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
 
 
 def hub_caches() -> list[str]:
@@ -1266,10 +1266,6 @@ def hub_caches() -> list[str]:
     return [os.path.expanduser(place) for place in places if place]
 
 
-def _below(directory: str | None, name: str) -> str | None:
-    return os.path.join(directory, name) if directory else None
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A file that may be a model."""
@@ -1277,22 +1273,8 @@ class Candidate:
     path: str
     source: str
     label: str  # what the id is made from
-    size: int
-    mtime_ns: int
-    file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
+    status: os.stat_result
     stored: Stored = Stored()
-
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """Differs once the file changes, or another one of its set appears, changes or goes."""
-        others: list[tuple[int, int] | None] = []
-        for path in shard_paths(self.path) if SHARD.search(os.path.splitext(self.path)[0]) else ():
-            try:
-                status = os.stat(path)
-                others.append((status.st_size, status.st_mtime_ns))
-            except OSError:
-                others.append(None)
-        return (self.path, self.size, self.mtime_ns, *others)
 
 
 @dataclass(frozen=True)
@@ -1305,80 +1287,62 @@ class ScanReport:
     began: float = -math.inf  # time.monotonic()
 
 
-class TreeWalk:
-    """Walks one root for candidates, bounded in depth and entries; a symlink loop does no harm."""
-
-    def __init__(self, root: SearchRoot) -> None:
-        self.root, self.entries, self.notes = root, 0, list[str]()
-        self._seen: set[tuple[int, int]] = set()
-
-    def candidates(self) -> Iterator[Candidate]:
-        yield from self._ollama() if self.root.ollama else self._walk(self.root.path, 0)
-
-    def _walk(self, directory: str, depth: int) -> Iterator[Candidate]:
+def find_candidates(root: SearchRoot, notes: list[str]) -> Iterator[Candidate]:
+    """The files at a root that may be models; `notes` are told what could not be read, and where the search stopped."""
+    for path, label, stored in (_walk_ollama if root.ollama else _walk)(root, notes):
         try:
-            status = os.stat(directory)
-            listing = sorted(os.scandir(directory), key=lambda e: e.name)
+            status = os.stat(path)
         except OSError as error:
-            if depth or not isinstance(error, FileNotFoundError):
-                self._note(f"{directory}: {error.strerror or error}")
-            return
-        if (status.st_dev, status.st_ino) in self._seen:
-            return
-        self._seen.add((status.st_dev, status.st_ino))
-        for entry in listing:
-            self.entries += 1
-            if self.entries > MAX_SCAN_ENTRIES:
-                self._note(f"stopped after {MAX_SCAN_ENTRIES} entries")
-                return
-            yield from self._visit(entry, depth)
-
-    def _visit(self, entry: os.DirEntry[str], depth: int) -> Iterator[Candidate]:
-        try:
-            is_dir = entry.is_dir()
-        except OSError as error:  # a link to itself, or through a file
-            self._note(f"{entry.path}: {error.strerror or error}")
-            return
-        if is_dir and self.root.depth and not TRASH.match(entry.name):
-            if depth >= self.root.depth:
-                self._note(f"stopped {self.root.depth} levels down")
-            else:
-                yield from self._walk(entry.path, depth + 1)
-        elif entry.name.lower().endswith(".gguf") and not is_dir:
-            yield from self.candidate(entry.path, entry.name[:-5])
-
-    def _note(self, note: str) -> None:
-        note = printable(note, 400)
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def candidate(self, path: str, label: str) -> Iterator[Candidate]:
-        """The file, if it is a regular one that exists."""
-        try:
-            s = os.stat(path)
-        except OSError as error:
-            self._note(f"{path}: {error.strerror or error}")
-            return
-        if stat.S_ISREG(s.st_mode):
-            yield Candidate(path, self.root.source, label, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
+            notes.append(f"{path}: {error.strerror or error}")
+            continue
+        if stat.S_ISREG(status.st_mode):
+            yield Candidate(path, root.source, label, status, stored)
         else:
-            self._note(f"{path}: not a regular file")
+            notes.append(f"{path}: not a regular file")
 
-    def _ollama(self) -> Iterator[Candidate]:
-        """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
-        store = pathlib.Path(self.root.path)
-        for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
-            self.entries += 1
-            try:
-                layers = ollama_layers(manifest)
-                stored = read_stored(store / "blobs", layers)
-            except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-                self._note(f"{manifest}: {error}")  # JSON of any shape
-                continue
-            for digest in layers.get("model", ())[:1]:
-                label = f"{manifest.parent.name}:{manifest.name}"
-                for candidate in self.candidate(str(store / "blobs" / digest), label):
-                    yield replace(candidate, stored=stored)
+
+def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """Walks a tree, bounded in depth and entries; a symlink loop does no harm. The root may be a file itself."""
+    if os.path.isfile(root.path):
+        yield root.path, pathlib.Path(root.path).stem, Stored()
+        return
+
+    def failed(error: OSError) -> None:
+        if error.filename != root.path or not isinstance(error, FileNotFoundError):
+            notes.append(f"{error.filename}: {error.strerror or error}")
+
+    seen: set[str] = set()
+    entries = 0
+    for folder, folders, files in os.walk(root.path, onerror=failed, followlinks=True):
+        entries += len(folders) + len(files)
+        if entries > MAX_SCAN_ENTRIES:
+            notes.append(f"stopped after {MAX_SCAN_ENTRIES} entries")
+            return
+        folders[:] = sorted(f for f in folders if root.depth and not TRASH.match(f))
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if folders and folder.removeprefix(root.path).count(os.sep) >= root.depth:
+            notes.append(f"stopped {root.depth} levels down")
+            folders.clear()
+        for name in sorted(files):
+            if name.lower().endswith(".gguf"):
+                yield os.path.join(folder, name), name[:-5], Stored()
+
+
+def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
+    blobs = pathlib.Path(root.path, "blobs")
+    for manifest in sorted(itertools.islice(pathlib.Path(root.path).glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
+        try:
+            layers = ollama_layers(manifest)
+            stored = read_stored(blobs, layers)
+        except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")  # JSON of any shape
+            continue
+        for digest in layers.get("model", ())[:1]:
+            yield str(blobs / digest), f"{manifest.parent.name}:{manifest.name}", stored
 
 
 def ollama_layers(manifest: pathlib.Path) -> dict[str, list[str]]:
@@ -1386,16 +1350,20 @@ def ollama_layers(manifest: pathlib.Path) -> dict[str, list[str]]:
 
     Raises ValueError for a digest that is not 64 hex digits: it becomes a path.
     """
-    with open_regular(str(manifest)) as file:
-        layers = json.loads(file.read(MIB)).get("layers", [])
     found: dict[str, list[str]] = {}
-    for layer in layers:
+    for layer in json.loads(read_blob(manifest)).get("layers", []):
         kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
         if kind.startswith("application/vnd.ollama.image."):
             if not digest:
                 raise ValueError("the manifest's digest is malformed")
             found.setdefault(kind.rpartition(".")[2], []).append(f"sha256-{digest[1]}")
     return found
+
+
+def read_blob(path: pathlib.Path) -> bytes:
+    """The first MiB of a regular file."""
+    with open_regular(str(path)) as file:
+        return file.read(MIB)
 
 
 # Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
@@ -1406,22 +1374,17 @@ OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
 def read_stored(blobs: pathlib.Path, layers: Mapping[str, Seq[str]]) -> Stored:
     """What an Ollama store says of a model. Raises OSError, ValueError, ApiError for parameters that make no sense."""
     params: dict[str, Any] = {}
-    system = ""
     for name in layers.get("params", ()):
-        with open_regular(str(blobs / name)) as file:
-            params |= parse_object(file.read(MIB), "the parameters")
-    for name in layers.get("system", ()):
-        with open_regular(str(blobs / name)) as file:
-            system = file.read(MIB).decode("utf-8", "replace")
+        params |= parse_object(read_blob(blobs / name), "the parameters")
     named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
     sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    given = {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}
     engine = {
         field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
     }
     if adapters := tuple(str(blobs / name) for name in layers.get("adapter", ())):
         engine["lora"] = adapters
-    return Stored(engine, given, system)
+    system = "".join(read_blob(blobs / name).decode("utf-8", "replace") for name in layers.get("system", ())[-1:])
+    return Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system)
 
 
 MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are two of them
@@ -1441,37 +1404,6 @@ def is_boxed(model: ModelInfo) -> bool:
     return os.path.realpath(model.path) == str(pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf")
 
 
-class Findings:
-    """Collects the models of one scan in order, by device and inode, and skipped files with their reasons."""
-
-    def __init__(self) -> None:
-        self.models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
-        self.skipped: dict[str, str] = {}  # reason by path
-        self.directories: list[dict[str, Any]] = []
-
-    def add(self, candidates: Iterable[Candidate], examine: Callable[[Candidate, bool], ModelInfo | str]) -> set[str]:
-        """Takes in the models among the candidates; returns the paths of those that are new."""
-        before = len(self.models)
-        for candidate in candidates:
-            if candidate.file_id in self.models:
-                continue
-            result = examine(candidate, False)
-            if isinstance(result, ModelInfo):
-                self.models[candidate.file_id] = (candidate, result)
-            else:
-                self.skipped.setdefault(candidate.path, result)
-        return {candidate.path for candidate, _ in itertools.islice(self.models.values(), before, None)}
-
-    def report(self, began: float) -> ScanReport:
-        """The report; the model that comes with shimmy stands last, unless it was asked for by path."""
-        models = [replace(info, stored=c.stored) for c, info in self.models.values()]
-        models.sort(key=lambda m: is_boxed(m) and m.source != "--model")
-        paths = {m.path for m in models}
-        directories = (d | {"models": len(d["models"] & paths)} for d in self.directories)
-        skipped = ({"path": path, "reason": reason} for path, reason in self.skipped.items())
-        return ScanReport(tuple(models), tuple(skipped), tuple(directories), began)
-
-
 class Catalog:
     """The models on the disk. Any thread may scan or ask; what was read of a file is kept while that is unchanged."""
 
@@ -1479,7 +1411,7 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[Any, ...], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
+        self._read: dict[tuple[Any, ...], ModelInfo | str] = {}  # or why it is none, by path, sizes and times
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
@@ -1494,48 +1426,56 @@ class Catalog:
             return self.report
 
     def _look(self, began: float) -> ScanReport:
-        known, findings = set(self._read), Findings()
-        for file in self.files:
-            walk = TreeWalk(SearchRoot(file, "--model"))
-            findings.add(walk.candidate(file, pathlib.Path(file).stem), self._examine)
-        for root in self.roots:
-            walk = TreeWalk(root)
-            new = findings.add(walk.candidates(), self._examine)
-            findings.directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
-                                         "models": new, "notes": walk.notes})  # fmt: skip
-        self._read_whole(findings, known)
-        return findings.report(began)
+        models: dict[tuple[int, int], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
+        skipped: dict[str, str] = {}  # reason by path
+        directories: list[dict[str, Any]] = []
+        for root in (*(SearchRoot(file, "--model") for file in self.files), *self.roots):
+            notes: list[str] = []
+            before = len(models)
+            for c in find_candidates(root, notes):
+                file_id = c.status.st_dev, c.status.st_ino
+                if file_id in models:
+                    continue
+                result = self._examine(c, time.monotonic() < began + SCAN_DETAIL_SECONDS)
+                if isinstance(result, ModelInfo):
+                    models[file_id] = replace(result, stored=c.stored)
+                else:
+                    skipped.setdefault(c.path, result)
+            directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
+                                "models": len(models) - before,
+                                "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
+        # the model that comes with shimmy stands last, unless it was asked for by path
+        listed = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
+        return ScanReport(tuple(listed), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
     def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
         """The candidate's ModelInfo, or why it is none; remembered while its files stay as they are."""
-        key = c.version
-        result, whole = self._read.get(key, ("", False))
-        if key not in self._read or (whole_header and not whole):
-            result = self._describe(c, whole_header)
-            if whole_header or key not in self._read:  # another thread may have read it whole meanwhile
-                self._read[key] = (result, whole_header)
-        return result
+        key = (c.path, *map(_stamp, shard_paths(c.path)))
+        known = self._read.get(key)
+        if known is None or (whole_header and isinstance(known, ModelInfo) and known.chat_template is None):
+            known = self._read[key] = self._describe(c, whole_header)
+        return known
 
     def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
-            header = read_gguf_header(c.path, c.size, whole_header, deadline)
+            header = read_gguf_header(c.path, c.status.st_size, whole_header, deadline)
             refuse_other_kinds(header)
-            is_split = header.metadata.get("split.count", 1) > 1  # a merged file may still be named like a shard
-            missing = missing_shards(c.path) if is_split else []
-            if missing:
+            # a merged file may still be named like a shard
+            paths = shard_paths(c.path) if header.metadata.get("split.count", 1) > 1 else [c.path]
+            if missing := [os.path.basename(path) for path in paths if not os.path.exists(path)]:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
-            sizes = {part: os.path.getsize(part) for part in (shard_paths(c.path) if is_split else [c.path])}
+            sizes = [os.path.getsize(path) for path in paths]
             if whole_header:
-                parts = [header, *(read_gguf_header(part, sizes[part], deadline=deadline) for part in list(sizes)[1:])]
-                for part, size in zip(parts, sizes.values(), strict=True):
+                later = (read_gguf_header(*part, deadline=deadline) for part in zip(paths[1:], sizes[1:], strict=True))
+                parts = [header, *later]
+                for part, size in zip(parts, sizes, strict=True):
                     if part.data_end > size:
                         raise GgufError(f"truncated: {size} of {part.data_end} bytes")
-                if len(parts) > 1:
-                    header = replace(header, parameters=sum(part.parameters for part in parts),
-                                     metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
-            return describe(header, c.path, self._id_for(c), c.source, sum(sizes.values()))
-        except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+                header = replace(header, parameters=sum(part.parameters for part in parts))
+            return describe(header, c.path, self._id_for(c), c.source, sum(sizes))
+        except (GgufError, OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
             return printable((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
 
@@ -1549,19 +1489,6 @@ class Catalog:
                 id += "-" + hashlib.sha256(c.path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
             self._ids[c.path] = id
         return self._ids[c.path]
-
-    def _read_whole(self, findings: Findings, known: set[Any]) -> None:
-        """Reads the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; drops those found damaged."""
-        deadline = time.monotonic() + SCAN_DETAIL_SECONDS
-        for file_id, (c, _) in sorted(findings.models.items(), key=lambda item: item[1][0].size):
-            if c.version in known or time.monotonic() > deadline:
-                continue
-            result = self._examine(c, whole_header=True)
-            if isinstance(result, ModelInfo):
-                findings.models[file_id] = (c, result)
-            else:
-                del findings.models[file_id]
-                findings.skipped[c.path] = result
 
     def why_skipped(self, name: str) -> str:
         """": " and the reason, if a file of that name was skipped; else nothing."""
@@ -1577,11 +1504,9 @@ class Catalog:
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
         try:
-            s = os.stat(model.path)
+            result = self._examine(Candidate(model.path, model.source, model.id, os.stat(model.path)), whole_header=True)
         except OSError:
             return model
-        c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        result = self._examine(c, whole_header=True)
         return replace(result, stored=model.stored) if isinstance(result, ModelInfo) else model
 
 
@@ -1594,9 +1519,13 @@ def shard_paths(path: str) -> list[str]:
     return [f"{stem[: shard.start()]}-{i:05d}-of-{shard[2]}{suffix}" for i in range(1, min(int(shard[2]), 999) + 1)]
 
 
-def missing_shards(path: str) -> list[str]:
-    """Names of the set's files that are not there."""
-    return [os.path.basename(p) for p in shard_paths(path) if p != path and not os.path.exists(p)]
+def _stamp(path: str) -> tuple[int, int] | None:
+    """Changes with a file; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
 
 
 # ── 4. Chat ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3534,9 +3463,8 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
-        wish = Wish(ctx, max(pool, ctx), options.kv_type, sequences, 4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe,
-                    rung.gpu_share)  # fmt: skip
-        placed = place(weights or Weights((), model.size_bytes), kv, gpus, wish)
+        placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
+                       4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
@@ -13820,34 +13748,13 @@ OWN_CGROUPS = "/proc/self/cgroup"
 CGROUPS = "/sys/fs/cgroup"
 
 
-def _cgroups(controller: str) -> list[pathlib.Path]:
-    """The directories of our control group and of those around it, innermost first (cgroups(7), versions 1 and 2)."""
-    found = []
+def _cgroups() -> list[pathlib.Path]:
+    """The directory of our control group, and those above it (cgroups(7), version 2)."""
+    own: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        for line in pathlib.Path(OWN_CGROUPS).read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            top = pathlib.Path(CGROUPS, controller if controllers else "")
-            names = [] if ".." in path else [name for name in path.split("/") if name]
-            found += [top.joinpath(*names[:depth]) for depth in range(len(names), -1, -1)]
-    return found or [pathlib.Path(CGROUPS)]
-
-
-# limit, usage, and what of the usage is page cache that the kernel gives back when asked: mapped weights among it
-CGROUP_MEMORY = (
-    ("memory.max", "memory.current", ("inactive_file", "active_file")),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
-)
-
-
-def _cgroup_memory(directory: pathlib.Path) -> Iterator[int]:
-    """Bytes left below the limit of a control group, if it has one."""
-    for limit, usage, caches in CGROUP_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
-            left = int((directory / limit).read_text()) - int((directory / usage).read_text())
-            rows = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
-            yield left + sum(int(row[1]) for row in rows if row[0] in caches)
+        own = re.findall(r"^0::/(.*)$", pathlib.Path(OWN_CGROUPS).read_text(), re.M)
+    group = pathlib.Path(CGROUPS, *own[:1])
+    return [group, *group.parents]
 
 
 def available_memory() -> int | None:
@@ -13856,8 +13763,12 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo") as file:
             free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    for directory in _cgroups("memory"):
-        free += _cgroup_memory(directory)
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+            # the kernel gives page cache back when asked: mapped weights among it
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+            free.append(left + sum(map(int, cached)))
     if not free and sys.platform == "darwin":
         free += _mac_memory(output_of(["/usr/bin/vm_stat"]))
     if not free and sys.platform == "win32":
@@ -13910,33 +13821,30 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
-class ParentThread:
-    """Starts all children from one thread, which lives as long as this process: its end is theirs (die_with_parent)."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: Executor | None = None
-
-    def start(self, command: Seq[str]) -> subprocess.Popen[bytes]:
-        """Raises OSError; RuntimeError when there is no thread to be had, or the interpreter ends."""
-        import subprocess
-
-        with self._lock:
-            if self._pool is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                self._pool = ThreadPoolExecutor(1, "children")
-        return self._pool.submit(
-            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
-        ).result()
+_starting = threading.Lock()
 
 
-PARENT = ParentThread()
+@functools.cache
+def _parent_thread() -> Executor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1, "children")
 
 
 def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
-    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin."""
-    child = PARENT.start(child_command(entry))
+    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin.
+
+    One thread starts them all and lives as long as this process: its end is theirs (die_with_parent). Raises OSError;
+    RuntimeError when there is no thread to be had, or the interpreter ends.
+    """
+    import subprocess
+
+    with _starting:
+        thread = _parent_thread()
+    own_session = os.name == "posix"
+    child = thread.submit(
+        subprocess.Popen, child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=own_session
+    ).result()
     assert child.stdin and child.stdout
     return child, child.stdout, child.stdin
 
@@ -13982,9 +13890,9 @@ def physical_cores() -> int:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
     count = len(cores) or len(allowed)
-    for directory in _cgroups("cpu"):
+    for group in _cgroups():
         with contextlib.suppress(OSError, ValueError):  # ValueError: the quota is "max"
-            quota, period = (directory / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text().split()
             count = min(count, max(1, int(quota) // int(period)))
     return count
 
@@ -14041,60 +13949,57 @@ def engine_build() -> dict[str, Any]:
         return dict(_known_build)
 
 
+def _machine_signs() -> Iterator[str]:
+    """Tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
+    import importlib.util
+    import platform
+
+    yield from (platform.machine(), platform.processor(), platform.release())
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
+    for sign in GPU_SIGNS:
+        with contextlib.suppress(OSError):
+            yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
+    spec = importlib.util.find_spec("llama_cpp")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for library in sorted(pathlib.Path(folder, "lib").glob("*")):
+            yield f"{library.name} {_stamp(str(library))}"
+
+
 class KnownFaults:
     """What native code was found not to do on this machine with this build of llama-cpp-python: JSON in the user's cache.
 
-    Each machine and build has an entry of its own: a home directory may be on a network, and a driver or library that
-    changes may have been mended. Any thread and several processes may use the file; one that is damaged counts as empty.
+    Each machine and build has a file of its own: a home directory may be on a network, and a driver or library that
+    changes may have been mended. Any thread and several processes may use it; one that is damaged counts as empty.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = path or os.path.join(user_cache(), "known-faults.json")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        if path:
+            self.path = path
 
     @functools.cached_property
-    def _key(self) -> str:
+    def path(self) -> str:
         import hashlib
 
-        return hashlib.sha256("\n".join(self._signs()).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\n".join(_machine_signs()).encode()).hexdigest()[:16]
+        return os.path.join(user_cache(), f"known-faults-{key}.json")
 
-    @staticmethod
-    def _signs() -> Iterator[str]:
-        """What tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
-        import importlib.util
-        import platform
-
-        yield from (platform.machine(), platform.processor(), platform.release())
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-            yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
-        for sign in GPU_SIGNS:
-            with contextlib.suppress(OSError):
-                yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
-        spec = importlib.util.find_spec("llama_cpp")
-        for folder in spec.submodule_search_locations or [] if spec else []:
-            with contextlib.suppress(OSError):
-                yield from (f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}"
-                            for f in sorted(os.scandir(os.path.join(folder, "lib")), key=lambda f: f.name))  # fmt: skip
-
-    def read(self) -> dict[str, Any]:
-        """What is known here: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
-        entry = self._read().get(self._key)
-        return entry if isinstance(entry, dict) else {}
-
-    def _read(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
+    def read(self) -> dict[str, dict[str, Any]]:
+        """What is known: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             known = json.loads(pathlib.Path(self.path).read_text(encoding="utf-8"))
-            return known if isinstance(known, dict) else {}
+            return {kind: found for kind, found in known.items() if isinstance(found, dict)}
         return {}
 
     def note(self, kind: str, found: Mapping[str, Any]) -> None:
-        """Adds to what is known here of a kind. A folder that cannot be written only costs the finding out again."""
+        """Adds to what is known of a kind. A folder that cannot be written only costs the finding out again."""
         with self._lock, contextlib.suppress(OSError):
-            known, entry = self._read(), self.read()
-            entry[kind] = (entry[kind] if isinstance(entry.get(kind), dict) else {}) | dict(found)
+            known = self.read()
+            known[kind] = known.get(kind, {}) | dict(found)
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             part = f"{self.path}.{os.getpid()}"
-            pathlib.Path(part).write_text(json.dumps(known | {self._key: entry}, indent=1), encoding="utf-8")
+            pathlib.Path(part).write_text(json.dumps(known, indent=1), encoding="utf-8")
             os.replace(part, self.path)
 
     def kernels(self) -> tuple[dict[str, str], bool]:
@@ -14102,9 +14007,9 @@ class KnownFaults:
 
         They are tried once on a machine with a build; whoever asks first waits for that, a quarter of a second.
         """
-        with _trying_kernels:
+        with self._lock:
             known = self.read().get("kernels")
-            if isinstance(known, dict) and all(isinstance(fault, str) for fault in known.values()):
+            if known is not None and all(isinstance(fault, str) for fault in known.values()):
                 return known, False
             found = try_kernels()
             if found is not None:
@@ -14112,7 +14017,6 @@ class KnownFaults:
         return found or {}, True
 
 
-_trying_kernels = threading.Lock()
 KERNEL_SECONDS = 60.0  # for all of them: what takes 0.2 s, on a machine that others keep busy
 
 
@@ -14196,28 +14100,21 @@ class HeaderReader:
 
     def __init__(self, file: Any, size: int, deadline: float) -> None:
         self.file, self.size, self.deadline = io.BufferedReader(file, 64 * 1024), size, deadline  # on time.thread_time's clock
-        self.at = 0  # in the file
         self.kept = 0  # bytes of strings
-
-    def go(self, count: int) -> None:
-        """Counts bytes that are read or skipped next. Raises GgufError when the file has no more, or the time is over."""
-        self.at += count
-        if self.at > self.size:
-            raise GgufError("the header is truncated")
 
     def check_time(self) -> None:
         if time.thread_time() > self.deadline:
             raise GgufError(f"the header takes more than {self.SECONDS:.0f} s to read")
 
     def read(self, count: int) -> bytes:
-        self.go(count)
         data = self.file.read(count)
-        if len(data) < count:  # cut while it is read
+        if len(data) < count:
             raise GgufError("the header is truncated")
         return data
 
     def skip(self, count: int) -> None:
-        self.go(count)
+        if count > self.size:
+            raise GgufError("the header is truncated")
         self.file.seek(count, os.SEEK_CUR)
 
     def scalar(self, code: str) -> Any:
@@ -14226,6 +14123,7 @@ class HeaderReader:
 
     def string(self) -> str:
         """The next string, or its first KEEP_STRING bytes."""
+        self.check_time()  # each pair and each tensor begins with one
         length = self.scalar("Q")
         keep = min(length, self.KEEP_STRING)
         self.kept += keep
@@ -14237,19 +14135,14 @@ class HeaderReader:
 
     def skip_strings(self, count: int) -> None:
         """Steps over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
-        unpack, read, seek, size, at = struct.Struct("<Q").unpack, self.file.read, self.file.seek, self.size, self.at
-        try:
-            for number in range(count):
-                if not number & 0xFFFF:
-                    self.check_time()
-                length = unpack(read(8))[0]
-                at += 8 + length
-                if at > size:
-                    raise GgufError("the header is truncated")
-                seek(length, 1)
-        except struct.error:
-            raise GgufError("the header is truncated") from None
-        self.at = at
+        read, seek, size, whole = self.file.read, self.file.seek, self.size, int.from_bytes
+        for number in range(count):
+            if not number & 0xFFFF:
+                self.check_time()
+            length = read(8)
+            if len(length) < 8 or whole(length, "little") > size:
+                raise GgufError("the header is truncated")
+            seek(whole(length, "little"), 1)
 
     def value(self, kind: int) -> Any:
         """One metadata value; long arrays are skipped and give None."""
@@ -14261,8 +14154,6 @@ class HeaderReader:
             raise GgufError(f"the header has a value of unknown type {kind}")
         inner, count = self.scalar("I"), self.scalar("Q")
         if inner == 8:
-            if count * 8 > self.size:
-                raise GgufError("the header is truncated")
             return self.skip_strings(count)
         if inner not in self.SCALARS:
             raise GgufError(f"the header has an array of unknown type {inner}")
@@ -14299,32 +14190,24 @@ def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: 
     """
     with open_regular(path) as file:
         reader = HeaderReader(file, size, deadline or time.thread_time() + HeaderReader.SECONDS)
-        tensors, pairs = _read_counts(reader)
+        if size < 24:
+            raise GgufError("too short to be a GGUF file")
+        magic, version, tensors, pairs = struct.unpack("<4sIQQ", reader.read(24))
+        if magic != b"GGUF":
+            raise GgufError("not a GGUF file (wrong magic)")
+        if not version & 0xFFFF:
+            raise GgufError("big-endian GGUF file, for another kind of machine")
+        if version not in (2, 3):
+            raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
+        if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
+            raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            reader.check_time()
-            key = reader.string()
-            kind = reader.scalar("I")
+            key, kind = reader.string(), reader.scalar("I")
             if kind == 9 and key.startswith("tokenizer.") and not whole_header:
                 return GgufHeader(metadata, tensors, complete=False)
             metadata[key] = reader.value(kind)
         return GgufHeader(metadata, tensors, True, *_read_tensors(reader, tensors, metadata))
-
-
-def _read_counts(reader: HeaderReader) -> tuple[int, int]:
-    """The first 24 bytes: how many tensors and how many metadata pairs follow. Raises GgufError for another format."""
-    if reader.size < 24:
-        raise GgufError("too short to be a GGUF file")
-    magic, version, tensors, pairs = struct.unpack("<4sIQQ", reader.read(24))
-    if magic != b"GGUF":
-        raise GgufError("not a GGUF file (wrong magic)")
-    if not version & 0xFFFF:
-        raise GgufError("big-endian GGUF file, for another kind of machine")
-    if version not in (2, 3):
-        raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
-    if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
-        raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
-    return tensors, pairs
 
 
 def _read_tensors(
@@ -14333,21 +14216,19 @@ def _read_tensors(
     """Parameters in all tensors, where in the file the last one ends, and names and bytes of each."""
     parameters, end, found = 0, 0, []
     for _ in range(count):
-        reader.check_time()
         name, dimensions = reader.string(), reader.scalar("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
         elements = math.prod(reader.scalar("Q") for _ in range(dimensions))
         kind, offset = reader.scalar("I"), reader.scalar("Q")
         block, width = BLOCKS.get(kind, (1, 0))
-        size = elements // block * width
         parameters += elements
-        end = max(end, offset + size)
-        found.append((name, size))
-    alignment = metadata.get("general.alignment", 32)
+        found.append((name, elements // block * width))
+        end = max(end, offset + found[-1][1])
+    alignment, at = metadata.get("general.alignment", 32), reader.file.tell()
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
-    return parameters, reader.at + -reader.at % alignment + end, tuple(found)
+    return parameters, at + -at % alignment + end, tuple(found)
 
 
 # What a model takes in memory, and what of it goes where
@@ -14401,28 +14282,22 @@ def kv_shape(meta: Mapping[str, Any], architecture: str) -> KvShape | None:
         state = _state_bytes(lambda name: each(said(name))[0], width, max(heads))
     except ValueError:
         return None
-    windows, recurrent = _windows(said("attention.sliding_window_pattern"), n_layer), _recurrent_layers(said, kv_heads, n_layer)
+    windows = _layers(said("attention.sliding_window_pattern"), [False] * n_layer)
+    stated = said("attention.recurrent_layers", said("full_attention_interval"))
+    recurrent = _layers(stated, [not heads for heads in kv_heads])  # which keep a state in place of keys and values
     with_keys = [not r and i < n_layer - borrowers for i, r in enumerate(recurrent)]  # the last ones may read those before them
     layers = tuple(n * sizes[w] * k for n, w, k in zip(kv_heads, windows, with_keys, strict=True))
     states = tuple(state * (r or not any(recurrent)) for r in recurrent)
     return KvShape(layers, states) if any(layers) or any(states) else None
 
 
-def _windows(pattern: Any, count: int) -> list[bool]:
-    """Which layers see only a window: stated for each, or all but every n-th."""
-    if isinstance(pattern, tuple):
-        return [bool(w) for w in (*pattern, *[False] * count)[:count]]
-    return [isinstance(pattern, int) and pattern > 1 and (i + 1) % pattern != 0 for i in range(count)]
-
-
-def _recurrent_layers(said: Callable[..., Any], kv_heads: Seq[int], count: int) -> list[bool]:
-    """Which layers keep a state in place of keys and values: stated, by an interval, or those without KV heads."""
-    stated, interval = said("attention.recurrent_layers", None), said("full_attention_interval")
+def _layers(stated: Any, usual: list[bool]) -> list[bool]:
+    """Which layers are of a kind: stated for each, or all but every n-th, else the usual ones."""
     if isinstance(stated, tuple):
-        return [bool(r) for r in (*stated, *[False] * count)[:count]]
-    if isinstance(interval, int) and interval > 0:
-        return [(i + 1) % interval != 0 for i in range(count)]
-    return [not heads for heads in kv_heads]
+        return [*map(bool, stated), *[False] * len(usual)][: len(usual)]
+    if isinstance(stated, int) and stated > 0:
+        return [i % stated != 0 for i in range(1, len(usual) + 1)]
+    return usual
 
 
 def _state_bytes(said: Callable[[str], int], width: int, heads: int) -> int:
@@ -14465,20 +14340,6 @@ EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch)?exps"  # in the names of experts' 
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a load asks of the GPUs."""
-
-    ctx: int  # tokens that one sequence must have
-    pool: int  # and all together would like
-    kv_type: str
-    sequences: int
-    compute: int  # bytes of buffers on each GPU
-    gpu_layers: int | None = None  # None: as many as fit
-    cpu_moe: int | None = None  # None: as few as must be
-    share: float = 1.0  # of the layers that would fit
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where a model's parts go."""
 
@@ -14487,34 +14348,37 @@ class Placement:
     pool: int = 0  # tokens in the KV cache
 
 
-def place(weights: Weights, kv: KvShape, gpus: Seq[int], wish: Wish) -> Placement:
+def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv_type: str, sequences: int, compute: int,
+          gpu_layers: int | None = None, cpu_moe: int | None = None, share: float = 1.0) -> Placement:  # fmt: skip
     """Fits a model onto GPUs with so many free bytes each: a smaller pool first, then experts on the CPU, then fewer layers.
 
-    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free.
+    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free, and `compute`
+    bytes for buffers. One sequence must have `ctx` tokens, and all together would like `pool`. None for `gpu_layers` means
+    as many as fit, for `cpu_moe` as few as must be; `share` is of the layers that would fit.
     """
     count = len(weights.layers)
-    each = [total + kv.state_bytes(wish.sequences) // max(count, 1) for total, _ in weights.layers]
-    room = sum(max(0, free - free // 20 - wish.compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
+    each = [total + kv.state_bytes(sequences) // max(count, 1) for total, _ in weights.layers]
+    room = sum(max(0, free - free // 20 - compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
 
-    def fits(layers: int, moe: int, pool: int) -> bool:
+    def fits(layers: int, moe: int, tokens: int) -> bool:
         first = max(0, count - layers)
         experts = sum(e for _, e in weights.layers[first:moe])
         need = sum(total for total, _ in weights.layers[first:]) - experts + (weights.output if layers > count else 0)
-        return need + kv.token_bytes(wish.kv_type, first) * pool + kv.state_bytes(wish.sequences, first) <= room
+        return need + kv.token_bytes(kv_type, first) * tokens + kv.state_bytes(sequences, first) <= room
 
     def most(layers: int, moe: int) -> int:
         """The largest pool, in steps of an eighth of a context."""
-        step = max(1, wish.ctx // 8)
-        return next((p for p in range(wish.pool, wish.ctx, -step) if fits(layers, moe, p)), wish.ctx)
+        step = max(1, ctx // 8)
+        return next((p for p in range(pool, ctx, -step) if fits(layers, moe, p)), ctx)
 
-    moe, mixture = wish.cpu_moe or 0, any(experts for _, experts in weights.layers)
-    if wish.gpu_layers is not None:
-        layers = count + 1 if wish.gpu_layers < 0 else wish.gpu_layers
-        return Placement(int(layers * wish.share), moe, most(layers, moe))
-    all_moe = count if mixture and wish.cpu_moe is None else moe
+    moe, mixture = cpu_moe or 0, any(experts for _, experts in weights.layers)
+    if gpu_layers is not None:
+        layers = count + 1 if gpu_layers < 0 else gpu_layers
+        return Placement(int(layers * share), moe, most(layers, moe))
+    all_moe = count if mixture and cpu_moe is None else moe
     tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
-    layers, moe = next(((n, m) for n, m in tries if fits(n, m, wish.ctx)), (0, moe))
-    return Placement(int(layers * wish.share), moe, most(layers, moe) if layers else wish.pool)
+    layers, moe = next(((n, m) for n, m in tries if fits(n, m, ctx)), (0, moe))
+    return Placement(int(layers * share), moe, most(layers, moe) if layers else pool)
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
