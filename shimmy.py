@@ -85,33 +85,25 @@ def _bytecode_prefix(path: str) -> str:
     """A value for sys.pycache_prefix: "" is beside the file, os.devnull is nowhere."""
     from importlib.util import cache_from_source
 
-    beside = os.path.dirname(cache_from_source(path))
-    source = os.stat(path)
+    source, cached, own = os.stat(path), cache_from_source(path), os.path.join(user_cache(), "bytecode")
     if time.time() - source.st_mtime < 2.0:  # bytecode knows the second of its source: another change may come within it
         return os.devnull
-    owners = {0, source.st_uid}  # who may change the bytecode must be who may change the file
-    folder = beside if os.path.isdir(beside) else os.path.dirname(path)
-    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted(folder, owners, beside)):
+    folder = os.path.dirname(cached) if os.path.isdir(os.path.dirname(cached)) else os.path.dirname(path)
+    # who may change the bytecode must be who may change the file
+    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted({0, source.st_uid}, folder, cached)):
         return ""
-    own = os.path.join(user_cache(), "bytecode")
     try:
         os.makedirs(own, mode=0o700, exist_ok=True)
     except OSError:
         return os.devnull
-    return own if _trusted(own, set(), own) else os.devnull
+    return own if _trusted(set(), own) else os.devnull
 
 
-def _trusted(folder: str, owners: set[int], cache: str) -> bool:
-    """True if only `owners` and we can write the folder, and this file's bytecode in `cache`."""
-    if not os.access(folder, os.W_OK):
-        return False
-    stem = os.path.splitext(os.path.basename(__file__))[0]
-    try:
-        inside = [os.path.join(cache, n) for n in os.listdir(cache) if n.startswith(stem)] if os.path.isdir(cache) else []
-        found = [os.stat(f) for f in (folder, *inside)]
-    except OSError:
-        return False
-    return os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+def _trusted(owners: set[int], folder: str, *files: str) -> bool:
+    """True if only `owners` and we can write the folder, and those of the files that exist."""
+    found = [os.stat(path) for path in (folder, *files) if os.path.exists(path)]
+    ours = os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+    return ours and os.access(folder, os.W_OK)
 
 
 def user_cache() -> str:
@@ -123,7 +115,7 @@ def user_cache() -> str:
 
 
 def restart_from_bytecode() -> None:
-    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 25 MB, while it runs.
+    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 57 MB, while it runs.
 
     Only a server lives long enough for that to matter more than the 15 ms it takes.
     """
@@ -246,25 +238,35 @@ MAX_PULLS = 4  # that clients may have running at once; more would only share th
 HUB = "https://huggingface.co"
 
 
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "overloaded_error"}
+
+
 class ApiError(Exception):
     """An answer that is an error: status, code, message, details and the field at fault (`param`)."""
 
     status = 500
     code = "server_error"
-    kind = "server_error"  # OpenAI's `type`
     message = "The server met an error"
+    param: str | None = None
+    headers: Mapping[str, str] = {}  # of the response
     sizes: tuple[int, ...] = ()  # what was too large, and the most it may be
 
-    def __init__(self, details: str = "", message: str | None = None, param: str | None = None) -> None:
+    def __init_subclass__(cls, **shape: Any) -> None:
+        for name, value in shape.items():
+            setattr(cls, name, value)
+
+    def __init__(self, details: str = "", message: str | None = None, param: str | None = None, hint: str = "") -> None:
         super().__init__(details)
-        self.message, self.details, self.param = message or self.message, details, param
+        self.message, self.details, self.param = message or self.message, details, param or self.param
+        self.hint = hint  # what the caller could name instead
 
     def __str__(self) -> str:
-        return f"{self.message}: {self.details}" if self.details else self.message
+        return (f"{self.message}: {self.details}" if self.details else self.message) + self.hint
 
-    def headers(self) -> dict[str, str]:
-        """Extra response headers, e.g. Allow or Retry-After."""
-        return {}
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type`."""
+        return ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def document(self, openai: bool = False) -> dict[str, Any]:
         """The error object of every route. OpenAI's routes add `type` and `param`; its packages show only `message`, so
@@ -275,10 +277,8 @@ class ApiError(Exception):
         return {"error": {"code": self.code, "message": self.message, "details": self.details}}
 
 
-class InvalidRequest(ApiError):
+class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
     """The request is wrong; message says what to change, param names the field."""
-
-    status, code, kind, message = 400, "invalid_request", "invalid_request_error", "The request is invalid"
 
     def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
         super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
@@ -288,82 +288,47 @@ class InvalidRequest(ApiError):
         return self.message
 
 
-class ContextLengthExceeded(ApiError):
+class ContextLengthExceeded(
+    ApiError, status=400, code="context_length_exceeded", message="The prompt does not fit the model's context"
+):
     """The prompt leaves no room for a token; details give both numbers, `sizes` too: its tokens, and the most there may be."""
 
-    status, code, kind = 400, "context_length_exceeded", "invalid_request_error"
-    message = "The prompt does not fit the model's context"
 
-
-class Unauthorized(ApiError):
+class Unauthorized(ApiError, status=401, code="unauthorized", message="A valid API key is required",
+                   headers={"WWW-Authenticate": "Bearer"}):  # fmt: skip
     """The key is missing or wrong."""
 
-    status, code, kind, message = 401, "unauthorized", "authentication_error", "A valid API key is required"
 
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
-
-
-class Forbidden(ApiError):
+class Forbidden(ApiError, status=403, code="forbidden", message="The request is not allowed"):
     """A foreign Host or Origin."""
 
-    status, code, kind, message = 403, "forbidden", "permission_error", "The request is not allowed"
 
-
-class NotFound(ApiError):
+class NotFound(ApiError, status=404, code="not_found", message="There is nothing at this address"):
     """No such route, or no such tool."""
 
-    status, code, kind, message = 404, "not_found", "not_found_error", "There is nothing at this address"
 
-
-class ModelNotFound(ApiError):
+class ModelNotFound(ApiError, status=404, code="model_not_found", message="The specified model was not found", param="model"):
     """No model has this name."""
 
-    status, code, kind, message = 404, "model_not_found", "not_found_error", "The specified model was not found"
 
-    def __init__(
-        self, details: str = "", message: str | None = None, param: str | None = "model", hint: str = ""
-    ) -> None:
-        super().__init__(details, message, param)
-        self.hint = hint  # what the caller could name instead
-
-    def __str__(self) -> str:
-        return super().__str__() + self.hint
-
-
-class MethodNotAllowed(ApiError):
+class MethodNotAllowed(ApiError, status=405, code="method_not_allowed", message="The method is not allowed here"):
     """The route exists, for other methods."""
 
-    status, code, kind = 405, "method_not_allowed", "invalid_request_error"
-    message = "The method is not allowed here"
-
     def __init__(self, method: str, allow: Iterable[str]) -> None:
-        self.allow = ", ".join(sorted(allow))
-        super().__init__(f"{method[:20]} is not allowed; allowed are {self.allow}")
-
-    def headers(self) -> dict[str, str]:
-        return {"Allow": self.allow}
+        self.headers = {"Allow": ", ".join(sorted(allow))}
+        super().__init__(f"{method[:20]} is not allowed; allowed are {self.headers['Allow']}")
 
 
-class PayloadTooLarge(ApiError):
+class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="The body is too large"):
     """A body beyond MAX_BODY."""
 
-    status, code, kind, message = 413, "payload_too_large", "invalid_request_error", "The body is too large"
 
-
-class Overloaded(ApiError):
+class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again", headers={"Retry-After": "2"}):
     """The queue, the models or the connections are at their bound; try again."""
 
-    status, code, kind, message = 503, "overloaded", "overloaded_error", "The server is busy, try again"
 
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": "2"}
-
-
-class GenerationFailed(ApiError):
+class GenerationFailed(ApiError, code="generation_failed", message="Text generation failed"):
     """The engine could not load, or broke off."""
-
-    code, message = "generation_failed", "Text generation failed"
 
 
 class Cancelled(Exception):
@@ -376,29 +341,24 @@ ERRORS: dict[str, Callable[..., ApiError]] = {  # by the code that crosses the p
 
 
 class Cancellation:
-    """Cancels one request; callbacks wake its waiters. Any thread may cancel."""
+    """Cancels one request; callbacks wake its waiters, and may run more than once. Any thread may cancel."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self.cancelled = False
         self.gently = False  # the client still listens: let the engine say how far it came
 
     def cancel(self, gently: bool = False) -> None:
         """Ends the request now; gently: with the engine's own end, whose finish_reason is cancelled."""
-        with self._lock:
-            callbacks = list(self._callbacks)
-            self.cancelled, self.gently = True, gently
-        for callback in callbacks:
+        self.gently, self.cancelled = gently, True
+        for callback in list(self._callbacks):
             callback()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Runs `callback` on cancel; immediately if already cancelled."""
-        with self._lock:
-            if not self.cancelled:
-                self._callbacks.append(callback)
-                return
-        callback()
+        self._callbacks.append(callback)
+        if self.cancelled:
+            callback()
 
     def check(self) -> None:
         """Raises Cancelled when the request has been cancelled."""
@@ -407,8 +367,7 @@ class Cancellation:
 
 
 # ── 2. Requests and events ────────────────────────────────────────────────────────────────────────────────────────────
-# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end
-# here.
+# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end here.
 
 Check = Callable[[str, Any], Any]
 
@@ -425,25 +384,23 @@ def number(low: float, high: float) -> Check:
     """Accepts a number from `low` to `high`."""
 
     def check(name: str, value: Any) -> float:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        if not fine:
+        if type(value) not in (int, float) or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {_said(value)}", name)
         return float(value)
 
     return check
 
 
-def whole(low: int | None = None, high: int | None = None) -> Check:
+def whole(low: float = -math.inf, high: float = math.inf) -> Check:
     """Accepts a whole number within the bounds given; 100.0 counts as whole, as JavaScript clients may write it."""
-    bounds = {(True, True): "", (False, True): f" ≥ {low}"}.get((low is None, high is None), f" from {low} to {high}")
+    bounds = f" from {low} to {high}" if high < math.inf else f" ≥ {low}" if low > -math.inf else ""
 
     def check(name: str, value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        fine = isinstance(value, int) and not isinstance(value, bool)
-        if not fine or (low is not None and value < low) or (high is not None and value > high):
+        if type(value) is not int or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a whole number{bounds}, not {_said(value)}", name)
-        return int(value)
+        return value
 
     return check
 
@@ -477,24 +434,23 @@ a_string = one_type(str, "a string")
 an_object = one_type(dict, "an object")
 
 
-def stops(name: str, value: Any) -> tuple[str, ...]:
-    """A string or a list of strings; empty ones would stop everything at once and are left out."""
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or len(listed) > MAX_STOPS or not all(isinstance(s, str) for s in listed):
-        raise InvalidRequest(f"{name} must be a string or a list of up to {MAX_STOPS} strings, not {_said(value)}", name)
-    if any(len(s) > MAX_STOP for s in listed):
-        raise InvalidRequest(f"{name} may have up to {MAX_STOP} characters, not {max(map(len, listed))}", name)
-    return tuple(s for s in listed if s)
+def strings(most: int, size: int, unit: str) -> Check:
+    """Accepts a string or a list of strings, each of up to `size` characters or bytes; empty ones are left out."""
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or len(listed) > most or not all(isinstance(s, str) for s in listed):
+            raise InvalidRequest(f"{name} must be a string or a list of up to {most} strings, not {_said(value)}", name)
+        longest = max((len(s.encode() if unit == "bytes" else s) for s in listed), default=0)
+        if longest > size:
+            raise InvalidRequest(f"{name} may have up to {size} {unit} each, not {longest}", name)
+        return tuple(filter(None, listed))
+
+    return check
 
 
-def breakers(name: str, value: Any) -> tuple[str, ...]:
-    """The strings that DRY's repetitions do not reach across."""
-    if not isinstance(value, list) or len(value) > MAX_BREAKERS or not all(isinstance(s, str) for s in value):
-        raise InvalidRequest(f"{name} must be a list of up to {MAX_BREAKERS} strings, not {_said(value)}", name)
-    longest = max((len(s.encode()) for s in value), default=0)
-    if longest > MAX_BREAKER:
-        raise InvalidRequest(f"{name} may have up to {MAX_BREAKER} bytes each, not {longest}", name)
-    return tuple(s for s in value if s)
+stops = strings(MAX_STOPS, MAX_STOP, "characters")
+breakers = strings(MAX_BREAKERS, MAX_BREAKER, "bytes")
 
 
 def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
@@ -504,20 +460,11 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """
     pairs = list(value.items()) if isinstance(value, dict) else value
     paired = isinstance(pairs, list) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
-    if not paired or len(pairs) > MAX_BIASES or not all(map(_is_token_id, (token for token, _ in pairs))):
+    if not paired or len(pairs) > MAX_BIASES or not all(re.fullmatch("0*[0-9]{1,10}", str(token)) for token, _ in pairs):
         forms = f"an object of up to {MAX_BIASES} token ids, or a list of pairs of a token id and its bias"
         raise InvalidRequest(f"{name} must be {forms}, not {_said(value)}", name)
     check = number(-100, 100)
-    return tuple(
-        (int(str(t).lstrip("0")[:10] or 0), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
-    )
-
-
-def _is_token_id(value: Any) -> bool:
-    """A whole number from 0, or its digits: JSON's keys are strings."""
-    if isinstance(value, str):
-        return value.isascii() and value.isdigit()
-    return type(value) is int and 0 <= value < 1 << 31
+    return tuple((int(t), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs)
 
 
 def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
@@ -658,44 +605,35 @@ class EmbedRequest:
     engine: Mapping[str, Any] = field(default_factory=dict)  # as GenerateRequest has it
 
 
-def read_inputs(value: Any, may_be_empty: bool = False) -> tuple[str | tuple[int, ...], ...]:
-    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids.
+def read_texts(name: str, value: Any, most: int, may_be_empty: bool = True) -> tuple[str | tuple[int, ...], ...]:
+    """Prompts or inputs: a string, token ids, or a list of strings and of token ids, at most so many.
 
-    OpenAI refuses an empty one; Ollama makes a vector of it when it is in a list (EmbedHandler in server/routes.go).
+    OpenAI refuses empty ones to embed; Ollama makes vectors of those in a list (EmbedHandler in server/routes.go).
     """
-    wrong = InvalidRequest("input must be a string, a list of strings, token ids, or a list of lists of token ids", "input")
-    listed = [value] if isinstance(value, str) or _is_ids(value) else value
-    if not isinstance(listed, list) or not listed:
-        raise wrong
-    if len(listed) > MAX_INPUTS:
-        raise InvalidRequest(f"input may hold up to {MAX_INPUTS} inputs, not {len(listed)}", "input")
-    for index, each in enumerate(listed):
-        if each in ("", []) and not may_be_empty:
-            raise InvalidRequest(f"input[{index}] is empty: each input needs some text", "input")
-        if not (isinstance(each, str) or _is_ids(each)) or type(each) is not type(listed[0]):
-            raise wrong
-    return tuple(each if isinstance(each, str) else tuple(each) for each in listed)
+    texts = [value] if isinstance(value, str) or is_ids(value) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) or is_ids(t) or t == [] for t in texts):
+        raise InvalidRequest(f"{name} must be a string, token ids, or a list of strings or of lists of token ids", name)
+    check_length(name, texts, most)
+    for index, text in enumerate(texts):
+        if text == [] or (text == "" and not may_be_empty):
+            raise InvalidRequest(f"{name}[{index}] is empty: each needs some text", name)
+    return tuple(text if isinstance(text, str) else tuple(text) for text in texts)
 
 
 def read_documents(value: Any) -> tuple[str, ...]:
     """The documents to rank: strings, or objects with a text."""
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest('documents is required: a list of strings, or of objects {"text": ...}', "documents")
-    if len(value) > MAX_INPUTS:
-        raise InvalidRequest(f"documents may hold up to {MAX_INPUTS} documents, not {len(value)}", "documents")
-    texts: list[str] = []
-    for index, each in enumerate(value):
-        text = each.get("text") if isinstance(each, dict) else each
-        if not isinstance(text, str):
-            raise InvalidRequest(f'documents[{index}] must be a string or {{"text": ...}}, not {_said(each)}', "documents")
-        texts.append(text)
+    parts = value if isinstance(value, list) else []
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest('documents must be a list of strings, or of objects {"text": ...}', "documents")
+    check_length("documents", texts, MAX_INPUTS)
     return tuple(texts)
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false; false when absent."""
-    value = body.get(name)
-    return False if value is None else bool(boolean(name, value))
+def check_length(name: str, value: Seq[Any], most: int) -> None:
+    """Raises InvalidRequest for a list that is too long."""
+    if len(value) > most:
+        raise InvalidRequest(f"{name} may hold up to {most}, not {len(value)}", name)
 
 
 def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = None) -> Any:
@@ -704,26 +642,14 @@ def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = No
     return default if value is None else check(name, value)
 
 
-def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The prompts of a completion request, at most MAX_TEXTS of them."""
-    wrong = InvalidRequest("prompt must be a string, or a list of strings or token ids", "prompt")
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not value:
-        raise wrong
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        return (tuple(value),)
-    if len(value) > MAX_TEXTS:
-        raise InvalidRequest(f"prompt may hold up to {MAX_TEXTS} prompts, not {len(value)}", "prompt")
-    return tuple(p for v in value for p in (read_prompts(v) if isinstance(v, str) or _is_ids(v) else _raise(wrong)))
+def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A field that is true or false."""
+    return bool(optional(body, name, boolean, default))
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
+    """True for a list of whole numbers that is not empty."""
     return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
-
-
-def _raise(error: Exception) -> Any:
-    raise error
 
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message; inside they all have the first name
@@ -737,8 +663,7 @@ def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages may hold up to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
+    check_length("messages", messages, MAX_MESSAGES)
     newest = newest_turn(messages)
     return tuple(read_message(f"messages[{i}]", message, message is newest) for i, message in enumerate(messages))
 
@@ -755,8 +680,7 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     if role not in ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
     content = message.get("content")
-    calls = message.get("tool_calls")
-    if content is None and not (role == "assistant"):
+    if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
     read = {"role": "system" if role == "developer" else role, "content": text}
@@ -764,7 +688,7 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
             read[kept] = a_string(f"{where}.{name}", message[name])
-    if calls:
+    if calls := message.get("tool_calls"):
         read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
     return read
 
@@ -811,10 +735,9 @@ def with_note(text: str, media: Seq[str]) -> str:
 def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     """An assistant message's tool calls; arguments, a JSON text over the wire, become the object templates want."""
     read = []
-    for i, call in enumerate(one_type(list, "a list")(where, calls)):
-        function = an_object(f"{where}[{i}]", call).get("function")
-        function = an_object(f"{where}[{i}].function", function)
-        name, arguments = a_string(f"{where}[{i}].function.name", function.get("name")), function.get("arguments")
+    for place, call in listed(where, calls):
+        function = an_object(f"{place}.function", call.get("function"))
+        name, arguments = a_string(f"{place}.function.name", function.get("name")), function.get("arguments")
         if isinstance(arguments, str):
             with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
                 arguments = parse_json(arguments.encode())
@@ -829,10 +752,9 @@ NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; t
 def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
     """Checks a chat's tools: its functions, and the names of built-in ones; none when tool_choice is "none"."""
     tools = body.get("tools") or []
-    if len(one_type(list, "a list")("tools", tools)) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(tools)}", "tools")
+    check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
     functions, builtins = [], []
-    for where, tool in ((f"tools[{i}]", an_object(f"tools[{i}]", tool)) for i, tool in enumerate(tools)):
+    for where, tool in listed("tools", tools):
         if tool.get("type") == "builtin":
             builtins.append(a_string(f"{where}.name", tool.get("name")))
         elif tool.get("type") == "function":
@@ -1023,11 +945,14 @@ def parse_json(data: bytes, what: str = "The body") -> Any:
         raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
     _check_nesting(data, what)
     try:
-        value = json.loads(source, parse_float=_finite, parse_constant=_no_constant)
+        value = json.loads(source, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
-    if "\\u" in source and _has_surrogate(value):
-        raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
+    if "\\u" in source:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text") from None
     return value
 
 
@@ -1058,15 +983,11 @@ def _check_nesting(data: bytes, what: str) -> None:
 
 
 def _finite(text: str) -> float:
-    """A JSON number; what is too large would become infinite, and an answer that repeats it no JSON."""
+    """A JSON number. One too large would become infinite, and an answer that repeats it no JSON; NaN is none at all."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is too large a number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
@@ -1075,14 +996,6 @@ def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{what} must be a JSON object")
     return value
-
-
-def _has_surrogate(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 # ── 3. Models on disk ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1187,37 +1100,38 @@ def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
-    """As stated, else as labelled, else summed over the tensors of a model in one file."""
+    """As stated, else as labelled, else summed over the tensors."""
     stated, label = header.metadata.get("general.parameter_count"), header.metadata.get("general.size_label")
     if isinstance(stated, int) and stated:
         return human_count(stated)
     if label:
         return printable(str(label))
-    return human_count(header.parameters) if header.complete and "split.count" not in header.metadata else None
+    return human_count(header.parameters) if header.complete else None
 
 
 def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
     """Encoders, and decoders turned into embedders or rerankers: they pool, or attend in both directions."""
     pooling, causal = meta.get(f"{architecture}.pooling_type"), meta.get(f"{architecture}.attention.causal")
-    if architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0):
-        return True
-    return causal is False and architecture not in DIFFUSERS
+    pools = architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0)
+    return pools or (causal is False and architecture not in DIFFUSERS)
 
 
 def refuse_other_kinds(header: GgufHeader) -> None:
     """Raises GgufError for GGUF files that are not models: projectors, adapters, vocabularies, later shards."""
     meta, architecture = header.metadata, str(header.metadata.get("general.architecture"))
     kind = str(meta.get("general.type") or "model")
-    if architecture == "clip" or kind == "mmproj":
-        raise GgufError("a projector (mmproj), not a model")
-    if kind == "adapter" or "adapter.type" in meta:
-        raise GgufError("a LoRA adapter, not a model")
-    if kind == "imatrix" or architecture == "imatrix":
-        raise GgufError("an importance matrix, not a model")
-    if meta.get("split.no"):
-        raise GgufError("a later shard; the first one stands for the set")
-    if header.tensor_count == 0 and not meta.get("split.count"):
-        raise GgufError("a vocabulary only, without weights")
+    reasons = {
+        "a projector (mmproj), not a model": architecture == "clip" or kind == "mmproj",
+        "a LoRA adapter, not a model": kind == "adapter" or "adapter.type" in meta,
+        "an importance matrix, not a model": "imatrix" in (kind, architecture),
+        "a later shard; the first one stands for the set": meta.get("split.no"),
+        "a vocabulary only, without weights": header.tensor_count == 0 and not meta.get("split.count"),
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        raise GgufError(reason)
+
+
+BOX = os.path.join(os.path.dirname(os.path.realpath(__file__)), "models")  # beside this file
 
 
 @dataclass(frozen=True)
@@ -1232,32 +1146,33 @@ class SearchRoot:
 
 def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     """Every place to look in, in the order that decides `default`; each directory once."""
-    env, home, here = os.environ.get, pathlib.Path(os.path.expanduser("~")), pathlib.Path(__file__).resolve().parent
-    paths = re.split(f"[;{os.pathsep}]" if os.pathsep != ":" else "[;:]", env("SHIMMY_MODEL_PATHS", ""))
-    roots = [SearchRoot(p, "--models-dir") for p in explicit]
-    roots += [SearchRoot(p, "SHIMMY_MODEL_PATHS") for p in paths if p]
-    roots += [SearchRoot(str(pathlib.Path(base).parent), "SHIMMY_BASE_GGUF", depth=0)] if base else []
-    roots += [SearchRoot("models", "./models"), SearchRoot(str(home / "models"), "~/models")]
-    for source, places in {
+    env = os.environ.get
+    places: dict[str, Iterable[str | None]] = {
+        "--models-dir": explicit,
+        "SHIMMY_MODEL_PATHS": re.split(f"[;{os.pathsep}]", env("SHIMMY_MODEL_PATHS", "")),
+        "SHIMMY_BASE_GGUF": [os.path.dirname(os.path.abspath(os.path.expanduser(base)))] if base else [],
+        "./models": ["models"],
+        "~/models": ["~/models"],
         "huggingface": hub_caches(),
-        "llama.cpp": (env("LLAMA_CACHE"), home / ".cache/llama.cpp", home / "Library/Caches/llama.cpp",
-                      _below(env("LOCALAPPDATA"), "llama.cpp")),
-        "lm-studio": (home / ".lmstudio/models", home / ".cache/lm-studio/models"),
-        "ollama": (env("OLLAMA_MODELS"), home / ".ollama/models", "/usr/share/ollama/.ollama/models"),
-    }.items():  # fmt: skip
-        roots += [SearchRoot(str(p), source, ollama=source == "ollama") for p in places if p]
-    roots.append(SearchRoot(str(here / "models"), "beside shimmy.py"))
+        "llama.cpp": [env("LLAMA_CACHE"), "~/.cache/llama.cpp", "~/Library/Caches/llama.cpp",
+                      env("LOCALAPPDATA") and os.path.join(env("LOCALAPPDATA", ""), "llama.cpp")],
+        "lm-studio": ["~/.lmstudio/models", "~/.cache/lm-studio/models"],
+        "ollama": [env("OLLAMA_MODELS"), "~/.ollama/models", "/usr/share/ollama/.ollama/models"],
+        "beside shimmy.py": [BOX],
+    }  # fmt: skip
     unique: dict[str, SearchRoot] = {}
-    for root in (replace(root, path=os.path.abspath(os.path.expanduser(root.path))) for root in roots):
-        first = unique.setdefault(os.path.realpath(root.path), root)
-        unique[os.path.realpath(root.path)] = replace(first, depth=max(first.depth, root.depth))
+    for source, path in ((source, path) for source, paths in places.items() for path in paths if path):
+        path = os.path.abspath(os.path.expanduser(path))
+        root = SearchRoot(path, source, 0 if source == "SHIMMY_BASE_GGUF" else MAX_SCAN_DEPTH, source == "ollama")
+        first = unique.setdefault(os.path.realpath(path), root)
+        unique[os.path.realpath(path)] = replace(first, depth=max(first.depth, root.depth))
     return list(unique.values())
 
 
 def hub_home() -> str:
     """Where the tools of the Hugging Face hub keep their things."""
-    own = os.environ.get("HF_HOME") or _below(os.environ.get("XDG_CACHE_HOME"), "huggingface")
-    return os.path.expanduser(own or "~/.cache/huggingface")
+    env = os.environ.get
+    return os.path.expanduser(env("HF_HOME") or os.path.join(env("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
 
 
 def hub_caches() -> list[str]:
@@ -1265,35 +1180,6 @@ def hub_caches() -> list[str]:
     own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     places = (own, os.path.join(hub_home(), "hub"), "~/.cache/huggingface/hub")
     return [os.path.expanduser(place) for place in places if place]
-
-
-def _below(directory: str | None, name: str) -> str | None:
-    return os.path.join(directory, name) if directory else None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A file that may be a model."""
-
-    path: str
-    source: str
-    label: str  # what the id is made from
-    size: int
-    mtime_ns: int
-    file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
-    stored: Stored = Stored()
-
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """Differs once the file changes, or another one of its set appears, changes or goes."""
-        others: list[tuple[int, int] | None] = []
-        for path in shard_paths(self.path) if SHARD.search(os.path.splitext(self.path)[0]) else ():
-            try:
-                status = os.stat(path)
-                others.append((status.st_size, status.st_mtime_ns))
-            except OSError:
-                others.append(None)
-        return (self.path, self.size, self.mtime_ns, *others)
 
 
 @dataclass(frozen=True)
@@ -1306,97 +1192,50 @@ class ScanReport:
     began: float = -math.inf  # time.monotonic()
 
 
-class TreeWalk:
-    """Walks one root for candidates, bounded in depth and entries; a symlink loop does no harm."""
+def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """Paths of .gguf files in a tree, with their stems; bounded in depth and entries; a symlink loop does no harm.
 
-    def __init__(self, root: SearchRoot) -> None:
-        self.root, self.entries, self.notes = root, 0, list[str]()
-        self._seen: set[tuple[int, int]] = set()
-
-    def candidates(self) -> Iterator[Candidate]:
-        yield from self._ollama() if self.root.ollama else self._walk(self.root.path, 0)
-
-    def _walk(self, directory: str, depth: int) -> Iterator[Candidate]:
-        try:
-            status = os.stat(directory)
-            listing = sorted(os.scandir(directory), key=lambda e: e.name)
-        except OSError as error:
-            if depth or not isinstance(error, FileNotFoundError):
-                self._note(f"{directory}: {error.strerror or error}")
-            return
-        if (status.st_dev, status.st_ino) in self._seen:
-            return
-        self._seen.add((status.st_dev, status.st_ino))
-        for entry in listing:
-            self.entries += 1
-            if self.entries > MAX_SCAN_ENTRIES:
-                self._note(f"stopped after {MAX_SCAN_ENTRIES} entries")
-                return
-            yield from self._visit(entry, depth)
-
-    def _visit(self, entry: os.DirEntry[str], depth: int) -> Iterator[Candidate]:
-        try:
-            is_dir = entry.is_dir()
-        except OSError as error:  # a link to itself, or through a file
-            self._note(f"{entry.path}: {error.strerror or error}")
-            return
-        if is_dir and self.root.depth and not TRASH.match(entry.name):
-            if depth >= self.root.depth:
-                self._note(f"stopped {self.root.depth} levels down")
-            else:
-                yield from self._walk(entry.path, depth + 1)
-        elif entry.name.lower().endswith(".gguf") and not is_dir:
-            yield from self.candidate(entry.path, entry.name[:-5])
-
-    def _note(self, note: str) -> None:
-        note = printable(note, 400)
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def candidate(self, path: str, label: str) -> Iterator[Candidate]:
-        """The file, if it is a regular one that exists."""
-        try:
-            s = os.stat(path)
-        except OSError as error:
-            self._note(f"{path}: {error.strerror or error}")
-            return
-        if stat.S_ISREG(s.st_mode):
-            yield Candidate(path, self.root.source, label, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        else:
-            self._note(f"{path}: not a regular file")
-
-    def _ollama(self) -> Iterator[Candidate]:
-        """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
-        store = pathlib.Path(self.root.path)
-        for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
-            self.entries += 1
-            try:
-                layers = ollama_layers(manifest)
-                stored = read_stored(store / "blobs", layers)
-            except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-                self._note(f"{manifest}: {error}")  # JSON of any shape
-                continue
-            for digest in layers.get("model", ())[:1]:
-                label = f"{manifest.parent.name}:{manifest.name}"
-                for candidate in self.candidate(str(store / "blobs" / digest), label):
-                    yield replace(candidate, stored=stored)
-
-
-def ollama_layers(manifest: pathlib.Path) -> dict[str, list[str]]:
-    """The blobs of an Ollama manifest by the last word of their type: model, params, system, adapter …
-
-    Raises ValueError for a digest that is not 64 hex digits: it becomes a path.
+    The root may be a file itself. `notes` are told what could not be read, and where the walk stopped.
     """
-    with open_regular(str(manifest)) as file:
-        layers = json.loads(file.read(MIB)).get("layers", [])
-    found: dict[str, list[str]] = {}
-    for layer in layers:
-        kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
-        if kind.startswith("application/vnd.ollama.image."):
-            if not digest:
-                raise ValueError("the manifest's digest is malformed")
-            found.setdefault(kind.rpartition(".")[2], []).append(f"sha256-{digest[1]}")
-    return found
+    if os.path.isfile(root.path):
+        yield root.path, pathlib.Path(root.path).stem, Stored()
+        return
+
+    def failed(error: OSError) -> None:
+        if error.filename != root.path or not isinstance(error, FileNotFoundError):
+            notes.append(f"{error.filename}: {error.strerror or error}")
+
+    seen: set[str] = set()
+    entries = 0
+    for folder, folders, files in os.walk(root.path, onerror=failed, followlinks=True):
+        entries += len(folders) + len(files)
+        if entries > MAX_SCAN_ENTRIES:
+            notes.append(f"stopped after {MAX_SCAN_ENTRIES} entries")
+            return
+        folders[:] = sorted(f for f in folders if root.depth and not TRASH.match(f))
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if folders and folder.removeprefix(root.path).count(os.sep) >= root.depth:
+            notes.append(f"stopped {root.depth} levels down")
+            folders.clear()
+        for name in sorted(files):
+            if name.lower().endswith(".gguf"):
+                yield os.path.join(folder, name), name[:-5], Stored()
+
+
+def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """The same of Ollama's store: manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob."""
+    store = pathlib.Path(root.path)
+    for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
+        try:
+            model, stored = read_manifest(manifest, store / "blobs")
+        except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")  # JSON of any shape
+            continue
+        if model:
+            yield model, f"{manifest.parent.name}:{manifest.name}", stored
 
 
 # Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
@@ -1404,25 +1243,38 @@ OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threa
 OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
 
 
-def read_stored(blobs: pathlib.Path, layers: Mapping[str, Seq[str]]) -> Stored:
-    """What an Ollama store says of a model. Raises OSError, ValueError, ApiError for parameters that make no sense."""
+def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
+    """The file of an Ollama model, and what its store says of it.
+
+    Raises ValueError for a digest that is not 64 hex digits: it becomes a path. GgufError, OSError, ValueError and ApiError
+    for files and parameters that make no sense.
+    """
+    paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
+    for layer in json.loads(read_blob(str(manifest))).get("layers", []):
+        kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
+        if kind.startswith("application/vnd.ollama.image."):
+            if not digest:
+                raise ValueError("the manifest's digest is malformed")
+            paths.setdefault(kind.rpartition(".")[2], []).append(str(blobs / f"sha256-{digest[1]}"))
     params: dict[str, Any] = {}
-    system = ""
-    for name in layers.get("params", ()):
-        with open_regular(str(blobs / name)) as file:
-            params |= parse_object(file.read(MIB), "the parameters")
-    for name in layers.get("system", ()):
-        with open_regular(str(blobs / name)) as file:
-            system = file.read(MIB).decode("utf-8", "replace")
+    for path in paths.get("params", ()):
+        params |= parse_object(read_blob(path), "the parameters")
     named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
     sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    given = {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}
     engine = {
         field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
     }
-    if adapters := tuple(str(blobs / name) for name in layers.get("adapter", ())):
-        engine["lora"] = adapters
-    return Stored(engine, given, system)
+    if "adapter" in paths:
+        engine["lora"] = tuple(paths["adapter"])
+    system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
+    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system)
+    return next(iter(paths.get("model", ())), None), stored
+
+
+def read_blob(path: str) -> bytes:
+    """The first MiB of a regular file."""
+    with open_regular(path) as file:
+        return file.read(MIB)
 
 
 MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are two of them
@@ -1439,38 +1291,8 @@ def plain_id(label: str) -> str:
 
 def is_boxed(model: ModelInfo) -> bool:
     """True for the model that comes with shimmy."""
-    return os.path.realpath(model.path) == str(pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf")
-
-
-class Findings:
-    """Collects the models of one scan in order, by device and inode, and skipped files with their reasons."""
-
-    def __init__(self) -> None:
-        self.models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
-        self.skipped: dict[str, str] = {}  # reason by path
-        self.directories: list[dict[str, Any]] = []
-
-    def add(self, candidates: Iterable[Candidate], examine: Callable[[Candidate, bool], ModelInfo | str]) -> set[str]:
-        """Takes in the models among the candidates; returns the paths of those that are new."""
-        before = len(self.models)
-        for candidate in candidates:
-            if candidate.file_id in self.models:
-                continue
-            result = examine(candidate, False)
-            if isinstance(result, ModelInfo):
-                self.models[candidate.file_id] = (candidate, result)
-            else:
-                self.skipped.setdefault(candidate.path, result)
-        return {candidate.path for candidate, _ in itertools.islice(self.models.values(), before, None)}
-
-    def report(self, began: float) -> ScanReport:
-        """The report; the model that comes with shimmy stands last, unless it was asked for by path."""
-        models = [replace(info, stored=c.stored) for c, info in self.models.values()]
-        models.sort(key=lambda m: is_boxed(m) and m.source != "--model")
-        paths = {m.path for m in models}
-        directories = (d | {"models": len(d["models"] & paths)} for d in self.directories)
-        skipped = ({"path": path, "reason": reason} for path, reason in self.skipped.items())
-        return ScanReport(tuple(models), tuple(skipped), tuple(directories), began)
+    name = os.path.basename(model.path)  # asked of each model in each scan: a name is compared sooner than files
+    return name == "shimmy-tiny.gguf" and os.path.dirname(os.path.realpath(model.path)) == BOX
 
 
 class Catalog:
@@ -1480,7 +1302,7 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[Any, ...], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
+        self._read: dict[tuple[Any, ...], ModelInfo | str] = {}  # or why it is none, by path, sizes and times
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
@@ -1495,74 +1317,65 @@ class Catalog:
             return self.report
 
     def _look(self, began: float) -> ScanReport:
-        known, findings = set(self._read), Findings()
-        for file in self.files:
-            walk = TreeWalk(SearchRoot(file, "--model"))
-            findings.add(walk.candidate(file, pathlib.Path(file).stem), self._examine)
-        for root in self.roots:
-            walk = TreeWalk(root)
-            new = findings.add(walk.candidates(), self._examine)
-            findings.directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
-                                         "models": new, "notes": walk.notes})  # fmt: skip
-        self._read_whole(findings, known)
-        return findings.report(began)
+        models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
+        skipped: dict[str, str] = {}  # reason by path
+        directories: list[dict[str, Any]] = []
+        for root in (*(SearchRoot(file, "--model") for file in self.files), *self.roots):
+            notes: list[str] = []
+            before = len(models)
+            for path, label, stored in (_walk_ollama if root.ollama else _walk)(root, notes):
+                stamp = _stamp(path)
+                if stamp and stamp[:2] in models:
+                    continue
+                result = self._examine(path, root.source, label, time.monotonic() < began + SCAN_DETAIL_SECONDS)
+                if stamp and isinstance(result, ModelInfo):
+                    models[stamp[:2]] = replace(result, stored=stored)
+                else:
+                    skipped.setdefault(path, str(result))
+            directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
+                                "models": len(models) - before,
+                                "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
+        # the model that comes with shimmy stands last, unless it was asked for by path
+        listed = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
+        return ScanReport(tuple(listed), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
-    def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
-        """The candidate's ModelInfo, or why it is none; remembered while its files stay as they are."""
-        key = c.version
-        result, whole = self._read.get(key, ("", False))
-        if key not in self._read or (whole_header and not whole):
-            result = self._describe(c, whole_header)
-            if whole_header or key not in self._read:  # another thread may have read it whole meanwhile
-                self._read[key] = (result, whole_header)
-        return result
+    def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
+        """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
+        key = (path, *map(_stamp, shard_paths(path)))
+        known = self._read.get(key)
+        if known is None or anew:
+            known = self._read[key] = self._describe(path, source, label, whole_header)
+        return known
 
-    def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
+    def _describe(self, path: str, source: str, label: str, whole_header: bool) -> ModelInfo | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
-            header = read_gguf_header(c.path, c.size, whole_header, deadline)
+            header = read_gguf_header(path, whole_header, deadline)
             refuse_other_kinds(header)
-            is_split = header.metadata.get("split.count", 1) > 1  # a merged file may still be named like a shard
-            missing = missing_shards(c.path) if is_split else []
-            if missing:
+            # a merged file may still be named like a shard
+            paths = shard_paths(path) if header.metadata.get("split.count", 1) > 1 else [path]
+            if missing := [os.path.basename(part) for part in paths if not os.path.exists(part)]:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
-            sizes = {part: os.path.getsize(part) for part in (shard_paths(c.path) if is_split else [c.path])}
+            size = sum(map(os.path.getsize, paths))
             if whole_header:
-                parts = [header, *(read_gguf_header(part, sizes[part], deadline=deadline) for part in list(sizes)[1:])]
-                for part, size in zip(parts, sizes.values(), strict=True):
-                    if part.data_end > size:
-                        raise GgufError(f"truncated: {size} of {part.data_end} bytes")
-                if len(parts) > 1:
-                    header = replace(header, parameters=sum(part.parameters for part in parts),
-                                     metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
-            return describe(header, c.path, self._id_for(c), c.source, sum(sizes.values()))
-        except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+                parameters = (read_gguf_header(part, deadline=deadline).parameters for part in paths[1:])
+                header = replace(header, parameters=header.parameters + sum(parameters))
+            return describe(header, path, self._id_for(path, label), source, size)
+        except (GgufError, OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
             return printable((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
 
-    def _id_for(self, c: Candidate) -> str:
-        """The candidate's id; a second file of the same name gets a suffix made from its path, which never changes."""
-        if c.path not in self._ids:
-            id, taken = plain_id(c.label) or "model", set(self._ids.values())
+    def _id_for(self, path: str, label: str) -> str:
+        """The file's id; a second one of the same name gets a suffix made from its path, which never changes."""
+        if path not in self._ids:
+            id, taken = plain_id(label) or "model", set(self._ids.values())
             if id in taken or id == "default":
                 import hashlib
 
-                id += "-" + hashlib.sha256(c.path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
-            self._ids[c.path] = id
-        return self._ids[c.path]
-
-    def _read_whole(self, findings: Findings, known: set[Any]) -> None:
-        """Reads the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; drops those found damaged."""
-        deadline = time.monotonic() + SCAN_DETAIL_SECONDS
-        for file_id, (c, _) in sorted(findings.models.items(), key=lambda item: item[1][0].size):
-            if c.version in known or time.monotonic() > deadline:
-                continue
-            result = self._examine(c, whole_header=True)
-            if isinstance(result, ModelInfo):
-                findings.models[file_id] = (c, result)
-            else:
-                del findings.models[file_id]
-                findings.skipped[c.path] = result
+                id += "-" + hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+            self._ids[path] = id
+        return self._ids[path]
 
     def why_skipped(self, name: str) -> str:
         """": " and the reason, if a file of that name was skipped; else nothing."""
@@ -1577,12 +1390,7 @@ class Catalog:
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
-        try:
-            s = os.stat(model.path)
-        except OSError:
-            return model
-        c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        result = self._examine(c, whole_header=True)
+        result = self._examine(model.path, model.source, model.id, whole_header=True, anew=True)
         return replace(result, stored=model.stored) if isinstance(result, ModelInfo) else model
 
 
@@ -1595,9 +1403,13 @@ def shard_paths(path: str) -> list[str]:
     return [f"{stem[: shard.start()]}-{i:05d}-of-{shard[2]}{suffix}" for i in range(1, min(int(shard[2]), 999) + 1)]
 
 
-def missing_shards(path: str) -> list[str]:
-    """Names of the set's files that are not there."""
-    return [os.path.basename(p) for p in shard_paths(path) if p != path and not os.path.exists(p)]
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """Device and inode of a file, its size and time; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # ── 4. Chat ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -3535,9 +3347,8 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
-        wish = Wish(ctx, max(pool, ctx), options.kv_type, sequences, 4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe,
-                    rung.gpu_share)  # fmt: skip
-        placed = place(weights or Weights((), model.size_bytes), kv, gpus, wish)
+        placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
+                       4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
@@ -8910,8 +8721,8 @@ class ChatCompletion(OpenAI):
             tools=tuple(f for f in functions if f["function"]["name"] in names),
             builtins=tuple(name for name in builtins if name in names),
             tool_choice=choice,
-            parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
-            continue_final_message=None if body.get("continue_final_message") is None else flag(body, "continue_final_message"),
+            parallel_tool_calls=flag(body, "parallel_tool_calls", True),
+            continue_final_message=optional(body, "continue_final_message", boolean),
             thinking_budget=read_thinking_budget(body),
             template_args=read_template_args(body),
             split_markers=True,
@@ -8983,7 +8794,7 @@ class Completion(OpenAI):
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
         logprobs = body.get("logprobs")
         count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
-        request = replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
+        request = replace(self.common(body, count), prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
         if (texts := len(request.prompts) * request.n) > MAX_TEXTS:
             raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
         if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
@@ -9052,7 +8863,7 @@ class Embeddings(Dialect):
             raise InvalidRequest("input is required: a string, or a list of strings or token ids", "input")
         return EmbedRequest(
             model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            inputs=read_inputs(body["input"]),
+            inputs=read_texts("input", body["input"], MAX_INPUTS, may_be_empty=False),
             dimensions=None if dimensions is None else whole(1)("dimensions", dimensions),
         )
 
@@ -10066,9 +9877,9 @@ class OllamaEmbed(OllamaRoute, Embeddings):
         optional(body, "options", an_object)
         return EmbedRequest(
             model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_inputs(given, may_be_empty=True),
+            inputs=() if given is None or given in ("", []) else read_texts("input", given, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
-            truncate=body.get("truncate") is None or flag(body, "truncate"),
+            truncate=flag(body, "truncate", True),
             engine=ollama_engine(body),
         )
 
@@ -10149,7 +9960,7 @@ class OllamaPull(Dialect):
 def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
     """A file's whole metadata, read once while it is unchanged; none if it cannot be read."""
     try:
-        return read_gguf_header(path, size).metadata
+        return read_gguf_header(path).metadata
     except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
         return {}
 
@@ -10324,7 +10135,7 @@ class LlamaCompletion(Dialect):
         """The request with its prompts."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
-        return replace(request, prompts=read_prompts(body["prompt"]))
+        return replace(request, prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
@@ -10790,7 +10601,7 @@ class Whole(Wire):
         self._out.respond(Answer(document))
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document, error.status, error.headers()))
+        self._out.respond(Answer(document, error.status, dict(error.headers)))
 
 
 class Stream(Whole):
@@ -11035,7 +10846,7 @@ def answer_tokenize(call: Call) -> Answer:
     content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
     if len(content) > MAX_TOKENIZED:
         raise InvalidRequest(f"content may have up to {MAX_TOKENIZED} characters, not {len(content)}", "content")
-    parse = body.get("parse_special") is None or flag(body, "parse_special")
+    parse = flag(body, "parse_special", True)
     tokens = call.service.tokenize(
         optional(body, "model", a_string, "default"), Tokenize(content, flag(body, "add_special"), parse, pieces), call.cancel
     )
@@ -11055,7 +10866,7 @@ def answer_detokenize(call: Call) -> Answer:
     """The text that tokens stand for, special ones by their names."""
     body = parse_object(call.body)
     ids: Any = body.get("tokens")
-    if ids != [] and not _is_ids(ids):
+    if ids != [] and not is_ids(ids):
         raise InvalidRequest(f"tokens must be a list of token ids, not {_said(ids)}", "tokens")
     if len(ids) > MAX_TOKENIZED // 4:
         raise InvalidRequest(f"tokens may hold up to {MAX_TOKENIZED // 4} token ids, not {len(ids)}", "tokens")
@@ -13809,7 +13620,8 @@ def _flushed() -> bool:
 
 
 # ── A. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Memory, cores and versions, as each system reports them, and how sizes and foreign text are shown.
+# Memory, cores, versions and faults of this machine, our child processes, and how sizes and foreign text are shown.
+# Offers: all but what begins with _. Uses: child_command, user_cache.
 
 
 def human_count(count: int) -> str:
@@ -13865,34 +13677,13 @@ OWN_CGROUPS = "/proc/self/cgroup"
 CGROUPS = "/sys/fs/cgroup"
 
 
-def _cgroups(controller: str) -> list[pathlib.Path]:
-    """The directories of our control group and of those around it, innermost first (cgroups(7), versions 1 and 2)."""
-    found = []
+def _cgroups() -> list[pathlib.Path]:
+    """The directory of our control group, and those above it (cgroups(7), version 2)."""
+    own: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        for line in pathlib.Path(OWN_CGROUPS).read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            top = pathlib.Path(CGROUPS, controller if controllers else "")
-            names = [] if ".." in path else [name for name in path.split("/") if name]
-            found += [top.joinpath(*names[:depth]) for depth in range(len(names), -1, -1)]
-    return found or [pathlib.Path(CGROUPS)]
-
-
-# limit, usage, and what of the usage is page cache that the kernel gives back when asked: mapped weights among it
-CGROUP_MEMORY = (
-    ("memory.max", "memory.current", ("inactive_file", "active_file")),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
-)
-
-
-def _cgroup_memory(directory: pathlib.Path) -> Iterator[int]:
-    """Bytes left below the limit of a control group, if it has one."""
-    for limit, usage, caches in CGROUP_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
-            left = int((directory / limit).read_text()) - int((directory / usage).read_text())
-            rows = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
-            yield left + sum(int(row[1]) for row in rows if row[0] in caches)
+        own = re.findall(r"^0::/(.*)$", pathlib.Path(OWN_CGROUPS).read_text(), re.M)
+    group = pathlib.Path(CGROUPS, *own[:1])
+    return [group, *group.parents]
 
 
 def available_memory() -> int | None:
@@ -13901,8 +13692,12 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo") as file:
             free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    for directory in _cgroups("memory"):
-        free += _cgroup_memory(directory)
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+            # the kernel gives page cache back when asked: mapped weights among it
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+            free.append(left + sum(map(int, cached)))
     if not free and sys.platform == "darwin":
         free += _mac_memory(output_of(["/usr/bin/vm_stat"]))
     if not free and sys.platform == "win32":
@@ -13955,33 +13750,30 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
-class ParentThread:
-    """Starts all children from one thread, which lives as long as this process: its end is theirs (die_with_parent)."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: Executor | None = None
-
-    def start(self, command: Seq[str]) -> subprocess.Popen[bytes]:
-        """Raises OSError; RuntimeError when there is no thread to be had, or the interpreter ends."""
-        import subprocess
-
-        with self._lock:
-            if self._pool is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                self._pool = ThreadPoolExecutor(1, "children")
-        return self._pool.submit(
-            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
-        ).result()
+_starting = threading.Lock()
 
 
-PARENT = ParentThread()
+@functools.cache
+def _parent_thread() -> Executor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1, "children")
 
 
 def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
-    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin."""
-    child = PARENT.start(child_command(entry))
+    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin.
+
+    One thread starts them all and lives as long as this process: its end is theirs (die_with_parent). Raises OSError;
+    RuntimeError when there is no thread to be had, or the interpreter ends.
+    """
+    import subprocess
+
+    with _starting:
+        thread = _parent_thread()
+    own_session = os.name == "posix"
+    child = thread.submit(
+        subprocess.Popen, child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=own_session
+    ).result()
     assert child.stdin and child.stdout
     return child, child.stdout, child.stdin
 
@@ -14027,9 +13819,9 @@ def physical_cores() -> int:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
     count = len(cores) or len(allowed)
-    for directory in _cgroups("cpu"):
+    for group in _cgroups():
         with contextlib.suppress(OSError, ValueError):  # ValueError: the quota is "max"
-            quota, period = (directory / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text().split()
             count = min(count, max(1, int(quota) // int(period)))
     return count
 
@@ -14086,60 +13878,57 @@ def engine_build() -> dict[str, Any]:
         return dict(_known_build)
 
 
+def _machine_signs() -> Iterator[str]:
+    """Tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
+    import importlib.util
+    import platform
+
+    yield from (platform.machine(), platform.processor(), platform.release())
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
+    for sign in GPU_SIGNS:
+        with contextlib.suppress(OSError):
+            yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
+    spec = importlib.util.find_spec("llama_cpp")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for library in sorted(pathlib.Path(folder, "lib").glob("*")):
+            yield f"{library.name} {(_stamp(str(library)) or ())[2:]}"  # not the device, which may differ after a restart
+
+
 class KnownFaults:
     """What native code was found not to do on this machine with this build of llama-cpp-python: JSON in the user's cache.
 
-    Each machine and build has an entry of its own: a home directory may be on a network, and a driver or library that
-    changes may have been mended. Any thread and several processes may use the file; one that is damaged counts as empty.
+    Each machine and build has a file of its own: a home directory may be on a network, and a driver or library that
+    changes may have been mended. Any thread and several processes may use it; one that is damaged counts as empty.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = path or os.path.join(user_cache(), "known-faults.json")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        if path:
+            self.path = path
 
     @functools.cached_property
-    def _key(self) -> str:
+    def path(self) -> str:
         import hashlib
 
-        return hashlib.sha256("\n".join(self._signs()).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\n".join(_machine_signs()).encode()).hexdigest()[:16]
+        return os.path.join(user_cache(), f"known-faults-{key}.json")
 
-    @staticmethod
-    def _signs() -> Iterator[str]:
-        """What tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
-        import importlib.util
-        import platform
-
-        yield from (platform.machine(), platform.processor(), platform.release())
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-            yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
-        for sign in GPU_SIGNS:
-            with contextlib.suppress(OSError):
-                yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
-        spec = importlib.util.find_spec("llama_cpp")
-        for folder in spec.submodule_search_locations or [] if spec else []:
-            with contextlib.suppress(OSError):
-                yield from (f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}"
-                            for f in sorted(os.scandir(os.path.join(folder, "lib")), key=lambda f: f.name))  # fmt: skip
-
-    def read(self) -> dict[str, Any]:
-        """What is known here: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
-        entry = self._read().get(self._key)
-        return entry if isinstance(entry, dict) else {}
-
-    def _read(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
+    def read(self) -> dict[str, dict[str, Any]]:
+        """What is known: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             known = json.loads(pathlib.Path(self.path).read_text(encoding="utf-8"))
-            return known if isinstance(known, dict) else {}
+            return {kind: found for kind, found in known.items() if isinstance(found, dict)}
         return {}
 
     def note(self, kind: str, found: Mapping[str, Any]) -> None:
-        """Adds to what is known here of a kind. A folder that cannot be written only costs the finding out again."""
+        """Adds to what is known of a kind. A folder that cannot be written only costs the finding out again."""
         with self._lock, contextlib.suppress(OSError):
-            known, entry = self._read(), self.read()
-            entry[kind] = (entry[kind] if isinstance(entry.get(kind), dict) else {}) | dict(found)
+            known = self.read()
+            known[kind] = known.get(kind, {}) | dict(found)
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             part = f"{self.path}.{os.getpid()}"
-            pathlib.Path(part).write_text(json.dumps(known | {self._key: entry}, indent=1), encoding="utf-8")
+            pathlib.Path(part).write_text(json.dumps(known, indent=1), encoding="utf-8")
             os.replace(part, self.path)
 
     def kernels(self) -> tuple[dict[str, str], bool]:
@@ -14147,9 +13936,9 @@ class KnownFaults:
 
         They are tried once on a machine with a build; whoever asks first waits for that, a quarter of a second.
         """
-        with _trying_kernels:
+        with self._lock:
             known = self.read().get("kernels")
-            if isinstance(known, dict) and all(isinstance(fault, str) for fault in known.values()):
+            if known is not None and all(isinstance(fault, str) for fault in known.values()):
                 return known, False
             found = try_kernels()
             if found is not None:
@@ -14157,7 +13946,6 @@ class KnownFaults:
         return found or {}, True
 
 
-_trying_kernels = threading.Lock()
 KERNEL_SECONDS = 60.0  # for all of them: what takes 0.2 s, on a machine that others keep busy
 
 
@@ -14193,19 +13981,17 @@ def ending(code: int | None) -> str:
 
 
 def has_crashed(code: int | None) -> bool:
-    """Whether a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
-    if code is None or code >= 0:
-        return code is not None and code >= 0xC0000000
-    return -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+    """True if a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
+    own_signal = code is not None and code < 0 and -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+    return own_signal or (code or 0) >= 0xC0000000
 
 
 KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system without memory mostly
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
-# The header of a model file: read by a bounded reader that trusts no count or length in it.
-# Offers: read_gguf_header, GgufHeader, GgufError; open_regular.
-# Uses: the standard library.
+# The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for.
+# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place. Uses: EMBEDDERS (3).
 
 
 class GgufError(Exception):
@@ -14239,39 +14025,33 @@ class HeaderReader:
     MAX_TENSORS = 262_144  # 60 layers of 384 experts, each in three tensors of its own, are 70,000
     SECONDS = 2.0  # of processor time for one model; the largest vocabulary takes 0.1
 
-    def __init__(self, file: Any, size: int, deadline: float) -> None:
-        self.file, self.size, self.deadline = io.BufferedReader(file, 64 * 1024), size, deadline  # on time.thread_time's clock
-        self.at = 0  # in the file
+    def __init__(self, file: Any, deadline: float) -> None:
+        self.size = os.fstat(file.fileno()).st_size
+        self.file, self.deadline = io.BufferedReader(file, 64 * 1024), deadline  # on time.thread_time's clock
         self.kept = 0  # bytes of strings
-
-    def go(self, count: int) -> None:
-        """Counts bytes that are read or skipped next. Raises GgufError when the file has no more, or the time is over."""
-        self.at += count
-        if self.at > self.size:
-            raise GgufError("the header is truncated")
 
     def check_time(self) -> None:
         if time.thread_time() > self.deadline:
             raise GgufError(f"the header takes more than {self.SECONDS:.0f} s to read")
 
     def read(self, count: int) -> bytes:
-        self.go(count)
         data = self.file.read(count)
-        if len(data) < count:  # cut while it is read
+        if len(data) < count:
             raise GgufError("the header is truncated")
         return data
 
     def skip(self, count: int) -> None:
-        self.go(count)
+        if count > self.size:
+            raise GgufError("the header is truncated")
         self.file.seek(count, os.SEEK_CUR)
 
-    def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack("<" + code, self.read(struct.calcsize("<" + code)))
-        return value
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + form, self.read(struct.calcsize("<" + form)))
 
     def string(self) -> str:
         """The next string, or its first KEEP_STRING bytes."""
-        length = self.scalar("Q")
+        self.check_time()  # each pair and each tensor begins with one
+        (length,) = self.unpack("Q")
         keep = min(length, self.KEEP_STRING)
         self.kept += keep
         if self.kept > self.KEEP_STRINGS:
@@ -14282,50 +14062,41 @@ class HeaderReader:
 
     def skip_strings(self, count: int) -> None:
         """Steps over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
-        unpack, read, seek, size, at = struct.Struct("<Q").unpack, self.file.read, self.file.seek, self.size, self.at
-        try:
-            for number in range(count):
-                if not number & 0xFFFF:
-                    self.check_time()
-                length = unpack(read(8))[0]
-                at += 8 + length
-                if at > size:
-                    raise GgufError("the header is truncated")
-                seek(length, 1)
-        except struct.error:
-            raise GgufError("the header is truncated") from None
-        self.at = at
+        read, seek, size, whole = self.file.read, self.file.seek, self.size, int.from_bytes
+        for number in range(count):
+            if not number & 0xFFFF:
+                self.check_time()
+            length = whole(head := read(8), "little")
+            if len(head) < 8 or length > size:
+                raise GgufError("the header is truncated")
+            seek(length, 1)
 
     def value(self, kind: int) -> Any:
         """One metadata value; long arrays are skipped and give None."""
         if kind in self.SCALARS:
-            return self.scalar(self.SCALARS[kind])
+            return self.unpack(self.SCALARS[kind])[0]
         if kind == 8:
             return self.string()
         if kind != 9:
             raise GgufError(f"the header has a value of unknown type {kind}")
-        inner, count = self.scalar("I"), self.scalar("Q")
+        inner, count = self.unpack("IQ")
         if inner == 8:
-            if count * 8 > self.size:
-                raise GgufError("the header is truncated")
             return self.skip_strings(count)
         if inner not in self.SCALARS:
             raise GgufError(f"the header has an array of unknown type {inner}")
-        code = self.SCALARS[inner]
         if count > self.KEEP_ARRAY:
-            return self.skip(count * struct.calcsize("<" + code))
-        return tuple(self.scalar(code) for _ in range(count))
+            return self.skip(count * struct.calcsize("<" + self.SCALARS[inner]))
+        return self.unpack(f"{count}{self.SCALARS[inner]}")
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors' parameters and extent."""
+    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors."""
 
     metadata: Mapping[str, Any]
     tensor_count: int
     complete: bool  # False: reading stopped at the vocabulary
     parameters: int = 0  # summed over the tensors, when complete
-    data_end: int = 0  # where the last tensor ends, bytes from the file's start, when complete
     tensors: tuple[tuple[str, int], ...] = ()  # names and bytes, when complete
 
 
@@ -14337,62 +14108,49 @@ BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 2
           34: (256, 54), 35: (256, 66), 39: (32, 17)}  # fmt: skip
 
 
-def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
+def read_gguf_header(path: str, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
     """A GGUF file's header; not `whole_header` stops before the vocabulary (0.05 ms instead of up to 100 ms).
 
-    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged; OSError as open() does.
+    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged or cut; OSError as open() does.
     """
     with open_regular(path) as file:
-        reader = HeaderReader(file, size, deadline or time.thread_time() + HeaderReader.SECONDS)
-        tensors, pairs = _read_counts(reader)
+        reader = HeaderReader(file, deadline or time.thread_time() + HeaderReader.SECONDS)
+        magic, version, tensors, pairs = reader.unpack("4sIQQ")
+        if magic != b"GGUF":
+            raise GgufError("not a GGUF file (wrong magic)")
+        if not version & 0xFFFF:
+            raise GgufError("big-endian GGUF file, for another kind of machine")
+        if version not in (2, 3):
+            raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
+        if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
+            raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            reader.check_time()
-            key = reader.string()
-            kind = reader.scalar("I")
+            key, (kind,) = reader.string(), reader.unpack("I")
             if kind == 9 and key.startswith("tokenizer.") and not whole_header:
                 return GgufHeader(metadata, tensors, complete=False)
             metadata[key] = reader.value(kind)
-        return GgufHeader(metadata, tensors, True, *_read_tensors(reader, tensors, metadata))
+        parameters, end, found = _read_tensors(reader, tensors, metadata.get("general.alignment", 32))
+        if found and end > reader.size:
+            raise GgufError(f"truncated: {reader.size} of {end} bytes")
+        return GgufHeader(metadata, tensors, True, parameters, found)
 
 
-def _read_counts(reader: HeaderReader) -> tuple[int, int]:
-    """The first 24 bytes: how many tensors and how many metadata pairs follow. Raises GgufError for another format."""
-    if reader.size < 24:
-        raise GgufError("too short to be a GGUF file")
-    magic, version, tensors, pairs = struct.unpack("<4sIQQ", reader.read(24))
-    if magic != b"GGUF":
-        raise GgufError("not a GGUF file (wrong magic)")
-    if not version & 0xFFFF:
-        raise GgufError("big-endian GGUF file, for another kind of machine")
-    if version not in (2, 3):
-        raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
-    if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
-        raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
-    return tensors, pairs
-
-
-def _read_tensors(
-    reader: HeaderReader, count: int, metadata: Mapping[str, Any]
-) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+def _read_tensors(reader: HeaderReader, count: int, alignment: Any) -> tuple[int, int, tuple[tuple[str, int], ...]]:
     """Parameters in all tensors, where in the file the last one ends, and names and bytes of each."""
     parameters, end, found = 0, 0, []
     for _ in range(count):
-        reader.check_time()
-        name, dimensions = reader.string(), reader.scalar("I")
+        name, (dimensions,) = reader.string(), reader.unpack("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
-        elements = math.prod(reader.scalar("Q") for _ in range(dimensions))
-        kind, offset = reader.scalar("I"), reader.scalar("Q")
+        *shape, kind, offset = reader.unpack(f"{dimensions}QIQ")
         block, width = BLOCKS.get(kind, (1, 0))
-        size = elements // block * width
-        parameters += elements
-        end = max(end, offset + size)
-        found.append((name, size))
-    alignment = metadata.get("general.alignment", 32)
+        parameters += math.prod(shape)
+        found.append((name, math.prod(shape) // block * width))
+        end = max(end, offset + found[-1][1])
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
-    return parameters, reader.at + -reader.at % alignment + end, tuple(found)
+    return parameters, end - (-reader.file.tell() // alignment * alignment), tuple(found)
 
 
 # What a model takes in memory, and what of it goes where
@@ -14446,28 +14204,22 @@ def kv_shape(meta: Mapping[str, Any], architecture: str) -> KvShape | None:
         state = _state_bytes(lambda name: each(said(name))[0], width, max(heads))
     except ValueError:
         return None
-    windows, recurrent = _windows(said("attention.sliding_window_pattern"), n_layer), _recurrent_layers(said, kv_heads, n_layer)
+    windows = _layers(said("attention.sliding_window_pattern"), [False] * n_layer)
+    stated = said("attention.recurrent_layers", said("full_attention_interval"))
+    recurrent = _layers(stated, [not heads for heads in kv_heads])  # which keep a state in place of keys and values
     with_keys = [not r and i < n_layer - borrowers for i, r in enumerate(recurrent)]  # the last ones may read those before them
     layers = tuple(n * sizes[w] * k for n, w, k in zip(kv_heads, windows, with_keys, strict=True))
     states = tuple(state * (r or not any(recurrent)) for r in recurrent)
     return KvShape(layers, states) if any(layers) or any(states) else None
 
 
-def _windows(pattern: Any, count: int) -> list[bool]:
-    """Which layers see only a window: stated for each, or all but every n-th."""
-    if isinstance(pattern, tuple):
-        return [bool(w) for w in (*pattern, *[False] * count)[:count]]
-    return [isinstance(pattern, int) and pattern > 1 and (i + 1) % pattern != 0 for i in range(count)]
-
-
-def _recurrent_layers(said: Callable[..., Any], kv_heads: Seq[int], count: int) -> list[bool]:
-    """Which layers keep a state in place of keys and values: stated, by an interval, or those without KV heads."""
-    stated, interval = said("attention.recurrent_layers", None), said("full_attention_interval")
+def _layers(stated: Any, usual: list[bool]) -> list[bool]:
+    """Which layers are of a kind: stated for each, or all but every n-th, else the usual ones."""
     if isinstance(stated, tuple):
-        return [bool(r) for r in (*stated, *[False] * count)[:count]]
-    if isinstance(interval, int) and interval > 0:
-        return [(i + 1) % interval != 0 for i in range(count)]
-    return [not heads for heads in kv_heads]
+        return [*map(bool, stated), *[False] * len(usual)][: len(usual)]
+    if isinstance(stated, int) and stated > 0:
+        return [i % stated != 0 for i in range(1, len(usual) + 1)]
+    return usual
 
 
 def _state_bytes(said: Callable[[str], int], width: int, heads: int) -> int:
@@ -14494,7 +14246,7 @@ class Weights:
 
 def read_weights(paths: Iterable[str]) -> Weights:
     """The weights by the headers of a model's files. Raises GgufError, OSError."""
-    tensors = [tensor for path in paths for tensor in read_gguf_header(path, os.path.getsize(path)).tensors]
+    tensors = [tensor for path in paths for tensor in read_gguf_header(path).tensors]
     layers: dict[int, tuple[int, int]] = {}
     output = sum(size for name, size in tensors if name.startswith("output"))
     if not any(name == "output.weight" for name, _ in tensors):
@@ -14510,20 +14262,6 @@ EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch)?exps"  # in the names of experts' 
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a load asks of the GPUs."""
-
-    ctx: int  # tokens that one sequence must have
-    pool: int  # and all together would like
-    kv_type: str
-    sequences: int
-    compute: int  # bytes of buffers on each GPU
-    gpu_layers: int | None = None  # None: as many as fit
-    cpu_moe: int | None = None  # None: as few as must be
-    share: float = 1.0  # of the layers that would fit
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where a model's parts go."""
 
@@ -14532,34 +14270,37 @@ class Placement:
     pool: int = 0  # tokens in the KV cache
 
 
-def place(weights: Weights, kv: KvShape, gpus: Seq[int], wish: Wish) -> Placement:
+def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv_type: str, sequences: int, compute: int,
+          gpu_layers: int | None = None, cpu_moe: int | None = None, share: float = 1.0) -> Placement:  # fmt: skip
     """Fits a model onto GPUs with so many free bytes each: a smaller pool first, then experts on the CPU, then fewer layers.
 
-    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free.
+    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free, and `compute`
+    bytes for buffers. One sequence must have `ctx` tokens, and all together would like `pool`. None for `gpu_layers` means
+    as many as fit, for `cpu_moe` as few as must be; `share` is of the layers that would fit.
     """
     count = len(weights.layers)
-    each = [total + kv.state_bytes(wish.sequences) // max(count, 1) for total, _ in weights.layers]
-    room = sum(max(0, free - free // 20 - wish.compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
+    each = [total + kv.state_bytes(sequences) // max(count, 1) for total, _ in weights.layers]
+    room = sum(max(0, free - free // 20 - compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
 
-    def fits(layers: int, moe: int, pool: int) -> bool:
+    def fits(layers: int, moe: int, tokens: int) -> bool:
         first = max(0, count - layers)
         experts = sum(e for _, e in weights.layers[first:moe])
         need = sum(total for total, _ in weights.layers[first:]) - experts + (weights.output if layers > count else 0)
-        return need + kv.token_bytes(wish.kv_type, first) * pool + kv.state_bytes(wish.sequences, first) <= room
+        return need + kv.token_bytes(kv_type, first) * tokens + kv.state_bytes(sequences, first) <= room
 
     def most(layers: int, moe: int) -> int:
         """The largest pool, in steps of an eighth of a context."""
-        step = max(1, wish.ctx // 8)
-        return next((p for p in range(wish.pool, wish.ctx, -step) if fits(layers, moe, p)), wish.ctx)
+        step = max(1, ctx // 8)
+        return next((p for p in range(pool, ctx, -step) if fits(layers, moe, p)), ctx)
 
-    moe, mixture = wish.cpu_moe or 0, any(experts for _, experts in weights.layers)
-    if wish.gpu_layers is not None:
-        layers = count + 1 if wish.gpu_layers < 0 else wish.gpu_layers
-        return Placement(int(layers * wish.share), moe, most(layers, moe))
-    all_moe = count if mixture and wish.cpu_moe is None else moe
+    moe, mixture = cpu_moe or 0, any(experts for _, experts in weights.layers)
+    if gpu_layers is not None:
+        layers = count + 1 if gpu_layers < 0 else gpu_layers
+        return Placement(int(layers * share), moe, most(layers, moe))
+    all_moe = count if mixture and cpu_moe is None else moe
     tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
-    layers, moe = next(((n, m) for n, m in tries if fits(n, m, wish.ctx)), (0, moe))
-    return Placement(int(layers * wish.share), moe, most(layers, moe) if layers else wish.pool)
+    layers, moe = next(((n, m) for n, m in tries if fits(n, m, ctx)), (0, moe))
+    return Placement(int(layers * share), moe, most(layers, moe) if layers else pool)
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -14976,7 +14717,7 @@ def as_json(text: str, types: int) -> str:
     """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
     written = text.strip()
     with contextlib.suppress(ValueError, RecursionError):
-        if type_bit(json.loads(written, parse_constant=_no_constant)) & types:
+        if type_bit(json.loads(written, parse_constant=_finite)) & types:
             return written
     meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
     if meant is not None and type_bit(json.loads(meant)) & types:
