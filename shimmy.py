@@ -170,7 +170,6 @@ import stat
 import struct
 import threading
 import urllib.parse
-import weakref
 import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -6473,27 +6472,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
-        self._answers: dict[tuple[str, str, str, str], int] = {}  # by method, route, API and status
+        self.meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
+        self.answers = Counter[tuple[str, str, str, str]]()  # by method, route, API and status
         self.connections = self.accepted = self.refused = 0  # the server's, whose accepting thread and lock write them
 
     def meter(self, id: str) -> Meter:
-        with self._lock:
-            return self._meters.setdefault(id, Meter())
-
-    def meters(self) -> dict[str, Meter]:
-        with self._lock:
-            return dict(self._meters)
+        return self.meters.setdefault(id, Meter())
 
     def answered(self, method: str, route: str, api: str, status: int) -> None:
         """A request is over. Only words that the route table knows come here, so that their number is bounded."""
-        key = (method, route, api, str(status or "none"))
         with self._lock:
-            self._answers[key] = self._answers.get(key, 0) + 1
-
-    def answers(self) -> dict[tuple[str, str, str, str], int]:
-        with self._lock:
-            return dict(self._answers)
+            self.answers[method, route, api, str(status or "none")] += 1
 
 
 class Generation:
@@ -6544,7 +6533,8 @@ class Generation:
             while self._open:
                 yield self._next()
         finally:
-            self.worker.forget(self.index, self._open)
+            if self._open:
+                self.worker.cancel(self._open)
 
     def _next(self) -> Any:
         """The next message; raises what ended the request."""
@@ -6632,8 +6622,8 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        self._generations: dict[int, Generation] = {}  # by job id, from submit to the last message
-        self._timings: dict[int, Timing] = {}  # by job id, until the child says how it ended, wanted or not
+        # by id, until the child says how a job ended, wanted or not; the meter does not count those of the tokenizer alone
+        self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
         self._heartbeat = Heartbeat(info.size_bytes)
@@ -6697,25 +6687,16 @@ class Worker:
             if len(ids) > self.loaded.parallel + self.max_queue:
                 most = self.loaded.parallel + self.max_queue
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            waiting = len(self._generations) - self.loaded.parallel
+            waiting = len(self._jobs) - self.loaded.parallel
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
-            self._generations |= dict.fromkeys(ids, generation)
             for id, job in zip(ids, jobs, strict=True):
-                if not isinstance(job, Tokenize):
-                    self._timings[id] = Timing(began or time.monotonic(), isinstance(job, Generate))
+                timing = Timing(began or time.monotonic(), isinstance(job, Generate))
+                self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing
         for id, job in zip(ids, jobs, strict=True):
             self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
-
-    def forget(self, ids: Iterable[int], still_open: Iterable[int]) -> None:
-        """A generation is over; what it left open in the engine is cancelled."""
-        with self._lock:
-            for id in ids:
-                self._generations.pop(id, None)
-        if still_open:
-            self.cancel(still_open)
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Lets the engine end these jobs within a step. Never waits: the child may hang."""
@@ -6737,12 +6718,11 @@ class Worker:
                 if isinstance(message, Stepped):
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
-                        self._count(event)
-                        self._give(event)
+                        self._take(event)
                 elif isinstance(message, (Progress, Loaded, LoadFailed)) and not self._serving:
                     self._loading.put(message)
                 elif isinstance(message, Accepted):
-                    self._give(message)
+                    self._take(message)
         except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
@@ -6751,21 +6731,20 @@ class Worker:
         self._pipe.end()
         self._end()
 
-    def _give(self, event: Any) -> None:
-        generation = self._generations.get(event.id)
+    def _take(self, event: Any) -> None:
+        """Tells the meter what the child says of a job, whether or not anybody still waits for it, and hands it on."""
+        generation, timing = self._jobs.get(event.id, (None, None))
+        if isinstance(event, (Finished, Failed)):
+            with self._lock:
+                self._jobs.pop(event.id, None)
+        if timing and isinstance(event, Piece):
+            self._meter.piece(timing, event.tokens)
+        elif timing and isinstance(event, Finished):
+            self._meter.finished(timing, event)
+        elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
+            self._meter.failed(timing)
         if generation:
             generation.give(event)
-
-    def _count(self, event: Any) -> None:
-        """Tells the meter, whether or not anybody still waits for the job."""
-        if isinstance(event, Piece):
-            if job := self._timings.get(event.id):
-                self._meter.piece(job, event.tokens)
-        elif isinstance(event, (Finished, Failed)) and (job := self._timings.pop(event.id, None)):
-            if isinstance(event, Finished):
-                self._meter.finished(job, event)
-            elif event.code == GenerationFailed.code:  # else the request was at fault, and never began
-                self._meter.failed(job)
 
     def _watch(self) -> None:
         """The watching thread: gives up a child that is silent, and one that not even a kill ends."""
@@ -6784,48 +6763,58 @@ class Worker:
 
     def _end(self) -> None:
         """The child is gone: fails everybody who waits for it. Only the first call counts."""
-        reason = self._why or f"the engine process ended ({ending(self._exit_status())})"
+        with contextlib.suppress(Exception):
+            self.process.wait(2.0)
+        status = self.process.returncode
+        reason = self._why or f"the engine process ended ({ending(status)})"
+        cause = "hang" if self._why else "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
         with self._lock:
             if self._ended.is_set():
                 return
             self.alive, self._running, self.cells = False, 0, 0
-            self.cause = "" if self._stopping else "hang" if self._why else self._cause_of(self._exit_status())
+            self.cause = "" if self._stopping else cause
             self._ended.set()
-        for id in list(self._timings):
-            if job := self._timings.pop(id, None):
-                self._meter.failed(job)
         if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
         self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
         self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
+        for _, timing in self._jobs.values():
+            if timing:
+                self._meter.failed(timing)
+        self._jobs = {}
         if self._serving:
             self._died(self, reason)
-
-    def _exit_status(self) -> int | None:
-        with contextlib.suppress(Exception):
-            self.process.wait(2.0)
-        return self.process.returncode
-
-    @staticmethod
-    def _cause_of(status: int | None) -> str:
-        return "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
 
     def fail_all(self, error: ApiError) -> None:
         """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
         with self._lock:
-            generations = set(self._generations.values())
+            generations = {generation for generation, _ in self._jobs.values()}
         for generation in generations:
             generation.inbox.put(type(error)(error.details, error.message, error.param))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
         with self._lock:
-            total = len(self._generations)
+            total = len(self._jobs)
         running = min(self._running, total)
         return running, total - running
 
+    def settings(self) -> dict[str, Any]:
+        """How the model is loaded, for its status: `options` that differ from their defaults, `fallback` that was needed."""
+        usual, loaded = EngineOptions(), self.loaded
+        options = {k: v for k, v in vars(self.setup.options).items() if v != getattr(usual, k)}
+        options |= {"chat_template": "given"} if "chat_template" in options else {}
+        return {
+            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
+            "devices": loaded.devices, "fallback": self.setup.rung.words(),
+        }  # fmt: skip
+
     def memory_bytes(self) -> int:
         return resident_bytes([self.process.pid]) if self.alive else 0
+
+    def reserved_bytes(self) -> int:
+        """Bytes of memory that count as free and are not: the engine has mapped them, or will fill them. Takes time."""
+        return mapped_bytes([self.process.pid]) + max(0, self.loaded.memory_need - self.memory_bytes()) if self.alive else 0
 
     def stop(self) -> None:
         """Ends the child: it goes at the end of its pipe, else is killed. While it loads, `start` raises. Idempotent.
@@ -6833,19 +6822,12 @@ class Worker:
         Waits some ten seconds at most.
         """
         with self._lock:
-            self._stopping = True
-            self.alive = False
-            process = getattr(self, "process", None)
-        if process is None:
-            return
-        self._pipe.close()
-        try:
-            self.process.wait(3.0)
-        except Exception:
-            process.kill()
-            with contextlib.suppress(Exception):
-                process.wait(5.0)
-        self._end()
+            self._stopping, self.alive = True, False
+            started = hasattr(self, "process")
+        if started:
+            self._pipe.close()
+            if not self._ended.wait(3.0):
+                self._give_up("it was to be unloaded")
 
 
 class Ladder:
@@ -6861,11 +6843,10 @@ class Ladder:
         self.faults, self.report = faults, report
         self._lock = threading.Lock()
         self._said: set[str] = set()
-        self._crashes: dict[str, int] = {}  # young engines that crashed, by model
-        self._counted: weakref.WeakSet[Worker] = weakref.WeakSet()
+        self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
-    def load(self, model: ModelInfo, gpu_wanted: bool, start: Callable[[Rung], Worker], asked: bool = False) -> Worker:
+    def load(self, model: ModelInfo, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
         """Loads by the highest rung that holds. `start` tries one, and raises LoadFailure.
 
         Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
@@ -6876,22 +6857,21 @@ class Ladder:
         crash = ""  # what the first engine that crashed or hung said
         while True:
             try:
-                worker = start(rung)
+                worker = start(replace(setup, rung=rung))
+                break
             except LoadFailure as failure:
                 first = first or failure
-                mendable = failure.cause not in ("", "room")
-                gpu = mendable and gpu_wanted and self._has_gpu()
-                lower = rung.below(failure.cause, gpu) if mendable else None
+                gpu = self._uses_gpu(setup.options)
+                lower = rung.below(failure.cause, gpu) if failure.cause not in ("", "room") else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
                 self._say(f"{printable(failure.details)}; trying again {lower.words()}", True)
                 if failure.cause != "memory":
                     crash, kept = crash or failure.details, kept.below(failure.cause, gpu) or kept
                 rung = lower
-            else:
-                if crash and not asked:
-                    self._remember(model, kept, crash)
-                return worker
+        if crash and not asked:
+            self._remember(model, kept, crash)
+        return worker
 
     def _top(self, model: ModelInfo) -> Rung:
         """Where to begin with a model: what its kind is known to need, without the kernels that are known to be broken."""
@@ -6900,9 +6880,7 @@ class Ladder:
         for name, fault in broken.items():
             self._say(f"this CPU's {name} kernels are broken in this build of llama-cpp-python ({fault}); "
                       "going on without them", new)  # fmt: skip
-        with self._lock:
-            lowered = self._lowered.get(model.id)
-        rung = lowered or self._known(model)
+        rung = self._lowered.get(model.id) or self._known(model)
         return rung if rung.plain else replace(rung, without=tuple(broken))
 
     def _known(self, model: ModelInfo) -> Rung:
@@ -6934,30 +6912,24 @@ class Ladder:
         (log.warning if new else self.report)(words)
 
     @staticmethod
-    def _has_gpu() -> bool:
-        return any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
+    def _uses_gpu(options: EngineOptions) -> bool:
+        wanted = options.gpu_layers != 0 and options.device != ("none",)
+        return wanted and any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
 
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: the second crash of a young one takes its model a rung down."""
-        model = worker.info
-        if not worker.cause or time.monotonic() - worker.loaded_at > self.YOUNG:
+        model, cause = worker.info, worker.cause
+        if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        gpu = worker.loaded.on_gpu
         with self._lock:
-            if worker in self._counted:
-                return
-            self._counted.add(worker)
-            self._crashes[model.id] = self._crashes.get(model.id, 0) + 1
-            if self._crashes[model.id] < 2:
-                return
-            self._crashes[model.id] = 0
-            lower = worker.setup.rung.below(worker.cause, gpu)
-            if lower:
-                self._lowered[model.id] = lower
-        if lower:
+            self._crashes[model.id] += 1
+            second = self._crashes[model.id] % 2 == 0
+        lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
+        if second and lower:
+            self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
-            if worker.cause != "memory":
-                self._remember(model, lower, f"the engine crashed twice ({worker.cause})")
+            if cause != "memory":
+                self._remember(model, lower, f"the engine crashed twice ({cause})")
 
 
 # ── 12. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -7006,33 +6978,31 @@ class Settings:
         """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
         self._flags, self.presets, self._one = flags or {}, tuple(presets), one
         self._all = [p for p in presets if p.pattern == "*"]
-        self.engine = EngineOptions(**self._merged([p.engine for p in self._all], self._flags))  # of no model in particular
+        self.engine = self._merged([*self._all, Preset("*", self._flags)]).engine  # of no model in particular
 
     @staticmethod
-    def _merged(layers: Iterable[Mapping[str, Any]], last: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for layer in (*layers, last) for name, value in layer.items()}
+    def _merged(layers: Seq[Preset], system: str = "") -> ModelSettings:
+        engine = {name: value for layer in layers for name, value in layer.engine.items()}
+        sampling = {name: value for layer in layers for name, value in layer.sampling.items()}
+        keep = [layer.keep_alive for layer in layers if layer.keep_alive is not None]
+        return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
         """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
-        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
-        engine = [model.stored.engine, *(p.engine for p in self._all), flags, *(p.engine for p in own)]
-        sampling = [model.stored.sampling, *(p.sampling for p in self._all), *(p.sampling for p in own)]
-        keep = [p.keep_alive for p in (*self._all, *own) if p.keep_alive is not None]
-        return ModelSettings(EngineOptions(**self._merged(engine, asked or {})), self._merged(sampling, {}),
-                             model.stored.system, keep[-1] if keep else None)  # fmt: skip
+        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        layers = [stored, *self._all, Preset("", flags), *own, Preset("", asked or {})]
+        return self._merged(layers, model.stored.system)
 
 
-class LoadAttempt:
-    """One try to load a model; everyone who waited for it learns its error."""
+@dataclass
+class PendingLoad:
+    """A model's load, from when it is wanted until it has ended. Touched only under the condition of Residents."""
 
-    def __init__(self) -> None:
-        self.error: ApiError | None = None
-
-    def check(self) -> None:
-        """Raises the load's error, a copy for each waiter: a raised exception holds the frames it passed through."""
-        if self.error is not None:
-            raise copy.copy(self.error)
+    due: float  # monotonic: when it is refused if no room has come
+    background: bool = False  # it is wanted although nobody waits for it
+    error: ApiError | None = None  # how it ended, if badly
 
 
 @dataclass
@@ -7045,15 +7015,13 @@ class Entry:
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
-    attempt: LoadAttempt = field(default_factory=LoadAttempt)
+    load: PendingLoad | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests for its load gave
     held: Mapping[str, Any] = field(default_factory=dict)  # the same, of the last load that came to its end
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
-    begun: int = 0  # the number of its last load among all
-    reserved: int = 0  # bytes that others held or were to take then
+    departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
     retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure
-    pending: Cancellation | None = None  # a load that nobody waits for and that has no room yet
     leases: int = 0  # requests that use the worker now
     waiting: int = 0  # requests that wait for the load
     last_used: float | None = None  # seconds since the epoch
@@ -7066,7 +7034,8 @@ class Entry:
 
     @property
     def idle(self) -> bool:
-        return self.state == "loaded" and not self.leases and not self.waiting
+        """Nobody uses it, nor is about to: who waits while it is loaded wants it loaded with other options."""
+        return self.state == "loaded" and not self.leases and (self.load is not None or not self.waiting)
 
     def status(self) -> dict[str, Any]:
         """The document of the status, load and unload routes, but for its memory: asking for that takes too long here."""
@@ -7076,18 +7045,7 @@ class Entry:
             "progress": round(self.progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
-        } | (self._settings(self.worker) if self.worker else {})  # fmt: skip
-
-    @staticmethod
-    def _settings(worker: Worker) -> dict[str, Any]:
-        """What holds for the engine: context, pool, options that differ from their defaults, and what had to be given up."""
-        usual, loaded = EngineOptions(), worker.loaded
-        options = {k: v for k, v in vars(worker.setup.options).items() if v != getattr(usual, k)}
-        options |= {"chat_template": "given"} if "chat_template" in options else {}
-        return {
-            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
-            "devices": loaded.devices, "fallback": worker.setup.rung.words(),
-        }  # fmt: skip
+        } | (self.worker.settings() if self.worker else {})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -7101,20 +7059,12 @@ class TableOptions:
     preset_aliases: tuple[tuple[str, str], ...] = ()  # the same; their models need not be there
 
 
-def start_thread(work: Callable[..., None], *args: Any, name: str) -> None:
-    """Runs work in a thread of its own. Raises Overloaded when the system has no thread to give."""
-    try:
-        threading.Thread(target=work, args=args, name=name, daemon=True).start()
-    except RuntimeError as error:
-        raise Overloaded(f"The system gives no more threads ({error})") from None
-
-
 class Residents:
     """The models in memory: loads, evicts and unloads them.
 
-    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries; loads
-    and unloads run in threads of their own, so that no wait holds it. Methods are called with it held, unless they
-    say that they take it.
+    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One
+    thread loads, a model at a time, another ends engines, so that no wait holds it. Methods are called with it held,
+    unless they say that they take it.
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
@@ -7126,7 +7076,7 @@ class Residents:
         self.entries: dict[str, Entry] = {}  # by id
         self.closed = False
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
-        self._options, self._metrics, self._loads = options, metrics, itertools.count()
+        self._options, self._metrics = options, metrics
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
@@ -7134,6 +7084,7 @@ class Residents:
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         if not entry.in_memory:
+            entry.departures += 1
             for other in self.entries.values():
                 other.crowded = ""
         self.changed.notify_all()
@@ -7145,169 +7096,136 @@ class Residents:
 
     # Loading
 
-    def worker_for(self, entry: Entry, deadline: float, asked: Mapping[str, Any] | None = None) -> Worker | None:
-        """The worker if the model is loaded; otherwise begins the load unless one runs, as soon as there is room.
+    def want(self, entry: Entry, asked: Mapping[str, Any] | None = None, background: bool = False) -> PendingLoad:
+        """The load of a model that is not loaded, or not as it is `asked` for; it begins as soon as there is room.
 
-        `asked` are options that the request wants it loaded with: a longer context reloads it once nobody uses it.
-        Raises Overloaded when no room came until the deadline, or the server ends; GenerationFailed in the pause after a
-        load that failed on every rung.
+        Raises Overloaded when the server ends, GenerationFailed in the pause after a load that failed on every rung.
         """
         if self.closed:
             raise Overloaded("The server is shutting down")
-        if entry.state == "loaded" and asked and self._is_too_short(entry, asked):
-            if entry.leases and time.monotonic() > deadline:
-                raise Overloaded(f"Model '{entry.info.id}' is too busy to be loaded with a context of {asked['ctx']} tokens")
-            if not entry.leases:
-                entry.asked = {**entry.asked, **asked}
-                self._begin_unload(entry)
-            return None
-        if entry.state == "loaded":
-            entry.idle_since, entry.last_used = time.monotonic(), time.time()
-            return entry.worker
-        pause = entry.retry_at - time.monotonic()
-        if entry.state == "failed" and pause > 0:
-            raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
-        if not entry.in_memory and self._make_room(entry, deadline):
+        if self.entries.get(entry.info.id) is not entry:  # a scan has dropped it since its name was resolved
+            raise ModelNotFound(f"Model '{entry.info.id}' is not available")
+        if entry.state != "loading":
             entry.asked = {**entry.asked, **(asked or {})}
-            self._begin_load(entry)
-        return None
+        load = entry.load
+        if load is None:
+            pause = entry.retry_at - time.monotonic()
+            if entry.state == "failed" and pause > 0:
+                raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
+            if entry.state == "failed":
+                self.move(entry, "unloaded")
+            load = entry.load = PendingLoad(time.monotonic() + LOAD_WAIT_SECONDS, background)
+            self._schedule()
+            self.changed.notify_all()
+        load.background |= background
+        return load
 
-    @staticmethod
-    def _is_too_short(entry: Entry, asked: Mapping[str, Any]) -> bool:
-        """Whether a request wants more context than the model is loaded with, and than it got when it was asked for that."""
-        assert entry.worker
-        wanted = min(asked.get("ctx") or 0, entry.info.context_length or sys.maxsize)
-        return wanted > entry.worker.loaded.ctx and asked.get("ctx") != entry.held.get("ctx")
+    def _schedule(self) -> None:
+        """Begins the load that is wanted longest, of those for which there is room, unless one is going on."""
+        wanted = [(e.load, e) for e in self.entries.values() if e.load]
+        for load, entry in sorted(wanted, key=lambda each: each[0].due):
+            if any(e.state == "loading" for e in self.entries.values()):
+                return
+            if not entry.waiting and not load.background:  # whoever wanted it has left
+                entry.load, entry.asked = None, entry.held
+            elif self._has_room(entry, load):
+                self.move(entry, "loading")
 
-    def load_in_background(self, entry: Entry) -> None:
-        """Begins to load; without room one thread waits for it, however often this is asked."""
-        if entry.pending or entry.state in ("loading", "loaded"):
-            return
-        if entry.state != "unloading" and self._make_room(entry, math.inf):
-            self._begin_load(entry)
-            return
-        pending = Cancellation()
-        start_thread(self._load_pending, entry, pending, name=f"load {entry.info.id}")
-        entry.pending = pending
-        if entry.state == "failed":
-            self.move(entry, "unloaded")
-
-    def _load_pending(self, entry: Entry, pending: Cancellation) -> None:
-        """The thread of a load that waits for room; its refusal becomes the entry's error."""
-        try:
-            with Lease(self, entry, pending, uses=False) as lease:
-                lease.wait()
-        except Cancelled:
-            pass  # an unload came
-        except ApiError as refusal:
-            with self.changed:
-                if entry.state == "unloaded":
-                    self.move(entry, "failed", error=refusal.details)
-        finally:
-            with self.changed:
-                entry.pending = None
-
-    def _make_room(self, entry: Entry, deadline: float) -> bool:
-        """True if a load may start; otherwise starts evicting the least recently used idle model.
+    def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
+        """True if a load may start; otherwise unloads the least recently used idle model, or refuses a load that is due.
 
         The load itself finds out whether it fits beside the others (`crowded`), for only an engine knows the devices.
-        Raises Overloaded when all are busy beyond the deadline.
         """
         held = [e for e in self.entries.values() if e.in_memory]
-        if len(held) < self._options.max_loaded and not (entry.crowded and held):
+        if entry.in_memory:  # with other options
+            held = [entry]
+        elif len(held) < self._options.max_loaded and not (entry.crowded and held):
             return True
-        if not any(e.state == "unloading" and not e.leases for e in held):
-            if idle := [e for e in held if e.idle]:
-                self._begin_unload(min(idle, key=lambda e: e.idle_since))
-            elif time.monotonic() > deadline:
-                crowded, entry.crowded = entry.crowded, ""
-                busy = f"{len(held)} loaded models are busy"
-                raise Overloaded(f"{crowded}; {busy}" if crowded else f"All {busy} (--max-loaded {self._options.max_loaded})")
+        if entry.state == "unloading" or any(e.state == "unloading" and not e.leases for e in held):
+            return False
+        if idle := [e for e in held if e.idle]:
+            oldest = min(idle, key=lambda e: e.idle_since)
+            self.move(oldest, "unloading", oldest.worker)
+        elif time.monotonic() > load.due:
+            busy = f"{len(held)} loaded models are busy"
+            why = f"{entry.crowded}; {busy}" if entry.crowded else f"All {busy} (--max-loaded {self._options.max_loaded})"
+            if entry.in_memory:
+                asked = ", ".join(f"{name} {value}" for name, value in entry.asked.items())
+                why = f"Model '{entry.info.id}' is too busy to be loaded again with {asked}"
+            self._end_load(entry, Overloaded(why))
         return False
 
-    def _others(self, entry: Entry) -> list[Entry]:
-        return [e for e in self.entries.values() if e.in_memory and e is not entry]
+    def run_loads(self) -> None:
+        """The loading thread; takes the condition."""
+        while entry := self._next_load():
+            self._load(entry)
 
-    def _reserved(self, entry: Entry) -> int:
-        """Bytes of memory that count as free and are not: other engines have mapped them, or will fill them. Takes time.
-
-        Of two loads the one that began first is the other's, so that not each waits for each.
-        """
+    def _next_load(self) -> Entry | None:
+        """Waits for a load; None at the server's end."""
         with self.changed:
-            earlier = [e for e in self._others(entry) if e.state != "loading" or e.begun < entry.begun]
-            needs = [(e.worker or e.starting, expected_need(e.info, self._settings(e).engine)) for e in earlier]
-        reserved = 0
-        for worker, need in needs:
-            process, loaded = getattr(worker, "process", None), getattr(worker, "loaded", None)
-            pids = [process.pid] if process else []
-            need = loaded.memory_need if loaded else need
-            reserved += mapped_bytes(pids) + max(0, need - resident_bytes(pids))
-        return reserved
+            while not self.closed:
+                self._schedule()
+                for entry in self.entries.values():
+                    if entry.state == "loading":
+                        return entry
+                self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
+        return None
 
-    def _begin_load(self, entry: Entry) -> None:
-        attempt = LoadAttempt()
-        start_thread(self._load, entry, attempt, name=f"load {entry.info.id}")  # before the state says that one runs
-        entry.attempt, entry.begun = attempt, next(self._loads)
-        self.move(entry, "loading")
-
-    def _load(self, entry: Entry, attempt: LoadAttempt) -> None:
-        """The thread of a load; takes the condition to say how far it is and how it ended."""
-
-        def progress(fraction: float) -> None:
-            with self.changed:
-                entry.progress = fraction
-
-        with self.changed:
-            settings = self._settings(entry)
+    def _load(self, entry: Entry) -> None:
+        """Loads a model; takes the condition to say how that ended."""
         worker: Worker | None = None
         error: ApiError | None = None
+        asked, others = entry.asked, list[Worker]()
         try:
-            gpu_wanted = settings.engine.gpu_layers != 0 and settings.engine.device != ("none",)
-            worker = self._ladder.load(
-                entry.info, gpu_wanted, lambda rung: self._start(entry, settings, rung, progress), bool(entry.asked)
-            )
+            with self.changed:
+                asked, settings = entry.asked, self._settings(entry)
+                others = [e.worker for e in self.entries.values() if e.worker]
+                idle = any(e.idle for e in self.entries.values())
+            setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            worker = self._ladder.load(entry.info, setup, functools.partial(self._start, entry), bool(asked))
         except ApiError as failure:
-            error = copy.copy(failure)
+            error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
             error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
         with self.changed:
-            entry.idle_since = time.monotonic()
-            if not error:
-                entry.held, entry.failures, entry.retry_at = entry.asked, 0, 0.0
+            if worker:
+                entry.held, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
                 self.move(entry, "loaded", worker)
-            elif getattr(error, "cause", "") == "room" and (entry.reserved or self._others(entry)):
+                if not worker.alive:
+                    self.move(entry, "failed", error="the engine process ended right after the load")
+                if entry.asked == asked:  # else it was asked for with other options meanwhile
+                    self._end_load(entry)
+            elif error and getattr(error, "cause", "") == "room" and others:
                 self.move(entry, "unloaded")
-                entry.crowded = error.details if self._others(entry) else ""
-            else:
-                self._failed(entry, attempt, error)
-        if worker is not None and self.closed:
-            worker.stop()
-        elif worker is not None and not worker.alive:
-            self._died(entry, worker, "the engine process ended right after the load")
+                entry.crowded = error.details
+            elif error:
+                self._failed(entry, asked, error)
 
-    def _start(self, entry: Entry, settings: ModelSettings, rung: Rung, progress: Callable[[float], None]) -> Worker:
+    def _start(self, entry: Entry, setup: Setup) -> Worker:
         """Starts one engine for a load; takes the condition. Raises LoadFailure."""
-        with self.changed:
-            idle = any(e.idle for e in self.entries.values() if e is not entry)
-        entry.reserved = self._reserved(entry)
-        setup = Setup(settings.engine, rung, entry.reserved, idle)
         starting = self._make_worker(entry.info, setup, functools.partial(self._died, entry))
         with self.changed:
             if self.closed:
                 raise Overloaded("The server is shutting down")
             entry.starting = starting
-        return starting.start(progress)
+        return starting.start(lambda fraction: setattr(entry, "progress", fraction))
 
-    def _failed(self, entry: Entry, attempt: LoadAttempt, error: ApiError) -> None:
+    def _failed(self, entry: Entry, asked: Mapping[str, Any], error: ApiError) -> None:
         """A load is over without a model. What every rung failed at is not tried again and again."""
         self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-        wished = entry.asked != entry.held  # what one client wished for does not keep the others from the model
-        attempt.error, entry.asked = error, entry.held
-        if getattr(error, "cause", "") and not wished:
+        if getattr(error, "cause", "") and asked == entry.held:  # what one client wished for does not keep others from it
             entry.retry_at = time.monotonic() + min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(entry.failures, 10))
             entry.failures += 1
-        self.move(entry, "failed", error=error.details)
+        self._end_load(entry, error)
+
+    def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
+        """Tells everybody who waits for a load how it ended."""
+        load, entry.load = entry.load, None
+        if error and load:
+            load.error, entry.asked, entry.crowded = error, entry.held, ""
+            if entry.state != "loaded":
+                self.move(entry, "failed", error=error.details)
 
     def _died(self, entry: Entry, worker: Worker, reason: str) -> None:
         """A child ended by itself; takes the condition."""
@@ -7315,6 +7233,7 @@ class Residents:
         with self.changed:
             if entry.worker is worker and entry.state == "loaded":
                 self.move(entry, "failed", error=reason)
+            self.changed.notify_all()
 
     # Unloading
 
@@ -7322,8 +7241,6 @@ class Residents:
         """A request is done with the worker."""
         entry.leases -= 1
         entry.idle_since, entry.last_used = time.monotonic(), time.time()
-        if self.keep_alive(entry) == 0 and entry.idle:
-            self._evict(entry)
         self.changed.notify_all()
 
     def keep_alive(self, entry: Entry) -> float:
@@ -7333,27 +7250,24 @@ class Residents:
         own = self._settings(entry).keep_alive
         return self._options.keep_alive if own is None else own
 
-    def keep(self, entry: Entry, seconds: float) -> None:
-        """Changes how long the model stays; 0 unloads it now if it is idle."""
-        entry.keep_alive = seconds
-        if seconds == 0 and entry.idle:
-            self._evict(entry)
-        self.changed.notify_all()
+    def expires(self, entry: Entry) -> float:
+        """When an idle model has stayed for as long as it may, monotonic; infinite for one that may stay."""
+        keep = self.keep_alive(entry) if entry.idle else -1
+        return entry.idle_since + keep if keep >= 0 else math.inf
 
     def unload(self, entry: Entry, force: bool, cancel: Cancellation) -> None:
         """Waits until the model is out of memory; force ends what runs, otherwise it may finish."""
-        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
-        if entry.pending:
-            entry.pending.cancel()
-        attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
-        while entry.attempt is attempt and entry.in_memory and not self.closed:
+        if entry.load:
+            entry.load.background = False
+        departures = entry.departures  # a load that somebody begins after our unload is none of our business
+        while entry.departures == departures and entry.in_memory and not self.closed:
             cancel.check()
             if entry.state == "loaded":
-                self._begin_unload(entry)
-            if entry.state == "unloading" and force and entry.worker:
-                entry.worker.fail_all(ended)
-            if entry.state == "loading" and force and entry.starting:
-                start_thread(entry.starting.stop, name=f"stop {entry.info.id}")
+                self.move(entry, "unloading", entry.worker)
+            if force and entry.worker:
+                entry.worker.fail_all(GenerationFailed("The model was unloaded (force)", "Text generation was ended"))
+            if force and entry.starting:
+                threading.Thread(target=entry.starting.stop, name=f"stop {entry.info.id}", daemon=True).start()
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
@@ -7361,45 +7275,34 @@ class Residents:
         if entry.state == "unloaded":
             entry.asked = entry.held = {}
 
-    def _begin_unload(self, entry: Entry) -> None:
-        start_thread(self._unload, entry, entry.worker, name=f"unload {entry.info.id}")
-        self.move(entry, "unloading", entry.worker)
+    def run_unloads(self) -> None:
+        """The thread that ends engines; takes the condition."""
+        while entry := self._next_unload():
+            if entry.worker:
+                entry.worker.stop()
+            with self.changed:
+                entry.keep_alive = None
+                self.move(entry, "unloaded")
 
-    def _unload(self, entry: Entry, worker: Worker) -> None:
-        """The thread of an unload: waits for the requests that use the worker, then ends it; takes the condition."""
-        with self.changed:
-            while entry.leases and worker.alive:  # at the server's end `close` stops the worker
-                self.changed.wait(1.0)
-        worker.stop()
-        with self.changed:
-            entry.keep_alive = None
-            self.move(entry, "unloaded")
-
-    def _evict(self, entry: Entry) -> None:
-        """Unloads an idle model that nobody waits to see gone: without a thread to do it, it stays for now."""
-        try:
-            self._begin_unload(entry)
-        except Overloaded as error:
-            log.warning("%s stays in memory: %s", entry.info.id, error.details)
-            entry.idle_since = time.monotonic()  # for as long again
-
-    def expire_idle(self) -> None:
-        """The keep-alive thread: unloads models idle for as long as they may be; takes the condition."""
+    def _next_unload(self) -> Entry | None:
+        """Waits for a model that is to go and whose requests are done, or that is idle for too long; None at the end."""
         with self.changed:
             while not self.closed:
                 now = time.monotonic()
-                idle = [e for e in self.entries.values() if e.idle and self.keep_alive(e) > 0]
-                for entry in idle:
-                    if now - entry.idle_since >= self.keep_alive(entry):
-                        self._evict(entry)
-                left = [e.idle_since + self.keep_alive(e) - now for e in idle if e.state == "loaded"]
-                self.changed.wait(max(0.05, min(3600.0, *left)) if left else None)  # no system waits for years
+                for entry in self.entries.values():
+                    if self.expires(entry) <= now:
+                        self.move(entry, "unloading", entry.worker)
+                    if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
+                        return entry
+                left = min(map(self.expires, self.entries.values()), default=math.inf) - now
+                self.changed.wait(min(3600.0, left) if left < math.inf else None)  # no system waits for years
+        return None
 
-    def close(self) -> None:
-        """Ends every wait and every child; idempotent; takes the condition."""
+    def close(self, engines: bool) -> None:
+        """Ends every wait, and every child if the `engines` are to end too; idempotent; takes the condition."""
         with self.changed:
             self.closed = True
-            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w]
+            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w and engines]
             self.changed.notify_all()
         for worker in workers:
             worker.stop()
@@ -7408,12 +7311,10 @@ class Residents:
 class Lease:
     """A request's claim on a model: waits for the load, then keeps the worker in memory until the request is done."""
 
-    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, uses: bool = True,
-                 asked: Mapping[str, Any] | None = None) -> None:  # fmt: skip
-        """`uses` is false for who only wants the model loaded; `asked` as Residents.worker_for has it."""
-        self._residents, self._entry, self._cancel, self._uses, self._asked = residents, entry, cancel, uses, asked
-        self._deadline = time.monotonic() + LOAD_WAIT_SECONDS
-        self._attempt = LoadAttempt()
+    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> None:
+        """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle."""
+        self._residents, self._entry, self._cancel, self._asked = residents, entry, cancel, asked or {}
+        self._load: PendingLoad | None = None
         self._waiting = True
 
     def __enter__(self) -> Lease:
@@ -7423,7 +7324,7 @@ class Lease:
         return self
 
     def wait(self, seconds: float = math.inf) -> Worker | None:
-        """The worker, once the model is loaded; None after so many seconds. Whoever comes first begins the load.
+        """The worker, once the model is loaded; None after so many seconds.
 
         Raises GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
         """
@@ -7431,34 +7332,34 @@ class Lease:
         with self._residents.changed:
             while (left := until - time.monotonic()) > 0:
                 self._cancel.check()
-                self._attempt.check()
-                worker = self._residents.worker_for(entry, self._deadline, self._asked)
-                if worker:
-                    entry.waiting, entry.leases = entry.waiting - 1, entry.leases + self._uses
-                    self._waiting = False
-                    return worker
-                if entry.state == "loading":
-                    self._attempt = entry.attempt
+                if self._load and self._load.error:  # one of its own for each waiter: a raised one holds the frames it passed
+                    raise copy.copy(self._load.error)
+                if entry.worker and entry.state == "loaded" and not self._is_too_short(entry.worker):
+                    entry.waiting, entry.leases, self._waiting = entry.waiting - 1, entry.leases + 1, False
+                    entry.last_used = time.time()
+                    return entry.worker
+                self._load = self._residents.want(entry, self._asked)
                 self._residents.changed.wait(min(left, 1.0))
         return None
+
+    def waited(self) -> Generator[Waiting, None, Worker]:
+        """The same without end, with signs of life."""
+        while (worker := self.wait(PING_SECONDS)) is None:
+            yield Waiting()
+        return worker
+
+    def _is_too_short(self, worker: Worker) -> bool:
+        """True if more context is asked for than the model is loaded with, and than it got when it was asked for that."""
+        ctx = self._asked.get("ctx") or 0
+        wanted = min(ctx, self._entry.info.context_length or sys.maxsize)
+        return wanted > worker.loaded.ctx and ctx != self._entry.held.get("ctx")
 
     def __exit__(self, *_: object) -> None:
         with self._residents.changed:
             if self._waiting:
                 self._entry.waiting -= 1
-            elif self._uses:
+            else:
                 self._residents.release(self._entry)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A loaded model, for who lists what runs."""
-
-    info: ModelInfo
-    loaded: Loaded
-    running: int
-    memory_bytes: int
-    left: float | None  # seconds until it is unloaded if nobody comes; None: it stays
 
 
 @dataclass(frozen=True)
@@ -7478,28 +7379,21 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
+    """What the names in requests mean, after one scan. Never changes."""
 
-    def __init__(self, options: TableOptions) -> None:
-        self._wanted, self._aliases, self._preset_aliases = options.default, options.aliases, options.preset_aliases
-        self._models: dict[str, ModelInfo] = {}  # by id, in the order of the list
-        self._stems: dict[str, str] = {}  # id to file stem
-        self.default: str | None = None
-
-    def update(self, models: dict[str, ModelInfo]) -> None:
-        """Takes over what a scan found; `default` stays what it was while that is there."""
-        self._models = models
+    def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
+        """`default` stays what it was while that is there."""
+        self._wanted, self._aliases = options.default, options.aliases
+        self._all_aliases = (*options.aliases, *options.preset_aliases)
+        self._models = models  # by id, in the order of the list
         self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
-        if self._wanted and self.default not in models:
-            self.default = self._find_wanted(self._wanted)
-        elif not self._wanted and (self.default not in models or models[self.default].embedding):
+        self.default = default
+        if self._wanted and default not in models:
+            path = os.path.realpath(os.path.expanduser(self._wanted))
+            found = [id for id, m in models.items() if os.path.realpath(m.path) == path] or self._match(self._wanted)
+            self.default = found[0] if len(found) == 1 else None
+        elif not self._wanted and (default not in models or models[default].embedding):
             self.default = next((id for id, m in models.items() if not m.embedding), None)
-
-    def _find_wanted(self, wanted: str) -> str | None:
-        path = os.path.realpath(os.path.expanduser(wanted))
-        by_path = [id for id, m in self._models.items() if os.path.realpath(m.path) == path]
-        found = by_path or self._match(wanted)
-        return found[0] if len(found) == 1 else None
 
     def resolve(self, name: str) -> list[str]:
         """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
@@ -7509,7 +7403,7 @@ class Names:
             return [name]
         import fnmatch
 
-        for pattern, target in (*self._aliases, *self._preset_aliases):
+        for pattern, target in self._all_aliases:
             if fnmatch.fnmatchcase(name, pattern):
                 return self.resolve("default") if target == "default" else self._match(target)
         return self._match(name)
@@ -7531,7 +7425,7 @@ class Names:
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
         """The error for a name that means nothing, or several models; `reason` may say why a file of that name is none."""
-        known = self._available()
+        known = some_of(list(self._models))
         if name == "default" and not self._wanted:
             if self._models:
                 return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
@@ -7555,9 +7449,6 @@ class Names:
         alike = difflib.get_close_matches(plain_id(name)[:MAX_MODEL_NAME], self._models, n=3, cutoff=0.5)
         return tuple(self._match(name)[:3] or alike)
 
-    def _available(self) -> str:
-        return some_of(list(self._models))
-
     def unresolved(self, catalog: Catalog) -> list[Unresolved]:
         """What the command line names and what is not there, each with ids that are spelled alike."""
         named = [("--model", self._wanted, self.resolve("default"))] if self._wanted else []
@@ -7578,14 +7469,14 @@ class ModelTable:
         ladder = ladder or Ladder(KnownFaults(), log.info)
         self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
-        self._names = Names(options)
+        self._names = Names(options, {})
         self._scanned = False  # the first scan is over, whatever came of it
         self._taken = -math.inf  # when the scan began whose report is in the table
 
     def start(self) -> None:
-        """Begins the first scan, and the watch over idle models, in the background."""
-        threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
-        threading.Thread(target=self._residents.expire_idle, name="keep-alive", daemon=True).start()
+        """Begins the first scan, and the threads that load and unload."""
+        for work in (self._first_scan, self._residents.run_loads, self._residents.run_unloads):
+            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     def _first_scan(self) -> None:
         try:
@@ -7597,68 +7488,50 @@ class ModelTable:
                 self._scanned = True
                 self._changed.notify_all()
 
-    def scan(self) -> list[dict[str, Any]]:
-        """Looks for models again; loaded ones stay whatever became of their file. Returns the list of models."""
-        self._refresh(0.0)
-        with self._changed:
-            return self._listing()
-
     def _refresh(self, age: float) -> None:
-        """Takes over what a scan found that began at most `age` seconds ago; takes the condition."""
+        """Takes over what a scan found that began at most `age` seconds ago; takes the condition.
+
+        Models that are in memory stay whatever became of their file.
+        """
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began > self._taken:  # threads may come out of the catalog in another order
-                self._taken, self._scanned = report.began, True
-                self._take(report)
-
-    def _take(self, report: ScanReport) -> None:
-        entries = self._residents.entries
-        found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
-        for model in report.models:
-            found[model.id].info = model
-        used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.pending}
-        entries = self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
-        self._names.update({id: e.info for id, e in entries.items()})
-        self._changed.notify_all()
+            if report.began <= self._taken:  # threads may come out of the catalog in another order
+                return
+            self._taken, self._scanned, entries = report.began, True, self._residents.entries
+            found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
+            for model in report.models:
+                found[model.id].info = model
+            used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.load}
+            self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
+            models = {id: e.info for id, e in self._residents.entries.items()}
+            self._names = Names(self.options, models, self._names.default)
+            self._changed.notify_all()
 
     # Names
 
-    def models(self) -> list[dict[str, Any]]:
-        """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
-        self._look()
+    def models(self, age: float = 2.0) -> list[dict[str, Any]]:
+        """The documents of `/api/models` without `default`; at once, whatever the engines are doing.
+
+        A look at the disk takes milliseconds, and a file copied there shows; one `age` seconds old serves.
+        """
+        self._refresh(age)
         with self._changed:
-            return self._listing()
+            entries = self._residents.entries.values()
+            return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
 
     def infos(self) -> list[ModelInfo]:
         """The same models, as their headers describe them."""
-        self._look()
+        self._refresh(2.0)
         with self._changed:
             return [e.info for e in self._residents.entries.values()]
 
-    def _look(self) -> None:
+    def names(self, cancel: Cancellation | None = None) -> Names:
+        """What names mean; waits for the first scan."""
         with self._changed:
-            self._await_scan(Cancellation())
-        self._refresh(2.0)  # milliseconds, and a file copied there shows
-
-    def _listing(self) -> list[dict[str, Any]]:
-        entries = self._residents.entries.values()
-        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
-
-    def _await_scan(self, cancel: Cancellation) -> None:
-        while not self._scanned and not self._residents.closed:
-            cancel.check()
-            self._changed.wait(1.0)
-
-    def default_id(self) -> str | None:
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.default
-
-    def unresolved(self) -> list[Unresolved]:
-        """The models that --model and --alias name and that the first scan, waited for, has not found."""
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.unresolved(self.catalog)
+            while not self._scanned and not self._residents.closed:
+                (cancel or Cancellation()).check()
+                self._changed.wait(1.0)
+            return self._names
 
     def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
@@ -7667,21 +7540,24 @@ class ModelTable:
         """
         if len(name) > MAX_MODEL_NAME:
             raise ModelNotFound(f"Model '{printable(name, 80)}' is not available")
-        with self._changed:
-            self._await_scan(cancel or Cancellation())
-            found = self._names.resolve(name)
-        if len(found) != 1:
+        if len(found := self.names(cancel).resolve(name)) != 1:
             self._refresh(0.25)
-            with self._changed:
-                found = self._names.resolve(name)
-                if len(found) != 1:
-                    raise self._names.not_found(name, self._why_skipped(name))
+            found = self._names.resolve(name)
+        if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
+            why = self.catalog.why_path_skipped if name == "default" else self.catalog.why_skipped
+            raise self._names.not_found(name, why(self._names.wanted(name)))
         return found[0]
 
-    def _why_skipped(self, name: str) -> str:
-        """Only `default` may be a path: the operator named it, a request never does."""
-        wanted = self._names.wanted(name)
-        return self.catalog.why_path_skipped(wanted) if name == "default" else self.catalog.why_skipped(wanted)
+    def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
+        """The entry of the model that a name means; all that its header tells is read now. Raises ModelNotFound."""
+        id = self.resolve(name, cancel)
+        with self._changed:
+            entry = self._entry(id)
+        if entry.info.chat_template is None:
+            whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
+            with self._changed:
+                entry.info = whole
+        return entry
 
     def _entry(self, id: str) -> Entry:
         """The entry, under the condition; a scan may have dropped it since the name was resolved."""
@@ -7689,25 +7565,9 @@ class ModelTable:
             raise self._names.not_found(id)
         return self._residents.entries[id]
 
-    def _read_whole(self, id: str) -> ModelInfo:
-        """What a scan of many files left unread of a model's header is read now; takes the condition."""
-        with self._changed:
-            info = self._entry(id).info
-        if info.chat_template is not None:
-            return info
-        whole = self.catalog.whole(info)  # not under the condition: a large vocabulary takes 0.1 s
-        with self._changed:
-            self._entry(id).info = whole
-        return whole
-
-    def _check_use(self, id: str, use: str) -> None:
-        """Raises InvalidRequest for a model that cannot do what the request wants, before anything is loaded for it."""
-        if refusal := self._read_whole(id).refusal(use):
-            raise InvalidRequest(f"model: '{id}' is {refusal}", "model")
-
     def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
-        return self._read_whole(self.resolve(name, cancel))
+        return self._find(name, cancel).info
 
     def _settings_of(self, entry: Entry) -> ModelSettings:
         return self._settings.of(entry.info, entry.info.id == self._names.default, entry.asked)
@@ -7720,54 +7580,47 @@ class ModelTable:
     # Life
 
     def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None) -> Lease:
-        """A request's claim on the model, to generate, embed or rank. Raises ModelNotFound, InvalidRequest if it cannot.
+        """A request's claim on the model, to generate, embed, rank or tokenize; `asked` as Lease has it.
 
-        `asked` are fields of EngineOptions that the request wants the model loaded with, as Residents.worker_for has it.
+        Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
-        id = self.resolve(name, cancel)
-        self._check_use(id, use)
-        with self._changed:
-            return Lease(self._residents, self._entry(id), cancel, asked=asked)
+        entry = self._find(name, cancel)
+        if refusal := entry.info.refusal(use):
+            raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
+        return Lease(self._residents, entry, cancel, asked)
 
     def load(self, name: str, wait: bool, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status.
 
         A model that is loaded with other options than `asked` is unloaded first, once its requests are done.
         """
-        id = self.resolve(name, cancel)
-        self._read_whole(id)  # tells how to load it
+        entry = self._find(name, cancel)
         with self._changed:
-            entry = self._entry(id)
             entry.retry_at = 0.0
             engine = self._settings_of(entry).engine
-            if asked and any(getattr(engine, name) != value for name, value in asked.items()):
-                asked = {**entry.asked, **asked}
-                if entry.in_memory:
-                    self._residents.unload(entry, False, cancel)
-                entry.asked = asked
-            if not wait:
-                self._residents.load_in_background(entry)
-        if wait:
-            with Lease(self._residents, entry, cancel, uses=False) as lease:
-                lease.wait()
-        return self._status(entry)
+            if any(getattr(engine, name) != value for name, value in (asked or {}).items()):
+                entry.asked = {**entry.asked, **(asked or {})}
+                if entry.state == "loaded":
+                    self._residents.move(entry, "unloading", entry.worker)
+            if not wait and entry.state != "loaded":
+                self._residents.want(entry, background=True)
+        if not wait:
+            return self._status(entry)
+        with Lease(self._residents, entry, cancel) as lease:
+            lease.wait()
+            return self._status(entry)
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
-        id = self.resolve(name, cancel)
+        entry = self._find(name, cancel)
         cancel.on_cancel(self._residents.wake)
         with self._changed:
-            entry = self._entry(id)
             self._residents.unload(entry, force, cancel)
         return self._status(entry)
 
     def status(self, name: str) -> dict[str, Any]:
-        """The model's status; asked about, it also gets what a scan of many files left unread of its header."""
-        id = self.resolve(name)
-        self._read_whole(id)
-        with self._changed:
-            entry = self._entry(id)
-        return self._status(entry)
+        """The model's status, as the status route tells it."""
+        return self._status(self._find(name))
 
     def _status(self, entry: Entry) -> dict[str, Any]:
         """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
@@ -7776,52 +7629,32 @@ class ModelTable:
         return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
 
     def statuses(self) -> list[dict[str, Any]]:
-        """The status of each model that is in memory or waited for."""
+        """The status of each model that is in memory or waited for, but for its memory."""
         with self._changed:
-            entries = [e for e in self._residents.entries.values() if e.worker or e.waiting]
-        return [self._status(entry) for entry in entries]
+            return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
 
-    def loading(self) -> list[dict[str, Any]]:
-        """The status of each model that is being loaded."""
+    def left(self, id: str) -> float | None:
+        """Seconds until a loaded model is unloaded if nobody comes; None: it stays."""
         with self._changed:
-            return [e.status() for e in self._residents.entries.values() if e.state == "loading"]
-
-    def await_change(self, seconds: float) -> None:
-        """Waits until something has changed, a load's progress aside, or for so long."""
-        with self._changed:
-            self._changed.wait(seconds)
-
-    def residents(self) -> list[Resident]:
-        """What is loaded, in the order of the list."""
-        with self._changed:
-            now, entries = time.monotonic(), [e for e in self._residents.entries.values() if e.state == "loaded"]
-            keeps = [(self._residents.keep_alive(e), e.idle_since - now if e.idle else 0.0) for e in entries]
-            workers = [e.worker for e in entries]
-        return [
-            Resident(w.info, w.loaded, w.counts()[0], w.memory_bytes(), max(keep + since, 0.0) if keep >= 0 else None)
-            for w, (keep, since) in zip(workers, keeps, strict=True)
-            if w
-        ]
+            entry, now = self._residents.entries.get(id), time.monotonic()
+            keep = self._residents.keep_alive(entry) if entry else -1
+            return max(0.0, keep + (entry.idle_since - now if entry.idle else 0.0)) if entry and keep >= 0 else None
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
         with self._changed:
             if entry := self._residents.entries.get(id):
-                self._residents.keep(entry, seconds)
+                entry.keep_alive = seconds
+                self._changed.notify_all()
 
     def workers(self) -> list[Worker]:
+        """The engines of the loaded models, in the order of the list."""
         with self._changed:
             return [e.worker for e in self._residents.entries.values() if e.worker]
 
-    def end_waits(self) -> None:
-        """Refuses whoever waits for a model from now on; those that have one go on."""
-        with self._changed:
-            self._residents.closed = True
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Ends every wait and every child; idempotent."""
-        self._residents.close()
+    def close(self, engines: bool = True) -> None:
+        """Refuses whoever waits for a model from now on, and ends the `engines`, or lets their requests go on; idempotent."""
+        self._residents.close(engines)
 
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7832,18 +7665,16 @@ class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
     def __init__(self, catalog: Catalog, table: TableOptions, settings: Settings, tools: ToolOptions = ToolOptions(),
-                 max_queue: int = 512, allow_pull: bool = False) -> None:  # fmt: skip
-        self.settings, self.max_queue, self.allow_pull = settings, max_queue, allow_pull
-        self.metrics = Metrics()
-        self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
-        self.faults = KnownFaults()
-        ladder = Ladder(self.faults, lambda line: self.report(line))
-        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, ladder)
+                 max_queue: int = 512, allow_pull: bool = False, report: Callable[[str], None] = log.info) -> None:  # fmt: skip
+        """`report` is told of every load, in a line."""
+        self.settings, self.max_queue, self.allow_pull, self._report = settings, max_queue, allow_pull, report
+        self.metrics, self.faults = Metrics(), KnownFaults()
+        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, Ladder(self.faults, report))
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started, self._began = time.time(), time.monotonic()
 
     def _make_worker(self, info: ModelInfo, setup: Setup, died: Callable[[Worker, str], None]) -> Worker:
-        return Worker(info, setup, self.max_queue, died, lambda line: self.report(line), self.metrics.meter(info.id))
+        return Worker(info, setup, self.max_queue, died, self._report, self.metrics.meter(info.id))
 
     def _chat(self, worker: Worker) -> Chat:
         """How the model chats, made from what it says of itself when first asked."""
@@ -7865,7 +7696,7 @@ class Service:
         """One answer of the model's."""
         began = time.monotonic()
         with self.table.lease(request.model, cancel, asked=request.engine) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             request = self._filled(request, self.table.settings(worker.info.id))
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel, began)
@@ -7898,18 +7729,10 @@ class Service:
         sampling = request.sampling.filled(settings.sampling, request.defaults)
         return replace(request, messages=messages, sampling=sampling)
 
-    @staticmethod
-    def _loaded(lease: Lease, cancel: Cancellation) -> Generator[Waiting, None, Worker]:
-        """Waits for the model, with signs of life."""
-        while (worker := lease.wait(PING_SECONDS)) is None:
-            yield Waiting()
-        cancel.check()
-        return worker
-
     def load(self, model: str, use: str, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> Iterator[Event]:
         """Only loads the model, as a request that uses it would: Queued once it is there."""
         with self.table.lease(model, cancel, use, asked) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             yield Queued(worker.info.id)
 
     def render(self, request: GenerateRequest, cancel: Cancellation) -> str:
@@ -7956,7 +7779,7 @@ class Service:
         """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
         began, use = time.monotonic(), "embed" if request.query is None else "rank"
         with self.table.lease(request.model, cancel, use, request.engine) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
             generation = worker.submit([job], cancel, began)
             for message in generation:
@@ -7990,7 +7813,7 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """`/api/models`: `default` first, then every model."""
-        models, default = self.table.models(), self.table.default_id()
+        models, default = self.table.models(), self.table.names().default
         real = next((m for m in models if m["id"] == default), None)
         first = [real | {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}] if real else []
         return {"models": first + models}
@@ -8020,17 +7843,7 @@ class Service:
 # Metrics, as Prometheus reads them
 
 
-@dataclass(frozen=True)
-class ScrapedModel:
-    """One model at the moment of a scrape."""
-
-    meter: Meter
-    loaded: bool
-    running: int
-    waiting: int
-    memory: int
-    cells: int  # of the KV pool, in use
-    pool: int
+Sample = tuple[Mapping[str, str], "float | Histogram"]  # labels, and what has them
 
 
 class Scrape:
@@ -8040,54 +7853,49 @@ class Scrape:
         self.service, self.metrics = service, service.metrics
         statuses = {s["model"]: s for s in service.table.statuses()}
         workers = {w.info.id: w for w in service.table.workers()}
-        self.models = {
-            id: self._model(meter, statuses.get(id, {}), workers.get(id)) for id, meter in sorted(self.metrics.meters().items())
-        }
+        self.models: dict[str, dict[str, Any]] = {}  # by id, each number and histogram by its name
+        for id, meter in sorted(self.metrics.meters.items()):
+            status, worker = statuses.get(id, {}), workers.get(id)
+            cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
+            self.models[id] = vars(meter) | {
+                "running": status.get("requests_running", 0), "waiting": status.get("requests_waiting", 0),
+                "loaded": int(status.get("loaded", False)), "memory": worker.memory_bytes() if worker else 0,
+                "cells": cells, "pool": pool, "usage": cells / (pool or 1), "recent": meter.recent(),
+            }  # fmt: skip
 
-    @staticmethod
-    def _model(meter: Meter, status: Mapping[str, Any], worker: Worker | None) -> ScrapedModel:
-        running, waiting, memory = (status.get(name, 0) for name in ("requests_running", "requests_waiting", "memory_bytes"))
-        cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
-        return ScrapedModel(meter, status.get("loaded", False), running, waiting, memory, cells, pool)
+    def total(self, name: str) -> Any:
+        return sum(numbers[name] for numbers in self.models.values())
 
-    def total(self, get: Callable[[ScrapedModel], float]) -> float:
-        return sum(get(model) for model in self.models.values())
-
-    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> float:
+    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for model in self.models.values() for end in model.meter.recent()]
-        return sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0)
+        ends = [end for numbers in self.models.values() for end in numbers["recent"]]
+        return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
-Sample = tuple[tuple[str, ...], "float | Histogram"]  # the labels' values, and what they have
+def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[str]:
+    """The lines of one row of METRICS."""
+    name, kind, help, read = metric
+    yield f"# HELP {name} {help}"
+    yield f"# TYPE {name} {kind}"
+    if callable(read):
+        samples = read(scrape)
+    elif name.startswith("llamacpp:"):
+        samples = [({}, scrape.total(read))]
+    else:
+        samples = [({"model_name": id}, numbers[read]) for id, numbers in scrape.models.items()]
+    for labels, value in samples:
+        if isinstance(value, Histogram):
+            yield from histogram_lines(name, labels, value)
+        else:
+            yield sample_line(name, labels, value)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One row of METRICS."""
-
-    name: str
-    type: str  # counter, gauge, histogram
-    help: str
-    read: Callable[[Scrape], Iterable[Sample]]
-    labels: tuple[str, ...] = ()
-
-    def lines(self, scrape: Scrape) -> Iterator[str]:
-        yield f"# HELP {self.name} {self.help}"
-        yield f"# TYPE {self.name} {self.type}"
-        for values, value in self.read(scrape):
-            labels = dict(zip(self.labels, values, strict=True))
-            if isinstance(value, Histogram):
-                yield from self._histogram(labels, value)
-            else:
-                yield sample_line(self.name, labels, value)
-
-    def _histogram(self, labels: dict[str, str], value: Histogram) -> Iterator[str]:
-        counts = list(value.counts)  # one moment's, so that each bucket holds the one before
-        for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
-            yield sample_line(f"{self.name}_bucket", labels | {"le": bound}, count)
-        yield sample_line(f"{self.name}_sum", labels, value.sum)
-        yield sample_line(f"{self.name}_count", labels, sum(counts))
+def histogram_lines(name: str, labels: Mapping[str, str], value: Histogram) -> Iterator[str]:
+    counts = list(value.counts)  # one moment's, so that each bucket holds the one before
+    for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
+        yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)
+    yield sample_line(f"{name}_sum", labels, value.sum)
+    yield sample_line(f"{name}_count", labels, sum(counts))
 
 
 def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -8101,90 +7909,68 @@ def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
 
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
-
-def of_server(name: str, type: str, help: str, get: Callable[[Scrape], float]) -> Metric:
-    """A number for the server as a whole."""
-    return Metric(name, type, help, lambda scrape: [((), get(scrape))])
-
-
-def of_models(name: str, type: str, help: str, get: Callable[[ScrapedModel], float]) -> Metric:
-    """A number for all models together: llama-server has one model, and no labels."""
-    return of_server(name, type, help, lambda scrape: scrape.total(get))
-
-
-def by_model(name: str, type: str, help: str, get: Callable[[ScrapedModel], float | Histogram]) -> Metric:
-    """A number or histogram of each model."""
-    return Metric(name, type, help, lambda scrape: [((id,), get(m)) for id, m in scrape.models.items()], ("model_name",))
-
-
-METRICS = (
-    # llama-server's names (tools/server): all models together
-    of_models("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", lambda m: m.meter.computed_tokens),
-    of_models("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", lambda m: m.meter.cached_tokens),
-    of_models("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.",
-              lambda m: m.meter.prompt_seconds),
-    of_models("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
-    of_models("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
-              lambda m: m.meter.decode_seconds),
-    of_server("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
-              lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
-    of_server("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
-              lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
-    of_server("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
-              lambda r: r.total(lambda m: m.cells) / (r.total(lambda m: m.pool) or 1)),
-    of_models("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", lambda m: m.cells),
-    of_models("llamacpp:requests_processing", "gauge", "Sequences being computed.", lambda m: m.running),
-    of_models("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
+# Name, type, help, and what is shown: a number or histogram by its name in Scrape.models, or a function's samples.
+METRICS: tuple[tuple[str, str, str, Any], ...] = (
+    # llama-server's names (tools/server): all models together, for it has one model and no labels
+    ("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", "computed_tokens"),
+    ("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", "cached_tokens"),
+    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prompt_seconds"),
+    ("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "generated_tokens"),
+    ("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
+     "decode_seconds"),
+    ("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
+     lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
+    ("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
+     lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
+    ("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
+     lambda r: [({}, r.total("cells") / (r.total("pool") or 1))]),
+    ("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", "cells"),
+    ("llamacpp:requests_processing", "gauge", "Sequences being computed.", "running"),
+    ("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", "waiting"),
     # vLLM's names (vllm/v1/metrics/loggers.py): by model
-    by_model("vllm:num_requests_running", "gauge", "Sequences being computed.", lambda m: m.running),
-    by_model("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
-    by_model("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.",
-             lambda m: m.cells / (m.pool or 1)),
-    by_model("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.",
-             lambda m: m.meter.sought_tokens),
-    by_model("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", lambda m: m.meter.cached_tokens),
-    by_model("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", lambda m: m.meter.prompt_tokens),
-    by_model("vllm:generation_tokens_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
-    Metric("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
-           lambda r: [((id, reason), n) for id, m in r.models.items() for reason, n in m.meter.ends.items()],
-           ("model_name", "finished_reason")),
-    by_model("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
-             lambda m: m.meter.first_token),
-    by_model("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.",
-             lambda m: m.meter.gap),
-    by_model("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", lambda m: m.meter.gap),
-    by_model("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.",
-             lambda m: m.meter.per_token),
-    by_model("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", lambda m: m.meter.whole),
-    by_model("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.",
-             lambda m: m.meter.queue),
-    by_model("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", lambda m: m.meter.prefill),
-    by_model("vllm:request_decode_time_seconds", "histogram", "From first to last token.", lambda m: m.meter.decode),
-    by_model("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", lambda m: m.meter.inference),
-    by_model("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", lambda m: m.meter.prompt_sizes),
-    by_model("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", lambda m: m.meter.answer_sizes),
+    ("vllm:num_requests_running", "gauge", "Sequences being computed.", "running"),
+    ("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", "waiting"),
+    ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.", "usage"),
+    ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", "sought_tokens"),
+    ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", "cached_tokens"),
+    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_tokens"),
+    ("vllm:generation_tokens_total", "counter", "Tokens generated.", "generated_tokens"),
+    ("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
+     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m["ends"].items()]),
+    ("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
+     "first_token"),
+    ("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.", "gap"),
+    ("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", "gap"),
+    ("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.", "per_token"),
+    ("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", "whole"),
+    ("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.", "queue"),
+    ("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", "prefill"),
+    ("vllm:request_decode_time_seconds", "histogram", "From first to last token.", "decode"),
+    ("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", "inference"),
+    ("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", "prompt_sizes"),
+    ("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", "answer_sizes"),
     # shimmy's own
-    by_model("shimmy_model_loaded", "gauge", "1 while the model is loaded.", lambda m: int(m.loaded)),
-    by_model("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", lambda m: m.memory),
-    by_model("shimmy_model_loads_total", "counter", "Loads that succeeded.", lambda m: m.meter.loads),
-    by_model("shimmy_model_load_failures_total", "counter", "Loads that failed.", lambda m: m.meter.load_failures),
-    by_model("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", lambda m: m.meter.deaths),
-    Metric("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
-           lambda r: r.metrics.answers().items(), ("method", "route", "api", "status")),
-    of_server("shimmy_open_connections", "gauge", "Open connections.", lambda r: r.metrics.connections),
-    of_server("shimmy_connections_total", "counter", "Connections accepted.", lambda r: r.metrics.accepted),
-    of_server("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: r.metrics.refused),
-    Metric("shimmy_build_info", "gauge", "Always 1.", lambda r: [((__version__,), 1)], ("version",)),
-    of_server("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: r.service.started),
-    of_server("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
-              lambda r: resident_bytes([os.getpid()])),
+    ("shimmy_model_loaded", "gauge", "1 while the model is loaded.", "loaded"),
+    ("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", "memory"),
+    ("shimmy_model_loads_total", "counter", "Loads that succeeded.", "loads"),
+    ("shimmy_model_load_failures_total", "counter", "Loads that failed.", "load_failures"),
+    ("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", "deaths"),
+    ("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
+     lambda r: [({"method": m, "route": o, "api": a, "status": s}, n) for (m, o, a, s), n in list(r.metrics.answers.items())]),
+    ("shimmy_open_connections", "gauge", "Open connections.", lambda r: [({}, r.metrics.connections)]),
+    ("shimmy_connections_total", "counter", "Connections accepted.", lambda r: [({}, r.metrics.accepted)]),
+    ("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: [({}, r.metrics.refused)]),
+    ("shimmy_build_info", "gauge", "Always 1.", lambda r: [({"version": __version__}, 1)]),
+    ("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: [({}, r.service.started)]),
+    ("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
+     lambda r: [({}, resident_bytes([os.getpid()]))]),
 )  # fmt: skip
 
 
 def metrics_text(service: Service) -> bytes:
     """All of METRICS in Prometheus' text format."""
     scrape = Scrape(service)
-    return "".join(f"{line}\n" for metric in METRICS for line in metric.lines(scrape)).encode()
+    return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
 
 
 @dataclass
@@ -9940,7 +9726,7 @@ class OllamaPull(Dialect):
             yield from pull.run(plan)
         finally:
             self.places.release()
-        service.table.scan()
+        service.table.models(0.0)
         yield Fetching("success")
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -9980,7 +9766,7 @@ def parameter_number(words: str | None) -> int | None:
     return int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]) if found else None
 
 
-def context_of(service: Service, info: ModelInfo, resident: Resident | None) -> int:
+def context_of(service: Service, info: ModelInfo, resident: Worker | None) -> int:
     """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
     own = info.context_length or 8192
     return resident.loaded.ctx if resident else min(service.settings.engine.ctx or min(own, 8192), own)
@@ -10016,7 +9802,7 @@ def ollama_details(info: ModelInfo) -> dict[str, Any]:
             "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
 
 
-def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+def ollama_show(info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """The document of `/api/show`."""
     metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
@@ -10032,7 +9818,7 @@ def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Resident | None) -> list[str]:
+def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Worker | None) -> list[str]:
     """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
     if info.embedding:
         return ["embedding"]
@@ -10043,7 +9829,7 @@ def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Residen
     return [name for name, is_so in can.items() if is_so]
 
 
-def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident]) -> dict[str, Any]:
+def listed_model(service: Service, info: ModelInfo, residents: Iterable[Worker]) -> dict[str, Any]:
     """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
     context = context_of(service, info, next((r for r in residents if r.info.id == info.id), None))
     began = int(service.started)
@@ -10056,7 +9842,7 @@ def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident
     }  # fmt: skip
 
 
-def model_properties(service: Service, info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+def model_properties(service: Service, info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """llama-server's `/props`; nothing is loaded for it, and no directory is told."""
     context, metadata = context_of(service, info, resident), model_metadata(info)
     tools = "tools" in capabilities(info, metadata, resident)
@@ -10732,8 +10518,8 @@ class Call:
 
 def answer_health(call: Call) -> Answer:
     """The server's state; llama-server's older clients read the counts of slots."""
-    residents = call.service.table.residents()
-    running, places = sum(r.running for r in residents), sum(r.loaded.parallel for r in residents)
+    residents = call.service.table.workers()
+    running, places = sum(r.counts()[0] for r in residents), sum(r.loaded.parallel for r in residents)
     return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
 
 
@@ -10744,7 +10530,7 @@ def answer_metrics(call: Call) -> Answer:
 
 def answer_discover(call: Call) -> Answer:
     """Rescans the disk and lists what is there."""
-    models = call.service.table.scan()
+    models = call.service.table.models(0.0)
     return Answer({"discovered": len(models), "models": models})
 
 
@@ -10774,7 +10560,7 @@ def answer_upgrade(call: Call) -> Answer:
 
 def answer_openai_models(call: Call) -> Answer:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    residents = call.service.table.residents()
+    residents = call.service.table.workers()
     data = [listed_model(call.service, info, residents) for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return Answer({"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})})
@@ -10783,7 +10569,7 @@ def answer_openai_models(call: Call) -> Answer:
 def answer_openai_model(call: Call) -> Answer:
     """One model, by any name that means it."""
     info = call.service.table.info(call.names[0], call.cancel)
-    return Answer(listed_model(call.service, info, call.service.table.residents()))
+    return Answer(listed_model(call.service, info, call.service.table.workers()))
 
 
 def answer_count_tokens(call: Call) -> Answer:
@@ -10797,10 +10583,11 @@ def answer_count_tokens(call: Call) -> Answer:
 def answer_ps(call: Call) -> Answer:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
-    for r in call.service.table.residents():
-        expires = time.time() + (9.2e9 if r.left is None else r.left)
+    for r in call.service.table.workers():
+        left = call.service.table.left(r.info.id)
+        expires = time.time() + (9.2e9 if left is None else left)
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
-            "size": r.memory_bytes, "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
+            "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
         })  # fmt: skip
     return Answer({"models": models})
 
@@ -10815,9 +10602,9 @@ def answer_show(call: Call) -> Answer:
     return Answer(ollama_show(info, resident_of(call.service, info)))
 
 
-def resident_of(service: Service, info: ModelInfo) -> Resident | None:
+def resident_of(service: Service, info: ModelInfo) -> Worker | None:
     """The model as it is loaded, if it is."""
-    return next((r for r in service.table.residents() if r.info.id == info.id), None)
+    return next((r for r in service.table.workers() if r.info.id == info.id), None)
 
 
 def answer_props(call: Call) -> Answer:
@@ -10830,9 +10617,10 @@ def answer_slots(call: Call) -> Answer:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
     id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
-    places = [(r, i) for r in call.service.table.residents() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
+    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
     slots = [
-        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "is_processing": i < r.running, "model": r.info.id}
+        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
+         "is_processing": i < r.counts()[0]}
         for n, (r, i) in enumerate(places)
     ]
     if call.query.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
@@ -11407,7 +11195,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = True
         self.shutdown()
         self.server_close()
-        self.service.table.end_waits()
+        self.service.table.close(engines=False)
         self._await_quiet(grace)
         for worker in self.service.table.workers():
             worker.fail_all(Overloaded("The server is shutting down"))
@@ -12282,8 +12070,8 @@ def command_serve(args: argparse.Namespace) -> int:
     for directory in args.models_dir:
         if not os.path.isdir(os.path.expanduser(directory)):
             log.warning("--models-dir %s: there is no such directory", directory)
-    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull)
-    service.report = log.warning
+    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
+                           report=log.warning)  # fmt: skip
     if sys.stderr.isatty():
         threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
@@ -12312,11 +12100,16 @@ def port_advice(error: OSError) -> str:
 def draw_loads(table: ModelTable) -> None:
     """The thread that shows on a terminal how far loads are."""
     while True:
-        table.await_change(1.0)
-        if table.loading():
-            with WaitingLine(lambda: ", ".join(map(loading_stage, table.loading())), 0.2):
-                while table.loading():
-                    table.await_change(0.2)
+        time.sleep(0.2)
+        if stages_of_loads(table):
+            with WaitingLine(lambda: stages_of_loads(table), 0.2):
+                while stages_of_loads(table):
+                    time.sleep(0.2)
+
+
+def stages_of_loads(table: ModelTable) -> str:
+    """What each load is doing; "" while nothing loads."""
+    return ", ".join(loading_stage(status) for status in table.statuses() if status["status"] == "loading")
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -12351,7 +12144,7 @@ def serve_tools(args: argparse.Namespace) -> ToolOptions:
 
 def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
-    lost = service.table.unresolved()
+    lost = service.table.names().unresolved(service.table.catalog)
     if signals.asked:
         return
     for each in lost:
@@ -12377,7 +12170,7 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
 
 def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
     """Says on stderr what was found and what is missing, and how to begin."""
-    models, default = service.table.infos(), service.table.default_id()
+    models, default = service.table.infos(), service.table.names().default
     if all(map(is_boxed, models)):
         log.warning("%s: get a real one with\n  %s pull %s", "only the model in the box is here, a demonstration" if models
                     else "no model is here", own_command(), SUGGESTED)  # fmt: skip
@@ -12453,7 +12246,7 @@ def _waited_for(service: Service) -> str:
 def command_list(args: argparse.Namespace) -> int:
     """Shows the models on this machine."""
     service = make_service(args)
-    service.table.scan()
+    service.table.models(0.0)
     report = service.table.catalog.report
     if args.json:
         more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m.size_bytes),
@@ -12905,7 +12698,7 @@ def ask_server(args: argparse.Namespace, path: str, timeout: float) -> tuple[int
 def command_diag(args: argparse.Namespace) -> int:
     """Shows what a report of a problem should contain."""
     service = make_service(args)
-    service.table.scan()
+    service.table.models(0.0)
     document = service.diag() | {"server": server_state(args)}
     if args.json:
         print_json(document)
@@ -19591,30 +19384,23 @@ def pulled_before(wanted: Wanted) -> str | None:
     return str(snapshot / found.files[0].name) if found else None
 
 
-class FileLock:
-    """A lock between processes, on a file that stays. Where the file system has none, everybody gets it."""
+def lock_file(file: IO[str]) -> bool:
+    """Locks a file between processes and threads, until it is closed. Never waits: False while another has it.
 
-    def __init__(self, path: str) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    Where the file system has no locks, everybody gets one.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
 
-    def acquire(self) -> bool:
-        """Never waits; False while another process or thread has it."""
-        try:
-            if sys.platform == "win32":
-                import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-        return True
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True
 
 
 # Asking for it
@@ -19660,76 +19446,32 @@ class Hub:
         import urllib.request as web
 
         self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self._woken = threading.Event()
-        self._socket: socket.socket | None = None
+        self.host = urllib.parse.urlsplit(self.url).netloc
+        self._woken, self._answers = threading.Event(), queue.SimpleQueue[Any]()
+        self._socket: socket.socket | None = None  # of the last answer
         cancel.on_cancel(self._break_off)
         self._request, self._opener = web.Request, web.OpenerDirector()
         for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
-            self._opener.add_handler(self._cancellable(handler)())
-
-    def _cancellable(self, handler: Any) -> Any:
-        """A handler of urllib's whose connections are ours, so that a cancel need not wait for a server."""
-        hub = self
-
-        class Cancellable(handler):  # type: ignore[misc]
-            def do_open(self, connection_class: Any, *args: Any, **more: Any) -> Any:
-                class Known(connection_class):  # type: ignore[misc]
-                    def connect(self) -> None:
-                        self._create_connection = hub._connect  # http.client's own hook
-                        super().connect()
-                        hub._watch(self.sock)
-
-                return super().do_open(Known, *args, **more)
-
-        return Cancellable
-
-    def _connect(self, address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
-        """As socket.create_connection, but that a cancel ends it: no call does that to a look-up, which may take minutes."""
-        from concurrent.futures import Future
-
-        connected: Future[socket.socket] = Future()
-
-        def connect() -> None:
-            try:
-                connected.set_result(socket.create_connection(address, timeout, source))
-            except Exception as error:  # raised again where it is waited for
-                connected.set_exception(error)
-
-        try:
-            threading.Thread(target=connect, name="connecting", daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(str(error)) from None
-        while not connected.done():
-            self.pause(0.02)
-        self._watch(connected.result().dup())  # TLS makes another socket object of it, and shakes hands first
-        return connected.result()
-
-    def _watch(self, connection: socket.socket) -> None:
-        """From now on a cancel breaks off this connection."""
-        self._socket = connection
-        self.cancel.check()
+            self._opener.add_handler(handler())
 
     def _break_off(self) -> None:
         """Wakes the thread that waits or reads; in the thread that cancels."""
         self._woken.set()
+        self._answers.put(Cancelled())
         if self._socket:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def host(self) -> str:
-        return urllib.parse.urlsplit(self.url).netloc
 
     def pause(self, seconds: float) -> None:
         """Waits; raises Cancelled."""
         self._woken.wait(seconds)
         self.cancel.check()
 
-    def wait(self, seconds: float, tell: Callable[[float], Fetching]) -> Iterator[Fetching]:
-        """Waits, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
+    def wait(self, seconds: float, why: str) -> Iterator[Fetching]:
+        """Waits to try again, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            yield tell(left)
+            yield Fetching(f"{why}, trying again in {left:.0f} s")
             self.pause(min(left, 1.0))
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
@@ -19747,12 +19489,7 @@ class Hub:
             if pause > MAX_RETRY_AFTER:
                 return response
             response.close()
-            why = f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})"
-            yield from self.wait(pause, functools.partial(self._trying_again, why))
-
-    @staticmethod
-    def _trying_again(why: str, left: float) -> Fetching:
-        return Fetching(f"{why}, trying again in {left:.0f} s")
+            yield from self.wait(pause, f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})")
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
@@ -19769,14 +19506,27 @@ class Hub:
         raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} redirects in circles")
 
     def _send(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        """Asks in a thread that a cancel leaves behind: nothing else ends a look-up, which may take minutes."""
         known = {"Authorization": f"Bearer {self._token}"} if self._token and origin_of(url) == origin_of(self.url) else {}
         common = {"User-Agent": f"shimmy/{__version__}", "Accept-Encoding": "identity"}
+
+        def ask() -> None:
+            try:
+                request = self._request(url, headers={**common, **headers, **known})
+                self._answers.put(self._opener.open(request, timeout=PULL_SILENCE))
+            except Exception as error:  # raised again where it is waited for
+                self._answers.put(error)
+
         try:
-            answer: http.client.HTTPResponse = self._opener.open(self._request(url, headers={**common, **headers, **known}),
-                                                                 timeout=PULL_SILENCE)  # fmt: skip
-            return answer
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            threading.Thread(target=ask, name="asking", daemon=True).start()
+            answer = self._answers.get()
+            if isinstance(answer, Exception):
+                raise answer
+            self._socket = socket.fromfd(answer.fileno(), socket.AF_INET, socket.SOCK_STREAM)  # of any family: to shut it down
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             raise ConnectionLost(connection_words(error)) from None
+        self.cancel.check()
+        return answer  # type: ignore[no-any-return]
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
         """Some bytes, none at the end. Raises ConnectionLost, Cancelled."""
@@ -19884,8 +19634,8 @@ class Download:
         target, size = self._target, self._file.size
         for path in (target.partial, target.lock):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        with contextlib.closing(FileLock(target.lock)) as lock:
-            while not lock.acquire():
+        with open(target.lock, "a") as lock:
+            while not lock_file(lock):
                 yield self._event("waiting for another pull of ")
                 self._hub.pause(0.2)
             if not target.holds(size):
@@ -20012,18 +19762,15 @@ class Plan:
         return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
 
 
-class Pull:
+class Pull(Hub):
     """One pull: `plan` asks what there is, `run` fetches it. Both yield how far they are."""
-
-    def __init__(self, cancel: Cancellation) -> None:
-        self._hub = Hub(cancel)
 
     def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
         """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
         return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
 
     def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
-        commit, files = yield from self._hub.listing(wanted.repo)
+        commit, files = yield from self.listing(wanted.repo)
         offers = offers_of(files)
         chosen = choose_offer(offers, wanted.part)
         if chosen is None:
@@ -20047,9 +19794,9 @@ class Pull:
         if not name.lower().endswith(".gguf") or not is_safe_name(name):
             raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
         try:
-            with contextlib.closing((yield from self._hub.get(url, {}))) as response:
+            with contextlib.closing((yield from self.get(url, {}))) as response:
                 if response.status != 200:
-                    raise (yield from self._hub.refusal(response, ""))
+                    raise (yield from self.refusal(response, ""))
                 length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
                 start = response.read(4)
         except (ConnectionLost, OSError, http.client.HTTPException) as error:
@@ -20070,7 +19817,7 @@ class Pull:
             raise DiskFull(message=f"the disk is too small: {need}")
         try:
             for file, target in plan.files:
-                yield from Download(self._hub, plan.repo, file, target).run()
+                yield from Download(self, plan.repo, file, target).run()
             if plan.commit:
                 write_reference(repository_folder(plan.repo), plan.commit)
         except OSError as error:

@@ -3786,7 +3786,7 @@ def box() -> Iterator[Any]:
     """A service in this process with the model in the box."""
     path = str(REPO / "models" / "shimmy-tiny.gguf")
     service = module.Service(module.Catalog([], [path]), module.TableOptions(default=path), module.Settings({"ctx": 1024}))
-    service.table.scan()
+    service.table.start()
     yield service
     service.close()
 
@@ -8262,7 +8262,7 @@ def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_n
                 eventually(functools.partial(has_requests, errands, model, (0, count)), "all wait")
         for model in waiting:
             eventually(functools.partial(has_requests, errands, model, (0, 0)), "nobody is left")
-            assert errands.status(model)["status"] == "loading"
+        assert sorted(errands.status(model)["status"] for model in waiting) == ["loading", "unloaded", "unloaded"]
     for errand in ERRANDS.values():
         nobody_left_at(errands, errand)
 
@@ -8953,7 +8953,7 @@ def test_only_what_crashes_led_to_is_remembered(
     causes: list[str], kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.KnownFaults, "kernels", lambda _: ({}, False))
-    monkeypatch.setattr(module.Ladder, "_has_gpu", staticmethod(lambda: True))
+    monkeypatch.setattr(module.Ladder, "_uses_gpu", staticmethod(lambda _: True))
     faults, left = module.KnownFaults(str(tmp_path / "known.json")), list(causes)
 
     def start(_: Any) -> Any:
@@ -8962,7 +8962,7 @@ def test_only_what_crashes_led_to_is_remembered(
         return "a worker"
 
     ladder = module.Ladder(faults, lambda _: None)
-    assert ladder.load(plain_model(), True, start) == "a worker"
+    assert ladder.load(plain_model(), module.Setup(), start) == "a worker"
     known = faults.read().get("rungs", {}).get("llama F32")
     assert ladder._known(plain_model()) == (kept or module.Rung())
     assert kept is None or known["reason"] == f"no luck: {next(c for c in causes if c != 'memory')}"
@@ -8987,7 +8987,7 @@ def test_load_that_always_fails_keeps_a_pause_with_an_end(models: Path) -> None:
         raise module.LoadFailure("no luck", cause="hang")
 
     table = table_of(models, fail)
-    table._residents._ladder._has_gpu = lambda: False  # type: ignore[method-assign]
+    table._residents._ladder._uses_gpu = lambda _: False  # type: ignore[method-assign]
     with pytest.raises(GenerationFailed):
         table.load("dice", True, Cancellation())
     table._residents.entries["dice"].failures = 5000
@@ -9368,7 +9368,7 @@ def test_models_named_in_vain_are_told_with_near_names(models: Path) -> None:
     options = TableOptions(default="recitol", aliases=(("gpt-*", "nonesuch"), ("ok", "dice"), ("d", "default")))
     table = ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), lambda *_: None, options)  # type: ignore[arg-type]
     table.start()
-    first, second = table.unresolved()
+    first, second = table.names().unresolved(table.catalog)
     assert (first.setting, first.value, first.near) == ("--model", "recitol", ("recital",))
     assert (second.setting, second.value) == ("--alias gpt-*", "nonesuch")
 
@@ -9398,7 +9398,6 @@ class FakeWorker:
     """What a table asks of a worker, without a child."""
 
     alive = True
-    setup = module.Setup()
     loaded = types.SimpleNamespace(ctx=1, pool=1, parallel=1, devices="", memory_need=0)
 
     def __init__(self) -> None:
@@ -9414,6 +9413,12 @@ class FakeWorker:
         self.asked.set()
         assert self.measure.wait(HANG)
         return 7
+
+    def reserved_bytes(self) -> int:
+        return 0
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def stop(self) -> None:
         self.measure.set()
@@ -9493,6 +9498,7 @@ def test_weights_that_an_idle_model_has_mapped_are_not_free_for_the_next(
     with Child([sys.executable, "-c", MAPS, str(weights)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
         assert engine.stdout and engine.stdout.readline()
         monkeypatch.setattr(FakeWorker, "process", engine, raising=False)
+        monkeypatch.setattr(FakeWorker, "reserved_bytes", module.Worker.reserved_bytes)
         assert table.load("dice", True, Cancellation())["loaded"] and table.load("recital", True, Cancellation())["loaded"]
         assert setups[0].reserved == 0 and 60 << 20 <= setups[1].reserved < 80 << 20 and setups[1].others_idle
         engine.communicate()
@@ -9540,46 +9546,6 @@ def test_unload_calls_a_load_off_that_waits_for_room(full: Server) -> None:
     assert full.unload("dice").json()["status"] == "unloaded"
     eventually(lambda: full.status("dice")["requests_waiting"] == 0, "nobody waits")
     assert (full.status("dice")["status"], full.status("dice")["error"]) == ("unloaded", None)
-
-
-NO_THREADS = """
-import os, threading
-start = threading.Thread.start
-def refuse(self):
-    if self.name.startswith(("load ", "unload ")) and os.path.exists({flag!r}):
-        raise RuntimeError("can't start new thread")
-    start(self)
-threading.Thread.start = refuse
-"""
-
-
-@pytest.fixture
-def threadless(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Any:
-    """A server in which no thread can start that loads or unloads, while the file `flag` is there."""
-    flag = tmp_path / "flag"
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(NO_THREADS.format(flag=str(flag)))
-    return serve("--models-dir", models, env={"PYTHONPATH": str(tmp_path / "site")}), flag
-
-
-@pytest.mark.parametrize("query", ["", "?wait=false"])
-def test_load_whose_thread_cannot_start_is_refused_and_may_be_tried_again(query: str, threadless: tuple[Server, Path]) -> None:
-    server, flag = threadless
-    flag.touch()
-    assert_error(server.post(f"/api/models/dice/load{query}"), 503, "overloaded", "thread")
-    assert server.status("dice")["status"] == "unloaded"
-    flag.unlink()
-    assert server.load("dice").json()["loaded"]
-
-
-def test_unload_whose_thread_cannot_start_leaves_the_model_loaded(threadless: tuple[Server, Path]) -> None:
-    server, flag = threadless
-    assert server.load("dice").status == 200
-    flag.touch()
-    assert_error(server.unload("dice"), 503, "overloaded", "thread")
-    assert server.status("dice")["loaded"]
-    flag.unlink()
-    assert server.unload("dice").json()["status"] == "unloaded"
 
 
 def test_request_that_waits_for_a_model_is_refused_when_the_server_ends(serve: Callable[..., Server], models: Path) -> None:
@@ -9651,6 +9617,17 @@ def test_load_takes_settings_and_tells_what_holds(serve: Callable[..., Server], 
     assert own.generate().text == TEXTS[":"]
     own.unload("recital")
     assert own.post("/api/models/recital/load", {"ctx": None}).json()["options"] == {"threads": 1}
+
+
+def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_busy_model(
+    serve: Callable[..., Server], models: Path
+) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with own.endless() as stream:
+        next(stream)
+        assert own.post("/api/models/recital/load?wait=false", {"ctx": 128}).status == 202
+        assert next(stream) and own.status("recital")["context_length"] == LONG_CTX
+    eventually(lambda: own.status("recital").get("context_length") == 128, "it is loaded again")
 
 
 @cases(
@@ -14488,7 +14465,7 @@ def test_counting_loses_nothing_among_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert meter.generated_tokens == sum(meter.first_token.counts) + sum(meter.gap.counts) == 8000
-    assert metrics.answers() == {("GET", "/", "shimmy", "200"): 8000}
+    assert metrics.answers == {("GET", "/", "shimmy", "200"): 8000}
 
 
 def test_connections_are_counted(serve: Callable[..., Server], models: Path) -> None:
@@ -15698,7 +15675,7 @@ def test_clock_that_runs_backwards_changes_nothing_but_dates(
 
 
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
-    "_bytecode_prefix", "Residents.worker_for", "Residents.release", "Service.__init__", "OpenAI.__init__",
+    "_bytecode_prefix", "Lease.wait", "Residents.release", "Service.__init__", "OpenAI.__init__",
     "Responses.read", "Ollama._document", "answer_ps", "retry_after",
 }  # fmt: skip
 
@@ -17191,7 +17168,7 @@ def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub
 
 
 @cases("script_of", {
-    "a look-up that takes long": lambda tmp: altered(tmp, ("connected.set_result(", "time.sleep(60) or (")),
+    "a look-up that takes long": lambda tmp: altered(tmp, ("put(self._opener", "put(time.sleep(60) or self._opener")),
     "a server that does not shake hands": lambda _: SHIMMY,
 })  # fmt: skip
 def test_client_that_leaves_while_a_pull_connects_ends_it(
