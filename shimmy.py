@@ -180,7 +180,7 @@ import urllib.parse
 import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
@@ -1672,9 +1672,15 @@ class CallFormat:
     def closers(self) -> frozenset[str]:
         """The pieces of text that may stand between two calls, and behind the last."""
         ends = [self.again.removesuffix(self.call_opens), self.closes]
-        if self.keys:  # behind the arguments may stand other pairs
-            ends = [text[text.find("}") :] for text in ends]
+        if self.keys:  # behind the arguments may stand other pairs, and the object may stand in a list
+            ends = [*(text[text.find("}") :] for text in ends), "]"]
         return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
+
+    @functools.cached_property
+    def known_keys(self) -> tuple[set[str], set[str], set[str]]:
+        """Keys of a call's name, of its arguments, and of the object that these two may stand in."""
+        name, arguments = self.keys or ("", "")
+        return {name, "name"}, {arguments, "arguments", "parameters"}, {"function", *re.findall(r'"(\w+)":\s*\{', self.head)}
 
     @functools.cached_property
     def beginnings(self) -> tuple[str, ...]:
@@ -6651,14 +6657,14 @@ class Generation:
         self.worker, self.index = worker, {id: i for i, id in enumerate(ids)}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open = set(ids)
-        self._given = self._taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
+        self._given = self.taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
 
     def give(self, message: Any) -> None:
         """Hands on a message; called by the worker's reading thread alone. A client too far behind is given up."""
         self.inbox.put(message)
-        if isinstance(message, Piece) and self._given - self._taken <= MAX_UNREAD:
+        if isinstance(message, Piece) and self._given - self.taken <= MAX_UNREAD:
             self._given += message.size
-            if self._given - self._taken > MAX_UNREAD:
+            if self._given - self.taken > MAX_UNREAD:
                 self.worker.cancel(self.index)
                 self.inbox.put(GenerationFailed(f"The client reads too slowly: {human_bytes(MAX_UNREAD)} wait for it"))
 
@@ -6705,7 +6711,7 @@ class Generation:
         if isinstance(message, Finished):
             self._open.discard(message.id)
         elif isinstance(message, Piece):
-            self._taken += message.size
+            self.taken += message.size
         return message
 
 
@@ -7724,7 +7730,7 @@ class ModelTable:
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options)
         self._scanned = False  # the first scan is over, whatever came of it
-        self._taken = -math.inf  # when the scan began whose report is in the table
+        self.taken = -math.inf  # when the scan began whose report is in the table
 
     def start(self) -> None:
         """Begins the first scan, and the watch over idle models, in the background."""
@@ -7751,8 +7757,8 @@ class ModelTable:
         """Takes over what a scan found that began at most `age` seconds ago; takes the condition."""
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began > self._taken:  # threads may come out of the catalog in another order
-                self._taken, self._scanned = report.began, True
+            if report.began > self.taken:  # threads may come out of the catalog in another order
+                self.taken, self._scanned = report.began, True
                 self._take(report)
 
     def _take(self, report: ScanReport) -> None:
@@ -14520,7 +14526,7 @@ def place(weights: Weights, kv: KvShape, gpus: Seq[int], wish: Wish) -> Placemen
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
 # Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
-# Uses: CallFormat and Rendering (4), TolerantCalls and argument_types (E.3).
+# Uses: CallFormat and Rendering (4), argument_types (E.3).
 
 
 @dataclass(frozen=True)
@@ -14951,48 +14957,56 @@ class TextEnded(Exception):
     """More text is needed, and none will come."""
 
 
-class CallReader:
-    """Reads one section of calls from a parser's buffer: an automaton follows the text, and what stands in its slots, such as
-    arguments, is read here.
+class NoCall(Exception):
+    """The text only looks like a call."""
 
-    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
+
+class CallReader:
+    """Reads one section of calls from a parser's buffer, in the forms of its formats, with white space, order and extra keys
+    at will.
+
+    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there. Each method reads
+    on at `at`, waits until there is enough text to tell, and raises NoCall if that does not fit.
     """
 
+    BLANKS = re.compile(r"\s*")
+    NAME_CHAR = re.compile(r"[\w.-]")
     PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
 
-    def __init__(self, parser: ChatParser, calls: TolerantCalls) -> None:
-        self._parser, self._calls, self._state = parser, calls, calls.start
-        self.at = 0  # how far the buffer has been read
+    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
+        self._parser, self._formats, self._names = parser, formats, frozenset(names)
+        self.at = self.furthest = 0  # how far the buffer has been read, now and in ways that did not fit
         self._header = 0  # from where on what is read counts as a call's header
-        self._name = self._id = self._key = ""  # of the call and the argument that are being read
+        self._name = self._id = ""  # of the call that is being read
         self._early: str | None = None  # arguments that stood before the name
         self._begun = False  # the client has been told of the call
-        self._whole = False  # nothing must follow
-        self._written = ""  # of the arguments: a whole object, or the last separator of those that stand one by one
+        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
         self._found = False  # a call, at all
 
     def read(self, marked: bool) -> Reading:
         """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
         a call begins so."""
         try:
-            while self.at - self._header <= MAX_HEADER:
-                begun = self.at
-                self._state, self.at = self._calls.follow(self._state, self._parser.buffer, self.at)
-                if self._state.ends and self.at > begun:
-                    self._end_call()
-                elif self._state.bits != 1 << NAMED and self.at == len(self._parser.buffer):
-                    yield from self._more()
-                elif self._state.bits == 1 << NAMED or self.at == begun:
-                    slot = next((stack.top for stack in self._state.stacks if isinstance(stack.top, Slot)), None)
-                    if slot is None or not (yield from self._fill(slot)):
-                        break
-                    self._state = self._calls.behind(self._state, slot)
-                    if self._state.ends:
-                        self._end_call()
+            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
         except TextEnded:
             return self._end_of_text(marked)
+        except NoCall:  # in a call that has begun
+            pass
         self._close()
         return self._found
+
+    def _either(self, *readings: Reading) -> Reading:
+        """True if the text goes on in one of some ways; if not, it is read no further."""
+        at, taken = self.at, self._parser.taken
+        for reading in readings:
+            try:
+                yield from reading
+                return True
+            except NoCall:
+                if self._parser.taken > taken:
+                    raise
+                self.at, self.furthest = at, max(self.at, self.furthest)
+        return False
 
     def _more(self) -> Reading:
         if self._parser.reason:
@@ -15002,175 +15016,271 @@ class CallReader:
     def _end_of_text(self, marked: bool) -> bool:
         """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
         cut = self._parser.reason != "stop"
-        if cut and self._name and not self._whole:
+        if cut and self._name:
             self._begin()
         self._close()
         if self._found or (cut and marked):
-            self.at = len(self._parser.buffer)
-            self._drop()
+            self._parser.drop(len(self._parser.buffer))
         return self._found or (cut and marked)
 
-    def _drop(self) -> None:
-        self._parser.drop(self.at)
-        self.at = self._header = 0
+    # The call that is being read
 
-    def _end_call(self) -> None:
-        """Nothing must follow any more, though more may."""
-        self._begin()
-        self._whole = True
-        self._drop()
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self._close()
+        self._name = name
+        self._tell()
 
     def _begin(self) -> None:
         if not self._begun:
             self._parser.begin_call(self._id, self._name)
             self._begun = self._found = True
             self._id = ""
-            self._drop()
+        self._drop()
 
-    def _write(self, text: str) -> None:
-        self._parser.write_arguments(text)
+    def _drop(self) -> None:
+        self._parser.drop(self.at)
+        self.at = self._header = 0
+
+    def _tell(self) -> None:
+        """Tells arguments that are all there, once the name is too."""
+        if self._name and self._early is not None:
+            self._begin()
+            self._parser.write_arguments(self._early)
+
+    def _may_end(self, rest: str) -> None:
+        """Nothing must follow any more, though more may."""
+        self._begin()
+        self._rest = rest
 
     def _close(self) -> None:
         """Ends the call that was being read, if there is one."""
-        if self._whole:
-            self._write({"": "{}", "{}": ""}.get(self._written, "}"))
+        if self._rest is not None:
+            self._parser.write_arguments(self._rest)
         elif self._begun:
             self._parser.is_broken = True
-        self._begun = self._whole = False
-        self._written = ""
+        self._begun, self._rest = False, None
 
-    def _fill(self, slot: Slot) -> Reading:
-        """Reads what stands in a slot; false if that cannot be."""
-        if slot.kind == NAMED:
-            return self._named(slot.text, self._parser.buffer[self.at :])
-        if slot.kind in (TEXT, CALL_ID):
-            return (yield from self._text(slot))
-        if slot.kind == KEYED:
-            return (yield from self._argument_name(slot.text))
-        if slot.kind == VALUE:
-            return (yield from self._value(slot.format))
-        return (yield from self._json(slot))
+    # Pieces of text
 
-    def _named(self, name: str, behind: str) -> bool:
-        if self._state.bits != 1 << NAMED and re.match(r"[\w.-]", behind):
-            return False  # a longer name
-        self._close()
-        self._name = name
-        if self._early is not None:
-            self._begin()
-            self._write(self._early)
-            self._early, self._written = None, "{}"
-        return True
+    def _next(self, size: int) -> str:
+        return self._parser.buffer[self.at : self.at + size]
 
-    def _text(self, slot: Slot) -> Reading:
-        """Up to 64 characters that differ from call to call, an id perhaps, up to the slot's text."""
-        most = 64 + len(slot.text)
-        while (end := self._parser.buffer.find(slot.text, self.at, self.at + most)) < 0:
-            if len(self._parser.buffer) - self.at >= most:
-                return False
+    def _advance(self, size: int) -> None:
+        self.at = min(self.at + size, self._header + MAX_HEADER)
+        if self.at == self._header + MAX_HEADER:
+            raise NoCall
+
+    def _char(self) -> Reading:
+        while not self._next(1):
             yield from self._more()
-        if slot.kind == CALL_ID:
-            self._id = self._parser.buffer[self.at : end]
-        self.at = end + len(slot.text)
-        return slot.kind == TEXT or bool(re.fullmatch(r"\S+", self._id))
+        return self._next(1)
 
-    def _json(self, slot: Slot) -> Reading:
-        """A JSON value or what looks like one: arguments, which are written as they come, or what stands for nothing."""
-        params = slot.format.params if slot.format else None
-        first, start = self._parser.buffer[self.at], self.at
-        if slot.kind == ARGUMENTS and not params and first not in "{\"'nN":
-            return False
-        mender = JsonMender((params.quote,), slot.text) if params else JsonMender()
-        is_named = self._name != "" and not self._whole  # behind a whole call the next one begins
-        streams = slot.kind == ARGUMENTS and is_named and (params is not None or first == "{")
-        if streams:
-            self._begin()
-        while True:
-            self.at = mender.read(self._parser.buffer, self.at)
-            if streams:
-                self._drop()
-                self._write(mender.take())
-            if mender.done or mender.failed:
-                break
-            if self.at - start > (MAX_EARLY if slot.kind == ARGUMENTS else MAX_HEADER):
-                return False
+    def _blanks(self) -> Reading:
+        """The next character that is no white space."""
+        while (yield from self._char()).isspace():
+            self._advance(1)
+        return self._next(1)
+
+    def _one_of(self, texts: Collection[str]) -> Reading:
+        """The longest of some texts that stands here."""
+        most = max(map(len, texts), default=0)
+        while any(t.startswith(self._next(most)) and t != self._next(most) for t in texts):
             yield from self._more()
-        if mender.failed:
-            return False
-        if slot.kind == ARGUMENTS:
-            self._header = 0 if streams else self._header + self.at - start
-            self._written = "{}" if is_named else self._written
-        if slot.kind == ARGUMENTS and not streams:
-            arguments = as_object(mender.take())
-            if arguments is not None and is_named:
-                self._begin()
-                self._write(arguments)
-            elif arguments is not None:
-                self._early = arguments
-            return arguments is not None
-        return True
-
-    def _argument_name(self, closes: str) -> Reading:
-        buffer = self._parser.buffer[self.at :]
-        while (size := buffer.find(closes)) < 0:
-            if len(buffer) > MAX_HEADER or (buffer and not self.PLAIN_KEY.match(buffer)):
-                return False
-            yield from self._more()
-            buffer = self._parser.buffer[self.at :]
-        self._key = buffer[:size]
-        self.at += size + len(closes)
-        return bool(self.PLAIN_KEY.fullmatch(self._key))
-
-    def _value(self, format: CallFormat | None) -> Reading:
-        """One argument's value up to its end: a string as it comes, what has another type when it is all there."""
-        assert format and format.params
-        params, parser = format.params, self._parser
-        self._begin()
-        self._whole = False
-        self._drop()
-        self._written = ", " if self._written else "{"
-        self._write(f"{self._written}{json.dumps(self._key, ensure_ascii=False)}: ")
-        yield from self._skip(params.keyed[len(params.keyed.rstrip()) :])
-        cdata = yield from self._skip("<![CDATA[")
-        closes = params.closes.replace(KEY, self._key)
-        core, trail = closes.strip(), closes[: len(closes) - len(closes.lstrip())]
-        if cdata:
-            core, trail = f"]]>{core}", ""
-        types = parser.types(self._name, self._key)
-        streams = types == SchemaReader.TYPES["string"]
-        behind = format.closes.rstrip()  # some models forget to close the last value
-        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        self._write('"' if streams else "")
-        held = ""
-        while (at := parser.buffer.find(core)) < 0 and not parser.reason:
-            size = len(parser.buffer) - held_back(parser.buffer, marks)
-            held += parser.buffer[:size]
-            parser.drop(size)
-            if streams:
-                self._write(json.dumps(held, ensure_ascii=False)[1:-1])
-                held = ""
-            yield
-        rest = parser.buffer if at < 0 else parser.buffer[:at]
-        is_all = at >= 0 or (parser.reason == "stop" and behind.strip() != "" and rest.rstrip().endswith(behind))
-        value = held + (rest if at >= 0 or not is_all else rest.rstrip().removesuffix(behind))
-        value = value.removesuffix(trail) if is_all else value
-        if streams:
-            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_all)
-        else:
-            self._write(as_json(value, types) if is_all else value)
-        parser.drop(len(rest) + (len(core) if at >= 0 else 0))
-        if not is_all:
-            raise TextEnded
-        return True
-
-    def _skip(self, text: str) -> Reading:
-        """Drops a text if it stands here; true if it did."""
-        parser = self._parser
-        while text.startswith(parser.buffer) and len(parser.buffer) < len(text) and not parser.reason:
-            yield
-        found = text != "" and parser.buffer.startswith(text)
-        parser.drop(len(text) if found else 0)
+        found = max((t for t in texts if self._next(len(t)) == t), key=len, default="")
+        if not found:
+            raise NoCall
+        self._advance(len(found))
         return found
+
+    def _behind_blanks(self, texts: Collection[str]) -> Reading:
+        yield from self._blanks()
+        return (yield from self._one_of(texts))
+
+    def _up_to(self, closes: str, most: int) -> Reading:
+        """Text that differs from call to call; reads what stands behind it, too."""
+        most += len(closes)
+        while (size := self._next(most).find(closes)) < 0:
+            if len(self._next(most)) == most:
+                raise NoCall
+            yield from self._more()
+        found = self._next(size)
+        self._advance(size + len(closes))
+        return found
+
+    def _text(self, text: str) -> Reading:
+        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
+        pieces = iter(MARKER.findall(text))
+        for piece in pieces:
+            if piece.isspace():
+                yield from self._blanks()
+            elif piece not in (ID, ANY):
+                yield from self._one_of([piece])
+            elif closes := next(pieces, ""):
+                found = yield from self._up_to(closes, 64)
+                self._id = found if piece == ID else self._id
+
+    def _json(self, most: int = MAX_HEADER, told: JsonMender | None = None) -> Reading:
+        """A JSON value, or what looks like one; `told`: the call's arguments, which are told as they come."""
+        mender, until = told or JsonMender(), self.at + most
+        while not mender.done:
+            self.at = mender.read(self._parser.buffer, self.at)
+            if told:
+                self._drop()
+                self._parser.write_arguments(mender.take())
+            if mender.failed or self.at > until:
+                self.at = min(self.at, until)
+                raise NoCall
+            if not mender.done:
+                yield from self._more()
+        return mender.take()
+
+    def _string(self) -> Reading:
+        """A JSON string's value."""
+        if (yield from self._blanks()) != '"':
+            raise NoCall
+        return json.loads((yield from self._json()))
+
+    def _key(self) -> Reading:
+        key = yield from self._string()
+        yield from self._behind_blanks(":")
+        return key
+
+    # Calls
+
+    def _section(self, format: CallFormat, opens: str) -> Reading:
+        """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
+        yield from self._call(format, opens)
+        again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
+        while (yield from self._either(self._behind_blanks(format.closers), self._other_pair(format),
+                                       *(self._call(format, opens, ",;") for opens in again))):  # fmt: skip
+            self._drop()
+
+    def _other_pair(self, format: CallFormat) -> Reading:
+        """A pair behind the name and the arguments in a call's object."""
+        yield from self._behind_blanks("," if format.keys and format.keys[0] else "")
+        if (yield from self._key()) in set().union(*format.known_keys):
+            raise NoCall
+        yield from self._json()
+
+    def _call(self, format: CallFormat, opens: str, separators: str = "") -> Reading:
+        """A call from its beginning on, as far as it must go."""
+        self._name, self._early = "", None
+        if (yield from self._blanks()) in separators:
+            self._advance(1)
+            yield from self._blanks()
+        yield from self._text(opens)
+        rest = yield from self._behind_name(format) if format.keys is None else self._in_object(format, *format.keys)
+        self._may_end(rest)
+
+    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading:
+        """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
+        yield from self._either(self._behind_blanks("["))
+        yield from self._behind_blanks("{")
+        if not name_key:
+            self._named((yield from self._key()))
+            yield from self._arguments()
+            return ""
+        names, arguments, inner = format.known_keys
+        argued = False
+        while not (self._name and argued):
+            key = yield from self._key()
+            if key in inner and not self._name:
+                yield from self._behind_blanks("{")
+                continue
+            if key in names and not self._name:
+                self._named((yield from self._string()))
+            elif key in arguments and not argued:
+                yield from self._arguments()
+                argued = True
+            elif key in names | arguments | inner:
+                raise NoCall
+            else:
+                yield from self._json()
+            if not (self._name and argued) and (yield from self._behind_blanks(",}" if self._name else ",")) == "}":
+                return "{}"
+        return ""
+
+    def _behind_name(self, format: CallFormat) -> Reading:
+        """A call whose name stands by itself; without arguments there must be what ends it."""
+        name = yield from self._one_of(self._names)
+        if self.NAME_CHAR.match((yield from self._char())):
+            raise NoCall  # a longer name
+        self._named(name)
+        yield from self._text(format.named)
+        start, params = self.at, format.params
+        if params and params.quote:
+            yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
+        elif (yield from self._either(self._behind_blanks(format.closers))):
+            self.at = start
+            return "{}"
+        elif params:
+            yield from self._argument(format, params, "{")
+            while (yield from self._either(self._argument(format, params, ", "))):
+                pass
+            return "}"
+        else:
+            yield from self._arguments()
+        return ""
+
+    def _arguments(self, mender: JsonMender | None = None) -> Reading:
+        """Arguments as a JSON object, or as this mender reads them; told as they come if their call has a name."""
+        first, start = (yield from self._blanks()), self.at
+        if mender or (first == "{" and self._name):
+            self._begin()
+            return (yield from self._json(sys.maxsize, mender or JsonMender()))
+        self._early = as_object((yield from self._json(MAX_EARLY))) if first in "{\"'nN" else None
+        if self._early is None:
+            raise NoCall
+        self._header += self.at - start
+        self._tell()
+
+    def _argument(self, format: CallFormat, params: Params, separator: str) -> Reading:
+        """One argument of those that stand one by one."""
+        yield from self._blanks()
+        yield from self._text(params.opens)
+        closes, *rest = MARKER.findall(params.keyed.strip())
+        key = yield from self._up_to(closes, MAX_HEADER)
+        if not self.PLAIN_KEY.fullmatch(key):
+            raise NoCall
+        yield from self._text("".join(rest))
+        self._begin()
+        self._rest = None
+        self._parser.write_arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
+        yield from self._either(self._one_of([params.keyed[len(params.keyed.rstrip()) :]]))
+        closes = params.closes.replace(KEY, key)
+        if (yield from self._either(self._one_of(["<![CDATA["]))):
+            closes = f"]]>{closes.strip()}"
+        self._drop()
+        yield from self._value(self._parser.types(self._name, key), closes, format.closes.rstrip())
+        self._may_end("}")
+
+    def _value(self, types: int, closes: str, behind: str) -> Reading:
+        """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
+        another type when it is all there."""
+        parser, core, streams = self._parser, closes.strip(), types == SchemaReader.TYPES["string"]
+        trail = closes[: len(closes) - len(closes.lstrip())]
+        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
+        parser.write_arguments('"' * streams)
+        while (at := parser.buffer.find(core, self.at)) < 0 and not parser.reason:
+            self.at = len(parser.buffer) - held_back(parser.buffer, marks)
+            if streams:
+                parser.write_arguments(json.dumps(parser.buffer[: self.at], ensure_ascii=False)[1:-1])
+                self._drop()
+            yield
+        value, is_whole = parser.buffer[: at if at >= 0 else None], at >= 0
+        if not is_whole and parser.reason == "stop" and behind and value.rstrip().endswith(behind):
+            value, is_whole = value.rstrip().removesuffix(behind), True
+        value = value.removesuffix(trail) if is_whole else value
+        if streams:
+            parser.write_arguments(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
+        else:
+            parser.write_arguments(as_json(value, types) if is_whole else value)
+        self.at = at + len(core) if at >= 0 else len(parser.buffer)
+        self._drop()
+        if not is_whole:
+            raise TextEnded
 
 
 class Alignment:
@@ -15207,7 +15317,6 @@ class ChatParser(Parser):
                  continued: bool = False, forced: bool = False, thinking: bool = False) -> None:  # fmt: skip
         super().__init__(index)
         self._format, self._schemas, self._hidden = format, schemas, hidden
-        self._calls = tolerant_calls(format.calls, tuple(schemas)) if schemas else None
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
         self._marks = tuple(sorted({*self._openings, *format.drops}, key=len, reverse=True))
@@ -15227,7 +15336,7 @@ class ChatParser(Parser):
         self._has_text = False  # content that is more than white space
         self.behind_call = 0  # where the last one ends that stands before it
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
-        self._taken = -len(opened)
+        self.taken = -len(opened)
         self._reading = self._answer()
         self._feed(opened)
 
@@ -15256,19 +15365,19 @@ class ChatParser(Parser):
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
-            event = replace(event, logprobs=self._logprobs.until(self._taken - len(self._space)))
+            event = replace(event, logprobs=self._logprobs.until(self.taken - len(self._space)))
         self._events.append(event)
 
     def _take(self, size: int) -> str:
         taken, self.buffer = self.buffer[:size], self.buffer[size:]
-        self._taken += len(taken)
+        self.taken += len(taken)
         return taken
 
     def drop(self, size: int) -> None:
         """Takes markup: its tokens' log probabilities belong to no text."""
         if size:
             self._take(size)
-            self._logprobs.until(self._taken)
+            self._logprobs.until(self.taken)
 
     def begin_call(self, id: str, name: str) -> None:
         self._space, self._begun, self._trim = "", True, True
@@ -15390,9 +15499,9 @@ class ChatParser(Parser):
         out = out.lstrip() if self._trim else out
         self._trim = self._trim and not out
         if self._trim:
-            self._logprobs.until(self._taken)
+            self._logprobs.until(self.taken)
         out = self._space + out
-        kept = out.rstrip() if self._calls or not self._begun else out
+        kept = out.rstrip() if self._schemas or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
             self._begun = self._has_text = True
@@ -15400,13 +15509,12 @@ class ChatParser(Parser):
 
     def _call(self, mark: str) -> Reading:
         """A section of calls; false if the text only looks like one: then what cannot begin another was said."""
-        assert self._calls
-        reader = CallReader(self, self._calls)
+        reader = CallReader(self, self._format.calls, self._schemas)
         if (yield from reader.read(self._forced or mark != "")):
-            self.behind_call = self.behind_call if self._has_text else self._taken
+            self.behind_call = self.behind_call if self._has_text else self.taken
             return True
         again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
-        self._say(self._take(max(len(mark), reader.at - again) if mark not in self._format.drops else 0))
+        self._say(self._take(max(len(mark), reader.furthest - again) if mark not in self._format.drops else 0))
         return False
 
 
@@ -19163,176 +19271,6 @@ class CallsGrammar:
         arguments = ArgumentList(text, where, params) if params else Json(text, where)
         read_soon(arguments)
         return InOrder((word(name), format_text(self._format.named), arguments))
-
-
-NAMED, TEXT, CALL_ID, ARGUMENTS, SKIPPED, KEYED, VALUE = range(0xF8, 0xFF)  # bytes that UTF-8 never has
-
-
-@dataclass(frozen=True)
-class Slot(Symbol):
-    """A place in a call that is read by rules of its own: one byte, `kind`, stands for all of it."""
-
-    kind: int
-    text: str = ""  # NAMED: the function whose name this was; else what ends the slot
-    format: CallFormat | None = None
-
-    @property
-    def firsts(self) -> int:
-        return 1 << self.kind
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if byte == self.kind else None
-
-
-@dataclass(frozen=True, eq=False)
-class Deferred(Symbol):
-    """Symbols that are made when they are met: calls follow calls without end."""
-
-    make: Callable[[], Symbols]
-
-    @functools.cached_property
-    def _made(self) -> tuple[Symbols]:
-        return (self.make(),)
-
-    def opened(self) -> Iterable[Symbols]:
-        return self._made
-
-
-BLANKS = Repeated(OneChar(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20))))
-COLON = (BLANKS, word(":"), BLANKS)
-
-
-class TolerantCalls:
-    """Calls as models write them, to be read: in the forms of their formats, with white space, order and extra keys at will.
-
-    The automaton of these symbols reads names and markup; slots stand for ids, arguments and other values.
-    """
-
-    def __init__(self, formats: Iterable[CallFormat], names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._later: dict[tuple[Any, ...], Deferred] = {}
-        self._lock = threading.Lock()  # all answers of a kind share the automaton, and it grows
-        self.start = Automaton(AnyOf(tuple(InOrder((BLANKS, *self._text(opens), *self._call(format)))
-                                           for format in formats for opens in format.beginnings))).start  # fmt: skip
-
-    def follow(self, state: State, text: str, at: int) -> tuple[State, int]:
-        """The state some way on in the text, and how far: up to what is not followed here, or the end of a name or a call."""
-        with self._lock:
-            for char in text[at : at + MAX_HEADER]:
-                behind = state.read(char.encode())
-                if behind is None:
-                    break
-                state, at = behind, at + 1
-                if state.ends or state.bits == 1 << NAMED:
-                    break
-        return state, at
-
-    def behind(self, state: State, slot: Slot) -> State:
-        """The state behind one of its slots."""
-        with self._lock:
-            found = state.step(slot.kind)
-        assert found is not None, "the state has that slot"
-        return found
-
-    def _deferred(self, make: Callable[..., Symbols], *arguments: Any) -> Deferred:
-        return self._later.setdefault((make.__name__, *arguments), Deferred(functools.partial(make, *arguments)))
-
-    def _text(self, text: str) -> Symbols:
-        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
-        found, literal = list[Symbol](), ""
-        pieces = iter([*MARKER.findall(text), ""])
-        for piece in pieces:
-            if piece and not piece.isspace() and piece not in (ID, ANY):
-                literal += piece
-                continue
-            found += [word(literal)] if literal else []
-            literal = ""
-            if piece.isspace():
-                found.append(BLANKS)
-            elif piece and (closes := next(pieces)):
-                found.append(Slot(CALL_ID if piece == ID else TEXT, closes))
-        return tuple(found)
-
-    def _call(self, format: CallFormat) -> Symbols:
-        """A call behind its beginning."""
-        if format.keys is None:
-            arguments = (*self._text(format.named), *self._arguments(format))
-            return any_text({name.encode(): (Slot(NAMED, name), *arguments) for name in self._names})
-        begins = (BLANKS, Repeated(word("["), 0, 1), BLANKS, word("{"), BLANKS)
-        if format.keys[0]:
-            return (*begins, self._deferred(self._pairs, format, False, False))
-        arguments = (BLANKS, word(":"), BLANKS, Slot(ARGUMENTS), self._deferred(self._behind, format))
-        return (*begins, *self._quoted_names(arguments))
-
-    def _quoted_names(self, behind: Symbols) -> Symbols:
-        """A function's name as a JSON string."""
-        return any_text({json.dumps(name, ensure_ascii=False).encode(): (Slot(NAMED, name), *behind) for name in self._names})
-
-    def _pairs(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        """Pairs of the object that holds a call's name and arguments, from the next one on; which of the two it has."""
-        names, arguments, inner = self._known_keys(format)
-        options = [(*self._other_pair(format), *self._behind_pair(format, named, argued))]
-        if not argued:
-            options.append((*self._keys(arguments), *COLON, Slot(ARGUMENTS), *self._behind_pair(format, named, True)))
-        if not named:
-            options.append((*self._keys(names), *COLON, *self._quoted_names(self._behind_pair(format, True, argued))))
-            options.append((*self._keys(inner), *COLON, word("{"), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        return (AnyOf(tuple(map(InOrder, options))),)
-
-    def _known_keys(self, format: CallFormat) -> tuple[set[str], set[str], set[str]]:
-        """The keys of the name, of the arguments, and of the object that these two stand in."""
-        assert format.keys
-        inner = {"function", *re.findall(r'"(\w+)":\s*\{', format.head)}
-        return {format.keys[0], "name"}, {format.keys[1], "arguments", "parameters"}, inner
-
-    def _other_pair(self, format: CallFormat) -> Symbols:
-        """A pair that tells nothing of the call."""
-        key = string_symbol(StringShape().but_not(set().union(*self._known_keys(format))))
-        assert key
-        return (key, *COLON, Slot(SKIPPED))
-
-    def _keys(self, keys: Iterable[str]) -> Symbols:
-        return any_text({json.dumps(key, ensure_ascii=False).encode(): () for key in keys})
-
-    def _behind_pair(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        behind = self._deferred(self._behind, format)
-        if named and argued:
-            return (behind,)
-        more = InOrder((BLANKS, word(","), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        return (AnyOf((more, InOrder((BLANKS, word("}"), behind)))) if named else more,)
-
-    def _arguments(self, format: CallFormat) -> Symbols:
-        """Arguments behind a name that stands by itself; without any there must be what ends the call."""
-        params, behind = format.params, self._deferred(self._behind, format)
-        closers = tuple(map(word, sorted(format.closers)))
-        none = (InOrder((BLANKS, AnyOf(closers), behind)),) if closers else ()
-        if params is None:
-            return (AnyOf((InOrder((BLANKS, Slot(ARGUMENTS), behind)), *none)),)
-        if params.quote:
-            return (BLANKS, Slot(ARGUMENTS, format.closes.strip()[0], format), behind)
-        closes, *rest = MARKER.findall(params.keyed.strip())
-        argument = InOrder((BLANKS, *self._text(params.opens), Slot(KEYED, closes), *self._text("".join(rest)),
-                            Slot(VALUE, "", format)))  # fmt: skip
-        return (AnyOf((InOrder((Repeated(argument, 1), behind)), *none)),)
-
-    def _behind(self, format: CallFormat) -> Symbols:
-        """Symbols behind a call: pieces of its ending, then perhaps the next call, with its marker or without."""
-        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
-        pieces: Symbols = tuple(map(word, sorted(format.closers - {last})))
-        if format.keys:
-            pieces += (word("]"), *([InOrder((word(","), BLANKS, *self._other_pair(format)))] if format.keys[0] else []))
-        ends: Symbols = (InOrder((BLANKS, word(last))),) if last else ()
-        comma = AnyOf((word(","), word(";"), BLANKS))
-        for opens in {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}:
-            ends += (InOrder((BLANKS, comma, BLANKS, *self._text(opens), self._deferred(self._call, format))),)
-        between = (Repeated(InOrder((BLANKS, AnyOf(pieces)))),) if pieces else ()
-        return (*between, AnyOf((InOrder(()), *ends)))  # nothing may be left to do behind the next call: they are many
-
-
-@functools.lru_cache(maxsize=16)
-def tolerant_calls(formats: tuple[CallFormat, ...], names: tuple[str, ...]) -> TolerantCalls:
-    """Returns the reader of calls of these functions, cached: agents offer the same ones again and again."""
-    return TolerantCalls(formats, names)
 
 
 class SchemaStructure(SchemaReader):
