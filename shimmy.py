@@ -2062,18 +2062,19 @@ class Outcome:
     error: str | None = None
 
 
+PROCESSOR_TIMER = getattr(signal, "ITIMER_PROF", None)  # its signal ends a helper though the server may be dead; not on Windows
+
+
 class Helper:
     """One helper process. Owned by whoever took it from Helpers."""
 
     def __init__(self) -> None:
         self.process, reader, writer = start_child("helper_main")
         self._pipe = Pipe(reader, writer)
-        self.is_late = False  # and was killed
 
     def run(self, task: Any) -> Outcome:
         """The task's outcome. Raises HelperFailed when it ended or outlived the process, Overloaded when it had no time."""
-        seconds = HELPER_SECONDS * (HELPER_PATIENCE if _PROCESSOR_TIMER is not None else 1)
-        timer = threading.Timer(seconds, self._kill)
+        timer = threading.Timer(HELPER_SECONDS * (HELPER_PATIENCE if PROCESSOR_TIMER is not None else 1), self.process.kill)
         timer.daemon = True
         try:
             timer.start()
@@ -2084,21 +2085,17 @@ class Helper:
             outcome: Outcome = self._pipe.receive()
             return outcome
         except Exception:  # a process's border: it died, or what it says cannot be read
-            raise self._why_ended() from None
+            raise self._why_ended(timer.finished.is_set()) from None
         finally:
             timer.cancel()
             timer.join()
 
-    def _kill(self) -> None:
-        self.is_late = True
-        self.process.kill()
-
-    def _why_ended(self) -> Exception:
+    def _why_ended(self, was_late: bool) -> Exception:
         with contextlib.suppress(Exception):
             self.process.wait(1.0)
-        if self.is_late and _PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+        if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
             return Overloaded("The machine is too busy to apply the model's chat template")
-        if self.is_late or self.process.returncode == -_SIGPROF:
+        if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
             return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
         return HelperFailed("it ended the process that ran it")
 
@@ -2106,9 +2103,6 @@ class Helper:
         self.process.kill()
         self.process.wait()
         self._pipe.end()
-
-
-_PROCESSOR_TIMER, _SIGPROF = getattr(signal, "ITIMER_PROF", None), getattr(signal, "SIGPROF", 256)  # Windows has neither
 
 
 class Helpers:
@@ -2162,11 +2156,10 @@ class Helpers:
     def _keep(self, helper: Helper) -> None:
         """Keeps the process for the next task."""
         with self._lock:
-            keep = not self._closed and not helper.is_late
-            if keep:
+            if not self._closed:
                 self._idle.append(helper)
-        if not keep:
-            helper.end()
+                return
+        helper.end()
 
     def close(self) -> None:
         with self._lock:
@@ -2189,16 +2182,12 @@ def helper_main() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = pipe.receive()
-            _limit_processor_time(HELPER_SECONDS)
+            if PROCESSOR_TIMER is not None:
+                signal.setitimer(PROCESSOR_TIMER, HELPER_SECONDS)
             outcome = _outcome_of(task)
-            _limit_processor_time(0)
+            if PROCESSOR_TIMER is not None:
+                signal.setitimer(PROCESSOR_TIMER, 0)
             pipe.send(outcome)
-
-
-def _limit_processor_time(seconds: float) -> None:
-    """Limits the processor time of this task (0: no limit), by SIGPROF: it works although the server may be dead."""
-    if _PROCESSOR_TIMER is not None:
-        signal.setitimer(_PROCESSOR_TIMER, seconds)
 
 
 def _outcome_of(task: Any) -> Outcome:
@@ -2345,41 +2334,41 @@ def chat_environment() -> Any:
 
 
 Turns = tuple[list[Any], list[Any]]  # messages and tools
+Reshape = Callable[[list[Any], list[Any]], Turns]
 
 
-def arguments_as_text(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call arguments as JSON text, which about half of the templates want."""
+def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -> Reshape:
+    """Calls with their arguments as JSON text, which about half of the templates want, or with other ids: made of the old
+    one, the function's name and the call's number."""
 
-    def as_text(call: Any) -> Any:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+    def reshape(messages: list[Any], tools: list[Any]) -> Turns:
+        shaped, ids = [], dict[str, str]()
+        for message in map(dict, messages):
+            calls = message["tool_calls"] = [{**c, "function": dict(c["function"])} for c in message.get("tool_calls", [])]
+            for call in calls:
+                function = call["function"]
+                if as_text:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+                if new_id:
+                    call["id"] = ids[call["id"]] = new_id(call["id"], function["name"], len(ids))
+            if not calls:
+                del message["tool_calls"]
+            if new_id and (id := message.get("tool_call_id")):
+                message["tool_call_id"] = ids.get(id) or new_id(id, message.get("name", ""), len(ids))
+            shaped.append(message)
+        return shaped, tools
 
-    return [{**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages], tools
+    return reshape
 
 
-def short_ids(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call ids of nine letters and digits, which Mistral's templates insist on."""
-    return with_ids(messages, lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"), tools
+def short_id(id: str, name: str, number: int) -> str:
+    """Nine letters and digits, on which Mistral's templates insist."""
+    return f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"
 
 
-def telling_ids(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call ids that hold the function's name: Kimi K2's templates write nothing else of it."""
-    return with_ids(messages, lambda id, name, number: f"functions.{name}:{number}"), tools
-
-
-def with_ids(messages: list[Any], rename: Callable[[str, str, int], str]) -> list[Any]:
-    """The messages with other call ids: made of the old one, the function's name and the call's number."""
-    shaped, ids = [], dict[str, str]()
-    for message in messages:
-        shaped.append(dict(message))
-        if "tool_calls" in message:
-            for call in message["tool_calls"]:
-                ids[call["id"]] = rename(call["id"], call["function"]["name"], len(ids))
-            shaped[-1]["tool_calls"] = [{**c, "id": ids[c["id"]]} for c in message["tool_calls"]]
-        if "tool_call_id" in message:
-            id = message["tool_call_id"]
-            shaped[-1]["tool_call_id"] = ids.get(id) or rename(id, message.get("name", ""), len(ids))
-    return shaped
+def telling_id(id: str, name: str, number: int) -> str:
+    """An id that holds the function's name: Kimi K2's templates write nothing else of it."""
+    return f"functions.{name}:{number}"
 
 
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
@@ -2446,23 +2435,17 @@ def system_as_user(messages: list[Any], tools: list[Any]) -> Turns:
     return folded([{**m, "role": "user"} if m["role"] == "system" else m for m in messages], tools)
 
 
-Reshape = Callable[[list[Any], list[Any]], Turns]
-
-
 def compose(*reshapes: Reshape) -> Reshape:
     """Applies several forms one after the other."""
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-CALL_FORMS = (compose(), arguments_as_text, short_ids, compose(arguments_as_text, short_ids), telling_ids)
+CALL_FORMS = tuple(itertools.starmap(in_call_form, (
+    (False, None), (True, None), (False, short_id), (True, short_id), (False, telling_id))))  # fmt: skip
 NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
-    *NATIVE,
-    tools_in_system,
-    compose(tools_in_system, arguments_as_text),
-    calls_as_text,
-    compose(calls_as_text, system_as_user),
-)
+    *NATIVE, tools_in_system, compose(tools_in_system, CALL_FORMS[1]), calls_as_text, compose(calls_as_text, system_as_user),
+)  # fmt: skip
 
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2486,10 +2469,7 @@ class Tool:
         return {"name": self.name, "description": self.description, "parameters": self.parameters}
 
 
-JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array"}
-PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,), "array": (list,),
-}  # fmt: skip
+PYTHON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "array": list}  # by JSON's name
 
 
 def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
@@ -2498,17 +2478,15 @@ def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
 
     described = inspect.getdoc(function) or ""
     lines = dict(re.findall(r"^[ \t]*(\w+): (.+)$", described, re.M))
-    properties, required = {}, []
-    for parameter in inspect.signature(function).parameters.values():
+    kinds, properties = {kind.__name__: name for name, kind in PYTHON_TYPES.items()}, {}
+    parameters = inspect.signature(function).parameters
+    for key, parameter in parameters.items():
         hint = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
-        kind = JSON_TYPES.get(re.split(r"[\[ |]", hint)[0])
+        kind = kinds.get(re.split(r"[\[ |]", hint)[0])
         if kind is None:
-            raise ValueError(f"tool {function.__name__}: parameter {parameter.name} needs a plain type hint, not {hint}")
-        properties[parameter.name] = {"type": kind}
-        if parameter.name in lines:
-            properties[parameter.name]["description"] = lines[parameter.name]
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
+            raise ValueError(f"tool {function.__name__}: parameter {key} needs a plain type hint, not {hint}")
+        properties[key] = {"type": kind} | ({"description": lines[key]} if key in lines else {})
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     summary = " ".join(described.split("\n\n")[0].split())
     return Tool(name or function.__name__, summary, schema, function)
@@ -2553,8 +2531,6 @@ class Tools:
         for path in options.files:
             load_tools(path)
         self._tools |= REGISTERED
-        self._lock = threading.Lock()
-        self._calls: dict[str, dict[threading.Thread, float]] = {}  # by the tool's name: when each began, monotonic
 
     def documents(self) -> list[dict[str, Any]]:
         return [t.document() for t in self._tools.values()]
@@ -2581,10 +2557,9 @@ class Tools:
         """The same with signs of life while the tool runs, for so many seconds and TOOL_SECONDS at most."""
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
-        tool = self._tools[name]
-        arguments = check_arguments(tool, arguments)
+        call = ToolCall(self._tools[name], check_arguments(self._tools[name], arguments))
         try:
-            result = yield from self._run(tool, arguments, cancel, min(seconds, TOOL_SECONDS))
+            result = yield from call.wait(cancel, min(seconds, TOOL_SECONDS))
             return {"success": True, "result": result, "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
@@ -2594,51 +2569,48 @@ class Tools:
             log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
 
-    def _run(
-        self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None, seconds: float
-    ) -> Generator[Waiting, None, Any]:
-        """Calls the function in a thread of its own, which is left behind when it takes longer than it may."""
-        outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        thread = threading.Thread(target=_call, args=(tool, arguments, outcome), name=f"tool {tool.name}", daemon=True)
-        self._start(tool, thread)
+
+class ToolCall(threading.Thread):
+    """One call of a tool, in a thread that is left behind when it takes longer than it may."""
+
+    def __init__(self, tool: Tool, arguments: dict[str, Any]) -> None:
+        super().__init__(name=f"tool {tool.name}", daemon=True)
+        self._tool, self._arguments, self._began = tool, arguments, time.monotonic()
+        self._outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def wait(self, cancel: Cancellation | None, seconds: float) -> Generator[Waiting, None, Any]:
+        """The result. Raises what the tool raised, ToolError where it takes too long or MAX_STUCK calls never came back,
+        Overloaded beyond MAX_CALLS."""
+        others = [thread for thread in threading.enumerate() if isinstance(thread, ToolCall) and thread.name == self.name]
+        stuck = sum(self._began - other._began > TOOL_SECONDS for other in others)
+        if stuck >= MAX_STUCK:
+            raise ToolError(f"{stuck} calls of {self._tool.name} have not come back yet")
+        if len(others) >= MAX_CALLS:
+            raise Overloaded(f"{len(others)} calls of {self._tool.name} are running")
+        self.start()
         if cancel:
-            cancel.on_cancel(lambda: outcome.put((None, Cancelled())))
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+            cancel.on_cancel(lambda: self._outcome.put((None, Cancelled())))
+        while (left := self._began + seconds - time.monotonic()) > 0:
             try:
-                result, error = outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
+                result, error = self._outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
             except queue.Empty:
                 yield Waiting()
                 continue
             if error:
                 raise error
             return result
-        raise ToolError(f"{tool.name} took over {seconds:g} seconds")
+        raise ToolError(f"{self._tool.name} took over {seconds:g} seconds")
 
-    def _start(self, tool: Tool, thread: threading.Thread) -> None:
-        """Starts a call. Raises ToolError where MAX_STUCK calls never came back, Overloaded beyond MAX_CALLS."""
-        now = time.monotonic()
-        with self._lock:
-            calls = self._calls[tool.name] = {t: b for t, b in self._calls.get(tool.name, {}).items() if t.is_alive()}
-            stuck = sum(now - began > TOOL_SECONDS for began in calls.values())
-            if stuck >= MAX_STUCK:
-                raise ToolError(f"{stuck} calls of {tool.name} have not come back yet")
-            if len(calls) >= MAX_CALLS:
-                raise Overloaded(f"{len(calls)} calls of {tool.name} are running")
-            thread.start()
-            calls[thread] = now
-
-
-def _call(tool: Tool, arguments: dict[str, Any], outcome: queue.SimpleQueue[tuple[Any, BaseException | None]]) -> None:
-    """Runs in the tool's thread. The function is somebody's: it may return and raise anything, SystemExit too."""
-    try:
-        result = tool.function(**arguments)
-        json.dumps(result, allow_nan=False)
-        outcome.put((result, None))
-    except Exception as error:
-        outcome.put((None, error))
-    except BaseException as error:
-        outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
+    def run(self) -> None:
+        """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
+        try:
+            result = self._tool.function(**self._arguments)
+            json.dumps(result, allow_nan=False)
+            self._outcome.put((result, None))
+        except Exception as error:
+            self._outcome.put((None, error))
+        except BaseException as error:
+            self._outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
 
 
 def load_tools(path: str) -> None:
@@ -2660,7 +2632,7 @@ def check_arguments(tool: Tool, arguments: Any) -> dict[str, Any]:
         if name not in known:
             raise InvalidRequest(f"{name} is no parameter of {tool.name}; it takes {', '.join(known) or 'none'}", name)
         kind = known[name]["type"]
-        if not isinstance(value, PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        if type(value) is not PYTHON_TYPES[kind] and not (kind == "number" and type(value) is int):
             raise InvalidRequest(f"{name} must be of type {kind}, not {_said(value)}", name)
     for name in tool.parameters["required"]:
         if name not in arguments:
@@ -2693,6 +2665,24 @@ def calculator(expression: str) -> float:
     return value
 
 
+def power(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
+        raise ToolError(f"a number on the way has over {MAX_BITS} bits")
+    return a**b
+
+
+def rounded(x: Any, digits: int = 0) -> Any:
+    if abs(digits) > 400:  # 10 ** digits is computed
+        raise ToolError("round takes a number and up to 400 digits")
+    return round(x, digits) if digits else round(x)
+
+
+def factorial(n: int) -> int:
+    if not 0 <= n <= 400:
+        raise ToolError("factorial takes a whole number from 0 to 400")
+    return math.factorial(n)
+
+
 MATH_CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(math, name)
@@ -2700,10 +2690,10 @@ MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
         *("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh"),
         *("asinh", "acosh", "atanh", "degrees", "radians", "floor", "ceil", "trunc", "hypot", "gcd", "fabs", "fmod"),
     )
-} | {"abs": abs, "min": min, "max": max, "ln": math.log}  # fmt: skip
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv,
-    "FloorDiv": operator.floordiv, "Mod": operator.mod,
+} | {"abs": abs, "min": min, "max": max, "ln": math.log, "round": rounded, "factorial": factorial}  # fmt: skip
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv, "FloorDiv": operator.floordiv,
+    "Mod": operator.mod, "Pow": power, "UAdd": operator.pos, "USub": operator.neg,
 }  # fmt: skip
 
 
@@ -2711,53 +2701,26 @@ def evaluate(node: ast.AST) -> Any:
     """A syntax tree of numbers, operators, math constants and functions; every whole number stays within MAX_BITS."""
     import ast
 
+    sign = type(getattr(node, "op", None)).__name__
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _bounded(node.value)
-    if isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
-        return MATH_CONSTANTS[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = evaluate(node.operand)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp):
-        return _bounded(_binary(type(node.op).__name__, evaluate(node.left), evaluate(node.right)))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        arguments = [evaluate(a) for a in node.args]
-        if node.func.id in ("factorial", "round"):
-            return _factorial(*arguments) if node.func.id == "factorial" else _round(*arguments)
-        if node.func.id in MATH_FUNCTIONS:
-            return _bounded(MATH_FUNCTIONS[node.func.id](*arguments))
-        raise ToolError(f"the function {node.func.id} is not known")
-    raise ToolError(f"{type(node).__name__} is not arithmetic")
-
-
-def _bounded(value: Any) -> Any:
+        value: Any = node.value
+    elif isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
+        value = MATH_CONSTANTS[node.id]
+    elif isinstance(node, ast.UnaryOp) and sign in OPERATORS:
+        value = OPERATORS[sign](evaluate(node.operand))
+    elif isinstance(node, ast.BinOp) and sign in OPERATORS:
+        value = OPERATORS[sign](evaluate(node.left), evaluate(node.right))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        if node.func.id not in MATH_FUNCTIONS:
+            raise ToolError(f"the function {node.func.id} is not known")
+        value = MATH_FUNCTIONS[node.func.id](*map(evaluate, node.args))
+    else:
+        raise ToolError(f"{type(getattr(node, 'op', node)).__name__} is not arithmetic")
     if isinstance(value, complex):
         raise ToolError("the result is not a real number")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ToolError(f"a number on the way has over {MAX_BITS} bits")
     return value
-
-
-def _binary(name: str, a: Any, b: Any) -> Any:
-    if name == "Pow":
-        if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
-            raise ToolError(f"a number on the way has over {MAX_BITS} bits")
-        return a**b
-    if name not in OPERATORS:
-        raise ToolError(f"the operator {name} is not arithmetic")
-    return OPERATORS[name](a, b)
-
-
-def _round(x: Any = None, digits: Any = 0, *rest: Any) -> Any:
-    if not isinstance(digits, int) or abs(digits) > 400 or rest:  # 10 ** digits is computed
-        raise ToolError("round takes a number and up to 400 digits")
-    return round(x, digits) if digits else round(x)
-
-
-def _factorial(n: Any = None, *rest: Any) -> int:
-    if not isinstance(n, int) or rest or not 0 <= n <= 400:
-        raise ToolError("factorial takes a whole number from 0 to 400")
-    return math.factorial(n)
 
 
 class FileReader:
@@ -2881,19 +2844,18 @@ class HttpGetter:
         for address in addresses:
             if not is_global(address[0]):
                 raise ToolError(f"the host {host} has an address that is not global ({address[0]})")
-        connection = self._first_that_connects(addresses, deadline)
+        for number, address in enumerate(addresses, 1):
+            try:
+                connection = socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+                break
+            except OSError:  # no route by this family, say
+                if number == len(addresses):
+                    raise
         if not tls:
             return connection
         import ssl
 
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-
-    @staticmethod
-    def _first_that_connects(addresses: Seq[tuple[str, int]], deadline: float) -> socket.socket:
-        for address in addresses[:-1]:
-            with contextlib.suppress(OSError):  # no route by this family, say
-                return socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
-        return socket.create_connection(addresses[-1], timeout=max(0.01, deadline - time.monotonic()))
 
     def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         data = b""
@@ -15068,8 +15030,9 @@ class CallReader:
         return self._parser.buffer[self.at : self.at + size]
 
     def _advance(self, size: int) -> None:
-        self.at = min(self.at + size, self._header + MAX_HEADER)
-        if self.at == self._header + MAX_HEADER:
+        self.at += size
+        if self.at - self._header > MAX_HEADER:
+            self.at = self._header + MAX_HEADER
             raise NoCall
 
     def _char(self) -> Reading:
@@ -15079,16 +15042,17 @@ class CallReader:
 
     def _blanks(self) -> Reading:
         """The next character that is no white space."""
-        while (yield from self._char()).isspace():
-            self._advance(1)
+        while (found := self.BLANKS.match(self._parser.buffer, self.at)) and found.end() == len(self._parser.buffer):
+            yield from self._more()
+        self._advance(len(found[0]) if found else 0)
         return self._next(1)
 
     def _one_of(self, texts: Collection[str]) -> Reading:
         """The longest of some texts that stands here."""
         most = max(map(len, texts), default=0)
-        while any(t.startswith(self._next(most)) and t != self._next(most) for t in texts):
+        while len(rest := self._next(most)) < most and any(text.startswith(rest) and text != rest for text in texts):
             yield from self._more()
-        found = max((t for t in texts if self._next(len(t)) == t), key=len, default="")
+        found = max(filter(rest.startswith, texts), key=len, default="")
         if not found:
             raise NoCall
         self._advance(len(found))
@@ -15140,6 +15104,9 @@ class CallReader:
         """A JSON string's value."""
         if (yield from self._blanks()) != '"':
             raise NoCall
+        if found := JsonMender.STRING.match(self._parser.buffer, self.at):
+            self._advance(len(found[0]))
+            return found[0][1:-1]
         return json.loads((yield from self._json()))
 
     def _key(self) -> Reading:
