@@ -172,7 +172,7 @@ import threading
 import urllib.parse
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
@@ -1484,9 +1484,15 @@ class CallFormat:
     def closers(self) -> frozenset[str]:
         """The pieces of text that may stand between two calls, and behind the last."""
         ends = [self.again.removesuffix(self.call_opens), self.closes]
-        if self.keys:  # behind the arguments may stand other pairs
-            ends = [text[text.find("}") :] for text in ends]
+        if self.keys:  # behind the arguments may stand other pairs, and the object may stand in a list
+            ends = [*(text[text.find("}") :] for text in ends), "]"]
         return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
+
+    @functools.cached_property
+    def known_keys(self) -> tuple[set[str], set[str], set[str]]:
+        """Keys of a call's name, of its arguments, and of the object that these two may stand in."""
+        name, arguments = self.keys or ("", "")
+        return {name, "name"}, {arguments, "arguments", "parameters"}, {"function", *re.findall(r'"(\w+)":\s*\{', self.head)}
 
     @functools.cached_property
     def beginnings(self) -> tuple[str, ...]:
@@ -1868,18 +1874,19 @@ class Outcome:
     error: str | None = None
 
 
+PROCESSOR_TIMER = getattr(signal, "ITIMER_PROF", None)  # its signal ends a helper though the server may be dead; not on Windows
+
+
 class Helper:
     """One helper process. Owned by whoever took it from Helpers."""
 
     def __init__(self) -> None:
         self.process, reader, writer = start_child("helper_main")
         self._pipe = Pipe(reader, writer)
-        self.is_late = False  # and was killed
 
     def run(self, task: Any) -> Outcome:
         """The task's outcome. Raises HelperFailed when it ended or outlived the process, Overloaded when it had no time."""
-        seconds = HELPER_SECONDS * (HELPER_PATIENCE if _PROCESSOR_TIMER is not None else 1)
-        timer = threading.Timer(seconds, self._kill)
+        timer = threading.Timer(HELPER_SECONDS * (HELPER_PATIENCE if PROCESSOR_TIMER is not None else 1), self.process.kill)
         timer.daemon = True
         try:
             timer.start()
@@ -1890,21 +1897,17 @@ class Helper:
             outcome: Outcome = self._pipe.receive()
             return outcome
         except Exception:  # a process's border: it died, or what it says cannot be read
-            raise self._why_ended() from None
+            raise self._why_ended(timer.finished.is_set()) from None
         finally:
             timer.cancel()
             timer.join()
 
-    def _kill(self) -> None:
-        self.is_late = True
-        self.process.kill()
-
-    def _why_ended(self) -> Exception:
+    def _why_ended(self, was_late: bool) -> Exception:
         with contextlib.suppress(Exception):
             self.process.wait(1.0)
-        if self.is_late and _PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+        if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
             return Overloaded("The machine is too busy to apply the model's chat template")
-        if self.is_late or self.process.returncode == -_SIGPROF:
+        if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
             return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
         return HelperFailed("it ended the process that ran it")
 
@@ -1912,9 +1915,6 @@ class Helper:
         self.process.kill()
         self.process.wait()
         self._pipe.end()
-
-
-_PROCESSOR_TIMER, _SIGPROF = getattr(signal, "ITIMER_PROF", None), getattr(signal, "SIGPROF", 256)  # Windows has neither
 
 
 class Helpers:
@@ -1968,11 +1968,10 @@ class Helpers:
     def _keep(self, helper: Helper) -> None:
         """Keeps the process for the next task."""
         with self._lock:
-            keep = not self._closed and not helper.is_late
-            if keep:
+            if not self._closed:
                 self._idle.append(helper)
-        if not keep:
-            helper.end()
+                return
+        helper.end()
 
     def close(self) -> None:
         with self._lock:
@@ -1995,16 +1994,12 @@ def helper_main() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = pipe.receive()
-            _limit_processor_time(HELPER_SECONDS)
+            if PROCESSOR_TIMER is not None:
+                signal.setitimer(PROCESSOR_TIMER, HELPER_SECONDS)
             outcome = _outcome_of(task)
-            _limit_processor_time(0)
+            if PROCESSOR_TIMER is not None:
+                signal.setitimer(PROCESSOR_TIMER, 0)
             pipe.send(outcome)
-
-
-def _limit_processor_time(seconds: float) -> None:
-    """Limits the processor time of this task (0: no limit), by SIGPROF: it works although the server may be dead."""
-    if _PROCESSOR_TIMER is not None:
-        signal.setitimer(_PROCESSOR_TIMER, seconds)
 
 
 def _outcome_of(task: Any) -> Outcome:
@@ -2151,41 +2146,41 @@ def chat_environment() -> Any:
 
 
 Turns = tuple[list[Any], list[Any]]  # messages and tools
+Reshape = Callable[[list[Any], list[Any]], Turns]
 
 
-def arguments_as_text(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call arguments as JSON text, which about half of the templates want."""
+def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -> Reshape:
+    """Calls with their arguments as JSON text, which about half of the templates want, or with other ids: made of the old
+    one, the function's name and the call's number."""
 
-    def as_text(call: Any) -> Any:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+    def reshape(messages: list[Any], tools: list[Any]) -> Turns:
+        shaped, ids = [], dict[str, str]()
+        for message in map(dict, messages):
+            calls = message["tool_calls"] = [{**c, "function": dict(c["function"])} for c in message.get("tool_calls", [])]
+            for call in calls:
+                function = call["function"]
+                if as_text:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+                if new_id:
+                    call["id"] = ids[call["id"]] = new_id(call["id"], function["name"], len(ids))
+            if not calls:
+                del message["tool_calls"]
+            if new_id and (id := message.get("tool_call_id")):
+                message["tool_call_id"] = ids.get(id) or new_id(id, message.get("name", ""), len(ids))
+            shaped.append(message)
+        return shaped, tools
 
-    return [{**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages], tools
+    return reshape
 
 
-def short_ids(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call ids of nine letters and digits, which Mistral's templates insist on."""
-    return with_ids(messages, lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"), tools
+def short_id(id: str, name: str, number: int) -> str:
+    """Nine letters and digits, on which Mistral's templates insist."""
+    return f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"
 
 
-def telling_ids(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call ids that hold the function's name: Kimi K2's templates write nothing else of it."""
-    return with_ids(messages, lambda id, name, number: f"functions.{name}:{number}"), tools
-
-
-def with_ids(messages: list[Any], rename: Callable[[str, str, int], str]) -> list[Any]:
-    """The messages with other call ids: made of the old one, the function's name and the call's number."""
-    shaped, ids = [], dict[str, str]()
-    for message in messages:
-        shaped.append(dict(message))
-        if "tool_calls" in message:
-            for call in message["tool_calls"]:
-                ids[call["id"]] = rename(call["id"], call["function"]["name"], len(ids))
-            shaped[-1]["tool_calls"] = [{**c, "id": ids[c["id"]]} for c in message["tool_calls"]]
-        if "tool_call_id" in message:
-            id = message["tool_call_id"]
-            shaped[-1]["tool_call_id"] = ids.get(id) or rename(id, message.get("name", ""), len(ids))
-    return shaped
+def telling_id(id: str, name: str, number: int) -> str:
+    """An id that holds the function's name: Kimi K2's templates write nothing else of it."""
+    return f"functions.{name}:{number}"
 
 
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
@@ -2252,23 +2247,17 @@ def system_as_user(messages: list[Any], tools: list[Any]) -> Turns:
     return folded([{**m, "role": "user"} if m["role"] == "system" else m for m in messages], tools)
 
 
-Reshape = Callable[[list[Any], list[Any]], Turns]
-
-
 def compose(*reshapes: Reshape) -> Reshape:
     """Applies several forms one after the other."""
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-CALL_FORMS = (compose(), arguments_as_text, short_ids, compose(arguments_as_text, short_ids), telling_ids)
+CALL_FORMS = tuple(itertools.starmap(in_call_form, (
+    (False, None), (True, None), (False, short_id), (True, short_id), (False, telling_id))))  # fmt: skip
 NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
-    *NATIVE,
-    tools_in_system,
-    compose(tools_in_system, arguments_as_text),
-    calls_as_text,
-    compose(calls_as_text, system_as_user),
-)
+    *NATIVE, tools_in_system, compose(tools_in_system, CALL_FORMS[1]), calls_as_text, compose(calls_as_text, system_as_user),
+)  # fmt: skip
 
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2292,10 +2281,7 @@ class Tool:
         return {"name": self.name, "description": self.description, "parameters": self.parameters}
 
 
-JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array"}
-PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,), "array": (list,),
-}  # fmt: skip
+PYTHON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "array": list}  # by JSON's name
 
 
 def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
@@ -2304,17 +2290,15 @@ def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
 
     described = inspect.getdoc(function) or ""
     lines = dict(re.findall(r"^[ \t]*(\w+): (.+)$", described, re.M))
-    properties, required = {}, []
-    for parameter in inspect.signature(function).parameters.values():
+    kinds, properties = {kind.__name__: name for name, kind in PYTHON_TYPES.items()}, {}
+    parameters = inspect.signature(function).parameters
+    for key, parameter in parameters.items():
         hint = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
-        kind = JSON_TYPES.get(re.split(r"[\[ |]", hint)[0])
+        kind = kinds.get(re.split(r"[\[ |]", hint)[0])
         if kind is None:
-            raise ValueError(f"tool {function.__name__}: parameter {parameter.name} needs a plain type hint, not {hint}")
-        properties[parameter.name] = {"type": kind}
-        if parameter.name in lines:
-            properties[parameter.name]["description"] = lines[parameter.name]
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
+            raise ValueError(f"tool {function.__name__}: parameter {key} needs a plain type hint, not {hint}")
+        properties[key] = {"type": kind} | ({"description": lines[key]} if key in lines else {})
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     summary = " ".join(described.split("\n\n")[0].split())
     return Tool(name or function.__name__, summary, schema, function)
@@ -2359,8 +2343,6 @@ class Tools:
         for path in options.files:
             load_tools(path)
         self._tools |= REGISTERED
-        self._lock = threading.Lock()
-        self._calls: dict[str, dict[threading.Thread, float]] = {}  # by the tool's name: when each began, monotonic
 
     def documents(self) -> list[dict[str, Any]]:
         return [t.document() for t in self._tools.values()]
@@ -2387,10 +2369,9 @@ class Tools:
         """The same with signs of life while the tool runs, for so many seconds and TOOL_SECONDS at most."""
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
-        tool = self._tools[name]
-        arguments = check_arguments(tool, arguments)
+        call = ToolCall(self._tools[name], check_arguments(self._tools[name], arguments))
         try:
-            result = yield from self._run(tool, arguments, cancel, min(seconds, TOOL_SECONDS))
+            result = yield from call.wait(cancel, min(seconds, TOOL_SECONDS))
             return {"success": True, "result": result, "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
@@ -2400,51 +2381,48 @@ class Tools:
             log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
 
-    def _run(
-        self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None, seconds: float
-    ) -> Generator[Waiting, None, Any]:
-        """Calls the function in a thread of its own, which is left behind when it takes longer than it may."""
-        outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        thread = threading.Thread(target=_call, args=(tool, arguments, outcome), name=f"tool {tool.name}", daemon=True)
-        self._start(tool, thread)
+
+class ToolCall(threading.Thread):
+    """One call of a tool, in a thread that is left behind when it takes longer than it may."""
+
+    def __init__(self, tool: Tool, arguments: dict[str, Any]) -> None:
+        super().__init__(name=f"tool {tool.name}", daemon=True)
+        self._tool, self._arguments, self._began = tool, arguments, time.monotonic()
+        self._outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def wait(self, cancel: Cancellation | None, seconds: float) -> Generator[Waiting, None, Any]:
+        """The result. Raises what the tool raised, ToolError where it takes too long or MAX_STUCK calls never came back,
+        Overloaded beyond MAX_CALLS."""
+        others = [thread for thread in threading.enumerate() if isinstance(thread, ToolCall) and thread.name == self.name]
+        stuck = sum(self._began - other._began > TOOL_SECONDS for other in others)
+        if stuck >= MAX_STUCK:
+            raise ToolError(f"{stuck} calls of {self._tool.name} have not come back yet")
+        if len(others) >= MAX_CALLS:
+            raise Overloaded(f"{len(others)} calls of {self._tool.name} are running")
+        self.start()
         if cancel:
-            cancel.on_cancel(lambda: outcome.put((None, Cancelled())))
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+            cancel.on_cancel(lambda: self._outcome.put((None, Cancelled())))
+        while (left := self._began + seconds - time.monotonic()) > 0:
             try:
-                result, error = outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
+                result, error = self._outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
             except queue.Empty:
                 yield Waiting()
                 continue
             if error:
                 raise error
             return result
-        raise ToolError(f"{tool.name} took over {seconds:g} seconds")
+        raise ToolError(f"{self._tool.name} took over {seconds:g} seconds")
 
-    def _start(self, tool: Tool, thread: threading.Thread) -> None:
-        """Starts a call. Raises ToolError where MAX_STUCK calls never came back, Overloaded beyond MAX_CALLS."""
-        now = time.monotonic()
-        with self._lock:
-            calls = self._calls[tool.name] = {t: b for t, b in self._calls.get(tool.name, {}).items() if t.is_alive()}
-            stuck = sum(now - began > TOOL_SECONDS for began in calls.values())
-            if stuck >= MAX_STUCK:
-                raise ToolError(f"{stuck} calls of {tool.name} have not come back yet")
-            if len(calls) >= MAX_CALLS:
-                raise Overloaded(f"{len(calls)} calls of {tool.name} are running")
-            thread.start()
-            calls[thread] = now
-
-
-def _call(tool: Tool, arguments: dict[str, Any], outcome: queue.SimpleQueue[tuple[Any, BaseException | None]]) -> None:
-    """Runs in the tool's thread. The function is somebody's: it may return and raise anything, SystemExit too."""
-    try:
-        result = tool.function(**arguments)
-        json.dumps(result, allow_nan=False)
-        outcome.put((result, None))
-    except Exception as error:
-        outcome.put((None, error))
-    except BaseException as error:
-        outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
+    def run(self) -> None:
+        """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
+        try:
+            result = self._tool.function(**self._arguments)
+            json.dumps(result, allow_nan=False)
+            self._outcome.put((result, None))
+        except Exception as error:
+            self._outcome.put((None, error))
+        except BaseException as error:
+            self._outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
 
 
 def load_tools(path: str) -> None:
@@ -2466,7 +2444,7 @@ def check_arguments(tool: Tool, arguments: Any) -> dict[str, Any]:
         if name not in known:
             raise InvalidRequest(f"{name} is no parameter of {tool.name}; it takes {', '.join(known) or 'none'}", name)
         kind = known[name]["type"]
-        if not isinstance(value, PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        if type(value) is not PYTHON_TYPES[kind] and not (kind == "number" and type(value) is int):
             raise InvalidRequest(f"{name} must be of type {kind}, not {_said(value)}", name)
     for name in tool.parameters["required"]:
         if name not in arguments:
@@ -2499,6 +2477,24 @@ def calculator(expression: str) -> float:
     return value
 
 
+def power(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
+        raise ToolError(f"a number on the way has over {MAX_BITS} bits")
+    return a**b
+
+
+def rounded(x: Any, digits: int = 0) -> Any:
+    if abs(digits) > 400:  # 10 ** digits is computed
+        raise ToolError("round takes a number and up to 400 digits")
+    return round(x, digits) if digits else round(x)
+
+
+def factorial(n: int) -> int:
+    if not 0 <= n <= 400:
+        raise ToolError("factorial takes a whole number from 0 to 400")
+    return math.factorial(n)
+
+
 MATH_CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(math, name)
@@ -2506,10 +2502,10 @@ MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
         *("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh"),
         *("asinh", "acosh", "atanh", "degrees", "radians", "floor", "ceil", "trunc", "hypot", "gcd", "fabs", "fmod"),
     )
-} | {"abs": abs, "min": min, "max": max, "ln": math.log}  # fmt: skip
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv,
-    "FloorDiv": operator.floordiv, "Mod": operator.mod,
+} | {"abs": abs, "min": min, "max": max, "ln": math.log, "round": rounded, "factorial": factorial}  # fmt: skip
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv, "FloorDiv": operator.floordiv,
+    "Mod": operator.mod, "Pow": power, "UAdd": operator.pos, "USub": operator.neg,
 }  # fmt: skip
 
 
@@ -2517,53 +2513,26 @@ def evaluate(node: ast.AST) -> Any:
     """A syntax tree of numbers, operators, math constants and functions; every whole number stays within MAX_BITS."""
     import ast
 
+    sign = type(getattr(node, "op", None)).__name__
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _bounded(node.value)
-    if isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
-        return MATH_CONSTANTS[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = evaluate(node.operand)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp):
-        return _bounded(_binary(type(node.op).__name__, evaluate(node.left), evaluate(node.right)))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        arguments = [evaluate(a) for a in node.args]
-        if node.func.id in ("factorial", "round"):
-            return _factorial(*arguments) if node.func.id == "factorial" else _round(*arguments)
-        if node.func.id in MATH_FUNCTIONS:
-            return _bounded(MATH_FUNCTIONS[node.func.id](*arguments))
-        raise ToolError(f"the function {node.func.id} is not known")
-    raise ToolError(f"{type(node).__name__} is not arithmetic")
-
-
-def _bounded(value: Any) -> Any:
+        value: Any = node.value
+    elif isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
+        value = MATH_CONSTANTS[node.id]
+    elif isinstance(node, ast.UnaryOp) and sign in OPERATORS:
+        value = OPERATORS[sign](evaluate(node.operand))
+    elif isinstance(node, ast.BinOp) and sign in OPERATORS:
+        value = OPERATORS[sign](evaluate(node.left), evaluate(node.right))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        if node.func.id not in MATH_FUNCTIONS:
+            raise ToolError(f"the function {node.func.id} is not known")
+        value = MATH_FUNCTIONS[node.func.id](*map(evaluate, node.args))
+    else:
+        raise ToolError(f"{type(getattr(node, 'op', node)).__name__} is not arithmetic")
     if isinstance(value, complex):
         raise ToolError("the result is not a real number")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ToolError(f"a number on the way has over {MAX_BITS} bits")
     return value
-
-
-def _binary(name: str, a: Any, b: Any) -> Any:
-    if name == "Pow":
-        if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
-            raise ToolError(f"a number on the way has over {MAX_BITS} bits")
-        return a**b
-    if name not in OPERATORS:
-        raise ToolError(f"the operator {name} is not arithmetic")
-    return OPERATORS[name](a, b)
-
-
-def _round(x: Any = None, digits: Any = 0, *rest: Any) -> Any:
-    if not isinstance(digits, int) or abs(digits) > 400 or rest:  # 10 ** digits is computed
-        raise ToolError("round takes a number and up to 400 digits")
-    return round(x, digits) if digits else round(x)
-
-
-def _factorial(n: Any = None, *rest: Any) -> int:
-    if not isinstance(n, int) or rest or not 0 <= n <= 400:
-        raise ToolError("factorial takes a whole number from 0 to 400")
-    return math.factorial(n)
 
 
 class FileReader:
@@ -2687,19 +2656,18 @@ class HttpGetter:
         for address in addresses:
             if not is_global(address[0]):
                 raise ToolError(f"the host {host} has an address that is not global ({address[0]})")
-        connection = self._first_that_connects(addresses, deadline)
+        for number, address in enumerate(addresses, 1):
+            try:
+                connection = socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+                break
+            except OSError:  # no route by this family, say
+                if number == len(addresses):
+                    raise
         if not tls:
             return connection
         import ssl
 
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-
-    @staticmethod
-    def _first_that_connects(addresses: Seq[tuple[str, int]], deadline: float) -> socket.socket:
-        for address in addresses[:-1]:
-            with contextlib.suppress(OSError):  # no route by this family, say
-                return socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
-        return socket.create_connection(addresses[-1], timeout=max(0.01, deadline - time.monotonic()))
 
     def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         data = b""
@@ -6496,14 +6464,14 @@ class Generation:
         self.worker, self.index = worker, {id: i for i, id in enumerate(ids)}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open = set(ids)
-        self._given = self._taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
+        self._given = self.taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
 
     def give(self, message: Any) -> None:
         """Hands on a message; called by the worker's reading thread alone. A client too far behind is given up."""
         self.inbox.put(message)
-        if isinstance(message, Piece) and self._given - self._taken <= MAX_UNREAD:
+        if isinstance(message, Piece) and self._given - self.taken <= MAX_UNREAD:
             self._given += message.size
-            if self._given - self._taken > MAX_UNREAD:
+            if self._given - self.taken > MAX_UNREAD:
                 self.worker.cancel(self.index)
                 self.inbox.put(GenerationFailed(f"The client reads too slowly: {human_bytes(MAX_UNREAD)} wait for it"))
 
@@ -6551,7 +6519,7 @@ class Generation:
         if isinstance(message, Finished):
             self._open.discard(message.id)
         elif isinstance(message, Piece):
-            self._taken += message.size
+            self.taken += message.size
         return message
 
 
@@ -7471,7 +7439,7 @@ class ModelTable:
         self._changed = self._residents.changed  # guards the names too
         self._names = Names(options, {})
         self._scanned = False  # the first scan is over, whatever came of it
-        self._taken = -math.inf  # when the scan began whose report is in the table
+        self.taken = -math.inf  # when the scan began whose report is in the table
 
     def start(self) -> None:
         """Begins the first scan, and the threads that load and unload."""
@@ -7495,9 +7463,9 @@ class ModelTable:
         """
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began <= self._taken:  # threads may come out of the catalog in another order
+            if report.began <= self.taken:  # threads may come out of the catalog in another order
                 return
-            self._taken, self._scanned, entries = report.began, True, self._residents.entries
+            self.taken, self._scanned, entries = report.began, True, self._residents.entries
             found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
             for model in report.models:
                 found[model.id].info = model
@@ -14099,7 +14067,7 @@ def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
 # Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
-# Uses: CallFormat and Rendering (4), TolerantCalls and argument_types (E.3).
+# Uses: CallFormat and Rendering (4), argument_types (E.3).
 
 
 @dataclass(frozen=True)
@@ -14530,48 +14498,56 @@ class TextEnded(Exception):
     """More text is needed, and none will come."""
 
 
-class CallReader:
-    """Reads one section of calls from a parser's buffer: an automaton follows the text, and what stands in its slots, such as
-    arguments, is read here.
+class NoCall(Exception):
+    """The text only looks like a call."""
 
-    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
+
+class CallReader:
+    """Reads one section of calls from a parser's buffer, in the forms of its formats, with white space, order and extra keys
+    at will.
+
+    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there. Each method reads
+    on at `at`, waits until there is enough text to tell, and raises NoCall if that does not fit.
     """
 
+    BLANKS = re.compile(r"\s*")
+    NAME_CHAR = re.compile(r"[\w.-]")
     PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
 
-    def __init__(self, parser: ChatParser, calls: TolerantCalls) -> None:
-        self._parser, self._calls, self._state = parser, calls, calls.start
-        self.at = 0  # how far the buffer has been read
+    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
+        self._parser, self._formats, self._names = parser, formats, frozenset(names)
+        self.at = self.furthest = 0  # how far the buffer has been read, now and in ways that did not fit
         self._header = 0  # from where on what is read counts as a call's header
-        self._name = self._id = self._key = ""  # of the call and the argument that are being read
+        self._name = self._id = ""  # of the call that is being read
         self._early: str | None = None  # arguments that stood before the name
         self._begun = False  # the client has been told of the call
-        self._whole = False  # nothing must follow
-        self._written = ""  # of the arguments: a whole object, or the last separator of those that stand one by one
+        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
         self._found = False  # a call, at all
 
     def read(self, marked: bool) -> Reading:
         """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
         a call begins so."""
         try:
-            while self.at - self._header <= MAX_HEADER:
-                begun = self.at
-                self._state, self.at = self._calls.follow(self._state, self._parser.buffer, self.at)
-                if self._state.ends and self.at > begun:
-                    self._end_call()
-                elif self._state.bits != 1 << NAMED and self.at == len(self._parser.buffer):
-                    yield from self._more()
-                elif self._state.bits == 1 << NAMED or self.at == begun:
-                    slot = next((stack.top for stack in self._state.stacks if isinstance(stack.top, Slot)), None)
-                    if slot is None or not (yield from self._fill(slot)):
-                        break
-                    self._state = self._calls.behind(self._state, slot)
-                    if self._state.ends:
-                        self._end_call()
+            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
         except TextEnded:
             return self._end_of_text(marked)
+        except NoCall:  # in a call that has begun
+            pass
         self._close()
         return self._found
+
+    def _either(self, *readings: Reading) -> Reading:
+        """True if the text goes on in one of some ways; if not, it is read no further."""
+        at, taken = self.at, self._parser.taken
+        for reading in readings:
+            try:
+                yield from reading
+                return True
+            except NoCall:
+                if self._parser.taken > taken:
+                    raise
+                self.at, self.furthest = at, max(self.at, self.furthest)
+        return False
 
     def _more(self) -> Reading:
         if self._parser.reason:
@@ -14581,175 +14557,276 @@ class CallReader:
     def _end_of_text(self, marked: bool) -> bool:
         """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
         cut = self._parser.reason != "stop"
-        if cut and self._name and not self._whole:
+        if cut and self._name:
             self._begin()
         self._close()
         if self._found or (cut and marked):
-            self.at = len(self._parser.buffer)
-            self._drop()
+            self._parser.drop(len(self._parser.buffer))
         return self._found or (cut and marked)
 
-    def _drop(self) -> None:
-        self._parser.drop(self.at)
-        self.at = self._header = 0
+    # The call that is being read
 
-    def _end_call(self) -> None:
-        """Nothing must follow any more, though more may."""
-        self._begin()
-        self._whole = True
-        self._drop()
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self._close()
+        self._name = name
+        self._tell()
 
     def _begin(self) -> None:
         if not self._begun:
             self._parser.begin_call(self._id, self._name)
             self._begun = self._found = True
             self._id = ""
-            self._drop()
+        self._drop()
 
-    def _write(self, text: str) -> None:
-        self._parser.write_arguments(text)
+    def _drop(self) -> None:
+        self._parser.drop(self.at)
+        self.at = self._header = 0
+
+    def _tell(self) -> None:
+        """Tells arguments that are all there, once the name is too."""
+        if self._name and self._early is not None:
+            self._begin()
+            self._parser.write_arguments(self._early)
+
+    def _may_end(self, rest: str) -> None:
+        """Nothing must follow any more, though more may."""
+        self._begin()
+        self._rest = rest
 
     def _close(self) -> None:
         """Ends the call that was being read, if there is one."""
-        if self._whole:
-            self._write({"": "{}", "{}": ""}.get(self._written, "}"))
+        if self._rest is not None:
+            self._parser.write_arguments(self._rest)
         elif self._begun:
             self._parser.is_broken = True
-        self._begun = self._whole = False
-        self._written = ""
+        self._begun, self._rest = False, None
 
-    def _fill(self, slot: Slot) -> Reading:
-        """Reads what stands in a slot; false if that cannot be."""
-        if slot.kind == NAMED:
-            return self._named(slot.text, self._parser.buffer[self.at :])
-        if slot.kind in (TEXT, CALL_ID):
-            return (yield from self._text(slot))
-        if slot.kind == KEYED:
-            return (yield from self._argument_name(slot.text))
-        if slot.kind == VALUE:
-            return (yield from self._value(slot.format))
-        return (yield from self._json(slot))
+    # Pieces of text
 
-    def _named(self, name: str, behind: str) -> bool:
-        if self._state.bits != 1 << NAMED and re.match(r"[\w.-]", behind):
-            return False  # a longer name
-        self._close()
-        self._name = name
-        if self._early is not None:
-            self._begin()
-            self._write(self._early)
-            self._early, self._written = None, "{}"
-        return True
+    def _next(self, size: int) -> str:
+        return self._parser.buffer[self.at : self.at + size]
 
-    def _text(self, slot: Slot) -> Reading:
-        """Up to 64 characters that differ from call to call, an id perhaps, up to the slot's text."""
-        most = 64 + len(slot.text)
-        while (end := self._parser.buffer.find(slot.text, self.at, self.at + most)) < 0:
-            if len(self._parser.buffer) - self.at >= most:
-                return False
+    def _advance(self, size: int) -> None:
+        self.at += size
+        if self.at - self._header > MAX_HEADER:
+            self.at = self._header + MAX_HEADER
+            raise NoCall
+
+    def _char(self) -> Reading:
+        while not self._next(1):
             yield from self._more()
-        if slot.kind == CALL_ID:
-            self._id = self._parser.buffer[self.at : end]
-        self.at = end + len(slot.text)
-        return slot.kind == TEXT or bool(re.fullmatch(r"\S+", self._id))
+        return self._next(1)
 
-    def _json(self, slot: Slot) -> Reading:
-        """A JSON value or what looks like one: arguments, which are written as they come, or what stands for nothing."""
-        params = slot.format.params if slot.format else None
-        first, start = self._parser.buffer[self.at], self.at
-        if slot.kind == ARGUMENTS and not params and first not in "{\"'nN":
-            return False
-        mender = JsonMender((params.quote,), slot.text) if params else JsonMender()
-        is_named = self._name != "" and not self._whole  # behind a whole call the next one begins
-        streams = slot.kind == ARGUMENTS and is_named and (params is not None or first == "{")
-        if streams:
-            self._begin()
-        while True:
-            self.at = mender.read(self._parser.buffer, self.at)
-            if streams:
-                self._drop()
-                self._write(mender.take())
-            if mender.done or mender.failed:
-                break
-            if self.at - start > (MAX_EARLY if slot.kind == ARGUMENTS else MAX_HEADER):
-                return False
+    def _blanks(self) -> Reading:
+        """The next character that is no white space."""
+        while (found := self.BLANKS.match(self._parser.buffer, self.at)) and found.end() == len(self._parser.buffer):
             yield from self._more()
-        if mender.failed:
-            return False
-        if slot.kind == ARGUMENTS:
-            self._header = 0 if streams else self._header + self.at - start
-            self._written = "{}" if is_named else self._written
-        if slot.kind == ARGUMENTS and not streams:
-            arguments = as_object(mender.take())
-            if arguments is not None and is_named:
-                self._begin()
-                self._write(arguments)
-            elif arguments is not None:
-                self._early = arguments
-            return arguments is not None
-        return True
+        self._advance(len(found[0]) if found else 0)
+        return self._next(1)
 
-    def _argument_name(self, closes: str) -> Reading:
-        buffer = self._parser.buffer[self.at :]
-        while (size := buffer.find(closes)) < 0:
-            if len(buffer) > MAX_HEADER or (buffer and not self.PLAIN_KEY.match(buffer)):
-                return False
+    def _one_of(self, texts: Collection[str]) -> Reading:
+        """The longest of some texts that stands here."""
+        most = max(map(len, texts), default=0)
+        while len(rest := self._next(most)) < most and any(text.startswith(rest) and text != rest for text in texts):
             yield from self._more()
-            buffer = self._parser.buffer[self.at :]
-        self._key = buffer[:size]
-        self.at += size + len(closes)
-        return bool(self.PLAIN_KEY.fullmatch(self._key))
-
-    def _value(self, format: CallFormat | None) -> Reading:
-        """One argument's value up to its end: a string as it comes, what has another type when it is all there."""
-        assert format and format.params
-        params, parser = format.params, self._parser
-        self._begin()
-        self._whole = False
-        self._drop()
-        self._written = ", " if self._written else "{"
-        self._write(f"{self._written}{json.dumps(self._key, ensure_ascii=False)}: ")
-        yield from self._skip(params.keyed[len(params.keyed.rstrip()) :])
-        cdata = yield from self._skip("<![CDATA[")
-        closes = params.closes.replace(KEY, self._key)
-        core, trail = closes.strip(), closes[: len(closes) - len(closes.lstrip())]
-        if cdata:
-            core, trail = f"]]>{core}", ""
-        types = parser.types(self._name, self._key)
-        streams = types == SchemaReader.TYPES["string"]
-        behind = format.closes.rstrip()  # some models forget to close the last value
-        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        self._write('"' if streams else "")
-        held = ""
-        while (at := parser.buffer.find(core)) < 0 and not parser.reason:
-            size = len(parser.buffer) - held_back(parser.buffer, marks)
-            held += parser.buffer[:size]
-            parser.drop(size)
-            if streams:
-                self._write(json.dumps(held, ensure_ascii=False)[1:-1])
-                held = ""
-            yield
-        rest = parser.buffer if at < 0 else parser.buffer[:at]
-        is_all = at >= 0 or (parser.reason == "stop" and behind.strip() != "" and rest.rstrip().endswith(behind))
-        value = held + (rest if at >= 0 or not is_all else rest.rstrip().removesuffix(behind))
-        value = value.removesuffix(trail) if is_all else value
-        if streams:
-            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_all)
-        else:
-            self._write(as_json(value, types) if is_all else value)
-        parser.drop(len(rest) + (len(core) if at >= 0 else 0))
-        if not is_all:
-            raise TextEnded
-        return True
-
-    def _skip(self, text: str) -> Reading:
-        """Drops a text if it stands here; true if it did."""
-        parser = self._parser
-        while text.startswith(parser.buffer) and len(parser.buffer) < len(text) and not parser.reason:
-            yield
-        found = text != "" and parser.buffer.startswith(text)
-        parser.drop(len(text) if found else 0)
+        found = max(filter(rest.startswith, texts), key=len, default="")
+        if not found:
+            raise NoCall
+        self._advance(len(found))
         return found
+
+    def _behind_blanks(self, texts: Collection[str]) -> Reading:
+        yield from self._blanks()
+        return (yield from self._one_of(texts))
+
+    def _up_to(self, closes: str, most: int) -> Reading:
+        """Text that differs from call to call; reads what stands behind it, too."""
+        most += len(closes)
+        while (size := self._next(most).find(closes)) < 0:
+            if len(self._next(most)) == most:
+                raise NoCall
+            yield from self._more()
+        found = self._next(size)
+        self._advance(size + len(closes))
+        return found
+
+    def _text(self, text: str) -> Reading:
+        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
+        pieces = iter(MARKER.findall(text))
+        for piece in pieces:
+            if piece.isspace():
+                yield from self._blanks()
+            elif piece not in (ID, ANY):
+                yield from self._one_of([piece])
+            elif closes := next(pieces, ""):
+                found = yield from self._up_to(closes, 64)
+                self._id = found if piece == ID else self._id
+
+    def _json(self, most: int = MAX_HEADER, told: JsonMender | None = None) -> Reading:
+        """A JSON value, or what looks like one; `told`: the call's arguments, which are told as they come."""
+        mender, until = told or JsonMender(), self.at + most
+        while not mender.done:
+            self.at = mender.read(self._parser.buffer, self.at)
+            if told:
+                self._drop()
+                self._parser.write_arguments(mender.take())
+            if mender.failed or self.at > until:
+                self.at = min(self.at, until)
+                raise NoCall
+            if not mender.done:
+                yield from self._more()
+        return mender.take()
+
+    def _string(self) -> Reading:
+        """A JSON string's value."""
+        if (yield from self._blanks()) != '"':
+            raise NoCall
+        if found := JsonMender.STRING.match(self._parser.buffer, self.at):
+            self._advance(len(found[0]))
+            return found[0][1:-1]
+        return json.loads((yield from self._json()))
+
+    def _key(self) -> Reading:
+        key = yield from self._string()
+        yield from self._behind_blanks(":")
+        return key
+
+    # Calls
+
+    def _section(self, format: CallFormat, opens: str) -> Reading:
+        """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
+        yield from self._call(format, opens)
+        again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
+        while (yield from self._either(self._behind_blanks(format.closers), self._other_pair(format),
+                                       *(self._call(format, opens, ",;") for opens in again))):  # fmt: skip
+            self._drop()
+
+    def _other_pair(self, format: CallFormat) -> Reading:
+        """A pair behind the name and the arguments in a call's object."""
+        yield from self._behind_blanks("," if format.keys and format.keys[0] else "")
+        if (yield from self._key()) in set().union(*format.known_keys):
+            raise NoCall
+        yield from self._json()
+
+    def _call(self, format: CallFormat, opens: str, separators: str = "") -> Reading:
+        """A call from its beginning on, as far as it must go."""
+        self._name, self._early = "", None
+        if (yield from self._blanks()) in separators:
+            self._advance(1)
+            yield from self._blanks()
+        yield from self._text(opens)
+        rest = yield from self._behind_name(format) if format.keys is None else self._in_object(format, *format.keys)
+        self._may_end(rest)
+
+    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading:
+        """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
+        yield from self._either(self._behind_blanks("["))
+        yield from self._behind_blanks("{")
+        if not name_key:
+            self._named((yield from self._key()))
+            yield from self._arguments()
+            return ""
+        names, arguments, inner = format.known_keys
+        argued = False
+        while not (self._name and argued):
+            key = yield from self._key()
+            if key in inner and not self._name:
+                yield from self._behind_blanks("{")
+                continue
+            if key in names and not self._name:
+                self._named((yield from self._string()))
+            elif key in arguments and not argued:
+                yield from self._arguments()
+                argued = True
+            elif key in names | arguments | inner:
+                raise NoCall
+            else:
+                yield from self._json()
+            if not (self._name and argued) and (yield from self._behind_blanks(",}" if self._name else ",")) == "}":
+                return "{}"
+        return ""
+
+    def _behind_name(self, format: CallFormat) -> Reading:
+        """A call whose name stands by itself; without arguments there must be what ends it."""
+        name = yield from self._one_of(self._names)
+        if self.NAME_CHAR.match((yield from self._char())):
+            raise NoCall  # a longer name
+        self._named(name)
+        yield from self._text(format.named)
+        start, params = self.at, format.params
+        if params and params.quote:
+            yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
+        elif (yield from self._either(self._behind_blanks(format.closers))):
+            self.at = start
+            return "{}"
+        elif params:
+            yield from self._argument(format, params, "{")
+            while (yield from self._either(self._argument(format, params, ", "))):
+                pass
+            return "}"
+        else:
+            yield from self._arguments()
+        return ""
+
+    def _arguments(self, mender: JsonMender | None = None) -> Reading:
+        """Arguments as a JSON object, or as this mender reads them; told as they come if their call has a name."""
+        first, start = (yield from self._blanks()), self.at
+        if mender or (first == "{" and self._name):
+            self._begin()
+            return (yield from self._json(sys.maxsize, mender or JsonMender()))
+        self._early = as_object((yield from self._json(MAX_EARLY))) if first in "{\"'nN" else None
+        if self._early is None:
+            raise NoCall
+        self._header += self.at - start
+        self._tell()
+
+    def _argument(self, format: CallFormat, params: Params, separator: str) -> Reading:
+        """One argument of those that stand one by one."""
+        yield from self._blanks()
+        yield from self._text(params.opens)
+        closes, *rest = MARKER.findall(params.keyed.strip())
+        key = yield from self._up_to(closes, MAX_HEADER)
+        if not self.PLAIN_KEY.fullmatch(key):
+            raise NoCall
+        yield from self._text("".join(rest))
+        self._begin()
+        self._rest = None
+        self._parser.write_arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
+        yield from self._either(self._one_of([params.keyed[len(params.keyed.rstrip()) :]]))
+        closes = params.closes.replace(KEY, key)
+        if (yield from self._either(self._one_of(["<![CDATA["]))):
+            closes = f"]]>{closes.strip()}"
+        self._drop()
+        yield from self._value(self._parser.types(self._name, key), closes, format.closes.rstrip())
+        self._may_end("}")
+
+    def _value(self, types: int, closes: str, behind: str) -> Reading:
+        """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
+        another type when it is all there."""
+        parser, core, streams = self._parser, closes.strip(), types == SchemaReader.TYPES["string"]
+        trail = closes[: len(closes) - len(closes.lstrip())]
+        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
+        parser.write_arguments('"' * streams)
+        while (at := parser.buffer.find(core, self.at)) < 0 and not parser.reason:
+            self.at = len(parser.buffer) - held_back(parser.buffer, marks)
+            if streams:
+                parser.write_arguments(json.dumps(parser.buffer[: self.at], ensure_ascii=False)[1:-1])
+                self._drop()
+            yield
+        value, is_whole = parser.buffer[: at if at >= 0 else None], at >= 0
+        if not is_whole and parser.reason == "stop" and behind and value.rstrip().endswith(behind):
+            value, is_whole = value.rstrip().removesuffix(behind), True
+        value = value.removesuffix(trail) if is_whole else value
+        if streams:
+            parser.write_arguments(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
+        else:
+            parser.write_arguments(as_json(value, types) if is_whole else value)
+        self.at = at + len(core) if at >= 0 else len(parser.buffer)
+        self._drop()
+        if not is_whole:
+            raise TextEnded
 
 
 class Alignment:
@@ -14786,7 +14863,6 @@ class ChatParser(Parser):
                  continued: bool = False, forced: bool = False, thinking: bool = False) -> None:  # fmt: skip
         super().__init__(index)
         self._format, self._schemas, self._hidden = format, schemas, hidden
-        self._calls = tolerant_calls(format.calls, tuple(schemas)) if schemas else None
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
         self._marks = tuple(sorted({*self._openings, *format.drops}, key=len, reverse=True))
@@ -14806,7 +14882,7 @@ class ChatParser(Parser):
         self._has_text = False  # content that is more than white space
         self.behind_call = 0  # where the last one ends that stands before it
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
-        self._taken = -len(opened)
+        self.taken = -len(opened)
         self._reading = self._answer()
         self._feed(opened)
 
@@ -14835,19 +14911,19 @@ class ChatParser(Parser):
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
-            event = replace(event, logprobs=self._logprobs.until(self._taken - len(self._space)))
+            event = replace(event, logprobs=self._logprobs.until(self.taken - len(self._space)))
         self._events.append(event)
 
     def _take(self, size: int) -> str:
         taken, self.buffer = self.buffer[:size], self.buffer[size:]
-        self._taken += len(taken)
+        self.taken += len(taken)
         return taken
 
     def drop(self, size: int) -> None:
         """Takes markup: its tokens' log probabilities belong to no text."""
         if size:
             self._take(size)
-            self._logprobs.until(self._taken)
+            self._logprobs.until(self.taken)
 
     def begin_call(self, id: str, name: str) -> None:
         self._space, self._begun, self._trim = "", True, True
@@ -14969,9 +15045,9 @@ class ChatParser(Parser):
         out = out.lstrip() if self._trim else out
         self._trim = self._trim and not out
         if self._trim:
-            self._logprobs.until(self._taken)
+            self._logprobs.until(self.taken)
         out = self._space + out
-        kept = out.rstrip() if self._calls or not self._begun else out
+        kept = out.rstrip() if self._schemas or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
             self._begun = self._has_text = True
@@ -14979,13 +15055,12 @@ class ChatParser(Parser):
 
     def _call(self, mark: str) -> Reading:
         """A section of calls; false if the text only looks like one: then what cannot begin another was said."""
-        assert self._calls
-        reader = CallReader(self, self._calls)
+        reader = CallReader(self, self._format.calls, self._schemas)
         if (yield from reader.read(self._forced or mark != "")):
-            self.behind_call = self.behind_call if self._has_text else self._taken
+            self.behind_call = self.behind_call if self._has_text else self.taken
             return True
         again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
-        self._say(self._take(max(len(mark), reader.at - again) if mark not in self._format.drops else 0))
+        self._say(self._take(max(len(mark), reader.furthest - again) if mark not in self._format.drops else 0))
         return False
 
 
@@ -18758,176 +18833,6 @@ class CallsGrammar:
         arguments = ArgumentList(text, where, params) if params else Json(text, where)
         read_soon(arguments)
         return InOrder((word(name), format_text(self._format.named), arguments))
-
-
-NAMED, TEXT, CALL_ID, ARGUMENTS, SKIPPED, KEYED, VALUE = range(0xF8, 0xFF)  # bytes that UTF-8 never has
-
-
-@dataclass(frozen=True)
-class Slot(Symbol):
-    """A place in a call that is read by rules of its own: one byte, `kind`, stands for all of it."""
-
-    kind: int
-    text: str = ""  # NAMED: the function whose name this was; else what ends the slot
-    format: CallFormat | None = None
-
-    @property
-    def firsts(self) -> int:
-        return 1 << self.kind
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if byte == self.kind else None
-
-
-@dataclass(frozen=True, eq=False)
-class Deferred(Symbol):
-    """Symbols that are made when they are met: calls follow calls without end."""
-
-    make: Callable[[], Symbols]
-
-    @functools.cached_property
-    def _made(self) -> tuple[Symbols]:
-        return (self.make(),)
-
-    def opened(self) -> Iterable[Symbols]:
-        return self._made
-
-
-BLANKS = Repeated(OneChar(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20))))
-COLON = (BLANKS, word(":"), BLANKS)
-
-
-class TolerantCalls:
-    """Calls as models write them, to be read: in the forms of their formats, with white space, order and extra keys at will.
-
-    The automaton of these symbols reads names and markup; slots stand for ids, arguments and other values.
-    """
-
-    def __init__(self, formats: Iterable[CallFormat], names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._later: dict[tuple[Any, ...], Deferred] = {}
-        self._lock = threading.Lock()  # all answers of a kind share the automaton, and it grows
-        self.start = Automaton(AnyOf(tuple(InOrder((BLANKS, *self._text(opens), *self._call(format)))
-                                           for format in formats for opens in format.beginnings))).start  # fmt: skip
-
-    def follow(self, state: State, text: str, at: int) -> tuple[State, int]:
-        """The state some way on in the text, and how far: up to what is not followed here, or the end of a name or a call."""
-        with self._lock:
-            for char in text[at : at + MAX_HEADER]:
-                behind = state.read(char.encode())
-                if behind is None:
-                    break
-                state, at = behind, at + 1
-                if state.ends or state.bits == 1 << NAMED:
-                    break
-        return state, at
-
-    def behind(self, state: State, slot: Slot) -> State:
-        """The state behind one of its slots."""
-        with self._lock:
-            found = state.step(slot.kind)
-        assert found is not None, "the state has that slot"
-        return found
-
-    def _deferred(self, make: Callable[..., Symbols], *arguments: Any) -> Deferred:
-        return self._later.setdefault((make.__name__, *arguments), Deferred(functools.partial(make, *arguments)))
-
-    def _text(self, text: str) -> Symbols:
-        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
-        found, literal = list[Symbol](), ""
-        pieces = iter([*MARKER.findall(text), ""])
-        for piece in pieces:
-            if piece and not piece.isspace() and piece not in (ID, ANY):
-                literal += piece
-                continue
-            found += [word(literal)] if literal else []
-            literal = ""
-            if piece.isspace():
-                found.append(BLANKS)
-            elif piece and (closes := next(pieces)):
-                found.append(Slot(CALL_ID if piece == ID else TEXT, closes))
-        return tuple(found)
-
-    def _call(self, format: CallFormat) -> Symbols:
-        """A call behind its beginning."""
-        if format.keys is None:
-            arguments = (*self._text(format.named), *self._arguments(format))
-            return any_text({name.encode(): (Slot(NAMED, name), *arguments) for name in self._names})
-        begins = (BLANKS, Repeated(word("["), 0, 1), BLANKS, word("{"), BLANKS)
-        if format.keys[0]:
-            return (*begins, self._deferred(self._pairs, format, False, False))
-        arguments = (BLANKS, word(":"), BLANKS, Slot(ARGUMENTS), self._deferred(self._behind, format))
-        return (*begins, *self._quoted_names(arguments))
-
-    def _quoted_names(self, behind: Symbols) -> Symbols:
-        """A function's name as a JSON string."""
-        return any_text({json.dumps(name, ensure_ascii=False).encode(): (Slot(NAMED, name), *behind) for name in self._names})
-
-    def _pairs(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        """Pairs of the object that holds a call's name and arguments, from the next one on; which of the two it has."""
-        names, arguments, inner = self._known_keys(format)
-        options = [(*self._other_pair(format), *self._behind_pair(format, named, argued))]
-        if not argued:
-            options.append((*self._keys(arguments), *COLON, Slot(ARGUMENTS), *self._behind_pair(format, named, True)))
-        if not named:
-            options.append((*self._keys(names), *COLON, *self._quoted_names(self._behind_pair(format, True, argued))))
-            options.append((*self._keys(inner), *COLON, word("{"), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        return (AnyOf(tuple(map(InOrder, options))),)
-
-    def _known_keys(self, format: CallFormat) -> tuple[set[str], set[str], set[str]]:
-        """The keys of the name, of the arguments, and of the object that these two stand in."""
-        assert format.keys
-        inner = {"function", *re.findall(r'"(\w+)":\s*\{', format.head)}
-        return {format.keys[0], "name"}, {format.keys[1], "arguments", "parameters"}, inner
-
-    def _other_pair(self, format: CallFormat) -> Symbols:
-        """A pair that tells nothing of the call."""
-        key = string_symbol(StringShape().but_not(set().union(*self._known_keys(format))))
-        assert key
-        return (key, *COLON, Slot(SKIPPED))
-
-    def _keys(self, keys: Iterable[str]) -> Symbols:
-        return any_text({json.dumps(key, ensure_ascii=False).encode(): () for key in keys})
-
-    def _behind_pair(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        behind = self._deferred(self._behind, format)
-        if named and argued:
-            return (behind,)
-        more = InOrder((BLANKS, word(","), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        return (AnyOf((more, InOrder((BLANKS, word("}"), behind)))) if named else more,)
-
-    def _arguments(self, format: CallFormat) -> Symbols:
-        """Arguments behind a name that stands by itself; without any there must be what ends the call."""
-        params, behind = format.params, self._deferred(self._behind, format)
-        closers = tuple(map(word, sorted(format.closers)))
-        none = (InOrder((BLANKS, AnyOf(closers), behind)),) if closers else ()
-        if params is None:
-            return (AnyOf((InOrder((BLANKS, Slot(ARGUMENTS), behind)), *none)),)
-        if params.quote:
-            return (BLANKS, Slot(ARGUMENTS, format.closes.strip()[0], format), behind)
-        closes, *rest = MARKER.findall(params.keyed.strip())
-        argument = InOrder((BLANKS, *self._text(params.opens), Slot(KEYED, closes), *self._text("".join(rest)),
-                            Slot(VALUE, "", format)))  # fmt: skip
-        return (AnyOf((InOrder((Repeated(argument, 1), behind)), *none)),)
-
-    def _behind(self, format: CallFormat) -> Symbols:
-        """Symbols behind a call: pieces of its ending, then perhaps the next call, with its marker or without."""
-        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
-        pieces: Symbols = tuple(map(word, sorted(format.closers - {last})))
-        if format.keys:
-            pieces += (word("]"), *([InOrder((word(","), BLANKS, *self._other_pair(format)))] if format.keys[0] else []))
-        ends: Symbols = (InOrder((BLANKS, word(last))),) if last else ()
-        comma = AnyOf((word(","), word(";"), BLANKS))
-        for opens in {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}:
-            ends += (InOrder((BLANKS, comma, BLANKS, *self._text(opens), self._deferred(self._call, format))),)
-        between = (Repeated(InOrder((BLANKS, AnyOf(pieces)))),) if pieces else ()
-        return (*between, AnyOf((InOrder(()), *ends)))  # nothing may be left to do behind the next call: they are many
-
-
-@functools.lru_cache(maxsize=16)
-def tolerant_calls(formats: tuple[CallFormat, ...], names: tuple[str, ...]) -> TolerantCalls:
-    """Returns the reader of calls of these functions, cached: agents offer the same ones again and again."""
-    return TolerantCalls(formats, names)
 
 
 class SchemaStructure(SchemaReader):
