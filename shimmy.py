@@ -3364,15 +3364,13 @@ class Vocabulary:
 
     SHORTEST = 4  # bytes that the longest piece has at least; a character has no more
     COUNTED = MIB  # characters that are always tokenized, to say exactly how many tokens: a megabyte takes about a second
-    RUN_STACK = 8192  # bytes of a thread's stack for each character of `max_run`: nine times what was measured
-    QUICK = 16384  # bytes that need no care; see ByteRuns
+    MAX_RUN = 4096  # characters; see `_cut`
 
     def __init__(self, c: Any, model: Any, np: Any) -> None:
         import ctypes
 
-        self.max_run = MIB // self.RUN_STACK  # characters without a break given to the tokenizer; for a stack of 1 MiB
         self.c, self.np, self.ctypes, self.handle, self.model = c, np, ctypes, c.llama_model_get_vocab(model), model
-        self.size = c.llama_vocab_n_tokens(self.handle)
+        self.size, self.kind = c.llama_vocab_n_tokens(self.handle), c.llama_vocab_type(self.handle)
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
         self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
         self._pieces: dict[int, bytes] = {}
@@ -3404,106 +3402,69 @@ class Vocabulary:
         """Bytes of the longest piece, or a little more. A walk of 0.1 s over a large vocabulary, so only long texts ask."""
         return max(self.SHORTEST, *(len(self.c.llama_vocab_get_text(self.handle, t)) for t in range(self.size)))
 
-    def tokenize(self, segments: Seq[str]) -> Any:
-        """The prompt's tokens, an int32 array: special tokens parsed, the tokenizer's own first token added once."""
-        parts = [part.encode("utf-8", "replace") for segment in segments for part in self._cut_runs(segment)]
-        return self.np.concatenate([self._tokenize(part, i == 0) for i, part in enumerate(parts)])
+    def tokens(self, *texts: str, first: bool = False, last: bool = False, special: bool = True) -> Any:
+        """The tokens of texts, each by itself, an int32 array; with `special`, names of special tokens become these.
 
-    def _cut_runs(self, text: str) -> Iterator[str]:
-        """Cuts what has no white space, or nothing else, for over `max_run` characters.
-
-        A byte-pair tokenizer splits the text with std::regex first, which recurses once a character of a match
-        (libstdc++; 0.9 KiB of stack each). Such a run gets a token boundary at each cut; other texts are left whole.
+        `first` and `last` add the tokens that the model wants before and behind a text (BOS, CLS; EOS, SEP).
         """
-        start, most = 0, self.max_run
-        if len(text) > most and self.c.llama_vocab_type(self.handle) == self.c.LLAMA_VOCAB_TYPE_BPE:
-            for run in re.finditer(r"\S+|\s+", text):
-                for at in range(run.start() + most, run.end(), most):
-                    yield text[start:at]
-                    start = at
+        before, _, behind = self._ends
+        parts = [self._inner(part, at > 0, special) for text in texts for at, part in enumerate(self._cut(text))]
+        return self.np.concatenate([before[: len(before) * first], *parts, behind[: len(behind) * last]])
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """Cuts a text that llama.cpp's tokenizers must not be given whole; each cut is a boundary between tokens.
+
+        Of a byte-pair tokenizer: what has no white space, or nothing else, for long. It splits the text with std::regex
+        first, which recurses once a character of a match (libstdc++; 0.9 KiB of stack each). SentencePiece: at line breaks,
+        if there are any. It copies all tokens so far at each character that it has no token for (llama-vocab.cpp,
+        resegment: the reserve), which takes a minute for a million.
+        """
+        start, most, cuts = 0, self.MAX_RUN, list[int]()
+        if len(text) > most and self.kind == self.c.LLAMA_VOCAB_TYPE_BPE:
+            cuts = [at for run in re.finditer(r"\S+|\s+", text) for at in range(run.start() + most, run.end(), most)]
+        elif len(text) > most and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM:
+            cuts = [part.end() for part in re.finditer(rf"(?s).{{1,{most}}}(?:(?<=\n)(?!\n)|\Z)|.{{{most}}}", text)][:-1]
+        for at in cuts:
+            yield text[start:at]
+            start = at
         yield text[start:]
 
-    def _tokenize(self, data: bytes, first: bool, special: bool = True) -> Any:
-        """A text's tokens as llama.cpp makes them, an int32 array."""
-        if len(data) < self.QUICK or self.c.llama_vocab_type(self.handle) != self.c.LLAMA_VOCAB_TYPE_SPM:
-            return self._call(data, first, special)
-        text = data.decode()
-        runs = self._byte_runs.find(text)
-        return self._around(runs, text, first, special) if runs else self._call(data, first, special)
+    def _inner(self, text: str, inside: bool, special: bool) -> Any:
+        """The tokens of a text; inside another one SentencePiece puts no space before it, as it does not behind a line break."""
+        data = text.encode("utf-8", "replace")
+        if inside and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM:
+            return self._call(b"\n" + data, special)[len(self._call(b"\n", special)) :]
+        return self._call(data, special)
 
-    def _around(self, runs: Seq[tuple[int, int]], text: str, first: bool, special: bool) -> Any:
-        """The tokens of a text whose long runs of bytes need no tokenizer.
-
-        Each of the other parts ends with the first character of a run, and the next one begins with its last: these tokens
-        are known, and so is the space that the tokenizer may put before them.
-        """
-        ends = [self.c.llama_vocab_eos(self.handle)] if first and self.c.llama_vocab_get_add_eos(self.handle) else []
-        found, start = [], 0
-        for begin, end in (*runs, (len(text), len(text))):
-            tokens = self._call(text[start : begin + 1].encode(), first and not start, special)
-            known = self.count(text[start]) if start else 0
-            found += [tokens[known : len(tokens) - (0 if start else len(ends))], self._byte_runs.tokens(text[begin + 1 : end])]
-            start = end - 1
-        return self.np.concatenate([*found, self.np.array(ends, self.np.int32)])
-
-    def count(self, text: str) -> int:
-        """How many tokens a short text has, with the space before it."""
-        return len(self._call(text.encode(), False, False))
-
-    @functools.cached_property
-    def _byte_runs(self) -> ByteRuns:
-        return ByteRuns(self)
-
-    def _call(self, data: bytes, first: bool, special: bool) -> Any:
+    def _call(self, data: bytes, special: bool) -> Any:
         """Usually fewer tokens than bytes; an unknown space takes three."""
         count = len(data) + 16
         for _ in range(2):
             buffer = self.np.empty(count, self.np.int32)
             rows = buffer.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_int32))
-            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), first, special)
+            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), False, special)
             if count >= 0:
                 return buffer[:count]
             count = min(-count, 64 * (len(data) + 16))  # what it would need; INT32_MIN: more than anybody has
         raise GenerationFailed("the tokenizer failed")
 
-    def encode(self, text: str, add_special: bool, parse_special: bool) -> Any:
-        """A text's tokens, an int32 array, with or without the ones around it and those that it names."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        return self.np.concatenate([self._tokenize(p, add_special and i == 0, parse_special) for i, p in enumerate(parts)])
-
     def gap_names(self) -> dict[str, str]:
         """The names of the tokens that mark a gap to fill, as far as the model has them and text finds them."""
         ids = {k: getattr(self.c, f"llama_vocab_fim_{k}")(self.handle) for k in ("pre", "suf", "mid", "rep", "sep")}
         names = {k: self.name(id).decode("utf-8", "replace") for k, id in ids.items() if id >= 0}
-        return {k: name for k, name in names.items() if list(self._tokenize(name.encode(), False)) == [ids[k]]}
-
-    def wrapped(self, text: str) -> Any:
-        """A text's tokens between the first and the last ones that the model wants (BOS, CLS; EOS, SEP), an int32 array."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        if len(parts) == 1:
-            return self._tokenize(parts[0], True)
-        first, _, last = self._ends
-        return self.np.concatenate([first, *(self._tokenize(part, False) for part in parts), last])
+        return {k: name for k, name in names.items() if self.tokens(name).tolist() == [ids[k]]}
 
     def pair(self, query: str, document: str) -> Any:
         """A query and a document as rerankers have learned them: in the model's own template, else BOS q EOS SEP d EOS."""
-        if self.rerank_template:
-            return self._rendered(self.rerank_template, {"{query}": query, "{document}": document})
-        first, middle, last = self._ends
-        return self.np.concatenate([first, self._plain(query), middle, self._plain(document), last])
-
-    def _rendered(self, template: str, texts: Mapping[str, str]) -> Any:
-        """A template's tokens in one piece, for a space belongs to its word; in several where a text names special tokens."""
-        parts = re.split("(" + "|".join(map(re.escape, texts)) + ")", template)
+        texts = {"{query}": query, "{document}": document}
+        if not self.rerank_template:
+            first, middle, last = self._ends
+            return self.np.concatenate([first, self.tokens(query, special=False), middle, self.tokens(document, special=False),
+                                        last])  # fmt: skip
+        parts = re.split("({query}|{document})", self.rerank_template)
         if any(name in text for text in texts.values() for name in self.specials):
-            tokens = [self._plain(texts[p]) if p in texts else self._tokenize(p.encode(), False) for p in parts]
-            return self.np.concatenate(tokens)
-        return self._tokenize("".join(texts.get(p, p) for p in parts).encode("utf-8", "replace"), False)
-
-    def _plain(self, text: str) -> Any:
-        """The tokens of a text whose special tokens' names mean nothing."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        return self.np.concatenate([self._tokenize(part, False, False) for part in parts])
+            return self.np.concatenate([self.tokens(texts.get(part, part), special=part not in texts) for part in parts])
+        return self.tokens("".join(texts.get(part, part) for part in parts))  # in one piece: a space belongs to its word
 
     @functools.cached_property
     def rerank_template(self) -> str:
@@ -3514,15 +3475,11 @@ class Vocabulary:
     def _ends(self) -> list[Any]:
         """The tokens before a text, between two texts, and behind the last one, as the model wants them."""
         c, vocab = self.c, self.handle
-        bert = c.llama_vocab_type(vocab) == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
+        bert = self.kind == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
         bos = [c.llama_vocab_bos(vocab)] if bert or c.llama_vocab_get_add_bos(vocab) else []
         eos = [c.llama_vocab_eos(vocab)] if c.llama_vocab_get_add_eos(vocab) else []
         sep = [c.llama_vocab_sep(vocab)] if bert or c.llama_vocab_get_add_sep(vocab) else []
-        return [self.np.array([t for t in ids if t >= 0], self.np.int32) for ids in (bos, eos + sep, eos or sep)]
-
-    def tokens_of(self, text: str) -> Seq[int]:
-        """The tokens of a text inside another: special tokens parsed, none added."""
-        return [int(token) for token in self._tokenize(text.encode("utf-8", "replace"), False)]
+        return [self.np.array([t for t in ids if t >= 0], self.np.int32) for ids in (bos, eos + sep, sep if bert else eos)]
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for in text; control tokens give none."""
@@ -3546,7 +3503,7 @@ class Vocabulary:
         A tokenizer that begins a text with a space of its own is shown a line break first.
         """
         for before in (b"", b"\n"):
-            tokens = self._call(before + data, False, False).tolist()
+            tokens = self._call(before + data, False).tolist()
             pieces = [self.piece(token) for token in tokens]
             ends = [0, *itertools.accumulate(map(len, pieces))]
             start = ends[-1] - len(data)
@@ -3570,70 +3527,6 @@ class Vocabulary:
             buffer = self.ctypes.create_string_buffer(-size)
             size = self.c.llama_token_to_piece(self.handle, token, buffer, -size, 0, special)
         return bytes(buffer.raw[:size])
-
-
-class ByteRuns:
-    """Finds where a SentencePiece tokenizer (SPM) makes nothing but bytes of a text for long.
-
-    llama.cpp copies all tokens so far at each such character (llama-vocab.cpp, resegment: the reserve), which takes a
-    minute for a million. They are characters without a token that stand beside their neighbours in no token's text: so no
-    merge reaches across, and each becomes the tokens of its bytes.
-    """
-
-    LONG = 256  # characters; shorter runs cost little
-
-    def __init__(self, vocab: Vocabulary) -> None:
-        """Reads the vocabulary: 0.1 s for a large one, so only long texts ask."""
-        c, np = vocab.c, vocab.np
-        texts = [c.llama_vocab_get_text(vocab.handle, t).decode("utf-8", "replace") for t in range(vocab.size)]
-        ids = {text: token for token, text in enumerate(texts)}
-        self._np = np
-        self._bytes = np.array([ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)], np.int32)
-        self._known = np.zeros(sys.maxunicode + 1, bool)  # by code point: has a token, or cannot be told
-        self._known[[0, *(ord(text) for text in map(self._escaped, ids) if len(text) == 1)]] = True
-        strips = c.LLAMA_TOKEN_ATTR_LSTRIP | c.LLAMA_TOKEN_ATTR_RSTRIP
-        if any(c.llama_vocab_get_attr(vocab.handle, t) & strips for t in range(vocab.size)):
-            self._known[[ord(space) for space in "\t\n\v\f\r"]] = True  # special tokens take those beside them
-        if self._bytes.min() < 0:
-            self._known[:] = True
-        else:  # four bytes, behind a space if the tokenizer begins texts with one
-            self._spaced = vocab.count("\U0010fffd") > 4
-        codes = self._codes("\0".join(texts))
-        self._pairs = np.unique(self._paired(codes[:-1], codes[1:]))
-
-    @staticmethod
-    def _escaped(text: str) -> str:
-        return text.replace(" ", "▁")
-
-    def _codes(self, text: str) -> Any:
-        """Code points, an array, with spaces as the tokenizer sees them."""
-        return self._np.frombuffer(self._escaped(text).encode("utf-32-le", "replace"), self._np.uint32)
-
-    def _paired(self, left: Any, right: Any) -> Any:
-        return left.astype(self._np.uint64) << self._np.uint64(32) | right
-
-    def find(self, text: str) -> list[tuple[int, int]]:
-        """Where each long run begins and ends."""
-        codes = self._codes(text)
-        return [(begin + b, begin + e) for begin, end in self._long(~self._known[codes])
-                for b, e in self._long(self._alone(codes, begin, end))]  # fmt: skip
-
-    def _long(self, marked: Any) -> list[tuple[int, int]]:
-        edges = self._np.flatnonzero(self._np.diff(marked, prepend=False, append=False)).tolist()
-        return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if e - b >= self.LONG]
-
-    def _alone(self, codes: Any, begin: int, end: int) -> Any:
-        """Which of these characters merge with neither neighbour, nor with a space that the tokenizer may put before them."""
-        np = self._np
-        codes = np.concatenate([[0], codes, [0]]).astype(np.uint32)  # a neighbour before the first and behind the last
-        here = codes[begin + 1 : end + 1]
-        joined = np.isin(self._paired(codes[begin : end + 1], codes[begin + 1 : end + 2]), self._pairs)
-        alone = ~(joined[:-1] | joined[1:])
-        return alone & ~np.isin(self._paired(np.full_like(here, ord("▁")), here), self._pairs) if self._spaced else alone
-
-    def tokens(self, text: str) -> Any:
-        """The tokens of a run's text, an int32 array."""
-        return self._bytes[self._np.frombuffer(self._escaped(text).encode(), self._np.uint8)]
 
 
 class Llama:
@@ -4434,7 +4327,7 @@ class Grammar:
         self._markers = self._vocab.tokens_named(constraint.markers)
         self.closing: Seq[int] = ()
         if self._marker and constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
-            self.closing = self._vocab.tokens_of(f"\n{(constraint.after or '').strip()}\n\n")
+            self.closing = self._vocab.tokens(f"\n{(constraint.after or '').strip()}\n\n").tolist()
 
     def said(self, error: InvalidRequest) -> str:
         """An error's message with the request's field, if it knows none."""
@@ -4811,7 +4704,7 @@ class Sequence:
         self.tokens[: self.n_prompt] = prompt
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
-        self._ending = llama.vocab.tokens_of(job.thought.ending) if job.thought else ()
+        self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.n_jumped, self._jumped_at = 0, -1  # tokens that came without the model; the last token before the last of them
         self.logits: Any = None  # while its grammar takes more than a step to say what may come next
@@ -5798,7 +5691,8 @@ class Intake:
         """Tokens, and what they stand for if that was asked. Raises InvalidRequest for ids outside the vocabulary."""
         vocab, content = self.llama.vocab, job.content
         if isinstance(content, str):
-            content = tuple(vocab.encode(content, job.add_special, job.parse_special).tolist())
+            ends, special = job.add_special, job.parse_special
+            content = tuple(vocab.tokens(content, first=ends, last=ends, special=special).tolist())
         elif not all(0 <= t < vocab.size for t in content):
             raise InvalidRequest(f"tokens holds an id outside 0…{vocab.size - 1}", "tokens")
         return content, tuple(vocab.name(t) for t in content) if job.pieces else ()
@@ -5815,7 +5709,7 @@ class Intake:
         rest: Seq[Any] = job.prompt[job.spare :]
         room, first = self.llama.ctx - len(self._tokens(rest)) - self._answer_tokens(job.sampling), job.spare
         for segment in reversed(job.prompt[: job.spare]):
-            room -= len(self.llama.vocab.encode(str(segment), False, True))
+            room -= len(self.llama.vocab.tokens(str(segment)))
             if room <= 0:
                 break
             first -= 1
@@ -5834,7 +5728,7 @@ class Intake:
         least = len(prompt) if given else vocab.least_tokens(prompt, self.llama.ctx)
         if least >= self.llama.ctx:  # not tokenized to say exactly: megabytes take seconds
             self._too_long(least, "" if given else "at least ")
-        tokens = prompt if given else vocab.tokenize(prompt)
+        tokens = prompt if given else vocab.tokens(*prompt, first=True)
         if len(tokens) >= self.llama.ctx:
             self._too_long(len(tokens))
         return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
@@ -5866,7 +5760,7 @@ class Intake:
         elif not job.truncate and (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) > ctx:
             raise self._input_too_long(name, f"at least {least}")
         else:
-            tokens = vocab.wrapped(input) if job.query is None else vocab.pair(job.query, input)
+            tokens = vocab.tokens(input, first=True, last=True) if job.query is None else vocab.pair(job.query, input)
         if len(tokens) > ctx and job.truncate:
             tokens = self.llama.np.concatenate([tokens[: ctx - 1], tokens[-1:]])  # the last one may be the model's own end
         if len(tokens) > ctx:
@@ -6259,8 +6153,8 @@ def engine_main() -> None:
         llama.trial()
         engine = Engine(llama, pipe, pulses[0])
         pulses += [engine.intake.tokenizing, engine.intake.reading]
-        llama.vocab.max_run = start_or_die(engine.intake.tokenize, stack=512 * MIB) // Vocabulary.RUN_STACK
-        start_or_die(engine.intake.read_grammars, stack=512 * MIB)
+        for work in (engine.intake.tokenize, engine.intake.read_grammars):
+            start_or_die(work, stack=64 * MIB)  # many times what Vocabulary.MAX_RUN needs
         pipe.send(llama.loaded())
     except Exception as error:  # the process's border: whatever it is, the parent is told
         cause = "memory" if isinstance(error, MemoryError) else getattr(error, "cause", "")
@@ -6292,9 +6186,11 @@ def _beat(pipe: Pipe, pulses: Seq[Pulse]) -> None:
         time.sleep(BEAT_SECONDS)
 
 
-def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
-    """Starts a thread whose failure ends the process. Returns its stack's bytes: `stack`, or what can be had of it."""
+def start_or_die(work: Callable[[], None], stack: int = 0) -> None:
+    """Starts a thread whose failure ends the process, with so many bytes of stack (0: as usual).
 
+    Not by `Thread.start`: that waits for ever for a thread which has no memory to begin.
+    """
     begun = threading.Event()
 
     def guarded() -> None:
@@ -6307,24 +6203,11 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
             finally:  # without memory even that may fail
                 os._exit(1)
 
-    stack = _start_thread(guarded, stack)
+    threading.stack_size(stack)
+    _thread.start_new_thread(guarded, ())
+    threading.stack_size(0)
     if not begun.wait(START_SECONDS):
         os._exit(1)
-    return stack
-
-
-def _start_thread(work: Callable[[], None], stack: int) -> int:
-    """Not by `Thread.start`: that waits for ever for a thread which has no memory to begin."""
-    while stack >= 2 * MIB:
-        with contextlib.suppress(ValueError, RuntimeError):  # no such size here; not so much address space
-            threading.stack_size(stack)
-            _thread.start_new_thread(work, ())
-            threading.stack_size(0)
-            return stack
-        stack //= 2
-    threading.stack_size(0)
-    _thread.start_new_thread(work, ())
-    return MIB // 2  # the smallest default, macOS's
 
 
 # ── 11. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5049,7 +5049,7 @@ class Rows:
     """A text that is decoded by hand."""
 
     def __init__(self, llama: Any, text: str) -> None:
-        tokens = llama.vocab.tokenize([text])
+        tokens = llama.vocab.tokens(text, first=True)
         self.llama, self.row, self.n_computed, self.n_tokens = llama, 0, 0, len(tokens)
         self.tokens = llama.np.zeros(512, llama.np.int32)
         self.tokens[: self.n_tokens] = tokens
