@@ -5663,7 +5663,7 @@ class Intake:
         """Refuses the job for what is raised within: an error must not end the others."""
         try:
             yield
-        except Abandoned:
+        except Cancelled:
             log.debug("a grammar was left unread: its client is gone")
         except ApiError as error:
             self._refuse(submission, error)
@@ -15222,10 +15222,6 @@ class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
 
-class Abandoned(Exception):
-    """Nobody waits any more for the grammar that is being read."""
-
-
 class Client(Protocol):
     """Who waits for work on a grammar."""
 
@@ -15260,7 +15256,7 @@ class Turn(threading.local):
         self._found = True
 
     def tick(self) -> None:
-        """Call every few µs within a step. Raises NotYet when limited work takes too long, Abandoned when nobody waits for it."""
+        """Call every few µs within a step. Raises NotYet when limited work takes too long, Cancelled when nobody waits for it."""
         self._wait()
         if self._is_limited and self.is_over:
             raise NotYet
@@ -15294,7 +15290,7 @@ class Turn(threading.local):
         if self._gate:
             self._gate.wait()
         if self._client and self._client.cancelled:
-            raise Abandoned
+            raise Cancelled
 
     @property
     def is_over(self) -> bool:

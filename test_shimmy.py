@@ -6071,7 +6071,7 @@ def test_work_behind_a_gate_waits_while_it_is_shut():
     gate, ticks = module.Gate(), itertools.count()
 
     def work() -> None:
-        with TURN.behind(gate):
+        with TURN.behind(gate, Cancellation()):
             while next(ticks) < 20_000_000 and not done.is_set():
                 TURN.tick()
 
@@ -8963,7 +8963,7 @@ def test_only_what_crashes_led_to_is_remembered(
 
     ladder = module.Ladder(faults, lambda _: None)
     assert ladder.load(plain_model(), module.Setup(), start) == "a worker"
-    known = faults.read().get("rungs", {}).get("llama F32")
+    known: Any = faults.read().get("rungs", {}).get("llama F32")
     assert ladder._known(plain_model()) == (kept or module.Rung())
     assert kept is None or known["reason"] == f"no luck: {next(c for c in causes if c != 'memory')}"
 
@@ -8987,7 +8987,7 @@ def test_load_that_always_fails_keeps_a_pause_with_an_end(models: Path) -> None:
         raise module.LoadFailure("no luck", cause="hang")
 
     table = table_of(models, fail)
-    table._residents._ladder._uses_gpu = lambda _: False  # type: ignore[method-assign]
+    table._residents._ladder._uses_gpu = lambda _: False  # type: ignore[method-assign, assignment]
     with pytest.raises(GenerationFailed):
         table.load("dice", True, Cancellation())
     table._residents.entries["dice"].failures = 5000
