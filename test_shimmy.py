@@ -10064,7 +10064,7 @@ def test_chat_grammar_holds_the_answer(server: Server) -> None:
 @pytest.mark.parametrize(
     "format, word",
     [
-        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_schema"}, "schema"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
         ("json", "object"),
     ],
@@ -13525,7 +13525,7 @@ def test_client_that_reads_slowly_gets_all_of_a_large_answer(serve: Callable[...
 
 def test_our_own_connection_errors_are_no_clients_leaving(serve: Callable[..., Server], tmp_path: Path) -> None:
     fails = '_raise(ConnectionResetError("ours"))'
-    own = serve(script=altered(tmp_path, ("lambda call: Answer(call.service.diag())", f"lambda call: {fails}")))
+    own = serve(script=altered(tmp_path, ("lambda call: call.service.diag()", f"lambda call: {fails}")))
     assert_error(own.get("/diag"), 500, "server_error")
     assert "ConnectionResetError: ours" in own.log.read_text()
 
@@ -14687,7 +14687,7 @@ def test_failure_is_logged_with_its_id_without_v(serve: Callable[..., Server], m
 
 
 def test_traceback_is_logged_with_its_id(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    script = altered(tmp_path, ("lambda call: Answer(call.service.diag())", 'lambda call: _raise(ZeroDivisionError("oops"))'))
+    script = altered(tmp_path, ("lambda call: call.service.diag()", 'lambda call: _raise(ZeroDivisionError("oops"))'))
     own = serve("--models-dir", models, script=script)
     assert_error(own.get("/diag", **{"X-Request-Id": "trace-4"}), 500, "server_error")
     assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*oops", own.log.read_text())
@@ -15252,7 +15252,7 @@ def rows_of(path: str) -> Iterator[module.Route]:
     segments = tuple(filter(None, path.strip().split("/")))
     for route in module.ROUTES:
         if route.method == "POST" and route.match(segments) is not None:
-            yield from (route, *([route.unless[1]] if route.unless else []))
+            yield from filter(None, (route, route.ollamas))
 
 
 def fields_of(path: str) -> list[str]:
