@@ -779,17 +779,21 @@ def flat_content(where: str, content: Any, kinds: Seq[str] = ("text", "refusal")
 
     A note stands for images, audio and files, but in the user's newest turn they are refused.
     """
-    if isinstance(content, str):
-        return content
+    return content if isinstance(content, str) else flat_parts(listed(where, content), kinds, between, newest)
+
+
+def flat_parts(parts: Iterable[tuple[str, dict[str, Any]]], kinds: Seq[str], between: str, newest: bool) -> str:
+    """The texts of parts, each with its place for error messages."""
     texts, media = [], []
-    for place, part in listed(where, content):
+    for place, part in parts:
         kind = part.get("type")
         if isinstance(kind, str) and kind in MEDIA:
             media.append(left_out(f"{place}.type", kind, newest))
+            texts.append(a_string(f"{place}.title", given(part, "title", "")))
         else:
             name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
             texts.append(a_string(f"{place}.{name}", part.get(name)))
-    return with_note(between.join(texts), media)
+    return with_note(between.join(filter(None, texts)), media)
 
 
 def left_out(where: str, kind: str, newest: bool) -> str:
@@ -8801,7 +8805,7 @@ def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
 
 def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
     """Tokens with their likeliest alternatives."""
-    return [shown_token(t.token, t.logprob) | {"top_logprobs": [shown_token(*each) for each in t.top]} for t in tokens]
+    return [shown_token(t.token, t.logprob) | {"top_logprobs": list(itertools.starmap(shown_token, t.top))} for t in tokens]
 
 
 class ChatCompletion(OpenAI):
@@ -9026,7 +9030,6 @@ class BlockDialect(Dialect):
         raise NotImplementedError
 
 
-CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference", "image")
 CLAUDE_BLOCKS = {  # what messages may hold, by role
     "user": ("text", "tool_result", "document", "search_result", "image"),
     "assistant": ("text", "thinking", "tool_use"),
@@ -9070,54 +9073,33 @@ def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], 
             names[id] = name
             calls.append(a_call(id, name, an_object(f"{place}.input", block.get("input"))))
         elif kind == "tool_result":
-            results.append(claude_result(place, block, names))
+            id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), given(block, "content", "")
+            parts = [] if isinstance(content, str) else listed(f"{place}.content", content)
+            text = flat_parts(itertools.starmap(claude_part, parts), ("text",), "\n\n", False) if parts else content or ""
+            results.append(a_result(id, names, f"Error: {text}" if flag(block, "is_error") else text))
         else:
-            texts.append((place, block))
-    # what the model wrote in one go stays in one piece
-    turn: dict[str, Any] = {"role": role, "content": claude_text(texts, "" if role == "assistant" else "\n\n", newest)}
+            texts.append(claude_part(place, block))
+    between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
+    turn: dict[str, Any] = {"role": role, "content": flat_parts(texts, ("text",), between, newest)}
     turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
     turn |= {"tool_calls": calls} if calls else {}
     return results if results and not turn["content"] else [*results, turn]
 
 
-def claude_result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tool_result block: its texts, marked where the tool failed."""
-    id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), given(block, "content", "")
-    if not isinstance(content, str):
-        content = claude_text(listed(f"{place}.content", content))
-    return a_result(id, names, f"Error: {content}" if flag(block, "is_error") else content)
-
-
-def claude_text(blocks: Iterable[tuple[str, dict[str, Any]]], between: str = "\n\n", newest: bool = False) -> str:
-    """The text of blocks that are nothing else, and a note for those that no model here reads."""
-    texts, media = list[str](), list[str]()
-    for place, block in blocks:
-        kind = one_of(f"{place}.type", block.get("type"), CLAUDE_TEXTS)
-        if kind == "image":
-            media.append(left_out(f"{place}.type", kind, newest))
-        elif kind in ("text", "tool_reference"):  # what a search for tools found
-            name = "text" if kind == "text" else "tool_name"
-            texts.append(a_string(f"{place}.{name}", block.get(name)))
-        else:
-            texts.append("\n".join(claude_document(place, block, media, newest)))
-    return with_note(between.join(filter(None, texts)), media)
-
-
-def claude_document(place: str, block: Mapping[str, Any], media: list[str], newest: bool) -> Iterator[str]:
-    """The lines of a document or a search result: its title and its text."""
-    if block.get("title") is not None:
-        yield a_string(f"{place}.title", block["title"])
-    if block["type"] == "search_result":
-        yield a_string(f"{place}.source", block.get("source"))
-        yield flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")
-        return
-    source = an_object(f"{place}.source", block.get("source"))
-    kind = one_of(f"{place}.source.type", source.get("type"), ("text", "content", "base64", "url", "file"))
-    if kind in ("text", "content"):
-        name = "data" if kind == "text" else kind
-        yield flat_content(f"{place}.source.{name}", source.get(name), ("text",), "\n\n")
+def claude_part(place: str, block: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A block as a part of a chat's content: what search results and documents of text say is text."""
+    kind, source = block.get("type"), block.get("source")
+    texts = [a_string(f"{place}.title", given(block, "title", ""))]
+    if kind == "tool_reference":  # what a search for tools found
+        texts = [a_string(f"{place}.tool_name", block.get("tool_name"))]
+    elif kind == "search_result":
+        texts += [a_string(f"{place}.source", source), flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")]
+    elif kind == "document" and (form := an_object(f"{place}.source", source).get("type")) in ("text", "content"):
+        name = "data" if form == "text" else "content"
+        texts.append(flat_content(f"{place}.source.{name}", block["source"].get(name), ("text",), "\n\n"))
     else:
-        media.append(left_out(f"{place}.source.type", "document", newest))
+        return place, block
+    return place, {"type": "text", "text": "\n".join(filter(None, texts))}
 
 
 def claude_tools(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -9588,12 +9570,13 @@ class OllamaRoute(Dialect):
     api = "ollama"
     use = "generate"  # what the model is loaded for
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
+    def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that all its requests have."""
         self._began = self._ready = time.monotonic()
         self._keep = optional(body, "keep_alive", keep_seconds)
         if body.get("model") is None:
             raise InvalidRequest("model is required: the name of a model, or default", "model")
-        super().__init__(body)
+        return {"model": a_string("model", body["model"]), "engine": ollama_engine(body)}
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """Without a question the model is only loaded, or let go. Behind the answer it stays as long as keep_alive says."""
@@ -9634,11 +9617,9 @@ class Ollama(OllamaRoute):
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
         think = body.get("think")
         args = {"enable_thinking": think} if isinstance(think, bool) else read_template_args({}, "think", think)
-        return GenerateRequest(
-            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=args, engine=ollama_engine(body)
-        )
+        return GenerateRequest(**self.common(body), sampling=ollama_sampling(body), template_args=args)
 
-    def said(self, choice: Choice, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         """Puts the model's words into this route's fields."""
         raise NotImplementedError
 
@@ -9658,8 +9639,9 @@ class Ollama(OllamaRoute):
 
     def _document(self, choice: Choice, calls: list[dict[str, Any]], **end: Any) -> dict[str, Any]:
         logprobs = {"logprobs": shown_logprobs(choice.logprobs)} if choice.logprobs else {}
-        return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(choice, calls), "done": bool(end),
-                **logprobs, **end}  # fmt: skip
+        more: dict[str, Any] = {"thinking": choice.said("thought"), "tool_calls": calls}
+        said = self.said(choice.said(), {name: value for name, value in more.items() if value})
+        return {"model": self.request.model, "created_at": rfc3339(time.time()), **said, "done": bool(end), **logprobs, **end}
 
     def _calls(self) -> list[dict[str, Any]]:
         """The calls with their arguments as objects."""
@@ -9711,10 +9693,8 @@ class OllamaChat(Ollama):
             called.extend(str(call.get("id")) for call in calls if isinstance(call, dict))
         return read_messages({"messages": read or None})
 
-    def said(self, choice: Choice, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        more = {"thinking": choice.said("thought"), "tool_calls": calls}
-        more = {name: value for name, value in more.items() if value}
-        return {"message": {"role": "assistant", "content": choice.said(), **more}}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, **more}}
 
 
 class OllamaGenerate(Ollama):
@@ -9737,9 +9717,8 @@ class OllamaGenerate(Ollama):
         turns = ({"role": "system", "content": system},) if system else ()
         return replace(request, messages=(*turns, {"role": "user", "content": prompt}), split_markers=True)
 
-    def said(self, choice: Choice, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        thought = choice.said("thought")
-        return {"response": choice.said(), **({"thinking": thought} if thought else {})}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"response": text, **more}
 
 
 class OllamaEmbed(OllamaRoute, Embeddings):
@@ -9748,19 +9727,13 @@ class OllamaEmbed(OllamaRoute, Embeddings):
     use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        given = self.given(body)
-        optional(body, "options", an_object)
+        given = body.get("input")
         return EmbedRequest(
-            model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_inputs(given, may_be_empty=True),
+            **self.common(body),
+            inputs=() if given in (None, "", []) else read_inputs(given, may_be_empty=True),
             dimensions=optional(body, "dimensions", whole(1)),
             truncate=optional(body, "truncate", boolean, True),
-            engine=ollama_engine(body),
         )
-
-    def given(self, body: Mapping[str, Any]) -> Any:
-        """The input."""
-        return body.get("input")
 
     def document(self) -> dict[str, Any]:
         assert self.usage
@@ -9771,8 +9744,8 @@ class OllamaEmbed(OllamaRoute, Embeddings):
 class OllamaEmbedding(OllamaEmbed):
     """`/api/embeddings`, its older form: one prompt, one vector."""
 
-    def given(self, body: Mapping[str, Any]) -> Any:
-        return optional(body, "prompt", a_string)
+    def read(self, body: Mapping[str, Any]) -> EmbedRequest:
+        return super().read({**body, "input": optional(body, "prompt", a_string)})
 
     def document(self) -> dict[str, Any]:
         return {"embedding": numbers(self.rows[0]) if self.rows else []}
@@ -10040,10 +10013,10 @@ class LlamaInfill(LlamaCompletion):
 
     def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
         prefix, suffix = (a_string(name, body.get(name)) for name in ("input_prefix", "input_suffix"))
-        extra = []
-        for where, piece in listed("input_extra", [] if body.get("input_extra") is None else body["input_extra"]):
-            text, name = a_string(f"{where}.text", piece.get("text")), piece.get("filename")
-            extra.append(("tmp" if name is None else a_string(f"{where}.filename", name), text))
+        extra = [
+            (a_string(f"{where}.filename", given(piece, "filename", "tmp")), a_string(f"{where}.text", piece.get("text")))
+            for where, piece in listed("input_extra", given(body, "input_extra", []))
+        ]
         return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
 
 

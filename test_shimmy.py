@@ -11289,7 +11289,7 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "is_error a string": (claude([{"type": "tool_result", "tool_use_id": "1", "is_error": "no"}]), "is_error"),
     "call from the user": (claude([{"type": "tool_use", "id": "1", "name": "a", "input": {}}]), "messages[0].content[0].type"),
     "document without source": (claude([{"type": "document"}]), "messages[0].content[0].source"),
-    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "source.type"),
+    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "\"document\""),
     "call's input text": (
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "a", "input": "{}"}]}]},
         "messages[0].content[0].input",
