@@ -171,7 +171,7 @@ import struct
 import threading
 import urllib.parse
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -703,17 +703,21 @@ def flat_content(where: str, content: Any, kinds: Seq[str] = ("text", "refusal")
 
     A note stands for images, audio and files, but in the user's newest turn they are refused.
     """
-    if isinstance(content, str):
-        return content
+    return content if isinstance(content, str) else flat_parts(listed(where, content), kinds, between, newest)
+
+
+def flat_parts(parts: Iterable[tuple[str, dict[str, Any]]], kinds: Seq[str], between: str, newest: bool) -> str:
+    """The texts of parts, each with its place for error messages."""
     texts, media = [], []
-    for place, part in listed(where, content):
+    for place, part in parts:
         kind = part.get("type")
         if isinstance(kind, str) and kind in MEDIA:
             media.append(left_out(f"{place}.type", kind, newest))
+            texts.append(a_string(f"{place}.title", given(part, "title", "")))
         else:
             name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
             texts.append(a_string(f"{place}.{name}", part.get(name)))
-    return with_note(between.join(texts), media)
+    return with_note(between.join(filter(None, texts)), media)
 
 
 def left_out(where: str, kind: str, newest: bool) -> str:
@@ -7954,7 +7958,7 @@ class Block:
     index: int = 0  # in the answer
     call_id: str = ""
     name: str = ""
-    id: str = ""  # the block's own, in APIs that give it one
+    id: str = field(default_factory=lambda: os.urandom(12).hex())  # the block's own, in APIs that give it one
     parts: list[str] = field(default_factory=list)
 
     @property
@@ -7973,53 +7977,40 @@ class Block:
 class Choice:
     """One choice of an answer, as far as it came: a plain reply is a stream that was waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *events: Text | Thought | ToolResult | ChoiceEnd) -> None:
         self.blocks: list[Block] = []
         self.results: list[ToolResult] = []
         self.logprobs: list[TokenLogprob] = []
         self.end: ChoiceEnd | None = None
+        self.finish_reason: str | None = None
+        for event in events:
+            self.add(event)
 
-    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> Block | None:
-        """Takes an event; returns the block that begins with it, if one does."""
+    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> None:
+        """Takes an event."""
         if isinstance(event, ToolResult):
             self.results.append(event)
         elif isinstance(event, ChoiceEnd):
-            self.end = event
+            self.end, self.finish_reason = event, event.finish_reason
         elif isinstance(event, CallBegan):
-            return self.begin(Block("call", call_id=event.id, name=event.name))
+            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
         elif isinstance(event, CallArguments):
             self.calls[event.number].parts.append(event.text)
         else:
             self.logprobs += event.logprobs
             kind = "text" if isinstance(event, Text) else "thought"
-            goes_on = self.blocks and self.blocks[-1].kind == kind
-            block = None if goes_on or not event.text else self.begin(Block(kind))
+            if event.text and not (self.blocks and self.blocks[-1].kind == kind):
+                self.blocks.append(Block(kind, len(self.blocks)))
             if event.text:
                 self.blocks[-1].parts.append(event.text)
-            return block
-        return None
 
-    def begin(self, block: Block) -> Block:
-        """Adds a block behind the others."""
-        block.index = len(self.blocks)
-        self.blocks.append(block)
-        return block
-
-    def said(self, kind: str) -> str:
+    def said(self, kind: str = "text") -> str:
         """All text, or all thoughts."""
         return "".join(block.text for block in self.blocks if block.kind == kind)
 
     @property
-    def text(self) -> str:
-        return self.said("text")
-
-    @property
     def calls(self) -> list[Block]:
         return [block for block in self.blocks if block.kind == "call"]
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.end.finish_reason if self.end else None
 
 
 class Dialect:
@@ -8027,18 +8018,20 @@ class Dialect:
 
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
-    keeps_text = False  # streams need their text until the end
+    streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
-        self.stream = flag(body, "stream")
+        self.id, self.created = os.urandom(12).hex(), int(time.time())
+        self.stream = self.streams is not None and optional(body, "stream", boolean, self.streams)
         self.request = self.read(body)
         self.model = self.request.model  # as the request has it, until Queued tells the real id
+        self.prompt_tokens = 0  # as Queued tells them
         self.owner = ""  # cache owner; set by the transport
         self.usage: Usage | None = None
         self.first: float | None = None  # when its first words came (monotonic seconds)
-        self.choices: dict[int, Choice] = {}
-        self.begun: Block | None = None  # by the last event
+        self.choices: dict[int, Choice] = defaultdict(Choice)
+        self.rows: tuple[bytes, ...] = ()  # of an Embed job
 
     def read(self, body: Mapping[str, Any]) -> Any:
         """The request a body asks for: what `events` gives to the service."""
@@ -8050,15 +8043,14 @@ class Dialect:
 
     def note(self, event: Event) -> None:
         """Remembers what came."""
-        self.begun = None
         if isinstance(event, Queued):
-            self.model = event.model
+            self.model, self.prompt_tokens = event.model, event.prompt_tokens
         elif isinstance(event, Usage):
             self.usage = event
-        elif isinstance(event, (Text, Thought)) and self.stream and not self.keeps_text:
-            pass  # it was sent
+        elif isinstance(event, Vectors):
+            self.rows = event.rows
         elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.begun = self.choices.setdefault(event.index, Choice()).add(event)
+            self.choices[event.index].add(event)
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
@@ -8069,6 +8061,8 @@ class Dialect:
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
+        if isinstance(event, (Text, Thought)) and not event.text and not event.logprobs:
+            return
         if self.stream:
             yield from self.chunks(event)
         elif isinstance(event, Usage):
@@ -8098,20 +8092,21 @@ class Native(Dialect):
         """Model and prompt (or messages, or a system text) are required."""
         if body.get("model") is None:
             raise InvalidRequest("model is required: the id of a model, or default", "model")
-        prompt, messages, system = body.get("prompt"), read_messages(body), body.get("system")
+        prompt, messages = optional(body, "prompt", a_string), read_messages(body)
+        system = optional(body, "system", a_string)
         if prompt is None and messages is None:
             raise InvalidRequest("prompt is required (or messages)", "prompt")
         if prompt is not None and messages is not None:
             raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
         if system is not None:
-            turns = messages or ({"role": "user", "content": a_string("prompt", prompt)},)
-            messages, prompt = ({"role": "system", "content": a_string("system", system)}, *turns), None
+            turns = messages or ({"role": "user", "content": prompt},)
+            messages, prompt = ({"role": "system", "content": system}, *turns), None
         functions, builtins = read_tools(body)
         if functions:
             raise InvalidRequest("tools may hold built-in tools here; /v1/chat/completions takes functions", "tools")
         return GenerateRequest(
             model=a_string("model", body["model"]),
-            prompts=() if prompt is None else (a_string("prompt", prompt),),
+            prompts=() if prompt is None else (prompt,),
             messages=messages,
             builtins=builtins,
             sampling=Sampling.from_json(body),
@@ -8119,94 +8114,63 @@ class Native(Dialect):
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and event.text:
-            yield self._piece(event.text)
+        if isinstance(event, Text):
+            yield {"choices": [{"text": event.text, "index": 0}]}
         elif isinstance(event, Usage):
-            yield self._end(self.choices[0].finish_reason, event)
-
-    @staticmethod
-    def _piece(text: str) -> dict[str, Any]:
-        return {"choices": [{"text": text, "index": 0}]}
-
-    @staticmethod
-    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
-        return {"choices": [{"text": "", "index": 0, "finish_reason": reason}], "usage": usage.document()}
+            end = {"text": "", "index": 0, "finish_reason": self.choices[0].finish_reason}
+            yield {"choices": [end], "usage": event.document()}
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
         return {"choices": choices, "usage": self.usage.document()}
 
 
 class NativeSocket(Native):
     """`/ws/generate`, the documented API: tokens, then done."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self.stream = True
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Text):
+            yield {"token": event.text}
+        elif isinstance(event, Usage):
+            yield self.done(self.choices[0].finish_reason, event)
 
     @staticmethod
-    def _piece(text: str) -> dict[str, Any]:
-        return {"token": text}
-
-    @staticmethod
-    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
+    def done(reason: str | None, usage: Usage) -> dict[str, Any]:
+        """The last document."""
         return {"done": True, "finish_reason": reason, "usage": usage.document()}
 
-    @classmethod
-    def cancelled(cls) -> dict[str, Any]:
-        """The last document of a request that was cancelled before the engine had it."""
-        return cls._end("cancelled", Usage(0, 0, 0, 0, 0))
+
+UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
+    "guided_regex": (), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
+    "prediction": (), "web_search_options": (),
+}  # fmt: skip
 
 
-UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's and vLLM's that are known here but not served
-    "guided_regex": lambda v: True,
-    "functions": lambda v: v != [],
-    "function_call": lambda v: v not in ("none", "auto"),
-    "modalities": lambda v: v != ["text"],
-    "audio": lambda v: True,
-    "prediction": lambda v: True,
-    "web_search_options": lambda v: True,
-}
+def read_format(where: str, format: Any) -> Schema | None:
+    """The schema a format asks for: any object for a json_object without one, none for text.
 
-
-def refuse_unbuilt(body: Mapping[str, Any]) -> None:
-    """A known field that is not built yet is refused by name: to ignore it would be to answer something else."""
-    for name, unserved in UNBUILT.items():
-        if body.get(name) is not None and unserved(body[name]):
-            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
-
-
-def response_schema(format: Any) -> Schema | None:
-    """The schema a `response_format` asks for: any object for a json_object without one, none for text.
-
-    OpenAI holds a json_schema's in an object of that name; llama-server beside the type, as it does a json_object's.
+    OpenAI's chat holds a json_schema's in an object of that name; its Responses, Anthropic and llama-server beside the type.
     """
     if format is None:
         return None
-    kind, schema = an_object("response_format", format).get("type"), format.get("schema")
+    kind = one_of(f"{where}.type", an_object(where, format).get("type"), ("text", "json_object", "json_schema"))
     if kind == "text":
         return None
-    if kind not in ("json_object", "json_schema"):
-        served = "text, json_object or json_schema"
-        raise InvalidRequest(f"response_format.type must be {served}, not {_said(kind)}", "response_format")
-    if schema is None and kind == "json_object":
-        schema = {"type": "object"}
-    if schema is None:
-        schema = an_object("response_format.json_schema", format.get("json_schema")).get("schema")
-    return Schema("response_format", an_object("response_format.schema", schema))
+    holder = an_object(f"{where}.json_schema", given(format, "json_schema", format))
+    schema = given(holder, "schema", {"type": "object"} if kind == "json_object" else None)
+    return Schema(where, an_object(f"{where}.schema", schema))
 
 
 def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     """json_schema or grammar, as vLLM's fields ask for them: structured_outputs, and guided_… before it."""
-    told = dict(optional(body, "structured_outputs", an_object, {}))
-    told |= {name: body[f"guided_{name}"] for name in ("json", "choice", "grammar") if f"guided_{name}" in body}
-    given = {name: value for name, value in told.items() if value is not None and value is not False}
-    for name in given:
+    older = {name: body.get(f"guided_{name}") for name in ("json", "choice", "grammar")}
+    newer = optional(body, "structured_outputs", an_object, {})
+    told = [(k, v) for k, v in (*newer.items(), *older.items()) if v is not None and v is not False]
+    if len(told) > 1:
+        raise InvalidRequest(f"structured_outputs: {' and '.join(dict(told))} exclude each other", "structured_outputs")
+    for name, value in told:
         one_of("structured_outputs", name, ("json", "json_object", "choice", "grammar"))
-    if len(given) > 1:
-        raise InvalidRequest(f"structured_outputs: {' and '.join(given)} exclude each other", "structured_outputs")
-    for name, value in given.items():
         if name == "choice":
             texts = [a_string("structured_outputs.choice", text) for text in one_type(list, "a list")(name, value)]
             return {"grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)}
@@ -8217,33 +8181,40 @@ def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def read_tool_choice(body: Mapping[str, Any], offered: Seq[str]) -> tuple[str, Seq[str]]:
-    """GenerateRequest.tool_choice, and which of the tools offered may be called. One that is forced must be offered."""
-    choice = body.get("tool_choice")
+def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[str] = ()) -> dict[str, Any]:
+    """The request's tool_choice and the tools that may be called, in any API's words. One that is forced must be offered."""
+    if len(functions) > MAX_TOOLS:
+        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
+    names = [*(f["function"]["name"] for f in functions), *builtins]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        holder = an_object("tool_choice.allowed_tools", choice.get("allowed_tools"))
-        offered = [_named_function(tool, offered) for _, tool in listed("tool_choice.allowed_tools.tools", holder.get("tools"))]
-        choice = one_of("tool_choice.allowed_tools.mode", holder.get("mode"), ("auto", "required"))
-    if choice in (None, "auto", "none"):
-        return str(choice or "auto"), offered
-    if choice != "required":
-        choice = f"function:{_named_function(choice, offered)}"
-    elif not offered:
-        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
-    if body.get("json_schema") or body.get("grammar"):
-        raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
-    return choice, offered
-
-
-def _named_function(choice: Any, offered: Seq[str]) -> str:
-    """The name in {"type": "function", "function": {"name": …}}, of a tool that is offered."""
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        forms = 'none, auto, required or {"type": "function", "function": {"name": …}}'
+        where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
+        holder = an_object(where, choice.get("allowed_tools", choice))
+        mode = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
+        names = [named_tool(place, tool, names) for place, tool in listed(f"{where}.tools", holder.get("tools"))]
+        choice = mode
+    if isinstance(choice, dict):
+        one_of("tool_choice.type", choice.get("type"), ("function", "custom", "tool", "allowed_tools"))
+        choice = f"function:{named_tool('tool_choice', choice, names)}"
+    elif choice not in ("none", "auto", "required"):
+        forms = 'none, auto, required or {"type": "function", "name": …}'
         raise InvalidRequest(f"tool_choice must be {forms}, not {_said(choice)}", "tool_choice")
-    if function["name"] not in offered:
-        raise InvalidRequest(f"tool_choice: tools does not offer {_said(function['name'])}", "tool_choice")
-    return str(function["name"])
+    if choice == "required" and not names:
+        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
+    names = [] if choice == "none" else names
+    return {"tool_choice": choice, "tools": tuple(f for f in functions if f["function"]["name"] in names),
+            "builtins": tuple(name for name in builtins if name in names)}  # fmt: skip
+
+
+def named_tool(where: str, tool: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The name of a tool that is offered: beside the type, or in the `function` of OpenAI's chat."""
+    named = an_object(f"{where}.function", given(tool, "function", tool))
+    space = a_string(f"{where}.namespace", given(named, "namespace", ""))
+    return one_of(f"{where}.name", joined_name(space, a_string(f"{where}.name", named.get("name"))), names)
+
+
+def joined_name(space: str, name: str) -> str:
+    """A tool's name in the prompt: models know no namespaces."""
+    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
 
 
 def one_of(where: str, value: Any, known: Iterable[str]) -> str:
@@ -8253,28 +8224,19 @@ def one_of(where: str, value: Any, known: Iterable[str]) -> str:
     return value
 
 
-def effort_args(where: str, effort: Any) -> dict[str, Any]:
-    """Translates an effort for templates: they know low, medium and high."""
-    if effort is None:
-        return {}
+def read_template_args(body: Mapping[str, Any], where: str, effort: Any, **own: Any) -> dict[str, Any]:
+    """The template's arguments: an effort, of which templates know low, medium and high; chat_template_kwargs win."""
     known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
-    value = known[one_of(where, effort, known)]
-    return {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+    args: dict[str, Any] = {}
+    if effort is not None:
+        value = known[one_of(where, effort, known)]
+        args = {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+    return args | own | optional(body, "chat_template_kwargs", an_object, {})
 
 
-def read_template_args(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the template's arguments: chat_template_kwargs, which win over reasoning_effort."""
-    told = effort_args("reasoning_effort", body.get("reasoning_effort"))
-    return told | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
-
-
-def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
-    """Tokens of a thought, by either of llama-server's names; -1 and None: no bound."""
-    for name in ("thinking_budget_tokens", "reasoning_budget_tokens"):
-        if body.get(name) is not None:
-            budget = int(whole(-1)(name, body[name]))
-            return None if budget < 0 else budget
-    return None
+def first_given(body: Mapping[str, Any], check: Check, *names: str) -> Any:
+    """The first of several fields that the body holds, checked; None without any."""
+    return next((check(name, body[name]) for name in names if body.get(name) is not None), None)
 
 
 class OpenAI(Dialect):
@@ -8283,47 +8245,50 @@ class OpenAI(Dialect):
     api = "openai"
     prefix = object_name = chunk_name = ""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self._id, self._created = f"{self.prefix}-{os.urandom(12).hex()}", int(time.time())
-        self._include_usage = flag(an_object("stream_options", body.get("stream_options") or {}), "include_usage")
-
-    @staticmethod
-    def common(body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
-        """The fields both routes read alike."""
-        refuse_unbuilt(body)
-        named = ("max_completion_tokens", "max_tokens", "n_predict")  # OpenAI's newer name and older, llama-server's
-        limit = next((token_limit(name, body[name]) for name in named if body.get(name) is not None), None)
-        read = {**body, "max_tokens": limit, **guided(body)}
-        n, sampling = body.get("n"), Sampling.from_json(read, logprobs=logprobs)
-        schema = response_schema(body.get("response_format"))
-        if schema and (sampling.json_schema or sampling.grammar):
+    def common(self, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
+        """The fields both routes read alike. A known one that is not served is refused, not ignored."""
+        self._include_usage = flag(optional(body, "stream_options", an_object, {}), "include_usage")
+        for name, fine in UNBUILT.items():
+            if body.get(name) is not None and body[name] not in fine:
+                raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
+        limit = first_given(body, token_limit, "max_completion_tokens", "max_tokens", "n_predict")  # the last is llama-server's
+        body = {**body, "max_tokens": limit, **guided(body)}
+        schema = read_format("response_format", body.get("response_format"))
+        if schema and (body.get("json_schema") or body.get("grammar")):
             raise InvalidRequest("response_format excludes json_schema and grammar: send one of them", "response_format")
         return GenerateRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            sampling=replace(sampling, json_schema=schema) if schema else sampling,
-            n=1 if n is None else whole(1, MAX_CHOICES)("n", n),
+            model=optional(body, "model", a_string, "default"),
+            sampling=Sampling.from_json(body, logprobs=logprobs, json_schema=schema),
+            n=optional(body, "n", whole(1, MAX_CHOICES), 1),
         )
 
-    def _envelope(self, name: str, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return {"id": self._id, "object": name, "created": self._created, "model": self.model, "choices": choices} | more
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Only the last chunk has a usage; the others not even null: there are clients that take the first for the last."""
+        if isinstance(event, (Text, Thought, ToolResult, ChoiceEnd)):
+            yield self._envelope(self.chunk_name, [self.shown(event.index, Choice(event), whole=False)])
+        elif isinstance(event, Usage) and self._include_usage:
+            yield self._envelope(self.chunk_name, []) | self._usage(event)
 
-    def _chunk(self, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return self._envelope(self.chunk_name, choices, **more)
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        choices = [self.shown(index, choice, whole=True) for index, choice in self.in_order()]
+        return self._envelope(self.object_name, choices) | self._usage(self.usage)
+
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        """A choice as it is, or what is new of it."""
+        raise NotImplementedError
+
+    def _envelope(self, name: str, choices: list[Any]) -> dict[str, Any]:
+        id = f"{self.prefix}-{self.id}"
+        return {"id": id, "object": name, "created": self.created, "model": self.model, "choices": choices}
 
     @staticmethod
-    def _usage(usage: Usage | None) -> dict[str, Any]:
+    def _usage(usage: Usage) -> dict[str, Any]:
         """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
-        assert usage
         timings = usage.timings()
         details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
                    "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}  # fmt: skip
         return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
-
-    def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
-        """No other chunk has a usage, not even null: there are clients that take the first with the key for the last."""
-        if self._include_usage:
-            yield self._chunk([], **self._usage(event))
 
 
 def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
@@ -8333,7 +8298,7 @@ def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
 
 def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
     """Tokens with their likeliest alternatives."""
-    return [shown_token(t.token, t.logprob) | {"top_logprobs": [shown_token(*each) for each in t.top]} for t in tokens]
+    return [shown_token(t.token, t.logprob) | {"top_logprobs": list(itertools.starmap(shown_token, t.top))} for t in tokens]
 
 
 class ChatCompletion(OpenAI):
@@ -8345,79 +8310,54 @@ class ChatCompletion(OpenAI):
         messages = read_messages(body)
         if messages is None:
             raise InvalidRequest("messages is required: a list of messages", "messages")
-        top, wanted = body.get("top_logprobs"), flag(body, "logprobs")
+        top, wanted = optional(body, "top_logprobs", whole(0, 20)), flag(body, "logprobs")
         if top is not None and not wanted:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        functions, builtins = read_tools(body)
-        choice, names = read_tool_choice(body, [*(f["function"]["name"] for f in functions), *builtins])
-        if choice not in ("auto", "none"):  # a call has a form of its own
+        choice = read_tool_choice(given(body, "tool_choice", "auto"), *read_tools(body))
+        if choice["tool_choice"] not in ("auto", "none"):  # a call has a form of its own
+            if body.get("json_schema") or body.get("grammar"):
+                raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
             body = {**body, "response_format": None}
+        budget = first_given(body, whole(-1), "thinking_budget_tokens", "reasoning_budget_tokens")  # llama-server's names
         return replace(
-            self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
+            self.common(body, (top or 0) if wanted else None),
             messages=messages,
-            tools=tuple(f for f in functions if f["function"]["name"] in names),
-            builtins=tuple(name for name in builtins if name in names),
-            tool_choice=choice,
-            parallel_tool_calls=flag(body, "parallel_tool_calls", True),
+            parallel_tool_calls=optional(body, "parallel_tool_calls", boolean, True),
             continue_final_message=optional(body, "continue_final_message", boolean),
-            thinking_budget=read_thinking_budget(body),
-            template_args=read_template_args(body),
+            thinking_budget=None if budget == -1 else budget,
+            template_args=read_template_args(body, "reasoning_effort", body.get("reasoning_effort")),
             split_markers=True,
+            **choice,
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        deltas: list[tuple[int, dict[str, Any]]] = []
         if isinstance(event, Queued):
-            for index in range(self.request.n):
-                yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
-        elif isinstance(event, (Text, Thought)):
-            name = "content" if isinstance(event, Text) else "reasoning_content"
-            if event.text or event.logprobs:
-                yield self._delta(event.index, {name: event.text} if event.text else {}, event.logprobs)
+            deltas = [(index, {"role": "assistant", "content": "", "refusal": None}) for index in range(self.request.n)]
         elif isinstance(event, CallBegan):
-            yield self._call_delta(event, {"id": event.id, "type": "function"}, {"name": event.name, "arguments": ""})
+            call = {"index": event.number, "id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
+            deltas = [(event.index, {"tool_calls": [call]})]
         elif isinstance(event, CallArguments):
-            yield self._call_delta(event, {}, {"arguments": event.text})
-        elif isinstance(event, ToolResult):
-            yield self._delta(event.index, {"tool_results": [self._result(event)]})
-        elif isinstance(event, ChoiceEnd):
-            yield self._chunk([{"index": event.index, "delta": {}, "logprobs": None, "finish_reason": event.finish_reason}])
-        elif isinstance(event, Usage):
-            yield from self._usage_chunk(event)
+            deltas = [(event.index, {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})]
+        for index, delta in deltas:
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield self._envelope(self.chunk_name, [choice])
+        yield from super().chunks(event)
 
-    def _delta(self, index: int, delta: dict[str, Any], logprobs: Seq[TokenLogprob] = ()) -> dict[str, Any]:
-        shown = self._logprobs(logprobs) if logprobs else None
-        return self._chunk([{"index": index, "delta": delta, "logprobs": shown, "finish_reason": None}])
-
-    def _call_delta(self, event: CallBegan | CallArguments, fields: dict[str, Any], function: dict[str, Any]) -> dict[str, Any]:
-        return self._delta(event.index, {"tool_calls": [{"index": event.number, **fields, "function": function}]})
-
-    @staticmethod
-    def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
-        return {"content": shown_logprobs(tokens), "refusal": None}
-
-    def document(self) -> dict[str, Any]:
-        choices = [
-            {"index": i, "message": self._message(c), "finish_reason": c.finish_reason,
-             "logprobs": None if self.request.sampling.logprobs is None else self._logprobs(c.logprobs)}
-            for i, c in self.in_order()
-        ]  # fmt: skip
-        return self._envelope(self.object_name, choices, **self._usage(self.usage))
-
-    def _message(self, choice: Choice) -> dict[str, Any]:
-        content = choice.text or (None if choice.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if thought := choice.said("thought"):
-            message["reasoning_content"] = thought
-        if choice.calls:
-            message["tool_calls"] = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
-        if choice.results:
-            message["tool_results"] = [self._result(r) for r in choice.results]
-        return message
-
-    @staticmethod
-    def _result(result: ToolResult) -> dict[str, Any]:
-        """A built-in tool's call and result, an extension: `tool_calls` would ask the client to run it."""
-        return {k: v for k, v in asdict(result).items() if k != "index"}
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        """Results of built-in tools are an extension: `tool_calls` would ask the client to run those."""
+        calls = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
+        results = [{name: value for name, value in asdict(r).items() if name != "index"} for r in choice.results]
+        said = {"content": choice.said(), "reasoning_content": choice.said("thought"), "tool_calls": calls,
+                "tool_results": results}  # fmt: skip
+        said = {name: value for name, value in said.items() if value}
+        logprobs = {"content": shown_logprobs(choice.logprobs), "refusal": None}
+        if not whole:
+            shown = logprobs if choice.logprobs else None
+            return {"index": index, "delta": said, "logprobs": shown, "finish_reason": choice.finish_reason}
+        message = {"role": "assistant", "content": None if calls else "", "refusal": None} | said
+        shown = None if self.request.sampling.logprobs is None else logprobs
+        return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": shown}
 
 
 class Completion(OpenAI):
@@ -8429,29 +8369,21 @@ class Completion(OpenAI):
         """A prompt is a string, a list of strings, token ids, or a list of those."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
-        logprobs = body.get("logprobs")
-        count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
-        request = replace(self.common(body, count), prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
-        if (texts := len(request.prompts) * request.n) > MAX_TEXTS:
+        prompts = read_texts("prompt", body["prompt"], MAX_TEXTS)
+        request = replace(self.common(body, optional(body, "logprobs", whole(0, 20))), prompts=prompts)
+        if (texts := len(prompts) * request.n) > MAX_TEXTS:
             raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
-        if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
+        if optional(body, "best_of", whole(1, MAX_CHOICES), request.n) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
-        self._echo = self._echoes(body, request)
-        begun = [len(p) * isinstance(p, str) for p in request.prompts for _ in range(request.n)]
-        self._said = dict(enumerate(begun))  # characters by choice so far: OpenAI counts from the prompt's start
-        suffix = optional(body, "suffix", a_string, "")
-        if suffix and (len(request.prompts) > 1 or not isinstance(request.prompts[0], str)):
-            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
-        return replace(request, prompts=(), infill=Infill(str(request.prompts[0]), suffix)) if suffix else request
-
-    @staticmethod
-    def _echoes(body: Mapping[str, Any], request: GenerateRequest) -> Seq[str]:
-        """With `echo` the prompts, by choice; else nothing."""
-        if not flag(body, "echo"):
-            return ()
-        if request.sampling.logprobs is not None or not all(isinstance(p, str) for p in request.prompts):
+        written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
+        if flag(body, "echo") and (request.sampling.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
             raise InvalidRequest("echo is served for prompts of text without logprobs", "echo")
-        return [str(p) for p in request.prompts for _ in range(request.n)]
+        self._echo = written if flag(body, "echo") else []
+        self._offsets = [len(text) for text in written]  # characters so far: OpenAI counts from the prompt's start
+        suffix = optional(body, "suffix", a_string, "")
+        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str)):
+            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
+        return replace(request, prompts=(), infill=Infill(written[0], suffix)) if suffix else request
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         yield from super().documents(event)
@@ -8459,101 +8391,69 @@ class Completion(OpenAI):
             for index, prompt in enumerate(self._echo):
                 yield from super().documents(Text(index, prompt))
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and (event.text or event.logprobs):
-            yield self._chunk([self._choice(event.index, event.text, event.logprobs, None)])
-        elif isinstance(event, ChoiceEnd):
-            yield self._chunk([self._choice(event.index, "", (), event.finish_reason)])
-        elif isinstance(event, Usage):
-            yield from self._usage_chunk(event)
-
-    def _choice(self, index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        shown = None
-        if logprobs:
-            offset = self._said[index]
-            words = [t.token.decode("utf-8", "replace") for t in logprobs]
-            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in logprobs]
-            shown = {"tokens": words, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops,
-                     "text_offset": list(itertools.accumulate(map(len, words[:-1]), initial=offset))}  # fmt: skip
-            self._said[index] = offset + sum(map(len, words))
-        return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
-
-    def document(self) -> dict[str, Any]:
-        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in self.in_order()]
-        return self._envelope(self.object_name, choices, **self._usage(self.usage))
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        shown, tokens = None, choice.logprobs
+        if tokens:
+            words = [t.token.decode("utf-8", "replace") for t in tokens]
+            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in tokens]
+            *offsets, self._offsets[index] = itertools.accumulate(map(len, words), initial=self._offsets[index])
+            shown = {"tokens": words, "token_logprobs": [t.logprob for t in tokens], "top_logprobs": tops, "text_offset": offsets}
+        return {"text": choice.said(), "index": index, "logprobs": shown, "finish_reason": choice.finish_reason}
 
 
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
     api = "openai"
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__({**body, "stream": False})
+    streams = None
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        encoding, dimensions = body.get("encoding_format"), body.get("dimensions")
-        if encoding not in (None, "float", "base64"):
-            raise InvalidRequest(f"encoding_format must be float or base64, not {_said(encoding)}", "encoding_format")
-        self._base64 = encoding == "base64"
+        self._base64 = one_of("encoding_format", given(body, "encoding_format", "float"), ("float", "base64")) == "base64"
         if body.get("input") is None:
             raise InvalidRequest("input is required: a string, or a list of strings or token ids", "input")
         return EmbedRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            model=optional(body, "model", a_string, "default"),
             inputs=read_texts("input", body["input"], MAX_INPUTS, may_be_empty=False),
-            dimensions=None if dimensions is None else whole(1)("dimensions", dimensions),
+            dimensions=optional(body, "dimensions", whole(1)),
         )
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         return service.embed(self.request, cancel)
 
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        if isinstance(event, Vectors):
-            self._rows = event.rows
-        elif isinstance(event, Usage):
-            yield self.document()
-
     def document(self) -> dict[str, Any]:
         assert self.usage
         usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
-        return {"model": self.model, "usage": usage, **self.answer(self._rows)}
+        return {"model": self.model, "usage": usage, "object": "list", **self.answer()}
 
-    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """The answer but for the model and the usage."""
-        data = [{"object": "embedding", "index": i, "embedding": self._embedding(row)} for i, row in enumerate(rows)]
-        return {"object": "list", "data": data}
+        vectors = [base64.b64encode(row).decode() if self._base64 else numbers(row) for row in self.rows]
+        return {"data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]}
 
-    def _embedding(self, row: bytes) -> str | list[float]:
-        """As base64, or as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
-        if self._base64:
-            return base64.b64encode(row).decode()
-        return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
+
+def numbers(row: bytes) -> list[float]:
+    """A vector as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
+    return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
 
 
 class Rerank(Embeddings):
     """`/v1/rerank`, Jina's: the documents that answer the query best come first."""
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        if not a_string("query", body.get("query") or ""):
+        if not optional(body, "query", a_string):
             raise InvalidRequest("query is required: what the documents are ranked for", "query")
-        documents, top, shown = read_documents(body.get("documents")), body.get("top_n"), body.get("return_documents")
-        self._top = len(documents) if top is None else whole(1)("top_n", top)
-        self._shown = shown is None or boolean("return_documents", shown)
-        return EmbedRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            inputs=documents,
-            query=body["query"],
-        )
+        documents = read_documents(body.get("documents"))
+        self._top = optional(body, "top_n", whole(1), len(documents))
+        self._shown = optional(body, "return_documents", boolean, True)
+        return EmbedRequest(optional(body, "model", a_string, "default"), documents, query=body["query"])
 
-    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
-        scores = [struct.unpack("<f", row)[0] for row in rows]
-        ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]
-        return {"object": "list", "results": [self._result(i, scores[i]) for i in ranked]}
-
-    def _result(self, index: int, score: float) -> dict[str, Any]:
-        document = {"document": {"text": self.request.inputs[index]}} if self._shown else {}
-        return {"index": index, "relevance_score": score, **document}
+    def answer(self) -> dict[str, Any]:
+        scores = [numbers(row)[0] for row in self.rows]
+        results: list[dict[str, Any]] = []
+        for i in sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]:
+            document = {"document": {"text": self.request.inputs[i]}} if self._shown else {}
+            results.append({"index": i, "relevance_score": scores[i], **document})
+        return {"results": results}
 
 
 # ── 14.2. Dialects of blocks ──────────────────────────────────────────────────────────────────────────────────────────
@@ -8588,57 +8488,27 @@ def a_function(where: str, tool: Mapping[str, Any], parameters: Mapping[str, Any
     return {"type": "function", "function": function | {"parameters": parameters}}
 
 
-def bounded(functions: Seq[Any]) -> tuple[Any, ...]:
-    """As many functions as a template may be given."""
-    if len(functions) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
-    return tuple(functions)
-
-
-def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) -> str:
-    """The name of one of the functions offered, which the model must call."""
-    return one_of(where, name, [f["function"]["name"] for f in functions])
-
-
 class BlockDialect(Dialect):
-    """An API whose answers are lists of blocks. Non-streamed answers run the same code; only the last document is sent."""
+    """An API whose answers are lists of blocks."""
 
-    keeps_text = True
+    _opened = 0  # blocks whose beginning was sent
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self.choice = self.choices[0] = Choice()
-        self.prompt_tokens = 0
-
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        chunks = list(self.chunks(event))
-        if self.stream:
-            yield from chunks
-        elif isinstance(event, Usage):
-            yield self.document()
+    def note(self, event: Event) -> None:
+        super().note(event)
+        if isinstance(event, ChoiceEnd) and not self.choices[0].blocks:
+            self.choices[0].blocks.append(Block("text"))  # clients look at the first block without asking whether there is one
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        blocks, begun = self.choice.blocks, self.begun
-        if isinstance(event, ChoiceEnd) and not blocks:  # clients look at the first block without asking whether there is one
-            begun = self.choice.begin(Block("text"))
-        if begun:
-            if begun.index:
+        blocks = self.choices[0].blocks
+        if len(blocks) > self._opened:
+            if self._opened:
                 yield from self.closed(blocks[-2])
-            yield from self.opened(begun)
-        if isinstance(event, Queued):
-            self.prompt_tokens = event.prompt_tokens
-            yield from self.begin()
-        elif isinstance(event, (Thought, Text, CallArguments)) and event.text:
+            yield from self.opened(blocks[-1])
+            self._opened = len(blocks)
+        if isinstance(event, (Thought, Text, CallArguments)) and event.text:
             yield from self.more(blocks[-1], event.text)
         elif isinstance(event, ChoiceEnd):
             yield from self.closed(blocks[-1])
-        elif isinstance(event, Usage):
-            yield from self.finish()
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """The stream's first documents."""
-        raise NotImplementedError
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
         """Announces a block."""
@@ -8652,22 +8522,17 @@ class BlockDialect(Dialect):
         """Ends a block."""
         raise NotImplementedError
 
-    def finish(self) -> Iterator[dict[str, Any]]:
-        """The stream's last documents."""
-        raise NotImplementedError
 
-
-CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference", "image")
 CLAUDE_BLOCKS = {  # what messages may hold, by role
     "user": ("text", "tool_result", "document", "search_result", "image"),
     "assistant": ("text", "thinking", "tool_use"),
     "system": ("text",),
 }
-CLAUDE_UNREAD = frozenset((  # of tools that Anthropic runs itself, and thoughts that only it can read
+CLAUDE_UNREAD = (  # of tools that Anthropic runs itself, and thoughts that only it can read
     "redacted_thinking", "server_tool_use", "mcp_tool_use", "mcp_tool_result", "web_search_tool_result", "container_upload",
     "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result", "compaction", "fallback",
     "text_editor_code_execution_tool_result", "tool_search_tool_result", "advisor_tool_result",
-))  # fmt: skip
+)  # fmt: skip
 
 
 def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -8675,11 +8540,8 @@ def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     messages, names = listed("messages", body.get("messages")), dict[str, str]()
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
-    system = body.get("system")
-    for place, part in listed("system", [] if system is None or isinstance(system, str) else system):
-        one_of(f"{place}.type", part.get("type"), ("text",))
-    text = "" if system is None else flat_content("system", system, ("text",), "\n\n")
-    turns = [{"role": "system", "content": text}] if text else []
+    system = flat_content("system", given(body, "system", ""), ("text",), "\n\n", newest=True)
+    turns = [{"role": "system", "content": system}] if system else []
     newest = newest_turn([message for _, message in messages if not is_results(message.get("content"))])
     return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names, message is newest)))
 
@@ -8692,103 +8554,58 @@ def is_results(content: Any) -> bool:
 def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
     """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
     role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
-    texts: list[str] = [content] if isinstance(content, str) else []
-    media: list[str] = []
-    thoughts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for place, block in listed(f"{where}.content", [] if isinstance(content, str) else content):
-        kind = a_string(f"{place}.type", block.get("type"))
-        if kind in CLAUDE_UNREAD:
+    texts, thoughts, calls, results = list[Any](), list[str](), list[Any](), list[Any]()
+    for place, block in listed(f"{where}.content", [{"type": "text", "text": content}] if isinstance(content, str) else content):
+        if (kind := block.get("type")) in CLAUDE_UNREAD:
             continue
         one_of(f"{place}.type", kind, CLAUDE_BLOCKS[role])
         if kind == "thinking":
             thoughts.append(a_string(f"{place}.thinking", block.get("thinking")))
         elif kind == "tool_use":
-            calls.append(claude_call(place, block, names))
+            id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
+            names[id] = name
+            calls.append(a_call(id, name, an_object(f"{place}.input", block.get("input"))))
         elif kind == "tool_result":
-            results.append(claude_result(place, block, names))
+            id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), given(block, "content", "")
+            parts = [] if isinstance(content, str) else listed(f"{place}.content", content)
+            text = flat_parts(itertools.starmap(claude_part, parts), ("text",), "\n\n", False) if parts else content or ""
+            results.append(a_result(id, names, f"Error: {text}" if flag(block, "is_error") else text))
         else:
-            texts.append(claude_text(place, block, media, newest))
+            texts.append(claude_part(place, block))
     between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
-    turn: dict[str, Any] = {"role": role, "content": with_note(between.join(filter(None, texts)), media)}
+    turn: dict[str, Any] = {"role": role, "content": flat_parts(texts, ("text",), between, newest)}
     turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
     turn |= {"tool_calls": calls} if calls else {}
     return results if results and not turn["content"] else [*results, turn]
 
 
-def claude_call(place: str, block: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A tool_use block; notes its name."""
-    id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
-    names[id] = name
-    return a_call(id, name, an_object(f"{place}.input", block.get("input")))
+def claude_part(place: str, block: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A block as a part of a chat's content: what search results and documents of text say is text."""
+    kind, source = block.get("type"), block.get("source")
+    texts = [a_string(f"{place}.title", given(block, "title", ""))]
+    if kind == "tool_reference":  # what a search for tools found
+        texts = [a_string(f"{place}.tool_name", block.get("tool_name"))]
+    elif kind == "search_result":
+        texts += [a_string(f"{place}.source", source), flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")]
+    elif kind == "document" and (form := an_object(f"{place}.source", source).get("type")) in ("text", "content"):
+        name = "data" if form == "text" else "content"
+        texts.append(flat_content(f"{place}.source.{name}", block["source"].get(name), ("text",), "\n\n"))
+    else:
+        return place, block
+    return place, {"type": "text", "text": "\n".join(filter(None, texts))}
 
 
-def claude_result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tool_result block: its texts, marked where the tool failed."""
-    id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), block.get("content")
-    if content is not None and not isinstance(content, str):
-        media: list[str] = []
-        parts = listed(f"{place}.content", content)
-        for where, part in parts:
-            one_of(f"{where}.type", part.get("type"), CLAUDE_TEXTS)
-        texts = [claude_text(where, part, media) for where, part in parts]
-        content = with_note("\n\n".join(filter(None, texts)), media)
-    return a_result(id, names, f"Error: {content or ''}" if flag(block, "is_error") else content or "")
-
-
-def claude_text(place: str, block: Mapping[str, Any], media: list[str], newest: bool = False) -> str:
-    """The text of a block that is nothing else: CLAUDE_TEXTS names them. Those without text go to `media`, by their kind."""
-    if block["type"] == "image":
-        media.append(left_out(f"{place}.type", "image", newest))
-        return ""
-    if block["type"] == "text":
-        return str(a_string(f"{place}.text", block.get("text")))
-    if block["type"] == "tool_reference":  # what a search for tools found
-        return str(a_string(f"{place}.tool_name", block.get("tool_name")))
-    titles = [a_string(f"{place}.title", block["title"])] if block.get("title") is not None else []
-    if block["type"] == "search_result":
-        titles.append(a_string(f"{place}.source", block.get("source")))
-        return "\n".join((*titles, flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")))
-    source = an_object(f"{place}.source", block.get("source"))
-    kind = one_of(f"{place}.source.type", source.get("type"), ("text", "content", "base64", "url", "file"))
-    if kind not in ("text", "content"):
-        media.append(left_out(f"{place}.source.type", "document", newest))
-        return "\n".join(titles)
-    if kind == "text":
-        return "\n".join((*titles, a_string(f"{place}.source.data", source.get("data"))))
-    return "\n".join((*titles, flat_content(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
-
-
-def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The functions offered; tools that Anthropic's own server runs, or its own models know by heart, are left out."""
-    functions = []
-    for where, tool in listed("tools", given(body, "tools", [])):
-        if tool.get("type") is None or a_string(f"{where}.type", tool["type"]) == "custom":
-            schema = an_object(f"{where}.input_schema", tool.get("input_schema"))
-            functions.append(a_function(where, tool, schema))
-    return bounded(functions)
-
-
-def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any]:
-    """Reads the request's tool_choice."""
-    choice = an_object("tool_choice", given(body, "tool_choice", {"type": "auto"}))
+def claude_tools(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools and the choice among them; those that Anthropic's server runs, or its models know by heart, are left out."""
+    functions = [
+        a_function(where, tool, an_object(f"{where}.input_schema", tool.get("input_schema")))
+        for where, tool in listed("tools", given(body, "tools", []))
+        if a_string(f"{where}.type", given(tool, "type", "custom")) == "custom"
+    ]
+    choice = optional(body, "tool_choice", an_object, {"type": "auto"})
     kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
-    if kind == "any" and not functions:
-        raise InvalidRequest("tool_choice: any needs a tool that the client runs", "tool_choice")
-    named = f"function:{offered_name('tool_choice.name', choice.get('name'), functions)}" if kind == "tool" else ""
-    return {"tool_choice": named or {"any": "required"}.get(kind, kind), "tools": functions if kind != "none" else (),
-            "parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}  # fmt: skip
-
-
-def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
-    """Reads how much to think: not at all unless the request says so, as that API has it."""
-    thinking = an_object("thinking", given(body, "thinking", {"type": "disabled"}))
-    kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
-    budget = thinking.get("budget_tokens")
-    args = effort_args("output_config.effort", effort) | {"enable_thinking": kind != "disabled"}
-    return {"thinking_budget": whole(1)("thinking.budget_tokens", budget) if kind == "enabled" and budget is not None else None,
-            "template_args": args | an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))}  # fmt: skip
+    read = read_tool_choice(choice if kind == "tool" else {"any": "required"}.get(kind, kind), functions)
+    return read | {"parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}
 
 
 class Messages(BlockDialect):
@@ -8800,29 +8617,35 @@ class Messages(BlockDialect):
                         "call": ("input_json_delta", "partial_json")}  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._id = f"msg_{os.urandom(12).hex()}"
-        config = an_object("output_config", given(body, "output_config", {}))
-        sampling = Sampling.from_json({**body, "stop": None})
-        ends = body.get("stop_sequences")
-        if ends is not None:
-            sampling = replace(sampling, stop=stops("stop_sequences", one_type(list, "a list")("stop_sequences", ends)))
-        form = an_object("output_config.format", given(config, "format", given(body, "output_format", {"type": "text"})))
-        if one_of("output_config.format.type", form.get("type"), ("text", "json_schema")) == "json_schema":
-            sampling = replace(sampling, json_schema=a_schema("output_config.format.schema", form.get("schema")))
+        """The model thinks only if the request says so, as this API has it."""
+        config = optional(body, "output_config", an_object, {})
+        schema = read_format("output_config.format", given(config, "format", body.get("output_format")))
+        ends = stops("stop_sequences", optional(body, "stop_sequences", one_type(list, "a list"), []))
+        thinking = optional(body, "thinking", an_object, {"type": "disabled"})
+        kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
+        budget = thinking.get("budget_tokens") if kind == "enabled" else None
         return GenerateRequest(
-            model=a_string("model", given(body, "model", "default")),
+            model=optional(body, "model", a_string, "default"),
             messages=claude_messages(body),
-            sampling=sampling,
+            sampling=Sampling.from_json({**body, "stop": None}, stop=ends, json_schema=schema),
             split_markers=True,
-            **claude_choice(body, claude_tools(body)),
-            **claude_thinking(body, config.get("effort")),
+            thinking_budget=None if budget is None else whole(1)("thinking.budget_tokens", budget),
+            template_args=read_template_args(
+                body, "output_config.effort", config.get("effort"), enable_thinking=kind != "disabled"
+            ),
+            **claude_tools(body),
         )
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_start", "message": self.document()}
 
     def idle(self) -> dict[str, Any]:
         return {"type": "ping"}
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            yield {"type": "message_start", "message": self.document()}
+        yield from super().chunks(event)
+        if isinstance(event, Usage):
+            yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
+            yield {"type": "message_stop"}
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
         empty = self._content(replace(block, parts=[]))
@@ -8838,14 +8661,10 @@ class Messages(BlockDialect):
             yield {"type": "content_block_delta", "index": block.index, "delta": delta}
         yield {"type": "content_block_stop", "index": block.index}
 
-    def finish(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
-        yield {"type": "message_stop"}
-
     def document(self) -> dict[str, Any]:
         """The message as far as it came."""
-        return {"id": self._id, "type": "message", "role": "assistant", "model": self.model,
-                "content": [self._content(b) for b in self.choice.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
+        return {"id": f"msg_{self.id}", "type": "message", "role": "assistant", "model": self.model,
+                "content": [self._content(b) for b in self.choices[0].blocks], **self._end(), "usage": self._usage()}  # fmt: skip
 
     @staticmethod
     def _content(block: Block) -> dict[str, Any]:
@@ -8857,12 +8676,10 @@ class Messages(BlockDialect):
 
     def _end(self) -> dict[str, Any]:
         """The reason that the message ended; nothing while it goes on."""
-        end = self.choice.end
-        if end is None:
-            return {"stop_reason": None, "stop_sequence": None}
-        if end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
+        end = self.choices[0].end
+        if end and end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
             return {"stop_reason": "stop_sequence", "stop_sequence": end.stopped_by}
-        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn"), "stop_sequence": None}
+        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn") if end else None, "stop_sequence": None}
 
     def _usage(self) -> dict[str, int]:
         """Tokens: this API counts cached ones by themselves."""
@@ -8880,46 +8697,52 @@ def claude_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
 
 
-def joined_name(space: str, name: str) -> str:
-    """A tool's name in the prompt: models know no namespaces."""
-    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
+HOSTED_ITEMS = (  # what tools of OpenAI's own did: those tools are left out here, and their traces too
+    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
+    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
+    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
+    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
+)  # fmt: skip
+RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
-def raw_input(arguments: str) -> str:
-    """Unwraps `{"input": …}`, the call of a freeform tool; other arguments stay as they are."""
-    with contextlib.suppress(InvalidRequest):
-        read = parse_json(arguments.encode("utf-8", "replace"))
-        if isinstance(read, dict) and isinstance(read.get("input"), str):
-            return str(read["input"])
-    return arguments
+class ResponseInput:
+    """The tools and turns of a Responses request: what the assistant did in a row is one turn."""
 
-
-@dataclass(frozen=True)
-class OfferedTool:
-    """A tool as the client knows it."""
-
-    name: str
-    namespace: str = ""
-    freeform: bool = False
-
-
-class ResponseTools:
-    """The tools of a Responses request: what the model is offered, and what its calls mean to the client."""
-
-    def __init__(self) -> None:
+    def __init__(self, body: Mapping[str, Any]) -> None:
         self.functions: list[dict[str, Any]] = []
-        self._offered: dict[str, OfferedTool] = {}
+        self.freeform: set[str] = set()  # names of the functions that stand for tools whose input is any text
+        self.turns: list[dict[str, Any]] = []
+        self._known: dict[str, dict[str, str]] = {}  # tools by their names in the prompt, as the client names them
+        self._called: dict[str, str] = {}  # names of calls, by id
+        self._add_tools("tools", given(body, "tools", []))
+        if instructions := optional(body, "instructions", a_string):
+            self.turns.append({"role": "system", "content": instructions})
+        said = body.get("input")
+        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
+        if len(items) > MAX_MESSAGES:
+            raise InvalidRequest(f"input may hold up to {MAX_MESSAGES} items, not {len(items)}", "input")
+        self._newest = newest_turn([item for _, item in items])
+        for where, item in items:
+            self._add(where, item)
+        if not items or not self.turns:
+            raise InvalidRequest("input holds nothing that a model here could read", "input")
 
-    def add(self, where: str, tools: Any, space: str = "") -> None:
+    def client_name(self, name: str) -> dict[str, str]:
+        """The name and namespace of the tool that the model calls by this name."""
+        return self._known.get(name, {"name": name})
+
+    def _add_tools(self, where: str, tools: Any, space: str = "") -> None:
         """Reads a list of tools; those that OpenAI's own server runs are left out."""
         for place, tool in listed(where, tools):
             kind = a_string(f"{place}.type", tool.get("type"))
             if kind == "namespace":
-                self.add(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
+                self._add_tools(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
             elif kind in ("function", "custom"):
                 name = a_string(f"{place}.name", tool.get("name"))
                 full = joined_name(space, name)
-                self._offered[full] = OfferedTool(name, space, kind == "custom")
+                self._known[full] = {"name": name} | ({"namespace": space} if space else {})
+                self.freeform |= {full} if kind == "custom" else set()
                 shown = self._freeform(place, tool) if kind == "custom" else tool
                 schema = an_object(f"{place}.parameters", given(shown, "parameters", {}))
                 self.functions.append(a_function(place, {**shown, "name": full}, schema))
@@ -8936,56 +8759,15 @@ class ResponseTools:
         schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
         return {"description": said, "parameters": schema | {"additionalProperties": False}}
 
-    def meaning(self, name: str) -> OfferedTool:
-        """The tool that the model calls by this name."""
-        return self._offered.get(name) or OfferedTool(name)
-
-    def choice(self, choice: Any) -> dict[str, Any]:
-        """Reads the request's tool_choice."""
-        functions = bounded(self.functions)
-        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            allowed = {self._named(where, tool) for where, tool in listed("tool_choice.tools", choice.get("tools"))}
-            functions = tuple(f for f in functions if f["function"]["name"] in allowed)
-            choice = one_of("tool_choice.mode", choice.get("mode"), ("auto", "required"))
-        if isinstance(choice, dict):
-            one_of("tool_choice.type", choice.get("type"), ("function", "custom", "allowed_tools"))
-            return {"tools": functions, "tool_choice": f"function:{self._named('tool_choice', choice)}"}
-        if one_of("tool_choice", choice, ("none", "auto", "required")) == "required" and not functions:
-            raise InvalidRequest("tool_choice: required needs a tool that the client runs", "tool_choice")
-        return {"tools": () if choice == "none" else functions, "tool_choice": choice}
-
-    def _named(self, where: str, tool: Mapping[str, Any]) -> str:
-        space = a_string(f"{where}.namespace", given(tool, "namespace", ""))
-        name = joined_name(space, a_string(f"{where}.name", tool.get("name")))
-        return one_of(f"{where}.name", name, self._offered)
-
-
-HOSTED_ITEMS = frozenset((  # what tools of OpenAI's own did: those tools are left out here, and their traces too
-    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
-    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
-    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
-    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
-))  # fmt: skip
-RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
-
-
-class ResponseInput:
-    """Reads the items of a Responses request into turns: what the assistant did in a row is one turn."""
-
-    def __init__(self, tools: ResponseTools, newest: Any) -> None:
-        self.turns: list[dict[str, Any]] = []
-        self._tools, self._newest = tools, newest
-        self._names: dict[str, str] = {}  # of calls, by id
-
-    def add(self, where: str, item: Mapping[str, Any]) -> None:
+    def _add(self, where: str, item: Mapping[str, Any]) -> None:
         """Reads one item."""
-        kind = a_string(f"{where}.type", given(item, "type", "message"))
+        kind = given(item, "type", "message")
         if kind in HOSTED_ITEMS:
             return
         read = {
             "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
             "custom_tool_call": self._call, "function_call_output": self._output, "custom_tool_call_output": self._output,
-            "additional_tools": lambda where, item: self._tools.add(f"{where}.tools", item.get("tools")),
+            "additional_tools": lambda where, item: self._add_tools(f"{where}.tools", item.get("tools")),
         }  # fmt: skip
         read[one_of(f"{where}.type", kind, read)](where, item)
 
@@ -9005,25 +8787,19 @@ class ResponseInput:
             self.turns.append({"role": "system" if role == "developer" else role, "content": text})
 
     def _reasoning(self, where: str, item: Mapping[str, Any]) -> None:
-        text = self._sealed(where, item)
+        """A thought is in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
+        sealed, text = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", "")), ""
+        with contextlib.suppress(ValueError):  # no base64, or no text inside
+            text = binascii.a2b_base64(sealed, strict_mode=True).decode()
         for name in ("content", "summary"):
-            if not text and item.get(name) is not None:
-                text = flat_content(f"{where}.{name}", item[name], RESPONSE_TEXTS)
+            text = text or flat_content(f"{where}.{name}", given(item, name, ""), RESPONSE_TEXTS)
         if text:
             turn = self._assistant("content", "tool_calls")
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
 
-    @staticmethod
-    def _sealed(where: str, item: Mapping[str, Any]) -> str:
-        """The thought in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
-        sealed = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", ""))
-        with contextlib.suppress(ValueError):  # no base64, or no text inside
-            return binascii.a2b_base64(sealed, strict_mode=True).decode()
-        return ""
-
     def _call(self, where: str, item: Mapping[str, Any]) -> None:
         id, name = a_string(f"{where}.call_id", item.get("call_id")), a_string(f"{where}.name", item.get("name"))
-        self._names[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
+        self._called[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
         if item["type"] == "custom_tool_call":
             arguments: Any = {"input": a_string(f"{where}.input", item.get("input"))}
         else:
@@ -9034,7 +8810,7 @@ class ResponseInput:
 
     def _output(self, where: str, item: Mapping[str, Any]) -> None:
         text = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
-        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._names, text))
+        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._called, text))
 
 
 def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
@@ -9052,68 +8828,39 @@ class Responses(BlockDialect):
 
     api = "openai"
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
-    STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
         "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None}, "safety_identifier": None, "temperature": None,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None, "truncation": "disabled",
         "user": None,
     }  # fmt: skip
+    KINDS: ClassVar = {  # of blocks: how their ids begin, and their events' names
+        "text": ("msg", "output_text"), "thought": ("rs", "reasoning_text"), "call": ("fc", "function_call_arguments"),
+        "freeform": ("ctc", "custom_tool_call_input"),
+    }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._fixed = {"id": f"resp_{os.urandom(12).hex()}", "object": "response", "created_at": int(time.time())}
+        self._fixed = {"id": f"resp_{self.id}", "object": "response", "created_at": self.created}
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
-        self._count, self._announced, self._tools = itertools.count(), False, ResponseTools()
-        self._refuse_state(body)
-        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
-        self._tools.add("tools", given(body, "tools", []))
-        messages = self._messages(body)
-        reasoning = an_object("reasoning", given(body, "reasoning", {}))
-        args = an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))
-        return GenerateRequest(
-            model=a_string("model", given(body, "model", "default")),
-            messages=messages,
-            parallel_tool_calls=boolean("parallel_tool_calls", given(body, "parallel_tool_calls", True)),
-            continue_final_message=False,
-            template_args=effort_args("reasoning.effort", reasoning.get("effort")) | args,
-            sampling=self._sampling(body),
-            split_markers=True,
-            **self._tools.choice(given(body, "tool_choice", "auto")),
-        )
-
-    def _refuse_state(self, body: Mapping[str, Any]) -> None:
-        for name in self.STATE:
-            if body.get(name) is not None:
-                raise InvalidRequest(f"{name} is not served: no state is kept here, send the whole conversation as input", name)
-        for name in ("background", "top_logprobs"):
+        self._sent = 0  # events
+        for name in ("previous_response_id", "conversation", "prompt", "background", "top_logprobs"):
             if body.get(name):
-                raise InvalidRequest(f"{name} is not served here", name)
-
-    def _messages(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-        said = body.get("input")
-        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
-        if not 0 < len(items) <= MAX_MESSAGES:
-            raise InvalidRequest(f"input must hold 1 to {MAX_MESSAGES} items, not {len(items)}", "input")
-        read = ResponseInput(self._tools, newest_turn([item for _, item in items]))
-        if body.get("instructions") is not None:
-            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
-        for where, item in items:
-            read.add(where, item)
-        if not read.turns:
-            raise InvalidRequest("input holds nothing that a model here could read", "input")
-        return tuple(read.turns)
-
-    @staticmethod
-    def _sampling(body: Mapping[str, Any]) -> Sampling:
-        limit = body.get("max_output_tokens")
-        most = None if limit is None else whole(1)("max_output_tokens", limit)
-        sampling = replace(Sampling.from_json({**body, "max_tokens": None}), max_tokens=most)
-        form = an_object("text.format", given(an_object("text", given(body, "text", {})), "format", {"type": "text"}))
-        kind = one_of("text.format.type", form.get("type"), ("text", "json_object", "json_schema"))
-        if kind == "text":
-            return sampling
-        schema = form.get("schema") if kind == "json_schema" else {"type": "object"}
-        return replace(sampling, json_schema=a_schema("text.format.schema", schema))
+                why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
+                raise InvalidRequest(f"{name} is not served{why}", name)
+        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
+        self._input = ResponseInput(body)
+        reasoning, text = (optional(body, name, an_object, {}) for name in ("reasoning", "text"))
+        schema, limit = read_format("text.format", text.get("format")), optional(body, "max_output_tokens", whole(1))
+        return GenerateRequest(
+            model=optional(body, "model", a_string, "default"),
+            messages=tuple(self._input.turns),
+            parallel_tool_calls=optional(body, "parallel_tool_calls", boolean, True),
+            continue_final_message=False,
+            template_args=read_template_args(body, "reasoning.effort", reasoning.get("effort")),
+            sampling=Sampling.from_json({**body, "max_tokens": None}, max_tokens=limit, json_schema=schema),
+            split_markers=True,
+            **read_tool_choice(given(body, "tool_choice", "auto"), self._input.functions),
+        )
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """With `truncation` auto, the oldest turns of a conversation that is too long are left out."""
@@ -9130,19 +8877,15 @@ class Responses(BlockDialect):
     # Events, numbered as they go out
 
     def _event(self, kind: str, /, **fields: Any) -> dict[str, Any]:
-        return {"type": f"response.{kind}", "sequence_number": next(self._count), **fields}
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        yield from self._announcement()
-        yield self._event("in_progress", response=self._response("in_progress"))
+        self._sent += 1
+        return {"type": f"response.{kind}", "sequence_number": self._sent - 1, **fields}
 
     def _announcement(self) -> Iterator[dict[str, Any]]:
-        if not self._announced:
-            self._announced = True
+        """The first event must be `created`, also while the model loads."""
+        if not self._sent:
             yield self._event("created", response=self._response("in_progress"))
 
     def idle(self) -> dict[str, Any]:
-        """The first event must be `created`, also while the model loads."""
         return next(self._announcement(), None) or self._event("in_progress", response=self._response("in_progress"))
 
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
@@ -9150,82 +8893,77 @@ class Responses(BlockDialect):
         said = {"code": error.code, "message": str(error)}
         yield self._event("failed", response=self._response("failed") | {"error": said})
 
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            yield from self._announcement()
+            yield self._event("in_progress", response=self._response("in_progress"))
+        yield from super().chunks(event)
+        if isinstance(event, Usage):
+            response = self.document()
+            yield self._event(response["status"], response=response)
+
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        freeform = block.kind == "call" and self._tools.meaning(block.name).freeform
-        prefix = {"text": "msg", "thought": "rs", "call": "ctc" if freeform else "fc"}[block.kind]
-        block.id = f"{prefix}_{os.urandom(12).hex()}"
         item = self._item(replace(block, parts=[]), "in_progress")
-        if block.kind == "call":
-            yield self._event("output_item.added", output_index=block.index, item=item)
-            return
-        yield self._event("output_item.added", output_index=block.index, item=item | {"content": []})
-        yield self._event("content_part.added", **self._part_at(block), part=item["content"][0])
-
-    @staticmethod
-    def _at(block: Block) -> dict[str, Any]:
-        return {"item_id": block.id, "output_index": block.index}
-
-    def _part_at(self, block: Block) -> dict[str, Any]:
-        return self._at(block) | {"content_index": 0}
+        parts = item.get("content", ())
+        yield self._event("output_item.added", output_index=block.index, item=item | ({"content": []} if parts else {}))
+        for part in parts:
+            yield self._event("content_part.added", **self._at(block), part=part)
 
     def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
-        if block.kind == "text":
-            yield self._event("output_text.delta", **self._part_at(block), delta=text, logprobs=[])
-        elif block.kind == "thought":
-            yield self._event("reasoning_text.delta", **self._part_at(block), delta=text)
-        elif not self._tools.meaning(block.name).freeform:  # its input is told when it is whole
-            yield self._event("function_call_arguments.delta", **self._at(block), delta=text)
+        kind = self._kind(block)
+        if kind != "freeform":  # its input is told when it is whole
+            more = {"delta": text, "logprobs": list[Any]()} if kind == "text" else {"delta": text}
+            yield self._event(f"{self.KINDS[kind][1]}.delta", **self._at(block), **more)
 
     def closed(self, block: Block) -> Iterator[dict[str, Any]]:
-        item = self._item(block, self._status(block))
-        if block.kind == "call":
-            yield from self._call_done(block)
-        else:
-            done = {"text": block.text} | ({"logprobs": list[Any]()} if block.kind == "text" else {})
-            name = "output_text" if block.kind == "text" else "reasoning_text"
-            yield self._event(f"{name}.done", **self._part_at(block), **done)
-            yield self._event("content_part.done", **self._part_at(block), part=item["content"][0])
+        kind, item = self._kind(block), self._item(block, self._status(block))
+        name = self.KINDS[kind][1]
+        done: dict[str, Any] = {"text": block.text, "logprobs": []} if kind == "text" else {"text": block.text}
+        if kind == "call":
+            done = {"name": item["name"], "arguments": block.text}
+        elif kind == "freeform":
+            done = {"input": item["input"]}
+            yield self._event(f"{name}.delta", **self._at(block), delta=item["input"])
+        yield self._event(f"{name}.done", **self._at(block), **done)
+        for part in item.get("content", ()):
+            yield self._event("content_part.done", **self._at(block), part=part)
         yield self._event("output_item.done", output_index=block.index, item=item)
 
-    def _call_done(self, block: Block) -> Iterator[dict[str, Any]]:
-        tool = self._tools.meaning(block.name)
-        if tool.freeform:
-            written = raw_input(block.text)
-            yield self._event("custom_tool_call_input.delta", **self._at(block), delta=written)
-            yield self._event("custom_tool_call_input.done", **self._at(block), input=written)
-        else:
-            yield self._event("function_call_arguments.done", **self._at(block), name=tool.name, arguments=block.text)
-
-    def finish(self) -> Iterator[dict[str, Any]]:
-        response = self.document()
-        yield self._event(response["status"], response=response)
+    def _at(self, block: Block) -> dict[str, Any]:
+        place = {"item_id": self._id(block), "output_index": block.index}
+        return place if block.kind == "call" else place | {"content_index": 0}
 
     # Items
 
+    def _kind(self, block: Block) -> str:
+        return "freeform" if block.kind == "call" and block.name in self._input.freeform else block.kind
+
+    def _id(self, block: Block) -> str:
+        return f"{self.KINDS[self._kind(block)][0]}_{block.id}"
+
     def _status(self, block: Block) -> str:
-        cut = self.choice.finish_reason == "length" and block is self.choice.blocks[-1]
+        cut = self.choices[0].finish_reason == "length" and block is self.choices[0].blocks[-1]
         return "incomplete" if cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
         if block.kind == "text":
             part = {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
-            return {"id": block.id, "type": "message", "role": "assistant", "status": status, "content": [part]}
+            return {"id": self._id(block), "type": "message", "role": "assistant", "status": status, "content": [part]}
         if block.kind == "thought":
             sealed = base64.b64encode(block.text.encode("utf-8", "replace")).decode()
-            return {"id": block.id, "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
+            return {"id": self._id(block), "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
                     "content": [{"type": "reasoning_text", "text": block.text}]}  # fmt: skip
-        tool = self._tools.meaning(block.name)
-        call = {"id": block.id, "call_id": block.call_id, "name": tool.name, "status": status}
-        call |= {"namespace": tool.namespace} if tool.namespace else {}
-        if tool.freeform:
-            return call | {"type": "custom_tool_call", "input": raw_input(block.text)}
+        call = {"id": self._id(block), "call_id": block.call_id, **self._input.client_name(block.name), "status": status}
+        if block.name in self._input.freeform:
+            written = block.arguments().get("input")  # else the arguments stay as they are
+            return call | {"type": "custom_tool_call", "input": written if isinstance(written, str) else block.text}
         return call | {"type": "function_call", "arguments": block.text}
 
     def document(self) -> dict[str, Any]:
         """The response at its end."""
-        cut = self.choice.finish_reason == "length"
+        cut = self.choices[0].finish_reason == "length"
         response = self._response("incomplete" if cut else "completed")
-        response["output"] = [self._item(b, self._status(b)) for b in self.choice.blocks]
+        response["output"] = [self._item(b, self._status(b)) for b in self.choices[0].blocks]
         return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -9271,17 +9009,6 @@ def keep_seconds(name: str, value: Any) -> float:
     return -seconds if found[1] else min(seconds, MAX_KEEP)
 
 
-def kept(events: Iterator[Event], dialect: Dialect, service: Service, seconds: float | None) -> Iterator[Event]:
-    """Passes events on; behind them the model stays for so many seconds, None: as it would anyhow."""
-    try:
-        for event in events:
-            if seconds is not None and isinstance(event, (Usage, Vectors)):  # the client may ask as soon as it has the last one
-                service.table.keep(dialect.model, seconds)
-            yield event
-    finally:
-        if seconds is not None:
-            service.table.keep(dialect.model, seconds)
-
 
 def rfc3339(seconds: float) -> str:
     """A time since the epoch, as in 2026-01-31T12:00:00.000000Z."""
@@ -9296,13 +9023,9 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
     own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
     top = optional(body, "top_logprobs", whole(0, 20), 0)
-    sampling = Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None)
-    format = body.get("format")
-    if format is None or format == "":
-        return sampling
-    if isinstance(format, str):
-        one_of("format", format, ("json",))
-    return replace(sampling, json_schema=a_schema("format", {"type": "object"} if format == "json" else format))
+    format = {"type": "object"} if body.get("format") == "json" else given(body, "format", "")
+    schema = None if format == "" else Schema("format", one_type(dict, '"json" or a JSON schema')("format", format))
+    return Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None, json_schema=schema)
 
 
 def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -9325,14 +9048,6 @@ def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates `think` for templates: on or off, or an effort."""
-    think = body.get("think")
-    if think is None:
-        return {}
-    return {"enable_thinking": think} if isinstance(think, bool) else effort_args("think", think)
-
-
 def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[str]:
     """Lists a turn's images for with_note. Those of the user's newest turn are refused."""
     if not optional(holder, "images", one_type(list, "a list"), []):
@@ -9348,34 +9063,38 @@ class OllamaRoute(Dialect):
     api = "ollama"
     use = "generate"  # what the model is loaded for
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._began, self._ready = time.monotonic(), 0.0
+    def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that all its requests have."""
+        self._began = self._ready = time.monotonic()
         self._keep = optional(body, "keep_alive", keep_seconds)
         if body.get("model") is None:
             raise InvalidRequest("model is required: the name of a model, or default", "model")
-        super().__init__(body)
-
-    def asks(self) -> bool:
-        """True if there is a question."""
-        raise NotImplementedError
+        return {"model": a_string("model", body["model"]), "engine": ollama_engine(body)}
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        events = super().events(service, cancel) if self.asks() else self._loads(service, cancel)
-        return kept(events, self, service, self._keep)
+        """Without a question the model is only loaded, or let go. Behind the answer it stays as long as keep_alive says."""
+        asks = any(getattr(self.request, name, None) for name in ("prompts", "messages", "infill", "inputs"))
+        try:
+            for event in super().events(service, cancel) if asks else self._loads(service, cancel):
+                if isinstance(event, Queued):
+                    self._ready = time.monotonic()
+                elif isinstance(event, Usage):  # the client may ask as soon as it has the last one
+                    self._stay(service)
+                yield event
+        finally:
+            self._stay(service)
+
+    def _stay(self, service: Service) -> None:
+        if self._keep is not None:
+            service.table.keep(self.model, self._keep)
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        """Loads the model, or lets it go."""
         if self._keep == 0:
             yield Queued(service.table.resolve(self.request.model, cancel))
         else:
             yield from service.load(self.request.model, self.use, cancel, self.request.engine)
-        yield Vectors(0, ()) if self.use == "embed" else ChoiceEnd(0, "unload" if self._keep == 0 else "load")
+        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
         yield Usage(0, 0, 0, 0.0, 0.0)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._ready = time.monotonic()
 
     def times(self) -> dict[str, int]:
         """Durations in nanoseconds."""
@@ -9384,53 +9103,45 @@ class OllamaRoute(Dialect):
 
 
 class Ollama(OllamaRoute):
-    """Base of Ollama's two text routes, which stream unless told otherwise."""
+    """Base of Ollama's two text routes."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._shown_calls = 0
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
+    streams = True
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        return GenerateRequest(
-            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body),
-            engine=ollama_engine(body),
-        )
+        think = body.get("think")
+        args = {"enable_thinking": think} if isinstance(think, bool) else read_template_args({}, "think", think)
+        return GenerateRequest(**self.common(body), sampling=ollama_sampling(body), template_args=args)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         """Puts the model's words into this route's fields."""
         raise NotImplementedError
 
-    def asks(self) -> bool:
-        return bool(self.request.prompts or self.request.messages or self.request.infill)
-
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
-            text, thought = (event.text, "") if isinstance(event, Text) else ("", event.text)
-            yield self._document(text, thought, logprobs=event.logprobs)
-        elif isinstance(event, (CallBegan, ChoiceEnd)):  # calls go out whole
-            done = len(self.choices[0].calls) - isinstance(event, CallBegan)
-            if done > self._shown_calls:
-                yield self._document(calls=[self._shown(done - 1)])
-                self._shown_calls = done
+        if isinstance(event, (Text, Thought)):
+            yield self._document(Choice(event), [])
+        elif isinstance(event, (CallBegan, ChoiceEnd)):  # a call goes out whole: when the next one begins, or at the end
+            whole = len(self.choices[0].calls) - isinstance(event, CallBegan)
+            if whole:
+                yield self._document(Choice(), self._calls()[whole - 1 : whole])
         elif isinstance(event, Usage):
-            yield self._document(**self._end(event))
+            yield self._document(Choice(), [], **self._end(event))
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choice, end = self.choices[0], self._end(self.usage)
-        calls = map(self._shown, range(len(choice.calls)))
-        return self._document(choice.text, choice.said("thought"), calls, choice.logprobs, **end)
+        return self._document(self.choices[0], self._calls(), **self._end(self.usage))
 
-    def _document(self, text: str = "", thought: str = "", calls: Iterable[dict[str, Any]] = (),
-                  logprobs: Seq[TokenLogprob] = (), **end: Any) -> dict[str, Any]:  # fmt: skip
-        shown = {"logprobs": shown_logprobs(logprobs)} if logprobs else {}
-        return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(text, thought, list(calls)),
-                "done": bool(end), **shown, **end}  # fmt: skip
+    def _document(self, choice: Choice, calls: list[dict[str, Any]], **end: Any) -> dict[str, Any]:
+        logprobs = {"logprobs": shown_logprobs(choice.logprobs)} if choice.logprobs else {}
+        more: dict[str, Any] = {"thinking": choice.said("thought"), "tool_calls": calls}
+        said = self.said(choice.said(), {name: value for name, value in more.items() if value})
+        return {"model": self.request.model, "created_at": rfc3339(time.time()), **said, "done": bool(end), **logprobs, **end}
 
-    def _shown(self, index: int) -> dict[str, Any]:
-        """A call with its arguments as an object."""
-        call = self.choices[0].calls[index]
-        return {"id": call.call_id, "function": {"index": index, "name": call.name, "arguments": call.arguments()}}
+    def _calls(self) -> list[dict[str, Any]]:
+        """The calls with their arguments as objects."""
+        return [
+            {"id": call.call_id, "function": {"index": i, "name": call.name, "arguments": call.arguments()}}
+            for i, call in enumerate(self.choices[0].calls)
+        ]
 
     def _end(self, usage: Usage) -> dict[str, Any]:
         """The last document's reason, counts and durations."""
@@ -9475,9 +9186,8 @@ class OllamaChat(Ollama):
             called.extend(str(call.get("id")) for call in calls if isinstance(call, dict))
         return read_messages({"messages": read or None})
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        more = {"thinking": thought} if thought else {}
-        return {"message": {"role": "assistant", "content": text, **more, **({"tool_calls": calls} if calls else {})}}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, **more}}
 
 
 class OllamaGenerate(Ollama):
@@ -9500,8 +9210,8 @@ class OllamaGenerate(Ollama):
         turns = ({"role": "system", "content": system},) if system else ()
         return replace(request, messages=(*turns, {"role": "user", "content": prompt}), split_markers=True)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"response": text, **({"thinking": thought} if thought else {})}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"response": text, **more}
 
 
 class OllamaEmbed(OllamaRoute, Embeddings):
@@ -9510,37 +9220,28 @@ class OllamaEmbed(OllamaRoute, Embeddings):
     use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        self._base64, given = False, self.given(body)
-        optional(body, "options", an_object)
+        given = body.get("input")
         return EmbedRequest(
-            model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_texts("input", given, MAX_INPUTS),
+            **self.common(body),
+            inputs=() if given in (None, "", []) else read_texts("input", given, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
-            truncate=flag(body, "truncate", True),
-            engine=ollama_engine(body),
+            truncate=optional(body, "truncate", boolean, True),
         )
-
-    def given(self, body: Mapping[str, Any]) -> Any:
-        """The input."""
-        return body.get("input")
-
-    def asks(self) -> bool:
-        return bool(self.request.inputs)
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        vectors = [self._embedding(row) for row in self._rows]
+        vectors = [numbers(row) for row in self.rows]
         return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": self.usage.prompt_tokens}
 
 
 class OllamaEmbedding(OllamaEmbed):
     """`/api/embeddings`, its older form: one prompt, one vector."""
 
-    def given(self, body: Mapping[str, Any]) -> Any:
-        return optional(body, "prompt", a_string)
+    def read(self, body: Mapping[str, Any]) -> EmbedRequest:
+        return super().read({**body, "input": optional(body, "prompt", a_string)})
 
     def document(self) -> dict[str, Any]:
-        return {"embedding": self._embedding(self._rows[0]) if self._rows else []}
+        return {"embedding": numbers(self.rows[0]) if self.rows else []}
 
 
 class OllamaPull(Dialect):
@@ -9548,26 +9249,20 @@ class OllamaPull(Dialect):
 
     api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
+    streams = True
     places = threading.BoundedSemaphore(MAX_PULLS)
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
-        self._told = -math.inf
-
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        name = body.get("name") if body.get("model") is None else body["model"]
-        wanted = repository(a_string("model", name))
+        name = first_given(body, a_string, "model", "name") or ""
+        wanted = repository(name)
         if wanted is None:
             raise InvalidRequest("model must name a repository of a Hugging Face hub: hf.co/OWNER/REPO:QUANT", "model")
-        self._wanted = wanted
-        return GenerateRequest(str(name))
+        self._wanted, self._told = wanted, -math.inf
+        return GenerateRequest(name)
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if not service.allow_pull:
             raise Forbidden("This server fetches nothing for its clients unless it is started with --allow-pull")
-        return self._fetched(service, cancel)
-
-    def _fetched(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if not self.places.acquire(blocking=False):
             raise Overloaded(f"{MAX_PULLS} models are being fetched already, which is as many as may be at once")
         try:
@@ -9628,29 +9323,18 @@ def template_of(metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("tokenizer.chat_template") or "")
 
 
-def ollama_name(id: str) -> str:
-    """Ollama's names have a tag."""
-    return id if ":" in id else f"{id}:latest"
-
-
 def ollama_model(info: ModelInfo) -> dict[str, Any]:
-    """A model in Ollama's lists. Its digest stands for the file as it is, without reading it."""
+    """A model in Ollama's lists, whose names have a tag. Its digest stands for the file as it is, without reading it."""
     import hashlib
 
-    modified = 0
+    modified, name = 0, info.id if ":" in info.id else f"{info.id}:latest"
     with contextlib.suppress(OSError):
         modified = os.stat(info.path).st_mtime_ns
     told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
-    return {
-        "name": ollama_name(info.id), "model": ollama_name(info.id), "modified_at": rfc3339(modified / 1e9),
-        "size": info.size_bytes, "digest": hashlib.sha256(told).hexdigest(), "details": ollama_details(info),
-    }  # fmt: skip
-
-
-def ollama_details(info: ModelInfo) -> dict[str, Any]:
-    """A model's `details`, as every list of Ollama's has them."""
-    return {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
-            "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+    details = {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
+               "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+    return {"name": name, "model": name, "modified_at": rfc3339(modified / 1e9), "size": info.size_bytes,
+            "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
 
 
 def ollama_show(info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
@@ -9680,10 +9364,9 @@ def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Worker 
     return [name for name, is_so in can.items() if is_so]
 
 
-def listed_model(service: Service, info: ModelInfo, residents: Iterable[Worker]) -> dict[str, Any]:
+def listed_model(service: Service, info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
-    context = context_of(service, info, next((r for r in residents if r.info.id == info.id), None))
-    began = int(service.started)
+    context, began = context_of(service, info, resident), int(service.started)
     return {
         "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
         "type": "model", "display_name": info.name, "created_at": rfc3339(began),
@@ -9748,7 +9431,7 @@ class LlamaCompletion(Dialect):
     }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._prompt_tokens, self._first, self._broke = 0, 0.0, False
+        self._broke = False
         self._seconds = optional(body, "t_max_predict_ms", number(-1, 1e9), 0.0) / 1000  # of writing, from a line's end on
         fields = optional(body, "response_fields", one_type(list, "a list"))
         self._fields = None if fields is None else [a_string("response_fields", f) for f in fields]
@@ -9776,50 +9459,40 @@ class LlamaCompletion(Dialect):
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
-        with contextlib.closing(super().events(service, cancel)) as events:  # type: ignore[type-var]
-            for event in events:
-                if isinstance(event, Text) and self._limit != 0:
-                    self._watch(event, cancel)
-                    yield event
-                elif not isinstance(event, Text):
-                    yield event
-
-    def _watch(self, event: Text, cancel: Cancellation) -> None:
-        self._first, self._broke = self._first or time.monotonic(), self._broke or "\n" in event.text
-        if self._seconds and self._broke and not cancel.cancelled and time.monotonic() - self._first > self._seconds:
-            cancel.cancel(gently=True)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._prompt_tokens = event.prompt_tokens
+        for event in super().events(service, cancel):
+            self._broke = self._broke or (isinstance(event, Text) and "\n" in event.text)
+            late = bool(self._seconds and self.first) and time.monotonic() - (self.first or 0) > self._seconds
+            if late and self._broke and not cancel.cancelled:
+                cancel.cancel(gently=True)
+            if self._limit != 0 or not isinstance(event, Text):
+                yield event
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and (event.text or event.logprobs):
-            piece = {"stop": False, "tokens_evaluated": self._prompt_tokens}
-            yield self._document(event.index, event.text, event.logprobs) | piece
+        if isinstance(event, Text):
+            yield self._document(event.index, Choice(event)) | {"stop": False, "tokens_evaluated": self.prompt_tokens}
         elif isinstance(event, ChoiceEnd):
-            yield self._end(event, "", ())
+            yield self._end(event, Choice())
 
     def document(self) -> Any:
         """An object, or for several prompts a list of them."""
-        ends = [self._end(choice.end, choice.text, choice.logprobs) for _, choice in self.in_order() if choice.end]
+        ends = [self._end(choice.end, choice) for _, choice in self.in_order() if choice.end]
         return ends if len(self.request.prompts) > 1 else ends[0]
 
-    def _document(self, index: int, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
-        shown = {"completion_probabilities": [self._probability(t) for t in logprobs]} if logprobs and self._count else {}
-        tokens = [t.id for t in logprobs] if self._with_tokens else []
-        return {"index": index, "content": text, "tokens": tokens, "id_slot": -1, **shown}
+    def _document(self, index: int, choice: Choice) -> dict[str, Any]:
+        shown = [self._probability(t) for t in choice.logprobs] if self._count else []
+        tokens = [t.id for t in choice.logprobs] if self._with_tokens else []
+        probabilities = {"completion_probabilities": shown} if shown else {}
+        return {"index": index, "content": choice.said(), "tokens": tokens, "id_slot": -1, **probabilities}
 
     @staticmethod
     def _probability(token: TokenLogprob) -> dict[str, Any]:
         top = [{"id": id, **shown} for id, shown in zip(token.ids, map(shown_token, token.names, token.logprobs), strict=True)]
         return {"id": token.id, **shown_token(token.token, token.logprob), "top_logprobs": top}
 
-    def _end(self, end: ChoiceEnd, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+    def _end(self, end: ChoiceEnd, choice: Choice) -> dict[str, Any]:
         assert end.usage
         usage, word = end.usage, end.stopped_by
-        document = self._document(end.index, text, logprobs) | {
+        document = self._document(end.index, choice) | {
             "stop": True, "model": self.model, "tokens_predicted": 0 if self._limit == 0 else usage.completion_tokens,
             "tokens_evaluated": usage.prompt_tokens, "tokens_cached": usage.cached_tokens, "truncated": False,
             "stop_type": "word" if word else "eos" if end.finish_reason == "stop" else "limit", "stopping_word": word,
@@ -9833,10 +9506,10 @@ class LlamaInfill(LlamaCompletion):
 
     def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
         prefix, suffix = (a_string(name, body.get(name)) for name in ("input_prefix", "input_suffix"))
-        extra = []
-        for where, piece in listed("input_extra", [] if body.get("input_extra") is None else body["input_extra"]):
-            text, name = a_string(f"{where}.text", piece.get("text")), piece.get("filename")
-            extra.append(("tmp" if name is None else a_string(f"{where}.filename", name), text))
+        extra = [
+            (a_string(f"{where}.filename", given(piece, "filename", "tmp")), a_string(f"{where}.text", piece.get("text")))
+            for where, piece in listed("input_extra", given(body, "input_extra", []))
+        ]
         return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
 
 
@@ -10206,7 +9879,7 @@ NDJSON = Framing("application/x-ndjson", lambda d: to_json(d) + b"\n", pulse=b" 
 
 
 class Wire:
-    """Carries a dialect's documents to one client. `begin` comes first; from there on errors are documents too."""
+    """Carries a dialect's documents to one client. From `begin` on errors are documents too."""
 
     begun = False
 
@@ -10217,8 +9890,8 @@ class Wire:
         """One document."""
         raise NotImplementedError
 
-    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        """A sign of life, so that no client or proxy gives up; `sign` makes one that the dialect's clients count."""
+    def idle(self, document: dict[str, Any] | None) -> None:
+        """A sign of life, so that no client or proxy gives up; a document, where the dialect's clients count nothing else."""
 
     def end(self) -> None:
         """The answer is complete."""
@@ -10228,47 +9901,36 @@ class Wire:
         raise NotImplementedError
 
 
-class Whole(Wire):
-    """One JSON document, with its status."""
+class HttpWire(Wire):
+    """One JSON document with its status, or documents in a Framing behind a head that goes out when the answer begins."""
 
-    def __init__(self, out: Responder) -> None:
-        self._out = out
-
-    def send(self, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document))
-
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document, error.status, dict(error.headers)))
-
-
-class Stream(Whole):
-    """Documents in a Framing, behind a head that goes out when the answer begins."""
-
-    def __init__(self, out: Responder, framing: Framing) -> None:
-        super().__init__(out)
-        self._framing = framing
+    def __init__(self, out: Responder, framing: Framing | None = None) -> None:
+        self._out, self._framing = out, framing
 
     def begin(self) -> None:
-        if not self.begun:
+        if self._framing and not self.begun:
             self._out.start(self._framing.content_type)
             self.begun = True
 
     def send(self, document: dict[str, Any]) -> None:
-        self._out.write(self._framing.encode(document))
+        if self._framing:
+            self._out.write(self._framing.encode(document))
+        else:
+            self._out.respond(Answer(document))
 
-    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        if self.begun:
-            document = sign()
+    def idle(self, document: dict[str, Any] | None) -> None:
+        if self._framing:
             self._out.write(self._framing.encode(document) if document else self._framing.pulse)
 
     def end(self) -> None:
-        self._out.write(self._framing.done, last=True)
+        if self._framing:
+            self._out.write(self._framing.done, last=True)
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        if self.begun:
+        if self._framing and self.begun:
             self._out.write(self._framing.encode(document), last=True)
         else:
-            super().fail(error, document)
+            self._out.respond(Answer(document, error.status, dict(error.headers)))
 
 
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
@@ -10280,8 +9942,8 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
                 signs += 1
             if isinstance(event, (Queued, Fetching)) or signs == HEAD_SIGNS:
                 wire.begin()
-            if isinstance(event, Waiting):
-                wire.idle(dialect.idle)
+            if isinstance(event, Waiting) and wire.begun:
+                wire.idle(dialect.idle())
             for document in dialect.documents(event):
                 wire.send(document)
     wire.end()
@@ -10367,22 +10029,17 @@ class Call:
     accept: str = ""  # kinds of answer that the client reads: a browser begins with text/html
 
 
-def answer_health(call: Call) -> Answer:
+def answer_health(call: Call) -> dict[str, Any]:
     """The server's state; llama-server's older clients read the counts of slots."""
     residents = call.service.table.workers()
     running, places = sum(r.counts()[0] for r in residents), sum(r.loaded.parallel for r in residents)
-    return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
+    return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
 
 
-def answer_metrics(call: Call) -> Answer:
-    """The metrics in Prometheus' text format."""
-    return Answer(metrics_text(call.service), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def answer_discover(call: Call) -> Answer:
+def answer_discover(call: Call) -> dict[str, Any]:
     """Rescans the disk and lists what is there."""
     models = call.service.table.models(0.0)
-    return Answer({"discovered": len(models), "models": models})
+    return {"discovered": len(models), "models": models}
 
 
 def answer_load(call: Call) -> Answer:
@@ -10393,45 +10050,35 @@ def answer_load(call: Call) -> Answer:
     return Answer(status, 200 if wait or status["loaded"] else 202)
 
 
-def answer_unload(call: Call) -> Answer:
+def answer_unload(call: Call) -> dict[str, Any]:
     """200 with the status once the model's memory is free; `?force=true` ends what runs."""
     force = call.query.get("force", "false").lower() in ("true", "1", "yes")
-    return Answer(call.service.table.unload(call.names[0], force, call.cancel))
+    return call.service.table.unload(call.names[0], force, call.cancel)
 
 
-def answer_execute(call: Call) -> Answer:
-    """Runs a tool on the arguments in the body."""
-    return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}"), call.cancel))
-
-
-def answer_upgrade(call: Call) -> Answer:
+def answer_upgrade(call: Call) -> NoReturn:
     """426: Handler gives proper upgrades to SocketListener."""
     raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
-def answer_openai_models(call: Call) -> Answer:
+def answer_openai_models(call: Call) -> dict[str, Any]:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    residents = call.service.table.workers()
-    data = [listed_model(call.service, info, residents) for info in call.service.table.infos()]
+    residents = {r.info.id: r for r in call.service.table.workers()}
+    data = [listed_model(call.service, info, residents.get(info.id)) for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return Answer({"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})})
+    return {"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})}
 
 
-def answer_openai_model(call: Call) -> Answer:
-    """One model, by any name that means it."""
-    info = call.service.table.info(call.names[0], call.cancel)
-    return Answer(listed_model(call.service, info, call.service.table.workers()))
-
-
-def answer_count_tokens(call: Call) -> Answer:
-    """Counts the prompt tokens of a Messages request."""
-    return Answer({"input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)})
+def known_model(call: Call, name: str) -> tuple[ModelInfo, Worker | None]:
+    """A model by any name that means it, and as it is loaded, if it is."""
+    info = call.service.table.info(name, call.cancel)
+    return info, next((r for r in call.service.table.workers() if r.info.id == info.id), None)
 
 
 # Ollama's and llama-server's routes that generate nothing
 
 
-def answer_ps(call: Call) -> Answer:
+def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
     for r in call.service.table.workers():
@@ -10440,31 +10087,18 @@ def answer_ps(call: Call) -> Answer:
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
             "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
         })  # fmt: skip
-    return Answer({"models": models})
+    return {"models": models}
 
 
-def answer_show(call: Call) -> Answer:
+def answer_show(call: Call) -> dict[str, Any]:
     """One model in detail; older clients call the field `name`."""
-    body = parse_object(call.body)
-    name = body.get("name") if body.get("model") is None else body["model"]
+    name = first_given(parse_object(call.body), a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    info = call.service.table.info(a_string("model", name), call.cancel)
-    return Answer(ollama_show(info, resident_of(call.service, info)))
+    return ollama_show(*known_model(call, name))
 
 
-def resident_of(service: Service, info: ModelInfo) -> Worker | None:
-    """The model as it is loaded, if it is."""
-    return next((r for r in service.table.workers() if r.info.id == info.id), None)
-
-
-def answer_props(call: Call) -> Answer:
-    """A model's properties for clients that are about to chat; `?model=` names another than the default."""
-    info = call.service.table.info(call.query.get("model", "default"), call.cancel)
-    return Answer(model_properties(call.service, info, resident_of(call.service, info)))
-
-
-def answer_slots(call: Call) -> Answer:
+def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
     id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
@@ -10476,21 +10110,19 @@ def answer_slots(call: Call) -> Answer:
     ]
     if call.query.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
         raise Overloaded("No slot is free")  # where nothing is loaded, the next request loads
-    return Answer(slots)
+    return slots
 
 
-def answer_tokenize(call: Call) -> Answer:
+def answer_tokenize(call: Call) -> dict[str, Any]:
     """A text's tokens, with `with_pieces` also what they stand for: a string, or bytes where that is no whole character."""
     body = parse_object(call.body)
     content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
     if len(content) > MAX_TOKENIZED:
         raise InvalidRequest(f"content may have up to {MAX_TOKENIZED} characters, not {len(content)}", "content")
-    parse = flag(body, "parse_special", True)
-    tokens = call.service.tokenize(
-        optional(body, "model", a_string, "default"), Tokenize(content, flag(body, "add_special"), parse, pieces), call.cancel
-    )
+    job = Tokenize(content, flag(body, "add_special"), optional(body, "parse_special", boolean, True), pieces)
+    tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
     named = zip(tokens.ids, tokens.pieces, strict=False)
-    return Answer({"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)})
+    return {"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)}
 
 
 def text_or_bytes(piece: bytes) -> str | list[int]:
@@ -10501,7 +10133,7 @@ def text_or_bytes(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
-def answer_detokenize(call: Call) -> Answer:
+def answer_detokenize(call: Call) -> dict[str, Any]:
     """The text that tokens stand for, special ones by their names."""
     body = parse_object(call.body)
     ids: Any = body.get("tokens")
@@ -10511,12 +10143,7 @@ def answer_detokenize(call: Call) -> Answer:
         raise InvalidRequest(f"tokens may hold up to {MAX_TOKENIZED // 4} token ids, not {len(ids)}", "tokens")
     job = Tokenize(tuple(ids), pieces=True)
     tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
-    return Answer({"content": b"".join(tokens.pieces).decode("utf-8", "replace")})
-
-
-def answer_template(call: Call) -> Answer:
-    """The prompt that a chat's messages become; the body is that of `/v1/chat/completions`."""
-    return Answer({"prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)})
+    return {"content": b"".join(tokens.pieces).decode("utf-8", "replace")}
 
 
 def answer_root(call: Call) -> Answer:
@@ -10526,7 +10153,7 @@ def answer_root(call: Call) -> Answer:
     return Answer({"server": "shimmy", "version": __version__})
 
 
-Answering = Callable[[Call], Answer]
+Answering = Callable[[Call], Any]  # an Answer, or the document of one
 
 
 @dataclass(frozen=True)
@@ -10540,19 +10167,18 @@ class Route:
     needs_body: bool = False
     api: str = "shimmy"  # whose shape an error takes
     framing: Framing = SSE  # of a dialect's streams
-    unless: tuple[Callable[[Mapping[str, Any], str], bool], Route] | None = None  # another API's row at this address
+    ollamas: Route | None = None  # the row for bodies and User-Agents of Ollama's at this address
 
     def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
-        """This row, or the one for bodies and User-Agents of another API."""
-        return self.unless[1] if self.unless and self.unless[0](body, agent) else self
+        """This row, or Ollama's."""
+        return self.ollamas if self.ollamas and speaks_ollama(body, agent) else self
 
     def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
         """The names in the path, or None."""
-        if len(segments) != len(self.path):
+        pairs = list(zip(self.path, segments, strict=False))
+        if len(segments) != len(self.path) or any(part not in ("{}", segment) for part, segment in pairs):
             return None
-        if any(part not in ("{}", segment) for part, segment in zip(self.path, segments, strict=True)):
-            return None
-        return tuple(s for part, s in zip(self.path, segments, strict=True) if part == "{}")
+        return tuple(segment for part, segment in pairs if part == "{}")
 
     def label(self) -> str:
         """The path as the metrics show it."""
@@ -10570,21 +10196,23 @@ def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterato
         yield Route(method, segments[1:], answer, **marks)
 
 
+PROMETHEUS = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 _OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, api="ollama", framing=NDJSON)
 ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
-    *_route("GET /diag", lambda call: Answer(call.service.diag())),
-    *_route("GET /metrics", answer_metrics),
-    *_route("POST /api/generate", Native, unless=(speaks_ollama, _OLLAMA_GENERATE)),
-    *_route("GET /api/models", lambda call: Answer(call.service.models())),
+    *_route("GET /diag", lambda call: call.service.diag()),
+    *_route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
+    *_route("POST /api/generate", Native, ollamas=_OLLAMA_GENERATE),
+    *_route("GET /api/models", lambda call: call.service.models()),
     *_route("POST /api/models/discover", answer_discover),
     *_route("POST /api/models/{}/load", answer_load),
     *_route("POST /api/models/{}/unload", answer_unload),
-    *_route("GET /api/models/{}/status", lambda call: Answer(call.service.table.status(call.names[0]))),
-    *_route("GET /api/tools", lambda call: Answer({"tools": call.service.tools.documents()})),
-    *_route("POST /api/tools/{}/execute", answer_execute, needs_body=True),
+    *_route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
+    *_route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
+    *_route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
+        call.names[0], parse_json(call.body or b"{}"), call.cancel)),
     *_route("GET /ws/generate", answer_upgrade),
     *_route("POST /v1/chat/completions", ChatCompletion),
     *_route("POST /v1/completions", Completion),
@@ -10592,12 +10220,13 @@ ROUTES = (
     *_route("POST /v1/rerank", Rerank),
     *_route("POST /v1/reranking", Rerank),
     *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
-    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, api="anthropic"),
+    *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", answer=lambda call: {
+        "input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
-    *_route("GET /v1/models/{}", answer_openai_model, api="openai"),
-    *_route("GET /api/version", lambda call: Answer({"version": OLLAMA_VERSION}), api="ollama"),  # clients compare it
-    *_route("GET /api/tags", lambda call: Answer({"models": list(map(ollama_model, call.service.table.infos()))}), api="ollama"),
+    *_route("GET /v1/models/{}", lambda call: listed_model(call.service, *known_model(call, call.names[0])), api="openai"),
+    *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
+    *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
     *_route("GET /api/ps", answer_ps, api="ollama"),
     *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
     *_route("POST /api/pull", OllamaPull, framing=NDJSON),
@@ -10608,12 +10237,13 @@ ROUTES = (
     *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
     *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
-    *_route("POST /apply-template", answer_template, needs_body=True, api="llama-server"),
-    *_route("GET /props", answer_props, api="llama-server"),
+    *_route("POST /apply-template", needs_body=True, api="llama-server", answer=lambda call: {
+        "prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)}),
+    *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
+        call.service, *known_model(call, call.query.get("model", "default")))),
     *_route("GET /slots", answer_slots, api="llama-server"),
-    *_route("GET /v1/health", lambda call: Answer(answer_health(call).document | {"status": "ok"}), api="llama-server",
-            keyless=True),
-)
+    *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
+)  # fmt: skip
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10759,7 +10389,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Answers one request; true if the connection ends behind it."""
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
-        self.wire: Wire = Whole(self.out)
+        self.wire: Wire = HttpWire(self.out)
         run_request(self._answer_request, self.out.line, self.fail, self.leave)
         self.reader.release()
         self._count()
@@ -10820,7 +10450,8 @@ class Handler(socketserver.BaseRequestHandler):
         else:
             call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
             with self._watched(cancel):
-                self.out.respond(answer(call))
+                told = answer(call)
+                self.out.respond(told if isinstance(told, Answer) else Answer(told))
 
     def _dialect(self, body: Mapping[str, Any]) -> Dialect:
         """The request, in the API that the body speaks: from here on errors take its shape."""
@@ -10853,7 +10484,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
-        self.wire = Stream(self.out, self.route.framing) if dialect.stream else self.wire
+        self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
         dialect.owner = self.server.access.owner(self.out.head.headers)
         deliver(dialect, dialect.events(self.service, cancel), self.wire)
 
@@ -11111,7 +10742,7 @@ class SocketWire(Wire):
 
     def leave(self) -> None:
         with contextlib.suppress(ClientGone):
-            self.send(NativeSocket.cancelled())
+            self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
 
 class SocketConnection:
@@ -11247,7 +10878,7 @@ class SocketConnection:
         line, wire = RequestLog("WS /ws/generate", self._id), SocketWire(self.say)
 
         def work() -> None:
-            dialect = line.dialect = NativeSocket(request.body())
+            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
             dialect.owner, line.status = self._owner, 200
             deliver(dialect, dialect.events(self._server.service, request.cancel), wire)
 

@@ -3690,7 +3690,7 @@ def test_answer_that_begins_with_a_thought_goes_on_thinking(opened: str, special
     parser, choice = talk.parser(request, prompt[-1:], 0), module.Choice()
     for event in [*parser.push("count.\n</think>\n\nFour."), *parser.finish("stop")]:
         choice.add(event)  # type: ignore[arg-type]
-    assert (choice.said("thought"), choice.text) == ("count.\n", "Four.")
+    assert (choice.said("thought"), choice.said("text")) == ("count.\n", "Four.")
     assert talk.constraint(replace_field(request, schema_of("messages")), prompt[-1:]).after == "</think>"
 
 
@@ -9964,7 +9964,7 @@ def test_chat_grammar_holds_the_answer(server: Server) -> None:
 @pytest.mark.parametrize(
     "format, word",
     [
-        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_schema"}, "schema"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
         ("json", "object"),
     ],
@@ -11189,7 +11189,7 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "is_error a string": (claude([{"type": "tool_result", "tool_use_id": "1", "is_error": "no"}]), "is_error"),
     "call from the user": (claude([{"type": "tool_use", "id": "1", "name": "a", "input": {}}]), "messages[0].content[0].type"),
     "document without source": (claude([{"type": "document"}]), "messages[0].content[0].source"),
-    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "source.type"),
+    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "\"document\""),
     "call's input text": (
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "a", "input": "{}"}]}]},
         "messages[0].content[0].input",
@@ -13425,7 +13425,7 @@ def test_client_that_reads_slowly_gets_all_of_a_large_answer(serve: Callable[...
 
 def test_our_own_connection_errors_are_no_clients_leaving(serve: Callable[..., Server], tmp_path: Path) -> None:
     fails = '(_ for _ in ()).throw(ConnectionResetError("ours"))'
-    own = serve(script=altered(tmp_path, ("lambda call: Answer(call.service.diag())", f"lambda call: {fails}")))
+    own = serve(script=altered(tmp_path, ("lambda call: call.service.diag()", f"lambda call: {fails}")))
     assert_error(own.get("/diag"), 500, "server_error")
     assert "ConnectionResetError: ours" in own.log.read_text()
 
@@ -14587,7 +14587,7 @@ def test_failure_is_logged_with_its_id_without_v(serve: Callable[..., Server], m
 
 
 def test_traceback_is_logged_with_its_id(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    script = altered(tmp_path, ("lambda call: Answer(call.service.diag())", 'lambda call: 1 // 0'))
+    script = altered(tmp_path, ("lambda call: call.service.diag()", 'lambda call: 1 // 0'))
     own = serve("--models-dir", models, script=script)
     assert_error(own.get("/diag", **{"X-Request-Id": "trace-4"}), 500, "server_error")
     assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*ZeroDivisionError", own.log.read_text())
@@ -15152,7 +15152,7 @@ def rows_of(path: str) -> Iterator[module.Route]:
     segments = tuple(filter(None, path.strip().split("/")))
     for route in module.ROUTES:
         if route.method == "POST" and route.match(segments) is not None:
-            yield from (route, *([route.unless[1]] if route.unless else []))
+            yield from filter(None, (route, route.ollamas))
 
 
 def fields_of(path: str) -> list[str]:
