@@ -2925,9 +2925,9 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Alive:
-    """Sent every second, whatever the child does: for each of its working threads the task, and how many it has begun."""
+    """Sent every second, whatever the child does; with what takes too long, if anything does."""
 
-    tasks: tuple[tuple[str, int], ...]
+    stuck: str = ""
 
 
 @dataclass(frozen=True)
@@ -3330,12 +3330,6 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
         pool = _fit_pool(model, options, ctx, pool, each, free - need)
     cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
     return LoadPlan(ctx, cells, sequences, placed.gpu_layers, placed.cpu_moe, int(need + each * cells) + GRAPH_BYTES)
-
-
-def expected_need(model: ModelInfo, options: EngineOptions) -> int:
-    """Bytes of RAM that a model takes at least while it is loaded, as far as can be told before: the weights and a context."""
-    ctx = min(options.ctx or 8192, model.context_length or 8192)
-    return model.size_bytes + int((model.kv or KvShape()).token_bytes(options.kv_type) * ctx) + GRAPH_BYTES
 
 
 def _ram_need(model: ModelInfo, weights: Weights | None, placed: Placement) -> tuple[int, float]:
@@ -5490,14 +5484,28 @@ class Scheduler:
 
 
 class Pulse:
-    """What one of the child's threads is doing, for the heartbeat. Written by that thread alone."""
+    """What one of the child's threads is doing. That thread alone begins tasks; the heartbeat thread counts beats."""
+
+    LIMITS: ClassVar = {  # seconds for one task; those not named may take for ever
+        "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
+        "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
+        "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
+        "tokenize": 300,  # one text: a megabyte takes a second, a grammar's start a tenth
+    }
 
     def __init__(self) -> None:
-        self.task, self.begun = "rest", 0
+        self._task: tuple[str, float, int] = ("rest", math.inf, 0)  # its limit, and how many there were before
+        self._seen, self._beats = self._task, 0
 
-    def begin(self, task: str) -> None:
-        self.task = task
-        self.begun += 1
+    def begin(self, task: str, limit: float | None = None) -> None:
+        self._task = (task, limit or self.LIMITS.get(task) or math.inf, self._task[2] + 1)
+
+    def beat(self) -> str:
+        """Called every second by the heartbeat thread. What has taken too long, or ""."""
+        self._beats = self._beats + 1 if self._seen == self._task else 0
+        self._seen = self._task
+        task, limit, _ = self._task
+        return f"'{task}' did not come to an end within {limit:.0f} s" if self._beats * BEAT_SECONDS > limit else ""
 
 
 class Outbox:
@@ -6140,22 +6148,22 @@ def engine_main() -> None:
     gc.set_threshold(*gc.get_threshold()[:2], Engine.MOST_GARBAGE)
     sys.setswitchinterval(0.0005)  # a thread that reads a grammar must not hold up the step loop: usual are 5 ms, at each call
     try:
-        load, pulses = pipe.receive(), [Pulse()]
+        load, pulses = pipe.receive(), [pulse := Pulse()]
     except EOFError:  # it was unloaded before it began
         os._exit(0)
     start_or_die(lambda: _receive(pipe, ready))
     start_or_die(lambda: _beat(pipe, pulses))
 
     def progress(fraction: float) -> None:
-        pulses[0].begin("load")
+        pulse.begin("load")
         pipe.send(Progress(fraction))
 
     try:
-        pulses[0].begin("load")
+        pulse.begin("load")
         llama = Llama(load, progress)
-        pulses[0].begin("trial")
+        pulse.begin("trial", 60 + llama.size_bytes // (50 * MIB))  # the first step reads the weights from a slow disk
         llama.trial()
-        engine = Engine(llama, pipe, pulses[0])
+        engine = Engine(llama, pipe, pulse)
         pulses += [engine.intake.tokenizing, engine.intake.reading]
         for work in (engine.intake.tokenize, engine.intake.read_grammars):
             start_or_die(work, stack=64 * MIB)  # many times what Vocabulary.MAX_RUN needs
@@ -6184,7 +6192,7 @@ def _beat(pipe: Pipe, pulses: Seq[Pulse]) -> None:
     """The child's heartbeat thread: native code lets it run, so its silence means that the whole process hangs."""
     while True:
         try:
-            pipe.send(Alive(tuple((pulse.task, pulse.begun) for pulse in pulses)))
+            pipe.send(Alive(next(filter(None, [pulse.beat() for pulse in pulses]), "")))
         except OSError:
             os._exit(0)
         time.sleep(BEAT_SECONDS)
@@ -6246,8 +6254,7 @@ class Timing:
 class Meter:
     """What a model has done since the server began. Counters only rise, however often the model is unloaded.
 
-    A lock is taken once for a sequence's share of a message (100 a second at most) and once for its end: about a
-    microsecond, and nothing for a token. Any thread may count.
+    Any thread may count; a lock, about a microsecond, is taken for each piece of text and each end, never for a token.
     """
 
     ENDS: ClassVar = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}  # vLLM's words
@@ -6282,7 +6289,14 @@ class Meter:
         with self._lock:
             self._recent.append((now, end))
             self.ends[self.ENDS[end.finish_reason]] += 1
-            self._add_tokens(job, end)
+            self.prompt_tokens += end.prompt_tokens
+            self.computed_tokens += end.prompt_tokens - end.cached_tokens
+            self.cached_tokens += end.cached_tokens
+            self.sought_tokens += end.prompt_tokens * job.generates
+            self.generated_tokens += end.completion_tokens - job.tokens
+            self.prompt_seconds += end.prompt_seconds
+            self.decode_seconds += end.decode_seconds
+            self.prompt_sizes.add(end.prompt_tokens)
             self.whole.add(now - job.began)
             self.inference.add(computing)
             self.queue.add(max(0.0, now - job.began - computing))
@@ -6292,16 +6306,6 @@ class Meter:
                 self.answer_sizes.add(end.completion_tokens)
             if end.completion_tokens > 1:
                 self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
-
-    def _add_tokens(self, job: Timing, end: Finished) -> None:
-        self.prompt_tokens += end.prompt_tokens
-        self.computed_tokens += end.prompt_tokens - end.cached_tokens
-        self.cached_tokens += end.cached_tokens
-        self.sought_tokens += end.prompt_tokens * job.generates
-        self.generated_tokens += end.completion_tokens - job.tokens
-        self.prompt_seconds += end.prompt_seconds
-        self.decode_seconds += end.decode_seconds
-        self.prompt_sizes.add(end.prompt_tokens)
 
     def failed(self, job: Timing) -> None:
         """A job broke off."""
@@ -6363,10 +6367,7 @@ class Generation:
                 self.inbox.put(GenerationFailed(f"The client reads too slowly: {human_bytes(MAX_UNREAD)} wait for it"))
 
     def cancel(self, gently: bool = False) -> None:
-        """Ends the engine's work at once; the iteration too, or gently with what the engine says of its end.
-
-        Any thread: the one that iterates may just be stuck in a write to a client that does not read.
-        """
+        """Ends the engine's work at once; the iteration too, or gently with what the engine says of its end. Any thread."""
         if self._open:
             self.worker.cancel(self.index)
         if not gently:
@@ -6410,65 +6411,24 @@ class Generation:
         return message
 
 
-class Heartbeat:
-    """Tells from a child's messages whether it gets on.
-
-    It counts beats and ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
-    continued, finds its children alive.
-    """
-
-    SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
-    STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
-    STUCK: ClassVar = {  # seconds for one task; those not named may take for ever
-        "load": 600,  # a hundredth of the file, or what comes after: a GPU's kernels are compiled for minutes
-        "decode": 900,  # the longest step known: 512 tokens of 70B on two cores
-        "sample": 120,  # all sequences of a step; a grammar of ten equal alternatives never comes back
-        "tokenize": 300,  # one text: a megabyte takes a second, a grammar's start a tenth
-    }
-
-    def __init__(self, size_bytes: int = 0) -> None:
-        self._heard = self._seen = self._silent = 0
-        self._silence = self.STARTING
-        self._stuck = self.STUCK | {"trial": 60 + size_bytes // (50 * MIB)}  # the first step reads the weights from a slow disk
-        self._tasks: tuple[tuple[str, int], ...] = ()
-        self._beats: list[int] = []  # of each thread, since its task last changed
-
-    def hear(self, message: Any) -> str | None:
-        """Notes a message, in the thread that reads them. Why to give the child up, or None."""
-        self._heard += 1
-        if not isinstance(message, Alive):
-            self._silence = self.SILENCE
-            return None
-        known = dict(enumerate(zip(self._tasks, self._beats, strict=True)))
-        self._beats = [known[i][1] + 1 if i in known and known[i][0] == task else 0 for i, task in enumerate(message.tasks)]
-        self._tasks = message.tasks
-        for (task, _), beats in zip(self._tasks, self._beats, strict=True):
-            if beats * BEAT_SECONDS > self._stuck.get(task, math.inf):
-                return f"'{task}' did not come to an end within {self._stuck[task]} s"
-        return None
-
-    def tick(self) -> str | None:
-        """Called every second by the thread that watches. Why to give the child up, or None."""
-        self._silent = self._silent + 1 if self._heard == self._seen else 0
-        self._seen = self._heard
-        return f"it said nothing for {self._silence} s" if self._silent * BEAT_SECONDS > self._silence else None
-
-
 class LoadFailure(GenerationFailed):
     """An engine could not load its model; `cause` as LoadFailed has it."""
 
-    def __init__(self, details: str = "", message: str | None = None, param: str | None = None, cause: str = "") -> None:
-        super().__init__(details, message or "The model could not be loaded", param)
+    message = "The model could not be loaded"
+
+    def __init__(self, details: str = "", cause: str = "") -> None:
+        super().__init__(details)
         self.cause = cause
 
 
 class Worker:
     """One model's child process, and three threads: one reads its messages, one writes to it, one watches over it.
 
-    Service uses `start`, `loaded`, `submit` and what `submit` returns; ModelTable `alive`, `counts`, `memory_bytes`,
-    `fail_all` and `stop`. All may be called from any thread, and none but `start` waits for the child.
+    Any thread may call; only `start` and `stop` wait for the child.
     """
 
+    SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
+    STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
     _ids = itertools.count(1)
 
     def __init__(self, info: ModelInfo, setup: Setup, max_queue: int, died: Callable[[Worker, str], None],
@@ -6481,7 +6441,7 @@ class Worker:
         self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
-        self._heartbeat = Heartbeat(info.size_bytes)
+        self._heard, self._patience = False, self.STARTING  # since the last tick; and how long its silence is borne
         self._ended = threading.Event()
         self._why = ""  # why the child was given up
         self.cause = ""  # why the child ended by itself, as LoadFailed has it
@@ -6491,11 +6451,7 @@ class Worker:
         self.chat: Chat | None = None  # the service's
 
     def start(self, progress: Callable[[float], None]) -> Worker:
-        """Starts the child and waits until the model is loaded.
-
-        Raises LoadFailure with the reason if it is not: llama.cpp refused, the child died or hung, or another thread
-        called `stop`.
-        """
+        """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
@@ -6568,8 +6524,11 @@ class Worker:
         try:
             while True:
                 message = self._pipe.receive()
-                if why := self._heartbeat.hear(message):
-                    self._give_up(why)
+                self._heard = True
+                if not isinstance(message, Alive):
+                    self._patience = self.SILENCE
+                elif message.stuck:
+                    self._give_up(message.stuck)
                 if isinstance(message, Stepped):
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
@@ -6602,10 +6561,16 @@ class Worker:
             generation.give(event)
 
     def _watch(self) -> None:
-        """The watching thread: gives up a child that is silent, and one that not even a kill ends."""
+        """The watching thread: gives up a child that is silent, and one that not even a kill ends.
+
+        It counts ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
+        continued, finds its children alive.
+        """
+        silent = 0
         while not self._ended.wait(BEAT_SECONDS):
-            if why := self._heartbeat.tick():
-                self._give_up(why)
+            silent, self._heard = 0 if self._heard else silent + 1, False
+            if silent * BEAT_SECONDS > self._patience:
+                self._give_up(f"it said nothing for {self._patience} s")
         self._outbox.put(None)
 
     def _give_up(self, why: str) -> None:
@@ -6716,8 +6681,9 @@ class Ladder:
                 break
             except LoadFailure as failure:
                 first = first or failure
-                gpu = self._uses_gpu(setup.options)
-                lower = rung.below(failure.cause, gpu) if failure.cause not in ("", "room") else None
+                mendable = failure.cause not in ("", "room")
+                gpu = mendable and self._uses_gpu(setup.options)
+                lower = rung.below(failure.cause, gpu) if mendable else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
                 self._say(f"{printable(failure.details)}; trying again {lower.words()}", True)
@@ -6856,6 +6822,7 @@ class PendingLoad:
     """A model's load, from when it is wanted until it has ended. Touched only under the condition of Residents."""
 
     due: float  # monotonic: when it is refused if no room has come
+    asked: dict[str, Any]  # fields of EngineOptions that it is to be loaded with, by request
     background: bool = False  # it is wanted although nobody waits for it
     error: ApiError | None = None  # how it ended, if badly
 
@@ -6871,8 +6838,7 @@ class Entry:
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
     load: PendingLoad | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests for its load gave
-    held: Mapping[str, Any] = field(default_factory=dict)  # the same, of the last load that came to its end
+    asked: Mapping[str, Any] = field(default_factory=dict)  # the same, that it was loaded with last
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
@@ -6924,7 +6890,7 @@ class Residents:
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
 
-    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Callable[[Entry], ModelSettings],
+    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Callable[[Entry, Mapping[str, Any]], ModelSettings],
                  options: TableOptions, metrics: Metrics) -> None:  # fmt: skip
         """`settings` is asked with the condition held."""
         self.changed = threading.Condition()
@@ -6960,31 +6926,33 @@ class Residents:
             raise Overloaded("The server is shutting down")
         if self.entries.get(entry.info.id) is not entry:  # a scan has dropped it since its name was resolved
             raise ModelNotFound(f"Model '{entry.info.id}' is not available")
+        load = entry.load or PendingLoad(time.monotonic() + LOAD_WAIT_SECONDS, dict(entry.asked))
+        load.background |= background
         if entry.state != "loading":
-            entry.asked = {**entry.asked, **(asked or {})}
-        load = entry.load
-        if load is None:
+            load.asked.update(asked or {})
+        if entry.load is None:
             pause = entry.retry_at - time.monotonic()
             if entry.state == "failed" and pause > 0:
                 raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
             if entry.state == "failed":
                 self.move(entry, "unloaded")
-            load = entry.load = PendingLoad(time.monotonic() + LOAD_WAIT_SECONDS, background)
+            entry.load = load
             self._schedule()
             self.changed.notify_all()
-        load.background |= background
         return load
 
-    def _schedule(self) -> None:
-        """Begins the load that is wanted longest, of those for which there is room, unless one is going on."""
+    def _schedule(self) -> Entry | None:
+        """The model that loads now: one that does, else that which is wanted longest of those for which there is room."""
         wanted = [(e.load, e) for e in self.entries.values() if e.load]
-        for load, entry in sorted(wanted, key=lambda each: each[0].due):
-            if any(e.state == "loading" for e in self.entries.values()):
-                return
+        for load, entry in sorted(wanted, key=lambda each: (each[1].state != "loading", each[0].due)):
+            if entry.state == "loading":
+                return entry
             if not entry.waiting and not load.background:  # whoever wanted it has left
-                entry.load, entry.asked = None, entry.held
+                entry.load = None
             elif self._has_room(entry, load):
                 self.move(entry, "loading")
+                return entry
+        return None
 
     def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
         """True if a load may start; otherwise unloads the least recently used idle model, or refuses a load that is due.
@@ -7005,35 +6973,29 @@ class Residents:
             busy = f"{len(held)} loaded models are busy"
             why = f"{entry.crowded}; {busy}" if entry.crowded else f"All {busy} (--max-loaded {self._options.max_loaded})"
             if entry.in_memory:
-                asked = ", ".join(f"{name} {value}" for name, value in entry.asked.items())
+                asked = ", ".join(f"{name} {value}" for name, value in load.asked.items())
                 why = f"Model '{entry.info.id}' is too busy to be loaded again with {asked}"
             self._end_load(entry, Overloaded(why))
         return False
 
     def run_loads(self) -> None:
         """The loading thread; takes the condition."""
-        while entry := self._next_load():
-            self._load(entry)
+        while not self.closed:
+            with self.changed:
+                entry = self._schedule()
+                if not entry and not self.closed:
+                    self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
+            if entry and entry.load:
+                self._load(entry, entry.load)
 
-    def _next_load(self) -> Entry | None:
-        """Waits for a load; None at the server's end."""
-        with self.changed:
-            while not self.closed:
-                self._schedule()
-                for entry in self.entries.values():
-                    if entry.state == "loading":
-                        return entry
-                self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
-        return None
-
-    def _load(self, entry: Entry) -> None:
+    def _load(self, entry: Entry, load: PendingLoad) -> None:
         """Loads a model; takes the condition to say how that ended."""
         worker: Worker | None = None
         error: ApiError | None = None
-        asked, others = entry.asked, list[Worker]()
+        asked, others = dict(load.asked), list[Worker]()
         try:
             with self.changed:
-                asked, settings = entry.asked, self._settings(entry)
+                settings = self._settings(entry, asked)
                 others = [e.worker for e in self.entries.values() if e.worker]
                 idle = any(e.idle for e in self.entries.values())
             setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
@@ -7045,17 +7007,21 @@ class Residents:
             error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
         with self.changed:
             if worker:
-                entry.held, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
+                entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
                 self.move(entry, "loaded", worker)
                 if not worker.alive:
                     self.move(entry, "failed", error="the engine process ended right after the load")
-                if entry.asked == asked:  # else it was asked for with other options meanwhile
+                if load.asked == asked:  # else it was asked for with other options meanwhile
                     self._end_load(entry)
             elif error and getattr(error, "cause", "") == "room" and others:
                 self.move(entry, "unloaded")
                 entry.crowded = error.details
-            elif error:
-                self._failed(entry, asked, error)
+            elif error:  # what every rung failed at is not tried again and again
+                self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
+                if getattr(error, "cause", "") and asked == entry.asked:  # what one client wished for keeps no other from it
+                    pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
+                    entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
+                self._end_load(entry, error)
 
     def _start(self, entry: Entry, setup: Setup) -> Worker:
         """Starts one engine for a load; takes the condition. Raises LoadFailure."""
@@ -7066,19 +7032,11 @@ class Residents:
             entry.starting = starting
         return starting.start(lambda fraction: setattr(entry, "progress", fraction))
 
-    def _failed(self, entry: Entry, asked: Mapping[str, Any], error: ApiError) -> None:
-        """A load is over without a model. What every rung failed at is not tried again and again."""
-        self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-        if getattr(error, "cause", "") and asked == entry.held:  # what one client wished for does not keep others from it
-            entry.retry_at = time.monotonic() + min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(entry.failures, 10))
-            entry.failures += 1
-        self._end_load(entry, error)
-
     def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
         """Tells everybody who waits for a load how it ended."""
         load, entry.load = entry.load, None
         if error and load:
-            load.error, entry.asked, entry.crowded = error, entry.held, ""
+            load.error, entry.crowded = error, ""
             if entry.state != "loaded":
                 self.move(entry, "failed", error=error.details)
 
@@ -7102,7 +7060,7 @@ class Residents:
         """How many seconds the model stays when nobody uses it; below zero: for ever."""
         if entry.keep_alive is not None:
             return entry.keep_alive
-        own = self._settings(entry).keep_alive
+        own = self._settings(entry, {}).keep_alive
         return self._options.keep_alive if own is None else own
 
     def expires(self, entry: Entry) -> float:
@@ -7128,29 +7086,30 @@ class Residents:
         if entry.state == "failed":
             self.move(entry, "unloaded")
         if entry.state == "unloaded":
-            entry.asked = entry.held = {}
+            entry.asked = {}
 
     def run_unloads(self) -> None:
         """The thread that ends engines; takes the condition."""
-        while entry := self._next_unload():
-            if entry.worker:
-                entry.worker.stop()
+        while not self.closed:
             with self.changed:
-                entry.keep_alive = None
-                self.move(entry, "unloaded")
+                held = [e for e in self.entries.values() if e.worker]
+                entry = self._leaving(held)
+                if not entry and not self.closed:
+                    left = min(map(self.expires, held), default=math.inf) - time.monotonic()
+                    self.changed.wait(max(0.0, min(3600.0, left)) if left < math.inf else None)  # no system waits for years
+            if entry and entry.worker:
+                entry.worker.stop()
+                with self.changed:
+                    entry.keep_alive = None
+                    self.move(entry, "unloaded")
 
-    def _next_unload(self) -> Entry | None:
-        """Waits for a model that is to go and whose requests are done, or that is idle for too long; None at the end."""
-        with self.changed:
-            while not self.closed:
-                now = time.monotonic()
-                for entry in self.entries.values():
-                    if self.expires(entry) <= now:
-                        self.move(entry, "unloading", entry.worker)
-                    if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
-                        return entry
-                left = min(map(self.expires, self.entries.values()), default=math.inf) - now
-                self.changed.wait(min(3600.0, left) if left < math.inf else None)  # no system waits for years
+    def _leaving(self, held: Iterable[Entry]) -> Entry | None:
+        """A model that is to go and whose requests are done, or that is idle for too long."""
+        for entry in held:
+            if self.expires(entry) <= time.monotonic():
+                self.move(entry, "unloading", entry.worker)
+            if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
+                return entry
         return None
 
     def close(self, engines: bool) -> None:
@@ -7189,7 +7148,7 @@ class Lease:
                 self._cancel.check()
                 if self._load and self._load.error:  # one of its own for each waiter: a raised one holds the frames it passed
                     raise copy.copy(self._load.error)
-                if entry.worker and entry.state == "loaded" and not self._is_too_short(entry.worker):
+                if entry.worker and entry.state == "loaded" and not self._is_unfit(entry.worker):
                     entry.waiting, entry.leases, self._waiting = entry.waiting - 1, entry.leases + 1, False
                     entry.last_used = time.time()
                     return entry.worker
@@ -7203,11 +7162,12 @@ class Lease:
             yield Waiting()
         return worker
 
-    def _is_too_short(self, worker: Worker) -> bool:
-        """True if more context is asked for than the model is loaded with, and than it got when it was asked for that."""
+    def _is_unfit(self, worker: Worker) -> bool:
+        """True if more context is asked for than the model got, unless it got what there was when it was asked for that."""
         ctx = self._asked.get("ctx") or 0
         wanted = min(ctx, self._entry.info.context_length or sys.maxsize)
-        return wanted > worker.loaded.ctx and ctx != self._entry.held.get("ctx")
+        is_too_short = wanted > worker.loaded.ctx and ctx != self._entry.asked.get("ctx")
+        return is_too_short or bool(self._asked and self._entry.load)  # it is about to be loaded again
 
     def __exit__(self, *_: object) -> None:
         with self._residents.changed:
@@ -7215,16 +7175,6 @@ class Lease:
                 self._entry.waiting -= 1
             else:
                 self._residents.release(self._entry)
-
-
-@dataclass(frozen=True)
-class Unresolved:
-    """A model that the command line names and no scan has found."""
-
-    setting: str  # "--model" (which SHIMMY_BASE_GGUF may stand for), or "--alias PATTERN"
-    value: str
-    near: tuple[str, ...]  # ids that are spelled alike, or that the value could mean
-    reason: str  # ": " and why a file of that name was skipped, or ""
 
 
 def some_of(names: Seq[str], most: int = 5) -> str:
@@ -7304,15 +7254,14 @@ class Names:
         alike = difflib.get_close_matches(plain_id(name)[:MAX_MODEL_NAME], self._models, n=3, cutoff=0.5)
         return tuple(self._match(name)[:3] or alike)
 
-    def unresolved(self, catalog: Catalog) -> list[Unresolved]:
-        """What the command line names and what is not there, each with ids that are spelled alike."""
+    def unresolved(self, catalog: Catalog) -> Iterator[tuple[str, str, str]]:
+        """Each setting of the command line that names a model which is not there, with that name, and why, or what is near."""
         named = [("--model", self._wanted, self.resolve("default"))] if self._wanted else []
         named += [(f"--alias {p}", t, self.resolve("default") if t == "default" else self._match(t)) for p, t in self._aliases]
-        result = []
         for setting, value, found in named:
             if len(found) != 1 and value != "default":
-                result.append(Unresolved(setting, value, self.near(value), catalog.why_path_skipped(value)))
-        return result
+                near = f"; did you mean {' or '.join(self.near(value))}?" if self.near(value) else ""
+                yield setting, value, f"{catalog.why_path_skipped(value)}{near}"
 
 
 class ModelTable:
@@ -7424,13 +7373,14 @@ class ModelTable:
         """All that the header of the model tells. Raises ModelNotFound."""
         return self._find(name, cancel).info
 
-    def _settings_of(self, entry: Entry) -> ModelSettings:
-        return self._settings.of(entry.info, entry.info.id == self._names.default, entry.asked)
+    def _settings_of(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
+        return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
 
     def settings(self, id: str) -> ModelSettings:
         """What holds for a model, or will when it is loaded."""
         with self._changed:
-            return self._settings_of(self._entry(id))
+            entry = self._entry(id)
+            return self._settings_of(entry, entry.asked)
 
     # Life
 
@@ -7452,16 +7402,15 @@ class ModelTable:
         entry = self._find(name, cancel)
         with self._changed:
             entry.retry_at = 0.0
-            engine = self._settings_of(entry).engine
-            if any(getattr(engine, name) != value for name, value in (asked or {}).items()):
-                entry.asked = {**entry.asked, **(asked or {})}
-                if entry.state == "loaded":
-                    self._residents.move(entry, "unloading", entry.worker)
-            if not wait and entry.state != "loaded":
-                self._residents.want(entry, background=True)
+            engine = self._settings_of(entry, entry.load.asked if entry.load else entry.asked).engine
+            is_new = any(getattr(engine, name) != value for name, value in (asked or {}).items())
+            if is_new and entry.state == "loaded":
+                self._residents.move(entry, "unloading", entry.worker)
+            if is_new or (not wait and entry.state != "loaded"):
+                self._residents.want(entry, background=not wait).asked.update(asked or {})
         if not wait:
             return self._status(entry)
-        with Lease(self._residents, entry, cancel) as lease:
+        with Lease(self._residents, entry, cancel, asked) as lease:
             lease.wait()
             return self._status(entry)
 
@@ -7480,7 +7429,7 @@ class ModelTable:
     def _status(self, entry: Entry) -> dict[str, Any]:
         """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
         with self._changed:
-            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry)
+            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry, {})
         return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
 
     def statuses(self) -> list[dict[str, Any]]:
@@ -7866,16 +7815,16 @@ class ToolLoop:
             self._reason = "stop"
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
                 yield from self._passed_on(events, first=count == 0)
-            ours = [call for call in self._calls.values() if call.name in self._request.builtins]
             results: list[ToolResult] = []
-            for call in ours if self._reason != "length" else ():  # a call that was cut is not run
-                results.append((yield from self._execute(call)))
-                yield results[-1]
+            for call in self._calls.values() if self._reason != "length" else ():  # a call that was cut is not run
+                if call.name in self._request.builtins:
+                    results.append((yield from self._execute(call)))
+                    yield results[-1]
             if not results or self._client_calls or self._reason == "length":
                 break
-            self._extend(ours, results)
+            self._extend(results)
         yield ChoiceEnd(0, "tool_calls" if self._client_calls else "stop" if self._reason == "tool_calls" else self._reason)
-        yield self._usage()
+        yield Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
 
     def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
         """The events of one round that the client sees: calls of built-in tools show as results only."""
@@ -7910,24 +7859,20 @@ class ToolLoop:
             answer = {"result": None, "error": str(error)}
         return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])
 
-    def _extend(self, calls: Seq[Called], results: Seq[ToolResult]) -> None:
+    def _extend(self, results: Seq[ToolResult]) -> None:
         """Adds the model's turn and the results to the conversation."""
-        said = []
-        for call in calls:
-            arguments: Any = call.arguments
-            with contextlib.suppress(InvalidRequest):
-                arguments = parse_json(call.arguments.encode("utf-8", "replace"))
-            said.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
-        turns = [{"role": "assistant", "content": "".join(self._said), "tool_calls": said}]
+        calls, turns = list[Any](), list[dict[str, Any]]()
         for result in results:
+            arguments: Any = result.arguments
+            with contextlib.suppress(InvalidRequest):
+                arguments = parse_json(result.arguments.encode("utf-8", "replace"))
+            calls.append({"id": result.id, "type": "function", "function": {"name": result.name, "arguments": arguments}})
             content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
             if len(content) > MAX_TOOL_RESULT:
                 content = f"{content[:MAX_TOOL_RESULT]}\n(cut: {len(content)} characters in all)"
             turns.append({"role": "tool", "tool_call_id": result.id, "name": result.name, "content": content})
-        self._request = replace(self._request, messages=(*(self._request.messages or ()), *turns), tool_choice="auto")
-
-    def _usage(self) -> Usage:
-        return Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
+        said = {"role": "assistant", "content": "".join(self._said), "tool_calls": calls}
+        self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
 
 
 def constrained(request: GenerateRequest) -> GenerateRequest:
@@ -11626,14 +11571,13 @@ def serve_tools(args: argparse.Namespace) -> ToolOptions:
 
 def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
-    lost = service.table.names().unresolved(service.table.catalog)
+    lost = list(service.table.names().unresolved(service.table.catalog))
     if signals.asked:
         return
-    for each in lost:
-        setting = "SHIMMY_BASE_GGUF" if each.setting == "--model" and not args.model else each.setting
-        value = f"={each.value}" if each.setting.startswith("--alias") else f" {each.value}"
-        near = f"; did you mean {' or '.join(each.near)}?" if each.near else ""
-        print(f"shimmy serve: error: {printable(setting + value)}: no such model{each.reason}{near}", file=sys.stderr)
+    for setting, value, why in lost:
+        named = "SHIMMY_BASE_GGUF" if setting == "--model" and not args.model else setting
+        value = f"{named}={value}" if setting.startswith("--alias") else f"{named} {value}"
+        print(f"shimmy serve: error: {printable(value)}: no such model{why}", file=sys.stderr)
     if lost:
         signals.stop(2)
         return
@@ -18890,10 +18834,7 @@ class Hub:
             self.pause(min(left, 1.0))
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
-        """The answer, whatever its status, once redirects are followed and a busy server was waited for.
-
-        Raises ConnectionLost, PullFailed.
-        """
+        """The answer, behind redirects, once a server is not busy, whatever its status. Raises ConnectionLost, PullFailed."""
         pauses = iter(PULL_RETRY_SECONDS)
         while True:
             response = self._follow(url, headers)
