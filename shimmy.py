@@ -191,6 +191,7 @@ if TYPE_CHECKING:
     import http.client
     import subprocess
     from concurrent.futures import Executor
+    from fractions import Fraction
 
 __version__ = "0.1.0"
 
@@ -15493,64 +15494,80 @@ def word(text: str) -> Word:
 
 
 @dataclass(frozen=True)
-class OneByte(Symbol):
-    """One byte of a set, a bit each."""
-
-    bits: int
-
-    @property
-    def firsts(self) -> int:
-        return self.bits
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if self.bits >> byte & 1 else None
-
-
-@dataclass(frozen=True)
 class OneChar(Symbol):
-    """One character of ranges of code points, first and last; surrogates are left out."""
+    """One character of ranges of code points, first and last, in UTF-8; surrogates are left out."""
 
     ranges: tuple[tuple[int, int], ...]
 
     def opened(self) -> Iterable[Symbols]:
-        return utf8_ranges(self.ranges)
+        return [(way,) for way in written(self.ranges, UTF8)]
+
+
+Digit = tuple[bytes, ...]  # the bytes that spell each of its values
+
+
+class Tabled(Symbol):
+    """A symbol that knows of each byte that it may read what follows."""
+
+    @property
+    def after(self) -> dict[int, Symbols]:
+        raise NotImplementedError
+
+    @functools.cached_property
+    def firsts(self) -> int:  # type: ignore[override]
+        return sum(1 << byte for byte in self.after)
+
+    def step(self, byte: int) -> Symbols | None:
+        return self.after.get(byte)
+
+
+@dataclass(frozen=True, eq=False)
+class Numeral(Tabled):
+    """A number of some ranges in so many digits, each of its own kind. `numeral` makes equal ones once."""
+
+    ranges: tuple[tuple[int, int], ...]
+    digits: tuple[Digit, ...]
+
+    @functools.cached_property
+    def after(self) -> dict[int, Symbols]:  # type: ignore[override]
+        values, *rest = self.digits
+        size = math.prod(map(len, rest))  # so many numbers begin with one digit
+        found: dict[int, list[tuple[int, int]]] = {}
+        for low, high in self.ranges:
+            for value in range(low // size, high // size + 1):
+                span = max(low - value * size, 0), min(high - value * size, size - 1)
+                found.setdefault(value, []).append(span)
+        return {byte: (numeral(tuple(spans), tuple(rest)),) if rest else ()
+                for value, spans in found.items() for byte in values[value]}  # fmt: skip
+
+
+numeral = functools.lru_cache(maxsize=10_000)(Numeral)
+
+
+def _digit(first: int, count: int) -> Digit:
+    """A digit that is spelled by bytes in a row."""
+    return tuple(bytes([byte]) for byte in range(first, first + count))
+
+
+Script = tuple[tuple[tuple[int, int], ...], int, tuple[Digit, ...]]  # of characters of ranges: as a number less an offset
+_MORE = _digit(0x80, 64)
+UTF8: tuple[Script, ...] = (
+    (((0, 0x7F),), 0, (_digit(0, 128),)),
+    (((0x80, 0x7FF),), 0, (_digit(0xC0, 32), _MORE)),
+    (((0x800, 0xD7FF), (0xE000, 0xFFFF)), 0, (_digit(0xE0, 16), _MORE, _MORE)),
+    (((0x10000, 0x10FFFF),), 0, (_digit(0xF0, 8), _MORE, _MORE, _MORE)),
+)
 
 
 @functools.lru_cache(maxsize=1000)
-def utf8_ranges(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[OneByte, ...], ...]:
-    """The byte sequences of code points, as sequences of byte sets."""
-    found: dict[tuple[OneByte, ...], None] = {}
-    todo = list(ranges)
-    while todo:
-        low, high = todo.pop()
-        border = next((b for b in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF) if low <= b < high), None)
-        if border is not None:
-            todo += [(low, border), (border + 1, high)]
-        elif low <= high and not 0xD800 <= low <= 0xDFFF:
-            found |= dict.fromkeys(_utf8(chr(low).encode(), chr(high).encode()))
-    return tuple(found)
-
-
-def _utf8(low: bytes, high: bytes) -> Iterator[tuple[OneByte, ...]]:
-    """Byte sequences of one length, from low to high: the first byte alone at both ends, all that lies between at once."""
-    if len(low) == 1:
-        yield (between(low[0], high[0]),)
-    elif low[0] == high[0]:
-        yield from ((between(low[0], low[0]), *rest) for rest in _utf8(low[1:], high[1:]))
-    else:
-        least, most = bytes([0x80]) * (len(low) - 1), bytes([0xBF]) * (len(low) - 1)
-        first, last = low[0] + (low[1:] != least), high[0] - (high[1:] != most)
-        if low[1:] != least:
-            yield from _utf8(low, low[:1] + most)
-        if first <= last:
-            yield (between(first, last), *(between(0x80, 0xBF) for _ in least))
-        if high[1:] != most:
-            yield from _utf8(high[:1] + least, high)
-
-
-def between(low: int, high: int) -> OneByte:
-    """The symbol of one byte from low to high."""
-    return OneByte((1 << high + 1) - (1 << low))
+def written(ranges: tuple[tuple[int, int], ...], spellings: tuple[Script, ...]) -> list[Symbol]:
+    """The ways to write one character of some ranges."""
+    found: list[Symbol] = []
+    for spelled, offset, digits in spellings:
+        spans = ((max(low, first) - offset, min(high, last) - offset) for low, high in ranges for first, last in spelled)
+        if part := tuple((low, high) for low, high in spans if low <= high):
+            found.append(numeral(part, digits))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -15645,6 +15662,7 @@ class State:
         """The state behind one more byte; None if that may not come. Raises as the automaton does."""
         if byte not in self._next:
             self._next[byte] = self._automaton.after(self, byte) if self.bits >> byte & 1 else None
+            TURN.kept()
         return self._next[byte]
 
     def read(self, data: bytes) -> State | None:
@@ -15667,20 +15685,6 @@ class State:
         return bytes(found)
 
 
-class TooManyReadings(InvalidRequest):
-    """A text has more readings at once than are followed, as with ambiguous or left-recursive grammars."""
-
-    def __init__(self) -> None:
-        super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
-
-
-class NestedTooDeep(InvalidRequest):
-    """A text nests parts that are followed one inside the other, such as arrays without repeats, too deep to go on."""
-
-    def __init__(self) -> None:
-        super().__init__("the grammar nests too deep: what a text may go on with cannot be found")
-
-
 class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
@@ -15691,32 +15695,25 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
-    def __init__(self) -> None:
-        self._ends, self._found = math.inf, False
-        self._gate: Gate | None = None
-        self._is_limited = False
+    _ends = math.inf
+    _is_limited = False
+    _gate: Gate | None = None
 
     def begin(self, seconds: float) -> None:
         """Starts a time slice of `seconds`."""
-        self._ends, self._found = time.thread_time() + seconds, False
+        self._ends = time.thread_time() + seconds
 
-    def look(self) -> None:
-        """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
+    def kept(self) -> None:
+        """Call when a step (10 µs to 10 ms) was kept. Raises NotYet when time is up: asked again, a question goes on there."""
         if self._gate:
-            self._gate.wait()
-        if self._found and self.is_over:
+            self._gate.open.wait()
+        if self.is_over:
             raise NotYet
-
-    def found(self) -> None:
-        """Call after a step that is kept, so that the same question asked again goes on from there."""
-        self._found = True
 
     def tick(self) -> None:
         """Call every few µs within a step. Raises NotYet when limited work takes too long."""
-        if self._gate:
-            self._gate.wait()
-        if self._is_limited and self.is_over:
-            raise NotYet
+        if self._gate or self._is_limited:
+            self.kept()
 
     @contextlib.contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
@@ -15735,13 +15732,13 @@ class Turn(threading.local):
         """Lets work go on only while a gate is open."""
         self._gate = gate
         if gate:
-            gate.begin()
+            gate.idle.clear()
         try:
             yield
         finally:
             self._gate = None
             if gate:
-                gate.end()
+                gate.idle.set()
 
     @property
     def is_over(self) -> bool:
@@ -15759,32 +15756,19 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._open, self._idle = threading.Event(), threading.Event()
-        self._open.set()
-        self._idle.set()
-
-    def begin(self) -> None:
-        """There is work now."""
-        self._idle.clear()
-
-    def end(self) -> None:
-        self._idle.set()
-
-    def wait(self) -> None:
-        """Call within the work: waits until the gate is open."""
-        if not self._open.is_set():
-            self._open.wait()
+        self.open, self.idle = threading.Event(), threading.Event()
+        self.open.set()
+        self.idle.set()
 
     @contextlib.contextmanager
     def shut(self, seconds: float) -> Iterator[None]:
         """Lets running work go on for up to `seconds`, then holds it while the block runs."""
-        if not self._idle.is_set():
-            self._idle.wait(seconds)
-        self._open.clear()
+        self.idle.wait(seconds)
+        self.open.clear()
         try:
             yield
         finally:
-            self._open.set()
+            self.open.set()
 
 
 class Automaton:
@@ -15800,21 +15784,19 @@ class Automaton:
         self.start = self._closed({(root,): frozenset([None])})
 
     def after(self, state: State, byte: int) -> State | None:
-        """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NestedTooDeep, NotYet."""
-        TURN.look()
+        """The state behind one more byte; None if no reading allows it. Raises InvalidRequest, NotYet."""
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
-            self._forget()
+            for kept in (self._states, self._stacks, self.start._next):  # texts under way go on from the states they have
+                kept.clear()
         try:
             found: dict[Symbols, Below] = {}
             for stack in state.stacks:
                 rest = stack.top.step(byte)
                 if rest is not None:
                     found[rest] = found[rest] | stack.below if rest in found else stack.below
-            behind = self._closed(found) if found else None
+            return self._closed(found) if found else None
         except RecursionError:
-            raise NestedTooDeep from None
-        TURN.found()
-        return behind
+            raise InvalidRequest("the grammar nests too deep: what a text may go on with cannot be found") from None
 
     def _stack(self, top: Symbol, below: Below) -> Stack:
         key = (top, below)
@@ -15851,7 +15833,7 @@ class Automaton:
                 todo[option] = todo[option] | behind if option in todo else behind
             work += len(options)
             if work > self.MAX_READINGS:
-                raise TooManyReadings
+                raise InvalidRequest(f"the grammar is ambiguous: a text has over {self.MAX_READINGS} readings at once")
         key = (frozenset(self._stack(top, belows[top]) for top in reading), ends)
         if key not in self._states:
             self._states[key] = State(self, *key)
@@ -15860,12 +15842,6 @@ class Automaton:
     def __len__(self) -> int:
         """How many states are kept."""
         return len(self._states)
-
-    def _forget(self) -> None:
-        """Begins anew with what is kept; texts under way go on from the states they have."""
-        self._states.clear()
-        self._stacks.clear()
-        self.start._next.clear()
 
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -16237,7 +16213,7 @@ class GbnfReader(Reader):
             raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
         if "root" not in self.rules:
             raise InvalidRequest("grammar: there is no rule named root", "grammar")
-        self._check_left_recursion(self._empty())
+        self._check_left_recursion()
         return self.rules["root"]
 
     def _rule(self) -> None:
@@ -16292,60 +16268,33 @@ class GbnfReader(Reader):
             raise self.refuse(f"{match[0]} is not a character")
         return ((code, code),)
 
-    def _inside(self, symbol: Symbol) -> Symbols:
-        return (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts
-
-    def _empty(self) -> set[Symbol]:
-        """The symbols that may be empty: each counts how many of its parts must still turn out so."""
-        lacking: dict[Symbol, int] = {}
-        holders: dict[Symbol, list[Symbol]] = {}
-        todo = list(self.rules.values())
-        while todo:
-            if (symbol := todo.pop()) not in lacking:
-                parts = self._inside(symbol)
-                lacking[symbol] = len(parts) if isinstance(symbol, InOrder) else int(symbol != Word(b""))
-                if isinstance(symbol, Repeated) and not symbol.low:
-                    lacking[symbol] = 0
-                for part in parts:
-                    TURN.tick()
-                    holders.setdefault(part, []).append(symbol)
-                todo += parts
-        empty = [symbol for symbol, count in lacking.items() if not count]
-        for symbol in empty:
-            for holder in holders.get(symbol, ()):
-                TURN.tick()
-                lacking[holder] -= 1
-                if not lacking[holder]:
-                    empty.append(holder)
-        return set(empty)
-
-    def _check_left_recursion(self, empty: set[Symbol]) -> None:
+    def _check_left_recursion(self) -> None:
         """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
-        on_path, done = set[Symbol](), set[Symbol]()
-        path: list[tuple[Symbol, Iterator[Symbol]]] = []
-        for root in self.rules.values():
-            path.append((root, self._first_parts(root, empty)))
+        empty: dict[Symbol, bool] = {}  # the symbols that were looked through, and whether they may be empty
+        for rule in self.rules.values():
+            path = {} if rule in empty else {rule: self._first_parts(rule, empty)}
             while path:
                 TURN.tick()
-                symbol, parts = path[-1]
-                on_path.add(symbol)
-                part = next(parts, None)
+                part = next(path[next(reversed(path))], None)
                 if part is None:
-                    on_path.discard(symbol)
-                    done.add(symbol)
-                    path.pop()
-                elif part in on_path:
-                    name = next(s.name for s, _ in reversed(path) if isinstance(s, RuleName))
+                    path.popitem()
+                elif part in path:
+                    name = next(symbol.name for symbol in reversed(path) if isinstance(symbol, RuleName))
                     raise InvalidRequest(f"grammar: the rule {_said(name)} is left-recursive: it begins with itself", "grammar")
-                elif part not in done:
-                    path.append((part, self._first_parts(part, empty)))
+                elif part not in empty:
+                    path[part] = self._first_parts(part, empty)
 
-    def _first_parts(self, symbol: Symbol, empty: set[Symbol]) -> Iterator[Symbol]:
-        """The parts that may be met before anything is read."""
-        for part in self._inside(symbol):
+    def _first_parts(self, symbol: Symbol, empty: dict[Symbol, bool]) -> Iterator[Symbol]:
+        """The parts that may be met before anything is read; says at the end whether the whole may be empty."""
+        is_empty = isinstance(symbol, InOrder) or symbol == Word(b"") or (isinstance(symbol, Repeated) and not symbol.low)
+        for part in (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts:
             yield part
-            if isinstance(symbol, InOrder) and part not in empty:
-                return
+            if not isinstance(symbol, InOrder):
+                is_empty = is_empty or empty[part]
+            elif not empty[part]:
+                is_empty = False
+                break
+        empty[symbol] = is_empty
 
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -16796,8 +16745,7 @@ def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
                 fresh = one.moves is None
                 longer |= ((behind, one) for _, behind in moves(one))
                 if fresh:
-                    TURN.found()
-                    TURN.look()
+                    TURN.kept()
         if rest[0]:
             before = rounds.setdefault(frozenset(longer), length)
             if before < length:  # and so on, round after round
@@ -16824,46 +16772,11 @@ def _keep_length(at: Texts, before: Mapping[Texts, Texts | None]) -> None:
         here, length = before.get(here), length + 1
 
 
-@dataclass(frozen=True)
-class Opening:
-    """The characters with which a text may go on, the bytes that they may begin with, and the character if it is the only one."""
-
-    ranges: Ranges
-    firsts: int
-    only: int | None
-
-    def reaches(self, ranges: Ranges) -> bool:
-        """True if one of the characters is in some ranges."""
-        return self.ranges is EVERY_CHAR or any(map(self._has, ranges))
-
-    def _has(self, span: tuple[int, int]) -> bool:
-        at = bisect.bisect_right(self.ranges, (span[1], 0x110000)) - 1
-        return at >= 0 and self.ranges[at][1] >= span[0]
-
-
-@functools.lru_cache(maxsize=10_000)
-def opening(ranges: Ranges) -> Opening:
-    """How a text may go on with the characters of these ranges."""
-    bits = 0
-    for first, last in ranges:
-        for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):
-            if first <= min(border, last):
-                bits |= between(chr(first).encode()[0], chr(min(border, last)).encode()[0]).bits
-            first = max(first, border + 1)
-    bits &= ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\"))
-    only = ranges[0][0] if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else None
-    return Opening(ranges, bits | 1 << ord("\\") if ranges else 0, only)
-
-
-EVERY_OPENING = opening(EVERY_CHAR)
-
-
 @functools.lru_cache(maxsize=50_000)
-def opened_at(at: Texts, low: int, high: int | None) -> Opening:
-    """How a text may go on."""
+def living(at: Texts, low: int, high: int | None) -> Moves:
+    """How a text may go on: the moves behind which one of `low` to `high` characters, this one too, can be finished."""
     then = counted(low, high)
-    found = [ranges for ranges, behind in moves(at) if alive(behind, *then)]
-    return opening(found[0] if len(found) == 1 else merged(itertools.chain(*found)))
+    return tuple((ranges, behind) for ranges, behind in moves(at) if alive(behind, *then))
 
 
 def behind(at: Texts, code: int) -> Texts:
@@ -16903,130 +16816,48 @@ class StringShape:
         return self.within(complement(word_texts(frozenset(texts))))
 
 
-# A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
-Half = tuple[Ranges, str, int, int]
-NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
-HEX_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
-ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True)}
-
-
-@functools.lru_cache(maxsize=50_000)
-def spelled(half: Half) -> dict[int, Half]:
-    """Maps each byte to the half-written character that it makes of another; "done" if it is whole."""
-    ranges, how, value, missing = half
-    if how == "":
-        found = _begun()
-    elif how == "utf8":
-        found = {0x80 | bits: _half_utf8(ranges, value << 6 | bits, missing - 1) for bits in range(64)}
-    elif how == "escape":
-        found = {byte: (((code, code),), "done", code, 0) for byte, code in ESCAPES.items()}
-        found[ord("u")] = (EVERY_CHAR, "hex", 0, 4)
-    elif how == "hex":
-        found = {byte: _half_hex(value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    elif how in ("pair", "pair-u"):
-        found = {ord("\\"): (ranges, "pair-u", value, 0)} if how == "pair" else {ord("u"): (ranges, "low", value, 4)}
-    else:
-        found = {byte: _half_pair(ranges, value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    return {byte: half for byte, half in found.items() if half[0]}
-
-
-def _whole(code: int) -> Half:
-    return ((code, code),), "done", code, 0
-
-
-def _begun() -> dict[int, Half]:
-    """The first bytes of characters, written as themselves or as escapes."""
-    found = {byte: _whole(byte) for byte in range(32, 128) if byte not in b'"\\'}
-    found[ord("\\")] = (EVERY_CHAR, "escape", 0, 0)
-    for low, high, missing in ((0xC2, 0xDF, 1), (0xE0, 0xEF, 2), (0xF0, 0xF4, 3)):
-        ranges = {1: ((0x80, 0x7FF),), 2: ((0x800, 0xD7FF), (0xE000, 0xFFFF)), 3: ((0x10000, 0x10FFFF),)}[missing]
-        found |= {byte: _half_utf8(ranges, byte & 0x3F >> missing, missing) for byte in range(low, high + 1)}
-    return found
-
-
-def _half_utf8(ranges: Ranges, value: int, missing: int) -> Half:
-    if missing == 0:
-        return _whole(value) if common(ranges, ((value, value),)) else ((), "", 0, 0)
-    shift = 6 * missing
-    return common(ranges, ((value << shift, (value + 1 << shift) - 1),)), "utf8", value, missing
-
-
-def _half_hex(value: int, missing: int) -> Half:
-    """Reads \\u and some digits: a character, or half of a pair."""
-    low, high = value << 4 * missing, (value + 1 << 4 * missing) - 1
-    first, last = max(low, 0xD800), min(high, 0xDBFF)
-    pairs = (((first - 0xD800 << 10) + 0x10000, (last - 0xD800 << 10) + 0x103FF),) if first <= last else ()
-    ranges = common(((0, 0xD7FF), (0xE000, 0xFFFF)), ((low, high),)) + pairs
-    if missing:
-        return ranges, "hex", value, missing
-    return (ranges, "pair", 0, 0) if pairs else _whole(value) if ranges else ((), "", 0, 0)
-
-
-def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
-    """Reads some digits of the low surrogate behind a high one."""
-    base, low, high = ranges[0][0] & ~0x3FF, value << 4 * missing, (value + 1 << 4 * missing) - 1
-    low, high = max(low, 0xDC00), min(high, 0xDFFF)
-    if low > high:
-        return (), "", 0, 0
-    ranges = ((base + low - 0xDC00, base + high - 0xDC00),)
-    return (ranges, "low", value, missing) if missing else _whole(ranges[0][0])
+# Characters as they stand in a JSON string, and behind a backslash: a letter, or \u once or twice.
+PLAIN: tuple[Script, ...] = ((((32, 33), (35, 91), (93, 127)), 0, UTF8[0][2]), *UTF8[1:])
+_LETTERS = dict(zip(b'\b\t\n\f\r"/\\', (b"b", b"t", b"n", b"f", b"r", b'"', b"/", b"\\"), strict=True))
+_HEX = (*_digit(ord("0"), 10), b"aA", b"bB", b"cC", b"dD", b"eE", b"fF")
+_TWO_UNITS = ((b"u",), (b"dD",), _HEX[8:12], _HEX, _HEX, (b"\\",), (b"u",), (b"dD",), _HEX[12:], _HEX, _HEX)
+ESCAPED: tuple[Script, ...] = (
+    (tuple((code, code) for code in _LETTERS), 0, (tuple(_LETTERS.get(code, b"") for code in range(128)),)),
+    (UTF8[0][0] + UTF8[1][0] + UTF8[2][0], 0, ((b"u",), _HEX, _HEX, _HEX, _HEX)),
+    (UTF8[3][0], 0x10000, _TWO_UNITS),
+)
 
 
 @dataclass(frozen=True)
-class RestOfText(Symbol):
-    """The rest of a text: the set it is from, how many characters are left, and what is half-written of one."""
+class JsonText(Symbol):
+    """The rest of a JSON string behind its opening quote: the set it is from, and how many characters are left."""
 
     at: Texts
     low: int
     high: int | None
-    half: Half = NO_HALF
+    is_escaped: bool = False  # a backslash was read
 
     @property
     def is_whole(self) -> bool:
         """True if the text may end here."""
-        return not self.half[1] and self.at.nullable and self.low == 0
+        return self.at.nullable and self.low == 0
 
-    @property
-    def opening(self) -> Opening:
-        """How it may go on."""
-        is_free = self.at is ALL and (self.high is None or 0 < self.high >= self.low)
-        return EVERY_OPENING if is_free else opened_at(self.at, self.low, self.high)
+    def longer(self) -> list[tuple[Ranges, JsonText]]:
+        """The characters that may come, and the rest behind them."""
+        low, high = counted(self.low, self.high)
+        return [(ranges, replace(self, at=behind, low=low, high=high, is_escaped=False))
+                for ranges, behind in living(self.at, self.low, self.high)]  # fmt: skip
 
-
-class JsonText(RestOfText):
-    """The rest of a JSON string behind its opening quote."""
-
-    @property
-    def firsts(self) -> int:
-        opening = self.opening
-        if self.half != NO_HALF:
-            return sum(1 << byte for byte, half in spelled(self.half).items() if opening.reaches(half[0]))
-        quote = 1 << ord('"') if self.is_whole else 0
-        return quote | (opening.firsts if opening.only is None else 1 << _written(opening.only)[0])
-
-    def step(self, byte: int) -> Symbols | None:
-        if not self.half[1] and byte == ord('"'):
-            return () if self.is_whole else None
-        opening = self.opening
-        if opening.only is not None and not self.half[1]:
-            written = _written(opening.only)
-            rest = (Word(written, 1),) if len(written) > 1 else ()
-            return (*rest, self.behind(opening.only)) if byte == written[0] else None
-        half = spelled(self.half).get(byte)
-        if half is None or not opening.reaches(half[0]):
-            return None
-        return (replace(self, half=half) if half[1] != "done" else self.behind(half[2]),)
-
-    def behind(self, code: int) -> JsonText:
-        """The state behind a whole character."""
-        if self.low == 0 and self.high is None and self.at is ALL and not self.half[1]:
-            return self
-        return JsonText(behind(self.at, code), *counted(self.low, self.high))
-
-
-def _written(code: int) -> bytes:
-    """A character as json.dumps writes it: where no other may stand, there is one way to write it."""
-    return json.dumps(chr(code), ensure_ascii=False)[1:-1].encode()
+    def opened(self) -> Iterable[Symbols]:
+        longer = self.longer()
+        if self.is_escaped:
+            return [(escape, rest) for ranges, rest in longer for escape in written(ranges, ESCAPED)]
+        found: list[Symbols] = [(Word(b'"'),)] if self.is_whole else []
+        first, last = (longer[0][0][0][0], longer[-1][0][-1][1]) if longer else (0, 1)
+        if first == last:  # where no other may stand, there is one way to write it
+            return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), longer[0][1])]
+        found += ((plain, rest) for ranges, rest in longer for plain in written(ranges, PLAIN))
+        return [*found, (Word(b"\\"), replace(self, is_escaped=True))] if longer else found
 
 
 @functools.lru_cache(maxsize=1000)
@@ -17161,15 +16992,14 @@ class NumberShape:
     excluded: frozenset[int | float] = frozenset()
 
 
-def decimal_digits(value: int | float) -> tuple[int, int]:
-    """A number as its shortest decimal notation has it: the digits, and how many of them stand behind the point."""
-    if isinstance(value, int):
-        return value, 0
-    mantissa, _, exponent = repr(value).partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    fraction = fraction.rstrip("0")
-    digits, places = int(whole + fraction), len(fraction) - int(exponent or 0)
-    return (digits, places) if places >= 0 else (digits * 10**-places, 0)
+def exact(value: int | float) -> Fraction:
+    """A number as its shortest decimal notation has it."""
+    from fractions import Fraction
+
+    return Fraction(value if isinstance(value, int) else repr(value))
+
+
+Bound = tuple[int | float, bool]
 
 
 class NumberMachine:
@@ -17177,82 +17007,63 @@ class NumberMachine:
 
     The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
     behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
-    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which
-    JsonNumber handles.
+    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which JsonNumber handles.
     """
 
-    DIGITS, PLACES, MORE_PLACES, DOUBLE, EXPONENTS = 20, 18, 3, 15, range(-290, 281)
-    MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
+    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    MAX_PLACES, MAX_NUMBER, MAX_UNLIKE, MAX_TRIES = 60, 10**400, 4, 64
 
     def __init__(self, shape: NumberShape, exponents: bool) -> None:
-        self._check(shape)
-        multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
-        unlike = [decimal_digits(value) for value in shape.not_multiples]
-        bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
-        self.has_bounds = bool(bounds)
-        self.exponents: list[JsonExponent | None] = [None, None]  # of a positive number, and of a negative one
-        if exponents and not multiples and not unlike:
-            low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
-            self.exponents = [self._exponent(shape.low, shape.high), self._exponent(low, high)]
-        self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
-        if multiples or unlike:
-            self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
+        multiples, unlike = (*shape.multiples, *((1,) if shape.whole else ())), shape.not_multiples
+        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
+        if any(value <= 0 for value in (*multiples, *unlike)):
+            raise InvalidRequest("multipleOf must be over 0")
+        if len(unlike) > self.MAX_UNLIKE:
+            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+        self.has_bounds, has_factors = bool(bounds), bool(multiples or unlike)
+        self.places = max([self.PLACES, *(self._places(bound) + 1 for bound in bounds)])
+        if has_factors:
+            self.places = max(map(self._places, (*multiples, *unlike))) + (0 if multiples else self.MORE_PLACES)
         scale = 10**self.places
-        units, others = ([digits * scale // 10**places for digits, places in numbers] for numbers in (multiples, unlike))
+        units, others = ([int(exact(value) * scale) for value in values] for values in (multiples, unlike))
         unit = math.lcm(*units)
-        if all(number % scale == 0 for number in (unit, *others)):
+        if not any(number % scale for number in (unit, *others)):
             self.places = 0  # a point would add nothing
         self.scale = 10**self.places
-        self.unit, self.unlike = unit * self.scale // scale, [number * self.scale // scale for number in others]
+        self.unit, *self.unlike = (number * self.scale // scale for number in (unit, *others))
         self.cycle = math.lcm(self.unit, *self.unlike)
         self.low = None if shape.low is None else self._edge(*shape.low)
         self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
+        low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
+        ends = ((shape.low, shape.high), (low, high)) if exponents and not has_factors else ()
+        self.exponents = [exponent_within(*span) for span in ends] or [None, None]  # of a positive number, and of a negative one
         nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
-        exact = bool(self.places and (multiples or unlike))  # a double must hold every digit, to be divided
-        self.digits = max(self.DOUBLE - self.places if exact else self.DIGITS, len(str((nearest + self.unit) // self.scale)) + 1)
+        most = self.DOUBLE - self.places if self.places and has_factors else self.DIGITS  # a double holds what is to be divided
+        self.digits = max(most, len(str((nearest + self.unit) // self.scale)) + 1)
         self.most = 10 ** (self.digits + self.places) - 1
 
-    def _check(self, shape: NumberShape) -> None:
-        """Refuses numbers that are out of all proportion."""
-        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
-        for value in (*bounds, *shape.multiples, *shape.not_multiples):
-            if value.bit_length() > self.MAX_BITS if isinstance(value, int) else not math.isfinite(value):
-                raise InvalidRequest("a bound of numbers has too many digits")
-            if decimal_digits(value)[1] > self.MAX_PLACES:
-                raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
-        if any(value <= 0 for value in (*shape.multiples, *shape.not_multiples)):
-            raise InvalidRequest("multipleOf must be over 0")
-        if len(shape.not_multiples) > self.MAX_UNLIKE:
-            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
-
-    def _exponent(self, low: tuple[int | float, bool] | None, high: tuple[int | float, bool] | None) -> JsonExponent | None:
-        """The exponents with which all numbers from 1 to 10 are within bounds."""
-        def reaches(exponent: int, bound: int | float, left_out: bool) -> bool:
-            digits, places = decimal_digits(bound)
-            return 10 ** (exponent + 400) >= digits * 10 ** (400 - places) + left_out
-
-        least = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: low is None or reaches(exponent, *low))
-        most = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: (
-            high is not None and reaches(exponent + 1, high[0], not high[1])))  # fmt: skip
-        return JsonExponent(self.EXPONENTS[least], self.EXPONENTS[most - 1]) if least < most else None
+    def _places(self, value: int | float) -> int:
+        """The decimal places of a number. Raises InvalidRequest where it is out of all proportion."""
+        if not abs(value) < self.MAX_NUMBER:
+            raise InvalidRequest("a bound of numbers has too many digits")
+        parts = exact(value).denominator
+        places = next((count for count in range(self.MAX_PLACES + 1) if 10**count % parts == 0), None)
+        if places is None:
+            raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+        return places
 
     def _edge(self, bound: int | float, left_out: bool) -> int:
         """The least number of units that a lower bound allows."""
-        digits, places = decimal_digits(bound)
-        edge = -(-digits * self.scale // 10**places)
-        if left_out and edge * 10**places == digits * self.scale:
-            edge += 1
-        if left_out and self.unit == 1 and self.places and abs(bound) < sys.float_info.max:
+        edge = math.floor(exact(bound) * self.scale) + 1 if left_out else math.ceil(exact(bound) * self.scale)
+        if left_out and self.places and abs(bound) < sys.float_info.max:
             # a text nearer to the bound than doubles are to each other would be read as the bound
-            digits, places = decimal_digits(math.nextafter(bound, math.inf))
-            edge = max(edge, -(-digits * self.scale // 10**places))
+            edge = max(edge, math.ceil(exact(math.nextafter(bound, math.inf)) * self.scale))
         return edge
 
     def taken(self, values: Iterable[int | float]) -> frozenset[int]:
         """Values in units, those that are no number of them left out."""
-        digits = ((digits * self.scale, 10**places) for digits, places in map(decimal_digits, values))
-        found = (number // part for number, part in digits if number % part == 0)
-        return frozenset(filter(self._is_right, found))
+        found = (exact(value) * self.scale for value in values)
+        return frozenset(int(value) for value in found if value.denominator == 1 and self._is_right(int(value)))
 
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
@@ -17287,7 +17098,7 @@ class NumberMachine:
 
 
 @dataclass(frozen=True)
-class JsonNumber(Symbol):
+class JsonNumber(Tabled):
     """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
 
     `free`: no further digit can break a bound or hit an excluded value; then only the remainder is kept.
@@ -17302,45 +17113,38 @@ class JsonNumber(Symbol):
     free: bool = False
     scientific: bool = False  # there are bounds, and one digit other than 0 stands before the point
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-.eE+" if self._next(byte) is not None)
-
-    def step(self, byte: int) -> Symbols | None:
-        following = self._next(byte)
-        return None if following is None else (following,)
+    @functools.cached_property
+    def after(self) -> dict[int, Symbols]:  # type: ignore[override]
+        found = ((byte, self._next(chr(byte))) for byte in b"0123456789-.eE")
+        return {byte: (following,) for byte, following in found if following is not None}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
         low = self._range(0)[0]
         return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
 
-    def _next(self, byte: int) -> Symbol | None:
-        """The symbol behind a byte; None if no number goes on so."""
-        char, part, machine = chr(byte), self.part, self.machine
+    def _next(self, char: str) -> Symbol | None:
+        """The symbol behind a character; None if no number goes on so."""
+        part, machine = self.part, self.machine
         if char.isdigit():
             return self._digit(int(char))
-        if char == "-" and part == "":
-            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most, self.taken) else None
-        if char == "." and part in ("zero", "whole") and machine.places:
-            return replace(self, part="point", count=0)._if_possible()
-        if char in "eE" and part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds:
-            return machine.exponents[self.negative]
-        return None
+        if char == "-":
+            negative = part == "" and machine.holds(True, 1, machine.most, self.taken)
+            return replace(self, part="sign", negative=True) if negative else None
+        if char == ".":
+            return replace(self, part="point", count=0)._if_possible() if part in ("zero", "whole") and machine.places else None
+        may_end = part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds
+        return machine.exponents[self.negative] if may_end else None
 
     def _digit(self, digit: int) -> JsonNumber | None:
-        part, count = self.part, self.count
+        part, scientific = self.part, self.scientific and self.part != "whole"
+        most = {"zero": 0, "whole": self.machine.digits, "point": self.machine.places, "fraction": self.machine.places}
+        if self.count >= most.get(part, 1):
+            return None
         if part in ("", "sign"):
-            scientific = digit > 0 and self.machine.has_bounds
-            return replace(self, part="whole" if digit else "zero", value=digit, count=1, scientific=scientific)._if_possible()
-        if part == "whole":
-            more = count < self.machine.digits
-            after = replace(self, value=self.value * 10 + digit, count=count + 1, scientific=False)
-            return after._if_possible() if more else None
-        if part in ("point", "fraction"):
-            more = count < self.machine.places
-            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._if_possible() if more else None
-        return None
+            part, scientific = "whole" if digit else "zero", digit > 0 and self.machine.has_bounds
+        part = "fraction" if part == "point" else part
+        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1, scientific=scientific)._if_possible()
 
     def _range(self, more: int) -> tuple[int, int]:
         """The magnitudes that so many further digits before the point can make, or all behind it."""
@@ -17361,40 +17165,23 @@ class JsonNumber(Symbol):
         return replace(self, taken=frozenset(), free=True, negative=negative, value=self.value % machine.cycle)
 
 
-@dataclass(frozen=True)
-class JsonExponent(Symbol):
-    """The rest of a JSON number behind its e: an exponent from `low` to `high`."""
+EXPONENTS = range(-290, 282)
+DECIMAL = _digit(ord("0"), 10)
 
-    low: int
-    high: int
-    sign: str = ""
-    value: int = 0
-    count: int = 0  # digits
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-+" if self.step(byte) is not None)
+def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
+    """The exponents, of up to three digits, with which all numbers from 1 to 10 are within bounds; None if there is none."""
+    def place(bound: int | float, behind: bool) -> int:
+        return (bisect.bisect_right if behind else bisect.bisect_left)(EXPONENTS, bound, key=lambda one: float(f"1e{one}"))
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.count > 0 and self._meets(self.value, self.value)
-
-    def step(self, byte: int) -> Symbols | None:
-        after = None
-        if byte in b"+-" and not self.sign and not self.count:
-            after = replace(self, sign=chr(byte))
-        elif byte in b"0123456789" and self.count < 3:
-            after = replace(self, value=self.value * 10 + byte - ord("0"), count=self.count + 1)
-        return (after,) if after and any(after._meets(*span) for span in after._spans()) else None
-
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """The magnitudes that further digits can make."""
-        return ((self.value * 10**more, (self.value + 1) * 10**more - 1) for more in range(4 - self.count))
-
-    def _meets(self, least: int, most: int) -> bool:
-        """True if an exponent of such a magnitude is right."""
-        least, most = (-most, -least) if self.sign == "-" else (least, most)
-        return self.low <= most and least <= self.high
+    first = place(*low) if low else 0
+    last = place(high[0], not high[1]) if high else len(EXPONENTS)
+    if first >= last - 1:
+        return None
+    least, most = EXPONENTS[first], EXPONENTS[last - 2]
+    spans = (("", max(least, 0), most), ("+", max(least, 0), most), ("-", max(-most, 0), -least))
+    return AnyOf(tuple(InOrder((word(sign), numeral(((low, min(high, 10**count - 1)),), (DECIMAL,) * count)))
+                       for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1000)
@@ -17426,12 +17213,8 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
     if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
         return False
     multiples = (*shape.multiples, *((1,) if shape.whole else ()))
-    return all(_divides(m, value) for m in multiples) and not any(_divides(m, value) for m in shape.not_multiples)
-
-
-def _divides(part: int | float, value: int | float) -> bool:
-    (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
-    return two * 10**places % (one * 10**more) == 0
+    number = exact(value)
+    return not any(number % exact(one) for one in multiples) and all(number % exact(one) for one in shape.not_multiples)
 
 
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -18762,11 +18545,10 @@ class Documents:
         """Opens a symbol, equal ones once. Raises NotYet."""
         found = self._kept.get(symbol)
         if found is None:
-            TURN.look()
             if len(self._kept) > self.MAX_KEPT:
                 self._kept.clear()  # other threads may do so too: what is returned is never looked up again
             found = self._kept[symbol] = opened(symbol)
-            TURN.found()
+            TURN.kept()
         return found
 
     # Objects
@@ -19454,37 +19236,12 @@ def not_before(marker: str) -> str:
     return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
 
-class PlainText(RestOfText):
+class PlainText(JsonText):
     """The rest of a text that is written as it is."""
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.is_whole
-
-    @property
-    def firsts(self) -> int:
-        return plain_firsts(self.opening, self.half)
-
-    def step(self, byte: int) -> Symbols | None:
-        half = spelled_plainly(self.half).get(byte)
-        if half is None or not self.opening.reaches(half[0]):
-            return None
-        if half[1] != "done":
-            return (replace(self, half=half),)
-        return (PlainText(behind(self.at, half[2]), *counted(self.low, self.high)),)
-
-
-def spelled_plainly(half: Half) -> dict[int, Half]:
-    """Maps each byte to the state of a half-written character behind it, without escapes; "done" if it is whole."""
-    if half[1]:
-        return spelled(half)
-    return {byte: _whole(byte) for byte in range(128)} | {byte: more for byte, more in spelled(half).items() if byte >= 128}
-
-
-@functools.lru_cache(maxsize=1000)
-def plain_firsts(opening: Opening, half: Half) -> int:
-    """The bytes that may come where a text may go on in some way."""
-    return sum(1 << byte for byte, more in spelled_plainly(half).items() if opening.reaches(more[0]))
+    def opened(self) -> Iterable[Symbols]:
+        end: list[Symbols] = [()] if self.is_whole else []
+        return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
 @dataclass(frozen=True)
