@@ -15431,8 +15431,8 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 class Symbol:
     """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
 
-    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead
-    into a dead end: whatever `step` returns can be finished.
+    A subclass has `opened`, or `after`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No
+    symbol may lead into a dead end: whatever `step` returns can be finished.
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
@@ -15441,14 +15441,19 @@ class Symbol:
         """The alternatives that may stand in its place; None if it reads bytes."""
         return None
 
-    @property
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        """The symbols that must follow each byte that it may read now."""
+        raise NotImplementedError
+
+    @functools.cached_property
     def firsts(self) -> int:
         """The bytes that it may read now, one bit each."""
-        raise NotImplementedError
+        return sum(1 << byte for byte in self.after)
 
     def step(self, byte: int) -> Symbols | None:
         """Reads a byte and returns the symbols that must follow; None if it may not read that byte."""
-        raise NotImplementedError
+        return self.after.get(byte)
 
     def left(self) -> Symbols:
         """The symbols that must follow when it is left although it could read on."""
@@ -15478,14 +15483,9 @@ class Word(Symbol):
     def opened(self) -> Iterable[Symbols] | None:
         return None if self.data else ((),)
 
-    @property
-    def firsts(self) -> int:
-        return 1 << self.data[self.at]
-
-    def step(self, byte: int) -> Symbols | None:
-        if byte != self.data[self.at]:
-            return None
-        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
 def word(text: str) -> Word:
@@ -15500,36 +15500,21 @@ class OneChar(Symbol):
     ranges: tuple[tuple[int, int], ...]
 
     def opened(self) -> Iterable[Symbols]:
-        return [(way,) for way in written(self.ranges, UTF8)]
+        return [(way,) for way in written(self.ranges, "UTF-8")]
 
 
 Digit = tuple[bytes, ...]  # the bytes that spell each of its values
 
 
-class Tabled(Symbol):
-    """A symbol that knows of each byte that it may read what follows."""
-
-    @property
-    def after(self) -> dict[int, Symbols]:
-        raise NotImplementedError
-
-    @functools.cached_property
-    def firsts(self) -> int:  # type: ignore[override]
-        return sum(1 << byte for byte in self.after)
-
-    def step(self, byte: int) -> Symbols | None:
-        return self.after.get(byte)
-
-
 @dataclass(frozen=True, eq=False)
-class Numeral(Tabled):
+class Numeral(Symbol):
     """A number of some ranges in so many digits, each of its own kind. `numeral` makes equal ones once."""
 
     ranges: tuple[tuple[int, int], ...]
     digits: tuple[Digit, ...]
 
     @functools.cached_property
-    def after(self) -> dict[int, Symbols]:  # type: ignore[override]
+    def after(self) -> dict[int, Symbols]:
         values, *rest = self.digits
         size = math.prod(map(len, rest))  # so many numbers begin with one digit
         found: dict[int, list[tuple[int, int]]] = {}
@@ -15549,21 +15534,31 @@ def _digit(first: int, count: int) -> Digit:
     return tuple(bytes([byte]) for byte in range(first, first + count))
 
 
-Script = tuple[tuple[tuple[int, int], ...], int, tuple[Digit, ...]]  # of characters of ranges: as a number less an offset
 _MORE = _digit(0x80, 64)
-UTF8: tuple[Script, ...] = (
+_HEX = (*_digit(ord("0"), 10), b"aA", b"bB", b"cC", b"dD", b"eE", b"fF")
+_LETTERS = dict(zip(b'\b\t\n\f\r"/\\', (b"b", b"t", b"n", b"f", b"r", b'"', b"/", b"\\"), strict=True))
+UTF8 = (
     (((0, 0x7F),), 0, (_digit(0, 128),)),
     (((0x80, 0x7FF),), 0, (_digit(0xC0, 32), _MORE)),
     (((0x800, 0xD7FF), (0xE000, 0xFFFF)), 0, (_digit(0xE0, 16), _MORE, _MORE)),
     (((0x10000, 0x10FFFF),), 0, (_digit(0xF0, 8), _MORE, _MORE, _MORE)),
 )
+SCRIPTS = {  # ranges of characters, each a number from an offset on, and its digits; "escaped": behind the backslash
+    "UTF-8": UTF8,
+    "JSON": ((((32, 33), (35, 91), (93, 127)), 0, UTF8[0][2]), *UTF8[1:]),
+    "escaped": (
+        (tuple((code, code) for code in _LETTERS), 0, (tuple(_LETTERS.get(code, b"") for code in range(128)),)),
+        (UTF8[0][0] + UTF8[1][0] + UTF8[2][0], 0, ((b"u",), _HEX, _HEX, _HEX, _HEX)),
+        (UTF8[3][0], 0x10000, ((b"u",), (b"dD",), _HEX[8:12], _HEX, _HEX, (b"\\",), (b"u",), (b"dD",), _HEX[12:], _HEX, _HEX)),
+    ),
+}
 
 
-@functools.lru_cache(maxsize=1000)
-def written(ranges: tuple[tuple[int, int], ...], spellings: tuple[Script, ...]) -> list[Symbol]:
+@functools.lru_cache(maxsize=10_000)
+def written(ranges: tuple[tuple[int, int], ...], script: str) -> list[Numeral]:
     """The ways to write one character of some ranges."""
-    found: list[Symbol] = []
-    for spelled, offset, digits in spellings:
+    found: list[Numeral] = []
+    for spelled, offset, digits in SCRIPTS[script]:
         spans = ((max(low, first) - offset, min(high, last) - offset) for low, high in ranges for first, last in spelled)
         if part := tuple((low, high) for low, high in spans if low <= high):
             found.append(numeral(part, digits))
@@ -15855,16 +15850,19 @@ EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Sorts ranges, joins those that touch, and drops the surrogates."""
-    found: list[tuple[int, int]] = []
     halves = (half for low, high in ranges for half in ((low, min(high, 0xD7FF)), (max(low, 0xE000), high)))
-    for low, high in sorted(halves):
-        if low > high:
-            continue
+    return tuple(touching(half for half in halves if half[0] <= half[1]))
+
+
+def touching(spans: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Sorts spans of whole numbers, and joins those that touch."""
+    found: list[tuple[int, Any]] = []
+    for low, high in sorted(spans):
         if found and low <= found[-1][1] + 1:
             found[-1] = (found[-1][0], max(found[-1][1], high))
         else:
             found.append((low, high))
-    return tuple(found)
+    return found
 
 
 def others(ranges: Ranges) -> Ranges:
@@ -15903,7 +15901,6 @@ class Reader:
 
     MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
     TOKEN: ClassVar[re.Pattern[str]]
-    PARTS: ClassVar[frozenset[str]]  # the kinds of tokens that begin a part
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
 
@@ -15949,7 +15946,7 @@ class Reader:
     def _sequence(self, depth: int) -> Symbol:
         parts: list[Symbol] = []
         may_repeat = False
-        while self.kind == "repeat" or self.kind in self.PARTS:
+        while self.kind not in (None, "or", "close", "rule"):
             if self.kind != "repeat":
                 parts.append(self.part(depth))
             elif may_repeat:
@@ -15984,10 +15981,12 @@ class Reader:
         found = set[tuple[int, int]]()
         while not self.text.startswith("]", self.at):
             TURN.tick()
-            low, begun = self._member(), self.at
+            if self.at >= len(self.text):
+                raise self.refuse("a square bracket is not closed")
+            low, begun = self.member(), self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
-                high = self._member()
+                high = self.member()
                 if len(low) == len(high) == 1 and low[0][0] == low[0][1] and high[0][0] == high[0][1]:
                     if low > high:
                         raise self.refuse(f"the range {_said(self.text[begun - 1 : self.at])} is empty")
@@ -15997,11 +15996,6 @@ class Reader:
             found |= set(low)
         self.at += 1
         return others(merged(found)) if negated else merged(found)
-
-    def _member(self) -> Ranges:
-        if self.at >= len(self.text):
-            raise self.refuse("a square bracket is not closed")
-        return self.member()
 
 
 class PatternReader(Reader):
@@ -16014,17 +16008,16 @@ class PatternReader(Reader):
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
-    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
     DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
         r"|(?P<edge>[\^$]|\\[AZz])|(?P<class>\[)|(?P<dot>\.)|(?P<char>.)", re.DOTALL)  # fmt: skip
-    PARTS = frozenset(("open", "edge", "class", "dot", "char"))
-    ESCAPE = re.compile(
+    CHAR = re.compile(
         r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})"
         r"|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
-        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
+        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))|([^\\])", re.DOTALL)  # fmt: skip
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
@@ -16041,7 +16034,11 @@ class PatternReader(Reader):
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
         if self.kind == "open":
-            return self._group(self.token, depth)
+            if self.token["other"] is not None:
+                begun = self.text[self.token.start() : self.token.start() + 4]
+                raise self.refuse(f"{_said(begun)} (look-behind, flags …) cannot be honoured")
+            ahead, inside = self.token["ahead"], self.inside(depth)
+            return Ahead(inside, ahead == "=") if ahead else inside
         if self.kind == "edge":
             return Edge(self.word() not in ("^", "\\A"))
         if self.kind == "class":
@@ -16053,28 +16050,12 @@ class PatternReader(Reader):
         self.at = self.token.start()
         return OneChar(merged(self.member()))
 
-    def _group(self, token: re.Match[str], depth: int) -> Symbol:
-        if token["other"] is not None:
-            raise self.refuse(f"{_said(self.text[token.start() : token.start() + 4])} (look-behind, flags …) cannot be honoured")
-        inside = self.inside(depth)
-        return Ahead(inside, token["ahead"] == "=") if token["ahead"] else inside
-
     def member(self) -> Ranges:
-        if self.text.startswith("\\b", self.at):  # within a class a backspace
-            self.at += 2
-            return ((8, 8),)
-        if self.text[self.at] == "\\":
-            return self._escape()
-        self.at += 1
-        return ((ord(self.text[self.at - 1]),) * 2,)
-
-    def _escape(self) -> Ranges:
-        """The characters that a backslash and what follows stand for."""
-        match = self.ESCAPE.match(self.text, self.at)
+        match = self.CHAR.match(self.text, self.at)
         if match is None:
             raise self.refuse("it ends with a backslash")
         self.at = match.end()
-        first, second, *codes, control, kind, name, char = match.groups()
+        first, second, *codes, control, kind, name, char, plain = match.groups()
         if first:
             code = 0x10000 + ((int(first, 16) & 0x3FF) << 10) + (int(second, 16) & 0x3FF)
         elif any(codes):
@@ -16083,12 +16064,12 @@ class PatternReader(Reader):
             code = ord(control) % 32
         elif kind:
             return self._property(name) if kind == "p" else others(self._property(name))
+        elif plain or char in self.NAMED:
+            code = ord(plain) if plain else self.NAMED[char]
         elif char.lower() in self.CLASSES:
             return self.CLASSES[char] if char in self.CLASSES else others(self.CLASSES[char.lower()])
         elif char in "123456789":
             raise self.refuse(f"\\{char} (a back-reference) cannot be honoured")
-        elif char in self.NAMED:
-            code = self.NAMED[char]
         elif char.isascii() and char.isalnum():
             raise self.refuse(f"the escape \\{char} cannot be honoured")
         else:
@@ -16189,7 +16170,6 @@ class GbnfReader(Reader):
         r"(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)|(?P<literal>\")"
         r"|(?P<class>\[)|(?P<repeat>(?P<sign>[*+?])|\{\s*(?P<low>[0-9]{1,12})\s*(?:(?P<comma>,)\s*(?P<high>[0-9]{0,12})\s*)?\})"
         r"|(?P<open>\()|(?P<close>\))|(?P<or>\|)|(?P<dot>\.)|(?P<token><(?!\[)[^>\n]+>)|(?P<no_text>!?<)")  # fmt: skip
-    PARTS = frozenset(("name", "literal", "class", "open", "dot", "token", "no_text"))
     CHAR = re.compile(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})|\\(.)|([^\\])", re.DOTALL)
     ESCAPES: ClassVar = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "[": "[", "]": "]", "-": "-", "^": "^"}
 
@@ -16306,52 +16286,42 @@ class GbnfReader(Reader):
 class Texts:
     """A set of texts, as an expression over ranges of characters: a regular language. The functions below make equal ones once.
 
-    `least` and `most` are the lengths of its shortest and longest text. If it is `plain`, made without complements and
-    intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
+    No text is shorter than `least` or longer than `most`. In one that is `plain`, as those are that are made without complements
+    and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "dense", "kind", "known", "least", "most", "moves", "nullable", "parts", "plain")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "shortest")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
-        self.known: int | None = None  # the length of a text that a search has found
-        self.plain: bool = kind != "none" and all(part.plain for part in parts)
-        self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
+        self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
+        self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
+        self.nullable, self.least, self.most = False, 1, 1.0
+        leasts, mosts = [part.least for part in parts], [part.most for part in parts]
         if kind == "empty":
             self.nullable, self.least, self.most = True, 0, 0
         elif kind == "words":
             lengths = {len(text) for text in data.rest()}
-            self.nullable, self.least, self.most, self.dense = 0 in lengths, min(lengths), max(lengths), len(lengths) == 1
+            self.nullable, self.least, self.most = 0 in lengths, min(lengths), max(lengths)
         elif kind == "then":
-            one, two = parts
-            self.nullable, self.dense = one.nullable and two.nullable, one.dense and two.dense
-            self.least, self.most = one.least + two.least, one.most + two.most
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), sum(leasts), sum(mosts)
         elif kind == "repeat":
-            self._repeated(parts[0], *data)
+            low, high = data
+            self.nullable = low == 0 or parts[0].nullable
+            self.least, self.most = leasts[0] * low, mosts[0] * high if mosts[0] else 0
+        elif kind == "sized":
+            low, high = data
+            self.plain = self.plain and (low <= leasts[0] <= high or parts[0] is ALL)
+            self.nullable, self.least, self.most = parts[0].nullable and low == 0, max(low, *leasts), min(high, *mosts)
         elif kind == "not":
-            self.plain, self.nullable = False, not parts[0].nullable
-            self.least, self.most = int(parts[0].nullable), math.inf
+            self.nullable, self.least, self.most = not parts[0].nullable, int(parts[0].nullable), math.inf
         elif kind == "both":
-            self.plain, self.dense, self.nullable = False, False, all(part.nullable for part in parts)
-            self.least, self.most = max(p.least for p in parts), min(p.most for p in parts)
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), max(leasts), min(mosts)
         elif kind == "either":
-            self._either(parts)
-
-    def _repeated(self, part: Texts, low: int, high: float) -> None:
-        self.nullable = low == 0 or part.nullable
-        self.least, self.most = part.least * low, part.most * high if part.most else 0
-        self.dense = part.dense and (low == high or (low + 1) * part.least <= low * part.most + 1 if low else part.least <= 1)
-
-    def _either(self, parts: tuple[Texts, ...]) -> None:
-        self.nullable = any(part.nullable for part in parts)
-        self.least, self.most = min(p.least for p in parts), max(p.most for p in parts)
-        reach: float = self.least
-        for part in sorted(parts, key=lambda part: part.least):
-            self.dense = self.dense and part.dense and part.least <= reach + 1
-            reach = max(reach, part.most)
+            self.nullable, self.least, self.most = any(part.nullable for part in parts), min(leasts), max(mosts)
 
 
 Moves = tuple[tuple[Ranges, Texts], ...]  # characters that may come first, and the texts that follow one of them
@@ -16385,23 +16355,15 @@ def then(one: Texts, two: Texts) -> Texts:
     while chain[-1].kind == "then":
         chain[-1:] = chain[-1].parts
     for part in reversed(chain):
-        two = _joined(part, two)
+        if part is NONE or two is NONE:
+            two = NONE
+        elif part is EMPTY or two is EMPTY:
+            two = two if part is EMPTY else part
+        elif (part is ALL and two.nullable) or (two is ALL and part.nullable):
+            two = ALL
+        else:
+            two = _make("then", parts=(part, two))
     return two
-
-
-def _joined(one: Texts, two: Texts) -> Texts:
-    while True:
-        if one is NONE or two is NONE:
-            return NONE
-        if one is EMPTY or two is EMPTY:
-            return two if one is EMPTY else one
-        if (one is ALL and two.nullable) or (two is ALL and one.nullable):
-            return ALL
-        head, rest = two.parts if two.kind == "then" else (two, EMPTY)
-        (part, low, high), (again, least, most) = _counted(one), _counted(head)
-        if part is not again:
-            return _make("then", parts=(one, two))
-        one, two = repeat(part, low + least, high + most), rest
 
 
 def _counted(texts: Texts) -> tuple[Texts, int, float]:
@@ -16413,10 +16375,8 @@ def repeat(part: Texts, low: int, high: float) -> Texts:
     if high == 0 or part is EMPTY or part is NONE:
         return NONE if part is NONE and low else EMPTY
     low = 0 if part.nullable else low
-    if part.kind == "repeat":  # (a{2,3}){4,5} is a{8,15}, as the counts meet
-        inner, least, most = _counted(part)
-        if low == high or (least <= 1 if low == 0 else low * most + 1 >= (low + 1) * least):
-            part, low, high = inner, low * least, high * most
+    if part.kind == "repeat" and part.data == (0, math.inf):
+        return part  # (a*)*
     return part if low == high == 1 else _make("repeat", (low, high), (part,))
 
 
@@ -16457,38 +16417,31 @@ def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
         counts.setdefault((part, rest), []).append((low, high))
     if len(counts) == len(parts):
         return parts
-    found: dict[Texts, None] = {}
-    for (part, rest), spans in counts.items():
-        union: list[tuple[int, float]] = []
-        for low, high in sorted(spans):
-            if union and low <= union[-1][1] + 1:
-                union[-1] = (union[-1][0], max(union[-1][1], high))
-            else:
-                union.append((low, high))
-        found |= dict.fromkeys(then(repeat(part, low, high), rest) for low, high in union)
-    return found
+    return dict.fromkeys(then(repeat(part, *span), rest) for (part, rest), spans in counts.items() for span in touching(spans))
 
 
 def intersection(parts: Iterable[Texts]) -> Texts:
     """The texts that are in every one."""
     flat: dict[Texts, None] = {}
+    low, high = 0, math.inf
     for part in parts:
+        if part.kind == "sized":
+            (least, most), (part,) = part.data, part.parts
+            low, high = max(low, least), min(high, most)
         flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
     flat.pop(ALL, None)
-    if len(flat) < 2:
-        return next(iter(flat), ALL)
-    sized = [part for part in flat if part.kind != "not"]
-    least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
-    for part in list(flat):
-        if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
-            del flat[part]  # the others' lengths exclude already what it excludes
-    if NONE in flat or least > most or any(p.parts[0] in flat for p in flat if p.kind == "not"):
+    if NONE in flat or any(part.kind == "not" and part.parts[0] in flat for part in flat):
         return NONE
-    if most == 0:
-        return EMPTY if all(part.nullable for part in flat) else NONE
-    if flat and all(part.kind == "char" for part in flat):
-        return char_texts(functools.reduce(common, (part.data for part in flat)))
-    return _of_some("both", flat, ALL)
+    return sized(_of_some("both", flat, ALL), low, high)
+
+
+def sized(texts: Texts, low: int, high: float) -> Texts:
+    """Those of the texts that have so many characters."""
+    if texts.kind == "sized":
+        return intersection([texts, sized(ALL, low, high)])
+    if max(low, texts.least) > min(high, texts.most):
+        return NONE
+    return texts if low <= texts.least and texts.most <= high else _make("sized", (low, high), (texts,))
 
 
 def complement(texts: Texts) -> Texts:
@@ -16528,6 +16481,7 @@ def moves(texts: Texts) -> Moves:
     """The sets that follow a first character (Brzozowski's derivatives), by ranges of characters."""
     if texts.moves is None:
         texts.moves = tuple(_moves(texts))
+        TURN.kept()
     return texts.moves
 
 
@@ -16542,6 +16496,9 @@ def _moves(texts: Texts) -> Iterable[tuple[Ranges, Texts]]:
     if kind == "repeat":
         again = repeat(parts[0], max(texts.data[0] - 1, 0), texts.data[1] - 1)
         return [(ranges, then(behind, again)) for ranges, behind in moves(parts[0])]
+    if kind == "sized":
+        low, high = texts.data
+        return [(ranges, sized(behind, max(low - 1, 0), high - 1)) for ranges, behind in moves(parts[0])]
     if kind == "either":
         return _combined([moves(part) for part in parts], union)
     if kind == "both":
@@ -16602,11 +16559,7 @@ class Matching:
             raise InvalidRequest("pattern: its anchors and repeats multiply too far")
         first, later = rest
         if not pattern.looks:
-            texts = self.alone(pattern)
-            found = then(texts, later)
-            if first is later or not texts.nullable:
-                return found, found
-            return union([first, then(intersection([texts, repeat(EVERY, 1, math.inf)]), later)]), found
+            return self._plainly(self.alone(pattern), rest)
         if isinstance(pattern, Edge):
             ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
             return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
@@ -16636,26 +16589,27 @@ class Matching:
             return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
         return NONE  # an Edge
 
+    @staticmethod
+    def _plainly(texts: Texts, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """Joins texts that look at nothing around them, and the rest."""
+        first, later = rest
+        found = then(texts, later)
+        if first is later or not texts.nullable:
+            return found, found
+        return union([first, then(sized(texts, 1, math.inf), later)]), found
+
     def _loop(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """Joins a repeat of something that looks around it."""
-        part, low, (first, later) = loop.symbol, loop.low, rest
-        high = math.inf if loop.high is None else loop.high
-        if high == 0:
-            return rest
-        if high == 1:
-            inside = self.before(part, rest)
-            return inside if low else (union([inside[0], first]), union([inside[1], later]))
-        if _looks_ahead(part):
+        """Joins a repeat of something that looks around it: what reads between its first round and its last meets no edge."""
+        part, low, more = loop.symbol, loop.low, math.inf if loop.high is None else loop.high - loop.low
+        if _looks_ahead(part) and loop.high not in (0, 1):
             return self._tempered(loop, rest)
         if low > MAX_UNROLLED:
             raise InvalidRequest(f"pattern: an anchor within over {MAX_UNROLLED} repeats cannot be honoured")
-        if low:
-            more = None if loop.high is None else loop.high - low
-            return self.before(InOrder((part,) * low + (Repeated(part, 0, more),)), rest)
-        inner, final = self.alone(part), self.before(part, (NONE, later))[1]  # the last round may meet the end
-        further = [union([then(repeat(inner, 0, count), later), then(repeat(inner, 0, count - 1), final)])
-                   for count in (high - 1, high)]  # fmt: skip
-        return union([first, self.before(part, (first, further[0]))[0]]), further[1]
+        for optional in range(int(min(more, 2))):
+            rest = self._plainly(repeat(self.alone(part), 0, more - 2), rest) if optional else rest
+            once = self.before(part, rest)
+            rest = union([rest[0], once[0]]), union([rest[1], once[1]])
+        return self.before(InOrder((part,) * low), rest) if low else rest
 
     def _tempered(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
         """((?!foo).)* up to the end: what it says of each character is that foo is nowhere."""
@@ -16679,114 +16633,92 @@ def _looks_ahead(pattern: Symbol) -> bool:
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
-    if keyword == "format" and value not in (*FORMATS, *UNKNOWN_FORMATS):
-        found = ALL
+    if keyword == "pattern":
+        pattern = InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value)))
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
-    elif keyword == "format":
-        texts = FORMATS[value] if wanted else WIDER_FORMATS.get(value, FORMATS[value])
-        found = Matching().before(InOrder((Edge(False), read_pattern(texts), Edge(True))), (ALL, ALL))[0]
-    else:
-        found = Matching().before(InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value))), (ALL, ALL))[0]
+    else:  # what is no standard's is a remark
+        pattern = InOrder((Edge(False), read_pattern(FORMATS[value]), Edge(True))) if value in FORMATS else InOrder(())
+    longest = MAX_HOSTNAME if (keyword, value) == ("format", "hostname") else math.inf
+    found = sized(Matching().before(pattern, (ALL, ALL))[0], 0, longest)
     return found if wanted else complement(found)
 
 
 # What can still be reached
 
-
-def counted(low: int, high: int | None) -> tuple[int, int | None]:
-    """How many characters more a text needs, and may have, behind one more."""
-    return max(low - 1, 0), None if high is None else high - 1
+MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
 
 
-def alive(at: Texts, low: int, high: int | None) -> bool:
-    """True if one of the texts has `low` to `high` characters. Raises NotYet.
+def alive(at: Texts) -> bool:
+    """True if there is a text. Raises NotYet.
 
     What a search does not find counts as dead: a text is then kept from what could have been right, but never led where
     it cannot end.
     """
-    plainly = is_plainly_alive(at, low, high)
-    return bool(find_text(at, low, high)[0]) if plainly is None else plainly
-
-
-def is_plainly_alive(at: Texts, low: int, high: int | None) -> bool | None:
-    """The same without a search; None if one is needed."""
-    if at is NONE or at.most < low or (high is not None and (high < at.least or high < low)):
+    try:
+        return at.plain or at.nullable or shortest(at) < math.inf
+    except InvalidRequest:
+        at.shortest = math.inf
         return False
-    return True if at.plain and (high is None or at.dense or low <= at.least) else None
 
 
-MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
+def _known_shortest(at: Texts) -> float | None:
+    """The length of the shortest text where that needs no search."""
+    if at.plain or at.nullable:
+        return at.least
+    if at.shortest is None and at.kind == "sized":
+        found = _known_shortest(at.parts[0])
+        if found is not None and found >= at.data[0]:
+            return found if found <= at.data[1] else math.inf
+    return at.shortest
 
 
-@functools.lru_cache(maxsize=50_000)
-def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
-    """Looks for a text of some length, in sets of complements and intersections or with gaps in their lengths: breadth first.
+def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> float:
+    """Finds the length of the shortest text, breadth first; inf if there is none. Raises InvalidRequest if that takes too long.
 
-    Tells whether there is one, None if that took too long, and in how many steps. Raises NotYet: what was derived is kept,
-    and the next search goes quickly where this one has been.
+    Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
     """
-    layer: dict[Texts, Texts | None] = {at: None}  # the sets that follow so many characters, and the one before each
-    length, steps = 0, 0
-    rounds: dict[frozenset[Texts], int] = {}  # layers that were met, and the length
-    seen: dict[Texts, Texts | None] = {}
-    while layer and (high is None or length <= high):
-        rest = max(low - length, 0), None if high is None else high - length
-        longer: dict[Texts, Texts | None] = {}
+    if at.kind == "sized" and _known_shortest(at) is None:
+        shortest(at.parts[0], spend)
+    before: dict[Texts, Texts | None] = {at: None}  # each set that was met, and the one before it
+    layer, length, found = [at], 0, math.inf
+    last: Texts | None = None
+    while layer and length < found:
+        longer = list[Texts]()
         for one in layer:
-            steps += 1
-            plainly = is_plainly_alive(one, *rest)
-            if plainly or (plainly is None and _has_known(one, *rest)):
-                _keep_length(one, seen | layer)
-                return True, steps
-            if steps > MAX_SEARCH:
-                return None, steps
-            if plainly is None:
-                fresh = one.moves is None
-                longer |= ((behind, one) for _, behind in moves(one))
-                if fresh:
-                    TURN.kept()
-        if rest[0]:
-            before = rounds.setdefault(frozenset(longer), length)
-            if before < length:  # and so on, round after round
-                length += (low - length - 1) // (length - before) * (length - before)
-        else:
-            seen |= layer
-            longer = {one: before_it for one, before_it in longer.items() if one not in seen}
+            known = _known_shortest(one)
+            if known is None:
+                spend(2)
+                fresh = dict.fromkeys((behind for _, behind in moves(one) if behind not in before), one)
+                before |= fresh
+                longer += fresh
+            elif length + known < found:
+                found, rest, last = length + known, known, one
+        if len(before) > MAX_SEARCH:
+            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
-    return False, steps
-
-
-def _has_known(at: Texts, low: int, high: int | None) -> bool:
-    """True if a text of the right length is known."""
-    length = 0 if at.nullable else at.known
-    return length is not None and low <= length and (high is None or length <= high)
-
-
-def _keep_length(at: Texts, before: Mapping[Texts, Texts | None]) -> None:
-    """Keeps the length of a text that was found, for the sets through which a search came to it."""
-    length = 0 if at.nullable else at.least if at.plain else at.known or 0
-    here: Texts | None = at
-    while here is not None and here.known is None:
-        here.known = length
-        here, length = before.get(here), length + 1
+    if last is None:
+        for one in before:
+            one.shortest = math.inf
+    while last is not None:
+        last.shortest, rest = rest, rest + 1
+        last = before[last]
+    return found
 
 
 @functools.lru_cache(maxsize=50_000)
-def living(at: Texts, low: int, high: int | None) -> Moves:
-    """How a text may go on: the moves behind which one of `low` to `high` characters, this one too, can be finished."""
-    then = counted(low, high)
-    return tuple((ranges, behind) for ranges, behind in moves(at) if alive(behind, *then))
+def living(at: Texts) -> Moves:
+    """How a text may go on: the moves behind which there is a text."""
+    return tuple((ranges, behind) for ranges, behind in moves(at) if alive(behind))
 
 
 def behind(at: Texts, code: int) -> Texts:
     """The texts that follow a character."""
-    return next((behind for ranges, behind in moves(at) if _holds(ranges, code)), NONE)
-
-
-def _holds(ranges: Ranges, code: int) -> bool:
-    at = bisect.bisect_right(ranges, (code, 0x110000)) - 1
-    return at >= 0 and ranges[at][1] >= code
+    for ranges, behind in moves(at):
+        index = bisect.bisect_right(ranges, (code, 0x110000)) - 1
+        if index >= 0 and ranges[index][1] >= code:
+            return behind
+    return NONE
 
 
 # JSON strings
@@ -16794,99 +16726,80 @@ def _holds(ranges: Ranges, code: int) -> bool:
 
 @dataclass(frozen=True)
 class StringShape:
-    """The condition on a JSON string; lengths in code points."""
+    """The condition on a JSON string."""
 
-    low: int = 0
-    high: int | None = None
     texts: Texts = ALL
 
     @classmethod
     def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
-        """The shape by several bounds of the length, and by arguments of texts_by."""
-        rules = list(rules)
-        highs = [*highs, *(LONGEST[value] for key, value, wanted in rules if wanted and key == "format" and value in LONGEST)]
-        return cls(max(lows, default=0), min(highs, default=None), intersection(texts_by(*rule) for rule in rules))
+        """The shape by several bounds of the length, in code points, and by arguments of texts_by."""
+        texts = intersection(texts_by(*rule) for rule in rules)
+        return cls(sized(texts, max(lows, default=0), min(highs, default=math.inf)))
 
     def within(self, texts: Texts) -> StringShape:
         """The same, of just those texts."""
-        return replace(self, texts=intersection([self.texts, texts]))
+        return StringShape(intersection([self.texts, texts]))
 
     def but_not(self, texts: Iterable[str]) -> StringShape:
         """The same without some texts."""
         return self.within(complement(word_texts(frozenset(texts))))
 
 
-# Characters as they stand in a JSON string, and behind a backslash: a letter, or \u once or twice.
-PLAIN: tuple[Script, ...] = ((((32, 33), (35, 91), (93, 127)), 0, UTF8[0][2]), *UTF8[1:])
-_LETTERS = dict(zip(b'\b\t\n\f\r"/\\', (b"b", b"t", b"n", b"f", b"r", b'"', b"/", b"\\"), strict=True))
-_HEX = (*_digit(ord("0"), 10), b"aA", b"bB", b"cC", b"dD", b"eE", b"fF")
-_TWO_UNITS = ((b"u",), (b"dD",), _HEX[8:12], _HEX, _HEX, (b"\\",), (b"u",), (b"dD",), _HEX[12:], _HEX, _HEX)
-ESCAPED: tuple[Script, ...] = (
-    (tuple((code, code) for code in _LETTERS), 0, (tuple(_LETTERS.get(code, b"") for code in range(128)),)),
-    (UTF8[0][0] + UTF8[1][0] + UTF8[2][0], 0, ((b"u",), _HEX, _HEX, _HEX, _HEX)),
-    (UTF8[3][0], 0x10000, _TWO_UNITS),
-)
-
-
 @dataclass(frozen=True)
 class JsonText(Symbol):
-    """The rest of a JSON string behind its opening quote: the set it is from, and how many characters are left."""
+    """The rest of a JSON string behind its opening quote."""
 
     at: Texts
-    low: int
-    high: int | None
     is_escaped: bool = False  # a backslash was read
-
-    @property
-    def is_whole(self) -> bool:
-        """True if the text may end here."""
-        return self.at.nullable and self.low == 0
 
     def longer(self) -> list[tuple[Ranges, JsonText]]:
         """The characters that may come, and the rest behind them."""
-        low, high = counted(self.low, self.high)
-        return [(ranges, replace(self, at=behind, low=low, high=high, is_escaped=False))
-                for ranges, behind in living(self.at, self.low, self.high)]  # fmt: skip
+        return [(ranges, replace(self, at=behind, is_escaped=False)) for ranges, behind in living(self.at)]
 
-    def opened(self) -> Iterable[Symbols]:
+    @functools.cached_property
+    def _ways(self) -> list[Symbols]:
+        """The ways to go on, each from a symbol that reads bytes."""
         longer = self.longer()
         if self.is_escaped:
-            return [(escape, rest) for ranges, rest in longer for escape in written(ranges, ESCAPED)]
-        found: list[Symbols] = [(Word(b'"'),)] if self.is_whole else []
+            return [(way, rest) for ranges, rest in longer for way in written(ranges, "escaped")]
+        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable else []
         first, last = (longer[0][0][0][0], longer[-1][0][-1][1]) if longer else (0, 1)
-        if first == last:  # where no other may stand, there is one way to write it
+        if first == last:  # where no other character may stand, there is one way to write it
             return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), longer[0][1])]
-        found += ((plain, rest) for ranges, rest in longer for plain in written(ranges, PLAIN))
+        found += ((way, rest) for ranges, rest in longer for way in written(ranges, "JSON"))
         return [*found, (Word(b"\\"), replace(self, is_escaped=True))] if longer else found
+
+    @functools.cached_property
+    def firsts(self) -> int:  # type: ignore[override]
+        return functools.reduce(operator.or_, (way[0].firsts for way in self._ways), 0)
+
+    def step(self, byte: int) -> Symbols | None:
+        found = [(*more, *rest) for first, *rest in self._ways if (more := first.step(byte)) is not None]
+        if len(found) > 1:
+            return (AnyOf(tuple(map(InOrder, found))),)
+        return found[0] if found else None
 
 
 @functools.lru_cache(maxsize=1000)
 def string_symbol(shape: StringShape) -> Symbol | None:
     """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    if alive(shape.texts, shape.low, shape.high):
-        return InOrder((Word(b'"'), JsonText(shape.texts, shape.low, shape.high)))
-    condition = shape.texts, shape.low, shape.high
-    if is_plainly_alive(*condition) is None and find_text(*condition)[0] is None:
-        raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-    return None
+    return None if shortest(shape.texts) == math.inf else InOrder((Word(b'"'), JsonText(shape.texts)))
 
 
 def string_fits(shape: StringShape, text: str) -> bool:
     """True if a text has a shape."""
-    at = functools.reduce(behind, map(ord, text), shape.texts)
-    return at.nullable and shape.low <= len(text) and (shape.high is None or len(text) <= shape.high)
+    return functools.reduce(behind, map(ord, text), shape.texts).nullable
 
 
 def few_texts(shape: StringShape, most: int) -> set[str] | None:
     """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
-    found, (low, high) = set[str](), (shape.low, shape.high)
-    layer = [("", shape.texts)] if alive(shape.texts, low, high) else []  # each can be finished, so texts are at least as many
+    found = set[str]()
+    layer = [("", shape.texts)] if alive(shape.texts) else []  # each can be finished, so texts are at least as many
     for _ in range(1000):
         if not layer or len(found) + len(layer) > most:
             break
-        found |= {text for text, at in layer if at.nullable and low == 0}
-        low, high = counted(low, high)
-        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in moves(at) if alive(behind, low, high)
+        found |= {text for text, at in layer if at.nullable}
+        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in living(at)
                   for first, last in ranges for code in range(first, last + 1))  # fmt: skip
         layer = list(itertools.islice(longer, most + 1))
     return None if layer else found
@@ -16964,15 +16877,9 @@ FORMATS = {  # name → a regular expression for the whole text
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "regex": _REGEX,
 }
-LONGEST = {"hostname": 253}  # kept beside the set, where lengths cost nothing
-UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
-
-
-_ANY_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-WIDER_FORMATS = {  # name → a rule for all that may have the format, where the one above leaves some out
-    "hostname": rf"(?=.{{0,253}}$){_ANY_LABEL}(?:\.{_ANY_LABEL})*",
-}
+MAX_HOSTNAME = 253
+UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused
+PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves out some texts that have the format
 
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17000,6 +16907,7 @@ def exact(value: int | float) -> Fraction:
 
 
 Bound = tuple[int | float, bool]
+Spans = tuple[tuple[int, int], ...]
 
 
 class NumberMachine:
@@ -17007,7 +16915,7 @@ class NumberMachine:
 
     The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
     behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
-    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which JsonNumber handles.
+    most would be led to 7e-05). One with multiples has none, nor one with excluded values.
     """
 
     DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
@@ -17032,12 +16940,12 @@ class NumberMachine:
         self.scale = 10**self.places
         self.unit, *self.unlike = (number * self.scale // scale for number in (unit, *others))
         self.cycle = math.lcm(self.unit, *self.unlike)
-        self.low = None if shape.low is None else self._edge(*shape.low)
-        self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
+        self.low = self._edge(*shape.low) if shape.low else -math.inf
+        self.high = -self._edge(-shape.high[0], shape.high[1]) if shape.high else math.inf
         low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
         ends = ((shape.low, shape.high), (low, high)) if exponents and not has_factors else ()
         self.exponents = [exponent_within(*span) for span in ends] or [None, None]  # of a positive number, and of a negative one
-        nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
+        nearest = int(max(self.low, -self.high, 0))  # the smallest magnitude
         most = self.DOUBLE - self.places if self.places and has_factors else self.DIGITS  # a double holds what is to be divided
         self.digits = max(most, len(str((nearest + self.unit) // self.scale)) + 1)
         self.most = 10 ** (self.digits + self.places) - 1
@@ -17060,91 +16968,83 @@ class NumberMachine:
             edge = max(edge, math.ceil(exact(math.nextafter(bound, math.inf)) * self.scale))
         return edge
 
-    def taken(self, values: Iterable[int | float]) -> frozenset[int]:
-        """Values in units, those that are no number of them left out."""
-        found = (exact(value) * self.scale for value in values)
-        return frozenset(int(value) for value in found if value.denominator == 1 and self._is_right(int(value)))
-
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
         return value % self.unit == 0 and all(value % one for one in self.unlike)
 
     def every_number(self, most: int) -> set[int | float] | None:
         """The numbers, if there are at most so many."""
-        if self.low is None or self.high is None or (self.high - self.low) // self.unit > most:
+        if self.high - self.low > most * self.unit:
             return None
-        found = filter(self._is_right, range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit))
+        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
         return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
-    def holds(self, negative: bool, low: int, high: int, taken: frozenset[int], free: bool = False) -> bool:
-        """True if one of the magnitudes `low` to `high` is right and not taken; `free`: no bound can be missed any more."""
-        if not free:
-            least, most = self._bounds(negative)
-            low, high = low if least is None else max(low, least), high if most is None else min(high, most)
-        first = range(-(-low // self.unit) * self.unit, high + 1, self.unit)
-        tried = itertools.islice(first, (self.MAX_TRIES if self.unlike else 1) + len(taken))
-        return any((-value if negative else value) not in taken and self._is_right(value) for value in tried)
+    def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
+        """A JSON number that is none of those excluded; None if there is none."""
+        units = (exact(value) * self.scale for value in excluded)
+        taken = sorted(int(value) for value in units if value.denominator == 1)
+        plus = JsonNumber(self, self._spans(self.low, self.high, taken), self.exponents[0])
+        minus = JsonNumber(self, self._spans(-self.high, -self.low, [-value for value in reversed(taken)]), self.exponents[1])
+        options: list[Symbol] = [plus] if plus.firsts else []
+        if self.holds(1, self.most, minus.spans):
+            options.append(InOrder((Word(b"-"), minus)))
+        return AnyOf(tuple(options)) if options else None
 
-    def _bounds(self, negative: bool) -> tuple[int | None, int | None]:
-        """The bounds of a number's magnitude."""
-        bounds = (self.high, self.low) if negative else (self.low, self.high)
-        low, high = (bound if bound is None or not negative else -bound for bound in bounds)
-        return low, high
+    def _spans(self, low: float, high: float, taken: list[int]) -> Spans:
+        """The magnitudes from `low` to `high`, in units, that are not taken."""
+        least, most = int(max(low, 0)), int(min(high, self.most))
+        edges = [least - 1, *(value for value in taken if least <= value <= most), most + 1]
+        return tuple((one + 1, two - 1) for one, two in itertools.pairwise(edges) if two - one > 1)
 
-    def unbounded(self, negative: bool, low: int, high: int) -> bool:
-        """True if all magnitudes from `low` to `high` are within the bounds."""
-        least, most = self._bounds(negative)
-        return (least is None or least <= low) and (most is None or high <= most)
+    def holds(self, low: int, high: int, spans: Spans | None) -> bool:
+        """True if one of the magnitudes `low` to `high`, and within the spans, is right."""
+        parts = [(low, high)] if spans is None else [(max(low, least), min(high, most)) for least, most in spans]
+        return any(self._is_right(value) for least, most in parts for value in itertools.islice(
+            range(-(-least // self.unit) * self.unit, most + 1, self.unit), self.MAX_TRIES))  # fmt: skip
 
 
 @dataclass(frozen=True)
-class JsonNumber(Tabled):
-    """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
+class JsonNumber(Symbol):
+    """The rest of a JSON number behind its sign: the digits so far as a number, how many there are, and of which part of it.
 
-    `free`: no further digit can break a bound or hit an excluded value; then only the remainder is kept.
+    `spans` are the magnitudes that it may have; None if no further digit can miss them: then only the remainder is kept.
     """
 
     machine: NumberMachine
-    taken: frozenset[int]  # in units
-    part: str = ""  # sign, zero, whole, point, fraction
-    negative: bool = False
+    spans: Spans | None
+    exponent: Symbol | None  # what may stand behind an e, where one may be
+    part: str = ""  # zero, whole, point, fraction
     value: int = 0
     count: int = 0
-    free: bool = False
-    scientific: bool = False  # there are bounds, and one digit other than 0 stands before the point
 
     @functools.cached_property
-    def after(self) -> dict[int, Symbols]:  # type: ignore[override]
-        found = ((byte, self._next(chr(byte))) for byte in b"0123456789-.eE")
+    def after(self) -> Mapping[int, Symbols]:
+        found = ((byte, self._next(chr(byte))) for byte in b"0123456789.eE")
         return {byte: (following,) for byte, following in found if following is not None}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
         low = self._range(0)[0]
-        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(low, low, self.spans)
 
     def _next(self, char: str) -> Symbol | None:
         """The symbol behind a character; None if no number goes on so."""
-        part, machine = self.part, self.machine
         if char.isdigit():
             return self._digit(int(char))
-        if char == "-":
-            negative = part == "" and machine.holds(True, 1, machine.most, self.taken)
-            return replace(self, part="sign", negative=True) if negative else None
-        if char == ".":
-            return replace(self, part="point", count=0)._if_possible() if part in ("zero", "whole") and machine.places else None
-        may_end = part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds
-        return machine.exponents[self.negative] if may_end else None
+        if self.part not in ("zero", "whole", "fraction"):
+            return None
+        if char in "eE":
+            return self.exponent
+        return replace(self, part="point", count=0)._if_possible() if self.part != "fraction" and self.machine.places else None
 
     def _digit(self, digit: int) -> JsonNumber | None:
-        part, scientific = self.part, self.scientific and self.part != "whole"
-        most = {"zero": 0, "whole": self.machine.digits, "point": self.machine.places, "fraction": self.machine.places}
-        if self.count >= most.get(part, 1):
+        part, exponent = self.part, self.exponent
+        if self.count >= {"": 1, "zero": 0, "whole": self.machine.digits}.get(part, self.machine.places):
             return None
-        if part in ("", "sign"):
-            part, scientific = "whole" if digit else "zero", digit > 0 and self.machine.has_bounds
-        part = "fraction" if part == "point" else part
-        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1, scientific=scientific)._if_possible()
+        if self.machine.has_bounds and (part == "whole" or (part == "" and digit == 0)):
+            exponent = None
+        part = {"": "whole" if digit else "zero", "point": "fraction"}.get(part, part)
+        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1, exponent=exponent)._if_possible()
 
     def _range(self, more: int) -> tuple[int, int]:
         """The magnitudes that so many further digits before the point can make, or all behind it."""
@@ -17156,19 +17056,20 @@ class JsonNumber(Tabled):
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
         ranges = [self._range(more) for more in range(most + 1)]
-        if not any(machine.holds(self.negative, *span, self.taken, self.free) for span in ranges):
+        first, last = ranges[0][0], ranges[-1][1]
+        spans = None if self.spans is None else tuple(span for span in self.spans if span[0] <= last and span[1] >= first)
+        if not any(machine.holds(low, high, spans) for low, high in ranges):
             return None
-        if not self.free and (not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1]) or any(
-                low <= abs(value) <= high for value in self.taken for low, high in ranges)):  # fmt: skip
-            return self
-        negative = self.negative and self.scientific
-        return replace(self, taken=frozenset(), free=True, negative=negative, value=self.value % machine.cycle)
+        if spans is None or (spans[0][0] <= first and last <= spans[0][1]):
+            return replace(self, spans=None, value=self.value % machine.cycle)
+        return replace(self, spans=spans)
 
 
 EXPONENTS = range(-290, 282)
 DECIMAL = _digit(ord("0"), 10)
 
 
+@functools.lru_cache(maxsize=1000)
 def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
     """The exponents, of up to three digits, with which all numbers from 1 to 10 are within bounds; None if there is none."""
     def place(bound: int | float, behind: bool) -> int:
@@ -17199,9 +17100,7 @@ def number_symbol(shape: NumberShape) -> Symbol | None:
 def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
     """A JSON number of a shape that is none of those taken; None if there is none."""
     values = shape.excluded.union(taken)
-    machine = number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values)
-    start = JsonNumber(machine, machine.taken(values))
-    return start if start.firsts else None
+    return number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values).symbol(values)
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -17680,8 +17579,7 @@ class SchemaReader:
 
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
-        if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
-            self.spend(2 * find_text(shape.texts, shape.low, shape.high)[1])
+        shortest(shape.texts, self.spend)
         return string_symbol(shape)
 
 
@@ -19224,7 +19122,7 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
         elif isinstance(shape, StringShape):
             shape = shape.within(apart)
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape.texts, shape.low, shape.high))
+                found.append(PlainText(shape.texts))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
@@ -19240,7 +19138,7 @@ class PlainText(JsonText):
     """The rest of a text that is written as it is."""
 
     def opened(self) -> Iterable[Symbols]:
-        end: list[Symbols] = [()] if self.is_whole else []
+        end: list[Symbols] = [()] if self.at.nullable else []
         return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
