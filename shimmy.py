@@ -183,6 +183,7 @@ if TYPE_CHECKING:
     import http.client
     import subprocess
     from concurrent.futures import Executor
+    from fractions import Fraction
 
 __version__ = "0.1.0"
 
@@ -14542,8 +14543,8 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 class Symbol:
     """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
 
-    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead
-    into a dead end: whatever `step` returns can be finished.
+    A subclass has `opened`, or `after`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No
+    symbol may lead into a dead end: whatever `step` returns can be finished.
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
@@ -14552,14 +14553,19 @@ class Symbol:
         """The alternatives that may stand in its place; None if it reads bytes."""
         return None
 
-    @property
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        """The symbols that must follow each byte that it may read now."""
+        raise NotImplementedError
+
+    @functools.cached_property
     def firsts(self) -> int:
         """The bytes that it may read now, one bit each."""
-        raise NotImplementedError
+        return sum(1 << byte for byte in self.after)
 
     def step(self, byte: int) -> Symbols | None:
         """Reads a byte and returns the symbols that must follow; None if it may not read that byte."""
-        raise NotImplementedError
+        return self.after.get(byte)
 
     def left(self) -> Symbols:
         """The symbols that must follow when it is left although it could read on."""
@@ -14589,14 +14595,9 @@ class Word(Symbol):
     def opened(self) -> Iterable[Symbols] | None:
         return None if self.data else ((),)
 
-    @property
-    def firsts(self) -> int:
-        return 1 << self.data[self.at]
-
-    def step(self, byte: int) -> Symbols | None:
-        if byte != self.data[self.at]:
-            return None
-        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
 def word(text: str) -> Word:
@@ -14605,64 +14606,75 @@ def word(text: str) -> Word:
 
 
 @dataclass(frozen=True)
-class OneByte(Symbol):
-    """One byte of a set, a bit each."""
-
-    bits: int
-
-    @property
-    def firsts(self) -> int:
-        return self.bits
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if self.bits >> byte & 1 else None
-
-
-@dataclass(frozen=True)
 class OneChar(Symbol):
-    """One character of ranges of code points, first and last; surrogates are left out."""
+    """One character of ranges of code points, first and last, in UTF-8; surrogates are left out."""
 
     ranges: tuple[tuple[int, int], ...]
 
     def opened(self) -> Iterable[Symbols]:
-        return utf8_ranges(self.ranges)
+        return [(way,) for way in written(self.ranges, "UTF-8")]
 
 
-@functools.lru_cache(maxsize=1000)
-def utf8_ranges(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[OneByte, ...], ...]:
-    """The byte sequences of code points, as sequences of byte sets."""
-    found: dict[tuple[OneByte, ...], None] = {}
-    todo = list(ranges)
-    while todo:
-        low, high = todo.pop()
-        border = next((b for b in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF) if low <= b < high), None)
-        if border is not None:
-            todo += [(low, border), (border + 1, high)]
-        elif low <= high and not 0xD800 <= low <= 0xDFFF:
-            found |= dict.fromkeys(_utf8(chr(low).encode(), chr(high).encode()))
-    return tuple(found)
+Digit = tuple[bytes, ...]  # the bytes that spell each of its values
 
 
-def _utf8(low: bytes, high: bytes) -> Iterator[tuple[OneByte, ...]]:
-    """Byte sequences of one length, from low to high: the first byte alone at both ends, all that lies between at once."""
-    if len(low) == 1:
-        yield (between(low[0], high[0]),)
-    elif low[0] == high[0]:
-        yield from ((between(low[0], low[0]), *rest) for rest in _utf8(low[1:], high[1:]))
-    else:
-        least, most = bytes([0x80]) * (len(low) - 1), bytes([0xBF]) * (len(low) - 1)
-        first, last = low[0] + (low[1:] != least), high[0] - (high[1:] != most)
-        if low[1:] != least:
-            yield from _utf8(low, low[:1] + most)
-        if first <= last:
-            yield (between(first, last), *(between(0x80, 0xBF) for _ in least))
-        if high[1:] != most:
-            yield from _utf8(high[:1] + least, high)
+@dataclass(frozen=True, eq=False)
+class Numeral(Symbol):
+    """A number of some ranges in so many digits, each of its own kind. `numeral` makes equal ones once."""
+
+    ranges: tuple[tuple[int, int], ...]
+    digits: tuple[Digit, ...]
+
+    @functools.cached_property
+    def after(self) -> dict[int, Symbols]:
+        values, *rest = self.digits
+        size = math.prod(map(len, rest))  # so many numbers begin with one digit
+        found: dict[int, list[tuple[int, int]]] = {}
+        for low, high in self.ranges:
+            for value in range(low // size, high // size + 1):
+                span = max(low - value * size, 0), min(high - value * size, size - 1)
+                found.setdefault(value, []).append(span)
+        return {byte: (numeral(tuple(spans), tuple(rest)),) if rest else ()
+                for value, spans in found.items() for byte in values[value]}  # fmt: skip
 
 
-def between(low: int, high: int) -> OneByte:
-    """The symbol of one byte from low to high."""
-    return OneByte((1 << high + 1) - (1 << low))
+numeral = functools.lru_cache(maxsize=10_000)(Numeral)
+
+
+def _digit(first: int, count: int) -> Digit:
+    """A digit that is spelled by bytes in a row."""
+    return tuple(bytes([byte]) for byte in range(first, first + count))
+
+
+_MORE = _digit(0x80, 64)
+_HEX = (*_digit(ord("0"), 10), b"aA", b"bB", b"cC", b"dD", b"eE", b"fF")
+_LETTERS = dict(zip(b'\b\t\n\f\r"/\\', (b"b", b"t", b"n", b"f", b"r", b'"', b"/", b"\\"), strict=True))
+UTF8 = (
+    (((0, 0x7F),), 0, (_digit(0, 128),)),
+    (((0x80, 0x7FF),), 0, (_digit(0xC0, 32), _MORE)),
+    (((0x800, 0xD7FF), (0xE000, 0xFFFF)), 0, (_digit(0xE0, 16), _MORE, _MORE)),
+    (((0x10000, 0x10FFFF),), 0, (_digit(0xF0, 8), _MORE, _MORE, _MORE)),
+)
+SCRIPTS = {  # ranges of characters, each a number from an offset on, and its digits; "escaped": behind the backslash
+    "UTF-8": UTF8,
+    "JSON": ((((32, 33), (35, 91), (93, 127)), 0, UTF8[0][2]), *UTF8[1:]),
+    "escaped": (
+        (tuple((code, code) for code in _LETTERS), 0, (tuple(_LETTERS.get(code, b"") for code in range(128)),)),
+        (UTF8[0][0] + UTF8[1][0] + UTF8[2][0], 0, ((b"u",), _HEX, _HEX, _HEX, _HEX)),
+        (UTF8[3][0], 0x10000, ((b"u",), (b"dD",), _HEX[8:12], _HEX, _HEX, (b"\\",), (b"u",), (b"dD",), _HEX[12:], _HEX, _HEX)),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=10_000)
+def written(ranges: tuple[tuple[int, int], ...], script: str) -> list[Numeral]:
+    """The ways to write one character of some ranges."""
+    found: list[Numeral] = []
+    for spelled, offset, digits in SCRIPTS[script]:
+        spans = ((max(low, first) - offset, min(high, last) - offset) for low, high in ranges for first, last in spelled)
+        if part := tuple((low, high) for low, high in spans if low <= high):
+            found.append(numeral(part, digits))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -14757,6 +14769,7 @@ class State:
         """The state behind one more byte; None if that may not come. Raises as the automaton does."""
         if byte not in self._next:
             self._next[byte] = self._automaton.after(self, byte) if self.bits >> byte & 1 else None
+            TURN.kept()
         return self._next[byte]
 
     def read(self, data: bytes) -> State | None:
@@ -14779,20 +14792,6 @@ class State:
         return bytes(found)
 
 
-class TooManyReadings(InvalidRequest):
-    """A text has more readings at once than are followed, as with ambiguous or left-recursive grammars."""
-
-    def __init__(self) -> None:
-        super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
-
-
-class NestedTooDeep(InvalidRequest):
-    """A text nests parts that are followed one inside the other, such as arrays without repeats, too deep to go on."""
-
-    def __init__(self) -> None:
-        super().__init__("the grammar nests too deep: what a text may go on with cannot be found")
-
-
 class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
@@ -14810,31 +14809,28 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
-    def __init__(self) -> None:
-        self._ends, self._found = math.inf, False
-        self._gate: Gate | None = None
-        self._client: Client | None = None
-        self._is_limited = False
+    _ends = math.inf
+    _is_limited = False
+    _gate: Gate | None = None
+    _client: Client | None = None
 
     def begin(self, seconds: float) -> None:
         """Starts a time slice of `seconds`."""
-        self._ends, self._found = time.thread_time() + seconds, False
+        self._ends = time.thread_time() + seconds
 
-    def look(self) -> None:
-        """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
-        self._wait()
-        if self._found and self.is_over:
+    def kept(self) -> None:
+        """Call when a step (10 µs to 10 ms) was kept. Raises NotYet when time is up: asked again, a question goes on there."""
+        if self._gate:
+            self._gate.open.wait()
+        if self._client and self._client.cancelled:
+            raise Cancelled
+        if self.is_over:
             raise NotYet
-
-    def found(self) -> None:
-        """Call after a step that is kept, so that the same question asked again goes on from there."""
-        self._found = True
 
     def tick(self) -> None:
         """Call every few µs within a step. Raises NotYet when limited work takes too long, Cancelled when nobody waits for it."""
-        self._wait()
-        if self._is_limited and self.is_over:
-            raise NotYet
+        if self._is_limited or self._gate or self._client:
+            self.kept()
 
     @contextlib.contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
@@ -14853,19 +14849,13 @@ class Turn(threading.local):
         """Lets work go on only while a gate is open and its client waits for it."""
         self._gate, self._client = gate, client
         if gate:
-            gate.begin()
+            gate.idle.clear()
         try:
             yield
         finally:
             self._gate = self._client = None
             if gate:
-                gate.end()
-
-    def _wait(self) -> None:
-        if self._gate:
-            self._gate.wait()
-        if self._client and self._client.cancelled:
-            raise Cancelled
+                gate.idle.set()
 
     @property
     def is_over(self) -> bool:
@@ -14883,32 +14873,19 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._open, self._idle = threading.Event(), threading.Event()
-        self._open.set()
-        self._idle.set()
-
-    def begin(self) -> None:
-        """There is work now."""
-        self._idle.clear()
-
-    def end(self) -> None:
-        self._idle.set()
-
-    def wait(self) -> None:
-        """Call within the work: waits until the gate is open."""
-        if not self._open.is_set():
-            self._open.wait()
+        self.open, self.idle = threading.Event(), threading.Event()
+        self.open.set()
+        self.idle.set()
 
     @contextlib.contextmanager
     def shut(self, seconds: float) -> Iterator[None]:
         """Lets running work go on for up to `seconds`, then holds it while the block runs."""
-        if not self._idle.is_set():
-            self._idle.wait(seconds)
-        self._open.clear()
+        self.idle.wait(seconds)
+        self.open.clear()
         try:
             yield
         finally:
-            self._open.set()
+            self.open.set()
 
 
 class Automaton:
@@ -14924,21 +14901,19 @@ class Automaton:
         self.start = self._closed({(root,): frozenset([None])})
 
     def after(self, state: State, byte: int) -> State | None:
-        """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NestedTooDeep, NotYet."""
-        TURN.look()
+        """The state behind one more byte; None if no reading allows it. Raises InvalidRequest, NotYet."""
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
-            self._forget()
+            for kept in (self._states, self._stacks, self.start._next):  # texts under way go on from the states they have
+                kept.clear()
         try:
             found: dict[Symbols, Below] = {}
             for stack in state.stacks:
                 rest = stack.top.step(byte)
                 if rest is not None:
                     found[rest] = found[rest] | stack.below if rest in found else stack.below
-            behind = self._closed(found) if found else None
+            return self._closed(found) if found else None
         except RecursionError:
-            raise NestedTooDeep from None
-        TURN.found()
-        return behind
+            raise InvalidRequest("the grammar nests too deep: what a text may go on with cannot be found") from None
 
     def _stack(self, top: Symbol, below: Below) -> Stack:
         key = (top, below)
@@ -14975,7 +14950,7 @@ class Automaton:
                 todo[option] = todo[option] | behind if option in todo else behind
             work += len(options)
             if work > self.MAX_READINGS:
-                raise TooManyReadings
+                raise InvalidRequest(f"the grammar is ambiguous: a text has over {self.MAX_READINGS} readings at once")
         key = (frozenset(self._stack(top, belows[top]) for top in reading), ends)
         if key not in self._states:
             self._states[key] = State(self, *key)
@@ -14984,12 +14959,6 @@ class Automaton:
     def __len__(self) -> int:
         """How many states are kept."""
         return len(self._states)
-
-    def _forget(self) -> None:
-        """Begins anew with what is kept; texts under way go on from the states they have."""
-        self._states.clear()
-        self._stacks.clear()
-        self.start._next.clear()
 
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15003,16 +14972,19 @@ EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Sorts ranges, joins those that touch, and drops the surrogates."""
-    found: list[tuple[int, int]] = []
     halves = (half for low, high in ranges for half in ((low, min(high, 0xD7FF)), (max(low, 0xE000), high)))
-    for low, high in sorted(halves):
-        if low > high:
-            continue
+    return tuple(touching(half for half in halves if half[0] <= half[1]))
+
+
+def touching(spans: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Sorts spans of whole numbers, and joins those that touch."""
+    found: list[tuple[int, Any]] = []
+    for low, high in sorted(spans):
         if found and low <= found[-1][1] + 1:
             found[-1] = (found[-1][0], max(found[-1][1], high))
         else:
             found.append((low, high))
-    return tuple(found)
+    return found
 
 
 def others(ranges: Ranges) -> Ranges:
@@ -15051,7 +15023,6 @@ class Reader:
 
     MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
     TOKEN: ClassVar[re.Pattern[str]]
-    PARTS: ClassVar[frozenset[str]]  # the kinds of tokens that begin a part
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
 
@@ -15097,7 +15068,7 @@ class Reader:
     def _sequence(self, depth: int) -> Symbol:
         parts: list[Symbol] = []
         may_repeat = False
-        while self.kind == "repeat" or self.kind in self.PARTS:
+        while self.kind not in (None, "or", "close", "rule"):
             if self.kind != "repeat":
                 parts.append(self.part(depth))
             elif may_repeat:
@@ -15132,10 +15103,12 @@ class Reader:
         found = set[tuple[int, int]]()
         while not self.text.startswith("]", self.at):
             TURN.tick()
-            low, begun = self._member(), self.at
+            if self.at >= len(self.text):
+                raise self.refuse("a square bracket is not closed")
+            low, begun = self.member(), self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
-                high = self._member()
+                high = self.member()
                 if len(low) == len(high) == 1 and low[0][0] == low[0][1] and high[0][0] == high[0][1]:
                     if low > high:
                         raise self.refuse(f"the range {_said(self.text[begun - 1 : self.at])} is empty")
@@ -15145,11 +15118,6 @@ class Reader:
             found |= set(low)
         self.at += 1
         return others(merged(found)) if negated else merged(found)
-
-    def _member(self) -> Ranges:
-        if self.at >= len(self.text):
-            raise self.refuse("a square bracket is not closed")
-        return self.member()
 
 
 class PatternReader(Reader):
@@ -15162,17 +15130,16 @@ class PatternReader(Reader):
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
-    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
     DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
         r"|(?P<edge>[\^$]|\\[AZz])|(?P<class>\[)|(?P<dot>\.)|(?P<char>.)", re.DOTALL)  # fmt: skip
-    PARTS = frozenset(("open", "edge", "class", "dot", "char"))
-    ESCAPE = re.compile(
+    CHAR = re.compile(
         r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})"
         r"|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
-        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
+        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))|([^\\])", re.DOTALL)  # fmt: skip
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
@@ -15189,7 +15156,11 @@ class PatternReader(Reader):
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
         if self.kind == "open":
-            return self._group(self.token, depth)
+            if self.token["other"] is not None:
+                begun = self.text[self.token.start() : self.token.start() + 4]
+                raise self.refuse(f"{_said(begun)} (look-behind, flags …) cannot be honoured")
+            ahead, inside = self.token["ahead"], self.inside(depth)
+            return Ahead(inside, ahead == "=") if ahead else inside
         if self.kind == "edge":
             return Edge(self.word() not in ("^", "\\A"))
         if self.kind == "class":
@@ -15201,28 +15172,12 @@ class PatternReader(Reader):
         self.at = self.token.start()
         return OneChar(merged(self.member()))
 
-    def _group(self, token: re.Match[str], depth: int) -> Symbol:
-        if token["other"] is not None:
-            raise self.refuse(f"{_said(self.text[token.start() : token.start() + 4])} (look-behind, flags …) cannot be honoured")
-        inside = self.inside(depth)
-        return Ahead(inside, token["ahead"] == "=") if token["ahead"] else inside
-
     def member(self) -> Ranges:
-        if self.text.startswith("\\b", self.at):  # within a class a backspace
-            self.at += 2
-            return ((8, 8),)
-        if self.text[self.at] == "\\":
-            return self._escape()
-        self.at += 1
-        return ((ord(self.text[self.at - 1]),) * 2,)
-
-    def _escape(self) -> Ranges:
-        """The characters that a backslash and what follows stand for."""
-        match = self.ESCAPE.match(self.text, self.at)
+        match = self.CHAR.match(self.text, self.at)
         if match is None:
             raise self.refuse("it ends with a backslash")
         self.at = match.end()
-        first, second, *codes, control, kind, name, char = match.groups()
+        first, second, *codes, control, kind, name, char, plain = match.groups()
         if first:
             code = 0x10000 + ((int(first, 16) & 0x3FF) << 10) + (int(second, 16) & 0x3FF)
         elif any(codes):
@@ -15231,12 +15186,12 @@ class PatternReader(Reader):
             code = ord(control) % 32
         elif kind:
             return self._property(name) if kind == "p" else others(self._property(name))
+        elif plain or char in self.NAMED:
+            code = ord(plain) if plain else self.NAMED[char]
         elif char.lower() in self.CLASSES:
             return self.CLASSES[char] if char in self.CLASSES else others(self.CLASSES[char.lower()])
         elif char in "123456789":
             raise self.refuse(f"\\{char} (a back-reference) cannot be honoured")
-        elif char in self.NAMED:
-            code = self.NAMED[char]
         elif char.isascii() and char.isalnum():
             raise self.refuse(f"the escape \\{char} cannot be honoured")
         else:
@@ -15337,7 +15292,6 @@ class GbnfReader(Reader):
         r"(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)|(?P<literal>\")"
         r"|(?P<class>\[)|(?P<repeat>(?P<sign>[*+?])|\{\s*(?P<low>[0-9]{1,12})\s*(?:(?P<comma>,)\s*(?P<high>[0-9]{0,12})\s*)?\})"
         r"|(?P<open>\()|(?P<close>\))|(?P<or>\|)|(?P<dot>\.)|(?P<token><(?!\[)[^>\n]+>)|(?P<no_text>!?<)")  # fmt: skip
-    PARTS = frozenset(("name", "literal", "class", "open", "dot", "token", "no_text"))
     CHAR = re.compile(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})|\\(.)|([^\\])", re.DOTALL)
     ESCAPES: ClassVar = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "[": "[", "]": "]", "-": "-", "^": "^"}
 
@@ -15361,7 +15315,7 @@ class GbnfReader(Reader):
             raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
         if "root" not in self.rules:
             raise InvalidRequest("grammar: there is no rule named root", "grammar")
-        self._check_left_recursion(self._empty())
+        self._check_left_recursion()
         return self.rules["root"]
 
     def _rule(self) -> None:
@@ -15416,60 +15370,33 @@ class GbnfReader(Reader):
             raise self.refuse(f"{match[0]} is not a character")
         return ((code, code),)
 
-    def _inside(self, symbol: Symbol) -> Symbols:
-        return (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts
-
-    def _empty(self) -> set[Symbol]:
-        """The symbols that may be empty: each counts how many of its parts must still turn out so."""
-        lacking: dict[Symbol, int] = {}
-        holders: dict[Symbol, list[Symbol]] = {}
-        todo = list(self.rules.values())
-        while todo:
-            if (symbol := todo.pop()) not in lacking:
-                parts = self._inside(symbol)
-                lacking[symbol] = len(parts) if isinstance(symbol, InOrder) else int(symbol != Word(b""))
-                if isinstance(symbol, Repeated) and not symbol.low:
-                    lacking[symbol] = 0
-                for part in parts:
-                    TURN.tick()
-                    holders.setdefault(part, []).append(symbol)
-                todo += parts
-        empty = [symbol for symbol, count in lacking.items() if not count]
-        for symbol in empty:
-            for holder in holders.get(symbol, ()):
-                TURN.tick()
-                lacking[holder] -= 1
-                if not lacking[holder]:
-                    empty.append(holder)
-        return set(empty)
-
-    def _check_left_recursion(self, empty: set[Symbol]) -> None:
+    def _check_left_recursion(self) -> None:
         """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
-        on_path, done = set[Symbol](), set[Symbol]()
-        path: list[tuple[Symbol, Iterator[Symbol]]] = []
-        for root in self.rules.values():
-            path.append((root, self._first_parts(root, empty)))
+        empty: dict[Symbol, bool] = {}  # the symbols that were looked through, and whether they may be empty
+        for rule in self.rules.values():
+            path = {} if rule in empty else {rule: self._first_parts(rule, empty)}
             while path:
                 TURN.tick()
-                symbol, parts = path[-1]
-                on_path.add(symbol)
-                part = next(parts, None)
+                part = next(path[next(reversed(path))], None)
                 if part is None:
-                    on_path.discard(symbol)
-                    done.add(symbol)
-                    path.pop()
-                elif part in on_path:
-                    name = next(s.name for s, _ in reversed(path) if isinstance(s, RuleName))
+                    path.popitem()
+                elif part in path:
+                    name = next(symbol.name for symbol in reversed(path) if isinstance(symbol, RuleName))
                     raise InvalidRequest(f"grammar: the rule {_said(name)} is left-recursive: it begins with itself", "grammar")
-                elif part not in done:
-                    path.append((part, self._first_parts(part, empty)))
+                elif part not in empty:
+                    path[part] = self._first_parts(part, empty)
 
-    def _first_parts(self, symbol: Symbol, empty: set[Symbol]) -> Iterator[Symbol]:
-        """The parts that may be met before anything is read."""
-        for part in self._inside(symbol):
+    def _first_parts(self, symbol: Symbol, empty: dict[Symbol, bool]) -> Iterator[Symbol]:
+        """The parts that may be met before anything is read; says at the end whether the whole may be empty."""
+        is_empty = isinstance(symbol, InOrder) or symbol == Word(b"") or (isinstance(symbol, Repeated) and not symbol.low)
+        for part in (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts:
             yield part
-            if isinstance(symbol, InOrder) and part not in empty:
-                return
+            if not isinstance(symbol, InOrder):
+                is_empty = is_empty or empty[part]
+            elif not empty[part]:
+                is_empty = False
+                break
+        empty[symbol] = is_empty
 
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15481,52 +15408,42 @@ class GbnfReader(Reader):
 class Texts:
     """A set of texts, as an expression over ranges of characters: a regular language. The functions below make equal ones once.
 
-    `least` and `most` are the lengths of its shortest and longest text. If it is `plain`, made without complements and
-    intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
+    No text is shorter than `least` or longer than `most`. In one that is `plain`, as those are that are made without complements
+    and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "dense", "kind", "known", "least", "most", "moves", "nullable", "parts", "plain")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "shortest")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
-        self.known: int | None = None  # the length of a text that a search has found
-        self.plain: bool = kind != "none" and all(part.plain for part in parts)
-        self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
+        self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
+        self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
+        self.nullable, self.least, self.most = False, 1, 1.0
+        leasts, mosts = [part.least for part in parts], [part.most for part in parts]
         if kind == "empty":
             self.nullable, self.least, self.most = True, 0, 0
         elif kind == "words":
             lengths = {len(text) for text in data.rest()}
-            self.nullable, self.least, self.most, self.dense = 0 in lengths, min(lengths), max(lengths), len(lengths) == 1
+            self.nullable, self.least, self.most = 0 in lengths, min(lengths), max(lengths)
         elif kind == "then":
-            one, two = parts
-            self.nullable, self.dense = one.nullable and two.nullable, one.dense and two.dense
-            self.least, self.most = one.least + two.least, one.most + two.most
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), sum(leasts), sum(mosts)
         elif kind == "repeat":
-            self._repeated(parts[0], *data)
+            low, high = data
+            self.nullable = low == 0 or parts[0].nullable
+            self.least, self.most = leasts[0] * low, mosts[0] * high if mosts[0] else 0
+        elif kind == "sized":
+            low, high = data
+            self.plain = self.plain and (low <= leasts[0] <= high or parts[0] is ALL)
+            self.nullable, self.least, self.most = parts[0].nullable and low == 0, max(low, *leasts), min(high, *mosts)
         elif kind == "not":
-            self.plain, self.nullable = False, not parts[0].nullable
-            self.least, self.most = int(parts[0].nullable), math.inf
+            self.nullable, self.least, self.most = not parts[0].nullable, int(parts[0].nullable), math.inf
         elif kind == "both":
-            self.plain, self.dense, self.nullable = False, False, all(part.nullable for part in parts)
-            self.least, self.most = max(p.least for p in parts), min(p.most for p in parts)
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), max(leasts), min(mosts)
         elif kind == "either":
-            self._either(parts)
-
-    def _repeated(self, part: Texts, low: int, high: float) -> None:
-        self.nullable = low == 0 or part.nullable
-        self.least, self.most = part.least * low, part.most * high if part.most else 0
-        self.dense = part.dense and (low == high or (low + 1) * part.least <= low * part.most + 1 if low else part.least <= 1)
-
-    def _either(self, parts: tuple[Texts, ...]) -> None:
-        self.nullable = any(part.nullable for part in parts)
-        self.least, self.most = min(p.least for p in parts), max(p.most for p in parts)
-        reach: float = self.least
-        for part in sorted(parts, key=lambda part: part.least):
-            self.dense = self.dense and part.dense and part.least <= reach + 1
-            reach = max(reach, part.most)
+            self.nullable, self.least, self.most = any(part.nullable for part in parts), min(leasts), max(mosts)
 
 
 Moves = tuple[tuple[Ranges, Texts], ...]  # characters that may come first, and the texts that follow one of them
@@ -15560,23 +15477,15 @@ def then(one: Texts, two: Texts) -> Texts:
     while chain[-1].kind == "then":
         chain[-1:] = chain[-1].parts
     for part in reversed(chain):
-        two = _joined(part, two)
+        if part is NONE or two is NONE:
+            two = NONE
+        elif part is EMPTY or two is EMPTY:
+            two = two if part is EMPTY else part
+        elif (part is ALL and two.nullable) or (two is ALL and part.nullable):
+            two = ALL
+        else:
+            two = _make("then", parts=(part, two))
     return two
-
-
-def _joined(one: Texts, two: Texts) -> Texts:
-    while True:
-        if one is NONE or two is NONE:
-            return NONE
-        if one is EMPTY or two is EMPTY:
-            return two if one is EMPTY else one
-        if (one is ALL and two.nullable) or (two is ALL and one.nullable):
-            return ALL
-        head, rest = two.parts if two.kind == "then" else (two, EMPTY)
-        (part, low, high), (again, least, most) = _counted(one), _counted(head)
-        if part is not again:
-            return _make("then", parts=(one, two))
-        one, two = repeat(part, low + least, high + most), rest
 
 
 def _counted(texts: Texts) -> tuple[Texts, int, float]:
@@ -15588,10 +15497,8 @@ def repeat(part: Texts, low: int, high: float) -> Texts:
     if high == 0 or part is EMPTY or part is NONE:
         return NONE if part is NONE and low else EMPTY
     low = 0 if part.nullable else low
-    if part.kind == "repeat":  # (a{2,3}){4,5} is a{8,15}, as the counts meet
-        inner, least, most = _counted(part)
-        if low == high or (least <= 1 if low == 0 else low * most + 1 >= (low + 1) * least):
-            part, low, high = inner, low * least, high * most
+    if part.kind == "repeat" and part.data == (0, math.inf):
+        return part  # (a*)*
     return part if low == high == 1 else _make("repeat", (low, high), (part,))
 
 
@@ -15632,38 +15539,31 @@ def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
         counts.setdefault((part, rest), []).append((low, high))
     if len(counts) == len(parts):
         return parts
-    found: dict[Texts, None] = {}
-    for (part, rest), spans in counts.items():
-        union: list[tuple[int, float]] = []
-        for low, high in sorted(spans):
-            if union and low <= union[-1][1] + 1:
-                union[-1] = (union[-1][0], max(union[-1][1], high))
-            else:
-                union.append((low, high))
-        found |= dict.fromkeys(then(repeat(part, low, high), rest) for low, high in union)
-    return found
+    return dict.fromkeys(then(repeat(part, *span), rest) for (part, rest), spans in counts.items() for span in touching(spans))
 
 
 def intersection(parts: Iterable[Texts]) -> Texts:
     """The texts that are in every one."""
     flat: dict[Texts, None] = {}
+    low, high = 0, math.inf
     for part in parts:
+        if part.kind == "sized":
+            (least, most), (part,) = part.data, part.parts
+            low, high = max(low, least), min(high, most)
         flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
     flat.pop(ALL, None)
-    if len(flat) < 2:
-        return next(iter(flat), ALL)
-    sized = [part for part in flat if part.kind != "not"]
-    least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
-    for part in list(flat):
-        if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
-            del flat[part]  # the others' lengths exclude already what it excludes
-    if NONE in flat or least > most or any(p.parts[0] in flat for p in flat if p.kind == "not"):
+    if NONE in flat or any(part.kind == "not" and part.parts[0] in flat for part in flat):
         return NONE
-    if most == 0:
-        return EMPTY if all(part.nullable for part in flat) else NONE
-    if flat and all(part.kind == "char" for part in flat):
-        return char_texts(functools.reduce(common, (part.data for part in flat)))
-    return _of_some("both", flat, ALL)
+    return sized(_of_some("both", flat, ALL), low, high)
+
+
+def sized(texts: Texts, low: int, high: float) -> Texts:
+    """Those of the texts that have so many characters."""
+    if texts.kind == "sized":
+        return intersection([texts, sized(ALL, low, high)])
+    if max(low, texts.least) > min(high, texts.most):
+        return NONE
+    return texts if low <= texts.least and texts.most <= high else _make("sized", (low, high), (texts,))
 
 
 def complement(texts: Texts) -> Texts:
@@ -15703,6 +15603,7 @@ def moves(texts: Texts) -> Moves:
     """The sets that follow a first character (Brzozowski's derivatives), by ranges of characters."""
     if texts.moves is None:
         texts.moves = tuple(_moves(texts))
+        TURN.kept()
     return texts.moves
 
 
@@ -15717,6 +15618,9 @@ def _moves(texts: Texts) -> Iterable[tuple[Ranges, Texts]]:
     if kind == "repeat":
         again = repeat(parts[0], max(texts.data[0] - 1, 0), texts.data[1] - 1)
         return [(ranges, then(behind, again)) for ranges, behind in moves(parts[0])]
+    if kind == "sized":
+        low, high = texts.data
+        return [(ranges, sized(behind, max(low - 1, 0), high - 1)) for ranges, behind in moves(parts[0])]
     if kind == "either":
         return _combined([moves(part) for part in parts], union)
     if kind == "both":
@@ -15777,11 +15681,7 @@ class Matching:
             raise InvalidRequest("pattern: its anchors and repeats multiply too far")
         first, later = rest
         if not pattern.looks:
-            texts = self.alone(pattern)
-            found = then(texts, later)
-            if first is later or not texts.nullable:
-                return found, found
-            return union([first, then(intersection([texts, repeat(EVERY, 1, math.inf)]), later)]), found
+            return self._plainly(self.alone(pattern), rest)
         if isinstance(pattern, Edge):
             ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
             return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
@@ -15811,26 +15711,27 @@ class Matching:
             return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
         return NONE  # an Edge
 
+    @staticmethod
+    def _plainly(texts: Texts, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """Joins texts that look at nothing around them, and the rest."""
+        first, later = rest
+        found = then(texts, later)
+        if first is later or not texts.nullable:
+            return found, found
+        return union([first, then(sized(texts, 1, math.inf), later)]), found
+
     def _loop(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """Joins a repeat of something that looks around it."""
-        part, low, (first, later) = loop.symbol, loop.low, rest
-        high = math.inf if loop.high is None else loop.high
-        if high == 0:
-            return rest
-        if high == 1:
-            inside = self.before(part, rest)
-            return inside if low else (union([inside[0], first]), union([inside[1], later]))
-        if _looks_ahead(part):
+        """Joins a repeat of something that looks around it: what reads between its first round and its last meets no edge."""
+        part, low, more = loop.symbol, loop.low, math.inf if loop.high is None else loop.high - loop.low
+        if _looks_ahead(part) and loop.high not in (0, 1):
             return self._tempered(loop, rest)
         if low > MAX_UNROLLED:
             raise InvalidRequest(f"pattern: an anchor within over {MAX_UNROLLED} repeats cannot be honoured")
-        if low:
-            more = None if loop.high is None else loop.high - low
-            return self.before(InOrder((part,) * low + (Repeated(part, 0, more),)), rest)
-        inner, final = self.alone(part), self.before(part, (NONE, later))[1]  # the last round may meet the end
-        further = [union([then(repeat(inner, 0, count), later), then(repeat(inner, 0, count - 1), final)])
-                   for count in (high - 1, high)]  # fmt: skip
-        return union([first, self.before(part, (first, further[0]))[0]]), further[1]
+        for optional in range(int(min(more, 2))):
+            rest = self._plainly(repeat(self.alone(part), 0, more - 2), rest) if optional else rest
+            once = self.before(part, rest)
+            rest = union([rest[0], once[0]]), union([rest[1], once[1]])
+        return self.before(InOrder((part,) * low), rest) if low else rest
 
     def _tempered(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
         """((?!foo).)* up to the end: what it says of each character is that foo is nowhere."""
@@ -15854,150 +15755,92 @@ def _looks_ahead(pattern: Symbol) -> bool:
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
-    if keyword == "format" and value not in (*FORMATS, *UNKNOWN_FORMATS):
-        found = ALL
+    if keyword == "pattern":
+        pattern = InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value)))
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
-    elif keyword == "format":
-        texts = FORMATS[value] if wanted else WIDER_FORMATS.get(value, FORMATS[value])
-        found = Matching().before(InOrder((Edge(False), read_pattern(texts), Edge(True))), (ALL, ALL))[0]
-    else:
-        found = Matching().before(InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value))), (ALL, ALL))[0]
+    else:  # what is no standard's is a remark
+        pattern = InOrder((Edge(False), read_pattern(FORMATS[value]), Edge(True))) if value in FORMATS else InOrder(())
+    longest = MAX_HOSTNAME if (keyword, value) == ("format", "hostname") else math.inf
+    found = sized(Matching().before(pattern, (ALL, ALL))[0], 0, longest)
     return found if wanted else complement(found)
 
 
 # What can still be reached
 
-
-def counted(low: int, high: int | None) -> tuple[int, int | None]:
-    """How many characters more a text needs, and may have, behind one more."""
-    return max(low - 1, 0), None if high is None else high - 1
+MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
 
 
-def alive(at: Texts, low: int, high: int | None) -> bool:
-    """True if one of the texts has `low` to `high` characters. Raises NotYet.
+def alive(at: Texts) -> bool:
+    """True if there is a text. Raises NotYet.
 
     What a search does not find counts as dead: a text is then kept from what could have been right, but never led where
     it cannot end.
     """
-    plainly = is_plainly_alive(at, low, high)
-    return bool(find_text(at, low, high)[0]) if plainly is None else plainly
-
-
-def is_plainly_alive(at: Texts, low: int, high: int | None) -> bool | None:
-    """The same without a search; None if one is needed."""
-    if at is NONE or at.most < low or (high is not None and (high < at.least or high < low)):
+    try:
+        return at.plain or at.nullable or shortest(at) < math.inf
+    except InvalidRequest:
+        at.shortest = math.inf
         return False
-    return True if at.plain and (high is None or at.dense or low <= at.least) else None
 
 
-MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
+def _known_shortest(at: Texts) -> float | None:
+    """The length of the shortest text where that needs no search."""
+    if at.plain or at.nullable:
+        return at.least
+    if at.shortest is None and at.kind == "sized":
+        found = _known_shortest(at.parts[0])
+        if found is not None and found >= at.data[0]:
+            return found if found <= at.data[1] else math.inf
+    return at.shortest
 
 
-@functools.lru_cache(maxsize=50_000)
-def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
-    """Looks for a text of some length, in sets of complements and intersections or with gaps in their lengths: breadth first.
+def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> float:
+    """Finds the length of the shortest text, breadth first; inf if there is none. Raises InvalidRequest if that takes too long.
 
-    Tells whether there is one, None if that took too long, and in how many steps. Raises NotYet: what was derived is kept,
-    and the next search goes quickly where this one has been.
+    Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
     """
-    layer: dict[Texts, Texts | None] = {at: None}  # the sets that follow so many characters, and the one before each
-    length, steps = 0, 0
-    rounds: dict[frozenset[Texts], int] = {}  # layers that were met, and the length
-    seen: dict[Texts, Texts | None] = {}
-    while layer and (high is None or length <= high):
-        rest = max(low - length, 0), None if high is None else high - length
-        longer: dict[Texts, Texts | None] = {}
+    if at.kind == "sized" and _known_shortest(at) is None:
+        shortest(at.parts[0], spend)
+    before: dict[Texts, Texts | None] = {at: None}  # each set that was met, and the one before it
+    layer, length, found = [at], 0, math.inf
+    last: Texts | None = None
+    while layer and length < found:
+        longer = list[Texts]()
         for one in layer:
-            steps += 1
-            plainly = is_plainly_alive(one, *rest)
-            if plainly or (plainly is None and _has_known(one, *rest)):
-                _keep_length(one, seen | layer)
-                return True, steps
-            if steps > MAX_SEARCH:
-                return None, steps
-            if plainly is None:
-                fresh = one.moves is None
-                longer |= ((behind, one) for _, behind in moves(one))
-                if fresh:
-                    TURN.found()
-                    TURN.look()
-        if rest[0]:
-            before = rounds.setdefault(frozenset(longer), length)
-            if before < length:  # and so on, round after round
-                length += (low - length - 1) // (length - before) * (length - before)
-        else:
-            seen |= layer
-            longer = {one: before_it for one, before_it in longer.items() if one not in seen}
+            known = _known_shortest(one)
+            if known is None:
+                spend(2)
+                fresh = dict.fromkeys((behind for _, behind in moves(one) if behind not in before), one)
+                before |= fresh
+                longer += fresh
+            elif length + known < found:
+                found, rest, last = length + known, known, one
+        if len(before) > MAX_SEARCH:
+            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
-    return False, steps
-
-
-def _has_known(at: Texts, low: int, high: int | None) -> bool:
-    """True if a text of the right length is known."""
-    length = 0 if at.nullable else at.known
-    return length is not None and low <= length and (high is None or length <= high)
-
-
-def _keep_length(at: Texts, before: Mapping[Texts, Texts | None]) -> None:
-    """Keeps the length of a text that was found, for the sets through which a search came to it."""
-    length = 0 if at.nullable else at.least if at.plain else at.known or 0
-    here: Texts | None = at
-    while here is not None and here.known is None:
-        here.known = length
-        here, length = before.get(here), length + 1
-
-
-@dataclass(frozen=True)
-class Opening:
-    """The characters with which a text may go on, the bytes that they may begin with, and the character if it is the only one."""
-
-    ranges: Ranges
-    firsts: int
-    only: int | None
-
-    def reaches(self, ranges: Ranges) -> bool:
-        """True if one of the characters is in some ranges."""
-        return self.ranges is EVERY_CHAR or any(map(self._has, ranges))
-
-    def _has(self, span: tuple[int, int]) -> bool:
-        at = bisect.bisect_right(self.ranges, (span[1], 0x110000)) - 1
-        return at >= 0 and self.ranges[at][1] >= span[0]
-
-
-@functools.lru_cache(maxsize=10_000)
-def opening(ranges: Ranges) -> Opening:
-    """How a text may go on with the characters of these ranges."""
-    bits = 0
-    for first, last in ranges:
-        for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):
-            if first <= min(border, last):
-                bits |= between(chr(first).encode()[0], chr(min(border, last)).encode()[0]).bits
-            first = max(first, border + 1)
-    bits &= ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\"))
-    only = ranges[0][0] if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else None
-    return Opening(ranges, bits | 1 << ord("\\") if ranges else 0, only)
-
-
-EVERY_OPENING = opening(EVERY_CHAR)
+    if last is None:
+        for one in before:
+            one.shortest = math.inf
+    while last is not None:
+        last.shortest, rest = rest, rest + 1
+        last = before[last]
+    return found
 
 
 @functools.lru_cache(maxsize=50_000)
-def opened_at(at: Texts, low: int, high: int | None) -> Opening:
-    """How a text may go on."""
-    then = counted(low, high)
-    found = [ranges for ranges, behind in moves(at) if alive(behind, *then)]
-    return opening(found[0] if len(found) == 1 else merged(itertools.chain(*found)))
+def living(at: Texts) -> Moves:
+    """How a text may go on: the moves behind which there is a text."""
+    return tuple((ranges, behind) for ranges, behind in moves(at) if alive(behind))
 
 
 def behind(at: Texts, code: int) -> Texts:
     """The texts that follow a character."""
-    return next((behind for ranges, behind in moves(at) if _holds(ranges, code)), NONE)
-
-
-def _holds(ranges: Ranges, code: int) -> bool:
-    at = bisect.bisect_right(ranges, (code, 0x110000)) - 1
-    return at >= 0 and ranges[at][1] >= code
+    for ranges, behind in moves(at):
+        index = bisect.bisect_right(ranges, (code, 0x110000)) - 1
+        if index >= 0 and ranges[index][1] >= code:
+            return behind
+    return NONE
 
 
 # JSON strings
@@ -16005,181 +15848,80 @@ def _holds(ranges: Ranges, code: int) -> bool:
 
 @dataclass(frozen=True)
 class StringShape:
-    """The condition on a JSON string; lengths in code points."""
+    """The condition on a JSON string."""
 
-    low: int = 0
-    high: int | None = None
     texts: Texts = ALL
 
     @classmethod
     def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
-        """The shape by several bounds of the length, and by arguments of texts_by."""
-        rules = list(rules)
-        highs = [*highs, *(LONGEST[value] for key, value, wanted in rules if wanted and key == "format" and value in LONGEST)]
-        return cls(max(lows, default=0), min(highs, default=None), intersection(texts_by(*rule) for rule in rules))
+        """The shape by several bounds of the length, in code points, and by arguments of texts_by."""
+        texts = intersection(texts_by(*rule) for rule in rules)
+        return cls(sized(texts, max(lows, default=0), min(highs, default=math.inf)))
 
     def within(self, texts: Texts) -> StringShape:
         """The same, of just those texts."""
-        return replace(self, texts=intersection([self.texts, texts]))
+        return StringShape(intersection([self.texts, texts]))
 
     def but_not(self, texts: Iterable[str]) -> StringShape:
         """The same without some texts."""
         return self.within(complement(word_texts(frozenset(texts))))
 
 
-# A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
-Half = tuple[Ranges, str, int, int]
-NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
-HEX_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
-ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True)}
-
-
-@functools.lru_cache(maxsize=50_000)
-def spelled(half: Half) -> dict[int, Half]:
-    """Maps each byte to the half-written character that it makes of another; "done" if it is whole."""
-    ranges, how, value, missing = half
-    if how == "":
-        found = _begun()
-    elif how == "utf8":
-        found = {0x80 | bits: _half_utf8(ranges, value << 6 | bits, missing - 1) for bits in range(64)}
-    elif how == "escape":
-        found = {byte: (((code, code),), "done", code, 0) for byte, code in ESCAPES.items()}
-        found[ord("u")] = (EVERY_CHAR, "hex", 0, 4)
-    elif how == "hex":
-        found = {byte: _half_hex(value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    elif how in ("pair", "pair-u"):
-        found = {ord("\\"): (ranges, "pair-u", value, 0)} if how == "pair" else {ord("u"): (ranges, "low", value, 4)}
-    else:
-        found = {byte: _half_pair(ranges, value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    return {byte: half for byte, half in found.items() if half[0]}
-
-
-def _whole(code: int) -> Half:
-    return ((code, code),), "done", code, 0
-
-
-def _begun() -> dict[int, Half]:
-    """The first bytes of characters, written as themselves or as escapes."""
-    found = {byte: _whole(byte) for byte in range(32, 128) if byte not in b'"\\'}
-    found[ord("\\")] = (EVERY_CHAR, "escape", 0, 0)
-    for low, high, missing in ((0xC2, 0xDF, 1), (0xE0, 0xEF, 2), (0xF0, 0xF4, 3)):
-        ranges = {1: ((0x80, 0x7FF),), 2: ((0x800, 0xD7FF), (0xE000, 0xFFFF)), 3: ((0x10000, 0x10FFFF),)}[missing]
-        found |= {byte: _half_utf8(ranges, byte & 0x3F >> missing, missing) for byte in range(low, high + 1)}
-    return found
-
-
-def _half_utf8(ranges: Ranges, value: int, missing: int) -> Half:
-    if missing == 0:
-        return _whole(value) if common(ranges, ((value, value),)) else ((), "", 0, 0)
-    shift = 6 * missing
-    return common(ranges, ((value << shift, (value + 1 << shift) - 1),)), "utf8", value, missing
-
-
-def _half_hex(value: int, missing: int) -> Half:
-    """Reads \\u and some digits: a character, or half of a pair."""
-    low, high = value << 4 * missing, (value + 1 << 4 * missing) - 1
-    first, last = max(low, 0xD800), min(high, 0xDBFF)
-    pairs = (((first - 0xD800 << 10) + 0x10000, (last - 0xD800 << 10) + 0x103FF),) if first <= last else ()
-    ranges = common(((0, 0xD7FF), (0xE000, 0xFFFF)), ((low, high),)) + pairs
-    if missing:
-        return ranges, "hex", value, missing
-    return (ranges, "pair", 0, 0) if pairs else _whole(value) if ranges else ((), "", 0, 0)
-
-
-def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
-    """Reads some digits of the low surrogate behind a high one."""
-    base, low, high = ranges[0][0] & ~0x3FF, value << 4 * missing, (value + 1 << 4 * missing) - 1
-    low, high = max(low, 0xDC00), min(high, 0xDFFF)
-    if low > high:
-        return (), "", 0, 0
-    ranges = ((base + low - 0xDC00, base + high - 0xDC00),)
-    return (ranges, "low", value, missing) if missing else _whole(ranges[0][0])
-
-
 @dataclass(frozen=True)
-class RestOfText(Symbol):
-    """The rest of a text: the set it is from, how many characters are left, and what is half-written of one."""
-
-    at: Texts
-    low: int
-    high: int | None
-    half: Half = NO_HALF
-
-    @property
-    def is_whole(self) -> bool:
-        """True if the text may end here."""
-        return not self.half[1] and self.at.nullable and self.low == 0
-
-    @property
-    def opening(self) -> Opening:
-        """How it may go on."""
-        is_free = self.at is ALL and (self.high is None or 0 < self.high >= self.low)
-        return EVERY_OPENING if is_free else opened_at(self.at, self.low, self.high)
-
-
-class JsonText(RestOfText):
+class JsonText(Symbol):
     """The rest of a JSON string behind its opening quote."""
 
-    @property
-    def firsts(self) -> int:
-        opening = self.opening
-        if self.half != NO_HALF:
-            return sum(1 << byte for byte, half in spelled(self.half).items() if opening.reaches(half[0]))
-        quote = 1 << ord('"') if self.is_whole else 0
-        return quote | (opening.firsts if opening.only is None else 1 << _written(opening.only)[0])
+    at: Texts
+    is_escaped: bool = False  # a backslash was read
+
+    def longer(self) -> list[tuple[Ranges, JsonText]]:
+        """The characters that may come, and the rest behind them."""
+        return [(ranges, replace(self, at=behind, is_escaped=False)) for ranges, behind in living(self.at)]
+
+    @functools.cached_property
+    def _ways(self) -> list[Symbols]:
+        """The ways to go on, each from a symbol that reads bytes."""
+        longer = self.longer()
+        if self.is_escaped:
+            return [(way, rest) for ranges, rest in longer for way in written(ranges, "escaped")]
+        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable else []
+        first, last = (longer[0][0][0][0], longer[-1][0][-1][1]) if longer else (0, 1)
+        if first == last:  # where no other character may stand, there is one way to write it
+            return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), longer[0][1])]
+        found += ((way, rest) for ranges, rest in longer for way in written(ranges, "JSON"))
+        return [*found, (Word(b"\\"), replace(self, is_escaped=True))] if longer else found
+
+    @functools.cached_property
+    def firsts(self) -> int:  # type: ignore[override]
+        return functools.reduce(operator.or_, (way[0].firsts for way in self._ways), 0)
 
     def step(self, byte: int) -> Symbols | None:
-        if not self.half[1] and byte == ord('"'):
-            return () if self.is_whole else None
-        opening = self.opening
-        if opening.only is not None and not self.half[1]:
-            written = _written(opening.only)
-            rest = (Word(written, 1),) if len(written) > 1 else ()
-            return (*rest, self.behind(opening.only)) if byte == written[0] else None
-        half = spelled(self.half).get(byte)
-        if half is None or not opening.reaches(half[0]):
-            return None
-        return (replace(self, half=half) if half[1] != "done" else self.behind(half[2]),)
-
-    def behind(self, code: int) -> JsonText:
-        """The state behind a whole character."""
-        if self.low == 0 and self.high is None and self.at is ALL and not self.half[1]:
-            return self
-        return JsonText(behind(self.at, code), *counted(self.low, self.high))
-
-
-def _written(code: int) -> bytes:
-    """A character as json.dumps writes it: where no other may stand, there is one way to write it."""
-    return json.dumps(chr(code), ensure_ascii=False)[1:-1].encode()
+        found = [(*more, *rest) for first, *rest in self._ways if (more := first.step(byte)) is not None]
+        if len(found) > 1:
+            return (AnyOf(tuple(map(InOrder, found))),)
+        return found[0] if found else None
 
 
 @functools.lru_cache(maxsize=1000)
 def string_symbol(shape: StringShape) -> Symbol | None:
     """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    if alive(shape.texts, shape.low, shape.high):
-        return InOrder((Word(b'"'), JsonText(shape.texts, shape.low, shape.high)))
-    condition = shape.texts, shape.low, shape.high
-    if is_plainly_alive(*condition) is None and find_text(*condition)[0] is None:
-        raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-    return None
+    return None if shortest(shape.texts) == math.inf else InOrder((Word(b'"'), JsonText(shape.texts)))
 
 
 def string_fits(shape: StringShape, text: str) -> bool:
     """True if a text has a shape."""
-    at = functools.reduce(behind, map(ord, text), shape.texts)
-    return at.nullable and shape.low <= len(text) and (shape.high is None or len(text) <= shape.high)
+    return functools.reduce(behind, map(ord, text), shape.texts).nullable
 
 
 def few_texts(shape: StringShape, most: int) -> set[str] | None:
     """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
-    found, (low, high) = set[str](), (shape.low, shape.high)
-    layer = [("", shape.texts)] if alive(shape.texts, low, high) else []  # each can be finished, so texts are at least as many
+    found = set[str]()
+    layer = [("", shape.texts)] if alive(shape.texts) else []  # each can be finished, so texts are at least as many
     for _ in range(1000):
         if not layer or len(found) + len(layer) > most:
             break
-        found |= {text for text, at in layer if at.nullable and low == 0}
-        low, high = counted(low, high)
-        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in moves(at) if alive(behind, low, high)
+        found |= {text for text, at in layer if at.nullable}
+        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in living(at)
                   for first, last in ranges for code in range(first, last + 1))  # fmt: skip
         layer = list(itertools.islice(longer, most + 1))
     return None if layer else found
@@ -16257,15 +15999,9 @@ FORMATS = {  # name → a regular expression for the whole text
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "regex": _REGEX,
 }
-LONGEST = {"hostname": 253}  # kept beside the set, where lengths cost nothing
-UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
-
-
-_ANY_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-WIDER_FORMATS = {  # name → a rule for all that may have the format, where the one above leaves some out
-    "hostname": rf"(?=.{{0,253}}$){_ANY_LABEL}(?:\.{_ANY_LABEL})*",
-}
+MAX_HOSTNAME = 253
+UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused
+PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves out some texts that have the format
 
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -16285,15 +16021,15 @@ class NumberShape:
     excluded: frozenset[int | float] = frozenset()
 
 
-def decimal_digits(value: int | float) -> tuple[int, int]:
-    """A number as its shortest decimal notation has it: the digits, and how many of them stand behind the point."""
-    if isinstance(value, int):
-        return value, 0
-    mantissa, _, exponent = repr(value).partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    fraction = fraction.rstrip("0")
-    digits, places = int(whole + fraction), len(fraction) - int(exponent or 0)
-    return (digits, places) if places >= 0 else (digits * 10**-places, 0)
+def exact(value: int | float) -> Fraction:
+    """A number as its shortest decimal notation has it."""
+    from fractions import Fraction
+
+    return Fraction(value if isinstance(value, int) else repr(value))
+
+
+Bound = tuple[int | float, bool]
+Spans = tuple[tuple[int, int], ...]
 
 
 class NumberMachine:
@@ -16301,82 +16037,58 @@ class NumberMachine:
 
     The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
     behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
-    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which
-    JsonNumber handles.
+    most would be led to 7e-05). One with multiples has none, nor one with excluded values.
     """
 
-    DIGITS, PLACES, MORE_PLACES, DOUBLE, EXPONENTS = 20, 18, 3, 15, range(-290, 281)
-    MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
+    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    MAX_PLACES, MAX_NUMBER, MAX_UNLIKE, MAX_TRIES = 60, 10**400, 4, 64
 
     def __init__(self, shape: NumberShape, exponents: bool) -> None:
-        self._check(shape)
-        multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
-        unlike = [decimal_digits(value) for value in shape.not_multiples]
-        bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
-        self.has_bounds = bool(bounds)
-        self.exponents: list[JsonExponent | None] = [None, None]  # of a positive number, and of a negative one
-        if exponents and not multiples and not unlike:
-            low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
-            self.exponents = [self._exponent(shape.low, shape.high), self._exponent(low, high)]
-        self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
-        if multiples or unlike:
-            self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
+        multiples, unlike = (*shape.multiples, *((1,) if shape.whole else ())), shape.not_multiples
+        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
+        if any(value <= 0 for value in (*multiples, *unlike)):
+            raise InvalidRequest("multipleOf must be over 0")
+        if len(unlike) > self.MAX_UNLIKE:
+            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+        self.has_bounds, has_factors = bool(bounds), bool(multiples or unlike)
+        self.places = max([self.PLACES, *(self._places(bound) + 1 for bound in bounds)])
+        if has_factors:
+            self.places = max(map(self._places, (*multiples, *unlike))) + (0 if multiples else self.MORE_PLACES)
         scale = 10**self.places
-        units, others = ([digits * scale // 10**places for digits, places in numbers] for numbers in (multiples, unlike))
+        units, others = ([int(exact(value) * scale) for value in values] for values in (multiples, unlike))
         unit = math.lcm(*units)
-        if all(number % scale == 0 for number in (unit, *others)):
+        if not any(number % scale for number in (unit, *others)):
             self.places = 0  # a point would add nothing
         self.scale = 10**self.places
-        self.unit, self.unlike = unit * self.scale // scale, [number * self.scale // scale for number in others]
+        self.unit, *self.unlike = (number * self.scale // scale for number in (unit, *others))
         self.cycle = math.lcm(self.unit, *self.unlike)
-        self.low = None if shape.low is None else self._edge(*shape.low)
-        self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
-        nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
-        exact = bool(self.places and (multiples or unlike))  # a double must hold every digit, to be divided
-        self.digits = max(self.DOUBLE - self.places if exact else self.DIGITS, len(str((nearest + self.unit) // self.scale)) + 1)
+        self.low = self._edge(*shape.low) if shape.low else -math.inf
+        self.high = -self._edge(-shape.high[0], shape.high[1]) if shape.high else math.inf
+        low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
+        ends = ((shape.low, shape.high), (low, high)) if exponents and not has_factors else ()
+        self.exponents = [exponent_within(*span) for span in ends] or [None, None]  # of a positive number, and of a negative one
+        nearest = int(max(self.low, -self.high, 0))  # the smallest magnitude
+        most = self.DOUBLE - self.places if self.places and has_factors else self.DIGITS  # a double holds what is to be divided
+        self.digits = max(most, len(str((nearest + self.unit) // self.scale)) + 1)
         self.most = 10 ** (self.digits + self.places) - 1
 
-    def _check(self, shape: NumberShape) -> None:
-        """Refuses numbers that are out of all proportion."""
-        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
-        for value in (*bounds, *shape.multiples, *shape.not_multiples):
-            if value.bit_length() > self.MAX_BITS if isinstance(value, int) else not math.isfinite(value):
-                raise InvalidRequest("a bound of numbers has too many digits")
-            if decimal_digits(value)[1] > self.MAX_PLACES:
-                raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
-        if any(value <= 0 for value in (*shape.multiples, *shape.not_multiples)):
-            raise InvalidRequest("multipleOf must be over 0")
-        if len(shape.not_multiples) > self.MAX_UNLIKE:
-            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
-
-    def _exponent(self, low: tuple[int | float, bool] | None, high: tuple[int | float, bool] | None) -> JsonExponent | None:
-        """The exponents with which all numbers from 1 to 10 are within bounds."""
-        def reaches(exponent: int, bound: int | float, left_out: bool) -> bool:
-            digits, places = decimal_digits(bound)
-            return 10 ** (exponent + 400) >= digits * 10 ** (400 - places) + left_out
-
-        least = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: low is None or reaches(exponent, *low))
-        most = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: (
-            high is not None and reaches(exponent + 1, high[0], not high[1])))  # fmt: skip
-        return JsonExponent(self.EXPONENTS[least], self.EXPONENTS[most - 1]) if least < most else None
+    def _places(self, value: int | float) -> int:
+        """The decimal places of a number. Raises InvalidRequest where it is out of all proportion."""
+        if not abs(value) < self.MAX_NUMBER:
+            raise InvalidRequest("a bound of numbers has too many digits")
+        parts = exact(value).denominator
+        places = next((count for count in range(self.MAX_PLACES + 1) if 10**count % parts == 0), None)
+        if places is None:
+            raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+        return places
 
     def _edge(self, bound: int | float, left_out: bool) -> int:
         """The least number of units that a lower bound allows."""
-        digits, places = decimal_digits(bound)
-        edge = -(-digits * self.scale // 10**places)
-        if left_out and edge * 10**places == digits * self.scale:
-            edge += 1
-        if left_out and self.unit == 1 and self.places and abs(bound) < sys.float_info.max:
+        edge = math.floor(exact(bound) * self.scale) + 1 if left_out else math.ceil(exact(bound) * self.scale)
+        if left_out and self.places and abs(bound) < sys.float_info.max:
             # a text nearer to the bound than doubles are to each other would be read as the bound
-            digits, places = decimal_digits(math.nextafter(bound, math.inf))
-            edge = max(edge, -(-digits * self.scale // 10**places))
+            edge = max(edge, math.ceil(exact(math.nextafter(bound, math.inf)) * self.scale))
         return edge
-
-    def taken(self, values: Iterable[int | float]) -> frozenset[int]:
-        """Values in units, those that are no number of them left out."""
-        digits = ((digits * self.scale, 10**places) for digits, places in map(decimal_digits, values))
-        found = (number // part for number, part in digits if number % part == 0)
-        return frozenset(filter(self._is_right, found))
 
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
@@ -16384,87 +16096,77 @@ class NumberMachine:
 
     def every_number(self, most: int) -> set[int | float] | None:
         """The numbers, if there are at most so many."""
-        if self.low is None or self.high is None or (self.high - self.low) // self.unit > most:
+        if self.high - self.low > most * self.unit:
             return None
-        found = filter(self._is_right, range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit))
+        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
         return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
-    def holds(self, negative: bool, low: int, high: int, taken: frozenset[int], free: bool = False) -> bool:
-        """True if one of the magnitudes `low` to `high` is right and not taken; `free`: no bound can be missed any more."""
-        if not free:
-            least, most = self._bounds(negative)
-            low, high = low if least is None else max(low, least), high if most is None else min(high, most)
-        first = range(-(-low // self.unit) * self.unit, high + 1, self.unit)
-        tried = itertools.islice(first, (self.MAX_TRIES if self.unlike else 1) + len(taken))
-        return any((-value if negative else value) not in taken and self._is_right(value) for value in tried)
+    def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
+        """A JSON number that is none of those excluded; None if there is none."""
+        units = (exact(value) * self.scale for value in excluded)
+        taken = sorted(int(value) for value in units if value.denominator == 1)
+        plus = JsonNumber(self, self._spans(self.low, self.high, taken), self.exponents[0])
+        minus = JsonNumber(self, self._spans(-self.high, -self.low, [-value for value in reversed(taken)]), self.exponents[1])
+        options: list[Symbol] = [plus] if plus.firsts else []
+        if self.holds(1, self.most, minus.spans):
+            options.append(InOrder((Word(b"-"), minus)))
+        return AnyOf(tuple(options)) if options else None
 
-    def _bounds(self, negative: bool) -> tuple[int | None, int | None]:
-        """The bounds of a number's magnitude."""
-        bounds = (self.high, self.low) if negative else (self.low, self.high)
-        low, high = (bound if bound is None or not negative else -bound for bound in bounds)
-        return low, high
+    def _spans(self, low: float, high: float, taken: list[int]) -> Spans:
+        """The magnitudes from `low` to `high`, in units, that are not taken."""
+        least, most = int(max(low, 0)), int(min(high, self.most))
+        edges = [least - 1, *(value for value in taken if least <= value <= most), most + 1]
+        return tuple((one + 1, two - 1) for one, two in itertools.pairwise(edges) if two - one > 1)
 
-    def unbounded(self, negative: bool, low: int, high: int) -> bool:
-        """True if all magnitudes from `low` to `high` are within the bounds."""
-        least, most = self._bounds(negative)
-        return (least is None or least <= low) and (most is None or high <= most)
+    def holds(self, low: int, high: int, spans: Spans | None) -> bool:
+        """True if one of the magnitudes `low` to `high`, and within the spans, is right."""
+        parts = [(low, high)] if spans is None else [(max(low, least), min(high, most)) for least, most in spans]
+        return any(self._is_right(value) for least, most in parts for value in itertools.islice(
+            range(-(-least // self.unit) * self.unit, most + 1, self.unit), self.MAX_TRIES))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class JsonNumber(Symbol):
-    """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
+    """The rest of a JSON number behind its sign: the digits so far as a number, how many there are, and of which part of it.
 
-    `free`: no further digit can break a bound or hit an excluded value; then only the remainder is kept.
+    `spans` are the magnitudes that it may have; None if no further digit can miss them: then only the remainder is kept.
     """
 
     machine: NumberMachine
-    taken: frozenset[int]  # in units
-    part: str = ""  # sign, zero, whole, point, fraction
-    negative: bool = False
+    spans: Spans | None
+    exponent: Symbol | None  # what may stand behind an e, where one may be
+    part: str = ""  # zero, whole, point, fraction
     value: int = 0
     count: int = 0
-    free: bool = False
-    scientific: bool = False  # there are bounds, and one digit other than 0 stands before the point
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-.eE+" if self._next(byte) is not None)
-
-    def step(self, byte: int) -> Symbols | None:
-        following = self._next(byte)
-        return None if following is None else (following,)
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        found = ((byte, self._next(chr(byte))) for byte in b"0123456789.eE")
+        return {byte: (following,) for byte, following in found if following is not None}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
         low = self._range(0)[0]
-        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(low, low, self.spans)
 
-    def _next(self, byte: int) -> Symbol | None:
-        """The symbol behind a byte; None if no number goes on so."""
-        char, part, machine = chr(byte), self.part, self.machine
+    def _next(self, char: str) -> Symbol | None:
+        """The symbol behind a character; None if no number goes on so."""
         if char.isdigit():
             return self._digit(int(char))
-        if char == "-" and part == "":
-            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most, self.taken) else None
-        if char == "." and part in ("zero", "whole") and machine.places:
-            return replace(self, part="point", count=0)._if_possible()
-        if char in "eE" and part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds:
-            return machine.exponents[self.negative]
-        return None
+        if self.part not in ("zero", "whole", "fraction"):
+            return None
+        if char in "eE":
+            return self.exponent
+        return replace(self, part="point", count=0)._if_possible() if self.part != "fraction" and self.machine.places else None
 
     def _digit(self, digit: int) -> JsonNumber | None:
-        part, count = self.part, self.count
-        if part in ("", "sign"):
-            scientific = digit > 0 and self.machine.has_bounds
-            return replace(self, part="whole" if digit else "zero", value=digit, count=1, scientific=scientific)._if_possible()
-        if part == "whole":
-            more = count < self.machine.digits
-            after = replace(self, value=self.value * 10 + digit, count=count + 1, scientific=False)
-            return after._if_possible() if more else None
-        if part in ("point", "fraction"):
-            more = count < self.machine.places
-            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._if_possible() if more else None
-        return None
+        part, exponent = self.part, self.exponent
+        if self.count >= {"": 1, "zero": 0, "whole": self.machine.digits}.get(part, self.machine.places):
+            return None
+        if self.machine.has_bounds and (part == "whole" or (part == "" and digit == 0)):
+            exponent = None
+        part = {"": "whole" if digit else "zero", "point": "fraction"}.get(part, part)
+        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1, exponent=exponent)._if_possible()
 
     def _range(self, more: int) -> tuple[int, int]:
         """The magnitudes that so many further digits before the point can make, or all behind it."""
@@ -16476,49 +16178,33 @@ class JsonNumber(Symbol):
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
         ranges = [self._range(more) for more in range(most + 1)]
-        if not any(machine.holds(self.negative, *span, self.taken, self.free) for span in ranges):
+        first, last = ranges[0][0], ranges[-1][1]
+        spans = None if self.spans is None else tuple(span for span in self.spans if span[0] <= last and span[1] >= first)
+        if not any(machine.holds(low, high, spans) for low, high in ranges):
             return None
-        if not self.free and (not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1]) or any(
-                low <= abs(value) <= high for value in self.taken for low, high in ranges)):  # fmt: skip
-            return self
-        negative = self.negative and self.scientific
-        return replace(self, taken=frozenset(), free=True, negative=negative, value=self.value % machine.cycle)
+        if spans is None or (spans[0][0] <= first and last <= spans[0][1]):
+            return replace(self, spans=None, value=self.value % machine.cycle)
+        return replace(self, spans=spans)
 
 
-@dataclass(frozen=True)
-class JsonExponent(Symbol):
-    """The rest of a JSON number behind its e: an exponent from `low` to `high`."""
+EXPONENTS = range(-290, 282)
+DECIMAL = _digit(ord("0"), 10)
 
-    low: int
-    high: int
-    sign: str = ""
-    value: int = 0
-    count: int = 0  # digits
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-+" if self.step(byte) is not None)
+@functools.lru_cache(maxsize=1000)
+def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
+    """The exponents, of up to three digits, with which all numbers from 1 to 10 are within bounds; None if there is none."""
+    def place(bound: int | float, behind: bool) -> int:
+        return (bisect.bisect_right if behind else bisect.bisect_left)(EXPONENTS, bound, key=lambda one: float(f"1e{one}"))
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.count > 0 and self._meets(self.value, self.value)
-
-    def step(self, byte: int) -> Symbols | None:
-        after = None
-        if byte in b"+-" and not self.sign and not self.count:
-            after = replace(self, sign=chr(byte))
-        elif byte in b"0123456789" and self.count < 3:
-            after = replace(self, value=self.value * 10 + byte - ord("0"), count=self.count + 1)
-        return (after,) if after and any(after._meets(*span) for span in after._spans()) else None
-
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """The magnitudes that further digits can make."""
-        return ((self.value * 10**more, (self.value + 1) * 10**more - 1) for more in range(4 - self.count))
-
-    def _meets(self, least: int, most: int) -> bool:
-        """True if an exponent of such a magnitude is right."""
-        least, most = (-most, -least) if self.sign == "-" else (least, most)
-        return self.low <= most and least <= self.high
+    first = place(*low) if low else 0
+    last = place(high[0], not high[1]) if high else len(EXPONENTS)
+    if first >= last - 1:
+        return None
+    least, most = EXPONENTS[first], EXPONENTS[last - 2]
+    spans = (("", max(least, 0), most), ("+", max(least, 0), most), ("-", max(-most, 0), -least))
+    return AnyOf(tuple(InOrder((word(sign), numeral(((low, min(high, 10**count - 1)),), (DECIMAL,) * count)))
+                       for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1000)
@@ -16536,9 +16222,7 @@ def number_symbol(shape: NumberShape) -> Symbol | None:
 def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
     """A JSON number of a shape that is none of those taken; None if there is none."""
     values = shape.excluded.union(taken)
-    machine = number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values)
-    start = JsonNumber(machine, machine.taken(values))
-    return start if start.firsts else None
+    return number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values).symbol(values)
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -16550,12 +16234,8 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
     if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
         return False
     multiples = (*shape.multiples, *((1,) if shape.whole else ()))
-    return all(_divides(m, value) for m in multiples) and not any(_divides(m, value) for m in shape.not_multiples)
-
-
-def _divides(part: int | float, value: int | float) -> bool:
-    (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
-    return two * 10**places % (one * 10**more) == 0
+    number = exact(value)
+    return not any(number % exact(one) for one in multiples) and all(number % exact(one) for one in shape.not_multiples)
 
 
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17021,8 +16701,7 @@ class SchemaReader:
 
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
-        if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
-            self.spend(2 * find_text(shape.texts, shape.low, shape.high)[1])
+        shortest(shape.texts, self.spend)
         return string_symbol(shape)
 
 
@@ -17886,11 +17565,10 @@ class Documents:
         """Opens a symbol, equal ones once. Raises NotYet."""
         found = self._kept.get(symbol)
         if found is None:
-            TURN.look()
             if len(self._kept) > self.MAX_KEPT:
                 self._kept.clear()  # other threads may do so too: what is returned is never looked up again
             found = self._kept[symbol] = opened(symbol)
-            TURN.found()
+            TURN.kept()
         return found
 
     # Objects
@@ -18396,7 +18074,7 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
         elif isinstance(shape, StringShape):
             shape = shape.within(apart)
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape.texts, shape.low, shape.high))
+                found.append(PlainText(shape.texts))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
@@ -18408,37 +18086,12 @@ def not_before(marker: str) -> str:
     return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
 
-class PlainText(RestOfText):
+class PlainText(JsonText):
     """The rest of a text that is written as it is."""
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.is_whole
-
-    @property
-    def firsts(self) -> int:
-        return plain_firsts(self.opening, self.half)
-
-    def step(self, byte: int) -> Symbols | None:
-        half = spelled_plainly(self.half).get(byte)
-        if half is None or not self.opening.reaches(half[0]):
-            return None
-        if half[1] != "done":
-            return (replace(self, half=half),)
-        return (PlainText(behind(self.at, half[2]), *counted(self.low, self.high)),)
-
-
-def spelled_plainly(half: Half) -> dict[int, Half]:
-    """Maps each byte to the state of a half-written character behind it, without escapes; "done" if it is whole."""
-    if half[1]:
-        return spelled(half)
-    return {byte: _whole(byte) for byte in range(128)} | {byte: more for byte, more in spelled(half).items() if byte >= 128}
-
-
-@functools.lru_cache(maxsize=1000)
-def plain_firsts(opening: Opening, half: Half) -> int:
-    """The bytes that may come where a text may go on in some way."""
-    return sum(1 << byte for byte, more in spelled_plainly(half).items() if opening.reaches(more[0]))
+    def opened(self) -> Iterable[Symbols]:
+        end: list[Symbols] = [()] if self.at.nullable else []
+        return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
 @dataclass(frozen=True)
