@@ -3287,7 +3287,7 @@ def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: s
     parser = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more)
     choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)])[0]
     calls = tuple((block.name, block.text) for block in choice.calls)
-    return Answered(choice.text, calls, choice.said("thought"), str(choice.finish_reason))
+    return Answered(choice.said("text"), calls, choice.said("thought"), str(choice.finish_reason))
 
 
 def in_pieces(text: str, pick: random.Random) -> list[str]:
@@ -12471,7 +12471,7 @@ def test_ollama_stream_that_breaks_off_ends_with_an_error_line(
 def test_ollama_silence_is_filled_with_spaces(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     slow = altered(
         tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.1"),
-        ('self.pulse.begin("tokenize")', 'time.sleep(1.0); self.pulse.begin("tokenize")'),
+        ('self.tokenizing.begin("tokenize")', 'time.sleep(1.0); self.tokenizing.begin("tokenize")'),
     )  # fmt: skip
     server = serve("--models-dir", models, script=slow)
     server.load("recital")
