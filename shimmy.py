@@ -7932,8 +7932,8 @@ class Choice:
         for event in events:
             self.add(event)
 
-    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> None:
-        """Takes an event."""
+    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd, words: bool = True) -> None:
+        """Takes an event; without `words` neither text nor log probabilities, of which a stream may tell megabytes."""
         if isinstance(event, ToolResult):
             self.results.append(event)
         elif isinstance(event, ChoiceEnd):
@@ -7943,11 +7943,12 @@ class Choice:
         elif isinstance(event, CallArguments):
             self.calls[event.number].parts.append(event.text)
         else:
-            self.logprobs += event.logprobs
             kind = "text" if isinstance(event, Text) else "thought"
             if event.text and not (self.blocks and self.blocks[-1].kind == kind):
                 self.blocks.append(Block(kind, len(self.blocks)))
-            if event.text:
+            if words:
+                self.logprobs += event.logprobs
+            if words and event.text:
                 self.blocks[-1].parts.append(event.text)
 
     def said(self, kind: str = "text") -> str:
@@ -7965,6 +7966,7 @@ class Dialect:
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
     streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
+    recalls: ClassVar[bool] = False  # whether a stream's last document tells all of it again
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
@@ -7996,7 +7998,7 @@ class Dialect:
         elif isinstance(event, Vectors):
             self.rows = event.rows
         elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.choices[event.index].add(event)
+            self.choices[event.index].add(event, self.recalls or not self.stream)
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
@@ -8772,7 +8774,7 @@ def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...])
 class Responses(BlockDialect):
     """`/v1/responses`, OpenAI's; keeps no state."""
 
-    api = "openai"
+    api, recalls = "openai", True
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
