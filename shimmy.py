@@ -14973,6 +14973,7 @@ class Symbol:
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
+    parts: Symbols = ()  # the symbols that it is made of, as far as they stand there already
 
     def opened(self) -> Iterable[Symbols] | None:
         """The alternatives that may stand in its place; None if it reads bytes."""
@@ -14996,11 +14997,6 @@ class Symbol:
         """The symbols that must follow when it is left although it could read on."""
         return ()
 
-    @property
-    def parts(self) -> Symbols:
-        """The symbols that it is made of, as far as they stand there already."""
-        return ()
-
     @functools.cached_property
     def looks(self) -> bool:
         """True if it depends on the text around it: anchors and lookaheads, in regular expressions only."""
@@ -15017,17 +15013,14 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    def opened(self) -> Iterable[Symbols] | None:
-        return None if self.data else ((),)
-
     @functools.cached_property
     def after(self) -> Mapping[int, Symbols]:
         return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
-def word(text: str) -> Word:
+def word(text: str) -> Symbol:
     """The symbol of a text that must stand there."""
-    return Word(text.encode())
+    return Word(text.encode()) if text else InOrder(())
 
 
 @dataclass(frozen=True)
@@ -15106,28 +15099,20 @@ def written(ranges: tuple[tuple[int, int], ...], script: str) -> list[Numeral]:
 class AnyOf(Symbol):
     """One of several symbols."""
 
-    options: Symbols
+    parts: Symbols
 
     def opened(self) -> Iterable[Symbols]:
-        return [(option,) for option in self.options]
-
-    @property
-    def parts(self) -> Symbols:
-        return self.options
+        return [(part,) for part in self.parts]
 
 
 @dataclass(frozen=True, eq=False)
 class InOrder(Symbol):
     """Symbols one after another."""
 
-    symbols: Symbols
+    parts: Symbols
 
     def opened(self) -> Iterable[Symbols]:
-        return (self.symbols,)
-
-    @property
-    def parts(self) -> Symbols:
-        return self.symbols
+        return (self.parts,)
 
 
 @dataclass(frozen=True)
@@ -15145,7 +15130,7 @@ class Repeated(Symbol):
         return ((self.symbol, again),) if self.low else ((), (self.symbol, again))
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.symbol,)
 
 
@@ -15813,7 +15798,7 @@ class GbnfReader(Reader):
 
     def _first_parts(self, symbol: Symbol, empty: dict[Symbol, bool]) -> Iterator[Symbol]:
         """The parts that may be met before anything is read; says at the end whether the whole may be empty."""
-        is_empty = isinstance(symbol, InOrder) or symbol == Word(b"") or (isinstance(symbol, Repeated) and not symbol.low)
+        is_empty = isinstance(symbol, InOrder) or (isinstance(symbol, Repeated) and not symbol.low)
         for part in (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts:
             yield part
             if not isinstance(symbol, InOrder):
@@ -15826,8 +15811,8 @@ class GbnfReader(Reader):
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
-# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); StringShape, string_symbol, string_fits,
-# few_texts; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); shortest; StringShape, string_symbol,
+# string_fits, few_texts; JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
@@ -15913,10 +15898,6 @@ def then(one: Texts, two: Texts) -> Texts:
     return two
 
 
-def _counted(texts: Texts) -> tuple[Texts, int, float]:
-    return (texts.parts[0], *texts.data) if texts.kind == "repeat" else (texts, 1, 1)
-
-
 def repeat(part: Texts, low: int, high: float) -> Texts:
     """So many texts of a set, joined."""
     if high == 0 or part is EMPTY or part is NONE:
@@ -15960,7 +15941,7 @@ def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
     counts: dict[tuple[Texts, Texts], list[tuple[int, float]]] = {}
     for texts in parts:
         head, rest = texts.parts if texts.kind == "then" else (texts, EMPTY)
-        part, low, high = _counted(head)
+        part, low, high = (head.parts[0], *head.data) if head.kind == "repeat" else (head, 1, 1)
         counts.setdefault((part, rest), []).append((low, high))
     if len(counts) == len(parts):
         return parts
@@ -16082,7 +16063,7 @@ def _combined(options: Iterable[Iterable[tuple[Ranges, Texts]]], join: Callable[
                 known[key] = join(here)
             found.setdefault(known[key], []).append((low, after - 1))
     found.pop(NONE, None)
-    return tuple((merged(ranges), behind) for behind, ranges in found.items())
+    return tuple((tuple(touching(ranges)), behind) for behind, ranges in found.items())
 
 
 # Patterns
@@ -16111,11 +16092,11 @@ class Matching:
             ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
             return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
         if isinstance(pattern, InOrder):
-            for part in reversed(pattern.symbols):
+            for part in reversed(pattern.parts):
                 rest = self.before(part, rest)
             return rest
         if isinstance(pattern, AnyOf):
-            options = [self.before(part, rest) for part in pattern.options]
+            options = [self.before(part, rest) for part in pattern.parts]
             return union(option[0] for option in options), union(option[1] for option in options)
         if isinstance(pattern, Ahead):
             one, two = self.before(pattern.inside, (ALL, ALL))
@@ -16129,11 +16110,11 @@ class Matching:
         if isinstance(pattern, OneChar):
             return char_texts(pattern.ranges)
         if isinstance(pattern, AnyOf):
-            return union([self.alone(part) for part in pattern.options])
+            return union([self.alone(part) for part in pattern.parts])
         if isinstance(pattern, Repeated):
             return repeat(self.alone(pattern.symbol), pattern.low, math.inf if pattern.high is None else pattern.high)
         if isinstance(pattern, InOrder):
-            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
+            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.parts), EMPTY)
         return NONE  # an Edge
 
     @staticmethod
@@ -18537,7 +18518,7 @@ class NamedArguments(Symbol):
         yield ()
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.separator, *(argument for argument, _ in self.options))
 
 
@@ -18564,7 +18545,7 @@ class RestOf(Symbol):
         return [*((Unread(stack),) for stack in state.stacks), *([()] if state.ends else [])]
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.grammar,)
 
 
