@@ -15435,6 +15435,7 @@ class Reader:
     TOKEN: ClassVar[re.Pattern[str]]
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
+    DOT = EVERY_CHAR
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -15446,7 +15447,9 @@ class Reader:
 
     def part(self, depth: int) -> Symbol:
         """Reads the part that the token begins, up to its last token."""
-        raise NotImplementedError
+        if self.kind == "class":
+            return OneChar(self.characters())
+        return OneChar(self.DOT) if self.kind == "dot" else self.inside(depth)
 
     def member(self) -> Ranges:
         """Reads a character of a class, or a named class, at `at`."""
@@ -15541,7 +15544,7 @@ class PatternReader(Reader):
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
     NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
-    DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
+    DOT = others(((10, 10), (13, 13), (0x2028, 0x2029)))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
@@ -15573,10 +15576,8 @@ class PatternReader(Reader):
             return Ahead(inside, ahead == "=") if ahead else inside
         if self.kind == "edge":
             return Edge(self.word() not in ("^", "\\A"))
-        if self.kind == "class":
-            return OneChar(self.characters())
-        if self.kind == "dot":
-            return self.DOT
+        if self.kind != "char":
+            return super().part(depth)
         if self.text.startswith(("\\b", "\\B"), self.token.start()):
             raise self.refuse(f"{self.text[self.token.start() :][:2]} (a word's border) cannot be honoured")
         self.at = self.token.start()
@@ -15718,8 +15719,13 @@ class GbnfReader(Reader):
         if len(self.text) > self.MAX_TEXT:
             raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
         self.advance()
-        while self.kind is not None:
-            self._rule()
+        while self.token is not None:
+            if self.kind != "rule":
+                said = _said(self.word())
+                raise self.refuse(f"{said} is not expected here" if self.rules else f"a rule must begin here (name ::= …), not {said}")
+            name = self.token["rule"]
+            self.advance()
+            self.rules[name] = self.choice(0)
         missing = next((name for name in self.used if name not in self.rules), None)
         if missing is not None:
             raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
@@ -15728,16 +15734,6 @@ class GbnfReader(Reader):
         self._check_left_recursion()
         return self.rules["root"]
 
-    def _rule(self) -> None:
-        if self.kind != "rule":
-            raise self.refuse(f"a rule must begin here (name ::= …), not {_said(self.word())}")
-        assert self.token is not None
-        name = self.token["rule"]
-        self.advance()
-        self.rules[name] = self.choice(0)
-        if self.kind not in ("rule", None):
-            raise self.refuse(f"{_said(self.word())} is not expected here")
-
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
         if self.kind == "name":
@@ -15745,16 +15741,14 @@ class GbnfReader(Reader):
             return RuleName(self.word(), self.rules)
         if self.kind == "literal":
             return word(self._literal())
-        if self.kind == "class":
-            ranges = self.characters()
-            if not ranges:
-                raise self.refuse("a class without characters matches nothing")
-            return OneChar(ranges)
         if self.kind == "token":
             return word(self.word())
         if self.kind == "no_text":
             raise self.refuse("tokens by number, and all tokens but one, cannot be honoured: write <name>, or a text")
-        return OneChar(EVERY_CHAR) if self.kind == "dot" else self.inside(depth)
+        found = super().part(depth)
+        if found == OneChar(()):
+            raise self.refuse("a class without characters matches nothing")
+        return found
 
     def _literal(self) -> str:
         codes = []
