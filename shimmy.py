@@ -14550,6 +14550,7 @@ class Symbol:
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
+    parts: Symbols = ()  # the symbols that it is made of, as far as they stand there already
 
     def opened(self) -> Iterable[Symbols] | None:
         """The alternatives that may stand in its place; None if it reads bytes."""
@@ -14573,11 +14574,6 @@ class Symbol:
         """The symbols that must follow when it is left although it could read on."""
         return ()
 
-    @property
-    def parts(self) -> Symbols:
-        """The symbols that it is made of, as far as they stand there already."""
-        return ()
-
     @functools.cached_property
     def looks(self) -> bool:
         """True if it depends on the text around it: anchors and lookaheads, in regular expressions only."""
@@ -14594,17 +14590,14 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    def opened(self) -> Iterable[Symbols] | None:
-        return None if self.data else ((),)
-
     @functools.cached_property
     def after(self) -> Mapping[int, Symbols]:
         return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
-def word(text: str) -> Word:
+def word(text: str) -> Symbol:
     """The symbol of a text that must stand there."""
-    return Word(text.encode())
+    return Word(text.encode()) if text else InOrder(())
 
 
 @dataclass(frozen=True)
@@ -14683,28 +14676,20 @@ def written(ranges: tuple[tuple[int, int], ...], script: str) -> list[Numeral]:
 class AnyOf(Symbol):
     """One of several symbols."""
 
-    options: Symbols
+    parts: Symbols
 
     def opened(self) -> Iterable[Symbols]:
-        return [(option,) for option in self.options]
-
-    @property
-    def parts(self) -> Symbols:
-        return self.options
+        return [(part,) for part in self.parts]
 
 
 @dataclass(frozen=True, eq=False)
 class InOrder(Symbol):
     """Symbols one after another."""
 
-    symbols: Symbols
+    parts: Symbols
 
     def opened(self) -> Iterable[Symbols]:
-        return (self.symbols,)
-
-    @property
-    def parts(self) -> Symbols:
-        return self.symbols
+        return (self.parts,)
 
 
 @dataclass(frozen=True)
@@ -14722,7 +14707,7 @@ class Repeated(Symbol):
         return ((self.symbol, again),) if self.low else ((), (self.symbol, again))
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.symbol,)
 
 
@@ -15027,6 +15012,7 @@ class Reader:
     TOKEN: ClassVar[re.Pattern[str]]
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
+    DOT = EVERY_CHAR
 
     def __init__(self, text: str) -> None:
         self.text, self.at = text, 0
@@ -15038,7 +15024,9 @@ class Reader:
 
     def part(self, depth: int) -> Symbol:
         """Reads the part that the token begins, up to its last token."""
-        raise NotImplementedError
+        if self.kind == "class":
+            return OneChar(self.characters())
+        return OneChar(self.DOT) if self.kind == "dot" else self.inside(depth)
 
     def member(self) -> Ranges:
         """Reads a character of a class, or a named class, at `at`."""
@@ -15133,7 +15121,7 @@ class PatternReader(Reader):
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
     NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
-    DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
+    DOT = others(((10, 10), (13, 13), (0x2028, 0x2029)))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
@@ -15165,10 +15153,8 @@ class PatternReader(Reader):
             return Ahead(inside, ahead == "=") if ahead else inside
         if self.kind == "edge":
             return Edge(self.word() not in ("^", "\\A"))
-        if self.kind == "class":
-            return OneChar(self.characters())
-        if self.kind == "dot":
-            return self.DOT
+        if self.kind != "char":
+            return super().part(depth)
         if self.text.startswith(("\\b", "\\B"), self.token.start()):
             raise self.refuse(f"{self.text[self.token.start() :][:2]} (a word's border) cannot be honoured")
         self.at = self.token.start()
@@ -15310,8 +15296,13 @@ class GbnfReader(Reader):
         if len(self.text) > self.MAX_TEXT:
             raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
         self.advance()
-        while self.kind is not None:
-            self._rule()
+        while self.token is not None:
+            if self.kind != "rule":
+                said = _said(self.word())
+                raise self.refuse(f"{said} is not expected here" if self.rules else f"a rule must begin here (name ::= …), not {said}")
+            name = self.token["rule"]
+            self.advance()
+            self.rules[name] = self.choice(0)
         missing = next((name for name in self.used if name not in self.rules), None)
         if missing is not None:
             raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
@@ -15320,16 +15311,6 @@ class GbnfReader(Reader):
         self._check_left_recursion()
         return self.rules["root"]
 
-    def _rule(self) -> None:
-        if self.kind != "rule":
-            raise self.refuse(f"a rule must begin here (name ::= …), not {_said(self.word())}")
-        assert self.token is not None
-        name = self.token["rule"]
-        self.advance()
-        self.rules[name] = self.choice(0)
-        if self.kind not in ("rule", None):
-            raise self.refuse(f"{_said(self.word())} is not expected here")
-
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
         if self.kind == "name":
@@ -15337,16 +15318,14 @@ class GbnfReader(Reader):
             return RuleName(self.word(), self.rules)
         if self.kind == "literal":
             return word(self._literal())
-        if self.kind == "class":
-            ranges = self.characters()
-            if not ranges:
-                raise self.refuse("a class without characters matches nothing")
-            return OneChar(ranges)
         if self.kind == "token":
             return word(self.word())
         if self.kind == "no_text":
             raise self.refuse("tokens by number, and all tokens but one, cannot be honoured: write <name>, or a text")
-        return OneChar(EVERY_CHAR) if self.kind == "dot" else self.inside(depth)
+        found = super().part(depth)
+        if found == OneChar(()):
+            raise self.refuse("a class without characters matches nothing")
+        return found
 
     def _literal(self) -> str:
         codes = []
@@ -15390,7 +15369,7 @@ class GbnfReader(Reader):
 
     def _first_parts(self, symbol: Symbol, empty: dict[Symbol, bool]) -> Iterator[Symbol]:
         """The parts that may be met before anything is read; says at the end whether the whole may be empty."""
-        is_empty = isinstance(symbol, InOrder) or symbol == Word(b"") or (isinstance(symbol, Repeated) and not symbol.low)
+        is_empty = isinstance(symbol, InOrder) or (isinstance(symbol, Repeated) and not symbol.low)
         for part in (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts:
             yield part
             if not isinstance(symbol, InOrder):
@@ -15403,8 +15382,8 @@ class GbnfReader(Reader):
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # Sets of texts, with and, or and not, and the JSON strings of such a set: symbols that know what can still come.
-# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); StringShape, string_symbol, string_fits,
-# few_texts; FORMATS. Uses: D.1's symbols, D.2's patterns.
+# Offers: Texts and its algebra (union, intersection, complement, word_texts, texts_by); shortest; StringShape, string_symbol,
+# string_fits, few_texts; JsonText; FORMATS. Uses: D.1's symbols, D.2's patterns.
 
 
 class Texts:
@@ -15490,10 +15469,6 @@ def then(one: Texts, two: Texts) -> Texts:
     return two
 
 
-def _counted(texts: Texts) -> tuple[Texts, int, float]:
-    return (texts.parts[0], *texts.data) if texts.kind == "repeat" else (texts, 1, 1)
-
-
 def repeat(part: Texts, low: int, high: float) -> Texts:
     """So many texts of a set, joined."""
     if high == 0 or part is EMPTY or part is NONE:
@@ -15537,7 +15512,7 @@ def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
     counts: dict[tuple[Texts, Texts], list[tuple[int, float]]] = {}
     for texts in parts:
         head, rest = texts.parts if texts.kind == "then" else (texts, EMPTY)
-        part, low, high = _counted(head)
+        part, low, high = (head.parts[0], *head.data) if head.kind == "repeat" else (head, 1, 1)
         counts.setdefault((part, rest), []).append((low, high))
     if len(counts) == len(parts):
         return parts
@@ -15659,7 +15634,7 @@ def _combined(options: Iterable[Iterable[tuple[Ranges, Texts]]], join: Callable[
                 known[key] = join(here)
             found.setdefault(known[key], []).append((low, after - 1))
     found.pop(NONE, None)
-    return tuple((merged(ranges), behind) for behind, ranges in found.items())
+    return tuple((tuple(touching(ranges)), behind) for behind, ranges in found.items())
 
 
 # Patterns
@@ -15688,11 +15663,11 @@ class Matching:
             ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
             return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
         if isinstance(pattern, InOrder):
-            for part in reversed(pattern.symbols):
+            for part in reversed(pattern.parts):
                 rest = self.before(part, rest)
             return rest
         if isinstance(pattern, AnyOf):
-            options = [self.before(part, rest) for part in pattern.options]
+            options = [self.before(part, rest) for part in pattern.parts]
             return union(option[0] for option in options), union(option[1] for option in options)
         if isinstance(pattern, Ahead):
             one, two = self.before(pattern.inside, (ALL, ALL))
@@ -15706,11 +15681,11 @@ class Matching:
         if isinstance(pattern, OneChar):
             return char_texts(pattern.ranges)
         if isinstance(pattern, AnyOf):
-            return union([self.alone(part) for part in pattern.options])
+            return union([self.alone(part) for part in pattern.parts])
         if isinstance(pattern, Repeated):
             return repeat(self.alone(pattern.symbol), pattern.low, math.inf if pattern.high is None else pattern.high)
         if isinstance(pattern, InOrder):
-            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
+            return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.parts), EMPTY)
         return NONE  # an Edge
 
     @staticmethod
@@ -18114,7 +18089,7 @@ class NamedArguments(Symbol):
         yield ()
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.separator, *(argument for argument, _ in self.options))
 
 
@@ -18141,7 +18116,7 @@ class RestOf(Symbol):
         return [*((Unread(stack),) for stack in state.stacks), *([()] if state.ends else [])]
 
     @property
-    def parts(self) -> Symbols:
+    def parts(self) -> Symbols:  # type: ignore[override]
         return (self.grammar,)
 
 

@@ -4098,7 +4098,7 @@ def random_text(shape: Strings | NumberShape, seed: int, patience: int = 40) -> 
     """A JSON text, byte by byte at random; after some of them it ends where it may. None where chance led nowhere near an end."""
     chance, state, text = random.Random(seed), first_state(shape), b""
     while not (state.ends and (not state.bits or chance.random() < 0.3)):
-        options = [byte for byte in range(256) if state.bits >> byte & 1]
+        options = list(bytes_of(state.bits))
         assert options, f"{shape} leads into a dead end behind {text!r}"
         quote = 34 in options and len(text) > 1 and (len(text) > patience or chance.random() < 0.2)
         text += bytes([34 if quote else chance.choice(options)])
