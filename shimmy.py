@@ -16218,11 +16218,9 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
-# Offers: SchemaAlgebra (a schema as branches), SchemaReader.KEYWORDS, comparable, type_bit.
-# Uses: D.3's strings, D.4's numbers.
+# Offers: SchemaReader, Node, comparable, type_bit. Uses: nothing.
 
-Node = tuple[int, ...]  # schemas that must all hold for one value, by their number in SchemaReader; () allows everything
-Branch = tuple[int, ...]  # like a Node, of schemas that hold no others for the same value
+Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaReader, ~number: must not hold; () allows all
 Result = TypeVar("Result")
 
 
@@ -16230,33 +16228,26 @@ class SchemaReader:
     """A client's JSON schema as checked dicts with a number each, equal ones once.
 
     A checked dict holds numbers where the client's holds schemas, and only keywords that are honoured; `type` is a bit for
-    each type, const an enum, multipleOf a list. Some are our own. `soft`: derived by us; ignored when deciding whether an
-    object is open ("not": and which names it has). `excluded` lists values that may not be, `notMultiple` what a number may
-    not be a multiple of; pattern and format are lists of texts_by's arguments. `other` says that some property outside of
-    names and patterns must fit a schema.
+    each type, const an enum, multipleOf a list; pattern and format are lists of texts_by's arguments. `soft` is our own: the
+    schema was derived, and does not close an object.
     """
 
-    MAX_STEPS = 60_000  # schemas read, merged and compared, some 10 µs each
+    MAX_STEPS = 60_000  # schemas read, joined and compared, some 10 µs each
     MAX_TEXT = 2_000_000  # characters of names and constants
     MAX_DEPTH = 64
     MAX_COUNT = 10**9
     MAX_BOUND = 2**1024  # a number beyond is no bound
     TYPES: ClassVar = {"object": 1, "array": 2, "string": 4, "number": 24, "integer": 8, "boolean": 32, "null": 64}
     FRACTION, EVERY_TYPE = 16, 127  # a number that is no integer; all
-    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator", "unevaluatedProperties", "unevaluatedItems"}
-    PLAIN: ClassVar = {"type", "enum", "excluded", "soft"}
-    DEFINITIONS: ClassVar = {"$defs", "definitions", "dependencies"}  # that hold schemas by name, beside KEYWORDS
 
     def __init__(self, name: str, root: Any) -> None:
-        self.name, self.root, self.steps, self.size = name, root, 0, 0
+        self.name, self.root, self.steps, self.size, self.depth = name, root, 0, 0, 0
         self.schemas: list[dict[str, Any]] = []
-        self.bits: list[int] = []  # the types that each schema leaves
         self.numbers: dict[str, int] = {}  # JSON text → number
         self._read: dict[int, int] = {}  # id of a client's dict → number
         self._targets: dict[str, int] = {}
-        self._listed: dict[int, set[Any]] = {}
         self._nodes: dict[tuple[int, ...], Node] = {}
-        self._resources: dict[str, tuple[Any, str]] | None = None  # URL → what it names, and the base of references there
+        self._has_ids = False  # of schemas inside: references are relative to those
         said = root if isinstance(root, dict) else {}
         self.base = next((said[key] for key in ("$id", "id") if isinstance(said.get(key), str)), "").partition("#")[0]
         draft = re.search(r"draft-0?(\d)\b", str(said.get("$schema")))
@@ -16296,39 +16287,42 @@ class SchemaReader:
         if text not in self.numbers:
             self.numbers[text] = len(self.schemas)
             self.schemas.append(schema)
-            listed = functools.reduce(operator.or_, map(type_bit, schema["enum"]), 0) if "enum" in schema else self.EVERY_TYPE
-            self.bits.append(schema.get("type", self.EVERY_TYPE) & listed)
         return self.numbers[text]
 
-    def read(self, schema: Any, depth: int, where: str, base: str) -> int:
-        """The number of a client's schema; references in it are relative to `base`."""
+    def read(self, schema: Any, where: str = "the schema") -> int:
+        """The number of a client's schema."""
         self.spend()
         if not isinstance(schema, dict):
             if not isinstance(schema, bool):
                 raise self.refuse(f"{where} holds {self.said(schema)}, which is not a schema")
             return self.free if schema else self.never
-        if depth > self.MAX_DEPTH:
+        if self.depth > self.MAX_DEPTH:
             raise self.refuse(f"the schema is nested over {self.MAX_DEPTH} levels deep")
         number = self._read.get(id(schema))
         if number is None:
-            number = self._read[id(schema)] = self._tidy(schema, depth + 1, base)
+            self.depth += 1
+            number = self._read[id(schema)] = self._checked(schema)
+            self.depth -= 1
         return number
 
     def said(self, value: Any) -> str:
         """A client's value for a message."""
         return ("an object" if isinstance(value, dict) else "a list") if isinstance(value, (dict, list)) else _said(value)
 
-    def _tidy(self, schema: dict[str, Any], depth: int, base: str) -> int:
+    def _checked(self, schema: dict[str, Any]) -> int:
         """The number of a schema's checked dict."""
         given = schema if self.OLDER.isdisjoint(schema) and None not in schema.values() else self._renewed(schema)
-        if "$id" in given and isinstance(given["$id"], str) and not given["$id"].startswith("#"):
-            base = self.joined(base, given["$id"]).partition("#")[0]
+        self._note_id(given)
         found: dict[str, Any] = {}
         readers = self.KEYWORDS
         for key, value in given.items():
             if (reader := readers.get(key)) is not None:
-                found[key] = reader(self, key, value, depth, base)
-        return self.number(found) if self.CONDITIONS.isdisjoint(found) else self._rewritten(found)
+                found[key] = reader(self, key, value)
+        return self.number(found) if self.REWRITTEN.isdisjoint(found) else self._rewritten(found)
+
+    def _note_id(self, schema: Any) -> None:
+        url = schema.get("$id") if isinstance(schema, dict) else None
+        self._has_ids = self._has_ids or (isinstance(url, str) and not url.startswith("#") and url.rstrip("#") != self.base)
 
     def _renewed(self, schema: dict[str, Any]) -> dict[str, Any]:
         """Keywords of older drafts in the words of the newest; those that are null are left out."""
@@ -16356,101 +16350,93 @@ class SchemaReader:
 
     # Keywords: a method checks each one's value.
 
-    def _schema(self, key: str, value: Any, depth: int, base: str) -> int:
-        return self.read(value, depth, key, base)
+    def _must(self, fits: bool, key: str, what: str, value: Any) -> None:
+        if not fits:
+            raise self.refuse(f"{key} must be {what}, not {self.said(value)}")
 
-    def _schemas(self, key: str, value: Any, depth: int, base: str) -> list[int]:
-        return [self.read(one, depth, key, base) for one in self._list(key, value, depth, base)]
+    def _schema(self, key: str, value: Any) -> int:
+        return self.read(value, key)
 
-    def _named(self, key: str, value: Any, depth: int, base: str) -> dict[str, int]:
-        if not isinstance(value, dict):
-            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
+    def _schemas(self, key: str, value: Any) -> list[int]:
+        return [self.read(one, key) for one in self._list(key, value)]
+
+    def _named(self, key: str, value: Any) -> dict[str, int]:
+        self._must(isinstance(value, dict), key, "an object", value)
         self.keep(*value)
-        return {name: self.read(schema, depth, key, base) for name, schema in value.items()}
+        return {name: self.read(schema, key) for name, schema in value.items()}
 
-    def _list(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        if not isinstance(value, list) or not value:
-            raise self.refuse(f"{key} must be a list of at least one element")
-        return value
+    def _list(self, key: str, value: Any) -> list[Any]:
+        self._must(isinstance(value, list) and bool(value), key, "a list of at least one element", value)
+        return value  # type: ignore[no-any-return]
 
-    def _count(self, key: str, value: Any, depth: int, base: str) -> int:
-        if not self._is_number(value) or not 0 <= value <= self.MAX_COUNT or value != int(value):
-            raise self.refuse(f"{key} must be a whole number from 0 to {self.MAX_COUNT}, not {self.said(value)}")
+    def _count(self, key: str, value: Any) -> int:
+        whole = type_bit(value) == self.TYPES["integer"] and 0 <= value <= self.MAX_COUNT
+        self._must(whole, key, f"a whole number from 0 to {self.MAX_COUNT}", value)
         return int(value)
 
-    @staticmethod
-    def _is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-    def _bound(self, key: str, value: Any, depth: int, base: str) -> int | float:
-        if not self._is_number(value):
-            raise self.refuse(f"{key} must be a number, not {self.said(value)}")
+    def _bound(self, key: str, value: Any) -> int | float:
+        self._must(bool(type_bit(value) & self.TYPES["number"]), key, "a number", value)
         if not -self.MAX_BOUND <= value <= self.MAX_BOUND:
             raise self.refuse(f"{key} must lie within the bounds of a double")
         return value  # type: ignore[no-any-return]
 
-    def _factor(self, key: str, value: Any, depth: int, base: str) -> list[int | float]:
-        if self._bound(key, value, depth, base) <= 0:
+    def _factor(self, key: str, value: Any) -> list[int | float]:
+        if self._bound(key, value) <= 0:
             raise self.refuse(f"{key} must be above 0")
         return [value]
 
-    def _text(self, key: str, value: Any, depth: int, base: str) -> list[tuple[str, str, bool]]:
-        if not isinstance(value, str):
-            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
+    def _text(self, key: str, value: Any) -> list[tuple[str, str, bool]]:
+        self._must(isinstance(value, str), key, "a string", value)
         self.keep(value)
         return [(key, value, True)]
 
-    def _types(self, key: str, value: Any, depth: int, base: str) -> int:
-        if isinstance(value, str) and value in self.TYPES:
-            return self.TYPES[value]
+    def _types(self, key: str, value: Any) -> int:
         types = value if isinstance(value, list) else [value]
         if not types or not all(isinstance(kind, str) and kind in self.TYPES for kind in types):
             raise self.refuse(f"type {self.said(value)} is unknown")
         return functools.reduce(operator.or_, map(self.TYPES.__getitem__, types))
 
-    def _names(self, key: str, value: Any, depth: int, base: str) -> list[str]:
-        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-            raise self.refuse(f"{key} must be a list of names")
+    def _names(self, key: str, value: Any) -> list[str]:
+        self._must(isinstance(value, list) and all(isinstance(name, str) for name in value), key, "a list of names", value)
         self.spend(len(value) // 8)
         self.keep(*value)
         return list(dict.fromkeys(value))
 
-    def _needs(self, key: str, value: Any, depth: int, base: str) -> dict[str, list[str]]:
-        if not isinstance(value, dict):
-            raise self.refuse(f"{key} must be an object, not {self.said(value)}")
-        return {name: self._names(key, names, depth, base) for name, names in value.items()}
+    def _needs(self, key: str, value: Any) -> dict[str, list[str]]:
+        self._must(isinstance(value, dict), key, "an object", value)
+        return {name: self._names(key, names) for name, names in value.items()}
 
-    def _enum(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        self.spend(len(self._list(key, value, depth, base)) // 8)
-        return self._constants(value)
+    def _enum(self, key: str, value: Any) -> list[Any]:
+        self.spend(len(self._list(key, value)) // 8)
+        return self._constants(key, value)
 
-    def _const(self, key: str, value: Any, depth: int, base: str) -> list[Any]:
-        return self._constants([value])
-
-    def _constants(self, values: list[Any]) -> list[Any]:
+    def _constants(self, key: str, value: Any) -> Any:
         try:
-            self.keep(json.dumps(values, ensure_ascii=False, allow_nan=False))
+            self.keep(json.dumps(value, ensure_ascii=False, allow_nan=False))
         except ValueError:
             raise self.refuse("a number is too large for JSON") from None
-        return values
+        return value
 
-    def _flag(self, key: str, value: Any, depth: int, base: str) -> bool:
+    def _flag(self, key: str, value: Any) -> bool:
         return value is True
 
-    def _reference(self, key: str, value: Any, depth: int, base: str) -> str:
-        if not isinstance(value, str):
-            raise self.refuse(f"{key} must be a string, not {self.said(value)}")
-        return value if base == self.base else self.joined(base, value)
+    def _reference(self, key: str, value: Any) -> str:
+        self._must(isinstance(value, str), key, "a string", value)
+        if self._has_ids:
+            raise self.refuse(f"$ref {_said(value)} beside an $id inside the schema is not supported")
+        return value  # type: ignore[no-any-return]
 
-    def _discriminator(self, key: str, value: Any, depth: int, base: str) -> str | None:
+    def _discriminator(self, key: str, value: Any) -> str | None:
         name = value.get("propertyName") if isinstance(value, dict) else None
         return name if isinstance(name, str) else None
 
-    def _unsupported(self, key: str, value: Any, depth: int, base: str) -> NoReturn:
+    def _unsupported(self, key: str, value: Any) -> NoReturn:
         raise self.refuse(f"keyword {key} is not supported")
 
     OLDER: ClassVar = {"items", "dependencies", "exclusiveMinimum", "exclusiveMaximum", "$ref"}
-    CONDITIONS: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable"}
+    REWRITTEN: ClassVar = {"if", "then", "else", "dependentRequired", "dependentSchemas", "const", "nullable",
+                           "unevaluatedProperties", "unevaluatedItems"}  # fmt: skip
+    EVALUATING: ClassVar = ("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas", "contains")
     KEYWORDS: ClassVar[dict[str, Callable[..., Any]]] = {
         key: reader for keys, reader in {
             ("items", "additionalProperties", "propertyNames", "contains", "not", "if", "then", "else",
@@ -16461,17 +16447,22 @@ class SchemaReader:
              "maxContains"): _count,
             ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"): _bound,
             ("pattern", "format"): _text, ("uniqueItems", "nullable"): _flag, ("multipleOf",): _factor, ("type",): _types,
-            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _const,
+            ("required",): _names, ("dependentRequired",): _needs, ("enum",): _enum, ("const",): _constants,
             ("$ref",): _reference, ("discriminator",): _discriminator,
             ("$dynamicRef", "$recursiveRef", "extends", "disallow", "divisibleBy"): _unsupported,
         }.items() for key in keys}  # fmt: skip
 
     def _rewritten(self, found: dict[str, Any]) -> int:
         """The number of a checked dict in which const is an enum and conditions are alternatives."""
+        for key, plain in (("unevaluatedProperties", "additionalProperties"), ("unevaluatedItems", "items")):
+            if key in found:
+                if beside := next((other for other in self.EVALUATING if other in found), None):
+                    raise self.refuse(f"keyword {key} is not supported beside {beside}")
+                found.setdefault(plain, found.pop(key))
         if "const" in found:
-            (wanted,) = map(comparable, found["const"])
-            found["enum"] = [value for value in found.get("enum", found["const"]) if comparable(value) == wanted]
-            del found["const"]
+            const = found.pop("const")
+            wanted = comparable(const)
+            found["enum"] = [value for value in found.get("enum", [const]) if comparable(value) == wanted]
         also = [self._lacks_or(name, {"required": names}) for name, names in found.pop("dependentRequired", {}).items()]
         also += [self._lacks_or(name, {"allOf": [one]}) for name, one in found.pop("dependentSchemas", {}).items()]
         condition, then, other = (found.pop(key, None) for key in ("if", "then", "else"))
@@ -16485,76 +16476,37 @@ class SchemaReader:
 
     def _lacks_or(self, name: str, schema: dict[str, Any]) -> int:
         """A schema of objects that lack a property, or have it and fit a schema."""
-        needs = {"required": [name, *schema["required"]]} if "required" in schema else {"required": [name], **schema}
-        return self._any({"properties": {name: self.never}, "soft": "if"}, {**needs, "soft": "if"})
+        needs = {**schema, "required": [name, *schema.get("required", ())], "soft": True}
+        return self._any({"properties": {name: self.never}, "soft": True}, needs)
 
     def _any(self, *schemas: dict[str, Any]) -> int:
         return self.number({"anyOf": [self.number(schema) for schema in schemas]})
 
-    # References (RFC 6901, and JSON Schema's $id and $anchor)
-
-    def joined(self, base: str, ref: str) -> str:
-        try:
-            return base + ref if ref.startswith("#") else urllib.parse.urljoin(base, ref)
-        except ValueError:
-            raise self.refuse(f"$ref {_said(ref)} is no reference") from None
-
     def target(self, ref: str) -> int:
-        """The number of the schema that a reference names."""
+        """The number of the schema that a reference within the document names (RFC 6901)."""
         if ref not in self._targets:
-            url, _, pointer = self.joined(self.base, ref).partition("#")
+            url, _, pointer = ref.partition("#")
+            try:
+                inside = not url or urllib.parse.urljoin(self.base, url) == self.base
+            except ValueError:
+                raise self.refuse(f"$ref {_said(ref)} is no reference") from None
             pointer = urllib.parse.unquote(pointer)
-            named = self.resources() if url != self.base or (pointer and not pointer.startswith("/")) else {}
-            place = named.get(url, (self.root, self.base) if url == self.base else None)
-            if pointer and not pointer.startswith("/"):
-                place, pointer = named.get(f"{url}#{pointer}"), ""
-            if place is None:
-                raise self.refuse(f"$ref {_said(ref)} is not inside the schema")
-            self._targets[ref] = self.read(*self._pointed(ref, pointer, *place))
+            if not inside or (pointer and not pointer.startswith("/")):
+                raise self.refuse(f"$ref {_said(ref)} is not inside the schema; $id and $anchor are not supported there")
+            target = self.root
+            for part in pointer.split("/")[1:]:
+                part = part.replace("~1", "/").replace("~0", "~")
+                try:
+                    target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
+                except (KeyError, IndexError, ValueError, TypeError):
+                    raise self.refuse(f"$ref {_said(ref)} names nothing") from None
+                self._note_id(target)
+            self._targets[ref] = self.read(target, "$ref")
         return self._targets[ref]
 
-    def _pointed(self, ref: str, pointer: str, target: Any, base: str) -> tuple[Any, int, str, str]:
-        """Follows a JSON pointer; returns `read`'s arguments for what it names."""
-        for part in pointer.split("/")[1:]:
-            part = part.replace("~1", "/").replace("~0", "~")
-            try:
-                target = target[int(part)] if isinstance(target, list) and part.isdecimal() else target[part]
-            except (KeyError, IndexError, ValueError, TypeError):
-                raise self.refuse(f"$ref {_said(ref)} names nothing") from None
-        return target, 0, "$ref", base
-
-    def resources(self) -> dict[str, tuple[Any, str]]:
-        """The schemas that have a URL of their own, by $id, id or $anchor."""
-        if self._resources is None:
-            self._resources, todo = {}, [(self.root, self.base)]
-            while todo:
-                schema, base = todo.pop()
-                if isinstance(schema, dict):
-                    self.spend()
-                    base = self._enter(schema, base)
-                    todo += [(inner, base) for key, value in schema.items() for inner in self._schemas_in(key, value)]
-        return self._resources
-
-    def _schemas_in(self, key: str, value: Any) -> Iterable[Any]:
-        """The schemas that a keyword holds; what looks like one in a constant, or beside an unknown word, is none."""
-        reader = self.KEYWORDS.get(key)
-        if isinstance(value, dict) and (reader is SchemaReader._named or key in self.DEFINITIONS):
-            return value.values()
-        if isinstance(value, list) and (reader is SchemaReader._schemas or key == "items"):
-            return value
-        return [value] if reader is SchemaReader._schema or key == "additionalItems" else ()
-
-    def _enter(self, schema: dict[str, Any], base: str) -> str:
-        """Notes a schema's own names; returns the base of references inside."""
-        assert self._resources is not None
-        for key in ("$id", "id"):
-            if isinstance(schema.get(key), str) and schema is not self.root:
-                url = self.joined(base, schema[key]).removesuffix("#")
-                base = url if key == "$id" and "#" not in url else base
-                self._resources.setdefault(url, (schema, base))
-        if isinstance(schema.get("$anchor"), str):
-            self._resources.setdefault(f"{base}#{schema['$anchor']}", (schema, base))
-        return base
+    def both(self, one: Node, two: Node) -> Node:
+        """The schemas of two nodes."""
+        return (self.never,) if (self.never,) in (one, two) else tuple(dict.fromkeys(one + two)) if one and two else one or two
 
     def node(self, numbers: Iterable[int]) -> Node:
         """Schemas that must all hold; one that only points to others is replaced by those."""
@@ -16568,120 +16520,22 @@ class SchemaReader:
         todo, seen = list(reversed(numbers)), set()
         while todo:
             number = todo.pop()
-            schema = self.schemas[number]
-            if number not in seen and len(schema) == 1 and ("$ref" in schema or "allOf" in schema):
-                seen.add(number)
-                todo += [self.target(schema["$ref"])] if "$ref" in schema else schema["allOf"][::-1]
-            elif schema:
+            schema = self.schemas[max(number, ~number)]
+            key = next(iter(schema), "") if len(schema) == 1 and number not in seen else ""
+            seen.add(number)
+            if key == "$ref":
+                target = self.target(schema[key])
+                todo.append(target if number >= 0 else ~target)
+            elif key in ("allOf", "not") and number >= 0:
+                todo += schema[key][::-1] if key == "allOf" else [~schema[key]]
+            elif number in (self.never, ~self.free):
+                return (self.never,)
+            elif number not in (self.free, ~self.never):
                 found[number] = None
-        return (self.never,) if self.never in found else tuple(found)
-
-    # Constants: does a value fit a schema?
-
-    def fits(self, value: Any, number: int, refs: int = 0) -> bool:
-        """True if a value fits a schema."""
-        self.spend()
-        schema = self.schemas[number]
-        if refs > self.MAX_DEPTH:
-            raise self.refuse("a $ref leads back to itself")
-        if not self.bits[number] & type_bit(value):
-            return False
-        if ("enum" in schema or "excluded" in schema) and (comparable(value) in self.listed(number)) != ("enum" in schema):
-            return False
-        if schema.keys() <= self.PLAIN:
-            return True
-        if schema.keys() & self.COMBINED and not self._fits_all(schema, functools.partial(self.fits, value, refs=refs + 1)):
-            return False
-        if schema.keys() & {"unevaluatedProperties", "unevaluatedItems"} and isinstance(value, (dict, list)):
-            raise self.refuse("enum and const beside unevaluatedProperties and unevaluatedItems are not supported")
-        if isinstance(value, str):
-            return self._fits_text(value, schema)
-        if isinstance(value, list):
-            return self._fits_array(value, schema)
-        return self._fits_object(value, schema) if isinstance(value, dict) else self._fits_number(value, schema)
-
-    def listed(self, number: int) -> set[Any]:
-        """The values that a schema lists, to compare with."""
-        if number not in self._listed:
-            schema = self.schemas[number]
-            self._listed[number] = set(map(comparable, schema.get("enum", schema.get("excluded", ()))))
-        return self._listed[number]
-
-    def _fits_all(self, schema: dict[str, Any], holds: Callable[[int], bool]) -> bool:
-        """True if the schemas inside a schema that are about the same value hold."""
-        return (all(map(holds, schema.get("allOf", ())))
-                and ("anyOf" not in schema or any(map(holds, schema["anyOf"])))
-                and ("oneOf" not in schema or sum(map(holds, schema["oneOf"])) == 1)
-                and ("not" not in schema or not holds(schema["not"]))
-                and ("$ref" not in schema or holds(self.target(schema["$ref"]))))  # fmt: skip
-
-    def _fits_text(self, value: str, schema: dict[str, Any]) -> bool:
-        return string_fits(self.string_shape([schema]), value)
-
-    def _fits_number(self, value: Any, schema: dict[str, Any]) -> bool:
-        return not self._is_number(value) or number_fits(number_shape([schema]), value)
-
-    def _fits_array(self, value: list[Any], schema: dict[str, Any]) -> bool:
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
-            return False
-        if schema.get("uniqueItems") and len(set(map(comparable, value))) < len(value):
-            return False
-        if "contains" in schema and not self.has_contained(value, [contained(schema)]):
-            return False
-        return all(self.fits(one, number) for i, one in enumerate(value) for number in self.element([schema], i))
-
-    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
-        """True if a list holds as many elements that fit each schema as it must and may."""
-        counts = ((sum(self.fits(one, number) for one in value), least, most) for number, least, most in wanted)
-        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
-
-    def _fits_object(self, value: dict[str, Any], schema: dict[str, Any]) -> bool:
-        if not schema.get("minProperties", 0) <= len(value) <= schema.get("maxProperties", len(value)):
-            return False
-        if not set(schema.get("required", ())) <= set(value):
-            return False
-        if "other" in schema:
-            names, patterns, inner = schema["other"]
-            if not any(self.fits(one, inner) for name, one in value.items() if self.is_other(name, names, patterns)):
-                return False
-        return all(self.fits(name, number) for name in value for number in [schema.get("propertyNames", self.free)]) and all(
-            self.fits(one, number) for name, one in value.items() for number in self.property(schema, name))  # fmt: skip
-
-    @staticmethod
-    def element(schemas: list[dict[str, Any]], index: int) -> Iterator[int]:
-        """The schemas that an array's element must fit."""
-        for schema in schemas:
-            if index < len(schema.get("prefixItems", ())):
-                yield schema["prefixItems"][index]
-            elif "items" in schema:
-                yield schema["items"]
-
-    def property(self, schema: dict[str, Any], name: str) -> list[int]:
-        """The schemas that the value of an object's property must fit."""
-        own = [schema["properties"][name]] if name in schema.get("properties", ()) else []
-        if "patternProperties" in schema:
-            own += [number for pattern, number in schema["patternProperties"].items() if self.matches(pattern, name)]
-        return own or ([schema["additionalProperties"]] if "additionalProperties" in schema else [])
-
-    def matches(self, pattern: str, name: str) -> bool:
-        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
-
-    def is_other(self, name: str, names: list[str], patterns: list[str]) -> bool:
-        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
-
-    def string_shape(self, schemas: list[dict[str, Any]]) -> StringShape:
-        """Joins several schemas' conditions on a string."""
-        lows, highs = ([schema[key] for schema in schemas if key in schema] for key in ("minLength", "maxLength"))
-        rules = [rule for schema in schemas for key in ("pattern", "format") for rule in schema.get(key, ())]
-        shape = StringShape.of(lows, highs, rules)
-        return shape.but_not(text for schema in schemas for text in schema.get("excluded", ()) if isinstance(text, str))
-
-    def string(self, shape: StringShape) -> Symbol | None:
-        """A string; None if there is none of its shape. The search for one is counted."""
-        shortest(shape.texts, self.spend)
-        return string_symbol(shape)
+        return tuple(found)
 
 
+TYPE_BITS = {dict: 1, list: 2, str: 4, int: 8, bool: 32, type(None): 64}
 
 
 def type_bit(value: Any) -> int:
@@ -16691,168 +16545,397 @@ def type_bit(value: Any) -> int:
     return TYPE_BITS[type(value)]
 
 
-TYPE_BITS = {dict: 1, list: 2, str: 4, int: 8, bool: 32, type(None): 64}
+class Fields(dict[str, Any]):
+    """An object's properties, to compare and hash."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
 
 
 def comparable(value: Any) -> Any:
     """A JSON value that compares and hashes as JSON's values do: 1 is 1.0 and not true."""
     if isinstance(value, dict):
-        return frozenset((name, comparable(one)) for name, one in value.items())
+        return Fields((name, comparable(one)) for name, one in value.items())
     if isinstance(value, list):
         return tuple(map(comparable, value))
     return (type(value), value) if isinstance(value, bool) else value
 
 
-def contained(schema: dict[str, Any]) -> tuple[int, int, int | None]:
-    """The schema that an array's elements must fit, how many at least and at most."""
-    return schema["contains"], schema.get("minContains", 1), schema.get("maxContains")
+def plain(value: Any) -> Any:
+    """The JSON value that a comparable one was made of."""
+    if isinstance(value, Fields):
+        return {name: plain(one) for name, one in value.items()}
+    if isinstance(value, tuple):
+        return value[1] if value[:1] == (bool,) else [plain(one) for one in value]
+    return value
 
 
-def number_shape(schemas: list[dict[str, Any]], whole: bool = False) -> NumberShape:
-    """Joins several schemas' conditions on a number, but for values that they exclude."""
-    lows = [(s[key], key != "minimum") for s in schemas for key in ("minimum", "exclusiveMinimum") if key in s]
-    highs = [(s[key], key == "maximum") for s in schemas for key in ("maximum", "exclusiveMaximum") if key in s]
-    high = min(highs, default=None)
-    factors, others = (tuple(dict.fromkeys(factor for schema in schemas for factor in schema.get(key, ())))
-                       for key in ("multipleOf", "notMultiple"))  # fmt: skip
-    return NumberShape(whole, max(lows, default=None), (high[0], not high[1]) if high else None, factors, others)
+# ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# A schema in normal form: the shapes that its values may have, of which one must fit; forms are joined, united and denied.
+# Offers: SchemaShapes (a schema as shapes), the shapes. Uses: E.1's schemas, D.3's strings, D.4's numbers.
+
+
+@dataclass(frozen=True)
+class Constant:
+    """One value, as JSON text."""
+
+    text: str
 
 
 @dataclass(frozen=True, eq=False)
-class BranchFacts:
-    """Cheap facts about a branch: types, required properties, and values that are listed for properties, or ruled out."""
+class Listed:
+    """Values that are listed, by what compares as they do; choice() makes Constants of them."""
 
-    bits: int
-    required: set[str]
-    lists: dict[str, list[tuple[frozenset[Any], bool]]]
+    values: dict[Any, Any]
 
 
-class SchemaAlgebra(SchemaReader):
-    """A schema as branches, of which one must hold: schemas without allOf, anyOf, oneOf, not and the like.
+@dataclass(frozen=True)
+class ArrayShape:
+    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all.
 
-    `loose` branches allow more: they leave out not, and take oneOf for anyOf.
+    `contains` are schemas, and how many elements at least and at most fit them. A form has how it was said, too: whether
+    some schema speaks of the rest, and of the least length.
     """
 
-    MAX_OPTIONS = 1000  # branches of one value
-    FLIPS: ClassVar = {  # keyword → type, keyword that holds where it does not, how far the number moves
-        "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
-        "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
-        "minProperties": ("object", "maxProperties", -1), "maxProperties": ("object", "minProperties", 1),
-        "minimum": ("number", "exclusiveMaximum", 0), "exclusiveMaximum": ("number", "minimum", 0),
-        "maximum": ("number", "exclusiveMinimum", 0), "exclusiveMinimum": ("number", "maximum", 0)}  # fmt: skip
+    first: tuple[Node, ...] = ()
+    rest: Node | None = ()
+    low: int = 0
+    high: int | None = None
+    unique: bool = False
+    contains: tuple[tuple[int, int, int | None], ...] = ()
+    is_rest_said: bool = False
+    is_low_said: bool = False
+    why: str = ""
+
+    def at(self, index: int) -> Node | None:
+        """The schema of one element; None where the array has ended."""
+        if self.high is not None and index >= self.high:
+            return None
+        return self.first[index] if index < len(self.first) else self.rest
+
+
+@dataclass(frozen=True)
+class Property:
+    """A property with a name of its own. `late`: it comes behind those that have a place; `said`: a closed object may have it."""
+
+    name: str
+    node: Node
+    required: bool
+    late: bool = False
+    said: bool = True
+
+
+Others = tuple[tuple[StringShape, Node], ...]  # kinds of properties that have no place of their own: their names, their schema
+
+
+@dataclass(frozen=True)
+class ObjectShape:
+    """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all.
+
+    A form has what no schema speaks of apart, as `unsaid`: `closed` objects have none of it. Its `names` fit a schema; of the
+    properties without these names and patterns `some` one must fit a schema; `wanted` ones are required where objects are
+    written. `why` it cannot be honoured, if so.
+    """
+
+    named: tuple[Property, ...] = ()
+    unnamed: Others = ((StringShape(), ()),)
+    low: int = 0
+    high: int | None = None
+    unsaid: Others = ()
+    closed: bool = False
+    names: Node = ()
+    some: tuple[tuple[tuple[str, ...], tuple[str, ...], int], ...] = ()
+    wanted: tuple[str, ...] = ()
+    why: str = ""
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.named, self.unnamed, self.low, self.high, self.unsaid, self.closed, self.names, self.some, self.why))
+
+    @functools.cached_property
+    def places(self) -> dict[str, Property]:
+        return {prop.name: prop for prop in self.named}
+
+    def at(self, name: str) -> Property:
+        """A property that has no place of its own."""
+        for others in (self.unnamed, self.unsaid):
+            for names, node in others:
+                if names == StringShape() or string_fits(names, name):
+                    return Property(name, node, False, True, others is self.unnamed)
+        raise AssertionError("every name has its kind")
+
+
+ANY_OBJECT = ObjectShape(unnamed=(), unsaid=((StringShape(), ()),))
+Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
+Shapes = tuple[Shape, ...]  # a value that has one of these shapes
+Form = list[tuple[Any, int]]  # such values: a shape or Listed, and the types that keywords are about, or TYPED
+TYPED = 128  # a type is said
+
+
+class Forms(SchemaReader):
+    """Brings schemas into normal form: all that they allow, exactly."""
+
+    MAX_OPTIONS = 1000  # cases of one value
+    MAX_PATTERNS = 12  # that an object's unnamed properties may have
+    COMBINED: ClassVar = {"$ref", "allOf", "anyOf", "oneOf", "not", "discriminator"}
+    HINTS: ClassVar = {  # type → keywords about it; the first one counts
+        1: {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
+            "maxProperties"},
+        2: {"items", "prefixItems", "minItems", "maxItems", "contains", "uniqueItems"},
+        24: {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
+        4: {"minLength", "maxLength", "pattern", "format"}}  # fmt: skip
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
-        self._branches: dict[tuple[int, bool], list[Branch]] = {}
-        self._opposites: dict[int, int] = {}
-        self._lists: dict[int, tuple[frozenset[Any], bool]] = {}
-        self._facts: dict[Branch, BranchFacts] = {}
-        self.doubly_negated = False  # what stands in not says nothing to unevaluatedProperties and unevaluatedItems
-        self._following: list[tuple[int, bool]] = []  # schemas being followed with no bracket between them
+        self.dead_end = ""  # why a form came to nothing
+        self._forms: dict[int, Form] = {}
+        self._following: list[int] = []  # schemas being followed with no bracket between them
+        self._lists: dict[Node, frozenset[Any] | None] = {}
+        self._enums: dict[int, frozenset[Any]] = {}
+        words = Listed({comparable(value): value for value in (None, True, False)})
+        self.everything: Form = [(words, 0), (NumberShape(), 0), (StringShape(), 0), (ArrayShape(), 0), (ANY_OBJECT, 0)]
 
-    def branches(self, number: int, loose: bool) -> list[Branch]:
-        key = (number, loose)
-        if key not in self._branches:
-            if key in self._following:
+    def form(self, number: int) -> Form:
+        """A schema's normal form; that of ~number is all that it does not allow."""
+        if number not in self._forms:
+            if number in self._following:
                 raise self.refuse("a $ref leads back to itself")
             if len(self._following) > self.MAX_DEPTH:
                 raise self.refuse(f"$ref leads to $ref over {self.MAX_DEPTH} times")
-            self._following.append(key)
-            self._branches[key] = self._unfold(self.schemas[number], loose)
-            self._following.pop()
-        return self._branches[key]
+            self._following.append(number)
+            try:
+                schema = self.schemas[max(number, ~number)]
+                self._forms[number] = self._read_form(schema) if number >= 0 else self._denied(schema)
+            finally:
+                self._following.pop()
+        return self._forms[number]
 
-    def _unfold(self, schema: dict[str, Any], loose: bool) -> list[Branch]:
+    def _read_form(self, schema: dict[str, Any]) -> Form:
         plain = {key: value for key, value in schema.items() if key not in self.COMBINED}
-        found: list[Branch] = [(self.number(plain),)] if plain.keys() - {"soft"} else [()]
-        if len(plain) == len(schema):
-            return found
-        for key, number in self._also(schema, loose):
-            found = self.both(found, self.branches(number, loose), key)
-        if "anyOf" in schema:
-            found = self._either([self.both(found, self.branches(number, loose), "anyOf") for number in schema["anyOf"]])
-        if "oneOf" in schema:
-            found = self.both(found, self._exactly_one(schema["oneOf"], loose), "oneOf")
-        for key in ("unevaluatedProperties", "unevaluatedItems"):
-            if key in schema and not loose:
-                found = [self._evaluated(branch, key, schema[key]) for branch in found]
+        found = self._plain(plain)
+        for key, form in self._also(schema) if len(plain) < len(schema) else ():
+            found = self.meet(found, form, key)
+        if name := schema.get("discriminator"):  # OpenAPI's: the property that tells options apart is always written
+            found = [(replace(shape, wanted=(name,)) if isinstance(shape, ObjectShape) else shape, said) for shape, said in found]
         return found
 
-    def _also(self, schema: dict[str, Any], loose: bool) -> Iterator[tuple[str, int]]:
-        """The schemas that must hold beside a schema's own keywords, and the keyword that says so."""
+    def _also(self, schema: dict[str, Any]) -> Iterator[tuple[str, Form]]:
+        """The forms that must fit beside a schema's own keywords, and the keywords that say so."""
         if "$ref" in schema:
-            yield "$ref", self.target(schema["$ref"])
+            yield "$ref", self.form(self.target(schema["$ref"]))
         for number in schema.get("allOf", ()):
-            yield "allOf", number
-        if "not" in schema and not loose:
-            yield "not", self.opposite(schema["not"])
-        if schema.get("discriminator") and not loose:  # OpenAPI's: the property that tells options apart is always there
-            yield "discriminator", self.number({"required": [schema["discriminator"]], "soft": "if"})
+            yield "allOf", self.form(number)
+        if "not" in schema:
+            yield "not", self.form(~schema["not"])
+        if "anyOf" in schema:
+            yield "anyOf", self.union([self.form(number) for number in schema["anyOf"]])
+        if "oneOf" in schema:
+            yield "oneOf", self._exactly_one(schema["oneOf"])
 
-    def _either(self, options: list[list[Branch]]) -> list[Branch]:
-        return list(dict.fromkeys(itertools.chain.from_iterable(options)))
+    def meeting(self, node: Node) -> Form:
+        """The form of a value that fits several schemas."""
+        allowed = self.listed(node) if len(node) > 1 else None
+        if allowed is not None:
+            schemas = {number: self.schemas[max(number, ~number)] for number in node}
+            others = [number for number in node if schemas[number].keys() != {"enum"}]
+            enums = (schemas[number]["enum"] for number in node if number >= 0 and "enum" in schemas[number])
+            values = {key: value for value in min(enums, key=len) if (key := comparable(value)) in allowed}
+            values = {key: value for key, value in values.items() if self.fits(value, others)}
+            return [(Listed(values), TYPED)] if values else []
+        return functools.reduce(lambda found, number: self.meet(found, self.form(number), "allOf"), node, self.everything)
 
-    def both(self, ours: list[Branch], theirs: list[Branch], key: str) -> list[Branch]:
-        """Each of one side with each of the other, but for what can be seen to fit nothing."""
-        if ours == [()]:
-            return theirs
+    def union(self, forms: Iterable[Form]) -> Form:
+        """The values of all forms."""
+        values: dict[int, dict[Any, Any]] = {}
+        found: dict[tuple[Any, int], None] = {}
+        for shape, said in itertools.chain.from_iterable(forms):
+            if isinstance(shape, Listed):
+                values.setdefault(said, {}).update(shape.values)
+            else:
+                found[shape, said] = None
+        return [*((Listed(values[said]), said) for said in values), *found]
+
+    # One schema's own keywords
+
+    def _plain(self, schema: dict[str, Any]) -> Form:
+        if not schema:
+            return self.everything
+        bits, excluded, soft = schema.get("type", self.EVERY_TYPE), schema.get("excluded", ()), "soft" in schema
+        if "enum" in schema:
+            values = {comparable(value): value for value in schema["enum"] if type_bit(value) & bits}
+            if rest := {key: value for key, value in schema.items() if key not in ("enum", "type")}:
+                form = self._plain(rest)
+                values = {key: value for key, value in values.items() if self._fits_form(value, form)}
+            return [(Listed(values), TYPED)] if values else []
+        said = 0 if soft else TYPED
+        if not soft and "type" not in schema:
+            said = sum(bit for bit, about in self.HINTS.items() if about & schema.keys())
+        values = {key: value for key, value in self.everything[0][0].values.items()
+                  if type_bit(value) & bits and not any(value is one for one in excluded)}  # fmt: skip
+        found: Form = [(Listed(values), said)] if values else []
+        if bits & 24:
+            found.append((self._number(schema, bits & 24, excluded), said))
+        if bits & 4:
+            rules = [rule for key in ("pattern", "format") for rule in schema.get(key, ())]
+            low, high = ([schema[key]] if key in schema else [] for key in ("minLength", "maxLength"))
+            texts = StringShape.of(low, high, rules)
+            found.append((texts.but_not(one for one in excluded if isinstance(one, str)) if excluded else texts, said))
+        for kind in (list, dict):
+            if bits & TYPE_BITS[kind]:
+                shape = self._array(schema) if kind is list else self._object(schema)
+                taken = [one for one in excluded if isinstance(one, kind)]
+                why = "keyword not is not supported around a constant object or array" if any(taken) else shape.why
+                found.append((replace(shape, low=max(shape.low, 1), why=why) if taken else shape, said))
+        return found
+
+    def _number(self, schema: dict[str, Any], bits: int, excluded: Seq[Any]) -> NumberShape:
+        lows = [(schema[key], key != "minimum") for key in ("minimum", "exclusiveMinimum") if key in schema]
+        highs = ((schema[key], key != "maximum") for key in ("maximum", "exclusiveMaximum") if key in schema)
+        others = (*schema.get("notMultiple", ()), *((1,) if bits == self.FRACTION else ()))
+        return NumberShape(bits == 8, max(lows, default=None), functools.reduce(lower, highs, None),
+                           tuple(schema.get("multipleOf", ())), others, frozenset(one for one in excluded if type_bit(one) & 24))
+
+    def _array(self, schema: dict[str, Any]) -> ArrayShape:
+        contains = [(schema["contains"], schema.get("minContains", 1), schema.get("maxContains"))] if "contains" in schema else []
+        return ArrayShape(tuple(self.node([one]) for one in schema.get("prefixItems", ())),
+                          self.node([schema["items"]]) if "items" in schema else (), schema.get("minItems", 0),
+                          schema.get("maxItems"), schema.get("uniqueItems", False), tuple(contains), "items" in schema,
+                          "minItems" in schema, schema.get("why", ""))  # fmt: skip
+
+    def _object(self, schema: dict[str, Any]) -> ObjectShape:
+        properties, patterns = schema.get("properties", {}), schema.get("patternProperties", {})
+        self.spend((len(properties) + len(patterns)) // 4)
+        if len(patterns) > self.MAX_PATTERNS:
+            raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
+        is_open = "additionalProperties" in schema
+        rest: Node = self.node([schema["additionalProperties"]]) if is_open else ()
+        kinds: list[tuple[StringShape, tuple[int, ...]]] = [(StringShape(), ())]
+        for pattern, number in patterns.items():
+            texts = texts_by("pattern", pattern)
+            yes = [(names.within(texts), (*matched, number)) for names, matched in kinds]
+            no = [(names.within(complement(texts)), matched) for names, matched in kinds]
+            kinds = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
+        said = [(names, self.node(matched) if matched else rest) for names, matched in kinds if matched or is_open]
+        unsaid = [(names, rest) for names, matched in kinds if not (matched or is_open)]
+        shape = ObjectShape((), tuple(said), schema.get("minProperties", 0), schema.get("maxProperties"),
+                            tuple(unsaid), "soft" not in schema and bool(schema.keys() & self.CLOSING),
+                            self.node([schema["propertyNames"]]) if "propertyNames" in schema else (),
+                            (schema["other"],) if "other" in schema else (), why=schema.get("why", ""))  # fmt: skip
+        needed = set(schema.get("required", ()))
+        is_said, named = schema.get("soft") != "not", list[Property]()
+        for name, number in properties.items():
+            more = [one for pattern, one in patterns.items() if self.matches(pattern, name)] if patterns else ()
+            named.append(Property(name, self.node([number, *more]), name in needed, False, is_said))
+        named += [replace(shape.at(name), required=True, said=is_said or bool(said)) for name in schema.get("required", ())
+                  if name not in properties]  # fmt: skip
+        return replace(shape, named=tuple(named))
+
+    CLOSING: ClassVar = {"properties", "patternProperties", "required"}
+
+    def matches(self, pattern: str, name: str) -> bool:
+        return string_fits(StringShape(texts=texts_by("pattern", pattern)), name)
+
+    def string(self, shape: StringShape) -> Symbol | None:
+        """A string; None if there is none of its shape. The search for one is counted."""
+        shortest(shape.texts, self.spend)
+        return string_symbol(shape)
+
+    # allOf: the meet of two forms
+
+    def meet(self, ours: Form, theirs: Form, key: str) -> Form:
+        """The values that two forms have both."""
+        if ours is self.everything or theirs is self.everything:
+            return theirs if ours is self.everything else ours
         self.spend(len(ours) * len(theirs))
-        pairs: Iterable[tuple[Branch, Branch]] = itertools.product(ours, theirs)
-        if len(ours) > 1 or len(theirs) > 1:
-            pairs = ((one, two) for one, two in pairs if not self._are_dead(self._facts_of(one), self._facts_of(two)))
-        found = dict.fromkeys(tuple(dict.fromkeys(one + two)) for one, two in pairs)
+        found: dict[tuple[Any, int], None] = {}
+        for (one, said), (two, more) in itertools.product(ours, theirs):
+            shape = self._meet(one, two)
+            if shape is not None:
+                found[shape, said | more] = None
         if len(found) > self.MAX_OPTIONS:
             raise self.refuse(f"{key} multiplies out into over {self.MAX_OPTIONS} alternatives")
-        return list(found) or [(self.never,)]
+        if not found and ours and theirs:
+            kinds = [self._kind(form[0][0]) for form in (ours, theirs)]
+            self.dead_end = f"nothing is both {kinds[0]} and {kinds[1]}" if kinds[0] != kinds[1] else self.dead_end
+        return list(found)
 
-    def _facts_of(self, branch: Branch) -> BranchFacts:
-        """Collects the cheap facts about a branch."""
-        if branch not in self._facts:
-            schemas = [self.schemas[number] for number in branch]
-            lists: dict[str, list[tuple[frozenset[Any], bool]]] = {}
-            for name, number in (pair for schema in schemas for pair in schema.get("properties", {}).items()):
-                listed = self._lists[number] if number in self._lists else self._list_of(number)
-                if listed[0] or listed[1]:
-                    lists.setdefault(name, []).append(listed)
-            bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
-            required = {name for schema in schemas for name in schema.get("required", ())}
-            self.spend(1 + len(branch) // 8)
-            self._facts[branch] = BranchFacts(bits, required, lists)
-        return self._facts[branch]
+    def _kind(self, shape: Any) -> str:
+        bits = type_bit(next(iter(shape.values.values()))) if isinstance(shape, Listed) else SHAPE_BITS[type(shape)]
+        return next(kind for kind, bit in self.TYPES.items() if bit & bits)
 
-    def _are_dead(self, one: BranchFacts, two: BranchFacts) -> bool:
-        """True if two branches have no type in common, or a required property no constant."""
-        bits = one.bits & two.bits
-        if bits != 1:
-            return not bits
-        for name in (one.required & two.lists.keys()) | (two.required & one.lists.keys()):
-            self.spend()
-            lists = one.lists.get(name, []) + two.lists.get(name, [])
-            allowed = min((values for values, may in lists if may), key=len, default=None)
-            if allowed is not None and not any(all((value in values) == may for values, may in lists) for value in allowed):
-                return True
-        return False
+    def _meet(self, one: Any, two: Any) -> Any:
+        """The shape of what has two shapes; None if that is seen to be nothing."""
+        if isinstance(two, Listed):
+            one, two = two, one
+        if isinstance(one, Listed):
+            values = {key: value for key, value in one.values.items() if self.fits_shape(value, two)}
+            return Listed(values) if values else None
+        if type(one) is not type(two) or one == two:
+            return one if one == two else None
+        if isinstance(one, ObjectShape):
+            return self._meet_objects(one, two)
+        return self._meet_arrays(one, two) if isinstance(one, ArrayShape) else joined_shape(one, two)
 
-    def _list_of(self, number: int) -> tuple[frozenset[Any], bool]:
-        """The values that a schema lists, and whether it allows just those or all others, as far as enum and not say."""
-        schema = self.schemas[number]
-        inside = self.schemas[schema["not"]] if "not" in schema else {}
-        found: tuple[frozenset[Any], bool] = (frozenset(), False)
-        if "enum" in schema or "excluded" in schema:
-            found = frozenset(self.listed(number)), "enum" in schema
-        elif inside.keys() == {"enum"}:
-            found = frozenset(self.listed(schema["not"])), False
-        self._lists[number] = found
-        return found
+    def _meet_arrays(self, one: ArrayShape, two: ArrayShape) -> ArrayShape:
+        longest = max(len(one.first), len(two.first))
+        self.spend(longest)
+        firsts = [[*shape.first, *[shape.rest or ()] * (longest - len(shape.first))] for shape in (one, two)]
+        return replace(joined_shape(one, two), first=tuple(self.both(a, b) for a, b in zip(*firsts, strict=True)),
+                       rest=self.both(one.rest or (), two.rest or ()))  # fmt: skip
 
-    # oneOf, not, unevaluated…
+    def _meet_objects(self, one: ObjectShape, two: ObjectShape) -> ObjectShape | None:
+        named = {prop.name: prop for prop in sorted((*one.named, *two.named), key=operator.attrgetter("late"))}
+        both_say = [name for name in two.places if name in one.places or one.unnamed]
+        both_say += [name for name in one.places if name not in two.places] if two.unnamed else []
+        self.spend(len(both_say) // 8)
+        for name in both_say:
+            mine, yours = (shape.places.get(name) or shape.at(name) for shape in (one, two))
+            named[name] = Property(name, self.both(mine.node, yours.node), mine.required or yours.required,
+                                   mine.late and yours.late, mine.said or yours.said)  # fmt: skip
+            if named[name].required and self._is_never(named[name].node):
+                return None
+        kinds: tuple[list[tuple[StringShape, Node]], ...] = ([], [])  # unnamed, unsaid
+        ours, theirs = ([(*kind, others is shape.unnamed) for others in (shape.unnamed, shape.unsaid) for kind in others]
+                        for shape in (one, two))  # fmt: skip
+        for (names, node, said), (more, other, also) in itertools.product(ours, theirs):
+            both = joined_shape(names, more)
+            if both and (len(ours) == 1 or len(theirs) == 1 or self.string(both) is not None):
+                kinds[not (said or also)].append((both, self.both(node, other)))
+        return replace(joined_shape(one, two), named=tuple(named.values()), unnamed=tuple(kinds[0]), unsaid=tuple(kinds[1]),
+                       names=self.both(one.names, two.names))  # fmt: skip
 
-    def _exactly_one(self, options: list[int], loose: bool) -> list[Branch]:
-        """Each option, without what fits another too."""
-        if loose:
-            return self._either([self.branches(number, loose) for number in options])
-        rivals = self._rivals(options)
-        return self._either([self._alone(number, others) for number, others in zip(options, rivals, strict=True)])
+    def _is_never(self, node: Node) -> bool:
+        """True if schemas list values of which none is left."""
+        return node == (self.never,) or (len(node) > 1 and self.listed(node) == frozenset())
+
+    def listed(self, node: Node) -> frozenset[Any] | None:
+        """The values that schemas leave as far as enum and not of enum tell, to compare with; None if that is no list."""
+        if node not in self._lists:
+            self.spend(len(node) // 8)
+            lists = [self._values(number) for number in node if number >= 0 and "enum" in self.schemas[number]]
+            denied = [self._values(~number) for number in node if number < 0 and self.schemas[~number].keys() == {"enum"}]
+            self._lists[node] = frozenset.intersection(*lists).difference(*denied) if lists else None
+        return self._lists[node]
+
+    def _values(self, number: int) -> frozenset[Any]:
+        if number not in self._enums:
+            self._enums[number] = frozenset(map(comparable, self.schemas[number]["enum"]))
+        return self._enums[number]
+
+    # oneOf: each option, without what fits another too
+
+    def _exactly_one(self, options: list[int]) -> Form:
+        found = []
+        for number, rivals in zip(options, self._rivals(options), strict=True):
+            form = self.form(number)
+            for rival in rivals:
+                if not self.apart(number, rival):
+                    form = self.meet(form, self.form(~rival), "oneOf")
+            found.append(form)
+        return self.union(found)
 
     def _rivals(self, options: list[int]) -> list[list[int]]:
         """The other options that each may share a document with, as far as listed values tell: their own, or those of a
@@ -16875,432 +16958,297 @@ class SchemaAlgebra(SchemaReader):
             found.append([options[j] for j in sorted(near) if j != i])
         return found
 
-    def _marks(self, number: int) -> dict[str | None, set[Any]]:
-        """The values that a schema lists for its documents (None) and, if all are objects, for the properties that they need."""
-        found: dict[str | None, set[Any]] = {}
-        branches = self.branches(number, True)
-        facts = [self._facts_of(branch) for branch in branches]
-        own = [[self.listed(one) for one in branch if "enum" in self.schemas[one]] for branch in branches]
-        if all(own):
-            found[None] = set().union(*(min(lists, key=len) for lists in own))
-        objects = all(fact.bits == self.TYPES["object"] for fact in facts)
-        for name in set.intersection(*(fact.required & fact.lists.keys() for fact in facts)) if objects and facts else ():
-            lists = [[values for values, may in fact.lists[name] if may] for fact in facts]
-            if all(lists):
-                found[name] = set().union(*(min(values, key=len) for values in lists))
-        return found
-
-    def _alone(self, number: int, others: list[int]) -> list[Branch]:
-        found = self.branches(number, False)
-        for other in others:
-            if not self.apart(number, other):
-                try:
-                    found = self.both(found, self.branches(self.opposite(other), False), "oneOf")
-                except InvalidRequest as error:
-                    raise self.refuse("oneOf: a document may fit two of its options; tell them apart by a required constant, "
-                                      f"or write anyOf ({str(error).partition(': ')[2]})") from None  # fmt: skip
-        return found
+    def _marks(self, number: int) -> dict[str | None, frozenset[Any]]:
+        """The values that a schema lists for its documents (None) or, if all are objects, for the properties that they need."""
+        shapes = [shape for shape, _ in self.form(number)]
+        if all(isinstance(shape, Listed) for shape in shapes):
+            return {None: frozenset().union(*(shape.values for shape in shapes if isinstance(shape, Listed)))}
+        if not all(isinstance(shape, ObjectShape) for shape in shapes):
+            return {}
+        lists = [{prop.name: values for prop in shape.named if prop.required and (values := self.listed(prop.node)) is not None}
+                 for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
+        return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
     def apart(self, one: int, two: int) -> bool:
-        raise NotImplementedError
+        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
+        try:
+            return self._is_empty(self.meet(self.form(one), self.form(two), "oneOf"), 1)
+        except InvalidRequest:
+            return False  # they cannot be told apart so
 
-    def opposite(self, number: int) -> int:
-        """The number of a schema that holds just where another does not. Raises InvalidRequest if it cannot be told."""
-        if number not in self._opposites:
-            schema = self.schemas[number]
-            options = [option for key in schema for option in self._opposites_of(key, schema)]
-            self._opposites[number] = self.never
-            if options:
-                self._opposites[number] = self._any(*({**option, "soft": "not"} for option in options))
-        return self._opposites[number]
+    def _is_empty(self, form: Form, depth: int) -> bool:
+        return all(self._is_impossible(shape, depth) for shape, _ in form)
 
-    def _opposites_of(self, key: str, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _is_impossible(self, shape: Any, depth: int) -> bool:
+        self.spend()
+        nodes: Iterable[Node] = ()
+        if isinstance(shape, ArrayShape):
+            nodes = [shape.at(index) or () for index in range(min(shape.low, 8))]
+        elif isinstance(shape, ObjectShape):
+            nodes = [prop.node for prop in shape.named if prop.required]
+        elif isinstance(shape, StringShape):
+            return self.string(shape) is None
+        elif isinstance(shape, NumberShape):
+            return number_symbol(shape) is None
+        return depth < 4 and any(self._holds_nothing(node, depth + 1) for node in nodes)
+
+    def _holds_nothing(self, node: Node, depth: int) -> bool:
+        try:
+            return self._is_never(node) or self._is_empty(self.meeting(node), depth)
+        except InvalidRequest:
+            return False
+
+    # not: what a schema does not allow
+
+    FLIPS: ClassVar = {  # keyword → type, keyword that holds where it does not, how far the number moves
+        "minLength": ("string", "maxLength", -1), "maxLength": ("string", "minLength", 1),
+        "minItems": ("array", "maxItems", -1), "maxItems": ("array", "minItems", 1),
+        "minProperties": ("object", "maxProperties", -1), "maxProperties": ("object", "minProperties", 1),
+        "minimum": ("number", "exclusiveMaximum", 0), "exclusiveMaximum": ("number", "minimum", 0),
+        "maximum": ("number", "exclusiveMinimum", 0), "exclusiveMinimum": ("number", "maximum", 0)}  # fmt: skip
+
+    def _denied(self, schema: dict[str, Any]) -> Form:
+        """All that a schema does not allow. Raises InvalidRequest if it cannot be told."""
+        found: list[Form] = []
+        for key, value in schema.items():
+            if key == "$ref":
+                found.append(self.form(~self.target(value)))
+            elif key == "allOf":
+                found += [self.form(~one) for one in value]
+            elif key in ("anyOf", "oneOf"):
+                found.append(self.meeting(tuple(~one for one in value)))
+                pairs = itertools.combinations(value, 2) if key == "oneOf" else ()
+                found += [self.meet(self.form(one), self.form(two), "not") for one, two in pairs]
+            elif key == "not":
+                found.append(self.form(value))
+            else:
+                found += [self._plain({**option, "soft": "not"}) for option in self._denials(key, value, schema)]
+        return self.union(found)
+
+    def _denials(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Schemas of which one holds where a keyword's demand is not met."""
-        value = schema[key]
+        types = self.TYPES
+        objects, arrays = {"type": types["object"]}, {"type": types["array"]}
         if key in self.FLIPS:
             kind, other, move = self.FLIPS[key]
             if move + 1 or value:  # nothing is shorter than 0
-                yield {"type": self.TYPES[kind], other: value + move}
+                yield {"type": types[kind], other: value + move}
         elif key in ("pattern", "format"):
-            yield from ({"type": self.TYPES["string"], key: [(key, text, not wanted)]} for _, text, wanted in value)
-        elif key in ("multipleOf", "notMultiple"):
-            other = "notMultiple" if key == "multipleOf" else "multipleOf"
-            yield from ({"type": self.TYPES["number"], other: [one]} for one in value)
+            yield from ({"type": types["string"], key: [(key, text, not wanted)]} for _, text, wanted in value)
+        elif key == "multipleOf":
+            yield {"type": types["number"], "notMultiple": value}
         elif key == "type":
             yield {"type": self.EVERY_TYPE & ~value}
-        elif key in ("enum", "excluded"):
-            yield {"excluded" if key == "enum" else "enum": value}
-        elif key == "not":
-            self.doubly_negated = True
-            yield {"allOf": [value]}
-        elif key == "$ref":
-            yield {"not": self.target(value)}
-        elif key == "allOf":
-            yield from ({"not": one} for one in value)
-        elif key == "anyOf":
-            yield {"allOf": [self.number({"not": one}) for one in value]}
-        elif key == "oneOf":
-            yield {"allOf": [self.number({"not": one}) for one in value]}
-            yield from ({"allOf": list(pair)} for pair in itertools.combinations(value, 2))
-        elif value is not False and key not in ("soft", "discriminator", "minContains", "maxContains"):
-            yield from self._opposites_inside(key, value, schema)
-
-    def _opposites_inside(self, key: str, value: Any, schema: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The same, for keywords about what an object or array holds."""
-        objects, arrays = {"type": self.TYPES["object"]}, {"type": self.TYPES["array"]}
-        if key == "required":
+        elif key == "enum":
+            yield {"excluded": value}
+        elif key == "required":
             yield from ({**objects, "properties": {name: self.never}} for name in value)
         elif key == "properties":
-            for name, one in value.items():
-                if one != self.free:
-                    yield {**objects, "required": [name], "properties": {name: self.number({"not": one})}}
-        elif key in ("additionalProperties", "patternProperties") and (
-                key == "additionalProperties" or set(value.values()) <= {self.free}):  # fmt: skip
-            if key == "additionalProperties" and value != self.free:
-                outside = (list(schema.get(inner, ())) for inner in ("properties", "patternProperties"))
-                yield {**objects, "other": [*outside, self.number({"not": value})]}
+            yield from ({**objects, "required": [name], "properties": {name: ~one}} for name, one in value.items())
+        elif key == "additionalProperties":
+            outside = (tuple(schema.get(inner, ())) for inner in ("properties", "patternProperties"))
+            yield {**objects, "other": (*outside, ~value)}
         elif key == "prefixItems":
             for i, one in enumerate(value):
-                if one != self.free:
-                    yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [self.number({"not": one})],
-                           "items": self.free}  # fmt: skip
+                yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [~one], "items": self.free}
         elif key == "items" and value == self.never and "prefixItems" in schema:
             yield {**arrays, "minItems": len(schema["prefixItems"]) + 1}
         elif key == "items" and (value == self.free or "prefixItems" not in schema):
             if value != self.free:
-                yield {**arrays, "contains": self.number({"not": value})}
+                yield {**arrays, "contains": ~value}
         elif key == "contains":
             least, most = schema.get("minContains", 1), schema.get("maxContains")
             if least:
                 yield {**arrays, "contains": value, "minContains": 0, "maxContains": least - 1}
             if most is not None:
                 yield {**arrays, "contains": value, "minContains": most + 1}
-        else:
-            raise self.refuse(f"keyword not is not supported around {key}")
+        elif not (value is False or key in ("soft", "discriminator", "minContains", "maxContains")
+                  or (key == "patternProperties" and set(value.values()) <= {self.free})):  # fmt: skip
+            of = arrays if key in self.HINTS[2] else objects
+            yield {**of, "why": f"keyword not is not supported around {key}, and oneOf needs it where a document may fit two "
+                                "options: tell them apart by a required constant, or write anyOf"}  # fmt: skip
 
-    def _evaluated(self, branch: Branch, key: str, number: int) -> Branch:
-        """A branch in which what none of its schemas speaks of must fit a schema."""
-        if self.doubly_negated:
-            raise self.refuse(f"keyword {key} is not supported beside not within not")
-        schemas = [schema for schema in (self.schemas[one] for one in branch) if "soft" not in schema]
-        found: dict[str, Any] = {}
-        if key == "unevaluatedProperties" and not any("additionalProperties" in schema for schema in schemas):
-            for inner in ("properties", "patternProperties"):
-                found[inner] = {name: self.free for schema in schemas for name in schema.get(inner, ())}
-            found["additionalProperties"] = number
-        if key == "unevaluatedItems" and not any("items" in schema for schema in schemas):
-            if any("contains" in schema for schema in schemas):
-                raise self.refuse("keyword unevaluatedItems is not supported beside contains")
-            longest = max((len(schema.get("prefixItems", ())) for schema in schemas), default=0)
-            found = {"items": number, **({"prefixItems": [self.free] * longest} if longest else {})}
-        return (*branch, self.number(found)) if found else branch
+    # Constants: does a value fit?
 
+    def fits(self, value: Any, node: Iterable[int]) -> bool:
+        """True if a value fits schemas."""
+        return all(self._fits_form(value, self.form(number)) for number in node)
 
-# ── E.2. Shapes ───────────────────────────────────────────────────────────────────────────────────────────────────────
-# Turns the schemas of a branch, which must all hold, into one constant, object, array …
-# Offers: SchemaShapes (a schema as shapes), the shapes.
-# Uses: E.1's branches.
+    def _fits_form(self, value: Any, form: Form) -> bool:
+        return any(self.fits_shape(value, shape) for shape, _ in form)
 
+    def fits_shape(self, value: Any, shape: Any) -> bool:
+        self.spend()
+        if isinstance(shape, Listed):
+            return comparable(value) in shape.values
+        if not SHAPE_BITS[type(shape)] & type_bit(value):
+            return False
+        if isinstance(shape, StringShape):
+            return string_fits(shape, value)
+        if isinstance(shape, NumberShape):
+            return number_fits(shape, value)
+        if shape.why:
+            raise self.refuse(shape.why)
+        if not shape.low <= len(value) <= (len(value) if shape.high is None else shape.high):
+            return False
+        return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
 
-@dataclass(frozen=True)
-class Constant:
-    """One value, as JSON text."""
+    def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
+        if shape.unique and len(set(map(comparable, value))) < len(value):
+            return False
+        return self.has_contained(value, shape.contains) and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value))
 
-    text: str
+    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
+        """True if a list holds as many elements that fit each schema as it must and may."""
+        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in wanted)
+        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
 
+    def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
+        return (all(prop.name in value for prop in shape.named if prop.required)
+                and all(self.fits(one, (shape.places.get(name) or shape.at(name)).node) for name, one in value.items())
+                and all(self.fits(name, shape.names) for name in value)
+                and all(any(self._is_other(name, *outside) and self.fits(one, (number,)) for name, one in value.items())
+                        for *outside, number in shape.some))  # fmt: skip
 
-@dataclass(frozen=True)
-class ArrayShape:
-    """Elements with a schema each, then any number of the `rest` (None: no more), `low` to `high` in all.
-
-    `contains` are schemas, and how many elements at least and at most fit them.
-    """
-
-    first: tuple[Node, ...] = ()
-    rest: Node | None = ()
-    low: int = 0
-    high: int | None = None
-    unique: bool = False
-    contains: tuple[tuple[int, int, int | None], ...] = ()
-
-    def at(self, index: int) -> Node | None:
-        """The schema of one element; None where the array has ended."""
-        if self.high is not None and index >= self.high:
-            return None
-        return self.first[index] if index < len(self.first) else self.rest
+    def _is_other(self, name: str, names: Iterable[str], patterns: Iterable[str]) -> bool:
+        return name not in names and not any(self.matches(pattern, name) for pattern in patterns)
 
 
-@dataclass(frozen=True)
-class Property:
-    """A property with a name of its own."""
-
-    name: str
-    node: Node
-    required: bool
+SHAPE_BITS = {ObjectShape: 1, ArrayShape: 2, StringShape: 4, NumberShape: 24}
 
 
-@dataclass(frozen=True, eq=False)
-class ObjectShape:
-    """Properties in their order, then unnamed ones: names of a shape, and their values' schema. `low` to `high` in all."""
-
-    named: tuple[Property, ...] = ()
-    unnamed: tuple[tuple[StringShape, Node], ...] = ((StringShape(), ()),)
-    low: int = 0
-    high: int | None = None
+def lower(one: Any, two: Any) -> Any:
+    """The lower of two upper bounds, of which each may be None; of a number's equal ones that which is left out itself."""
+    bounds = (bound for bound in (one, two) if bound is not None)
+    return min(bounds, key=lambda bound: (bound[0], not bound[1]) if isinstance(bound, tuple) else bound, default=None)
 
 
-Shape = Constant | StringShape | NumberShape | ArrayShape | ObjectShape
-Shapes = tuple[Shape, ...]  # a value that has one of these shapes
+def higher(one: Any, two: Any) -> Any:
+    return max((bound for bound in (one, two) if bound is not None), default=None)
 
 
-class SchemaShapes(SchemaAlgebra):
-    """Turns a JSON schema into shapes.
+def added(one: tuple[Any, ...], two: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(one + two)) if one and two else one or two
+
+
+JOINS: dict[str, Callable[[Any, Any], Any]] = {
+    "low": higher, "high": lower, "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
+    **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
+    **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"), added)}  # fmt: skip
+
+
+def joined_shape(one: Any, two: Any) -> Any:
+    """Two shapes of a kind as one, as far as their fields tell; None for strings and numbers of which there are none."""
+    found = replace(one, **{key: JOINS[key](getattr(one, key), getattr(two, key)) for key in vars(one) if key in JOINS})
+    if isinstance(found, StringShape) and found.texts is NONE:
+        return None
+    if isinstance(found, NumberShape) and ((found.whole and 1 in found.not_multiples)
+                                           or (found.low and found.high and found.low[0] > found.high[0])):  # fmt: skip
+        return None
+    return found
+
+
+class SchemaShapes(Forms):
+    """Turns a JSON schema into the shapes in which its documents are written.
 
     An object without additionalProperties or patternProperties holds only the properties it names, as with every engine
-    that generates, and a schema without a type allows what its keywords are about; `loose` shapes hold everything that the
-    schema accepts.
+    that generates; a tuple is written whole; and a schema without a type allows what its keywords are about.
     """
 
     MAX_SHAPES = 1500  # of one value: so many a text can begin with at once
-    MAX_PATTERNS = 12  # that an object's unnamed properties may have
-    HINTS: ClassVar = {  # type → keywords about it
-        "object": {"properties", "required", "additionalProperties", "patternProperties", "propertyNames", "minProperties",
-                   "maxProperties"},
-        "array": {"items", "prefixItems", "minItems", "maxItems", "contains", "uniqueItems"},
-        "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-        "string": {"minLength", "maxLength", "pattern", "format"}}  # fmt: skip
 
     def __init__(self, name: str, root: Any) -> None:
         super().__init__(name, root)
-        self.dead_end = ""  # why a branch came to nothing
-        self._choices: dict[tuple[Node, bool], Shapes] = {}
-        self._shapes: dict[tuple[Branch, bool], Shapes] = {}
-        self._objects: dict[tuple[Any, ...], ObjectShape] = {}
-        self.everything: Shapes = (Constant("null"), Constant("true"), Constant("false"), NumberShape(), StringShape(),
-                                   ArrayShape(), self._one_object((), ((StringShape(), ()),), 0, None))  # fmt: skip
+        self._choices: dict[Node, Shapes] = {}
 
-    def choice(self, node: Node, loose: bool = False) -> Shapes:
+    def choice(self, node: Node) -> Shapes:
         """The shapes of a value, without those that others contain."""
-        if (node, loose) not in self._choices:
-            found: list[Branch] = [()]
-            for number in node:
-                found = self.both(found, self.branches(number, loose), "allOf")
-            shapes = dict.fromkeys(shape for branch in found for shape in self.shapes(branch, loose))
-            if not loose and sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
+        if node not in self._choices:
+            meant = (shape for shape, said in self.meeting(node) if self._is_meant(shape, said))
+            shapes = [written for shape in meant for written in self._written(shape)]
+            shapes = list(dict.fromkeys(shapes)) if len(shapes) > 1 else shapes
+            if sum(not isinstance(shape, Constant) for shape in shapes) > self.MAX_SHAPES:
                 raise self.refuse(f"anyOf and oneOf leave over {self.MAX_SHAPES} alternatives that are not constants")
-            self._choices[node, loose] = self._simplify(list(shapes))
-        return self._choices[node, loose]
+            free = {type(shape) for shape in shapes if shape in FREE} if len(shapes) > 1 else ()
+            if StringShape in free:
+                shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
+            self._choices[node] = tuple(shape for shape in shapes if type(shape) not in free or shape in FREE)
+        return self._choices[node]
 
-    def _simplify(self, shapes: list[Shape]) -> Shapes:
-        if all(isinstance(shape, Constant) for shape in shapes) or len(shapes) < 2:
-            return tuple(shapes)
-        if len(shapes) >= len(self.everything) and set(shapes) >= set(self.everything):
-            return self.everything
-        free = {type(shape) for shape in shapes if shape in self.everything and not isinstance(shape, Constant)}
-        if StringShape in free:
-            shapes = [shape for shape in shapes if not (isinstance(shape, Constant) and shape.text[0] == '"')]
-        return tuple(shape for shape in shapes if shape in self.everything or type(shape) not in free)
+    @staticmethod
+    def _is_meant(shape: Any, said: int) -> bool:
+        """True for a type that a schema says, or that its keywords are about."""
+        about = next((bit for bit in (1, 2, 24, 4) if said & bit), 0)
+        return bool(said & TYPED or not about or (not isinstance(shape, Listed) and SHAPE_BITS[type(shape)] == about))
 
-    def shapes(self, branch: Branch, loose: bool) -> Shapes:
-        if (branch, loose) not in self._shapes:
-            self.spend(1 + len(branch))
-            self._shapes[branch, loose] = tuple(self._made([self.schemas[number] for number in branch], branch, loose))
-        return self._shapes[branch, loose]
-
-    def _made(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> Iterator[Shape]:
-        listed = min((schema["enum"] for schema in schemas if "enum" in schema), key=len, default=None)
-        if listed is not None:
-            plain = len(branch) == 1 and schemas[0].keys() <= {"enum", "type"}
-            bits = self.bits[branch[0]] if plain else 0
-            yield from (Constant(self.json(value)) for value in listed
-                        if (bits & type_bit(value) if plain else all(self.fits(value, one) for one in branch)))  # fmt: skip
+    def _written(self, shape: Any) -> Iterator[Shape]:
+        if isinstance(shape, Listed):
+            self.spend(len(shape.values) // 8)
+            yield from (Constant(self.json(value)) for value in shape.values.values())
             return
-        bits = self._kinds(schemas, branch, loose)
-        excluded = [value for schema in schemas for value in schema.get("excluded", ())]
-        for value in (None, True, False):
-            if bits & type_bit(value) and not any(value is one for one in excluded):
-                yield Constant(self.json(value))
-        if bits & 24:
-            yield self._number(schemas, bits, excluded)
-        if bits & 4:
-            yield self.string_shape(schemas)
-        if bits & 2:
-            yield from self._array(schemas, loose, self._size("array", excluded))
-        if bits & 1:
-            yield from self._object(schemas, loose, self._size("object", excluded))
+        if isinstance(shape, (ArrayShape, ObjectShape)):
+            if shape.why:
+                raise self.refuse(shape.why)
+            if shape.high is not None and shape.low > shape.high:
+                what = "Items" if isinstance(shape, ArrayShape) else "Properties"
+                self.dead_end = f"min{what} {shape.low} is more than max{what} {shape.high}"
+                return
+            yield from [self._array_written(shape)] if isinstance(shape, ArrayShape) else self._object_written(shape)
+            return
+        yield shape
 
     json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
 
-    def _kinds(self, schemas: list[dict[str, Any]], branch: Branch, loose: bool) -> int:
-        """The types that all of them allow; where none says one, what their other keywords are about."""
-        if len(branch) == 1 and "type" in schemas[0] and "soft" not in schemas[0]:
-            return self.bits[branch[0]]
-        bits = functools.reduce(operator.and_, (self.bits[number] for number in branch), self.EVERY_TYPE)
-        said = [schema["type"] for schema in schemas if "type" in schema and "soft" not in schema]
-        if not bits and said:
-            names = [next(kind for kind, bit in self.TYPES.items() if bit & types) for types in (said[0], said[-1])]
-            self.dead_end = f"nothing is both {names[0]} and {names[1]}"
-        if loose or said:
-            return bits
-        keywords = set().union(*(schema for schema in schemas if "soft" not in schema))
-        hinted = next((self.TYPES[kind] for kind, about in self.HINTS.items() if about & keywords), 0)
-        return bits & hinted or bits
-
-    def _number(self, schemas: list[dict[str, Any]], bits: int, excluded: list[Any]) -> NumberShape:
-        shape = number_shape(schemas, bits & 24 == 8)
-        if bits & 24 == self.FRACTION:
-            shape = replace(shape, not_multiples=(*shape.not_multiples, 1))
-        return replace(shape, excluded=frozenset(value for value in excluded if type_bit(value) & 24)) if excluded else shape
-
-    def _size(self, kind: str, excluded: list[Any]) -> int:
-        """How many elements an array or object has at least, because the empty one is excluded."""
-        values = [value for value in excluded if type_bit(value) == self.TYPES[kind]]
-        if any(values):
-            raise self.refuse(f"keyword not is not supported around a constant {kind}")
-        return len(values[:1])
-
-    def _range(self, schemas: list[dict[str, Any]], what: str, least: int) -> tuple[int, int | None]:
-        low = max((schema.get(f"min{what}", 0) for schema in schemas), default=0)
-        high = min((schema[f"max{what}"] for schema in schemas if f"max{what}" in schema), default=None)
-        if high is not None and max(low, least) > high:
-            self.dead_end = f"min{what} {low} is more than max{what} {high}"
-        return max(low, least), high
-
-    def _array(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ArrayShape]:
-        low, high = self._range(schemas, "Items", least)
-        longest = max((len(schema.get("prefixItems", ())) for schema in schemas), default=0)
-        self.spend(longest * len(schemas))
-        first = [self.node(self.element(schemas, index)) for index in range(longest)]
-        said = [schema["items"] for schema in schemas if "items" in schema]
-        rest: Node | None = self.node(said) if said else () if loose or not first else None
-        stops = [index for index, node in enumerate(first) if node == (self.never,)]
+    def _array_written(self, shape: ArrayShape) -> ArrayShape:
+        low, high, longest = shape.low, shape.high, len(shape.first)
+        rest = shape.rest if shape.is_rest_said or not longest else None
+        stops = [index for index, node in enumerate(shape.first) if node == (self.never,)]
         if stops or rest is None or rest == (self.never,):
-            high = min([*stops[:1], longest, *([] if high is None else [high])])
-            rest = None
-        if first and not loose and not any("minItems" in schema for schema in schemas):
-            low = longest if high is None else min(longest, high)  # a tuple is written whole
-        contains = tuple(dict.fromkeys(contained(schema) for schema in schemas if "contains" in schema))
-        if high is None or low <= high:
-            yield ArrayShape(tuple(first), rest, low, high, any(schema.get("uniqueItems") for schema in schemas), contains)
+            high, rest = min([*stops[:1], longest, *([] if high is None else [high])]), None
+        if longest and not shape.is_low_said:
+            low = longest if high is None else min(longest, high)
+        return ArrayShape(shape.first, rest, low, high, shape.unique, shape.contains)
 
-    def _object(self, schemas: list[dict[str, Any]], loose: bool, least: int) -> Iterator[ObjectShape]:
-        others = next((schema for schema in schemas if "other" in schema), None)
-        if others is not None and not loose:
-            yield from self._objects_with(others, schemas, least)
+    def _object_written(self, shape: ObjectShape) -> Iterator[ObjectShape]:
+        if shape.some:
+            yield from self._with_some(shape)
             return
-        low, high = self._range(schemas, "Properties", least)
-        names = dict.fromkeys(name for schema in schemas for name in schema.get("properties", ()))
-        required = dict.fromkeys(name for schema in schemas for name in schema.get("required", ()))
-        named = set().union(*(schema.get(key, ()) for schema in schemas for key in ("properties", "required")
-                              if schema.get("soft") != "not"))  # fmt: skip
-        names |= required
-        patterns = list(dict.fromkeys(one for schema in schemas for one in schema.get("patternProperties", ())))
-        closed = not loose and any(s.keys() & {"properties", "patternProperties", "required"} for s in schemas if "soft" not in s)
-        opened = not closed or any("additionalProperties" in schema for schema in schemas if "soft" not in schema)
-        allowed = self.node(schema["propertyNames"] for schema in schemas if "propertyNames" in schema)
-        self.spend(len(names) + len(patterns) * len(schemas))
-        if opened and allowed:
-            names |= dict.fromkeys(self._listed_names(allowed, loose))
-        if not opened and not named >= set(required):
-            return  # a closed object has no other properties
-        values = self._values(schemas, names)
-        properties = [Property(name, self._property(values[name], name, allowed), name in required) for name in names]
-        shapes = self.choice(allowed, loose) if allowed else (StringShape(),)
-        unnamed = [pair for shape in shapes if isinstance(shape, StringShape) and (opened or patterns)
-                   for pair in self._unnamed(schemas, shape.but_not(names), patterns, opened)]  # fmt: skip
-        if high is None or low <= high:
-            yield self._one_object(tuple(properties), tuple(unnamed), low, high)
+        kinds = shape.unnamed if shape.closed else shape.unnamed + shape.unsaid
+        named = dict(shape.places)
+        choice: Shapes = (StringShape(),)
+        if shape.names:
+            choice = self.choice(shape.names)
+            listed = (json.loads(one.text) for one in choice if isinstance(one, Constant) and one.text[0] == '"')
+            named |= {name: shape.at(name) for name in listed if kinds and name not in named}
+        if shape.closed:
+            if any(prop.required and not prop.said for prop in named.values()):
+                return
+            named = {name: prop for name, prop in named.items() if prop.said}
+        properties = [Property(name, prop.node if self.fits(name, shape.names) else (self.never,),
+                               prop.required or name in shape.wanted) for name, prop in named.items()]  # fmt: skip
+        self.spend(len(properties) // 4)
+        unnamed = list[tuple[StringShape, Node]]()
+        for (names, node), wanted in itertools.product(kinds, choice):
+            both = joined_shape(names, wanted) if isinstance(wanted, StringShape) and node != (self.never,) else None
+            if both:
+                unnamed.append((both.but_not(named) if named else both, node))
+        yield ObjectShape(tuple(properties), tuple(unnamed), shape.low, shape.high)
 
-    def _one_object(self, *parts: Any) -> ObjectShape:
-        """An object's shape; the same one for the same parts."""
-        return self._objects.setdefault(parts, ObjectShape(*parts))
-
-    def _objects_with(self, others: dict[str, Any], schemas: list[dict[str, Any]], least: int) -> Iterator[ObjectShape]:
-        """Objects of which one property, among those that are named, fits what `other` says."""
-        names, patterns, number = others["other"]
-        rest = [schema for schema in schemas if schema is not others]
-        for shape in self._object(rest, False, least):
-            if shape.unnamed and self.choice((number,), True):
+    def _with_some(self, shape: ObjectShape) -> Iterator[ObjectShape]:
+        """Objects of which one property, among those that are named, fits what `some` says."""
+        (names, patterns, number), *more = shape.some
+        rest = replace(shape, some=tuple(more))
+        for inner in self._object_written(rest):
+            if inner.unnamed and self.form(number):
                 raise self.refuse("keyword not is not supported around additionalProperties where objects are open")
-        known = dict.fromkeys(name for schema in rest for key in ("properties", "required") for name in schema.get(key, ()))
-        for name in known:
-            if self.is_other(name, names, patterns):
-                yield from self._object([*rest, {"soft": "if", "required": [name], "properties": {name: number}}], False, least)
-
-    def _listed_names(self, allowed: Node, loose: bool) -> Iterator[str]:
-        """The names that are constants in propertyNames."""
-        for shape in self.choice(allowed, loose):
-            if isinstance(shape, Constant) and shape.text[0] == '"':
-                yield json.loads(shape.text)
-
-    def _values(self, schemas: list[dict[str, Any]], names: Iterable[str]) -> dict[str, list[int]]:
-        """The schemas that each property's value must fit: a schema that speaks only of its own is asked for no others."""
-        found: dict[str, list[int]] = {name: [] for name in names}
-        for schema in schemas:
-            others = schema.keys() & {"patternProperties", "additionalProperties"}
-            about = found if others else schema.get("properties", ())
-            self.spend(len(about) // 4)
-            for name in about:
-                found[name] += self.property(schema, name)
-        return found
-
-    def _property(self, values: list[int], name: str, allowed: Node) -> Node:
-        if allowed and not all(self.fits(name, number) for number in allowed):
-            return (self.never,)
-        return self.node(values)
-
-    def _unnamed(self, schemas: list[dict[str, Any]], names: StringShape, patterns: list[str],
-                 opened: bool) -> Iterator[tuple[StringShape, Node]]:  # fmt: skip
-        """The kinds of unnamed properties, by the patterns that their names match."""
-        if len(patterns) > self.MAX_PATTERNS:
-            raise self.refuse(f"patternProperties: over {self.MAX_PATTERNS} patterns in one object")
-        found: list[tuple[StringShape, tuple[str, ...]]] = [(names, ())]
-        for pattern in patterns:
-            texts = texts_by("pattern", pattern)
-            yes = [(shape.within(texts), (*matched, pattern)) for shape, matched in found]
-            no = [(shape.within(complement(texts)), matched) for shape, matched in found]
-            found = [pair for pair in (*yes, *no) if len(patterns) == 1 or self.string(pair[0]) is not None]
-        for shape, matched in found:
-            node = self.node(self._by_patterns(schemas, matched))
-            if (opened or matched) and node != (self.never,):
-                yield shape, node
-
-    @staticmethod
-    def _by_patterns(schemas: list[dict[str, Any]], matched: tuple[str, ...]) -> Iterator[int]:
-        for schema in schemas:
-            own = [number for pattern, number in schema.get("patternProperties", {}).items() if pattern in matched]
-            yield from own or ([schema["additionalProperties"]] if "additionalProperties" in schema else ())
-
-    # oneOf: can what fits one option fit another?
-
-    def apart(self, one: int, two: int) -> bool:
-        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
-        try:
-            return self._is_empty(self.node((one, two)), 0)
-        except InvalidRequest:
-            return False  # they cannot be told apart so
-
-    def _is_empty(self, node: Node, depth: int) -> bool:
-        return depth < 4 and all(self._is_impossible(shape, depth + 1) for shape in self.choice(node, True))
-
-    def _is_impossible(self, shape: Shape, depth: int) -> bool:
-        self.spend()
-        if isinstance(shape, ArrayShape):
-            first = (shape.at(index) for index in range(min(shape.low, 8)))
-            return any(node is None or self._is_empty(node, depth) for node in first)
-        if isinstance(shape, ObjectShape):
-            return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
-        if isinstance(shape, StringShape):
-            return self.string(shape) is None
-        return isinstance(shape, NumberShape) and number_symbol(shape) is None
+        for prop in shape.named:
+            if self._is_other(prop.name, names, patterns):
+                needed = replace(ANY_OBJECT, named=(Property(prop.name, self.node([number]), True),))
+                if (found := self._meet_objects(rest, needed)) is not None:
+                    yield from self._object_written(found)
 
 
-def opening_of(shape: Shape) -> str:
-    """The kind of value: what its first character tells."""
-    if isinstance(shape, Constant):
-        return shape.text[0] if shape.text[0] in '{["tfn' else "0"
-    kinds: dict[type, str] = {ObjectShape: "{", ArrayShape: "[", StringShape: '"', NumberShape: "0"}
-    return kinds[type(shape)]
+FREE: Shapes = (NumberShape(), StringShape(), ArrayShape(), ObjectShape())
 
 
 # ── E.3. Grammars ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17328,16 +17276,15 @@ def read_json(text: str, param: str) -> Symbol:
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
-Few = dict[Any, Any]  # values, by what compares as they do
-Part = TypeVar("Part", "Members", "Elements")
 
 
 class Documents:
     """Turns shapes into symbols; those that nothing can fit are left out, so that no text comes to a dead end."""
 
-    MAX_KEPT = 10_000  # objects' and arrays' options, as far as texts have reached them
+    MAX_KEPT = 10_000  # values, objects and arrays, as far as texts have reached them
     MAX_PLACES = 20_000  # of an array with contains
-    MAX_FEW = 100  # values that are counted
+    MAX_TAKEN, MAX_EXAMPLE = 100, 10_000  # values that are counted, and their length
+    WIDE = 40  # so many bytes may come only within a string
     MAX_NAMES = 10_000  # names that an object may have, counted
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
@@ -17345,43 +17292,35 @@ class Documents:
         self.shapes = shapes
         self.possible: set[Node] = set()
         self._leaves: dict[StringShape | NumberShape, Symbol | None] = {}
-        self._values: dict[Node, list[Symbols]] = {}
         self._live: dict[ArrayShape, set[Position]] = {}
-        self._kept: dict[Symbol, list[Symbols]] = {}
-        self._few: dict[Node, Few | None] = {}
-        self._names: dict[ObjectShape, int] = {}
+        self._kept: dict[Part, list[Symbols]] = {}
+        self._scarce: set[ArrayShape] = set()
         self._tails: dict[ObjectShape, list[tuple[int, int]]] = {}
-        self._new: dict[tuple[Node, Elements], Symbol] = {}  # elements unlike those before
-        self._looks_ahead = True
-
-    @functools.cached_property
-    def rough(self) -> Documents:
-        """The same without the check for repeats, for lookaheads: with it they would never end where arrays nest."""
-        rough = copy.copy(self)
-        rough._values, rough._kept, rough._new, rough._looks_ahead = {}, {}, {}, False
-        return rough
 
     def root(self) -> Symbol:
         """The root of the grammar. Raises InvalidRequest naming the keyword at fault."""
         reader = self.shapes
-        root = reader.node([reader.read(reader.root, 0, "the schema", reader.base)])
+        root = reader.node([reader.read(reader.root)])
         self.possible = self._possible(root)
-        for shape in (shape for node in self.possible for shape in reader.choice(node) if isinstance(shape, ArrayShape)):
-            self._is_possible(shape, self.possible)  # may be refused, and not only when a text comes there
+        while scarce := self._scarce_arrays():
+            self._scarce.update(scarce)
+            self._live.clear()
+            self._kept.clear()
+            self.possible = self._possible(root)
         reader.steps = -(10**12)  # from here on texts bound the work
         if root not in self.possible:
             raise reader.refuse(f"no document can fit the schema{': ' if reader.dead_end else ''}{reader.dead_end}")
         return Value(self, root)
 
-    def leaf(self, shape: StringShape | NumberShape) -> Symbol | None:
-        """A string or number; None if there is none of its shape."""
+    def leaf(self, shape: StringShape | NumberShape, taken: Iterable[Any] = ()) -> Symbol | None:
+        """A string or number that is none of those taken; None if there is none."""
+        if isinstance(shape, StringShape) and (texts := [value for value in taken if isinstance(value, str)]):
+            return string_symbol(shape.but_not(texts))
+        if isinstance(shape, NumberShape) and (numbers := [value for value in taken if isinstance(value, (int, float))]):
+            return another_number(shape, numbers)
         if shape not in self._leaves:
             self._leaves[shape] = self.shapes.string(shape) if isinstance(shape, StringShape) else number_symbol(shape)
         return self._leaves[shape]
-
-    def another(self, shape: StringShape, taken: Iterable[str]) -> Symbol | None:
-        """A string that is none of those taken; None if there is none."""
-        return string_symbol(shape.but_not(taken)) if taken else self.leaf(shape)
 
     # What can be written at all: a required property that nothing fits makes its object impossible, and so on.
 
@@ -17395,7 +17334,7 @@ class Documents:
         while before < len(found):  # a list that must hold lists is never finished
             before = len(found)
             for node in reversed(nodes):
-                if node not in found and any(self._is_possible(shape, found) for shape in self.shapes.choice(node)):
+                if node not in found and any(self.is_possible(shape, found) for shape in self.shapes.choice(node)):
                     found.add(node)
         return found
 
@@ -17407,108 +17346,68 @@ class Documents:
                 yield from (node for _, node in shape.unnamed)
             elif isinstance(shape, ArrayShape):
                 for index in range(len(shape.first) + 1):
-                    yield from (node for node, _ in self._elements(shape, index, (0,) * len(shape.contains)))
+                    yield from (node for node, _ in self.elements(shape, index, (0,) * len(shape.contains)))
             elif not isinstance(shape, Constant):
                 self.leaf(shape)  # may be refused
 
-    def _is_possible(self, shape: Shape, possible: set[Node]) -> bool:
+    def _scarce_arrays(self) -> list[ArrayShape]:
+        """Arrays that must hold more different elements than there are."""
+        arrays = [shape for node in self.possible for shape in self.shapes.choice(node) if isinstance(shape, ArrayShape)]
+        return [shape for shape in arrays
+                if self.is_possible(shape, self.possible) and shape.unique and not self._has_enough(shape)]  # fmt: skip
+
+    def is_possible(self, shape: Shape, possible: set[Node]) -> bool:
         self.shapes.spend()
         if isinstance(shape, Constant):
             return True
         if isinstance(shape, ArrayShape):
-            if shape.unique and max(shape.low, *(least for _, least, _ in shape.contains), 0) > 1 and not self._has_enough(shape):
+            if shape in self._scarce:
                 return False
             if shape.contains:
-                return (0, (0,) * len(shape.contains)) in self._alive(shape, possible)
+                return (0, (0,) * len(shape.contains)) in self.alive(shape, possible)
             return all(shape.at(index) in possible for index in range(min(shape.low, len(shape.first) + 1)))
         if not isinstance(shape, ObjectShape):
             return self.leaf(shape) is not None
         if not all(prop.node in possible for prop in shape.named if prop.required):
             return False
-        most = sum(prop.node in possible for prop in shape.named) + self._most_names(shape, possible)
-        return shape.low <= most and not self._needs_too_many(shape)
+        most = sum(prop.node in possible for prop in shape.named) + self.most_names(shape, possible)
+        return shape.low <= most and (shape.high is None or sum(prop.required for prop in shape.named) <= shape.high)
 
     def _has_enough(self, shape: ArrayShape) -> bool:
         """True if an array whose elements are all different can be as long as it must be."""
-        found = [self.few_values(node) for node in (*shape.first[: shape.low], shape.at(len(shape.first))) if node is not None]
-        for number, least, _ in shape.contains:
-            few = self.few_values(self.shapes.node((*(shape.at(len(shape.first)) or ()), number)))
-            if few is not None and len(few) < least and not shape.first:
-                return False
-        scarce = [values for values in found if values is not None and len(values) < shape.low]
-        if scarce and shape.first:
+        rest = shape.at(len(shape.first))
+        wanted = [(node, shape.low) for node in (*shape.first[: shape.low], rest) if node is not None]
+        if not shape.first:
+            wanted += [(self.shapes.node((*(rest or ()), number)), least) for number, least, _ in shape.contains]
+        if all(count < 2 or self._has_different(node, count) for node, count in wanted):
+            return True
+        if shape.first:
             raise self.shapes.refuse("uniqueItems beside prefixItems is not supported where an element has few values")
-        return not scarce
+        return False
 
-    def few_values(self, node: Node) -> Few | None:
-        """All values that fit, to compare with; None if they are many, or it takes more than a look at them to tell."""
-        if node not in self._few:
-            self._few[node] = None  # what holds itself is many
-            found: Few | None = {}
-            for shape in self.shapes.choice(node):
-                values = self._few_of(shape)
-                found = None if values is None or found is None or len(found | values) > self.MAX_FEW else found | values
-            self._few[node] = found
-        return self._few[node]
+    def _has_different(self, node: Node, count: int) -> bool:
+        """True if so many different values fit, as a try tells."""
+        taken = frozenset[Any]()
+        for _ in range(min(count, self.MAX_TAKEN)):
+            if not self.kept(value := Value(self, node, taken)):
+                return False
+            taken |= {comparable(self._example(value))}
+        return True
 
-    def _few_of(self, shape: Shape) -> Few | None:
-        self.shapes.spend()
-        if isinstance(shape, Constant):
-            return {comparable(json.loads(shape.text)): json.loads(shape.text)}
-        if isinstance(shape, (StringShape, NumberShape)):
-            return self._few_leaves(shape)
-        if isinstance(shape, ArrayShape):
-            rest = self.few_values(shape.at(len(shape.first)) or ())
-            ends = [] if shape.high is None else [shape.high]
-            if rest is not None and (shape.unique or not rest):
-                ends.append(len(shape.first) + len(rest))  # as long as it can be
-            return self._few_lists(shape, min(ends)) if ends and min(ends) <= self.MAX_FEW else None
-        if self._needs_too_many(shape):
-            return {}
-        if any(self.few_values(node) != {} and self.leaf(names) is not None for names, node in shape.unnamed):
-            return None
-        return self._few_objects(shape)
+    def _example(self, value: Value) -> Any:
+        """A document, written as chance has it, but ended where it can be."""
+        here, text = Automaton(value).start, b""
+        while not here.ends:
+            may = list(bytes_of(here.bits))
+            ends = [byte for byte in (b']}"' if len(may) < self.WIDE else b'"') if byte in may]
+            byte = ends[0] if ends else may[zlib.crc32(text) % len(may)]
+            text, behind = text + bytes([byte]), here.step(byte)
+            if behind is None or len(text) > self.MAX_EXAMPLE:
+                raise self.shapes.refuse("uniqueItems: the elements are too long to count them")
+            here = behind
+        return json.loads(text)
 
-    @staticmethod
-    def _needs_too_many(shape: ObjectShape) -> bool:
-        """True if more properties are required than there may be."""
-        return shape.high is not None and sum(prop.required for prop in shape.named) > shape.high
-
-    def _few_lists(self, shape: ArrayShape, high: int) -> Few | None:
-        found: Few = {(): []}
-        whole = dict(found) if shape.low == 0 else {}
-        for index in range(high):
-            values = self.few_values(shape.at(index) or ())
-            if values is None or len(found) * len(values) + len(whole) > self.MAX_FEW:
-                return None
-            found = {(*key, one): [*value, more] for key, value in found.items() for one, more in values.items()
-                     if not shape.unique or one not in key}  # fmt: skip
-            whole |= found if index + 1 >= shape.low else {}
-        return {key: value for key, value in whole.items() if self.shapes.has_contained(value, shape.contains)}
-
-    def _few_objects(self, shape: ObjectShape) -> Few | None:
-        found: Few = {frozenset(): {}}
-        for prop in shape.named:
-            values = self.few_values(prop.node)
-            if values is None or len(found) * (len(values) + 1) > self.MAX_FEW:
-                return None
-            more = {key | {(prop.name, one)}: {**value, prop.name: further}
-                    for key, value in found.items() for one, further in values.items()}  # fmt: skip
-            found = more if prop.required else found | more
-        return {key: value for key, value in found.items()
-                if len(value) >= shape.low and (shape.high is None or len(value) <= shape.high)}  # fmt: skip
-
-    def _few_leaves(self, shape: StringShape | NumberShape) -> Few | None:
-        """The strings or numbers of a shape; None if they are many."""
-        found: set[Any] | None = None
-        if isinstance(shape, StringShape):
-            found = few_texts(shape, self.MAX_FEW)
-        else:
-            found = number_machine(replace(shape, excluded=frozenset()), False).every_number(self.MAX_FEW + len(shape.excluded))
-            found = None if found is None else found - shape.excluded
-        return None if found is None else {value: value for value in found}
-
-    def _most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
+    def most_names(self, shape: ObjectShape, possible: set[Node]) -> int:
         """How many unnamed properties an object may have, counted as far as it must have some."""
         found = 0
         for names, node in shape.unnamed:
@@ -17517,79 +17416,27 @@ class Documents:
                 found += shape.low if few is None else len(few)
         return found
 
-    # Symbols
-
-    def value(self, node: Node) -> list[Symbols]:
-        """The alternatives for a value."""
-        if node not in self._values:
-            shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
-            constants: dict[bytes, Symbols] = {shape.text.encode(): () for shape in shapes if isinstance(shape, Constant)}
-            found: list[Symbols] = [any_text(constants)] if constants else []
-            found += [self._of_shape(shape) for shape in shapes if not isinstance(shape, Constant)]
-            self._values[node] = found
-        return self._values[node]
-
-    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> Symbols:
-        if isinstance(shape, ObjectShape):
-            return (Word(b"{"), Members(self, shape))
-        if isinstance(shape, ArrayShape):
-            return (Word(b"["), Elements(self, shape, 0, (0,) * len(shape.contains)))
-        leaf = self.leaf(shape)
-        assert leaf is not None, "it is possible"
-        return (leaf,)
-
-    def kept(self, symbol: Part, opened: Callable[[Part], list[Symbols]]) -> list[Symbols]:
-        """Opens a symbol, equal ones once. Raises NotYet."""
-        found = self._kept.get(symbol)
+    def kept(self, part: Part) -> list[Symbols]:
+        """The alternatives for a part, found once. Raises NotYet."""
+        found = self._kept.get(part)
         if found is None:
+            found = part.made()
             if len(self._kept) > self.MAX_KEPT:
                 self._kept.clear()  # other threads may do so too: what is returned is never looked up again
-            found = self._kept[symbol] = opened(symbol)
+            self._kept[part] = found
             TURN.kept()
         return found
 
-    # Objects
+    # Objects: what is required, and how many properties there must be, must be able to come within the most there may be
 
-    def members(self, here: Members) -> list[Symbols]:
-        """The alternatives within an object: a named property, the end, an unnamed one; a block of named ones at a time."""
-        shape, comma, count = here.shape, "" if here.first else ", ", self._counted(here.shape, here.count)
-        texts: dict[bytes, Symbols] = {}
-        found: list[Symbols] = []
-        next_block = (here.at // self.BLOCK + 1) * self.BLOCK
-        for index in range(here.at, min(next_block, len(shape.named))):
-            prop, after = shape.named[index], Members(self, shape, index + 1, count, False, here.taken)
-            if prop.node in self.possible and self._can_end(after):
-                key = f"{comma}{json.dumps(prop.name, ensure_ascii=False)}: "
-                texts[key.encode()] = (Value(self, prop.node), after)
-            if prop.required:
-                break
-        else:
-            if next_block < len(shape.named):
-                found.append((replace(here, at=next_block),))
-            else:
-                found += self._unnamed(replace(here, at=len(shape.named)), comma)
-                if here.count >= shape.low:
-                    texts[b"}"] = ()
-        return [any_text(texts), *found] if texts else found
-
-    @staticmethod
-    def _counted(shape: ObjectShape, count: int) -> int:
-        """One more property, counted as far as it matters."""
-        return count + 1 if shape.high is not None or count < shape.low else count
-
-    def _can_end(self, here: Members) -> bool:
-        """True if what is still required, and how many properties there must be, can come within the most there may be."""
+    def can_end(self, here: Members) -> bool:
         shape, lacking = here.shape, here.shape.low - here.count
         if lacking <= 0 and shape.high is None:
             return True
         required, possible = self._tail(shape, here.at)
         if shape.high is not None and here.count + required > shape.high:
             return False
-        if lacking <= 0:
-            return True
-        if shape not in self._names:
-            self._names[shape] = self._most_names(shape, self.possible)
-        return possible + self._names[shape] - len(here.taken) >= lacking
+        return possible >= lacking or possible + self.most_names(shape, self.possible) - len(here.taken) >= lacking
 
     def _tail(self, shape: ObjectShape, at: int) -> tuple[int, int]:
         """How many of the named properties from one on are required, and how many can be."""
@@ -17599,88 +17446,14 @@ class Documents:
             self._tails[shape] = list(sums)[::-1]
         return self._tails[shape][at]
 
-    def _unnamed(self, here: Members, comma: str) -> Iterator[Symbols]:
-        """Unnamed properties; where properties are counted, their names are told apart."""
-        shape = here.shape
-        if (shape.high is not None and here.count >= shape.high) or not self._can_end(here):
-            return  # those that are named and left out would be missing
-        counted = shape.low > 0 or shape.high is not None
-        after = replace(here, count=self._counted(shape, here.count), first=False)
-        for names, node in shape.unnamed:
-            key = self.another(names, here.taken)
-            if key is None or node not in self.possible:
-                continue
-            begin = (word(comma),) if comma else ()
-            if counted:
-                yield (*begin, Recorded(Automaton(key).start, Named(after, node)))
-            else:
-                yield (*begin, key, Word(b": "), Value(self, node), after)
-
     # Arrays
 
-    def elements(self, here: Elements) -> list[Symbols]:
-        """The alternatives within an array: the end, or one more element."""
-        shape = here.shape
-        found: list[Symbols] = []
-        if self._is_whole(shape, here.index, here.counts):
-            found.append((Word(b"]"),))
-        live = self._alive(shape, self.possible) if shape.contains else None
-        for node, counts in self._elements(shape, here.index, here.counts):
-            after = replace(here, index=self._next(shape, here.index), counts=counts)
-            if node in self.possible and (live is None or (after.index, counts) in live):
-                comma = (Word(b", "),) if here.index or here.seen else ()
-                found += self._element(node, after, comma)
-        return found
-
-    def _element(self, node: Node, after: Elements, comma: Symbols) -> Iterator[Symbols]:
-        if not after.shape.unique:
-            yield (*comma, Value(self, node), after)
-            return
-        element = self._new.get((node, after))
-        if element is None:  # kept before it is looked at, so that to look again goes on where it was left
-            if len(self._new) > self.MAX_KEPT:
-                self._new.clear()
-            element = self._new[node, after] = self._new_element(node, after)
-        if element.firsts:
-            yield (*comma, element)
-
-    def _new_element(self, node: Node, after: Elements) -> Recorded:
-        """An element that is none of those seen; looks ahead go through one that may be."""
-        ahead = Automaton(AnyOf(tuple(self.rough._others_than(node, after.seen)))).start if self._looks_ahead else None
-        alike = tuple(one for one in after.seen if isinstance(one, (tuple, frozenset)))
-        return Recorded(Automaton(AnyOf(tuple(self._others_than(node, after.seen)))).start, Different(after), ahead, alike=alike)
-
-    def _others_than(self, node: Node, seen: frozenset[Any]) -> list[Symbol]:
-        """The alternatives for a value that is none of those seen; objects and arrays are told apart at their ends."""
-        shapes = [shape for shape in self.shapes.choice(node) if self._is_possible(shape, self.possible)]
-        texts: dict[bytes, Symbols] = {}
-        for shape in list(shapes):  # written as constants, if they are few
-            few = self._few_of(shape) if not isinstance(shape, (StringShape, NumberShape)) else None
-            if few is not None:
-                texts |= {self.shapes.json(value).encode(): () for key, value in few.items() if key not in seen}
-                shapes.remove(shape)
-        found: list[Symbol] = [InOrder(any_text(texts))] if texts else []
-        names = [value for value in seen if isinstance(value, str)]
-        numbers = [value for value in seen if isinstance(value, (int, float))]
-        for shape in shapes:
-            if isinstance(shape, StringShape):
-                text = self.another(shape, names)
-                found += [text] if text else []
-            elif isinstance(shape, NumberShape):
-                bound = shape.low or shape.high or shape.multiples  # else one more digit makes another of any, but for 0e1
-                taken = [one for one in numbers if bound or not one]
-                number = another_number(shape, taken) if taken else self.leaf(shape)
-                found += [number] if number else []
-            elif not isinstance(shape, Constant):
-                found.append(InOrder(self._of_shape(shape)))
-        return found
-
     @staticmethod
-    def _next(shape: ArrayShape, index: int) -> int:
+    def next(shape: ArrayShape, index: int) -> int:
         """The index of the next element, as far as it matters."""
         return index + 1 if shape.high is not None or index < max(len(shape.first), shape.low, 1) else index
 
-    def _elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
+    def elements(self, shape: ArrayShape, index: int, counts: tuple[int, ...]) -> Iterator[tuple[Node, tuple[int, ...]]]:
         """The schemas that an element may fit, and how many then have fitted each schema of contains."""
         node = shape.at(index)
         for counted in itertools.product((True, False), repeat=len(shape.contains)) if node is not None else ():
@@ -17688,12 +17461,12 @@ class Documents:
             for fits, count, (number, least, most) in zip(counted, counts, shape.contains, strict=True):
                 if fits and (count == most or (most is None and count >= least)):
                     break  # one more may not be, or need not be told apart
-                inside += [number] if fits else [] if most is None else [self.shapes.number({"not": number})]
+                inside += [number] if fits else [] if most is None else [~number]
                 after.append(count + fits)
             else:
                 yield self.shapes.node(inside), tuple(after)
 
-    def _alive(self, shape: ArrayShape, possible: set[Node]) -> set[Position]:
+    def alive(self, shape: ArrayShape, possible: set[Node]) -> set[Position]:
         """The places of an array, elements read and counts of contains, from which it can be finished."""
         if shape in self._live:
             return self._live[shape]
@@ -17704,64 +17477,190 @@ class Documents:
         found: set[Position] = set()
         for index in range(last, -1, -1):
             for counts in itertools.product(*spans):
-                behind = [more for node, more in self._elements(shape, index, counts) if node in possible]
-                if self._is_whole(shape, index, counts) or any((self._next(shape, index), more) in found for more in behind):
+                behind = [more for node, more in self.elements(shape, index, counts) if node in possible]
+                if self.is_whole(shape, index, counts) or any((self.next(shape, index), more) in found for more in behind):
                     found.add((index, counts))
         if possible is self.possible:
             self._live[shape] = found
         return found
 
     @staticmethod
-    def _is_whole(shape: ArrayShape, index: int, counts: tuple[int, ...]) -> bool:
+    def is_whole(shape: ArrayShape, index: int, counts: tuple[int, ...]) -> bool:
         """True if an array may end here."""
         return index >= shape.low and all(count >= low for count, (_, low, _) in zip(counts, shape.contains, strict=True))
 
+    # uniqueItems: elements that are objects and arrays are told apart part by part
+
+    def unlike(self, node: Node, heads: Mapping[Any, set[Any]], after: Any) -> list[Symbols]:
+        """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
+        to the rest of them."""
+        unique = isinstance(after, Elements) and after.shape.unique
+        found, seen = list[Symbols](), after.seen if unique else frozenset()
+        for value, rest in heads.items():
+            same = replace(after, alike=frozenset(rest), **({"seen": seen | {value}} if unique else {}))
+            if value not in seen and self.shapes.fits(plain(value), node) and self.kept(same):
+                found.append((word(self.shapes.json(plain(value))), same))
+        other = Value(self, node, seen.union(heads))
+        if not other.but or self.kept(other):
+            found.append((Recorded(Automaton(other).start, after),) if unique else (other, after))
+        return found
+
 
 @dataclass(frozen=True)
-class Value(Symbol):
-    """A value that fits some schemas."""
+class Part(Symbol):
+    """A part of a document whose alternatives are kept."""
 
     documents: Documents
-    node: Node
 
     def opened(self) -> Iterable[Symbols]:
-        return self.documents.value(self.node)
+        return self.documents.kept(self)
+
+    def made(self) -> list[Symbols]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Members(Symbol):
+class Value(Part):
+    """A value that fits some schemas, and is none of `but`, to compare with."""
+
+    node: Node
+    but: frozenset[Any] = frozenset()
+
+    def made(self) -> list[Symbols]:
+        constants: dict[bytes, Symbols] = {}
+        found: list[Symbols] = []
+        for shape in self.documents.shapes.choice(self.node):
+            if isinstance(shape, Constant):
+                if not self.but or comparable(json.loads(shape.text)) not in self.but:
+                    constants[shape.text.encode()] = ()
+            elif self.documents.is_possible(shape, self.documents.possible):
+                found += self._of_shape(shape)
+        return [any_text(constants), *found] if constants else found
+
+    def _of_shape(self, shape: StringShape | NumberShape | ObjectShape | ArrayShape) -> list[Symbols]:
+        if isinstance(shape, (StringShape, NumberShape)):
+            leaf = self.documents.leaf(shape, self.but)
+            return [(leaf,)] if leaf else []
+        inside: Members | Elements
+        if isinstance(shape, ObjectShape):
+            begin, inside = b"{", Members(self.documents, shape, alike=frozenset(x for x in self.but if isinstance(x, Fields)))
+        else:
+            begin, inside = b"[", Elements(self.documents, shape, 0, (0,) * len(shape.contains),
+                                           alike=frozenset(x for x in self.but if isinstance(x, tuple) and x[:1] != (bool,)))
+        return [(Word(begin), inside)] if not inside.alike or self.documents.kept(inside) else []
+
+
+@dataclass(frozen=True)
+class Members(Part):
     """The rest of an object: its named properties from `at` on. `count` properties stand there, as far as that matters.
 
-    `taken` are the names of unnamed properties, where they are counted.
+    `taken` are the names of unnamed properties that may not come again; `alike` is the rest of each object that this one must
+    not be and begins as.
     """
 
-    documents: Documents
     shape: ObjectShape
     at: int = 0
     count: int = 0
     first: bool = True
     taken: frozenset[str] = frozenset()
+    alike: frozenset[Fields] = frozenset()
 
-    def opened(self) -> Iterable[Symbols]:
-        return self.documents.kept(self, self.documents.members)
+    def made(self) -> list[Symbols]:
+        """The alternatives: a named property, the end, an unnamed one; a block of named ones at a time."""
+        documents, shape, alike = self.documents, self.shape, self.alike
+        texts: dict[bytes, Symbols] = {}
+        found: list[Symbols] = []
+        next_block = (self.at // documents.BLOCK + 1) * documents.BLOCK
+        for index in range(self.at, min(next_block, len(shape.named))):
+            prop, after = shape.named[index], Members(documents, shape, index + 1, self._counted(), False, self.taken)
+            if prop.node in documents.possible and documents.can_end(after):
+                behind = self._behind(prop.name, prop.node, after, alike)
+                if behind:
+                    texts[self._key(prop.name)] = behind[0] if len(behind) == 1 else (AnyOf(tuple(map(InOrder, behind))),)
+            if prop.required:
+                break
+            alike = frozenset(one for one in alike if prop.name not in one) if alike else alike
+        else:
+            here = replace(self, at=min(next_block, len(shape.named)), alike=alike)
+            if next_block < len(shape.named):
+                found.append((here,))
+            else:
+                found += here._unnamed()
+                if self.count >= shape.low and Fields() not in alike:
+                    texts[b"}"] = ()
+        return [any_text(texts), *found] if texts else found
+
+    def _key(self, name: str) -> bytes:
+        return f"{'' if self.first else ', '}{json.dumps(name, ensure_ascii=False)}: ".encode()
+
+    def _counted(self) -> int:
+        """One more property, counted as far as it matters."""
+        return self.count + 1 if self.shape.high is not None or self.count < self.shape.low else self.count
+
+    def _behind(self, name: str, node: Node, after: Members, alike: Iterable[Fields]) -> list[Symbols]:
+        """The value of a property and the rest."""
+        heads: dict[Any, set[Any]] = {}
+        for one in alike:
+            if name in one:
+                rest = Fields((other, value) for other, value in one.items() if other != name)
+                heads.setdefault(one[name], set()).add(rest)
+        return self.documents.unlike(node, heads, after)
+
+    def _unnamed(self) -> list[Symbols]:
+        """Unnamed properties; where properties are counted, their names are told apart."""
+        shape, documents, found = self.shape, self.documents, list[Symbols]()
+        if (shape.high is not None and self.count >= shape.high) or not documents.can_end(self):
+            return found  # those that are named and left out would be missing
+        after = Members(documents, shape, self.at, self._counted(), False, self.taken)
+        known = sorted({name for one in self.alike for name in one} - self.taken)
+        for names, node in shape.unnamed:
+            if node not in documents.possible:
+                continue
+            for name in known:
+                if string_fits(names, name):
+                    again = replace(after, taken=self.taken | {name})
+                    found += [(Word(self._key(name)), *behind) for behind in self._behind(name, node, again, self.alike)]
+            key = documents.leaf(names, self.taken.union(known))
+            if key is not None:
+                begin = () if self.first else (word(", "),)
+                counted = shape.low > 0 or shape.high is not None
+                found.append((*begin, Recorded(Automaton(key).start, Named(after, node))) if counted
+                             else (*begin, key, Word(b": "), Value(documents, node), after))  # fmt: skip
+        return found
 
 
 @dataclass(frozen=True)
-class Elements(Symbol):
+class Elements(Part):
     """The rest of an array behind `index` elements, of which so many fit what it must contain.
 
-    `seen` are the elements so far, where no two may be the same, and `texts` how those that are objects and arrays were written.
+    `seen` are the elements so far, where no two may be the same; `alike` is the rest of each array that this one must not be
+    and begins as.
     """
 
-    documents: Documents
     shape: ArrayShape
     index: int
     counts: tuple[int, ...]
     seen: frozenset[Any] = frozenset()
-    texts: frozenset[bytes] = frozenset()
+    alike: frozenset[tuple[Any, ...]] = frozenset()
 
-    def opened(self) -> Iterable[Symbols]:
-        return self.documents.kept(self, self.documents.elements)
+    def made(self) -> list[Symbols]:
+        """The alternatives: the end, or one more element."""
+        shape, documents, found = self.shape, self.documents, list[Symbols]()
+        if documents.is_whole(shape, self.index, self.counts) and () not in self.alike:
+            found.append((Word(b"]"),))
+        heads: dict[Any, set[Any]] = {}
+        for one in filter(None, self.alike):
+            heads.setdefault(one[0], set()).add(one[1:])
+        live = documents.alive(shape, documents.possible) if shape.contains else None
+        comma = (Word(b", "),) if self.index else ()
+        for node, counts in documents.elements(shape, self.index, self.counts):
+            after = Elements(documents, shape, documents.next(shape, self.index), counts, self.seen)
+            if node in documents.possible and (live is None or (after.index, counts) in live):
+                found += [(*comma, *behind) for behind in documents.unlike(node, heads, after)]
+        return found
+
+    def follow(self, text: bytes) -> Symbols:
+        return (replace(self, seen=self.seen | {comparable(json.loads(text))}),)
 
 
 @dataclass(frozen=True)
@@ -17777,137 +17676,66 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Different:
-    """Behind an element of an array that holds nothing twice: the rest of it, unless the element is one of those seen."""
-
-    after: Elements
-
-    def follow(self, text: bytes) -> Symbols | None:
-        value, after = comparable(json.loads(text)), self.after
-        if value in after.seen:
-            return None
-        texts = after.texts | {text} if isinstance(value, (tuple, frozenset)) else after.texts
-        return (replace(after, seen=after.seen | {value}, texts=texts),)
-
-
-@dataclass(frozen=True)
 class Recorded(Symbol):
     """A part whose text so far is kept, for what follows depends on it. It is never empty."""
 
     here: State
-    then: Named | Different
-    ahead: State | None = None  # through which to look whether a text can still become another than those seen
+    then: Named | Elements
     text: bytes = b""
-    ends: bool = False
-    alike: tuple[Any, ...] = ()  # arrays and objects that it must not be and begin as it does
-
-    CLOSING: ClassVar = 1 << ord('"') | 1 << ord("]") | 1 << ord("}")
-    WIDE: ClassVar = 16  # that much may come: some of it differs
-    MAX_LOOK: ClassVar = 40  # choices that a look tries
-    MAX_FORCED: ClassVar = 10_000  # bytes of a text in which there is no choice
-
-    @functools.cached_property
-    def firsts(self) -> int:
-        bits, then = self.here.bits, self.then
-        if self.ahead and self.alike and isinstance(then, Different):
-            few = bits if bits.bit_count() <= self.WIDE else bits & (self.CLOSING | self._known(then.after.texts))
-            return bits & ~sum(1 << byte for byte in bytes_of(few) if not self._can_differ(self.ahead, byte))
-        return bits
-
-    def _known(self, texts: Iterable[bytes]) -> int:
-        """The bytes with which texts go on that begin like this one: where much may come, only they and ends take choice away."""
-        at = len(self.text)
-        return functools.reduce(operator.or_, (1 << text[at] for text in texts if text.startswith(self.text)), 0)
-
-    def _can_differ(self, ahead: State, byte: int) -> bool:
-        """False if a byte leaves only texts that may not be."""
-        todo, ended = [(ahead.step(byte), self.text + bytes([byte]))], False
-        for _ in range(self.MAX_LOOK):
-            if not todo:
-                return False
-            here, text = todo.pop()
-            if here is None:
-                continue
-            forced = here.forced(self.MAX_FORCED)
-            here, text = here.read(forced), text + forced
-            assert here is not None, "it is forced"
-            wide = min(self.WIDE, len(self.alike) + 3)  # a number can be written in three ways more
-            if here.bits.bit_count() > wide or (here.ends and self.then.follow(text) is not None):
-                return True
-            ended = ended or here.ends
-            behind = sorted(bytes_of(here.bits), key=lambda byte: (self.CLOSING >> byte & 1, byte == ord(","), byte))
-            todo += [(here.step(one), text + bytes([one])) for one in behind]  # ends first: they tell
-        return not ended
-
-    def _still_alike(self, byte: int) -> tuple[Any, ...]:
-        """Those that still begin as it does: behind a whole element or property, those that have it too."""
-        if byte != ord(",") or not self.alike:
-            return self.alike
-        try:
-            begun = comparable(json.loads(self.text + (b"]" if self.text[:1] == b"[" else b"}")))
-        except ValueError:
-            return self.alike  # the comma stands further inside
-        if isinstance(begun, tuple):
-            return tuple(one for one in self.alike if isinstance(one, tuple) and one[: len(begun)] == begun)
-        return tuple(one for one in self.alike if isinstance(one, frozenset) and begun <= one)
-
-    def step(self, byte: int) -> Symbols | None:
-        here, text = self.here.step(byte), self.text + bytes([byte])
-        if here is None or not self.firsts >> byte & 1:
-            return None
-        follows = self.then.follow(text) if here.ends else None
-        if not here.bits:
-            return follows
-        ahead = self.ahead.step(byte) if self.ahead else None
-        return (Recorded(here, self.then, ahead, text, follows is not None, self._still_alike(byte)),)
-
-    def left(self) -> Symbols:
-        return self.then.follow(self.text) or ()
-
-
-class TextTable:
-    """Texts of which one must come, in byte order, and what follows each."""
-
-    def __init__(self, texts: Mapping[bytes, Symbols]) -> None:
-        self.texts = sorted(texts)
-        self.after = [texts[text] for text in self.texts]
-
-    def between(self, low: int, high: int, at: int) -> Symbols:
-        """The rest of those from low to high, which are alike up to `at`."""
-        if high - low == 1:
-            rest = self.texts[low][at:]
-            return (Word(rest), *self.after[low]) if rest else self.after[low]
-        return (OneText(self, low, high, at, len(self.texts[low]) == at),)
-
-
-@dataclass(frozen=True)
-class OneText(Symbol):
-    """One of several texts: those between `low` and `high` begin with the `at` bytes that stand there already."""
-
-    texts: TextTable
-    low: int
-    high: int
-    at: int
-    ends: bool = False
 
     @property
     def firsts(self) -> int:
-        longer = self.texts.texts[self.low + self.ends : self.high]
-        return functools.reduce(operator.or_, {1 << text[self.at] for text in longer})
+        return self.here.bits
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return self.here.ends
 
     def step(self, byte: int) -> Symbols | None:
-        texts, low = self.texts.texts, self.low + self.ends
-        first = bisect.bisect_left(texts, byte, low, self.high, key=lambda text: text[self.at])
-        last = bisect.bisect_right(texts, byte, low, self.high, key=lambda text: text[self.at])
-        return self.texts.between(first, last, self.at + 1) if first < last else None
+        here, text = self.here.step(byte), self.text + bytes([byte])
+        if here is None:
+            return None
+        return (Recorded(here, self.then, text),) if here.bits else self.then.follow(text)
 
     def left(self) -> Symbols:
-        return self.texts.after[self.low]
+        return self.then.follow(self.text)
+
+
+@dataclass(frozen=True, eq=False)
+class OneText(Symbol):
+    """One of several texts, and what follows each."""
+
+    texts: Mapping[bytes, Symbols]
+
+    @functools.cached_property
+    def _after(self) -> dict[int, Symbols]:
+        groups: dict[int, dict[bytes, Symbols]] = {}
+        for text, after in self.texts.items():
+            if text:
+                groups.setdefault(text[0], {})[text[1:]] = after
+        return {byte: any_text(group) for byte, group in groups.items()}
+
+    @functools.cached_property
+    def firsts(self) -> int:
+        return sum(1 << byte for byte in self._after)
+
+    @property
+    def ends(self) -> bool:  # type: ignore[override]
+        return b"" in self.texts
+
+    def step(self, byte: int) -> Symbols | None:
+        return self._after.get(byte)
+
+    def left(self) -> Symbols:
+        return self.texts[b""]
 
 
 def any_text(texts: Mapping[bytes, Symbols]) -> Symbols:
     """One of some texts, and what follows it."""
-    return TextTable(texts).between(0, len(texts), 0)
+    begin = os.path.commonprefix([min(texts), max(texts)])  # noqa: RUF071 - no paths
+    rest = {text[len(begin) :]: after for text, after in texts.items()} if begin else texts
+    behind = (OneText(rest),) if len(texts) > 1 else rest[b""]
+    return (Word(begin), *behind) if begin else behind
 
 
 LETTERS = OneChar(((0x30, 0x39), (0x41, 0x5A), (0x61, 0x7A)))
@@ -17947,7 +17775,7 @@ class CallsGrammar:
 class SchemaStructure(SchemaReader):
     """Reads no more of a schema than where the others in it stand, which templates and parsers rely on."""
 
-    def _type_names(self, key: str, value: Any, depth: int, base: str) -> int:
+    def _type_names(self, key: str, value: Any) -> int:
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
             raise self.refuse(f"{key} must be a type or a list of types, not {self.said(value)}")
         return self.EVERY_TYPE
@@ -17961,7 +17789,7 @@ def check_structure(text: str, where: str) -> None:
     """Raises InvalidRequest, naming the keyword, for a schema that holds something else where a schema or a list must be."""
     reader = SchemaStructure(where, json.loads(text))
     try:
-        reader.read(reader.root, 0, "the schema", reader.base)
+        reader.read(reader.root)
     except RecursionError:
         raise reader.refuse("the schema is nested too deep") from None
 
@@ -17979,7 +17807,7 @@ def argument_types(text: str, key: str) -> int:
 
 def object_shapes(shapes: SchemaShapes) -> list[ObjectShape]:
     """The objects that a schema allows."""
-    root = shapes.node([shapes.read(shapes.root, 0, "the schema", shapes.base)])
+    root = shapes.node([shapes.read(shapes.root)])
     return [shape for shape in shapes.choice(root) if isinstance(shape, ObjectShape)]
 
 
