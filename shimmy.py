@@ -7896,7 +7896,7 @@ def constrained(request: GenerateRequest) -> GenerateRequest:
 # What the client speaks, one class an API: it reads a body into a request and turns events into its own documents.
 
 
-@dataclass
+@dataclass(slots=True)
 class Block:
     """A stretch of an answer that is of one kind: a thought, text or a call."""
 
@@ -7904,7 +7904,6 @@ class Block:
     index: int = 0  # in the answer
     call_id: str = ""
     name: str = ""
-    id: str = field(default_factory=lambda: os.urandom(12).hex())  # the block's own, in APIs that give it one
     parts: list[str] = field(default_factory=list)
 
     @property
@@ -7934,15 +7933,7 @@ class Choice:
 
     def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd, words: bool = True) -> None:
         """Takes an event; without `words` neither text nor log probabilities, of which a stream may tell megabytes."""
-        if isinstance(event, ToolResult):
-            self.results.append(event)
-        elif isinstance(event, ChoiceEnd):
-            self.end, self.finish_reason = event, event.finish_reason
-        elif isinstance(event, CallBegan):
-            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
-        elif isinstance(event, CallArguments):
-            self.calls[event.number].parts.append(event.text)
-        else:
+        if isinstance(event, (Text, Thought)):
             kind = "text" if isinstance(event, Text) else "thought"
             if event.text and not (self.blocks and self.blocks[-1].kind == kind):
                 self.blocks.append(Block(kind, len(self.blocks)))
@@ -7950,10 +7941,18 @@ class Choice:
                 self.logprobs += event.logprobs
             if words and event.text:
                 self.blocks[-1].parts.append(event.text)
+        elif isinstance(event, CallBegan):
+            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
+        elif isinstance(event, CallArguments):
+            self.calls[event.number].parts.append(event.text)
+        elif isinstance(event, ToolResult):
+            self.results.append(event)
+        else:
+            self.end, self.finish_reason = event, event.finish_reason
 
     def said(self, kind: str = "text") -> str:
         """All text, or all thoughts."""
-        return "".join(block.text for block in self.blocks if block.kind == kind)
+        return "".join([part for block in self.blocks if block.kind == kind for part in block.parts])
 
     @property
     def calls(self) -> list[Block]:
@@ -7971,7 +7970,7 @@ class Dialect:
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
         self.id, self.created = os.urandom(12).hex(), int(time.time())
-        self.stream = self.streams is not None and optional(body, "stream", boolean, self.streams)
+        self.stream = self.streams is not None and flag(body, "stream", self.streams)
         self.request = self.read(body)
         self.model = self.request.model  # as the request has it, until Queued tells the real id
         self.prompt_tokens = 0  # as Queued tells them
@@ -8131,8 +8130,7 @@ def guided(body: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[str] = ()) -> dict[str, Any]:
     """The request's tool_choice and the tools that may be called, in any API's words. One that is forced must be offered."""
-    if len(functions) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
+    check_length("tools", functions, MAX_TOOLS)
     names = [*(f["function"]["name"] for f in functions), *builtins]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
@@ -8270,7 +8268,7 @@ class ChatCompletion(OpenAI):
         return replace(
             self.common(body, (top or 0) if wanted else None),
             messages=messages,
-            parallel_tool_calls=optional(body, "parallel_tool_calls", boolean, True),
+            parallel_tool_calls=flag(body, "parallel_tool_calls", True),
             continue_final_message=optional(body, "continue_final_message", boolean),
             thinking_budget=None if budget == -1 else budget,
             template_args=read_template_args(body, "reasoning_effort", body.get("reasoning_effort")),
@@ -8294,17 +8292,21 @@ class ChatCompletion(OpenAI):
 
     def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
         """Results of built-in tools are an extension: `tool_calls` would ask the client to run those."""
-        calls = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
-        results = [{name: value for name, value in asdict(r).items() if name != "index"} for r in choice.results]
-        said = {"content": choice.said(), "reasoning_content": choice.said("thought"), "tool_calls": calls,
-                "tool_results": results}  # fmt: skip
-        said = {name: value for name, value in said.items() if value}
-        logprobs = {"content": shown_logprobs(choice.logprobs), "refusal": None}
+        said: dict[str, Any] = {}
+        for block in choice.blocks:
+            if block.kind == "call":
+                said.setdefault("tool_calls", []).append(a_call(block.call_id, block.name, block.text))
+            else:
+                name = "content" if block.kind == "text" else "reasoning_content"
+                said[name] = said.get(name, "") + block.text
+        if choice.results:
+            said["tool_results"] = [{name: value for name, value in asdict(r).items() if name != "index"} for r in choice.results]
+        logprobs, shown = choice.logprobs, None
+        if logprobs or (whole and self.request.sampling.logprobs is not None):
+            shown = {"content": shown_logprobs(logprobs), "refusal": None}
         if not whole:
-            shown = logprobs if choice.logprobs else None
             return {"index": index, "delta": said, "logprobs": shown, "finish_reason": choice.finish_reason}
-        message = {"role": "assistant", "content": None if calls else "", "refusal": None} | said
-        shown = None if self.request.sampling.logprobs is None else logprobs
+        message = {"role": "assistant", "content": None if choice.calls else "", "refusal": None} | said
         return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": shown}
 
 
@@ -8392,7 +8394,7 @@ class Rerank(Embeddings):
             raise InvalidRequest("query is required: what the documents are ranked for", "query")
         documents = read_documents(body.get("documents"))
         self._top = optional(body, "top_n", whole(1), len(documents))
-        self._shown = optional(body, "return_documents", boolean, True)
+        self._shown = flag(body, "return_documents", True)
         return EmbedRequest(optional(body, "model", a_string, "default"), documents, query=body["query"])
 
     def answer(self) -> dict[str, Any]:
@@ -8476,18 +8478,16 @@ CLAUDE_BLOCKS = {  # what messages may hold, by role
     "assistant": ("text", "thinking", "tool_use"),
     "system": ("text",),
 }
-CLAUDE_UNREAD = (  # of tools that Anthropic runs itself, and thoughts that only it can read
-    "redacted_thinking", "server_tool_use", "mcp_tool_use", "mcp_tool_result", "web_search_tool_result", "container_upload",
-    "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result", "compaction", "fallback",
-    "text_editor_code_execution_tool_result", "tool_search_tool_result", "advisor_tool_result",
-)  # fmt: skip
+CLAUDE_UNREAD = re.compile(  # of tools that Anthropic runs itself, and thoughts that only it can read
+    r"\w+_tool_(use|result)|redacted_thinking|container_upload|compaction|fallback")  # fmt: skip
 
 
 def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     """Anthropic's system text and messages, as templates want them."""
     messages, names = listed("messages", body.get("messages")), dict[str, str]()
-    if not 0 < len(messages) <= MAX_MESSAGES:
-        raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
+    check_length("messages", messages, MAX_MESSAGES)
+    if not messages:
+        raise InvalidRequest("messages must be a list of at least one message", "messages")
     system = flat_content("system", given(body, "system", ""), ("text",), "\n\n", newest=True)
     turns = [{"role": "system", "content": system}] if system else []
     newest = newest_turn([message for _, message in messages if not is_results(message.get("content"))])
@@ -8504,7 +8504,8 @@ def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], 
     role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
     texts, thoughts, calls, results = list[Any](), list[str](), list[Any](), list[Any]()
     for place, block in listed(f"{where}.content", [{"type": "text", "text": content}] if isinstance(content, str) else content):
-        if (kind := block.get("type")) in CLAUDE_UNREAD:
+        kind = a_string(f"{place}.type", block.get("type"))
+        if CLAUDE_UNREAD.fullmatch(kind):
             continue
         one_of(f"{place}.type", kind, CLAUDE_BLOCKS[role])
         if kind == "thinking":
@@ -8645,12 +8646,8 @@ def claude_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
 
 
-HOSTED_ITEMS = (  # what tools of OpenAI's own did: those tools are left out here, and their traces too
-    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
-    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
-    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
-    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
-)  # fmt: skip
+HOSTED_ITEM = re.compile(  # what tools of OpenAI's own did: those tools are left out here, and their traces too
+    r"\w+_call(_output)?|mcp_\w+|tool_search_\w+|program(_output)?|compaction(_trigger)?|context_compaction")  # fmt: skip
 RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
@@ -8661,24 +8658,19 @@ class ResponseInput:
         self.functions: list[dict[str, Any]] = []
         self.freeform: set[str] = set()  # names of the functions that stand for tools whose input is any text
         self.turns: list[dict[str, Any]] = []
-        self._known: dict[str, dict[str, str]] = {}  # tools by their names in the prompt, as the client names them
+        self.known: dict[str, dict[str, str]] = {}  # tools by their names in the prompt: the client's name and namespace
         self._called: dict[str, str] = {}  # names of calls, by id
         self._add_tools("tools", given(body, "tools", []))
         if instructions := optional(body, "instructions", a_string):
             self.turns.append({"role": "system", "content": instructions})
         said = body.get("input")
         items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
-        if len(items) > MAX_MESSAGES:
-            raise InvalidRequest(f"input may hold up to {MAX_MESSAGES} items, not {len(items)}", "input")
+        check_length("input", items, MAX_MESSAGES)
         self._newest = newest_turn([item for _, item in items])
         for where, item in items:
             self._add(where, item)
         if not items or not self.turns:
             raise InvalidRequest("input holds nothing that a model here could read", "input")
-
-    def client_name(self, name: str) -> dict[str, str]:
-        """The name and namespace of the tool that the model calls by this name."""
-        return self._known.get(name, {"name": name})
 
     def _add_tools(self, where: str, tools: Any, space: str = "") -> None:
         """Reads a list of tools; those that OpenAI's own server runs are left out."""
@@ -8689,7 +8681,7 @@ class ResponseInput:
             elif kind in ("function", "custom"):
                 name = a_string(f"{place}.name", tool.get("name"))
                 full = joined_name(space, name)
-                self._known[full] = {"name": name} | ({"namespace": space} if space else {})
+                self.known[full] = {"name": name} | ({"namespace": space} if space else {})
                 self.freeform |= {full} if kind == "custom" else set()
                 shown = self._freeform(place, tool) if kind == "custom" else tool
                 schema = an_object(f"{place}.parameters", given(shown, "parameters", {}))
@@ -8709,15 +8701,13 @@ class ResponseInput:
 
     def _add(self, where: str, item: Mapping[str, Any]) -> None:
         """Reads one item."""
-        kind = given(item, "type", "message")
-        if kind in HOSTED_ITEMS:
-            return
-        read = {
+        kind, read = a_string(f"{where}.type", given(item, "type", "message")), {
             "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
             "custom_tool_call": self._call, "function_call_output": self._output, "custom_tool_call_output": self._output,
             "additional_tools": lambda where, item: self._add_tools(f"{where}.tools", item.get("tools")),
         }  # fmt: skip
-        read[one_of(f"{where}.type", kind, read)](where, item)
+        if kind in read or not HOSTED_ITEM.fullmatch(kind):
+            read[one_of(f"{where}.type", kind, read)](where, item)
 
     def _assistant(self, *but: str) -> dict[str, Any]:
         """The assistant's turn that goes on, unless it has one of these fields already; else a new one."""
@@ -8802,7 +8792,7 @@ class Responses(BlockDialect):
         return GenerateRequest(
             model=optional(body, "model", a_string, "default"),
             messages=tuple(self._input.turns),
-            parallel_tool_calls=optional(body, "parallel_tool_calls", boolean, True),
+            parallel_tool_calls=flag(body, "parallel_tool_calls", True),
             continue_final_message=False,
             template_args=read_template_args(body, "reasoning.effort", reasoning.get("effort")),
             sampling=Sampling.from_json({**body, "max_tokens": None}, max_tokens=limit, json_schema=schema),
@@ -8828,23 +8818,20 @@ class Responses(BlockDialect):
         self._sent += 1
         return {"type": f"response.{kind}", "sequence_number": self._sent - 1, **fields}
 
-    def _announcement(self) -> Iterator[dict[str, Any]]:
-        """The first event must be `created`, also while the model loads."""
-        if not self._sent:
-            yield self._event("created", response=self._response("in_progress"))
-
     def idle(self) -> dict[str, Any]:
-        return next(self._announcement(), None) or self._event("in_progress", response=self._response("in_progress"))
+        """The first event must be `created`, also while the model loads."""
+        return self._event("in_progress" if self._sent else "created", response=self._response("in_progress"))
 
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
-        yield from self._announcement()
-        said = {"code": error.code, "message": str(error)}
-        yield self._event("failed", response=self._response("failed") | {"error": said})
+        if not self._sent:
+            yield self.idle()
+        yield self._event("failed", response=self._response("failed", error={"code": error.code, "message": str(error)}))
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
         if isinstance(event, Queued):
-            yield from self._announcement()
-            yield self._event("in_progress", response=self._response("in_progress"))
+            if not self._sent:
+                yield self.idle()
+            yield self.idle()
         yield from super().chunks(event)
         if isinstance(event, Usage):
             response = self.document()
@@ -8887,7 +8874,7 @@ class Responses(BlockDialect):
         return "freeform" if block.kind == "call" and block.name in self._input.freeform else block.kind
 
     def _id(self, block: Block) -> str:
-        return f"{self.KINDS[self._kind(block)][0]}_{block.id}"
+        return f"{self.KINDS[self._kind(block)][0]}_{self.id}{block.index:02x}"
 
     def _status(self, block: Block) -> str:
         cut = self.choices[0].finish_reason == "length" and block is self.choices[0].blocks[-1]
@@ -8901,7 +8888,8 @@ class Responses(BlockDialect):
             sealed = base64.b64encode(block.text.encode("utf-8", "replace")).decode()
             return {"id": self._id(block), "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
                     "content": [{"type": "reasoning_text", "text": block.text}]}  # fmt: skip
-        call = {"id": self._id(block), "call_id": block.call_id, **self._input.client_name(block.name), "status": status}
+        known = self._input.known.get(block.name, {"name": block.name})
+        call = {"id": self._id(block), "call_id": block.call_id, **known, "status": status}
         if block.name in self._input.freeform:
             written = block.arguments().get("input")  # else the arguments stay as they are
             return call | {"type": "custom_tool_call", "input": written if isinstance(written, str) else block.text}
@@ -8910,13 +8898,14 @@ class Responses(BlockDialect):
     def document(self) -> dict[str, Any]:
         """The response at its end."""
         cut = self.choices[0].finish_reason == "length"
-        response = self._response("incomplete" if cut else "completed")
-        response["output"] = [self._item(b, self._status(b)) for b in self.choices[0].blocks]
-        return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
+        output = [self._item(block, self._status(block)) for block in self.choices[0].blocks]
+        why = {"reason": "max_output_tokens"} if cut else None
+        return self._response("incomplete" if cut else "completed", output=output, incomplete_details=why)
 
-    def _response(self, status: str) -> dict[str, Any]:
-        state = {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": list[Any]()}
-        return self._fixed | state | {"usage": self._usage(), "store": False, "background": False, "previous_response_id": None}
+    def _response(self, status: str, **more: Any) -> dict[str, Any]:
+        state = {"status": status, "error": None, "incomplete_details": None, "model": self.model, "output": list[Any](),
+                 "usage": self._usage(), "store": False, "background": False, "previous_response_id": None}  # fmt: skip
+        return self._fixed | state | more
 
     def _usage(self) -> dict[str, Any] | None:
         if self.usage is None:
@@ -9106,32 +9095,26 @@ class OllamaChat(Ollama):
     """`/api/chat`."""
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        tools = optional(body, "tools", one_type(list, "a list"), [])
-        typed = [{"type": "function", **tool} if isinstance(tool, dict) else tool for tool in tools]
-        functions, builtins = read_tools({"tools": typed})
-        messages = optional(body, "messages", one_type(list, "a list"), [])
-        return replace(super().read(body), messages=self._messages(messages), tools=functions, builtins=builtins,
-                       split_markers=True)  # fmt: skip
+        tools = [{"type": "function", **tool} for _, tool in listed("tools", given(body, "tools", []))]
+        functions, builtins = read_tools({"tools": tools})
+        return replace(super().read(body), messages=self._messages(body), tools=functions, builtins=builtins, split_markers=True)
 
     @staticmethod
-    def _messages(messages: list[Any]) -> tuple[dict[str, Any], ...] | None:
+    def _messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         """The messages as templates want them. Calls have no ids in this API: results follow in the order of the calls."""
-        read, count, called, newest = [], itertools.count(), deque[str](), newest_turn(messages)
-        for i, message in enumerate(messages):
-            where = f"messages[{i}]"
-            images = ollama_images(f"{where}.images", an_object(where, message), message is newest)
-            calls = [
-                {"id": f"call{next(count):05d}", **call} if isinstance(call, dict) else call
-                for call in optional(message, "tool_calls", one_type(list, "a list"), [])
-            ]
-            turn = {**message, "tool_calls": calls, "reasoning_content": message.get("thinking")}
-            text = flat_content(f"{where}.content", "" if message.get("content") is None else message["content"])
-            turn["content"] = with_note(text, images)
-            turn["name"] = message.get("name") if message.get("tool_name") is None else message["tool_name"]
+        read, count, called = [], itertools.count(), deque[str]()
+        messages = listed("messages", given(body, "messages", []))
+        newest = newest_turn([message for _, message in messages])
+        for where, message in messages:
+            calls = listed(f"{where}.tool_calls", given(message, "tool_calls", []))
+            named = [{"id": f"call{next(count):05d}", **call} for _, call in calls]
+            images = ollama_images(f"{where}.images", message, message is newest)
+            text = with_note(flat_content(f"{where}.content", given(message, "content", "")), images)
+            turn = {**message, "tool_calls": named, "content": text, "name": given(message, "tool_name", message.get("name"))}
             if message.get("role") == "tool" and message.get("tool_call_id") is None and called:
                 turn["tool_call_id"] = called.popleft()
             read.append(turn)
-            called.extend(str(call.get("id")) for call in calls if isinstance(call, dict))
+            called.extend(str(call["id"]) for call in named)
         return read_messages({"messages": read or None})
 
     def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
@@ -9173,7 +9156,7 @@ class OllamaEmbed(OllamaRoute, Embeddings):
             **self.common(body),
             inputs=() if given in (None, "", []) else read_texts("input", given, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
-            truncate=optional(body, "truncate", boolean, True),
+            truncate=flag(body, "truncate", True),
         )
 
     def document(self) -> dict[str, Any]:
@@ -9260,10 +9243,16 @@ def parameter_number(words: str | None) -> int | None:
     return int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]) if found else None
 
 
-def context_of(service: Service, info: ModelInfo, resident: Worker | None) -> int:
+def worker_of(service: Service, info: ModelInfo) -> Worker | None:
+    """The model as it is loaded, if it is."""
+    return next((worker for worker in service.table.workers() if worker.info.id == info.id), None)
+
+
+def context_of(service: Service, info: ModelInfo) -> int:
     """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
     own = info.context_length or 8192
-    return resident.loaded.ctx if resident else min(service.settings.engine.ctx or min(own, 8192), own)
+    worker = worker_of(service, info)
+    return worker.loaded.ctx if worker else min(service.settings.engine.ctx or min(own, 8192), own)
 
 
 def template_of(metadata: Mapping[str, Any]) -> str:
@@ -9285,7 +9274,7 @@ def ollama_model(info: ModelInfo) -> dict[str, Any]:
             "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
 
 
-def ollama_show(info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
+def ollama_show(service: Service, info: ModelInfo) -> dict[str, Any]:
     """The document of `/api/show`."""
     metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
@@ -9297,24 +9286,24 @@ def ollama_show(info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     return {
         "modelfile": f"FROM {os.path.basename(info.path)}\n", "parameters": "", "template": template_of(metadata),
         "license": str(metadata.get("general.license") or ""), "modified_at": listed["modified_at"],
-        "details": listed["details"], "model_info": told, "capabilities": capabilities(info, metadata, resident),
+        "details": listed["details"], "model_info": told, "capabilities": capabilities(info, metadata, worker_of(service, info)),
     }  # fmt: skip
 
 
-def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Worker | None) -> list[str]:
+def capabilities(info: ModelInfo, metadata: Mapping[str, Any], worker: Worker | None) -> list[str]:
     """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
     if info.embedding:
         return ["embedding"]
     template = template_of(metadata)
-    fills = "tokenizer.ggml.fim_mid_token_id" in metadata or bool(resident and "mid" in resident.loaded.chat.fim)
+    fills = "tokenizer.ggml.fim_mid_token_id" in metadata or bool(worker and "mid" in worker.loaded.chat.fim)
     thinks = re.search(r"enable_thinking|reasoning_content|<think>|thinking", template) is not None
     can = {"completion": True, "tools": re.search(r"\btools\b", template) is not None, "thinking": thinks, "insert": fills}
     return [name for name, is_so in can.items() if is_so]
 
 
-def listed_model(service: Service, info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
+def listed_model(service: Service, info: ModelInfo) -> dict[str, Any]:
     """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
-    context, began = context_of(service, info, resident), int(service.started)
+    context, began = context_of(service, info), int(service.started)
     return {
         "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
         "type": "model", "display_name": info.name, "created_at": rfc3339(began),
@@ -9324,16 +9313,16 @@ def listed_model(service: Service, info: ModelInfo, resident: Worker | None) -> 
     }  # fmt: skip
 
 
-def model_properties(service: Service, info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
+def model_properties(service: Service, info: ModelInfo) -> dict[str, Any]:
     """llama-server's `/props`; nothing is loaded for it, and no directory is told."""
-    context, metadata = context_of(service, info, resident), model_metadata(info)
-    tools = "tools" in capabilities(info, metadata, resident)
+    worker, metadata = worker_of(service, info), model_metadata(info)
+    tools = "tools" in capabilities(info, metadata, worker)
     caps = {"supports_system_role": True} | {f"supports_{what}": tools for what in ("tools", "tool_calls", "parallel_tool_calls")}
     return {
-        "default_generation_settings": {"n_ctx": context}, "total_slots": service.settings.engine.parallel,
+        "default_generation_settings": {"n_ctx": context_of(service, info)}, "total_slots": service.settings.engine.parallel,
         "model_alias": info.id, "model_path": os.path.basename(info.path), "chat_template": template_of(metadata),
         "chat_template_caps": caps,
-        "modalities": {"vision": False, "audio": False}, "build_info": f"shimmy-{__version__}", "is_sleeping": resident is None,
+        "modalities": {"vision": False, "audio": False}, "build_info": f"shimmy-{__version__}", "is_sleeping": worker is None,
     }  # fmt: skip
 
 
@@ -9844,10 +9833,6 @@ class Wire:
     def end(self) -> None:
         """The answer is complete."""
 
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        """The error, in its dialect's shape; the last that is sent."""
-        raise NotImplementedError
-
 
 class HttpWire(Wire):
     """One JSON document with its status, or documents in a Framing behind a head that goes out when the answer begins."""
@@ -9875,10 +9860,11 @@ class HttpWire(Wire):
             self._out.write(self._framing.done, last=True)
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
+        """Sends the error, in its dialect's shape, as the answer or as the end of it."""
         if self._framing and self.begun:
             self._out.write(self._framing.encode(document), last=True)
         else:
-            self._out.respond(Answer(document, error.status, dict(error.headers)))
+            self._out.respond(Answer(document, error.status, error.headers))
 
 
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
@@ -9979,8 +9965,8 @@ class Call:
 
 def answer_health(call: Call) -> dict[str, Any]:
     """The server's state; llama-server's older clients read the counts of slots."""
-    residents = call.service.table.workers()
-    running, places = sum(r.counts()[0] for r in residents), sum(r.loaded.parallel for r in residents)
+    workers = call.service.table.workers()
+    running, places = sum(w.counts()[0] for w in workers), sum(w.loaded.parallel for w in workers)
     return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
 
 
@@ -10011,16 +9997,9 @@ def answer_upgrade(call: Call) -> NoReturn:
 
 def answer_openai_models(call: Call) -> dict[str, Any]:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    residents = {r.info.id: r for r in call.service.table.workers()}
-    data = [listed_model(call.service, info, residents.get(info.id)) for info in call.service.table.infos()]
+    data = [listed_model(call.service, info) for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return {"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})}
-
-
-def known_model(call: Call, name: str) -> tuple[ModelInfo, Worker | None]:
-    """A model by any name that means it, and as it is loaded, if it is."""
-    info = call.service.table.info(name, call.cancel)
-    return info, next((r for r in call.service.table.workers() if r.info.id == info.id), None)
 
 
 # Ollama's and llama-server's routes that generate nothing
@@ -10043,7 +10022,7 @@ def answer_show(call: Call) -> dict[str, Any]:
     name = first_given(parse_object(call.body), a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    return ollama_show(*known_model(call, name))
+    return ollama_show(call.service, call.service.table.info(name, call.cancel))
 
 
 def answer_slots(call: Call) -> list[dict[str, Any]]:
@@ -10065,9 +10044,8 @@ def answer_tokenize(call: Call) -> dict[str, Any]:
     """A text's tokens, with `with_pieces` also what they stand for: a string, or bytes where that is no whole character."""
     body = parse_object(call.body)
     content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
-    if len(content) > MAX_TOKENIZED:
-        raise InvalidRequest(f"content may have up to {MAX_TOKENIZED} characters, not {len(content)}", "content")
-    job = Tokenize(content, flag(body, "add_special"), optional(body, "parse_special", boolean, True), pieces)
+    check_length("content", content, MAX_TOKENIZED)
+    job = Tokenize(content, flag(body, "add_special"), flag(body, "parse_special", True), pieces)
     tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
     named = zip(tokens.ids, tokens.pieces, strict=False)
     return {"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)}
@@ -10087,8 +10065,7 @@ def answer_detokenize(call: Call) -> dict[str, Any]:
     ids: Any = body.get("tokens")
     if ids != [] and not is_ids(ids):
         raise InvalidRequest(f"tokens must be a list of token ids, not {_said(ids)}", "tokens")
-    if len(ids) > MAX_TOKENIZED // 4:
-        raise InvalidRequest(f"tokens may hold up to {MAX_TOKENIZED // 4} token ids, not {len(ids)}", "tokens")
+    check_length("tokens", ids, MAX_TOKENIZED // 4)
     job = Tokenize(tuple(ids), pieces=True)
     tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
     return {"content": b"".join(tokens.pieces).decode("utf-8", "replace")}
@@ -10172,7 +10149,8 @@ ROUTES = (
         "input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
-    *_route("GET /v1/models/{}", lambda call: listed_model(call.service, *known_model(call, call.names[0])), api="openai"),
+    *_route("GET /v1/models/{}", api="openai", answer=lambda call: listed_model(
+        call.service, call.service.table.info(call.names[0], call.cancel))),
     *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
     *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
     *_route("GET /api/ps", answer_ps, api="ollama"),
@@ -10188,7 +10166,7 @@ ROUTES = (
     *_route("POST /apply-template", needs_body=True, api="llama-server", answer=lambda call: {
         "prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)}),
     *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
-        call.service, *known_model(call, call.query.get("model", "default")))),
+        call.service, call.service.table.info(call.query.get("model", "default"), call.cancel))),
     *_route("GET /slots", answer_slots, api="llama-server"),
     *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
 )  # fmt: skip
@@ -10337,7 +10315,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Answers one request; true if the connection ends behind it."""
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
-        self.wire: Wire = HttpWire(self.out)
+        self.wire = HttpWire(self.out)
         run_request(self._answer_request, self.out.line, self.fail, self.leave)
         self.reader.release()
         self._count()
