@@ -26,13 +26,14 @@ from its template. What the engine computes: a Job, which a Submit carries.
 
 Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in
 a helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone
-imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says is
-not trusted. In the child one thread receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine
-takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader). A child
-ends with its pipe, however the parent went; on Linux an engine ends with the thread that starts them all, even while it
-is stopped. A crash in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran
-there, and while a model loads, the Ladder loads it again with less. HTTP threads are one a connection and block. The
-watcher thread notices clients that leave. The ws thread runs asyncio and starts with the first upgrade.
+imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says
+is not trusted. In the child one thread receives, one tokenizes, one reads grammars that take long (Intake) and one
+beats; the main thread alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and
+reads long prompts aside (PromptReader). A child ends with its pipe, however the parent went; on Linux an engine ends
+with the thread that starts them all, even while it is stopped. A crash in native code ends one child, and a Heartbeat
+that stops has it killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
+HTTP threads are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio
+and starts with the first upgrade.
 """
 from __future__ import annotations
 
@@ -84,33 +85,25 @@ def _bytecode_prefix(path: str) -> str:
     """A value for sys.pycache_prefix: "" is beside the file, os.devnull is nowhere."""
     from importlib.util import cache_from_source
 
-    beside = os.path.dirname(cache_from_source(path))
-    source = os.stat(path)
+    source, cached, own = os.stat(path), cache_from_source(path), os.path.join(user_cache(), "bytecode")
     if time.time() - source.st_mtime < 2.0:  # bytecode knows the second of its source: another change may come within it
         return os.devnull
-    owners = {0, source.st_uid}  # who may change the bytecode must be who may change the file
-    folder = beside if os.path.isdir(beside) else os.path.dirname(path)
-    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted(folder, owners, beside)):
+    folder = os.path.dirname(cached) if os.path.isdir(os.path.dirname(cached)) else os.path.dirname(path)
+    # who may change the bytecode must be who may change the file
+    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted({0, source.st_uid}, folder, cached)):
         return ""
-    own = os.path.join(user_cache(), "bytecode")
     try:
         os.makedirs(own, mode=0o700, exist_ok=True)
     except OSError:
         return os.devnull
-    return own if _trusted(own, set(), own) else os.devnull
+    return own if _trusted(set(), own) else os.devnull
 
 
-def _trusted(folder: str, owners: set[int], cache: str) -> bool:
-    """True if only `owners` and we can write the folder, and this file's bytecode in `cache`."""
-    if not os.access(folder, os.W_OK):
-        return False
-    stem = os.path.splitext(os.path.basename(__file__))[0]
-    try:
-        inside = [os.path.join(cache, n) for n in os.listdir(cache) if n.startswith(stem)] if os.path.isdir(cache) else []
-        found = [os.stat(f) for f in (folder, *inside)]
-    except OSError:
-        return False
-    return os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+def _trusted(owners: set[int], folder: str, *files: str) -> bool:
+    """True if only `owners` and we can write the folder, and those of the files that exist."""
+    found = [os.stat(path) for path in (folder, *files) if os.path.exists(path)]
+    ours = os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+    return ours and os.access(folder, os.W_OK)
 
 
 def user_cache() -> str:
@@ -122,7 +115,7 @@ def user_cache() -> str:
 
 
 def restart_from_bytecode() -> None:
-    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 25 MB, while it runs.
+    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 57 MB, while it runs.
 
     Only a server lives long enough for that to matter more than the 15 ms it takes.
     """
@@ -177,10 +170,9 @@ import stat
 import struct
 import threading
 import urllib.parse
-import weakref
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
@@ -245,25 +237,35 @@ MAX_PULLS = 4  # that clients may have running at once; more would only share th
 HUB = "https://huggingface.co"
 
 
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "overloaded_error"}
+
+
 class ApiError(Exception):
     """An answer that is an error: status, code, message, details and the field at fault (`param`)."""
 
     status = 500
     code = "server_error"
-    kind = "server_error"  # OpenAI's `type`
     message = "The server met an error"
+    param: str | None = None
+    headers: Mapping[str, str] = {}  # of the response
     sizes: tuple[int, ...] = ()  # what was too large, and the most it may be
 
-    def __init__(self, details: str = "", message: str | None = None, param: str | None = None) -> None:
+    def __init_subclass__(cls, **shape: Any) -> None:
+        for name, value in shape.items():
+            setattr(cls, name, value)
+
+    def __init__(self, details: str = "", message: str | None = None, param: str | None = None, hint: str = "") -> None:
         super().__init__(details)
-        self.message, self.details, self.param = message or self.message, details, param
+        self.message, self.details, self.param = message or self.message, details, param or self.param
+        self.hint = hint  # what the caller could name instead
 
     def __str__(self) -> str:
-        return f"{self.message}: {self.details}" if self.details else self.message
+        return (f"{self.message}: {self.details}" if self.details else self.message) + self.hint
 
-    def headers(self) -> dict[str, str]:
-        """Extra response headers, e.g. Allow or Retry-After."""
-        return {}
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type`."""
+        return ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def document(self, openai: bool = False) -> dict[str, Any]:
         """The error object of every route. OpenAI's routes add `type` and `param`; its packages show only `message`, so
@@ -274,10 +276,8 @@ class ApiError(Exception):
         return {"error": {"code": self.code, "message": self.message, "details": self.details}}
 
 
-class InvalidRequest(ApiError):
+class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
     """The request is wrong; message says what to change, param names the field."""
-
-    status, code, kind, message = 400, "invalid_request", "invalid_request_error", "The request is invalid"
 
     def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
         super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
@@ -287,82 +287,47 @@ class InvalidRequest(ApiError):
         return self.message
 
 
-class ContextLengthExceeded(ApiError):
+class ContextLengthExceeded(
+    ApiError, status=400, code="context_length_exceeded", message="The prompt does not fit the model's context"
+):
     """The prompt leaves no room for a token; details give both numbers, `sizes` too: its tokens, and the most there may be."""
 
-    status, code, kind = 400, "context_length_exceeded", "invalid_request_error"
-    message = "The prompt does not fit the model's context"
 
-
-class Unauthorized(ApiError):
+class Unauthorized(ApiError, status=401, code="unauthorized", message="A valid API key is required",
+                   headers={"WWW-Authenticate": "Bearer"}):  # fmt: skip
     """The key is missing or wrong."""
 
-    status, code, kind, message = 401, "unauthorized", "authentication_error", "A valid API key is required"
 
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
-
-
-class Forbidden(ApiError):
+class Forbidden(ApiError, status=403, code="forbidden", message="The request is not allowed"):
     """A foreign Host or Origin."""
 
-    status, code, kind, message = 403, "forbidden", "permission_error", "The request is not allowed"
 
-
-class NotFound(ApiError):
+class NotFound(ApiError, status=404, code="not_found", message="There is nothing at this address"):
     """No such route, or no such tool."""
 
-    status, code, kind, message = 404, "not_found", "not_found_error", "There is nothing at this address"
 
-
-class ModelNotFound(ApiError):
+class ModelNotFound(ApiError, status=404, code="model_not_found", message="The specified model was not found", param="model"):
     """No model has this name."""
 
-    status, code, kind, message = 404, "model_not_found", "not_found_error", "The specified model was not found"
 
-    def __init__(
-        self, details: str = "", message: str | None = None, param: str | None = "model", hint: str = ""
-    ) -> None:
-        super().__init__(details, message, param)
-        self.hint = hint  # what the caller could name instead
-
-    def __str__(self) -> str:
-        return super().__str__() + self.hint
-
-
-class MethodNotAllowed(ApiError):
+class MethodNotAllowed(ApiError, status=405, code="method_not_allowed", message="The method is not allowed here"):
     """The route exists, for other methods."""
 
-    status, code, kind = 405, "method_not_allowed", "invalid_request_error"
-    message = "The method is not allowed here"
-
     def __init__(self, method: str, allow: Iterable[str]) -> None:
-        self.allow = ", ".join(sorted(allow))
-        super().__init__(f"{method[:20]} is not allowed; allowed are {self.allow}")
-
-    def headers(self) -> dict[str, str]:
-        return {"Allow": self.allow}
+        self.headers = {"Allow": ", ".join(sorted(allow))}
+        super().__init__(f"{method[:20]} is not allowed; allowed are {self.headers['Allow']}")
 
 
-class PayloadTooLarge(ApiError):
+class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="The body is too large"):
     """A body beyond MAX_BODY."""
 
-    status, code, kind, message = 413, "payload_too_large", "invalid_request_error", "The body is too large"
 
-
-class Overloaded(ApiError):
+class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again", headers={"Retry-After": "2"}):
     """The queue, the models or the connections are at their bound; try again."""
 
-    status, code, kind, message = 503, "overloaded", "overloaded_error", "The server is busy, try again"
 
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": "2"}
-
-
-class GenerationFailed(ApiError):
+class GenerationFailed(ApiError, code="generation_failed", message="Text generation failed"):
     """The engine could not load, or broke off."""
-
-    code, message = "generation_failed", "Text generation failed"
 
 
 class Cancelled(Exception):
@@ -375,29 +340,24 @@ ERRORS: dict[str, Callable[..., ApiError]] = {  # by the code that crosses the p
 
 
 class Cancellation:
-    """Cancels one request; callbacks wake its waiters. Any thread may cancel."""
+    """Cancels one request; callbacks wake its waiters, and may run more than once. Any thread may cancel."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self.cancelled = False
         self.gently = False  # the client still listens: let the engine say how far it came
 
     def cancel(self, gently: bool = False) -> None:
         """Ends the request now; gently: with the engine's own end, whose finish_reason is cancelled."""
-        with self._lock:
-            callbacks = list(self._callbacks)
-            self.cancelled, self.gently = True, gently
-        for callback in callbacks:
+        self.gently, self.cancelled = gently, True
+        for callback in list(self._callbacks):
             callback()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Runs `callback` on cancel; immediately if already cancelled."""
-        with self._lock:
-            if not self.cancelled:
-                self._callbacks.append(callback)
-                return
-        callback()
+        self._callbacks.append(callback)
+        if self.cancelled:
+            callback()
 
     def check(self) -> None:
         """Raises Cancelled when the request has been cancelled."""
@@ -406,8 +366,7 @@ class Cancellation:
 
 
 # ── 2. Requests and events ────────────────────────────────────────────────────────────────────────────────────────────
-# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end
-# here.
+# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end here.
 
 Check = Callable[[str, Any], Any]
 
@@ -424,25 +383,23 @@ def number(low: float, high: float) -> Check:
     """Accepts a number from `low` to `high`."""
 
     def check(name: str, value: Any) -> float:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        if not fine:
+        if type(value) not in (int, float) or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {_said(value)}", name)
         return float(value)
 
     return check
 
 
-def whole(low: int | None = None, high: int | None = None) -> Check:
+def whole(low: float = -math.inf, high: float = math.inf) -> Check:
     """Accepts a whole number within the bounds given; 100.0 counts as whole, as JavaScript clients may write it."""
-    bounds = {(True, True): "", (False, True): f" ≥ {low}"}.get((low is None, high is None), f" from {low} to {high}")
+    bounds = f" from {low} to {high}" if high < math.inf else f" ≥ {low}" if low > -math.inf else ""
 
     def check(name: str, value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        fine = isinstance(value, int) and not isinstance(value, bool)
-        if not fine or (low is not None and value < low) or (high is not None and value > high):
+        if type(value) is not int or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a whole number{bounds}, not {_said(value)}", name)
-        return int(value)
+        return value
 
     return check
 
@@ -476,24 +433,23 @@ a_string = one_type(str, "a string")
 an_object = one_type(dict, "an object")
 
 
-def stops(name: str, value: Any) -> tuple[str, ...]:
-    """A string or a list of strings; empty ones would stop everything at once and are left out."""
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or len(listed) > MAX_STOPS or not all(isinstance(s, str) for s in listed):
-        raise InvalidRequest(f"{name} must be a string or a list of up to {MAX_STOPS} strings, not {_said(value)}", name)
-    if any(len(s) > MAX_STOP for s in listed):
-        raise InvalidRequest(f"{name} may have up to {MAX_STOP} characters, not {max(map(len, listed))}", name)
-    return tuple(s for s in listed if s)
+def strings(most: int, size: int, unit: str) -> Check:
+    """Accepts a string or a list of strings, each of up to `size` characters or bytes; empty ones are left out."""
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or len(listed) > most or not all(isinstance(s, str) for s in listed):
+            raise InvalidRequest(f"{name} must be a string or a list of up to {most} strings, not {_said(value)}", name)
+        longest = max((len(s.encode() if unit == "bytes" else s) for s in listed), default=0)
+        if longest > size:
+            raise InvalidRequest(f"{name} may have up to {size} {unit} each, not {longest}", name)
+        return tuple(filter(None, listed))
+
+    return check
 
 
-def breakers(name: str, value: Any) -> tuple[str, ...]:
-    """The strings that DRY's repetitions do not reach across."""
-    if not isinstance(value, list) or len(value) > MAX_BREAKERS or not all(isinstance(s, str) for s in value):
-        raise InvalidRequest(f"{name} must be a list of up to {MAX_BREAKERS} strings, not {_said(value)}", name)
-    longest = max((len(s.encode()) for s in value), default=0)
-    if longest > MAX_BREAKER:
-        raise InvalidRequest(f"{name} may have up to {MAX_BREAKER} bytes each, not {longest}", name)
-    return tuple(s for s in value if s)
+stops = strings(MAX_STOPS, MAX_STOP, "characters")
+breakers = strings(MAX_BREAKERS, MAX_BREAKER, "bytes")
 
 
 def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
@@ -503,20 +459,11 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """
     pairs = list(value.items()) if isinstance(value, dict) else value
     paired = isinstance(pairs, list) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
-    if not paired or len(pairs) > MAX_BIASES or not all(map(_is_token_id, (token for token, _ in pairs))):
+    if not paired or len(pairs) > MAX_BIASES or not all(re.fullmatch("0*[0-9]{1,10}", str(token)) for token, _ in pairs):
         forms = f"an object of up to {MAX_BIASES} token ids, or a list of pairs of a token id and its bias"
         raise InvalidRequest(f"{name} must be {forms}, not {_said(value)}", name)
     check = number(-100, 100)
-    return tuple(
-        (int(str(t).lstrip("0")[:10] or 0), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
-    )
-
-
-def _is_token_id(value: Any) -> bool:
-    """A whole number from 0, or its digits: JSON's keys are strings."""
-    if isinstance(value, str):
-        return value.isascii() and value.isdigit()
-    return type(value) is int and 0 <= value < 1 << 31
+    return tuple((int(t), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs)
 
 
 def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
@@ -657,44 +604,35 @@ class EmbedRequest:
     engine: Mapping[str, Any] = field(default_factory=dict)  # as GenerateRequest has it
 
 
-def read_inputs(value: Any, may_be_empty: bool = False) -> tuple[str | tuple[int, ...], ...]:
-    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids.
+def read_texts(name: str, value: Any, most: int, may_be_empty: bool = True) -> tuple[str | tuple[int, ...], ...]:
+    """Prompts or inputs: a string, token ids, or a list of strings and of token ids, at most so many.
 
-    OpenAI refuses an empty one; Ollama makes a vector of it when it is in a list (EmbedHandler in server/routes.go).
+    OpenAI refuses empty ones to embed; Ollama makes vectors of those in a list (EmbedHandler in server/routes.go).
     """
-    wrong = InvalidRequest("input must be a string, a list of strings, token ids, or a list of lists of token ids", "input")
-    listed = [value] if isinstance(value, str) or _is_ids(value) else value
-    if not isinstance(listed, list) or not listed:
-        raise wrong
-    if len(listed) > MAX_INPUTS:
-        raise InvalidRequest(f"input may hold up to {MAX_INPUTS} inputs, not {len(listed)}", "input")
-    for index, each in enumerate(listed):
-        if each in ("", []) and not may_be_empty:
-            raise InvalidRequest(f"input[{index}] is empty: each input needs some text", "input")
-        if not (isinstance(each, str) or _is_ids(each)) or type(each) is not type(listed[0]):
-            raise wrong
-    return tuple(each if isinstance(each, str) else tuple(each) for each in listed)
+    texts = [value] if isinstance(value, str) or is_ids(value) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) or is_ids(t) or t == [] for t in texts):
+        raise InvalidRequest(f"{name} must be a string, token ids, or a list of strings or of lists of token ids", name)
+    check_length(name, texts, most)
+    for index, text in enumerate(texts):
+        if text == [] or (text == "" and not may_be_empty):
+            raise InvalidRequest(f"{name}[{index}] is empty: each needs some text", name)
+    return tuple(text if isinstance(text, str) else tuple(text) for text in texts)
 
 
 def read_documents(value: Any) -> tuple[str, ...]:
     """The documents to rank: strings, or objects with a text."""
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest('documents is required: a list of strings, or of objects {"text": ...}', "documents")
-    if len(value) > MAX_INPUTS:
-        raise InvalidRequest(f"documents may hold up to {MAX_INPUTS} documents, not {len(value)}", "documents")
-    texts: list[str] = []
-    for index, each in enumerate(value):
-        text = each.get("text") if isinstance(each, dict) else each
-        if not isinstance(text, str):
-            raise InvalidRequest(f'documents[{index}] must be a string or {{"text": ...}}, not {_said(each)}', "documents")
-        texts.append(text)
+    parts = value if isinstance(value, list) else []
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest('documents must be a list of strings, or of objects {"text": ...}', "documents")
+    check_length("documents", texts, MAX_INPUTS)
     return tuple(texts)
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false; false when absent."""
-    value = body.get(name)
-    return False if value is None else bool(boolean(name, value))
+def check_length(name: str, value: Seq[Any], most: int) -> None:
+    """Raises InvalidRequest for a list that is too long."""
+    if len(value) > most:
+        raise InvalidRequest(f"{name} may hold up to {most}, not {len(value)}", name)
 
 
 def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = None) -> Any:
@@ -703,26 +641,14 @@ def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = No
     return default if value is None else check(name, value)
 
 
-def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The prompts of a completion request, at most MAX_TEXTS of them."""
-    wrong = InvalidRequest("prompt must be a string, or a list of strings or token ids", "prompt")
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not value:
-        raise wrong
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        return (tuple(value),)
-    if len(value) > MAX_TEXTS:
-        raise InvalidRequest(f"prompt may hold up to {MAX_TEXTS} prompts, not {len(value)}", "prompt")
-    return tuple(p for v in value for p in (read_prompts(v) if isinstance(v, str) or _is_ids(v) else _raise(wrong)))
+def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A field that is true or false."""
+    return bool(optional(body, name, boolean, default))
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
+    """True for a list of whole numbers that is not empty."""
     return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
-
-
-def _raise(error: Exception) -> Any:
-    raise error
 
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message; inside they all have the first name
@@ -736,8 +662,7 @@ def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages may hold up to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
+    check_length("messages", messages, MAX_MESSAGES)
     newest = newest_turn(messages)
     return tuple(read_message(f"messages[{i}]", message, message is newest) for i, message in enumerate(messages))
 
@@ -754,8 +679,7 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     if role not in ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
     content = message.get("content")
-    calls = message.get("tool_calls")
-    if content is None and not (role == "assistant"):
+    if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
     read = {"role": "system" if role == "developer" else role, "content": text}
@@ -763,7 +687,7 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
             read[kept] = a_string(f"{where}.{name}", message[name])
-    if calls:
+    if calls := message.get("tool_calls"):
         read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
     return read
 
@@ -810,10 +734,9 @@ def with_note(text: str, media: Seq[str]) -> str:
 def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     """An assistant message's tool calls; arguments, a JSON text over the wire, become the object templates want."""
     read = []
-    for i, call in enumerate(one_type(list, "a list")(where, calls)):
-        function = an_object(f"{where}[{i}]", call).get("function")
-        function = an_object(f"{where}[{i}].function", function)
-        name, arguments = a_string(f"{where}[{i}].function.name", function.get("name")), function.get("arguments")
+    for place, call in listed(where, calls):
+        function = an_object(f"{place}.function", call.get("function"))
+        name, arguments = a_string(f"{place}.function.name", function.get("name")), function.get("arguments")
         if isinstance(arguments, str):
             with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
                 arguments = parse_json(arguments.encode())
@@ -828,10 +751,9 @@ NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; t
 def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
     """Checks a chat's tools: its functions, and the names of built-in ones; none when tool_choice is "none"."""
     tools = body.get("tools") or []
-    if len(one_type(list, "a list")("tools", tools)) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(tools)}", "tools")
+    check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
     functions, builtins = [], []
-    for where, tool in ((f"tools[{i}]", an_object(f"tools[{i}]", tool)) for i, tool in enumerate(tools)):
+    for where, tool in listed("tools", tools):
         if tool.get("type") == "builtin":
             builtins.append(a_string(f"{where}.name", tool.get("name")))
         elif tool.get("type") == "function":
@@ -1022,11 +944,14 @@ def parse_json(data: bytes, what: str = "The body") -> Any:
         raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
     _check_nesting(data, what)
     try:
-        value = json.loads(source, parse_float=_finite, parse_constant=_no_constant)
+        value = json.loads(source, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
-    if "\\u" in source and _has_surrogate(value):
-        raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
+    if "\\u" in source:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text") from None
     return value
 
 
@@ -1057,15 +982,11 @@ def _check_nesting(data: bytes, what: str) -> None:
 
 
 def _finite(text: str) -> float:
-    """A JSON number; what is too large would become infinite, and an answer that repeats it no JSON."""
+    """A JSON number. One too large would become infinite, and an answer that repeats it no JSON; NaN is none at all."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is too large a number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
@@ -1074,14 +995,6 @@ def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{what} must be a JSON object")
     return value
-
-
-def _has_surrogate(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 # ── 3. Models on disk ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1186,37 +1099,38 @@ def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
-    """As stated, else as labelled, else summed over the tensors of a model in one file."""
+    """As stated, else as labelled, else summed over the tensors."""
     stated, label = header.metadata.get("general.parameter_count"), header.metadata.get("general.size_label")
     if isinstance(stated, int) and stated:
         return human_count(stated)
     if label:
         return printable(str(label))
-    return human_count(header.parameters) if header.complete and "split.count" not in header.metadata else None
+    return human_count(header.parameters) if header.complete else None
 
 
 def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
     """Encoders, and decoders turned into embedders or rerankers: they pool, or attend in both directions."""
     pooling, causal = meta.get(f"{architecture}.pooling_type"), meta.get(f"{architecture}.attention.causal")
-    if architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0):
-        return True
-    return causal is False and architecture not in DIFFUSERS
+    pools = architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0)
+    return pools or (causal is False and architecture not in DIFFUSERS)
 
 
 def refuse_other_kinds(header: GgufHeader) -> None:
     """Raises GgufError for GGUF files that are not models: projectors, adapters, vocabularies, later shards."""
     meta, architecture = header.metadata, str(header.metadata.get("general.architecture"))
     kind = str(meta.get("general.type") or "model")
-    if architecture == "clip" or kind == "mmproj":
-        raise GgufError("a projector (mmproj), not a model")
-    if kind == "adapter" or "adapter.type" in meta:
-        raise GgufError("a LoRA adapter, not a model")
-    if kind == "imatrix" or architecture == "imatrix":
-        raise GgufError("an importance matrix, not a model")
-    if meta.get("split.no"):
-        raise GgufError("a later shard; the first one stands for the set")
-    if header.tensor_count == 0 and not meta.get("split.count"):
-        raise GgufError("a vocabulary only, without weights")
+    reasons = {
+        "a projector (mmproj), not a model": architecture == "clip" or kind == "mmproj",
+        "a LoRA adapter, not a model": kind == "adapter" or "adapter.type" in meta,
+        "an importance matrix, not a model": "imatrix" in (kind, architecture),
+        "a later shard; the first one stands for the set": meta.get("split.no"),
+        "a vocabulary only, without weights": header.tensor_count == 0 and not meta.get("split.count"),
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        raise GgufError(reason)
+
+
+BOX = os.path.join(os.path.dirname(os.path.realpath(__file__)), "models")  # beside this file
 
 
 @dataclass(frozen=True)
@@ -1231,32 +1145,33 @@ class SearchRoot:
 
 def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     """Every place to look in, in the order that decides `default`; each directory once."""
-    env, home, here = os.environ.get, pathlib.Path(os.path.expanduser("~")), pathlib.Path(__file__).resolve().parent
-    paths = re.split(f"[;{os.pathsep}]" if os.pathsep != ":" else "[;:]", env("SHIMMY_MODEL_PATHS", ""))
-    roots = [SearchRoot(p, "--models-dir") for p in explicit]
-    roots += [SearchRoot(p, "SHIMMY_MODEL_PATHS") for p in paths if p]
-    roots += [SearchRoot(str(pathlib.Path(base).parent), "SHIMMY_BASE_GGUF", depth=0)] if base else []
-    roots += [SearchRoot("models", "./models"), SearchRoot(str(home / "models"), "~/models")]
-    for source, places in {
+    env = os.environ.get
+    places: dict[str, Iterable[str | None]] = {
+        "--models-dir": explicit,
+        "SHIMMY_MODEL_PATHS": re.split(f"[;{os.pathsep}]", env("SHIMMY_MODEL_PATHS", "")),
+        "SHIMMY_BASE_GGUF": [os.path.dirname(os.path.abspath(os.path.expanduser(base)))] if base else [],
+        "./models": ["models"],
+        "~/models": ["~/models"],
         "huggingface": hub_caches(),
-        "llama.cpp": (env("LLAMA_CACHE"), home / ".cache/llama.cpp", home / "Library/Caches/llama.cpp",
-                      _below(env("LOCALAPPDATA"), "llama.cpp")),
-        "lm-studio": (home / ".lmstudio/models", home / ".cache/lm-studio/models"),
-        "ollama": (env("OLLAMA_MODELS"), home / ".ollama/models", "/usr/share/ollama/.ollama/models"),
-    }.items():  # fmt: skip
-        roots += [SearchRoot(str(p), source, ollama=source == "ollama") for p in places if p]
-    roots.append(SearchRoot(str(here / "models"), "beside shimmy.py"))
+        "llama.cpp": [env("LLAMA_CACHE"), "~/.cache/llama.cpp", "~/Library/Caches/llama.cpp",
+                      env("LOCALAPPDATA") and os.path.join(env("LOCALAPPDATA", ""), "llama.cpp")],
+        "lm-studio": ["~/.lmstudio/models", "~/.cache/lm-studio/models"],
+        "ollama": [env("OLLAMA_MODELS"), "~/.ollama/models", "/usr/share/ollama/.ollama/models"],
+        "beside shimmy.py": [BOX],
+    }  # fmt: skip
     unique: dict[str, SearchRoot] = {}
-    for root in (replace(root, path=os.path.abspath(os.path.expanduser(root.path))) for root in roots):
-        first = unique.setdefault(os.path.realpath(root.path), root)
-        unique[os.path.realpath(root.path)] = replace(first, depth=max(first.depth, root.depth))
+    for source, path in ((source, path) for source, paths in places.items() for path in paths if path):
+        path = os.path.abspath(os.path.expanduser(path))
+        root = SearchRoot(path, source, 0 if source == "SHIMMY_BASE_GGUF" else MAX_SCAN_DEPTH, source == "ollama")
+        first = unique.setdefault(os.path.realpath(path), root)
+        unique[os.path.realpath(path)] = replace(first, depth=max(first.depth, root.depth))
     return list(unique.values())
 
 
 def hub_home() -> str:
     """Where the tools of the Hugging Face hub keep their things."""
-    own = os.environ.get("HF_HOME") or _below(os.environ.get("XDG_CACHE_HOME"), "huggingface")
-    return os.path.expanduser(own or "~/.cache/huggingface")
+    env = os.environ.get
+    return os.path.expanduser(env("HF_HOME") or os.path.join(env("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
 
 
 def hub_caches() -> list[str]:
@@ -1264,35 +1179,6 @@ def hub_caches() -> list[str]:
     own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     places = (own, os.path.join(hub_home(), "hub"), "~/.cache/huggingface/hub")
     return [os.path.expanduser(place) for place in places if place]
-
-
-def _below(directory: str | None, name: str) -> str | None:
-    return os.path.join(directory, name) if directory else None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A file that may be a model."""
-
-    path: str
-    source: str
-    label: str  # what the id is made from
-    size: int
-    mtime_ns: int
-    file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
-    stored: Stored = Stored()
-
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """Differs once the file changes, or another one of its set appears, changes or goes."""
-        others: list[tuple[int, int] | None] = []
-        for path in shard_paths(self.path) if SHARD.search(os.path.splitext(self.path)[0]) else ():
-            try:
-                status = os.stat(path)
-                others.append((status.st_size, status.st_mtime_ns))
-            except OSError:
-                others.append(None)
-        return (self.path, self.size, self.mtime_ns, *others)
 
 
 @dataclass(frozen=True)
@@ -1305,97 +1191,50 @@ class ScanReport:
     began: float = -math.inf  # time.monotonic()
 
 
-class TreeWalk:
-    """Walks one root for candidates, bounded in depth and entries; a symlink loop does no harm."""
+def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """Paths of .gguf files in a tree, with their stems; bounded in depth and entries; a symlink loop does no harm.
 
-    def __init__(self, root: SearchRoot) -> None:
-        self.root, self.entries, self.notes = root, 0, list[str]()
-        self._seen: set[tuple[int, int]] = set()
-
-    def candidates(self) -> Iterator[Candidate]:
-        yield from self._ollama() if self.root.ollama else self._walk(self.root.path, 0)
-
-    def _walk(self, directory: str, depth: int) -> Iterator[Candidate]:
-        try:
-            status = os.stat(directory)
-            listing = sorted(os.scandir(directory), key=lambda e: e.name)
-        except OSError as error:
-            if depth or not isinstance(error, FileNotFoundError):
-                self._note(f"{directory}: {error.strerror or error}")
-            return
-        if (status.st_dev, status.st_ino) in self._seen:
-            return
-        self._seen.add((status.st_dev, status.st_ino))
-        for entry in listing:
-            self.entries += 1
-            if self.entries > MAX_SCAN_ENTRIES:
-                self._note(f"stopped after {MAX_SCAN_ENTRIES} entries")
-                return
-            yield from self._visit(entry, depth)
-
-    def _visit(self, entry: os.DirEntry[str], depth: int) -> Iterator[Candidate]:
-        try:
-            is_dir = entry.is_dir()
-        except OSError as error:  # a link to itself, or through a file
-            self._note(f"{entry.path}: {error.strerror or error}")
-            return
-        if is_dir and self.root.depth and not TRASH.match(entry.name):
-            if depth >= self.root.depth:
-                self._note(f"stopped {self.root.depth} levels down")
-            else:
-                yield from self._walk(entry.path, depth + 1)
-        elif entry.name.lower().endswith(".gguf") and not is_dir:
-            yield from self.candidate(entry.path, entry.name[:-5])
-
-    def _note(self, note: str) -> None:
-        note = printable(note, 400)
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def candidate(self, path: str, label: str) -> Iterator[Candidate]:
-        """The file, if it is a regular one that exists."""
-        try:
-            s = os.stat(path)
-        except OSError as error:
-            self._note(f"{path}: {error.strerror or error}")
-            return
-        if stat.S_ISREG(s.st_mode):
-            yield Candidate(path, self.root.source, label, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        else:
-            self._note(f"{path}: not a regular file")
-
-    def _ollama(self) -> Iterator[Candidate]:
-        """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
-        store = pathlib.Path(self.root.path)
-        for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
-            self.entries += 1
-            try:
-                layers = ollama_layers(manifest)
-                stored = read_stored(store / "blobs", layers)
-            except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-                self._note(f"{manifest}: {error}")  # JSON of any shape
-                continue
-            for digest in layers.get("model", ())[:1]:
-                label = f"{manifest.parent.name}:{manifest.name}"
-                for candidate in self.candidate(str(store / "blobs" / digest), label):
-                    yield replace(candidate, stored=stored)
-
-
-def ollama_layers(manifest: pathlib.Path) -> dict[str, list[str]]:
-    """The blobs of an Ollama manifest by the last word of their type: model, params, system, adapter …
-
-    Raises ValueError for a digest that is not 64 hex digits: it becomes a path.
+    The root may be a file itself. `notes` are told what could not be read, and where the walk stopped.
     """
-    with open_regular(str(manifest)) as file:
-        layers = json.loads(file.read(MIB)).get("layers", [])
-    found: dict[str, list[str]] = {}
-    for layer in layers:
-        kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
-        if kind.startswith("application/vnd.ollama.image."):
-            if not digest:
-                raise ValueError("the manifest's digest is malformed")
-            found.setdefault(kind.rpartition(".")[2], []).append(f"sha256-{digest[1]}")
-    return found
+    if os.path.isfile(root.path):
+        yield root.path, pathlib.Path(root.path).stem, Stored()
+        return
+
+    def failed(error: OSError) -> None:
+        if error.filename != root.path or not isinstance(error, FileNotFoundError):
+            notes.append(f"{error.filename}: {error.strerror or error}")
+
+    seen: set[str] = set()
+    entries = 0
+    for folder, folders, files in os.walk(root.path, onerror=failed, followlinks=True):
+        entries += len(folders) + len(files)
+        if entries > MAX_SCAN_ENTRIES:
+            notes.append(f"stopped after {MAX_SCAN_ENTRIES} entries")
+            return
+        folders[:] = sorted(f for f in folders if root.depth and not TRASH.match(f))
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if folders and folder.removeprefix(root.path).count(os.sep) >= root.depth:
+            notes.append(f"stopped {root.depth} levels down")
+            folders.clear()
+        for name in sorted(files):
+            if name.lower().endswith(".gguf"):
+                yield os.path.join(folder, name), name[:-5], Stored()
+
+
+def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """The same of Ollama's store: manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob."""
+    store = pathlib.Path(root.path)
+    for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
+        try:
+            model, stored = read_manifest(manifest, store / "blobs")
+        except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")  # JSON of any shape
+            continue
+        if model:
+            yield model, f"{manifest.parent.name}:{manifest.name}", stored
 
 
 # Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
@@ -1403,25 +1242,38 @@ OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threa
 OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
 
 
-def read_stored(blobs: pathlib.Path, layers: Mapping[str, Seq[str]]) -> Stored:
-    """What an Ollama store says of a model. Raises OSError, ValueError, ApiError for parameters that make no sense."""
+def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
+    """The file of an Ollama model, and what its store says of it.
+
+    Raises ValueError for a digest that is not 64 hex digits: it becomes a path. GgufError, OSError, ValueError and ApiError
+    for files and parameters that make no sense.
+    """
+    paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
+    for layer in json.loads(read_blob(str(manifest))).get("layers", []):
+        kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
+        if kind.startswith("application/vnd.ollama.image."):
+            if not digest:
+                raise ValueError("the manifest's digest is malformed")
+            paths.setdefault(kind.rpartition(".")[2], []).append(str(blobs / f"sha256-{digest[1]}"))
     params: dict[str, Any] = {}
-    system = ""
-    for name in layers.get("params", ()):
-        with open_regular(str(blobs / name)) as file:
-            params |= parse_object(file.read(MIB), "the parameters")
-    for name in layers.get("system", ()):
-        with open_regular(str(blobs / name)) as file:
-            system = file.read(MIB).decode("utf-8", "replace")
+    for path in paths.get("params", ()):
+        params |= parse_object(read_blob(path), "the parameters")
     named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
     sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    given = {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}
     engine = {
         field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
     }
-    if adapters := tuple(str(blobs / name) for name in layers.get("adapter", ())):
-        engine["lora"] = adapters
-    return Stored(engine, given, system)
+    if "adapter" in paths:
+        engine["lora"] = tuple(paths["adapter"])
+    system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
+    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system)
+    return next(iter(paths.get("model", ())), None), stored
+
+
+def read_blob(path: str) -> bytes:
+    """The first MiB of a regular file."""
+    with open_regular(path) as file:
+        return file.read(MIB)
 
 
 MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are two of them
@@ -1438,38 +1290,8 @@ def plain_id(label: str) -> str:
 
 def is_boxed(model: ModelInfo) -> bool:
     """True for the model that comes with shimmy."""
-    return os.path.realpath(model.path) == str(pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf")
-
-
-class Findings:
-    """Collects the models of one scan in order, by device and inode, and skipped files with their reasons."""
-
-    def __init__(self) -> None:
-        self.models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
-        self.skipped: dict[str, str] = {}  # reason by path
-        self.directories: list[dict[str, Any]] = []
-
-    def add(self, candidates: Iterable[Candidate], examine: Callable[[Candidate, bool], ModelInfo | str]) -> set[str]:
-        """Takes in the models among the candidates; returns the paths of those that are new."""
-        before = len(self.models)
-        for candidate in candidates:
-            if candidate.file_id in self.models:
-                continue
-            result = examine(candidate, False)
-            if isinstance(result, ModelInfo):
-                self.models[candidate.file_id] = (candidate, result)
-            else:
-                self.skipped.setdefault(candidate.path, result)
-        return {candidate.path for candidate, _ in itertools.islice(self.models.values(), before, None)}
-
-    def report(self, began: float) -> ScanReport:
-        """The report; the model that comes with shimmy stands last, unless it was asked for by path."""
-        models = [replace(info, stored=c.stored) for c, info in self.models.values()]
-        models.sort(key=lambda m: is_boxed(m) and m.source != "--model")
-        paths = {m.path for m in models}
-        directories = (d | {"models": len(d["models"] & paths)} for d in self.directories)
-        skipped = ({"path": path, "reason": reason} for path, reason in self.skipped.items())
-        return ScanReport(tuple(models), tuple(skipped), tuple(directories), began)
+    name = os.path.basename(model.path)  # asked of each model in each scan: a name is compared sooner than files
+    return name == "shimmy-tiny.gguf" and os.path.dirname(os.path.realpath(model.path)) == BOX
 
 
 class Catalog:
@@ -1479,7 +1301,7 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[Any, ...], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
+        self._read: dict[tuple[Any, ...], ModelInfo | str] = {}  # or why it is none, by path, sizes and times
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
@@ -1494,74 +1316,65 @@ class Catalog:
             return self.report
 
     def _look(self, began: float) -> ScanReport:
-        known, findings = set(self._read), Findings()
-        for file in self.files:
-            walk = TreeWalk(SearchRoot(file, "--model"))
-            findings.add(walk.candidate(file, pathlib.Path(file).stem), self._examine)
-        for root in self.roots:
-            walk = TreeWalk(root)
-            new = findings.add(walk.candidates(), self._examine)
-            findings.directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
-                                         "models": new, "notes": walk.notes})  # fmt: skip
-        self._read_whole(findings, known)
-        return findings.report(began)
+        models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
+        skipped: dict[str, str] = {}  # reason by path
+        directories: list[dict[str, Any]] = []
+        for root in (*(SearchRoot(file, "--model") for file in self.files), *self.roots):
+            notes: list[str] = []
+            before = len(models)
+            for path, label, stored in (_walk_ollama if root.ollama else _walk)(root, notes):
+                stamp = _stamp(path)
+                if stamp and stamp[:2] in models:
+                    continue
+                result = self._examine(path, root.source, label, time.monotonic() < began + SCAN_DETAIL_SECONDS)
+                if stamp and isinstance(result, ModelInfo):
+                    models[stamp[:2]] = replace(result, stored=stored)
+                else:
+                    skipped.setdefault(path, str(result))
+            directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
+                                "models": len(models) - before,
+                                "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
+        # the model that comes with shimmy stands last, unless it was asked for by path
+        listed = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
+        return ScanReport(tuple(listed), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
-    def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
-        """The candidate's ModelInfo, or why it is none; remembered while its files stay as they are."""
-        key = c.version
-        result, whole = self._read.get(key, ("", False))
-        if key not in self._read or (whole_header and not whole):
-            result = self._describe(c, whole_header)
-            if whole_header or key not in self._read:  # another thread may have read it whole meanwhile
-                self._read[key] = (result, whole_header)
-        return result
+    def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
+        """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
+        key = (path, *map(_stamp, shard_paths(path)))
+        known = self._read.get(key)
+        if known is None or anew:
+            known = self._read[key] = self._describe(path, source, label, whole_header)
+        return known
 
-    def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
+    def _describe(self, path: str, source: str, label: str, whole_header: bool) -> ModelInfo | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
-            header = read_gguf_header(c.path, c.size, whole_header, deadline)
+            header = read_gguf_header(path, whole_header, deadline)
             refuse_other_kinds(header)
-            is_split = header.metadata.get("split.count", 1) > 1  # a merged file may still be named like a shard
-            missing = missing_shards(c.path) if is_split else []
-            if missing:
+            # a merged file may still be named like a shard
+            paths = shard_paths(path) if header.metadata.get("split.count", 1) > 1 else [path]
+            if missing := [os.path.basename(part) for part in paths if not os.path.exists(part)]:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
-            sizes = {part: os.path.getsize(part) for part in (shard_paths(c.path) if is_split else [c.path])}
+            size = sum(map(os.path.getsize, paths))
             if whole_header:
-                parts = [header, *(read_gguf_header(part, sizes[part], deadline=deadline) for part in list(sizes)[1:])]
-                for part, size in zip(parts, sizes.values(), strict=True):
-                    if part.data_end > size:
-                        raise GgufError(f"truncated: {size} of {part.data_end} bytes")
-                if len(parts) > 1:
-                    header = replace(header, parameters=sum(part.parameters for part in parts),
-                                     metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
-            return describe(header, c.path, self._id_for(c), c.source, sum(sizes.values()))
-        except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+                parameters = (read_gguf_header(part, deadline=deadline).parameters for part in paths[1:])
+                header = replace(header, parameters=header.parameters + sum(parameters))
+            return describe(header, path, self._id_for(path, label), source, size)
+        except (GgufError, OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
             return printable((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
 
-    def _id_for(self, c: Candidate) -> str:
-        """The candidate's id; a second file of the same name gets a suffix made from its path, which never changes."""
-        if c.path not in self._ids:
-            id, taken = plain_id(c.label) or "model", set(self._ids.values())
+    def _id_for(self, path: str, label: str) -> str:
+        """The file's id; a second one of the same name gets a suffix made from its path, which never changes."""
+        if path not in self._ids:
+            id, taken = plain_id(label) or "model", set(self._ids.values())
             if id in taken or id == "default":
                 import hashlib
 
-                id += "-" + hashlib.sha256(c.path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
-            self._ids[c.path] = id
-        return self._ids[c.path]
-
-    def _read_whole(self, findings: Findings, known: set[Any]) -> None:
-        """Reads the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; drops those found damaged."""
-        deadline = time.monotonic() + SCAN_DETAIL_SECONDS
-        for file_id, (c, _) in sorted(findings.models.items(), key=lambda item: item[1][0].size):
-            if c.version in known or time.monotonic() > deadline:
-                continue
-            result = self._examine(c, whole_header=True)
-            if isinstance(result, ModelInfo):
-                findings.models[file_id] = (c, result)
-            else:
-                del findings.models[file_id]
-                findings.skipped[c.path] = result
+                id += "-" + hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+            self._ids[path] = id
+        return self._ids[path]
 
     def why_skipped(self, name: str) -> str:
         """": " and the reason, if a file of that name was skipped; else nothing."""
@@ -1576,12 +1389,7 @@ class Catalog:
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
-        try:
-            s = os.stat(model.path)
-        except OSError:
-            return model
-        c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        result = self._examine(c, whole_header=True)
+        result = self._examine(model.path, model.source, model.id, whole_header=True, anew=True)
         return replace(result, stored=model.stored) if isinstance(result, ModelInfo) else model
 
 
@@ -1594,9 +1402,13 @@ def shard_paths(path: str) -> list[str]:
     return [f"{stem[: shard.start()]}-{i:05d}-of-{shard[2]}{suffix}" for i in range(1, min(int(shard[2]), 999) + 1)]
 
 
-def missing_shards(path: str) -> list[str]:
-    """Names of the set's files that are not there."""
-    return [os.path.basename(p) for p in shard_paths(path) if p != path and not os.path.exists(p)]
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """Device and inode of a file, its size and time; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # ── 4. Chat ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1672,9 +1484,15 @@ class CallFormat:
     def closers(self) -> frozenset[str]:
         """The pieces of text that may stand between two calls, and behind the last."""
         ends = [self.again.removesuffix(self.call_opens), self.closes]
-        if self.keys:  # behind the arguments may stand other pairs
-            ends = [text[text.find("}") :] for text in ends]
+        if self.keys:  # behind the arguments may stand other pairs, and the object may stand in a list
+            ends = [*(text[text.find("}") :] for text in ends), "]"]
         return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
+
+    @functools.cached_property
+    def known_keys(self) -> tuple[set[str], set[str], set[str]]:
+        """Keys of a call's name, of its arguments, and of the object that these two may stand in."""
+        name, arguments = self.keys or ("", "")
+        return {name, "name"}, {arguments, "arguments", "parameters"}, {"function", *re.findall(r'"(\w+)":\s*\{', self.head)}
 
     @functools.cached_property
     def beginnings(self) -> tuple[str, ...]:
@@ -2056,18 +1874,19 @@ class Outcome:
     error: str | None = None
 
 
+PROCESSOR_TIMER = getattr(signal, "ITIMER_PROF", None)  # its signal ends a helper though the server may be dead; not on Windows
+
+
 class Helper:
     """One helper process. Owned by whoever took it from Helpers."""
 
     def __init__(self) -> None:
         self.process, reader, writer = start_child("helper_main")
         self._pipe = Pipe(reader, writer)
-        self.is_late = False  # and was killed
 
     def run(self, task: Any) -> Outcome:
         """The task's outcome. Raises HelperFailed when it ended or outlived the process, Overloaded when it had no time."""
-        seconds = HELPER_SECONDS * (HELPER_PATIENCE if _PROCESSOR_TIMER is not None else 1)
-        timer = threading.Timer(seconds, self._kill)
+        timer = threading.Timer(HELPER_SECONDS * (HELPER_PATIENCE if PROCESSOR_TIMER is not None else 1), self.process.kill)
         timer.daemon = True
         try:
             timer.start()
@@ -2078,21 +1897,17 @@ class Helper:
             outcome: Outcome = self._pipe.receive()
             return outcome
         except Exception:  # a process's border: it died, or what it says cannot be read
-            raise self._why_ended() from None
+            raise self._why_ended(timer.finished.is_set()) from None
         finally:
             timer.cancel()
             timer.join()
 
-    def _kill(self) -> None:
-        self.is_late = True
-        self.process.kill()
-
-    def _why_ended(self) -> Exception:
+    def _why_ended(self, was_late: bool) -> Exception:
         with contextlib.suppress(Exception):
             self.process.wait(1.0)
-        if self.is_late and _PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+        if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
             return Overloaded("The machine is too busy to apply the model's chat template")
-        if self.is_late or self.process.returncode == -_SIGPROF:
+        if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
             return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
         return HelperFailed("it ended the process that ran it")
 
@@ -2100,9 +1915,6 @@ class Helper:
         self.process.kill()
         self.process.wait()
         self._pipe.end()
-
-
-_PROCESSOR_TIMER, _SIGPROF = getattr(signal, "ITIMER_PROF", None), getattr(signal, "SIGPROF", 256)  # Windows has neither
 
 
 class Helpers:
@@ -2156,11 +1968,10 @@ class Helpers:
     def _keep(self, helper: Helper) -> None:
         """Keeps the process for the next task."""
         with self._lock:
-            keep = not self._closed and not helper.is_late
-            if keep:
+            if not self._closed:
                 self._idle.append(helper)
-        if not keep:
-            helper.end()
+                return
+        helper.end()
 
     def close(self) -> None:
         with self._lock:
@@ -2183,16 +1994,12 @@ def helper_main() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = pipe.receive()
-            _limit_processor_time(HELPER_SECONDS)
+            if PROCESSOR_TIMER is not None:
+                signal.setitimer(PROCESSOR_TIMER, HELPER_SECONDS)
             outcome = _outcome_of(task)
-            _limit_processor_time(0)
+            if PROCESSOR_TIMER is not None:
+                signal.setitimer(PROCESSOR_TIMER, 0)
             pipe.send(outcome)
-
-
-def _limit_processor_time(seconds: float) -> None:
-    """Limits the processor time of this task (0: no limit), by SIGPROF: it works although the server may be dead."""
-    if _PROCESSOR_TIMER is not None:
-        signal.setitimer(_PROCESSOR_TIMER, seconds)
 
 
 def _outcome_of(task: Any) -> Outcome:
@@ -2339,41 +2146,41 @@ def chat_environment() -> Any:
 
 
 Turns = tuple[list[Any], list[Any]]  # messages and tools
+Reshape = Callable[[list[Any], list[Any]], Turns]
 
 
-def arguments_as_text(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call arguments as JSON text, which about half of the templates want."""
+def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -> Reshape:
+    """Calls with their arguments as JSON text, which about half of the templates want, or with other ids: made of the old
+    one, the function's name and the call's number."""
 
-    def as_text(call: Any) -> Any:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+    def reshape(messages: list[Any], tools: list[Any]) -> Turns:
+        shaped, ids = [], dict[str, str]()
+        for message in map(dict, messages):
+            calls = message["tool_calls"] = [{**c, "function": dict(c["function"])} for c in message.get("tool_calls", [])]
+            for call in calls:
+                function = call["function"]
+                if as_text:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+                if new_id:
+                    call["id"] = ids[call["id"]] = new_id(call["id"], function["name"], len(ids))
+            if not calls:
+                del message["tool_calls"]
+            if new_id and (id := message.get("tool_call_id")):
+                message["tool_call_id"] = ids.get(id) or new_id(id, message.get("name", ""), len(ids))
+            shaped.append(message)
+        return shaped, tools
 
-    return [{**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages], tools
+    return reshape
 
 
-def short_ids(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call ids of nine letters and digits, which Mistral's templates insist on."""
-    return with_ids(messages, lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"), tools
+def short_id(id: str, name: str, number: int) -> str:
+    """Nine letters and digits, on which Mistral's templates insist."""
+    return f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"
 
 
-def telling_ids(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call ids that hold the function's name: Kimi K2's templates write nothing else of it."""
-    return with_ids(messages, lambda id, name, number: f"functions.{name}:{number}"), tools
-
-
-def with_ids(messages: list[Any], rename: Callable[[str, str, int], str]) -> list[Any]:
-    """The messages with other call ids: made of the old one, the function's name and the call's number."""
-    shaped, ids = [], dict[str, str]()
-    for message in messages:
-        shaped.append(dict(message))
-        if "tool_calls" in message:
-            for call in message["tool_calls"]:
-                ids[call["id"]] = rename(call["id"], call["function"]["name"], len(ids))
-            shaped[-1]["tool_calls"] = [{**c, "id": ids[c["id"]]} for c in message["tool_calls"]]
-        if "tool_call_id" in message:
-            id = message["tool_call_id"]
-            shaped[-1]["tool_call_id"] = ids.get(id) or rename(id, message.get("name", ""), len(ids))
-    return shaped
+def telling_id(id: str, name: str, number: int) -> str:
+    """An id that holds the function's name: Kimi K2's templates write nothing else of it."""
+    return f"functions.{name}:{number}"
 
 
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
@@ -2440,23 +2247,17 @@ def system_as_user(messages: list[Any], tools: list[Any]) -> Turns:
     return folded([{**m, "role": "user"} if m["role"] == "system" else m for m in messages], tools)
 
 
-Reshape = Callable[[list[Any], list[Any]], Turns]
-
-
 def compose(*reshapes: Reshape) -> Reshape:
     """Applies several forms one after the other."""
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-CALL_FORMS = (compose(), arguments_as_text, short_ids, compose(arguments_as_text, short_ids), telling_ids)
+CALL_FORMS = tuple(itertools.starmap(in_call_form, (
+    (False, None), (True, None), (False, short_id), (True, short_id), (False, telling_id))))  # fmt: skip
 NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
-    *NATIVE,
-    tools_in_system,
-    compose(tools_in_system, arguments_as_text),
-    calls_as_text,
-    compose(calls_as_text, system_as_user),
-)
+    *NATIVE, tools_in_system, compose(tools_in_system, CALL_FORMS[1]), calls_as_text, compose(calls_as_text, system_as_user),
+)  # fmt: skip
 
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2480,10 +2281,7 @@ class Tool:
         return {"name": self.name, "description": self.description, "parameters": self.parameters}
 
 
-JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array"}
-PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,), "array": (list,),
-}  # fmt: skip
+PYTHON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "array": list}  # by JSON's name
 
 
 def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
@@ -2492,17 +2290,15 @@ def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
 
     described = inspect.getdoc(function) or ""
     lines = dict(re.findall(r"^[ \t]*(\w+): (.+)$", described, re.M))
-    properties, required = {}, []
-    for parameter in inspect.signature(function).parameters.values():
+    kinds, properties = {kind.__name__: name for name, kind in PYTHON_TYPES.items()}, {}
+    parameters = inspect.signature(function).parameters
+    for key, parameter in parameters.items():
         hint = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
-        kind = JSON_TYPES.get(re.split(r"[\[ |]", hint)[0])
+        kind = kinds.get(re.split(r"[\[ |]", hint)[0])
         if kind is None:
-            raise ValueError(f"tool {function.__name__}: parameter {parameter.name} needs a plain type hint, not {hint}")
-        properties[parameter.name] = {"type": kind}
-        if parameter.name in lines:
-            properties[parameter.name]["description"] = lines[parameter.name]
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
+            raise ValueError(f"tool {function.__name__}: parameter {key} needs a plain type hint, not {hint}")
+        properties[key] = {"type": kind} | ({"description": lines[key]} if key in lines else {})
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     summary = " ".join(described.split("\n\n")[0].split())
     return Tool(name or function.__name__, summary, schema, function)
@@ -2547,8 +2343,6 @@ class Tools:
         for path in options.files:
             load_tools(path)
         self._tools |= REGISTERED
-        self._lock = threading.Lock()
-        self._calls: dict[str, dict[threading.Thread, float]] = {}  # by the tool's name: when each began, monotonic
 
     def documents(self) -> list[dict[str, Any]]:
         return [t.document() for t in self._tools.values()]
@@ -2575,10 +2369,9 @@ class Tools:
         """The same with signs of life while the tool runs, for so many seconds and TOOL_SECONDS at most."""
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
-        tool = self._tools[name]
-        arguments = check_arguments(tool, arguments)
+        call = ToolCall(self._tools[name], check_arguments(self._tools[name], arguments))
         try:
-            result = yield from self._run(tool, arguments, cancel, min(seconds, TOOL_SECONDS))
+            result = yield from call.wait(cancel, min(seconds, TOOL_SECONDS))
             return {"success": True, "result": result, "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
@@ -2588,51 +2381,48 @@ class Tools:
             log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
 
-    def _run(
-        self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None, seconds: float
-    ) -> Generator[Waiting, None, Any]:
-        """Calls the function in a thread of its own, which is left behind when it takes longer than it may."""
-        outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        thread = threading.Thread(target=_call, args=(tool, arguments, outcome), name=f"tool {tool.name}", daemon=True)
-        self._start(tool, thread)
+
+class ToolCall(threading.Thread):
+    """One call of a tool, in a thread that is left behind when it takes longer than it may."""
+
+    def __init__(self, tool: Tool, arguments: dict[str, Any]) -> None:
+        super().__init__(name=f"tool {tool.name}", daemon=True)
+        self._tool, self._arguments, self._began = tool, arguments, time.monotonic()
+        self._outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def wait(self, cancel: Cancellation | None, seconds: float) -> Generator[Waiting, None, Any]:
+        """The result. Raises what the tool raised, ToolError where it takes too long or MAX_STUCK calls never came back,
+        Overloaded beyond MAX_CALLS."""
+        others = [thread for thread in threading.enumerate() if isinstance(thread, ToolCall) and thread.name == self.name]
+        stuck = sum(self._began - other._began > TOOL_SECONDS for other in others)
+        if stuck >= MAX_STUCK:
+            raise ToolError(f"{stuck} calls of {self._tool.name} have not come back yet")
+        if len(others) >= MAX_CALLS:
+            raise Overloaded(f"{len(others)} calls of {self._tool.name} are running")
+        self.start()
         if cancel:
-            cancel.on_cancel(lambda: outcome.put((None, Cancelled())))
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+            cancel.on_cancel(lambda: self._outcome.put((None, Cancelled())))
+        while (left := self._began + seconds - time.monotonic()) > 0:
             try:
-                result, error = outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
+                result, error = self._outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
             except queue.Empty:
                 yield Waiting()
                 continue
             if error:
                 raise error
             return result
-        raise ToolError(f"{tool.name} took over {seconds:g} seconds")
+        raise ToolError(f"{self._tool.name} took over {seconds:g} seconds")
 
-    def _start(self, tool: Tool, thread: threading.Thread) -> None:
-        """Starts a call. Raises ToolError where MAX_STUCK calls never came back, Overloaded beyond MAX_CALLS."""
-        now = time.monotonic()
-        with self._lock:
-            calls = self._calls[tool.name] = {t: b for t, b in self._calls.get(tool.name, {}).items() if t.is_alive()}
-            stuck = sum(now - began > TOOL_SECONDS for began in calls.values())
-            if stuck >= MAX_STUCK:
-                raise ToolError(f"{stuck} calls of {tool.name} have not come back yet")
-            if len(calls) >= MAX_CALLS:
-                raise Overloaded(f"{len(calls)} calls of {tool.name} are running")
-            thread.start()
-            calls[thread] = now
-
-
-def _call(tool: Tool, arguments: dict[str, Any], outcome: queue.SimpleQueue[tuple[Any, BaseException | None]]) -> None:
-    """Runs in the tool's thread. The function is somebody's: it may return and raise anything, SystemExit too."""
-    try:
-        result = tool.function(**arguments)
-        json.dumps(result, allow_nan=False)
-        outcome.put((result, None))
-    except Exception as error:
-        outcome.put((None, error))
-    except BaseException as error:
-        outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
+    def run(self) -> None:
+        """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
+        try:
+            result = self._tool.function(**self._arguments)
+            json.dumps(result, allow_nan=False)
+            self._outcome.put((result, None))
+        except Exception as error:
+            self._outcome.put((None, error))
+        except BaseException as error:
+            self._outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
 
 
 def load_tools(path: str) -> None:
@@ -2654,7 +2444,7 @@ def check_arguments(tool: Tool, arguments: Any) -> dict[str, Any]:
         if name not in known:
             raise InvalidRequest(f"{name} is no parameter of {tool.name}; it takes {', '.join(known) or 'none'}", name)
         kind = known[name]["type"]
-        if not isinstance(value, PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        if type(value) is not PYTHON_TYPES[kind] and not (kind == "number" and type(value) is int):
             raise InvalidRequest(f"{name} must be of type {kind}, not {_said(value)}", name)
     for name in tool.parameters["required"]:
         if name not in arguments:
@@ -2687,6 +2477,24 @@ def calculator(expression: str) -> float:
     return value
 
 
+def power(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
+        raise ToolError(f"a number on the way has over {MAX_BITS} bits")
+    return a**b
+
+
+def rounded(x: Any, digits: int = 0) -> Any:
+    if abs(digits) > 400:  # 10 ** digits is computed
+        raise ToolError("round takes a number and up to 400 digits")
+    return round(x, digits) if digits else round(x)
+
+
+def factorial(n: int) -> int:
+    if not 0 <= n <= 400:
+        raise ToolError("factorial takes a whole number from 0 to 400")
+    return math.factorial(n)
+
+
 MATH_CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(math, name)
@@ -2694,10 +2502,10 @@ MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
         *("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh"),
         *("asinh", "acosh", "atanh", "degrees", "radians", "floor", "ceil", "trunc", "hypot", "gcd", "fabs", "fmod"),
     )
-} | {"abs": abs, "min": min, "max": max, "ln": math.log}  # fmt: skip
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv,
-    "FloorDiv": operator.floordiv, "Mod": operator.mod,
+} | {"abs": abs, "min": min, "max": max, "ln": math.log, "round": rounded, "factorial": factorial}  # fmt: skip
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv, "FloorDiv": operator.floordiv,
+    "Mod": operator.mod, "Pow": power, "UAdd": operator.pos, "USub": operator.neg,
 }  # fmt: skip
 
 
@@ -2705,53 +2513,26 @@ def evaluate(node: ast.AST) -> Any:
     """A syntax tree of numbers, operators, math constants and functions; every whole number stays within MAX_BITS."""
     import ast
 
+    sign = type(getattr(node, "op", None)).__name__
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _bounded(node.value)
-    if isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
-        return MATH_CONSTANTS[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = evaluate(node.operand)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp):
-        return _bounded(_binary(type(node.op).__name__, evaluate(node.left), evaluate(node.right)))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        arguments = [evaluate(a) for a in node.args]
-        if node.func.id in ("factorial", "round"):
-            return _factorial(*arguments) if node.func.id == "factorial" else _round(*arguments)
-        if node.func.id in MATH_FUNCTIONS:
-            return _bounded(MATH_FUNCTIONS[node.func.id](*arguments))
-        raise ToolError(f"the function {node.func.id} is not known")
-    raise ToolError(f"{type(node).__name__} is not arithmetic")
-
-
-def _bounded(value: Any) -> Any:
+        value: Any = node.value
+    elif isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
+        value = MATH_CONSTANTS[node.id]
+    elif isinstance(node, ast.UnaryOp) and sign in OPERATORS:
+        value = OPERATORS[sign](evaluate(node.operand))
+    elif isinstance(node, ast.BinOp) and sign in OPERATORS:
+        value = OPERATORS[sign](evaluate(node.left), evaluate(node.right))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        if node.func.id not in MATH_FUNCTIONS:
+            raise ToolError(f"the function {node.func.id} is not known")
+        value = MATH_FUNCTIONS[node.func.id](*map(evaluate, node.args))
+    else:
+        raise ToolError(f"{type(getattr(node, 'op', node)).__name__} is not arithmetic")
     if isinstance(value, complex):
         raise ToolError("the result is not a real number")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ToolError(f"a number on the way has over {MAX_BITS} bits")
     return value
-
-
-def _binary(name: str, a: Any, b: Any) -> Any:
-    if name == "Pow":
-        if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
-            raise ToolError(f"a number on the way has over {MAX_BITS} bits")
-        return a**b
-    if name not in OPERATORS:
-        raise ToolError(f"the operator {name} is not arithmetic")
-    return OPERATORS[name](a, b)
-
-
-def _round(x: Any = None, digits: Any = 0, *rest: Any) -> Any:
-    if not isinstance(digits, int) or abs(digits) > 400 or rest:  # 10 ** digits is computed
-        raise ToolError("round takes a number and up to 400 digits")
-    return round(x, digits) if digits else round(x)
-
-
-def _factorial(n: Any = None, *rest: Any) -> int:
-    if not isinstance(n, int) or rest or not 0 <= n <= 400:
-        raise ToolError("factorial takes a whole number from 0 to 400")
-    return math.factorial(n)
 
 
 class FileReader:
@@ -2875,19 +2656,18 @@ class HttpGetter:
         for address in addresses:
             if not is_global(address[0]):
                 raise ToolError(f"the host {host} has an address that is not global ({address[0]})")
-        connection = self._first_that_connects(addresses, deadline)
+        for number, address in enumerate(addresses, 1):
+            try:
+                connection = socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+                break
+            except OSError:  # no route by this family, say
+                if number == len(addresses):
+                    raise
         if not tls:
             return connection
         import ssl
 
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-
-    @staticmethod
-    def _first_that_connects(addresses: Seq[tuple[str, int]], deadline: float) -> socket.socket:
-        for address in addresses[:-1]:
-            with contextlib.suppress(OSError):  # no route by this family, say
-                return socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
-        return socket.create_connection(addresses[-1], timeout=max(0.01, deadline - time.monotonic()))
 
     def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         data = b""
@@ -3534,9 +3314,8 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
-        wish = Wish(ctx, max(pool, ctx), options.kv_type, sequences, 4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe,
-                    rung.gpu_share)  # fmt: skip
-        placed = place(weights or Weights((), model.size_bytes), kv, gpus, wish)
+        placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
+                       4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
@@ -3585,15 +3364,13 @@ class Vocabulary:
 
     SHORTEST = 4  # bytes that the longest piece has at least; a character has no more
     COUNTED = MIB  # characters that are always tokenized, to say exactly how many tokens: a megabyte takes about a second
-    RUN_STACK = 8192  # bytes of a thread's stack for each character of `max_run`: nine times what was measured
-    QUICK = 16384  # bytes that need no care; see ByteRuns
+    MAX_RUN = 4096  # characters; see `_cut`
 
     def __init__(self, c: Any, model: Any, np: Any) -> None:
         import ctypes
 
-        self.max_run = MIB // self.RUN_STACK  # characters without a break given to the tokenizer; for a stack of 1 MiB
         self.c, self.np, self.ctypes, self.handle, self.model = c, np, ctypes, c.llama_model_get_vocab(model), model
-        self.size = c.llama_vocab_n_tokens(self.handle)
+        self.size, self.kind = c.llama_vocab_n_tokens(self.handle), c.llama_vocab_type(self.handle)
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
         self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
         self._pieces: dict[int, bytes] = {}
@@ -3625,106 +3402,69 @@ class Vocabulary:
         """Bytes of the longest piece, or a little more. A walk of 0.1 s over a large vocabulary, so only long texts ask."""
         return max(self.SHORTEST, *(len(self.c.llama_vocab_get_text(self.handle, t)) for t in range(self.size)))
 
-    def tokenize(self, segments: Seq[str]) -> Any:
-        """The prompt's tokens, an int32 array: special tokens parsed, the tokenizer's own first token added once."""
-        parts = [part.encode("utf-8", "replace") for segment in segments for part in self._cut_runs(segment)]
-        return self.np.concatenate([self._tokenize(part, i == 0) for i, part in enumerate(parts)])
+    def tokens(self, *texts: str, first: bool = False, last: bool = False, special: bool = True) -> Any:
+        """The tokens of texts, each by itself, an int32 array; with `special`, names of special tokens become these.
 
-    def _cut_runs(self, text: str) -> Iterator[str]:
-        """Cuts what has no white space, or nothing else, for over `max_run` characters.
-
-        A byte-pair tokenizer splits the text with std::regex first, which recurses once a character of a match
-        (libstdc++; 0.9 KiB of stack each). Such a run gets a token boundary at each cut; other texts are left whole.
+        `first` and `last` add the tokens that the model wants before and behind a text (BOS, CLS; EOS, SEP).
         """
-        start, most = 0, self.max_run
-        if len(text) > most and self.c.llama_vocab_type(self.handle) == self.c.LLAMA_VOCAB_TYPE_BPE:
-            for run in re.finditer(r"\S+|\s+", text):
-                for at in range(run.start() + most, run.end(), most):
-                    yield text[start:at]
-                    start = at
+        before, _, behind = self._ends
+        parts = [self._inner(part, at > 0, special) for text in texts for at, part in enumerate(self._cut(text))]
+        return self.np.concatenate([before[: len(before) * first], *parts, behind[: len(behind) * last]])
+
+    def _cut(self, text: str) -> Iterator[str]:
+        """Cuts a text that llama.cpp's tokenizers must not be given whole; each cut is a boundary between tokens.
+
+        Of a byte-pair tokenizer: what has no white space, or nothing else, for long. It splits the text with std::regex
+        first, which recurses once a character of a match (libstdc++; 0.9 KiB of stack each). SentencePiece: at line breaks,
+        if there are any. It copies all tokens so far at each character that it has no token for (llama-vocab.cpp,
+        resegment: the reserve), which takes a minute for a million.
+        """
+        start, most, cuts = 0, self.MAX_RUN, list[int]()
+        if len(text) > most and self.kind == self.c.LLAMA_VOCAB_TYPE_BPE:
+            cuts = [at for run in re.finditer(r"\S+|\s+", text) for at in range(run.start() + most, run.end(), most)]
+        elif len(text) > most and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM:
+            cuts = [part.end() for part in re.finditer(rf"(?s).{{1,{most}}}(?:(?<=\n)(?!\n)|\Z)|.{{{most}}}", text)][:-1]
+        for at in cuts:
+            yield text[start:at]
+            start = at
         yield text[start:]
 
-    def _tokenize(self, data: bytes, first: bool, special: bool = True) -> Any:
-        """A text's tokens as llama.cpp makes them, an int32 array."""
-        if len(data) < self.QUICK or self.c.llama_vocab_type(self.handle) != self.c.LLAMA_VOCAB_TYPE_SPM:
-            return self._call(data, first, special)
-        text = data.decode()
-        runs = self._byte_runs.find(text)
-        return self._around(runs, text, first, special) if runs else self._call(data, first, special)
+    def _inner(self, text: str, inside: bool, special: bool) -> Any:
+        """The tokens of a text; inside another one SentencePiece puts no space before it, as it does not behind a line break."""
+        data = text.encode("utf-8", "replace")
+        if inside and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM:
+            return self._call(b"\n" + data, special)[len(self._call(b"\n", special)) :]
+        return self._call(data, special)
 
-    def _around(self, runs: Seq[tuple[int, int]], text: str, first: bool, special: bool) -> Any:
-        """The tokens of a text whose long runs of bytes need no tokenizer.
-
-        Each of the other parts ends with the first character of a run, and the next one begins with its last: these tokens
-        are known, and so is the space that the tokenizer may put before them.
-        """
-        ends = [self.c.llama_vocab_eos(self.handle)] if first and self.c.llama_vocab_get_add_eos(self.handle) else []
-        found, start = [], 0
-        for begin, end in (*runs, (len(text), len(text))):
-            tokens = self._call(text[start : begin + 1].encode(), first and not start, special)
-            known = self.count(text[start]) if start else 0
-            found += [tokens[known : len(tokens) - (0 if start else len(ends))], self._byte_runs.tokens(text[begin + 1 : end])]
-            start = end - 1
-        return self.np.concatenate([*found, self.np.array(ends, self.np.int32)])
-
-    def count(self, text: str) -> int:
-        """How many tokens a short text has, with the space before it."""
-        return len(self._call(text.encode(), False, False))
-
-    @functools.cached_property
-    def _byte_runs(self) -> ByteRuns:
-        return ByteRuns(self)
-
-    def _call(self, data: bytes, first: bool, special: bool) -> Any:
+    def _call(self, data: bytes, special: bool) -> Any:
         """Usually fewer tokens than bytes; an unknown space takes three."""
         count = len(data) + 16
         for _ in range(2):
             buffer = self.np.empty(count, self.np.int32)
             rows = buffer.ctypes.data_as(self.ctypes.POINTER(self.ctypes.c_int32))
-            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), first, special)
+            count = self.c.llama_tokenize(self.handle, data, len(data), rows, len(buffer), False, special)
             if count >= 0:
                 return buffer[:count]
             count = min(-count, 64 * (len(data) + 16))  # what it would need; INT32_MIN: more than anybody has
         raise GenerationFailed("the tokenizer failed")
 
-    def encode(self, text: str, add_special: bool, parse_special: bool) -> Any:
-        """A text's tokens, an int32 array, with or without the ones around it and those that it names."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        return self.np.concatenate([self._tokenize(p, add_special and i == 0, parse_special) for i, p in enumerate(parts)])
-
     def gap_names(self) -> dict[str, str]:
         """The names of the tokens that mark a gap to fill, as far as the model has them and text finds them."""
         ids = {k: getattr(self.c, f"llama_vocab_fim_{k}")(self.handle) for k in ("pre", "suf", "mid", "rep", "sep")}
         names = {k: self.name(id).decode("utf-8", "replace") for k, id in ids.items() if id >= 0}
-        return {k: name for k, name in names.items() if list(self._tokenize(name.encode(), False)) == [ids[k]]}
-
-    def wrapped(self, text: str) -> Any:
-        """A text's tokens between the first and the last ones that the model wants (BOS, CLS; EOS, SEP), an int32 array."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        if len(parts) == 1:
-            return self._tokenize(parts[0], True)
-        first, _, last = self._ends
-        return self.np.concatenate([first, *(self._tokenize(part, False) for part in parts), last])
+        return {k: name for k, name in names.items() if self.tokens(name).tolist() == [ids[k]]}
 
     def pair(self, query: str, document: str) -> Any:
         """A query and a document as rerankers have learned them: in the model's own template, else BOS q EOS SEP d EOS."""
-        if self.rerank_template:
-            return self._rendered(self.rerank_template, {"{query}": query, "{document}": document})
-        first, middle, last = self._ends
-        return self.np.concatenate([first, self._plain(query), middle, self._plain(document), last])
-
-    def _rendered(self, template: str, texts: Mapping[str, str]) -> Any:
-        """A template's tokens in one piece, for a space belongs to its word; in several where a text names special tokens."""
-        parts = re.split("(" + "|".join(map(re.escape, texts)) + ")", template)
+        texts = {"{query}": query, "{document}": document}
+        if not self.rerank_template:
+            first, middle, last = self._ends
+            return self.np.concatenate([first, self.tokens(query, special=False), middle, self.tokens(document, special=False),
+                                        last])  # fmt: skip
+        parts = re.split("({query}|{document})", self.rerank_template)
         if any(name in text for text in texts.values() for name in self.specials):
-            tokens = [self._plain(texts[p]) if p in texts else self._tokenize(p.encode(), False) for p in parts]
-            return self.np.concatenate(tokens)
-        return self._tokenize("".join(texts.get(p, p) for p in parts).encode("utf-8", "replace"), False)
-
-    def _plain(self, text: str) -> Any:
-        """The tokens of a text whose special tokens' names mean nothing."""
-        parts = [part.encode("utf-8", "replace") for part in self._cut_runs(text)]
-        return self.np.concatenate([self._tokenize(part, False, False) for part in parts])
+            return self.np.concatenate([self.tokens(texts.get(part, part), special=part not in texts) for part in parts])
+        return self.tokens("".join(texts.get(part, part) for part in parts))  # in one piece: a space belongs to its word
 
     @functools.cached_property
     def rerank_template(self) -> str:
@@ -3735,15 +3475,11 @@ class Vocabulary:
     def _ends(self) -> list[Any]:
         """The tokens before a text, between two texts, and behind the last one, as the model wants them."""
         c, vocab = self.c, self.handle
-        bert = c.llama_vocab_type(vocab) == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
+        bert = self.kind == c.LLAMA_VOCAB_TYPE_WPM  # its tokenizer asks no flag: CLS text SEP
         bos = [c.llama_vocab_bos(vocab)] if bert or c.llama_vocab_get_add_bos(vocab) else []
         eos = [c.llama_vocab_eos(vocab)] if c.llama_vocab_get_add_eos(vocab) else []
         sep = [c.llama_vocab_sep(vocab)] if bert or c.llama_vocab_get_add_sep(vocab) else []
-        return [self.np.array([t for t in ids if t >= 0], self.np.int32) for ids in (bos, eos + sep, eos or sep)]
-
-    def tokens_of(self, text: str) -> Seq[int]:
-        """The tokens of a text inside another: special tokens parsed, none added."""
-        return [int(token) for token in self._tokenize(text.encode("utf-8", "replace"), False)]
+        return [self.np.array([t for t in ids if t >= 0], self.np.int32) for ids in (bos, eos + sep, sep if bert else eos)]
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for in text; control tokens give none."""
@@ -3767,7 +3503,7 @@ class Vocabulary:
         A tokenizer that begins a text with a space of its own is shown a line break first.
         """
         for before in (b"", b"\n"):
-            tokens = self._call(before + data, False, False).tolist()
+            tokens = self._call(before + data, False).tolist()
             pieces = [self.piece(token) for token in tokens]
             ends = [0, *itertools.accumulate(map(len, pieces))]
             start = ends[-1] - len(data)
@@ -3791,70 +3527,6 @@ class Vocabulary:
             buffer = self.ctypes.create_string_buffer(-size)
             size = self.c.llama_token_to_piece(self.handle, token, buffer, -size, 0, special)
         return bytes(buffer.raw[:size])
-
-
-class ByteRuns:
-    """Finds where a SentencePiece tokenizer (SPM) makes nothing but bytes of a text for long.
-
-    llama.cpp copies all tokens so far at each such character (llama-vocab.cpp, resegment: the reserve), which takes a
-    minute for a million. They are characters without a token that stand beside their neighbours in no token's text: so no
-    merge reaches across, and each becomes the tokens of its bytes.
-    """
-
-    LONG = 256  # characters; shorter runs cost little
-
-    def __init__(self, vocab: Vocabulary) -> None:
-        """Reads the vocabulary: 0.1 s for a large one, so only long texts ask."""
-        c, np = vocab.c, vocab.np
-        texts = [c.llama_vocab_get_text(vocab.handle, t).decode("utf-8", "replace") for t in range(vocab.size)]
-        ids = {text: token for token, text in enumerate(texts)}
-        self._np = np
-        self._bytes = np.array([ids.get(f"<0x{byte:02X}>", -1) for byte in range(256)], np.int32)
-        self._known = np.zeros(sys.maxunicode + 1, bool)  # by code point: has a token, or cannot be told
-        self._known[[0, *(ord(text) for text in map(self._escaped, ids) if len(text) == 1)]] = True
-        strips = c.LLAMA_TOKEN_ATTR_LSTRIP | c.LLAMA_TOKEN_ATTR_RSTRIP
-        if any(c.llama_vocab_get_attr(vocab.handle, t) & strips for t in range(vocab.size)):
-            self._known[[ord(space) for space in "\t\n\v\f\r"]] = True  # special tokens take those beside them
-        if self._bytes.min() < 0:
-            self._known[:] = True
-        else:  # four bytes, behind a space if the tokenizer begins texts with one
-            self._spaced = vocab.count("\U0010fffd") > 4
-        codes = self._codes("\0".join(texts))
-        self._pairs = np.unique(self._paired(codes[:-1], codes[1:]))
-
-    @staticmethod
-    def _escaped(text: str) -> str:
-        return text.replace(" ", "▁")
-
-    def _codes(self, text: str) -> Any:
-        """Code points, an array, with spaces as the tokenizer sees them."""
-        return self._np.frombuffer(self._escaped(text).encode("utf-32-le", "replace"), self._np.uint32)
-
-    def _paired(self, left: Any, right: Any) -> Any:
-        return left.astype(self._np.uint64) << self._np.uint64(32) | right
-
-    def find(self, text: str) -> list[tuple[int, int]]:
-        """Where each long run begins and ends."""
-        codes = self._codes(text)
-        return [(begin + b, begin + e) for begin, end in self._long(~self._known[codes])
-                for b, e in self._long(self._alone(codes, begin, end))]  # fmt: skip
-
-    def _long(self, marked: Any) -> list[tuple[int, int]]:
-        edges = self._np.flatnonzero(self._np.diff(marked, prepend=False, append=False)).tolist()
-        return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if e - b >= self.LONG]
-
-    def _alone(self, codes: Any, begin: int, end: int) -> Any:
-        """Which of these characters merge with neither neighbour, nor with a space that the tokenizer may put before them."""
-        np = self._np
-        codes = np.concatenate([[0], codes, [0]]).astype(np.uint32)  # a neighbour before the first and behind the last
-        here = codes[begin + 1 : end + 1]
-        joined = np.isin(self._paired(codes[begin : end + 1], codes[begin + 1 : end + 2]), self._pairs)
-        alone = ~(joined[:-1] | joined[1:])
-        return alone & ~np.isin(self._paired(np.full_like(here, ord("▁")), here), self._pairs) if self._spaced else alone
-
-    def tokens(self, text: str) -> Any:
-        """The tokens of a run's text, an int32 array."""
-        return self._bytes[self._np.frombuffer(self._escaped(text).encode(), self._np.uint8)]
 
 
 class Llama:
@@ -4644,11 +4316,10 @@ class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
-        """Raises InvalidRequest for a grammar that cannot be followed. Runs in the tokenizing thread."""
+        """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            with TURN.behind(llama.gate):
-                self._machine = llama.machines.of(constraint.grammar)
+            self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
             raise InvalidRequest(self.said(error), error.param or self.param) from None
         self._state = self._machine.automaton.start
@@ -4656,7 +4327,7 @@ class Grammar:
         self._markers = self._vocab.tokens_named(constraint.markers)
         self.closing: Seq[int] = ()
         if self._marker and constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
-            self.closing = self._vocab.tokens_of(f"\n{(constraint.after or '').strip()}\n\n")
+            self.closing = self._vocab.tokens(f"\n{(constraint.after or '').strip()}\n\n").tolist()
 
     def said(self, error: InvalidRequest) -> str:
         """An error's message with the request's field, if it knows none."""
@@ -4830,22 +4501,31 @@ class Machine:
 
 
 class Machines:
-    """The machines of grammars that were used last. Made and found by the tokenizing thread."""
+    """The machines of grammars that were used last. Threads that read grammars share it; what they make is the step loop's."""
 
     MAX_KEPT, MAX_STATES = 16, 100_000  # machines, and states of all together but the last one's
 
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = vocab
         self._kept: dict[bytes, Machine] = {}
+        self._lock = threading.Lock()
+
+    def are_quick_to_make(self, grammar: Symbol) -> bool:
+        """Whether a grammar is known, or is read in some milliseconds, as most are."""
+        with contextlib.suppress(InvalidRequest):  # `of` says it
+            return pickle.dumps(grammar) in self._kept or read_soon(grammar)
+        return True
 
     def of(self, grammar: Symbol) -> Machine:
         """The grammar's machine. Raises InvalidRequest for one that cannot be read."""
         _ = self._vocab.spelling  # made here, not in the step loop
         key = pickle.dumps(grammar)
-        machine = self._kept.pop(key, None) or Machine(grammar, self._vocab)
-        self._kept[key] = machine
-        while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
-            del self._kept[next(iter(self._kept))]
+        machine = self._kept.get(key) or Machine(grammar, self._vocab)
+        with self._lock:
+            self._kept.pop(key, None)
+            self._kept[key] = machine
+            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
+                del self._kept[next(iter(self._kept))]
         return machine
 
     def _states(self) -> int:
@@ -5024,7 +4704,7 @@ class Sequence:
         self.tokens[: self.n_prompt] = prompt
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
-        self._ending = llama.vocab.tokens_of(job.thought.ending) if job.thought else ()
+        self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
         self.n_shown = self.n_prompt  # tokens whose text was given out
         self.n_jumped, self._jumped_at = 0, -1  # tokens that came without the model; the last token before the last of them
         self.logits: Any = None  # while its grammar takes more than a step to say what may come next
@@ -5905,17 +5585,20 @@ class Outbox:
 class Intake:
     """Takes in jobs and cancels: cancels take effect at once, texts are tokenized first.
 
-    `receive` runs in the receiving thread, `tokenize` in one of its own, where a huge text makes only other newcomers wait.
+    `receive` runs in the receiving thread. `tokenize` and `read_grammars` have one each: a newcomer waits for one input of each
+    job that is being tokenized, and only one whose own grammar takes long waits for such grammars.
     """
 
     JOBS: ClassVar[dict[type, Callable[[Submission, Seq[Any], Llama], Sequence | Embedding]]] = {
         Generate: Sequence, Embed: Embedding}  # fmt: skip
 
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
-        self.llama, self.outbox, self.pulse = llama, outbox, Pulse()
+        self.llama, self.outbox = llama, outbox
+        self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
         self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
+        self._grammars: queue.SimpleQueue[tuple[Submission, Seq[int]]] = queue.SimpleQueue()  # prompts whose grammars take long
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
         self._known: dict[int, Submission] = {}  # from their arrival to their end
 
@@ -5940,27 +5623,58 @@ class Intake:
         self._known.pop(id, None)
 
     def tokenize(self) -> None:
-        """The tokenizing thread: makes texts sequences, in order, and hands them to the step loop."""
+        """The tokenizing thread: jobs take turns, an input of each at a time."""
+        turns: deque[Iterator[None]] = deque()
         while True:
-            self.pulse.begin("rest")
-            submission = self._submits.get()
-            self.pulse.begin("tokenize")
-            if submission.cancelled:
-                continue
-            try:
-                self._admit(submission)
-            except ApiError as error:
-                self._refuse(submission, error)
-            except Exception as error:  # a job's border: one that nobody foresaw must not end the others
-                log.exception("a job cannot begin")
-                self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
+            self.tokenizing.begin("rest")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    turns.append(self._tokenized_by_turns(self._submits.get(block=not turns)))
+            self.tokenizing.begin("tokenize")
+            job = turns.popleft()
+            if next(job, "ended") is None:
+                turns.append(job)
 
-    def _admit(self, submission: Submission) -> None:
+    def read_grammars(self) -> None:
+        """The thread of grammars that take long: reads them one after another, while others' prompts go on."""
+        while True:
+            self.reading.begin("rest")
+            submission, tokens = self._grammars.get()
+            self.reading.begin("tokenize")
+            with self._answering(submission):
+                self._begin(submission, tokens)
+
+    def _tokenized_by_turns(self, submission: Submission) -> Iterator[None]:
+        """Tokenizes a job and hands it on; yields where others may have their turn."""
         job = submission.job
-        if isinstance(job, Tokenize):
-            return self._answer(submission, *self._tokenized(job))
-        tokens = self._inputs(job, submission) if isinstance(job, Embed) else self._prompt(job)
-        work = self.JOBS[type(job)](submission, tokens, self.llama)
+        with self._answering(submission):
+            if isinstance(job, Tokenize):
+                return self._answer(submission, *self._tokenized(job))
+            if isinstance(job, Embed):
+                return self._begin(submission, (yield from self._inputs(job, submission)))
+            prompt, constraint = self._prompt(job), job.sampling.constraint
+            if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                self._begin(submission, prompt)
+            else:
+                self._grammars.put((submission, prompt))
+
+    @contextlib.contextmanager
+    def _answering(self, submission: Submission) -> Iterator[None]:
+        """Refuses the job for what is raised within: an error must not end the others."""
+        try:
+            yield
+        except Cancelled:
+            log.debug("a grammar was left unread: its client is gone")
+        except ApiError as error:
+            self._refuse(submission, error)
+        except Exception as error:
+            log.exception("a job cannot begin")
+            self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
+
+    def _begin(self, submission: Submission, tokens: Seq[Any]) -> None:
+        """Hands a job to the step loop; its grammar is read first."""
+        with TURN.behind(self.llama.gate, submission):
+            work = self.JOBS[type(submission.job)](submission, tokens, self.llama)
         if self._arriving.pop(submission.id, None):
             self.outbox.accept(submission.id, work.n_prompt)
             self.inbox.put(work)
@@ -5977,7 +5691,8 @@ class Intake:
         """Tokens, and what they stand for if that was asked. Raises InvalidRequest for ids outside the vocabulary."""
         vocab, content = self.llama.vocab, job.content
         if isinstance(content, str):
-            content = tuple(vocab.encode(content, job.add_special, job.parse_special).tolist())
+            ends, special = job.add_special, job.parse_special
+            content = tuple(vocab.tokens(content, first=ends, last=ends, special=special).tolist())
         elif not all(0 <= t < vocab.size for t in content):
             raise InvalidRequest(f"tokens holds an id outside 0…{vocab.size - 1}", "tokens")
         return content, tuple(vocab.name(t) for t in content) if job.pieces else ()
@@ -5994,7 +5709,7 @@ class Intake:
         rest: Seq[Any] = job.prompt[job.spare :]
         room, first = self.llama.ctx - len(self._tokens(rest)) - self._answer_tokens(job.sampling), job.spare
         for segment in reversed(job.prompt[: job.spare]):
-            room -= len(self.llama.vocab.encode(str(segment), False, True))
+            room -= len(self.llama.vocab.tokens(str(segment)))
             if room <= 0:
                 break
             first -= 1
@@ -6013,13 +5728,13 @@ class Intake:
         least = len(prompt) if given else vocab.least_tokens(prompt, self.llama.ctx)
         if least >= self.llama.ctx:  # not tokenized to say exactly: megabytes take seconds
             self._too_long(least, "" if given else "at least ")
-        tokens = prompt if given else vocab.tokenize(prompt)
+        tokens = prompt if given else vocab.tokens(*prompt, first=True)
         if len(tokens) >= self.llama.ctx:
             self._too_long(len(tokens))
         return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
 
-    def _inputs(self, job: Embed, submission: Submission) -> list[Any]:
-        """The token ids of each input, all int32 arrays. Raises ContextLengthExceeded, or InvalidRequest."""
+    def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
+        """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
         size = int(self.llama.c.llama_model_n_embd_out(self.llama.model))
         if job.dimensions and job.dimensions > size:
             raise InvalidRequest(f"dimensions must be at most {size}, the size of the model's vectors, not {job.dimensions}",
@@ -6029,6 +5744,7 @@ class Intake:
             if submission.cancelled:
                 break
             inputs.append(self._input(job, index, input))
+            yield
         return inputs
 
     def _input(self, job: Embed, index: int, input: str | tuple[int, ...]) -> Any:
@@ -6044,7 +5760,7 @@ class Intake:
         elif not job.truncate and (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) > ctx:
             raise self._input_too_long(name, f"at least {least}")
         else:
-            tokens = vocab.wrapped(input) if job.query is None else vocab.pair(job.query, input)
+            tokens = vocab.tokens(input, first=True, last=True) if job.query is None else vocab.pair(job.query, input)
         if len(tokens) > ctx and job.truncate:
             tokens = self.llama.np.concatenate([tokens[: ctx - 1], tokens[-1:]])  # the last one may be the model's own end
         if len(tokens) > ctx:
@@ -6436,8 +6152,9 @@ def engine_main() -> None:
         pulses[0].begin("trial")
         llama.trial()
         engine = Engine(llama, pipe, pulses[0])
-        pulses.append(engine.intake.pulse)
-        llama.vocab.max_run = start_or_die(engine.intake.tokenize, stack=512 * MIB) // Vocabulary.RUN_STACK
+        pulses += [engine.intake.tokenizing, engine.intake.reading]
+        for work in (engine.intake.tokenize, engine.intake.read_grammars):
+            start_or_die(work, stack=64 * MIB)  # many times what Vocabulary.MAX_RUN needs
         pipe.send(llama.loaded())
     except Exception as error:  # the process's border: whatever it is, the parent is told
         cause = "memory" if isinstance(error, MemoryError) else getattr(error, "cause", "")
@@ -6469,9 +6186,11 @@ def _beat(pipe: Pipe, pulses: Seq[Pulse]) -> None:
         time.sleep(BEAT_SECONDS)
 
 
-def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
-    """Starts a thread whose failure ends the process. Returns its stack's bytes: `stack`, or what can be had of it."""
+def start_or_die(work: Callable[[], None], stack: int = 0) -> None:
+    """Starts a thread whose failure ends the process, with so many bytes of stack (0: as usual).
 
+    Not by `Thread.start`: that waits for ever for a thread which has no memory to begin.
+    """
     begun = threading.Event()
 
     def guarded() -> None:
@@ -6484,24 +6203,11 @@ def start_or_die(work: Callable[[], None], stack: int = 0) -> int:
             finally:  # without memory even that may fail
                 os._exit(1)
 
-    stack = _start_thread(guarded, stack)
+    threading.stack_size(stack)
+    _thread.start_new_thread(guarded, ())
+    threading.stack_size(0)
     if not begun.wait(START_SECONDS):
         os._exit(1)
-    return stack
-
-
-def _start_thread(work: Callable[[], None], stack: int) -> int:
-    """Not by `Thread.start`: that waits for ever for a thread which has no memory to begin."""
-    while stack >= 2 * MIB:
-        with contextlib.suppress(ValueError, RuntimeError):  # no such size here; not so much address space
-            threading.stack_size(stack)
-            _thread.start_new_thread(work, ())
-            threading.stack_size(0)
-            return stack
-        stack //= 2
-    threading.stack_size(0)
-    _thread.start_new_thread(work, ())
-    return MIB // 2  # the smallest default, macOS's
 
 
 # ── 11. Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -6617,27 +6323,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
-        self._answers: dict[tuple[str, str, str, str], int] = {}  # by method, route, API and status
+        self.meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
+        self.answers = Counter[tuple[str, str, str, str]]()  # by method, route, API and status
         self.connections = self.accepted = self.refused = 0  # the server's, whose accepting thread and lock write them
 
     def meter(self, id: str) -> Meter:
-        with self._lock:
-            return self._meters.setdefault(id, Meter())
-
-    def meters(self) -> dict[str, Meter]:
-        with self._lock:
-            return dict(self._meters)
+        return self.meters.setdefault(id, Meter())
 
     def answered(self, method: str, route: str, api: str, status: int) -> None:
         """A request is over. Only words that the route table knows come here, so that their number is bounded."""
-        key = (method, route, api, str(status or "none"))
         with self._lock:
-            self._answers[key] = self._answers.get(key, 0) + 1
-
-    def answers(self) -> dict[tuple[str, str, str, str], int]:
-        with self._lock:
-            return dict(self._answers)
+            self.answers[method, route, api, str(status or "none")] += 1
 
 
 class Generation:
@@ -6651,14 +6347,14 @@ class Generation:
         self.worker, self.index = worker, {id: i for i, id in enumerate(ids)}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open = set(ids)
-        self._given = self._taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
+        self._given = self.taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
 
     def give(self, message: Any) -> None:
         """Hands on a message; called by the worker's reading thread alone. A client too far behind is given up."""
         self.inbox.put(message)
-        if isinstance(message, Piece) and self._given - self._taken <= MAX_UNREAD:
+        if isinstance(message, Piece) and self._given - self.taken <= MAX_UNREAD:
             self._given += message.size
-            if self._given - self._taken > MAX_UNREAD:
+            if self._given - self.taken > MAX_UNREAD:
                 self.worker.cancel(self.index)
                 self.inbox.put(GenerationFailed(f"The client reads too slowly: {human_bytes(MAX_UNREAD)} wait for it"))
 
@@ -6688,7 +6384,8 @@ class Generation:
             while self._open:
                 yield self._next()
         finally:
-            self.worker.forget(self.index, self._open)
+            if self._open:
+                self.worker.cancel(self._open)
 
     def _next(self) -> Any:
         """The next message; raises what ended the request."""
@@ -6705,7 +6402,7 @@ class Generation:
         if isinstance(message, Finished):
             self._open.discard(message.id)
         elif isinstance(message, Piece):
-            self._taken += message.size
+            self.taken += message.size
         return message
 
 
@@ -6776,8 +6473,8 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        self._generations: dict[int, Generation] = {}  # by job id, from submit to the last message
-        self._timings: dict[int, Timing] = {}  # by job id, until the child says how it ended, wanted or not
+        # by id, until the child says how a job ended, wanted or not; the meter does not count those of the tokenizer alone
+        self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
         self._heartbeat = Heartbeat(info.size_bytes)
@@ -6841,25 +6538,16 @@ class Worker:
             if len(ids) > self.loaded.parallel + self.max_queue:
                 most = self.loaded.parallel + self.max_queue
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            waiting = len(self._generations) - self.loaded.parallel
+            waiting = len(self._jobs) - self.loaded.parallel
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
-            self._generations |= dict.fromkeys(ids, generation)
             for id, job in zip(ids, jobs, strict=True):
-                if not isinstance(job, Tokenize):
-                    self._timings[id] = Timing(began or time.monotonic(), isinstance(job, Generate))
+                timing = Timing(began or time.monotonic(), isinstance(job, Generate))
+                self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing
         for id, job in zip(ids, jobs, strict=True):
             self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
-
-    def forget(self, ids: Iterable[int], still_open: Iterable[int]) -> None:
-        """A generation is over; what it left open in the engine is cancelled."""
-        with self._lock:
-            for id in ids:
-                self._generations.pop(id, None)
-        if still_open:
-            self.cancel(still_open)
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Lets the engine end these jobs within a step. Never waits: the child may hang."""
@@ -6881,12 +6569,11 @@ class Worker:
                 if isinstance(message, Stepped):
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
-                        self._count(event)
-                        self._give(event)
+                        self._take(event)
                 elif isinstance(message, (Progress, Loaded, LoadFailed)) and not self._serving:
                     self._loading.put(message)
                 elif isinstance(message, Accepted):
-                    self._give(message)
+                    self._take(message)
         except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
@@ -6895,21 +6582,20 @@ class Worker:
         self._pipe.end()
         self._end()
 
-    def _give(self, event: Any) -> None:
-        generation = self._generations.get(event.id)
+    def _take(self, event: Any) -> None:
+        """Tells the meter what the child says of a job, whether or not anybody still waits for it, and hands it on."""
+        generation, timing = self._jobs.get(event.id, (None, None))
+        if isinstance(event, (Finished, Failed)):
+            with self._lock:
+                self._jobs.pop(event.id, None)
+        if timing and isinstance(event, Piece):
+            self._meter.piece(timing, event.tokens)
+        elif timing and isinstance(event, Finished):
+            self._meter.finished(timing, event)
+        elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
+            self._meter.failed(timing)
         if generation:
             generation.give(event)
-
-    def _count(self, event: Any) -> None:
-        """Tells the meter, whether or not anybody still waits for the job."""
-        if isinstance(event, Piece):
-            if job := self._timings.get(event.id):
-                self._meter.piece(job, event.tokens)
-        elif isinstance(event, (Finished, Failed)) and (job := self._timings.pop(event.id, None)):
-            if isinstance(event, Finished):
-                self._meter.finished(job, event)
-            elif event.code == GenerationFailed.code:  # else the request was at fault, and never began
-                self._meter.failed(job)
 
     def _watch(self) -> None:
         """The watching thread: gives up a child that is silent, and one that not even a kill ends."""
@@ -6928,48 +6614,58 @@ class Worker:
 
     def _end(self) -> None:
         """The child is gone: fails everybody who waits for it. Only the first call counts."""
-        reason = self._why or f"the engine process ended ({ending(self._exit_status())})"
+        with contextlib.suppress(Exception):
+            self.process.wait(2.0)
+        status = self.process.returncode
+        reason = self._why or f"the engine process ended ({ending(status)})"
+        cause = "hang" if self._why else "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
         with self._lock:
             if self._ended.is_set():
                 return
             self.alive, self._running, self.cells = False, 0, 0
-            self.cause = "" if self._stopping else "hang" if self._why else self._cause_of(self._exit_status())
+            self.cause = "" if self._stopping else cause
             self._ended.set()
-        for id in list(self._timings):
-            if job := self._timings.pop(id, None):
-                self._meter.failed(job)
         if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
         self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
         self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
+        for _, timing in self._jobs.values():
+            if timing:
+                self._meter.failed(timing)
+        self._jobs = {}
         if self._serving:
             self._died(self, reason)
-
-    def _exit_status(self) -> int | None:
-        with contextlib.suppress(Exception):
-            self.process.wait(2.0)
-        return self.process.returncode
-
-    @staticmethod
-    def _cause_of(status: int | None) -> str:
-        return "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
 
     def fail_all(self, error: ApiError) -> None:
         """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
         with self._lock:
-            generations = set(self._generations.values())
+            generations = {generation for generation, _ in self._jobs.values()}
         for generation in generations:
             generation.inbox.put(type(error)(error.details, error.message, error.param))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
         with self._lock:
-            total = len(self._generations)
+            total = len(self._jobs)
         running = min(self._running, total)
         return running, total - running
 
+    def settings(self) -> dict[str, Any]:
+        """How the model is loaded, for its status: `options` that differ from their defaults, `fallback` that was needed."""
+        usual, loaded = EngineOptions(), self.loaded
+        options = {k: v for k, v in vars(self.setup.options).items() if v != getattr(usual, k)}
+        options |= {"chat_template": "given"} if "chat_template" in options else {}
+        return {
+            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
+            "devices": loaded.devices, "fallback": self.setup.rung.words(),
+        }  # fmt: skip
+
     def memory_bytes(self) -> int:
         return resident_bytes([self.process.pid]) if self.alive else 0
+
+    def reserved_bytes(self) -> int:
+        """Bytes of memory that count as free and are not: the engine has mapped them, or will fill them. Takes time."""
+        return mapped_bytes([self.process.pid]) + max(0, self.loaded.memory_need - self.memory_bytes()) if self.alive else 0
 
     def stop(self) -> None:
         """Ends the child: it goes at the end of its pipe, else is killed. While it loads, `start` raises. Idempotent.
@@ -6977,19 +6673,12 @@ class Worker:
         Waits some ten seconds at most.
         """
         with self._lock:
-            self._stopping = True
-            self.alive = False
-            process = getattr(self, "process", None)
-        if process is None:
-            return
-        self._pipe.close()
-        try:
-            self.process.wait(3.0)
-        except Exception:
-            process.kill()
-            with contextlib.suppress(Exception):
-                process.wait(5.0)
-        self._end()
+            self._stopping, self.alive = True, False
+            started = hasattr(self, "process")
+        if started:
+            self._pipe.close()
+            if not self._ended.wait(3.0):
+                self._give_up("it was to be unloaded")
 
 
 class Ladder:
@@ -7005,11 +6694,10 @@ class Ladder:
         self.faults, self.report = faults, report
         self._lock = threading.Lock()
         self._said: set[str] = set()
-        self._crashes: dict[str, int] = {}  # young engines that crashed, by model
-        self._counted: weakref.WeakSet[Worker] = weakref.WeakSet()
+        self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
-    def load(self, model: ModelInfo, gpu_wanted: bool, start: Callable[[Rung], Worker], asked: bool = False) -> Worker:
+    def load(self, model: ModelInfo, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
         """Loads by the highest rung that holds. `start` tries one, and raises LoadFailure.
 
         Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
@@ -7020,22 +6708,21 @@ class Ladder:
         crash = ""  # what the first engine that crashed or hung said
         while True:
             try:
-                worker = start(rung)
+                worker = start(replace(setup, rung=rung))
+                break
             except LoadFailure as failure:
                 first = first or failure
-                mendable = failure.cause not in ("", "room")
-                gpu = mendable and gpu_wanted and self._has_gpu()
-                lower = rung.below(failure.cause, gpu) if mendable else None
+                gpu = self._uses_gpu(setup.options)
+                lower = rung.below(failure.cause, gpu) if failure.cause not in ("", "room") else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
                 self._say(f"{printable(failure.details)}; trying again {lower.words()}", True)
                 if failure.cause != "memory":
                     crash, kept = crash or failure.details, kept.below(failure.cause, gpu) or kept
                 rung = lower
-            else:
-                if crash and not asked:
-                    self._remember(model, kept, crash)
-                return worker
+        if crash and not asked:
+            self._remember(model, kept, crash)
+        return worker
 
     def _top(self, model: ModelInfo) -> Rung:
         """Where to begin with a model: what its kind is known to need, without the kernels that are known to be broken."""
@@ -7044,9 +6731,7 @@ class Ladder:
         for name, fault in broken.items():
             self._say(f"this CPU's {name} kernels are broken in this build of llama-cpp-python ({fault}); "
                       "going on without them", new)  # fmt: skip
-        with self._lock:
-            lowered = self._lowered.get(model.id)
-        rung = lowered or self._known(model)
+        rung = self._lowered.get(model.id) or self._known(model)
         return rung if rung.plain else replace(rung, without=tuple(broken))
 
     def _known(self, model: ModelInfo) -> Rung:
@@ -7078,30 +6763,24 @@ class Ladder:
         (log.warning if new else self.report)(words)
 
     @staticmethod
-    def _has_gpu() -> bool:
-        return any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
+    def _uses_gpu(options: EngineOptions) -> bool:
+        wanted = options.gpu_layers != 0 and options.device != ("none",)
+        return wanted and any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
 
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: the second crash of a young one takes its model a rung down."""
-        model = worker.info
-        if not worker.cause or time.monotonic() - worker.loaded_at > self.YOUNG:
+        model, cause = worker.info, worker.cause
+        if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        gpu = worker.loaded.on_gpu
         with self._lock:
-            if worker in self._counted:
-                return
-            self._counted.add(worker)
-            self._crashes[model.id] = self._crashes.get(model.id, 0) + 1
-            if self._crashes[model.id] < 2:
-                return
-            self._crashes[model.id] = 0
-            lower = worker.setup.rung.below(worker.cause, gpu)
-            if lower:
-                self._lowered[model.id] = lower
-        if lower:
+            self._crashes[model.id] += 1
+            second = self._crashes[model.id] % 2 == 0
+        lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
+        if second and lower:
+            self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
-            if worker.cause != "memory":
-                self._remember(model, lower, f"the engine crashed twice ({worker.cause})")
+            if cause != "memory":
+                self._remember(model, lower, f"the engine crashed twice ({cause})")
 
 
 # ── 12. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -7150,33 +6829,31 @@ class Settings:
         """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
         self._flags, self.presets, self._one = flags or {}, tuple(presets), one
         self._all = [p for p in presets if p.pattern == "*"]
-        self.engine = EngineOptions(**self._merged([p.engine for p in self._all], self._flags))  # of no model in particular
+        self.engine = self._merged([*self._all, Preset("*", self._flags)]).engine  # of no model in particular
 
     @staticmethod
-    def _merged(layers: Iterable[Mapping[str, Any]], last: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for layer in (*layers, last) for name, value in layer.items()}
+    def _merged(layers: Seq[Preset], system: str = "") -> ModelSettings:
+        engine = {name: value for layer in layers for name, value in layer.engine.items()}
+        sampling = {name: value for layer in layers for name, value in layer.sampling.items()}
+        keep = [layer.keep_alive for layer in layers if layer.keep_alive is not None]
+        return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
         """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
-        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
-        engine = [model.stored.engine, *(p.engine for p in self._all), flags, *(p.engine for p in own)]
-        sampling = [model.stored.sampling, *(p.sampling for p in self._all), *(p.sampling for p in own)]
-        keep = [p.keep_alive for p in (*self._all, *own) if p.keep_alive is not None]
-        return ModelSettings(EngineOptions(**self._merged(engine, asked or {})), self._merged(sampling, {}),
-                             model.stored.system, keep[-1] if keep else None)  # fmt: skip
+        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        layers = [stored, *self._all, Preset("", flags), *own, Preset("", asked or {})]
+        return self._merged(layers, model.stored.system)
 
 
-class LoadAttempt:
-    """One try to load a model; everyone who waited for it learns its error."""
+@dataclass
+class PendingLoad:
+    """A model's load, from when it is wanted until it has ended. Touched only under the condition of Residents."""
 
-    def __init__(self) -> None:
-        self.error: ApiError | None = None
-
-    def check(self) -> None:
-        """Raises the load's error, a copy for each waiter: a raised exception holds the frames it passed through."""
-        if self.error is not None:
-            raise copy.copy(self.error)
+    due: float  # monotonic: when it is refused if no room has come
+    background: bool = False  # it is wanted although nobody waits for it
+    error: ApiError | None = None  # how it ended, if badly
 
 
 @dataclass
@@ -7189,15 +6866,13 @@ class Entry:
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
-    attempt: LoadAttempt = field(default_factory=LoadAttempt)
+    load: PendingLoad | None = None
     asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests for its load gave
     held: Mapping[str, Any] = field(default_factory=dict)  # the same, of the last load that came to its end
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
-    begun: int = 0  # the number of its last load among all
-    reserved: int = 0  # bytes that others held or were to take then
+    departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
     retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure
-    pending: Cancellation | None = None  # a load that nobody waits for and that has no room yet
     leases: int = 0  # requests that use the worker now
     waiting: int = 0  # requests that wait for the load
     last_used: float | None = None  # seconds since the epoch
@@ -7210,7 +6885,8 @@ class Entry:
 
     @property
     def idle(self) -> bool:
-        return self.state == "loaded" and not self.leases and not self.waiting
+        """Nobody uses it, nor is about to: who waits while it is loaded wants it loaded with other options."""
+        return self.state == "loaded" and not self.leases and (self.load is not None or not self.waiting)
 
     def status(self) -> dict[str, Any]:
         """The document of the status, load and unload routes, but for its memory: asking for that takes too long here."""
@@ -7220,18 +6896,7 @@ class Entry:
             "progress": round(self.progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
-        } | (self._settings(self.worker) if self.worker else {})  # fmt: skip
-
-    @staticmethod
-    def _settings(worker: Worker) -> dict[str, Any]:
-        """What holds for the engine: context, pool, options that differ from their defaults, and what had to be given up."""
-        usual, loaded = EngineOptions(), worker.loaded
-        options = {k: v for k, v in vars(worker.setup.options).items() if v != getattr(usual, k)}
-        options |= {"chat_template": "given"} if "chat_template" in options else {}
-        return {
-            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
-            "devices": loaded.devices, "fallback": worker.setup.rung.words(),
-        }  # fmt: skip
+        } | (self.worker.settings() if self.worker else {})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -7245,20 +6910,12 @@ class TableOptions:
     preset_aliases: tuple[tuple[str, str], ...] = ()  # the same; their models need not be there
 
 
-def start_thread(work: Callable[..., None], *args: Any, name: str) -> None:
-    """Runs work in a thread of its own. Raises Overloaded when the system has no thread to give."""
-    try:
-        threading.Thread(target=work, args=args, name=name, daemon=True).start()
-    except RuntimeError as error:
-        raise Overloaded(f"The system gives no more threads ({error})") from None
-
-
 class Residents:
     """The models in memory: loads, evicts and unloads them.
 
-    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries; loads
-    and unloads run in threads of their own, so that no wait holds it. Methods are called with it held, unless they
-    say that they take it.
+    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One
+    thread loads, a model at a time, another ends engines, so that no wait holds it. Methods are called with it held,
+    unless they say that they take it.
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
@@ -7270,7 +6927,7 @@ class Residents:
         self.entries: dict[str, Entry] = {}  # by id
         self.closed = False
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
-        self._options, self._metrics, self._loads = options, metrics, itertools.count()
+        self._options, self._metrics = options, metrics
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
@@ -7278,6 +6935,7 @@ class Residents:
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         if not entry.in_memory:
+            entry.departures += 1
             for other in self.entries.values():
                 other.crowded = ""
         self.changed.notify_all()
@@ -7289,169 +6947,136 @@ class Residents:
 
     # Loading
 
-    def worker_for(self, entry: Entry, deadline: float, asked: Mapping[str, Any] | None = None) -> Worker | None:
-        """The worker if the model is loaded; otherwise begins the load unless one runs, as soon as there is room.
+    def want(self, entry: Entry, asked: Mapping[str, Any] | None = None, background: bool = False) -> PendingLoad:
+        """The load of a model that is not loaded, or not as it is `asked` for; it begins as soon as there is room.
 
-        `asked` are options that the request wants it loaded with: a longer context reloads it once nobody uses it.
-        Raises Overloaded when no room came until the deadline, or the server ends; GenerationFailed in the pause after a
-        load that failed on every rung.
+        Raises Overloaded when the server ends, GenerationFailed in the pause after a load that failed on every rung.
         """
         if self.closed:
             raise Overloaded("The server is shutting down")
-        if entry.state == "loaded" and asked and self._is_too_short(entry, asked):
-            if entry.leases and time.monotonic() > deadline:
-                raise Overloaded(f"Model '{entry.info.id}' is too busy to be loaded with a context of {asked['ctx']} tokens")
-            if not entry.leases:
-                entry.asked = {**entry.asked, **asked}
-                self._begin_unload(entry)
-            return None
-        if entry.state == "loaded":
-            entry.idle_since, entry.last_used = time.monotonic(), time.time()
-            return entry.worker
-        pause = entry.retry_at - time.monotonic()
-        if entry.state == "failed" and pause > 0:
-            raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
-        if not entry.in_memory and self._make_room(entry, deadline):
+        if self.entries.get(entry.info.id) is not entry:  # a scan has dropped it since its name was resolved
+            raise ModelNotFound(f"Model '{entry.info.id}' is not available")
+        if entry.state != "loading":
             entry.asked = {**entry.asked, **(asked or {})}
-            self._begin_load(entry)
-        return None
+        load = entry.load
+        if load is None:
+            pause = entry.retry_at - time.monotonic()
+            if entry.state == "failed" and pause > 0:
+                raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
+            if entry.state == "failed":
+                self.move(entry, "unloaded")
+            load = entry.load = PendingLoad(time.monotonic() + LOAD_WAIT_SECONDS, background)
+            self._schedule()
+            self.changed.notify_all()
+        load.background |= background
+        return load
 
-    @staticmethod
-    def _is_too_short(entry: Entry, asked: Mapping[str, Any]) -> bool:
-        """Whether a request wants more context than the model is loaded with, and than it got when it was asked for that."""
-        assert entry.worker
-        wanted = min(asked.get("ctx") or 0, entry.info.context_length or sys.maxsize)
-        return wanted > entry.worker.loaded.ctx and asked.get("ctx") != entry.held.get("ctx")
+    def _schedule(self) -> None:
+        """Begins the load that is wanted longest, of those for which there is room, unless one is going on."""
+        wanted = [(e.load, e) for e in self.entries.values() if e.load]
+        for load, entry in sorted(wanted, key=lambda each: each[0].due):
+            if any(e.state == "loading" for e in self.entries.values()):
+                return
+            if not entry.waiting and not load.background:  # whoever wanted it has left
+                entry.load, entry.asked = None, entry.held
+            elif self._has_room(entry, load):
+                self.move(entry, "loading")
 
-    def load_in_background(self, entry: Entry) -> None:
-        """Begins to load; without room one thread waits for it, however often this is asked."""
-        if entry.pending or entry.state in ("loading", "loaded"):
-            return
-        if entry.state != "unloading" and self._make_room(entry, math.inf):
-            self._begin_load(entry)
-            return
-        pending = Cancellation()
-        start_thread(self._load_pending, entry, pending, name=f"load {entry.info.id}")
-        entry.pending = pending
-        if entry.state == "failed":
-            self.move(entry, "unloaded")
-
-    def _load_pending(self, entry: Entry, pending: Cancellation) -> None:
-        """The thread of a load that waits for room; its refusal becomes the entry's error."""
-        try:
-            with Lease(self, entry, pending, uses=False) as lease:
-                lease.wait()
-        except Cancelled:
-            pass  # an unload came
-        except ApiError as refusal:
-            with self.changed:
-                if entry.state == "unloaded":
-                    self.move(entry, "failed", error=refusal.details)
-        finally:
-            with self.changed:
-                entry.pending = None
-
-    def _make_room(self, entry: Entry, deadline: float) -> bool:
-        """True if a load may start; otherwise starts evicting the least recently used idle model.
+    def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
+        """True if a load may start; otherwise unloads the least recently used idle model, or refuses a load that is due.
 
         The load itself finds out whether it fits beside the others (`crowded`), for only an engine knows the devices.
-        Raises Overloaded when all are busy beyond the deadline.
         """
         held = [e for e in self.entries.values() if e.in_memory]
-        if len(held) < self._options.max_loaded and not (entry.crowded and held):
+        if entry.in_memory:  # with other options
+            held = [entry]
+        elif len(held) < self._options.max_loaded and not (entry.crowded and held):
             return True
-        if not any(e.state == "unloading" and not e.leases for e in held):
-            if idle := [e for e in held if e.idle]:
-                self._begin_unload(min(idle, key=lambda e: e.idle_since))
-            elif time.monotonic() > deadline:
-                crowded, entry.crowded = entry.crowded, ""
-                busy = f"{len(held)} loaded models are busy"
-                raise Overloaded(f"{crowded}; {busy}" if crowded else f"All {busy} (--max-loaded {self._options.max_loaded})")
+        if entry.state == "unloading" or any(e.state == "unloading" and not e.leases for e in held):
+            return False
+        if idle := [e for e in held if e.idle]:
+            oldest = min(idle, key=lambda e: e.idle_since)
+            self.move(oldest, "unloading", oldest.worker)
+        elif time.monotonic() > load.due:
+            busy = f"{len(held)} loaded models are busy"
+            why = f"{entry.crowded}; {busy}" if entry.crowded else f"All {busy} (--max-loaded {self._options.max_loaded})"
+            if entry.in_memory:
+                asked = ", ".join(f"{name} {value}" for name, value in entry.asked.items())
+                why = f"Model '{entry.info.id}' is too busy to be loaded again with {asked}"
+            self._end_load(entry, Overloaded(why))
         return False
 
-    def _others(self, entry: Entry) -> list[Entry]:
-        return [e for e in self.entries.values() if e.in_memory and e is not entry]
+    def run_loads(self) -> None:
+        """The loading thread; takes the condition."""
+        while entry := self._next_load():
+            self._load(entry)
 
-    def _reserved(self, entry: Entry) -> int:
-        """Bytes of memory that count as free and are not: other engines have mapped them, or will fill them. Takes time.
-
-        Of two loads the one that began first is the other's, so that not each waits for each.
-        """
+    def _next_load(self) -> Entry | None:
+        """Waits for a load; None at the server's end."""
         with self.changed:
-            earlier = [e for e in self._others(entry) if e.state != "loading" or e.begun < entry.begun]
-            needs = [(e.worker or e.starting, expected_need(e.info, self._settings(e).engine)) for e in earlier]
-        reserved = 0
-        for worker, need in needs:
-            process, loaded = getattr(worker, "process", None), getattr(worker, "loaded", None)
-            pids = [process.pid] if process else []
-            need = loaded.memory_need if loaded else need
-            reserved += mapped_bytes(pids) + max(0, need - resident_bytes(pids))
-        return reserved
+            while not self.closed:
+                self._schedule()
+                for entry in self.entries.values():
+                    if entry.state == "loading":
+                        return entry
+                self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
+        return None
 
-    def _begin_load(self, entry: Entry) -> None:
-        attempt = LoadAttempt()
-        start_thread(self._load, entry, attempt, name=f"load {entry.info.id}")  # before the state says that one runs
-        entry.attempt, entry.begun = attempt, next(self._loads)
-        self.move(entry, "loading")
-
-    def _load(self, entry: Entry, attempt: LoadAttempt) -> None:
-        """The thread of a load; takes the condition to say how far it is and how it ended."""
-
-        def progress(fraction: float) -> None:
-            with self.changed:
-                entry.progress = fraction
-
-        with self.changed:
-            settings = self._settings(entry)
+    def _load(self, entry: Entry) -> None:
+        """Loads a model; takes the condition to say how that ended."""
         worker: Worker | None = None
         error: ApiError | None = None
+        asked, others = entry.asked, list[Worker]()
         try:
-            gpu_wanted = settings.engine.gpu_layers != 0 and settings.engine.device != ("none",)
-            worker = self._ladder.load(
-                entry.info, gpu_wanted, lambda rung: self._start(entry, settings, rung, progress), bool(entry.asked)
-            )
+            with self.changed:
+                asked, settings = entry.asked, self._settings(entry)
+                others = [e.worker for e in self.entries.values() if e.worker]
+                idle = any(e.idle for e in self.entries.values())
+            setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            worker = self._ladder.load(entry.info, setup, functools.partial(self._start, entry), bool(asked))
         except ApiError as failure:
-            error = copy.copy(failure)
+            error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
             error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
         with self.changed:
-            entry.idle_since = time.monotonic()
-            if not error:
-                entry.held, entry.failures, entry.retry_at = entry.asked, 0, 0.0
+            if worker:
+                entry.held, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
                 self.move(entry, "loaded", worker)
-            elif getattr(error, "cause", "") == "room" and (entry.reserved or self._others(entry)):
+                if not worker.alive:
+                    self.move(entry, "failed", error="the engine process ended right after the load")
+                if entry.asked == asked:  # else it was asked for with other options meanwhile
+                    self._end_load(entry)
+            elif error and getattr(error, "cause", "") == "room" and others:
                 self.move(entry, "unloaded")
-                entry.crowded = error.details if self._others(entry) else ""
-            else:
-                self._failed(entry, attempt, error)
-        if worker is not None and self.closed:
-            worker.stop()
-        elif worker is not None and not worker.alive:
-            self._died(entry, worker, "the engine process ended right after the load")
+                entry.crowded = error.details
+            elif error:
+                self._failed(entry, asked, error)
 
-    def _start(self, entry: Entry, settings: ModelSettings, rung: Rung, progress: Callable[[float], None]) -> Worker:
+    def _start(self, entry: Entry, setup: Setup) -> Worker:
         """Starts one engine for a load; takes the condition. Raises LoadFailure."""
-        with self.changed:
-            idle = any(e.idle for e in self.entries.values() if e is not entry)
-        entry.reserved = self._reserved(entry)
-        setup = Setup(settings.engine, rung, entry.reserved, idle)
         starting = self._make_worker(entry.info, setup, functools.partial(self._died, entry))
         with self.changed:
             if self.closed:
                 raise Overloaded("The server is shutting down")
             entry.starting = starting
-        return starting.start(progress)
+        return starting.start(lambda fraction: setattr(entry, "progress", fraction))
 
-    def _failed(self, entry: Entry, attempt: LoadAttempt, error: ApiError) -> None:
+    def _failed(self, entry: Entry, asked: Mapping[str, Any], error: ApiError) -> None:
         """A load is over without a model. What every rung failed at is not tried again and again."""
         self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-        wished = entry.asked != entry.held  # what one client wished for does not keep the others from the model
-        attempt.error, entry.asked = error, entry.held
-        if getattr(error, "cause", "") and not wished:
+        if getattr(error, "cause", "") and asked == entry.held:  # what one client wished for does not keep others from it
             entry.retry_at = time.monotonic() + min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(entry.failures, 10))
             entry.failures += 1
-        self.move(entry, "failed", error=error.details)
+        self._end_load(entry, error)
+
+    def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
+        """Tells everybody who waits for a load how it ended."""
+        load, entry.load = entry.load, None
+        if error and load:
+            load.error, entry.asked, entry.crowded = error, entry.held, ""
+            if entry.state != "loaded":
+                self.move(entry, "failed", error=error.details)
 
     def _died(self, entry: Entry, worker: Worker, reason: str) -> None:
         """A child ended by itself; takes the condition."""
@@ -7459,6 +7084,7 @@ class Residents:
         with self.changed:
             if entry.worker is worker and entry.state == "loaded":
                 self.move(entry, "failed", error=reason)
+            self.changed.notify_all()
 
     # Unloading
 
@@ -7466,8 +7092,6 @@ class Residents:
         """A request is done with the worker."""
         entry.leases -= 1
         entry.idle_since, entry.last_used = time.monotonic(), time.time()
-        if self.keep_alive(entry) == 0 and entry.idle:
-            self._evict(entry)
         self.changed.notify_all()
 
     def keep_alive(self, entry: Entry) -> float:
@@ -7477,27 +7101,24 @@ class Residents:
         own = self._settings(entry).keep_alive
         return self._options.keep_alive if own is None else own
 
-    def keep(self, entry: Entry, seconds: float) -> None:
-        """Changes how long the model stays; 0 unloads it now if it is idle."""
-        entry.keep_alive = seconds
-        if seconds == 0 and entry.idle:
-            self._evict(entry)
-        self.changed.notify_all()
+    def expires(self, entry: Entry) -> float:
+        """When an idle model has stayed for as long as it may, monotonic; infinite for one that may stay."""
+        keep = self.keep_alive(entry) if entry.idle else -1
+        return entry.idle_since + keep if keep >= 0 else math.inf
 
     def unload(self, entry: Entry, force: bool, cancel: Cancellation) -> None:
         """Waits until the model is out of memory; force ends what runs, otherwise it may finish."""
-        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
-        if entry.pending:
-            entry.pending.cancel()
-        attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
-        while entry.attempt is attempt and entry.in_memory and not self.closed:
+        if entry.load:
+            entry.load.background = False
+        departures = entry.departures  # a load that somebody begins after our unload is none of our business
+        while entry.departures == departures and entry.in_memory and not self.closed:
             cancel.check()
             if entry.state == "loaded":
-                self._begin_unload(entry)
-            if entry.state == "unloading" and force and entry.worker:
-                entry.worker.fail_all(ended)
-            if entry.state == "loading" and force and entry.starting:
-                start_thread(entry.starting.stop, name=f"stop {entry.info.id}")
+                self.move(entry, "unloading", entry.worker)
+            if force and entry.worker:
+                entry.worker.fail_all(GenerationFailed("The model was unloaded (force)", "Text generation was ended"))
+            if force and entry.starting:
+                threading.Thread(target=entry.starting.stop, name=f"stop {entry.info.id}", daemon=True).start()
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
@@ -7505,45 +7126,34 @@ class Residents:
         if entry.state == "unloaded":
             entry.asked = entry.held = {}
 
-    def _begin_unload(self, entry: Entry) -> None:
-        start_thread(self._unload, entry, entry.worker, name=f"unload {entry.info.id}")
-        self.move(entry, "unloading", entry.worker)
+    def run_unloads(self) -> None:
+        """The thread that ends engines; takes the condition."""
+        while entry := self._next_unload():
+            if entry.worker:
+                entry.worker.stop()
+            with self.changed:
+                entry.keep_alive = None
+                self.move(entry, "unloaded")
 
-    def _unload(self, entry: Entry, worker: Worker) -> None:
-        """The thread of an unload: waits for the requests that use the worker, then ends it; takes the condition."""
-        with self.changed:
-            while entry.leases and worker.alive:  # at the server's end `close` stops the worker
-                self.changed.wait(1.0)
-        worker.stop()
-        with self.changed:
-            entry.keep_alive = None
-            self.move(entry, "unloaded")
-
-    def _evict(self, entry: Entry) -> None:
-        """Unloads an idle model that nobody waits to see gone: without a thread to do it, it stays for now."""
-        try:
-            self._begin_unload(entry)
-        except Overloaded as error:
-            log.warning("%s stays in memory: %s", entry.info.id, error.details)
-            entry.idle_since = time.monotonic()  # for as long again
-
-    def expire_idle(self) -> None:
-        """The keep-alive thread: unloads models idle for as long as they may be; takes the condition."""
+    def _next_unload(self) -> Entry | None:
+        """Waits for a model that is to go and whose requests are done, or that is idle for too long; None at the end."""
         with self.changed:
             while not self.closed:
                 now = time.monotonic()
-                idle = [e for e in self.entries.values() if e.idle and self.keep_alive(e) > 0]
-                for entry in idle:
-                    if now - entry.idle_since >= self.keep_alive(entry):
-                        self._evict(entry)
-                left = [e.idle_since + self.keep_alive(e) - now for e in idle if e.state == "loaded"]
-                self.changed.wait(max(0.05, min(3600.0, *left)) if left else None)  # no system waits for years
+                for entry in self.entries.values():
+                    if self.expires(entry) <= now:
+                        self.move(entry, "unloading", entry.worker)
+                    if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
+                        return entry
+                left = min(map(self.expires, self.entries.values()), default=math.inf) - now
+                self.changed.wait(min(3600.0, left) if left < math.inf else None)  # no system waits for years
+        return None
 
-    def close(self) -> None:
-        """Ends every wait and every child; idempotent; takes the condition."""
+    def close(self, engines: bool) -> None:
+        """Ends every wait, and every child if the `engines` are to end too; idempotent; takes the condition."""
         with self.changed:
             self.closed = True
-            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w]
+            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w and engines]
             self.changed.notify_all()
         for worker in workers:
             worker.stop()
@@ -7552,12 +7162,10 @@ class Residents:
 class Lease:
     """A request's claim on a model: waits for the load, then keeps the worker in memory until the request is done."""
 
-    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, uses: bool = True,
-                 asked: Mapping[str, Any] | None = None) -> None:  # fmt: skip
-        """`uses` is false for who only wants the model loaded; `asked` as Residents.worker_for has it."""
-        self._residents, self._entry, self._cancel, self._uses, self._asked = residents, entry, cancel, uses, asked
-        self._deadline = time.monotonic() + LOAD_WAIT_SECONDS
-        self._attempt = LoadAttempt()
+    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> None:
+        """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle."""
+        self._residents, self._entry, self._cancel, self._asked = residents, entry, cancel, asked or {}
+        self._load: PendingLoad | None = None
         self._waiting = True
 
     def __enter__(self) -> Lease:
@@ -7567,7 +7175,7 @@ class Lease:
         return self
 
     def wait(self, seconds: float = math.inf) -> Worker | None:
-        """The worker, once the model is loaded; None after so many seconds. Whoever comes first begins the load.
+        """The worker, once the model is loaded; None after so many seconds.
 
         Raises GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
         """
@@ -7575,34 +7183,34 @@ class Lease:
         with self._residents.changed:
             while (left := until - time.monotonic()) > 0:
                 self._cancel.check()
-                self._attempt.check()
-                worker = self._residents.worker_for(entry, self._deadline, self._asked)
-                if worker:
-                    entry.waiting, entry.leases = entry.waiting - 1, entry.leases + self._uses
-                    self._waiting = False
-                    return worker
-                if entry.state == "loading":
-                    self._attempt = entry.attempt
+                if self._load and self._load.error:  # one of its own for each waiter: a raised one holds the frames it passed
+                    raise copy.copy(self._load.error)
+                if entry.worker and entry.state == "loaded" and not self._is_too_short(entry.worker):
+                    entry.waiting, entry.leases, self._waiting = entry.waiting - 1, entry.leases + 1, False
+                    entry.last_used = time.time()
+                    return entry.worker
+                self._load = self._residents.want(entry, self._asked)
                 self._residents.changed.wait(min(left, 1.0))
         return None
+
+    def waited(self) -> Generator[Waiting, None, Worker]:
+        """The same without end, with signs of life."""
+        while (worker := self.wait(PING_SECONDS)) is None:
+            yield Waiting()
+        return worker
+
+    def _is_too_short(self, worker: Worker) -> bool:
+        """True if more context is asked for than the model is loaded with, and than it got when it was asked for that."""
+        ctx = self._asked.get("ctx") or 0
+        wanted = min(ctx, self._entry.info.context_length or sys.maxsize)
+        return wanted > worker.loaded.ctx and ctx != self._entry.held.get("ctx")
 
     def __exit__(self, *_: object) -> None:
         with self._residents.changed:
             if self._waiting:
                 self._entry.waiting -= 1
-            elif self._uses:
+            else:
                 self._residents.release(self._entry)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A loaded model, for who lists what runs."""
-
-    info: ModelInfo
-    loaded: Loaded
-    running: int
-    memory_bytes: int
-    left: float | None  # seconds until it is unloaded if nobody comes; None: it stays
 
 
 @dataclass(frozen=True)
@@ -7622,28 +7230,21 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
+    """What the names in requests mean, after one scan. Never changes."""
 
-    def __init__(self, options: TableOptions) -> None:
-        self._wanted, self._aliases, self._preset_aliases = options.default, options.aliases, options.preset_aliases
-        self._models: dict[str, ModelInfo] = {}  # by id, in the order of the list
-        self._stems: dict[str, str] = {}  # id to file stem
-        self.default: str | None = None
-
-    def update(self, models: dict[str, ModelInfo]) -> None:
-        """Takes over what a scan found; `default` stays what it was while that is there."""
-        self._models = models
+    def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
+        """`default` stays what it was while that is there."""
+        self._wanted, self._aliases = options.default, options.aliases
+        self._all_aliases = (*options.aliases, *options.preset_aliases)
+        self._models = models  # by id, in the order of the list
         self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
-        if self._wanted and self.default not in models:
-            self.default = self._find_wanted(self._wanted)
-        elif not self._wanted and (self.default not in models or models[self.default].embedding):
+        self.default = default
+        if self._wanted and default not in models:
+            path = os.path.realpath(os.path.expanduser(self._wanted))
+            found = [id for id, m in models.items() if os.path.realpath(m.path) == path] or self._match(self._wanted)
+            self.default = found[0] if len(found) == 1 else None
+        elif not self._wanted and (default not in models or models[default].embedding):
             self.default = next((id for id, m in models.items() if not m.embedding), None)
-
-    def _find_wanted(self, wanted: str) -> str | None:
-        path = os.path.realpath(os.path.expanduser(wanted))
-        by_path = [id for id, m in self._models.items() if os.path.realpath(m.path) == path]
-        found = by_path or self._match(wanted)
-        return found[0] if len(found) == 1 else None
 
     def resolve(self, name: str) -> list[str]:
         """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
@@ -7653,7 +7254,7 @@ class Names:
             return [name]
         import fnmatch
 
-        for pattern, target in (*self._aliases, *self._preset_aliases):
+        for pattern, target in self._all_aliases:
             if fnmatch.fnmatchcase(name, pattern):
                 return self.resolve("default") if target == "default" else self._match(target)
         return self._match(name)
@@ -7675,7 +7276,7 @@ class Names:
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
         """The error for a name that means nothing, or several models; `reason` may say why a file of that name is none."""
-        known = self._available()
+        known = some_of(list(self._models))
         if name == "default" and not self._wanted:
             if self._models:
                 return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
@@ -7699,9 +7300,6 @@ class Names:
         alike = difflib.get_close_matches(plain_id(name)[:MAX_MODEL_NAME], self._models, n=3, cutoff=0.5)
         return tuple(self._match(name)[:3] or alike)
 
-    def _available(self) -> str:
-        return some_of(list(self._models))
-
     def unresolved(self, catalog: Catalog) -> list[Unresolved]:
         """What the command line names and what is not there, each with ids that are spelled alike."""
         named = [("--model", self._wanted, self.resolve("default"))] if self._wanted else []
@@ -7722,14 +7320,14 @@ class ModelTable:
         ladder = ladder or Ladder(KnownFaults(), log.info)
         self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
-        self._names = Names(options)
+        self._names = Names(options, {})
         self._scanned = False  # the first scan is over, whatever came of it
-        self._taken = -math.inf  # when the scan began whose report is in the table
+        self.taken = -math.inf  # when the scan began whose report is in the table
 
     def start(self) -> None:
-        """Begins the first scan, and the watch over idle models, in the background."""
-        threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
-        threading.Thread(target=self._residents.expire_idle, name="keep-alive", daemon=True).start()
+        """Begins the first scan, and the threads that load and unload."""
+        for work in (self._first_scan, self._residents.run_loads, self._residents.run_unloads):
+            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     def _first_scan(self) -> None:
         try:
@@ -7741,68 +7339,50 @@ class ModelTable:
                 self._scanned = True
                 self._changed.notify_all()
 
-    def scan(self) -> list[dict[str, Any]]:
-        """Looks for models again; loaded ones stay whatever became of their file. Returns the list of models."""
-        self._refresh(0.0)
-        with self._changed:
-            return self._listing()
-
     def _refresh(self, age: float) -> None:
-        """Takes over what a scan found that began at most `age` seconds ago; takes the condition."""
+        """Takes over what a scan found that began at most `age` seconds ago; takes the condition.
+
+        Models that are in memory stay whatever became of their file.
+        """
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began > self._taken:  # threads may come out of the catalog in another order
-                self._taken, self._scanned = report.began, True
-                self._take(report)
-
-    def _take(self, report: ScanReport) -> None:
-        entries = self._residents.entries
-        found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
-        for model in report.models:
-            found[model.id].info = model
-        used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.pending}
-        entries = self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
-        self._names.update({id: e.info for id, e in entries.items()})
-        self._changed.notify_all()
+            if report.began <= self.taken:  # threads may come out of the catalog in another order
+                return
+            self.taken, self._scanned, entries = report.began, True, self._residents.entries
+            found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
+            for model in report.models:
+                found[model.id].info = model
+            used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.load}
+            self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
+            models = {id: e.info for id, e in self._residents.entries.items()}
+            self._names = Names(self.options, models, self._names.default)
+            self._changed.notify_all()
 
     # Names
 
-    def models(self) -> list[dict[str, Any]]:
-        """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
-        self._look()
+    def models(self, age: float = 2.0) -> list[dict[str, Any]]:
+        """The documents of `/api/models` without `default`; at once, whatever the engines are doing.
+
+        A look at the disk takes milliseconds, and a file copied there shows; one `age` seconds old serves.
+        """
+        self._refresh(age)
         with self._changed:
-            return self._listing()
+            entries = self._residents.entries.values()
+            return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
 
     def infos(self) -> list[ModelInfo]:
         """The same models, as their headers describe them."""
-        self._look()
+        self._refresh(2.0)
         with self._changed:
             return [e.info for e in self._residents.entries.values()]
 
-    def _look(self) -> None:
+    def names(self, cancel: Cancellation | None = None) -> Names:
+        """What names mean; waits for the first scan."""
         with self._changed:
-            self._await_scan(Cancellation())
-        self._refresh(2.0)  # milliseconds, and a file copied there shows
-
-    def _listing(self) -> list[dict[str, Any]]:
-        entries = self._residents.entries.values()
-        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
-
-    def _await_scan(self, cancel: Cancellation) -> None:
-        while not self._scanned and not self._residents.closed:
-            cancel.check()
-            self._changed.wait(1.0)
-
-    def default_id(self) -> str | None:
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.default
-
-    def unresolved(self) -> list[Unresolved]:
-        """The models that --model and --alias name and that the first scan, waited for, has not found."""
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.unresolved(self.catalog)
+            while not self._scanned and not self._residents.closed:
+                (cancel or Cancellation()).check()
+                self._changed.wait(1.0)
+            return self._names
 
     def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
@@ -7811,21 +7391,24 @@ class ModelTable:
         """
         if len(name) > MAX_MODEL_NAME:
             raise ModelNotFound(f"Model '{printable(name, 80)}' is not available")
-        with self._changed:
-            self._await_scan(cancel or Cancellation())
-            found = self._names.resolve(name)
-        if len(found) != 1:
+        if len(found := self.names(cancel).resolve(name)) != 1:
             self._refresh(0.25)
-            with self._changed:
-                found = self._names.resolve(name)
-                if len(found) != 1:
-                    raise self._names.not_found(name, self._why_skipped(name))
+            found = self._names.resolve(name)
+        if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
+            why = self.catalog.why_path_skipped if name == "default" else self.catalog.why_skipped
+            raise self._names.not_found(name, why(self._names.wanted(name)))
         return found[0]
 
-    def _why_skipped(self, name: str) -> str:
-        """Only `default` may be a path: the operator named it, a request never does."""
-        wanted = self._names.wanted(name)
-        return self.catalog.why_path_skipped(wanted) if name == "default" else self.catalog.why_skipped(wanted)
+    def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
+        """The entry of the model that a name means; all that its header tells is read now. Raises ModelNotFound."""
+        id = self.resolve(name, cancel)
+        with self._changed:
+            entry = self._entry(id)
+        if entry.info.chat_template is None:
+            whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
+            with self._changed:
+                entry.info = whole
+        return entry
 
     def _entry(self, id: str) -> Entry:
         """The entry, under the condition; a scan may have dropped it since the name was resolved."""
@@ -7833,25 +7416,9 @@ class ModelTable:
             raise self._names.not_found(id)
         return self._residents.entries[id]
 
-    def _read_whole(self, id: str) -> ModelInfo:
-        """What a scan of many files left unread of a model's header is read now; takes the condition."""
-        with self._changed:
-            info = self._entry(id).info
-        if info.chat_template is not None:
-            return info
-        whole = self.catalog.whole(info)  # not under the condition: a large vocabulary takes 0.1 s
-        with self._changed:
-            self._entry(id).info = whole
-        return whole
-
-    def _check_use(self, id: str, use: str) -> None:
-        """Raises InvalidRequest for a model that cannot do what the request wants, before anything is loaded for it."""
-        if refusal := self._read_whole(id).refusal(use):
-            raise InvalidRequest(f"model: '{id}' is {refusal}", "model")
-
     def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
-        return self._read_whole(self.resolve(name, cancel))
+        return self._find(name, cancel).info
 
     def _settings_of(self, entry: Entry) -> ModelSettings:
         return self._settings.of(entry.info, entry.info.id == self._names.default, entry.asked)
@@ -7864,54 +7431,47 @@ class ModelTable:
     # Life
 
     def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None) -> Lease:
-        """A request's claim on the model, to generate, embed or rank. Raises ModelNotFound, InvalidRequest if it cannot.
+        """A request's claim on the model, to generate, embed, rank or tokenize; `asked` as Lease has it.
 
-        `asked` are fields of EngineOptions that the request wants the model loaded with, as Residents.worker_for has it.
+        Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
-        id = self.resolve(name, cancel)
-        self._check_use(id, use)
-        with self._changed:
-            return Lease(self._residents, self._entry(id), cancel, asked=asked)
+        entry = self._find(name, cancel)
+        if refusal := entry.info.refusal(use):
+            raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
+        return Lease(self._residents, entry, cancel, asked)
 
     def load(self, name: str, wait: bool, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status.
 
         A model that is loaded with other options than `asked` is unloaded first, once its requests are done.
         """
-        id = self.resolve(name, cancel)
-        self._read_whole(id)  # tells how to load it
+        entry = self._find(name, cancel)
         with self._changed:
-            entry = self._entry(id)
             entry.retry_at = 0.0
             engine = self._settings_of(entry).engine
-            if asked and any(getattr(engine, name) != value for name, value in asked.items()):
-                asked = {**entry.asked, **asked}
-                if entry.in_memory:
-                    self._residents.unload(entry, False, cancel)
-                entry.asked = asked
-            if not wait:
-                self._residents.load_in_background(entry)
-        if wait:
-            with Lease(self._residents, entry, cancel, uses=False) as lease:
-                lease.wait()
-        return self._status(entry)
+            if any(getattr(engine, name) != value for name, value in (asked or {}).items()):
+                entry.asked = {**entry.asked, **(asked or {})}
+                if entry.state == "loaded":
+                    self._residents.move(entry, "unloading", entry.worker)
+            if not wait and entry.state != "loaded":
+                self._residents.want(entry, background=True)
+        if not wait:
+            return self._status(entry)
+        with Lease(self._residents, entry, cancel) as lease:
+            lease.wait()
+            return self._status(entry)
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
-        id = self.resolve(name, cancel)
+        entry = self._find(name, cancel)
         cancel.on_cancel(self._residents.wake)
         with self._changed:
-            entry = self._entry(id)
             self._residents.unload(entry, force, cancel)
         return self._status(entry)
 
     def status(self, name: str) -> dict[str, Any]:
-        """The model's status; asked about, it also gets what a scan of many files left unread of its header."""
-        id = self.resolve(name)
-        self._read_whole(id)
-        with self._changed:
-            entry = self._entry(id)
-        return self._status(entry)
+        """The model's status, as the status route tells it."""
+        return self._status(self._find(name))
 
     def _status(self, entry: Entry) -> dict[str, Any]:
         """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
@@ -7920,52 +7480,32 @@ class ModelTable:
         return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
 
     def statuses(self) -> list[dict[str, Any]]:
-        """The status of each model that is in memory or waited for."""
+        """The status of each model that is in memory or waited for, but for its memory."""
         with self._changed:
-            entries = [e for e in self._residents.entries.values() if e.worker or e.waiting]
-        return [self._status(entry) for entry in entries]
+            return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
 
-    def loading(self) -> list[dict[str, Any]]:
-        """The status of each model that is being loaded."""
+    def left(self, id: str) -> float | None:
+        """Seconds until a loaded model is unloaded if nobody comes; None: it stays."""
         with self._changed:
-            return [e.status() for e in self._residents.entries.values() if e.state == "loading"]
-
-    def await_change(self, seconds: float) -> None:
-        """Waits until something has changed, a load's progress aside, or for so long."""
-        with self._changed:
-            self._changed.wait(seconds)
-
-    def residents(self) -> list[Resident]:
-        """What is loaded, in the order of the list."""
-        with self._changed:
-            now, entries = time.monotonic(), [e for e in self._residents.entries.values() if e.state == "loaded"]
-            keeps = [(self._residents.keep_alive(e), e.idle_since - now if e.idle else 0.0) for e in entries]
-            workers = [e.worker for e in entries]
-        return [
-            Resident(w.info, w.loaded, w.counts()[0], w.memory_bytes(), max(keep + since, 0.0) if keep >= 0 else None)
-            for w, (keep, since) in zip(workers, keeps, strict=True)
-            if w
-        ]
+            entry, now = self._residents.entries.get(id), time.monotonic()
+            keep = self._residents.keep_alive(entry) if entry else -1
+            return max(0.0, keep + (entry.idle_since - now if entry.idle else 0.0)) if entry and keep >= 0 else None
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
         with self._changed:
             if entry := self._residents.entries.get(id):
-                self._residents.keep(entry, seconds)
+                entry.keep_alive = seconds
+                self._changed.notify_all()
 
     def workers(self) -> list[Worker]:
+        """The engines of the loaded models, in the order of the list."""
         with self._changed:
             return [e.worker for e in self._residents.entries.values() if e.worker]
 
-    def end_waits(self) -> None:
-        """Refuses whoever waits for a model from now on; those that have one go on."""
-        with self._changed:
-            self._residents.closed = True
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Ends every wait and every child; idempotent."""
-        self._residents.close()
+    def close(self, engines: bool = True) -> None:
+        """Refuses whoever waits for a model from now on, and ends the `engines`, or lets their requests go on; idempotent."""
+        self._residents.close(engines)
 
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7976,18 +7516,16 @@ class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
     def __init__(self, catalog: Catalog, table: TableOptions, settings: Settings, tools: ToolOptions = ToolOptions(),
-                 max_queue: int = 512, allow_pull: bool = False) -> None:  # fmt: skip
-        self.settings, self.max_queue, self.allow_pull = settings, max_queue, allow_pull
-        self.metrics = Metrics()
-        self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
-        self.faults = KnownFaults()
-        ladder = Ladder(self.faults, lambda line: self.report(line))
-        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, ladder)
+                 max_queue: int = 512, allow_pull: bool = False, report: Callable[[str], None] = log.info) -> None:  # fmt: skip
+        """`report` is told of every load, in a line."""
+        self.settings, self.max_queue, self.allow_pull, self._report = settings, max_queue, allow_pull, report
+        self.metrics, self.faults = Metrics(), KnownFaults()
+        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, Ladder(self.faults, report))
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started, self._began = time.time(), time.monotonic()
 
     def _make_worker(self, info: ModelInfo, setup: Setup, died: Callable[[Worker, str], None]) -> Worker:
-        return Worker(info, setup, self.max_queue, died, lambda line: self.report(line), self.metrics.meter(info.id))
+        return Worker(info, setup, self.max_queue, died, self._report, self.metrics.meter(info.id))
 
     def _chat(self, worker: Worker) -> Chat:
         """How the model chats, made from what it says of itself when first asked."""
@@ -8009,7 +7547,7 @@ class Service:
         """One answer of the model's."""
         began = time.monotonic()
         with self.table.lease(request.model, cancel, asked=request.engine) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             request = self._filled(request, self.table.settings(worker.info.id))
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel, began)
@@ -8042,18 +7580,10 @@ class Service:
         sampling = request.sampling.filled(settings.sampling, request.defaults)
         return replace(request, messages=messages, sampling=sampling)
 
-    @staticmethod
-    def _loaded(lease: Lease, cancel: Cancellation) -> Generator[Waiting, None, Worker]:
-        """Waits for the model, with signs of life."""
-        while (worker := lease.wait(PING_SECONDS)) is None:
-            yield Waiting()
-        cancel.check()
-        return worker
-
     def load(self, model: str, use: str, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> Iterator[Event]:
         """Only loads the model, as a request that uses it would: Queued once it is there."""
         with self.table.lease(model, cancel, use, asked) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             yield Queued(worker.info.id)
 
     def render(self, request: GenerateRequest, cancel: Cancellation) -> str:
@@ -8100,7 +7630,7 @@ class Service:
         """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
         began, use = time.monotonic(), "embed" if request.query is None else "rank"
         with self.table.lease(request.model, cancel, use, request.engine) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
             generation = worker.submit([job], cancel, began)
             for message in generation:
@@ -8134,7 +7664,7 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """`/api/models`: `default` first, then every model."""
-        models, default = self.table.models(), self.table.default_id()
+        models, default = self.table.models(), self.table.names().default
         real = next((m for m in models if m["id"] == default), None)
         first = [real | {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}] if real else []
         return {"models": first + models}
@@ -8164,17 +7694,7 @@ class Service:
 # Metrics, as Prometheus reads them
 
 
-@dataclass(frozen=True)
-class ScrapedModel:
-    """One model at the moment of a scrape."""
-
-    meter: Meter
-    loaded: bool
-    running: int
-    waiting: int
-    memory: int
-    cells: int  # of the KV pool, in use
-    pool: int
+Sample = tuple[Mapping[str, str], "float | Histogram"]  # labels, and what has them
 
 
 class Scrape:
@@ -8184,54 +7704,49 @@ class Scrape:
         self.service, self.metrics = service, service.metrics
         statuses = {s["model"]: s for s in service.table.statuses()}
         workers = {w.info.id: w for w in service.table.workers()}
-        self.models = {
-            id: self._model(meter, statuses.get(id, {}), workers.get(id)) for id, meter in sorted(self.metrics.meters().items())
-        }
+        self.models: dict[str, dict[str, Any]] = {}  # by id, each number and histogram by its name
+        for id, meter in sorted(self.metrics.meters.items()):
+            status, worker = statuses.get(id, {}), workers.get(id)
+            cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
+            self.models[id] = vars(meter) | {
+                "running": status.get("requests_running", 0), "waiting": status.get("requests_waiting", 0),
+                "loaded": int(status.get("loaded", False)), "memory": worker.memory_bytes() if worker else 0,
+                "cells": cells, "pool": pool, "usage": cells / (pool or 1), "recent": meter.recent(),
+            }  # fmt: skip
 
-    @staticmethod
-    def _model(meter: Meter, status: Mapping[str, Any], worker: Worker | None) -> ScrapedModel:
-        running, waiting, memory = (status.get(name, 0) for name in ("requests_running", "requests_waiting", "memory_bytes"))
-        cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
-        return ScrapedModel(meter, status.get("loaded", False), running, waiting, memory, cells, pool)
+    def total(self, name: str) -> Any:
+        return sum(numbers[name] for numbers in self.models.values())
 
-    def total(self, get: Callable[[ScrapedModel], float]) -> float:
-        return sum(get(model) for model in self.models.values())
-
-    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> float:
+    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for model in self.models.values() for end in model.meter.recent()]
-        return sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0)
+        ends = [end for numbers in self.models.values() for end in numbers["recent"]]
+        return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
-Sample = tuple[tuple[str, ...], "float | Histogram"]  # the labels' values, and what they have
+def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[str]:
+    """The lines of one row of METRICS."""
+    name, kind, help, read = metric
+    yield f"# HELP {name} {help}"
+    yield f"# TYPE {name} {kind}"
+    if callable(read):
+        samples = read(scrape)
+    elif name.startswith("llamacpp:"):
+        samples = [({}, scrape.total(read))]
+    else:
+        samples = [({"model_name": id}, numbers[read]) for id, numbers in scrape.models.items()]
+    for labels, value in samples:
+        if isinstance(value, Histogram):
+            yield from histogram_lines(name, labels, value)
+        else:
+            yield sample_line(name, labels, value)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One row of METRICS."""
-
-    name: str
-    type: str  # counter, gauge, histogram
-    help: str
-    read: Callable[[Scrape], Iterable[Sample]]
-    labels: tuple[str, ...] = ()
-
-    def lines(self, scrape: Scrape) -> Iterator[str]:
-        yield f"# HELP {self.name} {self.help}"
-        yield f"# TYPE {self.name} {self.type}"
-        for values, value in self.read(scrape):
-            labels = dict(zip(self.labels, values, strict=True))
-            if isinstance(value, Histogram):
-                yield from self._histogram(labels, value)
-            else:
-                yield sample_line(self.name, labels, value)
-
-    def _histogram(self, labels: dict[str, str], value: Histogram) -> Iterator[str]:
-        counts = list(value.counts)  # one moment's, so that each bucket holds the one before
-        for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
-            yield sample_line(f"{self.name}_bucket", labels | {"le": bound}, count)
-        yield sample_line(f"{self.name}_sum", labels, value.sum)
-        yield sample_line(f"{self.name}_count", labels, sum(counts))
+def histogram_lines(name: str, labels: Mapping[str, str], value: Histogram) -> Iterator[str]:
+    counts = list(value.counts)  # one moment's, so that each bucket holds the one before
+    for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
+        yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)
+    yield sample_line(f"{name}_sum", labels, value.sum)
+    yield sample_line(f"{name}_count", labels, sum(counts))
 
 
 def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -8245,90 +7760,68 @@ def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
 
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
-
-def of_server(name: str, type: str, help: str, get: Callable[[Scrape], float]) -> Metric:
-    """A number for the server as a whole."""
-    return Metric(name, type, help, lambda scrape: [((), get(scrape))])
-
-
-def of_models(name: str, type: str, help: str, get: Callable[[ScrapedModel], float]) -> Metric:
-    """A number for all models together: llama-server has one model, and no labels."""
-    return of_server(name, type, help, lambda scrape: scrape.total(get))
-
-
-def by_model(name: str, type: str, help: str, get: Callable[[ScrapedModel], float | Histogram]) -> Metric:
-    """A number or histogram of each model."""
-    return Metric(name, type, help, lambda scrape: [((id,), get(m)) for id, m in scrape.models.items()], ("model_name",))
-
-
-METRICS = (
-    # llama-server's names (tools/server): all models together
-    of_models("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", lambda m: m.meter.computed_tokens),
-    of_models("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", lambda m: m.meter.cached_tokens),
-    of_models("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.",
-              lambda m: m.meter.prompt_seconds),
-    of_models("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
-    of_models("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
-              lambda m: m.meter.decode_seconds),
-    of_server("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
-              lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
-    of_server("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
-              lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
-    of_server("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
-              lambda r: r.total(lambda m: m.cells) / (r.total(lambda m: m.pool) or 1)),
-    of_models("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", lambda m: m.cells),
-    of_models("llamacpp:requests_processing", "gauge", "Sequences being computed.", lambda m: m.running),
-    of_models("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
+# Name, type, help, and what is shown: a number or histogram by its name in Scrape.models, or a function's samples.
+METRICS: tuple[tuple[str, str, str, Any], ...] = (
+    # llama-server's names (tools/server): all models together, for it has one model and no labels
+    ("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", "computed_tokens"),
+    ("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", "cached_tokens"),
+    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prompt_seconds"),
+    ("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "generated_tokens"),
+    ("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
+     "decode_seconds"),
+    ("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
+     lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
+    ("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
+     lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
+    ("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
+     lambda r: [({}, r.total("cells") / (r.total("pool") or 1))]),
+    ("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", "cells"),
+    ("llamacpp:requests_processing", "gauge", "Sequences being computed.", "running"),
+    ("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", "waiting"),
     # vLLM's names (vllm/v1/metrics/loggers.py): by model
-    by_model("vllm:num_requests_running", "gauge", "Sequences being computed.", lambda m: m.running),
-    by_model("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
-    by_model("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.",
-             lambda m: m.cells / (m.pool or 1)),
-    by_model("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.",
-             lambda m: m.meter.sought_tokens),
-    by_model("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", lambda m: m.meter.cached_tokens),
-    by_model("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", lambda m: m.meter.prompt_tokens),
-    by_model("vllm:generation_tokens_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
-    Metric("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
-           lambda r: [((id, reason), n) for id, m in r.models.items() for reason, n in m.meter.ends.items()],
-           ("model_name", "finished_reason")),
-    by_model("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
-             lambda m: m.meter.first_token),
-    by_model("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.",
-             lambda m: m.meter.gap),
-    by_model("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", lambda m: m.meter.gap),
-    by_model("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.",
-             lambda m: m.meter.per_token),
-    by_model("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", lambda m: m.meter.whole),
-    by_model("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.",
-             lambda m: m.meter.queue),
-    by_model("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", lambda m: m.meter.prefill),
-    by_model("vllm:request_decode_time_seconds", "histogram", "From first to last token.", lambda m: m.meter.decode),
-    by_model("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", lambda m: m.meter.inference),
-    by_model("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", lambda m: m.meter.prompt_sizes),
-    by_model("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", lambda m: m.meter.answer_sizes),
+    ("vllm:num_requests_running", "gauge", "Sequences being computed.", "running"),
+    ("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", "waiting"),
+    ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.", "usage"),
+    ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", "sought_tokens"),
+    ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", "cached_tokens"),
+    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_tokens"),
+    ("vllm:generation_tokens_total", "counter", "Tokens generated.", "generated_tokens"),
+    ("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
+     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m["ends"].items()]),
+    ("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
+     "first_token"),
+    ("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.", "gap"),
+    ("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", "gap"),
+    ("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.", "per_token"),
+    ("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", "whole"),
+    ("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.", "queue"),
+    ("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", "prefill"),
+    ("vllm:request_decode_time_seconds", "histogram", "From first to last token.", "decode"),
+    ("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", "inference"),
+    ("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", "prompt_sizes"),
+    ("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", "answer_sizes"),
     # shimmy's own
-    by_model("shimmy_model_loaded", "gauge", "1 while the model is loaded.", lambda m: int(m.loaded)),
-    by_model("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", lambda m: m.memory),
-    by_model("shimmy_model_loads_total", "counter", "Loads that succeeded.", lambda m: m.meter.loads),
-    by_model("shimmy_model_load_failures_total", "counter", "Loads that failed.", lambda m: m.meter.load_failures),
-    by_model("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", lambda m: m.meter.deaths),
-    Metric("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
-           lambda r: r.metrics.answers().items(), ("method", "route", "api", "status")),
-    of_server("shimmy_open_connections", "gauge", "Open connections.", lambda r: r.metrics.connections),
-    of_server("shimmy_connections_total", "counter", "Connections accepted.", lambda r: r.metrics.accepted),
-    of_server("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: r.metrics.refused),
-    Metric("shimmy_build_info", "gauge", "Always 1.", lambda r: [((__version__,), 1)], ("version",)),
-    of_server("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: r.service.started),
-    of_server("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
-              lambda r: resident_bytes([os.getpid()])),
+    ("shimmy_model_loaded", "gauge", "1 while the model is loaded.", "loaded"),
+    ("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", "memory"),
+    ("shimmy_model_loads_total", "counter", "Loads that succeeded.", "loads"),
+    ("shimmy_model_load_failures_total", "counter", "Loads that failed.", "load_failures"),
+    ("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", "deaths"),
+    ("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
+     lambda r: [({"method": m, "route": o, "api": a, "status": s}, n) for (m, o, a, s), n in list(r.metrics.answers.items())]),
+    ("shimmy_open_connections", "gauge", "Open connections.", lambda r: [({}, r.metrics.connections)]),
+    ("shimmy_connections_total", "counter", "Connections accepted.", lambda r: [({}, r.metrics.accepted)]),
+    ("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: [({}, r.metrics.refused)]),
+    ("shimmy_build_info", "gauge", "Always 1.", lambda r: [({"version": __version__}, 1)]),
+    ("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: [({}, r.service.started)]),
+    ("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
+     lambda r: [({}, resident_bytes([os.getpid()]))]),
 )  # fmt: skip
 
 
 def metrics_text(service: Service) -> bytes:
     """All of METRICS in Prometheus' text format."""
     scrape = Scrape(service)
-    return "".join(f"{line}\n" for metric in METRICS for line in metric.lines(scrape)).encode()
+    return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
 
 
 @dataclass
@@ -8865,8 +8358,8 @@ class ChatCompletion(OpenAI):
             tools=tuple(f for f in functions if f["function"]["name"] in names),
             builtins=tuple(name for name in builtins if name in names),
             tool_choice=choice,
-            parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
-            continue_final_message=None if body.get("continue_final_message") is None else flag(body, "continue_final_message"),
+            parallel_tool_calls=flag(body, "parallel_tool_calls", True),
+            continue_final_message=optional(body, "continue_final_message", boolean),
             thinking_budget=read_thinking_budget(body),
             template_args=read_template_args(body),
             split_markers=True,
@@ -8938,7 +8431,7 @@ class Completion(OpenAI):
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
         logprobs = body.get("logprobs")
         count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
-        request = replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
+        request = replace(self.common(body, count), prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
         if (texts := len(request.prompts) * request.n) > MAX_TEXTS:
             raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
         if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
@@ -9007,7 +8500,7 @@ class Embeddings(Dialect):
             raise InvalidRequest("input is required: a string, or a list of strings or token ids", "input")
         return EmbedRequest(
             model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            inputs=read_inputs(body["input"]),
+            inputs=read_texts("input", body["input"], MAX_INPUTS, may_be_empty=False),
             dimensions=None if dimensions is None else whole(1)("dimensions", dimensions),
         )
 
@@ -10021,9 +9514,9 @@ class OllamaEmbed(OllamaRoute, Embeddings):
         optional(body, "options", an_object)
         return EmbedRequest(
             model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_inputs(given, may_be_empty=True),
+            inputs=() if given is None or given in ("", []) else read_texts("input", given, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
-            truncate=body.get("truncate") is None or flag(body, "truncate"),
+            truncate=flag(body, "truncate", True),
             engine=ollama_engine(body),
         )
 
@@ -10084,7 +9577,7 @@ class OllamaPull(Dialect):
             yield from pull.run(plan)
         finally:
             self.places.release()
-        service.table.scan()
+        service.table.models(0.0)
         yield Fetching("success")
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -10104,7 +9597,7 @@ class OllamaPull(Dialect):
 def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
     """A file's whole metadata, read once while it is unchanged; none if it cannot be read."""
     try:
-        return read_gguf_header(path, size).metadata
+        return read_gguf_header(path).metadata
     except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
         return {}
 
@@ -10124,7 +9617,7 @@ def parameter_number(words: str | None) -> int | None:
     return int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]) if found else None
 
 
-def context_of(service: Service, info: ModelInfo, resident: Resident | None) -> int:
+def context_of(service: Service, info: ModelInfo, resident: Worker | None) -> int:
     """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
     own = info.context_length or 8192
     return resident.loaded.ctx if resident else min(service.settings.engine.ctx or min(own, 8192), own)
@@ -10160,7 +9653,7 @@ def ollama_details(info: ModelInfo) -> dict[str, Any]:
             "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
 
 
-def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+def ollama_show(info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """The document of `/api/show`."""
     metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
@@ -10176,7 +9669,7 @@ def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Resident | None) -> list[str]:
+def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Worker | None) -> list[str]:
     """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
     if info.embedding:
         return ["embedding"]
@@ -10187,7 +9680,7 @@ def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Residen
     return [name for name, is_so in can.items() if is_so]
 
 
-def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident]) -> dict[str, Any]:
+def listed_model(service: Service, info: ModelInfo, residents: Iterable[Worker]) -> dict[str, Any]:
     """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
     context = context_of(service, info, next((r for r in residents if r.info.id == info.id), None))
     began = int(service.started)
@@ -10200,7 +9693,7 @@ def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident
     }  # fmt: skip
 
 
-def model_properties(service: Service, info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+def model_properties(service: Service, info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """llama-server's `/props`; nothing is loaded for it, and no directory is told."""
     context, metadata = context_of(service, info, resident), model_metadata(info)
     tools = "tools" in capabilities(info, metadata, resident)
@@ -10279,7 +9772,7 @@ class LlamaCompletion(Dialect):
         """The request with its prompts."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
-        return replace(request, prompts=read_prompts(body["prompt"]))
+        return replace(request, prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
@@ -10740,7 +10233,7 @@ class Whole(Wire):
         self._out.respond(Answer(document))
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document, error.status, error.headers()))
+        self._out.respond(Answer(document, error.status, dict(error.headers)))
 
 
 class Stream(Whole):
@@ -10871,8 +10364,8 @@ class Call:
 
 def answer_health(call: Call) -> Answer:
     """The server's state; llama-server's older clients read the counts of slots."""
-    residents = call.service.table.residents()
-    running, places = sum(r.running for r in residents), sum(r.loaded.parallel for r in residents)
+    residents = call.service.table.workers()
+    running, places = sum(r.counts()[0] for r in residents), sum(r.loaded.parallel for r in residents)
     return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
 
 
@@ -10883,7 +10376,7 @@ def answer_metrics(call: Call) -> Answer:
 
 def answer_discover(call: Call) -> Answer:
     """Rescans the disk and lists what is there."""
-    models = call.service.table.scan()
+    models = call.service.table.models(0.0)
     return Answer({"discovered": len(models), "models": models})
 
 
@@ -10913,7 +10406,7 @@ def answer_upgrade(call: Call) -> Answer:
 
 def answer_openai_models(call: Call) -> Answer:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    residents = call.service.table.residents()
+    residents = call.service.table.workers()
     data = [listed_model(call.service, info, residents) for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
     return Answer({"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})})
@@ -10922,7 +10415,7 @@ def answer_openai_models(call: Call) -> Answer:
 def answer_openai_model(call: Call) -> Answer:
     """One model, by any name that means it."""
     info = call.service.table.info(call.names[0], call.cancel)
-    return Answer(listed_model(call.service, info, call.service.table.residents()))
+    return Answer(listed_model(call.service, info, call.service.table.workers()))
 
 
 def answer_count_tokens(call: Call) -> Answer:
@@ -10936,10 +10429,11 @@ def answer_count_tokens(call: Call) -> Answer:
 def answer_ps(call: Call) -> Answer:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
-    for r in call.service.table.residents():
-        expires = time.time() + (9.2e9 if r.left is None else r.left)
+    for r in call.service.table.workers():
+        left = call.service.table.left(r.info.id)
+        expires = time.time() + (9.2e9 if left is None else left)
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
-            "size": r.memory_bytes, "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
+            "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
         })  # fmt: skip
     return Answer({"models": models})
 
@@ -10954,9 +10448,9 @@ def answer_show(call: Call) -> Answer:
     return Answer(ollama_show(info, resident_of(call.service, info)))
 
 
-def resident_of(service: Service, info: ModelInfo) -> Resident | None:
+def resident_of(service: Service, info: ModelInfo) -> Worker | None:
     """The model as it is loaded, if it is."""
-    return next((r for r in service.table.residents() if r.info.id == info.id), None)
+    return next((r for r in service.table.workers() if r.info.id == info.id), None)
 
 
 def answer_props(call: Call) -> Answer:
@@ -10969,9 +10463,10 @@ def answer_slots(call: Call) -> Answer:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
     id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
-    places = [(r, i) for r in call.service.table.residents() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
+    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
     slots = [
-        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "is_processing": i < r.running, "model": r.info.id}
+        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
+         "is_processing": i < r.counts()[0]}
         for n, (r, i) in enumerate(places)
     ]
     if call.query.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
@@ -10985,7 +10480,7 @@ def answer_tokenize(call: Call) -> Answer:
     content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
     if len(content) > MAX_TOKENIZED:
         raise InvalidRequest(f"content may have up to {MAX_TOKENIZED} characters, not {len(content)}", "content")
-    parse = body.get("parse_special") is None or flag(body, "parse_special")
+    parse = flag(body, "parse_special", True)
     tokens = call.service.tokenize(
         optional(body, "model", a_string, "default"), Tokenize(content, flag(body, "add_special"), parse, pieces), call.cancel
     )
@@ -11005,7 +10500,7 @@ def answer_detokenize(call: Call) -> Answer:
     """The text that tokens stand for, special ones by their names."""
     body = parse_object(call.body)
     ids: Any = body.get("tokens")
-    if ids != [] and not _is_ids(ids):
+    if ids != [] and not is_ids(ids):
         raise InvalidRequest(f"tokens must be a list of token ids, not {_said(ids)}", "tokens")
     if len(ids) > MAX_TOKENIZED // 4:
         raise InvalidRequest(f"tokens may hold up to {MAX_TOKENIZED // 4} token ids, not {len(ids)}", "tokens")
@@ -11458,7 +10953,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.service.metrics.refused += 1
         error = Overloaded(why)
         with contextlib.closing(connection), contextlib.suppress(OSError, ClientGone):
-            Responder(connection, self.access).respond(Answer(error.document(), error.status, error.headers()))
+            Responder(connection, self.access).respond(Answer(error.document(), error.status, error.headers))
             connection.settimeout(0.1)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 16)
@@ -11491,7 +10986,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = True
         self.shutdown()
         self.server_close()
-        self.service.table.end_waits()
+        self.service.table.close(engines=False)
         self._await_quiet(grace)
         for worker in self.service.table.workers():
             worker.fail_all(Overloaded("The server is shutting down"))
@@ -12287,8 +11782,8 @@ def command_serve(args: argparse.Namespace) -> int:
     for directory in args.models_dir:
         if not os.path.isdir(os.path.expanduser(directory)):
             log.warning("--models-dir %s: there is no such directory", directory)
-    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull)
-    service.report = log.warning
+    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
+                           report=log.warning)  # fmt: skip
     if sys.stderr.isatty():
         threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
@@ -12315,11 +11810,16 @@ def command_serve(args: argparse.Namespace) -> int:
 def draw_loads(table: ModelTable) -> None:
     """The thread that shows on a terminal how far loads are."""
     while True:
-        table.await_change(1.0)
-        if table.loading():
-            with WaitingLine(lambda: ", ".join(map(loading_stage, table.loading()))):
-                while table.loading():
-                    table.await_change(0.2)
+        time.sleep(0.2)
+        if stages_of_loads(table):
+            with WaitingLine(lambda: stages_of_loads(table)):
+                while stages_of_loads(table):
+                    time.sleep(0.2)
+
+
+def stages_of_loads(table: ModelTable) -> str:
+    """What each load is doing; "" while nothing loads."""
+    return ", ".join(loading_stage(status) for status in table.statuses() if status["status"] == "loading")
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -12354,7 +11854,7 @@ def serve_tools(args: argparse.Namespace) -> ToolOptions:
 
 def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
-    lost = service.table.unresolved()
+    lost = service.table.names().unresolved(service.table.catalog)
     if signals.asked:
         return
     for each in lost:
@@ -12380,7 +11880,7 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
 
 def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
     """Says on stderr what was found and what is missing, and how to begin."""
-    models, default = service.table.infos(), service.table.default_id()
+    models, default = service.table.infos(), service.table.names().default
     if all(map(is_boxed, models)):
         log.warning("%s: get a real one with\n  %s pull %s", "only the model in the box is here, a demonstration" if models
                     else "no model is here", own_command(), SUGGESTED)  # fmt: skip
@@ -12413,7 +11913,7 @@ def print_rows(rows: Iterable[tuple[str, Any]], stream: IO[str] | None = None) -
 def command_list(args: argparse.Namespace) -> int:
     """Shows the models on this machine."""
     service = make_service(args)
-    service.table.scan()
+    service.table.models(0.0)
     report = service.table.catalog.report
     if args.json:
         more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m.size_bytes),
@@ -12815,7 +12315,7 @@ def command_diag(args: argparse.Namespace) -> int:
     import http.client
 
     service = make_service(args)
-    service.table.scan()
+    service.table.models(0.0)
     server = Neighbour(args)
     state: dict[str, Any] = {"running": False, "url": server.url}
     with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
@@ -13419,7 +12919,8 @@ def complain(error: Exception, code: int) -> int:
 
 
 # ── A. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Memory, cores and versions, as each system reports them, and how sizes and foreign text are shown.
+# Memory, cores, versions and faults of this machine, our child processes, and how sizes and foreign text are shown.
+# Offers: all but what begins with _. Uses: child_command, user_cache.
 
 
 def human_count(count: int) -> str:
@@ -13475,34 +12976,13 @@ OWN_CGROUPS = "/proc/self/cgroup"
 CGROUPS = "/sys/fs/cgroup"
 
 
-def _cgroups(controller: str) -> list[pathlib.Path]:
-    """The directories of our control group and of those around it, innermost first (cgroups(7), versions 1 and 2)."""
-    found = []
+def _cgroups() -> list[pathlib.Path]:
+    """The directory of our control group, and those above it (cgroups(7), version 2)."""
+    own: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        for line in pathlib.Path(OWN_CGROUPS).read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            top = pathlib.Path(CGROUPS, controller if controllers else "")
-            names = [] if ".." in path else [name for name in path.split("/") if name]
-            found += [top.joinpath(*names[:depth]) for depth in range(len(names), -1, -1)]
-    return found or [pathlib.Path(CGROUPS)]
-
-
-# limit, usage, and what of the usage is page cache that the kernel gives back when asked: mapped weights among it
-CGROUP_MEMORY = (
-    ("memory.max", "memory.current", ("inactive_file", "active_file")),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
-)
-
-
-def _cgroup_memory(directory: pathlib.Path) -> Iterator[int]:
-    """Bytes left below the limit of a control group, if it has one."""
-    for limit, usage, caches in CGROUP_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
-            left = int((directory / limit).read_text()) - int((directory / usage).read_text())
-            rows = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
-            yield left + sum(int(row[1]) for row in rows if row[0] in caches)
+        own = re.findall(r"^0::/(.*)$", pathlib.Path(OWN_CGROUPS).read_text(), re.M)
+    group = pathlib.Path(CGROUPS, *own[:1])
+    return [group, *group.parents]
 
 
 def available_memory() -> int | None:
@@ -13511,8 +12991,12 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo") as file:
             free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    for directory in _cgroups("memory"):
-        free += _cgroup_memory(directory)
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+            # the kernel gives page cache back when asked: mapped weights among it
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+            free.append(left + sum(map(int, cached)))
     if not free and sys.platform == "darwin":
         free += _mac_memory(output_of(["/usr/bin/vm_stat"]))
     if not free and sys.platform == "win32":
@@ -13565,33 +13049,30 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
-class ParentThread:
-    """Starts all children from one thread, which lives as long as this process: its end is theirs (die_with_parent)."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: Executor | None = None
-
-    def start(self, command: Seq[str]) -> subprocess.Popen[bytes]:
-        """Raises OSError; RuntimeError when there is no thread to be had, or the interpreter ends."""
-        import subprocess
-
-        with self._lock:
-            if self._pool is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                self._pool = ThreadPoolExecutor(1, "children")
-        return self._pool.submit(
-            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
-        ).result()
+_starting = threading.Lock()
 
 
-PARENT = ParentThread()
+@functools.cache
+def _parent_thread() -> Executor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1, "children")
 
 
 def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
-    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin."""
-    child = PARENT.start(child_command(entry))
+    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin.
+
+    One thread starts them all and lives as long as this process: its end is theirs (die_with_parent). Raises OSError;
+    RuntimeError when there is no thread to be had, or the interpreter ends.
+    """
+    import subprocess
+
+    with _starting:
+        thread = _parent_thread()
+    own_session = os.name == "posix"
+    child = thread.submit(
+        subprocess.Popen, child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=own_session
+    ).result()
     assert child.stdin and child.stdout
     return child, child.stdout, child.stdin
 
@@ -13637,9 +13118,9 @@ def physical_cores() -> int:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
     count = len(cores) or len(allowed)
-    for directory in _cgroups("cpu"):
+    for group in _cgroups():
         with contextlib.suppress(OSError, ValueError):  # ValueError: the quota is "max"
-            quota, period = (directory / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text().split()
             count = min(count, max(1, int(quota) // int(period)))
     return count
 
@@ -13696,60 +13177,57 @@ def engine_build() -> dict[str, Any]:
         return dict(_known_build)
 
 
+def _machine_signs() -> Iterator[str]:
+    """Tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
+    import importlib.util
+    import platform
+
+    yield from (platform.machine(), platform.processor(), platform.release())
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
+    for sign in GPU_SIGNS:
+        with contextlib.suppress(OSError):
+            yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
+    spec = importlib.util.find_spec("llama_cpp")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for library in sorted(pathlib.Path(folder, "lib").glob("*")):
+            yield f"{library.name} {(_stamp(str(library)) or ())[2:]}"  # not the device, which may differ after a restart
+
+
 class KnownFaults:
     """What native code was found not to do on this machine with this build of llama-cpp-python: JSON in the user's cache.
 
-    Each machine and build has an entry of its own: a home directory may be on a network, and a driver or library that
-    changes may have been mended. Any thread and several processes may use the file; one that is damaged counts as empty.
+    Each machine and build has a file of its own: a home directory may be on a network, and a driver or library that
+    changes may have been mended. Any thread and several processes may use it; one that is damaged counts as empty.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = path or os.path.join(user_cache(), "known-faults.json")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        if path:
+            self.path = path
 
     @functools.cached_property
-    def _key(self) -> str:
+    def path(self) -> str:
         import hashlib
 
-        return hashlib.sha256("\n".join(self._signs()).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\n".join(_machine_signs()).encode()).hexdigest()[:16]
+        return os.path.join(user_cache(), f"known-faults-{key}.json")
 
-    @staticmethod
-    def _signs() -> Iterator[str]:
-        """What tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
-        import importlib.util
-        import platform
-
-        yield from (platform.machine(), platform.processor(), platform.release())
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-            yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
-        for sign in GPU_SIGNS:
-            with contextlib.suppress(OSError):
-                yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
-        spec = importlib.util.find_spec("llama_cpp")
-        for folder in spec.submodule_search_locations or [] if spec else []:
-            with contextlib.suppress(OSError):
-                yield from (f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}"
-                            for f in sorted(os.scandir(os.path.join(folder, "lib")), key=lambda f: f.name))  # fmt: skip
-
-    def read(self) -> dict[str, Any]:
-        """What is known here: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
-        entry = self._read().get(self._key)
-        return entry if isinstance(entry, dict) else {}
-
-    def _read(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
+    def read(self) -> dict[str, dict[str, Any]]:
+        """What is known: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             known = json.loads(pathlib.Path(self.path).read_text(encoding="utf-8"))
-            return known if isinstance(known, dict) else {}
+            return {kind: found for kind, found in known.items() if isinstance(found, dict)}
         return {}
 
     def note(self, kind: str, found: Mapping[str, Any]) -> None:
-        """Adds to what is known here of a kind. A folder that cannot be written only costs the finding out again."""
+        """Adds to what is known of a kind. A folder that cannot be written only costs the finding out again."""
         with self._lock, contextlib.suppress(OSError):
-            known, entry = self._read(), self.read()
-            entry[kind] = (entry[kind] if isinstance(entry.get(kind), dict) else {}) | dict(found)
+            known = self.read()
+            known[kind] = known.get(kind, {}) | dict(found)
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             part = f"{self.path}.{os.getpid()}"
-            pathlib.Path(part).write_text(json.dumps(known | {self._key: entry}, indent=1), encoding="utf-8")
+            pathlib.Path(part).write_text(json.dumps(known, indent=1), encoding="utf-8")
             os.replace(part, self.path)
 
     def kernels(self) -> tuple[dict[str, str], bool]:
@@ -13757,9 +13235,9 @@ class KnownFaults:
 
         They are tried once on a machine with a build; whoever asks first waits for that, a quarter of a second.
         """
-        with _trying_kernels:
+        with self._lock:
             known = self.read().get("kernels")
-            if isinstance(known, dict) and all(isinstance(fault, str) for fault in known.values()):
+            if known is not None and all(isinstance(fault, str) for fault in known.values()):
                 return known, False
             found = try_kernels()
             if found is not None:
@@ -13767,7 +13245,6 @@ class KnownFaults:
         return found or {}, True
 
 
-_trying_kernels = threading.Lock()
 KERNEL_SECONDS = 60.0  # for all of them: what takes 0.2 s, on a machine that others keep busy
 
 
@@ -13803,19 +13280,17 @@ def ending(code: int | None) -> str:
 
 
 def has_crashed(code: int | None) -> bool:
-    """Whether a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
-    if code is None or code >= 0:
-        return code is not None and code >= 0xC0000000
-    return -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+    """True if a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
+    own_signal = code is not None and code < 0 and -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+    return own_signal or (code or 0) >= 0xC0000000
 
 
 KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system without memory mostly
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
-# The header of a model file: read by a bounded reader that trusts no count or length in it.
-# Offers: read_gguf_header, GgufHeader, GgufError; open_regular.
-# Uses: the standard library.
+# The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for.
+# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place. Uses: EMBEDDERS (3).
 
 
 class GgufError(Exception):
@@ -13849,39 +13324,33 @@ class HeaderReader:
     MAX_TENSORS = 262_144  # 60 layers of 384 experts, each in three tensors of its own, are 70,000
     SECONDS = 2.0  # of processor time for one model; the largest vocabulary takes 0.1
 
-    def __init__(self, file: Any, size: int, deadline: float) -> None:
-        self.file, self.size, self.deadline = io.BufferedReader(file, 64 * 1024), size, deadline  # on time.thread_time's clock
-        self.at = 0  # in the file
+    def __init__(self, file: Any, deadline: float) -> None:
+        self.size = os.fstat(file.fileno()).st_size
+        self.file, self.deadline = io.BufferedReader(file, 64 * 1024), deadline  # on time.thread_time's clock
         self.kept = 0  # bytes of strings
-
-    def go(self, count: int) -> None:
-        """Counts bytes that are read or skipped next. Raises GgufError when the file has no more, or the time is over."""
-        self.at += count
-        if self.at > self.size:
-            raise GgufError("the header is truncated")
 
     def check_time(self) -> None:
         if time.thread_time() > self.deadline:
             raise GgufError(f"the header takes more than {self.SECONDS:.0f} s to read")
 
     def read(self, count: int) -> bytes:
-        self.go(count)
         data = self.file.read(count)
-        if len(data) < count:  # cut while it is read
+        if len(data) < count:
             raise GgufError("the header is truncated")
         return data
 
     def skip(self, count: int) -> None:
-        self.go(count)
+        if count > self.size:
+            raise GgufError("the header is truncated")
         self.file.seek(count, os.SEEK_CUR)
 
-    def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack("<" + code, self.read(struct.calcsize("<" + code)))
-        return value
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + form, self.read(struct.calcsize("<" + form)))
 
     def string(self) -> str:
         """The next string, or its first KEEP_STRING bytes."""
-        length = self.scalar("Q")
+        self.check_time()  # each pair and each tensor begins with one
+        (length,) = self.unpack("Q")
         keep = min(length, self.KEEP_STRING)
         self.kept += keep
         if self.kept > self.KEEP_STRINGS:
@@ -13892,50 +13361,41 @@ class HeaderReader:
 
     def skip_strings(self, count: int) -> None:
         """Steps over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
-        unpack, read, seek, size, at = struct.Struct("<Q").unpack, self.file.read, self.file.seek, self.size, self.at
-        try:
-            for number in range(count):
-                if not number & 0xFFFF:
-                    self.check_time()
-                length = unpack(read(8))[0]
-                at += 8 + length
-                if at > size:
-                    raise GgufError("the header is truncated")
-                seek(length, 1)
-        except struct.error:
-            raise GgufError("the header is truncated") from None
-        self.at = at
+        read, seek, size, whole = self.file.read, self.file.seek, self.size, int.from_bytes
+        for number in range(count):
+            if not number & 0xFFFF:
+                self.check_time()
+            length = whole(head := read(8), "little")
+            if len(head) < 8 or length > size:
+                raise GgufError("the header is truncated")
+            seek(length, 1)
 
     def value(self, kind: int) -> Any:
         """One metadata value; long arrays are skipped and give None."""
         if kind in self.SCALARS:
-            return self.scalar(self.SCALARS[kind])
+            return self.unpack(self.SCALARS[kind])[0]
         if kind == 8:
             return self.string()
         if kind != 9:
             raise GgufError(f"the header has a value of unknown type {kind}")
-        inner, count = self.scalar("I"), self.scalar("Q")
+        inner, count = self.unpack("IQ")
         if inner == 8:
-            if count * 8 > self.size:
-                raise GgufError("the header is truncated")
             return self.skip_strings(count)
         if inner not in self.SCALARS:
             raise GgufError(f"the header has an array of unknown type {inner}")
-        code = self.SCALARS[inner]
         if count > self.KEEP_ARRAY:
-            return self.skip(count * struct.calcsize("<" + code))
-        return tuple(self.scalar(code) for _ in range(count))
+            return self.skip(count * struct.calcsize("<" + self.SCALARS[inner]))
+        return self.unpack(f"{count}{self.SCALARS[inner]}")
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors' parameters and extent."""
+    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors."""
 
     metadata: Mapping[str, Any]
     tensor_count: int
     complete: bool  # False: reading stopped at the vocabulary
     parameters: int = 0  # summed over the tensors, when complete
-    data_end: int = 0  # where the last tensor ends, bytes from the file's start, when complete
     tensors: tuple[tuple[str, int], ...] = ()  # names and bytes, when complete
 
 
@@ -13947,62 +13407,49 @@ BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 2
           34: (256, 54), 35: (256, 66), 39: (32, 17)}  # fmt: skip
 
 
-def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
+def read_gguf_header(path: str, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
     """A GGUF file's header; not `whole_header` stops before the vocabulary (0.05 ms instead of up to 100 ms).
 
-    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged; OSError as open() does.
+    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged or cut; OSError as open() does.
     """
     with open_regular(path) as file:
-        reader = HeaderReader(file, size, deadline or time.thread_time() + HeaderReader.SECONDS)
-        tensors, pairs = _read_counts(reader)
+        reader = HeaderReader(file, deadline or time.thread_time() + HeaderReader.SECONDS)
+        magic, version, tensors, pairs = reader.unpack("4sIQQ")
+        if magic != b"GGUF":
+            raise GgufError("not a GGUF file (wrong magic)")
+        if not version & 0xFFFF:
+            raise GgufError("big-endian GGUF file, for another kind of machine")
+        if version not in (2, 3):
+            raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
+        if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
+            raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            reader.check_time()
-            key = reader.string()
-            kind = reader.scalar("I")
+            key, (kind,) = reader.string(), reader.unpack("I")
             if kind == 9 and key.startswith("tokenizer.") and not whole_header:
                 return GgufHeader(metadata, tensors, complete=False)
             metadata[key] = reader.value(kind)
-        return GgufHeader(metadata, tensors, True, *_read_tensors(reader, tensors, metadata))
+        parameters, end, found = _read_tensors(reader, tensors, metadata.get("general.alignment", 32))
+        if found and end > reader.size:
+            raise GgufError(f"truncated: {reader.size} of {end} bytes")
+        return GgufHeader(metadata, tensors, True, parameters, found)
 
 
-def _read_counts(reader: HeaderReader) -> tuple[int, int]:
-    """The first 24 bytes: how many tensors and how many metadata pairs follow. Raises GgufError for another format."""
-    if reader.size < 24:
-        raise GgufError("too short to be a GGUF file")
-    magic, version, tensors, pairs = struct.unpack("<4sIQQ", reader.read(24))
-    if magic != b"GGUF":
-        raise GgufError("not a GGUF file (wrong magic)")
-    if not version & 0xFFFF:
-        raise GgufError("big-endian GGUF file, for another kind of machine")
-    if version not in (2, 3):
-        raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
-    if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
-        raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
-    return tensors, pairs
-
-
-def _read_tensors(
-    reader: HeaderReader, count: int, metadata: Mapping[str, Any]
-) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+def _read_tensors(reader: HeaderReader, count: int, alignment: Any) -> tuple[int, int, tuple[tuple[str, int], ...]]:
     """Parameters in all tensors, where in the file the last one ends, and names and bytes of each."""
     parameters, end, found = 0, 0, []
     for _ in range(count):
-        reader.check_time()
-        name, dimensions = reader.string(), reader.scalar("I")
+        name, (dimensions,) = reader.string(), reader.unpack("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
-        elements = math.prod(reader.scalar("Q") for _ in range(dimensions))
-        kind, offset = reader.scalar("I"), reader.scalar("Q")
+        *shape, kind, offset = reader.unpack(f"{dimensions}QIQ")
         block, width = BLOCKS.get(kind, (1, 0))
-        size = elements // block * width
-        parameters += elements
-        end = max(end, offset + size)
-        found.append((name, size))
-    alignment = metadata.get("general.alignment", 32)
+        parameters += math.prod(shape)
+        found.append((name, math.prod(shape) // block * width))
+        end = max(end, offset + found[-1][1])
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
-    return parameters, reader.at + -reader.at % alignment + end, tuple(found)
+    return parameters, end - (-reader.file.tell() // alignment * alignment), tuple(found)
 
 
 # What a model takes in memory, and what of it goes where
@@ -14056,28 +13503,22 @@ def kv_shape(meta: Mapping[str, Any], architecture: str) -> KvShape | None:
         state = _state_bytes(lambda name: each(said(name))[0], width, max(heads))
     except ValueError:
         return None
-    windows, recurrent = _windows(said("attention.sliding_window_pattern"), n_layer), _recurrent_layers(said, kv_heads, n_layer)
+    windows = _layers(said("attention.sliding_window_pattern"), [False] * n_layer)
+    stated = said("attention.recurrent_layers", said("full_attention_interval"))
+    recurrent = _layers(stated, [not heads for heads in kv_heads])  # which keep a state in place of keys and values
     with_keys = [not r and i < n_layer - borrowers for i, r in enumerate(recurrent)]  # the last ones may read those before them
     layers = tuple(n * sizes[w] * k for n, w, k in zip(kv_heads, windows, with_keys, strict=True))
     states = tuple(state * (r or not any(recurrent)) for r in recurrent)
     return KvShape(layers, states) if any(layers) or any(states) else None
 
 
-def _windows(pattern: Any, count: int) -> list[bool]:
-    """Which layers see only a window: stated for each, or all but every n-th."""
-    if isinstance(pattern, tuple):
-        return [bool(w) for w in (*pattern, *[False] * count)[:count]]
-    return [isinstance(pattern, int) and pattern > 1 and (i + 1) % pattern != 0 for i in range(count)]
-
-
-def _recurrent_layers(said: Callable[..., Any], kv_heads: Seq[int], count: int) -> list[bool]:
-    """Which layers keep a state in place of keys and values: stated, by an interval, or those without KV heads."""
-    stated, interval = said("attention.recurrent_layers", None), said("full_attention_interval")
+def _layers(stated: Any, usual: list[bool]) -> list[bool]:
+    """Which layers are of a kind: stated for each, or all but every n-th, else the usual ones."""
     if isinstance(stated, tuple):
-        return [bool(r) for r in (*stated, *[False] * count)[:count]]
-    if isinstance(interval, int) and interval > 0:
-        return [(i + 1) % interval != 0 for i in range(count)]
-    return [not heads for heads in kv_heads]
+        return [*map(bool, stated), *[False] * len(usual)][: len(usual)]
+    if isinstance(stated, int) and stated > 0:
+        return [i % stated != 0 for i in range(1, len(usual) + 1)]
+    return usual
 
 
 def _state_bytes(said: Callable[[str], int], width: int, heads: int) -> int:
@@ -14104,7 +13545,7 @@ class Weights:
 
 def read_weights(paths: Iterable[str]) -> Weights:
     """The weights by the headers of a model's files. Raises GgufError, OSError."""
-    tensors = [tensor for path in paths for tensor in read_gguf_header(path, os.path.getsize(path)).tensors]
+    tensors = [tensor for path in paths for tensor in read_gguf_header(path).tensors]
     layers: dict[int, tuple[int, int]] = {}
     output = sum(size for name, size in tensors if name.startswith("output"))
     if not any(name == "output.weight" for name, _ in tensors):
@@ -14120,20 +13561,6 @@ EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch)?exps"  # in the names of experts' 
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a load asks of the GPUs."""
-
-    ctx: int  # tokens that one sequence must have
-    pool: int  # and all together would like
-    kv_type: str
-    sequences: int
-    compute: int  # bytes of buffers on each GPU
-    gpu_layers: int | None = None  # None: as many as fit
-    cpu_moe: int | None = None  # None: as few as must be
-    share: float = 1.0  # of the layers that would fit
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where a model's parts go."""
 
@@ -14142,40 +13569,43 @@ class Placement:
     pool: int = 0  # tokens in the KV cache
 
 
-def place(weights: Weights, kv: KvShape, gpus: Seq[int], wish: Wish) -> Placement:
+def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv_type: str, sequences: int, compute: int,
+          gpu_layers: int | None = None, cpu_moe: int | None = None, share: float = 1.0) -> Placement:  # fmt: skip
     """Fits a model onto GPUs with so many free bytes each: a smaller pool first, then experts on the CPU, then fewer layers.
 
-    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free.
+    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free, and `compute`
+    bytes for buffers. One sequence must have `ctx` tokens, and all together would like `pool`. None for `gpu_layers` means
+    as many as fit, for `cpu_moe` as few as must be; `share` is of the layers that would fit.
     """
     count = len(weights.layers)
-    each = [total + kv.state_bytes(wish.sequences) // max(count, 1) for total, _ in weights.layers]
-    room = sum(max(0, free - free // 20 - wish.compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
+    each = [total + kv.state_bytes(sequences) // max(count, 1) for total, _ in weights.layers]
+    room = sum(max(0, free - free // 20 - compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
 
-    def fits(layers: int, moe: int, pool: int) -> bool:
+    def fits(layers: int, moe: int, tokens: int) -> bool:
         first = max(0, count - layers)
         experts = sum(e for _, e in weights.layers[first:moe])
         need = sum(total for total, _ in weights.layers[first:]) - experts + (weights.output if layers > count else 0)
-        return need + kv.token_bytes(wish.kv_type, first) * pool + kv.state_bytes(wish.sequences, first) <= room
+        return need + kv.token_bytes(kv_type, first) * tokens + kv.state_bytes(sequences, first) <= room
 
     def most(layers: int, moe: int) -> int:
         """The largest pool, in steps of an eighth of a context."""
-        step = max(1, wish.ctx // 8)
-        return next((p for p in range(wish.pool, wish.ctx, -step) if fits(layers, moe, p)), wish.ctx)
+        step = max(1, ctx // 8)
+        return next((p for p in range(pool, ctx, -step) if fits(layers, moe, p)), ctx)
 
-    moe, mixture = wish.cpu_moe or 0, any(experts for _, experts in weights.layers)
-    if wish.gpu_layers is not None:
-        layers = count + 1 if wish.gpu_layers < 0 else wish.gpu_layers
-        return Placement(int(layers * wish.share), moe, most(layers, moe))
-    all_moe = count if mixture and wish.cpu_moe is None else moe
+    moe, mixture = cpu_moe or 0, any(experts for _, experts in weights.layers)
+    if gpu_layers is not None:
+        layers = count + 1 if gpu_layers < 0 else gpu_layers
+        return Placement(int(layers * share), moe, most(layers, moe))
+    all_moe = count if mixture and cpu_moe is None else moe
     tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
-    layers, moe = next(((n, m) for n, m in tries if fits(n, m, wish.ctx)), (0, moe))
-    return Placement(int(layers * wish.share), moe, most(layers, moe) if layers else wish.pool)
+    layers, moe = next(((n, m) for n, m in tries if fits(n, m, ctx)), (0, moe))
+    return Placement(int(layers * share), moe, most(layers, moe) if layers else pool)
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
 # Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
-# Uses: CallFormat and Rendering (4), TolerantCalls and argument_types (E.3).
+# Uses: CallFormat and Rendering (4), argument_types (E.3).
 
 
 @dataclass(frozen=True)
@@ -14586,7 +14016,7 @@ def as_json(text: str, types: int) -> str:
     """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
     written = text.strip()
     with contextlib.suppress(ValueError, RecursionError):
-        if type_bit(json.loads(written, parse_constant=_no_constant)) & types:
+        if type_bit(json.loads(written, parse_constant=_finite)) & types:
             return written
     meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
     if meant is not None and type_bit(json.loads(meant)) & types:
@@ -14606,48 +14036,56 @@ class TextEnded(Exception):
     """More text is needed, and none will come."""
 
 
-class CallReader:
-    """Reads one section of calls from a parser's buffer: an automaton follows the text, and what stands in its slots, such as
-    arguments, is read here.
+class NoCall(Exception):
+    """The text only looks like a call."""
 
-    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
+
+class CallReader:
+    """Reads one section of calls from a parser's buffer, in the forms of its formats, with white space, order and extra keys
+    at will.
+
+    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there. Each method reads
+    on at `at`, waits until there is enough text to tell, and raises NoCall if that does not fit.
     """
 
+    BLANKS = re.compile(r"\s*")
+    NAME_CHAR = re.compile(r"[\w.-]")
     PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
 
-    def __init__(self, parser: ChatParser, calls: TolerantCalls) -> None:
-        self._parser, self._calls, self._state = parser, calls, calls.start
-        self.at = 0  # how far the buffer has been read
+    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
+        self._parser, self._formats, self._names = parser, formats, frozenset(names)
+        self.at = self.furthest = 0  # how far the buffer has been read, now and in ways that did not fit
         self._header = 0  # from where on what is read counts as a call's header
-        self._name = self._id = self._key = ""  # of the call and the argument that are being read
+        self._name = self._id = ""  # of the call that is being read
         self._early: str | None = None  # arguments that stood before the name
         self._begun = False  # the client has been told of the call
-        self._whole = False  # nothing must follow
-        self._written = ""  # of the arguments: a whole object, or the last separator of those that stand one by one
+        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
         self._found = False  # a call, at all
 
     def read(self, marked: bool) -> Reading:
         """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
         a call begins so."""
         try:
-            while self.at - self._header <= MAX_HEADER:
-                begun = self.at
-                self._state, self.at = self._calls.follow(self._state, self._parser.buffer, self.at)
-                if self._state.ends and self.at > begun:
-                    self._end_call()
-                elif self._state.bits != 1 << NAMED and self.at == len(self._parser.buffer):
-                    yield from self._more()
-                elif self._state.bits == 1 << NAMED or self.at == begun:
-                    slot = next((stack.top for stack in self._state.stacks if isinstance(stack.top, Slot)), None)
-                    if slot is None or not (yield from self._fill(slot)):
-                        break
-                    self._state = self._calls.behind(self._state, slot)
-                    if self._state.ends:
-                        self._end_call()
+            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
         except TextEnded:
             return self._end_of_text(marked)
+        except NoCall:  # in a call that has begun
+            pass
         self._close()
         return self._found
+
+    def _either(self, *readings: Reading) -> Reading:
+        """True if the text goes on in one of some ways; if not, it is read no further."""
+        at, taken = self.at, self._parser.taken
+        for reading in readings:
+            try:
+                yield from reading
+                return True
+            except NoCall:
+                if self._parser.taken > taken:
+                    raise
+                self.at, self.furthest = at, max(self.at, self.furthest)
+        return False
 
     def _more(self) -> Reading:
         if self._parser.reason:
@@ -14657,175 +14095,276 @@ class CallReader:
     def _end_of_text(self, marked: bool) -> bool:
         """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
         cut = self._parser.reason != "stop"
-        if cut and self._name and not self._whole:
+        if cut and self._name:
             self._begin()
         self._close()
         if self._found or (cut and marked):
-            self.at = len(self._parser.buffer)
-            self._drop()
+            self._parser.drop(len(self._parser.buffer))
         return self._found or (cut and marked)
 
-    def _drop(self) -> None:
-        self._parser.drop(self.at)
-        self.at = self._header = 0
+    # The call that is being read
 
-    def _end_call(self) -> None:
-        """Nothing must follow any more, though more may."""
-        self._begin()
-        self._whole = True
-        self._drop()
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self._close()
+        self._name = name
+        self._tell()
 
     def _begin(self) -> None:
         if not self._begun:
             self._parser.begin_call(self._id, self._name)
             self._begun = self._found = True
             self._id = ""
-            self._drop()
+        self._drop()
 
-    def _write(self, text: str) -> None:
-        self._parser.write_arguments(text)
+    def _drop(self) -> None:
+        self._parser.drop(self.at)
+        self.at = self._header = 0
+
+    def _tell(self) -> None:
+        """Tells arguments that are all there, once the name is too."""
+        if self._name and self._early is not None:
+            self._begin()
+            self._parser.write_arguments(self._early)
+
+    def _may_end(self, rest: str) -> None:
+        """Nothing must follow any more, though more may."""
+        self._begin()
+        self._rest = rest
 
     def _close(self) -> None:
         """Ends the call that was being read, if there is one."""
-        if self._whole:
-            self._write({"": "{}", "{}": ""}.get(self._written, "}"))
+        if self._rest is not None:
+            self._parser.write_arguments(self._rest)
         elif self._begun:
             self._parser.is_broken = True
-        self._begun = self._whole = False
-        self._written = ""
+        self._begun, self._rest = False, None
 
-    def _fill(self, slot: Slot) -> Reading:
-        """Reads what stands in a slot; false if that cannot be."""
-        if slot.kind == NAMED:
-            return self._named(slot.text, self._parser.buffer[self.at :])
-        if slot.kind in (TEXT, CALL_ID):
-            return (yield from self._text(slot))
-        if slot.kind == KEYED:
-            return (yield from self._argument_name(slot.text))
-        if slot.kind == VALUE:
-            return (yield from self._value(slot.format))
-        return (yield from self._json(slot))
+    # Pieces of text
 
-    def _named(self, name: str, behind: str) -> bool:
-        if self._state.bits != 1 << NAMED and re.match(r"[\w.-]", behind):
-            return False  # a longer name
-        self._close()
-        self._name = name
-        if self._early is not None:
-            self._begin()
-            self._write(self._early)
-            self._early, self._written = None, "{}"
-        return True
+    def _next(self, size: int) -> str:
+        return self._parser.buffer[self.at : self.at + size]
 
-    def _text(self, slot: Slot) -> Reading:
-        """Up to 64 characters that differ from call to call, an id perhaps, up to the slot's text."""
-        most = 64 + len(slot.text)
-        while (end := self._parser.buffer.find(slot.text, self.at, self.at + most)) < 0:
-            if len(self._parser.buffer) - self.at >= most:
-                return False
+    def _advance(self, size: int) -> None:
+        self.at += size
+        if self.at - self._header > MAX_HEADER:
+            self.at = self._header + MAX_HEADER
+            raise NoCall
+
+    def _char(self) -> Reading:
+        while not self._next(1):
             yield from self._more()
-        if slot.kind == CALL_ID:
-            self._id = self._parser.buffer[self.at : end]
-        self.at = end + len(slot.text)
-        return slot.kind == TEXT or bool(re.fullmatch(r"\S+", self._id))
+        return self._next(1)
 
-    def _json(self, slot: Slot) -> Reading:
-        """A JSON value or what looks like one: arguments, which are written as they come, or what stands for nothing."""
-        params = slot.format.params if slot.format else None
-        first, start = self._parser.buffer[self.at], self.at
-        if slot.kind == ARGUMENTS and not params and first not in "{\"'nN":
-            return False
-        mender = JsonMender((params.quote,), slot.text) if params else JsonMender()
-        is_named = self._name != "" and not self._whole  # behind a whole call the next one begins
-        streams = slot.kind == ARGUMENTS and is_named and (params is not None or first == "{")
-        if streams:
-            self._begin()
-        while True:
-            self.at = mender.read(self._parser.buffer, self.at)
-            if streams:
-                self._drop()
-                self._write(mender.take())
-            if mender.done or mender.failed:
-                break
-            if self.at - start > (MAX_EARLY if slot.kind == ARGUMENTS else MAX_HEADER):
-                return False
+    def _blanks(self) -> Reading:
+        """The next character that is no white space."""
+        while (found := self.BLANKS.match(self._parser.buffer, self.at)) and found.end() == len(self._parser.buffer):
             yield from self._more()
-        if mender.failed:
-            return False
-        if slot.kind == ARGUMENTS:
-            self._header = 0 if streams else self._header + self.at - start
-            self._written = "{}" if is_named else self._written
-        if slot.kind == ARGUMENTS and not streams:
-            arguments = as_object(mender.take())
-            if arguments is not None and is_named:
-                self._begin()
-                self._write(arguments)
-            elif arguments is not None:
-                self._early = arguments
-            return arguments is not None
-        return True
+        self._advance(len(found[0]) if found else 0)
+        return self._next(1)
 
-    def _argument_name(self, closes: str) -> Reading:
-        buffer = self._parser.buffer[self.at :]
-        while (size := buffer.find(closes)) < 0:
-            if len(buffer) > MAX_HEADER or (buffer and not self.PLAIN_KEY.match(buffer)):
-                return False
+    def _one_of(self, texts: Collection[str]) -> Reading:
+        """The longest of some texts that stands here."""
+        most = max(map(len, texts), default=0)
+        while len(rest := self._next(most)) < most and any(text.startswith(rest) and text != rest for text in texts):
             yield from self._more()
-            buffer = self._parser.buffer[self.at :]
-        self._key = buffer[:size]
-        self.at += size + len(closes)
-        return bool(self.PLAIN_KEY.fullmatch(self._key))
-
-    def _value(self, format: CallFormat | None) -> Reading:
-        """One argument's value up to its end: a string as it comes, what has another type when it is all there."""
-        assert format and format.params
-        params, parser = format.params, self._parser
-        self._begin()
-        self._whole = False
-        self._drop()
-        self._written = ", " if self._written else "{"
-        self._write(f"{self._written}{json.dumps(self._key, ensure_ascii=False)}: ")
-        yield from self._skip(params.keyed[len(params.keyed.rstrip()) :])
-        cdata = yield from self._skip("<![CDATA[")
-        closes = params.closes.replace(KEY, self._key)
-        core, trail = closes.strip(), closes[: len(closes) - len(closes.lstrip())]
-        if cdata:
-            core, trail = f"]]>{core}", ""
-        types = parser.types(self._name, self._key)
-        streams = types == SchemaReader.TYPES["string"]
-        behind = format.closes.rstrip()  # some models forget to close the last value
-        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        self._write('"' if streams else "")
-        held = ""
-        while (at := parser.buffer.find(core)) < 0 and not parser.reason:
-            size = len(parser.buffer) - held_back(parser.buffer, marks)
-            held += parser.buffer[:size]
-            parser.drop(size)
-            if streams:
-                self._write(json.dumps(held, ensure_ascii=False)[1:-1])
-                held = ""
-            yield
-        rest = parser.buffer if at < 0 else parser.buffer[:at]
-        is_all = at >= 0 or (parser.reason == "stop" and behind.strip() != "" and rest.rstrip().endswith(behind))
-        value = held + (rest if at >= 0 or not is_all else rest.rstrip().removesuffix(behind))
-        value = value.removesuffix(trail) if is_all else value
-        if streams:
-            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_all)
-        else:
-            self._write(as_json(value, types) if is_all else value)
-        parser.drop(len(rest) + (len(core) if at >= 0 else 0))
-        if not is_all:
-            raise TextEnded
-        return True
-
-    def _skip(self, text: str) -> Reading:
-        """Drops a text if it stands here; true if it did."""
-        parser = self._parser
-        while text.startswith(parser.buffer) and len(parser.buffer) < len(text) and not parser.reason:
-            yield
-        found = text != "" and parser.buffer.startswith(text)
-        parser.drop(len(text) if found else 0)
+        found = max(filter(rest.startswith, texts), key=len, default="")
+        if not found:
+            raise NoCall
+        self._advance(len(found))
         return found
+
+    def _behind_blanks(self, texts: Collection[str]) -> Reading:
+        yield from self._blanks()
+        return (yield from self._one_of(texts))
+
+    def _up_to(self, closes: str, most: int) -> Reading:
+        """Text that differs from call to call; reads what stands behind it, too."""
+        most += len(closes)
+        while (size := self._next(most).find(closes)) < 0:
+            if len(self._next(most)) == most:
+                raise NoCall
+            yield from self._more()
+        found = self._next(size)
+        self._advance(size + len(closes))
+        return found
+
+    def _text(self, text: str) -> Reading:
+        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
+        pieces = iter(MARKER.findall(text))
+        for piece in pieces:
+            if piece.isspace():
+                yield from self._blanks()
+            elif piece not in (ID, ANY):
+                yield from self._one_of([piece])
+            elif closes := next(pieces, ""):
+                found = yield from self._up_to(closes, 64)
+                self._id = found if piece == ID else self._id
+
+    def _json(self, most: int = MAX_HEADER, told: JsonMender | None = None) -> Reading:
+        """A JSON value, or what looks like one; `told`: the call's arguments, which are told as they come."""
+        mender, until = told or JsonMender(), self.at + most
+        while not mender.done:
+            self.at = mender.read(self._parser.buffer, self.at)
+            if told:
+                self._drop()
+                self._parser.write_arguments(mender.take())
+            if mender.failed or self.at > until:
+                self.at = min(self.at, until)
+                raise NoCall
+            if not mender.done:
+                yield from self._more()
+        return mender.take()
+
+    def _string(self) -> Reading:
+        """A JSON string's value."""
+        if (yield from self._blanks()) != '"':
+            raise NoCall
+        if found := JsonMender.STRING.match(self._parser.buffer, self.at):
+            self._advance(len(found[0]))
+            return found[0][1:-1]
+        return json.loads((yield from self._json()))
+
+    def _key(self) -> Reading:
+        key = yield from self._string()
+        yield from self._behind_blanks(":")
+        return key
+
+    # Calls
+
+    def _section(self, format: CallFormat, opens: str) -> Reading:
+        """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
+        yield from self._call(format, opens)
+        again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
+        while (yield from self._either(self._behind_blanks(format.closers), self._other_pair(format),
+                                       *(self._call(format, opens, ",;") for opens in again))):  # fmt: skip
+            self._drop()
+
+    def _other_pair(self, format: CallFormat) -> Reading:
+        """A pair behind the name and the arguments in a call's object."""
+        yield from self._behind_blanks("," if format.keys and format.keys[0] else "")
+        if (yield from self._key()) in set().union(*format.known_keys):
+            raise NoCall
+        yield from self._json()
+
+    def _call(self, format: CallFormat, opens: str, separators: str = "") -> Reading:
+        """A call from its beginning on, as far as it must go."""
+        self._name, self._early = "", None
+        if (yield from self._blanks()) in separators:
+            self._advance(1)
+            yield from self._blanks()
+        yield from self._text(opens)
+        rest = yield from self._behind_name(format) if format.keys is None else self._in_object(format, *format.keys)
+        self._may_end(rest)
+
+    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading:
+        """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
+        yield from self._either(self._behind_blanks("["))
+        yield from self._behind_blanks("{")
+        if not name_key:
+            self._named((yield from self._key()))
+            yield from self._arguments()
+            return ""
+        names, arguments, inner = format.known_keys
+        argued = False
+        while not (self._name and argued):
+            key = yield from self._key()
+            if key in inner and not self._name:
+                yield from self._behind_blanks("{")
+                continue
+            if key in names and not self._name:
+                self._named((yield from self._string()))
+            elif key in arguments and not argued:
+                yield from self._arguments()
+                argued = True
+            elif key in names | arguments | inner:
+                raise NoCall
+            else:
+                yield from self._json()
+            if not (self._name and argued) and (yield from self._behind_blanks(",}" if self._name else ",")) == "}":
+                return "{}"
+        return ""
+
+    def _behind_name(self, format: CallFormat) -> Reading:
+        """A call whose name stands by itself; without arguments there must be what ends it."""
+        name = yield from self._one_of(self._names)
+        if self.NAME_CHAR.match((yield from self._char())):
+            raise NoCall  # a longer name
+        self._named(name)
+        yield from self._text(format.named)
+        start, params = self.at, format.params
+        if params and params.quote:
+            yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
+        elif (yield from self._either(self._behind_blanks(format.closers))):
+            self.at = start
+            return "{}"
+        elif params:
+            yield from self._argument(format, params, "{")
+            while (yield from self._either(self._argument(format, params, ", "))):
+                pass
+            return "}"
+        else:
+            yield from self._arguments()
+        return ""
+
+    def _arguments(self, mender: JsonMender | None = None) -> Reading:
+        """Arguments as a JSON object, or as this mender reads them; told as they come if their call has a name."""
+        first, start = (yield from self._blanks()), self.at
+        if mender or (first == "{" and self._name):
+            self._begin()
+            return (yield from self._json(sys.maxsize, mender or JsonMender()))
+        self._early = as_object((yield from self._json(MAX_EARLY))) if first in "{\"'nN" else None
+        if self._early is None:
+            raise NoCall
+        self._header += self.at - start
+        self._tell()
+
+    def _argument(self, format: CallFormat, params: Params, separator: str) -> Reading:
+        """One argument of those that stand one by one."""
+        yield from self._blanks()
+        yield from self._text(params.opens)
+        closes, *rest = MARKER.findall(params.keyed.strip())
+        key = yield from self._up_to(closes, MAX_HEADER)
+        if not self.PLAIN_KEY.fullmatch(key):
+            raise NoCall
+        yield from self._text("".join(rest))
+        self._begin()
+        self._rest = None
+        self._parser.write_arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
+        yield from self._either(self._one_of([params.keyed[len(params.keyed.rstrip()) :]]))
+        closes = params.closes.replace(KEY, key)
+        if (yield from self._either(self._one_of(["<![CDATA["]))):
+            closes = f"]]>{closes.strip()}"
+        self._drop()
+        yield from self._value(self._parser.types(self._name, key), closes, format.closes.rstrip())
+        self._may_end("}")
+
+    def _value(self, types: int, closes: str, behind: str) -> Reading:
+        """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
+        another type when it is all there."""
+        parser, core, streams = self._parser, closes.strip(), types == SchemaReader.TYPES["string"]
+        trail = closes[: len(closes) - len(closes.lstrip())]
+        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
+        parser.write_arguments('"' * streams)
+        while (at := parser.buffer.find(core, self.at)) < 0 and not parser.reason:
+            self.at = len(parser.buffer) - held_back(parser.buffer, marks)
+            if streams:
+                parser.write_arguments(json.dumps(parser.buffer[: self.at], ensure_ascii=False)[1:-1])
+                self._drop()
+            yield
+        value, is_whole = parser.buffer[: at if at >= 0 else None], at >= 0
+        if not is_whole and parser.reason == "stop" and behind and value.rstrip().endswith(behind):
+            value, is_whole = value.rstrip().removesuffix(behind), True
+        value = value.removesuffix(trail) if is_whole else value
+        if streams:
+            parser.write_arguments(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
+        else:
+            parser.write_arguments(as_json(value, types) if is_whole else value)
+        self.at = at + len(core) if at >= 0 else len(parser.buffer)
+        self._drop()
+        if not is_whole:
+            raise TextEnded
 
 
 class Alignment:
@@ -14862,7 +14401,6 @@ class ChatParser(Parser):
                  continued: bool = False, forced: bool = False, thinking: bool = False) -> None:  # fmt: skip
         super().__init__(index)
         self._format, self._schemas, self._hidden = format, schemas, hidden
-        self._calls = tolerant_calls(format.calls, tuple(schemas)) if schemas else None
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
         self._marks = tuple(sorted({*self._openings, *format.drops}, key=len, reverse=True))
@@ -14882,7 +14420,7 @@ class ChatParser(Parser):
         self._has_text = False  # content that is more than white space
         self.behind_call = 0  # where the last one ends that stands before it
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
-        self._taken = -len(opened)
+        self.taken = -len(opened)
         self._reading = self._answer()
         self._feed(opened)
 
@@ -14911,19 +14449,19 @@ class ChatParser(Parser):
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
-            event = replace(event, logprobs=self._logprobs.until(self._taken - len(self._space)))
+            event = replace(event, logprobs=self._logprobs.until(self.taken - len(self._space)))
         self._events.append(event)
 
     def _take(self, size: int) -> str:
         taken, self.buffer = self.buffer[:size], self.buffer[size:]
-        self._taken += len(taken)
+        self.taken += len(taken)
         return taken
 
     def drop(self, size: int) -> None:
         """Takes markup: its tokens' log probabilities belong to no text."""
         if size:
             self._take(size)
-            self._logprobs.until(self._taken)
+            self._logprobs.until(self.taken)
 
     def begin_call(self, id: str, name: str) -> None:
         self._space, self._begun, self._trim = "", True, True
@@ -15045,9 +14583,9 @@ class ChatParser(Parser):
         out = out.lstrip() if self._trim else out
         self._trim = self._trim and not out
         if self._trim:
-            self._logprobs.until(self._taken)
+            self._logprobs.until(self.taken)
         out = self._space + out
-        kept = out.rstrip() if self._calls or not self._begun else out
+        kept = out.rstrip() if self._schemas or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
             self._begun = self._has_text = True
@@ -15055,13 +14593,12 @@ class ChatParser(Parser):
 
     def _call(self, mark: str) -> Reading:
         """A section of calls; false if the text only looks like one: then what cannot begin another was said."""
-        assert self._calls
-        reader = CallReader(self, self._calls)
+        reader = CallReader(self, self._format.calls, self._schemas)
         if (yield from reader.read(self._forced or mark != "")):
-            self.behind_call = self.behind_call if self._has_text else self._taken
+            self.behind_call = self.behind_call if self._has_text else self.taken
             return True
         again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
-        self._say(self._take(max(len(mark), reader.at - again) if mark not in self._format.drops else 0))
+        self._say(self._take(max(len(mark), reader.furthest - again) if mark not in self._format.drops else 0))
         return False
 
 
@@ -15340,6 +14877,13 @@ class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
 
+class Client(Protocol):
+    """Who waits for work on a grammar."""
+
+    @property
+    def cancelled(self) -> bool: ...
+
+
 class Turn(threading.local):
     """The time slice in which this thread may work on grammars; without end unless the step loop says so.
 
@@ -15349,6 +14893,7 @@ class Turn(threading.local):
     def __init__(self) -> None:
         self._ends, self._found = math.inf, False
         self._gate: Gate | None = None
+        self._client: Client | None = None
         self._is_limited = False
 
     def begin(self, seconds: float) -> None:
@@ -15357,8 +14902,7 @@ class Turn(threading.local):
 
     def look(self) -> None:
         """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
-        if self._gate:
-            self._gate.wait()
+        self._wait()
         if self._found and self.is_over:
             raise NotYet
 
@@ -15367,9 +14911,8 @@ class Turn(threading.local):
         self._found = True
 
     def tick(self) -> None:
-        """Call every few µs within a step. Raises NotYet when limited work takes too long."""
-        if self._gate:
-            self._gate.wait()
+        """Call every few µs within a step. Raises NotYet when limited work takes too long, Cancelled when nobody waits for it."""
+        self._wait()
         if self._is_limited and self.is_over:
             raise NotYet
 
@@ -15386,17 +14929,23 @@ class Turn(threading.local):
             self._is_limited = False
 
     @contextlib.contextmanager
-    def behind(self, gate: Gate | None) -> Iterator[None]:
-        """Lets work go on only while a gate is open."""
-        self._gate = gate
+    def behind(self, gate: Gate | None, client: Client) -> Iterator[None]:
+        """Lets work go on only while a gate is open and its client waits for it."""
+        self._gate, self._client = gate, client
         if gate:
             gate.begin()
         try:
             yield
         finally:
-            self._gate = None
+            self._gate = self._client = None
             if gate:
                 gate.end()
+
+    def _wait(self) -> None:
+        if self._gate:
+            self._gate.wait()
+        if self._client and self._client.cancelled:
+            raise Cancelled
 
     @property
     def is_over(self) -> bool:
@@ -18820,176 +18369,6 @@ class CallsGrammar:
         return InOrder((word(name), format_text(self._format.named), arguments))
 
 
-NAMED, TEXT, CALL_ID, ARGUMENTS, SKIPPED, KEYED, VALUE = range(0xF8, 0xFF)  # bytes that UTF-8 never has
-
-
-@dataclass(frozen=True)
-class Slot(Symbol):
-    """A place in a call that is read by rules of its own: one byte, `kind`, stands for all of it."""
-
-    kind: int
-    text: str = ""  # NAMED: the function whose name this was; else what ends the slot
-    format: CallFormat | None = None
-
-    @property
-    def firsts(self) -> int:
-        return 1 << self.kind
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if byte == self.kind else None
-
-
-@dataclass(frozen=True, eq=False)
-class Deferred(Symbol):
-    """Symbols that are made when they are met: calls follow calls without end."""
-
-    make: Callable[[], Symbols]
-
-    @functools.cached_property
-    def _made(self) -> tuple[Symbols]:
-        return (self.make(),)
-
-    def opened(self) -> Iterable[Symbols]:
-        return self._made
-
-
-BLANKS = Repeated(OneChar(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20))))
-COLON = (BLANKS, word(":"), BLANKS)
-
-
-class TolerantCalls:
-    """Calls as models write them, to be read: in the forms of their formats, with white space, order and extra keys at will.
-
-    The automaton of these symbols reads names and markup; slots stand for ids, arguments and other values.
-    """
-
-    def __init__(self, formats: Iterable[CallFormat], names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._later: dict[tuple[Any, ...], Deferred] = {}
-        self._lock = threading.Lock()  # all answers of a kind share the automaton, and it grows
-        self.start = Automaton(AnyOf(tuple(InOrder((BLANKS, *self._text(opens), *self._call(format)))
-                                           for format in formats for opens in format.beginnings))).start  # fmt: skip
-
-    def follow(self, state: State, text: str, at: int) -> tuple[State, int]:
-        """The state some way on in the text, and how far: up to what is not followed here, or the end of a name or a call."""
-        with self._lock:
-            for char in text[at : at + MAX_HEADER]:
-                behind = state.read(char.encode())
-                if behind is None:
-                    break
-                state, at = behind, at + 1
-                if state.ends or state.bits == 1 << NAMED:
-                    break
-        return state, at
-
-    def behind(self, state: State, slot: Slot) -> State:
-        """The state behind one of its slots."""
-        with self._lock:
-            found = state.step(slot.kind)
-        assert found is not None, "the state has that slot"
-        return found
-
-    def _deferred(self, make: Callable[..., Symbols], *arguments: Any) -> Deferred:
-        return self._later.setdefault((make.__name__, *arguments), Deferred(functools.partial(make, *arguments)))
-
-    def _text(self, text: str) -> Symbols:
-        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
-        found, literal = list[Symbol](), ""
-        pieces = iter([*MARKER.findall(text), ""])
-        for piece in pieces:
-            if piece and not piece.isspace() and piece not in (ID, ANY):
-                literal += piece
-                continue
-            found += [word(literal)] if literal else []
-            literal = ""
-            if piece.isspace():
-                found.append(BLANKS)
-            elif piece and (closes := next(pieces)):
-                found.append(Slot(CALL_ID if piece == ID else TEXT, closes))
-        return tuple(found)
-
-    def _call(self, format: CallFormat) -> Symbols:
-        """A call behind its beginning."""
-        if format.keys is None:
-            arguments = (*self._text(format.named), *self._arguments(format))
-            return any_text({name.encode(): (Slot(NAMED, name), *arguments) for name in self._names})
-        begins = (BLANKS, Repeated(word("["), 0, 1), BLANKS, word("{"), BLANKS)
-        if format.keys[0]:
-            return (*begins, self._deferred(self._pairs, format, False, False))
-        arguments = (BLANKS, word(":"), BLANKS, Slot(ARGUMENTS), self._deferred(self._behind, format))
-        return (*begins, *self._quoted_names(arguments))
-
-    def _quoted_names(self, behind: Symbols) -> Symbols:
-        """A function's name as a JSON string."""
-        return any_text({json.dumps(name, ensure_ascii=False).encode(): (Slot(NAMED, name), *behind) for name in self._names})
-
-    def _pairs(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        """Pairs of the object that holds a call's name and arguments, from the next one on; which of the two it has."""
-        names, arguments, inner = self._known_keys(format)
-        options = [(*self._other_pair(format), *self._behind_pair(format, named, argued))]
-        if not argued:
-            options.append((*self._keys(arguments), *COLON, Slot(ARGUMENTS), *self._behind_pair(format, named, True)))
-        if not named:
-            options.append((*self._keys(names), *COLON, *self._quoted_names(self._behind_pair(format, True, argued))))
-            options.append((*self._keys(inner), *COLON, word("{"), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        return (AnyOf(tuple(map(InOrder, options))),)
-
-    def _known_keys(self, format: CallFormat) -> tuple[set[str], set[str], set[str]]:
-        """The keys of the name, of the arguments, and of the object that these two stand in."""
-        assert format.keys
-        inner = {"function", *re.findall(r'"(\w+)":\s*\{', format.head)}
-        return {format.keys[0], "name"}, {format.keys[1], "arguments", "parameters"}, inner
-
-    def _other_pair(self, format: CallFormat) -> Symbols:
-        """A pair that tells nothing of the call."""
-        key = string_symbol(StringShape().but_not(set().union(*self._known_keys(format))))
-        assert key
-        return (key, *COLON, Slot(SKIPPED))
-
-    def _keys(self, keys: Iterable[str]) -> Symbols:
-        return any_text({json.dumps(key, ensure_ascii=False).encode(): () for key in keys})
-
-    def _behind_pair(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        behind = self._deferred(self._behind, format)
-        if named and argued:
-            return (behind,)
-        more = InOrder((BLANKS, word(","), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        return (AnyOf((more, InOrder((BLANKS, word("}"), behind)))) if named else more,)
-
-    def _arguments(self, format: CallFormat) -> Symbols:
-        """Arguments behind a name that stands by itself; without any there must be what ends the call."""
-        params, behind = format.params, self._deferred(self._behind, format)
-        closers = tuple(map(word, sorted(format.closers)))
-        none = (InOrder((BLANKS, AnyOf(closers), behind)),) if closers else ()
-        if params is None:
-            return (AnyOf((InOrder((BLANKS, Slot(ARGUMENTS), behind)), *none)),)
-        if params.quote:
-            return (BLANKS, Slot(ARGUMENTS, format.closes.strip()[0], format), behind)
-        closes, *rest = MARKER.findall(params.keyed.strip())
-        argument = InOrder((BLANKS, *self._text(params.opens), Slot(KEYED, closes), *self._text("".join(rest)),
-                            Slot(VALUE, "", format)))  # fmt: skip
-        return (AnyOf((InOrder((Repeated(argument, 1), behind)), *none)),)
-
-    def _behind(self, format: CallFormat) -> Symbols:
-        """Symbols behind a call: pieces of its ending, then perhaps the next call, with its marker or without."""
-        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
-        pieces: Symbols = tuple(map(word, sorted(format.closers - {last})))
-        if format.keys:
-            pieces += (word("]"), *([InOrder((word(","), BLANKS, *self._other_pair(format)))] if format.keys[0] else []))
-        ends: Symbols = (InOrder((BLANKS, word(last))),) if last else ()
-        comma = AnyOf((word(","), word(";"), BLANKS))
-        for opens in {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}:
-            ends += (InOrder((BLANKS, comma, BLANKS, *self._text(opens), self._deferred(self._call, format))),)
-        between = (Repeated(InOrder((BLANKS, AnyOf(pieces)))),) if pieces else ()
-        return (*between, AnyOf((InOrder(()), *ends)))  # nothing may be left to do behind the next call: they are many
-
-
-@functools.lru_cache(maxsize=16)
-def tolerant_calls(formats: tuple[CallFormat, ...], names: tuple[str, ...]) -> TolerantCalls:
-    """Returns the reader of calls of these functions, cached: agents offer the same ones again and again."""
-    return TolerantCalls(formats, names)
-
-
 class SchemaStructure(SchemaReader):
     """Reads no more of a schema than where the others in it stand, which templates and parsers rely on."""
 
@@ -19204,10 +18583,12 @@ class Unread(Symbol):
 READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
 
 
-def read_soon(root: Symbol) -> None:
-    """Checks a grammar for up to 5 ms; a slower one is checked by the engine, where no text waits. Raises InvalidRequest."""
+def read_soon(root: Symbol) -> bool:
+    """Reads a grammar for up to 5 ms; False for a slower one, which is read where no text waits. Raises InvalidRequest."""
     with TURN.limited(READING_SECONDS):
         read_ahead(root)
+        return True
+    return False
 
 
 def anything_but(marker: str) -> Symbol:
@@ -19442,30 +18823,23 @@ def pulled_before(wanted: Wanted) -> str | None:
     return str(snapshot / found.files[0].name) if found else None
 
 
-class FileLock:
-    """A lock between processes, on a file that stays. Where the file system has none, everybody gets it."""
+def lock_file(file: IO[str]) -> bool:
+    """Locks a file between processes and threads, until it is closed. Never waits: False while another has it.
 
-    def __init__(self, path: str) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    Where the file system has no locks, everybody gets one.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
 
-    def acquire(self) -> bool:
-        """Never waits; False while another process or thread has it."""
-        try:
-            if sys.platform == "win32":
-                import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-        return True
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True
 
 
 # Asking for it
@@ -19511,76 +18885,32 @@ class Hub:
         import urllib.request as web
 
         self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self._woken = threading.Event()
-        self._socket: socket.socket | None = None
+        self.host = urllib.parse.urlsplit(self.url).netloc
+        self._woken, self._answers = threading.Event(), queue.SimpleQueue[Any]()
+        self._socket: socket.socket | None = None  # of the last answer
         cancel.on_cancel(self._break_off)
         self._request, self._opener = web.Request, web.OpenerDirector()
         for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
-            self._opener.add_handler(self._cancellable(handler)())
-
-    def _cancellable(self, handler: Any) -> Any:
-        """A handler of urllib's whose connections are ours, so that a cancel need not wait for a server."""
-        hub = self
-
-        class Cancellable(handler):  # type: ignore[misc]
-            def do_open(self, connection_class: Any, *args: Any, **more: Any) -> Any:
-                class Known(connection_class):  # type: ignore[misc]
-                    def connect(self) -> None:
-                        self._create_connection = hub._connect  # http.client's own hook
-                        super().connect()
-                        hub._watch(self.sock)
-
-                return super().do_open(Known, *args, **more)
-
-        return Cancellable
-
-    def _connect(self, address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
-        """As socket.create_connection, but that a cancel ends it: no call does that to a look-up, which may take minutes."""
-        from concurrent.futures import Future
-
-        connected: Future[socket.socket] = Future()
-
-        def connect() -> None:
-            try:
-                connected.set_result(socket.create_connection(address, timeout, source))
-            except Exception as error:  # raised again where it is waited for
-                connected.set_exception(error)
-
-        try:
-            threading.Thread(target=connect, name="connecting", daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(str(error)) from None
-        while not connected.done():
-            self.pause(0.02)
-        self._watch(connected.result().dup())  # TLS makes another socket object of it, and shakes hands first
-        return connected.result()
-
-    def _watch(self, connection: socket.socket) -> None:
-        """From now on a cancel breaks off this connection."""
-        self._socket = connection
-        self.cancel.check()
+            self._opener.add_handler(handler())
 
     def _break_off(self) -> None:
         """Wakes the thread that waits or reads; in the thread that cancels."""
         self._woken.set()
+        self._answers.put(Cancelled())
         if self._socket:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def host(self) -> str:
-        return urllib.parse.urlsplit(self.url).netloc
 
     def pause(self, seconds: float) -> None:
         """Waits; raises Cancelled."""
         self._woken.wait(seconds)
         self.cancel.check()
 
-    def wait(self, seconds: float, tell: Callable[[float], Fetching]) -> Iterator[Fetching]:
-        """Waits, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
+    def wait(self, seconds: float, why: str) -> Iterator[Fetching]:
+        """Waits to try again, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            yield tell(left)
+            yield Fetching(f"{why}, trying again in {left:.0f} s")
             self.pause(min(left, 1.0))
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
@@ -19598,12 +18928,7 @@ class Hub:
             if pause > MAX_RETRY_AFTER:
                 return response
             response.close()
-            why = f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})"
-            yield from self.wait(pause, functools.partial(self._trying_again, why))
-
-    @staticmethod
-    def _trying_again(why: str, left: float) -> Fetching:
-        return Fetching(f"{why}, trying again in {left:.0f} s")
+            yield from self.wait(pause, f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})")
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
@@ -19620,14 +18945,27 @@ class Hub:
         raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} redirects in circles")
 
     def _send(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        """Asks in a thread that a cancel leaves behind: nothing else ends a look-up, which may take minutes."""
         known = {"Authorization": f"Bearer {self._token}"} if self._token and origin_of(url) == origin_of(self.url) else {}
         common = {"User-Agent": f"shimmy/{__version__}", "Accept-Encoding": "identity"}
+
+        def ask() -> None:
+            try:
+                request = self._request(url, headers={**common, **headers, **known})
+                self._answers.put(self._opener.open(request, timeout=PULL_SILENCE))
+            except Exception as error:  # raised again where it is waited for
+                self._answers.put(error)
+
         try:
-            answer: http.client.HTTPResponse = self._opener.open(self._request(url, headers={**common, **headers, **known}),
-                                                                 timeout=PULL_SILENCE)  # fmt: skip
-            return answer
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            threading.Thread(target=ask, name="asking", daemon=True).start()
+            answer = self._answers.get()
+            if isinstance(answer, Exception):
+                raise answer
+            self._socket = socket.fromfd(answer.fileno(), socket.AF_INET, socket.SOCK_STREAM)  # of any family: to shut it down
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             raise ConnectionLost(connection_words(error)) from None
+        self.cancel.check()
+        return answer  # type: ignore[no-any-return]
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
         """Some bytes, none at the end. Raises ConnectionLost, Cancelled."""
@@ -19735,8 +19073,8 @@ class Download:
         target, size = self._target, self._file.size
         for path in (target.partial, target.lock):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        with contextlib.closing(FileLock(target.lock)) as lock:
-            while not lock.acquire():
+        with open(target.lock, "a") as lock:
+            while not lock_file(lock):
                 yield self._event("waiting for another pull of ")
                 self._hub.pause(0.2)
             if not target.holds(size):
@@ -19863,18 +19201,15 @@ class Plan:
         return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
 
 
-class Pull:
+class Pull(Hub):
     """One pull: `plan` asks what there is, `run` fetches it. Both yield how far they are."""
-
-    def __init__(self, cancel: Cancellation) -> None:
-        self._hub = Hub(cancel)
 
     def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
         """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
         return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
 
     def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
-        commit, files = yield from self._hub.listing(wanted.repo)
+        commit, files = yield from self.listing(wanted.repo)
         offers = offers_of(files)
         chosen = choose_offer(offers, wanted.part)
         if chosen is None:
@@ -19898,9 +19233,9 @@ class Pull:
         if not name.lower().endswith(".gguf") or not is_safe_name(name):
             raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
         try:
-            with contextlib.closing((yield from self._hub.get(url, {}))) as response:
+            with contextlib.closing((yield from self.get(url, {}))) as response:
                 if response.status != 200:
-                    raise (yield from self._hub.refusal(response, ""))
+                    raise (yield from self.refusal(response, ""))
                 length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
                 start = response.read(4)
         except (ConnectionLost, OSError, http.client.HTTPException) as error:
@@ -19921,7 +19256,7 @@ class Pull:
             raise DiskFull(message=f"the disk is too small: {need}")
         try:
             for file, target in plan.files:
-                yield from Download(self._hub, plan.repo, file, target).run()
+                yield from Download(self, plan.repo, file, target).run()
             if plan.commit:
                 write_reference(repository_folder(plan.repo), plan.commit)
         except OSError as error:
