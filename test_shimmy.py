@@ -3690,7 +3690,7 @@ def test_answer_that_begins_with_a_thought_goes_on_thinking(opened: str, special
     parser, choice = talk.parser(request, prompt[-1:], 0), module.Choice()
     for event in [*parser.push("count.\n</think>\n\nFour."), *parser.finish("stop")]:
         choice.add(event)  # type: ignore[arg-type]
-    assert (choice.said("thought"), choice.text) == ("count.\n", "Four.")
+    assert (choice.said("thought"), choice.said("text")) == ("count.\n", "Four.")
     assert talk.constraint(replace_field(request, schema_of("messages")), prompt[-1:]).after == "</think>"
 
 
@@ -3970,7 +3970,7 @@ def from_a_child(message: Any) -> bytes:
 
 
 CHILDS_MESSAGES = [
-    module.Progress(0.5), module.LoadFailed("no \ud800 luck", "room"), module.Alive((("decode", 7), ("rest", 0))),
+    module.Progress(0.5), module.LoadFailed("no \ud800 luck", "room"), module.Alive("decode"),
     module.Accepted(1, 9), module.Loaded(256, 512, 8, module.ChatFacts({"": "t"}, "<s>", True, "</s>", ("a",)), ("n",)),
     module.Stepped((module.Piece(3, "é\n", (module.TokenLogprob(b"\xc3", -math.inf, (b"a", b"\xff"), (-0.5, -1.0)),), 1),
                     module.Vectors(4, (b"\0" * 9, b"")), module.Tokens(5, (1, 2), ()),
@@ -4119,22 +4119,10 @@ def test_string_without_conditions_reads(text):
     assert reads(Strings(), text)
 
 
-@each(
-    text=[
-        b'"\\ud83d"',
-        b'"\\ude00"',
-        b'"\\ud83d\\u0041"',
-        b'"\\ud83dx"',
-        b'"a\nb"',
-        b'"\\x41"',
-        b'"\xc0\x80"',
-        b'"\xed\xa0\x80"',
-        b'"\xf4\x90\x80\x80"',
-        b'"\xe0\x80\x80"',
-        b'"\\u12g4"',
-        b'"abc',
-    ]
-)
+@each(text=[
+    b'"\\ud83d"', b'"\\ude00"', b'"\\ud83d\\u0041"', b'"\\ud83dx"', b'"a\nb"', b'"\\x41"', b'"\xc0\x80"', b'"\xed\xa0\x80"',
+    b'"\xf4\x90\x80\x80"', b'"\xe0\x80\x80"', b'"\\u12g4"', b'"abc'
+])  # fmt: skip
 def test_string_that_is_no_json_is_not_read(text):
     assert not reads(Strings(), text)
 
@@ -4197,29 +4185,10 @@ def test_pattern_takes_what_it_matches(text):
         assert string_fits(Strings(unlike=(text,)), example) is not wanted
 
 
-@each(
-    text=[
-        "(a)\\1",
-        "\\bfoo",
-        "(?<=a)b",
-        "(?<!a)b",
-        "(?i)a",
-        "\\k<a>",
-        "\\q",
-        "\\p{Greek}",
-        "\\uD8ZZ\\uDCZZ",
-        "(",
-        "a)",
-        "[a",
-        "*a",
-        "a**",
-        "a{2,1}",
-        "[z-a]",
-        "(?:(?!b)a){2}",
-        "\\",
-        "a{9999999999}",
-    ]
-)
+@each(text=[
+    "(a)\\1", "\\bfoo", "(?<=a)b", "(?<!a)b", "(?i)a", "\\k<a>", "\\q", "\\p{Greek}", "\\uD8ZZ\\uDCZZ", "(", "a)", "[a", "*a",
+    "a**", "a{2,1}", "[z-a]", "(?:(?!b)a){2}", "\\", "a{9999999999}"
+])  # fmt: skip
 def test_pattern_that_cannot_be_honoured_is_refused_by_name(text):
     with pytest.raises(InvalidRequest, match="pattern"):
         string_symbol(pattern(text))
@@ -4237,18 +4206,11 @@ def test_last_text_left_is_forced():
     assert first_state(shape).forced(100) == b'"blue"'
 
 
-@each(
-    shape=[
-        pattern("^a+$", "^b+$"),
-        pattern("^(abc)*$", low=4, high=5),
-        pattern("^a$", excluded=frozenset("a")),
-        Strings(low=2, high=1),
-        pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")),
-        Strings(formats=("ipv4", "ipv6")),
-        Strings(formats=("uuid",), high=35),
-        pattern("[^]^"),
-    ]
-)
+@each(shape=[
+    pattern("^a+$", "^b+$"), pattern("^(abc)*$", low=4, high=5), pattern("^a$", excluded=frozenset("a")),
+    Strings(low=2, high=1), pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")), Strings(formats=("ipv4", "ipv6")),
+    Strings(formats=("uuid",), high=35), pattern("[^]^")
+])  # fmt: skip
 def test_string_that_cannot_be_is_none(shape):
     assert string_symbol(shape) is None
 
@@ -4273,27 +4235,10 @@ def test_schemas_meet_where_a_value_fits_both(one, two, meet):
 
 
 LETTERS = some.text("ab1-\n\U0001f600", max_size=6)
-PATTERNS = some.sampled_from(
-    [
-        "^a",
-        "b$",
-        "a.b",
-        "^[ab]*$",
-        "(ab)+",
-        "^(aab?)*$",
-        "^.{2,4}$",
-        "1|-",
-        "^(?!a)",
-        "^((?!ab).)*$",
-        "^[^1]*$",
-        "(a|b){3}",
-        "^(..)*$",
-        "^(...)*$",
-        "^(a|1)*b?$",
-        "^$|..",
-        "a*b*",
-    ]
-)
+PATTERNS = some.sampled_from([
+    "^a", "b$", "a.b", "^[ab]*$", "(ab)+", "^(aab?)*$", "^.{2,4}$", "1|-", "^(?!a)", "^((?!ab).)*$", "^[^1]*$", "(a|b){3}",
+    "^(..)*$", "^(...)*$", "^(a|1)*b?$", "^$|..", "a*b*"
+])  # fmt: skip
 SHAPES = some.builds(
     Strings,
     low=some.integers(0, 5),
@@ -4337,78 +4282,34 @@ def test_format_is_what_jsonschema_accepts(name):
     assert any(texts)
 
 
-@each(
-    case=[
-        ("date", "2024-02-29"),
-        ("date-time", "1985-04-12T23:20:50.52Z"),
-        ("date-time", "1937-01-01t12:00:27.87+00:20"),
-        ("time", "08:30:06Z"),
-        ("duration", "P4Y1M2DT3H4M5S"),
-        ("duration", "P2W"),
-        ("duration", "PT36H"),
-        ("email", "joe.o'neil+x@example.com"),
-        ("email", '"joe bloggs"@[127.0.0.1]'),
-        ("hostname", "a-b.example"),
-        ("ipv4", "87.10.0.1"),
-        ("ipv6", "::ffff:192.168.0.1"),
-        ("ipv6", "1:2::8"),
-        ("ipv6", "::"),
-        ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"),
-        ("uri", "http://foo.bar/?baz=qux#quux"),
-        ("uri", "urn:oasis:names:x:1.0"),
-        ("uri", "http://[::1]:80/%C3"),
-        ("uri", "mailto:a@b.c"),
-        ("uri-reference", "/abc?q#f"),
-        ("uri-reference", "//a/b"),
-        ("uri-reference", ""),
-        ("iri", "http://ƒøø.ßår/?∂éœ"),
-        ("json-pointer", "/foo/~0~1/"),
-        ("relative-json-pointer", "1/foo"),
-        ("relative-json-pointer", "0#"),
-        ("regex", "^([a-z]+)\\d{3}$"),
-        ("unheard-of", "x"),
-    ]
-)
+@each(case=[
+    ("date", "2024-02-29"), ("date-time", "1985-04-12T23:20:50.52Z"), ("date-time", "1937-01-01t12:00:27.87+00:20"),
+    ("time", "08:30:06Z"), ("duration", "P4Y1M2DT3H4M5S"), ("duration", "P2W"), ("duration", "PT36H"),
+    ("email", "joe.o'neil+x@example.com"), ("email", '"joe bloggs"@[127.0.0.1]'), ("hostname", "a-b.example"),
+    ("ipv4", "87.10.0.1"), ("ipv6", "::ffff:192.168.0.1"), ("ipv6", "1:2::8"), ("ipv6", "::"),
+    ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"), ("uri", "http://foo.bar/?baz=qux#quux"),
+    ("uri", "urn:oasis:names:x:1.0"), ("uri", "http://[::1]:80/%C3"), ("uri", "mailto:a@b.c"), ("uri-reference", "/abc?q#f"),
+    ("uri-reference", "//a/b"), ("uri-reference", ""), ("iri", "http://ƒøø.ßår/?∂éœ"), ("json-pointer", "/foo/~0~1/"),
+    ("relative-json-pointer", "1/foo"), ("relative-json-pointer", "0#"), ("regex", "^([a-z]+)\\d{3}$"), ("unheard-of", "x")
+])  # fmt: skip
 def test_format_takes(case):
     assert takes(Strings(formats=case[:1]), case[1])
 
 
-@each(
-    case=[
-        ("date", "2023-02-29"),
-        ("date", "1900-02-29"),
-        ("date", "2020-04-31"),
-        ("date", "0000-01-01"),
-        ("date-time", "2020-01-01 00:00:00Z"),
-        ("time", "24:00:00Z"),
-        ("time", "12:00:00"),
-        ("duration", "P"),
-        ("duration", "P1YT"),
-        ("email", "a.b.c"),
-        ("email", ".a@b.c"),
-        ("hostname", "-a.b"),
-        ("hostname", "a_b"),
-        ("hostname", "a" * 64),
-        ("ipv4", "256.1.1.1"),
-        ("ipv4", "01.1.1.1"),
-        ("ipv6", "1::2::3"),
-        ("ipv6", "1:2:3:4:5:6:7"),
-        ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"),
-        ("uri", "/abc"),
-        ("uri", "http://a b"),
-        ("uri", "http://a/%zz"),
-        ("uri-reference", "\\a"),
-        ("json-pointer", "/~2"),
-        ("relative-json-pointer", "01/a"),
-        ("regex", "(a"),
-    ]
-)
+@each(case=[
+    ("date", "2023-02-29"), ("date", "1900-02-29"), ("date", "2020-04-31"), ("date", "0000-01-01"),
+    ("date-time", "2020-01-01 00:00:00Z"), ("time", "24:00:00Z"), ("time", "12:00:00"), ("duration", "P"),
+    ("duration", "P1YT"), ("email", "a.b.c"), ("email", ".a@b.c"), ("hostname", "-a.b"), ("hostname", "a_b"),
+    ("hostname", "a" * 64), ("ipv4", "256.1.1.1"), ("ipv4", "01.1.1.1"), ("ipv6", "1::2::3"), ("ipv6", "1:2:3:4:5:6:7"),
+    ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"), ("uri", "/abc"), ("uri", "http://a b"), ("uri", "http://a/%zz"),
+    ("uri-reference", "\\a"), ("json-pointer", "/~2"), ("relative-json-pointer", "01/a"), ("regex", "(a")
+])  # fmt: skip
 def test_format_does_not_take(case):
     assert not takes(Strings(formats=case[:1]), case[1])
 
 
 def test_format_that_cannot_be_honoured_is_refused_by_name():
-    for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",))):
+    for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",)), Strings(not_formats=("hostname",))):
         with pytest.raises(InvalidRequest, match="format"):
             string_symbol(shape)
 
@@ -4416,7 +4317,6 @@ def test_format_that_cannot_be_honoured_is_refused_by_name():
 def test_hostname_of_254_characters_is_none():
     name = ".".join(["a" * 62] * 4) + "a"
     assert takes(Strings(formats=("hostname",)), name) and not takes(Strings(formats=("hostname",)), name + ".a")
-    assert string_fits(Strings(not_formats=("hostname",)), name + ".a")
 
 
 HOSTILE_PATTERNS = [
@@ -4486,28 +4386,19 @@ def test_number_as_near_to_its_excluded_bound_as_doubles_are_is_not_read():
     assert reads(shape, "0.999999") and not reads(shape, "0.99999999999999999") and not reads(shape, "1")
 
 
-@each(
-    shape=[
-        NumberShape(True, (1, True), (2, True)),
-        NumberShape(False, (1, False), (6, False), (7,)),
-        NumberShape(False, (3, True), (3, False)),
-        NumberShape(True, not_multiples=(1,)),
-        NumberShape(multiples=(6,), not_multiples=(3,)),
-    ]
-)
+@each(shape=[
+    NumberShape(True, (1, True), (2, True)), NumberShape(False, (1, False), (6, False), (7,)),
+    NumberShape(False, (3, True), (3, False)), NumberShape(True, not_multiples=(1,)),
+    NumberShape(multiples=(6,), not_multiples=(3,))
+])  # fmt: skip
 def test_number_that_cannot_be_is_none(shape):
     assert number_symbol(shape) is None
 
 
-@each(
-    shape=[
-        NumberShape(low=(float("inf"), False)),
-        NumberShape(multiples=(0,)),
-        NumberShape(multiples=(-1,)),
-        NumberShape(high=(10**999, False)),
-        NumberShape(multiples=(1e-99,)),
-    ]
-)
+@each(shape=[
+    NumberShape(low=(float("inf"), False)), NumberShape(multiples=(0,)), NumberShape(multiples=(-1,)),
+    NumberShape(high=(10**999, False)), NumberShape(multiples=(1e-99,))
+])  # fmt: skip
 def test_number_out_of_proportion_is_refused(shape):
     with pytest.raises(InvalidRequest):
         number_symbol(shape)
@@ -5965,11 +5856,6 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
     with pytest.raises(InvalidRequest, match=f"^json_schema: .*{said}") as refused:
         begin(schema)
     assert refused.value.param == "json_schema"
-
-
-@each(name=["xn--x", "xn--nxasmq6b", "ab--c.de"])
-def test_what_may_be_a_hostname_is_none_that_is_no_hostname(name):
-    assert not takes(Strings(not_formats=("hostname",)), name) and takes(Strings(not_formats=("hostname",)), name + "-")
 
 
 def test_what_a_number_must_not_be_is_one_machine():
@@ -8393,27 +8279,23 @@ HURRY = (("SILENCE = 30 ", "SILENCE = 2 "), ("STARTING = 180 ", "STARTING = 3 ")
 
 
 @linux
-def test_engine_that_hangs_ends_its_stream_with_the_reason_and_reloads(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, *HURRY))
-    with own.endless() as stream:
+def test_engine_that_hangs_ends_its_stream_with_the_reason_and_reloads(breakable: Server) -> None:
+    with breakable.endless() as stream:
         next(stream)
-        os.kill(own.engine("recital.gguf"), signal.SIGSTOP)
+        os.kill(breakable.engine("recital.gguf"), signal.SIGSTOP)
         rest = [event for event in stream if event != "[DONE]"]
     assert rest[-1]["error"]["code"] == "generation_failed" and "said nothing for 2 s" in rest[-1]["error"]["details"]
-    assert own.generate("=").text == TEXTS["="]
+    assert breakable.generate("=").text == TEXTS["="]
 
 
 @linux
-def test_engine_that_hangs_while_idle_is_replaced(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    own = serve("--models-dir", models, script=altered(tmp_path, *HURRY))
-    own.load("recital")
-    engine = own.engine("recital.gguf")
+def test_engine_that_hangs_while_idle_is_replaced(breakable: Server) -> None:
+    breakable.load("recital")
+    engine = breakable.engine("recital.gguf")
     os.kill(engine, signal.SIGSTOP)
-    assert "said nothing" in eventually(lambda: own.status("recital")["error"], "it is noticed")
+    assert "said nothing" in eventually(lambda: breakable.status("recital")["error"], "it is noticed")
     eventually(lambda: not alive(engine), "the engine is gone")
-    assert own.generate("=").text == TEXTS["="]
+    assert breakable.generate("=").text == TEXTS["="]
 
 
 @linux
@@ -8527,16 +8409,14 @@ def test_cancel_stops_the_engine_although_nobody_iterates(models: Path) -> None:
     worker.stop()
 
 
-def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    own = serve("--models-dir", models, script=altered(tmp_path, *HURRY))
-    own.load("recital")
-    own.signal(signal.SIGSTOP)
+def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(breakable: Server) -> None:
+    breakable.load("recital")
+    engine = engine_of(breakable)
+    breakable.signal(signal.SIGSTOP)
     time.sleep(4)
-    own.signal(signal.SIGCONT)
+    breakable.signal(signal.SIGCONT)
     time.sleep(1)
-    assert own.status("recital")["loaded"] and "said nothing" not in own.log.read_text()
+    assert breakable.status("recital")["loaded"] and engine_of(breakable) == engine
 
 
 # Worker.
@@ -8653,7 +8533,7 @@ BABBLE = {
 def breakable(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose engine runs the file `break` with its next heartbeat."""
     folder = tmp_path_factory.mktemp("breakable")
-    beat = "            pipe.send(Alive(tuple((pulse.task, pulse.begun) for pulse in pulses)))\n"
+    beat = '            pipe.send(Alive(next(filter(None, [pulse.beat() for pulse in pulses]), "")))\n'
     lines = ("if os.path.exists('break'):", "    os.rename('break', 'broken')", "    exec(open('broken').read())")
     breaks = "".join(f"            {line}\n" for line in lines)
     script = altered(folder, (beat, breaks + beat), *HURRY)
@@ -8843,7 +8723,7 @@ def test_commands_share_the_ladder_and_what_it_found(
 def test_model_that_hangs_in_its_first_step_loads_without_special_kernels(
     serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path, tmp_path: Path
 ) -> None:
-    script = altered(tmp_path, ('{"trial": 60 + size_bytes // (50 * MIB)}', '{"trial": 1}'))
+    script = altered(tmp_path, ('"trial", 60 + llama.size_bytes // (50 * MIB)', '"trial", 1'))
     own = serve("--models-dir", models, env=stand_in("hangs"), script=script)
     assert own.generate().text == TEXTS[":"]
     assert "'trial' did not come to an end within 1 s" in own.log.read_text()
@@ -9368,9 +9248,8 @@ def test_models_named_in_vain_are_told_with_near_names(models: Path) -> None:
     options = TableOptions(default="recitol", aliases=(("gpt-*", "nonesuch"), ("ok", "dice"), ("d", "default")))
     table = ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), lambda *_: None, options)  # type: ignore[arg-type]
     table.start()
-    first, second = table.names().unresolved(table.catalog)
-    assert (first.setting, first.value, first.near) == ("--model", "recitol", ("recital",))
-    assert (second.setting, second.value) == ("--alias gpt-*", "nonesuch")
+    lost = list(table.names().unresolved(table.catalog))
+    assert lost == [("--model", "recitol", "; did you mean recital?"), ("--alias gpt-*", "nonesuch", "")]
 
 
 def test_unknown_names_at_once_share_a_scan(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
@@ -9513,30 +9392,20 @@ def test_embedding_model_may_still_be_asked_about(tmp_path: Path) -> None:
         table.lease("a-bert", Cancellation())
 
 
-def threads_of(server: Server) -> int:
-    return len(os.listdir(f"/proc/{server.process.pid}/task"))
-
-
 @pytest.fixture
 def full(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Any:
     """A server with room for one model, which is busy; who waits for room gives up after a second."""
     script = altered(tmp_path, ("LOAD_WAIT_SECONDS = 60.0", "LOAD_WAIT_SECONDS = 1.0"))
-    server = serve("--models-dir", models, "--max-loaded", "1", "--ctx", "65536", script=script)
+    server = serve("--models-dir", models, "--max-loaded", "1", "--ctx", str(LONG_CTX), script=script)
     with server.endless() as stream:
         next(stream)
         yield server
 
 
-@linux
-def test_load_without_room_costs_one_thread_however_often_it_is_asked(full: Server) -> None:
-    full.post("/api/models/dice/load?wait=false")
-    before = threads_of(full)
-    replies = [full.post("/api/models/dice/load?wait=false") for _ in range(30)]
-    assert {reply.status for reply in replies} == {202} and threads_of(full) <= before + 3
-
-
 def test_load_that_gets_no_room_says_so_in_the_status(full: Server) -> None:
-    assert full.post("/api/models/dice/load?wait=false").json()["error"] is None
+    for _ in range(3):
+        reply = full.post("/api/models/dice/load?wait=false")
+        assert reply.status == 202 and reply.json()["error"] is None
     status = eventually(lambda: (s := full.status("dice"))["error"] and s, "the refusal shows")
     assert status["status"] == "failed" and "--max-loaded 1" in status["error"]
 
@@ -9965,7 +9834,7 @@ def test_chat_grammar_holds_the_answer(server: Server) -> None:
 @pytest.mark.parametrize(
     "format, word",
     [
-        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_schema"}, "schema"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
         ("json", "object"),
     ],
@@ -11190,7 +11059,7 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "is_error a string": (claude([{"type": "tool_result", "tool_use_id": "1", "is_error": "no"}]), "is_error"),
     "call from the user": (claude([{"type": "tool_use", "id": "1", "name": "a", "input": {}}]), "messages[0].content[0].type"),
     "document without source": (claude([{"type": "document"}]), "messages[0].content[0].source"),
-    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "source.type"),
+    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "\"document\""),
     "call's input text": (
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "a", "input": "{}"}]}]},
         "messages[0].content[0].input",
@@ -13316,7 +13185,7 @@ def test_client_that_reads_slowly_gets_all_of_a_large_answer(serve: Callable[...
 
 def test_our_own_connection_errors_are_no_clients_leaving(serve: Callable[..., Server], tmp_path: Path) -> None:
     fails = '(_ for _ in ()).throw(ConnectionResetError("ours"))'
-    own = serve(script=altered(tmp_path, ("lambda call: Answer(call.service.diag())", f"lambda call: {fails}")))
+    own = serve(script=altered(tmp_path, ("lambda call: call.service.diag()", f"lambda call: {fails}")))
     assert_error(own.get("/diag"), 500, "server_error")
     assert "ConnectionResetError: ours" in own.log.read_text()
 
@@ -14502,7 +14371,7 @@ def test_failure_is_logged_with_its_id_without_v(serve: Callable[..., Server], m
 
 
 def test_traceback_is_logged_with_its_id(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    script = altered(tmp_path, ("lambda call: Answer(call.service.diag())", 'lambda call: 1 // 0'))
+    script = altered(tmp_path, ("lambda call: call.service.diag()", 'lambda call: 1 // 0'))
     own = serve("--models-dir", models, script=script)
     assert_error(own.get("/diag", **{"X-Request-Id": "trace-4"}), 500, "server_error")
     assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*ZeroDivisionError", own.log.read_text())
@@ -15047,7 +14916,7 @@ def rows_of(path: str) -> Iterator[module.Route]:
     segments = tuple(filter(None, path.strip().split("/")))
     for route in module.ROUTES:
         if route.method == "POST" and route.match(segments) is not None:
-            yield from (route, *([route.unless[1]] if route.unless else []))
+            yield from filter(None, (route, route.ollamas))
 
 
 def fields_of(path: str) -> list[str]:
