@@ -9488,7 +9488,9 @@ class Access:
         name = host_name(host)
         if name is None or is_loopback(name) or {"*", name, host} & set(self.hosts):
             return name is not None
-        return not self.loopback and (bool(self.api_keys) or "." not in name or is_ip(name) or name in own_names())
+        own = socket.gethostname().lower()
+        ours = "." not in name or is_ip(name) or name in (own, f"{own.partition('.')[0]}.local")
+        return not self.loopback and (bool(self.api_keys) or ours)
 
     def _embedded(self, headers: Any) -> bool:
         """True for an image, frame or script of a foreign page: browsers send no Origin with those."""
@@ -9548,17 +9550,9 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or host.endswith(".localhost")
 
 
-@functools.lru_cache(maxsize=1)
-def own_names() -> frozenset[str]:
-    """This machine's name, alone and as the local network has it."""
-    name = socket.gethostname().lower()
-    return frozenset((name, f"{name.partition('.')[0]}.local"))
-
-
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~\w-]+")  # a header's name (RFC 9110, 5.6.2)
 HEAD_FAULT = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|\n[ \t]")  # the last one: a folded line (RFC 9112, 5.2)
 MAX_HEADERS = 100
-LARGE_BODIES = threading.BoundedSemaphore(8)  # bodies over TURN_BYTES that arrive, or wait to be parsed
 MAX_AHEAD = 1 << 16  # bytes that a client may send before its request is answered
 
 
@@ -9614,12 +9608,33 @@ class Headers:
         return next(iter(self.get_all(name)), default)
 
 
+LARGE_BODIES = threading.BoundedSemaphore(8)
+
+
+class BodyTurn:
+    """A body's turn among LARGE_BODIES, from when TURN_BYTES of it have come until it is parsed."""
+
+    def __init__(self) -> None:
+        self._taken = False
+
+    def take(self, seconds: float = TURN_SECONDS) -> None:
+        """Raises Overloaded when none is free within `seconds`. Idempotent, as `release` is."""
+        self._taken = self._taken or LARGE_BODIES.acquire(timeout=seconds)
+        if not self._taken:
+            raise Overloaded("Too many large bodies are being read already")
+
+    def release(self) -> None:
+        taken, self._taken = self._taken, False
+        if taken:
+            LARGE_BODIES.release()
+
+
 class RequestReader:
-    """Reads requests: every size is bounded. A body over TURN_BYTES holds a place in LARGE_BODIES until `release`."""
+    """Reads requests: every size is bounded. `turn` is a large body's; who parses the body releases it."""
 
     def __init__(self, connection: socket.socket) -> None:
-        self.incoming = Incoming(connection)
-        self._bytes, self._placed = io.BufferedReader(self.incoming), False
+        self.incoming, self.turn = Incoming(connection), BodyTurn()
+        self._bytes = io.BufferedReader(self.incoming)
 
     def begin(self) -> None:
         """Waits for a request's first byte, then starts its clock. Empty lines before it are fine (RFC 9112, 2.2)."""
@@ -9661,14 +9676,8 @@ class RequestReader:
         end = len(body) + size
         while len(body) < end:
             if len(body) >= TURN_BYTES:
-                self.take_place()
+                self.turn.take()
             body += self._bytes.read(min(end - len(body), TURN_BYTES))
-
-    def take_place(self) -> None:
-        """Waits for one among the large bodies. Raises Overloaded when there is none within TURN_SECONDS."""
-        self._placed = self._placed or LARGE_BODIES.acquire(timeout=TURN_SECONDS)
-        if not self._placed:
-            raise Overloaded("Too many large bodies are being read already")
 
     def _read_chunks(self, body: bytearray) -> None:
         """RFC 9112, 7.1; trailers are read and dropped."""
@@ -9695,19 +9704,12 @@ class RequestReader:
             raise InvalidRequest("A line between chunks is too long, or does not end with CR and LF")
         return line[:-2]
 
-    def release(self) -> None:
-        """The body has been parsed, or the connection ends."""
-        if self._placed:
-            self._placed = False
-            LARGE_BODIES.release()
-
     def unread(self) -> bytes:
-        """Takes the bytes that have come behind the request."""
-        data, self.incoming.deadline = b"", 0.0
+        """Takes the bytes that were read behind the request."""
+        self.incoming.deadline = 0.0
         with contextlib.suppress(ClientGone):
-            while len(data) < TURN_BYTES:
-                data += self._bytes.read1(MAX_AHEAD)
-        return data
+            return self._bytes.read1(MAX_AHEAD)
+        return b""
 
     def drain(self) -> None:
         """Reads on for a moment before closing: to close over unread bytes would destroy the answer on its way (RST)."""
@@ -9737,56 +9739,49 @@ def uncompressed(data: bytes, encoding: str) -> bytes:
     return plain
 
 
+WATCH_SECONDS = 0.02  # about a step of a small model
+
+
 class Watcher:
-    """Notices clients that leave while their request runs: one thread over the sockets of all running requests."""
+    """Notices clients that leave while their request runs: one thread looks at the sockets of all running requests."""
 
     def __init__(self) -> None:
-        self._selector, self._lock = selectors.DefaultSelector(), threading.Lock()
-        self._here, self._there = socket.socketpair()  # select() and poll() look at a new socket only when called anew
-        self._selector.register(self._here, selectors.EVENT_READ)
+        self._selector, self._changed = selectors.DefaultSelector(), threading.Condition()
         self._started = False
 
     @contextlib.contextmanager
     def watching(self, incoming: Incoming, cancel: Cancellation) -> Iterator[None]:
         """Cancels when the client leaves. Nobody else may read the connection while the block runs."""
-        with self._lock:
+        with self._changed:
             if not self._started:
                 threading.Thread(target=self._run, name="watcher", daemon=True).start()
                 self._started = True
             self._selector.register(incoming.connection, selectors.EVENT_READ, (incoming, cancel))
-        if not hasattr(selectors, "EpollSelector"):
-            self._there.send(b"\0")
+            self._changed.notify()
         try:
             yield
         finally:
-            with self._lock, contextlib.suppress(KeyError, ValueError, OSError):
+            with self._changed, contextlib.suppress(KeyError, ValueError, OSError):
                 self._selector.unregister(incoming.connection)
 
     def _run(self) -> None:
+        """Asks under the lock, where no socket comes or goes; to read from one of which another has the number would wait."""
         while True:
-            with contextlib.suppress(OSError, ValueError):  # Windows' select(), of a socket closed meanwhile
-                self._selector.select()
-            for cancel in self._left():
+            with self._changed:
+                self._changed.wait_for(self._selector.get_map)
+                left = list(self._left())
+            for cancel in left:
                 cancel.cancel()
+            time.sleep(WATCH_SECONDS)
 
-    def _left(self) -> list[Cancellation]:
-        """The cancellations of clients that left.
-
-        Asked anew under the lock, where no socket comes or goes: what the waiting call told may be of one closed since, whose
-        number another has now, and to read from that would wait.
-        """
-        left = []
-        with self._lock:
-            for key, _ in self._selector.select(0):
-                if key.fileobj is self._here:
-                    self._here.recv(4096)
-                    continue
-                incoming, cancel = key.data
-                gone, done = incoming.read_ahead()
-                if done:
-                    self._selector.unregister(incoming.connection)
-                left += [cancel] * gone
-        return left
+    def _left(self) -> Iterator[Cancellation]:
+        for key, _ in self._selector.select(0):
+            incoming, cancel = key.data
+            gone, done = incoming.read_ahead()
+            if done:
+                self._selector.unregister(incoming.connection)
+            if gone:
+                yield cancel
 
 
 # ── 15.2. Wires ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10299,10 +10294,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def setup(self) -> None:
         self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.service, self.reader = self.server.service, RequestReader(self.request)
-
-    def finish(self) -> None:
-        self.reader.release()
+        self.service, self.reader, self.upgraded = self.server.service, RequestReader(self.request), False
 
     def handle(self) -> None:
         closes = False
@@ -10310,6 +10302,9 @@ class Handler(socketserver.BaseRequestHandler):
             while not closes:
                 self.reader.begin()
                 closes = self._handle_request()
+            if self.upgraded:
+                owner = self.server.access.owner(self.out.head.headers)
+                self.server.sockets.serve(self.request, self.reader.unread(), self.out.line.id, owner)
 
     def _handle_request(self) -> bool:
         """Answers one request; true if the connection ends behind it."""
@@ -10317,17 +10312,13 @@ class Handler(socketserver.BaseRequestHandler):
         self.route: Route | None = None
         self.wire = HttpWire(self.out)
         run_request(self._answer_request, self.out.line, self.fail, self.leave)
-        self.reader.release()
-        self._count()
+        self.reader.turn.release()
+        known, route = ("GET", "HEAD", "POST", "OPTIONS"), self.route.label() if self.route else "other"
+        method = self.out.head.method if self.out.head.method in known else "other"  # a client's words are without number
+        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
         if self.out.closes and self.out.unread:
             self.reader.drain()
         return self.out.closes
-
-    def _count(self) -> None:
-        """Counts the request by words that are ours: a client's are without number."""
-        method = self.out.head.method if self.out.head.method in ("GET", "HEAD", "POST", "OPTIONS") else "other"
-        route = self.route.label() if self.route else "other"
-        self.service.metrics.answered(method, route, self._api(), self.out.line.status)
 
     def _answer_request(self) -> None:
         out = self.out
@@ -10337,8 +10328,9 @@ class Handler(socketserver.BaseRequestHandler):
         head.read(line)
         out.closes, out.unread = head.closes, bool(head.length)
         out.line.what = f"{head.method} {head.path.partition('?')[0]}"
-        with self.server.busy():
-            self._answer(head)
+        cancel = Cancellation()
+        with self.server.running(cancel):
+            self._answer(head, cancel)
 
     def _body(self) -> bytes:
         """The request's body, at most MAX_BODY bytes; read even if unasked for, or it would become the next request."""
@@ -10351,10 +10343,10 @@ class Handler(socketserver.BaseRequestHandler):
         data = self.reader.body(size)
         self.out.unread = False
         if data and encoding:
-            self.reader.take_place()  # for whatever size it has unpacked
+            self.reader.turn.take()  # for whatever size it has unpacked
         return uncompressed(data, encoding) if data else data
 
-    def _answer(self, head: Head) -> None:
+    def _answer(self, head: Head, cancel: Cancellation) -> None:
         if self.server.stopping:
             self.out.closes = True
             raise Overloaded("The server is shutting down")
@@ -10365,17 +10357,19 @@ class Handler(socketserver.BaseRequestHandler):
         if self.route.needs_body and head.length is None:
             self.out.unread = True  # whatever follows is no request
             raise InvalidRequest("The request needs a Content-Length, or a chunked body", status=411)
-        answer, cancel = self.route.answer, Cancellation()
+        answer, watching = self.route.answer, self.server.watcher.watching(self.reader.incoming, cancel)
         if isinstance(answer, type):
             dialect = self.out.line.dialect = self._dialect(parse_object(self._body()))  # nobody keeps the bytes while it runs
-            self.reader.release()
-            with self._watched(cancel):
-                self._generate(dialect, cancel)
+            self.reader.turn.release()
+            self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
+            dialect.owner = self.server.access.owner(head.headers)
+            with watching:
+                deliver(dialect, dialect.events(self.service, cancel), self.wire)
         elif answer is answer_upgrade and head.is_handshake():
             self._upgrade(head)
         else:
             call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
-            with self._watched(cancel):
+            with watching:
                 told = answer(call)
                 self.out.respond(told if isinstance(told, Answer) else Answer(told))
 
@@ -10385,12 +10379,6 @@ class Handler(socketserver.BaseRequestHandler):
         self.route = self.route.chosen(body, self.out.head.headers.get("User-Agent", ""))
         assert isinstance(self.route.answer, type)
         return self.route.answer(body)
-
-    @contextlib.contextmanager
-    def _watched(self, cancel: Cancellation) -> Iterator[None]:
-        """Cancels when the client leaves, or the server ends."""
-        with self.server.watcher.watching(self.reader.incoming, cancel), self.server.cancellable(cancel):
-            yield
 
     def _find_route(self, head: Head) -> tuple[Route, tuple[str, ...]]:
         """The row for this request, and the names in its path; the access checks come before any answer."""
@@ -10408,23 +10396,15 @@ class Handler(socketserver.BaseRequestHandler):
             raise MethodNotAllowed(head.method, allowed | ({"HEAD"} if "GET" in allowed else set()) | {"OPTIONS"})
         return found
 
-    def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
-        assert self.route
-        self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
-        dialect.owner = self.server.access.owner(self.out.head.headers)
-        deliver(dialect, dialect.events(self.service, cancel), self.wire)
-
     def _upgrade(self, head: Head) -> None:
-        """Answers the handshake, and hands the connection over: here it ends."""
+        """Answers the handshake: the connection speaks HTTP no more."""
         import hashlib
 
         key = head.headers.get("Sec-WebSocket-Key") + "258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455, 4.2.2
         accept = base64.b64encode(hashlib.sha1(key.encode(), usedforsecurity=False).digest()).decode()
         self.out.closes = False  # whatever the client said of its connection besides
         self.out.begin(101, {"Upgrade": "websocket", "Connection": "Upgrade", "Sec-WebSocket-Accept": accept})
-        self.out.closes = True
-        owner = self.server.access.owner(head.headers)
-        self.server.sockets.hand_over(self.request, self.reader.unread(), self.out.line.id, owner)
+        self.out.closes = self.upgraded = True
 
     def _preflight(self, head: Head) -> None:
         """CORS: what a page of an allowed origin may send. Needs no key."""
@@ -10462,32 +10442,21 @@ class Handler(socketserver.BaseRequestHandler):
         return "openai" if first == "v1" else "ollama" if first == "api" and second in OLLAMA_UNSERVED else "shimmy"
 
 
-RESERVED_DESCRIPTORS = 128  # for pipes of engines (3 each), model files, sockets of tools, refused connections
-_OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+RESERVED_DESCRIPTORS = 160  # for what is open at the start, pipes of engines (3 each), model files, sockets of tools
 
 
 def raise_descriptor_limit() -> int:
-    """Raises the soft limit of open descriptors to the hard one; how many there may be then."""
-    try:
+    """Raises the soft limit of open descriptors as far as it may go and helps; how many there may be then."""
+    limit = 10_240  # macOS says "unlimited" and takes no more than this
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows counts none
         import resource
-    except ImportError:  # Windows counts no descriptors
-        return sys.maxsize
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for limit in (hard, 10240):  # macOS says "unlimited" and takes no more than OPEN_MAX
-        if soft == resource.RLIM_INFINITY or 0 <= limit <= soft:
-            break
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            soft = limit
-    return soft if soft != resource.RLIM_INFINITY else sys.maxsize
 
-
-def connection_bound(limit: int) -> int:
-    """The connections that fit `limit` descriptors: a tenth of them at least."""
-    opened = 32
-    with contextlib.suppress(OSError):
-        opened = len(os.listdir("/proc/self/fd" if sys.platform == "linux" else "/dev/fd"))
-    return max(1, limit // 10, min(MAX_CONNECTIONS, limit - opened - RESERVED_DESCRIPTORS))
+        soft, hard = (limit if n == resource.RLIM_INFINITY else n for n in resource.getrlimit(resource.RLIMIT_NOFILE))
+        limit = soft
+        if soft < hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+            limit = hard
+    return limit
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -10500,69 +10469,49 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, address: tuple[str, int], service: Service, access: Access) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         self.service, self.access = service, access
-        self.max_connections = min(MAX_CONNECTIONS, connection_bound(raise_descriptor_limit()))
+        descriptors = raise_descriptor_limit()
+        self.max_connections = min(MAX_CONNECTIONS, max(descriptors // 10, descriptors - RESERVED_DESCRIPTORS))
         self.watcher, self.sockets = Watcher(), SocketListener(self)
         self.stopping = False
         self._changed = threading.Condition()
-        self._busy = 0
-        self._cancels: set[Cancellation] = set()
-        self._spare: int | None = os.open(os.devnull, os.O_RDONLY)  # given up for a moment when descriptors run out
+        self._running: set[Cancellation] = set()
         super().__init__(address, Handler)
 
     @property
     def url(self) -> str:
-        host, port = str(self.server_address[0]), self.server_address[1]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return url_of(str(self.server_address[0]), self.server_address[1])
 
-    def connection_opened(self) -> None:
+    def count_connection(self, change: int) -> None:
         with self._changed:
-            self.service.metrics.connections += 1
-
-    def connection_closed(self) -> None:
-        with self._changed:
-            self.service.metrics.connections -= 1
+            self.service.metrics.connections += change
 
     def get_request(self) -> tuple[Any, Any]:
-        """Accepts a connection. Without a descriptor for it, it is refused with the spare one: left alone, it would spin us."""
+        """Accepts a connection. Where it cannot (no descriptor is left), it waits a moment: at once it would be asked again."""
         try:
             return super().get_request()
-        except OSError as error:
-            if error.errno in _OUT_OF_DESCRIPTORS:
-                self._refuse_with_spare()
-            raise
-
-    def _refuse_with_spare(self) -> None:
-        if self._spare is not None:
-            os.close(self._spare)
-            self._spare = None
-        try:
-            self._refuse(self.socket.accept()[0], "No descriptor is left for another connection")
-        except OSError:  # a thread took the descriptor first
+        except OSError:
             time.sleep(0.05)
-        with contextlib.suppress(OSError):
-            self._spare = os.open(os.devnull, os.O_RDONLY)
+            raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Starts the connection's thread, or answers 503 where it would be one too many."""
         if self.service.metrics.connections >= self.max_connections:
             return self._refuse(request, f"{self.max_connections} connections are open")
-        self.connection_opened()
+        self.count_connection(1)
         self.service.metrics.accepted += 1
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # can't start new thread
-            self.connection_closed()
+            self.count_connection(-1)
             self._refuse(request, "No thread can be started for another connection")
 
     def _refuse(self, connection: socket.socket, why: str) -> None:
         """503. To close over a request that is on its way would destroy the answer (RST): so it is awaited for a moment."""
         self.service.metrics.refused += 1
-        body = json.dumps(Overloaded(why).document()).encode()
-        head = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nConnection: close\r\nRetry-After: 2\r\n"
-        head += "".join(f"{name}: {id}\r\n" for name, id in zip(ID_HEADERS, [request_id(None)] * 2, strict=True)).encode()
-        with contextlib.closing(connection), contextlib.suppress(OSError):
+        error = Overloaded(why)
+        with contextlib.closing(connection), contextlib.suppress(OSError, ClientGone):
+            Responder(connection, self.access).respond(Answer(error.document(), error.status, error.headers))
             connection.settimeout(0.1)
-            connection.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
             connection.shutdown(socket.SHUT_WR)
             connection.recv(1 << 16)
 
@@ -10570,31 +10519,22 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self.connection_closed()
+            self.count_connection(-1)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.debug("connection failed", exc_info=True)
 
     @contextlib.contextmanager
-    def busy(self) -> Iterator[None]:
-        """Counts a request that runs: `stop` waits for it."""
+    def running(self, cancel: Cancellation) -> Iterator[None]:
+        """`stop` waits for a request that runs, and calls it off when the grace time is over."""
         with self._changed:
-            self._busy += 1
+            self._running.add(cancel)
         try:
             yield
         finally:
             with self._changed:
-                self._busy -= 1
+                self._running.discard(cancel)
                 self._changed.notify_all()
-
-    @contextlib.contextmanager
-    def cancellable(self, cancel: Cancellation) -> Iterator[None]:
-        """`stop` calls the request off when the grace time is over."""
-        self._cancels.add(cancel)
-        try:
-            yield
-        finally:
-            self._cancels.discard(cancel)
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:
         """Stop accepting, let requests finish within `grace` seconds, call the rest off, end the engines."""
@@ -10607,22 +10547,19 @@ class Server(socketserver.ThreadingTCPServer):
         self._await_quiet(grace)
         for worker in self.service.table.workers():
             worker.fail_all(Overloaded("The server is shutting down"))
-        for cancel in list(self._cancels) if self._await_quiet(1.0) else ():
+        for cancel in () if self._await_quiet(1.0) else list(self._running):
             cancel.cancel()
         self.sockets.stop()
         self.service.close()
 
     def _await_quiet(self, seconds: float) -> bool:
-        """Wait until no request runs; whether one still does after so many seconds."""
-        deadline = time.monotonic() + seconds
+        """Waits until no request runs; false if one still does after so many seconds."""
         with self._changed:
-            while self._busy and time.monotonic() < deadline:
-                self._changed.wait(deadline - time.monotonic())
-            return bool(self._busy)
+            return self._changed.wait_for(lambda: not self._running, seconds)
 
 
 # ── 16. WebSocket, lifecycle ──────────────────────────────────────────────────────────────────────────────────────────
-# asyncio on its side thread, started by the first upgrade; the HTTP side answers handshakes and hands it the connections.
+# asyncio on its side thread, started by the first upgrade, reads and writes; a connection's HTTP thread answers its requests.
 
 MAX_UNTAKEN = MIB  # bytes of answers to pings that a client does not take
 SOCKET_PING_SECONDS = 20.0  # a client that has not been heard for two of these is gone
@@ -10635,7 +10572,7 @@ class SocketRequest:
     """A request on a WebSocket: its message until that is parsed, and the way to cancel it."""
 
     message: bytes
-    placed: bool  # among LARGE_BODIES
+    turn: BodyTurn
     cancel: Cancellation = field(default_factory=Cancellation)
 
     def body(self) -> dict[str, Any]:
@@ -10644,23 +10581,135 @@ class SocketRequest:
             return parse_object(self.message, "The message")
         finally:
             self.message = b""
-            self.release()
+            self.turn.release()
 
-    def release(self) -> None:
-        """Gives the place back; idempotent."""
-        placed, self.placed = self.placed, False
-        if placed:
-            LARGE_BODIES.release()
+    def is_cancel(self) -> bool:
+        """True for `{"cancel": true}`, which is no request but ends one."""
+        with contextlib.suppress(InvalidRequest):
+            return len(self.message) <= 256 and parse_object(self.message).get("cancel") is True
+        return False
 
 
-class SocketWire(Wire):
-    """Documents as WebSocket messages; the request's thread waits until each is sent."""
+class SocketConnection(Wire):
+    """One WebSocket, around websockets' parser. The loop's thread reads and flushes, another one answers."""
 
-    def __init__(self, say: Callable[[dict[str, Any]], None]) -> None:
-        self._say = say
+    PENDING = 32  # requests that may wait on one connection
+    reading: asyncio.Task[None]
 
-    def send(self, document: dict[str, Any]) -> None:
-        self._say(document)
+    def __init__(self, server: Server, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, id: str, owner: str) -> None:
+        import asyncio
+
+        from websockets.protocol import SERVER, Protocol
+
+        self._server, self._reader, self._writer, self._id, self._owner = server, reader, writer, id, owner
+        self._loop = asyncio.get_running_loop()
+        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
+        self._requests: deque[SocketRequest] = deque()  # the first one is running
+        self._queue: queue.SimpleQueue[SocketRequest | None] = queue.SimpleQueue()  # the same; None: the connection has ended
+        self._fragments, self._turn = bytearray(), BodyTurn()  # of the message that arrives
+        self._since: float | None = None  # when its first byte came
+        self._used = time.monotonic()
+
+    async def read_all(self, data: bytes) -> None:
+        """Reads to the connection's end, beginning with what came already. The requests end with it."""
+        try:
+            self._take(data)
+            while data := await self._read():
+                self._take(data)
+        except OSError:  # the client broke off
+            pass
+        finally:
+            self._writer.close()
+            self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
+            self._turn.release()
+            for request in list(self._requests):
+                self._cancel(request)
+            self._queue.put(None)
+
+    async def _read(self) -> bytes:
+        """The next bytes; none when the client has left, or answers no ping."""
+        import asyncio
+
+        for pinged in itertools.chain([False], itertools.repeat(True)):
+            if not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
+                self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(self._reader.read(1 << 16), SOCKET_PING_SECONDS)
+            if pinged and not self._writer.transport.get_write_buffer_size():
+                break
+            if self._protocol.state.name == "OPEN":
+                self._protocol.send_ping(b"")
+                self._flush()
+        return b""
+
+    def _take(self, data: bytes) -> None:
+        """Feeds the parser, which itself answers pings, and ends the connection behind a frame that is malformed."""
+        self._protocol.receive_data(data)
+        frame: Any
+        for frame in self._protocol.events_received():
+            if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
+                continue
+            self._fragments += frame.data
+            if frame.fin:
+                request = SocketRequest(bytes(self._fragments), self._turn)
+                self._fragments, self._turn, self._since = bytearray(), BodyTurn(), None
+                self._receive(request)
+        self._bound(len(self._fragments) + len(self._protocol.reader.buffer))
+        self._flush()
+        if self._writer.transport.get_write_buffer_size() > MAX_UNTAKEN:
+            self._writer.transport.abort()
+
+    def _bound(self, size: int) -> None:
+        """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
+        now = time.monotonic()
+        self._since = (self._since or now) if size else None
+        if self._since and now - self._since > REQUEST_SECONDS:
+            self.close(1008, f"a message took over {REQUEST_SECONDS:g} seconds")
+        if size > TURN_BYTES:
+            try:
+                self._turn.take(0)
+            except Overloaded:
+                self.close(1013, "too many large messages arrive already")
+
+    def _receive(self, request: SocketRequest) -> None:
+        """Queues a request, or cancels the running one."""
+        waiting = len(self._requests)
+        if request.is_cancel():
+            with contextlib.suppress(IndexError):
+                self._cancel(self._requests[0], gently=True)
+        elif self._server.stopping or waiting >= self.PENDING:
+            request.turn.release()
+            full = f"{waiting} requests wait on this connection already"
+            error = Overloaded("The server is shutting down" if self._server.stopping else full)
+            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
+        else:
+            self._requests.append(request)
+            self._queue.put(request)
+
+    def _cancel(self, request: SocketRequest, gently: bool = False) -> None:
+        """In a thread: telling the engine may block on its pipe, which must not stop the loop."""
+        self._loop.run_in_executor(None, request.cancel.cancel, gently)
+
+    def answer_all(self) -> None:
+        """Answers the requests one after another, until the connection ends."""
+        while request := self._queue.get():
+            self._answer(request)
+            self._requests.popleft()
+            self._used = time.monotonic()
+
+    def _answer(self, request: SocketRequest) -> None:
+        line = RequestLog("WS /ws/generate", self._id)
+
+        def work() -> None:
+            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
+            dialect.owner, line.status = self._owner, 200
+            deliver(dialect, dialect.events(self._server.service, request.cancel), self)
+
+        with self._server.running(request.cancel):
+            run_request(work, line, self.fail, self.leave)
+            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
+
+    # The wire, used by a request's thread
 
     def fail(self, error: ApiError, document: dict[str, Any] | None = None) -> None:
         with contextlib.suppress(ClientGone):
@@ -10670,272 +10719,102 @@ class SocketWire(Wire):
         with contextlib.suppress(ClientGone):
             self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
-
-class SocketConnection:
-    """One WebSocket: an asyncio protocol around websockets' parser. All but `say` and `_answer` runs in the loop's thread."""
-
-    PENDING = 32  # requests that may wait on one connection
-
-    def __init__(self, listener: SocketListener, early: bytes, id: str, owner: str) -> None:
-        from websockets.protocol import SERVER, Protocol
-
-        self._listener, self._server, self._early, self._id, self._owner = listener, listener.server, early, id, owner
-        self._protocol = Protocol(SERVER, max_size=MAX_BODY, logger=logging.getLogger("websockets"))
-        self._requests: deque[SocketRequest] = deque()  # the first one is running
-        self._fragments, self._placed = bytearray(), False  # of a message that is not whole, and whether it has a place
-        self._cut: asyncio.TimerHandle | None = None  # ends such a message
-        self._heard, self._used, self._open = True, time.monotonic(), True
-
-    # What asyncio calls
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        import asyncio
-
-        self._transport, self._writable = transport, asyncio.Event()
-        self._writable.set()
-        self._listener.connections.add(self)
-        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
-        if self._early:
-            self.data_received(self._early)
-
-    def data_received(self, data: bytes) -> None:
-        self._heard = True
-        self._protocol.receive_data(data)
-        for frame in self._protocol.events_received():
-            self._take(frame)
-        self._bound()
-        self._flush()
-        if self._transport.get_write_buffer_size() > MAX_UNTAKEN:
-            self._transport.abort()
-
-    def eof_received(self) -> None:
-        self._protocol.receive_eof()
-        self._flush()
-
-    def pause_writing(self) -> None:
-        self._writable.clear()
-
-    def resume_writing(self) -> None:
-        self._writable.set()
-
-    def connection_lost(self, _: Exception | None) -> None:
-        self._open = False
-        self._writable.set()
-        for timer in filter(None, (self._cut, self._ticking)):
-            timer.cancel()
-        self._place(False)
-        for request in self._requests:
-            request.release()
-            self._listener.in_thread(request.cancel.cancel)
-        self._listener.lost(self)
-
-    # Reading
-
-    def _take(self, frame: Any) -> None:
-        """One frame; the parser itself answers those of other kinds."""
-        if frame.opcode.name not in ("TEXT", "BINARY", "CONT"):
-            return
-        self._fragments += frame.data
-        if frame.fin:
-            message, self._fragments = bytes(self._fragments), bytearray()
-            self._receive(message)
-
-    def _bound(self) -> None:
-        """Bounds a message that is not whole: its time from its first byte on, and how many large ones there are."""
-        size = len(self._fragments) + len(self._protocol.reader.buffer)
-        if size and not self._cut:
-            reason = f"a message took over {REQUEST_SECONDS:g} seconds"
-            self._cut = self._listener.loop.call_later(REQUEST_SECONDS, self.close, 1008, reason)
-        elif not size and self._cut:
-            self._cut.cancel()
-            self._cut = None
-        if size > TURN_BYTES and not self._place(True):
-            self.close(1013, "too many large messages arrive already")
-
-    def _place(self, wanted: bool) -> bool:
-        """Takes a place among LARGE_BODIES for the message that arrives, or gives it back."""
-        if wanted and not self._placed:
-            self._placed = LARGE_BODIES.acquire(blocking=False)
-        elif self._placed and not wanted:
-            self._placed = False
-            LARGE_BODIES.release()
-        return self._placed
-
-    def _receive(self, message: bytes) -> None:
-        """Queues a request, or cancels the running one."""
-        if len(message) <= 256 and self._is_cancel(message):
-            if self._requests:  # telling the engine may block on its pipe, which must not stop this loop
-                self._listener.in_thread(self._requests[0].cancel.cancel, True)
-            return
-        request, self._placed = SocketRequest(message, self._placed or (len(message) > TURN_BYTES and self._place(True))), False
-        try:
-            if self._server.stopping:
-                raise Overloaded("The server is shutting down")
-            waiting = len(self._requests), sum(len(r.message) for r in self._requests)
-            if waiting[0] >= self.PENDING or waiting[1] + len(message) > 2 * MAX_BODY:
-                raise Overloaded(f"{waiting[0]} requests wait on this connection already")
-            if len(message) > TURN_BYTES and not request.placed:
-                raise Overloaded("Too many large messages are being read already")
-        except ApiError as error:
-            request.release()
-            self._protocol.send_text(to_json(ERROR_SHAPES["shimmy"](error)))
-            return
-        self._requests.append(request)
-        if len(self._requests) == 1:
-            self._listener.in_thread(self._answer, request).add_done_callback(self._next)
-
-    @staticmethod
-    def _is_cancel(message: bytes) -> bool:
-        try:
-            return parse_object(message).get("cancel") is True
-        except InvalidRequest:
-            return False
-
-    def _next(self, _: Any) -> None:
-        self._requests.popleft()
-        self._used = time.monotonic()
-        if self._requests and self._open:
-            self._listener.in_thread(self._answer, self._requests[0]).add_done_callback(self._next)
-
-    # Answering
-
-    def _answer(self, request: SocketRequest) -> None:
-        """One request, in a thread of its own."""
-        line, wire = RequestLog("WS /ws/generate", self._id), SocketWire(self.say)
-
-        def work() -> None:
-            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
-            dialect.owner, line.status = self._owner, 200
-            deliver(dialect, dialect.events(self._server.service, request.cancel), wire)
-
-        with self._server.busy(), self._server.cancellable(request.cancel):
-            run_request(work, line, wire.fail, wire.leave)
-            self._server.service.metrics.answered("WS", "/ws/generate", NativeSocket.api, line.status)
-
-    def say(self, document: dict[str, Any]) -> None:
-        """Sends a document from another thread. Raises ClientGone when the client takes none for WRITE_SECONDS."""
+    def send(self, document: dict[str, Any]) -> None:
+        """Waits until the document is sent. Raises ClientGone when the client takes none for WRITE_SECONDS."""
         import asyncio
         from concurrent.futures import CancelledError
         from concurrent.futures import TimeoutError as Late
 
-        if not self._open:
-            raise ClientGone
         sending = self._send(document)
         try:
-            asyncio.run_coroutine_threadsafe(sending, self._listener.loop).result(WRITE_SECONDS)
-        except (Late, CancelledError):
+            asyncio.run_coroutine_threadsafe(sending, self._loop).result(WRITE_SECONDS)
+        except (Late, CancelledError, OSError):
             with contextlib.suppress(RuntimeError):
-                self._listener.loop.call_soon_threadsafe(self._transport.abort)  # which ends _send
+                self._loop.call_soon_threadsafe(self._writer.transport.abort)  # which ends _send
             raise ClientGone from None
         except RuntimeError:  # the loop has ended
             sending.close()
             raise ClientGone from None
 
     async def _send(self, document: dict[str, Any]) -> None:
-        await self._writable.wait()
-        if not self._open or self._protocol.state.name != "OPEN":
+        if self._protocol.state.name != "OPEN":
             raise ClientGone
         self._protocol.send_text(to_json(document))
         self._flush()
+        await self._writer.drain()
 
     def _flush(self) -> None:
         for data in self._protocol.data_to_send():
             if data:
-                self._transport.write(data)
+                self._writer.write(data)
             else:  # what still comes is dropped: to close over it would destroy what was sent (RST)
-                self._transport.write_eof()
-                self._listener.loop.call_later(SOCKET_CLOSE_SECONDS, self._transport.abort)
-
-    # Ending
+                self._writer.write_eof()
+                self._loop.call_later(SOCKET_CLOSE_SECONDS, self._writer.transport.abort)
 
     def close(self, code: int, reason: str, seconds: float = SOCKET_CLOSE_SECONDS) -> None:
         """Ends the connection as RFC 6455, 7 has it, at the latest after so many seconds."""
         if self._protocol.state.name == "OPEN":
             self._protocol.send_close(code, reason)
             self._flush()
-        self._listener.loop.call_later(seconds, self._transport.abort)
-
-    def _tick(self) -> None:
-        """Looks whether the client is still there, and for what it is."""
-        if not self._heard and self._writable.is_set():
-            self._transport.abort()
-        elif not self._requests and time.monotonic() - self._used > SOCKET_IDLE_SECONDS:
-            self.close(1000, f"no request for {SOCKET_IDLE_SECONDS:g} seconds")
-        elif self._protocol.state.name == "OPEN":
-            self._heard = False
-            self._protocol.send_ping(b"")
-            self._flush()
-        self._ticking = self._listener.loop.call_later(SOCKET_PING_SECONDS, self._tick)
+            self._loop.call_later(seconds, self._writer.transport.abort)
 
 
 class SocketListener:
-    """Serves `/ws/generate`: asyncio in one side thread, one worker thread a running request."""
+    """Serves `/ws/generate`: asyncio in one side thread."""
 
-    loop: asyncio.AbstractEventLoop
+    _loop: asyncio.AbstractEventLoop
+    _stopped: asyncio.Event
 
     def __init__(self, server: Server) -> None:
-        self.server = server
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self.connections: set[SocketConnection] = set()  # the loop's
+        self._server = server
+        self._lock, self._ready = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
+        self._connections: set[SocketConnection] = set()
 
-    def hand_over(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
-        """Takes an HTTP connection over, whose handshake has been answered; `early` came behind it."""
+    def serve(self, connection: socket.socket, early: bytes, id: str, owner: str) -> None:
+        """Serves a connection whose handshake has been answered, to its end; `early` came behind the handshake."""
         import asyncio
 
         with self._lock:
-            if self._thread is None:
-                self.loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._run, name="websocket", daemon=True)
+            if not self._ready.is_set():
                 self._thread.start()
+                self._ready.wait()
         taken = socket.socket(fileno=connection.detach())
         taken.setblocking(False)
-        self.server.connection_opened()  # the HTTP thread's end gives its own count back
+        served = asyncio.run_coroutine_threadsafe(self._open(taken, early, id, owner), self._loop).result()
+        served.answer_all()
+        self._connections.discard(served)
 
-        async def serve() -> None:
-            made = SocketConnection(self, early, id, owner)
-            try:
-                await self.loop.connect_accepted_socket(lambda: made, taken)  # type: ignore[type-var, return-value]
-            except OSError:
-                self.lost(made)
+    async def _open(self, taken: socket.socket, early: bytes, id: str, owner: str) -> SocketConnection:
+        import asyncio
 
-        asyncio.run_coroutine_threadsafe(serve(), self.loop)
-
-    def lost(self, connection: SocketConnection) -> None:
-        self.connections.discard(connection)
-        self.server.connection_closed()
-
-    def in_thread(self, work: Callable[..., None], *arguments: Any) -> asyncio.Future[None]:
-        """Runs what may block."""
-        return self.loop.run_in_executor(None, work, *arguments)
+        served = SocketConnection(self._server, *await asyncio.open_connection(sock=taken), id, owner)
+        self._connections.add(served)
+        served.reading = asyncio.create_task(served.read_all(early))
+        return served
 
     def _run(self) -> None:
         import asyncio
-        from concurrent.futures import ThreadPoolExecutor
 
         logging.getLogger("websockets").setLevel(logging.CRITICAL)  # requests are logged here
-        asyncio.set_event_loop(self.loop)
-        self.loop.set_default_executor(ThreadPoolExecutor(MAX_CONNECTIONS, "ws request"))
-        self.loop.run_forever()
-        left = asyncio.all_tasks(self.loop)  # threads wait for them
-        for task in left:
-            task.cancel()
-        self.loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
-        self.loop.close()
+        asyncio.run(self._main())
+
+    async def _main(self) -> None:
+        import asyncio
+
+        self._loop, self._stopped = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        await self._stopped.wait()
+        for connection in list(self._connections):
+            connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
+        await asyncio.sleep(0.5)
 
     def stop(self) -> None:
         """Closes the connections and ends the loop."""
-        if self._thread is None:
-            return
-
-        def end() -> None:
-            for connection in list(self.connections):
-                connection.close(1001, "the server is shutting down", 0.3)  # its threads end with it
-            self.loop.call_later(0.5, self.loop.stop)
-
-        with contextlib.suppress(RuntimeError):
-            self.loop.call_soon_threadsafe(end)
-        self._thread.join(1.0)
+        if self._ready.is_set():
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._stopped.set)
+            self._thread.join(1.0)
 
 
 # ── 17.1. Command line ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10967,15 +10846,19 @@ def duration(words: str) -> float:
     return float(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2] or "s"]
 
 
-def count(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number, at least `least`."""
+def count(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least` to `most`, or on."""
 
     def check(words: str) -> int:
-        if not re.fullmatch(r"-?\d+", words) or int(words) < least:
-            raise argparse.ArgumentTypeError(f"{words!r} is no whole number from {least} on")
+        if not re.fullmatch(r"-?\d{1,18}", words) or not least <= int(words) <= (most or int(words)):
+            raise argparse.ArgumentTypeError(f"{words!r} is no whole number from {least} {f'to {most}' if most else 'on'}")
         return int(words)
 
     return check
+
+
+ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
+                 "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
 
 
 def alias(words: str) -> tuple[str, str]:
@@ -10995,8 +10878,9 @@ examples:
   python shimmy.py generate --prompt "Who are you?"
   python shimmy.py pull {SUGGESTED}
 
-SHIMMY_BASE_GGUF, SHIMMY_MODEL_PATHS, SHIMMY_BIND_ADDRESS, SHIMMY_PORT,
-SHIMMY_API_KEY and SHIMMY_MAX_CTX in the environment stand for flags.
+The environment may stand for flags: SHIMMY_BASE_GGUF for --model,
+SHIMMY_MODEL_PATHS for --models-dir, SHIMMY_BIND_ADDRESS for --bind,
+SHIMMY_PORT, SHIMMY_API_KEY, and SHIMMY_MAX_CTX for --ctx.
 COMMAND --help tells more."""),
     "serve": ("", """\
 Starts the server. Models load when the first request names them. Prints its address on stdout, and on stderr what it found
@@ -11005,15 +10889,7 @@ examples:
   python shimmy.py serve --port 8080 --preload
   python shimmy.py serve --model {SUGGESTED}:Q4_K_M
   python shimmy.py serve --alias 'gpt-*=default' --alias 'claude-*=default'
-  SHIMMY_API_KEY=secret python shimmy.py serve --bind 0.0.0.0
-
-environment:
-  SHIMMY_BASE_GGUF       --model
-  SHIMMY_MODEL_PATHS     --models-dir, several with ; or the system's separator
-  SHIMMY_BIND_ADDRESS    --bind
-  SHIMMY_PORT            --port
-  SHIMMY_API_KEY         --api-key
-  SHIMMY_MAX_CTX         --ctx"""),
+  SHIMMY_API_KEY=secret python shimmy.py serve --bind 0.0.0.0"""),
     "generate": ("[MODEL] [PROMPT]", """\
 Streams a model's answer to standard output. A running server does the work if it knows the model, else the model is loaded
 for this command. --chat without a prompt is a conversation at the terminal.""", """\
@@ -11146,8 +11022,8 @@ def _engine_flags(sub: argparse.ArgumentParser) -> None:
         elif f.default == ():
             group.add_argument(flag, action="append", default=None, **more)
         else:
-            if more.get("type") is int:
-                more["metavar"] = "N"
+            if f.name in ENGINE_BOUNDS:
+                more |= {"type": count(*ENGINE_BOUNDS[f.name]), "metavar": "N"}
             group.add_argument(flag, default=None, **more)
 
 
@@ -11236,37 +11112,21 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     return host, number
 
 
-ENGINE_BOUNDS = {"ctx": (1, 1 << 24), "parallel": (1, 200), "kv_pool": (1, 1 << 26), "threads": (1, 1024), "batch": (1, 65536),
-                 "n_cpu_moe": (0, 4096), "main_gpu": (0, 64)}  # fmt: skip
-
-
 def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of EngineOptions that the flags give. Raises UsageError for values that make no sense."""
     given = {f.name: getattr(args, f.name, None) for f in fields(EngineOptions)}
     found: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if v is not None}
-    for name, (least, most) in ENGINE_BOUNDS.items():
-        if not least <= found.get(name, least) <= most:
-            raise UsageError(f"--{name.replace('_', '-')} must be from {least} to {most}, not {found[name]}")
     if found.get("flash_attn") == "off" and found.get("kv_type", "f16") != "f16":
         raise UsageError(f"--kv-type {found['kv_type']} needs flash attention, which --flash-attn off forbids")
     for file in found.get("lora", ()):
         if not os.path.isfile(file):
             raise UsageError(f"--lora {file}: there is no such file")
     if "chat_template" in found:
-        try:
-            found["chat_template"] = pathlib.Path(found["chat_template"]).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--chat-template {found['chat_template']}: {getattr(error, 'strerror', None) or error}") from None
-    check_devices(found)
-    return found
-
-
-def check_devices(found: Mapping[str, Any]) -> None:
-    """Raises UsageError for devices that are not there; a helper process is asked, but only if any are named."""
+        found["chat_template"] = read_file("--chat-template", found["chat_template"])
     named = {"--device": found.get("device") or (), "--override-tensor": [d for _, d in found.get("override_tensor", ())]}
     if not any(named.values()) and "main_gpu" not in found:
-        return
-    devices = engine_build()["devices"]
+        return found
+    devices = engine_build()["devices"]  # a helper process is asked
     there = [d["name"] for d in devices]
     for flag, names in named.items():
         if absent := [name for name in names if name not in there and not (flag == "--device" and names == ("none",))]:
@@ -11274,20 +11134,35 @@ def check_devices(found: Mapping[str, Any]) -> None:
     gpus = [d for d in devices if d["kind"] in ("GPU", "IGPU")]
     if found.get("main_gpu", -1) >= len(found.get("device") or gpus):
         raise UsageError(f"--main-gpu {found['main_gpu']}: there are {len(gpus)} GPUs, the first one is 0")
+    return found
+
+
+def read_file(flag: str, file: str) -> str:
+    """The text file that a flag names. Raises UsageError."""
+    try:
+        return pathlib.Path(file).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{flag} {file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def engine_flags(args: argparse.Namespace) -> dict[str, Any]:
     """The same of a command line, with SHIMMY_MAX_CTX."""
-    found = engine_fields(args)
-    if "ctx" not in found and os.environ.get("SHIMMY_MAX_CTX"):
-        try:
-            found["ctx"] = int(os.environ["SHIMMY_MAX_CTX"])
-        except ValueError:
-            raise UsageError(f"SHIMMY_MAX_CTX {os.environ['SHIMMY_MAX_CTX']} is no whole number") from None
-        least, most = ENGINE_BOUNDS["ctx"]
-        if not least <= found["ctx"] <= most:
-            raise UsageError(f"SHIMMY_MAX_CTX must be from {least} to {most}, not {found['ctx']}")
-    return found
+    found, most = engine_fields(args), os.environ.get("SHIMMY_MAX_CTX")
+    try:
+        return found if "ctx" in found or not most else found | {"ctx": count(*ENGINE_BOUNDS["ctx"])(most)}
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"SHIMMY_MAX_CTX: {error}") from None
+
+
+def given_sampling(args: argparse.Namespace, **more: Any) -> tuple[dict[str, Any], Sampling]:
+    """The sampling flags that are given and `more`, as fields of a body, and checked. Raises UsageError naming the flag."""
+    given = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")} | more
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        return given, Sampling.from_json(given)
+    except InvalidRequest as error:
+        name = error.param or ""
+        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
 
 
 # Settings of single models
@@ -11306,7 +11181,7 @@ class PresetParser(Arguments):
     """Reads the keys of a preset or of a load's body as the flags that they are; says what is wrong as a UsageError."""
 
     def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
+        super().__init__(add_help=False)
         _engine_flags(self)
         _sampling_flags(self)
         self.add_argument("--alias", action="append", default=[])
@@ -11314,38 +11189,34 @@ class PresetParser(Arguments):
         self.add_argument("--keep-alive", type=duration)
 
     def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
+        raise UsageError(message.partition(": ")[2] or message)  # without the flag's name, which may be a synonym
 
     def read(self, pairs: Mapping[str, Any]) -> argparse.Namespace:
         """The flags that the pairs stand for. Raises UsageError, which begins with the key."""
         result = argparse.Namespace()
         for key, value in pairs.items():
-            flag = key.strip().replace("_", "-")
-            flag = SYNONYMS.get(flag, flag)
-            action = self._option_string_actions.get(f"--{flag}")
-            if action is None:
-                raise UsageError(f"{printable(key)}: there is no such setting")
             try:
-                self.parse_args(self._words(flag, action, value), result)
+                self.parse_args(self._words(key.strip().replace("_", "-"), value), result)
             except UsageError as error:
-                raise UsageError(f"{printable(key)}: {str(error).partition(': ')[2] or error}") from None
+                raise UsageError(f"{printable(key)}: {error}") from None
         return self.parse_args([], result)
 
-    @staticmethod
-    def _words(flag: str, action: argparse.Action, value: Any) -> list[str]:
+    def _words(self, flag: str, value: Any) -> list[str]:
         """A pair as words of a command line."""
+        flag = SYNONYMS.get(flag, flag)
+        action = self._option_string_actions.get(f"--{flag}")
+        if action is None:
+            raise UsageError("there is no such setting")
         if action.nargs == 0:
             switch = SWITCHES.get(str(value).lower())
             if switch is None:
-                raise UsageError(f"--{flag}: {printable(str(value))} is neither true nor false")
-            off = f"--no-{flag}" if isinstance(action, argparse.BooleanOptionalAction) else None
-            return [f"--{flag}"] if switch else [off] if off else []
-        values = value if isinstance(value, list) else [value]
+                raise UsageError(f"{printable(str(value))} is neither true nor false")
+            return [f"--{flag}"] if switch else [o for o in action.option_strings if o == f"--no-{flag}"]
         if not isinstance(action, argparse._AppendAction):
-            values = [",".join(map(str, values))]
+            value = ",".join(map(str, value)) if isinstance(value, list) else value
         elif flag != "override-tensor" and not isinstance(value, list):
-            values = str(value).split(",")
-        return [f"--{flag}={str(v).strip()}" for v in values]
+            value = str(value).split(",")
+        return [f"--{flag}={str(v).strip()}" for v in (value if isinstance(value, list) else [value])]
 
 
 def read_preset(file: str) -> list[Preset]:
@@ -11355,9 +11226,7 @@ def read_preset(file: str) -> list[Preset]:
     ini = configparser.ConfigParser(interpolation=None, delimiters=("=",), default_section="\0", comment_prefixes=("#", ";"))
     ini.optionxform = str  # type: ignore[assignment, method-assign]
     try:
-        ini.read_string("[\1]\n" + pathlib.Path(file).read_text(encoding="utf-8"), file)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--preset {file}: {getattr(error, 'strerror', None) or error}") from None
+        ini.read_string("[\1]\n" + read_file("--preset", file), file)
     except configparser.Error as error:
         raise UsageError(f"--preset {file}: {' '.join(error.message.split())}") from None
     presets = []
@@ -11379,13 +11248,9 @@ def read_preset(file: str) -> list[Preset]:
 def preset_of(pattern: str, pairs: Mapping[str, Any]) -> Preset:
     """What pairs of key and value say of the models that a pattern means. Raises UsageError."""
     args = PresetParser().read(pairs)
-    sampling = {f.name: getattr(args, f.name, None) for f in fields(Sampling) if f.metadata.get("help")}
-    try:
-        checked = Sampling.from_json({k: v for k, v in sampling.items() if v is not None})
-    except InvalidRequest as error:
-        raise UsageError(str(error)) from None
-    given = {k: getattr(checked, k) for k, v in sampling.items() if v is not None}
-    return Preset(pattern, engine_fields(args), given, tuple(args.alias), args.preload, args.keep_alive)
+    given, checked = given_sampling(args)
+    sampling = {name: getattr(checked, name) for name in given}
+    return Preset(pattern, engine_fields(args), sampling, tuple(args.alias), args.preload, args.keep_alive)
 
 
 FILE_SETTINGS = ("lora", "chat-template", "chat-template-file")  # a request names no file: presets and the command line do
@@ -11435,17 +11300,11 @@ def is_path(model: str) -> bool:
 
 
 class StopSignals:
-    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once.
-
-    The handler takes no lock, so it cannot wait for code that it interrupts: the interpreter itself writes a byte to a
-    socket, and the main thread waits for that.
-    """
+    """SIGINT, SIGTERM and SIGHUP ask `serve` to stop; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        self.asked, self._code = False, 0
-        self._reader, self._writer = socket.socketpair()
-        self._writer.setblocking(False)
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self.asked = False
+        self._codes: queue.SimpleQueue[int] = queue.SimpleQueue()  # whose put() may interrupt whatever code
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
             number = getattr(signal, name, None)
             if number is None or (name in ("SIGINT", "SIGHUP") and signal.getsignal(number) is signal.SIG_IGN):
@@ -11456,20 +11315,22 @@ class StopSignals:
         if self.asked:
             os._exit(0)
         self.asked = True
+        self.stop(0)
 
     def stop(self, code: int) -> None:
-        """Ends `wait` from another thread."""
-        self._code = code
-        self._writer.send(b"\0")
+        """Ends `wait`, from any thread."""
+        self._codes.put(code)
 
     def wait(self) -> int:
         """Blocks until a signal or `stop`; returns the exit code."""
-        self._reader.recv(1)
-        return self._code
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._codes.get(timeout=1.0)  # Windows runs signal handlers between waits only
 
 
 def command_serve(args: argparse.Namespace) -> int:
     """Listens, then waits for a signal; models load on demand. Exits with 2 if a model named by a flag is not found."""
+    check_packages()
     args.model = fetch_named(args.model)
     signals = StopSignals()
     address = listen_address(args)
@@ -11485,7 +11346,8 @@ def command_serve(args: argparse.Namespace) -> int:
     try:
         server = Server(address, service, access)
     except OSError as error:
-        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{port_advice(error)}") from None
+        advice = "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
+        raise OSError(f"cannot listen on {address[0]}:{address[1]}: {error.strerror or error}{advice}") from None
     threading.Thread(target=server.serve_forever, args=(0.1,), name="accept", daemon=True).start()
     print(f"shimmy {__version__} is listening on {server.url}", flush=True)
     service.table.start()
@@ -11495,14 +11357,11 @@ def command_serve(args: argparse.Namespace) -> int:
     threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
     code = signals.wait()
     if not code:
-        log.warning("shutting down%s", _waited_for(service))
+        busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
+        who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
+        log.warning("shutting down%s", f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else "")
     server.stop()
     return code
-
-
-def port_advice(error: OSError) -> str:
-    """Advice where another program has the port."""
-    return "; --port N listens on another, 0 on any" if error.errno == errno.EADDRINUSE else ""
 
 
 def draw_loads(table: ModelTable) -> None:
@@ -11510,7 +11369,7 @@ def draw_loads(table: ModelTable) -> None:
     while True:
         time.sleep(0.2)
         if stages_of_loads(table):
-            with WaitingLine(lambda: stages_of_loads(table), 0.2):
+            with WaitingLine(lambda: stages_of_loads(table)):
                 while stages_of_loads(table):
                     time.sleep(0.2)
 
@@ -11582,72 +11441,29 @@ def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
         log.warning("%s: get a real one with\n  %s pull %s", "only the model in the box is here, a demonstration" if models
                     else "no model is here", own_command(), SUGGESTED)  # fmt: skip
     log.warning("default model: %s; %d model%s found", printable(default or "none"), len(models), "s" * (len(models) != 1))
-    rows = [("found", words) for words in found_words(service.table.catalog.report)]
+    report, engine, gpu = service.table.catalog.report, service.settings.engine, machine_gpu()
+    rows = [("found", f"{place['models']} in {place['path']}") for place in report.directories if place["models"]]
+    if report.skipped:
+        rows.append(("found", f"{len(report.skipped)} files are no models to serve: list -v says why"))
     if default:
-        rows.append(("memory", serving_memory(service.table.info(default), service.table.settings(default).engine)))
-    rows += [("engine", words) for words in engine_words(service.settings.engine)]
+        info, kv_type = service.table.info(default), service.table.settings(default).engine.kv_type
+        words = memory_words(info.size_bytes, None if info.embedding else info.largest_context(kv_type))
+        rows.append(("memory", f"{printable(info.id)}, {human_bytes(info.size_bytes)}, {words}"))
+    threads = engine.threads or physical_cores()
+    rows.append(("engine", f"{threads} thread{'s' * (threads != 1)}"))
+    if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
+        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
+        rows.append(("engine", f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"))
     key = ' -H "Authorization: Bearer KEY"' if args.api_key or os.environ.get("SHIMMY_API_KEY") else ""
     body = '{"messages":[{"role":"user","content":"Hello!"}]}'
     rows += [("page", f"{url}/"), ("try", f"curl {url}/v1/chat/completions{key} -d '{body}'")]
-    print_rows(rows)
+    print_rows([(f"  {label}", words) for label, words in rows], sys.stderr)
 
 
-def print_rows(rows: Iterable[tuple[str, str]]) -> None:
-    """Labelled lines on stderr; on a terminal they keep to its width, but for the command that is to be copied."""
-    import textwrap
-
-    width = terminal_width() if sys.stderr.isatty() else 10_000
-    lines = [f"  {label:8}{text}" if label == "try" else textwrap.fill(
-        text, width, initial_indent=f"  {label:8}", subsequent_indent=" " * 10, break_long_words=False, break_on_hyphens=False,
-    ) for label, text in rows]  # fmt: skip
-    print("\n".join(lines), file=sys.stderr, flush=True)
-
-
-def found_words(report: ScanReport) -> Iterator[str]:
-    """Lists the directories that hold models."""
-    home = os.path.expanduser("~")
-    gave = [(d["models"], str(d["path"])) for d in report.directories if d["models"]]
-    places = [f"{n} in {printable('~' + path.removeprefix(home) if path.startswith(home + os.sep) else path, 100)}"
-              for n, path in gave]  # fmt: skip
-    named = len(report.models) - sum(n for n, _ in gave)
-    if report.models:
-        yield ", ".join([*([f"{named} by its path"] if named else []), *places])
-    if report.skipped:
-        yield f"{len(report.skipped)} files are no models to serve: list -v says why"
-
-
-def serving_memory(model: ModelInfo, engine: EngineOptions) -> str:
-    """Says if the default model fits the memory, and with which context."""
-    free, most = available_memory(), model.largest_context(engine.kv_type)
-    if free is None:
-        return "free memory unknown"
-    told = f"{human_bytes(free)} free, {printable(model.id)} takes"
-    if most is None or model.embedding:
-        return f"{told} {human_bytes(model.size_bytes)}"
-    usual = min(engine.ctx or 8192, model.context_length or 8192)
-    if most < usual:
-        advice = f"only {most:,} fit, say --ctx {most}" if most else "none fits"
-        return f"{told} {human_bytes(model.size_bytes)}; {usual:,} tokens of context do not fit: {advice}"
-    with contextlib.suppress(LoadError):  # memory that was taken since
-        need = plan_load(model, Setup(engine), free).memory_need - GRAPH_BYTES
-        return f"{told} about {human_bytes(need)}; {usual:,} tokens of context, up to {most:,} fit (--ctx)"
-    return f"{told} {human_bytes(model.size_bytes)}"
-
-
-def engine_words(engine: EngineOptions) -> Iterator[str]:
-    """The threads, and a GPU that lies idle."""
-    threads, gpu = engine.threads or physical_cores(), machine_gpu()
-    yield f"{threads} thread{'s' * (threads != 1)}"
-    if gpu and engine.gpu_layers != 0 and not engine_build()["gpu_offload"]:
-        build = f"CMAKE_ARGS=-DGGML_{gpu[1]}=on pip install --force-reinstall --no-cache-dir llama-cpp-python"
-        yield f"no GPU in this build of llama-cpp-python, although the machine has {gpu[0]} one: {build}"
-
-
-def _waited_for(service: Service) -> str:
-    """": waiting …" with the requests of each model, or nothing when none runs."""
-    busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
-    who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
-    return f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else ""
+def print_rows(rows: Iterable[tuple[str, Any]], stream: IO[str] | None = None) -> None:
+    """Labelled lines, on stdout or the stream."""
+    for label, value in rows:
+        print(f"{label:12} {printable(str(value), MAX_SHOWN_PATH)}", file=stream, flush=True)
 
 
 def command_list(args: argparse.Namespace) -> int:
@@ -11664,12 +11480,15 @@ def command_list(args: argparse.Namespace) -> int:
         for model in report.models:
             print(printable(model.id))
     else:
-        print_models(report.models)
+        cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length, fit_word(m),
+                  m.path) for m in report.models]  # fmt: skip
+        print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"],
+                    [[printable(str(cell or "-"), MAX_SHOWN_PATH) for cell in row] for row in cells])  # fmt: skip
+        if not report.models:
+            print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
     if args.verbose and not args.json:
-        for skipped in report.skipped:
-            print(f"skipped {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}", file=sys.stderr)
-        for note in (note for d in report.directories for note in d["notes"]):
-            print(f"note: {printable(note, MAX_SHOWN_PATH)}", file=sys.stderr)
+        print_rows([("skipped", f"{each['path']}: {each['reason']}") for each in report.skipped], sys.stderr)
+        print_rows([("note", note) for place in report.directories for note in place["notes"]], sys.stderr)
     return 0
 
 
@@ -11682,22 +11501,21 @@ def fits_memory(size_bytes: int) -> bool | None:
     return None if free is None else size_bytes + 64 * MIB <= free
 
 
+def memory_words(size: int, most: int | None = None) -> str:
+    """Says if weights of that size fit the free memory, and with how many tokens of context if that is known."""
+    free = available_memory()
+    if free is None:
+        return "free memory unknown"
+    context = "" if most is None else f"; up to {most:,} tokens of context fit (--ctx)"
+    return f"{'fits' if fits_memory(size) else 'does not fit'} the memory: {human_bytes(free)} free{context}"
+
+
 def fit_word(model: ModelInfo) -> str | None:
     """yes, no, or the context that fits the free memory where the usual one does not."""
-    fits, usual, most = fits_memory(model.size_bytes), min(model.context_length or 8192, 8192), model.largest_context("f16")
-    if not fits or most is None or most >= usual:
-        return {True: "yes", False: "no", None: None}[fits]
-    return f"ctx {most}" if most else "no"
-
-
-def print_models(models: Seq[ModelInfo]) -> None:
-    """The table of `list`."""
-    cells = [(m.id, m.parameter_count, m.quantization, human_bytes(m.size_bytes), m.context_length,
-              fit_word(m), m.path) for m in models]  # fmt: skip
-    rows = [[printable(str(cell or "-"), MAX_SHOWN_PATH if cell is row[-1] else 200) for cell in row] for row in cells]
-    print_table(["NAME", "PARAMS", "QUANT", "SIZE", "CONTEXT", "FITS", "WHERE"], rows)
-    if not models:
-        print("No GGUF model was found; put one into ./models or name its directory with --models-dir.", file=sys.stderr)
+    fits, most = fits_memory(model.size_bytes), model.largest_context("f16")
+    if fits and most is not None and most < min(model.context_length or 8192, 8192):
+        return f"ctx {most}" if most else "no"
+    return {True: "yes", False: "no", None: None}[fits]
 
 
 def print_json(document: Any) -> None:
@@ -11706,23 +11524,15 @@ def print_json(document: Any) -> None:
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """Columns as wide as their widest cell; on a terminal too narrow for them, a paragraph for each row.
-
-    There the last cell, a path, has a line of its own, which the terminal may wrap: so it can be copied whole.
-    """
+    """Columns as wide as their widest cell; on a terminal too narrow for them, each row's cells below one another."""
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    room = terminal_width(sys.stdout) if sys.stdout.isatty() else sys.maxsize
-    if sum(widths) + 2 * len(widths) - 2 <= room:
-        for row in [header, *rows]:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    if sys.stdout.isatty() and sum(widths) + 2 * len(widths) - 2 > terminal_width(sys.stdout):
+        for name, *cells in rows:
+            print(name)
+            print_rows((f"  {label.lower()}", cell) for label, cell in zip(header[1:], cells, strict=True))
         return
-    import textwrap
-
-    hard = "\xa0"  # textwrap parts no words at it, so that a label stays beside its value
-    for name, *cells, path in rows:
-        text = ", ".join(f"{label.lower()} {cell}".replace(" ", hard) for label, cell in zip(header[1:-1], cells, strict=True))
-        about = textwrap.fill(text, room, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
-        print(f"{name}\n{about.replace(hard, ' ')}\n  {path}")
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 class WaitingLine:
@@ -11731,14 +11541,14 @@ class WaitingLine:
     A thread redraws it. The cursor stays at the line's beginning, so that log messages overwrite it.
     """
 
-    def __init__(self, what: Callable[[], str], seconds: float, timed: bool = True) -> None:
-        self._what, self._seconds, self._timed = what, seconds, timed
-        self._began, self._lock, self._cleared = time.monotonic(), threading.Lock(), threading.Event()
+    def __init__(self, what: Callable[[], str]) -> None:
+        self._what = what
+        self._lock, self._cleared = threading.Lock(), threading.Event()
         if not sys.stderr.isatty():
             self._cleared.set()
 
     def __enter__(self) -> WaitingLine:
-        if not self._cleared.is_set():
+        if self.shown:
             threading.Thread(target=self._redraw, name="waiting line", daemon=True).start()
         return self
 
@@ -11746,22 +11556,19 @@ class WaitingLine:
         self.clear()
 
     def _redraw(self) -> None:
-        drawn = None
-        while not self._cleared.wait(self._seconds if drawn is not None else 0):
+        began, drawn = time.monotonic(), ""
+        while self.shown:
             try:
                 text = self._what()
             except Exception:  # a thread's border: the command itself tells what went wrong
                 text = ""
-            seconds = int(time.monotonic() - self._began)
-            text = f"{text} ({seconds} s)" if text and seconds >= 2 and self._timed else text
-            if text != drawn:
-                self._draw(text)
+            seconds = int(time.monotonic() - began)
+            text += f" ({seconds} s)" if text and seconds >= 2 else ""
+            with self._lock:
+                if text != drawn and self.shown:
+                    print(f"\r{text[: terminal_width() - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
             drawn = text
-
-    def _draw(self, text: str) -> None:
-        with self._lock:
-            if self.shown:
-                print(f"\r{text[: terminal_width() - 1]}\033[K\r", end="", file=sys.stderr, flush=True)
+            self._cleared.wait(0.2)
 
     @property
     def shown(self) -> bool:
@@ -11770,7 +11577,7 @@ class WaitingLine:
     def clear(self) -> None:
         """Removes the line for good; idempotent."""
         with self._lock:
-            if not self._cleared.is_set():
+            if self.shown:
                 self._cleared.set()
                 print("\r\033[K", end="", file=sys.stderr, flush=True)
 
@@ -11799,15 +11606,10 @@ PULL_LINE_SECONDS = 5.0  # between lines about a pull where there is no terminal
 
 def command_pull(args: argparse.Namespace) -> int:
     """Fetches a model; prints where it lies. With --dry-run, prints what would be fetched."""
-    wanted = read_wanted(args.name)
-    pull, folder = Pull(Cancellation()), os.path.expanduser(args.models_dir[0] if args.models_dir else "~/models")
-    with PullView() as view:
-        plan = view.watch(pull.plan(wanted, folder))
-        if args.dry_run:
-            view.close()
-            print("\n".join(plan_words(plan)))
-            return 0
-        path = fetch_plan(pull, plan, view)
+    folder = os.path.expanduser(args.models_dir[0] if args.models_dir else "~/models")
+    path = fetch(read_wanted(args.name), folder, args.dry_run)
+    if args.dry_run:
+        return 0
     print(printable(path, MAX_SHOWN_PATH))
     import shlex
 
@@ -11816,32 +11618,29 @@ def command_pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def fetch_plan(pull: Pull, plan: Plan, view: PullView) -> str:
-    """Fetches what is not here yet, and says what; the model's path."""
-    if not plan.left:
-        view.say(f"{plan.title} is here already")
-    else:
-        for line in plan_words(plan):
+def fetch(wanted: Wanted, folder: str, dry_run: bool = False) -> str:
+    """Fetches what is not here yet, and says what; the model's path. A dry run prints what would be fetched."""
+    pull, view = Pull(Cancellation()), PullView()
+    with view:
+        plan = view.watch(pull.plan(wanted, folder))
+        left, began = plan.left, time.monotonic()
+        if dry_run:
+            view.clear()
+            print("\n".join(plan_words(plan)))
+            return str(plan.path)
+        for line in plan_words(plan) if left else [f"{plan.title} is here already"]:
             view.say(line)
-    began = time.monotonic()
-    left = plan.left
-    view.watch(pull.run(plan))
-    view.close()
-    if left:
-        view.say(f"fetched {human_bytes(left)} in {clock(time.monotonic() - began)}, and checked")
-    return plan.path
+        view.watch(pull.run(plan))
+        view.clear()
+        if left:
+            view.say(f"fetched {human_bytes(left)} in {clock(time.monotonic() - began)}, and checked")
+    return str(plan.path)
 
 
 def fetch_named(model: str | None) -> str | None:
     """MODEL, or the path of the file that it means if it names a hub's repository: fetched now unless it is here."""
     wanted = repository(model) if model and (":" in model or not is_path(model)) and not os.path.exists(model) else None
-    if wanted is None:
-        return model
-    if path := pulled_before(wanted):
-        return path
-    pull = Pull(Cancellation())
-    with PullView() as view:
-        return fetch_plan(pull, view.watch(pull.plan(wanted, "")), view)
+    return model if wanted is None else pulled_before(wanted) or fetch(wanted, "")
 
 
 def plan_words(plan: Plan) -> list[str]:
@@ -11861,14 +11660,6 @@ def plan_words(plan: Plan) -> list[str]:
     return lines
 
 
-def memory_words(size: int) -> str:
-    """Says if weights of that size fit the free memory."""
-    free, fits = available_memory(), fits_memory(size)
-    if free is None:
-        return "free memory unknown"
-    return f"{'fits' if fits else 'does not fit'} the memory: {human_bytes(free)} {'are' if fits else 'is all that is'} free"
-
-
 def clock(seconds: float) -> str:
     """95 seconds as 1:35."""
     minutes, rest = divmod(round(seconds), 60)
@@ -11876,29 +11667,17 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-class PullView:
+class PullView(WaitingLine):
     """Shows a pull on stderr: a line that is redrawn on a terminal, else a line every few seconds."""
 
     def __init__(self) -> None:
-        self._event = Fetching("asking what there is")
-        self._line = WaitingLine(self._drawn, 0.2, timed=False)
-        self._printed = time.monotonic()
-        self._seen: deque[tuple[float, int]] = deque()  # when so many bytes were here, over the last ten seconds
-
-    def __enter__(self) -> PullView:
-        self._line.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Removes the line."""
-        self._line.clear()
+        super().__init__(lambda: self._text(terminal_width() - 1))
+        self._event, self._printed = Fetching("asking what there is"), time.monotonic()
+        self._start = 0.0, 0  # when so many bytes of the file were here
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        erase = "\033[K" if self._line.shown else ""
+        erase = "\033[K" if self.shown else ""
         print(f"{erase}{line}", file=sys.stderr, flush=True)
 
     def watch(self, work: Generator[Fetching, None, Any]) -> Any:
@@ -11908,32 +11687,23 @@ class PullView:
                 event = next(work)
             except StopIteration as end:
                 return end.value
-            self._take(event)
-
-    def _take(self, event: Fetching) -> None:
-        now, same = time.monotonic(), event.digest == self._event.digest and event.completed >= self._event.completed
-        if not same:
-            self._seen.clear()
-        self._event = event
-        self._seen.append((now, event.completed))
-        while self._seen[-1][0] - self._seen[0][0] > 10.0:
-            self._seen.popleft()
-        if not self._line.shown and now - self._printed >= PULL_LINE_SECONDS:
-            self._printed = now
-            self.say(self._text(math.inf))
-
-    def _drawn(self) -> str:
-        return self._text(terminal_width() - 1)
+            now = time.monotonic()
+            if event.digest != self._event.digest or event.completed < self._event.completed:
+                self._start = now, event.completed
+            self._event = event
+            if not self.shown and now - self._printed >= PULL_LINE_SECONDS:
+                self._printed = now
+                self.say(self._text(math.inf))
 
     def _text(self, width: float) -> str:
         """Describes the progress: the most important first, the rest as far as the width goes."""
-        event, seen = self._event, list(self._seen)
+        event, (began, before) = self._event, self._start
         if not event.total:
             return event.status
         text = f"{event.completed / event.total:.0%} {human_bytes(event.completed)} of {human_bytes(event.total)}"
-        seconds = time.monotonic() - seen[0][0] if seen else 0.0
-        speed = (seen[-1][1] - seen[0][1]) / seconds if seconds > 0.5 else 0.0
-        if speed > 0 and event.completed < event.total:
+        seconds = time.monotonic() - began
+        if seconds > 0.5 and before < event.completed < event.total:
+            speed = (event.completed - before) / seconds
             text += f" {human_bytes(speed)}/s {clock((event.total - event.completed) / speed)} left"
         bar = int(12 * event.completed / event.total)
         for more in (event.status, f"[{'#' * bar}{'.' * (12 - bar)}]"):
@@ -11944,17 +11714,8 @@ class PullView:
 def own_command() -> str:
     """The command that calls this program from here."""
     import shlex
-    import shutil
 
-    found = next((name for name in ("python", "python3") if shutil.which(name) == sys.executable), sys.executable)
-    return " ".join(shlex.quote(min(path, _relative(path), key=len)) for path in (found, sys.argv[0]))
-
-
-def _relative(path: str) -> str:
-    try:
-        return os.path.relpath(path) if os.path.isabs(path) else path
-    except (OSError, ValueError):  # another drive; a working directory that is gone
-        return path
+    return shlex.join((sys.executable, sys.argv[0]))
 
 
 PROBE_PROMPT = "Once upon a time there was a small server that could tell stories, and every day somebody asked for one. " * 8
@@ -11962,25 +11723,28 @@ PROBE_PROMPT = "Once upon a time there was a small server that could tell storie
 
 def command_probe(args: argparse.Namespace) -> int:
     """Loads a model, generates, and says how it went."""
+    check_packages()
     args.model = fetch_named(args.model)
     path = args.model if args.model and is_path(args.model) else None
     service = make_service(args, path)
     service.table.start()
     with contextlib.closing(service):
         name = service.table.resolve("default" if path or args.model is None else args.model)
-        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring", 0.1):
+        with WaitingLine(lambda: loading_stage(service.table.status(name)) or "measuring"):
             result = probe(service, name)
     if args.json:
         print_json(result)
         return 0
     most = result["largest_context"]
-    print(f"{printable(result['model'])}\n"
-          f"loaded in    {result['load_seconds']:.2f} s\n"
-          f"memory       {human_bytes(result['memory_bytes'])}, {human_bytes(result['available_bytes'] or 0)} are left\n"
-          f"context      {result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}\n"
-          + "".join(f"{key:12} {result[key]}\n" for key in ("devices", "fallback") if result[key])
-          + f"prompt       {result['prompt_tokens_per_second']:,.0f} tokens/s\n"
-          f"generated    {result['generated_tokens_per_second']:,.0f} tokens/s")  # fmt: skip
+    print(printable(result["model"]))
+    print_rows([
+        ("loaded in", f"{result['load_seconds']:.2f} s"),
+        ("memory", f"{human_bytes(result['memory_bytes'])}, {human_bytes(result['available_bytes'] or 0)} are left"),
+        ("context", f"{result['context_length']:,} tokens{f', up to {most:,} would fit' if most else ''}"),
+        *((key, result[key]) for key in ("devices", "fallback") if result[key]),
+        ("prompt", f"{result['prompt_tokens_per_second']:,.0f} tokens/s"),
+        ("generated", f"{result['generated_tokens_per_second']:,.0f} tokens/s"),
+    ])  # fmt: skip
     return 0
 
 
@@ -12062,96 +11826,80 @@ def fish_lines(flags: dict[str, list[argparse.Action]]) -> Iterator[str]:
             yield f"complete -c shimmy.py -n '__fish_seen_subcommand_from {name}'{names}{value} -d '{said}'"
 
 
-def server_url(args: argparse.Namespace) -> str:
-    """The configured address as a URL."""
-    host, port = listen_address(args)
+def url_of(host: str, port: int) -> str:
+    """An address as a URL."""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def connect_to_server(args: argparse.Namespace, timeout: float | None) -> http.client.HTTPConnection:
-    """A connection to the configured address, not opened yet."""
-    import http.client
+class Neighbour:
+    """The server at the configured address, if one runs there."""
 
-    host, port = listen_address(args)
-    with contextlib.suppress(ValueError):  # a name
-        if ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._host, self._port = listen_address(args)
+        self.url = url_of(self._host, self._port)
+
+    def connect(self, timeout: float | None) -> http.client.HTTPConnection:
+        """A connection, not opened yet."""
+        import http.client
+
+        host = self._host
+        if is_ip(host) and ipaddress.ip_address(host).is_unspecified:  # a server bound to every address; we connect to one
             host = "::1" if ":" in host else "127.0.0.1"
-    return http.client.HTTPConnection(host, port, timeout=timeout)
+        return http.client.HTTPConnection(host, self._port, timeout=timeout)
 
+    def headers(self) -> dict[str, str]:
+        """The key from SHIMMY_API_KEY, if one is set."""
+        key = os.environ.get("SHIMMY_API_KEY")
+        return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
 
-def server_headers() -> dict[str, str]:
-    """The key from SHIMMY_API_KEY, if one is set."""
-    key = os.environ.get("SHIMMY_API_KEY")
-    return {"Authorization": f"Bearer {checked_key('SHIMMY_API_KEY', key)}"} if key else {}
+    def refusal(self) -> str:
+        """Why the server answered 401."""
+        if os.environ.get("SHIMMY_API_KEY"):
+            return "refused the key in SHIMMY_API_KEY"
+        return "asks for a key: set SHIMMY_API_KEY"
 
-
-def _key_refusal() -> str:
-    if os.environ.get("SHIMMY_API_KEY"):
-        return "refused the key in SHIMMY_API_KEY"
-    return "asks for a key: set SHIMMY_API_KEY"
-
-
-def ask_server(args: argparse.Namespace, path: str, timeout: float) -> tuple[int, Any]:
-    """GETs a path from the configured address: status and document. Raises OSError when nobody answers."""
-    connection = connect_to_server(args, timeout)
-    try:
-        connection.request("GET", path, headers=server_headers())
-        response = connection.getresponse()
-        return response.status, json.loads(response.read(MAX_BODY))
-    finally:
-        connection.close()
+    def get(self, path: str, timeout: float) -> tuple[int, Any]:
+        """Status and document. Raises OSError when nobody answers, HTTPException or ValueError for what is no HTTP or JSON."""
+        with contextlib.closing(self.connect(timeout)) as connection:
+            connection.request("GET", path, headers=self.headers())
+            response = connection.getresponse()
+            return response.status, json.loads(response.read(MAX_BODY))
 
 
 def command_diag(args: argparse.Namespace) -> int:
-    """Shows what a report of a problem should contain."""
+    """Shows what a report of a problem should contain: of a server its health, and if it takes our key."""
+    import http.client
+
     service = make_service(args)
     service.table.models(0.0)
-    document = service.diag() | {"server": server_state(args)}
+    server = Neighbour(args)
+    state: dict[str, Any] = {"running": False, "url": server.url}
+    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+        status, health = server.get("/api/health", timeout=2.0)
+        state |= {"running": status == 200, "health": health}
+        state["key_accepted"] = server.get("/api/tools", timeout=2.0)[0] != 401
+    document = service.diag() | {"server": state}
     if args.json:
         print_json(document)
         return 0
-    for key in [*versions(), "engine", "gpu_offload"]:
-        print(f"{key:12} {printable(str(document[key]))}")
+    rows = [(key, document[key]) for key in [*versions(), "engine", "gpu_offload"]]
     for device in document["devices"]:
         room = f", {human_bytes(device['free'])} free" if device["kind"] != "CPU" else ""
-        words = f"{device['name']}: {device['description']}{room}"
-        print(f"{'device':12} {printable(words)}")
-    print(f"{'known faults':12} {printable(_fault_words(document['known_faults']), MAX_SHOWN_PATH)}")
-    free = document["memory"]["available_bytes"]
-    print(f"{'memory':12} {human_bytes(free) + ' available' if free is not None else 'unknown'}")
-    print(f"{'server':12} {document['server']['url']}: {_server_words(document['server'])}")
-    for directory in document["directories"]:
-        found = f"{directory['models']} model{'s' * (directory['models'] != 1)}" if directory["exists"] else "not there"
-        where, said = f"{directory['path']} ({directory['source']})", "; ".join([found, *directory["notes"]])
-        print(f"{'searched':12} {printable(where, MAX_SHOWN_PATH)}: {printable(said, MAX_SHOWN_PATH)}")
-    for skipped in document["skipped"]:
-        print(f"{'skipped':12} {printable(skipped['path'], MAX_SHOWN_PATH)}: {printable(skipped['reason'])}")
-    return 0
-
-
-def _fault_words(known: Mapping[str, Any]) -> str:
-    """What native code cannot do here, and how to forget that."""
+        rows.append(("device", f"{device['name']}: {device['description']}{room}"))
+    known = document["known_faults"]  # what native code cannot do here
     broken = [f"{name} kernels ({fault})" for name, fault in known["kernels"].items() if fault]
     broken += [f"{kind} ({said.get('reason')})" for kind, said in known["rungs"].items() if isinstance(said, dict)]
-    return f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken else f"none (in {known['file']})"
-
-
-def server_state(args: argparse.Namespace) -> dict[str, Any]:
-    """Asks the configured address for a server: its health, and if it takes our key."""
-    import http.client
-
-    state: dict[str, Any] = {"running": False, "url": server_url(args)}
-    with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
-        status, document = ask_server(args, "/api/health", timeout=2.0)
-        state |= {"running": status == 200, "health": document}
-        state["key_accepted"] = ask_server(args, "/api/tools", timeout=2.0)[0] != 401
-    return state
-
-
-def _server_words(state: dict[str, Any]) -> str:
-    if not state["running"]:
-        return "no answer"
-    return "answers" if state.get("key_accepted", True) else f"answers, but {_key_refusal()}"
+    rows.append(("known faults", f"{', '.join(broken)}; to forget them, delete {known['file']}" if broken
+                 else f"none (in {known['file']})"))  # fmt: skip
+    free = document["memory"]["available_bytes"]
+    rows.append(("memory", f"{human_bytes(free)} available" if free is not None else "unknown"))
+    answers = "answers" if state.get("key_accepted", True) else f"answers, but {server.refusal()}"
+    rows.append(("server", f"{server.url}: {answers if state['running'] else 'no answer'}"))
+    for place in document["directories"]:
+        found = f"{place['models']} model{'s' * (place['models'] != 1)}" if place["exists"] else "not there"
+        rows.append(("searched", f"{place['path']} ({place['source']}): {'; '.join([found, *place['notes']])}"))
+    print_rows(rows + [("skipped", f"{each['path']}: {each['reason']}") for each in document["skipped"]])
+    return 0
 
 
 def check_packages() -> None:
@@ -12182,57 +11930,38 @@ class NoServer(Exception):
     """No running server can do the work; the message says why, for -v."""
 
 
-def choose_generator(args: argparse.Namespace) -> TextSource:
+def choose_source(args: argparse.Namespace) -> TextSource:
     """The running server if it knows the model, else an engine of our own; -v says which and why."""
     try:
-        why = why_own(args)
-        if why:
-            raise NoServer(why)
         server = RunningServer(args)
     except NoServer as reason:
         log.info("an engine of its own does the work: %s", reason)
-        return own_engine(args)
+        return OwnEngine(args)
     log.info("the server at %s does the work, with %s", server.url, printable(server.model))
     return server
-
-
-def own_engine(args: argparse.Namespace) -> OwnEngine:
-    """Raises UsageError for a MODEL that looks like the prompt, as `generate "Tell me a joke"` has it."""
-    try:
-        return OwnEngine(args)
-    except ModelNotFound as error:
-        if args.model and args.prompt is None:
-            there = error.hint.partition(";")[0].rstrip(")") + ")" if error.hint else ""
-            called, advice = printable(args.model, 60), "say --prompt TEXT, or name the model before it"
-            raise UsageError(f"no model is called '{called}'{there}; if that is the prompt, {advice}") from None
-        raise
-
-
-def why_own(args: argparse.Namespace) -> str | None:
-    """Reason the running server cannot be used, or None."""
-    if args.local:
-        return "--local"
-    for f in fields(EngineOptions):
-        if getattr(args, f.name) is not None:
-            return f"--{f.name.replace('_', '-')} sets up an engine"
-    return "MODEL is a file" if args.model is not None and is_path(args.model) else None
 
 
 class OwnEngine:
     """Generates with an engine that lives as long as the command."""
 
-    poll_seconds = 0.1  # how often to ask for the status
+    queued: Queued | None = None  # since the request passed its checks
+    cached_tokens = 0  # of the last prompt
 
     def __init__(self, args: argparse.Namespace) -> None:
-        """Finds the model; the first generation loads it. Raises ModelNotFound, ImportError."""
+        """Finds the model; `warm` or the first answer loads it. Raises ImportError, ModelNotFound, UsageError."""
         check_packages()
         path = args.model if args.model and is_path(args.model) else None
         self._service = make_service(args, path)
         self._service.table.start()
-        self.model = self._service.table.resolve("default" if path else args.model or "default")
-        self.queued: Queued | None = None
-        self.status()  # reads the whole header
-        self.has_template = next(m["chat_template"] for m in self._service.table.models() if m["id"] == self.model)
+        try:
+            info = self._service.table.info("default" if path else args.model or "default")
+        except ModelNotFound as error:
+            if args.model is None or args.prompt is not None:
+                raise
+            there = error.hint.partition(";")[0].rstrip(")") + ")" if error.hint else ""
+            called, advice = printable(args.model, 60), "say --prompt TEXT, or name the model before it"
+            raise UsageError(f"no model is called '{called}'{there}; if that is the prompt, {advice}") from None
+        self.model, self.has_template = info.id, info.chat_template
 
     def warm(self) -> None:
         """Has the model loaded, without waiting for it."""
@@ -12242,13 +11971,16 @@ class OwnEngine:
         """The model's status, as the status route tells it."""
         return self._service.table.status(self.model)
 
-    def events(self, body: dict[str, Any]) -> Iterator[Event]:
-        """Generates what a body of /api/generate asks for; `queued` tells that the request passed its checks."""
-        with contextlib.closing(self._service.generate(Native(body).request, Cancellation())) as events:  # type: ignore[type-var]
+    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The documents of a stream that a body of /api/generate asks for. Raises ApiError."""
+        dialect = Native(body | {"stream": True})
+        with contextlib.closing(dialect.events(self._service, Cancellation())) as events:  # type: ignore[type-var]
             for event in events:
                 if isinstance(event, Queued):
                     self.queued = event
-                yield event
+                elif isinstance(event, Usage):
+                    self.cached_tokens = event.cached_tokens
+                yield from dialect.documents(event)
 
     def close(self) -> None:
         self._service.close()
@@ -12257,20 +11989,23 @@ class OwnEngine:
 class RunningServer:
     """Generates with the server at the configured address."""
 
-    poll_seconds = 0.5
+    queued: Queued | None = None
+    cached_tokens = 0  # not told
 
     def __init__(self, args: argparse.Namespace) -> None:
         """Has the server resolve the model's name. Raises NoServer; ApiError when the server refuses the key."""
-        self._args, self.url = args, server_url(args)
-        self._open: set[http.client.HTTPConnection] = set()
-        self.queued: Queued | None = None
+        engine = [f.name.replace("_", "-") for f in fields(EngineOptions) if getattr(args, f.name) is not None]
+        if args.local or engine or (args.model is not None and is_path(args.model)):
+            raise NoServer("--local" if args.local else f"--{engine[0]} sets up an engine" if engine else "MODEL is a file")
+        self._server = Neighbour(args)
+        self.url = self._server.url
         self.model, size = named_model(args)
         try:
             self.model = self.status()["model"]
             found = next(m for m in self._ask("/api/models")["models"] if m["id"] == self.model)
             theirs: int | None = found["size_bytes"]
-            self.has_template: bool | None = found["chat_template"]  # None: not known
-        except (KeyError, TypeError, StopIteration):
+            self.has_template = found["chat_template"]
+        except (LookupError, TypeError, AttributeError, StopIteration):
             raise NoServer(f"what answers at {self.url} is no shimmy server of this version") from None
         if size not in (None, theirs):
             raise NoServer(f"--models-dir holds another {printable(self.model)} than the server at {self.url}")
@@ -12279,81 +12014,57 @@ class RunningServer:
         import http.client
 
         try:
-            status, document = ask_server(self._args, path, timeout=5.0)
+            status, document = self._server.get(path, timeout=5.0)
         except (OSError, http.client.HTTPException, ValueError):
             raise NoServer(f"no server answers at {self.url}") from None
-        if status == 200 and isinstance(document, dict):
-            return document
-        error = document.get("error") if isinstance(document, dict) else None
-        if not isinstance(error, dict) or not {"code", "message", "details"} <= error.keys():
-            raise NoServer(f"what answers at {self.url} is no shimmy server")
-        if error["code"] == "model_not_found":
+        if status == 200:
+            return dict(document)
+        error = self._error(document)
+        if error.code == "model_not_found":
             raise NoServer(f"the server at {self.url} knows no model {printable(self.model)}")
-        raise self._error(document)
+        raise error
 
-    def warm(self) -> None:
-        """Left to the first message: the server may have better to do."""
-
-    def _error(self, document: Any) -> ApiError:
+    def _error(self, document: dict[str, Any]) -> ApiError:
         """The server's error object as an exception."""
-        said = document.get("error", {})
-        if said.get("code") == "unauthorized":
-            return ApiError(message=f"the server at {self.url} {_key_refusal()}")
-        error = ApiError(str(said.get("details", "")), str(said.get("message", "The server failed")))
-        error.code = str(said.get("code", error.code))
+        said = document["error"]
+        if said["code"] == "unauthorized":
+            return ApiError(message=f"the server at {self.url} {self._server.refusal()}")
+        error = ApiError(str(said["details"]), str(said["message"]))
+        error.code = said["code"]
         return error
+
+    def close(self) -> None:
+        """A connection lasts for one answer."""
 
     def status(self) -> dict[str, Any]:
         return self._ask(f"/api/models/{urllib.parse.quote(self.model, safe='', errors='surrogateescape')}/status")
 
-    def events(self, body: dict[str, Any]) -> Iterator[Event]:
+    def documents(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
         import http.client
 
-        connection = connect_to_server(self._args, None)
-        self._open.add(connection)
+        headers = {"Content-Type": "application/json", **self._server.headers()}
         try:
-            response = self._post(connection, to_json(body | {"stream": True}))
-            self.queued = Queued(self.model)
-            yield self.queued
-            for line in response:
-                if line.strip() == b"data: [DONE]":
-                    return
-                if line.startswith(b"data: "):
-                    yield from self._events_of(json.loads(line[6:]))
-            raise GenerationFailed("The server closed the connection in mid-answer")
+            with contextlib.closing(self._server.connect(None)) as connection:
+                connection.connect()
+                with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
+                    connection.request("POST", "/api/generate", to_json(body | {"stream": True}), headers)
+                response = connection.getresponse()
+                if response.status != 200:
+                    raise self._error(json.loads(response.read(MAX_BODY)))
+                self.queued = Queued(self.model)
+                for line in response:
+                    if line.startswith(b"data: {"):
+                        document = json.loads(line[6:])
+                        if "error" in document:
+                            raise self._error(document)
+                        yield document
+                    elif line.startswith(b"data: [DONE]"):
+                        return
+                raise GenerationFailed("The server closed the connection in mid-answer")
         except (OSError, http.client.HTTPException) as error:
             raise GenerationFailed(f"The connection to the server at {self.url} broke: {error}") from None
-        except (ValueError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError):
             raise GenerationFailed(f"What the server at {self.url} answers is no stream of shimmy's") from None
-        finally:
-            self._open.discard(connection)
-            connection.close()
-
-    def _post(self, connection: http.client.HTTPConnection, body: bytes) -> http.client.HTTPResponse:
-        """The head of a stream. Raises the server's error."""
-        headers = {"Content-Type": "application/json", **server_headers()}
-        connection.connect()
-        with contextlib.suppress(ConnectionError):  # it answers 413 before it has read a body that is too large
-            connection.request("POST", "/api/generate", body, headers)
-        response = connection.getresponse()
-        if response.status != 200:
-            raise self._error(json.loads(response.read(MAX_BODY)))
-        return response
-
-    def _events_of(self, chunk: dict[str, Any]) -> Iterator[Event]:
-        """The events that a chunk of a native stream was made from."""
-        if "error" in chunk:
-            raise self._error(chunk)
-        choice = chunk["choices"][0]
-        yield Text(0, choice["text"])
-        if "usage" in chunk:
-            yield ChoiceEnd(0, choice["finish_reason"])
-            yield Usage(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"], 0, 0.0, 0.0)
-
-    def close(self) -> None:
-        for connection in list(self._open):
-            with contextlib.suppress(OSError, AttributeError):  # AttributeError: not connected yet
-                connection.sock.shutdown(socket.SHUT_RDWR)
 
 
 TextSource = OwnEngine | RunningServer
@@ -12379,64 +12090,70 @@ def command_generate(args: argparse.Namespace) -> int:
     if args.text is not None and args.prompt is not None:
         raise UsageError("the prompt is given twice: behind MODEL, and with --prompt")
     args.prompt = args.text if args.prompt is None else args.prompt
-    sampling = sampling_fields(args)
-    args.model = generating_model(args.model)
-    with contextlib.closing(choose_generator(args)) as generator:
-        if converses(args):
-            return Conversation(args, generator, sampling).run()
+    schema = args.schema and parse_json(read_file("--schema", args.schema).encode(), f"--schema {args.schema}:")
+    sampling, _ = given_sampling(args, json_schema=schema)
+    path = fetch_named(args.model)
+    if path != args.model:  # a hub's repository, by the id of its file: a running server may be asked for that
+        args.model = plain_id(pathlib.Path(str(path)).stem)
+    with contextlib.closing(choose_source(args)) as source:
+        asks = args.prompt is None and not (args.lines or args.json or args.stdin)
+        if args.chat and asks and sys.stdin.isatty() and sys.stdout.isatty():
+            return converse(args, source, {"max_tokens": -1} | sampling)  # an answer ends where the model ends it
         if args.lines:
-            return generate_lines(args, generator, sampling)
-        body = generate_body(args, generator, read_prompt(args), sampling)
-        with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire, dialect, began = Printed(line, args.raw, args.json), Native(body | {"stream": not args.json}), time.monotonic()
-            try:
-                deliver(dialect, generator.events(body), wire)
-            except ApiError:
-                wire.end()  # the message gets a line of its own
-                raise
-    report_speed(dialect, began)
-    return report_cut(args, wire, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
+            return generate_lines(args, source, sampling)
+        answer = Collected(source, generate_body(args, source, read_prompt(args), sampling))
+        with waiting_line(source) as line:
+            if args.json:
+                document = answer.document()
+                line.clear()
+                print_json(document)
+            else:
+                print_answer(answer, line, args.raw)
+    answer.report_speed()
+    return report_cut(args, answer.last, sampling.get("max_tokens", NATIVE_DEFAULTS["max_tokens"]))
 
 
-def report_speed(dialect: Native, began: float) -> None:
-    """Logs tokens, time to first token (a load counts) and speed, for -v; a server tells only how many tokens there were."""
-    if dialect.usage and dialect.first:
-        seconds = dialect.usage.decode_seconds or time.monotonic() - dialect.first
-        log.info("%s", replace(dialect.usage, decode_seconds=seconds).words(dialect.first - began))
+class Collected:
+    """An answer as its stream's documents come: its text so far, its last document, and when its first words came."""
+
+    def __init__(self, source: TextSource, body: dict[str, Any]) -> None:
+        self._source, self._body = source, body
+        self.text, self.last = "", dict[str, Any]()
+        self._began, self._first = time.monotonic(), 0.0
+
+    def texts(self) -> Iterator[str]:
+        """The pieces of text, as they come. Raises ApiError."""
+        self._source.queued = None
+        with contextlib.closing(self._source.documents(self._body)) as documents:  # type: ignore[type-var]
+            for self.last in documents:
+                if text := self.last["choices"][0]["text"]:
+                    self._first = self._first or time.monotonic()
+                    self.text += text
+                    yield text
+
+    def document(self) -> dict[str, Any]:
+        """The whole answer as one document of /api/generate."""
+        for _ in self.texts():
+            pass
+        return {"choices": [self.last["choices"][0] | {"text": self.text}], "usage": self.last["usage"]}
+
+    def report_speed(self) -> None:
+        """Logs tokens, time to first token (a load counts) and speed, for -v."""
+        if usage := self.last.get("usage"):
+            seconds = time.monotonic() - self._first
+            told = Usage(usage["prompt_tokens"], usage["completion_tokens"], self._source.cached_tokens, 0.0, seconds)
+            log.info("%s", told.words(self._first - self._began if self._first else None))
 
 
-def generating_model(model: str | None) -> str | None:
-    """MODEL; a hub's repository by the id of its file, so that a running server may be asked for it."""
-    path = fetch_named(model)
-    return path if path is None or path == model else plain_id(pathlib.Path(path).stem)
-
-
-def sampling_fields(args: argparse.Namespace) -> dict[str, Any]:
-    """The sampling flags as fields of a body. Raises UsageError naming the flag at fault."""
-    given = {f.name: getattr(args, f.name) for f in fields(Sampling) if f.metadata.get("help")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.schema:
-        try:
-            given["json_schema"] = parse_json(pathlib.Path(args.schema).read_bytes(), f"--schema {args.schema}:")
-        except OSError as error:
-            raise OSError(f"--schema {args.schema}: {error.strerror or error}") from None
-    try:
-        Native({"model": "default", "prompt": ""} | given)
-    except InvalidRequest as error:
-        name = error.param or ""
-        raise UsageError(f"--{name.replace('_', '-')}{str(error).removeprefix(name)}") from None
-    return given
-
-
-def generate_body(args: argparse.Namespace, generator: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
+def generate_body(args: argparse.Namespace, source: TextSource, prompt: str, sampling: dict[str, Any]) -> dict[str, Any]:
     """The /api/generate body: a chat where the model has a template, unless --raw or --chat decide."""
-    chat = args.chat or (not args.raw and (generator.has_template is not False or args.chat_template is not None))
+    chat = args.chat or (not args.raw and (source.has_template is not False or args.chat_template is not None))
     if args.tool and not chat:
         raise UsageError("--tool needs a chat: give --chat, and no --raw")
     said: dict[str, Any] = {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
     if args.tool:
         said["tools"] = [{"type": "builtin", "name": name} for name in args.tool]
-    return {"model": generator.model} | said | sampling
+    return {"model": source.model} | said | sampling
 
 
 def read_prompt(args: argparse.Namespace) -> str:
@@ -12445,8 +12162,7 @@ def read_prompt(args: argparse.Namespace) -> str:
     if given is not None and not args.stdin:
         note_ignored_input()
         return given
-    if sys.stdin.isatty():
-        note_keyboard()
+    note_keyboard()
     data = sys.stdin.buffer.read(MAX_BODY + 1)
     if len(data) > MAX_BODY:
         raise PayloadTooLarge(f"standard input is over {human_bytes(MAX_BODY)}, the most that a request may have")
@@ -12457,8 +12173,9 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def note_keyboard() -> None:
-    """Says that the prompt is read from the keyboard: the command would seem to hang."""
-    print(f"reading standard input, end with {'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'}", file=sys.stderr)
+    """Says that the prompt is read from the keyboard, if it is: the command would seem to hang."""
+    if sys.stdin.isatty():
+        print(f"reading standard input, end with {'Ctrl-Z and Enter' if os.name == 'nt' else 'Ctrl-D'}", file=sys.stderr)
 
 
 def decoded(data: bytes, what: str) -> str:
@@ -12472,75 +12189,59 @@ def decoded(data: bytes, what: str) -> str:
 
 def note_ignored_input() -> None:
     """Says so when data waits in a pipe that nobody reads. It is never read: it may be the file list of a loop around us."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):  # no POSIX, or nothing that can be asked
+    with contextlib.suppress(ImportError, OSError):  # no POSIX, or nothing that can be asked
         import fcntl
         import termios
 
-        waiting = fcntl.ioctl(0, termios.FIONREAD, bytes(4))  # bytes; a pipe at its end has none
-        if stat.S_ISFIFO(os.fstat(0).st_mode) and any(waiting):
+        if stat.S_ISFIFO(os.fstat(0).st_mode) and any(fcntl.ioctl(0, termios.FIONREAD, bytes(4))):  # none at a pipe's end
             print("shimmy: standard input is ignored; --stdin appends it to the prompt", file=sys.stderr)
 
 
-def waiting_for(generator: TextSource) -> str:
+def waiting_line(source: TextSource) -> WaitingLine:
     """Describes the wait for a generation's first word."""
-    if generator.queued is None:
-        return loading_stage(generator.status()) or "reading the prompt"
-    tokens = generator.queued.prompt_tokens
-    return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
+
+    def stage() -> str:
+        if source.queued is None:
+            return loading_stage(source.status()) or "reading the prompt"
+        tokens = source.queued.prompt_tokens
+        return f"reading {tokens:,} tokens" if tokens else "reading the prompt"
+
+    return WaitingLine(stage)
 
 
-class Printed(Wire):
-    """A native answer on standard output: its document, or the text alone, each piece flushed, and kept in `said`."""
+def print_answer(answer: Collected, line: WaitingLine, raw: bool = False) -> None:
+    """Each piece flushed; the last line gets its newline, with --raw on a terminal only. Raises ApiError."""
+    terminal = sys.stdout.isatty()
 
-    finish_reason: str | None = None
-    completion_tokens = 0
-
-    def __init__(self, line: WaitingLine, raw: bool = False, as_json: bool = False) -> None:
-        self._line, self._raw, self._as_json = line, raw, as_json
-        self.said: list[str] = []
-
-    def send(self, document: dict[str, Any]) -> None:
-        (choice,) = document["choices"]
-        self.finish_reason = choice.get("finish_reason")
-        self.completion_tokens = document.get("usage", {}).get("completion_tokens", 0)
-        if self._as_json:
-            self._line.clear()
-            print_json(document)
-        elif choice["text"]:
-            self._line.clear()
-            self.said.append(choice["text"])
-            self._write(choice["text"])
-
-    def _write(self, text: str) -> None:
+    def write(text: str) -> None:
         """A terminal would obey what a model writes; a pipe gets it byte for byte."""
-        text = harmless(text) if sys.stdout.isatty() else text
-        sys.stdout.buffer.write(text.encode("utf-8", "replace"))
+        line.clear()
+        sys.stdout.buffer.write((harmless(text) if terminal else text).encode("utf-8", "replace"))
         sys.stdout.buffer.flush()
 
-    def end(self) -> None:
-        """The last line gets its newline; only a terminal gets it with --raw."""
-        self._line.clear()
-        if self.said and not self.said[-1].endswith("\n") and (not self._raw or sys.stdout.isatty()):
-            self._write("\n")
+    failure = None
+    try:
+        for text in answer.texts():
+            write(text)
+    except ApiError as error:
+        failure = error  # whose message gets a line of its own
+    if answer.text and not answer.text.endswith("\n") and (terminal or not raw):
+        write("\n")
+    if failure:
+        raise failure
 
 
-def report_cut(args: argparse.Namespace, wire: Printed, most: int) -> int:
+def report_cut(args: argparse.Namespace, last: Mapping[str, Any], most: int) -> int:
     """Says so on stderr when the text was cut, and where; the exit code: a document that was cut is a failure."""
-    if wire.finish_reason != "length":
+    if not last or last["choices"][0].get("finish_reason") != "length":
         return 0
-    limit = f"--max-tokens {most}" if 0 <= most <= wire.completion_tokens else "the end of the context, see --ctx"
+    limit = f"--max-tokens {most}" if 0 <= most <= last["usage"]["completion_tokens"] else "the end of the context, see --ctx"
     what = "the JSON document is not whole: it" if args.schema else "the text"
     print(f"shimmy: {what} was cut at {limit}", file=sys.stderr)
     return 1 if args.schema else 0
 
 
 # --chat without a prompt, on a terminal
-
-
-def converses(args: argparse.Namespace) -> bool:
-    """True if somebody sits at a keyboard and wants to chat."""
-    asks = args.prompt is None and not (args.lines or args.json or args.stdin)
-    return bool(args.chat and asks and sys.stdin.isatty() and sys.stdout.isatty())
 
 
 CHAT_HELP = """\
@@ -12551,110 +12252,92 @@ CHAT_HELP = """\
 Ctrl-C stops an answer, Ctrl-D ends."""
 
 
-class Conversation:
-    """A chat at the keyboard: its turns so far, and the commands between them."""
-
-    def __init__(self, args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> None:
-        self._args, self._generator = args, generator
-        self._sampling = {"max_tokens": -1} | sampling  # an answer ends where the model ends it
-        self._turns: list[dict[str, Any]] = []
-        self._commands = {"/reset": self._reset, "/system": self._system, "/help": lambda _: print(CHAT_HELP)}
-
-    def run(self) -> int:
-        """Asks and answers until Ctrl-D."""
-        print(f"{printable(self._generator.model)}: /help shows commands, Ctrl-D ends", file=sys.stderr)
-        self._generator.warm()
-        with line_history():
-            while (text := self._read()) is not None:
-                command, _, rest = text.strip().partition(" ")
-                if command.startswith("/") and command[1:].isalpha():
-                    self._commands.get(command, lambda _: print("there is no such command; /help shows those there are"))(rest)
-                elif text.strip():
-                    self._answer(text)
-        return 0
-
-    def _reset(self, _: str) -> None:
-        self._turns = [turn for turn in self._turns if turn["role"] == "system"]
-
-    def _system(self, text: str) -> None:
-        self._turns = [{"role": "system", "content": text}] if text.strip() else []
-
-    def _read(self) -> str | None:
-        '''What was typed, perhaps several lines between """; None at the end.'''
-        lines: list[str] = []
-        while True:
-            try:
-                lines.append(input(".. " if lines else "> "))
-            except KeyboardInterrupt:
-                print()
-                lines = []
-                continue
-            except EOFError:
-                print()
-                return None
-            text = "\n".join(lines)
-            if not text.startswith('"""'):
-                return text
-            if len(text) >= 6 and text.rstrip().endswith('"""'):
-                return text.rstrip()[3:-3]
-
-    def _answer(self, text: str) -> None:
-        """Asks the model; what it has said counts even if it was stopped."""
-        args, generator, asked = self._args, self._generator, {"role": "user", "content": decoded(os.fsencode(text), "the text")}
-        body = generate_body(args, generator, "", self._sampling) | {"messages": [*self._turns, asked], "stream": True}
-        generator.queued = None
-        dialect, began = Native(body), time.monotonic()
-        with WaitingLine(lambda: waiting_for(generator), generator.poll_seconds) as line:
-            wire = Printed(line)
-            try:
-                deliver(dialect, generator.events(body), wire)
-            except KeyboardInterrupt:
-                print()
-            except ApiError as error:
-                line.clear()
-                complain(error, 1)
-                if error.code == ContextLengthExceeded.code:  # a server's has another class
-                    print("/reset begins anew", file=sys.stderr)
-        if wire.said:
-            self._turns += [asked, {"role": "assistant", "content": "".join(wire.said)}]
-        report_speed(dialect, began)
-        report_cut(args, wire, self._sampling["max_tokens"])
+def converse(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> int:
+    """A chat at the keyboard, until Ctrl-D."""
+    print(f"{printable(source.model)}: /help shows commands, Ctrl-D ends", file=sys.stderr)
+    if isinstance(source, OwnEngine):  # a server may have better to do
+        source.warm()
+    use_history()
+    turns: list[dict[str, Any]] = []
+    while (text := read_turn()) is not None:
+        command, _, rest = text.strip().partition(" ")
+        if command == "/reset":
+            turns = [turn for turn in turns if turn["role"] == "system"]
+        elif command == "/system":
+            turns = [{"role": "system", "content": rest}] if rest.strip() else []
+        elif command.startswith("/") and command[1:].isalpha():
+            print(CHAT_HELP if command == "/help" else "there is no such command; /help shows those there are")
+        elif text.strip():
+            asked = {"role": "user", "content": decoded(os.fsencode(text), "the text")}
+            answer = Collected(source, generate_body(args, source, "", sampling) | {"messages": [*turns, asked]})
+            answer_turn(answer, source)
+            if answer.text:  # it counts even if it was stopped
+                turns += [asked, {"role": "assistant", "content": answer.text}]
+            answer.report_speed()
+            report_cut(args, answer.last, sampling["max_tokens"])
+    return 0
 
 
-@contextlib.contextmanager
-def line_history() -> Iterator[None]:
+def read_turn() -> str | None:
+    '''What was typed, perhaps several lines between """; None at the end.'''
+    lines: list[str] = []
+    while True:
+        try:
+            lines.append(input(".. " if lines else "> "))
+        except KeyboardInterrupt:
+            print()
+            lines = []
+            continue
+        except EOFError:
+            print()
+            return None
+        text = "\n".join(lines)
+        if not text.startswith('"""'):
+            return text
+        if len(text) >= 6 and text.rstrip().endswith('"""'):
+            return text.rstrip()[3:-3]
+
+
+def answer_turn(answer: Collected, source: TextSource) -> None:
+    """Prints the answer; Ctrl-C stops it, and an error ends no more than it."""
+    with waiting_line(source) as line:
+        try:
+            print_answer(answer, line)
+        except KeyboardInterrupt:
+            print()
+        except ApiError as error:
+            line.clear()
+            complain(error, 1)
+            if error.code == ContextLengthExceeded.code:  # a server's has another class
+                print("/reset begins anew", file=sys.stderr)
+
+
+def use_history() -> None:
     """Editing and history for input(), where Python has readline; the file is for its owner alone."""
-    try:
-        import readline
-    except ImportError:  # Windows' console has its own
-        yield
-        return
     path = os.path.expanduser("~/.shimmy_history")
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(ImportError, OSError):  # Windows' console has its own
+        import atexit
+        import readline
+
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         readline.read_history_file(path)
-    readline.set_history_length(1000)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            readline.write_history_file(path)
-            os.chmod(path, 0o600)
+        readline.set_history_length(1000)
+        atexit.register(readline.write_history_file, path)
 
 
 # --lines
 
 
-def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> int:
+def generate_lines(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> int:
     """Answers every line of standard input in order, each with one line of JSON; 1 if any failed."""
     failed = cut = tokens = 0
     began = time.monotonic()
-    line = WaitingLine(lambda: waiting_for(generator), generator.poll_seconds)
+    line = waiting_line(source)
     if sys.stdin.isatty():
         line.clear()  # it would be drawn over what is being typed
-        note_keyboard()
+    note_keyboard()
     with line:
-        for document in line_documents(args, generator, sampling):
+        for document in line_documents(args, source, sampling):
             line.clear()
             print(json.dumps(document), flush=True)
             cut += document.get("choices", [{}])[0].get("finish_reason") == "length"
@@ -12668,46 +12351,31 @@ def generate_lines(args: argparse.Namespace, generator: TextSource, sampling: di
     return int(failed > 0 or (cut > 0 and bool(args.schema)))
 
 
-def line_documents(args: argparse.Namespace, generator: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The lines' documents in order, made as many at once as the engine batches."""
-    parallel = Settings(engine_flags(args)).engine.parallel
-    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * parallel)  # reads ahead so far
-    jobs: queue.SimpleQueue[tuple[str | ApiError, queue.SimpleQueue[dict[str, Any]]]] = queue.SimpleQueue()
+def line_documents(args: argparse.Namespace, source: TextSource, sampling: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The lines' documents in order, or error objects, made as many at once as the engine batches."""
+    answers: queue.Queue[queue.SimpleQueue[dict[str, Any]] | None] = queue.Queue(2 * Settings(engine_flags(args)).engine.parallel)
 
     def read() -> None:
         for line in prompt_lines(args):
             answer: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
             answers.put(answer)
-            jobs.put((line, answer))
+            threading.Thread(target=work, args=(line, answer), daemon=True).start()
         answers.put(None)
 
-    def work() -> None:
-        while True:
-            line, answer = jobs.get()
-            answer.put(answer_line(args, generator, line, sampling))
+    def work(line: str | ApiError, answer: queue.SimpleQueue[dict[str, Any]]) -> None:
+        try:
+            if isinstance(line, ApiError):
+                raise line
+            answer.put(Collected(source, generate_body(args, source, line, sampling)).document())
+        except ApiError as error:
+            answer.put(error.document())
+        except Exception as error:  # a thread's border: the line's reader must hear something
+            log.debug("a line failed", exc_info=True)
+            answer.put(ApiError(f"{type(error).__name__}: {error}").document())
 
-    for target in (read, *[work] * parallel):  # daemons: one may be waiting for input that never comes
-        threading.Thread(target=target, daemon=True).start()
+    threading.Thread(target=read, daemon=True).start()  # it may be waiting for input that never comes
     while (answer := answers.get()) is not None:
         yield answer.get()
-
-
-def answer_line(
-    args: argparse.Namespace, generator: TextSource, line: str | ApiError, sampling: dict[str, Any]
-) -> dict[str, Any]:
-    """One line's /api/generate document, or its error object."""
-    try:
-        if isinstance(line, ApiError):
-            raise line
-        body = generate_body(args, generator, line, sampling)
-        dialect = Native(body)
-        *_, document = (document for event in generator.events(body) for document in dialect.documents(event))
-        return document
-    except ApiError as error:
-        return error.document()
-    except Exception as error:  # a thread's border: the line's reader must hear something
-        log.debug("a line failed", exc_info=True)
-        return ApiError(f"{type(error).__name__}: {error}").document()
 
 
 def prompt_lines(args: argparse.Namespace) -> Iterator[str | ApiError]:
@@ -12776,7 +12444,9 @@ def main(argv: Seq[str] | None = None) -> int:
         logging.basicConfig(handlers=[shown], level=logging.INFO if args.verbose else logging.WARNING)
         if no_stdout and args.command != "serve":
             raise OSError("standard output is closed")
-        return run_command(args)
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return end_interrupted()
     except BrokenPipeError:  # `| head` has seen enough
@@ -12785,18 +12455,11 @@ def main(argv: Seq[str] | None = None) -> int:
         code = complain(error, 2)
     except (ApiError, OSError, ImportError) as error:
         code = complain(error, 1)
-    if not _flushed():  # keeps the interpreter from complaining at exit
+    try:
+        sys.stdout.flush()
+    except OSError:  # keeps the interpreter from complaining at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return code
-
-
-def run_command(args: argparse.Namespace) -> int:
-    """Runs the command that was parsed, once the packages it needs are there."""
-    if args.command in ("serve", "probe"):
-        check_packages()
-    code = args.run(args)
-    sys.stdout.flush()
-    return int(code)
 
 
 def complain(error: Exception, code: int) -> int:
@@ -12804,14 +12467,6 @@ def complain(error: Exception, code: int) -> int:
     with contextlib.suppress(OSError):  # 2>&1 into a pipe that is closed
         print(f"shimmy: {harmless(' '.join(str(error).split()))}", file=sys.stderr)
     return code
-
-
-def _flushed() -> bool:
-    try:
-        sys.stdout.flush()
-    except OSError:
-        return False
-    return True
 
 
 # ══════════════════════════════════════════════════════════════════════════════════════════════════════════════════════
