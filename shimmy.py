@@ -77,8 +77,7 @@ def child_command(entry: str, *arguments: str) -> list[str]:
     PYTHONDONTWRITEBYTECODE (as in many containers) wants no file there.
     """
     path = os.path.realpath(__file__)
-    flags = ["-B"] if sys.dont_write_bytecode else []
-    return [sys.executable, *flags, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
+    return [sys.executable, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
 
 
 def _bytecode_prefix(path: str) -> str:
@@ -280,8 +279,8 @@ class ApiError(Exception):
 class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
     """The request is wrong; message says what to change, param names the field."""
 
-    def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
-        super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(f"Field '{param}' is at fault" if param else message, message, param)
         self.status = status
 
     def __str__(self) -> str:
@@ -1099,8 +1098,7 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
-    found = pattern.search(stem)
-    return found[1].upper() if found else None
+    return next(iter(pattern.findall(stem)), "").upper() or None
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
@@ -1235,16 +1233,15 @@ def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str,
     for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
         try:
             model, stored = read_manifest(manifest, store / "blobs")
-        except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-            notes.append(f"{manifest}: {error}")  # JSON of any shape
+        except (GgufError, OSError, ValueError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")
             continue
         if model:
             yield model, f"{manifest.parent.name}:{manifest.name}", stored
 
 
-# Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
+# Ollama's names of what is decided at a model's load
 OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch"}
-OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
 
 
 def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
@@ -1254,7 +1251,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     for files and parameters that make no sense.
     """
     paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
-    for layer in json.loads(read_blob(str(manifest))).get("layers", []):
+    for _, layer in listed("layers", parse_object(read_blob(str(manifest)), "the manifest").get("layers") or []):
         kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
         if kind.startswith("application/vnd.ollama.image."):
             if not digest:
@@ -1263,11 +1260,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     params: dict[str, Any] = {}
     for path in paths.get("params", ()):
         params |= parse_object(read_blob(path), "the parameters")
-    named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
-    sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    engine = {
-        field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
-    }
+    sampling, engine = ollama_sampling({"options": params}), ollama_engine({"options": params})
     if "adapter" in paths:
         engine["lora"] = tuple(paths["adapter"])
     system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
@@ -1340,9 +1333,9 @@ class Catalog:
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
         # the model that comes with shimmy stands last, unless it was asked for by path
-        listed = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        ordered = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
-        return ScanReport(tuple(listed), tuple(reasons), tuple(directories[len(self.files) :]), began)
+        return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
     def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
         """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
@@ -1381,16 +1374,12 @@ class Catalog:
             self._ids[path] = id
         return self._ids[path]
 
-    def why_skipped(self, name: str) -> str:
-        """": " and the reason, if a file of that name was skipped; else nothing."""
-        reasons = (s["reason"] for s in self.report.skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name))
-        return next((f": {reason}" for reason in reasons), "")
-
-    def why_path_skipped(self, path: str) -> str:
-        """The same for a path that the operator gave."""
-        wanted = os.path.realpath(os.path.expanduser(path))
-        reasons = (s["reason"] for s in self.report.skipped if os.path.realpath(s["path"]) == wanted)
-        return next((f": {reason}" for reason in reasons), "") or self.why_skipped(path)
+    def why_skipped(self, name: str, may_be_path: bool = False) -> str:
+        """": " and the reason, if a file of that name, or at that path, was skipped; else nothing."""
+        skipped, path = self.report.skipped, os.path.realpath(os.path.expanduser(name)) if may_be_path else None
+        found = [s["reason"] for s in skipped if path and os.path.realpath(s["path"]) == path]
+        found += [s["reason"] for s in skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name)]
+        return f": {found[0]}" if found else ""
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
@@ -6923,7 +6912,7 @@ class Names:
         for setting, value, found in named:
             if len(found) != 1 and value != "default":
                 near = f"; did you mean {' or '.join(self.near(value))}?" if self.near(value) else ""
-                yield setting, value, f"{catalog.why_path_skipped(value)}{near}"
+                yield setting, value, f"{catalog.why_skipped(value, True)}{near}"
 
 
 class ModelTable:
@@ -7010,8 +6999,7 @@ class ModelTable:
             self._refresh(0.25)
             found = self._names.resolve(name)
         if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
-            why = self.catalog.why_path_skipped if name == "default" else self.catalog.why_skipped
-            raise self._names.not_found(name, why(self._names.wanted(name)))
+            raise self._names.not_found(name, self.catalog.why_skipped(self._names.wanted(name), name == "default"))
         return found[0]
 
     def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
@@ -12099,9 +12087,9 @@ def main(argv: Seq[str] | None = None) -> int:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
-        clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
-        shown = logging.StreamHandler()
-        shown.setFormatter(HarmlessFormatter(clear))
+        shown, lines = logging.StreamHandler(), HarmlessFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+        lines.clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
+        shown.setFormatter(lines)
         logging.basicConfig(handlers=[shown], level=logging.INFO if args.verbose else logging.WARNING)
         if no_stdout and args.command != "serve":
             raise OSError("standard output is closed")
@@ -12176,17 +12164,12 @@ def harmless(text: str) -> str:
 
 
 class HarmlessFormatter(logging.Formatter):
-    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client.
+    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client."""
 
-    `clear` comes before each.
-    """
-
-    def __init__(self, clear: str = "") -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
-        self._clear = clear
+    clear = ""  # comes before each
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._clear + harmless(super().format(record)).replace("\n", "\n  ")
+        return self.clear + harmless(super().format(record)).replace("\n", "\n  ")
 
 
 OWN_CGROUPS = "/proc/self/cgroup"
