@@ -13436,10 +13436,13 @@ class CallReader:
     def _section(self, format: CallFormat, opens: str) -> Reading:
         """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
         yield from self._call(format, opens)
+        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
         again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
-        while (yield from self._either(self._behind_blanks(format.closers), self._other_pair(format),
-                                       *(self._call(format, opens, ",;") for opens in again))):  # fmt: skip
+        while (yield from self._either(*(self._call(format, opens, ",;") for opens in again), self._other_pair(format),
+                                       self._behind_blanks(format.closers - {last}))):  # fmt: skip
             self._drop()
+        yield from self._either(self._behind_blanks([last]))
+        self._drop()
 
     def _other_pair(self, format: CallFormat) -> Reading:
         """A pair behind the name and the arguments in a call's object."""
@@ -13493,19 +13496,20 @@ class CallReader:
             raise NoCall  # a longer name
         self._named(name)
         yield from self._text(format.named)
-        start, params = self.at, format.params
+        start, params, separator = self.at, format.params, "{"
         if params and params.quote:
             yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
-        elif (yield from self._either(self._behind_blanks(format.closers))):
+            return ""
+        while params and (yield from self._either(self._argument(format, params, separator))):
+            separator = ", "
+        if separator == ", ":
+            return "}"
+        if (yield from self._either(self._behind_blanks(format.closers))):
             self.at = start
             return "{}"
-        elif params:
-            yield from self._argument(format, params, "{")
-            while (yield from self._either(self._argument(format, params, ", "))):
-                pass
-            return "}"
-        else:
-            yield from self._arguments()
+        if params:
+            raise NoCall
+        yield from self._arguments()
         return ""
 
     def _arguments(self, mender: JsonMender | None = None) -> Reading:
