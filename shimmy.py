@@ -15635,10 +15635,10 @@ class SchemaReader:
     def _schemas(self, key: str, value: Any) -> list[int]:
         return [self.read(one, key) for one in self._list(key, value)]
 
-    def _named(self, key: str, value: Any) -> dict[str, int]:
+    def _named(self, key: str, value: Any, inner: Callable[[str, Any], Any] | None = None) -> dict[str, Any]:
         self._must(isinstance(value, dict), key, "an object", value)
         self.keep(*value)
-        return {name: self.read(schema, key) for name, schema in value.items()}
+        return {name: (inner or self._schema)(key, one) for name, one in value.items()}
 
     def _list(self, key: str, value: Any) -> list[Any]:
         self._must(isinstance(value, list) and bool(value), key, "a list of at least one element", value)
@@ -15678,8 +15678,7 @@ class SchemaReader:
         return list(dict.fromkeys(value))
 
     def _needs(self, key: str, value: Any) -> dict[str, list[str]]:
-        self._must(isinstance(value, dict), key, "an object", value)
-        return {name: self._names(key, names) for name, names in value.items()}
+        return self._named(key, value, self._names)
 
     def _enum(self, key: str, value: Any) -> list[Any]:
         self.spend(len(self._list(key, value)) // 8)
@@ -16204,34 +16203,26 @@ class Forms(SchemaReader):
 
     def _exactly_one(self, options: list[int]) -> Form:
         found = []
-        for number, rivals in zip(options, self._rivals(options), strict=True):
-            form = self.form(number)
-            for rival in rivals:
-                if not self.apart(number, rival):
-                    form = self.meet(form, self.form(~rival), "oneOf")
-            found.append(form)
+        for number, rivals in self._rivals(options):
+            near = (self.form(~rival) for rival in rivals if not self._is_empty((number, rival)))
+            found.append(functools.reduce(lambda form, other: self.meet(form, other, "oneOf"), near, self.form(number)))
         return self.union(found)
 
-    def _rivals(self, options: list[int]) -> list[list[int]]:
-        """The other options that each may share a document with, as far as listed values tell: their own, or those of a
+    def _rivals(self, options: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """Each option, and the others that it may share a document with, as far as listed values tell: their own, or those of a
         property that all need."""
         marks = [self._marks(number) for number in options]
-        counts: dict[str | None, int] = {}
-        for name in itertools.chain(*marks):
-            counts[name] = counts.get(name, 0) + 1
+        counts = Counter(itertools.chain(*marks))
         best = max(counts, key=counts.__getitem__, default=None)
         holders: dict[Any, list[int]] = {}
         for i, mark in enumerate(marks):
             for value in mark.get(best, ()):
                 holders.setdefault(value, []).append(i)
         unmarked = [i for i, mark in enumerate(marks) if best not in mark]
-        found = []
         for i, mark in enumerate(marks):
-            shared = (j for value in mark[best] for j in holders[value]) if best in mark else range(len(options))
-            near = dict.fromkeys(itertools.chain(shared, unmarked))
+            near = {*unmarked, *(j for value in mark[best] for j in holders[value])} if best in mark else range(len(options))
             self.spend(len(near) // 4)
-            found.append([options[j] for j in sorted(near) if j != i])
-        return found
+            yield options[i], [options[j] for j in sorted(near) if j != i]
 
     def _marks(self, number: int) -> dict[str | None, frozenset[Any]]:
         """The values that a schema lists for its documents (None) or, if all are objects, for the properties that they need."""
@@ -16244,34 +16235,23 @@ class Forms(SchemaReader):
                  for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
         return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
-    def apart(self, one: int, two: int) -> bool:
-        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
+    def _is_empty(self, node: Node, depth: int = 0) -> bool:
+        """True if nothing fits all schemas, as far as a look 4 levels deep tells."""
         try:
-            return self._is_empty(self.meet(self.form(one), self.form(two), "oneOf"), 1)
+            return self._is_never(node) or (
+                depth < 4 and all(self._is_impossible(shape, depth + 1) for shape, _ in self.meeting(node)))
         except InvalidRequest:
-            return False  # they cannot be told apart so
-
-    def _is_empty(self, form: Form, depth: int) -> bool:
-        return all(self._is_impossible(shape, depth) for shape, _ in form)
+            return False  # it cannot be told so
 
     def _is_impossible(self, shape: Any, depth: int) -> bool:
         self.spend()
-        nodes: Iterable[Node] = ()
         if isinstance(shape, ArrayShape):
-            nodes = [shape.at(index) or () for index in range(min(shape.low, 8))]
-        elif isinstance(shape, ObjectShape):
-            nodes = [prop.node for prop in shape.named if prop.required]
-        elif isinstance(shape, StringShape):
+            return any(self._is_empty(shape.at(index) or (), depth) for index in range(min(shape.low, 8)))
+        if isinstance(shape, ObjectShape):
+            return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
+        if isinstance(shape, StringShape):
             return self.string(shape) is None
-        elif isinstance(shape, NumberShape):
-            return number_symbol(shape) is None
-        return depth < 4 and any(self._holds_nothing(node, depth + 1) for node in nodes)
-
-    def _holds_nothing(self, node: Node, depth: int) -> bool:
-        try:
-            return self._is_never(node) or self._is_empty(self.meeting(node), depth)
-        except InvalidRequest:
-            return False
+        return isinstance(shape, NumberShape) and number_symbol(shape) is None
 
     # not: what a schema does not allow
 
@@ -16304,6 +16284,8 @@ class Forms(SchemaReader):
         """Schemas of which one holds where a keyword's demand is not met."""
         types = self.TYPES
         objects, arrays = {"type": types["object"]}, {"type": types["array"]}
+        if key in ("items", "additionalProperties") and value == self.free:
+            return
         if key in self.FLIPS:
             kind, other, move = self.FLIPS[key]
             if move + 1 or value:  # nothing is shorter than 0
@@ -16328,9 +16310,8 @@ class Forms(SchemaReader):
                 yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [~one], "items": self.free}
         elif key == "items" and value == self.never and "prefixItems" in schema:
             yield {**arrays, "minItems": len(schema["prefixItems"]) + 1}
-        elif key == "items" and (value == self.free or "prefixItems" not in schema):
-            if value != self.free:
-                yield {**arrays, "contains": ~value}
+        elif key == "items" and "prefixItems" not in schema:
+            yield {**arrays, "contains": ~value}
         elif key == "contains":
             least, most = schema.get("minContains", 1), schema.get("maxContains")
             if least:
