@@ -17233,8 +17233,7 @@ def anything_but(marker: str) -> Symbol:
 
 def char_but(chars: str) -> OneChar:
     """Any character without some."""
-    gaps = itertools.pairwise((-1, *sorted(map(ord, chars)), 0x110000))
-    return OneChar(tuple((low + 1, high - 1) for low, high in gaps if low + 1 < high))
+    return OneChar(others(merged((ord(char), ord(char)) for char in chars)))
 
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
