@@ -15493,7 +15493,7 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
-# Offers: SchemaReader, Node, comparable, type_bit. Uses: nothing.
+# Offers: SchemaReader, its numbers of schemas as Node; comparable and plain, type_bit. Uses: nothing.
 
 Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaReader, ~number: must not hold; () allows all
 Result = TypeVar("Result")
@@ -15531,16 +15531,6 @@ class SchemaReader:
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.name}: {what}", self.name)
-
-    @contextlib.contextmanager
-    def errors_named(self) -> Iterator[None]:
-        """Names the request's field in errors that strings, numbers and nesting raise."""
-        try:
-            yield
-        except InvalidRequest as error:
-            raise error if error.param else self.refuse(str(error)) from None
-        except RecursionError:
-            raise self.refuse("the schema is nested too deep") from None
 
     def spend(self, steps: int = 1) -> None:
         TURN.tick()
@@ -16379,18 +16369,12 @@ def lower(one: Any, two: Any) -> Any:
     return min(bounds, key=lambda bound: (bound[0], not bound[1]) if isinstance(bound, tuple) else bound, default=None)
 
 
-def higher(one: Any, two: Any) -> Any:
-    return max((bound for bound in (one, two) if bound is not None), default=None)
-
-
-def added(one: tuple[Any, ...], two: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(one + two)) if one and two else one or two
-
-
-JOINS: dict[str, Callable[[Any, Any], Any]] = {
-    "low": higher, "high": lower, "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
+JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
+    "low": lambda one, two: max((bound for bound in (one, two) if bound is not None), default=None), "high": lower,
+    "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
     **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
-    **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"), added)}  # fmt: skip
+    **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"),
+                    lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
 
 
 def joined_shape(one: Any, two: Any) -> Any:
@@ -16480,8 +16464,10 @@ class SchemaShapes(Forms):
             if any(prop.required and not prop.said for prop in named.values()):
                 return
             named = {name: prop for name, prop in named.items() if prop.said}
-        properties = [Property(name, prop.node if self.fits(name, shape.names) else (self.never,),
-                               prop.required or name in shape.wanted) for name, prop in named.items()]  # fmt: skip
+        properties = list(named.values())
+        if shape.names or shape.wanted:
+            properties = [Property(prop.name, prop.node if self.fits(prop.name, shape.names) else (self.never,),
+                                   prop.required or prop.name in shape.wanted) for prop in properties]  # fmt: skip
         self.spend(len(properties) // 4)
         unnamed = list[tuple[StringShape, Node]]()
         for (names, node), wanted in itertools.product(kinds, choice):
@@ -16527,8 +16513,12 @@ class Json(Symbol):
 def read_json(text: str, param: str) -> Symbol:
     """The documents of a schema. Raises InvalidRequest naming the keyword at fault."""
     shapes = SchemaShapes(param, json.loads(text))
-    with shapes.errors_named():
+    try:
         return Documents(shapes).root()
+    except InvalidRequest as error:  # strings and numbers know no field
+        raise error if error.param else shapes.refuse(str(error)) from None
+    except RecursionError:
+        raise shapes.refuse("the schema is nested too deep") from None
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
@@ -16751,6 +16741,8 @@ class Documents:
         """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
         to the rest of them."""
         unique = isinstance(after, Elements) and after.shape.unique
+        if not heads and not unique:
+            return [(Value(self, node), after)]
         found, seen = list[Symbols](), after.seen if unique else frozenset()
         for value, rest in heads.items():
             same = replace(after, alike=frozenset(rest), **({"seen": seen | {value}} if unique else {}))
@@ -16837,11 +16829,10 @@ class Members(Part):
                 break
             alike = frozenset(one for one in alike if prop.name not in one) if alike else alike
         else:
-            here = replace(self, at=min(next_block, len(shape.named)), alike=alike)
             if next_block < len(shape.named):
-                found.append((here,))
+                found.append((replace(self, at=next_block, alike=alike),))
             else:
-                found += here._unnamed()
+                found += replace(self, at=len(shape.named), alike=alike)._unnamed() if shape.unnamed else []
                 if self.count >= shape.low and Fields() not in alike:
                     texts[b"}"] = ()
         return [any_text(texts), *found] if texts else found
