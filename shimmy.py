@@ -15441,6 +15441,9 @@ class Reader:
         self.text, self.at = text, 0
         self.token: re.Match[str] | None = None
         self.kind: str | None = None  # of the token; None: the end
+        if len(text) > self.MAX_TEXT:
+            raise self.refuse(f"over {self.MAX_TEXT} characters")
+        self.advance()
 
     def refuse(self, what: str) -> InvalidRequest:
         raise NotImplementedError
@@ -15558,9 +15561,6 @@ class PatternReader(Reader):
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise self.refuse(f"over {self.MAX_TEXT} characters")
-        self.advance()
         found = self.choice(0)
         if self.kind is not None:
             raise self.refuse("a bracket is closed that was not opened")
@@ -15712,13 +15712,10 @@ class GbnfReader(Reader):
         self.used: dict[str, int] = {}  # name → place
 
     def refuse(self, what: str, place: int | None = None) -> InvalidRequest:
-        place = (self.token.start() if self.token else len(self.text)) if place is None else place
+        place = (self.token.start() if self.token else self.at) if place is None else place
         return InvalidRequest(f"grammar: line {self.text.count(chr(10), 0, place) + 1}: {what}", "grammar")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
-        self.advance()
         while self.token is not None:
             if self.kind != "rule":
                 said = _said(self.word())
