@@ -15423,8 +15423,8 @@ def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> fl
                 longer += fresh
             elif length + known < found:
                 found, rest, last = length + known, known, one
-        if len(before) > MAX_SEARCH:
-            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+            if len(before) > MAX_SEARCH:
+                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
     if last is None:
         for one in before:
