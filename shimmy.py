@@ -77,8 +77,7 @@ def child_command(entry: str, *arguments: str) -> list[str]:
     PYTHONDONTWRITEBYTECODE (as in many containers) wants no file there.
     """
     path = os.path.realpath(__file__)
-    flags = ["-B"] if sys.dont_write_bytecode else []
-    return [sys.executable, *flags, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
+    return [sys.executable, "-c", STARTER, _bytecode_prefix(path), entry, path, *arguments]
 
 
 def _bytecode_prefix(path: str) -> str:
@@ -175,7 +174,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import ast
@@ -280,8 +279,8 @@ class ApiError(Exception):
 class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
     """The request is wrong; message says what to change, param names the field."""
 
-    def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
-        super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
+    def __init__(self, message: str, param: str | None = None, status: int = 400) -> None:
+        super().__init__(f"Field '{param}' is at fault" if param else message, message, param)
         self.status = status
 
     def __str__(self) -> str:
@@ -1099,8 +1098,7 @@ def describe(header: GgufHeader, path: str, id: str, source: str, size: int) -> 
 
 
 def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
-    found = pattern.search(stem)
-    return found[1].upper() if found else None
+    return next(iter(pattern.findall(stem)), "").upper() or None
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
@@ -1235,16 +1233,15 @@ def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str,
     for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
         try:
             model, stored = read_manifest(manifest, store / "blobs")
-        except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-            notes.append(f"{manifest}: {error}")  # JSON of any shape
+        except (GgufError, OSError, ValueError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")
             continue
         if model:
             yield model, f"{manifest.parent.name}:{manifest.name}", stored
 
 
-# Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
+# Ollama's names of what is decided at a model's load
 OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threads", "num_batch": "batch"}
-OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
 
 
 def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
@@ -1254,7 +1251,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     for files and parameters that make no sense.
     """
     paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
-    for layer in json.loads(read_blob(str(manifest))).get("layers", []):
+    for _, layer in listed("layers", parse_object(read_blob(str(manifest)), "the manifest").get("layers") or []):
         kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
         if kind.startswith("application/vnd.ollama.image."):
             if not digest:
@@ -1263,11 +1260,7 @@ def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | No
     params: dict[str, Any] = {}
     for path in paths.get("params", ()):
         params |= parse_object(read_blob(path), "the parameters")
-    named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
-    sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    engine = {
-        field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
-    }
+    sampling, engine = ollama_sampling({"options": params}), ollama_engine({"options": params})
     if "adapter" in paths:
         engine["lora"] = tuple(paths["adapter"])
     system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
@@ -1340,9 +1333,9 @@ class Catalog:
                                 "models": len(models) - before,
                                 "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
         # the model that comes with shimmy stands last, unless it was asked for by path
-        listed = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        ordered = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
         reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
-        return ScanReport(tuple(listed), tuple(reasons), tuple(directories[len(self.files) :]), began)
+        return ScanReport(tuple(ordered), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
     def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
         """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
@@ -1381,16 +1374,12 @@ class Catalog:
             self._ids[path] = id
         return self._ids[path]
 
-    def why_skipped(self, name: str) -> str:
-        """": " and the reason, if a file of that name was skipped; else nothing."""
-        reasons = (s["reason"] for s in self.report.skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name))
-        return next((f": {reason}" for reason in reasons), "")
-
-    def why_path_skipped(self, path: str) -> str:
-        """The same for a path that the operator gave."""
-        wanted = os.path.realpath(os.path.expanduser(path))
-        reasons = (s["reason"] for s in self.report.skipped if os.path.realpath(s["path"]) == wanted)
-        return next((f": {reason}" for reason in reasons), "") or self.why_skipped(path)
+    def why_skipped(self, name: str, may_be_path: bool = False) -> str:
+        """": " and the reason, if a file of that name, or at that path, was skipped; else nothing."""
+        skipped, path = self.report.skipped, os.path.realpath(os.path.expanduser(name)) if may_be_path else None
+        found = [s["reason"] for s in skipped if path and os.path.realpath(s["path"]) == path]
+        found += [s["reason"] for s in skipped if plain_id(pathlib.Path(s["path"]).stem) == plain_id(name)]
+        return f": {found[0]}" if found else ""
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
@@ -2881,7 +2870,7 @@ class Tokenize:
     pieces: bool = False  # tell what each token stands for
 
 
-Job = Generate | Embed | Tokenize  # everything an engine computes; Intake.JOBS says what computes the first two
+Job = Generate | Embed | Tokenize  # everything an engine computes; Intake makes Sequence, Embedding and Tokens of them
 
 
 @dataclass(frozen=True)
@@ -2974,9 +2963,9 @@ class Finished:
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
-    cached_tokens: int
-    prompt_seconds: float  # from its first step to its first token
-    decode_seconds: float  # from there to its last
+    cached_tokens: int = 0
+    prompt_seconds: float = 0.0  # from its first step to its first token
+    decode_seconds: float = 0.0  # from there to its last
     stopped_by: str = ""  # the stop string that ended it
     forced_tokens: int = 0  # of those, the ones that a grammar left no choice about, which the model did not pick
 
@@ -3146,10 +3135,6 @@ class Device:
     total: int
     handle: Any = field(default=None, compare=False)  # where it is, in the process that asked
 
-    @property
-    def is_gpu(self) -> bool:
-        return self.kind in ("GPU", "IGPU")
-
 
 class Ggml:
     """The functions of libggml that llama_cpp does not bind: devices, and the CPU's special kernels (ggml-backend.h).
@@ -3188,9 +3173,9 @@ class Ggml:
             found.append(Device(name.decode(), about.decode("utf-8", "replace"), kind, free.value, total.value, handle))
         return found
 
-    def buffer_type(self, device: Device) -> int:
+    def buffer_type(self, device: int) -> int:
         """Where tensors go that are meant for a device."""
-        return int(self.call("ggml_backend_dev_buffer_type", self._ctypes.c_void_p, device.handle))
+        return int(self.call("ggml_backend_dev_buffer_type", self._ctypes.c_void_p, device))
 
     @functools.cached_property
     def cpu(self) -> int:
@@ -3204,71 +3189,68 @@ class Ggml:
 
     def kernels(self) -> dict[str, int]:
         """The CPU's extra buffer types by name, in the order in which weights are offered to them."""
-        return {self.call("ggml_backend_buft_name", self._ctypes.c_char_p, kind).decode(): kind for kind in self._listed()}
-
-    def _listed(self) -> list[int]:
-        found: list[int] = []
-        while (array := self._array) and array[len(found)]:
-            found.append(array[len(found)])
-        return found
+        kinds = itertools.takewhile(bool, self._extra or ())
+        return {self.call("ggml_backend_buft_name", self._ctypes.c_char_p, kind).decode(): kind for kind in kinds}
 
     @functools.cached_property
-    def _array(self) -> Any:
+    def _extra(self) -> Any:
+        """llama.cpp's list of them, ended by a null; None if there is none."""
         c = self._ctypes
         ask = self._cpu_function(b"ggml_backend_dev_get_extra_bufts", c.POINTER(c.c_void_p), c.c_void_p)
         return ask(self.cpu) if ask else None
 
     def leave_out(self, names: Seq[str]) -> None:
         """Takes kernels out of the list, before a model is loaded."""
-        left = [kind for name, kind in self.kernels().items() if name not in names]
-        for index, kind in enumerate([*left, None] if self._array else ()):
-            self._array[index] = kind
+        if self._extra:
+            for index, kind in enumerate([*(kind for name, kind in self.kernels().items() if name not in names), None]):
+                self._extra[index] = kind
 
     SIDE = 64  # of the matrix that a kernel is tried on
     ROWS = (1, 2, 33)  # as a generated token has, a pair of them, a prompt
 
     def try_kernel(self, kind: int) -> str:
         """Multiplies a small 4-bit matrix in a buffer of this type: "" or what is wrong. What crashes does so here."""
+        import numpy as np
+
         c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE
         held, weights = self._tensor(2, side)  # GGML_TYPE_Q4_0
         buffer = self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, kind)
         if not buffer:
             return ""  # it takes no such matrix
         self.call("ggml_backend_buffer_set_usage", None, buffer, c.c_int(1))  # GGML_BACKEND_BUFFER_USAGE_WEIGHTS
-        # a block holds 32 numbers: the scale 0.5, then 4 bits each, which mean that number less 8
-        numbers = [[(row + block) % 7 + 5 for block in range(side // 32)] for row in range(side)]
-        data = b"".join(struct.pack("<e16B", 0.5, *[n * 17] * 16) for row in numbers for n in row)
-        self.call("ggml_backend_tensor_set", None, weights, data, 0, len(data))
+        # a block holds 32 numbers, here equal ones: the scale 0.5, then 4 bits each, which mean that number less 8
+        numbers = (np.arange(side)[:, None] + np.arange(side // 32)) % 7 - 3
+        blocks = np.zeros(numbers.shape, [("scale", "<f2"), ("bits", "u1", 16)])
+        blocks["scale"], blocks["bits"] = 0.5, (numbers[..., None] + 8) * 17
+        self.call("ggml_backend_tensor_set", None, weights, blocks.tobytes(), 0, blocks.nbytes)
         backend = self.call("ggml_backend_dev_init", pointer, self.cpu, None)
         self._cpu_function(b"ggml_backend_set_n_threads", None, pointer, c.c_int)(backend, min(2, len(processors())))
-        return "" if all(self._multiplies(backend, weights, numbers, rows) for rows in self.ROWS) else "wrong results"
+        matrix = np.repeat(numbers / 2, 32, axis=1)
+        for rows in self.ROWS:
+            values = ((np.arange(rows)[:, None] * 3 + np.arange(side)) % 5 / 2 - 1).astype("<f4")
+            if not np.allclose(self._product(backend, weights, values), values @ matrix.T, rtol=0, atol=0.5):  # 8-bit rounding
+                return "wrong results"
+        return ""
 
-    def _tensor(self, kind: int, rows: int, size: int = 1 << 20) -> tuple[int, int]:
+    def _tensor(self, kind: int, rows: int) -> tuple[int, int]:
         """A graph's memory without data (ggml_init_params), and a matrix in it."""
         c = self._ctypes
         params = type("Params", (c.Structure,), {"_fields_": [("size", c.c_size_t), ("at", c.c_void_p), ("bare", c.c_bool)]})
-        held = self.call("ggml_init", c.c_void_p, params(size, None, True))
+        held = self.call("ggml_init", c.c_void_p, params(1 << 20, None, True))
         return held, self.call("ggml_new_tensor_2d", c.c_void_p, held, c.c_int(kind), c.c_int64(self.SIDE), c.c_int64(rows))
 
-    def _multiplies(self, backend: int, weights: int, numbers: list[list[int]], rows: int) -> bool:
-        """Whether so many rows times the matrix are what they should be, within what 8-bit rounding costs."""
-        c, pointer, side = self._ctypes, self._ctypes.c_void_p, self.SIDE
-        held, input = self._tensor(0, rows)  # GGML_TYPE_F32
+    def _product(self, backend: int, weights: int, values: Any) -> Any:
+        """Rows times the matrix of `weights`; not a number where that fails."""
+        c, pointer, found = self._ctypes, self._ctypes.c_void_p, values * math.nan
+        held, input = self._tensor(0, len(values))  # GGML_TYPE_F32
         result = self.call("ggml_mul_mat", pointer, held, weights, input)
         graph = self.call("ggml_new_graph", pointer, held)
         self.call("ggml_build_forward_expand", None, graph, result)
-        usual = self.call("ggml_backend_dev_buffer_type", pointer, self.cpu)
-        self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, usual)
-        values = [[(row * 3 + column) % 5 / 2 - 1 for column in range(side)] for row in range(rows)]
-        data = struct.pack(f"<{rows * side}f", *itertools.chain(*values))
-        self.call("ggml_backend_tensor_set", None, input, data, 0, len(data))
-        if self.call("ggml_backend_graph_compute", c.c_int, backend, graph):
-            return False
-        output = c.create_string_buffer(4 * rows * side)
-        self.call("ggml_backend_tensor_get", None, result, output, 0, len(output))
-        found = struct.unpack(f"<{rows * side}f", output.raw)
-        right = (sum((numbers[n][k // 32] - 8) * x for k, x in enumerate(row)) / 2 for row in values for n in range(side))
-        return all(abs(f - r) < 0.5 for f, r in zip(found, right, strict=True))
+        self.call("ggml_backend_alloc_ctx_tensors_from_buft", pointer, held, self.buffer_type(self.cpu))
+        self.call("ggml_backend_tensor_set", None, input, values.tobytes(), 0, values.nbytes)
+        if not self.call("ggml_backend_graph_compute", c.c_int, backend, graph):
+            self.call("ggml_backend_tensor_get", None, result, found.ctypes.data, 0, found.nbytes)
+        return found
 
 
 def build_main() -> None:
@@ -3304,7 +3286,7 @@ class LoadPlan:
 
     ctx: int  # tokens of one sequence
     pool: int  # cells that all share; 0: the model keeps nothing of a text
-    sequences: int  # in the context at once, idle ones included
+    sequences: int  # in the context at once, and prefixes of ended ones
     gpu_layers: int = 0
     cpu_moe: int = 0
     memory_need: int = 0  # bytes of RAM that it takes when the pool is full
@@ -3314,7 +3296,7 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     """Plans a load into `free` bytes of RAM (None: nobody knows) and of each GPU. LoadError, with numbers, if it cannot fit."""
     options, rung, own = setup.options, setup.rung, model.context_length or 8192
     kv, ctx = model.kv or KvShape(), min(options.ctx or min(own, 8192), own)
-    spare = 2 if any(kv.states) else options.parallel + 8  # idle sequences kept for their prefix; a state takes megabytes
+    spare = 2 if any(kv.states) else options.parallel + 8  # rows for prefixes; a state takes megabytes
     sequences = min(options.parallel + spare, 256)  # llama.cpp's LLAMA_MAX_SEQ
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     placed = Placement(0, 0, pool)
@@ -3372,6 +3354,9 @@ class Vocabulary:
         self.size, self.kind = c.llama_vocab_n_tokens(self.handle), c.llama_vocab_type(self.handle)
         self.eog = frozenset(t for t in range(self.size) if c.llama_vocab_is_eog(self.handle, t))
         self.eog_array = np.array(sorted(self.eog), dtype=np.int64)
+        template = c.llama_model_chat_template(model, b"rerank")
+        self.rerank_template = template.decode("utf-8", "replace") if template else ""
+        self.nothing = np.array([max(c.llama_vocab_bos(self.handle), 0)], np.int32)  # what an empty text is read as
         self._pieces: dict[int, bytes] = {}
         self.marker_pieces: dict[int, str] = {}  # names of control tokens: a chat shows those of its format
         self.specials = tuple(self._read_specials())
@@ -3406,8 +3391,12 @@ class Vocabulary:
 
         `first` and `last` add the tokens that the model wants before and behind a text (BOS, CLS; EOS, SEP).
         """
-        before, _, behind = self._ends
-        parts = [self._inner(part, at > 0, special) for text in texts for at, part in enumerate(self._cut(text))]
+        parts, (before, _, behind) = list[Any](), self._ends
+        for text in texts:
+            for at, part in enumerate(self._cut(text)):
+                # within a text SentencePiece puts no space before a part, as it does not behind a line break
+                left = b"\n" if at and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM else b""
+                parts.append(self._call(left + part.encode("utf-8", "replace"), special)[len(self._call(left, special)) :])
         return self.np.concatenate([before[: len(before) * first], *parts, behind[: len(behind) * last]])
 
     def _cut(self, text: str) -> Iterator[str]:
@@ -3427,13 +3416,6 @@ class Vocabulary:
             yield text[start:at]
             start = at
         yield text[start:]
-
-    def _inner(self, text: str, inside: bool, special: bool) -> Any:
-        """The tokens of a text; inside another one SentencePiece puts no space before it, as it does not behind a line break."""
-        data = text.encode("utf-8", "replace")
-        if inside and self.kind == self.c.LLAMA_VOCAB_TYPE_SPM:
-            return self._call(b"\n" + data, special)[len(self._call(b"\n", special)) :]
-        return self._call(data, special)
 
     def _call(self, data: bytes, special: bool) -> Any:
         """Usually fewer tokens than bytes; an unknown space takes three."""
@@ -3466,11 +3448,6 @@ class Vocabulary:
         return self.tokens("".join(texts.get(part, part) for part in parts))  # in one piece: a space belongs to its word
 
     @functools.cached_property
-    def rerank_template(self) -> str:
-        source = self.c.llama_model_chat_template(self.model, b"rerank")
-        return source.decode("utf-8", "replace") if source else ""
-
-    @functools.cached_property
     def _ends(self) -> list[Any]:
         """The tokens before a text, between two texts, and behind the last one, as the model wants them."""
         c, vocab = self.c, self.handle
@@ -3486,10 +3463,6 @@ class Vocabulary:
         if found is None:
             found = self._pieces[token] = self._render(token, False)
         return found
-
-    def tokens_named(self, names: frozenset[str]) -> dict[int, bytes]:
-        """Control tokens by their names, and these as bytes."""
-        return {token: name.encode() for token, name in self.marker_pieces.items() if name in names} if names else {}
 
     def shown(self, token: int) -> bytes:
         """The bytes in which a marker is looked for: a control token's name, any other's piece."""
@@ -3550,18 +3523,22 @@ class Llama:
         self.ggml.leave_out(self.setup.rung.without)
         self.devices = self._devices()
         self.plan = self._plan()
-        self.ctx, self.pool = self.plan.ctx, self.plan.pool
+        self.ctx, self.pool, self.on_cpu = self.plan.ctx, self.plan.pool, self.plan.gpu_layers == 0
+        self.threads = self.options.threads or (1 if self.size_bytes < self.SMALL else physical_cores())  # of a step
+        self.kv_bytes = (self.info.kv or KvShape()).token_bytes(self.options.kv_type)  # of a token's KV cache
+        # what other threads of the engine wait at while it computes, if that takes all processors
+        self.gate = Gate() if self.on_cpu and self.threads >= len(processors()) else None
         self._load_model(progress)
+        kind = self.metadata("general.architecture")  # where every token attends to all, an input is computed in one piece
+        self.looks_both_ways = kind in EMBEDDERS or self.metadata(f"{kind}.attention.causal") == "false"
         self.vocab = Vocabulary(self.c, self.model, numpy)
         self.machines = Machines(self.vocab)
         self.cuttable = not (self.c.llama_model_is_recurrent(self.model) or self.c.llama_model_is_hybrid(self.model))
         self.n_swa = int(self.c.llama_model_n_swa(self.model))
-        self.adapters = self._load_adapters(self.options.lora)
+        self.adapters = [self._adapter(file) for file in self.options.lora]
         n_batch = max(self.options.batch, self.options.parallel)
         with zero_pages_returned():
-            self.main: Context = (
-                EmbeddingContext(self) if self.embedding else Context(self, self.pool, n_batch, self.plan.sequences)
-            )
+            self.main = EmbeddingContext(self) if self.embedding else Context(self, self.pool, n_batch, self.plan.sequences)
 
     def _on_log(self, level: int, line: bytes, _: Any) -> None:
         if level >= 3:  # GGML_LOG_LEVEL_WARN and ERROR
@@ -3569,22 +3546,19 @@ class Llama:
 
     def _devices(self) -> list[Device]:
         """The devices beside the CPU that the options name; all GPUs if they name none. LoadError for one that is not there."""
-        found, wanted = [d for d in self.ggml.devices() if d.kind != "CPU"], self.options.device
+        known = {d.name: d for d in self.ggml.devices() if d.kind != "CPU"}
+        wanted, main = self.options.device, self.options.main_gpu
         if self.setup.rung.cpu or wanted in (("none",), ()):
             return []
-        known = {d.name: d for d in found}
-        for name in wanted or ():
-            if name not in known:
-                raise LoadError(f"there is no device {name}; there are {', '.join(known) or 'none but the CPU'}")
-        used = [known[name] for name in wanted] if wanted else [d for d in found if d.is_gpu]
-        if self.options.main_gpu is not None:
-            if self.options.main_gpu >= len(used):
-                raise LoadError(f"--main-gpu {self.options.main_gpu}: there are {len(used)} GPUs, the first one is 0")
-            used = [used[self.options.main_gpu]]
-        return used
+        if unknown := set(wanted or ()) - set(known):
+            raise LoadError(f"there is no device {min(unknown)}; there are {', '.join(known) or 'none but the CPU'}")
+        used = [known[name] for name in wanted] if wanted else [d for d in known.values() if d.kind in ("GPU", "IGPU")]
+        if main is not None and main >= len(used):
+            raise LoadError(f"--main-gpu {main}: there are {len(used)} GPUs, the first one is 0")
+        return used if main is None else [used[main]]
 
     def _plan(self) -> LoadPlan:
-        """Where the model goes. Raises LoadError when it does not fit."""
+        """Raises LoadError when the model does not fit."""
         free, weights, own = available_memory(), None, self.info.context_length
         if self.devices:
             with contextlib.suppress(GgufError, OSError):
@@ -3595,17 +3569,16 @@ class Llama:
         return plan_load(self.info, self.setup, free, [d.free for d in self.devices], weights)
 
     def _load_model(self, progress: Callable[[float], None]) -> None:
-        params = self._model_params()
-        last = [0.0]
+        said = [0.0]
 
         def on_progress(fraction: float, _: Any) -> bool:
-            if fraction - last[0] >= 0.01 or fraction >= 1:
-                last[0] = fraction
+            if fraction - said[0] >= 0.01 or fraction >= 1:
+                said[0] = fraction
                 progress(fraction)
             return True
 
-        callback = self.c.llama_progress_callback(on_progress)
-        params.progress_callback = callback
+        params = self._model_params()
+        params.progress_callback = self.c.llama_progress_callback(on_progress)
         self.model = self.c.llama_model_load_from_file(os.fsencode(self.info.path), params)
         if not self.model:
             raise self.refusal("llama.cpp cannot load the file")
@@ -3634,67 +3607,47 @@ class Llama:
 
     def _overrides(self) -> list[tuple[bytes, int]]:
         """Patterns of tensors' names, and the buffer types that these go to: as asked, and experts that stay on the CPU."""
-        devices = {d.name: d for d in self.ggml.devices()}
+        devices, rules = {d.name: d.handle for d in self.ggml.devices()}, list[tuple[str, int]]()
         for pattern, name in self.options.override_tensor:
             if name not in devices:
                 raise LoadError(f"--override-tensor {pattern}={name}: there is no device {name}, only {', '.join(devices)}")
-        rules = [(p.encode(), self.ggml.buffer_type(devices[name])) for p, name in self.options.override_tensor]
-        layers = "|".join(map(str, range(self.plan.cpu_moe)))
-        experts = [(rf"blk\.({layers}){EXPERTS}".encode(), self.ggml.buffer_type(devices["CPU"]))] if layers else []
-        return [*rules, *experts]
+            rules.append((pattern, devices[name]))
+        if layers := "|".join(map(str, range(self.plan.cpu_moe))):
+            rules.append((rf"blk\.({layers}){EXPERTS}", self.ggml.cpu))
+        return [(pattern.encode(), self.ggml.buffer_type(device)) for pattern, device in rules]
 
     def refusal(self, what: str) -> LoadError:
-        """The error for something that llama.cpp refuses, with the reason that it logged."""
+        """The error for something that llama.cpp refuses, with the first error that it logged, or else the first warning."""
         wants_memory = any(re.search(r"alloc|out of memory|insufficient", line, re.I) for _, line in self.log_lines)
-        return LoadError(self.reason(what), "memory" if wants_memory else "")
-
-    def reason(self, what: str) -> str:
-        """`what`, with the first error that llama.cpp logged, or else the first warning."""
         words = [line.split(": ", 1)[-1] for _, line in sorted(self.log_lines, key=lambda logged: -logged[0]) if line]
-        return f"{what}: {words[0]}" if words else what
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.plan.gpu_layers == 0
+        return LoadError(": ".join([what, *words[:1]]), "memory" if wants_memory else "")
 
     @property
     def placed(self) -> str:
         """Where the layers are; "" where there is only the CPU."""
-        if not self.devices:
-            return ""
         layers, names = int(self.c.llama_model_n_layer(self.model)), ", ".join(d.name for d in self.devices)
+        if self.on_cpu:
+            return f"on the CPU, not on {names}" if names else ""
         moe = f", experts of {self.plan.cpu_moe} layers on the CPU" if self.plan.cpu_moe else ""
-        count = "all" if self.plan.gpu_layers > layers else self.plan.gpu_layers
-        return f"{count} of {layers} layers on {names}{moe}" if self.plan.gpu_layers else f"on the CPU, not on {names}"
-
-    @property
-    def threads(self) -> int:
-        """How many compute a step."""
-        return self.options.threads or (1 if self.size_bytes < self.SMALL else physical_cores())
+        return f"{'all' if self.plan.gpu_layers > layers else self.plan.gpu_layers} of {layers} layers on {names}{moe}"
 
     @functools.cached_property
-    def gate(self) -> Gate | None:
-        """What other threads of the engine wait at while it computes, if that takes all processors."""
-        return Gate() if self.on_cpu and self.threads >= len(processors()) else None
-
-    @functools.cached_property
-    def looks_both_ways(self) -> bool:
-        """Whether every token attends to all others, so that an input must be computed in one piece."""
-        architecture = self.metadata("general.architecture")
-        return architecture in EMBEDDERS or self.metadata(f"{architecture}.attention.causal") == "false"
-
-    @functools.cached_property
-    def kv_bytes(self) -> float:
-        """Bytes of KV cache that a token takes."""
-        return (self.info.kv or KvShape()).token_bytes(self.options.kv_type)
+    def candidate_rows(self) -> Any:
+        """A llama_token_data of each token, without its logit."""
+        rows = self.np.zeros(self.vocab.size, [("id", "i4"), ("logit", "f4"), ("p", "f4")])
+        rows["id"] = self.np.arange(self.vocab.size)
+        return rows
 
     def trial(self) -> None:
         """Decodes a few tokens and then one, as steps do: what cannot work on this machine shows before it counts as loaded."""
         count = min(4, self.main.n_batch, max(1, self.ctx - 2))
-        tokens = self.np.full(count + 1, max(self.c.llama_vocab_bos(self.vocab.handle), 0), self.np.int32)
-        for rows in (TrialRows(tokens, count), TrialRows(tokens, count + 1, count)):
-            if status := self.main.decode([(rows, rows.n_tokens - rows.n_computed)]):
+        rows = Rows(self.vocab.nothing.repeat(count + 1), 0)
+        rows.row = 0
+        for more in (count, 1):
+            rows.n_tokens += more
+            if status := self.main.decode([(rows, more)]):
                 raise self.refusal(f"llama.cpp cannot compute: llama_decode returned {status}")
+            rows.n_computed += more
         self.main.clear(False)
 
     def metadata(self, key: str) -> str:
@@ -3722,12 +3675,18 @@ class Llama:
         return Loaded(self.ctx, self.pool, options.parallel, chat, tuple(self.notes), int(self.pool * self.kv_bytes),
                       self.plan.memory_need, self.placed, not self.on_cpu)  # fmt: skip
 
-    def _load_adapters(self, files: Seq[str]) -> list[Any]:
-        adapters = [self.c.llama_adapter_lora_init(self.model, os.fsencode(f)) for f in files]
-        for file, adapter in zip(files, adapters, strict=True):
+    def _load_adapters(self) -> Iterator[Any]:
+        for file in self.options.lora:
+            adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
             if not adapter:
                 raise self.refusal(f"the LoRA adapter {file} cannot be applied")
-        return adapters
+            yield adapter
+
+    def _adapter(self, file: str) -> Any:
+        adapter = self.c.llama_adapter_lora_init(self.model, os.fsencode(file))
+        if not adapter:
+            raise self.refusal(f"the LoRA adapter {file} cannot be applied")
+        return adapter
 
 
 ZERO_BLOCK = 4 * MIB  # bytes looked at together by zero_pages_returned
@@ -3768,39 +3727,18 @@ def _anonymous_blocks(outward: bool) -> set[int]:
     return found
 
 
-class Rows(Protocol):
-    """What a decode reads of a sequence."""
+class Rows:
+    """Tokens on their way through a context: how many have their cells there, and in which of its rows."""
+
+    def __init__(self, tokens: Any, n_tokens: int) -> None:
+        self.tokens, self.n_tokens = tokens, n_tokens  # int32, at least n_tokens of them
+        self.n_computed = 0  # so many of the first ones have cells
+        self.row = -1
 
     @property
-    def tokens(self) -> Any:
-        """int32, at least n_tokens of them."""
-        ...
-
-    @property
-    def n_tokens(self) -> int: ...
-
-    @property
-    def n_computed(self) -> int:
-        """So many of the first ones have their cells in the context."""
-        ...
-
-    @property
-    def row(self) -> int:
-        """The sequence's number in the context."""
-        ...
-
-
-@dataclass(frozen=True)
-class TrialRows:
-    """The sequence of a trial."""
-
-    tokens: Any
-    n_tokens: int
-    n_computed: int = 0
-
-    @property
-    def row(self) -> int:
-        return 0
+    def pending(self) -> int:
+        """Tokens not yet evaluated: 1 while decoding, more while a prompt is read."""
+        return self.n_tokens - self.n_computed
 
 
 class Context:
@@ -3818,7 +3756,11 @@ class Context:
         self.cells, self.n_batch, self.n_seq = cells, n_batch, n_seq
         self.pause_every = self.PAUSE_EVERY
         self._abort = self.ctypes.create_string_buffer(2)
-        self._callback = self._eval_callback(pause) if pause else None  # kept: llama.cpp calls it
+        asked = itertools.count(1)
+        # llama.cpp asks before each operation whether its result is wanted, and calls again when it is there
+        self._callback = self.c.ggml_backend_sched_eval_callback(  # kept: llama.cpp calls it
+            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
+        ) if pause else None
         llama.log_lines.clear()
         self.handle = self.c.llama_init_from_model(llama.model, self._params())
         if not self.handle:
@@ -3828,8 +3770,6 @@ class Context:
             adapters = (self.c.llama_adapter_lora_p_ctypes * count)(*llama.adapters)
             self.c.llama_set_adapters_lora(self.handle, adapters, count, (self.ctypes.c_float * count)(*[1.0] * count))
         self.memory = self.c.llama_get_memory(self.handle)
-        self._logits: Any = None
-        self._logits_at: int | None = None
         self._make_batch()
 
     def _params(self) -> Any:
@@ -3841,23 +3781,13 @@ class Context:
         params.flash_attn_type = {"auto": -1, "on": 1, "off": 0}[options.flash_attn]
         params.type_k = params.type_v = getattr(self.c, f"GGML_TYPE_{options.kv_type.upper()}")
         params.no_perf = True
-        params.abort_callback, params.abort_callback_data = self._abort_callback()
+        # in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode
+        strlen = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None).strlen
+        params.abort_callback = self.ctypes.cast(strlen, self.c.ggml_abort_callback)
+        params.abort_callback_data = self.ctypes.cast(self._abort, self.ctypes.c_void_p)
         if self._callback:
             params.cb_eval = self._callback
         return params
-
-    def _eval_callback(self, pause: Callable[[], bool]) -> Any:
-        """llama.cpp asks before each operation whether its result is wanted, and calls again when it is there."""
-        asked = itertools.count(1)
-        return self.c.ggml_backend_sched_eval_callback(
-            lambda _tensor, asks, _data: next(asked) % self.pause_every == 0 if asks else pause()
-        )
-
-    def _abort_callback(self) -> tuple[Any, Any]:
-        """A callback in C, so that no step pays for the interpreter: strlen of a buffer, non-zero aborts the decode."""
-        library = self.ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
-        callback = self.ctypes.cast(library.strlen, self.c.ggml_abort_callback)
-        return callback, self.ctypes.cast(self._abort, self.ctypes.c_void_p)
 
     def abort(self, wanted: bool) -> None:
         """Makes a decode that another thread runs return 2 soon; False takes that back."""
@@ -3898,18 +3828,16 @@ class Context:
 
     def logits(self, rows: int) -> Any:
         """The logits of the last decode, shape (rows, n_vocab), float32; a view that the next decode overwrites."""
-        pointer = self.c.llama_get_logits(self.handle)
-        address = self.ctypes.cast(pointer, self.ctypes.c_void_p).value
-        if address != self._logits_at:
-            self._logits = self.np.ctypeslib.as_array(pointer, (self.n_seq, self.llama.vocab.size))
-            self._logits_at = address
-        return self._logits[:rows]
+        address = self.ctypes.cast(self.c.llama_get_logits(self.handle), self.ctypes.c_void_p).value
+        row = self.ctypes.c_float * self.llama.vocab.size
+        return self.np.frombuffer((row * rows).from_address(address), self.np.float32).reshape(rows, -1)
 
     # KV cache. Cutting needs `cuttable`; whole sequences can always be dropped and copied.
 
     def drop(self, row: int, start: int = -1) -> None:
         """Frees a sequence's cells from position `start` on."""
-        self.c.llama_memory_seq_rm(self.memory, row, start, -1)
+        if self.memory:  # a model that looks both ways has none
+            self.c.llama_memory_seq_rm(self.memory, row, start, -1)
 
     def share(self, source: int, target: int, count: int) -> None:
         """Lets `target` begin with the first `count` cells of `source`: metadata only, nothing is copied."""
@@ -3933,7 +3861,8 @@ class Context:
 
     def clear(self, data: bool) -> None:
         """Frees all cells, so that the next ones are the first again; with `data`, wipes what they held."""
-        self.c.llama_memory_clear(self.memory, data)
+        if self.memory:
+            self.c.llama_memory_clear(self.memory, data)
 
 
 class EmbeddingContext(Context):
@@ -3962,7 +3891,6 @@ class EmbeddingContext(Context):
 
     @classmethod
     def batch_size(cls, llama: Llama) -> int:
-        """Tokens of a batch."""
         most = min(cls.BATCH, llama.options.batch)
         if not llama.looks_both_ways:
             most = min(most, cls.LOGITS // (2 * 4 * llama.vocab.size), llama.ctx)
@@ -3980,14 +3908,6 @@ class EmbeddingContext(Context):
         params.pooling_type = rules[self.pooling] if self.whole or self.pooling == "rank" else 0  # LLAMA_POOLING_TYPE_NONE
         params.n_outputs_max = 0  # every token of a batch
         return params
-
-    def drop(self, row: int, start: int = -1) -> None:
-        if self.memory:
-            super().drop(row, start)
-
-    def clear(self, data: bool) -> None:
-        if self.memory:
-            super().clear(data)
 
     def take(self, input: Rows, at: int, count: int, pooled: Any) -> Any:
         """What an input's vector is after the last decode, where `count` of its tokens stood from row `at` on.
@@ -4029,36 +3949,37 @@ class EmbeddingContext(Context):
 class Sampler:
     """Picks one sequence's tokens: greedy straight from the logits, else with llama.cpp's chain and its defaults.
 
-    With a grammar the chain picks among all tokens first; where that one is refused, among those that the grammar allows.
-    Of these it is shown the likeliest ones, as many as it might keep, which gives the same as if it were shown all.
+    With a grammar the chain picks among all tokens. One that is refused is banned, and the chain picks again; where few
+    tokens may come, or TRIES were refused, it picks among those that the grammar allows.
     """
 
     KEYS: ClassVar = {"temperature": "temp", "repeat_penalty": "penalty_repeat", "repeat_last_n": "penalty_last_n"}
     COLDEST = 1e-4  # temperatures below are 0: logits divided by less would leave float32, and infinities have no softmax
     LEAST = 1e-30  # of the likeliest token's probability; typical and Mirostat take the logarithm, and 0 has none
-    CHUNKS = (64, 512, 4096)  # so many of the likeliest tokens are tried one by one, before all that the grammar allows
-    NEAR_TOP = 10  # below the likeliest one's logit: mostly some hundred tokens
-    NEAR = 1e-4  # llama.cpp computes with 24 bits: what lies so near to a limit may fall on either side of it
+    TRIES = 64  # each costs what the chain costs, and a grammar's first list of what it allows as much as some hundred
 
     def __init__(self, llama: Llama, sampling: Sampling, prompt: Any) -> None:
         """Raises InvalidRequest for a bias of a token that does not exist, and for a grammar that cannot be read."""
         self.llama, self.sampling = llama, sampling
-        self.never = self._banned()
+        self.banned = self._banned()
         self._picked: int | None = None  # what was picked before it was tried, until that is done
+        self._refused = 0  # tokens, before that one
         self.grammar = Grammar(llama, sampling.constraint) if sampling.constraint else None
         self.chain: Any = None
         seed = 0xFFFFFFFF if sampling.seed is None else sampling.seed & 0xFFFFFFFF  # LLAMA_DEFAULT_SEED: a random one
         v: Any = replace(sampling, **dict(self._values()), seed=seed)
-        self.values, self.greedy = v, v.temperature < self.COLDEST
-        self.bends = [*self._biases(v), *([] if self._aims else self._penalties(v))]  # the chain's first samplers, and the rest
-        self.links = self._links(v)
-        if not self.links:
-            return
-        c = llama.c
+        self._greedy = v.temperature < self.COLDEST
+        self._aims = bool(v.mirostat) and not self._greedy  # Mirostat picks: it replaces all but the bias and the temperature
+        links, c = list(self._links(v)), llama.c
+        if not links:
+            return  # the likeliest token is taken
+        if self._greedy:
+            links.append(c.llama_sampler_init_greedy())
         self.chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
-        for link in (*self.bends, *self.links):
+        for link in links:
             c.llama_sampler_chain_add(self.chain, link)
-        for token in prompt[max(0, len(prompt) - self._looks_back(v)) :]:
+        windows = (v.repeat_last_n if self._penalizes(v) else 0, v.dry_penalty_last_n if v.dry_multiplier else 0)
+        for token in prompt[max(0, len(prompt) - max(map(self._window, windows))) :]:
             c.llama_sampler_accept(self.chain, int(token))
 
     def _values(self) -> Iterator[tuple[str, Any]]:
@@ -4080,65 +4001,40 @@ class Sampler:
         banned = frozenset(token for token, bias in self.sampling.logit_bias if bias == -math.inf)
         return banned | (self.llama.vocab.eog if self.sampling.ignore_eos else frozenset())
 
-    @property
-    def _aims(self) -> bool:
-        """Whether Mirostat picks, by itself: it replaces all but the bias and the temperature."""
-        return bool(self.values.mirostat) and not self.greedy
-
-    @property
-    def _filters_too(self) -> bool:
-        """Whether filters matter: the others never drop the likeliest token."""
-        return not self.greedy or self.values.typical_p < 1 or self.values.xtc_probability > 0
-
-    def _links(self, v: Any) -> list[Any]:
-        """The chain's samplers behind `bends`, in llama.cpp's order (common/sampling.cpp); none: the likeliest is taken."""
-        c = self.llama.c
-        if self._aims:
-            return list(self._mirostat(v))
-        links = list(self._filters(v)) if self._filters_too else []
-        if self.greedy:
-            return [*links, c.llama_sampler_init_greedy()] if links or self.bends else []
-        temperature = c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
-        return [*links, temperature, c.llama_sampler_init_dist(v.seed)]
-
-    def _biases(self, v: Any) -> Iterator[Any]:
-        c, biases = self.llama.c, v.logit_bias
-        if biases:
-            rows = (c.llama_logit_bias * len(biases))(*(c.llama_logit_bias(t, b) for t, b in biases))
-            yield c.llama_sampler_init_logit_bias(self.llama.vocab.size, len(biases), rows)
-
-    def _penalties(self, v: Any) -> Iterator[Any]:
-        """What looks back on the text."""
+    def _links(self, v: Any) -> Iterator[Any]:
+        """The chain's samplers, in llama.cpp's order (common/sampling.cpp), but for one that takes the likeliest token."""
         c, vocab = self.llama.c, self.llama.vocab
+        if v.logit_bias:
+            biases = (c.llama_logit_bias * len(v.logit_bias))(*(c.llama_logit_bias(t, b) for t, b in v.logit_bias))
+            yield c.llama_sampler_init_logit_bias(vocab.size, len(biases), biases)
+        if self._aims:
+            yield c.llama_sampler_init_min_p(self.LEAST, 1)
+            yield c.llama_sampler_init_temp(v.temperature)
+            if v.mirostat == 1:
+                yield c.llama_sampler_init_mirostat(vocab.size, v.seed, v.mirostat_tau, v.mirostat_eta, 100)
+            else:
+                yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
+            return
         if self._penalizes(v):
-            size, last_n = vocab.size, self._window(v.repeat_last_n)
-            yield c.llama_sampler_init_penalties(size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
+            last_n = self._window(v.repeat_last_n)
+            yield c.llama_sampler_init_penalties(vocab.size, last_n, v.repeat_penalty, v.frequency_penalty, v.presence_penalty)
         if v.dry_multiplier:
             words = [s.encode() for s in v.dry_sequence_breakers]
             rows = (self.llama.ctypes.c_char_p * len(words))(*words)
             allowed, last_n = self._window(v.dry_allowed_length), self._window(v.dry_penalty_last_n)
             yield c.llama_sampler_init_dry(vocab.handle, v.dry_multiplier, v.dry_base, allowed, last_n, rows, len(words))
-
-    def _filters(self, v: Any) -> Iterator[Any]:
-        """What drops tokens; llama.cpp makes nothing of those that are off."""
-        c = self.llama.c
-        yield c.llama_sampler_init_top_n_sigma(v.top_n_sigma)
-        yield c.llama_sampler_init_top_k(min(v.top_k, self.llama.vocab.size))
-        if v.typical_p < 1:
-            yield c.llama_sampler_init_min_p(self.LEAST, 1)
-            yield c.llama_sampler_init_typical(v.typical_p, 1)
-        yield c.llama_sampler_init_top_p(v.top_p, 1)
-        yield c.llama_sampler_init_min_p(v.min_p, 1)
-        yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
-
-    def _mirostat(self, v: Any) -> Iterator[Any]:
-        c = self.llama.c
-        yield c.llama_sampler_init_min_p(self.LEAST, 1)
-        yield c.llama_sampler_init_temp(v.temperature)
-        if v.mirostat == 1:
-            yield c.llama_sampler_init_mirostat(self.llama.vocab.size, v.seed, v.mirostat_tau, v.mirostat_eta, 100)
-        else:
-            yield c.llama_sampler_init_mirostat_v2(v.seed, v.mirostat_tau, v.mirostat_eta)
+        if not self._greedy or v.typical_p < 1 or v.xtc_probability > 0:  # the other filters never drop the likeliest
+            yield c.llama_sampler_init_top_n_sigma(v.top_n_sigma)  # llama.cpp makes nothing of those that are off
+            yield c.llama_sampler_init_top_k(min(v.top_k, vocab.size))
+            if v.typical_p < 1:
+                yield c.llama_sampler_init_min_p(self.LEAST, 1)
+                yield c.llama_sampler_init_typical(v.typical_p, 1)
+            yield c.llama_sampler_init_top_p(v.top_p, 1)
+            yield c.llama_sampler_init_min_p(v.min_p, 1)
+            yield c.llama_sampler_init_xtc(v.xtc_probability, v.xtc_threshold, 1, v.seed)
+        if not self._greedy:
+            yield c.llama_sampler_init_temp_ext(v.temperature, v.dynatemp_range, v.dynatemp_exponent)
+            yield c.llama_sampler_init_dist(v.seed)
 
     @staticmethod
     def _penalizes(v: Any) -> bool:
@@ -4148,22 +4044,20 @@ class Sampler:
         """A number of tokens, at most the context: llama.cpp sets memory aside for all of them."""
         return self.llama.ctx if tokens < 0 else min(tokens, self.llama.ctx)
 
-    def _looks_back(self, v: Any) -> int:
-        """The last tokens of the prompt that a penalty sees."""
-        penalties = self._window(v.repeat_last_n) if self._penalizes(v) else 0
-        return max(penalties, self._window(v.dry_penalty_last_n) if v.dry_multiplier else 0)
-
     def pick(self, logits: Any, row: int) -> int:
-        """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index."""
+        """The next token, -1 when nothing may follow. `logits` is its row of the last decode, `row` its batch index.
+
+        Raises NotYet, from its grammar: called again with the same logits it goes on where it was.
+        """
         if self.sampling.ignore_eos:
             logits[self.llama.vocab.eog_array] = -math.inf
         if self.grammar:
-            return self._pick_with(self.grammar, logits, row)
+            return self._pick_with(self.grammar, logits)
         if self.chain:
             token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
         else:
             token = int(logits.argmax())
-        return -1 if token in self.never else token
+        return -1 if token in self.banned else token
 
     def closing(self, token: int) -> Seq[int]:
         """The tokens that close a thought in which the model would end its text, although the grammar's begins behind it."""
@@ -4177,118 +4071,46 @@ class Sampler:
         if self.grammar:
             self.grammar.follow(token)
 
-    def _pick_with(self, grammar: Grammar, logits: Any, row: int) -> int:
-        """Accepts only what the grammar admits, and what has a finite logit, as all have unless they are banned.
-
-        After NotYet it goes on where it was, with the same logits.
-        """
-        if self._picked is None:
-            self._picked = self._pick_freely(logits, row)
-        while (token := self._picked) >= 0 and grammar.after(token) is None:
-            if not grammar.is_awaited:
-                token = self._pick_allowed(grammar, logits)
-                break
-            logits[token] = -math.inf
-            self._picked = self._pick_freely(logits, row)
-        self._picked = None
+    def _pick_with(self, grammar: Grammar, logits: Any) -> int:
+        while (token := self._picked) is None or (token >= 0 and grammar.after(token) is None):
+            if token is not None:
+                logits[token] = -math.inf
+                self._refused += 1
+            few = self._aims or self._refused >= self.TRIES or grammar.is_quick  # Mirostat learns from each pick
+            among = grammar.allowed() if self._refused and few and not grammar.is_awaited else None
+            self._picked = self._choose(logits, among)
+        self._picked, self._refused = None, 0
         if token < 0:
             return -1  # all that may follow is banned, or has no token
-        grammar.accept(token)
-        if self.chain:
-            self.llama.c.llama_sampler_accept(self.chain, token)
+        self.force(token)
         return token
 
-    def _pick_freely(self, logits: Any, row: int) -> int:
-        """What is picked without a grammar; −1 if all is banned. `row` is −1 for logits that were kept."""
-        if not self.chain:
-            token = int(logits.argmax())
-        elif row < 0 or self._looks_back(self.values):  # what follows makes the chain take a token that may be refused
-            return self._choose(Candidates(self.llama, logits), (*self.bends, *self.links))
-        else:
-            token = int(self.llama.c.llama_sampler_sample(self.chain, self.llama.main.handle, row))
-        return token if logits[token] > -math.inf and token not in self.never else -1
-
-    def _pick_allowed(self, grammar: Grammar, logits: Any) -> int:
-        """What is picked among the tokens that the grammar allows; −1 if none is left."""
-        scores = self._bent(logits)
-        tokens = self._allowed(grammar, scores)
-        tokens = tokens[scores[tokens] > -math.inf]
-        if not len(tokens):
+    def _choose(self, logits: Any, tokens: Any) -> int:
+        """The token that is picked among some, or all (None); −1 if all are banned."""
+        scores = logits if tokens is None else logits[tokens]
+        if not len(scores) or scores.max() == -math.inf:
             return -1
         if not self.chain:
-            return int(tokens[scores[tokens].argmax()])
-        return self._choose(Candidates(self.llama, scores[tokens], tokens), self.links)
-
-    def _choose(self, candidates: Candidates, links: Iterable[Any]) -> int:
-        """The token that samplers select; −1 if all are banned."""
-        for link in links:
-            self.llama.c.llama_sampler_apply(link, candidates.pointer)
-        array = candidates.array
+            at = int(scores.argmax())
+            return at if tokens is None else int(tokens[at])
+        rows, c = self.llama.candidate_rows[: len(scores)].copy(), self.llama.c
+        rows["logit"] = scores
+        if tokens is not None:
+            rows["id"] = tokens
+        data = self.llama.ctypes.cast(rows.ctypes.data, c.llama_token_data_p)
+        array = c.llama_token_data_array(data, len(scores), -1, False)
+        c.llama_sampler_apply(self.chain, self.llama.ctypes.byref(array))
         if not 0 <= array.selected < array.size:
             return -1
         chosen = array.data[array.selected]
         return int(chosen.id) if math.isfinite(chosen.logit) else -1
-
-    def _bent(self, logits: Any) -> Any:
-        """The logits after biases and penalties."""
-        if not self.bends:
-            return logits
-        candidates = Candidates(self.llama, logits)
-        for link in self.bends:
-            self.llama.c.llama_sampler_apply(link, candidates.pointer)
-        return candidates.rows["logit"].copy()
-
-    def _allowed(self, grammar: Grammar, scores: Any) -> Any:
-        """The tokens that the grammar allows, in their order; of these at least all that the chain might keep."""
-        if (few := grammar.few_allowed()) is not None:
-            return few
-        np, tried, found = self.llama.np, 0, list[int]()
-        for size in [size for size in self.CHUNKS if size < len(scores)]:
-            best = self._likeliest(scores, size)
-            found += [token for token in best[tried:].tolist() if grammar.after(token) is not None]
-            tried = size
-            if found and self._are_enough(scores, scores[found], scores[best]):
-                return np.sort(np.array(found, np.int32))
-        return grammar.allowed()
-
-    def _likeliest(self, scores: Any, count: int) -> Any:
-        """So many tokens, the likeliest first. To sort only those near the top takes a tenth of the time."""
-        np = self.llama.np
-        near = np.flatnonzero(scores > scores.max() - self.NEAR_TOP)
-        if len(near) < count:
-            near = np.argpartition(scores, -count)[-count:]
-        return near[np.argsort(-scores[near], kind="stable")][:count]
-
-    def _are_enough(self, scores: Any, found: Any, tried: Any) -> bool:
-        """Whether no token below those `tried` would be kept: all three are logits, the last two falling ones."""
-        v, np = self.values, self.llama.np
-        if not self._filters_too:
-            return True
-        if self._aims or v.top_n_sigma > 0:
-            return False  # all that is allowed counts
-        if 0 < v.top_k <= len(found):
-            return True
-        if v.typical_p < 1:
-            return False
-        least = found[0] + math.log(v.min_p) if v.min_p > 0 else -math.inf
-        kept = int((found >= least).sum()) if tried[-1] < least - self.NEAR else math.inf
-        if kept < math.inf and v.top_p >= 1:
-            return True
-        if v.top_p >= 1:
-            return False
-        # top_p keeps the first so many, of a total that lies between what was found and that with all that was not tried
-        sums = np.exp((found - found[0]).astype(np.float64)).cumsum()
-        rest = np.exp((scores - found[0]).astype(np.float64)).sum() - np.exp((tried - found[0]).astype(np.float64)).sum()
-        low = int(np.searchsorted(sums, v.top_p * sums[-1] * (1 - self.NEAR)))
-        high = int(np.searchsorted(sums, v.top_p * (sums[-1] + max(rest, 0.0)) * (1 + self.NEAR)))
-        return kept <= low + 1 or (low == high < len(found))
 
     def jump(self, most: int) -> Seq[int]:
         """At most so many tokens that must come next, whatever the model says; they are taken. Raises NotYet."""
         grammar = self.grammar
         if not grammar or grammar.is_awaited or self.sampling.logprobs is not None or most <= 0:
             return ()
-        tokens = list(itertools.takewhile(lambda token: token not in self.never, grammar.jump()[:most]))
+        tokens = list(itertools.takewhile(lambda token: token not in self.banned, grammar.jump()[:most]))
         for token in tokens:
             self.force(token)
         return tokens
@@ -4320,17 +4142,18 @@ class Grammar:
         try:
             self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
-            raise InvalidRequest(self.said(error), error.param or self.param) from None
+            raise self.named(error) from None
         self._state = self._machine.automaton.start
         self._marker, self._seen = (constraint.after or "").encode(), b""  # no marker once the grammar has begun
-        self._markers = self._vocab.tokens_named(constraint.markers)
+        self._markers = {t: name.encode() for t, name in llama.vocab.marker_pieces.items()
+                         if name in constraint.markers}  # fmt: skip
         self.closing: Seq[int] = ()
         if self._marker and constraint.param != "parallel_tool_calls":  # that one lets a text end without any call
             self.closing = self._vocab.tokens(f"\n{(constraint.after or '').strip()}\n\n").tolist()
 
-    def said(self, error: InvalidRequest) -> str:
-        """An error's message with the request's field, if it knows none."""
-        return error.message if error.param else f"{self.param}: {error.message}"
+    def named(self, error: InvalidRequest) -> InvalidRequest:
+        """An error with the request's field, if it knows none."""
+        return error if error.param else InvalidRequest(f"{self.param}: {error.message}", self.param)
 
     @property
     def is_awaited(self) -> bool:
@@ -4356,29 +4179,25 @@ class Grammar:
         data = self._markers.get(token) or self._vocab.piece(token)
         return self._state.read(data) if data else None
 
-    def accept(self, token: int) -> None:
-        """Takes a token that is admitted."""
-        state = self.after(token)
-        assert state
+    def follow(self, token: int) -> None:
+        """Takes a token; one that does not fit leaves the grammar where it is."""
+        if (state := self.after(token)) is None:
+            return
         if self._marker:
             begun = self._behind_marker(token) is not None
             self._seen = (self._seen + self._vocab.shown(token))[-len(self._marker) :]
             self._marker = b"" if begun else self._marker
         self._state = state
 
-    def follow(self, token: int) -> None:
-        """Takes a forced token; one that does not fit leaves the grammar where it is."""
-        if self.after(token):
-            self.accept(token)
-
     def _behind_marker(self, token: int) -> bytes | None:
         """What would stand behind the marker after this token; None if the marker is not there yet."""
         _, found, rest = (self._seen + self._vocab.shown(token)).partition(self._marker)
         return rest if found else None
 
-    def few_allowed(self) -> Any:
-        """As `allowed`, if that is quick; else None."""
-        return self.allowed() if self._machine.is_quick(self._state) else None
+    @property
+    def is_quick(self) -> bool:
+        """Whether `allowed` takes little time."""
+        return self._machine.is_quick(self._state)
 
     def allowed(self) -> Any:
         """All tokens that may come next, an int32 array in their order."""
@@ -4453,9 +4272,8 @@ class Machine:
         self._kept = 0
 
     def is_quick(self, state: State) -> bool:
-        """Whether `allowed` takes no time, or was begun."""
-        bits, begun = state.bits, state in self._allowed or state in self._found
-        return begun or bits.bit_count() <= self.FEW or self.vocab.spelling.count(bits) <= self.FEW_TOKENS
+        """Whether `allowed` takes little time, found before or not: else what a seed gives would depend on earlier texts."""
+        return state.bits.bit_count() <= self.FEW or self.vocab.spelling.count(state.bits) <= self.FEW_TOKENS
 
     def allowed(self, state: State) -> Any:
         """The tokens with text that may come next, an int32 array in their order."""
@@ -4473,23 +4291,21 @@ class Machine:
 
     def jump(self, state: State) -> Seq[int]:
         """The tokens of the text that must come next: all if it ends the document, else all but the last."""
-        if not state.ends and not state.bits & (state.bits - 1) and state not in self._jumps:
-            tokens = self._jumped(state)
+        if state.ends or state.bits & (state.bits - 1):
+            return ()
+        if state not in self._jumps:
+            data = state.forced(self.MOST_JUMPED)
+            behind = state.read(data)
+            assert behind
+            done = behind.ends and not behind.bits
+            try:
+                data.decode()
+            except UnicodeDecodeError as error:
+                data, done = data[: error.start], False
+            tokens = self.vocab.tokens_inside(data)
             self._make_room(len(tokens))
-            self._jumps[state] = tokens
-        return self._jumps.get(state, ())
-
-    def _jumped(self, state: State) -> Seq[int]:
-        data = state.forced(self.MOST_JUMPED)
-        behind = state.read(data)
-        assert behind
-        done = behind.ends and not behind.bits
-        try:
-            data.decode()
-        except UnicodeDecodeError as error:
-            data, done = data[: error.start], False
-        tokens = self.vocab.tokens_inside(data)
-        return tokens if done else tokens[:-1]
+            self._jumps[state] = tokens if done else tokens[:-1]
+        return self._jumps[state]
 
     def _make_room(self, tokens: int) -> None:
         self._kept += 16 + tokens
@@ -4539,32 +4355,16 @@ class LogProbs:
     def __init__(self, vocab: Vocabulary, logits: Any) -> None:
         wide = logits.astype(vocab.np.float64)
         wide -= wide.max()
-        self.vocab, self.values = vocab, wide - math.log(vocab.np.exp(wide).sum())
+        self.vocab = vocab
+        self.values = vocab.np.maximum(wide - math.log(vocab.np.exp(wide).sum()), self.LEAST)
 
     def of(self, token: int, alternatives: int) -> TokenLogprob:
         """A token's own, and those of the likeliest ones."""
-        values, name = self.values, self.vocab.name
-        if alternatives:
-            best = self.vocab.np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives]
-        top = sorted(((self._said(t), name(int(t)), int(t)) for t in best), reverse=True) if alternatives else ()
+        values, name, np = self.values, self.vocab.name, self.vocab.np
+        best = np.argpartition(-values, min(alternatives, len(values) - 1))[:alternatives].tolist() if alternatives else []
+        top = sorted(((float(values[t]), name(t), t) for t in best), reverse=True)
         said, names, ids = zip(*top, strict=True) if top else ((), (), ())
-        return TokenLogprob(name(token), self._said(token), names, said, token, ids)
-
-    def _said(self, token: int) -> float:
-        value = float(self.values[token])
-        return value if value > self.LEAST else self.LEAST
-
-
-class Candidates:
-    """A llama_token_data_array over numpy rows (id, logit, p), for samplers applied by hand: of all tokens, or of some."""
-
-    def __init__(self, llama: Llama, logits: Any, tokens: Any = None) -> None:
-        self.rows = llama.np.zeros(len(logits), [("id", "i4"), ("logit", "f4"), ("p", "f4")])
-        self.rows["id"] = llama.np.arange(len(logits)) if tokens is None else tokens
-        self.rows["logit"] = logits
-        data = llama.ctypes.cast(self.rows.ctypes.data, llama.c.llama_token_data_p)
-        self.array = llama.c.llama_token_data_array(data, len(logits), -1, False)
-        self.pointer = llama.ctypes.byref(self.array)
+        return TokenLogprob(name(token), float(values[token]), names, said, token, ids)
 
 
 class TextStream:
@@ -4621,7 +4421,7 @@ class TextStream:
 
 
 # ── 9. Scheduling (child) ─────────────────────────────────────────────────────────────────────────────────────────────
-# Which sequences run, which wait, where their cells are, and what the next step computes.
+# Which sequences run, which wait, where their cells are, what stays of them, and what the next step computes.
 
 
 class Submission:
@@ -4629,14 +4429,6 @@ class Submission:
 
     def __init__(self, submit: Submit) -> None:
         self.id, self.job, self.cancelled = submit.id, submit.job, False
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a sequence's cells are: which context, and its row there."""
-
-    context: Context
-    row: int
 
 
 BORDERS = 3  # turns at a prompt's end, where the state of a model whose memory cannot be cut is kept
@@ -4664,21 +4456,16 @@ class ThoughtMeter:
         """Takes the bytes of one token."""
         if self._over:
             return
+        self.tokens += self._inside
         self._text += piece
-        if self._inside:
-            self.tokens += 1
-        else:
-            self._begin()
+        if not self._inside:
+            text = self._text = self._text.lstrip()
+            self._inside = text.startswith(self._opens)
+            self._over = not self._opens.startswith(text[: len(self._opens)])
+            self._text = text.removeprefix(self._opens)
         if self._inside:
             self._over = self._closes in self._text
             self._text = self._text[-len(self._closes) :]
-
-    def _begin(self) -> None:
-        """Looks whether the text begins with the opening marker."""
-        self._text = self._text.lstrip()
-        self._inside = self._text.startswith(self._opens)
-        self._over = not self._opens.startswith(self._text[: len(self._opens)])
-        self._text = self._text[len(self._opens) :] if self._inside else self._text
 
     def is_spent(self, whole: bool) -> bool:
         """True once: when the budget is used up, if possible not within a character."""
@@ -4688,19 +4475,18 @@ class ThoughtMeter:
         return spent
 
 
-class Sequence:
+class Sequence(Rows):
     """One text in the making. Owned by the step loop."""
 
     def __init__(self, submission: Submission, prompt: Seq[int], llama: Llama) -> None:
         self.submission, job = submission, submission.job
         assert isinstance(job, Generate)
+        self.n_prompt = len(prompt)
+        self.limit = min(llama.ctx, self.n_prompt + (job.sampling.max_tokens or llama.ctx))  # tokens: it ends with length
+        super().__init__(llama.np.empty(self.limit, llama.np.int32), self.n_prompt)
+        self.tokens[: self.n_prompt] = prompt
         self.borders = () if llama.cuttable else turn_borders(prompt, llama.vocab)
         self.id, self.sampling, self.markers, self.owner = submission.id, job.sampling, job.markers, job.owner
-        self.n_prompt = self.n_tokens = len(prompt)
-        room = job.sampling.max_tokens or llama.ctx
-        self.limit = min(llama.ctx, self.n_prompt + room)  # tokens at which it ends with length
-        self.tokens = llama.np.empty(self.limit, llama.np.int32)
-        self.tokens[: self.n_prompt] = prompt
         self.text = TextStream(job.sampling.stop)
         self.thought = ThoughtMeter(job.thought) if job.thought else None
         self._ending = llama.vocab.tokens(job.thought.ending).tolist() if job.thought else ()
@@ -4710,40 +4496,18 @@ class Sequence:
         self.jumps = False  # while that takes more than a step to say what must come next
         self.sought = 0.0  # seconds in which its grammar was asked, beyond what its tokens allow for
         self.forced: deque[int] = deque()  # tokens that come next, whatever the model says
-        self.sampler: Sampler | None = Sampler(llama, job.sampling, prompt)  # kept through steps back
-        self.place: Place | None = None  # None: it waits
-        self._main = llama.main
-        self.n_computed = 0  # tokens whose keys and values are in the cache
-        self.lender: Sequence | None = None  # a running sequence
-        self.n_shared = 0  # of those tokens, the ones whose cells are the lender's
+        self.sampler = Sampler(llama, job.sampling, prompt)  # kept through steps back
+        self.stretches: Stretches = []
         self.n_cached = 0  # prompt tokens that were not evaluated
         self.done = False
-        self.last_used = self.started = self.first_token = 0.0
+        self.started = self.first_token = 0.0
         self.unsent = ""  # text since the last message
-        self._n_told = self.n_prompt  # tokens of which the messages have told
+        self.n_told = self.n_prompt  # tokens of which the messages have told
         self.logprobs: list[TokenLogprob] = []  # of its tokens
-        self._unshown: deque[tuple[int, TokenLogprob]] = deque()  # of later tokens, by the character they begin with
+        self.unshown: deque[TokenLogprob] = deque()  # of later tokens
+        self._ends: deque[int] = deque()  # the characters behind these tokens, as far as they were read
         self._waiting = ""  # text that may be shown, but is a part of a token
         self.watch_thought(b"")
-
-    @property
-    def cancelled(self) -> bool:
-        return self.submission.cancelled
-
-    @property
-    def row(self) -> int:
-        assert self.place
-        return self.place.row
-
-    @property
-    def aside(self) -> bool:
-        """Whether its prompt is being read in the prompt reader's context."""
-        return self.place is not None and self.place.context is not self._main
-
-    @property
-    def pending(self) -> int:
-        """Tokens not yet evaluated: 1 while decoding, more while its prompt is read."""
-        return self.n_tokens - self.n_computed
 
     @property
     def unread(self) -> int:
@@ -4753,11 +4517,11 @@ class Sequence:
     @property
     def jumping(self) -> bool:
         """Whether what is pending is text that had to come behind its last pick, computed together with that."""
-        return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at and not self.aside
+        return self.pending > 1 and bool(self.first_token) and self.n_computed >= self._jumped_at
 
     @property
     def is_stream(self) -> bool:
-        """Whether its client waits for the next step of the main context: its prompt is read, and it is known what must come."""
+        """True if the next main step gives it a token."""
         return (self.pending == 1 or self.jumping) and not self.jumps
 
     def append(self, token: int) -> None:
@@ -4767,7 +4531,7 @@ class Sequence:
     def jump(self) -> int:
         """Appends the text that must come next: nothing needs to be picked there. Returns the number of its tokens; raises
         NotYet and InvalidRequest, from its grammar."""
-        if not self.sampler or self.forced:
+        if self.forced:
             return 0
         tokens, self._jumped_at = self.sampler.jump(self.limit - 1 - self.n_tokens), self.n_tokens - 1
         for token in tokens:
@@ -4777,7 +4541,6 @@ class Sequence:
 
     def next_token(self, logits: Any, row: int) -> int:
         """The forced token whose turn it is, else what the sampler picks; -1 when nothing may follow."""
-        assert self.sampler
         if not self.forced:
             token = self.sampler.pick(logits, row)
             self.forced.extend(self.sampler.closing(token))
@@ -4794,44 +4557,36 @@ class Sequence:
         if self.thought and self.thought.is_spent(self.text.is_whole):
             self.forced.extend(self._ending)
 
-    def note(self, logprob: TokenLogprob) -> None:
-        """Keeps the log probability of the token whose text comes next, until that text is sent."""
-        self._unshown.append((self.text.position, logprob))
+    def show(self, piece: bytes) -> str:
+        """Takes the bytes of the next token that is shown; the text that may be sent now."""
+        text = self.text.push(piece)
+        if self.sampling.logprobs is not None:
+            self._ends.append(self.text.position)
+        return self.ready(text)
 
     def ready(self, text: str) -> str:
         """What may be sent now that `text` may be shown: all, or whole tokens if their log probabilities go with them."""
         if self.sampling.logprobs is None:
             return text
-        stopped, shown, at = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting) - len(text)
         self._waiting += text
-        sent = at
-        while self._unshown and (start := self._unshown[0][0]) < shown:
-            end = self._unshown[1][0] if len(self._unshown) > 1 else self.text.position
-            if end > shown and not stopped:
-                break
-            logprob = self._unshown.popleft()[1]
-            self.logprobs.append(logprob.cut(shown - start) if stopped else logprob)
+        stopped, shown, sent = self.text.stopped, self.text.shown, self.text.shown - len(self._waiting)
+        while self._ends and (self._ends[0] <= shown or stopped):
+            logprob, end = self.unshown.popleft(), self._ends.popleft()
+            if not stopped:
+                self.logprobs.append(logprob)
+            elif sent < shown:  # else it is the stop string's
+                self.logprobs.append(logprob.cut(shown - sent))
             sent = min(end, shown)
-        ready, self._waiting = self._waiting[: sent - at], self._waiting[sent - at :]
-        return ready
-
-    def untold(self) -> int:
-        """Tokens generated since this was last asked."""
-        told, self._n_told = self._n_told, self.n_tokens
-        return self.n_tokens - told
-
-    def release_rest(self) -> None:
-        """Hands out the log probabilities of tokens without text, at the end; not of a stop string's."""
-        if not self.text.stopped:
-            self.logprobs += [logprob for _, logprob in self._unshown]
-            self._unshown.clear()
+        size = len(self._waiting) - (shown - sent)
+        text, self._waiting = self._waiting[:size], self._waiting[size:]
+        return text
 
     @property
     def to_border(self) -> int:
         """Tokens up to where the next copy of its state is to be kept; more than it has if nowhere."""
         return next((at - self.n_computed for at in self.borders if at > self.n_computed), self.n_tokens)
 
-    def common(self, other: Sequence | Prefix, limit: int) -> int:
+    def common(self, other: Rows, limit: int) -> int:
         """How many tokens both begin with, among the other's first `limit` and all of this one's but the last."""
         size = min(self.n_tokens - 1, limit)
         different = self.tokens[:size] != other.tokens[:size]
@@ -4839,60 +4594,55 @@ class Sequence:
         return first if size and different[first] else size
 
 
-class Prefix:
-    """A beginning of texts, kept as bytes outside the cache: its tokens, and what the model remembers of them."""
-
-    place = None
-    done = True
-
-    def __init__(self, sequence: Sequence, saved: Any, oldest: int) -> None:
-        self.tokens = sequence.tokens[: sequence.n_computed].copy()
-        self.n_computed = self.n_tokens = sequence.n_computed
-        self.owner, self.saved, self.oldest, self.last_used = sequence.owner, saved, oldest, time.monotonic()
+Stretches = list[tuple[object, float]]  # whose cells a sequence has, up to which token each; its own are the last, without end
 
 
-class Input:
+def held_cells(sequences: Iterable[Sequence]) -> int:
+    """How many cells sequences need; what several share counts once."""
+    sizes: dict[object, float] = {}
+    for sequence in sequences:
+        start = 0.0
+        for owner, end in sequence.stretches:
+            end = min(end, sequence.n_tokens)
+            sizes[owner], start = max(sizes.get(owner, 0), end - start), end
+    return int(sum(sizes.values()))
+
+
+class Prefix(Rows):
+    """The beginning of a text that ended, for prompts that begin alike: its cells are in a row, or saved as bytes."""
+
+    def __init__(self, sequence: Sequence, oldest: int) -> None:
+        super().__init__(sequence.tokens[: sequence.n_computed].copy(), sequence.n_computed)
+        self.n_computed, self.row = sequence.n_computed, sequence.row
+        self.owner, self.stretches, self.oldest = sequence.owner, sequence.stretches, oldest
+        self.saved: Any = None
+
+
+class Input(Rows):
     """One text of an Embed job on its way through an embedding context."""
 
     def __init__(self, job: Embedding, index: int, tokens: Any) -> None:
-        self.job, self.index, self.tokens, self.n_tokens = job, index, tokens, len(tokens)
-        self.n_computed, self.row = 0, -1
+        super().__init__(tokens, len(tokens))
+        self.job, self.index, self.turn = job, index, 0
         self.pooled: Any = None  # what its vector is so far
-
-    @property
-    def pending(self) -> int:
-        return self.n_tokens - self.n_computed
 
 
 class Embedding:
     """An Embed job in the making: its inputs, and the vectors that are done. Owned by the step loop."""
 
-    sampler = None
-
-    def __init__(self, submission: Submission, texts: Seq[Any], llama: Llama) -> None:
+    def __init__(self, submission: Submission, texts: Seq[Any]) -> None:
         assert isinstance(submission.job, Embed)
         self.submission, self.id, self.dimensions = submission, submission.id, submission.job.dimensions
         self.n_prompt = sum(len(tokens) for tokens in texts)
-        self.unread = deque(Input(self, i, tokens) for i, tokens in enumerate(texts))  # not in the context yet
+        self.inputs = [Input(self, i, tokens) for i, tokens in enumerate(texts)]
         self.vectors: list[bytes] = [b""] * len(texts)
         self.missing = len(texts)
-        self.error = ""
+        self.error: ApiError | None = None
         self.started = 0.0
 
     @property
-    def cancelled(self) -> bool:
-        return self.submission.cancelled
-
-    @property
-    def ended(self) -> bool:
-        return bool(self.error) or not self.missing
-
-    def keep(self, index: int, vector: bytes | None) -> None:
-        """Takes an input's vector; None, which is not a number, ends the job."""
-        if vector is None:
-            self.error = "the model's output is not a number"
-        else:
-            self.vectors[index], self.missing = vector, self.missing - 1
+    def is_over(self) -> bool:
+        return self.submission.cancelled or not self.missing or self.error is not None
 
 
 def fair_slices(prompts: list[Sequence], rows: int) -> list[tuple[Sequence, int]]:
@@ -4944,11 +4694,6 @@ class Pace:
             return 0.0
         return self._usual[min(self._usual, key=lambda n: abs(n - decoding))]
 
-    def interval(self, decoding: int) -> float:
-        """Seconds that the reader may compute between two steps of so many decoding sequences."""
-        usual = self.usual(decoding)
-        return self.ASIDE * max(usual, FLUSH_SECONDS) - usual
-
     def prompt_rows(self, decoding: int, target: float = TARGET) -> int:
         """How many prompt tokens the next step may take beside so many decoding sequences. Faster than messages are sent, no
         client sees a step."""
@@ -4964,80 +4709,63 @@ class Pace:
 class Cache:
     """Tracks which sequence owns which cells of the main context. Used by the step loop alone.
 
-    A finished sequence stays, idle: a later prompt with the same beginning starts behind it. A running one lends its
-    beginning too. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost a 1 MB
-    model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So idle sequences are
-    parked: saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where
-    fetching cells that lie scattered is slow.)
+    What a finished sequence leaves is a prefix: a later prompt with the same beginning starts behind it, as it does behind
+    what a running one has. Every step looks at every cell in the cache, whoever's it is: on two cores 1,000 idle ones cost
+    a 1 MB model a third of its speed, 2,600 doubled the reading of a prompt with half a billion parameters. So prefixes
+    are saved as bytes outside the cache, and lend from there. (Not on a GPU, which hardly feels them, and where fetching
+    cells that lie scattered is slow.)
     """
 
-    PARKED, PARKED_BYTES = 64, 256 * MIB  # most idle sequences outside the cache, and their bytes where the pool has fewer
-    SPARE_BYTES = 256 * MIB  # of the machine's memory, that parked sequences leave free
+    SAVED, SAVED_BYTES = 64, 256 * MIB  # most prefixes outside the cache, and their bytes where the pool has fewer
+    SPARE_BYTES = 256 * MIB  # of the machine's memory, that saved prefixes leave free
 
     def __init__(self, llama: Llama) -> None:
         self.llama, self.main = llama, llama.main
-        self.rows: list[Sequence | None] = [None] * llama.main.n_seq
-        self.parked: list[Prefix] = []
+        self.rows: list[Sequence | Prefix | None] = [None] * llama.main.n_seq
+        self.prefixes: list[Prefix] = []  # the one used least recently first
 
     def best_prefix(self, sequence: Sequence) -> tuple[Sequence | Prefix | None, int]:
         """Whose cells begin as this prompt does, and for how many tokens; at least one token stays to be evaluated."""
         best: Sequence | Prefix | None = None
         longest = 0
-        for other in (s for s in (*self.rows, *self.parked) if s and s.n_computed and s.owner == sequence.owner):
-            length = sequence.common(other, other.n_computed)
-            whole = self.llama.cuttable or length == other.n_computed
-            if length > longest and whole and self._oldest(other) <= max(0, length - self.llama.n_swa):
+        others: list[Sequence | Prefix] = [*(s for s in self.rows if isinstance(s, Sequence)), *self.prefixes]
+        for other in others:
+            length = sequence.common(other, other.n_computed) if other.owner == sequence.owner else 0
+            if length > longest and self._can_lend(other, length):
                 best, longest = other, length
         return best, longest
 
-    def _oldest(self, prefix: Sequence | Prefix) -> int:
-        return prefix.oldest if isinstance(prefix, Prefix) else self.main.oldest(prefix.row)
+    def _can_lend(self, other: Sequence | Prefix, length: int) -> bool:
+        """Whether all of its first cells are there, and can be had without the others."""
+        oldest = other.oldest if isinstance(other, Prefix) else self.main.oldest(other.row)
+        return (self.llama.cuttable or length == other.n_computed) and oldest <= max(0, length - self.llama.n_swa)
 
     def settle(self, sequence: Sequence, donor: Sequence | Prefix | None, shared: int) -> None:
-        """Gives the sequence a row that begins with so many of the donor's cells."""
-        row = self._row_for(donor, shared)
-        if not isinstance(donor, Sequence) or row != donor.row:
-            self.empty(row)
-        self._assign(row, sequence)
-        sequence.n_computed = self._lend(donor, row, shared) if donor else 0
-
-    def _assign(self, row: int, sequence: Sequence) -> None:
-        self.rows[row], sequence.place = sequence, Place(self.main, row)
-
-    def _row_for(self, donor: Sequence | Prefix | None, shared: int) -> int:
-        """The donor's own row when nothing in it is lost, else an empty one, made by parking if need be."""
-        if isinstance(donor, Sequence) and donor.done and donor.n_computed == shared:
-            return donor.row
+        """Gives the sequence a row that begins with so many of the donor's cells, or none if there is no room for saved ones."""
         if None not in self.rows:
-            others = [s for s in self._idle() if s is not donor]
-            if isinstance(donor, Sequence) and not others:
-                return donor.row
-            self._park(others[0])
-        return self.rows.index(None)
-
-    def _lend(self, donor: Sequence | Prefix, row: int, shared: int) -> int:
-        """Lets a row begin with so many cells of the donor; returns how many it got. A parked donor lends from its bytes."""
-        donor.last_used = time.monotonic()
-        if isinstance(donor, Sequence) and donor.row != row:
+            self.save_oldest()  # rows are more than sequences that run
+        row, lent = self.rows.index(None), Stretches()
+        if isinstance(donor, Prefix) and donor in self.prefixes:
+            self.prefixes.remove(donor)
+            self.prefixes.append(donor)
+        if isinstance(donor, Prefix) and donor.saved is not None:
+            shared = shared if self._restore(row, donor.saved) else 0
+            if shared < donor.n_computed:
+                self.main.drop(row, shared)
+        elif donor and donor.n_computed:
             self.main.share(donor.row, row, shared)
-            return shared
-        if isinstance(donor, Prefix) and not self._restore(row, donor.saved):
-            return 0
-        if donor.n_computed > shared:
-            self.main.drop(row, shared)
-        return shared
-
-    def settle_saved(self, sequence: Sequence, data: Any) -> bool:
-        """Gives the sequence a row with saved cells; False, and an empty row, without any, or without room for them."""
-        row = self._row_for(None, 0)
-        self._assign(row, sequence)
-        return data is not None and self._restore(row, data)
+            starts = [0.0, *(end for _, end in donor.stretches)]
+            lent += [(o, min(end, shared)) for start, (o, end) in zip(starts, donor.stretches, strict=False) if start < shared]
+        else:
+            shared = 0
+        self.rows[row], sequence.row, sequence.n_computed = sequence, row, shared
+        sequence.stretches = [*lent, (object(), math.inf)]
 
     def _restore(self, row: int, data: Any) -> bool:
-        """Puts saved cells into an empty row; idle sequences make room."""
+        """Puts saved cells into an empty row; prefixes make room."""
         while not self.main.restore(row, data):
             self.main.drop(row)
-            if not self.park_oldest():
+            if not self.save_oldest():
                 return False
         return True
 
@@ -5048,64 +4776,69 @@ class Cache:
 
     def undo(self, in_step: Seq[Sequence]) -> None:
         """After an aborted decode: drops what it was to add, and every recurrent state, for it has moved them."""
-        if self.llama.cuttable:
-            for sequence in in_step:
-                self.main.drop(sequence.row, sequence.n_computed)
-            return
-        for sequence in filter(None, self.rows):
-            self.main.drop(sequence.row)
-            sequence.lender, sequence.n_shared, sequence.n_computed = None, 0, 0
+        for sequence in in_step if self.llama.cuttable else ():
+            self.main.drop(sequence.row, sequence.n_computed)
+        if not self.llama.cuttable:
+            self.clear(False)
 
-    def clear(self) -> None:
-        """After a failed step nothing in the cache can be trusted."""
-        self.main.clear(True)
-        self.rows = [None] * len(self.rows)
+    def clear(self, data: bool) -> None:
+        """Frees all cells, also of sequences that run; with `data`, wipes what they held."""
+        self.main.clear(data)
+        self.prefixes = [p for p in self.prefixes if p.saved is not None]
+        for row, sequence in enumerate(self.rows):
+            if isinstance(sequence, Sequence):
+                sequence.n_computed, sequence.stretches = 0, [(object(), math.inf)]
+            else:
+                self.rows[row] = None
 
-    def _idle(self) -> list[Sequence]:
-        """Finished sequences in the cache, the one used least recently first."""
-        return sorted((s for s in self.rows if s and s.done), key=lambda s: s.last_used)
+    def leave(self, sequence: Sequence) -> None:
+        """Makes what a sequence has in the cache a prefix, which stays in its row."""
+        if sequence.n_computed:
+            prefix = self.rows[sequence.row] = Prefix(sequence, self.main.oldest(sequence.row))
+            self.add(prefix)
+        else:
+            self.empty(sequence.row)
 
-    def park_oldest(self) -> bool:
-        """Parks the idle sequence used least recently; False when there is none."""
-        idle = self._idle()
-        if idle:
-            self._park(idle[0])
-        return bool(idle)
+    def save_oldest(self) -> bool:
+        """Moves the prefix used least recently out of the cache; False when none is in it."""
+        prefix = next((p for p in self.prefixes if p.saved is None), None)
+        if prefix:
+            self.prefixes.remove(prefix)
+            self.save(prefix)
+            self.empty(prefix.row)
+            if self.llama.cuttable and not any(self.rows):
+                self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+        return prefix is not None
 
-    def _park(self, sequence: Sequence) -> None:
-        """Moves an idle sequence out of the cache; the parked ones used least recently make room."""
-        self.keep(sequence)
-        self.empty(sequence.row)
-        sequence.place = None
-        if self.llama.cuttable and not any(self.rows):
-            self.main.clear(False)  # to begin at the first cell again: the order of cells shows in the last bits of sums
+    def save(self, prefix: Prefix) -> None:
+        """Saves the cells of its row as bytes; the saved prefixes used least recently make room."""
+        prefix.saved = self.main.save(prefix.row)
+        if prefix.saved is None:
+            prefix.n_computed = 0  # nothing to lend
+        else:
+            self.add(prefix)
+        while (saved := [p for p in self.prefixes if p.saved is not None]) and self._are_too_many(saved):
+            self.prefixes.remove(saved[0])
 
-    def keep(self, sequence: Sequence) -> None:
-        """Keeps what a sequence has in the cache now as bytes, for prompts that begin alike."""
-        saved = self.main.save(sequence.row) if sequence.n_computed else None
-        if saved is not None:
-            kept = Prefix(sequence, saved, self.main.oldest(sequence.row))
-            self.parked = [other for other in self.parked if not self._covers(kept, other)] + [kept]
-        while self._too_much_parked():
-            self.parked.remove(min(self.parked, key=lambda p: p.last_used))
+    def add(self, prefix: Prefix) -> None:
+        """Takes a prefix in; those go for which it can lend all that they have."""
+        for other in list(self.prefixes):
+            size = other.n_computed
+            if (size <= prefix.n_computed and other.owner == prefix.owner and self._can_lend(prefix, size)
+                    and bool((prefix.tokens[:size] == other.tokens).all())):  # fmt: skip
+                self.prefixes.remove(other)
+                if other.saved is None:
+                    self.empty(other.row)
+        self.prefixes.append(prefix)
 
-    def _too_much_parked(self) -> bool:
+    def _are_too_many(self, saved: Seq[Prefix]) -> bool:
         """Counts tokens where memory can be cut, else bytes: a state is large for the shortest text, and kept several times."""
-        if not self.parked:
-            return False
         free = available_memory()
         if free is not None and free - self.llama.setup.reserved < self.SPARE_BYTES:
             return True
-        tokens, size = sum(s.n_computed for s in self.parked), sum(len(s.saved) for s in self.parked)
-        most = max(self.llama.pool * self.llama.kv_bytes, self.PARKED_BYTES)
-        return size > most or len(self.parked) > self.PARKED or (self.llama.cuttable and tokens > self.llama.pool)
-
-    def _covers(self, prefix: Prefix, other: Prefix) -> bool:
-        """Whether this one begins with all of the other's cells, and can be cut to them; or is the same."""
-        size, cut = other.n_computed, self.llama.cuttable and prefix.oldest <= max(0, other.n_computed - self.llama.n_swa)
-        if size > prefix.n_computed or not (cut or size == prefix.n_computed) or prefix.owner != other.owner:
-            return False
-        return bool((prefix.tokens[:size] == other.tokens).all())
+        tokens, size = sum(p.n_computed for p in saved), sum(len(p.saved) for p in saved)
+        most = max(self.llama.pool * self.llama.kv_bytes, self.SAVED_BYTES)
+        return size > most or len(saved) > self.SAVED or (self.llama.cuttable and tokens > self.llama.pool)
 
 
 class Aside:
@@ -5141,11 +4874,10 @@ class Aside:
 
     def _decode(self, context: Context, plan: Seq[tuple[Rows, int]]) -> int:
         """Decodes one batch; llama_decode's status. Raises what `step` raised."""
-        self._aborted, self._resumed_at = False, time.perf_counter()
+        self._aborted, self._error, self._resumed_at = False, None, time.perf_counter()
         status = context.decode(plan)
-        error, self._error = self._error, None
-        if error:
-            raise error
+        if self._error:
+            raise self._error
         return status
 
 
@@ -5153,8 +4885,8 @@ class PromptReader(Aside):
     """Reads long prompts while streams run: in a context of its own, whose batches stop for the streams' steps.
 
     In slices behind the streams' rows a prompt is read at half speed, for the kernels are made for whole batches, and
-    larger slices make longer gaps. Here whole batches are read. A prompt's last token is left to the main context, where
-    the sequence goes on.
+    larger slices make longer gaps. Here whole batches are read. What was read becomes a prefix, behind which the sequence
+    goes on in the main context with its prompt's last token.
     """
 
     BATCH = 256  # tokens: nearly full speed, and the next prompt need not wait long for its turn
@@ -5167,32 +4899,30 @@ class PromptReader(Aside):
         self.rows: list[Sequence | None] = [None] * self.TOGETHER
 
     def unwanted(self) -> bool:
-        return all(s.cancelled for s in self.reading)
+        return all(s.submission.cancelled for s in self.reading)
 
     @property
     def reading(self) -> list[Sequence]:
         return [s for s in self.rows if s and not s.done]
 
+    def _leave(self, row: int) -> None:
+        self.context.drop(row)
+        self.rows[row] = None
+
     def take(self, sequence: Sequence) -> bool:
         """Takes a sequence over from the main context, with its cells; False while there is no room."""
-        self._drop_done()
-        held = sum(s.n_tokens for s in self.reading)
-        if None not in self.rows or held + sequence.n_tokens > self.context.cells:
+        for row, other in enumerate(self.rows):
+            if other and other.done:  # cancelled, or failed
+                self._leave(row)
+        if None not in self.rows or sum(s.n_tokens for s in (*self.reading, sequence)) > self.context.cells:
             return False
         row = self.rows.index(None)
         data = self.context.llama.main.save(sequence.row) if sequence.n_computed else None
         if data is None or not self.context.restore(row, data):
             self.context.drop(row)
             sequence.n_computed = 0
-        self.rows[row], sequence.place = sequence, Place(self.context, row)
+        self.rows[row], sequence.row = sequence, row
         return True
-
-    def _drop_done(self) -> None:
-        """Frees the rows of sequences that were cancelled or failed."""
-        for row, sequence in enumerate(self.rows):
-            if sequence and sequence.done:
-                self.context.drop(row)
-                self.rows[row] = None
 
     def read(self) -> int:
         """Reads one batch, a fair slice of each prompt; llama_decode's status. Raises what `step` raised."""
@@ -5205,13 +4935,13 @@ class PromptReader(Aside):
                 sequence.n_computed = 0
         return status
 
-    def give_back(self) -> Iterator[tuple[Sequence, Any]]:
-        """The sequences that are read, all but their last token, and their cells as bytes; they leave."""
-        for row, sequence in enumerate(self.rows):
-            if sequence and not sequence.done and sequence.pending == 1:
-                yield sequence, self.context.save(row)
-                self.context.drop(row)
-                self.rows[row] = None
+    def give_back(self) -> Iterator[tuple[Sequence, Prefix]]:
+        """The sequences that are read, all but their last token, and what they have read; they leave."""
+        for sequence in [s for s in self.reading if s.pending == 1]:
+            prefix = Prefix(sequence, 0)
+            prefix.saved = self.context.save(sequence.row)
+            self._leave(sequence.row)
+            yield sequence, prefix
 
 
 class Embedder(Aside):
@@ -5225,23 +4955,33 @@ class Embedder(Aside):
     def __init__(self, llama: Llama, scheduler: Scheduler, step: Callable[[], None]) -> None:
         super().__init__(scheduler.due, step)
         self.llama, self.scheduler = llama, scheduler
-        self.context = llama.main if isinstance(llama.main, EmbeddingContext) else None
-        self.jobs: deque[Embedding] = deque()
+        self.jobs: list[Embedding] = []
+        self.unread: deque[Input] = deque()  # in the order of their turns: an input of each job, then the next of each
         self.reading: list[Input] = []  # those in the context
-        self._free: list[int] = list(range(self.context.n_seq)) if self.context else []
+        self._turn = 0  # of the input that was begun last
 
-    def open(self) -> EmbeddingContext:
-        """The context, made at the first call. Raises Overloaded without memory for it, LoadError when llama.cpp refuses."""
-        if self.context is None:
-            need, free = EmbeddingContext.memory_need(self.llama), available_memory()
-            if free is not None and free < need and self.llama.on_cpu:
-                raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
-            self.context = EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
-            self._free = list(range(self.context.n_seq))
-        return self.context
+    @functools.cached_property
+    def context(self) -> EmbeddingContext:
+        """Raises Overloaded without memory for it, LoadError when llama.cpp refuses."""
+        if isinstance(self.llama.main, EmbeddingContext):
+            return self.llama.main
+        need, free = EmbeddingContext.memory_need(self.llama), available_memory()
+        if free is not None and free < need and self.llama.on_cpu:
+            raise Overloaded(f"The context for embeddings needs {human_bytes(need)}, {human_bytes(free)} are available")
+        return EmbeddingContext(self.llama, self._pause if self.llama.on_cpu else None)
+
+    @functools.cached_property
+    def _free(self) -> list[int]:
+        return list(range(self.context.n_seq))
+
+    def add(self, job: Embedding) -> None:
+        self.jobs.append(job)
+        for input in job.inputs:
+            input.turn = self._turn + 1 + input.index
+        self.unread = deque(sorted([*self.unread, *job.inputs], key=lambda input: input.turn))
 
     def unwanted(self) -> bool:
-        return all(i.job.cancelled for i in self.reading)
+        return all(i.job.submission.cancelled for i in self.reading)
 
     def _pause(self) -> bool:
         going = super()._pause()
@@ -5250,55 +4990,35 @@ class Embedder(Aside):
 
     def _pace(self) -> None:
         """Pauses often only beside streams."""
-        if self.context:
-            self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
+        self.context.pause_every = self.context.PAUSE_EVERY if self.scheduler.running else self.ALONE
 
     def plan(self) -> list[tuple[Input, int]]:
-        """The next batch: what is being read, then an input of each job in turn; the next one begins with another job."""
-        context = self.open()
-        plan: list[tuple[Input, int]] = []
+        """The next batch: what is being read, then other inputs in turn, as far as there is room."""
+        context, plan = self.context, list[tuple[Input, int]]()
         room = context.batch_tokens
         for input in self.reading:
-            count = min(input.pending, room)
-            if count:
+            if count := min(input.pending, room):
                 plan.append((input, count))
                 room -= count
-        turns = deque(job for job in self.jobs if job.unread)
-        while turns and room > 0 and self._free:
-            job = turns.popleft()
-            if not self._fits(context, job.unread[0], room, alone=not plan):
-                self.jobs.remove(job)
-                self.jobs.appendleft(job)  # it waits for room, so it comes first next time
-                return plan
-            input = self._begin(job)
+        while self.unread and room > 0 and self._free:
+            input = self.unread[0]
+            held = sum(i.n_tokens for i in self.reading) + input.n_tokens
+            if not (not plan or input.n_tokens <= room if context.whole else held <= context.cells):
+                break
+            self.reading.append(self.unread.popleft())
+            self._turn, input.row, input.job.started = input.turn, self._free.pop(), input.job.started or time.perf_counter()
             count = input.n_tokens if context.whole else min(input.n_tokens, room)
             plan.append((input, count))
             room -= count
-            if job.unread:
-                turns.append(job)
-        self.jobs.rotate(-1)
         return plan
 
-    def _begin(self, job: Embedding) -> Input:
-        """Gives the job's next input a row."""
-        input = job.unread.popleft()
-        input.row, job.started = self._free.pop(), job.started or time.perf_counter()
-        self.reading.append(input)
-        return input
-
-    def _fits(self, context: EmbeddingContext, input: Input, room: int, alone: bool) -> bool:
-        """Whether an input can go into the batch: all of it, or its cells beside those of the inputs that are being read."""
-        if context.whole:
-            return alone or input.n_tokens <= room
-        return sum(i.n_tokens for i in self.reading) + input.n_tokens <= context.cells
-
-    def step(self, plan: Seq[tuple[Input, int]]) -> list[Embedding]:
-        """Decodes a batch; the jobs that have come to an end. Raises GenerationFailed, and what the streams' step raised."""
-        context = self.open()
+    def step(self, plan: Seq[tuple[Input, int]]) -> None:
+        """Decodes a batch. Raises GenerationFailed, and what the streams' step raised."""
+        context = self.context
         self._pace()
         status = self._decode(context, plan)
         if status == 2 or self._aborted:  # nobody waits for it
-            return []
+            return
         if status:
             context.clear(True)
             raise GenerationFailed(f"llama_decode returned {status}")
@@ -5309,30 +5029,30 @@ class Embedder(Aside):
             at += count
         for input in [i for i, _ in plan if not i.pending]:
             self._leave(input)
-            input.job.keep(input.index, context.finished(input.pooled, input.job.dimensions))
-        ended = [job for job in self.jobs if job.ended]
-        self.drop(ended)
-        return ended
+            if (vector := context.finished(input.pooled, input.job.dimensions)) is None:
+                input.job.error = GenerationFailed("the model's output is not a number")
+            else:
+                input.job.vectors[input.index] = vector
+                input.job.missing -= 1
 
     def _leave(self, input: Input) -> None:
         self.reading.remove(input)
         self._free.append(input.row)
-        if self.context:
-            self.context.drop(input.row)
+        self.context.drop(input.row)
 
-    def drop(self, jobs: Iterable[Embedding]) -> None:
-        """Takes jobs out that have ended or were cancelled."""
-        for job in jobs:
-            self.jobs.remove(job)
-            for input in [i for i in self.reading if i.job is job]:
-                self._leave(input)
+    def drop(self, job: Embedding) -> None:
+        """Takes a job out that is over."""
+        self.jobs.remove(job)
+        self.unread = deque(i for i in self.unread if i.job is not job)
+        for input in [i for i in self.reading if i.job is job]:
+            self._leave(input)
 
 
 class Scheduler:
     """Decides who runs, who waits, and what the next step computes. Used by the step loop alone.
 
-    The pool is shared. When it runs out, idle sequences leave first; then the youngest running one steps back to the head
-    of the queue, keeping its tokens and sampler.
+    The pool is shared. When it runs out, prefixes leave first; then the youngest running sequence steps back to the head
+    of the queue, keeping its tokens and sampler, and what it has in the cache becomes a prefix.
     """
 
     WORTH_WAITING = 32  # tokens another prompt is just computing that are worth waiting for
@@ -5344,50 +5064,54 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # in order of admission
         self.cache, self.pace = Cache(llama), Pace(llama.main.n_batch)
+        self.reader: PromptReader | None = None
         self.stepped_at = 0.0  # when the main context's last step ended (perf_counter)
+
+    @property
+    def aside(self) -> list[Sequence]:
+        """Sequences whose prompts the reader reads; they have no cells in the main context."""
+        return self.reader.reading if self.reader else []
+
+    @property
+    def active(self) -> list[Sequence]:
+        return [*self.running, *self.aside]
 
     def admit(self) -> None:
         """Moves waiting sequences into the batch while there is room, in order; one that waits for a prefix lets others by."""
         for sequence in list(itertools.islice(self.waiting, self.parallel)):
-            if len(self.running) >= self.parallel:
+            if len(self.active) >= self.parallel:
                 return
             donor, shared = self.cache.best_prefix(sequence)
             if self._better_soon(sequence, shared):
                 continue
-            borrowed = shared if donor and not donor.done else 0
+            borrowed = shared if isinstance(donor, Sequence) else 0
             if self.running and not self._fits(sequence.n_tokens - borrowed):
                 return
             self.waiting.remove(sequence)
             self.cache.settle(sequence, donor, shared)
             if not sequence.started:
                 sequence.n_cached, sequence.started = min(sequence.n_computed, sequence.n_prompt), time.perf_counter()
-            sequence.lender, sequence.n_shared = (donor, borrowed) if borrowed and isinstance(donor, Sequence) else (None, 0)
             self.running.append(sequence)
 
     def _better_soon(self, sequence: Sequence, shared: int) -> bool:
         """Whether a prompt being read now will soon lend a much longer beginning."""
         if not self.llama.cuttable:
             return False
-        reading = [s for s in self.running if s.pending > 1 and s.owner == sequence.owner]
-        have = [max(shared, 0 if s.aside else s.n_computed) for s in reading]  # one that is read aside lends when it is back
-        lent = [sequence.common(s, s.n_prompt) for s in reading]
-        return any(soon >= now + self.WORTH_WAITING for soon, now in zip(lent, have, strict=True))
+        reading = [(s, s.n_computed) for s in self.running if s.pending > 1]
+        reading += [(s, 0) for s in self.aside]  # these lend when they are back
+        return any(sequence.common(s, s.n_prompt) >= max(shared, have) + self.WORTH_WAITING
+                   for s, have in reading if s.owner == sequence.owner)  # fmt: skip
 
     def _fits(self, cells: int) -> bool:
-        used = sum(s.n_tokens - s.n_shared for s in self.running)
-        return used + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
+        return held_cells(self.running) + cells + self.GROWTH * (len(self.running) + 1) <= self.llama.pool
 
-    def tidy(self) -> bool:
-        """Parks an idle sequence, between steps that nobody waits for; False when there is none."""
-        return self.llama.on_cpu and self.cache.park_oldest()
-
-    def schedule(self, reader: bool = False) -> list[tuple[Sequence, int]]:
+    def schedule(self) -> list[tuple[Sequence, int]]:
         """The next step: one row of each decoding sequence, the rest of what some jump over, then slices of prompts being read.
 
-        With a prompt reader at work, long prompts are left to it.
+        Long prompts wait for the reader, if there is one.
         """
-        streams, long = [s for s in self.running if s.is_stream], self.long_prompts() if reader else ()
-        prompts = [s for s in self.running if s.pending > 1 and not s.is_stream and not s.aside and s not in long]
+        streams, long = [s for s in self.running if s.is_stream], self._long_prompts()
+        prompts = [s for s in self.running if s.pending > 1 and not s.is_stream and s not in long]
         jumping = [s for s in streams if s.jumping]
         plan = [(s, 1) for s in streams if not s.jumping]
         if not jumping and not prompts:
@@ -5401,83 +5125,60 @@ class Scheduler:
             rows -= more
         return plan + fair_slices(prompts, rows)
 
-    def long_prompts(self) -> list[Sequence]:
-        """Prompts in the main context that would take many slices to read beside the streams there.
-
-        When they come back no cell of theirs is shared any more; where the pool has no room for that, they stay.
-        """
-        prompts = [s for s in self.running if not s.is_stream and not s.aside]
+    def _long_prompts(self) -> list[Sequence]:
+        """Prompts for the reader: in the main context they would take many slices beside the streams there."""
+        prompts = [s for s in self.running if not s.is_stream] if self.reader else []
         decoding = sum(1 for s in self.running if s.is_stream) if prompts else 0
         most = self.SLICES * self.pace.prompt_rows(decoding) if decoding else math.inf
-        return [s for s in prompts if s.unread > most and self._may_leave(s)]
-
-    def _may_leave(self, sequence: Sequence) -> bool:
-        """Whether the pool has room for what will be there twice when the sequence comes back with a copy of its cells."""
-        twice = sequence.n_shared + max((s.n_shared for s in self._borrowers(sequence)), default=0)
-        return not twice or self._fits(twice)
+        return [s for s in prompts if s.unread > most]
 
     def due(self) -> float:
         """When the streams' next step should begin while a prompt is read aside (perf_counter)."""
-        return self.stepped_at + self.pace.interval(sum(1 for s in self.running if s.is_stream and not s.aside))
+        usual = self.pace.usual(sum(1 for s in self.running if s.is_stream))
+        return self.stepped_at + Pace.ASIDE * max(usual, FLUSH_SECONDS) - usual
 
-    def move_aside(self, sequence: Sequence, reader: PromptReader) -> bool:
-        """Moves a sequence from the main context to the prompt reader, with its cells; False while there is no room."""
-        row = sequence.row
-        taken = reader.take(sequence)
-        if taken:
+    def move_aside(self) -> None:
+        """Hands long prompts to the reader, with their cells, in order: else shorter ones might keep the first out for ever."""
+        while long := self._long_prompts():
+            row = long[0].row
+            if not (self.reader and self.reader.take(long[0])):
+                return
+            self.running.remove(long[0])
             self.cache.empty(row)
-            self._bequeath(sequence)
-        return taken
 
-    def _borrowers(self, sequence: Sequence) -> list[Sequence]:
-        """The sequences that run with cells of this one, the largest borrower first."""
-        return sorted((s for s in self.running if s.lender is sequence), key=lambda s: -s.n_shared)
-
-    def _bequeath(self, sequence: Sequence) -> None:
-        """Transfers the cells that a leaving sequence lent to the largest borrower, who lends them on."""
-        borrowers = self._borrowers(sequence)
-        for other in borrowers[1:]:
-            other.lender = borrowers[0]
-        for heir in borrowers[:1]:
-            heir.lender, heir.n_shared = sequence.lender, min(heir.n_shared, sequence.n_shared)
-        sequence.lender, sequence.n_shared = None, 0
-
-    def bring_back(self, sequence: Sequence, data: Any) -> None:
-        """Moves a read prompt to the main context; without room there it waits at the head of the queue, to be read again."""
-        if not self.cache.settle_saved(sequence, data):
-            self._step_back(sequence)
-
-    def reading_seconds(self) -> float:
-        """How long the admitted prompts will take to read."""
-        return self.pace.row * sum(s.pending for s in self.running)
+    def bring_back(self) -> None:
+        """Lets sequences that the reader has read go on, as soon as there is room."""
+        for sequence, prefix in self.reader.give_back() if self.reader else ():
+            if prefix.saved is not None:
+                self.cache.add(prefix)
+            self._wait(sequence)
 
     def cells(self) -> int:
-        """How many cells the running sequences hold; one that several share counts once, and idle ones' are free to be had."""
-        return sum(s.n_computed - s.n_shared for s in self.running if not s.aside)
+        """How many cells the running sequences hold; those of prefixes are free to be had."""
+        return min(self.llama.pool, held_cells(self.running))
 
     def make_room(self) -> Sequence | None:
-        """After a step found no free cells: parks an idle sequence (None), or steps the youngest back and returns it."""
-        if self.cache.park_oldest():
+        """After a step found no free cells: saves a prefix (None), or steps the youngest back and returns it."""
+        if self.cache.save_oldest():
             return None
-        youngest = [s for s in self.running if not s.aside][-1]
-        self._step_back(youngest)
+        youngest = self.running.pop()
+        self.cache.leave(youngest)
+        self._wait(youngest)
         return youngest
 
-    def _step_back(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._bequeath(sequence)
-        self.cache.empty(sequence.row)
-        sequence.place, sequence.n_computed = None, 0
+    def _wait(self, sequence: Sequence) -> None:
+        """Puts a sequence without cells at the head of the queue."""
+        sequence.row, sequence.n_computed = -1, 0
         self.waiting.appendleft(sequence)
 
     def retire(self, sequence: Sequence) -> None:
-        """Takes a sequence out; its row stays, idle, for a prompt that begins alike."""
-        sequence.done, sequence.last_used = True, time.monotonic()
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._bequeath(sequence)
-        elif sequence in self.waiting:
+        """Takes a sequence out; what it has in the cache stays for prompts that begin alike."""
+        sequence.done = True
+        if sequence in self.waiting:
             self.waiting.remove(sequence)
+        elif sequence in self.running:
+            self.running.remove(sequence)
+            self.cache.leave(sequence)
 
 
 # ── 10. Engine (child) ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -5509,6 +5210,12 @@ class Pulse:
         return f"'{task}' did not come to an end within {limit:.0f} s" if self._beats * BEAT_SECONDS > limit else ""
 
 
+def failure(id: int, error: ApiError) -> Failed:
+    """Why a job cannot go on, or never began."""
+    details = error.message if isinstance(error, InvalidRequest) else error.details
+    return Failed(id, error.code, details, error.param, error.sizes)
+
+
 class Outbox:
     """What the step loop has to say, gathered until a message is due. Any thread may call what sends at once."""
 
@@ -5520,7 +5227,6 @@ class Outbox:
         self.running = 0  # sequences in the batch, as the parent was told last
 
     def text(self, sequence: Sequence, text: str) -> None:
-        text = sequence.ready(text)
         if text:
             if not sequence.unsent:
                 self._unsent.append(sequence)
@@ -5528,48 +5234,33 @@ class Outbox:
 
     def finished(self, sequence: Sequence, reason: str) -> None:
         """The end of a sequence, behind the text it held back and the log probabilities of tokens without text."""
-        self.text(sequence, sequence.text.finish())
-        sequence.release_rest()
+        self.text(sequence, sequence.ready(sequence.text.finish()))
         if sequence.logprobs and sequence not in self._unsent:
             self._unsent.append(sequence)
         now = time.perf_counter()
         started, first = sequence.started or now, sequence.first_token or now
         generated = sequence.n_shown - sequence.n_prompt
-        spent = (first - started, now - first)
-        end = Finished(sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, *spent, sequence.text.stopped,
-                       min(sequence.n_jumped, generated))  # fmt: skip
-        self._events.append(end)
+        self._events.append(Finished(
+            sequence.id, reason, sequence.n_prompt, generated, sequence.n_cached, first - started, now - first,
+            sequence.text.stopped, min(sequence.n_jumped, generated)))  # fmt: skip
 
-    def failed(self, work: Sequence | Embedding, details: str, code: str = GenerationFailed.code,
-               param: str | None = None) -> None:  # fmt: skip
-        self._events.append(Failed(work.id, code, details, param))
-
-    def embedded(self, job: Embedding, reason: str = "stop") -> None:
-        """The end of an Embed job, with its vectors unless it was cancelled."""
-        if reason == "stop":
+    def embedded(self, job: Embedding) -> None:
+        """The end of an Embed job, with its vectors if it came so far."""
+        if job.error:
+            self.failed(job.id, job.error)
+            return
+        if not job.missing:
             self._events.append(Vectors(job.id, tuple(job.vectors)))
         spent = time.perf_counter() - job.started if job.started else 0.0
-        self._events.append(Finished(job.id, reason, job.n_prompt, 0, 0, spent, 0.0))
+        self._events.append(Finished(job.id, "cancelled" if job.missing else "stop", job.n_prompt, 0, prompt_seconds=spent))
 
-    def refuse(self, id: int, error: ApiError) -> None:
-        """Sends at once why a job never began. Any thread."""
-        details = error.message if isinstance(error, InvalidRequest) else error.details
-        self._send(Stepped((Failed(id, error.code, details, error.param, error.sizes),), self.running))
+    def failed(self, id: int, error: ApiError) -> None:
+        self._events.append(failure(id, error))
 
-    def accept(self, id: int, prompt_tokens: int) -> None:
-        """Sends at once that a job waits for its first step. Any thread."""
-        self._send(Accepted(id, prompt_tokens))
-
-    def tokenized(self, id: int, ids: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
-        """Sends at once what a Tokenize job found. Any thread."""
-        self.accept(id, len(ids))
-        end = Finished(id, "stop", len(ids), 0, 0, 0.0, 0.0)
-        self._send(Stepped((Tokens(id, ids, pieces), end), self.running))
-
-    def never_began(self, id: int) -> None:
-        """Sends at once that a job was cancelled before its prompt was tokenized. Any thread."""
-        self.accept(id, 0)
-        self._send(Stepped((Finished(id, "cancelled", 0, 0, 0, 0.0, 0.0),), self.running))
+    def at_once(self, *events: Accepted | Tokens | Finished | Failed) -> None:
+        """Sends what the step loop has no part in. Any thread."""
+        for event in events:
+            self._send(event if isinstance(event, Accepted) else Stepped((event,), self.running))
 
     def due(self) -> bool:
         """Whether a message should go out now: something ended, or the last one was FLUSH_SECONDS ago."""
@@ -5579,13 +5270,12 @@ class Outbox:
         """Sends one message for all that the last steps made."""
         pieces = []
         for sequence in self._unsent:
-            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.untold()))
-            sequence.unsent = ""
+            pieces.append(Piece(sequence.id, sequence.unsent, tuple(sequence.logprobs), sequence.n_tokens - sequence.n_told))
+            sequence.unsent, sequence.n_told = "", sequence.n_tokens
             sequence.logprobs.clear()
-        message = Stepped((*pieces, *self._events), running, cells)
-        self._unsent, self._events, self.running = [], [], running
+        events, self._events, self._unsent, self.running = (*pieces, *self._events), [], [], running
         self._sent_at = time.perf_counter()
-        self._send(message)
+        self._send(Stepped(events, running, cells))
 
     def _send(self, message: Any) -> None:
         """With the parent gone the process ends."""
@@ -5601,9 +5291,6 @@ class Intake:
     `receive` runs in the receiving thread. `tokenize` and `read_grammars` have one each: a newcomer waits for one input of each
     job that is being tokenized, and only one whose own grammar takes long waits for such grammars.
     """
-
-    JOBS: ClassVar[dict[type, Callable[[Submission, Seq[Any], Llama], Sequence | Embedding]]] = {
-        Generate: Sequence, Embed: Embedding}  # fmt: skip
 
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
         self.llama, self.outbox = llama, outbox
@@ -5624,11 +5311,11 @@ class Intake:
         for submission in filter(None, map(self._known.get, message.ids)):
             submission.cancelled = True
             if self._arriving.pop(submission.id, None):  # its text may be in the tokenizer, for seconds
-                self._known.pop(submission.id, None)
-                self.outbox.never_began(submission.id)
+                self.ended(submission.id)
+                self.outbox.at_once(Accepted(submission.id, 0), Finished(submission.id, "cancelled", 0, 0))
         self.inbox.put(None)
         in_step = self.in_step
-        if in_step and all(s.cancelled for s in in_step):  # nobody waits for what is being decoded
+        if in_step and all(s.submission.cancelled for s in in_step):  # nobody waits for what is being decoded
             self.llama.main.abort(True)
 
     def ended(self, id: int) -> None:
@@ -5642,7 +5329,7 @@ class Intake:
             self.tokenizing.begin("rest")
             with contextlib.suppress(queue.Empty):
                 while True:
-                    turns.append(self._tokenized_by_turns(self._submits.get(block=not turns)))
+                    turns.append(self._admit(self._submits.get(block=not turns)))
             self.tokenizing.begin("tokenize")
             job = turns.popleft()
             if next(job, "ended") is None:
@@ -5652,75 +5339,84 @@ class Intake:
         """The thread of grammars that take long: reads them one after another, while others' prompts go on."""
         while True:
             self.reading.begin("rest")
-            submission, tokens = self._grammars.get()
+            submission, prompt = self._grammars.get()
             self.reading.begin("tokenize")
             with self._answering(submission):
-                self._begin(submission, tokens)
+                self._begin(submission, prompt)
 
-    def _tokenized_by_turns(self, submission: Submission) -> Iterator[None]:
+    def _admit(self, submission: Submission) -> Iterator[None]:
         """Tokenizes a job and hands it on; yields where others may have their turn."""
         job = submission.job
         with self._answering(submission):
             if isinstance(job, Tokenize):
-                return self._answer(submission, *self._tokenized(job))
-            if isinstance(job, Embed):
-                return self._begin(submission, (yield from self._inputs(job, submission)))
-            prompt, constraint = self._prompt(job), job.sampling.constraint
-            if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
-                self._begin(submission, prompt)
+                self._hand_on(self._tokenized(submission.id, job))
+            elif isinstance(job, Embed):
+                self._hand_on(Embedding(submission, (yield from self._inputs(job, submission))))
             else:
-                self._grammars.put((submission, prompt))
+                prompt, constraint = self._prompt(job), job.sampling.constraint
+                if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                    self._begin(submission, prompt)
+                else:
+                    self._grammars.put((submission, prompt))
 
     @contextlib.contextmanager
     def _answering(self, submission: Submission) -> Iterator[None]:
-        """Refuses the job for what is raised within: an error must not end the others."""
+        """Answers the job with the error that is raised within: it must not end the others."""
         try:
             yield
         except Cancelled:
             log.debug("a grammar was left unread: its client is gone")
         except ApiError as error:
-            self._refuse(submission, error)
+            self._hand_on(failure(submission.id, error))
         except Exception as error:
             log.exception("a job cannot begin")
-            self._refuse(submission, GenerationFailed(f"{type(error).__name__}: {error}"))
+            self._hand_on(failure(submission.id, GenerationFailed(f"{type(error).__name__}: {error}")))
 
-    def _begin(self, submission: Submission, tokens: Seq[Any]) -> None:
-        """Hands a job to the step loop; its grammar is read first."""
+    def _begin(self, submission: Submission, prompt: Seq[int]) -> None:
+        """Hands a text to the step loop; its grammar is read first."""
         with TURN.behind(self.llama.gate, submission):
-            work = self.JOBS[type(submission.job)](submission, tokens, self.llama)
-        if self._arriving.pop(submission.id, None):
-            self.outbox.accept(submission.id, work.n_prompt)
+            sequence = Sequence(submission, prompt, self.llama)
+        self._hand_on(sequence)
+
+    def _hand_on(self, work: Sequence | Embedding | Tokens | Failed) -> None:
+        """Hands work to the step loop, or sends what needs no step; unless the job was cancelled meanwhile."""
+        if not self._arriving.pop(work.id, None):
+            if isinstance(work, Sequence):
+                work.sampler.close()
+        elif isinstance(work, (Sequence, Embedding)):
+            self.outbox.at_once(Accepted(work.id, work.n_prompt))
             self.inbox.put(work)
-        elif work.sampler:
-            work.sampler.close()
+        else:
+            self.ended(work.id)
+            count = len(work.ids) if isinstance(work, Tokens) else 0
+            answer = (Accepted(work.id, count), work, Finished(work.id, "stop", count, 0))
+            self.outbox.at_once(*(answer if isinstance(work, Tokens) else (work,)))
 
-    def _answer(self, submission: Submission, ids: tuple[int, ...], pieces: tuple[bytes, ...]) -> None:
-        """Ends a job that needs the tokenizer only."""
-        if self._arriving.pop(submission.id, None):
-            self.ended(submission.id)
-            self.outbox.tokenized(submission.id, ids, pieces)
-
-    def _tokenized(self, job: Tokenize) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+    def _tokenized(self, id: int, job: Tokenize) -> Tokens:
         """Tokens, and what they stand for if that was asked. Raises InvalidRequest for ids outside the vocabulary."""
         vocab, content = self.llama.vocab, job.content
         if isinstance(content, str):
             ends, special = job.add_special, job.parse_special
             content = tuple(vocab.tokens(content, first=ends, last=ends, special=special).tolist())
-        elif not all(0 <= t < vocab.size for t in content):
-            raise InvalidRequest(f"tokens holds an id outside 0…{vocab.size - 1}", "tokens")
-        return content, tuple(vocab.name(t) for t in content) if job.pieces else ()
+        else:
+            self._check(content, "tokens")
+        return Tokens(id, content, tuple(vocab.name(t) for t in content) if job.pieces else ())
 
-    def _refuse(self, submission: Submission, error: ApiError) -> None:
-        if self._arriving.pop(submission.id, None):
-            self.ended(submission.id)
-            self.outbox.refuse(submission.id, error)
+    def _check(self, ids: Seq[int], name: str) -> None:
+        """Raises InvalidRequest for token ids outside the vocabulary."""
+        size = self.llama.vocab.size
+        if (outside := next((t for t in ids if not 0 <= t < size), None)) is not None:
+            raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{size - 1}: send text; the ids of "
+                                 "another tokenizer (tiktoken) mean nothing here", name.partition("[")[0])  # fmt: skip
 
     def _prompt(self, job: Generate) -> Seq[int]:
         """The prompt's token ids; of its spare segments only the last ones, as many as fit beside the rest and an answer."""
         if not job.spare:
             return self._tokens(job.prompt)
-        rest: Seq[Any] = job.prompt[job.spare :]
-        room, first = self.llama.ctx - len(self._tokens(rest)) - self._answer_tokens(job.sampling), job.spare
+        limit, ctx = job.sampling.max_tokens, self.llama.ctx
+        room, first = ctx - len(self._tokens(job.prompt[job.spare :])), job.spare
+        if limit is not None and limit < ctx:  # the answer was promised so many
+            room -= limit
         for segment in reversed(job.prompt[: job.spare]):
             room -= len(self.llama.vocab.tokens(str(segment)))
             if room <= 0:
@@ -5728,23 +5424,24 @@ class Intake:
             first -= 1
         return self._tokens(job.prompt[first:])
 
-    def _answer_tokens(self, sampling: Sampling) -> int:
-        """How many the answer was promised; none if it has no limit."""
-        return 0 if sampling.max_tokens is None or sampling.max_tokens >= self.llama.ctx else sampling.max_tokens
-
     def _tokens(self, prompt: Seq[Any]) -> Seq[int]:
         """The prompt's token ids. Raises ContextLengthExceeded, or InvalidRequest for ids outside the vocabulary."""
-        vocab = self.llama.vocab
-        given = bool(prompt) and isinstance(prompt[0], int)
-        if given and not all(0 <= t < vocab.size for t in prompt):
-            raise InvalidRequest(f"prompt holds a token id outside 0…{vocab.size - 1}", "prompt")
-        least = len(prompt) if given else vocab.least_tokens(prompt, self.llama.ctx)
-        if least >= self.llama.ctx:  # not tokenized to say exactly: megabytes take seconds
-            self._too_long(least, "" if given else "at least ")
-        tokens = prompt if given else vocab.tokens(*prompt, first=True)
-        if len(tokens) >= self.llama.ctx:
-            self._too_long(len(tokens))
-        return tokens if len(tokens) else [max(self.llama.c.llama_vocab_bos(vocab.handle), 0)]
+        vocab, ctx, tokens = self.llama.vocab, self.llama.ctx, prompt
+        least = 0  # tokens of a text that is not tokenized to say exactly: megabytes take seconds
+        if prompt and isinstance(prompt[0], int):
+            self._check(prompt, "prompt")
+        else:
+            least = vocab.least_tokens(prompt, ctx)
+            tokens = vocab.tokens(*prompt, first=True) if least < ctx else ()
+        count, about = len(tokens) or least, "" if len(tokens) else "at least "
+        if count >= ctx:
+            error = ContextLengthExceeded(
+                f"The prompt has {about}{count} tokens; this model's maximum context length is {ctx}, at least one of them for "
+                "the answer"  # OpenAI's words, by which clients know the error
+            )
+            error.sizes = (count, ctx - 1)
+            raise error
+        return tokens if len(tokens) else self.llama.vocab.nothing
 
     def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
         """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
@@ -5764,43 +5461,27 @@ class Intake:
         vocab, ctx = self.llama.vocab, self.llama.ctx
         if job.truncate and len(input) > vocab.COUNTED:  # no token stands for more than the longest piece
             input = input[: ctx * vocab.longest]
-        name = f"input[{index}]" if job.query is None else f"documents[{index}] with the query"
+        name, tokens, least = f"input[{index}]", (), 0
         if isinstance(input, tuple):
-            if outside := next((t for t in input if not 0 <= t < vocab.size), None):
-                raise InvalidRequest(f"{name} holds token id {outside}, the model's tokens are 0…{vocab.size - 1}: send text; "
-                                     "the ids of another tokenizer (tiktoken) mean nothing here", "input")  # fmt: skip
-            tokens: Any = self.llama.np.array(input, self.llama.np.int32)
-        elif not job.truncate and (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) > ctx:
-            raise self._input_too_long(name, f"at least {least}")
-        else:
+            self._check(input, name)
+            tokens = self.llama.np.array(input, self.llama.np.int32)
+        elif job.truncate or (least := vocab.least_tokens((input, job.query or ""), ctx + 1)) <= ctx:
             tokens = vocab.tokens(input, first=True, last=True) if job.query is None else vocab.pair(job.query, input)
         if len(tokens) > ctx and job.truncate:
             tokens = self.llama.np.concatenate([tokens[: ctx - 1], tokens[-1:]])  # the last one may be the model's own end
-        if len(tokens) > ctx:
-            raise self._input_too_long(name, str(len(tokens)))
-        return tokens if len(tokens) else self.llama.np.array([max(self.llama.c.llama_vocab_bos(vocab.handle), 0)], "int32")
-
-    def _input_too_long(self, name: str, count: str) -> ApiError:
-        """Refused, as OpenAI does: no search would find what was cut off."""
-        details = f"{name} has {count} tokens; the model reads up to {self.llama.ctx} (split the text)"
-        return ContextLengthExceeded(details, param=name.partition("[")[0])
-
-    def _too_long(self, count: int, about: str = "") -> None:
-        error = ContextLengthExceeded(
-            f"The prompt has {about}{count} tokens; this model's maximum context length is {self.llama.ctx}, at least one of "
-            "them for the answer"  # OpenAI's words, by which clients know the error
-        )
-        error.sizes = (count, self.llama.ctx - 1)
-        raise error
+        count, about = len(tokens) or least, "" if len(tokens) else "at least "
+        if count > ctx:  # refused, as OpenAI does: no search would find what was cut off
+            name, param = (name, "input") if job.query is None else (f"documents[{index}] with the query", "documents")
+            raise ContextLengthExceeded(f"{name} has {about}{count} tokens; the model reads up to {ctx} (split the text)",
+                                        param=param)  # fmt: skip
+        return tokens if len(tokens) else self.llama.vocab.nothing
 
 
 class Engine:
     """The step loop of one model, in the child's main thread. Intake, Scheduler, PromptReader and Outbox do the rest."""
 
-    GATHER = 0.02  # of the time that reading a prompt takes, how much to wait for another to be read with it
     PATIENCE = 0.01  # seconds of each step in which grammars are asked what comes next
     SEEKING, SEEKING_EACH = 5.0, 0.1  # seconds in which one may be asked for a text, and more for each token
-    GATHER_LEAST, GATHER_MOST = 0.0002, 0.002  # seconds; a shorter sleep would last as long
     GARBAGE, MOST_GARBAGE = 10, 1000  # collections of young objects before all are looked at: while idle, and while text runs
 
     def __init__(self, llama: Llama, pipe: Pipe, pulse: Pulse) -> None:
@@ -5810,7 +5491,6 @@ class Engine:
         self.inbox = self.intake.inbox
         self.scheduler = Scheduler(llama, llama.options.parallel)
         self.embedder = Embedder(llama, self.scheduler, self._step_streams)
-        self.reader: PromptReader | None = None
         self._aside = llama.on_cpu  # whether to make a prompt reader: a GPU is quick with slices
         self._several = False  # whether several sequences have run at once, since that was last asked
         self._sought = 0.0  # seconds of this step in which grammars were asked
@@ -5818,36 +5498,26 @@ class Engine:
     def run(self) -> None:
         """For ever: takes what came, steps while anything runs, sleeps when nothing does."""
         while True:
-            if self.scheduler.running or self.scheduler.waiting or self.embedder.jobs:
+            if self.scheduler.active or self.scheduler.waiting or self.embedder.jobs:
                 self._take_all()
                 self.step()
             else:
                 self._rest()
                 self.pulse.begin("rest")
                 self._take(self.inbox.get())
-                self._gather()
 
     def _rest(self) -> None:
-        """Idle work: parks finished sequences, makes the prompt reader where several ran at once, frees what leads in rings."""
-        while self.inbox.empty() and self.scheduler.tidy():
+        """Idle work: saves prefixes, makes the prompt reader where several sequences ran at once, runs the cycle collector."""
+        while self.inbox.empty() and self._tidy():
             pass
-        if self._several and self._aside and not self.reader and self.inbox.empty():
+        if self._several and self._aside and not self.scheduler.reader and self.inbox.empty():
             self._make_reader()
         if gc.get_count()[2] >= self.GARBAGE and self.inbox.empty():
             gc.collect()
 
-    def _gather(self) -> None:
-        """Before an idle engine's first step: prompts that arrive together are read together, at twice the speed."""
-        scheduler = self.scheduler
-        while 0 < len(scheduler.running) + len(scheduler.waiting) < scheduler.parallel:
-            scheduler.admit()
-            patience = min(self.GATHER * scheduler.reading_seconds(), self.GATHER_MOST)
-            if patience >= self.GATHER_LEAST:
-                # not inbox.get(timeout=…): one that is over before the wait begins never ends (CPython 3.11, _queue.c)
-                time.sleep(patience)
-            if self.inbox.empty():
-                return
-            self._take_all()
+    def _tidy(self) -> bool:
+        """Moves a prefix out of the cache, between steps that nobody waits for; False when there is none."""
+        return self.llama.on_cpu and self.scheduler.cache.save_oldest()
 
     def _take_all(self) -> None:
         while not self.inbox.empty():
@@ -5855,14 +5525,14 @@ class Engine:
 
     def _take(self, work: Sequence | Embedding | None) -> None:
         if isinstance(work, Embedding):
-            self.embedder.jobs.append(work)
+            self.embedder.add(work)
         elif work is not None:
             self.scheduler.waiting.append(work)
             self._jump(work)
             if work.n_jumped or work.done:
                 self._flush()
-        if work is None or work.cancelled:
-            for gone in [s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.cancelled]:
+        if work is None or work.submission.cancelled:
+            for gone in [s for s in (*self.scheduler.active, *self.scheduler.waiting) if s.submission.cancelled]:
                 self._finish(gone, "cancelled")
             self._flush()
 
@@ -5870,12 +5540,9 @@ class Engine:
         """A step of the main context, or a batch of the prompt reader with the main context's steps in between."""
         self.scheduler.admit()
         self._several = self._several or len(self.scheduler.running) > 1
-        reader = self.reader
-        if reader:
-            while (long := self.scheduler.long_prompts()) and self.scheduler.move_aside(long[0], reader):
-                pass  # in order: else a stream of shorter ones would keep the first out
-        if reader and reader.reading:
-            self._read_aside(reader)
+        self.scheduler.move_aside()
+        if self.scheduler.aside:
+            self._read_aside()
         else:
             self._decode()
         if self.embedder.jobs:
@@ -5884,35 +5551,28 @@ class Engine:
     def _embed(self) -> None:
         """One batch of inputs that become vectors; running streams step in the middle of it."""
         embedder = self.embedder
-        for job in [j for j in embedder.jobs if j.cancelled]:  # not in the middle of a batch, whose cells cannot be dropped
-            self.outbox.embedded(job, "cancelled")
-            self._forget(job)
+        self._end_embeddings()
         self.main.abort(False)
+        self.pulse.begin("decode")
         try:
-            plan = embedder.plan()
-            if embedder.context is self.main:
-                self.intake.in_step = [i.job for i, _ in plan]
-            self.pulse.begin("decode")
-            done = embedder.step(plan) if plan else []
+            if plan := embedder.plan():
+                if embedder.context is self.main:
+                    self.intake.in_step = [i.job for i, _ in plan]
+                embedder.step(plan)
         except (ApiError, LoadError) as error:
-            done = []
-            details, code = (error.details, error.code) if isinstance(error, ApiError) else (str(error), GenerationFailed.code)
-            for job in list(embedder.jobs):
-                self.outbox.failed(job, details, code)
-                self._forget(job)
+            for job in embedder.jobs:
+                job.error = error if isinstance(error, ApiError) else GenerationFailed(str(error))
         self.intake.in_step = ()
-        for job in done:
-            if job.error:
-                self.outbox.failed(job, job.error)
-            else:
-                self.outbox.embedded(job)
-            self.intake.ended(job.id)
+        self._end_embeddings()
         if self.outbox.due():
             self._flush()
 
-    def _forget(self, job: Embedding) -> None:
-        self.embedder.drop([job])
-        self.intake.ended(job.id)
+    def _end_embeddings(self) -> None:
+        """Lets go of jobs that are over; not in the middle of a batch, whose cells cannot be dropped."""
+        for job in [j for j in self.embedder.jobs if j.is_over]:
+            self.outbox.embedded(job)
+            self.embedder.drop(job)
+            self.intake.ended(job.id)
 
     def _make_reader(self) -> None:
         """Makes the prompt reader. Clearing its memory takes as long as many steps, so it is made when none runs."""
@@ -5920,21 +5580,21 @@ class Engine:
         free, need = available_memory(), self.llama.kv_bytes * self.llama.ctx + 64 * MIB
         try:
             if free is None or free > 2 * need:
-                self.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
+                self.scheduler.reader = PromptReader(self.llama, self.scheduler.due, self._step_streams)
         except LoadError as error:
             self._aside = False
             log.warning("long prompts are read in slices: %s", error)
 
-    def _read_aside(self, reader: PromptReader) -> None:
-        """Reads one batch of the prompts aside; those that are read go on in the main context."""
+    def _read_aside(self) -> None:
+        """Reads one batch of the prompts aside."""
+        reader = self.scheduler.reader
+        assert reader
         self.pulse.begin("decode")
-        status = reader.read()
-        if status:
+        if status := reader.read():
             for sequence in reader.reading:
                 self._fail(sequence, f"llama_decode returned {status}")
             self._flush()
-        for sequence, data in reader.give_back():
-            self.scheduler.bring_back(sequence, data)
+        self.scheduler.bring_back()
 
     def _step_streams(self) -> None:
         """In the middle of the prompt reader's batch: lets newcomers in and streams step."""
@@ -5949,12 +5609,12 @@ class Engine:
         if self._running() != self.outbox.running:
             self._flush()
         self._ask_again()
-        plan = scheduler.schedule(self.reader is not None)
+        plan = scheduler.schedule()
         if not plan:
             scheduler.stepped_at = time.perf_counter()
             return
         if all(count == 1 for _, count in plan):
-            scheduler.tidy()  # takes as long as a short step; beside a prompt it would add to the gap
+            self._tidy()  # takes as long as a short step; beside a prompt it would add to the gap
         decoding = sum(1 for s, _ in plan if s.is_stream)
         self.main.abort(False)
         self.intake.in_step = [s for s, _ in plan]
@@ -5987,14 +5647,14 @@ class Engine:
         """After a decode that did not do its work (llama.h): 1 no free cells, 2 aborted, below zero an error."""
         if status == 1:
             back = self.scheduler.make_room()
-            if back and all(s.aside for s in self.scheduler.running):  # alone, and the pool holds a whole context
+            if back and not self.scheduler.running:  # it was alone, and the pool holds a whole context
                 self._fail(back, "the KV cache is full")
         elif status == 2:
             self.scheduler.cache.undo([s for s, _ in plan])
         else:
             for sequence in list(self.scheduler.running):
                 self._fail(sequence, f"llama_decode returned {status}")
-            self.scheduler.cache.clear()
+            self.scheduler.cache.clear(True)
         self._flush()
 
     def _sample(self, plan: Seq[tuple[Sequence, int]]) -> bool:
@@ -6006,7 +5666,7 @@ class Engine:
             if sequence.n_computed == sequence.n_tokens:
                 ready.append((sequence, row))
             elif sequence.n_computed in sequence.borders:
-                self.scheduler.cache.keep(sequence)
+                self.scheduler.cache.save(Prefix(sequence, self.main.oldest(sequence.row)))
         if not ready:
             return False
         logits = self.main.logits(len(ready))
@@ -6023,7 +5683,7 @@ class Engine:
     def _ask_again(self) -> None:
         """Asks the grammars that needed more time in the step before, the one that was asked least first."""
         self._sought = 0.0
-        for sequence in sorted((s for s in self.scheduler.running if not s.aside), key=lambda s: s.sought):
+        for sequence in sorted(self.scheduler.running, key=lambda s: s.sought):
             if sequence.jumps:
                 self._jump(sequence)
             elif sequence.logits is not None and not sequence.pending:
@@ -6034,20 +5694,21 @@ class Engine:
     def _ask(self, sequence: Sequence, question: Callable[[], Result]) -> Result | None:
         """What a sequence's grammar answers; None if it needs more time, or cannot be followed, which ends the sequence."""
         share = self.PATIENCE / max(1, len(self.scheduler.running))
-        began = time.thread_time()
+        fault, began = None, time.thread_time()
         TURN.begin(max(self.PATIENCE - self._sought, share))
         try:
             return question()
         except NotYet:
             if sequence.sought > self.SEEKING:
-                what = "the grammar is too intricate: what may come next is not found in time"
-                self._refuse(sequence, InvalidRequest(what))
+                fault = InvalidRequest("the grammar is too intricate: what may come next is not found in time")
         except InvalidRequest as error:
-            self._refuse(sequence, error)
+            fault = error
         finally:
             spent = time.thread_time() - began
             self._sought += spent
             sequence.sought += spent
+        if fault and sequence.sampler.grammar:
+            self._fail(sequence, sequence.sampler.grammar.named(fault))
         return None
 
     def _pick(self, sequence: Sequence, scores: Any, row: int) -> None:
@@ -6060,7 +5721,7 @@ class Engine:
         if token is None:
             return
         sequence.sought = max(0.0, sequence.sought - self.SEEKING_EACH)
-        if token < 0 and sequence.sampler and sequence.sampler.is_stuck:
+        if token < 0 and sequence.sampler.is_stuck:
             self._fail(sequence, "The document cannot go on: no token that may follow is allowed or in the vocabulary")
             return
         if token < 0 or (token in vocab.eog and not sampling.ignore_eos and not forced):
@@ -6068,7 +5729,7 @@ class Engine:
             return
         sequence.append(token)
         if known:
-            sequence.note(known.of(token, sampling.logprobs or 0))
+            sequence.unshown.append(known.of(token, sampling.logprobs or 0))
         self._jump(sequence)
 
     def _jump(self, sequence: Sequence) -> None:
@@ -6077,9 +5738,13 @@ class Engine:
         So where a text is cut into tokens does not depend on the time, nor what the model says behind it.
         """
         sequence.jumps = self._ask(sequence, sequence.jump) is None
-        if not sequence.done:
-            self._show(sequence)
-            self._end(sequence)
+        if sequence.done:
+            return
+        self._show(sequence)
+        if sequence.text.stopped or sequence.sampler.is_done:
+            self._finish(sequence, "stop")
+        elif sequence.n_tokens >= sequence.limit:
+            self._finish(sequence, "length")
 
     def _show(self, sequence: Sequence) -> None:
         """Gives out the text of tokens that were not shown yet, up to a stop string."""
@@ -6089,41 +5754,26 @@ class Engine:
             sequence.n_shown += 1
             marker = vocab.marker_pieces.get(token) if sequence.markers else None
             piece = marker.encode() if marker in sequence.markers else vocab.piece(token)
-            self.outbox.text(sequence, sequence.text.push(piece))
+            self.outbox.text(sequence, sequence.show(piece))
             if sequence.thought:
                 sequence.watch_thought(vocab.shown(token))
-
-    def _end(self, sequence: Sequence) -> None:
-        """Ends a sequence whose last token has come."""
-        if sequence.text.stopped or (sequence.sampler and sequence.sampler.is_done):
-            self._finish(sequence, "stop")
-        elif sequence.n_tokens >= sequence.limit:
-            self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         self.outbox.finished(sequence, reason)
         self._retire(sequence)
 
-    def _fail(self, sequence: Sequence, details: str, code: str = GenerationFailed.code) -> None:
-        self.outbox.failed(sequence, details, code)
-        self._retire(sequence)
-
-    def _refuse(self, sequence: Sequence, error: InvalidRequest) -> None:
-        """Ends a text whose grammar cannot be followed: the request is at fault, in the field that holds the grammar."""
-        assert sequence.sampler and sequence.sampler.grammar
-        grammar = sequence.sampler.grammar
-        self.outbox.failed(sequence, grammar.said(error), error.code, error.param or grammar.param)
+    def _fail(self, sequence: Sequence, error: ApiError | str) -> None:
+        self.outbox.failed(sequence.id, GenerationFailed(error) if isinstance(error, str) else error)
         self._retire(sequence)
 
     def _retire(self, sequence: Sequence) -> None:
         self.scheduler.retire(sequence)
         self.intake.ended(sequence.id)
         sequence.logits = None
-        if sequence.sampler:
-            sequence.sampler.close()
+        sequence.sampler.close()
 
     def _running(self) -> int:
-        return len(self.scheduler.running) + len(self.embedder.jobs)
+        return len(self.scheduler.active) + len(self.embedder.jobs)
 
     def _flush(self) -> None:
         self.outbox.flush(self._running(), self.scheduler.cells())
@@ -7262,7 +6912,7 @@ class Names:
         for setting, value, found in named:
             if len(found) != 1 and value != "default":
                 near = f"; did you mean {' or '.join(self.near(value))}?" if self.near(value) else ""
-                yield setting, value, f"{catalog.why_path_skipped(value)}{near}"
+                yield setting, value, f"{catalog.why_skipped(value, True)}{near}"
 
 
 class ModelTable:
@@ -7349,8 +6999,7 @@ class ModelTable:
             self._refresh(0.25)
             found = self._names.resolve(name)
         if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
-            why = self.catalog.why_path_skipped if name == "default" else self.catalog.why_skipped
-            raise self._names.not_found(name, why(self._names.wanted(name)))
+            raise self._names.not_found(name, self.catalog.why_skipped(self._names.wanted(name), name == "default"))
         return found[0]
 
     def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
@@ -12438,9 +12087,9 @@ def main(argv: Seq[str] | None = None) -> int:
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background jobs ignore it, and so do we
             signal.signal(signal.SIGINT, signal.default_int_handler)
         args = parse(argv)
-        clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
-        shown = logging.StreamHandler()
-        shown.setFormatter(HarmlessFormatter(clear))
+        shown, lines = logging.StreamHandler(), HarmlessFormatter("%(asctime)s %(message)s", "%H:%M:%S")
+        lines.clear = "\033[K" if sys.stderr.isatty() else ""  # over what WaitingLine says
+        shown.setFormatter(lines)
         logging.basicConfig(handlers=[shown], level=logging.INFO if args.verbose else logging.WARNING)
         if no_stdout and args.command != "serve":
             raise OSError("standard output is closed")
@@ -12515,17 +12164,12 @@ def harmless(text: str) -> str:
 
 
 class HarmlessFormatter(logging.Formatter):
-    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client.
+    """Log lines without control characters, later lines of one indented: a traceback may quote a file or a client."""
 
-    `clear` comes before each.
-    """
-
-    def __init__(self, clear: str = "") -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
-        self._clear = clear
+    clear = ""  # comes before each
 
     def format(self, record: logging.LogRecord) -> str:
-        return self._clear + harmless(super().format(record)).replace("\n", "\n  ")
+        return self.clear + harmless(super().format(record)).replace("\n", "\n  ")
 
 
 OWN_CGROUPS = "/proc/self/cgroup"
@@ -13792,10 +13436,13 @@ class CallReader:
     def _section(self, format: CallFormat, opens: str) -> Reading:
         """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
         yield from self._call(format, opens)
+        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
         again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
-        while (yield from self._either(self._behind_blanks(format.closers), self._other_pair(format),
-                                       *(self._call(format, opens, ",;") for opens in again))):  # fmt: skip
+        while (yield from self._either(*(self._call(format, opens, ",;") for opens in again), self._other_pair(format),
+                                       self._behind_blanks(format.closers - {last}))):  # fmt: skip
             self._drop()
+        yield from self._either(self._behind_blanks([last]))
+        self._drop()
 
     def _other_pair(self, format: CallFormat) -> Reading:
         """A pair behind the name and the arguments in a call's object."""
@@ -13849,19 +13496,20 @@ class CallReader:
             raise NoCall  # a longer name
         self._named(name)
         yield from self._text(format.named)
-        start, params = self.at, format.params
+        start, params, separator = self.at, format.params, "{"
         if params and params.quote:
             yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
-        elif (yield from self._either(self._behind_blanks(format.closers))):
+            return ""
+        while params and (yield from self._either(self._argument(format, params, separator))):
+            separator = ", "
+        if separator == ", ":
+            return "}"
+        if (yield from self._either(self._behind_blanks(format.closers))):
             self.at = start
             return "{}"
-        elif params:
-            yield from self._argument(format, params, "{")
-            while (yield from self._either(self._argument(format, params, ", "))):
-                pass
-            return "}"
-        else:
-            yield from self._arguments()
+        if params:
+            raise NoCall
+        yield from self._arguments()
         return ""
 
     def _arguments(self, mender: JsonMender | None = None) -> Reading:
@@ -14421,13 +14069,6 @@ class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
 
-class Client(Protocol):
-    """Who waits for work on a grammar."""
-
-    @property
-    def cancelled(self) -> bool: ...
-
-
 class Turn(threading.local):
     """The time slice in which this thread may work on grammars; without end unless the step loop says so.
 
@@ -14437,7 +14078,7 @@ class Turn(threading.local):
     _ends = math.inf
     _is_limited = False
     _gate: Gate | None = None
-    _client: Client | None = None
+    _client: Any = None  # nobody waits for the work any more where it is `cancelled`
 
     def begin(self, seconds: float) -> None:
         """Starts a time slice of `seconds`."""
@@ -14470,7 +14111,7 @@ class Turn(threading.local):
             self._is_limited = False
 
     @contextlib.contextmanager
-    def behind(self, gate: Gate | None, client: Client) -> Iterator[None]:
+    def behind(self, gate: Gate | None, client: Any) -> Iterator[None]:
         """Lets work go on only while a gate is open and its client waits for it."""
         self._gate, self._client = gate, client
         if gate:
