@@ -13871,9 +13871,14 @@ class Word(Symbol):
     data: bytes
     at: int = 0
 
-    @functools.cached_property
-    def after(self) -> Mapping[int, Symbols]:
-        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
+    @property
+    def firsts(self) -> int:  # type: ignore[override]
+        return 1 << self.data[self.at]
+
+    def step(self, byte: int) -> Symbols | None:
+        if byte != self.data[self.at]:
+            return None
+        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
 
 
 def word(text: str) -> Symbol:
@@ -14254,11 +14259,6 @@ def others(ranges: Ranges) -> Ranges:
     return merged([(one[1] + 1, two[0] - 1) for one, two in itertools.pairwise(edges)])
 
 
-def common(one: Ranges, two: Ranges) -> Ranges:
-    """The characters that are in both."""
-    return others(merged((*others(one), *others(two))))
-
-
 @dataclass(frozen=True, eq=False)
 class Edge(Symbol):
     """A regular expression's anchor: the text's beginning, or its end."""
@@ -14292,6 +14292,9 @@ class Reader:
         self.text, self.at = text, 0
         self.token: re.Match[str] | None = None
         self.kind: str | None = None  # of the token; None: the end
+        if len(text) > self.MAX_TEXT:
+            raise self.refuse(f"over {self.MAX_TEXT} characters")
+        self.advance()
 
     def refuse(self, what: str) -> InvalidRequest:
         raise NotImplementedError
@@ -14409,9 +14412,6 @@ class PatternReader(Reader):
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise self.refuse(f"over {self.MAX_TEXT} characters")
-        self.advance()
         found = self.choice(0)
         if self.kind is not None:
             raise self.refuse("a bracket is closed that was not opened")
@@ -14563,18 +14563,14 @@ class GbnfReader(Reader):
         self.used: dict[str, int] = {}  # name → place
 
     def refuse(self, what: str, place: int | None = None) -> InvalidRequest:
-        place = (self.token.start() if self.token else len(self.text)) if place is None else place
+        place = (self.token.start() if self.token else self.at) if place is None else place
         return InvalidRequest(f"grammar: line {self.text.count(chr(10), 0, place) + 1}: {what}", "grammar")
 
     def read(self) -> Symbol:
-        if len(self.text) > self.MAX_TEXT:
-            raise InvalidRequest(f"grammar: over {self.MAX_TEXT} characters", "grammar")
-        self.advance()
         while self.token is not None:
             if self.kind != "rule":
-                said = _said(self.word())
-                begun = f"{said} is not expected here"
-                raise self.refuse(begun if self.rules else f"a rule must begin here (name ::= …), not {said}")
+                wrong = "{} is not expected here" if self.rules else "a rule must begin here (name ::= …), not {}"
+                raise self.refuse(wrong.format(_said(self.word())))
             name = self.token["rule"]
             self.advance()
             self.rules[name] = self.choice(0)
@@ -15068,8 +15064,8 @@ def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> fl
                 longer += fresh
             elif length + known < found:
                 found, rest, last = length + known, known, one
-        if len(before) > MAX_SEARCH:
-            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
+            if len(before) > MAX_SEARCH:
+                raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
     if last is None:
         for one in before:
@@ -15258,7 +15254,7 @@ PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # JSON numbers by bounds and multiples, digit by digit.
-# Offers: NumberShape, number_symbol, another_number, number_fits, number_machine. Uses: D.1's symbols.
+# Offers: NumberShape, number_symbol, another_number, number_fits. Uses: D.1's symbols.
 
 
 @dataclass(frozen=True)
@@ -15345,13 +15341,6 @@ class NumberMachine:
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
         return value % self.unit == 0 and all(value % one for one in self.unlike)
-
-    def every_number(self, most: int) -> set[int | float] | None:
-        """The numbers, if there are at most so many."""
-        if self.high - self.low > most * self.unit:
-            return None
-        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
-        return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
     def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
         """A JSON number that is none of those excluded; None if there is none."""
