@@ -9388,7 +9388,7 @@ def uncompressed(data: bytes, encoding: str) -> bytes:
     return plain
 
 
-WATCH_SECONDS = 0.02  # about a step of a small model
+WATCH_SECONDS = 0.01  # less than a step takes
 
 
 class Watcher:
@@ -10656,7 +10656,7 @@ def _model_arguments(sub: argparse.ArgumentParser) -> None:
 def _address_flags(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("address")
     group.add_argument("--bind", metavar="HOST[:PORT]", help="address (default: 127.0.0.1:11435)")
-    group.add_argument("--port", type=int, metavar="N", help="port; wins over the one in --bind; 0 picks one")
+    group.add_argument("--port", type=count(0, 65535), metavar="N", help="port; wins over the one in --bind; 0 picks one")
 
 
 def _engine_flags(sub: argparse.ArgumentParser) -> None:
@@ -10753,12 +10753,9 @@ def listen_address(args: argparse.Namespace) -> tuple[str, int]:
     # a port flag wins over --bind's, and both over the environment's
     port = args.port if args.port is not None else named if args.bind and named else os.environ.get("SHIMMY_PORT") or named
     try:
-        number = int(DEFAULT_PORT if port is None else port)
-    except ValueError:
-        raise UsageError(f"SHIMMY_PORT {port} is no port number") from None
-    if not 0 <= number <= 65535:
-        raise UsageError(f"port {number} is outside 0…65535")
-    return host, number
+        return host, count(0, 65535)(str(DEFAULT_PORT if port is None else port))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{'--bind' if port == named else 'SHIMMY_PORT'}: {error}") from None
 
 
 def engine_fields(args: argparse.Namespace) -> dict[str, Any]:
@@ -10990,8 +10987,6 @@ def command_serve(args: argparse.Namespace) -> int:
             log.warning("--models-dir %s: there is no such directory", directory)
     service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
                            report=log.warning)  # fmt: skip
-    if sys.stderr.isatty():
-        threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
         server = Server(address, service, access)
     except OSError as error:
@@ -11004,28 +10999,14 @@ def command_serve(args: argparse.Namespace) -> int:
     if args.open:
         threading.Thread(target=open_page, args=(server.url,), name="browser", daemon=True).start()
     threading.Thread(target=_after_scan, args=(args, service, signals, server.url), name="names", daemon=True).start()
-    code = signals.wait()
+    with WaitingLine(lambda: ", ".join(loading_stage(s) for s in service.table.statuses() if s["status"] == "loading")):
+        code = signals.wait()
     if not code:
         busy = [(s["model"], s["requests_running"] + s["requests_waiting"]) for s in service.table.statuses()]
         who = ", ".join(f"{printable(model)} ({requests})" for model, requests in busy if requests)
         log.warning("shutting down%s", f": waiting up to {GRACE_SECONDS:.0f} s for the requests of {who}" if who else "")
     server.stop()
     return code
-
-
-def draw_loads(table: ModelTable) -> None:
-    """The thread that shows on a terminal how far loads are."""
-    while True:
-        time.sleep(0.2)
-        if stages_of_loads(table):
-            with WaitingLine(lambda: stages_of_loads(table)):
-                while stages_of_loads(table):
-                    time.sleep(0.2)
-
-
-def stages_of_loads(table: ModelTable) -> str:
-    """What each load is doing; "" while nothing loads."""
-    return ", ".join(loading_stage(status) for status in table.statuses() if status["status"] == "loading")
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -11041,10 +11022,8 @@ def serve_access(args: argparse.Namespace, host: str) -> Access:
 def checked_key(setting: str, words: str) -> str:
     """A key, without the blanks and line ends around it. Raises UsageError for one that no header carries."""
     key = words.strip()
-    if not key:
-        raise UsageError(f"{setting} is empty: give a key, or leave it out")
-    if not (key.isascii() and key.isprintable()):
-        raise UsageError(f"{setting} must be printable ASCII, as headers are")
+    if not (key and key.isascii() and key.isprintable()):
+        raise UsageError(f"{setting} must be printable ASCII, as headers are, and not empty")
     return key
 
 
@@ -11205,12 +11184,13 @@ class WaitingLine:
         self.clear()
 
     def _redraw(self) -> None:
-        began, drawn = time.monotonic(), ""
+        began, drawn = 0.0, ""
         while self.shown:
             try:
                 text = self._what()
             except Exception:  # a thread's border: the command itself tells what went wrong
                 text = ""
+            began = began or time.monotonic() if text else 0.0
             seconds = int(time.monotonic() - began)
             text += f" ({seconds} s)" if text and seconds >= 2 else ""
             with self._lock:
@@ -11326,8 +11306,7 @@ class PullView(WaitingLine):
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        erase = "\033[K" if self.shown else ""
-        print(f"{erase}{line}", file=sys.stderr, flush=True)
+        print(("\033[K" if self.shown else "") + line, file=sys.stderr, flush=True)
 
     def watch(self, work: Generator[Fetching, None, Any]) -> Any:
         """Runs the work to its end; returns what it returns."""
