@@ -26,13 +26,14 @@ from its template. What the engine computes: a Job, which a Submit carries.
 
 Who owns what. JSON, tool calls and HTTP live in the main process. Chat templates come from downloaded files and run in
 a helper process, bounded in time and memory (Helpers). Tokens, KV cache and sampling live in the child, which alone
-imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says is
-not trusted. In the child one thread receives, one tokenizes (Intake) and one beats; the main thread alone decodes: Engine
-takes the step that Scheduler plans, in cells that Cache gives out, and reads long prompts aside (PromptReader). A child
-ends with its pipe, however the parent went; on Linux an engine ends with the thread that starts them all, even while it
-is stopped. A crash in native code ends one child, and a Heartbeat that stops has it killed; its worker fails what ran
-there, and while a model loads, the Ladder loads it again with less. HTTP threads are one a connection and block. The
-watcher thread notices clients that leave. The ws thread runs asyncio and starts with the first upgrade.
+imports llama_cpp. Frozen dataclasses cross the pipes, one message a step for all sequences together; what a child says
+is not trusted. In the child one thread receives, one tokenizes, one reads grammars that take long (Intake) and one
+beats; the main thread alone decodes: Engine takes the step that Scheduler plans, in cells that Cache gives out, and
+reads long prompts aside (PromptReader). A child ends with its pipe, however the parent went; on Linux an engine ends
+with the thread that starts them all, even while it is stopped. A crash in native code ends one child, and a Heartbeat
+that stops has it killed; its worker fails what ran there, and while a model loads, the Ladder loads it again with less.
+HTTP threads are one a connection and block. The watcher thread notices clients that leave. The ws thread runs asyncio
+and starts with the first upgrade.
 """
 from __future__ import annotations
 
@@ -84,33 +85,25 @@ def _bytecode_prefix(path: str) -> str:
     """A value for sys.pycache_prefix: "" is beside the file, os.devnull is nowhere."""
     from importlib.util import cache_from_source
 
-    beside = os.path.dirname(cache_from_source(path))
-    source = os.stat(path)
+    source, cached, own = os.stat(path), cache_from_source(path), os.path.join(user_cache(), "bytecode")
     if time.time() - source.st_mtime < 2.0:  # bytecode knows the second of its source: another change may come within it
         return os.devnull
-    owners = {0, source.st_uid}  # who may change the bytecode must be who may change the file
-    folder = beside if os.path.isdir(beside) else os.path.dirname(path)
-    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted(folder, owners, beside)):
+    folder = os.path.dirname(cached) if os.path.isdir(os.path.dirname(cached)) else os.path.dirname(path)
+    # who may change the bytecode must be who may change the file
+    if not sys.dont_write_bytecode and (sys.pycache_prefix or _trusted({0, source.st_uid}, folder, cached)):
         return ""
-    own = os.path.join(user_cache(), "bytecode")
     try:
         os.makedirs(own, mode=0o700, exist_ok=True)
     except OSError:
         return os.devnull
-    return own if _trusted(own, set(), own) else os.devnull
+    return own if _trusted(set(), own) else os.devnull
 
 
-def _trusted(folder: str, owners: set[int], cache: str) -> bool:
-    """True if only `owners` and we can write the folder, and this file's bytecode in `cache`."""
-    if not os.access(folder, os.W_OK):
-        return False
-    stem = os.path.splitext(os.path.basename(__file__))[0]
-    try:
-        inside = [os.path.join(cache, n) for n in os.listdir(cache) if n.startswith(stem)] if os.path.isdir(cache) else []
-        found = [os.stat(f) for f in (folder, *inside)]
-    except OSError:
-        return False
-    return os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+def _trusted(owners: set[int], folder: str, *files: str) -> bool:
+    """True if only `owners` and we can write the folder, and those of the files that exist."""
+    found = [os.stat(path) for path in (folder, *files) if os.path.exists(path)]
+    ours = os.name != "posix" or all(f.st_uid in owners | {os.geteuid()} and not f.st_mode & 0o002 for f in found)
+    return ours and os.access(folder, os.W_OK)
 
 
 def user_cache() -> str:
@@ -122,7 +115,7 @@ def user_cache() -> str:
 
 
 def restart_from_bytecode() -> None:
-    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 25 MB, while it runs.
+    """Runs the same command line from cached bytecode, in this process. A script keeps its syntax tree, 57 MB, while it runs.
 
     Only a server lives long enough for that to matter more than the 15 ms it takes.
     """
@@ -177,13 +170,12 @@ import stat
 import struct
 import threading
 import urllib.parse
-import weakref
 import zlib
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
 
 if TYPE_CHECKING:
     import ast
@@ -191,6 +183,7 @@ if TYPE_CHECKING:
     import http.client
     import subprocess
     from concurrent.futures import Executor
+    from fractions import Fraction
 
 __version__ = "0.1.0"
 
@@ -245,25 +238,35 @@ MAX_PULLS = 4  # that clients may have running at once; more would only share th
 HUB = "https://huggingface.co"
 
 
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "overloaded_error"}
+
+
 class ApiError(Exception):
     """An answer that is an error: status, code, message, details and the field at fault (`param`)."""
 
     status = 500
     code = "server_error"
-    kind = "server_error"  # OpenAI's `type`
     message = "The server met an error"
+    param: str | None = None
+    headers: Mapping[str, str] = {}  # of the response
     sizes: tuple[int, ...] = ()  # what was too large, and the most it may be
 
-    def __init__(self, details: str = "", message: str | None = None, param: str | None = None) -> None:
+    def __init_subclass__(cls, **shape: Any) -> None:
+        for name, value in shape.items():
+            setattr(cls, name, value)
+
+    def __init__(self, details: str = "", message: str | None = None, param: str | None = None, hint: str = "") -> None:
         super().__init__(details)
-        self.message, self.details, self.param = message or self.message, details, param
+        self.message, self.details, self.param = message or self.message, details, param or self.param
+        self.hint = hint  # what the caller could name instead
 
     def __str__(self) -> str:
-        return f"{self.message}: {self.details}" if self.details else self.message
+        return (f"{self.message}: {self.details}" if self.details else self.message) + self.hint
 
-    def headers(self) -> dict[str, str]:
-        """Extra response headers, e.g. Allow or Retry-After."""
-        return {}
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type`."""
+        return ERROR_TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
     def document(self, openai: bool = False) -> dict[str, Any]:
         """The error object of every route. OpenAI's routes add `type` and `param`; its packages show only `message`, so
@@ -274,10 +277,8 @@ class ApiError(Exception):
         return {"error": {"code": self.code, "message": self.message, "details": self.details}}
 
 
-class InvalidRequest(ApiError):
+class InvalidRequest(ApiError, code="invalid_request", message="The request is invalid"):
     """The request is wrong; message says what to change, param names the field."""
-
-    status, code, kind, message = 400, "invalid_request", "invalid_request_error", "The request is invalid"
 
     def __init__(self, message: str, param: str | None = None, details: str = "", status: int = 400) -> None:
         super().__init__(details or (f"Field '{param}' is at fault" if param else message), message, param)
@@ -287,82 +288,47 @@ class InvalidRequest(ApiError):
         return self.message
 
 
-class ContextLengthExceeded(ApiError):
+class ContextLengthExceeded(
+    ApiError, status=400, code="context_length_exceeded", message="The prompt does not fit the model's context"
+):
     """The prompt leaves no room for a token; details give both numbers, `sizes` too: its tokens, and the most there may be."""
 
-    status, code, kind = 400, "context_length_exceeded", "invalid_request_error"
-    message = "The prompt does not fit the model's context"
 
-
-class Unauthorized(ApiError):
+class Unauthorized(ApiError, status=401, code="unauthorized", message="A valid API key is required",
+                   headers={"WWW-Authenticate": "Bearer"}):  # fmt: skip
     """The key is missing or wrong."""
 
-    status, code, kind, message = 401, "unauthorized", "authentication_error", "A valid API key is required"
 
-    def headers(self) -> dict[str, str]:
-        return {"WWW-Authenticate": "Bearer"}
-
-
-class Forbidden(ApiError):
+class Forbidden(ApiError, status=403, code="forbidden", message="The request is not allowed"):
     """A foreign Host or Origin."""
 
-    status, code, kind, message = 403, "forbidden", "permission_error", "The request is not allowed"
 
-
-class NotFound(ApiError):
+class NotFound(ApiError, status=404, code="not_found", message="There is nothing at this address"):
     """No such route, or no such tool."""
 
-    status, code, kind, message = 404, "not_found", "not_found_error", "There is nothing at this address"
 
-
-class ModelNotFound(ApiError):
+class ModelNotFound(ApiError, status=404, code="model_not_found", message="The specified model was not found", param="model"):
     """No model has this name."""
 
-    status, code, kind, message = 404, "model_not_found", "not_found_error", "The specified model was not found"
 
-    def __init__(
-        self, details: str = "", message: str | None = None, param: str | None = "model", hint: str = ""
-    ) -> None:
-        super().__init__(details, message, param)
-        self.hint = hint  # what the caller could name instead
-
-    def __str__(self) -> str:
-        return super().__str__() + self.hint
-
-
-class MethodNotAllowed(ApiError):
+class MethodNotAllowed(ApiError, status=405, code="method_not_allowed", message="The method is not allowed here"):
     """The route exists, for other methods."""
 
-    status, code, kind = 405, "method_not_allowed", "invalid_request_error"
-    message = "The method is not allowed here"
-
     def __init__(self, method: str, allow: Iterable[str]) -> None:
-        self.allow = ", ".join(sorted(allow))
-        super().__init__(f"{method[:20]} is not allowed; allowed are {self.allow}")
-
-    def headers(self) -> dict[str, str]:
-        return {"Allow": self.allow}
+        self.headers = {"Allow": ", ".join(sorted(allow))}
+        super().__init__(f"{method[:20]} is not allowed; allowed are {self.headers['Allow']}")
 
 
-class PayloadTooLarge(ApiError):
+class PayloadTooLarge(ApiError, status=413, code="payload_too_large", message="The body is too large"):
     """A body beyond MAX_BODY."""
 
-    status, code, kind, message = 413, "payload_too_large", "invalid_request_error", "The body is too large"
 
-
-class Overloaded(ApiError):
+class Overloaded(ApiError, status=503, code="overloaded", message="The server is busy, try again", headers={"Retry-After": "2"}):
     """The queue, the models or the connections are at their bound; try again."""
 
-    status, code, kind, message = 503, "overloaded", "overloaded_error", "The server is busy, try again"
 
-    def headers(self) -> dict[str, str]:
-        return {"Retry-After": "2"}
-
-
-class GenerationFailed(ApiError):
+class GenerationFailed(ApiError, code="generation_failed", message="Text generation failed"):
     """The engine could not load, or broke off."""
-
-    code, message = "generation_failed", "Text generation failed"
 
 
 class Cancelled(Exception):
@@ -375,29 +341,24 @@ ERRORS: dict[str, Callable[..., ApiError]] = {  # by the code that crosses the p
 
 
 class Cancellation:
-    """Cancels one request; callbacks wake its waiters. Any thread may cancel."""
+    """Cancels one request; callbacks wake its waiters, and may run more than once. Any thread may cancel."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._callbacks: list[Callable[[], None]] = []
         self.cancelled = False
         self.gently = False  # the client still listens: let the engine say how far it came
 
     def cancel(self, gently: bool = False) -> None:
         """Ends the request now; gently: with the engine's own end, whose finish_reason is cancelled."""
-        with self._lock:
-            callbacks = list(self._callbacks)
-            self.cancelled, self.gently = True, gently
-        for callback in callbacks:
+        self.gently, self.cancelled = gently, True
+        for callback in list(self._callbacks):
             callback()
 
     def on_cancel(self, callback: Callable[[], None]) -> None:
         """Runs `callback` on cancel; immediately if already cancelled."""
-        with self._lock:
-            if not self.cancelled:
-                self._callbacks.append(callback)
-                return
-        callback()
+        self._callbacks.append(callback)
+        if self.cancelled:
+            callback()
 
     def check(self) -> None:
         """Raises Cancelled when the request has been cancelled."""
@@ -406,8 +367,7 @@ class Cancellation:
 
 
 # ── 2. Requests and events ────────────────────────────────────────────────────────────────────────────────────────────
-# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end
-# here.
+# Bodies become frozen dataclasses; each parameter is named once, with its default, bounds and help. Raw dicts end here.
 
 Check = Callable[[str, Any], Any]
 
@@ -424,25 +384,23 @@ def number(low: float, high: float) -> Check:
     """Accepts a number from `low` to `high`."""
 
     def check(name: str, value: Any) -> float:
-        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-        if not fine:
+        if type(value) not in (int, float) or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a number from {low:g} to {high:g}, not {_said(value)}", name)
         return float(value)
 
     return check
 
 
-def whole(low: int | None = None, high: int | None = None) -> Check:
+def whole(low: float = -math.inf, high: float = math.inf) -> Check:
     """Accepts a whole number within the bounds given; 100.0 counts as whole, as JavaScript clients may write it."""
-    bounds = {(True, True): "", (False, True): f" ≥ {low}"}.get((low is None, high is None), f" from {low} to {high}")
+    bounds = f" from {low} to {high}" if high < math.inf else f" ≥ {low}" if low > -math.inf else ""
 
     def check(name: str, value: Any) -> int:
         if isinstance(value, float) and value.is_integer():
             value = int(value)
-        fine = isinstance(value, int) and not isinstance(value, bool)
-        if not fine or (low is not None and value < low) or (high is not None and value > high):
+        if type(value) is not int or not low <= value <= high:
             raise InvalidRequest(f"{name} must be a whole number{bounds}, not {_said(value)}", name)
-        return int(value)
+        return value
 
     return check
 
@@ -476,24 +434,23 @@ a_string = one_type(str, "a string")
 an_object = one_type(dict, "an object")
 
 
-def stops(name: str, value: Any) -> tuple[str, ...]:
-    """A string or a list of strings; empty ones would stop everything at once and are left out."""
-    listed = [value] if isinstance(value, str) else value
-    if not isinstance(listed, list) or len(listed) > MAX_STOPS or not all(isinstance(s, str) for s in listed):
-        raise InvalidRequest(f"{name} must be a string or a list of up to {MAX_STOPS} strings, not {_said(value)}", name)
-    if any(len(s) > MAX_STOP for s in listed):
-        raise InvalidRequest(f"{name} may have up to {MAX_STOP} characters, not {max(map(len, listed))}", name)
-    return tuple(s for s in listed if s)
+def strings(most: int, size: int, unit: str) -> Check:
+    """Accepts a string or a list of strings, each of up to `size` characters or bytes; empty ones are left out."""
+
+    def check(name: str, value: Any) -> tuple[str, ...]:
+        listed = [value] if isinstance(value, str) else value
+        if not isinstance(listed, list) or len(listed) > most or not all(isinstance(s, str) for s in listed):
+            raise InvalidRequest(f"{name} must be a string or a list of up to {most} strings, not {_said(value)}", name)
+        longest = max((len(s.encode() if unit == "bytes" else s) for s in listed), default=0)
+        if longest > size:
+            raise InvalidRequest(f"{name} may have up to {size} {unit} each, not {longest}", name)
+        return tuple(filter(None, listed))
+
+    return check
 
 
-def breakers(name: str, value: Any) -> tuple[str, ...]:
-    """The strings that DRY's repetitions do not reach across."""
-    if not isinstance(value, list) or len(value) > MAX_BREAKERS or not all(isinstance(s, str) for s in value):
-        raise InvalidRequest(f"{name} must be a list of up to {MAX_BREAKERS} strings, not {_said(value)}", name)
-    longest = max((len(s.encode()) for s in value), default=0)
-    if longest > MAX_BREAKER:
-        raise InvalidRequest(f"{name} may have up to {MAX_BREAKER} bytes each, not {longest}", name)
-    return tuple(s for s in value if s)
+stops = strings(MAX_STOPS, MAX_STOP, "characters")
+breakers = strings(MAX_BREAKERS, MAX_BREAKER, "bytes")
 
 
 def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
@@ -503,20 +460,11 @@ def biases(name: str, value: Any) -> tuple[tuple[int, float], ...]:
     """
     pairs = list(value.items()) if isinstance(value, dict) else value
     paired = isinstance(pairs, list) and all(isinstance(p, (list, tuple)) and len(p) == 2 for p in pairs)
-    if not paired or len(pairs) > MAX_BIASES or not all(map(_is_token_id, (token for token, _ in pairs))):
+    if not paired or len(pairs) > MAX_BIASES or not all(re.fullmatch("0*[0-9]{1,10}", str(token)) for token, _ in pairs):
         forms = f"an object of up to {MAX_BIASES} token ids, or a list of pairs of a token id and its bias"
         raise InvalidRequest(f"{name} must be {forms}, not {_said(value)}", name)
     check = number(-100, 100)
-    return tuple(
-        (int(str(t).lstrip("0")[:10] or 0), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs
-    )
-
-
-def _is_token_id(value: Any) -> bool:
-    """A whole number from 0, or its digits: JSON's keys are strings."""
-    if isinstance(value, str):
-        return value.isascii() and value.isdigit()
-    return type(value) is int and 0 <= value < 1 << 31
+    return tuple((int(t), -math.inf if v is False or v == -100 else check(f"{name}.{t}", v)) for t, v in pairs)
 
 
 def param(check: Check, help: str, default: Any = None, **more: Any) -> Any:
@@ -657,44 +605,35 @@ class EmbedRequest:
     engine: Mapping[str, Any] = field(default_factory=dict)  # as GenerateRequest has it
 
 
-def read_inputs(value: Any, may_be_empty: bool = False) -> tuple[str | tuple[int, ...], ...]:
-    """The inputs of an embedding request: a string, token ids, or a list of strings or of token ids.
+def read_texts(name: str, value: Any, most: int, may_be_empty: bool = True) -> tuple[str | tuple[int, ...], ...]:
+    """Prompts or inputs: a string, token ids, or a list of strings and of token ids, at most so many.
 
-    OpenAI refuses an empty one; Ollama makes a vector of it when it is in a list (EmbedHandler in server/routes.go).
+    OpenAI refuses empty ones to embed; Ollama makes vectors of those in a list (EmbedHandler in server/routes.go).
     """
-    wrong = InvalidRequest("input must be a string, a list of strings, token ids, or a list of lists of token ids", "input")
-    listed = [value] if isinstance(value, str) or _is_ids(value) else value
-    if not isinstance(listed, list) or not listed:
-        raise wrong
-    if len(listed) > MAX_INPUTS:
-        raise InvalidRequest(f"input may hold up to {MAX_INPUTS} inputs, not {len(listed)}", "input")
-    for index, each in enumerate(listed):
-        if each in ("", []) and not may_be_empty:
-            raise InvalidRequest(f"input[{index}] is empty: each input needs some text", "input")
-        if not (isinstance(each, str) or _is_ids(each)) or type(each) is not type(listed[0]):
-            raise wrong
-    return tuple(each if isinstance(each, str) else tuple(each) for each in listed)
+    texts = [value] if isinstance(value, str) or is_ids(value) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) or is_ids(t) or t == [] for t in texts):
+        raise InvalidRequest(f"{name} must be a string, token ids, or a list of strings or of lists of token ids", name)
+    check_length(name, texts, most)
+    for index, text in enumerate(texts):
+        if text == [] or (text == "" and not may_be_empty):
+            raise InvalidRequest(f"{name}[{index}] is empty: each needs some text", name)
+    return tuple(text if isinstance(text, str) else tuple(text) for text in texts)
 
 
 def read_documents(value: Any) -> tuple[str, ...]:
     """The documents to rank: strings, or objects with a text."""
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest('documents is required: a list of strings, or of objects {"text": ...}', "documents")
-    if len(value) > MAX_INPUTS:
-        raise InvalidRequest(f"documents may hold up to {MAX_INPUTS} documents, not {len(value)}", "documents")
-    texts: list[str] = []
-    for index, each in enumerate(value):
-        text = each.get("text") if isinstance(each, dict) else each
-        if not isinstance(text, str):
-            raise InvalidRequest(f'documents[{index}] must be a string or {{"text": ...}}, not {_said(each)}', "documents")
-        texts.append(text)
+    parts = value if isinstance(value, list) else []
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest('documents must be a list of strings, or of objects {"text": ...}', "documents")
+    check_length("documents", texts, MAX_INPUTS)
     return tuple(texts)
 
 
-def flag(body: Mapping[str, Any], name: str) -> bool:
-    """A field that is true or false; false when absent."""
-    value = body.get(name)
-    return False if value is None else bool(boolean(name, value))
+def check_length(name: str, value: Seq[Any], most: int) -> None:
+    """Raises InvalidRequest for a list that is too long."""
+    if len(value) > most:
+        raise InvalidRequest(f"{name} may hold up to {most}, not {len(value)}", name)
 
 
 def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = None) -> Any:
@@ -703,26 +642,14 @@ def optional(body: Mapping[str, Any], name: str, check: Check, default: Any = No
     return default if value is None else check(name, value)
 
 
-def read_prompts(value: Any) -> tuple[str | tuple[int, ...], ...]:
-    """The prompts of a completion request, at most MAX_TEXTS of them."""
-    wrong = InvalidRequest("prompt must be a string, or a list of strings or token ids", "prompt")
-    if isinstance(value, str):
-        return (value,)
-    if not isinstance(value, list) or not value:
-        raise wrong
-    if all(isinstance(v, int) and not isinstance(v, bool) for v in value):
-        return (tuple(value),)
-    if len(value) > MAX_TEXTS:
-        raise InvalidRequest(f"prompt may hold up to {MAX_TEXTS} prompts, not {len(value)}", "prompt")
-    return tuple(p for v in value for p in (read_prompts(v) if isinstance(v, str) or _is_ids(v) else _raise(wrong)))
+def flag(body: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """A field that is true or false."""
+    return bool(optional(body, name, boolean, default))
 
 
-def _is_ids(value: Any) -> bool:
+def is_ids(value: Any) -> bool:
+    """True for a list of whole numbers that is not empty."""
     return isinstance(value, list) and bool(value) and all(type(v) is int for v in value)
-
-
-def _raise(error: Exception) -> Any:
-    raise error
 
 
 THOUGHT_FIELDS = ("reasoning_content", "reasoning", "thinking")  # of a message; inside they all have the first name
@@ -736,8 +663,7 @@ def read_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...] | None:
         return None
     if not isinstance(messages, list) or not messages:
         raise InvalidRequest("messages must be a list of at least one message", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise InvalidRequest(f"messages may hold up to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
+    check_length("messages", messages, MAX_MESSAGES)
     newest = newest_turn(messages)
     return tuple(read_message(f"messages[{i}]", message, message is newest) for i, message in enumerate(messages))
 
@@ -754,8 +680,7 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     if role not in ROLES:
         raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
     content = message.get("content")
-    calls = message.get("tool_calls")
-    if content is None and not (role == "assistant"):
+    if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
     read = {"role": "system" if role == "developer" else role, "content": text}
@@ -763,7 +688,7 @@ def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
             read[kept] = a_string(f"{where}.{name}", message[name])
-    if calls:
+    if calls := message.get("tool_calls"):
         read["tool_calls"] = read_tool_calls(f"{where}.tool_calls", calls)
     return read
 
@@ -779,17 +704,21 @@ def flat_content(where: str, content: Any, kinds: Seq[str] = ("text", "refusal")
 
     A note stands for images, audio and files, but in the user's newest turn they are refused.
     """
-    if isinstance(content, str):
-        return content
+    return content if isinstance(content, str) else flat_parts(listed(where, content), kinds, between, newest)
+
+
+def flat_parts(parts: Iterable[tuple[str, dict[str, Any]]], kinds: Seq[str], between: str, newest: bool) -> str:
+    """The texts of parts, each with its place for error messages."""
     texts, media = [], []
-    for place, part in listed(where, content):
+    for place, part in parts:
         kind = part.get("type")
         if isinstance(kind, str) and kind in MEDIA:
             media.append(left_out(f"{place}.type", kind, newest))
+            texts.append(a_string(f"{place}.title", given(part, "title", "")))
         else:
             name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
             texts.append(a_string(f"{place}.{name}", part.get(name)))
-    return with_note(between.join(texts), media)
+    return with_note(between.join(filter(None, texts)), media)
 
 
 def left_out(where: str, kind: str, newest: bool) -> str:
@@ -810,10 +739,9 @@ def with_note(text: str, media: Seq[str]) -> str:
 def read_tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
     """An assistant message's tool calls; arguments, a JSON text over the wire, become the object templates want."""
     read = []
-    for i, call in enumerate(one_type(list, "a list")(where, calls)):
-        function = an_object(f"{where}[{i}]", call).get("function")
-        function = an_object(f"{where}[{i}].function", function)
-        name, arguments = a_string(f"{where}[{i}].function.name", function.get("name")), function.get("arguments")
+    for place, call in listed(where, calls):
+        function = an_object(f"{place}.function", call.get("function"))
+        name, arguments = a_string(f"{place}.function.name", function.get("name")), function.get("arguments")
         if isinstance(arguments, str):
             with contextlib.suppress(InvalidRequest, UnicodeEncodeError):  # what is no JSON stays the text it is
                 arguments = parse_json(arguments.encode())
@@ -828,10 +756,9 @@ NO_PARAMETERS = {"type": "object", "properties": {}}  # of a function without; t
 def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tuple[str, ...]]:
     """Checks a chat's tools: its functions, and the names of built-in ones; none when tool_choice is "none"."""
     tools = body.get("tools") or []
-    if len(one_type(list, "a list")("tools", tools)) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(tools)}", "tools")
+    check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
     functions, builtins = [], []
-    for where, tool in ((f"tools[{i}]", an_object(f"tools[{i}]", tool)) for i, tool in enumerate(tools)):
+    for where, tool in listed("tools", tools):
         if tool.get("type") == "builtin":
             builtins.append(a_string(f"{where}.name", tool.get("name")))
         elif tool.get("type") == "function":
@@ -1022,11 +949,14 @@ def parse_json(data: bytes, what: str = "The body") -> Any:
         raise InvalidRequest(f"{what} is not UTF-8 (byte {error.start})") from None
     _check_nesting(data, what)
     try:
-        value = json.loads(source, parse_float=_finite, parse_constant=_no_constant)
+        value = json.loads(source, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{what} is not valid JSON: {error}") from None
-    if "\\u" in source and _has_surrogate(value):
-        raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text")
+    if "\\u" in source:
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise InvalidRequest(f"{what} holds a lone surrogate, which is not Unicode text") from None
     return value
 
 
@@ -1057,15 +987,11 @@ def _check_nesting(data: bytes, what: str) -> None:
 
 
 def _finite(text: str) -> float:
-    """A JSON number; what is too large would become infinite, and an answer that repeats it no JSON."""
+    """A JSON number. One too large would become infinite, and an answer that repeats it no JSON; NaN is none at all."""
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is too large a number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
 
 
 def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
@@ -1074,14 +1000,6 @@ def parse_object(data: bytes, what: str = "The body") -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{what} must be a JSON object")
     return value
-
-
-def _has_surrogate(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        return True
-    return False
 
 
 # ── 3. Models on disk ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1186,37 +1104,38 @@ def _in_name(pattern: re.Pattern[str], stem: str) -> str | None:
 
 
 def _parameter_count(header: GgufHeader) -> str | None:
-    """As stated, else as labelled, else summed over the tensors of a model in one file."""
+    """As stated, else as labelled, else summed over the tensors."""
     stated, label = header.metadata.get("general.parameter_count"), header.metadata.get("general.size_label")
     if isinstance(stated, int) and stated:
         return human_count(stated)
     if label:
         return printable(str(label))
-    return human_count(header.parameters) if header.complete and "split.count" not in header.metadata else None
+    return human_count(header.parameters) if header.complete else None
 
 
 def _is_embedding(meta: Mapping[str, Any], architecture: str) -> bool:
     """Encoders, and decoders turned into embedders or rerankers: they pool, or attend in both directions."""
     pooling, causal = meta.get(f"{architecture}.pooling_type"), meta.get(f"{architecture}.attention.causal")
-    if architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0):
-        return True
-    return causal is False and architecture not in DIFFUSERS
+    pools = architecture in EMBEDDERS or (isinstance(pooling, int) and pooling > 0)
+    return pools or (causal is False and architecture not in DIFFUSERS)
 
 
 def refuse_other_kinds(header: GgufHeader) -> None:
     """Raises GgufError for GGUF files that are not models: projectors, adapters, vocabularies, later shards."""
     meta, architecture = header.metadata, str(header.metadata.get("general.architecture"))
     kind = str(meta.get("general.type") or "model")
-    if architecture == "clip" or kind == "mmproj":
-        raise GgufError("a projector (mmproj), not a model")
-    if kind == "adapter" or "adapter.type" in meta:
-        raise GgufError("a LoRA adapter, not a model")
-    if kind == "imatrix" or architecture == "imatrix":
-        raise GgufError("an importance matrix, not a model")
-    if meta.get("split.no"):
-        raise GgufError("a later shard; the first one stands for the set")
-    if header.tensor_count == 0 and not meta.get("split.count"):
-        raise GgufError("a vocabulary only, without weights")
+    reasons = {
+        "a projector (mmproj), not a model": architecture == "clip" or kind == "mmproj",
+        "a LoRA adapter, not a model": kind == "adapter" or "adapter.type" in meta,
+        "an importance matrix, not a model": "imatrix" in (kind, architecture),
+        "a later shard; the first one stands for the set": meta.get("split.no"),
+        "a vocabulary only, without weights": header.tensor_count == 0 and not meta.get("split.count"),
+    }
+    for reason in (reason for reason, holds in reasons.items() if holds):
+        raise GgufError(reason)
+
+
+BOX = os.path.join(os.path.dirname(os.path.realpath(__file__)), "models")  # beside this file
 
 
 @dataclass(frozen=True)
@@ -1231,32 +1150,33 @@ class SearchRoot:
 
 def search_roots(explicit: Seq[str], base: str | None) -> list[SearchRoot]:
     """Every place to look in, in the order that decides `default`; each directory once."""
-    env, home, here = os.environ.get, pathlib.Path(os.path.expanduser("~")), pathlib.Path(__file__).resolve().parent
-    paths = re.split(f"[;{os.pathsep}]" if os.pathsep != ":" else "[;:]", env("SHIMMY_MODEL_PATHS", ""))
-    roots = [SearchRoot(p, "--models-dir") for p in explicit]
-    roots += [SearchRoot(p, "SHIMMY_MODEL_PATHS") for p in paths if p]
-    roots += [SearchRoot(str(pathlib.Path(base).parent), "SHIMMY_BASE_GGUF", depth=0)] if base else []
-    roots += [SearchRoot("models", "./models"), SearchRoot(str(home / "models"), "~/models")]
-    for source, places in {
+    env = os.environ.get
+    places: dict[str, Iterable[str | None]] = {
+        "--models-dir": explicit,
+        "SHIMMY_MODEL_PATHS": re.split(f"[;{os.pathsep}]", env("SHIMMY_MODEL_PATHS", "")),
+        "SHIMMY_BASE_GGUF": [os.path.dirname(os.path.abspath(os.path.expanduser(base)))] if base else [],
+        "./models": ["models"],
+        "~/models": ["~/models"],
         "huggingface": hub_caches(),
-        "llama.cpp": (env("LLAMA_CACHE"), home / ".cache/llama.cpp", home / "Library/Caches/llama.cpp",
-                      _below(env("LOCALAPPDATA"), "llama.cpp")),
-        "lm-studio": (home / ".lmstudio/models", home / ".cache/lm-studio/models"),
-        "ollama": (env("OLLAMA_MODELS"), home / ".ollama/models", "/usr/share/ollama/.ollama/models"),
-    }.items():  # fmt: skip
-        roots += [SearchRoot(str(p), source, ollama=source == "ollama") for p in places if p]
-    roots.append(SearchRoot(str(here / "models"), "beside shimmy.py"))
+        "llama.cpp": [env("LLAMA_CACHE"), "~/.cache/llama.cpp", "~/Library/Caches/llama.cpp",
+                      env("LOCALAPPDATA") and os.path.join(env("LOCALAPPDATA", ""), "llama.cpp")],
+        "lm-studio": ["~/.lmstudio/models", "~/.cache/lm-studio/models"],
+        "ollama": [env("OLLAMA_MODELS"), "~/.ollama/models", "/usr/share/ollama/.ollama/models"],
+        "beside shimmy.py": [BOX],
+    }  # fmt: skip
     unique: dict[str, SearchRoot] = {}
-    for root in (replace(root, path=os.path.abspath(os.path.expanduser(root.path))) for root in roots):
-        first = unique.setdefault(os.path.realpath(root.path), root)
-        unique[os.path.realpath(root.path)] = replace(first, depth=max(first.depth, root.depth))
+    for source, path in ((source, path) for source, paths in places.items() for path in paths if path):
+        path = os.path.abspath(os.path.expanduser(path))
+        root = SearchRoot(path, source, 0 if source == "SHIMMY_BASE_GGUF" else MAX_SCAN_DEPTH, source == "ollama")
+        first = unique.setdefault(os.path.realpath(path), root)
+        unique[os.path.realpath(path)] = replace(first, depth=max(first.depth, root.depth))
     return list(unique.values())
 
 
 def hub_home() -> str:
     """Where the tools of the Hugging Face hub keep their things."""
-    own = os.environ.get("HF_HOME") or _below(os.environ.get("XDG_CACHE_HOME"), "huggingface")
-    return os.path.expanduser(own or "~/.cache/huggingface")
+    env = os.environ.get
+    return os.path.expanduser(env("HF_HOME") or os.path.join(env("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
 
 
 def hub_caches() -> list[str]:
@@ -1264,35 +1184,6 @@ def hub_caches() -> list[str]:
     own = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     places = (own, os.path.join(hub_home(), "hub"), "~/.cache/huggingface/hub")
     return [os.path.expanduser(place) for place in places if place]
-
-
-def _below(directory: str | None, name: str) -> str | None:
-    return os.path.join(directory, name) if directory else None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A file that may be a model."""
-
-    path: str
-    source: str
-    label: str  # what the id is made from
-    size: int
-    mtime_ns: int
-    file_id: tuple[int, int]  # device and inode: the same file reached twice is one model
-    stored: Stored = Stored()
-
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """Differs once the file changes, or another one of its set appears, changes or goes."""
-        others: list[tuple[int, int] | None] = []
-        for path in shard_paths(self.path) if SHARD.search(os.path.splitext(self.path)[0]) else ():
-            try:
-                status = os.stat(path)
-                others.append((status.st_size, status.st_mtime_ns))
-            except OSError:
-                others.append(None)
-        return (self.path, self.size, self.mtime_ns, *others)
 
 
 @dataclass(frozen=True)
@@ -1305,97 +1196,50 @@ class ScanReport:
     began: float = -math.inf  # time.monotonic()
 
 
-class TreeWalk:
-    """Walks one root for candidates, bounded in depth and entries; a symlink loop does no harm."""
+def _walk(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """Paths of .gguf files in a tree, with their stems; bounded in depth and entries; a symlink loop does no harm.
 
-    def __init__(self, root: SearchRoot) -> None:
-        self.root, self.entries, self.notes = root, 0, list[str]()
-        self._seen: set[tuple[int, int]] = set()
-
-    def candidates(self) -> Iterator[Candidate]:
-        yield from self._ollama() if self.root.ollama else self._walk(self.root.path, 0)
-
-    def _walk(self, directory: str, depth: int) -> Iterator[Candidate]:
-        try:
-            status = os.stat(directory)
-            listing = sorted(os.scandir(directory), key=lambda e: e.name)
-        except OSError as error:
-            if depth or not isinstance(error, FileNotFoundError):
-                self._note(f"{directory}: {error.strerror or error}")
-            return
-        if (status.st_dev, status.st_ino) in self._seen:
-            return
-        self._seen.add((status.st_dev, status.st_ino))
-        for entry in listing:
-            self.entries += 1
-            if self.entries > MAX_SCAN_ENTRIES:
-                self._note(f"stopped after {MAX_SCAN_ENTRIES} entries")
-                return
-            yield from self._visit(entry, depth)
-
-    def _visit(self, entry: os.DirEntry[str], depth: int) -> Iterator[Candidate]:
-        try:
-            is_dir = entry.is_dir()
-        except OSError as error:  # a link to itself, or through a file
-            self._note(f"{entry.path}: {error.strerror or error}")
-            return
-        if is_dir and self.root.depth and not TRASH.match(entry.name):
-            if depth >= self.root.depth:
-                self._note(f"stopped {self.root.depth} levels down")
-            else:
-                yield from self._walk(entry.path, depth + 1)
-        elif entry.name.lower().endswith(".gguf") and not is_dir:
-            yield from self.candidate(entry.path, entry.name[:-5])
-
-    def _note(self, note: str) -> None:
-        note = printable(note, 400)
-        if note not in self.notes:
-            self.notes.append(note)
-
-    def candidate(self, path: str, label: str) -> Iterator[Candidate]:
-        """The file, if it is a regular one that exists."""
-        try:
-            s = os.stat(path)
-        except OSError as error:
-            self._note(f"{path}: {error.strerror or error}")
-            return
-        if stat.S_ISREG(s.st_mode):
-            yield Candidate(path, self.root.source, label, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        else:
-            self._note(f"{path}: not a regular file")
-
-    def _ollama(self) -> Iterator[Candidate]:
-        """manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob; its name is model:tag."""
-        store = pathlib.Path(self.root.path)
-        for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
-            self.entries += 1
-            try:
-                layers = ollama_layers(manifest)
-                stored = read_stored(store / "blobs", layers)
-            except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
-                self._note(f"{manifest}: {error}")  # JSON of any shape
-                continue
-            for digest in layers.get("model", ())[:1]:
-                label = f"{manifest.parent.name}:{manifest.name}"
-                for candidate in self.candidate(str(store / "blobs" / digest), label):
-                    yield replace(candidate, stored=stored)
-
-
-def ollama_layers(manifest: pathlib.Path) -> dict[str, list[str]]:
-    """The blobs of an Ollama manifest by the last word of their type: model, params, system, adapter …
-
-    Raises ValueError for a digest that is not 64 hex digits: it becomes a path.
+    The root may be a file itself. `notes` are told what could not be read, and where the walk stopped.
     """
-    with open_regular(str(manifest)) as file:
-        layers = json.loads(file.read(MIB)).get("layers", [])
-    found: dict[str, list[str]] = {}
-    for layer in layers:
-        kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
-        if kind.startswith("application/vnd.ollama.image."):
-            if not digest:
-                raise ValueError("the manifest's digest is malformed")
-            found.setdefault(kind.rpartition(".")[2], []).append(f"sha256-{digest[1]}")
-    return found
+    if os.path.isfile(root.path):
+        yield root.path, pathlib.Path(root.path).stem, Stored()
+        return
+
+    def failed(error: OSError) -> None:
+        if error.filename != root.path or not isinstance(error, FileNotFoundError):
+            notes.append(f"{error.filename}: {error.strerror or error}")
+
+    seen: set[str] = set()
+    entries = 0
+    for folder, folders, files in os.walk(root.path, onerror=failed, followlinks=True):
+        entries += len(folders) + len(files)
+        if entries > MAX_SCAN_ENTRIES:
+            notes.append(f"stopped after {MAX_SCAN_ENTRIES} entries")
+            return
+        folders[:] = sorted(f for f in folders if root.depth and not TRASH.match(f))
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        if folders and folder.removeprefix(root.path).count(os.sep) >= root.depth:
+            notes.append(f"stopped {root.depth} levels down")
+            folders.clear()
+        for name in sorted(files):
+            if name.lower().endswith(".gguf"):
+                yield os.path.join(folder, name), name[:-5], Stored()
+
+
+def _walk_ollama(root: SearchRoot, notes: list[str]) -> Iterator[tuple[str, str, Stored]]:
+    """The same of Ollama's store: manifests/HOST/NAMESPACE/MODEL/TAG is JSON whose model layer names a blob."""
+    store = pathlib.Path(root.path)
+    for manifest in sorted(itertools.islice(store.glob("manifests/*/*/*/*"), MAX_SCAN_ENTRIES)):
+        try:
+            model, stored = read_manifest(manifest, store / "blobs")
+        except (GgufError, OSError, ValueError, TypeError, AttributeError, RecursionError, ApiError) as error:
+            notes.append(f"{manifest}: {error}")  # JSON of any shape
+            continue
+        if model:
+            yield model, f"{manifest.parent.name}:{manifest.name}", stored
 
 
 # Ollama's names of what is decided at a model's load, and of sampling parameters that are called otherwise here
@@ -1403,25 +1247,38 @@ OLLAMA_ENGINE = {"num_ctx": "ctx", "num_gpu": "gpu_layers", "num_thread": "threa
 OLLAMA_SAMPLING = {"num_predict": "max_tokens"}
 
 
-def read_stored(blobs: pathlib.Path, layers: Mapping[str, Seq[str]]) -> Stored:
-    """What an Ollama store says of a model. Raises OSError, ValueError, ApiError for parameters that make no sense."""
+def read_manifest(manifest: pathlib.Path, blobs: pathlib.Path) -> tuple[str | None, Stored]:
+    """The file of an Ollama model, and what its store says of it.
+
+    Raises ValueError for a digest that is not 64 hex digits: it becomes a path. GgufError, OSError, ValueError and ApiError
+    for files and parameters that make no sense.
+    """
+    paths: dict[str, list[str]] = {}  # by the last word of a layer's type: model, params, system, adapter …
+    for layer in json.loads(read_blob(str(manifest))).get("layers", []):
+        kind, digest = str(layer.get("mediaType")), re.fullmatch(r"sha256:([0-9a-f]{64})", str(layer.get("digest")))
+        if kind.startswith("application/vnd.ollama.image."):
+            if not digest:
+                raise ValueError("the manifest's digest is malformed")
+            paths.setdefault(kind.rpartition(".")[2], []).append(str(blobs / f"sha256-{digest[1]}"))
     params: dict[str, Any] = {}
-    system = ""
-    for name in layers.get("params", ()):
-        with open_regular(str(blobs / name)) as file:
-            params |= parse_object(file.read(MIB), "the parameters")
-    for name in layers.get("system", ()):
-        with open_regular(str(blobs / name)) as file:
-            system = file.read(MIB).decode("utf-8", "replace")
+    for path in paths.get("params", ()):
+        params |= parse_object(read_blob(path), "the parameters")
     named = {OLLAMA_SAMPLING.get(name, name): value for name, value in params.items()}
     sampling = Sampling.from_json({**named, "json_schema": None, "grammar": None})
-    given = {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}
     engine = {
         field: whole(-1 if k == "num_gpu" else 1, 1 << 24)(k, params[k]) for k, field in OLLAMA_ENGINE.items() if k in params
     }
-    if adapters := tuple(str(blobs / name) for name in layers.get("adapter", ())):
-        engine["lora"] = adapters
-    return Stored(engine, given, system)
+    if "adapter" in paths:
+        engine["lora"] = tuple(paths["adapter"])
+    system = "".join(read_blob(path).decode("utf-8", "replace") for path in paths.get("system", ())[-1:])
+    stored = Stored(engine, {k: v for k, v in vars(sampling).items() if v != getattr(Sampling(), k)}, system)
+    return next(iter(paths.get("model", ())), None), stored
+
+
+def read_blob(path: str) -> bytes:
+    """The first MiB of a regular file."""
+    with open_regular(path) as file:
+        return file.read(MIB)
 
 
 MAX_MODEL_NAME = 512  # characters; file names end at 255 bytes, Ollama's are two of them
@@ -1438,38 +1295,8 @@ def plain_id(label: str) -> str:
 
 def is_boxed(model: ModelInfo) -> bool:
     """True for the model that comes with shimmy."""
-    return os.path.realpath(model.path) == str(pathlib.Path(__file__).resolve().parent / "models" / "shimmy-tiny.gguf")
-
-
-class Findings:
-    """Collects the models of one scan in order, by device and inode, and skipped files with their reasons."""
-
-    def __init__(self) -> None:
-        self.models: dict[tuple[int, int], tuple[Candidate, ModelInfo]] = {}
-        self.skipped: dict[str, str] = {}  # reason by path
-        self.directories: list[dict[str, Any]] = []
-
-    def add(self, candidates: Iterable[Candidate], examine: Callable[[Candidate, bool], ModelInfo | str]) -> set[str]:
-        """Takes in the models among the candidates; returns the paths of those that are new."""
-        before = len(self.models)
-        for candidate in candidates:
-            if candidate.file_id in self.models:
-                continue
-            result = examine(candidate, False)
-            if isinstance(result, ModelInfo):
-                self.models[candidate.file_id] = (candidate, result)
-            else:
-                self.skipped.setdefault(candidate.path, result)
-        return {candidate.path for candidate, _ in itertools.islice(self.models.values(), before, None)}
-
-    def report(self, began: float) -> ScanReport:
-        """The report; the model that comes with shimmy stands last, unless it was asked for by path."""
-        models = [replace(info, stored=c.stored) for c, info in self.models.values()]
-        models.sort(key=lambda m: is_boxed(m) and m.source != "--model")
-        paths = {m.path for m in models}
-        directories = (d | {"models": len(d["models"] & paths)} for d in self.directories)
-        skipped = ({"path": path, "reason": reason} for path, reason in self.skipped.items())
-        return ScanReport(tuple(models), tuple(skipped), tuple(directories), began)
+    name = os.path.basename(model.path)  # asked of each model in each scan: a name is compared sooner than files
+    return name == "shimmy-tiny.gguf" and os.path.dirname(os.path.realpath(model.path)) == BOX
 
 
 class Catalog:
@@ -1479,7 +1306,7 @@ class Catalog:
         self.roots, self.files = roots, files
         self.report = ScanReport()
         self._scanning = threading.Lock()
-        self._read: dict[tuple[Any, ...], tuple[ModelInfo | str, bool]] = {}  # info or reason, whole header read
+        self._read: dict[tuple[Any, ...], ModelInfo | str] = {}  # or why it is none, by path, sizes and times
         self._ids: dict[str, str] = {}  # path to id: an id stays with its file for the server's life
 
     def scan(self, age: float = 0.0) -> ScanReport:
@@ -1494,74 +1321,65 @@ class Catalog:
             return self.report
 
     def _look(self, began: float) -> ScanReport:
-        known, findings = set(self._read), Findings()
-        for file in self.files:
-            walk = TreeWalk(SearchRoot(file, "--model"))
-            findings.add(walk.candidate(file, pathlib.Path(file).stem), self._examine)
-        for root in self.roots:
-            walk = TreeWalk(root)
-            new = findings.add(walk.candidates(), self._examine)
-            findings.directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
-                                         "models": new, "notes": walk.notes})  # fmt: skip
-        self._read_whole(findings, known)
-        return findings.report(began)
+        models: dict[tuple[int, ...], ModelInfo] = {}  # by device and inode: the same file reached twice is one model
+        skipped: dict[str, str] = {}  # reason by path
+        directories: list[dict[str, Any]] = []
+        for root in (*(SearchRoot(file, "--model") for file in self.files), *self.roots):
+            notes: list[str] = []
+            before = len(models)
+            for path, label, stored in (_walk_ollama if root.ollama else _walk)(root, notes):
+                stamp = _stamp(path)
+                if stamp and stamp[:2] in models:
+                    continue
+                result = self._examine(path, root.source, label, time.monotonic() < began + SCAN_DETAIL_SECONDS)
+                if stamp and isinstance(result, ModelInfo):
+                    models[stamp[:2]] = replace(result, stored=stored)
+                else:
+                    skipped.setdefault(path, str(result))
+            directories.append({"path": root.path, "source": root.source, "exists": os.path.isdir(root.path),
+                                "models": len(models) - before,
+                                "notes": list(dict.fromkeys(printable(note, 400) for note in notes))})  # fmt: skip
+        # the model that comes with shimmy stands last, unless it was asked for by path
+        listed = sorted(models.values(), key=lambda m: is_boxed(m) and m.source != "--model")
+        reasons = ({"path": path, "reason": reason} for path, reason in skipped.items())
+        return ScanReport(tuple(listed), tuple(reasons), tuple(directories[len(self.files) :]), began)
 
-    def _examine(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
-        """The candidate's ModelInfo, or why it is none; remembered while its files stay as they are."""
-        key = c.version
-        result, whole = self._read.get(key, ("", False))
-        if key not in self._read or (whole_header and not whole):
-            result = self._describe(c, whole_header)
-            if whole_header or key not in self._read:  # another thread may have read it whole meanwhile
-                self._read[key] = (result, whole_header)
-        return result
+    def _examine(self, path: str, source: str, label: str, whole_header: bool, anew: bool = False) -> ModelInfo | str:
+        """The file's ModelInfo, or why it is none; remembered while it and the others of its set stay as they are."""
+        key = (path, *map(_stamp, shard_paths(path)))
+        known = self._read.get(key)
+        if known is None or anew:
+            known = self._read[key] = self._describe(path, source, label, whole_header)
+        return known
 
-    def _describe(self, c: Candidate, whole_header: bool) -> ModelInfo | str:
+    def _describe(self, path: str, source: str, label: str, whole_header: bool) -> ModelInfo | str:
         deadline = time.thread_time() + HeaderReader.SECONDS
         try:
-            header = read_gguf_header(c.path, c.size, whole_header, deadline)
+            header = read_gguf_header(path, whole_header, deadline)
             refuse_other_kinds(header)
-            is_split = header.metadata.get("split.count", 1) > 1  # a merged file may still be named like a shard
-            missing = missing_shards(c.path) if is_split else []
-            if missing:
+            # a merged file may still be named like a shard
+            paths = shard_paths(path) if header.metadata.get("split.count", 1) > 1 else [path]
+            if missing := [os.path.basename(part) for part in paths if not os.path.exists(part)]:
                 raise GgufError(f"incomplete shard set: {', '.join(missing)} missing")
-            sizes = {part: os.path.getsize(part) for part in (shard_paths(c.path) if is_split else [c.path])}
+            size = sum(map(os.path.getsize, paths))
             if whole_header:
-                parts = [header, *(read_gguf_header(part, sizes[part], deadline=deadline) for part in list(sizes)[1:])]
-                for part, size in zip(parts, sizes.values(), strict=True):
-                    if part.data_end > size:
-                        raise GgufError(f"truncated: {size} of {part.data_end} bytes")
-                if len(parts) > 1:
-                    header = replace(header, parameters=sum(part.parameters for part in parts),
-                                     metadata={k: v for k, v in header.metadata.items() if k != "split.count"})  # fmt: skip
-            return describe(header, c.path, self._id_for(c), c.source, sum(sizes.values()))
-        except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError) as error:
+                parameters = (read_gguf_header(part, deadline=deadline).parameters for part in paths[1:])
+                header = replace(header, parameters=header.parameters + sum(parameters))
+            return describe(header, path, self._id_for(path, label), source, size)
+        except (GgufError, OSError, ValueError, TypeError, ArithmeticError, MemoryError) as error:
             # damage of any kind is this file's reason, never the end of a scan
             return printable((error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__)
 
-    def _id_for(self, c: Candidate) -> str:
-        """The candidate's id; a second file of the same name gets a suffix made from its path, which never changes."""
-        if c.path not in self._ids:
-            id, taken = plain_id(c.label) or "model", set(self._ids.values())
+    def _id_for(self, path: str, label: str) -> str:
+        """The file's id; a second one of the same name gets a suffix made from its path, which never changes."""
+        if path not in self._ids:
+            id, taken = plain_id(label) or "model", set(self._ids.values())
             if id in taken or id == "default":
                 import hashlib
 
-                id += "-" + hashlib.sha256(c.path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
-            self._ids[c.path] = id
-        return self._ids[c.path]
-
-    def _read_whole(self, findings: Findings, known: set[Any]) -> None:
-        """Reads the whole headers of new files, smallest first, for SCAN_DETAIL_SECONDS; drops those found damaged."""
-        deadline = time.monotonic() + SCAN_DETAIL_SECONDS
-        for file_id, (c, _) in sorted(findings.models.items(), key=lambda item: item[1][0].size):
-            if c.version in known or time.monotonic() > deadline:
-                continue
-            result = self._examine(c, whole_header=True)
-            if isinstance(result, ModelInfo):
-                findings.models[file_id] = (c, result)
-            else:
-                del findings.models[file_id]
-                findings.skipped[c.path] = result
+                id += "-" + hashlib.sha256(path.encode("utf-8", "surrogateescape")).hexdigest()[:6]
+            self._ids[path] = id
+        return self._ids[path]
 
     def why_skipped(self, name: str) -> str:
         """": " and the reason, if a file of that name was skipped; else nothing."""
@@ -1576,12 +1394,7 @@ class Catalog:
 
     def whole(self, model: ModelInfo) -> ModelInfo:
         """The model with all its header tells; what could not be read stays as it was."""
-        try:
-            s = os.stat(model.path)
-        except OSError:
-            return model
-        c = Candidate(model.path, model.source, model.id, s.st_size, s.st_mtime_ns, (s.st_dev, s.st_ino))
-        result = self._examine(c, whole_header=True)
+        result = self._examine(model.path, model.source, model.id, whole_header=True, anew=True)
         return replace(result, stored=model.stored) if isinstance(result, ModelInfo) else model
 
 
@@ -1594,9 +1407,13 @@ def shard_paths(path: str) -> list[str]:
     return [f"{stem[: shard.start()]}-{i:05d}-of-{shard[2]}{suffix}" for i in range(1, min(int(shard[2]), 999) + 1)]
 
 
-def missing_shards(path: str) -> list[str]:
-    """Names of the set's files that are not there."""
-    return [os.path.basename(p) for p in shard_paths(path) if p != path and not os.path.exists(p)]
+def _stamp(path: str) -> tuple[int, ...] | None:
+    """Device and inode of a file, its size and time; None where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 # ── 4. Chat ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1672,9 +1489,15 @@ class CallFormat:
     def closers(self) -> frozenset[str]:
         """The pieces of text that may stand between two calls, and behind the last."""
         ends = [self.again.removesuffix(self.call_opens), self.closes]
-        if self.keys:  # behind the arguments may stand other pairs
-            ends = [text[text.find("}") :] for text in ends]
+        if self.keys:  # behind the arguments may stand other pairs, and the object may stand in a list
+            ends = [*(text[text.find("}") :] for text in ends), "]"]
         return frozenset(p for p in MARKER.findall("".join(ends)) if not p.isspace())
+
+    @functools.cached_property
+    def known_keys(self) -> tuple[set[str], set[str], set[str]]:
+        """Keys of a call's name, of its arguments, and of the object that these two may stand in."""
+        name, arguments = self.keys or ("", "")
+        return {name, "name"}, {arguments, "arguments", "parameters"}, {"function", *re.findall(r'"(\w+)":\s*\{', self.head)}
 
     @functools.cached_property
     def beginnings(self) -> tuple[str, ...]:
@@ -2056,18 +1879,19 @@ class Outcome:
     error: str | None = None
 
 
+PROCESSOR_TIMER = getattr(signal, "ITIMER_PROF", None)  # its signal ends a helper though the server may be dead; not on Windows
+
+
 class Helper:
     """One helper process. Owned by whoever took it from Helpers."""
 
     def __init__(self) -> None:
         self.process, reader, writer = start_child("helper_main")
         self._pipe = Pipe(reader, writer)
-        self.is_late = False  # and was killed
 
     def run(self, task: Any) -> Outcome:
         """The task's outcome. Raises HelperFailed when it ended or outlived the process, Overloaded when it had no time."""
-        seconds = HELPER_SECONDS * (HELPER_PATIENCE if _PROCESSOR_TIMER is not None else 1)
-        timer = threading.Timer(seconds, self._kill)
+        timer = threading.Timer(HELPER_SECONDS * (HELPER_PATIENCE if PROCESSOR_TIMER is not None else 1), self.process.kill)
         timer.daemon = True
         try:
             timer.start()
@@ -2078,21 +1902,17 @@ class Helper:
             outcome: Outcome = self._pipe.receive()
             return outcome
         except Exception:  # a process's border: it died, or what it says cannot be read
-            raise self._why_ended() from None
+            raise self._why_ended(timer.finished.is_set()) from None
         finally:
             timer.cancel()
             timer.join()
 
-    def _kill(self) -> None:
-        self.is_late = True
-        self.process.kill()
-
-    def _why_ended(self) -> Exception:
+    def _why_ended(self, was_late: bool) -> Exception:
         with contextlib.suppress(Exception):
             self.process.wait(1.0)
-        if self.is_late and _PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
+        if was_late and PROCESSOR_TIMER is not None:  # the process counts its own time, and ends with that
             return Overloaded("The machine is too busy to apply the model's chat template")
-        if self.is_late or self.process.returncode == -_SIGPROF:
+        if was_late or self.process.returncode == -getattr(signal, "SIGPROF", 256):
             return HelperFailed(f"it takes over {HELPER_SECONDS:g} seconds")
         return HelperFailed("it ended the process that ran it")
 
@@ -2100,9 +1920,6 @@ class Helper:
         self.process.kill()
         self.process.wait()
         self._pipe.end()
-
-
-_PROCESSOR_TIMER, _SIGPROF = getattr(signal, "ITIMER_PROF", None), getattr(signal, "SIGPROF", 256)  # Windows has neither
 
 
 class Helpers:
@@ -2156,11 +1973,10 @@ class Helpers:
     def _keep(self, helper: Helper) -> None:
         """Keeps the process for the next task."""
         with self._lock:
-            keep = not self._closed and not helper.is_late
-            if keep:
+            if not self._closed:
                 self._idle.append(helper)
-        if not keep:
-            helper.end()
+                return
+        helper.end()
 
     def close(self) -> None:
         with self._lock:
@@ -2183,16 +1999,12 @@ def helper_main() -> None:
     with contextlib.suppress(EOFError, OSError):
         while True:
             task = pipe.receive()
-            _limit_processor_time(HELPER_SECONDS)
+            if PROCESSOR_TIMER is not None:
+                signal.setitimer(PROCESSOR_TIMER, HELPER_SECONDS)
             outcome = _outcome_of(task)
-            _limit_processor_time(0)
+            if PROCESSOR_TIMER is not None:
+                signal.setitimer(PROCESSOR_TIMER, 0)
             pipe.send(outcome)
-
-
-def _limit_processor_time(seconds: float) -> None:
-    """Limits the processor time of this task (0: no limit), by SIGPROF: it works although the server may be dead."""
-    if _PROCESSOR_TIMER is not None:
-        signal.setitimer(_PROCESSOR_TIMER, seconds)
 
 
 def _outcome_of(task: Any) -> Outcome:
@@ -2339,41 +2151,41 @@ def chat_environment() -> Any:
 
 
 Turns = tuple[list[Any], list[Any]]  # messages and tools
+Reshape = Callable[[list[Any], list[Any]], Turns]
 
 
-def arguments_as_text(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call arguments as JSON text, which about half of the templates want."""
+def in_call_form(as_text: bool, new_id: Callable[[str, str, int], str] | None) -> Reshape:
+    """Calls with their arguments as JSON text, which about half of the templates want, or with other ids: made of the old
+    one, the function's name and the call's number."""
 
-    def as_text(call: Any) -> Any:
-        function = call["function"]
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+    def reshape(messages: list[Any], tools: list[Any]) -> Turns:
+        shaped, ids = [], dict[str, str]()
+        for message in map(dict, messages):
+            calls = message["tool_calls"] = [{**c, "function": dict(c["function"])} for c in message.get("tool_calls", [])]
+            for call in calls:
+                function = call["function"]
+                if as_text:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+                if new_id:
+                    call["id"] = ids[call["id"]] = new_id(call["id"], function["name"], len(ids))
+            if not calls:
+                del message["tool_calls"]
+            if new_id and (id := message.get("tool_call_id")):
+                message["tool_call_id"] = ids.get(id) or new_id(id, message.get("name", ""), len(ids))
+            shaped.append(message)
+        return shaped, tools
 
-    return [{**m, "tool_calls": [as_text(c) for c in m["tool_calls"]]} if "tool_calls" in m else m for m in messages], tools
+    return reshape
 
 
-def short_ids(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call ids of nine letters and digits, which Mistral's templates insist on."""
-    return with_ids(messages, lambda id, name, number: f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"), tools
+def short_id(id: str, name: str, number: int) -> str:
+    """Nine letters and digits, on which Mistral's templates insist."""
+    return f"{zlib.crc32(id.encode('utf-8', 'replace')):09x}"
 
 
-def telling_ids(messages: list[Any], tools: list[Any]) -> Turns:
-    """Tool call ids that hold the function's name: Kimi K2's templates write nothing else of it."""
-    return with_ids(messages, lambda id, name, number: f"functions.{name}:{number}"), tools
-
-
-def with_ids(messages: list[Any], rename: Callable[[str, str, int], str]) -> list[Any]:
-    """The messages with other call ids: made of the old one, the function's name and the call's number."""
-    shaped, ids = [], dict[str, str]()
-    for message in messages:
-        shaped.append(dict(message))
-        if "tool_calls" in message:
-            for call in message["tool_calls"]:
-                ids[call["id"]] = rename(call["id"], call["function"]["name"], len(ids))
-            shaped[-1]["tool_calls"] = [{**c, "id": ids[c["id"]]} for c in message["tool_calls"]]
-        if "tool_call_id" in message:
-            id = message["tool_call_id"]
-            shaped[-1]["tool_call_id"] = ids.get(id) or rename(id, message.get("name", ""), len(ids))
-    return shaped
+def telling_id(id: str, name: str, number: int) -> str:
+    """An id that holds the function's name: Kimi K2's templates write nothing else of it."""
+    return f"functions.{name}:{number}"
 
 
 def folded(messages: list[Any], tools: list[Any]) -> Turns:
@@ -2440,23 +2252,17 @@ def system_as_user(messages: list[Any], tools: list[Any]) -> Turns:
     return folded([{**m, "role": "user"} if m["role"] == "system" else m for m in messages], tools)
 
 
-Reshape = Callable[[list[Any], list[Any]], Turns]
-
-
 def compose(*reshapes: Reshape) -> Reshape:
     """Applies several forms one after the other."""
     return lambda messages, tools: functools.reduce(lambda turns, reshape: reshape(*turns), reshapes, (messages, tools))
 
 
-CALL_FORMS = (compose(), arguments_as_text, short_ids, compose(arguments_as_text, short_ids), telling_ids)
+CALL_FORMS = tuple(itertools.starmap(in_call_form, (
+    (False, None), (True, None), (False, short_id), (True, short_id), (False, telling_id))))  # fmt: skip
 NATIVE = tuple(compose(turns, calls) for turns in (compose(), folded, system_as_user) for calls in CALL_FORMS)
 RESHAPES = (
-    *NATIVE,
-    tools_in_system,
-    compose(tools_in_system, arguments_as_text),
-    calls_as_text,
-    compose(calls_as_text, system_as_user),
-)
+    *NATIVE, tools_in_system, compose(tools_in_system, CALL_FORMS[1]), calls_as_text, compose(calls_as_text, system_as_user),
+)  # fmt: skip
 
 
 # ── 5. Tools ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -2480,10 +2286,7 @@ class Tool:
         return {"name": self.name, "description": self.description, "parameters": self.parameters}
 
 
-JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean", "dict": "object", "list": "array"}
-PYTHON_TYPES: dict[str, tuple[type, ...]] = {
-    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "object": (dict,), "array": (list,),
-}  # fmt: skip
+PYTHON_TYPES = {"string": str, "integer": int, "number": float, "boolean": bool, "object": dict, "array": list}  # by JSON's name
 
 
 def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
@@ -2492,17 +2295,15 @@ def make_tool(function: Callable[..., Any], name: str | None = None) -> Tool:
 
     described = inspect.getdoc(function) or ""
     lines = dict(re.findall(r"^[ \t]*(\w+): (.+)$", described, re.M))
-    properties, required = {}, []
-    for parameter in inspect.signature(function).parameters.values():
+    kinds, properties = {kind.__name__: name for name, kind in PYTHON_TYPES.items()}, {}
+    parameters = inspect.signature(function).parameters
+    for key, parameter in parameters.items():
         hint = getattr(parameter.annotation, "__name__", None) or str(parameter.annotation)
-        kind = JSON_TYPES.get(re.split(r"[\[ |]", hint)[0])
+        kind = kinds.get(re.split(r"[\[ |]", hint)[0])
         if kind is None:
-            raise ValueError(f"tool {function.__name__}: parameter {parameter.name} needs a plain type hint, not {hint}")
-        properties[parameter.name] = {"type": kind}
-        if parameter.name in lines:
-            properties[parameter.name]["description"] = lines[parameter.name]
-        if parameter.default is parameter.empty:
-            required.append(parameter.name)
+            raise ValueError(f"tool {function.__name__}: parameter {key} needs a plain type hint, not {hint}")
+        properties[key] = {"type": kind} | ({"description": lines[key]} if key in lines else {})
+    required = [key for key, parameter in parameters.items() if parameter.default is parameter.empty]
     schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
     summary = " ".join(described.split("\n\n")[0].split())
     return Tool(name or function.__name__, summary, schema, function)
@@ -2547,8 +2348,6 @@ class Tools:
         for path in options.files:
             load_tools(path)
         self._tools |= REGISTERED
-        self._lock = threading.Lock()
-        self._calls: dict[str, dict[threading.Thread, float]] = {}  # by the tool's name: when each began, monotonic
 
     def documents(self) -> list[dict[str, Any]]:
         return [t.document() for t in self._tools.values()]
@@ -2575,10 +2374,9 @@ class Tools:
         """The same with signs of life while the tool runs, for so many seconds and TOOL_SECONDS at most."""
         if name not in self._tools:
             raise NotFound(f"Tool '{name[:200]}' is not registered", "The specified tool was not found")
-        tool = self._tools[name]
-        arguments = check_arguments(tool, arguments)
+        call = ToolCall(self._tools[name], check_arguments(self._tools[name], arguments))
         try:
-            result = yield from self._run(tool, arguments, cancel, min(seconds, TOOL_SECONDS))
+            result = yield from call.wait(cancel, min(seconds, TOOL_SECONDS))
             return {"success": True, "result": result, "error": None}
         except ToolError as error:
             return {"success": False, "result": None, "error": str(error)}
@@ -2588,51 +2386,48 @@ class Tools:
             log.warning("tool %s failed: %s", name, type(error).__name__, exc_info=True)
             return {"success": False, "result": None, "error": f"{type(error).__name__}: {error}"}
 
-    def _run(
-        self, tool: Tool, arguments: dict[str, Any], cancel: Cancellation | None, seconds: float
-    ) -> Generator[Waiting, None, Any]:
-        """Calls the function in a thread of its own, which is left behind when it takes longer than it may."""
-        outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        thread = threading.Thread(target=_call, args=(tool, arguments, outcome), name=f"tool {tool.name}", daemon=True)
-        self._start(tool, thread)
+
+class ToolCall(threading.Thread):
+    """One call of a tool, in a thread that is left behind when it takes longer than it may."""
+
+    def __init__(self, tool: Tool, arguments: dict[str, Any]) -> None:
+        super().__init__(name=f"tool {tool.name}", daemon=True)
+        self._tool, self._arguments, self._began = tool, arguments, time.monotonic()
+        self._outcome: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+    def wait(self, cancel: Cancellation | None, seconds: float) -> Generator[Waiting, None, Any]:
+        """The result. Raises what the tool raised, ToolError where it takes too long or MAX_STUCK calls never came back,
+        Overloaded beyond MAX_CALLS."""
+        others = [thread for thread in threading.enumerate() if isinstance(thread, ToolCall) and thread.name == self.name]
+        stuck = sum(self._began - other._began > TOOL_SECONDS for other in others)
+        if stuck >= MAX_STUCK:
+            raise ToolError(f"{stuck} calls of {self._tool.name} have not come back yet")
+        if len(others) >= MAX_CALLS:
+            raise Overloaded(f"{len(others)} calls of {self._tool.name} are running")
+        self.start()
         if cancel:
-            cancel.on_cancel(lambda: outcome.put((None, Cancelled())))
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
+            cancel.on_cancel(lambda: self._outcome.put((None, Cancelled())))
+        while (left := self._began + seconds - time.monotonic()) > 0:
             try:
-                result, error = outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
+                result, error = self._outcome.get(timeout=max(0.01, min(left, PING_SECONDS)))
             except queue.Empty:
                 yield Waiting()
                 continue
             if error:
                 raise error
             return result
-        raise ToolError(f"{tool.name} took over {seconds:g} seconds")
+        raise ToolError(f"{self._tool.name} took over {seconds:g} seconds")
 
-    def _start(self, tool: Tool, thread: threading.Thread) -> None:
-        """Starts a call. Raises ToolError where MAX_STUCK calls never came back, Overloaded beyond MAX_CALLS."""
-        now = time.monotonic()
-        with self._lock:
-            calls = self._calls[tool.name] = {t: b for t, b in self._calls.get(tool.name, {}).items() if t.is_alive()}
-            stuck = sum(now - began > TOOL_SECONDS for began in calls.values())
-            if stuck >= MAX_STUCK:
-                raise ToolError(f"{stuck} calls of {tool.name} have not come back yet")
-            if len(calls) >= MAX_CALLS:
-                raise Overloaded(f"{len(calls)} calls of {tool.name} are running")
-            thread.start()
-            calls[thread] = now
-
-
-def _call(tool: Tool, arguments: dict[str, Any], outcome: queue.SimpleQueue[tuple[Any, BaseException | None]]) -> None:
-    """Runs in the tool's thread. The function is somebody's: it may return and raise anything, SystemExit too."""
-    try:
-        result = tool.function(**arguments)
-        json.dumps(result, allow_nan=False)
-        outcome.put((result, None))
-    except Exception as error:
-        outcome.put((None, error))
-    except BaseException as error:
-        outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
+    def run(self) -> None:
+        """Calls the function, which is somebody's: it may return and raise anything, SystemExit too."""
+        try:
+            result = self._tool.function(**self._arguments)
+            json.dumps(result, allow_nan=False)
+            self._outcome.put((result, None))
+        except Exception as error:
+            self._outcome.put((None, error))
+        except BaseException as error:
+            self._outcome.put((None, ToolError(f"{type(error).__name__}: {error}")))
 
 
 def load_tools(path: str) -> None:
@@ -2654,7 +2449,7 @@ def check_arguments(tool: Tool, arguments: Any) -> dict[str, Any]:
         if name not in known:
             raise InvalidRequest(f"{name} is no parameter of {tool.name}; it takes {', '.join(known) or 'none'}", name)
         kind = known[name]["type"]
-        if not isinstance(value, PYTHON_TYPES[kind]) or (isinstance(value, bool) and kind != "boolean"):
+        if type(value) is not PYTHON_TYPES[kind] and not (kind == "number" and type(value) is int):
             raise InvalidRequest(f"{name} must be of type {kind}, not {_said(value)}", name)
     for name in tool.parameters["required"]:
         if name not in arguments:
@@ -2687,6 +2482,24 @@ def calculator(expression: str) -> float:
     return value
 
 
+def power(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
+        raise ToolError(f"a number on the way has over {MAX_BITS} bits")
+    return a**b
+
+
+def rounded(x: Any, digits: int = 0) -> Any:
+    if abs(digits) > 400:  # 10 ** digits is computed
+        raise ToolError("round takes a number and up to 400 digits")
+    return round(x, digits) if digits else round(x)
+
+
+def factorial(n: int) -> int:
+    if not 0 <= n <= 400:
+        raise ToolError("factorial takes a whole number from 0 to 400")
+    return math.factorial(n)
+
+
 MATH_CONSTANTS = {"pi": math.pi, "e": math.e, "tau": math.tau}
 MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
     name: getattr(math, name)
@@ -2694,10 +2507,10 @@ MATH_FUNCTIONS: dict[str, Callable[..., Any]] = {
         *("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh"),
         *("asinh", "acosh", "atanh", "degrees", "radians", "floor", "ceil", "trunc", "hypot", "gcd", "fabs", "fmod"),
     )
-} | {"abs": abs, "min": min, "max": max, "ln": math.log}  # fmt: skip
-OPERATORS: dict[str, Callable[[Any, Any], Any]] = {
-    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv,
-    "FloorDiv": operator.floordiv, "Mod": operator.mod,
+} | {"abs": abs, "min": min, "max": max, "ln": math.log, "round": rounded, "factorial": factorial}  # fmt: skip
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "Add": operator.add, "Sub": operator.sub, "Mult": operator.mul, "Div": operator.truediv, "FloorDiv": operator.floordiv,
+    "Mod": operator.mod, "Pow": power, "UAdd": operator.pos, "USub": operator.neg,
 }  # fmt: skip
 
 
@@ -2705,53 +2518,26 @@ def evaluate(node: ast.AST) -> Any:
     """A syntax tree of numbers, operators, math constants and functions; every whole number stays within MAX_BITS."""
     import ast
 
+    sign = type(getattr(node, "op", None)).__name__
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
-        return _bounded(node.value)
-    if isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
-        return MATH_CONSTANTS[node.id]
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.UAdd, ast.USub)):
-        value = evaluate(node.operand)
-        return -value if isinstance(node.op, ast.USub) else value
-    if isinstance(node, ast.BinOp):
-        return _bounded(_binary(type(node.op).__name__, evaluate(node.left), evaluate(node.right)))
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
-        arguments = [evaluate(a) for a in node.args]
-        if node.func.id in ("factorial", "round"):
-            return _factorial(*arguments) if node.func.id == "factorial" else _round(*arguments)
-        if node.func.id in MATH_FUNCTIONS:
-            return _bounded(MATH_FUNCTIONS[node.func.id](*arguments))
-        raise ToolError(f"the function {node.func.id} is not known")
-    raise ToolError(f"{type(node).__name__} is not arithmetic")
-
-
-def _bounded(value: Any) -> Any:
+        value: Any = node.value
+    elif isinstance(node, ast.Name) and node.id in MATH_CONSTANTS:
+        value = MATH_CONSTANTS[node.id]
+    elif isinstance(node, ast.UnaryOp) and sign in OPERATORS:
+        value = OPERATORS[sign](evaluate(node.operand))
+    elif isinstance(node, ast.BinOp) and sign in OPERATORS:
+        value = OPERATORS[sign](evaluate(node.left), evaluate(node.right))
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        if node.func.id not in MATH_FUNCTIONS:
+            raise ToolError(f"the function {node.func.id} is not known")
+        value = MATH_FUNCTIONS[node.func.id](*map(evaluate, node.args))
+    else:
+        raise ToolError(f"{type(getattr(node, 'op', node)).__name__} is not arithmetic")
     if isinstance(value, complex):
         raise ToolError("the result is not a real number")
     if isinstance(value, int) and value.bit_length() > MAX_BITS:
         raise ToolError(f"a number on the way has over {MAX_BITS} bits")
     return value
-
-
-def _binary(name: str, a: Any, b: Any) -> Any:
-    if name == "Pow":
-        if isinstance(a, int) and isinstance(b, int) and abs(a) > 1 and (abs(a).bit_length() - 1) * b > MAX_BITS:
-            raise ToolError(f"a number on the way has over {MAX_BITS} bits")
-        return a**b
-    if name not in OPERATORS:
-        raise ToolError(f"the operator {name} is not arithmetic")
-    return OPERATORS[name](a, b)
-
-
-def _round(x: Any = None, digits: Any = 0, *rest: Any) -> Any:
-    if not isinstance(digits, int) or abs(digits) > 400 or rest:  # 10 ** digits is computed
-        raise ToolError("round takes a number and up to 400 digits")
-    return round(x, digits) if digits else round(x)
-
-
-def _factorial(n: Any = None, *rest: Any) -> int:
-    if not isinstance(n, int) or rest or not 0 <= n <= 400:
-        raise ToolError("factorial takes a whole number from 0 to 400")
-    return math.factorial(n)
 
 
 class FileReader:
@@ -2875,19 +2661,18 @@ class HttpGetter:
         for address in addresses:
             if not is_global(address[0]):
                 raise ToolError(f"the host {host} has an address that is not global ({address[0]})")
-        connection = self._first_that_connects(addresses, deadline)
+        for number, address in enumerate(addresses, 1):
+            try:
+                connection = socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+                break
+            except OSError:  # no route by this family, say
+                if number == len(addresses):
+                    raise
         if not tls:
             return connection
         import ssl
 
         return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-
-    @staticmethod
-    def _first_that_connects(addresses: Seq[tuple[str, int]], deadline: float) -> socket.socket:
-        for address in addresses[:-1]:
-            with contextlib.suppress(OSError):  # no route by this family, say
-                return socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
-        return socket.create_connection(addresses[-1], timeout=max(0.01, deadline - time.monotonic()))
 
     def _read(self, response: http.client.HTTPResponse, deadline: float) -> bytes:
         data = b""
@@ -3527,9 +3312,8 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
     pool = 0 if kv == KvShape() and model.kv else ctx if rung.small_pool or model.embedding else options.kv_pool or 4 * ctx
     placed = Placement(0, 0, pool)
     if gpus and not rung.cpu:
-        wish = Wish(ctx, max(pool, ctx), options.kv_type, sequences, 4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe,
-                    rung.gpu_share)  # fmt: skip
-        placed = place(weights or Weights((), model.size_bytes), kv, gpus, wish)
+        placed = place(weights or Weights((), model.size_bytes), kv, gpus, ctx, max(pool, ctx), options.kv_type, sequences,
+                       4 * GRAPH_BYTES, options.gpu_layers, options.n_cpu_moe, rung.gpu_share)  # fmt: skip
         as_fits = options.gpu_layers is None and rung.gpu_share == 1
         if setup.others_idle and as_fits and weights and placed.gpu_layers <= len(weights.layers):
             raise LoadError(f"only {placed.gpu_layers} of {len(weights.layers)} layers fit the GPU beside other models", "room")
@@ -3540,12 +3324,6 @@ def plan_load(model: ModelInfo, setup: Setup, free: int | None, gpus: Seq[int] =
         pool = _fit_pool(model, options, ctx, pool, each, free - need)
     cells = -(-max(pool, ctx) // 256) * 256 if pool else 0
     return LoadPlan(ctx, cells, sequences, placed.gpu_layers, placed.cpu_moe, int(need + each * cells) + GRAPH_BYTES)
-
-
-def expected_need(model: ModelInfo, options: EngineOptions) -> int:
-    """Bytes of RAM that a model takes at least while it is loaded, as far as can be told before: the weights and a context."""
-    ctx = min(options.ctx or 8192, model.context_length or 8192)
-    return model.size_bytes + int((model.kv or KvShape()).token_bytes(options.kv_type) * ctx) + GRAPH_BYTES
 
 
 def _ram_need(model: ModelInfo, weights: Weights | None, placed: Placement) -> tuple[int, float]:
@@ -4370,11 +4148,10 @@ class Grammar:
     """A grammar at work on one text: from its start, or from behind the first marker (`Constraint.after`) on."""
 
     def __init__(self, llama: Llama, constraint: Constraint) -> None:
-        """Raises InvalidRequest for a grammar that cannot be followed. Runs in the tokenizing thread."""
+        """Raises InvalidRequest for a grammar that cannot be followed. Not for the step loop: reading one may take seconds."""
         self._vocab, self.param = llama.vocab, constraint.param
         try:
-            with TURN.behind(llama.gate):
-                self._machine = llama.machines.of(constraint.grammar)
+            self._machine = llama.machines.of(constraint.grammar)
         except InvalidRequest as error:
             raise self.named(error) from None
         self._state = self._machine.automaton.start
@@ -4550,22 +4327,31 @@ class Machine:
 
 
 class Machines:
-    """The machines of grammars that were used last. Made and found by the tokenizing thread."""
+    """The machines of grammars that were used last. Threads that read grammars share it; what they make is the step loop's."""
 
     MAX_KEPT, MAX_STATES = 16, 100_000  # machines, and states of all together but the last one's
 
     def __init__(self, vocab: Vocabulary) -> None:
         self._vocab = vocab
         self._kept: dict[bytes, Machine] = {}
+        self._lock = threading.Lock()
+
+    def are_quick_to_make(self, grammar: Symbol) -> bool:
+        """Whether a grammar is known, or is read in some milliseconds, as most are."""
+        with contextlib.suppress(InvalidRequest):  # `of` says it
+            return pickle.dumps(grammar) in self._kept or read_soon(grammar)
+        return True
 
     def of(self, grammar: Symbol) -> Machine:
         """The grammar's machine. Raises InvalidRequest for one that cannot be read."""
         _ = self._vocab.spelling  # made here, not in the step loop
         key = pickle.dumps(grammar)
-        machine = self._kept.pop(key, None) or Machine(grammar, self._vocab)
-        self._kept[key] = machine
-        while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
-            del self._kept[next(iter(self._kept))]
+        machine = self._kept.get(key) or Machine(grammar, self._vocab)
+        with self._lock:
+            self._kept.pop(key, None)
+            self._kept[key] = machine
+            while len(self._kept) > 1 and (len(self._kept) > self.MAX_KEPT or self._states() > self.MAX_STATES):
+                del self._kept[next(iter(self._kept))]
         return machine
 
     def _states(self) -> int:
@@ -5513,14 +5299,17 @@ class Outbox:
 class Intake:
     """Takes in jobs and cancels: cancels take effect at once, texts are tokenized first.
 
-    `receive` runs in the receiving thread, `tokenize` in one of its own, where a huge text makes only other newcomers wait.
+    `receive` runs in the receiving thread. `tokenize` and `read_grammars` have one each: a newcomer waits for one input of each
+    job that is being tokenized, and only one whose own grammar takes long waits for such grammars.
     """
 
     def __init__(self, llama: Llama, outbox: Outbox) -> None:
-        self.llama, self.outbox, self.pulse = llama, outbox, Pulse()
+        self.llama, self.outbox = llama, outbox
+        self.tokenizing, self.reading = Pulse(), Pulse()
         self.inbox: queue.SimpleQueue[Sequence | Embedding | None] = queue.SimpleQueue()  # None: look again, one is cancelled
         self.in_step: Seq[Sequence | Embedding] = ()  # the step loop says what it decodes in the main context
         self._submits: queue.SimpleQueue[Submission] = queue.SimpleQueue()
+        self._grammars: queue.SimpleQueue[tuple[Submission, Seq[int]]] = queue.SimpleQueue()  # prompts whose grammars take long
         self._arriving: dict[int, Submission] = {}  # until they are tokenized; the thread that takes one out answers for it
         self._known: dict[int, Submission] = {}  # from their arrival to their end
 
@@ -5545,33 +5334,62 @@ class Intake:
         self._known.pop(id, None)
 
     def tokenize(self) -> None:
-        """The tokenizing thread: makes texts sequences, in order, and hands them to the step loop."""
+        """The tokenizing thread: jobs take turns, an input of each at a time."""
+        turns: deque[Iterator[None]] = deque()
         while True:
-            self.pulse.begin("rest")
-            submission = self._submits.get()
-            self.pulse.begin("tokenize")
-            if submission.cancelled:
-                continue
-            work: Sequence | Embedding | Tokens | Failed
-            try:
-                work = self._admit(submission)
-            except ApiError as error:
-                work = failure(submission.id, error)
-            except Exception as error:  # a job's border: one that nobody foresaw must not end the others
-                log.exception("a job cannot begin")
-                work = failure(submission.id, GenerationFailed(f"{type(error).__name__}: {error}"))
-            self._begin(work)
+            self.tokenizing.begin("rest")
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    turns.append(self._tokenized_by_turns(self._submits.get(block=not turns)))
+            self.tokenizing.begin("tokenize")
+            job = turns.popleft()
+            if next(job, "ended") is None:
+                turns.append(job)
 
-    def _admit(self, submission: Submission) -> Sequence | Embedding | Tokens:
+    def read_grammars(self) -> None:
+        """The thread of grammars that take long: reads them one after another, while others' prompts go on."""
+        while True:
+            self.reading.begin("rest")
+            submission, prompt = self._grammars.get()
+            self.reading.begin("tokenize")
+            with self._answering(submission):
+                self._begin(submission, prompt)
+
+    def _tokenized_by_turns(self, submission: Submission) -> Iterator[None]:
+        """Tokenizes a job and hands it on; yields where others may have their turn."""
         job = submission.job
-        if isinstance(job, Tokenize):
-            return self._tokenized(submission.id, job)
-        if isinstance(job, Embed):
-            return Embedding(submission, self._inputs(job, submission))
-        return Sequence(submission, self._prompt(job), self.llama)
+        with self._answering(submission):
+            if isinstance(job, Tokenize):
+                return self._hand_on(self._tokenized(submission.id, job))
+            if isinstance(job, Embed):
+                return self._hand_on(Embedding(submission, (yield from self._inputs(job, submission))))
+            prompt, constraint = self._prompt(job), job.sampling.constraint
+            if constraint is None or self.llama.machines.are_quick_to_make(constraint.grammar):
+                self._begin(submission, prompt)
+            else:
+                self._grammars.put((submission, prompt))
 
-    def _begin(self, work: Sequence | Embedding | Tokens | Failed) -> None:
-        """Hands work to the step loop, or sends what needs no step; unless the job was cancelled meanwhile."""
+    @contextlib.contextmanager
+    def _answering(self, submission: Submission) -> Iterator[None]:
+        """Refuses the job for what is raised within: an error must not end the others."""
+        try:
+            yield
+        except Cancelled:
+            log.debug("a grammar was left unread: its client is gone")
+        except ApiError as error:
+            self._hand_on(failure(submission.id, error))
+        except Exception as error:
+            log.exception("a job cannot begin")
+            self._hand_on(failure(submission.id, GenerationFailed(f"{type(error).__name__}: {error}")))
+
+    def _begin(self, submission: Submission, prompt: Seq[int]) -> None:
+        """Hands a text to the step loop; its grammar is read first."""
+        with TURN.behind(self.llama.gate, submission):
+            sequence = Sequence(submission, prompt, self.llama)
+        self._hand_on(sequence)
+
+    def _hand_on(self, work: Sequence | Embedding | Tokens | Failed) -> None:
+        """Gives work to the step loop, or sends what needs no step; unless the job was cancelled meanwhile."""
         if not self._arriving.pop(work.id, None):
             if isinstance(work, Sequence):
                 work.sampler.close()
@@ -5635,14 +5453,19 @@ class Intake:
             raise error
         return tokens if len(tokens) else self.llama.vocab.nothing
 
-    def _inputs(self, job: Embed, submission: Submission) -> list[Any]:
-        """The token ids of each input, all int32 arrays. Raises ContextLengthExceeded, or InvalidRequest."""
+    def _inputs(self, job: Embed, submission: Submission) -> Generator[None, None, list[Any]]:
+        """The token ids of each input, all int32 arrays; yields between them. Raises ContextLengthExceeded, or InvalidRequest."""
         size = int(self.llama.c.llama_model_n_embd_out(self.llama.model))
         if job.dimensions and job.dimensions > size:
             raise InvalidRequest(f"dimensions must be at most {size}, the size of the model's vectors, not {job.dimensions}",
                                  "dimensions")  # fmt: skip
-        left = itertools.takewhile(lambda _: not submission.cancelled, enumerate(job.inputs))
-        return [self._input(job, index, input) for index, input in left]
+        inputs: list[Any] = []
+        for index, input in enumerate(job.inputs):
+            if submission.cancelled:
+                break
+            inputs.append(self._input(job, index, input))
+            yield
+        return inputs
 
     def _input(self, job: Embed, index: int, input: str | tuple[int, ...]) -> Any:
         vocab, ctx = self.llama.vocab, self.llama.ctx
@@ -6002,8 +5825,9 @@ def engine_main() -> None:
         pulse.begin("trial", 60 + llama.size_bytes // (50 * MIB))  # the first step reads the weights from a slow disk
         llama.trial()
         engine = Engine(llama, pipe, pulse)
-        pulses.append(engine.intake.pulse)
-        start_or_die(engine.intake.tokenize, stack=64 * MIB)  # many times what Vocabulary.MAX_RUN needs
+        pulses += [engine.intake.tokenizing, engine.intake.reading]
+        for work in (engine.intake.tokenize, engine.intake.read_grammars):
+            start_or_die(work, stack=64 * MIB)  # many times what Vocabulary.MAX_RUN needs
         pipe.send(llama.loaded())
     except Exception as error:  # the process's border: whatever it is, the parent is told
         cause = "memory" if isinstance(error, MemoryError) else getattr(error, "cause", "")
@@ -6091,8 +5915,7 @@ class Timing:
 class Meter:
     """What a model has done since the server began. Counters only rise, however often the model is unloaded.
 
-    A lock is taken once for a sequence's share of a message (100 a second at most) and once for its end: about a
-    microsecond, and nothing for a token. Any thread may count.
+    Any thread may count; a lock, about a microsecond, is taken for each piece of text and each end, never for a token.
     """
 
     ENDS: ClassVar = {"stop": "stop", "length": "length", "cancelled": "abort", "error": "error"}  # vLLM's words
@@ -6127,7 +5950,14 @@ class Meter:
         with self._lock:
             self._recent.append((now, end))
             self.ends[self.ENDS[end.finish_reason]] += 1
-            self._add_tokens(job, end)
+            self.prompt_tokens += end.prompt_tokens
+            self.computed_tokens += end.prompt_tokens - end.cached_tokens
+            self.cached_tokens += end.cached_tokens
+            self.sought_tokens += end.prompt_tokens * job.generates
+            self.generated_tokens += end.completion_tokens - job.tokens
+            self.prompt_seconds += end.prompt_seconds
+            self.decode_seconds += end.decode_seconds
+            self.prompt_sizes.add(end.prompt_tokens)
             self.whole.add(now - job.began)
             self.inference.add(computing)
             self.queue.add(max(0.0, now - job.began - computing))
@@ -6137,16 +5967,6 @@ class Meter:
                 self.answer_sizes.add(end.completion_tokens)
             if end.completion_tokens > 1:
                 self.per_token.add(end.decode_seconds / (end.completion_tokens - 1))
-
-    def _add_tokens(self, job: Timing, end: Finished) -> None:
-        self.prompt_tokens += end.prompt_tokens
-        self.computed_tokens += end.prompt_tokens - end.cached_tokens
-        self.cached_tokens += end.cached_tokens
-        self.sought_tokens += end.prompt_tokens * job.generates
-        self.generated_tokens += end.completion_tokens - job.tokens
-        self.prompt_seconds += end.prompt_seconds
-        self.decode_seconds += end.decode_seconds
-        self.prompt_sizes.add(end.prompt_tokens)
 
     def failed(self, job: Timing) -> None:
         """A job broke off."""
@@ -6172,27 +5992,17 @@ class Metrics:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
-        self._answers: dict[tuple[str, str, str, str], int] = {}  # by method, route, API and status
+        self.meters: dict[str, Meter] = {}  # by id; of every model that was ever wanted
+        self.answers = Counter[tuple[str, str, str, str]]()  # by method, route, API and status
         self.connections = self.accepted = self.refused = 0  # the server's, whose accepting thread and lock write them
 
     def meter(self, id: str) -> Meter:
-        with self._lock:
-            return self._meters.setdefault(id, Meter())
-
-    def meters(self) -> dict[str, Meter]:
-        with self._lock:
-            return dict(self._meters)
+        return self.meters.setdefault(id, Meter())
 
     def answered(self, method: str, route: str, api: str, status: int) -> None:
         """A request is over. Only words that the route table knows come here, so that their number is bounded."""
-        key = (method, route, api, str(status or "none"))
         with self._lock:
-            self._answers[key] = self._answers.get(key, 0) + 1
-
-    def answers(self) -> dict[tuple[str, str, str, str], int]:
-        with self._lock:
-            return dict(self._answers)
+            self.answers[method, route, api, str(status or "none")] += 1
 
 
 class Generation:
@@ -6206,22 +6016,19 @@ class Generation:
         self.worker, self.index = worker, {id: i for i, id in enumerate(ids)}
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._open = set(ids)
-        self._given = self._taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
+        self._given = self.taken = 0  # bytes of pieces, by the worker's reading thread and by the one that iterates
 
     def give(self, message: Any) -> None:
         """Hands on a message; called by the worker's reading thread alone. A client too far behind is given up."""
         self.inbox.put(message)
-        if isinstance(message, Piece) and self._given - self._taken <= MAX_UNREAD:
+        if isinstance(message, Piece) and self._given - self.taken <= MAX_UNREAD:
             self._given += message.size
-            if self._given - self._taken > MAX_UNREAD:
+            if self._given - self.taken > MAX_UNREAD:
                 self.worker.cancel(self.index)
                 self.inbox.put(GenerationFailed(f"The client reads too slowly: {human_bytes(MAX_UNREAD)} wait for it"))
 
     def cancel(self, gently: bool = False) -> None:
-        """Ends the engine's work at once; the iteration too, or gently with what the engine says of its end.
-
-        Any thread: the one that iterates may just be stuck in a write to a client that does not read.
-        """
+        """Ends the engine's work at once; the iteration too, or gently with what the engine says of its end. Any thread."""
         if self._open:
             self.worker.cancel(self.index)
         if not gently:
@@ -6243,7 +6050,8 @@ class Generation:
             while self._open:
                 yield self._next()
         finally:
-            self.worker.forget(self.index, self._open)
+            if self._open:
+                self.worker.cancel(self._open)
 
     def _next(self) -> Any:
         """The next message; raises what ended the request."""
@@ -6260,54 +6068,28 @@ class Generation:
         if isinstance(message, Finished):
             self._open.discard(message.id)
         elif isinstance(message, Piece):
-            self._taken += message.size
+            self.taken += message.size
         return message
-
-
-class Heartbeat:
-    """Tells from a child's messages whether it gets on.
-
-    It counts beats and ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
-    continued, finds its children alive.
-    """
-
-    SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
-    STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
-
-    def __init__(self) -> None:
-        self._heard = self._seen = self._silent = 0
-        self._silence = self.STARTING
-
-    def hear(self, message: Any) -> str:
-        """Notes a message, in the thread that reads them. Why to give the child up, or ""."""
-        self._heard += 1
-        if isinstance(message, Alive):
-            return message.stuck
-        self._silence = self.SILENCE
-        return ""
-
-    def tick(self) -> str:
-        """Called every second by the thread that watches. Why to give the child up, or ""."""
-        self._silent = self._silent + 1 if self._heard == self._seen else 0
-        self._seen = self._heard
-        return f"it said nothing for {self._silence} s" if self._silent * BEAT_SECONDS > self._silence else ""
 
 
 class LoadFailure(GenerationFailed):
     """An engine could not load its model; `cause` as LoadFailed has it."""
 
-    def __init__(self, details: str = "", message: str | None = None, param: str | None = None, cause: str = "") -> None:
-        super().__init__(details, message or "The model could not be loaded", param)
+    message = "The model could not be loaded"
+
+    def __init__(self, details: str = "", cause: str = "") -> None:
+        super().__init__(details)
         self.cause = cause
 
 
 class Worker:
     """One model's child process, and three threads: one reads its messages, one writes to it, one watches over it.
 
-    Service uses `start`, `loaded`, `submit` and what `submit` returns; ModelTable `alive`, `counts`, `memory_bytes`,
-    `fail_all` and `stop`. All may be called from any thread, and none but `start` waits for the child.
+    Any thread may call; only `start` and `stop` wait for the child.
     """
 
+    SILENCE = 30  # seconds without any message: the child's heartbeat needs no more than its turn and the interpreter
+    STARTING = 180  # the same while libraries are loaded, which may hold the interpreter; GPU builds have gigabytes of them
     _ids = itertools.count(1)
 
     def __init__(self, info: ModelInfo, setup: Setup, max_queue: int, died: Callable[[Worker, str], None],
@@ -6316,11 +6098,11 @@ class Worker:
         self.info, self.setup, self.max_queue, self._died, self._report = info, setup, max_queue, died, report
         self._meter = meter or Meter()
         self._lock = threading.Lock()
-        self._generations: dict[int, Generation] = {}  # by job id, from submit to the last message
-        self._timings: dict[int, Timing] = {}  # by job id, until the child says how it ended, wanted or not
+        # by id, until the child says how a job ended, wanted or not; the meter does not count those of the tokenizer alone
+        self._jobs: dict[int, tuple[Generation, Timing | None]] = {}
         self._outbox: queue.SimpleQueue[Any] = queue.SimpleQueue()  # what the writing thread sends; None: no more
         self._loading: queue.SimpleQueue[Progress | Loaded | LoadFailed] = queue.SimpleQueue()
-        self._heartbeat = Heartbeat()
+        self._heard, self._patience = False, self.STARTING  # since the last tick; and how long its silence is borne
         self._ended = threading.Event()
         self._why = ""  # why the child was given up
         self.cause = ""  # why the child ended by itself, as LoadFailed has it
@@ -6330,11 +6112,7 @@ class Worker:
         self.chat: Chat | None = None  # the service's
 
     def start(self, progress: Callable[[float], None]) -> Worker:
-        """Starts the child and waits until the model is loaded.
-
-        Raises LoadFailure with the reason if it is not: llama.cpp refused, the child died or hung, or another thread
-        called `stop`.
-        """
+        """Starts the child and waits until the model is loaded. Raises LoadFailure if it is not, also after `stop`."""
         began, id = time.perf_counter(), printable(self.info.id)
         self._report(f"loading {id} ({human_bytes(self.info.size_bytes)})")
         self._start_child()
@@ -6381,25 +6159,16 @@ class Worker:
             if len(ids) > self.loaded.parallel + self.max_queue:
                 most = self.loaded.parallel + self.max_queue
                 raise InvalidRequest(f"n: {len(ids)} texts are more than the {most} that --max-queue leaves room for", "n")
-            waiting = len(self._generations) - self.loaded.parallel
+            waiting = len(self._jobs) - self.loaded.parallel
             if waiting + len(ids) > self.max_queue:
                 raise Overloaded(f"{max(waiting, 0)} requests wait already (--max-queue {self.max_queue})")
-            self._generations |= dict.fromkeys(ids, generation)
             for id, job in zip(ids, jobs, strict=True):
-                if not isinstance(job, Tokenize):
-                    self._timings[id] = Timing(began or time.monotonic(), isinstance(job, Generate))
+                timing = Timing(began or time.monotonic(), isinstance(job, Generate))
+                self._jobs[id] = generation, None if isinstance(job, Tokenize) else timing
         for id, job in zip(ids, jobs, strict=True):
             self._outbox.put(Submit(id, job))
         cancel.on_cancel(lambda: generation.cancel(cancel.gently))
         return generation
-
-    def forget(self, ids: Iterable[int], still_open: Iterable[int]) -> None:
-        """A generation is over; what it left open in the engine is cancelled."""
-        with self._lock:
-            for id in ids:
-                self._generations.pop(id, None)
-        if still_open:
-            self.cancel(still_open)
 
     def cancel(self, ids: Iterable[int]) -> None:
         """Lets the engine end these jobs within a step. Never waits: the child may hang."""
@@ -6416,17 +6185,19 @@ class Worker:
         try:
             while True:
                 message = self._pipe.receive()
-                if why := self._heartbeat.hear(message):
-                    self._give_up(why)
+                self._heard = True
+                if not isinstance(message, Alive):
+                    self._patience = self.SILENCE
+                elif message.stuck:
+                    self._give_up(message.stuck)
                 if isinstance(message, Stepped):
                     self._running, self.cells = message.running, message.cells
                     for event in message.events:
-                        self._count(event)
-                        self._give(event)
+                        self._take(event)
                 elif isinstance(message, (Progress, Loaded, LoadFailed)) and not self._serving:
                     self._loading.put(message)
                 elif isinstance(message, Accepted):
-                    self._give(message)
+                    self._take(message)
         except (EOFError, OSError):
             pass
         except Exception:  # a thread's border: a child that cannot be understood is no use
@@ -6435,27 +6206,32 @@ class Worker:
         self._pipe.end()
         self._end()
 
-    def _give(self, event: Any) -> None:
-        generation = self._generations.get(event.id)
+    def _take(self, event: Any) -> None:
+        """Tells the meter what the child says of a job, whether or not anybody still waits for it, and hands it on."""
+        generation, timing = self._jobs.get(event.id, (None, None))
+        if isinstance(event, (Finished, Failed)):
+            with self._lock:
+                self._jobs.pop(event.id, None)
+        if timing and isinstance(event, Piece):
+            self._meter.piece(timing, event.tokens)
+        elif timing and isinstance(event, Finished):
+            self._meter.finished(timing, event)
+        elif timing and isinstance(event, Failed) and event.code == GenerationFailed.code:  # else the request was at fault
+            self._meter.failed(timing)
         if generation:
             generation.give(event)
 
-    def _count(self, event: Any) -> None:
-        """Tells the meter, whether or not anybody still waits for the job."""
-        if isinstance(event, Piece):
-            if job := self._timings.get(event.id):
-                self._meter.piece(job, event.tokens)
-        elif isinstance(event, (Finished, Failed)) and (job := self._timings.pop(event.id, None)):
-            if isinstance(event, Finished):
-                self._meter.finished(job, event)
-            elif event.code == GenerationFailed.code:  # else the request was at fault, and never began
-                self._meter.failed(job)
-
     def _watch(self) -> None:
-        """The watching thread: gives up a child that is silent, and one that not even a kill ends."""
+        """The watching thread: gives up a child that is silent, and one that not even a kill ends.
+
+        It counts ticks of a second, not the time of a clock: a machine that slept, or a server that was stopped and
+        continued, finds its children alive.
+        """
+        silent = 0
         while not self._ended.wait(BEAT_SECONDS):
-            if why := self._heartbeat.tick():
-                self._give_up(why)
+            silent, self._heard = 0 if self._heard else silent + 1, False
+            if silent * BEAT_SECONDS > self._patience:
+                self._give_up(f"it said nothing for {self._patience} s")
         self._outbox.put(None)
 
     def _give_up(self, why: str) -> None:
@@ -6468,48 +6244,58 @@ class Worker:
 
     def _end(self) -> None:
         """The child is gone: fails everybody who waits for it. Only the first call counts."""
-        reason = self._why or f"the engine process ended ({ending(self._exit_status())})"
+        with contextlib.suppress(Exception):
+            self.process.wait(2.0)
+        status = self.process.returncode
+        reason = self._why or f"the engine process ended ({ending(status)})"
+        cause = "hang" if self._why else "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
         with self._lock:
             if self._ended.is_set():
                 return
             self.alive, self._running, self.cells = False, 0, 0
-            self.cause = "" if self._stopping else "hang" if self._why else self._cause_of(self._exit_status())
+            self.cause = "" if self._stopping else cause
             self._ended.set()
-        for id in list(self._timings):
-            if job := self._timings.pop(id, None):
-                self._meter.failed(job)
         if self._serving and not self._stopping:  # of a load the ladder tells
             log.error("%s: %s", self.info.id, reason)
         self._loading.put(LoadFailed("it was unloaded while it loaded" if self._stopping else reason, self.cause))
         self.fail_all(GenerationFailed(f"Model '{self.info.id}': {reason}"))
+        for _, timing in self._jobs.values():
+            if timing:
+                self._meter.failed(timing)
+        self._jobs = {}
         if self._serving:
             self._died(self, reason)
-
-    def _exit_status(self) -> int | None:
-        with contextlib.suppress(Exception):
-            self.process.wait(2.0)
-        return self.process.returncode
-
-    @staticmethod
-    def _cause_of(status: int | None) -> str:
-        return "memory" if status == -KILLED else "crash" if has_crashed(status) else ""
 
     def fail_all(self, error: ApiError) -> None:
         """Ends every generation with an error of its own: one that many threads raise would collect their tracebacks."""
         with self._lock:
-            generations = set(self._generations.values())
+            generations = {generation for generation, _ in self._jobs.values()}
         for generation in generations:
             generation.inbox.put(type(error)(error.details, error.message, error.param))
 
     def counts(self) -> tuple[int, int]:
         """Jobs that run, and jobs that wait."""
         with self._lock:
-            total = len(self._generations)
+            total = len(self._jobs)
         running = min(self._running, total)
         return running, total - running
 
+    def settings(self) -> dict[str, Any]:
+        """How the model is loaded, for its status: `options` that differ from their defaults, `fallback` that was needed."""
+        usual, loaded = EngineOptions(), self.loaded
+        options = {k: v for k, v in vars(self.setup.options).items() if v != getattr(usual, k)}
+        options |= {"chat_template": "given"} if "chat_template" in options else {}
+        return {
+            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
+            "devices": loaded.devices, "fallback": self.setup.rung.words(),
+        }  # fmt: skip
+
     def memory_bytes(self) -> int:
         return resident_bytes([self.process.pid]) if self.alive else 0
+
+    def reserved_bytes(self) -> int:
+        """Bytes of memory that count as free and are not: the engine has mapped them, or will fill them. Takes time."""
+        return mapped_bytes([self.process.pid]) + max(0, self.loaded.memory_need - self.memory_bytes()) if self.alive else 0
 
     def stop(self) -> None:
         """Ends the child: it goes at the end of its pipe, else is killed. While it loads, `start` raises. Idempotent.
@@ -6517,19 +6303,12 @@ class Worker:
         Waits some ten seconds at most.
         """
         with self._lock:
-            self._stopping = True
-            self.alive = False
-            process = getattr(self, "process", None)
-        if process is None:
-            return
-        self._pipe.close()
-        try:
-            self.process.wait(3.0)
-        except Exception:
-            process.kill()
-            with contextlib.suppress(Exception):
-                process.wait(5.0)
-        self._end()
+            self._stopping, self.alive = True, False
+            started = hasattr(self, "process")
+        if started:
+            self._pipe.close()
+            if not self._ended.wait(3.0):
+                self._give_up("it was to be unloaded")
 
 
 class Ladder:
@@ -6545,11 +6324,10 @@ class Ladder:
         self.faults, self.report = faults, report
         self._lock = threading.Lock()
         self._said: set[str] = set()
-        self._crashes: dict[str, int] = {}  # young engines that crashed, by model
-        self._counted: weakref.WeakSet[Worker] = weakref.WeakSet()
+        self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
 
-    def load(self, model: ModelInfo, gpu_wanted: bool, start: Callable[[Rung], Worker], asked: bool = False) -> Worker:
+    def load(self, model: ModelInfo, setup: Setup, start: Callable[[Setup], Worker], asked: bool = False) -> Worker:
         """Loads by the highest rung that holds. `start` tries one, and raises LoadFailure.
 
         Raises the first rung's failure when none holds, and at once one that no other rung would mend. What a client
@@ -6560,11 +6338,12 @@ class Ladder:
         crash = ""  # what the first engine that crashed or hung said
         while True:
             try:
-                worker = start(rung)
+                worker = start(replace(setup, rung=rung))
+                break
             except LoadFailure as failure:
                 first = first or failure
                 mendable = failure.cause not in ("", "room")
-                gpu = mendable and gpu_wanted and self._has_gpu()
+                gpu = mendable and self._uses_gpu(setup.options)
                 lower = rung.below(failure.cause, gpu) if mendable else None
                 if lower is None:
                     raise (failure if failure.cause == "room" else first) from None
@@ -6572,10 +6351,9 @@ class Ladder:
                 if failure.cause != "memory":
                     crash, kept = crash or failure.details, kept.below(failure.cause, gpu) or kept
                 rung = lower
-            else:
-                if crash and not asked:
-                    self._remember(model, kept, crash)
-                return worker
+        if crash and not asked:
+            self._remember(model, kept, crash)
+        return worker
 
     def _top(self, model: ModelInfo) -> Rung:
         """Where to begin with a model: what its kind is known to need, without the kernels that are known to be broken."""
@@ -6584,9 +6362,7 @@ class Ladder:
         for name, fault in broken.items():
             self._say(f"this CPU's {name} kernels are broken in this build of llama-cpp-python ({fault}); "
                       "going on without them", new)  # fmt: skip
-        with self._lock:
-            lowered = self._lowered.get(model.id)
-        rung = lowered or self._known(model)
+        rung = self._lowered.get(model.id) or self._known(model)
         return rung if rung.plain else replace(rung, without=tuple(broken))
 
     def _known(self, model: ModelInfo) -> Rung:
@@ -6618,30 +6394,24 @@ class Ladder:
         (log.warning if new else self.report)(words)
 
     @staticmethod
-    def _has_gpu() -> bool:
-        return any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
+    def _uses_gpu(options: EngineOptions) -> bool:
+        wanted = options.gpu_layers != 0 and options.device != ("none",)
+        return wanted and any(device["kind"] in ("GPU", "IGPU") for device in engine_build()["devices"])
 
     def died(self, worker: Worker) -> None:
         """An engine ended by itself: the second crash of a young one takes its model a rung down."""
-        model = worker.info
-        if not worker.cause or time.monotonic() - worker.loaded_at > self.YOUNG:
+        model, cause = worker.info, worker.cause
+        if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        gpu = worker.loaded.on_gpu
         with self._lock:
-            if worker in self._counted:
-                return
-            self._counted.add(worker)
-            self._crashes[model.id] = self._crashes.get(model.id, 0) + 1
-            if self._crashes[model.id] < 2:
-                return
-            self._crashes[model.id] = 0
-            lower = worker.setup.rung.below(worker.cause, gpu)
-            if lower:
-                self._lowered[model.id] = lower
-        if lower:
+            self._crashes[model.id] += 1
+            second = self._crashes[model.id] % 2 == 0
+        lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
+        if second and lower:
+            self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
-            if worker.cause != "memory":
-                self._remember(model, lower, f"the engine crashed twice ({worker.cause})")
+            if cause != "memory":
+                self._remember(model, lower, f"the engine crashed twice ({cause})")
 
 
 # ── 12. Models in memory ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -6690,33 +6460,32 @@ class Settings:
         """`flags` are the fields of EngineOptions that the command line gives; `one`: a single model is served by these."""
         self._flags, self.presets, self._one = flags or {}, tuple(presets), one
         self._all = [p for p in presets if p.pattern == "*"]
-        self.engine = EngineOptions(**self._merged([p.engine for p in self._all], self._flags))  # of no model in particular
+        self.engine = self._merged([*self._all, Preset("*", self._flags)]).engine  # of no model in particular
 
     @staticmethod
-    def _merged(layers: Iterable[Mapping[str, Any]], last: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for layer in (*layers, last) for name, value in layer.items()}
+    def _merged(layers: Seq[Preset], system: str = "") -> ModelSettings:
+        engine = {name: value for layer in layers for name, value in layer.engine.items()}
+        sampling = {name: value for layer in layers for name, value in layer.sampling.items()}
+        keep = [layer.keep_alive for layer in layers if layer.keep_alive is not None]
+        return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
         """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
-        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
-        engine = [model.stored.engine, *(p.engine for p in self._all), flags, *(p.engine for p in own)]
-        sampling = [model.stored.sampling, *(p.sampling for p in self._all), *(p.sampling for p in own)]
-        keep = [p.keep_alive for p in (*self._all, *own) if p.keep_alive is not None]
-        return ModelSettings(EngineOptions(**self._merged(engine, asked or {})), self._merged(sampling, {}),
-                             model.stored.system, keep[-1] if keep else None)  # fmt: skip
+        own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
+        layers = [stored, *self._all, Preset("", flags), *own, Preset("", asked or {})]
+        return self._merged(layers, model.stored.system)
 
 
-class LoadAttempt:
-    """One try to load a model; everyone who waited for it learns its error."""
+@dataclass
+class PendingLoad:
+    """A model's load, from when it is wanted until it has ended. Touched only under the condition of Residents."""
 
-    def __init__(self) -> None:
-        self.error: ApiError | None = None
-
-    def check(self) -> None:
-        """Raises the load's error, a copy for each waiter: a raised exception holds the frames it passed through."""
-        if self.error is not None:
-            raise copy.copy(self.error)
+    due: float  # monotonic: when it is refused if no room has come
+    asked: dict[str, Any]  # fields of EngineOptions that it is to be loaded with, by request
+    background: bool = False  # it is wanted although nobody waits for it
+    error: ApiError | None = None  # how it ended, if badly
 
 
 @dataclass
@@ -6729,15 +6498,12 @@ class Entry:
     error: str | None = None
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
-    attempt: LoadAttempt = field(default_factory=LoadAttempt)
-    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests for its load gave
-    held: Mapping[str, Any] = field(default_factory=dict)  # the same, of the last load that came to its end
+    load: PendingLoad | None = None
+    asked: Mapping[str, Any] = field(default_factory=dict)  # the same, that it was loaded with last
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
-    begun: int = 0  # the number of its last load among all
-    reserved: int = 0  # bytes that others held or were to take then
+    departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
     retry_at: float = 0.0  # monotonic: until then requests get the reason of the last failure
-    pending: Cancellation | None = None  # a load that nobody waits for and that has no room yet
     leases: int = 0  # requests that use the worker now
     waiting: int = 0  # requests that wait for the load
     last_used: float | None = None  # seconds since the epoch
@@ -6750,7 +6516,8 @@ class Entry:
 
     @property
     def idle(self) -> bool:
-        return self.state == "loaded" and not self.leases and not self.waiting
+        """Nobody uses it, nor is about to: who waits while it is loaded wants it loaded with other options."""
+        return self.state == "loaded" and not self.leases and (self.load is not None or not self.waiting)
 
     def status(self) -> dict[str, Any]:
         """The document of the status, load and unload routes, but for its memory: asking for that takes too long here."""
@@ -6760,18 +6527,7 @@ class Entry:
             "progress": round(self.progress, 3), "memory_bytes": 0,
             "requests_running": running, "requests_waiting": waiting + self.waiting,
             "last_used": self.last_used and round(self.last_used, 3), "error": self.error,
-        } | (self._settings(self.worker) if self.worker else {})  # fmt: skip
-
-    @staticmethod
-    def _settings(worker: Worker) -> dict[str, Any]:
-        """What holds for the engine: context, pool, options that differ from their defaults, and what had to be given up."""
-        usual, loaded = EngineOptions(), worker.loaded
-        options = {k: v for k, v in vars(worker.setup.options).items() if v != getattr(usual, k)}
-        options |= {"chat_template": "given"} if "chat_template" in options else {}
-        return {
-            "context_length": loaded.ctx, "kv_pool": loaded.pool, "parallel": loaded.parallel, "options": options,
-            "devices": loaded.devices, "fallback": worker.setup.rung.words(),
-        }  # fmt: skip
+        } | (self.worker.settings() if self.worker else {})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -6785,32 +6541,24 @@ class TableOptions:
     preset_aliases: tuple[tuple[str, str], ...] = ()  # the same; their models need not be there
 
 
-def start_thread(work: Callable[..., None], *args: Any, name: str) -> None:
-    """Runs work in a thread of its own. Raises Overloaded when the system has no thread to give."""
-    try:
-        threading.Thread(target=work, args=args, name=name, daemon=True).start()
-    except RuntimeError as error:
-        raise Overloaded(f"The system gives no more threads ({error})") from None
-
-
 class Residents:
     """The models in memory: loads, evicts and unloads them.
 
-    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries; loads
-    and unloads run in threads of their own, so that no wait holds it. Methods are called with it held, unless they
-    say that they take it.
+    unloaded → loading → loaded → unloading → unloaded, or failed. One condition, `changed`, guards all entries. One
+    thread loads, a model at a time, another ends engines, so that no wait holds it. Methods are called with it held,
+    unless they say that they take it.
     """
 
     FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0  # seconds after a load that failed on every rung; twice as many each time
 
-    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Callable[[Entry], ModelSettings],
+    def __init__(self, make_worker: MakeWorker, ladder: Ladder, settings: Callable[[Entry, Mapping[str, Any]], ModelSettings],
                  options: TableOptions, metrics: Metrics) -> None:  # fmt: skip
         """`settings` is asked with the condition held."""
         self.changed = threading.Condition()
         self.entries: dict[str, Entry] = {}  # by id
         self.closed = False
         self._make_worker, self._ladder, self._settings = make_worker, ladder, settings
-        self._options, self._metrics, self._loads = options, metrics, itertools.count()
+        self._options, self._metrics = options, metrics
 
     def move(self, entry: Entry, state: str, worker: Worker | None = None, error: str | None = None) -> None:
         """Takes an entry to a state with all that belongs to it, and wakes whoever waits."""
@@ -6818,6 +6566,7 @@ class Residents:
         entry.state, entry.worker, entry.starting, entry.error = state, worker, None, error
         entry.progress = 1.0 if state in ("loaded", "unloading") else 0.0
         if not entry.in_memory:
+            entry.departures += 1
             for other in self.entries.values():
                 other.crowded = ""
         self.changed.notify_all()
@@ -6829,169 +6578,128 @@ class Residents:
 
     # Loading
 
-    def worker_for(self, entry: Entry, deadline: float, asked: Mapping[str, Any] | None = None) -> Worker | None:
-        """The worker if the model is loaded; otherwise begins the load unless one runs, as soon as there is room.
+    def want(self, entry: Entry, asked: Mapping[str, Any] | None = None, background: bool = False) -> PendingLoad:
+        """The load of a model that is not loaded, or not as it is `asked` for; it begins as soon as there is room.
 
-        `asked` are options that the request wants it loaded with: a longer context reloads it once nobody uses it.
-        Raises Overloaded when no room came until the deadline, or the server ends; GenerationFailed in the pause after a
-        load that failed on every rung.
+        Raises Overloaded when the server ends, GenerationFailed in the pause after a load that failed on every rung.
         """
         if self.closed:
             raise Overloaded("The server is shutting down")
-        if entry.state == "loaded" and asked and self._is_too_short(entry, asked):
-            if entry.leases and time.monotonic() > deadline:
-                raise Overloaded(f"Model '{entry.info.id}' is too busy to be loaded with a context of {asked['ctx']} tokens")
-            if not entry.leases:
-                entry.asked = {**entry.asked, **asked}
-                self._begin_unload(entry)
-            return None
-        if entry.state == "loaded":
-            entry.idle_since, entry.last_used = time.monotonic(), time.time()
-            return entry.worker
-        pause = entry.retry_at - time.monotonic()
-        if entry.state == "failed" and pause > 0:
-            raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
-        if not entry.in_memory and self._make_room(entry, deadline):
-            entry.asked = {**entry.asked, **(asked or {})}
-            self._begin_load(entry)
+        if self.entries.get(entry.info.id) is not entry:  # a scan has dropped it since its name was resolved
+            raise ModelNotFound(f"Model '{entry.info.id}' is not available")
+        load = entry.load or PendingLoad(time.monotonic() + LOAD_WAIT_SECONDS, dict(entry.asked))
+        load.background |= background
+        if entry.state != "loading":
+            load.asked.update(asked or {})
+        if entry.load is None:
+            pause = entry.retry_at - time.monotonic()
+            if entry.state == "failed" and pause > 0:
+                raise GenerationFailed(f"{entry.error} (it is tried again in {pause:.0f} s, or by a request to load it)")
+            if entry.state == "failed":
+                self.move(entry, "unloaded")
+            entry.load = load
+            self._schedule()
+            self.changed.notify_all()
+        return load
+
+    def _schedule(self) -> Entry | None:
+        """The model that loads now: one that does, else that which is wanted longest of those for which there is room."""
+        wanted = [(e.load, e) for e in self.entries.values() if e.load]
+        for load, entry in sorted(wanted, key=lambda each: (each[1].state != "loading", each[0].due)):
+            if entry.state == "loading":
+                return entry
+            if not entry.waiting and not load.background:  # whoever wanted it has left
+                entry.load = None
+            elif self._has_room(entry, load):
+                self.move(entry, "loading")
+                return entry
         return None
 
-    @staticmethod
-    def _is_too_short(entry: Entry, asked: Mapping[str, Any]) -> bool:
-        """Whether a request wants more context than the model is loaded with, and than it got when it was asked for that."""
-        assert entry.worker
-        wanted = min(asked.get("ctx") or 0, entry.info.context_length or sys.maxsize)
-        return wanted > entry.worker.loaded.ctx and asked.get("ctx") != entry.held.get("ctx")
-
-    def load_in_background(self, entry: Entry) -> None:
-        """Begins to load; without room one thread waits for it, however often this is asked."""
-        if entry.pending or entry.state in ("loading", "loaded"):
-            return
-        if entry.state != "unloading" and self._make_room(entry, math.inf):
-            self._begin_load(entry)
-            return
-        pending = Cancellation()
-        start_thread(self._load_pending, entry, pending, name=f"load {entry.info.id}")
-        entry.pending = pending
-        if entry.state == "failed":
-            self.move(entry, "unloaded")
-
-    def _load_pending(self, entry: Entry, pending: Cancellation) -> None:
-        """The thread of a load that waits for room; its refusal becomes the entry's error."""
-        try:
-            with Lease(self, entry, pending, uses=False) as lease:
-                lease.wait()
-        except Cancelled:
-            pass  # an unload came
-        except ApiError as refusal:
-            with self.changed:
-                if entry.state == "unloaded":
-                    self.move(entry, "failed", error=refusal.details)
-        finally:
-            with self.changed:
-                entry.pending = None
-
-    def _make_room(self, entry: Entry, deadline: float) -> bool:
-        """True if a load may start; otherwise starts evicting the least recently used idle model.
+    def _has_room(self, entry: Entry, load: PendingLoad) -> bool:
+        """True if a load may start; otherwise unloads the least recently used idle model, or refuses a load that is due.
 
         The load itself finds out whether it fits beside the others (`crowded`), for only an engine knows the devices.
-        Raises Overloaded when all are busy beyond the deadline.
         """
         held = [e for e in self.entries.values() if e.in_memory]
-        if len(held) < self._options.max_loaded and not (entry.crowded and held):
+        if entry.in_memory:  # with other options
+            held = [entry]
+        elif len(held) < self._options.max_loaded and not (entry.crowded and held):
             return True
-        if not any(e.state == "unloading" and not e.leases for e in held):
-            if idle := [e for e in held if e.idle]:
-                self._begin_unload(min(idle, key=lambda e: e.idle_since))
-            elif time.monotonic() > deadline:
-                crowded, entry.crowded = entry.crowded, ""
-                busy = f"{len(held)} loaded models are busy"
-                raise Overloaded(f"{crowded}; {busy}" if crowded else f"All {busy} (--max-loaded {self._options.max_loaded})")
+        if entry.state == "unloading" or any(e.state == "unloading" and not e.leases for e in held):
+            return False
+        if idle := [e for e in held if e.idle]:
+            oldest = min(idle, key=lambda e: e.idle_since)
+            self.move(oldest, "unloading", oldest.worker)
+        elif time.monotonic() > load.due:
+            busy = f"{len(held)} loaded models are busy"
+            why = f"{entry.crowded}; {busy}" if entry.crowded else f"All {busy} (--max-loaded {self._options.max_loaded})"
+            if entry.in_memory:
+                asked = ", ".join(f"{name} {value}" for name, value in load.asked.items())
+                why = f"Model '{entry.info.id}' is too busy to be loaded again with {asked}"
+            self._end_load(entry, Overloaded(why))
         return False
 
-    def _others(self, entry: Entry) -> list[Entry]:
-        return [e for e in self.entries.values() if e.in_memory and e is not entry]
-
-    def _reserved(self, entry: Entry) -> int:
-        """Bytes of memory that count as free and are not: other engines have mapped them, or will fill them. Takes time.
-
-        Of two loads the one that began first is the other's, so that not each waits for each.
-        """
-        with self.changed:
-            earlier = [e for e in self._others(entry) if e.state != "loading" or e.begun < entry.begun]
-            needs = [(e.worker or e.starting, expected_need(e.info, self._settings(e).engine)) for e in earlier]
-        reserved = 0
-        for worker, need in needs:
-            process, loaded = getattr(worker, "process", None), getattr(worker, "loaded", None)
-            pids = [process.pid] if process else []
-            need = loaded.memory_need if loaded else need
-            reserved += mapped_bytes(pids) + max(0, need - resident_bytes(pids))
-        return reserved
-
-    def _begin_load(self, entry: Entry) -> None:
-        attempt = LoadAttempt()
-        start_thread(self._load, entry, attempt, name=f"load {entry.info.id}")  # before the state says that one runs
-        entry.attempt, entry.begun = attempt, next(self._loads)
-        self.move(entry, "loading")
-
-    def _load(self, entry: Entry, attempt: LoadAttempt) -> None:
-        """The thread of a load; takes the condition to say how far it is and how it ended."""
-
-        def progress(fraction: float) -> None:
+    def run_loads(self) -> None:
+        """The loading thread; takes the condition."""
+        while not self.closed:
             with self.changed:
-                entry.progress = fraction
+                entry = self._schedule()
+                if not entry and not self.closed:
+                    self.changed.wait(1.0 if any(e.load for e in self.entries.values()) else None)
+            if entry and entry.load:
+                self._load(entry, entry.load)
 
-        with self.changed:
-            settings = self._settings(entry)
+    def _load(self, entry: Entry, load: PendingLoad) -> None:
+        """Loads a model; takes the condition to say how that ended."""
         worker: Worker | None = None
         error: ApiError | None = None
+        asked, others = dict(load.asked), list[Worker]()
         try:
-            gpu_wanted = settings.engine.gpu_layers != 0 and settings.engine.device != ("none",)
-            worker = self._ladder.load(
-                entry.info, gpu_wanted, lambda rung: self._start(entry, settings, rung, progress), bool(entry.asked)
-            )
+            with self.changed:
+                settings = self._settings(entry, asked)
+                others = [e.worker for e in self.entries.values() if e.worker]
+                idle = any(e.idle for e in self.entries.values())
+            setup = Setup(settings.engine, reserved=sum(other.reserved_bytes() for other in others), others_idle=idle)
+            worker = self._ladder.load(entry.info, setup, functools.partial(self._start, entry), bool(asked))
         except ApiError as failure:
-            error = copy.copy(failure)
+            error = failure
         except Exception as failure:
             log.exception("loading %s failed", entry.info.id)
             error = GenerationFailed(f"{type(failure).__name__}: {failure}", "The model could not be loaded")
         with self.changed:
-            entry.idle_since = time.monotonic()
-            if not error:
-                entry.held, entry.failures, entry.retry_at = entry.asked, 0, 0.0
+            if worker:
+                entry.asked, entry.failures, entry.retry_at, entry.idle_since = asked, 0, 0.0, time.monotonic()
                 self.move(entry, "loaded", worker)
-            elif getattr(error, "cause", "") == "room" and (entry.reserved or self._others(entry)):
+                if not worker.alive:
+                    self.move(entry, "failed", error="the engine process ended right after the load")
+                if load.asked == asked:  # else it was asked for with other options meanwhile
+                    self._end_load(entry)
+            elif error and getattr(error, "cause", "") == "room" and others:
                 self.move(entry, "unloaded")
-                entry.crowded = error.details if self._others(entry) else ""
-            else:
-                self._failed(entry, attempt, error)
-        if worker is not None and self.closed:
-            worker.stop()
-        elif worker is not None and not worker.alive:
-            self._died(entry, worker, "the engine process ended right after the load")
+                entry.crowded = error.details
+            elif error:  # what every rung failed at is not tried again and again
+                self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
+                if getattr(error, "cause", "") and asked == entry.asked:  # what one client wished for keeps no other from it
+                    pause = self.FIRST_PAUSE * 2 ** min(entry.failures, 10)
+                    entry.retry_at, entry.failures = time.monotonic() + min(self.LONGEST_PAUSE, pause), entry.failures + 1
+                self._end_load(entry, error)
 
-    def _start(self, entry: Entry, settings: ModelSettings, rung: Rung, progress: Callable[[float], None]) -> Worker:
+    def _start(self, entry: Entry, setup: Setup) -> Worker:
         """Starts one engine for a load; takes the condition. Raises LoadFailure."""
-        with self.changed:
-            idle = any(e.idle for e in self.entries.values() if e is not entry)
-        entry.reserved = self._reserved(entry)
-        setup = Setup(settings.engine, rung, entry.reserved, idle)
         starting = self._make_worker(entry.info, setup, functools.partial(self._died, entry))
         with self.changed:
             if self.closed:
                 raise Overloaded("The server is shutting down")
             entry.starting = starting
-        return starting.start(progress)
+        return starting.start(lambda fraction: setattr(entry, "progress", fraction))
 
-    def _failed(self, entry: Entry, attempt: LoadAttempt, error: ApiError) -> None:
-        """A load is over without a model. What every rung failed at is not tried again and again."""
-        self._ladder.report(f"{printable(entry.info.id)} could not be loaded: {printable(error.details)}")
-        wished = entry.asked != entry.held  # what one client wished for does not keep the others from the model
-        attempt.error, entry.asked = error, entry.held
-        if getattr(error, "cause", "") and not wished:
-            entry.retry_at = time.monotonic() + min(self.LONGEST_PAUSE, self.FIRST_PAUSE * 2 ** min(entry.failures, 10))
-            entry.failures += 1
-        self.move(entry, "failed", error=error.details)
+    def _end_load(self, entry: Entry, error: ApiError | None = None) -> None:
+        """Tells everybody who waits for a load how it ended."""
+        load, entry.load = entry.load, None
+        if error and load:
+            load.error, entry.crowded = error, ""
+            if entry.state != "loaded":
+                self.move(entry, "failed", error=error.details)
 
     def _died(self, entry: Entry, worker: Worker, reason: str) -> None:
         """A child ended by itself; takes the condition."""
@@ -6999,6 +6707,7 @@ class Residents:
         with self.changed:
             if entry.worker is worker and entry.state == "loaded":
                 self.move(entry, "failed", error=reason)
+            self.changed.notify_all()
 
     # Unloading
 
@@ -7006,84 +6715,69 @@ class Residents:
         """A request is done with the worker."""
         entry.leases -= 1
         entry.idle_since, entry.last_used = time.monotonic(), time.time()
-        if self.keep_alive(entry) == 0 and entry.idle:
-            self._evict(entry)
         self.changed.notify_all()
 
     def keep_alive(self, entry: Entry) -> float:
         """How many seconds the model stays when nobody uses it; below zero: for ever."""
         if entry.keep_alive is not None:
             return entry.keep_alive
-        own = self._settings(entry).keep_alive
+        own = self._settings(entry, {}).keep_alive
         return self._options.keep_alive if own is None else own
 
-    def keep(self, entry: Entry, seconds: float) -> None:
-        """Changes how long the model stays; 0 unloads it now if it is idle."""
-        entry.keep_alive = seconds
-        if seconds == 0 and entry.idle:
-            self._evict(entry)
-        self.changed.notify_all()
+    def expires(self, entry: Entry) -> float:
+        """When an idle model has stayed for as long as it may, monotonic; infinite for one that may stay."""
+        keep = self.keep_alive(entry) if entry.idle else -1
+        return entry.idle_since + keep if keep >= 0 else math.inf
 
     def unload(self, entry: Entry, force: bool, cancel: Cancellation) -> None:
         """Waits until the model is out of memory; force ends what runs, otherwise it may finish."""
-        ended = GenerationFailed("The model was unloaded (force)", "Text generation was ended")
-        if entry.pending:
-            entry.pending.cancel()
-        attempt = entry.attempt  # a load that somebody begins after our unload is none of our business
-        while entry.attempt is attempt and entry.in_memory and not self.closed:
+        if entry.load:
+            entry.load.background = False
+        departures = entry.departures  # a load that somebody begins after our unload is none of our business
+        while entry.departures == departures and entry.in_memory and not self.closed:
             cancel.check()
             if entry.state == "loaded":
-                self._begin_unload(entry)
-            if entry.state == "unloading" and force and entry.worker:
-                entry.worker.fail_all(ended)
-            if entry.state == "loading" and force and entry.starting:
-                start_thread(entry.starting.stop, name=f"stop {entry.info.id}")
+                self.move(entry, "unloading", entry.worker)
+            if force and entry.worker:
+                entry.worker.fail_all(GenerationFailed("The model was unloaded (force)", "Text generation was ended"))
+            if force and entry.starting:
+                threading.Thread(target=entry.starting.stop, name=f"stop {entry.info.id}", daemon=True).start()
                 entry.starting = None
             self.changed.wait(1.0)
         if entry.state == "failed":
             self.move(entry, "unloaded")
         if entry.state == "unloaded":
-            entry.asked = entry.held = {}
+            entry.asked = {}
 
-    def _begin_unload(self, entry: Entry) -> None:
-        start_thread(self._unload, entry, entry.worker, name=f"unload {entry.info.id}")
-        self.move(entry, "unloading", entry.worker)
+    def run_unloads(self) -> None:
+        """The thread that ends engines; takes the condition."""
+        while not self.closed:
+            with self.changed:
+                held = [e for e in self.entries.values() if e.worker]
+                entry = self._leaving(held)
+                if not entry and not self.closed:
+                    left = min(map(self.expires, held), default=math.inf) - time.monotonic()
+                    self.changed.wait(max(0.0, min(3600.0, left)) if left < math.inf else None)  # no system waits for years
+            if entry and entry.worker:
+                entry.worker.stop()
+                with self.changed:
+                    entry.keep_alive = None
+                    self.move(entry, "unloaded")
 
-    def _unload(self, entry: Entry, worker: Worker) -> None:
-        """The thread of an unload: waits for the requests that use the worker, then ends it; takes the condition."""
-        with self.changed:
-            while entry.leases and worker.alive:  # at the server's end `close` stops the worker
-                self.changed.wait(1.0)
-        worker.stop()
-        with self.changed:
-            entry.keep_alive = None
-            self.move(entry, "unloaded")
+    def _leaving(self, held: Iterable[Entry]) -> Entry | None:
+        """A model that is to go and whose requests are done, or that is idle for too long."""
+        for entry in held:
+            if self.expires(entry) <= time.monotonic():
+                self.move(entry, "unloading", entry.worker)
+            if entry.state == "unloading" and not (entry.leases and entry.worker and entry.worker.alive):
+                return entry
+        return None
 
-    def _evict(self, entry: Entry) -> None:
-        """Unloads an idle model that nobody waits to see gone: without a thread to do it, it stays for now."""
-        try:
-            self._begin_unload(entry)
-        except Overloaded as error:
-            log.warning("%s stays in memory: %s", entry.info.id, error.details)
-            entry.idle_since = time.monotonic()  # for as long again
-
-    def expire_idle(self) -> None:
-        """The keep-alive thread: unloads models idle for as long as they may be; takes the condition."""
-        with self.changed:
-            while not self.closed:
-                now = time.monotonic()
-                idle = [e for e in self.entries.values() if e.idle and self.keep_alive(e) > 0]
-                for entry in idle:
-                    if now - entry.idle_since >= self.keep_alive(entry):
-                        self._evict(entry)
-                left = [e.idle_since + self.keep_alive(e) - now for e in idle if e.state == "loaded"]
-                self.changed.wait(max(0.05, min(3600.0, *left)) if left else None)  # no system waits for years
-
-    def close(self) -> None:
-        """Ends every wait and every child; idempotent; takes the condition."""
+    def close(self, engines: bool) -> None:
+        """Ends every wait, and every child if the `engines` are to end too; idempotent; takes the condition."""
         with self.changed:
             self.closed = True
-            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w]
+            workers = [w for e in self.entries.values() for w in (e.worker, e.starting) if w and engines]
             self.changed.notify_all()
         for worker in workers:
             worker.stop()
@@ -7092,12 +6786,10 @@ class Residents:
 class Lease:
     """A request's claim on a model: waits for the load, then keeps the worker in memory until the request is done."""
 
-    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, uses: bool = True,
-                 asked: Mapping[str, Any] | None = None) -> None:  # fmt: skip
-        """`uses` is false for who only wants the model loaded; `asked` as Residents.worker_for has it."""
-        self._residents, self._entry, self._cancel, self._uses, self._asked = residents, entry, cancel, uses, asked
-        self._deadline = time.monotonic() + LOAD_WAIT_SECONDS
-        self._attempt = LoadAttempt()
+    def __init__(self, residents: Residents, entry: Entry, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> None:
+        """`asked` are options that the request wants the model loaded with: a longer context reloads it once it is idle."""
+        self._residents, self._entry, self._cancel, self._asked = residents, entry, cancel, asked or {}
+        self._load: PendingLoad | None = None
         self._waiting = True
 
     def __enter__(self) -> Lease:
@@ -7107,7 +6799,7 @@ class Lease:
         return self
 
     def wait(self, seconds: float = math.inf) -> Worker | None:
-        """The worker, once the model is loaded; None after so many seconds. Whoever comes first begins the load.
+        """The worker, once the model is loaded; None after so many seconds.
 
         Raises GenerationFailed with the load's reason, Overloaded when no room comes, Cancelled.
         """
@@ -7115,44 +6807,35 @@ class Lease:
         with self._residents.changed:
             while (left := until - time.monotonic()) > 0:
                 self._cancel.check()
-                self._attempt.check()
-                worker = self._residents.worker_for(entry, self._deadline, self._asked)
-                if worker:
-                    entry.waiting, entry.leases = entry.waiting - 1, entry.leases + self._uses
-                    self._waiting = False
-                    return worker
-                if entry.state == "loading":
-                    self._attempt = entry.attempt
+                if self._load and self._load.error:  # one of its own for each waiter: a raised one holds the frames it passed
+                    raise copy.copy(self._load.error)
+                if entry.worker and entry.state == "loaded" and not self._is_unfit(entry.worker):
+                    entry.waiting, entry.leases, self._waiting = entry.waiting - 1, entry.leases + 1, False
+                    entry.last_used = time.time()
+                    return entry.worker
+                self._load = self._residents.want(entry, self._asked)
                 self._residents.changed.wait(min(left, 1.0))
         return None
+
+    def waited(self) -> Generator[Waiting, None, Worker]:
+        """The same without end, with signs of life."""
+        while (worker := self.wait(PING_SECONDS)) is None:
+            yield Waiting()
+        return worker
+
+    def _is_unfit(self, worker: Worker) -> bool:
+        """True if more context is asked for than the model got, unless it got what there was when it was asked for that."""
+        ctx = self._asked.get("ctx") or 0
+        wanted = min(ctx, self._entry.info.context_length or sys.maxsize)
+        is_too_short = wanted > worker.loaded.ctx and ctx != self._entry.asked.get("ctx")
+        return is_too_short or bool(self._asked and self._entry.load)  # it is about to be loaded again
 
     def __exit__(self, *_: object) -> None:
         with self._residents.changed:
             if self._waiting:
                 self._entry.waiting -= 1
-            elif self._uses:
+            else:
                 self._residents.release(self._entry)
-
-
-@dataclass(frozen=True)
-class Resident:
-    """A loaded model, for who lists what runs."""
-
-    info: ModelInfo
-    loaded: Loaded
-    running: int
-    memory_bytes: int
-    left: float | None  # seconds until it is unloaded if nobody comes; None: it stays
-
-
-@dataclass(frozen=True)
-class Unresolved:
-    """A model that the command line names and no scan has found."""
-
-    setting: str  # "--model" (which SHIMMY_BASE_GGUF may stand for), or "--alias PATTERN"
-    value: str
-    near: tuple[str, ...]  # ids that are spelled alike, or that the value could mean
-    reason: str  # ": " and why a file of that name was skipped, or ""
 
 
 def some_of(names: Seq[str], most: int = 5) -> str:
@@ -7162,28 +6845,21 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean. Owned by ModelTable, touched only under its condition."""
+    """What the names in requests mean, after one scan. Never changes."""
 
-    def __init__(self, options: TableOptions) -> None:
-        self._wanted, self._aliases, self._preset_aliases = options.default, options.aliases, options.preset_aliases
-        self._models: dict[str, ModelInfo] = {}  # by id, in the order of the list
-        self._stems: dict[str, str] = {}  # id to file stem
-        self.default: str | None = None
-
-    def update(self, models: dict[str, ModelInfo]) -> None:
-        """Takes over what a scan found; `default` stays what it was while that is there."""
-        self._models = models
+    def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
+        """`default` stays what it was while that is there."""
+        self._wanted, self._aliases = options.default, options.aliases
+        self._all_aliases = (*options.aliases, *options.preset_aliases)
+        self._models = models  # by id, in the order of the list
         self._stems = {id: pathlib.Path(m.path).stem for id, m in models.items()}
-        if self._wanted and self.default not in models:
-            self.default = self._find_wanted(self._wanted)
-        elif not self._wanted and (self.default not in models or models[self.default].embedding):
+        self.default = default
+        if self._wanted and default not in models:
+            path = os.path.realpath(os.path.expanduser(self._wanted))
+            found = [id for id, m in models.items() if os.path.realpath(m.path) == path] or self._match(self._wanted)
+            self.default = found[0] if len(found) == 1 else None
+        elif not self._wanted and (default not in models or models[default].embedding):
             self.default = next((id for id, m in models.items() if not m.embedding), None)
-
-    def _find_wanted(self, wanted: str) -> str | None:
-        path = os.path.realpath(os.path.expanduser(wanted))
-        by_path = [id for id, m in self._models.items() if os.path.realpath(m.path) == path]
-        found = by_path or self._match(wanted)
-        return found[0] if len(found) == 1 else None
 
     def resolve(self, name: str) -> list[str]:
         """The ids that a name may mean, one if it is clear: `default`, id, alias, stem, letter case, prefix, in this order."""
@@ -7193,7 +6869,7 @@ class Names:
             return [name]
         import fnmatch
 
-        for pattern, target in (*self._aliases, *self._preset_aliases):
+        for pattern, target in self._all_aliases:
             if fnmatch.fnmatchcase(name, pattern):
                 return self.resolve("default") if target == "default" else self._match(target)
         return self._match(name)
@@ -7215,7 +6891,7 @@ class Names:
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
         """The error for a name that means nothing, or several models; `reason` may say why a file of that name is none."""
-        known = self._available()
+        known = some_of(list(self._models))
         if name == "default" and not self._wanted:
             if self._models:
                 return ModelNotFound(f"No model here generates text, only embedding models were found: {known}")
@@ -7239,18 +6915,14 @@ class Names:
         alike = difflib.get_close_matches(plain_id(name)[:MAX_MODEL_NAME], self._models, n=3, cutoff=0.5)
         return tuple(self._match(name)[:3] or alike)
 
-    def _available(self) -> str:
-        return some_of(list(self._models))
-
-    def unresolved(self, catalog: Catalog) -> list[Unresolved]:
-        """What the command line names and what is not there, each with ids that are spelled alike."""
+    def unresolved(self, catalog: Catalog) -> Iterator[tuple[str, str, str]]:
+        """Each setting of the command line that names a model which is not there, with that name, and why, or what is near."""
         named = [("--model", self._wanted, self.resolve("default"))] if self._wanted else []
         named += [(f"--alias {p}", t, self.resolve("default") if t == "default" else self._match(t)) for p, t in self._aliases]
-        result = []
         for setting, value, found in named:
             if len(found) != 1 and value != "default":
-                result.append(Unresolved(setting, value, self.near(value), catalog.why_path_skipped(value)))
-        return result
+                near = f"; did you mean {' or '.join(self.near(value))}?" if self.near(value) else ""
+                yield setting, value, f"{catalog.why_path_skipped(value)}{near}"
 
 
 class ModelTable:
@@ -7262,14 +6934,14 @@ class ModelTable:
         ladder = ladder or Ladder(KnownFaults(), log.info)
         self._residents = Residents(make_worker, ladder, self._settings_of, options, metrics or Metrics())
         self._changed = self._residents.changed  # guards the names too
-        self._names = Names(options)
+        self._names = Names(options, {})
         self._scanned = False  # the first scan is over, whatever came of it
-        self._taken = -math.inf  # when the scan began whose report is in the table
+        self.taken = -math.inf  # when the scan began whose report is in the table
 
     def start(self) -> None:
-        """Begins the first scan, and the watch over idle models, in the background."""
-        threading.Thread(target=self._first_scan, name="scan", daemon=True).start()
-        threading.Thread(target=self._residents.expire_idle, name="keep-alive", daemon=True).start()
+        """Begins the first scan, and the threads that load and unload."""
+        for work in (self._first_scan, self._residents.run_loads, self._residents.run_unloads):
+            threading.Thread(target=work, name=work.__name__.strip("_"), daemon=True).start()
 
     def _first_scan(self) -> None:
         try:
@@ -7281,68 +6953,50 @@ class ModelTable:
                 self._scanned = True
                 self._changed.notify_all()
 
-    def scan(self) -> list[dict[str, Any]]:
-        """Looks for models again; loaded ones stay whatever became of their file. Returns the list of models."""
-        self._refresh(0.0)
-        with self._changed:
-            return self._listing()
-
     def _refresh(self, age: float) -> None:
-        """Takes over what a scan found that began at most `age` seconds ago; takes the condition."""
+        """Takes over what a scan found that began at most `age` seconds ago; takes the condition.
+
+        Models that are in memory stay whatever became of their file.
+        """
         report = self.catalog.scan(age)
         with self._changed:
-            if report.began > self._taken:  # threads may come out of the catalog in another order
-                self._taken, self._scanned = report.began, True
-                self._take(report)
-
-    def _take(self, report: ScanReport) -> None:
-        entries = self._residents.entries
-        found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
-        for model in report.models:
-            found[model.id].info = model
-        used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.pending}
-        entries = self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
-        self._names.update({id: e.info for id, e in entries.items()})
-        self._changed.notify_all()
+            if report.began <= self.taken:  # threads may come out of the catalog in another order
+                return
+            self.taken, self._scanned, entries = report.began, True, self._residents.entries
+            found = {m.id: entries.get(m.id) or Entry(m) for m in report.models}
+            for model in report.models:
+                found[model.id].info = model
+            used = {id: e for id, e in entries.items() if e.state != "unloaded" or e.waiting or e.leases or e.load}
+            self._residents.entries = found | {id: e for id, e in used.items() if id not in found}
+            models = {id: e.info for id, e in self._residents.entries.items()}
+            self._names = Names(self.options, models, self._names.default)
+            self._changed.notify_all()
 
     # Names
 
-    def models(self) -> list[dict[str, Any]]:
-        """The documents of `/api/models` without `default`; at once, whatever the engines are doing."""
-        self._look()
+    def models(self, age: float = 2.0) -> list[dict[str, Any]]:
+        """The documents of `/api/models` without `default`; at once, whatever the engines are doing.
+
+        A look at the disk takes milliseconds, and a file copied there shows; one `age` seconds old serves.
+        """
+        self._refresh(age)
         with self._changed:
-            return self._listing()
+            entries = self._residents.entries.values()
+            return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
 
     def infos(self) -> list[ModelInfo]:
         """The same models, as their headers describe them."""
-        self._look()
+        self._refresh(2.0)
         with self._changed:
             return [e.info for e in self._residents.entries.values()]
 
-    def _look(self) -> None:
+    def names(self, cancel: Cancellation | None = None) -> Names:
+        """What names mean; waits for the first scan."""
         with self._changed:
-            self._await_scan(Cancellation())
-        self._refresh(2.0)  # milliseconds, and a file copied there shows
-
-    def _listing(self) -> list[dict[str, Any]]:
-        entries = self._residents.entries.values()
-        return [e.info.document() | {"state": e.state, "loaded": e.state == "loaded"} for e in entries]
-
-    def _await_scan(self, cancel: Cancellation) -> None:
-        while not self._scanned and not self._residents.closed:
-            cancel.check()
-            self._changed.wait(1.0)
-
-    def default_id(self) -> str | None:
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.default
-
-    def unresolved(self) -> list[Unresolved]:
-        """The models that --model and --alias name and that the first scan, waited for, has not found."""
-        with self._changed:
-            self._await_scan(Cancellation())
-            return self._names.unresolved(self.catalog)
+            while not self._scanned and not self._residents.closed:
+                (cancel or Cancellation()).check()
+                self._changed.wait(1.0)
+            return self._names
 
     def resolve(self, name: str, cancel: Cancellation | None = None) -> str:
         """The id that `name` means: id, alias, stem in any case, or unambiguous prefix. Raises ModelNotFound.
@@ -7351,21 +7005,24 @@ class ModelTable:
         """
         if len(name) > MAX_MODEL_NAME:
             raise ModelNotFound(f"Model '{printable(name, 80)}' is not available")
-        with self._changed:
-            self._await_scan(cancel or Cancellation())
-            found = self._names.resolve(name)
-        if len(found) != 1:
+        if len(found := self.names(cancel).resolve(name)) != 1:
             self._refresh(0.25)
-            with self._changed:
-                found = self._names.resolve(name)
-                if len(found) != 1:
-                    raise self._names.not_found(name, self._why_skipped(name))
+            found = self._names.resolve(name)
+        if len(found) != 1:  # only `default` may be a path: the operator named it, a request never does
+            why = self.catalog.why_path_skipped if name == "default" else self.catalog.why_skipped
+            raise self._names.not_found(name, why(self._names.wanted(name)))
         return found[0]
 
-    def _why_skipped(self, name: str) -> str:
-        """Only `default` may be a path: the operator named it, a request never does."""
-        wanted = self._names.wanted(name)
-        return self.catalog.why_path_skipped(wanted) if name == "default" else self.catalog.why_skipped(wanted)
+    def _find(self, name: str, cancel: Cancellation | None = None) -> Entry:
+        """The entry of the model that a name means; all that its header tells is read now. Raises ModelNotFound."""
+        id = self.resolve(name, cancel)
+        with self._changed:
+            entry = self._entry(id)
+        if entry.info.chat_template is None:
+            whole = self.catalog.whole(entry.info)  # not under the condition: a large vocabulary takes 0.1 s
+            with self._changed:
+                entry.info = whole
+        return entry
 
     def _entry(self, id: str) -> Entry:
         """The entry, under the condition; a scan may have dropped it since the name was resolved."""
@@ -7373,139 +7030,96 @@ class ModelTable:
             raise self._names.not_found(id)
         return self._residents.entries[id]
 
-    def _read_whole(self, id: str) -> ModelInfo:
-        """What a scan of many files left unread of a model's header is read now; takes the condition."""
-        with self._changed:
-            info = self._entry(id).info
-        if info.chat_template is not None:
-            return info
-        whole = self.catalog.whole(info)  # not under the condition: a large vocabulary takes 0.1 s
-        with self._changed:
-            self._entry(id).info = whole
-        return whole
-
-    def _check_use(self, id: str, use: str) -> None:
-        """Raises InvalidRequest for a model that cannot do what the request wants, before anything is loaded for it."""
-        if refusal := self._read_whole(id).refusal(use):
-            raise InvalidRequest(f"model: '{id}' is {refusal}", "model")
-
     def info(self, name: str, cancel: Cancellation | None = None) -> ModelInfo:
         """All that the header of the model tells. Raises ModelNotFound."""
-        return self._read_whole(self.resolve(name, cancel))
+        return self._find(name, cancel).info
 
-    def _settings_of(self, entry: Entry) -> ModelSettings:
-        return self._settings.of(entry.info, entry.info.id == self._names.default, entry.asked)
+    def _settings_of(self, entry: Entry, asked: Mapping[str, Any]) -> ModelSettings:
+        return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
 
     def settings(self, id: str) -> ModelSettings:
         """What holds for a model, or will when it is loaded."""
         with self._changed:
-            return self._settings_of(self._entry(id))
+            entry = self._entry(id)
+            return self._settings_of(entry, entry.asked)
 
     # Life
 
     def lease(self, name: str, cancel: Cancellation, use: str = "generate", asked: Mapping[str, Any] | None = None) -> Lease:
-        """A request's claim on the model, to generate, embed or rank. Raises ModelNotFound, InvalidRequest if it cannot.
+        """A request's claim on the model, to generate, embed, rank or tokenize; `asked` as Lease has it.
 
-        `asked` are fields of EngineOptions that the request wants the model loaded with, as Residents.worker_for has it.
+        Raises ModelNotFound, InvalidRequest if the model cannot do that.
         """
-        id = self.resolve(name, cancel)
-        self._check_use(id, use)
-        with self._changed:
-            return Lease(self._residents, self._entry(id), cancel, asked=asked)
+        entry = self._find(name, cancel)
+        if refusal := entry.info.refusal(use):
+            raise InvalidRequest(f"model: '{entry.info.id}' is {refusal}", "model")
+        return Lease(self._residents, entry, cancel, asked)
 
     def load(self, name: str, wait: bool, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """`POST …/load`: begins to load unless loaded, and waits for it if asked to. Returns the status.
 
         A model that is loaded with other options than `asked` is unloaded first, once its requests are done.
         """
-        id = self.resolve(name, cancel)
-        self._read_whole(id)  # tells how to load it
+        entry = self._find(name, cancel)
         with self._changed:
-            entry = self._entry(id)
             entry.retry_at = 0.0
-            engine = self._settings_of(entry).engine
-            if asked and any(getattr(engine, name) != value for name, value in asked.items()):
-                asked = {**entry.asked, **asked}
-                if entry.in_memory:
-                    self._residents.unload(entry, False, cancel)
-                entry.asked = asked
-            if not wait:
-                self._residents.load_in_background(entry)
-        if wait:
-            with Lease(self._residents, entry, cancel, uses=False) as lease:
-                lease.wait()
-        return self._status(entry)
+            engine = self._settings_of(entry, entry.load.asked if entry.load else entry.asked).engine
+            is_new = any(getattr(engine, name) != value for name, value in (asked or {}).items())
+            if is_new and entry.state == "loaded":
+                self._residents.move(entry, "unloading", entry.worker)
+            if is_new or (not wait and entry.state != "loaded"):
+                self._residents.want(entry, background=not wait).asked.update(asked or {})
+        if not wait:
+            return self._status(entry)
+        with Lease(self._residents, entry, cancel, asked) as lease:
+            lease.wait()
+            return self._status(entry)
 
     def unload(self, name: str, force: bool, cancel: Cancellation) -> dict[str, Any]:
         """`POST …/unload`: lets running generations finish (or ends them), frees the memory; idempotent."""
-        id = self.resolve(name, cancel)
+        entry = self._find(name, cancel)
         cancel.on_cancel(self._residents.wake)
         with self._changed:
-            entry = self._entry(id)
             self._residents.unload(entry, force, cancel)
         return self._status(entry)
 
     def status(self, name: str) -> dict[str, Any]:
-        """The model's status; asked about, it also gets what a scan of many files left unread of its header."""
-        id = self.resolve(name)
-        self._read_whole(id)
-        with self._changed:
-            entry = self._entry(id)
-        return self._status(entry)
+        """The model's status, as the status route tells it."""
+        return self._status(self._find(name))
 
     def _status(self, entry: Entry) -> dict[str, Any]:
         """The entry's status with its memory, asked for without the condition: off Linux that starts a process."""
         with self._changed:
-            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry)
+            status, worker, settings = entry.status(), entry.worker, self._settings_of(entry, {})
         return status | {"memory_bytes": worker.memory_bytes() if worker else 0, "sampling": dict(settings.sampling)}
 
     def statuses(self) -> list[dict[str, Any]]:
-        """The status of each model that is in memory or waited for."""
+        """The status of each model that is in memory or waited for, but for its memory."""
         with self._changed:
-            entries = [e for e in self._residents.entries.values() if e.worker or e.waiting]
-        return [self._status(entry) for entry in entries]
+            return [e.status() for e in self._residents.entries.values() if e.in_memory or e.waiting]
 
-    def loading(self) -> list[dict[str, Any]]:
-        """The status of each model that is being loaded."""
+    def left(self, id: str) -> float | None:
+        """Seconds until a loaded model is unloaded if nobody comes; None: it stays."""
         with self._changed:
-            return [e.status() for e in self._residents.entries.values() if e.state == "loading"]
-
-    def await_change(self, seconds: float) -> None:
-        """Waits until something has changed, a load's progress aside, or for so long."""
-        with self._changed:
-            self._changed.wait(seconds)
-
-    def residents(self) -> list[Resident]:
-        """What is loaded, in the order of the list."""
-        with self._changed:
-            now, entries = time.monotonic(), [e for e in self._residents.entries.values() if e.state == "loaded"]
-            keeps = [(self._residents.keep_alive(e), e.idle_since - now if e.idle else 0.0) for e in entries]
-            workers = [e.worker for e in entries]
-        return [
-            Resident(w.info, w.loaded, w.counts()[0], w.memory_bytes(), max(keep + since, 0.0) if keep >= 0 else None)
-            for w, (keep, since) in zip(workers, keeps, strict=True)
-            if w
-        ]
+            entry, now = self._residents.entries.get(id), time.monotonic()
+            keep = self._residents.keep_alive(entry) if entry else -1
+            return max(0.0, keep + (entry.idle_since - now if entry.idle else 0.0)) if entry and keep >= 0 else None
 
     def keep(self, id: str, seconds: float) -> None:
         """How long this model stays when nobody uses it, until it is unloaded; 0: it goes as soon as it is idle."""
         with self._changed:
             if entry := self._residents.entries.get(id):
-                self._residents.keep(entry, seconds)
+                entry.keep_alive = seconds
+                self._changed.notify_all()
 
     def workers(self) -> list[Worker]:
+        """The engines of the loaded models, in the order of the list."""
         with self._changed:
             return [e.worker for e in self._residents.entries.values() if e.worker]
 
-    def end_waits(self) -> None:
-        """Refuses whoever waits for a model from now on; those that have one go on."""
-        with self._changed:
-            self._residents.closed = True
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Ends every wait and every child; idempotent."""
-        self._residents.close()
+    def close(self, engines: bool = True) -> None:
+        """Refuses whoever waits for a model from now on, and ends the `engines`, or lets their requests go on; idempotent."""
+        self._residents.close(engines)
 
 
 # ── 13. Service ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -7516,18 +7130,16 @@ class Service:
     """Everything the front doors share: models, tools, settings, and `generate`."""
 
     def __init__(self, catalog: Catalog, table: TableOptions, settings: Settings, tools: ToolOptions = ToolOptions(),
-                 max_queue: int = 512, allow_pull: bool = False) -> None:  # fmt: skip
-        self.settings, self.max_queue, self.allow_pull = settings, max_queue, allow_pull
-        self.metrics = Metrics()
-        self.report: Callable[[str], None] = log.info  # is told of every load, in a line; `serve` shows it without -v
-        self.faults = KnownFaults()
-        ladder = Ladder(self.faults, lambda line: self.report(line))
-        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, ladder)
+                 max_queue: int = 512, allow_pull: bool = False, report: Callable[[str], None] = log.info) -> None:  # fmt: skip
+        """`report` is told of every load, in a line."""
+        self.settings, self.max_queue, self.allow_pull, self._report = settings, max_queue, allow_pull, report
+        self.metrics, self.faults = Metrics(), KnownFaults()
+        self.table = ModelTable(catalog, self._make_worker, table, self.metrics, settings, Ladder(self.faults, report))
         self.tools, self.helpers = Tools(tools), Helpers()
         self.started, self._began = time.time(), time.monotonic()
 
     def _make_worker(self, info: ModelInfo, setup: Setup, died: Callable[[Worker, str], None]) -> Worker:
-        return Worker(info, setup, self.max_queue, died, lambda line: self.report(line), self.metrics.meter(info.id))
+        return Worker(info, setup, self.max_queue, died, self._report, self.metrics.meter(info.id))
 
     def _chat(self, worker: Worker) -> Chat:
         """How the model chats, made from what it says of itself when first asked."""
@@ -7549,7 +7161,7 @@ class Service:
         """One answer of the model's."""
         began = time.monotonic()
         with self.table.lease(request.model, cancel, asked=request.engine) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             request = self._filled(request, self.table.settings(worker.info.id))
             jobs, parsers = self._jobs(request, self._chat(worker))
             generation = worker.submit(jobs, cancel, began)
@@ -7582,18 +7194,10 @@ class Service:
         sampling = request.sampling.filled(settings.sampling, request.defaults)
         return replace(request, messages=messages, sampling=sampling)
 
-    @staticmethod
-    def _loaded(lease: Lease, cancel: Cancellation) -> Generator[Waiting, None, Worker]:
-        """Waits for the model, with signs of life."""
-        while (worker := lease.wait(PING_SECONDS)) is None:
-            yield Waiting()
-        cancel.check()
-        return worker
-
     def load(self, model: str, use: str, cancel: Cancellation, asked: Mapping[str, Any] | None = None) -> Iterator[Event]:
         """Only loads the model, as a request that uses it would: Queued once it is there."""
         with self.table.lease(model, cancel, use, asked) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             yield Queued(worker.info.id)
 
     def render(self, request: GenerateRequest, cancel: Cancellation) -> str:
@@ -7640,7 +7244,7 @@ class Service:
         """The events of one embedding or rerank request: Queued, Vectors, Usage. Raises as `generate` does."""
         began, use = time.monotonic(), "embed" if request.query is None else "rank"
         with self.table.lease(request.model, cancel, use, request.engine) as lease:
-            worker = yield from self._loaded(lease, cancel)
+            worker = yield from lease.waited()
             job = Embed(request.inputs, request.dimensions, request.query, request.truncate)
             generation = worker.submit([job], cancel, began)
             for message in generation:
@@ -7674,7 +7278,7 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         """`/api/models`: `default` first, then every model."""
-        models, default = self.table.models(), self.table.default_id()
+        models, default = self.table.models(), self.table.names().default
         real = next((m for m in models if m["id"] == default), None)
         first = [real | {"id": "default", "name": "Default Model", "description": f"Base GGUF model: {default}"}] if real else []
         return {"models": first + models}
@@ -7704,17 +7308,7 @@ class Service:
 # Metrics, as Prometheus reads them
 
 
-@dataclass(frozen=True)
-class ScrapedModel:
-    """One model at the moment of a scrape."""
-
-    meter: Meter
-    loaded: bool
-    running: int
-    waiting: int
-    memory: int
-    cells: int  # of the KV pool, in use
-    pool: int
+Sample = tuple[Mapping[str, str], "float | Histogram"]  # labels, and what has them
 
 
 class Scrape:
@@ -7724,54 +7318,49 @@ class Scrape:
         self.service, self.metrics = service, service.metrics
         statuses = {s["model"]: s for s in service.table.statuses()}
         workers = {w.info.id: w for w in service.table.workers()}
-        self.models = {
-            id: self._model(meter, statuses.get(id, {}), workers.get(id)) for id, meter in sorted(self.metrics.meters().items())
-        }
+        self.models: dict[str, dict[str, Any]] = {}  # by id, each number and histogram by its name
+        for id, meter in sorted(self.metrics.meters.items()):
+            status, worker = statuses.get(id, {}), workers.get(id)
+            cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
+            self.models[id] = vars(meter) | {
+                "running": status.get("requests_running", 0), "waiting": status.get("requests_waiting", 0),
+                "loaded": int(status.get("loaded", False)), "memory": worker.memory_bytes() if worker else 0,
+                "cells": cells, "pool": pool, "usage": cells / (pool or 1), "recent": meter.recent(),
+            }  # fmt: skip
 
-    @staticmethod
-    def _model(meter: Meter, status: Mapping[str, Any], worker: Worker | None) -> ScrapedModel:
-        running, waiting, memory = (status.get(name, 0) for name in ("requests_running", "requests_waiting", "memory_bytes"))
-        cells, pool = (worker.cells, worker.loaded.pool) if worker else (0, 0)
-        return ScrapedModel(meter, status.get("loaded", False), running, waiting, memory, cells, pool)
+    def total(self, name: str) -> Any:
+        return sum(numbers[name] for numbers in self.models.values())
 
-    def total(self, get: Callable[[ScrapedModel], float]) -> float:
-        return sum(get(model) for model in self.models.values())
-
-    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> float:
+    def rate(self, tokens: Callable[[Finished], int], seconds: Callable[[Finished], float]) -> list[Sample]:
         """Tokens per second, over what ended in the last minute."""
-        ends = [end for model in self.models.values() for end in model.meter.recent()]
-        return sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0)
+        ends = [end for numbers in self.models.values() for end in numbers["recent"]]
+        return [({}, sum(map(tokens, ends)) / (sum(map(seconds, ends)) or 1.0))]
 
 
-Sample = tuple[tuple[str, ...], "float | Histogram"]  # the labels' values, and what they have
+def metric_lines(scrape: Scrape, metric: tuple[str, str, str, Any]) -> Iterator[str]:
+    """The lines of one row of METRICS."""
+    name, kind, help, read = metric
+    yield f"# HELP {name} {help}"
+    yield f"# TYPE {name} {kind}"
+    if callable(read):
+        samples = read(scrape)
+    elif name.startswith("llamacpp:"):
+        samples = [({}, scrape.total(read))]
+    else:
+        samples = [({"model_name": id}, numbers[read]) for id, numbers in scrape.models.items()]
+    for labels, value in samples:
+        if isinstance(value, Histogram):
+            yield from histogram_lines(name, labels, value)
+        else:
+            yield sample_line(name, labels, value)
 
 
-@dataclass(frozen=True)
-class Metric:
-    """One row of METRICS."""
-
-    name: str
-    type: str  # counter, gauge, histogram
-    help: str
-    read: Callable[[Scrape], Iterable[Sample]]
-    labels: tuple[str, ...] = ()
-
-    def lines(self, scrape: Scrape) -> Iterator[str]:
-        yield f"# HELP {self.name} {self.help}"
-        yield f"# TYPE {self.name} {self.type}"
-        for values, value in self.read(scrape):
-            labels = dict(zip(self.labels, values, strict=True))
-            if isinstance(value, Histogram):
-                yield from self._histogram(labels, value)
-            else:
-                yield sample_line(self.name, labels, value)
-
-    def _histogram(self, labels: dict[str, str], value: Histogram) -> Iterator[str]:
-        counts = list(value.counts)  # one moment's, so that each bucket holds the one before
-        for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
-            yield sample_line(f"{self.name}_bucket", labels | {"le": bound}, count)
-        yield sample_line(f"{self.name}_sum", labels, value.sum)
-        yield sample_line(f"{self.name}_count", labels, sum(counts))
+def histogram_lines(name: str, labels: Mapping[str, str], value: Histogram) -> Iterator[str]:
+    counts = list(value.counts)  # one moment's, so that each bucket holds the one before
+    for bound, count in zip((*map(repr, value.bounds), "+Inf"), itertools.accumulate(counts), strict=True):
+        yield sample_line(f"{name}_bucket", {**labels, "le": bound}, count)
+    yield sample_line(f"{name}_sum", labels, value.sum)
+    yield sample_line(f"{name}_count", labels, sum(counts))
 
 
 def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
@@ -7785,90 +7374,68 @@ def sample_line(name: str, labels: Mapping[str, str], value: float) -> str:
 
 LABEL_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
-
-def of_server(name: str, type: str, help: str, get: Callable[[Scrape], float]) -> Metric:
-    """A number for the server as a whole."""
-    return Metric(name, type, help, lambda scrape: [((), get(scrape))])
-
-
-def of_models(name: str, type: str, help: str, get: Callable[[ScrapedModel], float]) -> Metric:
-    """A number for all models together: llama-server has one model, and no labels."""
-    return of_server(name, type, help, lambda scrape: scrape.total(get))
-
-
-def by_model(name: str, type: str, help: str, get: Callable[[ScrapedModel], float | Histogram]) -> Metric:
-    """A number or histogram of each model."""
-    return Metric(name, type, help, lambda scrape: [((id,), get(m)) for id, m in scrape.models.items()], ("model_name",))
-
-
-METRICS = (
-    # llama-server's names (tools/server): all models together
-    of_models("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", lambda m: m.meter.computed_tokens),
-    of_models("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", lambda m: m.meter.cached_tokens),
-    of_models("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.",
-              lambda m: m.meter.prompt_seconds),
-    of_models("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
-    of_models("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
-              lambda m: m.meter.decode_seconds),
-    of_server("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
-              lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
-    of_server("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
-              lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
-    of_server("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
-              lambda r: r.total(lambda m: m.cells) / (r.total(lambda m: m.pool) or 1)),
-    of_models("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", lambda m: m.cells),
-    of_models("llamacpp:requests_processing", "gauge", "Sequences being computed.", lambda m: m.running),
-    of_models("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
+# Name, type, help, and what is shown: a number or histogram by its name in Scrape.models, or a function's samples.
+METRICS: tuple[tuple[str, str, str, Any], ...] = (
+    # llama-server's names (tools/server): all models together, for it has one model and no labels
+    ("llamacpp:prompt_tokens_total", "counter", "Prompt tokens computed.", "computed_tokens"),
+    ("llamacpp:prompt_tokens_cached_total", "counter", "Prompt tokens found cached.", "cached_tokens"),
+    ("llamacpp:prompt_seconds_total", "counter", "Seconds from first step to first token.", "prompt_seconds"),
+    ("llamacpp:tokens_predicted_total", "counter", "Tokens generated.", "generated_tokens"),
+    ("llamacpp:tokens_predicted_seconds_total", "counter", "Seconds from first to last token, of all sequences.",
+     "decode_seconds"),
+    ("llamacpp:prompt_tokens_seconds", "gauge", "Prompt tokens per second of requests that ended in the last minute.",
+     lambda r: r.rate(lambda e: e.prompt_tokens - e.cached_tokens, lambda e: e.prompt_seconds)),
+    ("llamacpp:predicted_tokens_seconds", "gauge", "Tokens per second of requests that ended in the last minute.",
+     lambda r: r.rate(lambda e: e.completion_tokens, lambda e: e.decode_seconds)),
+    ("llamacpp:kv_cache_usage_ratio", "gauge", "Share of the KV pools that running sequences hold.",
+     lambda r: [({}, r.total("cells") / (r.total("pool") or 1))]),
+    ("llamacpp:kv_cache_tokens", "gauge", "Tokens of running sequences in the KV pools.", "cells"),
+    ("llamacpp:requests_processing", "gauge", "Sequences being computed.", "running"),
+    ("llamacpp:requests_deferred", "gauge", "Sequences waiting for their turn or their model.", "waiting"),
     # vLLM's names (vllm/v1/metrics/loggers.py): by model
-    by_model("vllm:num_requests_running", "gauge", "Sequences being computed.", lambda m: m.running),
-    by_model("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", lambda m: m.waiting),
-    by_model("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.",
-             lambda m: m.cells / (m.pool or 1)),
-    by_model("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.",
-             lambda m: m.meter.sought_tokens),
-    by_model("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", lambda m: m.meter.cached_tokens),
-    by_model("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", lambda m: m.meter.prompt_tokens),
-    by_model("vllm:generation_tokens_total", "counter", "Tokens generated.", lambda m: m.meter.generated_tokens),
-    Metric("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
-           lambda r: [((id, reason), n) for id, m in r.models.items() for reason, n in m.meter.ends.items()],
-           ("model_name", "finished_reason")),
-    by_model("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
-             lambda m: m.meter.first_token),
-    by_model("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.",
-             lambda m: m.meter.gap),
-    by_model("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", lambda m: m.meter.gap),
-    by_model("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.",
-             lambda m: m.meter.per_token),
-    by_model("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", lambda m: m.meter.whole),
-    by_model("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.",
-             lambda m: m.meter.queue),
-    by_model("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", lambda m: m.meter.prefill),
-    by_model("vllm:request_decode_time_seconds", "histogram", "From first to last token.", lambda m: m.meter.decode),
-    by_model("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", lambda m: m.meter.inference),
-    by_model("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", lambda m: m.meter.prompt_sizes),
-    by_model("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", lambda m: m.meter.answer_sizes),
+    ("vllm:num_requests_running", "gauge", "Sequences being computed.", "running"),
+    ("vllm:num_requests_waiting", "gauge", "Sequences waiting for their turn or their model.", "waiting"),
+    ("vllm:kv_cache_usage_perc", "gauge", "Share of the KV pool that running sequences hold; 1 is all.", "usage"),
+    ("vllm:prefix_cache_queries_total", "counter", "Prompt tokens looked for in the cache.", "sought_tokens"),
+    ("vllm:prefix_cache_hits_total", "counter", "Prompt tokens found there.", "cached_tokens"),
+    ("vllm:prompt_tokens_total", "counter", "Prompt tokens, cached ones too.", "prompt_tokens"),
+    ("vllm:generation_tokens_total", "counter", "Tokens generated.", "generated_tokens"),
+    ("vllm:request_success_total", "counter", "Sequences by how they ended; abort: the client left or cancelled.",
+     lambda r: [({"model_name": id, "finished_reason": why}, n) for id, m in r.models.items() for why, n in m["ends"].items()]),
+    ("vllm:time_to_first_token_seconds", "histogram", "From the request to its first piece of text; a load counts.",
+     "first_token"),
+    ("vllm:inter_token_latency_seconds", "histogram", "Between two pieces of a text: a token, or those of 10 ms.", "gap"),
+    ("vllm:time_per_output_token_seconds", "histogram", "The same by vLLM's earlier name.", "gap"),
+    ("vllm:request_time_per_output_token_seconds", "histogram", "Mean seconds per token of each sequence.", "per_token"),
+    ("vllm:e2e_request_latency_seconds", "histogram", "From the request to its end.", "whole"),
+    ("vllm:request_queue_time_seconds", "histogram", "Before its first step: the load, the tokenizer, the queue.", "queue"),
+    ("vllm:request_prefill_time_seconds", "histogram", "From first step to first token.", "prefill"),
+    ("vllm:request_decode_time_seconds", "histogram", "From first to last token.", "decode"),
+    ("vllm:request_inference_time_seconds", "histogram", "From first step to last token.", "inference"),
+    ("vllm:request_prompt_tokens", "histogram", "Tokens of each prompt.", "prompt_sizes"),
+    ("vllm:request_generation_tokens", "histogram", "Tokens of each answer.", "answer_sizes"),
     # shimmy's own
-    by_model("shimmy_model_loaded", "gauge", "1 while the model is loaded.", lambda m: int(m.loaded)),
-    by_model("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", lambda m: m.memory),
-    by_model("shimmy_model_loads_total", "counter", "Loads that succeeded.", lambda m: m.meter.loads),
-    by_model("shimmy_model_load_failures_total", "counter", "Loads that failed.", lambda m: m.meter.load_failures),
-    by_model("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", lambda m: m.meter.deaths),
-    Metric("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
-           lambda r: r.metrics.answers().items(), ("method", "route", "api", "status")),
-    of_server("shimmy_open_connections", "gauge", "Open connections.", lambda r: r.metrics.connections),
-    of_server("shimmy_connections_total", "counter", "Connections accepted.", lambda r: r.metrics.accepted),
-    of_server("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: r.metrics.refused),
-    Metric("shimmy_build_info", "gauge", "Always 1.", lambda r: [((__version__,), 1)], ("version",)),
-    of_server("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: r.service.started),
-    of_server("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
-              lambda r: resident_bytes([os.getpid()])),
+    ("shimmy_model_loaded", "gauge", "1 while the model is loaded.", "loaded"),
+    ("shimmy_model_memory_bytes", "gauge", "Resident memory of the model's engine.", "memory"),
+    ("shimmy_model_loads_total", "counter", "Loads that succeeded.", "loads"),
+    ("shimmy_model_load_failures_total", "counter", "Loads that failed.", "load_failures"),
+    ("shimmy_engine_deaths_total", "counter", "Engines that crashed or hung.", "deaths"),
+    ("shimmy_requests_total", "counter", "Requests by route, API and status; none: the client left before an answer.",
+     lambda r: [({"method": m, "route": o, "api": a, "status": s}, n) for (m, o, a, s), n in list(r.metrics.answers.items())]),
+    ("shimmy_open_connections", "gauge", "Open connections.", lambda r: [({}, r.metrics.connections)]),
+    ("shimmy_connections_total", "counter", "Connections accepted.", lambda r: [({}, r.metrics.accepted)]),
+    ("shimmy_connections_refused_total", "counter", "Connections refused with 503.", lambda r: [({}, r.metrics.refused)]),
+    ("shimmy_build_info", "gauge", "Always 1.", lambda r: [({"version": __version__}, 1)]),
+    ("process_start_time_seconds", "gauge", "When the server began, since the epoch.", lambda r: [({}, r.service.started)]),
+    ("process_resident_memory_bytes", "gauge", "Memory of the server without its engines.",
+     lambda r: [({}, resident_bytes([os.getpid()]))]),
 )  # fmt: skip
 
 
 def metrics_text(service: Service) -> bytes:
     """All of METRICS in Prometheus' text format."""
     scrape = Scrape(service)
-    return "".join(f"{line}\n" for metric in METRICS for line in metric.lines(scrape)).encode()
+    return "".join(f"{line}\n" for metric in METRICS for line in metric_lines(scrape, metric)).encode()
 
 
 @dataclass
@@ -7909,16 +7476,16 @@ class ToolLoop:
             self._reason = "stop"
             with contextlib.closing(answer(request, self._cancel)) as events:  # type: ignore[type-var]
                 yield from self._passed_on(events, first=count == 0)
-            ours = [call for call in self._calls.values() if call.name in self._request.builtins]
             results: list[ToolResult] = []
-            for call in ours if self._reason != "length" else ():  # a call that was cut is not run
-                results.append((yield from self._execute(call)))
-                yield results[-1]
+            for call in self._calls.values() if self._reason != "length" else ():  # a call that was cut is not run
+                if call.name in self._request.builtins:
+                    results.append((yield from self._execute(call)))
+                    yield results[-1]
             if not results or self._client_calls or self._reason == "length":
                 break
-            self._extend(ours, results)
+            self._extend(results)
         yield ChoiceEnd(0, "tool_calls" if self._client_calls else "stop" if self._reason == "tool_calls" else self._reason)
-        yield self._usage()
+        yield Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
 
     def _passed_on(self, events: Iterator[Event], first: bool) -> Iterator[Event]:
         """The events of one round that the client sees: calls of built-in tools show as results only."""
@@ -7953,24 +7520,20 @@ class ToolLoop:
             answer = {"result": None, "error": str(error)}
         return ToolResult(0, call.id, call.name, call.arguments, answer["result"], answer["error"])
 
-    def _extend(self, calls: Seq[Called], results: Seq[ToolResult]) -> None:
+    def _extend(self, results: Seq[ToolResult]) -> None:
         """Adds the model's turn and the results to the conversation."""
-        said = []
-        for call in calls:
-            arguments: Any = call.arguments
-            with contextlib.suppress(InvalidRequest):
-                arguments = parse_json(call.arguments.encode("utf-8", "replace"))
-            said.append({"id": call.id, "type": "function", "function": {"name": call.name, "arguments": arguments}})
-        turns = [{"role": "assistant", "content": "".join(self._said), "tool_calls": said}]
+        calls, turns = list[Any](), list[dict[str, Any]]()
         for result in results:
+            arguments: Any = result.arguments
+            with contextlib.suppress(InvalidRequest):
+                arguments = parse_json(result.arguments.encode("utf-8", "replace"))
+            calls.append({"id": result.id, "type": "function", "function": {"name": result.name, "arguments": arguments}})
             content = json.dumps(result.result, ensure_ascii=False) if result.error is None else f"Error: {result.error}"
             if len(content) > MAX_TOOL_RESULT:
                 content = f"{content[:MAX_TOOL_RESULT]}\n(cut: {len(content)} characters in all)"
             turns.append({"role": "tool", "tool_call_id": result.id, "name": result.name, "content": content})
-        self._request = replace(self._request, messages=(*(self._request.messages or ()), *turns), tool_choice="auto")
-
-    def _usage(self) -> Usage:
-        return Usage(*(sum(getattr(u, f.name) for u in self._used) for f in fields(Usage)))
+        said = {"role": "assistant", "content": "".join(self._said), "tool_calls": calls}
+        self._request = replace(self._request, messages=(*(self._request.messages or ()), said, *turns), tool_choice="auto")
 
 
 def constrained(request: GenerateRequest) -> GenerateRequest:
@@ -8001,7 +7564,7 @@ class Block:
     index: int = 0  # in the answer
     call_id: str = ""
     name: str = ""
-    id: str = ""  # the block's own, in APIs that give it one
+    id: str = field(default_factory=lambda: os.urandom(12).hex())  # the block's own, in APIs that give it one
     parts: list[str] = field(default_factory=list)
 
     @property
@@ -8020,53 +7583,40 @@ class Block:
 class Choice:
     """One choice of an answer, as far as it came: a plain reply is a stream that was waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *events: Text | Thought | ToolResult | ChoiceEnd) -> None:
         self.blocks: list[Block] = []
         self.results: list[ToolResult] = []
         self.logprobs: list[TokenLogprob] = []
         self.end: ChoiceEnd | None = None
+        self.finish_reason: str | None = None
+        for event in events:
+            self.add(event)
 
-    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> Block | None:
-        """Takes an event; returns the block that begins with it, if one does."""
+    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> None:
+        """Takes an event."""
         if isinstance(event, ToolResult):
             self.results.append(event)
         elif isinstance(event, ChoiceEnd):
-            self.end = event
+            self.end, self.finish_reason = event, event.finish_reason
         elif isinstance(event, CallBegan):
-            return self.begin(Block("call", call_id=event.id, name=event.name))
+            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
         elif isinstance(event, CallArguments):
             self.calls[event.number].parts.append(event.text)
         else:
             self.logprobs += event.logprobs
             kind = "text" if isinstance(event, Text) else "thought"
-            goes_on = self.blocks and self.blocks[-1].kind == kind
-            block = None if goes_on or not event.text else self.begin(Block(kind))
+            if event.text and not (self.blocks and self.blocks[-1].kind == kind):
+                self.blocks.append(Block(kind, len(self.blocks)))
             if event.text:
                 self.blocks[-1].parts.append(event.text)
-            return block
-        return None
 
-    def begin(self, block: Block) -> Block:
-        """Adds a block behind the others."""
-        block.index = len(self.blocks)
-        self.blocks.append(block)
-        return block
-
-    def said(self, kind: str) -> str:
+    def said(self, kind: str = "text") -> str:
         """All text, or all thoughts."""
         return "".join(block.text for block in self.blocks if block.kind == kind)
 
     @property
-    def text(self) -> str:
-        return self.said("text")
-
-    @property
     def calls(self) -> list[Block]:
         return [block for block in self.blocks if block.kind == "call"]
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.end.finish_reason if self.end else None
 
 
 class Dialect:
@@ -8074,18 +7624,20 @@ class Dialect:
 
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
-    keeps_text = False  # streams need their text until the end
+    streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
-        self.stream = flag(body, "stream")
+        self.id, self.created = os.urandom(12).hex(), int(time.time())
+        self.stream = self.streams is not None and optional(body, "stream", boolean, self.streams)
         self.request = self.read(body)
         self.model = self.request.model  # as the request has it, until Queued tells the real id
+        self.prompt_tokens = 0  # as Queued tells them
         self.owner = ""  # cache owner; set by the transport
         self.usage: Usage | None = None
         self.first: float | None = None  # when its first words came (monotonic seconds)
-        self.choices: dict[int, Choice] = {}
-        self.begun: Block | None = None  # by the last event
+        self.choices: dict[int, Choice] = defaultdict(Choice)
+        self.rows: tuple[bytes, ...] = ()  # of an Embed job
 
     def read(self, body: Mapping[str, Any]) -> Any:
         """The request a body asks for: what `events` gives to the service."""
@@ -8097,15 +7649,14 @@ class Dialect:
 
     def note(self, event: Event) -> None:
         """Remembers what came."""
-        self.begun = None
         if isinstance(event, Queued):
-            self.model = event.model
+            self.model, self.prompt_tokens = event.model, event.prompt_tokens
         elif isinstance(event, Usage):
             self.usage = event
-        elif isinstance(event, (Text, Thought)) and self.stream and not self.keeps_text:
-            pass  # it was sent
+        elif isinstance(event, Vectors):
+            self.rows = event.rows
         elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.begun = self.choices.setdefault(event.index, Choice()).add(event)
+            self.choices[event.index].add(event)
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
@@ -8116,6 +7667,8 @@ class Dialect:
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
+        if isinstance(event, (Text, Thought)) and not event.text and not event.logprobs:
+            return
         if self.stream:
             yield from self.chunks(event)
         elif isinstance(event, Usage):
@@ -8145,20 +7698,21 @@ class Native(Dialect):
         """Model and prompt (or messages, or a system text) are required."""
         if body.get("model") is None:
             raise InvalidRequest("model is required: the id of a model, or default", "model")
-        prompt, messages, system = body.get("prompt"), read_messages(body), body.get("system")
+        prompt, messages = optional(body, "prompt", a_string), read_messages(body)
+        system = optional(body, "system", a_string)
         if prompt is None and messages is None:
             raise InvalidRequest("prompt is required (or messages)", "prompt")
         if prompt is not None and messages is not None:
             raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
         if system is not None:
-            turns = messages or ({"role": "user", "content": a_string("prompt", prompt)},)
-            messages, prompt = ({"role": "system", "content": a_string("system", system)}, *turns), None
+            turns = messages or ({"role": "user", "content": prompt},)
+            messages, prompt = ({"role": "system", "content": system}, *turns), None
         functions, builtins = read_tools(body)
         if functions:
             raise InvalidRequest("tools may hold built-in tools here; /v1/chat/completions takes functions", "tools")
         return GenerateRequest(
             model=a_string("model", body["model"]),
-            prompts=() if prompt is None else (a_string("prompt", prompt),),
+            prompts=() if prompt is None else (prompt,),
             messages=messages,
             builtins=builtins,
             sampling=Sampling.from_json(body),
@@ -8166,94 +7720,63 @@ class Native(Dialect):
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and event.text:
-            yield self._piece(event.text)
+        if isinstance(event, Text):
+            yield {"choices": [{"text": event.text, "index": 0}]}
         elif isinstance(event, Usage):
-            yield self._end(self.choices[0].finish_reason, event)
-
-    @staticmethod
-    def _piece(text: str) -> dict[str, Any]:
-        return {"choices": [{"text": text, "index": 0}]}
-
-    @staticmethod
-    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
-        return {"choices": [{"text": "", "index": 0, "finish_reason": reason}], "usage": usage.document()}
+            end = {"text": "", "index": 0, "finish_reason": self.choices[0].finish_reason}
+            yield {"choices": [end], "usage": event.document()}
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
         return {"choices": choices, "usage": self.usage.document()}
 
 
 class NativeSocket(Native):
     """`/ws/generate`, the documented API: tokens, then done."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self.stream = True
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Text):
+            yield {"token": event.text}
+        elif isinstance(event, Usage):
+            yield self.done(self.choices[0].finish_reason, event)
 
     @staticmethod
-    def _piece(text: str) -> dict[str, Any]:
-        return {"token": text}
-
-    @staticmethod
-    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
+    def done(reason: str | None, usage: Usage) -> dict[str, Any]:
+        """The last document."""
         return {"done": True, "finish_reason": reason, "usage": usage.document()}
 
-    @classmethod
-    def cancelled(cls) -> dict[str, Any]:
-        """The last document of a request that was cancelled before the engine had it."""
-        return cls._end("cancelled", Usage(0, 0, 0, 0, 0))
+
+UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
+    "guided_regex": (), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
+    "prediction": (), "web_search_options": (),
+}  # fmt: skip
 
 
-UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's and vLLM's that are known here but not served
-    "guided_regex": lambda v: True,
-    "functions": lambda v: v != [],
-    "function_call": lambda v: v not in ("none", "auto"),
-    "modalities": lambda v: v != ["text"],
-    "audio": lambda v: True,
-    "prediction": lambda v: True,
-    "web_search_options": lambda v: True,
-}
+def read_format(where: str, format: Any) -> Schema | None:
+    """The schema a format asks for: any object for a json_object without one, none for text.
 
-
-def refuse_unbuilt(body: Mapping[str, Any]) -> None:
-    """A known field that is not built yet is refused by name: to ignore it would be to answer something else."""
-    for name, unserved in UNBUILT.items():
-        if body.get(name) is not None and unserved(body[name]):
-            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
-
-
-def response_schema(format: Any) -> Schema | None:
-    """The schema a `response_format` asks for: any object for a json_object without one, none for text.
-
-    OpenAI holds a json_schema's in an object of that name; llama-server beside the type, as it does a json_object's.
+    OpenAI's chat holds a json_schema's in an object of that name; its Responses, Anthropic and llama-server beside the type.
     """
     if format is None:
         return None
-    kind, schema = an_object("response_format", format).get("type"), format.get("schema")
+    kind = one_of(f"{where}.type", an_object(where, format).get("type"), ("text", "json_object", "json_schema"))
     if kind == "text":
         return None
-    if kind not in ("json_object", "json_schema"):
-        served = "text, json_object or json_schema"
-        raise InvalidRequest(f"response_format.type must be {served}, not {_said(kind)}", "response_format")
-    if schema is None and kind == "json_object":
-        schema = {"type": "object"}
-    if schema is None:
-        schema = an_object("response_format.json_schema", format.get("json_schema")).get("schema")
-    return Schema("response_format", an_object("response_format.schema", schema))
+    holder = an_object(f"{where}.json_schema", given(format, "json_schema", format))
+    schema = given(holder, "schema", {"type": "object"} if kind == "json_object" else None)
+    return Schema(where, an_object(f"{where}.schema", schema))
 
 
 def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     """json_schema or grammar, as vLLM's fields ask for them: structured_outputs, and guided_… before it."""
-    told = dict(optional(body, "structured_outputs", an_object, {}))
-    told |= {name: body[f"guided_{name}"] for name in ("json", "choice", "grammar") if f"guided_{name}" in body}
-    given = {name: value for name, value in told.items() if value is not None and value is not False}
-    for name in given:
+    older = {name: body.get(f"guided_{name}") for name in ("json", "choice", "grammar")}
+    newer = optional(body, "structured_outputs", an_object, {})
+    told = [(k, v) for k, v in (*newer.items(), *older.items()) if v is not None and v is not False]
+    if len(told) > 1:
+        raise InvalidRequest(f"structured_outputs: {' and '.join(dict(told))} exclude each other", "structured_outputs")
+    for name, value in told:
         one_of("structured_outputs", name, ("json", "json_object", "choice", "grammar"))
-    if len(given) > 1:
-        raise InvalidRequest(f"structured_outputs: {' and '.join(given)} exclude each other", "structured_outputs")
-    for name, value in given.items():
         if name == "choice":
             texts = [a_string("structured_outputs.choice", text) for text in one_type(list, "a list")(name, value)]
             return {"grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)}
@@ -8264,33 +7787,40 @@ def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def read_tool_choice(body: Mapping[str, Any], offered: Seq[str]) -> tuple[str, Seq[str]]:
-    """GenerateRequest.tool_choice, and which of the tools offered may be called. One that is forced must be offered."""
-    choice = body.get("tool_choice")
+def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[str] = ()) -> dict[str, Any]:
+    """The request's tool_choice and the tools that may be called, in any API's words. One that is forced must be offered."""
+    if len(functions) > MAX_TOOLS:
+        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
+    names = [*(f["function"]["name"] for f in functions), *builtins]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        holder = an_object("tool_choice.allowed_tools", choice.get("allowed_tools"))
-        offered = [_named_function(tool, offered) for _, tool in listed("tool_choice.allowed_tools.tools", holder.get("tools"))]
-        choice = one_of("tool_choice.allowed_tools.mode", holder.get("mode"), ("auto", "required"))
-    if choice in (None, "auto", "none"):
-        return str(choice or "auto"), offered
-    if choice != "required":
-        choice = f"function:{_named_function(choice, offered)}"
-    elif not offered:
-        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
-    if body.get("json_schema") or body.get("grammar"):
-        raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
-    return choice, offered
-
-
-def _named_function(choice: Any, offered: Seq[str]) -> str:
-    """The name in {"type": "function", "function": {"name": …}}, of a tool that is offered."""
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        forms = 'none, auto, required or {"type": "function", "function": {"name": …}}'
+        where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
+        holder = an_object(where, choice.get("allowed_tools", choice))
+        mode = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
+        names = [named_tool(place, tool, names) for place, tool in listed(f"{where}.tools", holder.get("tools"))]
+        choice = mode
+    if isinstance(choice, dict):
+        one_of("tool_choice.type", choice.get("type"), ("function", "custom", "tool", "allowed_tools"))
+        choice = f"function:{named_tool('tool_choice', choice, names)}"
+    elif choice not in ("none", "auto", "required"):
+        forms = 'none, auto, required or {"type": "function", "name": …}'
         raise InvalidRequest(f"tool_choice must be {forms}, not {_said(choice)}", "tool_choice")
-    if function["name"] not in offered:
-        raise InvalidRequest(f"tool_choice: tools does not offer {_said(function['name'])}", "tool_choice")
-    return str(function["name"])
+    if choice == "required" and not names:
+        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
+    names = [] if choice == "none" else names
+    return {"tool_choice": choice, "tools": tuple(f for f in functions if f["function"]["name"] in names),
+            "builtins": tuple(name for name in builtins if name in names)}  # fmt: skip
+
+
+def named_tool(where: str, tool: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The name of a tool that is offered: beside the type, or in the `function` of OpenAI's chat."""
+    named = an_object(f"{where}.function", given(tool, "function", tool))
+    space = a_string(f"{where}.namespace", given(named, "namespace", ""))
+    return one_of(f"{where}.name", joined_name(space, a_string(f"{where}.name", named.get("name"))), names)
+
+
+def joined_name(space: str, name: str) -> str:
+    """A tool's name in the prompt: models know no namespaces."""
+    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
 
 
 def one_of(where: str, value: Any, known: Iterable[str]) -> str:
@@ -8300,28 +7830,19 @@ def one_of(where: str, value: Any, known: Iterable[str]) -> str:
     return value
 
 
-def effort_args(where: str, effort: Any) -> dict[str, Any]:
-    """Translates an effort for templates: they know low, medium and high."""
-    if effort is None:
-        return {}
+def read_template_args(body: Mapping[str, Any], where: str, effort: Any, **own: Any) -> dict[str, Any]:
+    """The template's arguments: an effort, of which templates know low, medium and high; chat_template_kwargs win."""
     known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
-    value = known[one_of(where, effort, known)]
-    return {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+    args: dict[str, Any] = {}
+    if effort is not None:
+        value = known[one_of(where, effort, known)]
+        args = {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+    return args | own | optional(body, "chat_template_kwargs", an_object, {})
 
 
-def read_template_args(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the template's arguments: chat_template_kwargs, which win over reasoning_effort."""
-    told = effort_args("reasoning_effort", body.get("reasoning_effort"))
-    return told | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
-
-
-def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
-    """Tokens of a thought, by either of llama-server's names; -1 and None: no bound."""
-    for name in ("thinking_budget_tokens", "reasoning_budget_tokens"):
-        if body.get(name) is not None:
-            budget = int(whole(-1)(name, body[name]))
-            return None if budget < 0 else budget
-    return None
+def first_given(body: Mapping[str, Any], check: Check, *names: str) -> Any:
+    """The first of several fields that the body holds, checked; None without any."""
+    return next((check(name, body[name]) for name in names if body.get(name) is not None), None)
 
 
 class OpenAI(Dialect):
@@ -8330,47 +7851,50 @@ class OpenAI(Dialect):
     api = "openai"
     prefix = object_name = chunk_name = ""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self._id, self._created = f"{self.prefix}-{os.urandom(12).hex()}", int(time.time())
-        self._include_usage = flag(an_object("stream_options", body.get("stream_options") or {}), "include_usage")
-
-    @staticmethod
-    def common(body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
-        """The fields both routes read alike."""
-        refuse_unbuilt(body)
-        named = ("max_completion_tokens", "max_tokens", "n_predict")  # OpenAI's newer name and older, llama-server's
-        limit = next((token_limit(name, body[name]) for name in named if body.get(name) is not None), None)
-        read = {**body, "max_tokens": limit, **guided(body)}
-        n, sampling = body.get("n"), Sampling.from_json(read, logprobs=logprobs)
-        schema = response_schema(body.get("response_format"))
-        if schema and (sampling.json_schema or sampling.grammar):
+    def common(self, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
+        """The fields both routes read alike. A known one that is not served is refused, not ignored."""
+        self._include_usage = flag(optional(body, "stream_options", an_object, {}), "include_usage")
+        for name, fine in UNBUILT.items():
+            if body.get(name) is not None and body[name] not in fine:
+                raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
+        limit = first_given(body, token_limit, "max_completion_tokens", "max_tokens", "n_predict")  # the last is llama-server's
+        body = {**body, "max_tokens": limit, **guided(body)}
+        schema = read_format("response_format", body.get("response_format"))
+        if schema and (body.get("json_schema") or body.get("grammar")):
             raise InvalidRequest("response_format excludes json_schema and grammar: send one of them", "response_format")
         return GenerateRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            sampling=replace(sampling, json_schema=schema) if schema else sampling,
-            n=1 if n is None else whole(1, MAX_CHOICES)("n", n),
+            model=optional(body, "model", a_string, "default"),
+            sampling=Sampling.from_json(body, logprobs=logprobs, json_schema=schema),
+            n=optional(body, "n", whole(1, MAX_CHOICES), 1),
         )
 
-    def _envelope(self, name: str, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return {"id": self._id, "object": name, "created": self._created, "model": self.model, "choices": choices} | more
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Only the last chunk has a usage; the others not even null: there are clients that take the first for the last."""
+        if isinstance(event, (Text, Thought, ToolResult, ChoiceEnd)):
+            yield self._envelope(self.chunk_name, [self.shown(event.index, Choice(event), whole=False)])
+        elif isinstance(event, Usage) and self._include_usage:
+            yield self._envelope(self.chunk_name, []) | self._usage(event)
 
-    def _chunk(self, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return self._envelope(self.chunk_name, choices, **more)
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        choices = [self.shown(index, choice, whole=True) for index, choice in self.in_order()]
+        return self._envelope(self.object_name, choices) | self._usage(self.usage)
+
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        """A choice as it is, or what is new of it."""
+        raise NotImplementedError
+
+    def _envelope(self, name: str, choices: list[Any]) -> dict[str, Any]:
+        id = f"{self.prefix}-{self.id}"
+        return {"id": id, "object": name, "created": self.created, "model": self.model, "choices": choices}
 
     @staticmethod
-    def _usage(usage: Usage | None) -> dict[str, Any]:
+    def _usage(usage: Usage) -> dict[str, Any]:
         """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
-        assert usage
         timings = usage.timings()
         details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
                    "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}  # fmt: skip
         return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
-
-    def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
-        """No other chunk has a usage, not even null: there are clients that take the first with the key for the last."""
-        if self._include_usage:
-            yield self._chunk([], **self._usage(event))
 
 
 def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
@@ -8380,7 +7904,7 @@ def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
 
 def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
     """Tokens with their likeliest alternatives."""
-    return [shown_token(t.token, t.logprob) | {"top_logprobs": [shown_token(*each) for each in t.top]} for t in tokens]
+    return [shown_token(t.token, t.logprob) | {"top_logprobs": list(itertools.starmap(shown_token, t.top))} for t in tokens]
 
 
 class ChatCompletion(OpenAI):
@@ -8392,79 +7916,54 @@ class ChatCompletion(OpenAI):
         messages = read_messages(body)
         if messages is None:
             raise InvalidRequest("messages is required: a list of messages", "messages")
-        top, wanted = body.get("top_logprobs"), flag(body, "logprobs")
+        top, wanted = optional(body, "top_logprobs", whole(0, 20)), flag(body, "logprobs")
         if top is not None and not wanted:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        functions, builtins = read_tools(body)
-        choice, names = read_tool_choice(body, [*(f["function"]["name"] for f in functions), *builtins])
-        if choice not in ("auto", "none"):  # a call has a form of its own
+        choice = read_tool_choice(given(body, "tool_choice", "auto"), *read_tools(body))
+        if choice["tool_choice"] not in ("auto", "none"):  # a call has a form of its own
+            if body.get("json_schema") or body.get("grammar"):
+                raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
             body = {**body, "response_format": None}
+        budget = first_given(body, whole(-1), "thinking_budget_tokens", "reasoning_budget_tokens")  # llama-server's names
         return replace(
-            self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
+            self.common(body, (top or 0) if wanted else None),
             messages=messages,
-            tools=tuple(f for f in functions if f["function"]["name"] in names),
-            builtins=tuple(name for name in builtins if name in names),
-            tool_choice=choice,
-            parallel_tool_calls=body.get("parallel_tool_calls") is None or flag(body, "parallel_tool_calls"),
-            continue_final_message=None if body.get("continue_final_message") is None else flag(body, "continue_final_message"),
-            thinking_budget=read_thinking_budget(body),
-            template_args=read_template_args(body),
+            parallel_tool_calls=optional(body, "parallel_tool_calls", boolean, True),
+            continue_final_message=optional(body, "continue_final_message", boolean),
+            thinking_budget=None if budget == -1 else budget,
+            template_args=read_template_args(body, "reasoning_effort", body.get("reasoning_effort")),
             split_markers=True,
+            **choice,
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        deltas: list[tuple[int, dict[str, Any]]] = []
         if isinstance(event, Queued):
-            for index in range(self.request.n):
-                yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
-        elif isinstance(event, (Text, Thought)):
-            name = "content" if isinstance(event, Text) else "reasoning_content"
-            if event.text or event.logprobs:
-                yield self._delta(event.index, {name: event.text} if event.text else {}, event.logprobs)
+            deltas = [(index, {"role": "assistant", "content": "", "refusal": None}) for index in range(self.request.n)]
         elif isinstance(event, CallBegan):
-            yield self._call_delta(event, {"id": event.id, "type": "function"}, {"name": event.name, "arguments": ""})
+            call = {"index": event.number, "id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
+            deltas = [(event.index, {"tool_calls": [call]})]
         elif isinstance(event, CallArguments):
-            yield self._call_delta(event, {}, {"arguments": event.text})
-        elif isinstance(event, ToolResult):
-            yield self._delta(event.index, {"tool_results": [self._result(event)]})
-        elif isinstance(event, ChoiceEnd):
-            yield self._chunk([{"index": event.index, "delta": {}, "logprobs": None, "finish_reason": event.finish_reason}])
-        elif isinstance(event, Usage):
-            yield from self._usage_chunk(event)
+            deltas = [(event.index, {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})]
+        for index, delta in deltas:
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield self._envelope(self.chunk_name, [choice])
+        yield from super().chunks(event)
 
-    def _delta(self, index: int, delta: dict[str, Any], logprobs: Seq[TokenLogprob] = ()) -> dict[str, Any]:
-        shown = self._logprobs(logprobs) if logprobs else None
-        return self._chunk([{"index": index, "delta": delta, "logprobs": shown, "finish_reason": None}])
-
-    def _call_delta(self, event: CallBegan | CallArguments, fields: dict[str, Any], function: dict[str, Any]) -> dict[str, Any]:
-        return self._delta(event.index, {"tool_calls": [{"index": event.number, **fields, "function": function}]})
-
-    @staticmethod
-    def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
-        return {"content": shown_logprobs(tokens), "refusal": None}
-
-    def document(self) -> dict[str, Any]:
-        choices = [
-            {"index": i, "message": self._message(c), "finish_reason": c.finish_reason,
-             "logprobs": None if self.request.sampling.logprobs is None else self._logprobs(c.logprobs)}
-            for i, c in self.in_order()
-        ]  # fmt: skip
-        return self._envelope(self.object_name, choices, **self._usage(self.usage))
-
-    def _message(self, choice: Choice) -> dict[str, Any]:
-        content = choice.text or (None if choice.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if thought := choice.said("thought"):
-            message["reasoning_content"] = thought
-        if choice.calls:
-            message["tool_calls"] = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
-        if choice.results:
-            message["tool_results"] = [self._result(r) for r in choice.results]
-        return message
-
-    @staticmethod
-    def _result(result: ToolResult) -> dict[str, Any]:
-        """A built-in tool's call and result, an extension: `tool_calls` would ask the client to run it."""
-        return {k: v for k, v in asdict(result).items() if k != "index"}
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        """Results of built-in tools are an extension: `tool_calls` would ask the client to run those."""
+        calls = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
+        results = [{name: value for name, value in asdict(r).items() if name != "index"} for r in choice.results]
+        said = {"content": choice.said(), "reasoning_content": choice.said("thought"), "tool_calls": calls,
+                "tool_results": results}  # fmt: skip
+        said = {name: value for name, value in said.items() if value}
+        logprobs = {"content": shown_logprobs(choice.logprobs), "refusal": None}
+        if not whole:
+            shown = logprobs if choice.logprobs else None
+            return {"index": index, "delta": said, "logprobs": shown, "finish_reason": choice.finish_reason}
+        message = {"role": "assistant", "content": None if calls else "", "refusal": None} | said
+        shown = None if self.request.sampling.logprobs is None else logprobs
+        return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": shown}
 
 
 class Completion(OpenAI):
@@ -8476,29 +7975,21 @@ class Completion(OpenAI):
         """A prompt is a string, a list of strings, token ids, or a list of those."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
-        logprobs = body.get("logprobs")
-        count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
-        request = replace(self.common(body, count), prompts=read_prompts(body["prompt"]))
-        if (texts := len(request.prompts) * request.n) > MAX_TEXTS:
+        prompts = read_texts("prompt", body["prompt"], MAX_TEXTS)
+        request = replace(self.common(body, optional(body, "logprobs", whole(0, 20))), prompts=prompts)
+        if (texts := len(prompts) * request.n) > MAX_TEXTS:
             raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
-        if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
+        if optional(body, "best_of", whole(1, MAX_CHOICES), request.n) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
-        self._echo = self._echoes(body, request)
-        begun = [len(p) * isinstance(p, str) for p in request.prompts for _ in range(request.n)]
-        self._said = dict(enumerate(begun))  # characters by choice so far: OpenAI counts from the prompt's start
-        suffix = optional(body, "suffix", a_string, "")
-        if suffix and (len(request.prompts) > 1 or not isinstance(request.prompts[0], str)):
-            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
-        return replace(request, prompts=(), infill=Infill(str(request.prompts[0]), suffix)) if suffix else request
-
-    @staticmethod
-    def _echoes(body: Mapping[str, Any], request: GenerateRequest) -> Seq[str]:
-        """With `echo` the prompts, by choice; else nothing."""
-        if not flag(body, "echo"):
-            return ()
-        if request.sampling.logprobs is not None or not all(isinstance(p, str) for p in request.prompts):
+        written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
+        if flag(body, "echo") and (request.sampling.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
             raise InvalidRequest("echo is served for prompts of text without logprobs", "echo")
-        return [str(p) for p in request.prompts for _ in range(request.n)]
+        self._echo = written if flag(body, "echo") else []
+        self._offsets = [len(text) for text in written]  # characters so far: OpenAI counts from the prompt's start
+        suffix = optional(body, "suffix", a_string, "")
+        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str)):
+            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
+        return replace(request, prompts=(), infill=Infill(written[0], suffix)) if suffix else request
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         yield from super().documents(event)
@@ -8506,101 +7997,69 @@ class Completion(OpenAI):
             for index, prompt in enumerate(self._echo):
                 yield from super().documents(Text(index, prompt))
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and (event.text or event.logprobs):
-            yield self._chunk([self._choice(event.index, event.text, event.logprobs, None)])
-        elif isinstance(event, ChoiceEnd):
-            yield self._chunk([self._choice(event.index, "", (), event.finish_reason)])
-        elif isinstance(event, Usage):
-            yield from self._usage_chunk(event)
-
-    def _choice(self, index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        shown = None
-        if logprobs:
-            offset = self._said[index]
-            words = [t.token.decode("utf-8", "replace") for t in logprobs]
-            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in logprobs]
-            shown = {"tokens": words, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops,
-                     "text_offset": list(itertools.accumulate(map(len, words[:-1]), initial=offset))}  # fmt: skip
-            self._said[index] = offset + sum(map(len, words))
-        return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
-
-    def document(self) -> dict[str, Any]:
-        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in self.in_order()]
-        return self._envelope(self.object_name, choices, **self._usage(self.usage))
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        shown, tokens = None, choice.logprobs
+        if tokens:
+            words = [t.token.decode("utf-8", "replace") for t in tokens]
+            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in tokens]
+            *offsets, self._offsets[index] = itertools.accumulate(map(len, words), initial=self._offsets[index])
+            shown = {"tokens": words, "token_logprobs": [t.logprob for t in tokens], "top_logprobs": tops, "text_offset": offsets}
+        return {"text": choice.said(), "index": index, "logprobs": shown, "finish_reason": choice.finish_reason}
 
 
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
     api = "openai"
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__({**body, "stream": False})
+    streams = None
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        encoding, dimensions = body.get("encoding_format"), body.get("dimensions")
-        if encoding not in (None, "float", "base64"):
-            raise InvalidRequest(f"encoding_format must be float or base64, not {_said(encoding)}", "encoding_format")
-        self._base64 = encoding == "base64"
+        self._base64 = one_of("encoding_format", given(body, "encoding_format", "float"), ("float", "base64")) == "base64"
         if body.get("input") is None:
             raise InvalidRequest("input is required: a string, or a list of strings or token ids", "input")
         return EmbedRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            inputs=read_inputs(body["input"]),
-            dimensions=None if dimensions is None else whole(1)("dimensions", dimensions),
+            model=optional(body, "model", a_string, "default"),
+            inputs=read_texts("input", body["input"], MAX_INPUTS, may_be_empty=False),
+            dimensions=optional(body, "dimensions", whole(1)),
         )
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         return service.embed(self.request, cancel)
 
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        if isinstance(event, Vectors):
-            self._rows = event.rows
-        elif isinstance(event, Usage):
-            yield self.document()
-
     def document(self) -> dict[str, Any]:
         assert self.usage
         usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
-        return {"model": self.model, "usage": usage, **self.answer(self._rows)}
+        return {"model": self.model, "usage": usage, "object": "list", **self.answer()}
 
-    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """The answer but for the model and the usage."""
-        data = [{"object": "embedding", "index": i, "embedding": self._embedding(row)} for i, row in enumerate(rows)]
-        return {"object": "list", "data": data}
+        vectors = [base64.b64encode(row).decode() if self._base64 else numbers(row) for row in self.rows]
+        return {"data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]}
 
-    def _embedding(self, row: bytes) -> str | list[float]:
-        """As base64, or as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
-        if self._base64:
-            return base64.b64encode(row).decode()
-        return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
+
+def numbers(row: bytes) -> list[float]:
+    """A vector as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
+    return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
 
 
 class Rerank(Embeddings):
     """`/v1/rerank`, Jina's: the documents that answer the query best come first."""
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        if not a_string("query", body.get("query") or ""):
+        if not optional(body, "query", a_string):
             raise InvalidRequest("query is required: what the documents are ranked for", "query")
-        documents, top, shown = read_documents(body.get("documents")), body.get("top_n"), body.get("return_documents")
-        self._top = len(documents) if top is None else whole(1)("top_n", top)
-        self._shown = shown is None or boolean("return_documents", shown)
-        return EmbedRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            inputs=documents,
-            query=body["query"],
-        )
+        documents = read_documents(body.get("documents"))
+        self._top = optional(body, "top_n", whole(1), len(documents))
+        self._shown = optional(body, "return_documents", boolean, True)
+        return EmbedRequest(optional(body, "model", a_string, "default"), documents, query=body["query"])
 
-    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
-        scores = [struct.unpack("<f", row)[0] for row in rows]
-        ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]
-        return {"object": "list", "results": [self._result(i, scores[i]) for i in ranked]}
-
-    def _result(self, index: int, score: float) -> dict[str, Any]:
-        document = {"document": {"text": self.request.inputs[index]}} if self._shown else {}
-        return {"index": index, "relevance_score": score, **document}
+    def answer(self) -> dict[str, Any]:
+        scores = [numbers(row)[0] for row in self.rows]
+        results: list[dict[str, Any]] = []
+        for i in sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]:
+            document = {"document": {"text": self.request.inputs[i]}} if self._shown else {}
+            results.append({"index": i, "relevance_score": scores[i], **document})
+        return {"results": results}
 
 
 # ── 14.2. Dialects of blocks ──────────────────────────────────────────────────────────────────────────────────────────
@@ -8635,57 +8094,27 @@ def a_function(where: str, tool: Mapping[str, Any], parameters: Mapping[str, Any
     return {"type": "function", "function": function | {"parameters": parameters}}
 
 
-def bounded(functions: Seq[Any]) -> tuple[Any, ...]:
-    """As many functions as a template may be given."""
-    if len(functions) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
-    return tuple(functions)
-
-
-def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) -> str:
-    """The name of one of the functions offered, which the model must call."""
-    return one_of(where, name, [f["function"]["name"] for f in functions])
-
-
 class BlockDialect(Dialect):
-    """An API whose answers are lists of blocks. Non-streamed answers run the same code; only the last document is sent."""
+    """An API whose answers are lists of blocks."""
 
-    keeps_text = True
+    _opened = 0  # blocks whose beginning was sent
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self.choice = self.choices[0] = Choice()
-        self.prompt_tokens = 0
-
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        chunks = list(self.chunks(event))
-        if self.stream:
-            yield from chunks
-        elif isinstance(event, Usage):
-            yield self.document()
+    def note(self, event: Event) -> None:
+        super().note(event)
+        if isinstance(event, ChoiceEnd) and not self.choices[0].blocks:
+            self.choices[0].blocks.append(Block("text"))  # clients look at the first block without asking whether there is one
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        blocks, begun = self.choice.blocks, self.begun
-        if isinstance(event, ChoiceEnd) and not blocks:  # clients look at the first block without asking whether there is one
-            begun = self.choice.begin(Block("text"))
-        if begun:
-            if begun.index:
+        blocks = self.choices[0].blocks
+        if len(blocks) > self._opened:
+            if self._opened:
                 yield from self.closed(blocks[-2])
-            yield from self.opened(begun)
-        if isinstance(event, Queued):
-            self.prompt_tokens = event.prompt_tokens
-            yield from self.begin()
-        elif isinstance(event, (Thought, Text, CallArguments)) and event.text:
+            yield from self.opened(blocks[-1])
+            self._opened = len(blocks)
+        if isinstance(event, (Thought, Text, CallArguments)) and event.text:
             yield from self.more(blocks[-1], event.text)
         elif isinstance(event, ChoiceEnd):
             yield from self.closed(blocks[-1])
-        elif isinstance(event, Usage):
-            yield from self.finish()
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """The stream's first documents."""
-        raise NotImplementedError
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
         """Announces a block."""
@@ -8699,22 +8128,17 @@ class BlockDialect(Dialect):
         """Ends a block."""
         raise NotImplementedError
 
-    def finish(self) -> Iterator[dict[str, Any]]:
-        """The stream's last documents."""
-        raise NotImplementedError
 
-
-CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference", "image")
 CLAUDE_BLOCKS = {  # what messages may hold, by role
     "user": ("text", "tool_result", "document", "search_result", "image"),
     "assistant": ("text", "thinking", "tool_use"),
     "system": ("text",),
 }
-CLAUDE_UNREAD = frozenset((  # of tools that Anthropic runs itself, and thoughts that only it can read
+CLAUDE_UNREAD = (  # of tools that Anthropic runs itself, and thoughts that only it can read
     "redacted_thinking", "server_tool_use", "mcp_tool_use", "mcp_tool_result", "web_search_tool_result", "container_upload",
     "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result", "compaction", "fallback",
     "text_editor_code_execution_tool_result", "tool_search_tool_result", "advisor_tool_result",
-))  # fmt: skip
+)  # fmt: skip
 
 
 def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -8722,11 +8146,8 @@ def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     messages, names = listed("messages", body.get("messages")), dict[str, str]()
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
-    system = body.get("system")
-    for place, part in listed("system", [] if system is None or isinstance(system, str) else system):
-        one_of(f"{place}.type", part.get("type"), ("text",))
-    text = "" if system is None else flat_content("system", system, ("text",), "\n\n")
-    turns = [{"role": "system", "content": text}] if text else []
+    system = flat_content("system", given(body, "system", ""), ("text",), "\n\n", newest=True)
+    turns = [{"role": "system", "content": system}] if system else []
     newest = newest_turn([message for _, message in messages if not is_results(message.get("content"))])
     return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names, message is newest)))
 
@@ -8739,103 +8160,58 @@ def is_results(content: Any) -> bool:
 def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
     """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
     role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
-    texts: list[str] = [content] if isinstance(content, str) else []
-    media: list[str] = []
-    thoughts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for place, block in listed(f"{where}.content", [] if isinstance(content, str) else content):
-        kind = a_string(f"{place}.type", block.get("type"))
-        if kind in CLAUDE_UNREAD:
+    texts, thoughts, calls, results = list[Any](), list[str](), list[Any](), list[Any]()
+    for place, block in listed(f"{where}.content", [{"type": "text", "text": content}] if isinstance(content, str) else content):
+        if (kind := block.get("type")) in CLAUDE_UNREAD:
             continue
         one_of(f"{place}.type", kind, CLAUDE_BLOCKS[role])
         if kind == "thinking":
             thoughts.append(a_string(f"{place}.thinking", block.get("thinking")))
         elif kind == "tool_use":
-            calls.append(claude_call(place, block, names))
+            id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
+            names[id] = name
+            calls.append(a_call(id, name, an_object(f"{place}.input", block.get("input"))))
         elif kind == "tool_result":
-            results.append(claude_result(place, block, names))
+            id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), given(block, "content", "")
+            parts = [] if isinstance(content, str) else listed(f"{place}.content", content)
+            text = flat_parts(itertools.starmap(claude_part, parts), ("text",), "\n\n", False) if parts else content or ""
+            results.append(a_result(id, names, f"Error: {text}" if flag(block, "is_error") else text))
         else:
-            texts.append(claude_text(place, block, media, newest))
+            texts.append(claude_part(place, block))
     between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
-    turn: dict[str, Any] = {"role": role, "content": with_note(between.join(filter(None, texts)), media)}
+    turn: dict[str, Any] = {"role": role, "content": flat_parts(texts, ("text",), between, newest)}
     turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
     turn |= {"tool_calls": calls} if calls else {}
     return results if results and not turn["content"] else [*results, turn]
 
 
-def claude_call(place: str, block: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A tool_use block; notes its name."""
-    id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
-    names[id] = name
-    return a_call(id, name, an_object(f"{place}.input", block.get("input")))
+def claude_part(place: str, block: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A block as a part of a chat's content: what search results and documents of text say is text."""
+    kind, source = block.get("type"), block.get("source")
+    texts = [a_string(f"{place}.title", given(block, "title", ""))]
+    if kind == "tool_reference":  # what a search for tools found
+        texts = [a_string(f"{place}.tool_name", block.get("tool_name"))]
+    elif kind == "search_result":
+        texts += [a_string(f"{place}.source", source), flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")]
+    elif kind == "document" and (form := an_object(f"{place}.source", source).get("type")) in ("text", "content"):
+        name = "data" if form == "text" else "content"
+        texts.append(flat_content(f"{place}.source.{name}", block["source"].get(name), ("text",), "\n\n"))
+    else:
+        return place, block
+    return place, {"type": "text", "text": "\n".join(filter(None, texts))}
 
 
-def claude_result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tool_result block: its texts, marked where the tool failed."""
-    id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), block.get("content")
-    if content is not None and not isinstance(content, str):
-        media: list[str] = []
-        parts = listed(f"{place}.content", content)
-        for where, part in parts:
-            one_of(f"{where}.type", part.get("type"), CLAUDE_TEXTS)
-        texts = [claude_text(where, part, media) for where, part in parts]
-        content = with_note("\n\n".join(filter(None, texts)), media)
-    return a_result(id, names, f"Error: {content or ''}" if flag(block, "is_error") else content or "")
-
-
-def claude_text(place: str, block: Mapping[str, Any], media: list[str], newest: bool = False) -> str:
-    """The text of a block that is nothing else: CLAUDE_TEXTS names them. Those without text go to `media`, by their kind."""
-    if block["type"] == "image":
-        media.append(left_out(f"{place}.type", "image", newest))
-        return ""
-    if block["type"] == "text":
-        return str(a_string(f"{place}.text", block.get("text")))
-    if block["type"] == "tool_reference":  # what a search for tools found
-        return str(a_string(f"{place}.tool_name", block.get("tool_name")))
-    titles = [a_string(f"{place}.title", block["title"])] if block.get("title") is not None else []
-    if block["type"] == "search_result":
-        titles.append(a_string(f"{place}.source", block.get("source")))
-        return "\n".join((*titles, flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")))
-    source = an_object(f"{place}.source", block.get("source"))
-    kind = one_of(f"{place}.source.type", source.get("type"), ("text", "content", "base64", "url", "file"))
-    if kind not in ("text", "content"):
-        media.append(left_out(f"{place}.source.type", "document", newest))
-        return "\n".join(titles)
-    if kind == "text":
-        return "\n".join((*titles, a_string(f"{place}.source.data", source.get("data"))))
-    return "\n".join((*titles, flat_content(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
-
-
-def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The functions offered; tools that Anthropic's own server runs, or its own models know by heart, are left out."""
-    functions = []
-    for where, tool in listed("tools", given(body, "tools", [])):
-        if tool.get("type") is None or a_string(f"{where}.type", tool["type"]) == "custom":
-            schema = an_object(f"{where}.input_schema", tool.get("input_schema"))
-            functions.append(a_function(where, tool, schema))
-    return bounded(functions)
-
-
-def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any]:
-    """Reads the request's tool_choice."""
-    choice = an_object("tool_choice", given(body, "tool_choice", {"type": "auto"}))
+def claude_tools(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools and the choice among them; those that Anthropic's server runs, or its models know by heart, are left out."""
+    functions = [
+        a_function(where, tool, an_object(f"{where}.input_schema", tool.get("input_schema")))
+        for where, tool in listed("tools", given(body, "tools", []))
+        if a_string(f"{where}.type", given(tool, "type", "custom")) == "custom"
+    ]
+    choice = optional(body, "tool_choice", an_object, {"type": "auto"})
     kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
-    if kind == "any" and not functions:
-        raise InvalidRequest("tool_choice: any needs a tool that the client runs", "tool_choice")
-    named = f"function:{offered_name('tool_choice.name', choice.get('name'), functions)}" if kind == "tool" else ""
-    return {"tool_choice": named or {"any": "required"}.get(kind, kind), "tools": functions if kind != "none" else (),
-            "parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}  # fmt: skip
-
-
-def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
-    """Reads how much to think: not at all unless the request says so, as that API has it."""
-    thinking = an_object("thinking", given(body, "thinking", {"type": "disabled"}))
-    kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
-    budget = thinking.get("budget_tokens")
-    args = effort_args("output_config.effort", effort) | {"enable_thinking": kind != "disabled"}
-    return {"thinking_budget": whole(1)("thinking.budget_tokens", budget) if kind == "enabled" and budget is not None else None,
-            "template_args": args | an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))}  # fmt: skip
+    read = read_tool_choice(choice if kind == "tool" else {"any": "required"}.get(kind, kind), functions)
+    return read | {"parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}
 
 
 class Messages(BlockDialect):
@@ -8847,29 +8223,35 @@ class Messages(BlockDialect):
                         "call": ("input_json_delta", "partial_json")}  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._id = f"msg_{os.urandom(12).hex()}"
-        config = an_object("output_config", given(body, "output_config", {}))
-        sampling = Sampling.from_json({**body, "stop": None})
-        ends = body.get("stop_sequences")
-        if ends is not None:
-            sampling = replace(sampling, stop=stops("stop_sequences", one_type(list, "a list")("stop_sequences", ends)))
-        form = an_object("output_config.format", given(config, "format", given(body, "output_format", {"type": "text"})))
-        if one_of("output_config.format.type", form.get("type"), ("text", "json_schema")) == "json_schema":
-            sampling = replace(sampling, json_schema=a_schema("output_config.format.schema", form.get("schema")))
+        """The model thinks only if the request says so, as this API has it."""
+        config = optional(body, "output_config", an_object, {})
+        schema = read_format("output_config.format", given(config, "format", body.get("output_format")))
+        ends = stops("stop_sequences", optional(body, "stop_sequences", one_type(list, "a list"), []))
+        thinking = optional(body, "thinking", an_object, {"type": "disabled"})
+        kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
+        budget = thinking.get("budget_tokens") if kind == "enabled" else None
         return GenerateRequest(
-            model=a_string("model", given(body, "model", "default")),
+            model=optional(body, "model", a_string, "default"),
             messages=claude_messages(body),
-            sampling=sampling,
+            sampling=Sampling.from_json({**body, "stop": None}, stop=ends, json_schema=schema),
             split_markers=True,
-            **claude_choice(body, claude_tools(body)),
-            **claude_thinking(body, config.get("effort")),
+            thinking_budget=None if budget is None else whole(1)("thinking.budget_tokens", budget),
+            template_args=read_template_args(
+                body, "output_config.effort", config.get("effort"), enable_thinking=kind != "disabled"
+            ),
+            **claude_tools(body),
         )
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_start", "message": self.document()}
 
     def idle(self) -> dict[str, Any]:
         return {"type": "ping"}
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            yield {"type": "message_start", "message": self.document()}
+        yield from super().chunks(event)
+        if isinstance(event, Usage):
+            yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
+            yield {"type": "message_stop"}
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
         empty = self._content(replace(block, parts=[]))
@@ -8885,14 +8267,10 @@ class Messages(BlockDialect):
             yield {"type": "content_block_delta", "index": block.index, "delta": delta}
         yield {"type": "content_block_stop", "index": block.index}
 
-    def finish(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
-        yield {"type": "message_stop"}
-
     def document(self) -> dict[str, Any]:
         """The message as far as it came."""
-        return {"id": self._id, "type": "message", "role": "assistant", "model": self.model,
-                "content": [self._content(b) for b in self.choice.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
+        return {"id": f"msg_{self.id}", "type": "message", "role": "assistant", "model": self.model,
+                "content": [self._content(b) for b in self.choices[0].blocks], **self._end(), "usage": self._usage()}  # fmt: skip
 
     @staticmethod
     def _content(block: Block) -> dict[str, Any]:
@@ -8904,12 +8282,10 @@ class Messages(BlockDialect):
 
     def _end(self) -> dict[str, Any]:
         """The reason that the message ended; nothing while it goes on."""
-        end = self.choice.end
-        if end is None:
-            return {"stop_reason": None, "stop_sequence": None}
-        if end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
+        end = self.choices[0].end
+        if end and end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
             return {"stop_reason": "stop_sequence", "stop_sequence": end.stopped_by}
-        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn"), "stop_sequence": None}
+        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn") if end else None, "stop_sequence": None}
 
     def _usage(self) -> dict[str, int]:
         """Tokens: this API counts cached ones by themselves."""
@@ -8927,46 +8303,52 @@ def claude_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
 
 
-def joined_name(space: str, name: str) -> str:
-    """A tool's name in the prompt: models know no namespaces."""
-    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
+HOSTED_ITEMS = (  # what tools of OpenAI's own did: those tools are left out here, and their traces too
+    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
+    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
+    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
+    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
+)  # fmt: skip
+RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
-def raw_input(arguments: str) -> str:
-    """Unwraps `{"input": …}`, the call of a freeform tool; other arguments stay as they are."""
-    with contextlib.suppress(InvalidRequest):
-        read = parse_json(arguments.encode("utf-8", "replace"))
-        if isinstance(read, dict) and isinstance(read.get("input"), str):
-            return str(read["input"])
-    return arguments
+class ResponseInput:
+    """The tools and turns of a Responses request: what the assistant did in a row is one turn."""
 
-
-@dataclass(frozen=True)
-class OfferedTool:
-    """A tool as the client knows it."""
-
-    name: str
-    namespace: str = ""
-    freeform: bool = False
-
-
-class ResponseTools:
-    """The tools of a Responses request: what the model is offered, and what its calls mean to the client."""
-
-    def __init__(self) -> None:
+    def __init__(self, body: Mapping[str, Any]) -> None:
         self.functions: list[dict[str, Any]] = []
-        self._offered: dict[str, OfferedTool] = {}
+        self.freeform: set[str] = set()  # names of the functions that stand for tools whose input is any text
+        self.turns: list[dict[str, Any]] = []
+        self._known: dict[str, dict[str, str]] = {}  # tools by their names in the prompt, as the client names them
+        self._called: dict[str, str] = {}  # names of calls, by id
+        self._add_tools("tools", given(body, "tools", []))
+        if instructions := optional(body, "instructions", a_string):
+            self.turns.append({"role": "system", "content": instructions})
+        said = body.get("input")
+        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
+        if len(items) > MAX_MESSAGES:
+            raise InvalidRequest(f"input may hold up to {MAX_MESSAGES} items, not {len(items)}", "input")
+        self._newest = newest_turn([item for _, item in items])
+        for where, item in items:
+            self._add(where, item)
+        if not items or not self.turns:
+            raise InvalidRequest("input holds nothing that a model here could read", "input")
 
-    def add(self, where: str, tools: Any, space: str = "") -> None:
+    def client_name(self, name: str) -> dict[str, str]:
+        """The name and namespace of the tool that the model calls by this name."""
+        return self._known.get(name, {"name": name})
+
+    def _add_tools(self, where: str, tools: Any, space: str = "") -> None:
         """Reads a list of tools; those that OpenAI's own server runs are left out."""
         for place, tool in listed(where, tools):
             kind = a_string(f"{place}.type", tool.get("type"))
             if kind == "namespace":
-                self.add(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
+                self._add_tools(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
             elif kind in ("function", "custom"):
                 name = a_string(f"{place}.name", tool.get("name"))
                 full = joined_name(space, name)
-                self._offered[full] = OfferedTool(name, space, kind == "custom")
+                self._known[full] = {"name": name} | ({"namespace": space} if space else {})
+                self.freeform |= {full} if kind == "custom" else set()
                 shown = self._freeform(place, tool) if kind == "custom" else tool
                 schema = an_object(f"{place}.parameters", given(shown, "parameters", {}))
                 self.functions.append(a_function(place, {**shown, "name": full}, schema))
@@ -8983,56 +8365,15 @@ class ResponseTools:
         schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
         return {"description": said, "parameters": schema | {"additionalProperties": False}}
 
-    def meaning(self, name: str) -> OfferedTool:
-        """The tool that the model calls by this name."""
-        return self._offered.get(name) or OfferedTool(name)
-
-    def choice(self, choice: Any) -> dict[str, Any]:
-        """Reads the request's tool_choice."""
-        functions = bounded(self.functions)
-        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            allowed = {self._named(where, tool) for where, tool in listed("tool_choice.tools", choice.get("tools"))}
-            functions = tuple(f for f in functions if f["function"]["name"] in allowed)
-            choice = one_of("tool_choice.mode", choice.get("mode"), ("auto", "required"))
-        if isinstance(choice, dict):
-            one_of("tool_choice.type", choice.get("type"), ("function", "custom", "allowed_tools"))
-            return {"tools": functions, "tool_choice": f"function:{self._named('tool_choice', choice)}"}
-        if one_of("tool_choice", choice, ("none", "auto", "required")) == "required" and not functions:
-            raise InvalidRequest("tool_choice: required needs a tool that the client runs", "tool_choice")
-        return {"tools": () if choice == "none" else functions, "tool_choice": choice}
-
-    def _named(self, where: str, tool: Mapping[str, Any]) -> str:
-        space = a_string(f"{where}.namespace", given(tool, "namespace", ""))
-        name = joined_name(space, a_string(f"{where}.name", tool.get("name")))
-        return one_of(f"{where}.name", name, self._offered)
-
-
-HOSTED_ITEMS = frozenset((  # what tools of OpenAI's own did: those tools are left out here, and their traces too
-    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
-    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
-    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
-    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
-))  # fmt: skip
-RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
-
-
-class ResponseInput:
-    """Reads the items of a Responses request into turns: what the assistant did in a row is one turn."""
-
-    def __init__(self, tools: ResponseTools, newest: Any) -> None:
-        self.turns: list[dict[str, Any]] = []
-        self._tools, self._newest = tools, newest
-        self._names: dict[str, str] = {}  # of calls, by id
-
-    def add(self, where: str, item: Mapping[str, Any]) -> None:
+    def _add(self, where: str, item: Mapping[str, Any]) -> None:
         """Reads one item."""
-        kind = a_string(f"{where}.type", given(item, "type", "message"))
+        kind = given(item, "type", "message")
         if kind in HOSTED_ITEMS:
             return
         read = {
             "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
             "custom_tool_call": self._call, "function_call_output": self._output, "custom_tool_call_output": self._output,
-            "additional_tools": lambda where, item: self._tools.add(f"{where}.tools", item.get("tools")),
+            "additional_tools": lambda where, item: self._add_tools(f"{where}.tools", item.get("tools")),
         }  # fmt: skip
         read[one_of(f"{where}.type", kind, read)](where, item)
 
@@ -9052,25 +8393,19 @@ class ResponseInput:
             self.turns.append({"role": "system" if role == "developer" else role, "content": text})
 
     def _reasoning(self, where: str, item: Mapping[str, Any]) -> None:
-        text = self._sealed(where, item)
+        """A thought is in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
+        sealed, text = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", "")), ""
+        with contextlib.suppress(ValueError):  # no base64, or no text inside
+            text = binascii.a2b_base64(sealed, strict_mode=True).decode()
         for name in ("content", "summary"):
-            if not text and item.get(name) is not None:
-                text = flat_content(f"{where}.{name}", item[name], RESPONSE_TEXTS)
+            text = text or flat_content(f"{where}.{name}", given(item, name, ""), RESPONSE_TEXTS)
         if text:
             turn = self._assistant("content", "tool_calls")
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
 
-    @staticmethod
-    def _sealed(where: str, item: Mapping[str, Any]) -> str:
-        """The thought in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
-        sealed = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", ""))
-        with contextlib.suppress(ValueError):  # no base64, or no text inside
-            return binascii.a2b_base64(sealed, strict_mode=True).decode()
-        return ""
-
     def _call(self, where: str, item: Mapping[str, Any]) -> None:
         id, name = a_string(f"{where}.call_id", item.get("call_id")), a_string(f"{where}.name", item.get("name"))
-        self._names[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
+        self._called[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
         if item["type"] == "custom_tool_call":
             arguments: Any = {"input": a_string(f"{where}.input", item.get("input"))}
         else:
@@ -9081,7 +8416,7 @@ class ResponseInput:
 
     def _output(self, where: str, item: Mapping[str, Any]) -> None:
         text = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
-        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._names, text))
+        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._called, text))
 
 
 def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
@@ -9099,68 +8434,39 @@ class Responses(BlockDialect):
 
     api = "openai"
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
-    STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
         "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None}, "safety_identifier": None, "temperature": None,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None, "truncation": "disabled",
         "user": None,
     }  # fmt: skip
+    KINDS: ClassVar = {  # of blocks: how their ids begin, and their events' names
+        "text": ("msg", "output_text"), "thought": ("rs", "reasoning_text"), "call": ("fc", "function_call_arguments"),
+        "freeform": ("ctc", "custom_tool_call_input"),
+    }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._fixed = {"id": f"resp_{os.urandom(12).hex()}", "object": "response", "created_at": int(time.time())}
+        self._fixed = {"id": f"resp_{self.id}", "object": "response", "created_at": self.created}
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
-        self._count, self._announced, self._tools = itertools.count(), False, ResponseTools()
-        self._refuse_state(body)
-        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
-        self._tools.add("tools", given(body, "tools", []))
-        messages = self._messages(body)
-        reasoning = an_object("reasoning", given(body, "reasoning", {}))
-        args = an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))
-        return GenerateRequest(
-            model=a_string("model", given(body, "model", "default")),
-            messages=messages,
-            parallel_tool_calls=boolean("parallel_tool_calls", given(body, "parallel_tool_calls", True)),
-            continue_final_message=False,
-            template_args=effort_args("reasoning.effort", reasoning.get("effort")) | args,
-            sampling=self._sampling(body),
-            split_markers=True,
-            **self._tools.choice(given(body, "tool_choice", "auto")),
-        )
-
-    def _refuse_state(self, body: Mapping[str, Any]) -> None:
-        for name in self.STATE:
-            if body.get(name) is not None:
-                raise InvalidRequest(f"{name} is not served: no state is kept here, send the whole conversation as input", name)
-        for name in ("background", "top_logprobs"):
+        self._sent = 0  # events
+        for name in ("previous_response_id", "conversation", "prompt", "background", "top_logprobs"):
             if body.get(name):
-                raise InvalidRequest(f"{name} is not served here", name)
-
-    def _messages(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-        said = body.get("input")
-        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
-        if not 0 < len(items) <= MAX_MESSAGES:
-            raise InvalidRequest(f"input must hold 1 to {MAX_MESSAGES} items, not {len(items)}", "input")
-        read = ResponseInput(self._tools, newest_turn([item for _, item in items]))
-        if body.get("instructions") is not None:
-            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
-        for where, item in items:
-            read.add(where, item)
-        if not read.turns:
-            raise InvalidRequest("input holds nothing that a model here could read", "input")
-        return tuple(read.turns)
-
-    @staticmethod
-    def _sampling(body: Mapping[str, Any]) -> Sampling:
-        limit = body.get("max_output_tokens")
-        most = None if limit is None else whole(1)("max_output_tokens", limit)
-        sampling = replace(Sampling.from_json({**body, "max_tokens": None}), max_tokens=most)
-        form = an_object("text.format", given(an_object("text", given(body, "text", {})), "format", {"type": "text"}))
-        kind = one_of("text.format.type", form.get("type"), ("text", "json_object", "json_schema"))
-        if kind == "text":
-            return sampling
-        schema = form.get("schema") if kind == "json_schema" else {"type": "object"}
-        return replace(sampling, json_schema=a_schema("text.format.schema", schema))
+                why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
+                raise InvalidRequest(f"{name} is not served{why}", name)
+        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
+        self._input = ResponseInput(body)
+        reasoning, text = (optional(body, name, an_object, {}) for name in ("reasoning", "text"))
+        schema, limit = read_format("text.format", text.get("format")), optional(body, "max_output_tokens", whole(1))
+        return GenerateRequest(
+            model=optional(body, "model", a_string, "default"),
+            messages=tuple(self._input.turns),
+            parallel_tool_calls=optional(body, "parallel_tool_calls", boolean, True),
+            continue_final_message=False,
+            template_args=read_template_args(body, "reasoning.effort", reasoning.get("effort")),
+            sampling=Sampling.from_json({**body, "max_tokens": None}, max_tokens=limit, json_schema=schema),
+            split_markers=True,
+            **read_tool_choice(given(body, "tool_choice", "auto"), self._input.functions),
+        )
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """With `truncation` auto, the oldest turns of a conversation that is too long are left out."""
@@ -9177,19 +8483,15 @@ class Responses(BlockDialect):
     # Events, numbered as they go out
 
     def _event(self, kind: str, /, **fields: Any) -> dict[str, Any]:
-        return {"type": f"response.{kind}", "sequence_number": next(self._count), **fields}
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        yield from self._announcement()
-        yield self._event("in_progress", response=self._response("in_progress"))
+        self._sent += 1
+        return {"type": f"response.{kind}", "sequence_number": self._sent - 1, **fields}
 
     def _announcement(self) -> Iterator[dict[str, Any]]:
-        if not self._announced:
-            self._announced = True
+        """The first event must be `created`, also while the model loads."""
+        if not self._sent:
             yield self._event("created", response=self._response("in_progress"))
 
     def idle(self) -> dict[str, Any]:
-        """The first event must be `created`, also while the model loads."""
         return next(self._announcement(), None) or self._event("in_progress", response=self._response("in_progress"))
 
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
@@ -9197,82 +8499,77 @@ class Responses(BlockDialect):
         said = {"code": error.code, "message": str(error)}
         yield self._event("failed", response=self._response("failed") | {"error": said})
 
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            yield from self._announcement()
+            yield self._event("in_progress", response=self._response("in_progress"))
+        yield from super().chunks(event)
+        if isinstance(event, Usage):
+            response = self.document()
+            yield self._event(response["status"], response=response)
+
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        freeform = block.kind == "call" and self._tools.meaning(block.name).freeform
-        prefix = {"text": "msg", "thought": "rs", "call": "ctc" if freeform else "fc"}[block.kind]
-        block.id = f"{prefix}_{os.urandom(12).hex()}"
         item = self._item(replace(block, parts=[]), "in_progress")
-        if block.kind == "call":
-            yield self._event("output_item.added", output_index=block.index, item=item)
-            return
-        yield self._event("output_item.added", output_index=block.index, item=item | {"content": []})
-        yield self._event("content_part.added", **self._part_at(block), part=item["content"][0])
-
-    @staticmethod
-    def _at(block: Block) -> dict[str, Any]:
-        return {"item_id": block.id, "output_index": block.index}
-
-    def _part_at(self, block: Block) -> dict[str, Any]:
-        return self._at(block) | {"content_index": 0}
+        parts = item.get("content", ())
+        yield self._event("output_item.added", output_index=block.index, item=item | ({"content": []} if parts else {}))
+        for part in parts:
+            yield self._event("content_part.added", **self._at(block), part=part)
 
     def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
-        if block.kind == "text":
-            yield self._event("output_text.delta", **self._part_at(block), delta=text, logprobs=[])
-        elif block.kind == "thought":
-            yield self._event("reasoning_text.delta", **self._part_at(block), delta=text)
-        elif not self._tools.meaning(block.name).freeform:  # its input is told when it is whole
-            yield self._event("function_call_arguments.delta", **self._at(block), delta=text)
+        kind = self._kind(block)
+        if kind != "freeform":  # its input is told when it is whole
+            more = {"delta": text, "logprobs": list[Any]()} if kind == "text" else {"delta": text}
+            yield self._event(f"{self.KINDS[kind][1]}.delta", **self._at(block), **more)
 
     def closed(self, block: Block) -> Iterator[dict[str, Any]]:
-        item = self._item(block, self._status(block))
-        if block.kind == "call":
-            yield from self._call_done(block)
-        else:
-            done = {"text": block.text} | ({"logprobs": list[Any]()} if block.kind == "text" else {})
-            name = "output_text" if block.kind == "text" else "reasoning_text"
-            yield self._event(f"{name}.done", **self._part_at(block), **done)
-            yield self._event("content_part.done", **self._part_at(block), part=item["content"][0])
+        kind, item = self._kind(block), self._item(block, self._status(block))
+        name = self.KINDS[kind][1]
+        done: dict[str, Any] = {"text": block.text, "logprobs": []} if kind == "text" else {"text": block.text}
+        if kind == "call":
+            done = {"name": item["name"], "arguments": block.text}
+        elif kind == "freeform":
+            done = {"input": item["input"]}
+            yield self._event(f"{name}.delta", **self._at(block), delta=item["input"])
+        yield self._event(f"{name}.done", **self._at(block), **done)
+        for part in item.get("content", ()):
+            yield self._event("content_part.done", **self._at(block), part=part)
         yield self._event("output_item.done", output_index=block.index, item=item)
 
-    def _call_done(self, block: Block) -> Iterator[dict[str, Any]]:
-        tool = self._tools.meaning(block.name)
-        if tool.freeform:
-            written = raw_input(block.text)
-            yield self._event("custom_tool_call_input.delta", **self._at(block), delta=written)
-            yield self._event("custom_tool_call_input.done", **self._at(block), input=written)
-        else:
-            yield self._event("function_call_arguments.done", **self._at(block), name=tool.name, arguments=block.text)
-
-    def finish(self) -> Iterator[dict[str, Any]]:
-        response = self.document()
-        yield self._event(response["status"], response=response)
+    def _at(self, block: Block) -> dict[str, Any]:
+        place = {"item_id": self._id(block), "output_index": block.index}
+        return place if block.kind == "call" else place | {"content_index": 0}
 
     # Items
 
+    def _kind(self, block: Block) -> str:
+        return "freeform" if block.kind == "call" and block.name in self._input.freeform else block.kind
+
+    def _id(self, block: Block) -> str:
+        return f"{self.KINDS[self._kind(block)][0]}_{block.id}"
+
     def _status(self, block: Block) -> str:
-        cut = self.choice.finish_reason == "length" and block is self.choice.blocks[-1]
+        cut = self.choices[0].finish_reason == "length" and block is self.choices[0].blocks[-1]
         return "incomplete" if cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
         if block.kind == "text":
             part = {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
-            return {"id": block.id, "type": "message", "role": "assistant", "status": status, "content": [part]}
+            return {"id": self._id(block), "type": "message", "role": "assistant", "status": status, "content": [part]}
         if block.kind == "thought":
             sealed = base64.b64encode(block.text.encode("utf-8", "replace")).decode()
-            return {"id": block.id, "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
+            return {"id": self._id(block), "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
                     "content": [{"type": "reasoning_text", "text": block.text}]}  # fmt: skip
-        tool = self._tools.meaning(block.name)
-        call = {"id": block.id, "call_id": block.call_id, "name": tool.name, "status": status}
-        call |= {"namespace": tool.namespace} if tool.namespace else {}
-        if tool.freeform:
-            return call | {"type": "custom_tool_call", "input": raw_input(block.text)}
+        call = {"id": self._id(block), "call_id": block.call_id, **self._input.client_name(block.name), "status": status}
+        if block.name in self._input.freeform:
+            written = block.arguments().get("input")  # else the arguments stay as they are
+            return call | {"type": "custom_tool_call", "input": written if isinstance(written, str) else block.text}
         return call | {"type": "function_call", "arguments": block.text}
 
     def document(self) -> dict[str, Any]:
         """The response at its end."""
-        cut = self.choice.finish_reason == "length"
+        cut = self.choices[0].finish_reason == "length"
         response = self._response("incomplete" if cut else "completed")
-        response["output"] = [self._item(b, self._status(b)) for b in self.choice.blocks]
+        response["output"] = [self._item(b, self._status(b)) for b in self.choices[0].blocks]
         return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -9318,17 +8615,6 @@ def keep_seconds(name: str, value: Any) -> float:
     return -seconds if found[1] else min(seconds, MAX_KEEP)
 
 
-def kept(events: Iterator[Event], dialect: Dialect, service: Service, seconds: float | None) -> Iterator[Event]:
-    """Passes events on; behind them the model stays for so many seconds, None: as it would anyhow."""
-    try:
-        for event in events:
-            if seconds is not None and isinstance(event, (Usage, Vectors)):  # the client may ask as soon as it has the last one
-                service.table.keep(dialect.model, seconds)
-            yield event
-    finally:
-        if seconds is not None:
-            service.table.keep(dialect.model, seconds)
-
 
 def rfc3339(seconds: float) -> str:
     """A time since the epoch, as in 2026-01-31T12:00:00.000000Z."""
@@ -9343,13 +8629,9 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
     own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
     top = optional(body, "top_logprobs", whole(0, 20), 0)
-    sampling = Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None)
-    format = body.get("format")
-    if format is None or format == "":
-        return sampling
-    if isinstance(format, str):
-        one_of("format", format, ("json",))
-    return replace(sampling, json_schema=a_schema("format", {"type": "object"} if format == "json" else format))
+    format = {"type": "object"} if body.get("format") == "json" else given(body, "format", "")
+    schema = None if format == "" else Schema("format", one_type(dict, '"json" or a JSON schema')("format", format))
+    return Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None, json_schema=schema)
 
 
 def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -9372,14 +8654,6 @@ def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates `think` for templates: on or off, or an effort."""
-    think = body.get("think")
-    if think is None:
-        return {}
-    return {"enable_thinking": think} if isinstance(think, bool) else effort_args("think", think)
-
-
 def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[str]:
     """Lists a turn's images for with_note. Those of the user's newest turn are refused."""
     if not optional(holder, "images", one_type(list, "a list"), []):
@@ -9395,34 +8669,38 @@ class OllamaRoute(Dialect):
     api = "ollama"
     use = "generate"  # what the model is loaded for
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._began, self._ready = time.monotonic(), 0.0
+    def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that all its requests have."""
+        self._began = self._ready = time.monotonic()
         self._keep = optional(body, "keep_alive", keep_seconds)
         if body.get("model") is None:
             raise InvalidRequest("model is required: the name of a model, or default", "model")
-        super().__init__(body)
-
-    def asks(self) -> bool:
-        """True if there is a question."""
-        raise NotImplementedError
+        return {"model": a_string("model", body["model"]), "engine": ollama_engine(body)}
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        events = super().events(service, cancel) if self.asks() else self._loads(service, cancel)
-        return kept(events, self, service, self._keep)
+        """Without a question the model is only loaded, or let go. Behind the answer it stays as long as keep_alive says."""
+        asks = any(getattr(self.request, name, None) for name in ("prompts", "messages", "infill", "inputs"))
+        try:
+            for event in super().events(service, cancel) if asks else self._loads(service, cancel):
+                if isinstance(event, Queued):
+                    self._ready = time.monotonic()
+                elif isinstance(event, Usage):  # the client may ask as soon as it has the last one
+                    self._stay(service)
+                yield event
+        finally:
+            self._stay(service)
+
+    def _stay(self, service: Service) -> None:
+        if self._keep is not None:
+            service.table.keep(self.model, self._keep)
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        """Loads the model, or lets it go."""
         if self._keep == 0:
             yield Queued(service.table.resolve(self.request.model, cancel))
         else:
             yield from service.load(self.request.model, self.use, cancel, self.request.engine)
-        yield Vectors(0, ()) if self.use == "embed" else ChoiceEnd(0, "unload" if self._keep == 0 else "load")
+        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
         yield Usage(0, 0, 0, 0.0, 0.0)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._ready = time.monotonic()
 
     def times(self) -> dict[str, int]:
         """Durations in nanoseconds."""
@@ -9431,53 +8709,45 @@ class OllamaRoute(Dialect):
 
 
 class Ollama(OllamaRoute):
-    """Base of Ollama's two text routes, which stream unless told otherwise."""
+    """Base of Ollama's two text routes."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._shown_calls = 0
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
+    streams = True
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        return GenerateRequest(
-            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body),
-            engine=ollama_engine(body),
-        )
+        think = body.get("think")
+        args = {"enable_thinking": think} if isinstance(think, bool) else read_template_args({}, "think", think)
+        return GenerateRequest(**self.common(body), sampling=ollama_sampling(body), template_args=args)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         """Puts the model's words into this route's fields."""
         raise NotImplementedError
 
-    def asks(self) -> bool:
-        return bool(self.request.prompts or self.request.messages or self.request.infill)
-
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
-            text, thought = (event.text, "") if isinstance(event, Text) else ("", event.text)
-            yield self._document(text, thought, logprobs=event.logprobs)
-        elif isinstance(event, (CallBegan, ChoiceEnd)):  # calls go out whole
-            done = len(self.choices[0].calls) - isinstance(event, CallBegan)
-            if done > self._shown_calls:
-                yield self._document(calls=[self._shown(done - 1)])
-                self._shown_calls = done
+        if isinstance(event, (Text, Thought)):
+            yield self._document(Choice(event), [])
+        elif isinstance(event, (CallBegan, ChoiceEnd)):  # a call goes out whole: when the next one begins, or at the end
+            whole = len(self.choices[0].calls) - isinstance(event, CallBegan)
+            if whole:
+                yield self._document(Choice(), self._calls()[whole - 1 : whole])
         elif isinstance(event, Usage):
-            yield self._document(**self._end(event))
+            yield self._document(Choice(), [], **self._end(event))
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choice, end = self.choices[0], self._end(self.usage)
-        calls = map(self._shown, range(len(choice.calls)))
-        return self._document(choice.text, choice.said("thought"), calls, choice.logprobs, **end)
+        return self._document(self.choices[0], self._calls(), **self._end(self.usage))
 
-    def _document(self, text: str = "", thought: str = "", calls: Iterable[dict[str, Any]] = (),
-                  logprobs: Seq[TokenLogprob] = (), **end: Any) -> dict[str, Any]:  # fmt: skip
-        shown = {"logprobs": shown_logprobs(logprobs)} if logprobs else {}
-        return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(text, thought, list(calls)),
-                "done": bool(end), **shown, **end}  # fmt: skip
+    def _document(self, choice: Choice, calls: list[dict[str, Any]], **end: Any) -> dict[str, Any]:
+        logprobs = {"logprobs": shown_logprobs(choice.logprobs)} if choice.logprobs else {}
+        more: dict[str, Any] = {"thinking": choice.said("thought"), "tool_calls": calls}
+        said = self.said(choice.said(), {name: value for name, value in more.items() if value})
+        return {"model": self.request.model, "created_at": rfc3339(time.time()), **said, "done": bool(end), **logprobs, **end}
 
-    def _shown(self, index: int) -> dict[str, Any]:
-        """A call with its arguments as an object."""
-        call = self.choices[0].calls[index]
-        return {"id": call.call_id, "function": {"index": index, "name": call.name, "arguments": call.arguments()}}
+    def _calls(self) -> list[dict[str, Any]]:
+        """The calls with their arguments as objects."""
+        return [
+            {"id": call.call_id, "function": {"index": i, "name": call.name, "arguments": call.arguments()}}
+            for i, call in enumerate(self.choices[0].calls)
+        ]
 
     def _end(self, usage: Usage) -> dict[str, Any]:
         """The last document's reason, counts and durations."""
@@ -9522,9 +8792,8 @@ class OllamaChat(Ollama):
             called.extend(str(call.get("id")) for call in calls if isinstance(call, dict))
         return read_messages({"messages": read or None})
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        more = {"thinking": thought} if thought else {}
-        return {"message": {"role": "assistant", "content": text, **more, **({"tool_calls": calls} if calls else {})}}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, **more}}
 
 
 class OllamaGenerate(Ollama):
@@ -9547,8 +8816,8 @@ class OllamaGenerate(Ollama):
         turns = ({"role": "system", "content": system},) if system else ()
         return replace(request, messages=(*turns, {"role": "user", "content": prompt}), split_markers=True)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"response": text, **({"thinking": thought} if thought else {})}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"response": text, **more}
 
 
 class OllamaEmbed(OllamaRoute, Embeddings):
@@ -9557,37 +8826,28 @@ class OllamaEmbed(OllamaRoute, Embeddings):
     use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        self._base64, given = False, self.given(body)
-        optional(body, "options", an_object)
+        given = body.get("input")
         return EmbedRequest(
-            model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_inputs(given, may_be_empty=True),
+            **self.common(body),
+            inputs=() if given in (None, "", []) else read_texts("input", given, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
-            truncate=body.get("truncate") is None or flag(body, "truncate"),
-            engine=ollama_engine(body),
+            truncate=optional(body, "truncate", boolean, True),
         )
-
-    def given(self, body: Mapping[str, Any]) -> Any:
-        """The input."""
-        return body.get("input")
-
-    def asks(self) -> bool:
-        return bool(self.request.inputs)
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        vectors = [self._embedding(row) for row in self._rows]
+        vectors = [numbers(row) for row in self.rows]
         return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": self.usage.prompt_tokens}
 
 
 class OllamaEmbedding(OllamaEmbed):
     """`/api/embeddings`, its older form: one prompt, one vector."""
 
-    def given(self, body: Mapping[str, Any]) -> Any:
-        return optional(body, "prompt", a_string)
+    def read(self, body: Mapping[str, Any]) -> EmbedRequest:
+        return super().read({**body, "input": optional(body, "prompt", a_string)})
 
     def document(self) -> dict[str, Any]:
-        return {"embedding": self._embedding(self._rows[0]) if self._rows else []}
+        return {"embedding": numbers(self.rows[0]) if self.rows else []}
 
 
 class OllamaPull(Dialect):
@@ -9595,26 +8855,20 @@ class OllamaPull(Dialect):
 
     api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
+    streams = True
     places = threading.BoundedSemaphore(MAX_PULLS)
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
-        self._told = -math.inf
-
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        name = body.get("name") if body.get("model") is None else body["model"]
-        wanted = repository(a_string("model", name))
+        name = first_given(body, a_string, "model", "name") or ""
+        wanted = repository(name)
         if wanted is None:
             raise InvalidRequest("model must name a repository of a Hugging Face hub: hf.co/OWNER/REPO:QUANT", "model")
-        self._wanted = wanted
-        return GenerateRequest(str(name))
+        self._wanted, self._told = wanted, -math.inf
+        return GenerateRequest(name)
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if not service.allow_pull:
             raise Forbidden("This server fetches nothing for its clients unless it is started with --allow-pull")
-        return self._fetched(service, cancel)
-
-    def _fetched(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if not self.places.acquire(blocking=False):
             raise Overloaded(f"{MAX_PULLS} models are being fetched already, which is as many as may be at once")
         try:
@@ -9624,7 +8878,7 @@ class OllamaPull(Dialect):
             yield from pull.run(plan)
         finally:
             self.places.release()
-        service.table.scan()
+        service.table.models(0.0)
         yield Fetching("success")
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
@@ -9644,7 +8898,7 @@ class OllamaPull(Dialect):
 def header_metadata(path: str, size: int, mtime_ns: int) -> Mapping[str, Any]:
     """A file's whole metadata, read once while it is unchanged; none if it cannot be read."""
     try:
-        return read_gguf_header(path, size).metadata
+        return read_gguf_header(path).metadata
     except (GgufError, OSError, struct.error, ValueError, TypeError, ArithmeticError, MemoryError):  # damage of any kind
         return {}
 
@@ -9664,7 +8918,7 @@ def parameter_number(words: str | None) -> int | None:
     return int(float(found[1]) * {"": 1, "K": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]) if found else None
 
 
-def context_of(service: Service, info: ModelInfo, resident: Resident | None) -> int:
+def context_of(service: Service, info: ModelInfo, resident: Worker | None) -> int:
     """Tokens that a request to this model may have: as it is loaded, else as it would be where the memory is enough."""
     own = info.context_length or 8192
     return resident.loaded.ctx if resident else min(service.settings.engine.ctx or min(own, 8192), own)
@@ -9675,32 +8929,21 @@ def template_of(metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("tokenizer.chat_template") or "")
 
 
-def ollama_name(id: str) -> str:
-    """Ollama's names have a tag."""
-    return id if ":" in id else f"{id}:latest"
-
-
 def ollama_model(info: ModelInfo) -> dict[str, Any]:
-    """A model in Ollama's lists. Its digest stands for the file as it is, without reading it."""
+    """A model in Ollama's lists, whose names have a tag. Its digest stands for the file as it is, without reading it."""
     import hashlib
 
-    modified = 0
+    modified, name = 0, info.id if ":" in info.id else f"{info.id}:latest"
     with contextlib.suppress(OSError):
         modified = os.stat(info.path).st_mtime_ns
     told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
-    return {
-        "name": ollama_name(info.id), "model": ollama_name(info.id), "modified_at": rfc3339(modified / 1e9),
-        "size": info.size_bytes, "digest": hashlib.sha256(told).hexdigest(), "details": ollama_details(info),
-    }  # fmt: skip
+    details = {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
+               "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+    return {"name": name, "model": name, "modified_at": rfc3339(modified / 1e9), "size": info.size_bytes,
+            "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
 
 
-def ollama_details(info: ModelInfo) -> dict[str, Any]:
-    """A model's `details`, as every list of Ollama's has them."""
-    return {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
-            "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
-
-
-def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+def ollama_show(info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """The document of `/api/show`."""
     metadata, listed, count = model_metadata(info), ollama_model(info), parameter_number(info.parameter_count)
     told: dict[str, Any] = {k: v for k, v in metadata.items() if k != "tokenizer.chat_template"
@@ -9716,7 +8959,7 @@ def ollama_show(info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Resident | None) -> list[str]:
+def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Worker | None) -> list[str]:
     """The model's abilities in Ollama's words, read from its header; only a loaded model is sure to fill gaps."""
     if info.embedding:
         return ["embedding"]
@@ -9727,10 +8970,9 @@ def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Residen
     return [name for name, is_so in can.items() if is_so]
 
 
-def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident]) -> dict[str, Any]:
+def listed_model(service: Service, info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
-    context = context_of(service, info, next((r for r in residents if r.info.id == info.id), None))
-    began = int(service.started)
+    context, began = context_of(service, info, resident), int(service.started)
     return {
         "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
         "type": "model", "display_name": info.name, "created_at": rfc3339(began),
@@ -9740,7 +8982,7 @@ def listed_model(service: Service, info: ModelInfo, residents: Iterable[Resident
     }  # fmt: skip
 
 
-def model_properties(service: Service, info: ModelInfo, resident: Resident | None) -> dict[str, Any]:
+def model_properties(service: Service, info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """llama-server's `/props`; nothing is loaded for it, and no directory is told."""
     context, metadata = context_of(service, info, resident), model_metadata(info)
     tools = "tools" in capabilities(info, metadata, resident)
@@ -9795,7 +9037,7 @@ class LlamaCompletion(Dialect):
     }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._prompt_tokens, self._first, self._broke = 0, 0.0, False
+        self._broke = False
         self._seconds = optional(body, "t_max_predict_ms", number(-1, 1e9), 0.0) / 1000  # of writing, from a line's end on
         fields = optional(body, "response_fields", one_type(list, "a list"))
         self._fields = None if fields is None else [a_string("response_fields", f) for f in fields]
@@ -9819,54 +9061,44 @@ class LlamaCompletion(Dialect):
         """The request with its prompts."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, token ids, or a list of these", "prompt")
-        return replace(request, prompts=read_prompts(body["prompt"]))
+        return replace(request, prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
-        with contextlib.closing(super().events(service, cancel)) as events:  # type: ignore[type-var]
-            for event in events:
-                if isinstance(event, Text) and self._limit != 0:
-                    self._watch(event, cancel)
-                    yield event
-                elif not isinstance(event, Text):
-                    yield event
-
-    def _watch(self, event: Text, cancel: Cancellation) -> None:
-        self._first, self._broke = self._first or time.monotonic(), self._broke or "\n" in event.text
-        if self._seconds and self._broke and not cancel.cancelled and time.monotonic() - self._first > self._seconds:
-            cancel.cancel(gently=True)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._prompt_tokens = event.prompt_tokens
+        for event in super().events(service, cancel):
+            self._broke = self._broke or (isinstance(event, Text) and "\n" in event.text)
+            late = bool(self._seconds and self.first) and time.monotonic() - (self.first or 0) > self._seconds
+            if late and self._broke and not cancel.cancelled:
+                cancel.cancel(gently=True)
+            if self._limit != 0 or not isinstance(event, Text):
+                yield event
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and (event.text or event.logprobs):
-            piece = {"stop": False, "tokens_evaluated": self._prompt_tokens}
-            yield self._document(event.index, event.text, event.logprobs) | piece
+        if isinstance(event, Text):
+            yield self._document(event.index, Choice(event)) | {"stop": False, "tokens_evaluated": self.prompt_tokens}
         elif isinstance(event, ChoiceEnd):
-            yield self._end(event, "", ())
+            yield self._end(event, Choice())
 
     def document(self) -> Any:
         """An object, or for several prompts a list of them."""
-        ends = [self._end(choice.end, choice.text, choice.logprobs) for _, choice in self.in_order() if choice.end]
+        ends = [self._end(choice.end, choice) for _, choice in self.in_order() if choice.end]
         return ends if len(self.request.prompts) > 1 else ends[0]
 
-    def _document(self, index: int, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
-        shown = {"completion_probabilities": [self._probability(t) for t in logprobs]} if logprobs and self._count else {}
-        tokens = [t.id for t in logprobs] if self._with_tokens else []
-        return {"index": index, "content": text, "tokens": tokens, "id_slot": -1, **shown}
+    def _document(self, index: int, choice: Choice) -> dict[str, Any]:
+        shown = [self._probability(t) for t in choice.logprobs] if self._count else []
+        tokens = [t.id for t in choice.logprobs] if self._with_tokens else []
+        probabilities = {"completion_probabilities": shown} if shown else {}
+        return {"index": index, "content": choice.said(), "tokens": tokens, "id_slot": -1, **probabilities}
 
     @staticmethod
     def _probability(token: TokenLogprob) -> dict[str, Any]:
         top = [{"id": id, **shown} for id, shown in zip(token.ids, map(shown_token, token.names, token.logprobs), strict=True)]
         return {"id": token.id, **shown_token(token.token, token.logprob), "top_logprobs": top}
 
-    def _end(self, end: ChoiceEnd, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+    def _end(self, end: ChoiceEnd, choice: Choice) -> dict[str, Any]:
         assert end.usage
         usage, word = end.usage, end.stopped_by
-        document = self._document(end.index, text, logprobs) | {
+        document = self._document(end.index, choice) | {
             "stop": True, "model": self.model, "tokens_predicted": 0 if self._limit == 0 else usage.completion_tokens,
             "tokens_evaluated": usage.prompt_tokens, "tokens_cached": usage.cached_tokens, "truncated": False,
             "stop_type": "word" if word else "eos" if end.finish_reason == "stop" else "limit", "stopping_word": word,
@@ -9880,10 +9112,10 @@ class LlamaInfill(LlamaCompletion):
 
     def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
         prefix, suffix = (a_string(name, body.get(name)) for name in ("input_prefix", "input_suffix"))
-        extra = []
-        for where, piece in listed("input_extra", [] if body.get("input_extra") is None else body["input_extra"]):
-            text, name = a_string(f"{where}.text", piece.get("text")), piece.get("filename")
-            extra.append(("tmp" if name is None else a_string(f"{where}.filename", name), text))
+        extra = [
+            (a_string(f"{where}.filename", given(piece, "filename", "tmp")), a_string(f"{where}.text", piece.get("text")))
+            for where, piece in listed("input_extra", given(body, "input_extra", []))
+        ]
         return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
 
 
@@ -10253,7 +9485,7 @@ NDJSON = Framing("application/x-ndjson", lambda d: to_json(d) + b"\n", pulse=b" 
 
 
 class Wire:
-    """Carries a dialect's documents to one client. `begin` comes first; from there on errors are documents too."""
+    """Carries a dialect's documents to one client. From `begin` on errors are documents too."""
 
     begun = False
 
@@ -10264,8 +9496,8 @@ class Wire:
         """One document."""
         raise NotImplementedError
 
-    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        """A sign of life, so that no client or proxy gives up; `sign` makes one that the dialect's clients count."""
+    def idle(self, document: dict[str, Any] | None) -> None:
+        """A sign of life, so that no client or proxy gives up; a document, where the dialect's clients count nothing else."""
 
     def end(self) -> None:
         """The answer is complete."""
@@ -10275,47 +9507,36 @@ class Wire:
         raise NotImplementedError
 
 
-class Whole(Wire):
-    """One JSON document, with its status."""
+class HttpWire(Wire):
+    """One JSON document with its status, or documents in a Framing behind a head that goes out when the answer begins."""
 
-    def __init__(self, out: Responder) -> None:
-        self._out = out
-
-    def send(self, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document))
-
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document, error.status, error.headers()))
-
-
-class Stream(Whole):
-    """Documents in a Framing, behind a head that goes out when the answer begins."""
-
-    def __init__(self, out: Responder, framing: Framing) -> None:
-        super().__init__(out)
-        self._framing = framing
+    def __init__(self, out: Responder, framing: Framing | None = None) -> None:
+        self._out, self._framing = out, framing
 
     def begin(self) -> None:
-        if not self.begun:
+        if self._framing and not self.begun:
             self._out.start(self._framing.content_type)
             self.begun = True
 
     def send(self, document: dict[str, Any]) -> None:
-        self._out.write(self._framing.encode(document))
+        if self._framing:
+            self._out.write(self._framing.encode(document))
+        else:
+            self._out.respond(Answer(document))
 
-    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        if self.begun:
-            document = sign()
+    def idle(self, document: dict[str, Any] | None) -> None:
+        if self._framing:
             self._out.write(self._framing.encode(document) if document else self._framing.pulse)
 
     def end(self) -> None:
-        self._out.write(self._framing.done, last=True)
+        if self._framing:
+            self._out.write(self._framing.done, last=True)
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        if self.begun:
+        if self._framing and self.begun:
             self._out.write(self._framing.encode(document), last=True)
         else:
-            super().fail(error, document)
+            self._out.respond(Answer(document, error.status, dict(error.headers)))
 
 
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
@@ -10327,8 +9548,8 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
                 signs += 1
             if isinstance(event, (Queued, Fetching)) or signs == HEAD_SIGNS:
                 wire.begin()
-            if isinstance(event, Waiting):
-                wire.idle(dialect.idle)
+            if isinstance(event, Waiting) and wire.begun:
+                wire.idle(dialect.idle())
             for document in dialect.documents(event):
                 wire.send(document)
     wire.end()
@@ -10414,22 +9635,17 @@ class Call:
     accept: str = ""  # kinds of answer that the client reads: a browser begins with text/html
 
 
-def answer_health(call: Call) -> Answer:
+def answer_health(call: Call) -> dict[str, Any]:
     """The server's state; llama-server's older clients read the counts of slots."""
-    residents = call.service.table.residents()
-    running, places = sum(r.running for r in residents), sum(r.loaded.parallel for r in residents)
-    return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
+    residents = call.service.table.workers()
+    running, places = sum(r.counts()[0] for r in residents), sum(r.loaded.parallel for r in residents)
+    return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
 
 
-def answer_metrics(call: Call) -> Answer:
-    """The metrics in Prometheus' text format."""
-    return Answer(metrics_text(call.service), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def answer_discover(call: Call) -> Answer:
+def answer_discover(call: Call) -> dict[str, Any]:
     """Rescans the disk and lists what is there."""
-    models = call.service.table.scan()
-    return Answer({"discovered": len(models), "models": models})
+    models = call.service.table.models(0.0)
+    return {"discovered": len(models), "models": models}
 
 
 def answer_load(call: Call) -> Answer:
@@ -10440,102 +9656,79 @@ def answer_load(call: Call) -> Answer:
     return Answer(status, 200 if wait or status["loaded"] else 202)
 
 
-def answer_unload(call: Call) -> Answer:
+def answer_unload(call: Call) -> dict[str, Any]:
     """200 with the status once the model's memory is free; `?force=true` ends what runs."""
     force = call.query.get("force", "false").lower() in ("true", "1", "yes")
-    return Answer(call.service.table.unload(call.names[0], force, call.cancel))
+    return call.service.table.unload(call.names[0], force, call.cancel)
 
 
-def answer_execute(call: Call) -> Answer:
-    """Runs a tool on the arguments in the body."""
-    return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}"), call.cancel))
-
-
-def answer_upgrade(call: Call) -> Answer:
+def answer_upgrade(call: Call) -> NoReturn:
     """426: Handler gives proper upgrades to SocketListener."""
     raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
-def answer_openai_models(call: Call) -> Answer:
+def answer_openai_models(call: Call) -> dict[str, Any]:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    residents = call.service.table.residents()
-    data = [listed_model(call.service, info, residents) for info in call.service.table.infos()]
+    residents = {r.info.id: r for r in call.service.table.workers()}
+    data = [listed_model(call.service, info, residents.get(info.id)) for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return Answer({"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})})
+    return {"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})}
 
 
-def answer_openai_model(call: Call) -> Answer:
-    """One model, by any name that means it."""
-    info = call.service.table.info(call.names[0], call.cancel)
-    return Answer(listed_model(call.service, info, call.service.table.residents()))
-
-
-def answer_count_tokens(call: Call) -> Answer:
-    """Counts the prompt tokens of a Messages request."""
-    return Answer({"input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)})
+def known_model(call: Call, name: str) -> tuple[ModelInfo, Worker | None]:
+    """A model by any name that means it, and as it is loaded, if it is."""
+    info = call.service.table.info(name, call.cancel)
+    return info, next((r for r in call.service.table.workers() if r.info.id == info.id), None)
 
 
 # Ollama's and llama-server's routes that generate nothing
 
 
-def answer_ps(call: Call) -> Answer:
+def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
-    for r in call.service.table.residents():
-        expires = time.time() + (9.2e9 if r.left is None else r.left)
+    for r in call.service.table.workers():
+        left = call.service.table.left(r.info.id)
+        expires = time.time() + (9.2e9 if left is None else left)
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
-            "size": r.memory_bytes, "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
+            "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
         })  # fmt: skip
-    return Answer({"models": models})
+    return {"models": models}
 
 
-def answer_show(call: Call) -> Answer:
+def answer_show(call: Call) -> dict[str, Any]:
     """One model in detail; older clients call the field `name`."""
-    body = parse_object(call.body)
-    name = body.get("name") if body.get("model") is None else body["model"]
+    name = first_given(parse_object(call.body), a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    info = call.service.table.info(a_string("model", name), call.cancel)
-    return Answer(ollama_show(info, resident_of(call.service, info)))
+    return ollama_show(*known_model(call, name))
 
 
-def resident_of(service: Service, info: ModelInfo) -> Resident | None:
-    """The model as it is loaded, if it is."""
-    return next((r for r in service.table.residents() if r.info.id == info.id), None)
-
-
-def answer_props(call: Call) -> Answer:
-    """A model's properties for clients that are about to chat; `?model=` names another than the default."""
-    info = call.service.table.info(call.query.get("model", "default"), call.cancel)
-    return Answer(model_properties(call.service, info, resident_of(call.service, info)))
-
-
-def answer_slots(call: Call) -> Answer:
+def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
     id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
-    places = [(r, i) for r in call.service.table.residents() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
+    places = [(r, i) for r in call.service.table.workers() if id in (None, r.info.id) for i in range(r.loaded.parallel)]
     slots = [
-        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "is_processing": i < r.running, "model": r.info.id}
+        {"id": n, "id_task": -1, "n_ctx": r.loaded.ctx, "speculative": False, "model": r.info.id,
+         "is_processing": i < r.counts()[0]}
         for n, (r, i) in enumerate(places)
     ]
     if call.query.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
         raise Overloaded("No slot is free")  # where nothing is loaded, the next request loads
-    return Answer(slots)
+    return slots
 
 
-def answer_tokenize(call: Call) -> Answer:
+def answer_tokenize(call: Call) -> dict[str, Any]:
     """A text's tokens, with `with_pieces` also what they stand for: a string, or bytes where that is no whole character."""
     body = parse_object(call.body)
     content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
     if len(content) > MAX_TOKENIZED:
         raise InvalidRequest(f"content may have up to {MAX_TOKENIZED} characters, not {len(content)}", "content")
-    parse = body.get("parse_special") is None or flag(body, "parse_special")
-    tokens = call.service.tokenize(
-        optional(body, "model", a_string, "default"), Tokenize(content, flag(body, "add_special"), parse, pieces), call.cancel
-    )
+    job = Tokenize(content, flag(body, "add_special"), optional(body, "parse_special", boolean, True), pieces)
+    tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
     named = zip(tokens.ids, tokens.pieces, strict=False)
-    return Answer({"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)})
+    return {"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)}
 
 
 def text_or_bytes(piece: bytes) -> str | list[int]:
@@ -10546,22 +9739,17 @@ def text_or_bytes(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
-def answer_detokenize(call: Call) -> Answer:
+def answer_detokenize(call: Call) -> dict[str, Any]:
     """The text that tokens stand for, special ones by their names."""
     body = parse_object(call.body)
     ids: Any = body.get("tokens")
-    if ids != [] and not _is_ids(ids):
+    if ids != [] and not is_ids(ids):
         raise InvalidRequest(f"tokens must be a list of token ids, not {_said(ids)}", "tokens")
     if len(ids) > MAX_TOKENIZED // 4:
         raise InvalidRequest(f"tokens may hold up to {MAX_TOKENIZED // 4} token ids, not {len(ids)}", "tokens")
     job = Tokenize(tuple(ids), pieces=True)
     tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
-    return Answer({"content": b"".join(tokens.pieces).decode("utf-8", "replace")})
-
-
-def answer_template(call: Call) -> Answer:
-    """The prompt that a chat's messages become; the body is that of `/v1/chat/completions`."""
-    return Answer({"prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)})
+    return {"content": b"".join(tokens.pieces).decode("utf-8", "replace")}
 
 
 def answer_root(call: Call) -> Answer:
@@ -10571,7 +9759,7 @@ def answer_root(call: Call) -> Answer:
     return Answer({"server": "shimmy", "version": __version__})
 
 
-Answering = Callable[[Call], Answer]
+Answering = Callable[[Call], Any]  # an Answer, or the document of one
 
 
 @dataclass(frozen=True)
@@ -10585,19 +9773,18 @@ class Route:
     needs_body: bool = False
     api: str = "shimmy"  # whose shape an error takes
     framing: Framing = SSE  # of a dialect's streams
-    unless: tuple[Callable[[Mapping[str, Any], str], bool], Route] | None = None  # another API's row at this address
+    ollamas: Route | None = None  # the row for bodies and User-Agents of Ollama's at this address
 
     def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
-        """This row, or the one for bodies and User-Agents of another API."""
-        return self.unless[1] if self.unless and self.unless[0](body, agent) else self
+        """This row, or Ollama's."""
+        return self.ollamas if self.ollamas and speaks_ollama(body, agent) else self
 
     def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
         """The names in the path, or None."""
-        if len(segments) != len(self.path):
+        pairs = list(zip(self.path, segments, strict=False))
+        if len(segments) != len(self.path) or any(part not in ("{}", segment) for part, segment in pairs):
             return None
-        if any(part not in ("{}", segment) for part, segment in zip(self.path, segments, strict=True)):
-            return None
-        return tuple(s for part, s in zip(self.path, segments, strict=True) if part == "{}")
+        return tuple(segment for part, segment in pairs if part == "{}")
 
     def label(self) -> str:
         """The path as the metrics show it."""
@@ -10615,21 +9802,23 @@ def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterato
         yield Route(method, segments[1:], answer, **marks)
 
 
+PROMETHEUS = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 _OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, api="ollama", framing=NDJSON)
 ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
-    *_route("GET /diag", lambda call: Answer(call.service.diag())),
-    *_route("GET /metrics", answer_metrics),
-    *_route("POST /api/generate", Native, unless=(speaks_ollama, _OLLAMA_GENERATE)),
-    *_route("GET /api/models", lambda call: Answer(call.service.models())),
+    *_route("GET /diag", lambda call: call.service.diag()),
+    *_route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
+    *_route("POST /api/generate", Native, ollamas=_OLLAMA_GENERATE),
+    *_route("GET /api/models", lambda call: call.service.models()),
     *_route("POST /api/models/discover", answer_discover),
     *_route("POST /api/models/{}/load", answer_load),
     *_route("POST /api/models/{}/unload", answer_unload),
-    *_route("GET /api/models/{}/status", lambda call: Answer(call.service.table.status(call.names[0]))),
-    *_route("GET /api/tools", lambda call: Answer({"tools": call.service.tools.documents()})),
-    *_route("POST /api/tools/{}/execute", answer_execute, needs_body=True),
+    *_route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
+    *_route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
+    *_route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
+        call.names[0], parse_json(call.body or b"{}"), call.cancel)),
     *_route("GET /ws/generate", answer_upgrade),
     *_route("POST /v1/chat/completions", ChatCompletion),
     *_route("POST /v1/completions", Completion),
@@ -10637,12 +9826,13 @@ ROUTES = (
     *_route("POST /v1/rerank", Rerank),
     *_route("POST /v1/reranking", Rerank),
     *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
-    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, api="anthropic"),
+    *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", answer=lambda call: {
+        "input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
-    *_route("GET /v1/models/{}", answer_openai_model, api="openai"),
-    *_route("GET /api/version", lambda call: Answer({"version": OLLAMA_VERSION}), api="ollama"),  # clients compare it
-    *_route("GET /api/tags", lambda call: Answer({"models": list(map(ollama_model, call.service.table.infos()))}), api="ollama"),
+    *_route("GET /v1/models/{}", lambda call: listed_model(call.service, *known_model(call, call.names[0])), api="openai"),
+    *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
+    *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
     *_route("GET /api/ps", answer_ps, api="ollama"),
     *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
     *_route("POST /api/pull", OllamaPull, framing=NDJSON),
@@ -10653,12 +9843,13 @@ ROUTES = (
     *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
     *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
-    *_route("POST /apply-template", answer_template, needs_body=True, api="llama-server"),
-    *_route("GET /props", answer_props, api="llama-server"),
+    *_route("POST /apply-template", needs_body=True, api="llama-server", answer=lambda call: {
+        "prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)}),
+    *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
+        call.service, *known_model(call, call.query.get("model", "default")))),
     *_route("GET /slots", answer_slots, api="llama-server"),
-    *_route("GET /v1/health", lambda call: Answer(answer_health(call).document | {"status": "ok"}), api="llama-server",
-            keyless=True),
-)
+    *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
+)  # fmt: skip
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10804,7 +9995,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Answers one request; true if the connection ends behind it."""
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
-        self.wire: Wire = Whole(self.out)
+        self.wire: Wire = HttpWire(self.out)
         run_request(self._answer_request, self.out.line, self.fail, self.leave)
         self.reader.release()
         self._count()
@@ -10865,7 +10056,8 @@ class Handler(socketserver.BaseRequestHandler):
         else:
             call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
             with self._watched(cancel):
-                self.out.respond(answer(call))
+                told = answer(call)
+                self.out.respond(told if isinstance(told, Answer) else Answer(told))
 
     def _dialect(self, body: Mapping[str, Any]) -> Dialect:
         """The request, in the API that the body speaks: from here on errors take its shape."""
@@ -10898,7 +10090,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
-        self.wire = Stream(self.out, self.route.framing) if dialect.stream else self.wire
+        self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
         dialect.owner = self.server.access.owner(self.out.head.headers)
         deliver(dialect, dialect.events(self.service, cancel), self.wire)
 
@@ -11091,7 +10283,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = True
         self.shutdown()
         self.server_close()
-        self.service.table.end_waits()
+        self.service.table.close(engines=False)
         self._await_quiet(grace)
         for worker in self.service.table.workers():
             worker.fail_all(Overloaded("The server is shutting down"))
@@ -11156,7 +10348,7 @@ class SocketWire(Wire):
 
     def leave(self) -> None:
         with contextlib.suppress(ClientGone):
-            self.send(NativeSocket.cancelled())
+            self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
 
 class SocketConnection:
@@ -11292,7 +10484,7 @@ class SocketConnection:
         line, wire = RequestLog("WS /ws/generate", self._id), SocketWire(self.say)
 
         def work() -> None:
-            dialect = line.dialect = NativeSocket(request.body())
+            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
             dialect.owner, line.status = self._owner, 200
             deliver(dialect, dialect.events(self._server.service, request.cancel), wire)
 
@@ -11966,8 +11158,8 @@ def command_serve(args: argparse.Namespace) -> int:
     for directory in args.models_dir:
         if not os.path.isdir(os.path.expanduser(directory)):
             log.warning("--models-dir %s: there is no such directory", directory)
-    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull)
-    service.report = log.warning
+    service = make_service(args, args.model, tools=tools, max_queue=args.max_queue, allow_pull=args.allow_pull,
+                           report=log.warning)  # fmt: skip
     if sys.stderr.isatty():
         threading.Thread(target=draw_loads, args=(service.table,), name="loads", daemon=True).start()
     try:
@@ -11996,11 +11188,16 @@ def port_advice(error: OSError) -> str:
 def draw_loads(table: ModelTable) -> None:
     """The thread that shows on a terminal how far loads are."""
     while True:
-        table.await_change(1.0)
-        if table.loading():
-            with WaitingLine(lambda: ", ".join(map(loading_stage, table.loading())), 0.2):
-                while table.loading():
-                    table.await_change(0.2)
+        time.sleep(0.2)
+        if stages_of_loads(table):
+            with WaitingLine(lambda: stages_of_loads(table), 0.2):
+                while stages_of_loads(table):
+                    time.sleep(0.2)
+
+
+def stages_of_loads(table: ModelTable) -> str:
+    """What each load is doing; "" while nothing loads."""
+    return ", ".join(loading_stage(status) for status in table.statuses() if status["status"] == "loading")
 
 
 def serve_access(args: argparse.Namespace, host: str) -> Access:
@@ -12035,14 +11232,13 @@ def serve_tools(args: argparse.Namespace) -> ToolOptions:
 
 def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals, url: str) -> None:
     """When the first scan is over: stops the server if a named model is not there, else tells what is there, preloads."""
-    lost = service.table.unresolved()
+    lost = list(service.table.names().unresolved(service.table.catalog))
     if signals.asked:
         return
-    for each in lost:
-        setting = "SHIMMY_BASE_GGUF" if each.setting == "--model" and not args.model else each.setting
-        value = f"={each.value}" if each.setting.startswith("--alias") else f" {each.value}"
-        near = f"; did you mean {' or '.join(each.near)}?" if each.near else ""
-        print(f"shimmy serve: error: {printable(setting + value)}: no such model{each.reason}{near}", file=sys.stderr)
+    for setting, value, why in lost:
+        named = "SHIMMY_BASE_GGUF" if setting == "--model" and not args.model else setting
+        value = f"{named}={value}" if setting.startswith("--alias") else f"{named} {value}"
+        print(f"shimmy serve: error: {printable(value)}: no such model{why}", file=sys.stderr)
     if lost:
         signals.stop(2)
         return
@@ -12061,7 +11257,7 @@ def _after_scan(args: argparse.Namespace, service: Service, signals: StopSignals
 
 def tell_serving(args: argparse.Namespace, service: Service, url: str) -> None:
     """Says on stderr what was found and what is missing, and how to begin."""
-    models, default = service.table.infos(), service.table.default_id()
+    models, default = service.table.infos(), service.table.names().default
     if all(map(is_boxed, models)):
         log.warning("%s: get a real one with\n  %s pull %s", "only the model in the box is here, a demonstration" if models
                     else "no model is here", own_command(), SUGGESTED)  # fmt: skip
@@ -12137,7 +11333,7 @@ def _waited_for(service: Service) -> str:
 def command_list(args: argparse.Namespace) -> int:
     """Shows the models on this machine."""
     service = make_service(args)
-    service.table.scan()
+    service.table.models(0.0)
     report = service.table.catalog.report
     if args.json:
         more = {m.id: {"path": m.path, "source": m.source, "fits": fits_memory(m.size_bytes),
@@ -12589,7 +11785,7 @@ def ask_server(args: argparse.Namespace, path: str, timeout: float) -> tuple[int
 def command_diag(args: argparse.Namespace) -> int:
     """Shows what a report of a problem should contain."""
     service = make_service(args)
-    service.table.scan()
+    service.table.models(0.0)
     document = service.diag() | {"server": server_state(args)}
     if args.json:
         print_json(document)
@@ -13304,7 +12500,8 @@ def _flushed() -> bool:
 
 
 # ── A. The machine ────────────────────────────────────────────────────────────────────────────────────────────────────
-# Memory, cores and versions, as each system reports them, and how sizes and foreign text are shown.
+# Memory, cores, versions and faults of this machine, our child processes, and how sizes and foreign text are shown.
+# Offers: all but what begins with _. Uses: child_command, user_cache.
 
 
 def human_count(count: int) -> str:
@@ -13360,34 +12557,13 @@ OWN_CGROUPS = "/proc/self/cgroup"
 CGROUPS = "/sys/fs/cgroup"
 
 
-def _cgroups(controller: str) -> list[pathlib.Path]:
-    """The directories of our control group and of those around it, innermost first (cgroups(7), versions 1 and 2)."""
-    found = []
+def _cgroups() -> list[pathlib.Path]:
+    """The directory of our control group, and those above it (cgroups(7), version 2)."""
+    own: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        for line in pathlib.Path(OWN_CGROUPS).read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers and controller not in controllers.split(","):
-                continue
-            top = pathlib.Path(CGROUPS, controller if controllers else "")
-            names = [] if ".." in path else [name for name in path.split("/") if name]
-            found += [top.joinpath(*names[:depth]) for depth in range(len(names), -1, -1)]
-    return found or [pathlib.Path(CGROUPS)]
-
-
-# limit, usage, and what of the usage is page cache that the kernel gives back when asked: mapped weights among it
-CGROUP_MEMORY = (
-    ("memory.max", "memory.current", ("inactive_file", "active_file")),
-    ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
-)
-
-
-def _cgroup_memory(directory: pathlib.Path) -> Iterator[int]:
-    """Bytes left below the limit of a control group, if it has one."""
-    for limit, usage, caches in CGROUP_MEMORY:
-        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
-            left = int((directory / limit).read_text()) - int((directory / usage).read_text())
-            rows = (line.split() for line in (directory / "memory.stat").read_text().splitlines())
-            yield left + sum(int(row[1]) for row in rows if row[0] in caches)
+        own = re.findall(r"^0::/(.*)$", pathlib.Path(OWN_CGROUPS).read_text(), re.M)
+    group = pathlib.Path(CGROUPS, *own[:1])
+    return [group, *group.parents]
 
 
 def available_memory() -> int | None:
@@ -13396,8 +12572,12 @@ def available_memory() -> int | None:
     with contextlib.suppress(OSError, ValueError, StopIteration):
         with open("/proc/meminfo") as file:
             free.append(int(next(line for line in file if line.startswith("MemAvailable:")).split()[1]) * 1024)
-    for directory in _cgroups("memory"):
-        free += _cgroup_memory(directory)
+    for group in _cgroups():
+        with contextlib.suppress(OSError, ValueError):  # ValueError: the limit is "max"
+            left = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+            # the kernel gives page cache back when asked: mapped weights among it
+            cached = re.findall(r"^(?:in)?active_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+            free.append(left + sum(map(int, cached)))
     if not free and sys.platform == "darwin":
         free += _mac_memory(output_of(["/usr/bin/vm_stat"]))
     if not free and sys.platform == "win32":
@@ -13450,33 +12630,30 @@ def output_of(command: Seq[str], seconds: float | None = None) -> str:
     return subprocess.run(command, capture_output=True, text=True, timeout=seconds).stdout  # noqa: S603  # nosec B603
 
 
-class ParentThread:
-    """Starts all children from one thread, which lives as long as this process: its end is theirs (die_with_parent)."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._pool: Executor | None = None
-
-    def start(self, command: Seq[str]) -> subprocess.Popen[bytes]:
-        """Raises OSError; RuntimeError when there is no thread to be had, or the interpreter ends."""
-        import subprocess
-
-        with self._lock:
-            if self._pool is None:
-                from concurrent.futures import ThreadPoolExecutor
-
-                self._pool = ThreadPoolExecutor(1, "children")
-        return self._pool.submit(
-            subprocess.Popen, command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=os.name == "posix"
-        ).result()
+_starting = threading.Lock()
 
 
-PARENT = ParentThread()
+@functools.cache
+def _parent_thread() -> Executor:
+    from concurrent.futures import ThreadPoolExecutor
+
+    return ThreadPoolExecutor(1, "children")
 
 
 def start_child(entry: str) -> tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]:
-    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin."""
-    child = PARENT.start(child_command(entry))
+    """Starts a process of ours that runs `entry`: the process, its stdout and its stdin.
+
+    One thread starts them all and lives as long as this process: its end is theirs (die_with_parent). Raises OSError;
+    RuntimeError when there is no thread to be had, or the interpreter ends.
+    """
+    import subprocess
+
+    with _starting:
+        thread = _parent_thread()
+    own_session = os.name == "posix"
+    child = thread.submit(
+        subprocess.Popen, child_command(entry), stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=own_session
+    ).result()
     assert child.stdin and child.stdout
     return child, child.stdout, child.stdin
 
@@ -13522,9 +12699,9 @@ def physical_cores() -> int:
         with contextlib.suppress(OSError):
             cores.add(pathlib.Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text())
     count = len(cores) or len(allowed)
-    for directory in _cgroups("cpu"):
+    for group in _cgroups():
         with contextlib.suppress(OSError, ValueError):  # ValueError: the quota is "max"
-            quota, period = (directory / "cpu.max").read_text().split()
+            quota, period = (group / "cpu.max").read_text().split()
             count = min(count, max(1, int(quota) // int(period)))
     return count
 
@@ -13581,60 +12758,57 @@ def engine_build() -> dict[str, Any]:
         return dict(_known_build)
 
 
+def _machine_signs() -> Iterator[str]:
+    """Tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
+    import importlib.util
+    import platform
+
+    yield from (platform.machine(), platform.processor(), platform.release())
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
+        yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
+    for sign in GPU_SIGNS:
+        with contextlib.suppress(OSError):
+            yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
+    spec = importlib.util.find_spec("llama_cpp")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for library in sorted(pathlib.Path(folder, "lib").glob("*")):
+            yield f"{library.name} {(_stamp(str(library)) or ())[2:]}"  # not the device, which may differ after a restart
+
+
 class KnownFaults:
     """What native code was found not to do on this machine with this build of llama-cpp-python: JSON in the user's cache.
 
-    Each machine and build has an entry of its own: a home directory may be on a network, and a driver or library that
-    changes may have been mended. Any thread and several processes may use the file; one that is damaged counts as empty.
+    Each machine and build has a file of its own: a home directory may be on a network, and a driver or library that
+    changes may have been mended. Any thread and several processes may use it; one that is damaged counts as empty.
     """
 
     def __init__(self, path: str | None = None) -> None:
-        self.path = path or os.path.join(user_cache(), "known-faults.json")
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        if path:
+            self.path = path
 
     @functools.cached_property
-    def _key(self) -> str:
+    def path(self) -> str:
         import hashlib
 
-        return hashlib.sha256("\n".join(self._signs()).encode()).hexdigest()[:16]
+        key = hashlib.sha256("\n".join(_machine_signs()).encode()).hexdigest()[:16]
+        return os.path.join(user_cache(), f"known-faults-{key}.json")
 
-    @staticmethod
-    def _signs() -> Iterator[str]:
-        """What tells this machine and build apart from others: the processor, GPU drivers, and the library's files."""
-        import importlib.util
-        import platform
-
-        yield from (platform.machine(), platform.processor(), platform.release())
-        with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-            yield from (line for line in itertools.islice(file, 30) if line.startswith(("model name", "flags", "Features")))
-        for sign in GPU_SIGNS:
-            with contextlib.suppress(OSError):
-                yield pathlib.Path(sign).read_text() if sign.startswith("/proc") else str(os.stat(sign).st_mtime_ns)
-        spec = importlib.util.find_spec("llama_cpp")
-        for folder in spec.submodule_search_locations or [] if spec else []:
-            with contextlib.suppress(OSError):
-                yield from (f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}"
-                            for f in sorted(os.scandir(os.path.join(folder, "lib")), key=lambda f: f.name))  # fmt: skip
-
-    def read(self) -> dict[str, Any]:
-        """What is known here: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
-        entry = self._read().get(self._key)
-        return entry if isinstance(entry, dict) else {}
-
-    def _read(self) -> dict[str, Any]:
-        with contextlib.suppress(OSError, ValueError, RecursionError):
+    def read(self) -> dict[str, dict[str, Any]]:
+        """What is known: `kernels`, a fault or "" by name, and `rungs`, a Rung and its reason by kind of model."""
+        with contextlib.suppress(OSError, ValueError, RecursionError, AttributeError):
             known = json.loads(pathlib.Path(self.path).read_text(encoding="utf-8"))
-            return known if isinstance(known, dict) else {}
+            return {kind: found for kind, found in known.items() if isinstance(found, dict)}
         return {}
 
     def note(self, kind: str, found: Mapping[str, Any]) -> None:
-        """Adds to what is known here of a kind. A folder that cannot be written only costs the finding out again."""
+        """Adds to what is known of a kind. A folder that cannot be written only costs the finding out again."""
         with self._lock, contextlib.suppress(OSError):
-            known, entry = self._read(), self.read()
-            entry[kind] = (entry[kind] if isinstance(entry.get(kind), dict) else {}) | dict(found)
+            known = self.read()
+            known[kind] = known.get(kind, {}) | dict(found)
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
             part = f"{self.path}.{os.getpid()}"
-            pathlib.Path(part).write_text(json.dumps(known | {self._key: entry}, indent=1), encoding="utf-8")
+            pathlib.Path(part).write_text(json.dumps(known, indent=1), encoding="utf-8")
             os.replace(part, self.path)
 
     def kernels(self) -> tuple[dict[str, str], bool]:
@@ -13642,9 +12816,9 @@ class KnownFaults:
 
         They are tried once on a machine with a build; whoever asks first waits for that, a quarter of a second.
         """
-        with _trying_kernels:
+        with self._lock:
             known = self.read().get("kernels")
-            if isinstance(known, dict) and all(isinstance(fault, str) for fault in known.values()):
+            if known is not None and all(isinstance(fault, str) for fault in known.values()):
                 return known, False
             found = try_kernels()
             if found is not None:
@@ -13652,7 +12826,6 @@ class KnownFaults:
         return found or {}, True
 
 
-_trying_kernels = threading.Lock()
 KERNEL_SECONDS = 60.0  # for all of them: what takes 0.2 s, on a machine that others keep busy
 
 
@@ -13688,19 +12861,17 @@ def ending(code: int | None) -> str:
 
 
 def has_crashed(code: int | None) -> bool:
-    """Whether a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
-    if code is None or code >= 0:
-        return code is not None and code >= 0xC0000000
-    return -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+    """True if a process's exit status tells of a crash in native code: a signal of its own, or an exception of Windows."""
+    own_signal = code is not None and code < 0 and -code not in (signal.SIGINT, signal.SIGTERM, KILLED)
+    return own_signal or (code or 0) >= 0xC0000000
 
 
 KILLED = 9  # SIGKILL, which Windows has no name for: from outside, by a system without memory mostly
 
 
 # ── B. GGUF headers ───────────────────────────────────────────────────────────────────────────────────────────────────
-# The header of a model file: read by a bounded reader that trusts no count or length in it.
-# Offers: read_gguf_header, GgufHeader, GgufError; open_regular.
-# Uses: the standard library.
+# The header of a model file, read by a bounded reader that trusts no count or length in it, and the memory it asks for.
+# Offers: read_gguf_header, GgufHeader, GgufError, open_regular; KvShape, kv_shape, read_weights, place. Uses: EMBEDDERS (3).
 
 
 class GgufError(Exception):
@@ -13734,39 +12905,33 @@ class HeaderReader:
     MAX_TENSORS = 262_144  # 60 layers of 384 experts, each in three tensors of its own, are 70,000
     SECONDS = 2.0  # of processor time for one model; the largest vocabulary takes 0.1
 
-    def __init__(self, file: Any, size: int, deadline: float) -> None:
-        self.file, self.size, self.deadline = io.BufferedReader(file, 64 * 1024), size, deadline  # on time.thread_time's clock
-        self.at = 0  # in the file
+    def __init__(self, file: Any, deadline: float) -> None:
+        self.size = os.fstat(file.fileno()).st_size
+        self.file, self.deadline = io.BufferedReader(file, 64 * 1024), deadline  # on time.thread_time's clock
         self.kept = 0  # bytes of strings
-
-    def go(self, count: int) -> None:
-        """Counts bytes that are read or skipped next. Raises GgufError when the file has no more, or the time is over."""
-        self.at += count
-        if self.at > self.size:
-            raise GgufError("the header is truncated")
 
     def check_time(self) -> None:
         if time.thread_time() > self.deadline:
             raise GgufError(f"the header takes more than {self.SECONDS:.0f} s to read")
 
     def read(self, count: int) -> bytes:
-        self.go(count)
         data = self.file.read(count)
-        if len(data) < count:  # cut while it is read
+        if len(data) < count:
             raise GgufError("the header is truncated")
         return data
 
     def skip(self, count: int) -> None:
-        self.go(count)
+        if count > self.size:
+            raise GgufError("the header is truncated")
         self.file.seek(count, os.SEEK_CUR)
 
-    def scalar(self, code: str) -> Any:
-        (value,) = struct.unpack("<" + code, self.read(struct.calcsize("<" + code)))
-        return value
+    def unpack(self, form: str) -> tuple[Any, ...]:
+        return struct.unpack("<" + form, self.read(struct.calcsize("<" + form)))
 
     def string(self) -> str:
         """The next string, or its first KEEP_STRING bytes."""
-        length = self.scalar("Q")
+        self.check_time()  # each pair and each tensor begins with one
+        (length,) = self.unpack("Q")
         keep = min(length, self.KEEP_STRING)
         self.kept += keep
         if self.kept > self.KEEP_STRINGS:
@@ -13777,50 +12942,41 @@ class HeaderReader:
 
     def skip_strings(self, count: int) -> None:
         """Steps over `count` strings; the hot loop of a whole header (300,000 of them in a large vocabulary)."""
-        unpack, read, seek, size, at = struct.Struct("<Q").unpack, self.file.read, self.file.seek, self.size, self.at
-        try:
-            for number in range(count):
-                if not number & 0xFFFF:
-                    self.check_time()
-                length = unpack(read(8))[0]
-                at += 8 + length
-                if at > size:
-                    raise GgufError("the header is truncated")
-                seek(length, 1)
-        except struct.error:
-            raise GgufError("the header is truncated") from None
-        self.at = at
+        read, seek, size, whole = self.file.read, self.file.seek, self.size, int.from_bytes
+        for number in range(count):
+            if not number & 0xFFFF:
+                self.check_time()
+            length = whole(head := read(8), "little")
+            if len(head) < 8 or length > size:
+                raise GgufError("the header is truncated")
+            seek(length, 1)
 
     def value(self, kind: int) -> Any:
         """One metadata value; long arrays are skipped and give None."""
         if kind in self.SCALARS:
-            return self.scalar(self.SCALARS[kind])
+            return self.unpack(self.SCALARS[kind])[0]
         if kind == 8:
             return self.string()
         if kind != 9:
             raise GgufError(f"the header has a value of unknown type {kind}")
-        inner, count = self.scalar("I"), self.scalar("Q")
+        inner, count = self.unpack("IQ")
         if inner == 8:
-            if count * 8 > self.size:
-                raise GgufError("the header is truncated")
             return self.skip_strings(count)
         if inner not in self.SCALARS:
             raise GgufError(f"the header has an array of unknown type {inner}")
-        code = self.SCALARS[inner]
         if count > self.KEEP_ARRAY:
-            return self.skip(count * struct.calcsize("<" + code))
-        return tuple(self.scalar(code) for _ in range(count))
+            return self.skip(count * struct.calcsize("<" + self.SCALARS[inner]))
+        return self.unpack(f"{count}{self.SCALARS[inner]}")
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors' parameters and extent."""
+    """A GGUF file's own words: metadata, tensor count and, when read whole, the tensors."""
 
     metadata: Mapping[str, Any]
     tensor_count: int
     complete: bool  # False: reading stopped at the vocabulary
     parameters: int = 0  # summed over the tensors, when complete
-    data_end: int = 0  # where the last tensor ends, bytes from the file's start, when complete
     tensors: tuple[tuple[str, int], ...] = ()  # names and bytes, when complete
 
 
@@ -13832,62 +12988,49 @@ BLOCKS = {0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 2
           34: (256, 54), 35: (256, 66), 39: (32, 17)}  # fmt: skip
 
 
-def read_gguf_header(path: str, size: int, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
+def read_gguf_header(path: str, whole_header: bool = True, deadline: float | None = None) -> GgufHeader:
     """A GGUF file's header; not `whole_header` stops before the vocabulary (0.05 ms instead of up to 100 ms).
 
-    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged; OSError as open() does.
+    Raises GgufError with the reason when the file is no GGUF of version 2 or 3, or is damaged or cut; OSError as open() does.
     """
     with open_regular(path) as file:
-        reader = HeaderReader(file, size, deadline or time.thread_time() + HeaderReader.SECONDS)
-        tensors, pairs = _read_counts(reader)
+        reader = HeaderReader(file, deadline or time.thread_time() + HeaderReader.SECONDS)
+        magic, version, tensors, pairs = reader.unpack("4sIQQ")
+        if magic != b"GGUF":
+            raise GgufError("not a GGUF file (wrong magic)")
+        if not version & 0xFFFF:
+            raise GgufError("big-endian GGUF file, for another kind of machine")
+        if version not in (2, 3):
+            raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
+        if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
+            raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
         metadata: dict[str, Any] = {}
         for _ in range(pairs):
-            reader.check_time()
-            key = reader.string()
-            kind = reader.scalar("I")
+            key, (kind,) = reader.string(), reader.unpack("I")
             if kind == 9 and key.startswith("tokenizer.") and not whole_header:
                 return GgufHeader(metadata, tensors, complete=False)
             metadata[key] = reader.value(kind)
-        return GgufHeader(metadata, tensors, True, *_read_tensors(reader, tensors, metadata))
+        parameters, end, found = _read_tensors(reader, tensors, metadata.get("general.alignment", 32))
+        if found and end > reader.size:
+            raise GgufError(f"truncated: {reader.size} of {end} bytes")
+        return GgufHeader(metadata, tensors, True, parameters, found)
 
 
-def _read_counts(reader: HeaderReader) -> tuple[int, int]:
-    """The first 24 bytes: how many tensors and how many metadata pairs follow. Raises GgufError for another format."""
-    if reader.size < 24:
-        raise GgufError("too short to be a GGUF file")
-    magic, version, tensors, pairs = struct.unpack("<4sIQQ", reader.read(24))
-    if magic != b"GGUF":
-        raise GgufError("not a GGUF file (wrong magic)")
-    if not version & 0xFFFF:
-        raise GgufError("big-endian GGUF file, for another kind of machine")
-    if version not in (2, 3):
-        raise GgufError(f"GGUF version {version} is not supported (2 and 3 are)")
-    if pairs > reader.MAX_PAIRS or tensors > reader.MAX_TENSORS:
-        raise GgufError(f"the header states {pairs} metadata pairs and {tensors} tensors, more than any model has")
-    return tensors, pairs
-
-
-def _read_tensors(
-    reader: HeaderReader, count: int, metadata: Mapping[str, Any]
-) -> tuple[int, int, tuple[tuple[str, int], ...]]:
+def _read_tensors(reader: HeaderReader, count: int, alignment: Any) -> tuple[int, int, tuple[tuple[str, int], ...]]:
     """Parameters in all tensors, where in the file the last one ends, and names and bytes of each."""
     parameters, end, found = 0, 0, []
     for _ in range(count):
-        reader.check_time()
-        name, dimensions = reader.string(), reader.scalar("I")
+        name, (dimensions,) = reader.string(), reader.unpack("I")
         if dimensions > 8:
             raise GgufError("the header describes a tensor of impossible shape")
-        elements = math.prod(reader.scalar("Q") for _ in range(dimensions))
-        kind, offset = reader.scalar("I"), reader.scalar("Q")
+        *shape, kind, offset = reader.unpack(f"{dimensions}QIQ")
         block, width = BLOCKS.get(kind, (1, 0))
-        size = elements // block * width
-        parameters += elements
-        end = max(end, offset + size)
-        found.append((name, size))
-    alignment = metadata.get("general.alignment", 32)
+        parameters += math.prod(shape)
+        found.append((name, math.prod(shape) // block * width))
+        end = max(end, offset + found[-1][1])
     if not isinstance(alignment, int) or alignment < 1:
         raise GgufError("general.alignment is no number of bytes")
-    return parameters, reader.at + -reader.at % alignment + end, tuple(found)
+    return parameters, end - (-reader.file.tell() // alignment * alignment), tuple(found)
 
 
 # What a model takes in memory, and what of it goes where
@@ -13941,28 +13084,22 @@ def kv_shape(meta: Mapping[str, Any], architecture: str) -> KvShape | None:
         state = _state_bytes(lambda name: each(said(name))[0], width, max(heads))
     except ValueError:
         return None
-    windows, recurrent = _windows(said("attention.sliding_window_pattern"), n_layer), _recurrent_layers(said, kv_heads, n_layer)
+    windows = _layers(said("attention.sliding_window_pattern"), [False] * n_layer)
+    stated = said("attention.recurrent_layers", said("full_attention_interval"))
+    recurrent = _layers(stated, [not heads for heads in kv_heads])  # which keep a state in place of keys and values
     with_keys = [not r and i < n_layer - borrowers for i, r in enumerate(recurrent)]  # the last ones may read those before them
     layers = tuple(n * sizes[w] * k for n, w, k in zip(kv_heads, windows, with_keys, strict=True))
     states = tuple(state * (r or not any(recurrent)) for r in recurrent)
     return KvShape(layers, states) if any(layers) or any(states) else None
 
 
-def _windows(pattern: Any, count: int) -> list[bool]:
-    """Which layers see only a window: stated for each, or all but every n-th."""
-    if isinstance(pattern, tuple):
-        return [bool(w) for w in (*pattern, *[False] * count)[:count]]
-    return [isinstance(pattern, int) and pattern > 1 and (i + 1) % pattern != 0 for i in range(count)]
-
-
-def _recurrent_layers(said: Callable[..., Any], kv_heads: Seq[int], count: int) -> list[bool]:
-    """Which layers keep a state in place of keys and values: stated, by an interval, or those without KV heads."""
-    stated, interval = said("attention.recurrent_layers", None), said("full_attention_interval")
+def _layers(stated: Any, usual: list[bool]) -> list[bool]:
+    """Which layers are of a kind: stated for each, or all but every n-th, else the usual ones."""
     if isinstance(stated, tuple):
-        return [bool(r) for r in (*stated, *[False] * count)[:count]]
-    if isinstance(interval, int) and interval > 0:
-        return [(i + 1) % interval != 0 for i in range(count)]
-    return [not heads for heads in kv_heads]
+        return [*map(bool, stated), *[False] * len(usual)][: len(usual)]
+    if isinstance(stated, int) and stated > 0:
+        return [i % stated != 0 for i in range(1, len(usual) + 1)]
+    return usual
 
 
 def _state_bytes(said: Callable[[str], int], width: int, heads: int) -> int:
@@ -13989,7 +13126,7 @@ class Weights:
 
 def read_weights(paths: Iterable[str]) -> Weights:
     """The weights by the headers of a model's files. Raises GgufError, OSError."""
-    tensors = [tensor for path in paths for tensor in read_gguf_header(path, os.path.getsize(path)).tensors]
+    tensors = [tensor for path in paths for tensor in read_gguf_header(path).tensors]
     layers: dict[int, tuple[int, int]] = {}
     output = sum(size for name, size in tensors if name.startswith("output"))
     if not any(name == "output.weight" for name, _ in tensors):
@@ -14005,20 +13142,6 @@ EXPERTS = r"\.ffn_(up|down|gate|gate_up)_(ch)?exps"  # in the names of experts' 
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a load asks of the GPUs."""
-
-    ctx: int  # tokens that one sequence must have
-    pool: int  # and all together would like
-    kv_type: str
-    sequences: int
-    compute: int  # bytes of buffers on each GPU
-    gpu_layers: int | None = None  # None: as many as fit
-    cpu_moe: int | None = None  # None: as few as must be
-    share: float = 1.0  # of the layers that would fit
-
-
-@dataclass(frozen=True)
 class Placement:
     """Where a model's parts go."""
 
@@ -14027,40 +13150,43 @@ class Placement:
     pool: int = 0  # tokens in the KV cache
 
 
-def place(weights: Weights, kv: KvShape, gpus: Seq[int], wish: Wish) -> Placement:
+def place(weights: Weights, kv: KvShape, gpus: Seq[int], ctx: int, pool: int, kv_type: str, sequences: int, compute: int,
+          gpu_layers: int | None = None, cpu_moe: int | None = None, share: float = 1.0) -> Placement:  # fmt: skip
     """Fits a model onto GPUs with so many free bytes each: a smaller pool first, then experts on the CPU, then fewer layers.
 
-    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free.
+    That order costs the least speed (llama-server's --fit has it too). A twentieth of each GPU stays free, and `compute`
+    bytes for buffers. One sequence must have `ctx` tokens, and all together would like `pool`. None for `gpu_layers` means
+    as many as fit, for `cpu_moe` as few as must be; `share` is of the layers that would fit.
     """
     count = len(weights.layers)
-    each = [total + kv.state_bytes(wish.sequences) // max(count, 1) for total, _ in weights.layers]
-    room = sum(max(0, free - free // 20 - wish.compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
+    each = [total + kv.state_bytes(sequences) // max(count, 1) for total, _ in weights.layers]
+    room = sum(max(0, free - free // 20 - compute) for free in gpus) - (len(gpus) - 1) * max(each, default=0)
 
-    def fits(layers: int, moe: int, pool: int) -> bool:
+    def fits(layers: int, moe: int, tokens: int) -> bool:
         first = max(0, count - layers)
         experts = sum(e for _, e in weights.layers[first:moe])
         need = sum(total for total, _ in weights.layers[first:]) - experts + (weights.output if layers > count else 0)
-        return need + kv.token_bytes(wish.kv_type, first) * pool + kv.state_bytes(wish.sequences, first) <= room
+        return need + kv.token_bytes(kv_type, first) * tokens + kv.state_bytes(sequences, first) <= room
 
     def most(layers: int, moe: int) -> int:
         """The largest pool, in steps of an eighth of a context."""
-        step = max(1, wish.ctx // 8)
-        return next((p for p in range(wish.pool, wish.ctx, -step) if fits(layers, moe, p)), wish.ctx)
+        step = max(1, ctx // 8)
+        return next((p for p in range(pool, ctx, -step) if fits(layers, moe, p)), ctx)
 
-    moe, mixture = wish.cpu_moe or 0, any(experts for _, experts in weights.layers)
-    if wish.gpu_layers is not None:
-        layers = count + 1 if wish.gpu_layers < 0 else wish.gpu_layers
-        return Placement(int(layers * wish.share), moe, most(layers, moe))
-    all_moe = count if mixture and wish.cpu_moe is None else moe
+    moe, mixture = cpu_moe or 0, any(experts for _, experts in weights.layers)
+    if gpu_layers is not None:
+        layers = count + 1 if gpu_layers < 0 else gpu_layers
+        return Placement(int(layers * share), moe, most(layers, moe))
+    all_moe = count if mixture and cpu_moe is None else moe
     tries = [(count + 1, m) for m in range(moe, all_moe + 1)] + [(n, all_moe) for n in range(count, 0, -1)]
-    layers, moe = next(((n, m) for n, m in tries if fits(n, m, wish.ctx)), (0, moe))
-    return Placement(int(layers * wish.share), moe, most(layers, moe) if layers else wish.pool)
+    layers, moe = next(((n, m) for n, m in tries if fits(n, m, ctx)), (0, moe))
+    return Placement(int(layers * share), moe, most(layers, moe) if layers else pool)
 
 
 # ── C. Formats ────────────────────────────────────────────────────────────────────────────────────────────────────────
 # How a model writes thoughts and calls, derived from its own template, and the parser that reads its text by that.
 # Offers: Derivation, a template's ChatFormat; Parser and ChatParser, which turn text into events; JsonMender, as_json.
-# Uses: CallFormat and Rendering (4), TolerantCalls and argument_types (E.3).
+# Uses: CallFormat and Rendering (4), argument_types (E.3).
 
 
 @dataclass(frozen=True)
@@ -14471,7 +13597,7 @@ def as_json(text: str, types: int) -> str:
     """An argument that stands without quotes, as JSON of one of these types (SchemaReader's bits); of another it is a string."""
     written = text.strip()
     with contextlib.suppress(ValueError, RecursionError):
-        if type_bit(json.loads(written, parse_constant=_no_constant)) & types:
+        if type_bit(json.loads(written, parse_constant=_finite)) & types:
             return written
     meant = mended(written) if not types & SchemaReader.TYPES["string"] else None
     if meant is not None and type_bit(json.loads(meant)) & types:
@@ -14491,48 +13617,56 @@ class TextEnded(Exception):
     """More text is needed, and none will come."""
 
 
-class CallReader:
-    """Reads one section of calls from a parser's buffer: an automaton follows the text, and what stands in its slots, such as
-    arguments, is read here.
+class NoCall(Exception):
+    """The text only looks like a call."""
 
-    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there.
+
+class CallReader:
+    """Reads one section of calls from a parser's buffer, in the forms of its formats, with white space, order and extra keys
+    at will.
+
+    Text that certainly belongs to a call is dropped from the buffer as it is read; other text stays there. Each method reads
+    on at `at`, waits until there is enough text to tell, and raises NoCall if that does not fit.
     """
 
+    BLANKS = re.compile(r"\s*")
+    NAME_CHAR = re.compile(r"[\w.-]")
     PLAIN_KEY = re.compile(r'[^\n<>"/][^\n<>"]*')
 
-    def __init__(self, parser: ChatParser, calls: TolerantCalls) -> None:
-        self._parser, self._calls, self._state = parser, calls, calls.start
-        self.at = 0  # how far the buffer has been read
+    def __init__(self, parser: ChatParser, formats: Seq[CallFormat], names: Iterable[str]) -> None:
+        self._parser, self._formats, self._names = parser, formats, frozenset(names)
+        self.at = self.furthest = 0  # how far the buffer has been read, now and in ways that did not fit
         self._header = 0  # from where on what is read counts as a call's header
-        self._name = self._id = self._key = ""  # of the call and the argument that are being read
+        self._name = self._id = ""  # of the call that is being read
         self._early: str | None = None  # arguments that stood before the name
         self._begun = False  # the client has been told of the call
-        self._whole = False  # nothing must follow
-        self._written = ""  # of the arguments: a whole object, or the last separator of those that stand one by one
+        self._rest: str | None = None  # of its arguments if it ends here; None where it cannot
         self._found = False  # a call, at all
 
     def read(self, marked: bool) -> Reading:
         """True if calls were found; else the text, all of it still in the buffer, only looks like one. `marked`: nothing but
         a call begins so."""
         try:
-            while self.at - self._header <= MAX_HEADER:
-                begun = self.at
-                self._state, self.at = self._calls.follow(self._state, self._parser.buffer, self.at)
-                if self._state.ends and self.at > begun:
-                    self._end_call()
-                elif self._state.bits != 1 << NAMED and self.at == len(self._parser.buffer):
-                    yield from self._more()
-                elif self._state.bits == 1 << NAMED or self.at == begun:
-                    slot = next((stack.top for stack in self._state.stacks if isinstance(stack.top, Slot)), None)
-                    if slot is None or not (yield from self._fill(slot)):
-                        break
-                    self._state = self._calls.behind(self._state, slot)
-                    if self._state.ends:
-                        self._end_call()
+            yield from self._either(*(self._section(format, opens) for format in self._formats for opens in format.beginnings))
         except TextEnded:
             return self._end_of_text(marked)
+        except NoCall:  # in a call that has begun
+            pass
         self._close()
         return self._found
+
+    def _either(self, *readings: Reading) -> Reading:
+        """True if the text goes on in one of some ways; if not, it is read no further."""
+        at, taken = self.at, self._parser.taken
+        for reading in readings:
+            try:
+                yield from reading
+                return True
+            except NoCall:
+                if self._parser.taken > taken:
+                    raise
+                self.at, self.furthest = at, max(self.at, self.furthest)
+        return False
 
     def _more(self) -> Reading:
         if self._parser.reason:
@@ -14542,175 +13676,276 @@ class CallReader:
     def _end_of_text(self, marked: bool) -> bool:
         """Drops the rest of a text that ends inside a section, if it certainly belongs to calls."""
         cut = self._parser.reason != "stop"
-        if cut and self._name and not self._whole:
+        if cut and self._name:
             self._begin()
         self._close()
         if self._found or (cut and marked):
-            self.at = len(self._parser.buffer)
-            self._drop()
+            self._parser.drop(len(self._parser.buffer))
         return self._found or (cut and marked)
 
-    def _drop(self) -> None:
-        self._parser.drop(self.at)
-        self.at = self._header = 0
+    # The call that is being read
 
-    def _end_call(self) -> None:
-        """Nothing must follow any more, though more may."""
-        self._begin()
-        self._whole = True
-        self._drop()
+    def _named(self, name: str) -> None:
+        if name not in self._names:
+            raise NoCall
+        self._close()
+        self._name = name
+        self._tell()
 
     def _begin(self) -> None:
         if not self._begun:
             self._parser.begin_call(self._id, self._name)
             self._begun = self._found = True
             self._id = ""
-            self._drop()
+        self._drop()
 
-    def _write(self, text: str) -> None:
-        self._parser.write_arguments(text)
+    def _drop(self) -> None:
+        self._parser.drop(self.at)
+        self.at = self._header = 0
+
+    def _tell(self) -> None:
+        """Tells arguments that are all there, once the name is too."""
+        if self._name and self._early is not None:
+            self._begin()
+            self._parser.write_arguments(self._early)
+
+    def _may_end(self, rest: str) -> None:
+        """Nothing must follow any more, though more may."""
+        self._begin()
+        self._rest = rest
 
     def _close(self) -> None:
         """Ends the call that was being read, if there is one."""
-        if self._whole:
-            self._write({"": "{}", "{}": ""}.get(self._written, "}"))
+        if self._rest is not None:
+            self._parser.write_arguments(self._rest)
         elif self._begun:
             self._parser.is_broken = True
-        self._begun = self._whole = False
-        self._written = ""
+        self._begun, self._rest = False, None
 
-    def _fill(self, slot: Slot) -> Reading:
-        """Reads what stands in a slot; false if that cannot be."""
-        if slot.kind == NAMED:
-            return self._named(slot.text, self._parser.buffer[self.at :])
-        if slot.kind in (TEXT, CALL_ID):
-            return (yield from self._text(slot))
-        if slot.kind == KEYED:
-            return (yield from self._argument_name(slot.text))
-        if slot.kind == VALUE:
-            return (yield from self._value(slot.format))
-        return (yield from self._json(slot))
+    # Pieces of text
 
-    def _named(self, name: str, behind: str) -> bool:
-        if self._state.bits != 1 << NAMED and re.match(r"[\w.-]", behind):
-            return False  # a longer name
-        self._close()
-        self._name = name
-        if self._early is not None:
-            self._begin()
-            self._write(self._early)
-            self._early, self._written = None, "{}"
-        return True
+    def _next(self, size: int) -> str:
+        return self._parser.buffer[self.at : self.at + size]
 
-    def _text(self, slot: Slot) -> Reading:
-        """Up to 64 characters that differ from call to call, an id perhaps, up to the slot's text."""
-        most = 64 + len(slot.text)
-        while (end := self._parser.buffer.find(slot.text, self.at, self.at + most)) < 0:
-            if len(self._parser.buffer) - self.at >= most:
-                return False
+    def _advance(self, size: int) -> None:
+        self.at += size
+        if self.at - self._header > MAX_HEADER:
+            self.at = self._header + MAX_HEADER
+            raise NoCall
+
+    def _char(self) -> Reading:
+        while not self._next(1):
             yield from self._more()
-        if slot.kind == CALL_ID:
-            self._id = self._parser.buffer[self.at : end]
-        self.at = end + len(slot.text)
-        return slot.kind == TEXT or bool(re.fullmatch(r"\S+", self._id))
+        return self._next(1)
 
-    def _json(self, slot: Slot) -> Reading:
-        """A JSON value or what looks like one: arguments, which are written as they come, or what stands for nothing."""
-        params = slot.format.params if slot.format else None
-        first, start = self._parser.buffer[self.at], self.at
-        if slot.kind == ARGUMENTS and not params and first not in "{\"'nN":
-            return False
-        mender = JsonMender((params.quote,), slot.text) if params else JsonMender()
-        is_named = self._name != "" and not self._whole  # behind a whole call the next one begins
-        streams = slot.kind == ARGUMENTS and is_named and (params is not None or first == "{")
-        if streams:
-            self._begin()
-        while True:
-            self.at = mender.read(self._parser.buffer, self.at)
-            if streams:
-                self._drop()
-                self._write(mender.take())
-            if mender.done or mender.failed:
-                break
-            if self.at - start > (MAX_EARLY if slot.kind == ARGUMENTS else MAX_HEADER):
-                return False
+    def _blanks(self) -> Reading:
+        """The next character that is no white space."""
+        while (found := self.BLANKS.match(self._parser.buffer, self.at)) and found.end() == len(self._parser.buffer):
             yield from self._more()
-        if mender.failed:
-            return False
-        if slot.kind == ARGUMENTS:
-            self._header = 0 if streams else self._header + self.at - start
-            self._written = "{}" if is_named else self._written
-        if slot.kind == ARGUMENTS and not streams:
-            arguments = as_object(mender.take())
-            if arguments is not None and is_named:
-                self._begin()
-                self._write(arguments)
-            elif arguments is not None:
-                self._early = arguments
-            return arguments is not None
-        return True
+        self._advance(len(found[0]) if found else 0)
+        return self._next(1)
 
-    def _argument_name(self, closes: str) -> Reading:
-        buffer = self._parser.buffer[self.at :]
-        while (size := buffer.find(closes)) < 0:
-            if len(buffer) > MAX_HEADER or (buffer and not self.PLAIN_KEY.match(buffer)):
-                return False
+    def _one_of(self, texts: Collection[str]) -> Reading:
+        """The longest of some texts that stands here."""
+        most = max(map(len, texts), default=0)
+        while len(rest := self._next(most)) < most and any(text.startswith(rest) and text != rest for text in texts):
             yield from self._more()
-            buffer = self._parser.buffer[self.at :]
-        self._key = buffer[:size]
-        self.at += size + len(closes)
-        return bool(self.PLAIN_KEY.fullmatch(self._key))
-
-    def _value(self, format: CallFormat | None) -> Reading:
-        """One argument's value up to its end: a string as it comes, what has another type when it is all there."""
-        assert format and format.params
-        params, parser = format.params, self._parser
-        self._begin()
-        self._whole = False
-        self._drop()
-        self._written = ", " if self._written else "{"
-        self._write(f"{self._written}{json.dumps(self._key, ensure_ascii=False)}: ")
-        yield from self._skip(params.keyed[len(params.keyed.rstrip()) :])
-        cdata = yield from self._skip("<![CDATA[")
-        closes = params.closes.replace(KEY, self._key)
-        core, trail = closes.strip(), closes[: len(closes) - len(closes.lstrip())]
-        if cdata:
-            core, trail = f"]]>{core}", ""
-        types = parser.types(self._name, self._key)
-        streams = types == SchemaReader.TYPES["string"]
-        behind = format.closes.rstrip()  # some models forget to close the last value
-        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
-        self._write('"' if streams else "")
-        held = ""
-        while (at := parser.buffer.find(core)) < 0 and not parser.reason:
-            size = len(parser.buffer) - held_back(parser.buffer, marks)
-            held += parser.buffer[:size]
-            parser.drop(size)
-            if streams:
-                self._write(json.dumps(held, ensure_ascii=False)[1:-1])
-                held = ""
-            yield
-        rest = parser.buffer if at < 0 else parser.buffer[:at]
-        is_all = at >= 0 or (parser.reason == "stop" and behind.strip() != "" and rest.rstrip().endswith(behind))
-        value = held + (rest if at >= 0 or not is_all else rest.rstrip().removesuffix(behind))
-        value = value.removesuffix(trail) if is_all else value
-        if streams:
-            self._write(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_all)
-        else:
-            self._write(as_json(value, types) if is_all else value)
-        parser.drop(len(rest) + (len(core) if at >= 0 else 0))
-        if not is_all:
-            raise TextEnded
-        return True
-
-    def _skip(self, text: str) -> Reading:
-        """Drops a text if it stands here; true if it did."""
-        parser = self._parser
-        while text.startswith(parser.buffer) and len(parser.buffer) < len(text) and not parser.reason:
-            yield
-        found = text != "" and parser.buffer.startswith(text)
-        parser.drop(len(text) if found else 0)
+        found = max(filter(rest.startswith, texts), key=len, default="")
+        if not found:
+            raise NoCall
+        self._advance(len(found))
         return found
+
+    def _behind_blanks(self, texts: Collection[str]) -> Reading:
+        yield from self._blanks()
+        return (yield from self._one_of(texts))
+
+    def _up_to(self, closes: str, most: int) -> Reading:
+        """Text that differs from call to call; reads what stands behind it, too."""
+        most += len(closes)
+        while (size := self._next(most).find(closes)) < 0:
+            if len(self._next(most)) == most:
+                raise NoCall
+            yield from self._more()
+        found = self._next(size)
+        self._advance(size + len(closes))
+        return found
+
+    def _text(self, text: str) -> Reading:
+        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
+        pieces = iter(MARKER.findall(text))
+        for piece in pieces:
+            if piece.isspace():
+                yield from self._blanks()
+            elif piece not in (ID, ANY):
+                yield from self._one_of([piece])
+            elif closes := next(pieces, ""):
+                found = yield from self._up_to(closes, 64)
+                self._id = found if piece == ID else self._id
+
+    def _json(self, most: int = MAX_HEADER, told: JsonMender | None = None) -> Reading:
+        """A JSON value, or what looks like one; `told`: the call's arguments, which are told as they come."""
+        mender, until = told or JsonMender(), self.at + most
+        while not mender.done:
+            self.at = mender.read(self._parser.buffer, self.at)
+            if told:
+                self._drop()
+                self._parser.write_arguments(mender.take())
+            if mender.failed or self.at > until:
+                self.at = min(self.at, until)
+                raise NoCall
+            if not mender.done:
+                yield from self._more()
+        return mender.take()
+
+    def _string(self) -> Reading:
+        """A JSON string's value."""
+        if (yield from self._blanks()) != '"':
+            raise NoCall
+        if found := JsonMender.STRING.match(self._parser.buffer, self.at):
+            self._advance(len(found[0]))
+            return found[0][1:-1]
+        return json.loads((yield from self._json()))
+
+    def _key(self) -> Reading:
+        key = yield from self._string()
+        yield from self._behind_blanks(":")
+        return key
+
+    # Calls
+
+    def _section(self, format: CallFormat, opens: str) -> Reading:
+        """Calls, each followed by pieces of its ending, then perhaps by the next one, with its marker or without."""
+        yield from self._call(format, opens)
+        again = {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}
+        while (yield from self._either(self._behind_blanks(format.closers), self._other_pair(format),
+                                       *(self._call(format, opens, ",;") for opens in again))):  # fmt: skip
+            self._drop()
+
+    def _other_pair(self, format: CallFormat) -> Reading:
+        """A pair behind the name and the arguments in a call's object."""
+        yield from self._behind_blanks("," if format.keys and format.keys[0] else "")
+        if (yield from self._key()) in set().union(*format.known_keys):
+            raise NoCall
+        yield from self._json()
+
+    def _call(self, format: CallFormat, opens: str, separators: str = "") -> Reading:
+        """A call from its beginning on, as far as it must go."""
+        self._name, self._early = "", None
+        if (yield from self._blanks()) in separators:
+            self._advance(1)
+            yield from self._blanks()
+        yield from self._text(opens)
+        rest = yield from self._behind_name(format) if format.keys is None else self._in_object(format, *format.keys)
+        self._may_end(rest)
+
+    def _in_object(self, format: CallFormat, name_key: str, arguments_key: str) -> Reading:
+        """A call as a JSON object, perhaps in a list: its name and its arguments, in either order, between other pairs."""
+        yield from self._either(self._behind_blanks("["))
+        yield from self._behind_blanks("{")
+        if not name_key:
+            self._named((yield from self._key()))
+            yield from self._arguments()
+            return ""
+        names, arguments, inner = format.known_keys
+        argued = False
+        while not (self._name and argued):
+            key = yield from self._key()
+            if key in inner and not self._name:
+                yield from self._behind_blanks("{")
+                continue
+            if key in names and not self._name:
+                self._named((yield from self._string()))
+            elif key in arguments and not argued:
+                yield from self._arguments()
+                argued = True
+            elif key in names | arguments | inner:
+                raise NoCall
+            else:
+                yield from self._json()
+            if not (self._name and argued) and (yield from self._behind_blanks(",}" if self._name else ",")) == "}":
+                return "{}"
+        return ""
+
+    def _behind_name(self, format: CallFormat) -> Reading:
+        """A call whose name stands by itself; without arguments there must be what ends it."""
+        name = yield from self._one_of(self._names)
+        if self.NAME_CHAR.match((yield from self._char())):
+            raise NoCall  # a longer name
+        self._named(name)
+        yield from self._text(format.named)
+        start, params = self.at, format.params
+        if params and params.quote:
+            yield from self._arguments(JsonMender((params.quote,), format.closes.strip()[0]))
+        elif (yield from self._either(self._behind_blanks(format.closers))):
+            self.at = start
+            return "{}"
+        elif params:
+            yield from self._argument(format, params, "{")
+            while (yield from self._either(self._argument(format, params, ", "))):
+                pass
+            return "}"
+        else:
+            yield from self._arguments()
+        return ""
+
+    def _arguments(self, mender: JsonMender | None = None) -> Reading:
+        """Arguments as a JSON object, or as this mender reads them; told as they come if their call has a name."""
+        first, start = (yield from self._blanks()), self.at
+        if mender or (first == "{" and self._name):
+            self._begin()
+            return (yield from self._json(sys.maxsize, mender or JsonMender()))
+        self._early = as_object((yield from self._json(MAX_EARLY))) if first in "{\"'nN" else None
+        if self._early is None:
+            raise NoCall
+        self._header += self.at - start
+        self._tell()
+
+    def _argument(self, format: CallFormat, params: Params, separator: str) -> Reading:
+        """One argument of those that stand one by one."""
+        yield from self._blanks()
+        yield from self._text(params.opens)
+        closes, *rest = MARKER.findall(params.keyed.strip())
+        key = yield from self._up_to(closes, MAX_HEADER)
+        if not self.PLAIN_KEY.fullmatch(key):
+            raise NoCall
+        yield from self._text("".join(rest))
+        self._begin()
+        self._rest = None
+        self._parser.write_arguments(f"{separator}{json.dumps(key, ensure_ascii=False)}: ")
+        yield from self._either(self._one_of([params.keyed[len(params.keyed.rstrip()) :]]))
+        closes = params.closes.replace(KEY, key)
+        if (yield from self._either(self._one_of(["<![CDATA["]))):
+            closes = f"]]>{closes.strip()}"
+        self._drop()
+        yield from self._value(self._parser.types(self._name, key), closes, format.closes.rstrip())
+        self._may_end("}")
+
+    def _value(self, types: int, closes: str, behind: str) -> Reading:
+        """An argument's value up to what closes it or its call (some models forget the first): a string as it comes, what has
+        another type when it is all there."""
+        parser, core, streams = self._parser, closes.strip(), types == SchemaReader.TYPES["string"]
+        trail = closes[: len(closes) - len(closes.lstrip())]
+        marks = (core, trail + core, behind + "\n\n\n", trail + behind + "\n\n\n")
+        parser.write_arguments('"' * streams)
+        while (at := parser.buffer.find(core, self.at)) < 0 and not parser.reason:
+            self.at = len(parser.buffer) - held_back(parser.buffer, marks)
+            if streams:
+                parser.write_arguments(json.dumps(parser.buffer[: self.at], ensure_ascii=False)[1:-1])
+                self._drop()
+            yield
+        value, is_whole = parser.buffer[: at if at >= 0 else None], at >= 0
+        if not is_whole and parser.reason == "stop" and behind and value.rstrip().endswith(behind):
+            value, is_whole = value.rstrip().removesuffix(behind), True
+        value = value.removesuffix(trail) if is_whole else value
+        if streams:
+            parser.write_arguments(json.dumps(value, ensure_ascii=False)[1:-1] + '"' * is_whole)
+        else:
+            parser.write_arguments(as_json(value, types) if is_whole else value)
+        self.at = at + len(core) if at >= 0 else len(parser.buffer)
+        self._drop()
+        if not is_whole:
+            raise TextEnded
 
 
 class Alignment:
@@ -14747,7 +13982,6 @@ class ChatParser(Parser):
                  continued: bool = False, forced: bool = False, thinking: bool = False) -> None:  # fmt: skip
         super().__init__(index)
         self._format, self._schemas, self._hidden = format, schemas, hidden
-        self._calls = tolerant_calls(format.calls, tuple(schemas)) if schemas else None
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
         self._marks = tuple(sorted({*self._openings, *format.drops}, key=len, reverse=True))
@@ -14767,7 +14001,7 @@ class ChatParser(Parser):
         self._has_text = False  # content that is more than white space
         self.behind_call = 0  # where the last one ends that stands before it
         opened = next((m for m in self._openings if prompt_end.endswith(m) and not continued), "")  # functionary: >>>
-        self._taken = -len(opened)
+        self.taken = -len(opened)
         self._reading = self._answer()
         self._feed(opened)
 
@@ -14796,19 +14030,19 @@ class ChatParser(Parser):
 
     def _emit(self, event: Event) -> None:
         if isinstance(event, (Text, Thought)):
-            event = replace(event, logprobs=self._logprobs.until(self._taken - len(self._space)))
+            event = replace(event, logprobs=self._logprobs.until(self.taken - len(self._space)))
         self._events.append(event)
 
     def _take(self, size: int) -> str:
         taken, self.buffer = self.buffer[:size], self.buffer[size:]
-        self._taken += len(taken)
+        self.taken += len(taken)
         return taken
 
     def drop(self, size: int) -> None:
         """Takes markup: its tokens' log probabilities belong to no text."""
         if size:
             self._take(size)
-            self._logprobs.until(self._taken)
+            self._logprobs.until(self.taken)
 
     def begin_call(self, id: str, name: str) -> None:
         self._space, self._begun, self._trim = "", True, True
@@ -14930,9 +14164,9 @@ class ChatParser(Parser):
         out = out.lstrip() if self._trim else out
         self._trim = self._trim and not out
         if self._trim:
-            self._logprobs.until(self._taken)
+            self._logprobs.until(self.taken)
         out = self._space + out
-        kept = out.rstrip() if self._calls or not self._begun else out
+        kept = out.rstrip() if self._schemas or not self._begun else out
         self._space = out[len(kept) :]
         if kept:
             self._begun = self._has_text = True
@@ -14940,13 +14174,12 @@ class ChatParser(Parser):
 
     def _call(self, mark: str) -> Reading:
         """A section of calls; false if the text only looks like one: then what cannot begin another was said."""
-        assert self._calls
-        reader = CallReader(self, self._calls)
+        reader = CallReader(self, self._format.calls, self._schemas)
         if (yield from reader.read(self._forced or mark != "")):
-            self.behind_call = self.behind_call if self._has_text else self._taken
+            self.behind_call = self.behind_call if self._has_text else self.taken
             return True
         again = max(map(len, self._openings), default=0)  # a marker may begin in the last characters that were read
-        self._say(self._take(max(len(mark), reader.at - again) if mark not in self._format.drops else 0))
+        self._say(self._take(max(len(mark), reader.furthest - again) if mark not in self._format.drops else 0))
         return False
 
 
@@ -14970,8 +14203,8 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 class Symbol:
     """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
 
-    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead
-    into a dead end: whatever `step` returns can be finished.
+    A subclass has `opened`, or `after`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No
+    symbol may lead into a dead end: whatever `step` returns can be finished.
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
@@ -14980,14 +14213,19 @@ class Symbol:
         """The alternatives that may stand in its place; None if it reads bytes."""
         return None
 
-    @property
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        """The symbols that must follow each byte that it may read now."""
+        raise NotImplementedError
+
+    @functools.cached_property
     def firsts(self) -> int:
         """The bytes that it may read now, one bit each."""
-        raise NotImplementedError
+        return sum(1 << byte for byte in self.after)
 
     def step(self, byte: int) -> Symbols | None:
         """Reads a byte and returns the symbols that must follow; None if it may not read that byte."""
-        raise NotImplementedError
+        return self.after.get(byte)
 
     def left(self) -> Symbols:
         """The symbols that must follow when it is left although it could read on."""
@@ -15017,14 +14255,9 @@ class Word(Symbol):
     def opened(self) -> Iterable[Symbols] | None:
         return None if self.data else ((),)
 
-    @property
-    def firsts(self) -> int:
-        return 1 << self.data[self.at]
-
-    def step(self, byte: int) -> Symbols | None:
-        if byte != self.data[self.at]:
-            return None
-        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
 def word(text: str) -> Word:
@@ -15033,64 +14266,75 @@ def word(text: str) -> Word:
 
 
 @dataclass(frozen=True)
-class OneByte(Symbol):
-    """One byte of a set, a bit each."""
-
-    bits: int
-
-    @property
-    def firsts(self) -> int:
-        return self.bits
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if self.bits >> byte & 1 else None
-
-
-@dataclass(frozen=True)
 class OneChar(Symbol):
-    """One character of ranges of code points, first and last; surrogates are left out."""
+    """One character of ranges of code points, first and last, in UTF-8; surrogates are left out."""
 
     ranges: tuple[tuple[int, int], ...]
 
     def opened(self) -> Iterable[Symbols]:
-        return utf8_ranges(self.ranges)
+        return [(way,) for way in written(self.ranges, "UTF-8")]
 
 
-@functools.lru_cache(maxsize=1000)
-def utf8_ranges(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[OneByte, ...], ...]:
-    """The byte sequences of code points, as sequences of byte sets."""
-    found: dict[tuple[OneByte, ...], None] = {}
-    todo = list(ranges)
-    while todo:
-        low, high = todo.pop()
-        border = next((b for b in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF) if low <= b < high), None)
-        if border is not None:
-            todo += [(low, border), (border + 1, high)]
-        elif low <= high and not 0xD800 <= low <= 0xDFFF:
-            found |= dict.fromkeys(_utf8(chr(low).encode(), chr(high).encode()))
-    return tuple(found)
+Digit = tuple[bytes, ...]  # the bytes that spell each of its values
 
 
-def _utf8(low: bytes, high: bytes) -> Iterator[tuple[OneByte, ...]]:
-    """Byte sequences of one length, from low to high: the first byte alone at both ends, all that lies between at once."""
-    if len(low) == 1:
-        yield (between(low[0], high[0]),)
-    elif low[0] == high[0]:
-        yield from ((between(low[0], low[0]), *rest) for rest in _utf8(low[1:], high[1:]))
-    else:
-        least, most = bytes([0x80]) * (len(low) - 1), bytes([0xBF]) * (len(low) - 1)
-        first, last = low[0] + (low[1:] != least), high[0] - (high[1:] != most)
-        if low[1:] != least:
-            yield from _utf8(low, low[:1] + most)
-        if first <= last:
-            yield (between(first, last), *(between(0x80, 0xBF) for _ in least))
-        if high[1:] != most:
-            yield from _utf8(high[:1] + least, high)
+@dataclass(frozen=True, eq=False)
+class Numeral(Symbol):
+    """A number of some ranges in so many digits, each of its own kind. `numeral` makes equal ones once."""
+
+    ranges: tuple[tuple[int, int], ...]
+    digits: tuple[Digit, ...]
+
+    @functools.cached_property
+    def after(self) -> dict[int, Symbols]:
+        values, *rest = self.digits
+        size = math.prod(map(len, rest))  # so many numbers begin with one digit
+        found: dict[int, list[tuple[int, int]]] = {}
+        for low, high in self.ranges:
+            for value in range(low // size, high // size + 1):
+                span = max(low - value * size, 0), min(high - value * size, size - 1)
+                found.setdefault(value, []).append(span)
+        return {byte: (numeral(tuple(spans), tuple(rest)),) if rest else ()
+                for value, spans in found.items() for byte in values[value]}  # fmt: skip
 
 
-def between(low: int, high: int) -> OneByte:
-    """The symbol of one byte from low to high."""
-    return OneByte((1 << high + 1) - (1 << low))
+numeral = functools.lru_cache(maxsize=10_000)(Numeral)
+
+
+def _digit(first: int, count: int) -> Digit:
+    """A digit that is spelled by bytes in a row."""
+    return tuple(bytes([byte]) for byte in range(first, first + count))
+
+
+_MORE = _digit(0x80, 64)
+_HEX = (*_digit(ord("0"), 10), b"aA", b"bB", b"cC", b"dD", b"eE", b"fF")
+_LETTERS = dict(zip(b'\b\t\n\f\r"/\\', (b"b", b"t", b"n", b"f", b"r", b'"', b"/", b"\\"), strict=True))
+UTF8 = (
+    (((0, 0x7F),), 0, (_digit(0, 128),)),
+    (((0x80, 0x7FF),), 0, (_digit(0xC0, 32), _MORE)),
+    (((0x800, 0xD7FF), (0xE000, 0xFFFF)), 0, (_digit(0xE0, 16), _MORE, _MORE)),
+    (((0x10000, 0x10FFFF),), 0, (_digit(0xF0, 8), _MORE, _MORE, _MORE)),
+)
+SCRIPTS = {  # ranges of characters, each a number from an offset on, and its digits; "escaped": behind the backslash
+    "UTF-8": UTF8,
+    "JSON": ((((32, 33), (35, 91), (93, 127)), 0, UTF8[0][2]), *UTF8[1:]),
+    "escaped": (
+        (tuple((code, code) for code in _LETTERS), 0, (tuple(_LETTERS.get(code, b"") for code in range(128)),)),
+        (UTF8[0][0] + UTF8[1][0] + UTF8[2][0], 0, ((b"u",), _HEX, _HEX, _HEX, _HEX)),
+        (UTF8[3][0], 0x10000, ((b"u",), (b"dD",), _HEX[8:12], _HEX, _HEX, (b"\\",), (b"u",), (b"dD",), _HEX[12:], _HEX, _HEX)),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=10_000)
+def written(ranges: tuple[tuple[int, int], ...], script: str) -> list[Numeral]:
+    """The ways to write one character of some ranges."""
+    found: list[Numeral] = []
+    for spelled, offset, digits in SCRIPTS[script]:
+        spans = ((max(low, first) - offset, min(high, last) - offset) for low, high in ranges for first, last in spelled)
+        if part := tuple((low, high) for low, high in spans if low <= high):
+            found.append(numeral(part, digits))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -15185,6 +14429,7 @@ class State:
         """The state behind one more byte; None if that may not come. Raises as the automaton does."""
         if byte not in self._next:
             self._next[byte] = self._automaton.after(self, byte) if self.bits >> byte & 1 else None
+            TURN.kept()
         return self._next[byte]
 
     def read(self, data: bytes) -> State | None:
@@ -15207,22 +14452,15 @@ class State:
         return bytes(found)
 
 
-class TooManyReadings(InvalidRequest):
-    """A text has more readings at once than are followed, as with ambiguous or left-recursive grammars."""
-
-    def __init__(self) -> None:
-        super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
-
-
-class NestedTooDeep(InvalidRequest):
-    """A text nests parts that are followed one inside the other, such as arrays without repeats, too deep to go on."""
-
-    def __init__(self) -> None:
-        super().__init__("the grammar nests too deep: what a text may go on with cannot be found")
-
-
 class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
+
+
+class Client(Protocol):
+    """Who waits for work on a grammar."""
+
+    @property
+    def cancelled(self) -> bool: ...
 
 
 class Turn(threading.local):
@@ -15231,32 +14469,28 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
-    def __init__(self) -> None:
-        self._ends, self._found = math.inf, False
-        self._gate: Gate | None = None
-        self._is_limited = False
+    _ends = math.inf
+    _is_limited = False
+    _gate: Gate | None = None
+    _client: Client | None = None
 
     def begin(self, seconds: float) -> None:
         """Starts a time slice of `seconds`."""
-        self._ends, self._found = time.thread_time() + seconds, False
+        self._ends = time.thread_time() + seconds
 
-    def look(self) -> None:
-        """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
+    def kept(self) -> None:
+        """Call when a step (10 µs to 10 ms) was kept. Raises NotYet when time is up: asked again, a question goes on there."""
         if self._gate:
-            self._gate.wait()
-        if self._found and self.is_over:
+            self._gate.open.wait()
+        if self._client and self._client.cancelled:
+            raise Cancelled
+        if self.is_over:
             raise NotYet
-
-    def found(self) -> None:
-        """Call after a step that is kept, so that the same question asked again goes on from there."""
-        self._found = True
 
     def tick(self) -> None:
-        """Call every few µs within a step. Raises NotYet when limited work takes too long."""
-        if self._gate:
-            self._gate.wait()
-        if self._is_limited and self.is_over:
-            raise NotYet
+        """Call every few µs within a step. Raises NotYet when limited work takes too long, Cancelled when nobody waits for it."""
+        if self._is_limited or self._gate or self._client:
+            self.kept()
 
     @contextlib.contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
@@ -15271,17 +14505,17 @@ class Turn(threading.local):
             self._is_limited = False
 
     @contextlib.contextmanager
-    def behind(self, gate: Gate | None) -> Iterator[None]:
-        """Lets work go on only while a gate is open."""
-        self._gate = gate
+    def behind(self, gate: Gate | None, client: Client) -> Iterator[None]:
+        """Lets work go on only while a gate is open and its client waits for it."""
+        self._gate, self._client = gate, client
         if gate:
-            gate.begin()
+            gate.idle.clear()
         try:
             yield
         finally:
-            self._gate = None
+            self._gate = self._client = None
             if gate:
-                gate.end()
+                gate.idle.set()
 
     @property
     def is_over(self) -> bool:
@@ -15299,32 +14533,19 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._open, self._idle = threading.Event(), threading.Event()
-        self._open.set()
-        self._idle.set()
-
-    def begin(self) -> None:
-        """There is work now."""
-        self._idle.clear()
-
-    def end(self) -> None:
-        self._idle.set()
-
-    def wait(self) -> None:
-        """Call within the work: waits until the gate is open."""
-        if not self._open.is_set():
-            self._open.wait()
+        self.open, self.idle = threading.Event(), threading.Event()
+        self.open.set()
+        self.idle.set()
 
     @contextlib.contextmanager
     def shut(self, seconds: float) -> Iterator[None]:
         """Lets running work go on for up to `seconds`, then holds it while the block runs."""
-        if not self._idle.is_set():
-            self._idle.wait(seconds)
-        self._open.clear()
+        self.idle.wait(seconds)
+        self.open.clear()
         try:
             yield
         finally:
-            self._open.set()
+            self.open.set()
 
 
 class Automaton:
@@ -15340,21 +14561,19 @@ class Automaton:
         self.start = self._closed({(root,): frozenset([None])})
 
     def after(self, state: State, byte: int) -> State | None:
-        """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NestedTooDeep, NotYet."""
-        TURN.look()
+        """The state behind one more byte; None if no reading allows it. Raises InvalidRequest, NotYet."""
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
-            self._forget()
+            for kept in (self._states, self._stacks, self.start._next):  # texts under way go on from the states they have
+                kept.clear()
         try:
             found: dict[Symbols, Below] = {}
             for stack in state.stacks:
                 rest = stack.top.step(byte)
                 if rest is not None:
                     found[rest] = found[rest] | stack.below if rest in found else stack.below
-            behind = self._closed(found) if found else None
+            return self._closed(found) if found else None
         except RecursionError:
-            raise NestedTooDeep from None
-        TURN.found()
-        return behind
+            raise InvalidRequest("the grammar nests too deep: what a text may go on with cannot be found") from None
 
     def _stack(self, top: Symbol, below: Below) -> Stack:
         key = (top, below)
@@ -15391,7 +14610,7 @@ class Automaton:
                 todo[option] = todo[option] | behind if option in todo else behind
             work += len(options)
             if work > self.MAX_READINGS:
-                raise TooManyReadings
+                raise InvalidRequest(f"the grammar is ambiguous: a text has over {self.MAX_READINGS} readings at once")
         key = (frozenset(self._stack(top, belows[top]) for top in reading), ends)
         if key not in self._states:
             self._states[key] = State(self, *key)
@@ -15400,12 +14619,6 @@ class Automaton:
     def __len__(self) -> int:
         """How many states are kept."""
         return len(self._states)
-
-    def _forget(self) -> None:
-        """Begins anew with what is kept; texts under way go on from the states they have."""
-        self._states.clear()
-        self._stacks.clear()
-        self.start._next.clear()
 
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15419,16 +14632,19 @@ EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Sorts ranges, joins those that touch, and drops the surrogates."""
-    found: list[tuple[int, int]] = []
     halves = (half for low, high in ranges for half in ((low, min(high, 0xD7FF)), (max(low, 0xE000), high)))
-    for low, high in sorted(halves):
-        if low > high:
-            continue
+    return tuple(touching(half for half in halves if half[0] <= half[1]))
+
+
+def touching(spans: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Sorts spans of whole numbers, and joins those that touch."""
+    found: list[tuple[int, Any]] = []
+    for low, high in sorted(spans):
         if found and low <= found[-1][1] + 1:
             found[-1] = (found[-1][0], max(found[-1][1], high))
         else:
             found.append((low, high))
-    return tuple(found)
+    return found
 
 
 def others(ranges: Ranges) -> Ranges:
@@ -15467,7 +14683,6 @@ class Reader:
 
     MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
     TOKEN: ClassVar[re.Pattern[str]]
-    PARTS: ClassVar[frozenset[str]]  # the kinds of tokens that begin a part
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
 
@@ -15513,7 +14728,7 @@ class Reader:
     def _sequence(self, depth: int) -> Symbol:
         parts: list[Symbol] = []
         may_repeat = False
-        while self.kind == "repeat" or self.kind in self.PARTS:
+        while self.kind not in (None, "or", "close", "rule"):
             if self.kind != "repeat":
                 parts.append(self.part(depth))
             elif may_repeat:
@@ -15548,10 +14763,12 @@ class Reader:
         found = set[tuple[int, int]]()
         while not self.text.startswith("]", self.at):
             TURN.tick()
-            low, begun = self._member(), self.at
+            if self.at >= len(self.text):
+                raise self.refuse("a square bracket is not closed")
+            low, begun = self.member(), self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
-                high = self._member()
+                high = self.member()
                 if len(low) == len(high) == 1 and low[0][0] == low[0][1] and high[0][0] == high[0][1]:
                     if low > high:
                         raise self.refuse(f"the range {_said(self.text[begun - 1 : self.at])} is empty")
@@ -15561,11 +14778,6 @@ class Reader:
             found |= set(low)
         self.at += 1
         return others(merged(found)) if negated else merged(found)
-
-    def _member(self) -> Ranges:
-        if self.at >= len(self.text):
-            raise self.refuse("a square bracket is not closed")
-        return self.member()
 
 
 class PatternReader(Reader):
@@ -15578,17 +14790,16 @@ class PatternReader(Reader):
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
-    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
     DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
         r"|(?P<edge>[\^$]|\\[AZz])|(?P<class>\[)|(?P<dot>\.)|(?P<char>.)", re.DOTALL)  # fmt: skip
-    PARTS = frozenset(("open", "edge", "class", "dot", "char"))
-    ESCAPE = re.compile(
+    CHAR = re.compile(
         r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})"
         r"|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
-        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
+        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))|([^\\])", re.DOTALL)  # fmt: skip
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
@@ -15605,7 +14816,11 @@ class PatternReader(Reader):
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
         if self.kind == "open":
-            return self._group(self.token, depth)
+            if self.token["other"] is not None:
+                begun = self.text[self.token.start() : self.token.start() + 4]
+                raise self.refuse(f"{_said(begun)} (look-behind, flags …) cannot be honoured")
+            ahead, inside = self.token["ahead"], self.inside(depth)
+            return Ahead(inside, ahead == "=") if ahead else inside
         if self.kind == "edge":
             return Edge(self.word() not in ("^", "\\A"))
         if self.kind == "class":
@@ -15617,28 +14832,12 @@ class PatternReader(Reader):
         self.at = self.token.start()
         return OneChar(merged(self.member()))
 
-    def _group(self, token: re.Match[str], depth: int) -> Symbol:
-        if token["other"] is not None:
-            raise self.refuse(f"{_said(self.text[token.start() : token.start() + 4])} (look-behind, flags …) cannot be honoured")
-        inside = self.inside(depth)
-        return Ahead(inside, token["ahead"] == "=") if token["ahead"] else inside
-
     def member(self) -> Ranges:
-        if self.text.startswith("\\b", self.at):  # within a class a backspace
-            self.at += 2
-            return ((8, 8),)
-        if self.text[self.at] == "\\":
-            return self._escape()
-        self.at += 1
-        return ((ord(self.text[self.at - 1]),) * 2,)
-
-    def _escape(self) -> Ranges:
-        """The characters that a backslash and what follows stand for."""
-        match = self.ESCAPE.match(self.text, self.at)
+        match = self.CHAR.match(self.text, self.at)
         if match is None:
             raise self.refuse("it ends with a backslash")
         self.at = match.end()
-        first, second, *codes, control, kind, name, char = match.groups()
+        first, second, *codes, control, kind, name, char, plain = match.groups()
         if first:
             code = 0x10000 + ((int(first, 16) & 0x3FF) << 10) + (int(second, 16) & 0x3FF)
         elif any(codes):
@@ -15647,12 +14846,12 @@ class PatternReader(Reader):
             code = ord(control) % 32
         elif kind:
             return self._property(name) if kind == "p" else others(self._property(name))
+        elif plain or char in self.NAMED:
+            code = ord(plain) if plain else self.NAMED[char]
         elif char.lower() in self.CLASSES:
             return self.CLASSES[char] if char in self.CLASSES else others(self.CLASSES[char.lower()])
         elif char in "123456789":
             raise self.refuse(f"\\{char} (a back-reference) cannot be honoured")
-        elif char in self.NAMED:
-            code = self.NAMED[char]
         elif char.isascii() and char.isalnum():
             raise self.refuse(f"the escape \\{char} cannot be honoured")
         else:
@@ -15753,7 +14952,6 @@ class GbnfReader(Reader):
         r"(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)|(?P<literal>\")"
         r"|(?P<class>\[)|(?P<repeat>(?P<sign>[*+?])|\{\s*(?P<low>[0-9]{1,12})\s*(?:(?P<comma>,)\s*(?P<high>[0-9]{0,12})\s*)?\})"
         r"|(?P<open>\()|(?P<close>\))|(?P<or>\|)|(?P<dot>\.)|(?P<token><(?!\[)[^>\n]+>)|(?P<no_text>!?<)")  # fmt: skip
-    PARTS = frozenset(("name", "literal", "class", "open", "dot", "token", "no_text"))
     CHAR = re.compile(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})|\\(.)|([^\\])", re.DOTALL)
     ESCAPES: ClassVar = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "[": "[", "]": "]", "-": "-", "^": "^"}
 
@@ -15777,7 +14975,7 @@ class GbnfReader(Reader):
             raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
         if "root" not in self.rules:
             raise InvalidRequest("grammar: there is no rule named root", "grammar")
-        self._check_left_recursion(self._empty())
+        self._check_left_recursion()
         return self.rules["root"]
 
     def _rule(self) -> None:
@@ -15832,60 +15030,33 @@ class GbnfReader(Reader):
             raise self.refuse(f"{match[0]} is not a character")
         return ((code, code),)
 
-    def _inside(self, symbol: Symbol) -> Symbols:
-        return (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts
-
-    def _empty(self) -> set[Symbol]:
-        """The symbols that may be empty: each counts how many of its parts must still turn out so."""
-        lacking: dict[Symbol, int] = {}
-        holders: dict[Symbol, list[Symbol]] = {}
-        todo = list(self.rules.values())
-        while todo:
-            if (symbol := todo.pop()) not in lacking:
-                parts = self._inside(symbol)
-                lacking[symbol] = len(parts) if isinstance(symbol, InOrder) else int(symbol != Word(b""))
-                if isinstance(symbol, Repeated) and not symbol.low:
-                    lacking[symbol] = 0
-                for part in parts:
-                    TURN.tick()
-                    holders.setdefault(part, []).append(symbol)
-                todo += parts
-        empty = [symbol for symbol, count in lacking.items() if not count]
-        for symbol in empty:
-            for holder in holders.get(symbol, ()):
-                TURN.tick()
-                lacking[holder] -= 1
-                if not lacking[holder]:
-                    empty.append(holder)
-        return set(empty)
-
-    def _check_left_recursion(self, empty: set[Symbol]) -> None:
+    def _check_left_recursion(self) -> None:
         """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
-        on_path, done = set[Symbol](), set[Symbol]()
-        path: list[tuple[Symbol, Iterator[Symbol]]] = []
-        for root in self.rules.values():
-            path.append((root, self._first_parts(root, empty)))
+        empty: dict[Symbol, bool] = {}  # the symbols that were looked through, and whether they may be empty
+        for rule in self.rules.values():
+            path = {} if rule in empty else {rule: self._first_parts(rule, empty)}
             while path:
                 TURN.tick()
-                symbol, parts = path[-1]
-                on_path.add(symbol)
-                part = next(parts, None)
+                part = next(path[next(reversed(path))], None)
                 if part is None:
-                    on_path.discard(symbol)
-                    done.add(symbol)
-                    path.pop()
-                elif part in on_path:
-                    name = next(s.name for s, _ in reversed(path) if isinstance(s, RuleName))
+                    path.popitem()
+                elif part in path:
+                    name = next(symbol.name for symbol in reversed(path) if isinstance(symbol, RuleName))
                     raise InvalidRequest(f"grammar: the rule {_said(name)} is left-recursive: it begins with itself", "grammar")
-                elif part not in done:
-                    path.append((part, self._first_parts(part, empty)))
+                elif part not in empty:
+                    path[part] = self._first_parts(part, empty)
 
-    def _first_parts(self, symbol: Symbol, empty: set[Symbol]) -> Iterator[Symbol]:
-        """The parts that may be met before anything is read."""
-        for part in self._inside(symbol):
+    def _first_parts(self, symbol: Symbol, empty: dict[Symbol, bool]) -> Iterator[Symbol]:
+        """The parts that may be met before anything is read; says at the end whether the whole may be empty."""
+        is_empty = isinstance(symbol, InOrder) or symbol == Word(b"") or (isinstance(symbol, Repeated) and not symbol.low)
+        for part in (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts:
             yield part
-            if isinstance(symbol, InOrder) and part not in empty:
-                return
+            if not isinstance(symbol, InOrder):
+                is_empty = is_empty or empty[part]
+            elif not empty[part]:
+                is_empty = False
+                break
+        empty[symbol] = is_empty
 
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15897,52 +15068,42 @@ class GbnfReader(Reader):
 class Texts:
     """A set of texts, as an expression over ranges of characters: a regular language. The functions below make equal ones once.
 
-    `least` and `most` are the lengths of its shortest and longest text. If it is `plain`, made without complements and
-    intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
+    No text is shorter than `least` or longer than `most`. In one that is `plain`, as those are that are made without complements
+    and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "dense", "kind", "known", "least", "most", "moves", "nullable", "parts", "plain")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "shortest")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
-        self.known: int | None = None  # the length of a text that a search has found
-        self.plain: bool = kind != "none" and all(part.plain for part in parts)
-        self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
+        self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
+        self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
+        self.nullable, self.least, self.most = False, 1, 1.0
+        leasts, mosts = [part.least for part in parts], [part.most for part in parts]
         if kind == "empty":
             self.nullable, self.least, self.most = True, 0, 0
         elif kind == "words":
             lengths = {len(text) for text in data.rest()}
-            self.nullable, self.least, self.most, self.dense = 0 in lengths, min(lengths), max(lengths), len(lengths) == 1
+            self.nullable, self.least, self.most = 0 in lengths, min(lengths), max(lengths)
         elif kind == "then":
-            one, two = parts
-            self.nullable, self.dense = one.nullable and two.nullable, one.dense and two.dense
-            self.least, self.most = one.least + two.least, one.most + two.most
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), sum(leasts), sum(mosts)
         elif kind == "repeat":
-            self._repeated(parts[0], *data)
+            low, high = data
+            self.nullable = low == 0 or parts[0].nullable
+            self.least, self.most = leasts[0] * low, mosts[0] * high if mosts[0] else 0
+        elif kind == "sized":
+            low, high = data
+            self.plain = self.plain and (low <= leasts[0] <= high or parts[0] is ALL)
+            self.nullable, self.least, self.most = parts[0].nullable and low == 0, max(low, *leasts), min(high, *mosts)
         elif kind == "not":
-            self.plain, self.nullable = False, not parts[0].nullable
-            self.least, self.most = int(parts[0].nullable), math.inf
+            self.nullable, self.least, self.most = not parts[0].nullable, int(parts[0].nullable), math.inf
         elif kind == "both":
-            self.plain, self.dense, self.nullable = False, False, all(part.nullable for part in parts)
-            self.least, self.most = max(p.least for p in parts), min(p.most for p in parts)
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), max(leasts), min(mosts)
         elif kind == "either":
-            self._either(parts)
-
-    def _repeated(self, part: Texts, low: int, high: float) -> None:
-        self.nullable = low == 0 or part.nullable
-        self.least, self.most = part.least * low, part.most * high if part.most else 0
-        self.dense = part.dense and (low == high or (low + 1) * part.least <= low * part.most + 1 if low else part.least <= 1)
-
-    def _either(self, parts: tuple[Texts, ...]) -> None:
-        self.nullable = any(part.nullable for part in parts)
-        self.least, self.most = min(p.least for p in parts), max(p.most for p in parts)
-        reach: float = self.least
-        for part in sorted(parts, key=lambda part: part.least):
-            self.dense = self.dense and part.dense and part.least <= reach + 1
-            reach = max(reach, part.most)
+            self.nullable, self.least, self.most = any(part.nullable for part in parts), min(leasts), max(mosts)
 
 
 Moves = tuple[tuple[Ranges, Texts], ...]  # characters that may come first, and the texts that follow one of them
@@ -15976,23 +15137,15 @@ def then(one: Texts, two: Texts) -> Texts:
     while chain[-1].kind == "then":
         chain[-1:] = chain[-1].parts
     for part in reversed(chain):
-        two = _joined(part, two)
+        if part is NONE or two is NONE:
+            two = NONE
+        elif part is EMPTY or two is EMPTY:
+            two = two if part is EMPTY else part
+        elif (part is ALL and two.nullable) or (two is ALL and part.nullable):
+            two = ALL
+        else:
+            two = _make("then", parts=(part, two))
     return two
-
-
-def _joined(one: Texts, two: Texts) -> Texts:
-    while True:
-        if one is NONE or two is NONE:
-            return NONE
-        if one is EMPTY or two is EMPTY:
-            return two if one is EMPTY else one
-        if (one is ALL and two.nullable) or (two is ALL and one.nullable):
-            return ALL
-        head, rest = two.parts if two.kind == "then" else (two, EMPTY)
-        (part, low, high), (again, least, most) = _counted(one), _counted(head)
-        if part is not again:
-            return _make("then", parts=(one, two))
-        one, two = repeat(part, low + least, high + most), rest
 
 
 def _counted(texts: Texts) -> tuple[Texts, int, float]:
@@ -16004,10 +15157,8 @@ def repeat(part: Texts, low: int, high: float) -> Texts:
     if high == 0 or part is EMPTY or part is NONE:
         return NONE if part is NONE and low else EMPTY
     low = 0 if part.nullable else low
-    if part.kind == "repeat":  # (a{2,3}){4,5} is a{8,15}, as the counts meet
-        inner, least, most = _counted(part)
-        if low == high or (least <= 1 if low == 0 else low * most + 1 >= (low + 1) * least):
-            part, low, high = inner, low * least, high * most
+    if part.kind == "repeat" and part.data == (0, math.inf):
+        return part  # (a*)*
     return part if low == high == 1 else _make("repeat", (low, high), (part,))
 
 
@@ -16048,38 +15199,31 @@ def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
         counts.setdefault((part, rest), []).append((low, high))
     if len(counts) == len(parts):
         return parts
-    found: dict[Texts, None] = {}
-    for (part, rest), spans in counts.items():
-        union: list[tuple[int, float]] = []
-        for low, high in sorted(spans):
-            if union and low <= union[-1][1] + 1:
-                union[-1] = (union[-1][0], max(union[-1][1], high))
-            else:
-                union.append((low, high))
-        found |= dict.fromkeys(then(repeat(part, low, high), rest) for low, high in union)
-    return found
+    return dict.fromkeys(then(repeat(part, *span), rest) for (part, rest), spans in counts.items() for span in touching(spans))
 
 
 def intersection(parts: Iterable[Texts]) -> Texts:
     """The texts that are in every one."""
     flat: dict[Texts, None] = {}
+    low, high = 0, math.inf
     for part in parts:
+        if part.kind == "sized":
+            (least, most), (part,) = part.data, part.parts
+            low, high = max(low, least), min(high, most)
         flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
     flat.pop(ALL, None)
-    if len(flat) < 2:
-        return next(iter(flat), ALL)
-    sized = [part for part in flat if part.kind != "not"]
-    least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
-    for part in list(flat):
-        if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
-            del flat[part]  # the others' lengths exclude already what it excludes
-    if NONE in flat or least > most or any(p.parts[0] in flat for p in flat if p.kind == "not"):
+    if NONE in flat or any(part.kind == "not" and part.parts[0] in flat for part in flat):
         return NONE
-    if most == 0:
-        return EMPTY if all(part.nullable for part in flat) else NONE
-    if flat and all(part.kind == "char" for part in flat):
-        return char_texts(functools.reduce(common, (part.data for part in flat)))
-    return _of_some("both", flat, ALL)
+    return sized(_of_some("both", flat, ALL), low, high)
+
+
+def sized(texts: Texts, low: int, high: float) -> Texts:
+    """Those of the texts that have so many characters."""
+    if texts.kind == "sized":
+        return intersection([texts, sized(ALL, low, high)])
+    if max(low, texts.least) > min(high, texts.most):
+        return NONE
+    return texts if low <= texts.least and texts.most <= high else _make("sized", (low, high), (texts,))
 
 
 def complement(texts: Texts) -> Texts:
@@ -16119,6 +15263,7 @@ def moves(texts: Texts) -> Moves:
     """The sets that follow a first character (Brzozowski's derivatives), by ranges of characters."""
     if texts.moves is None:
         texts.moves = tuple(_moves(texts))
+        TURN.kept()
     return texts.moves
 
 
@@ -16133,6 +15278,9 @@ def _moves(texts: Texts) -> Iterable[tuple[Ranges, Texts]]:
     if kind == "repeat":
         again = repeat(parts[0], max(texts.data[0] - 1, 0), texts.data[1] - 1)
         return [(ranges, then(behind, again)) for ranges, behind in moves(parts[0])]
+    if kind == "sized":
+        low, high = texts.data
+        return [(ranges, sized(behind, max(low - 1, 0), high - 1)) for ranges, behind in moves(parts[0])]
     if kind == "either":
         return _combined([moves(part) for part in parts], union)
     if kind == "both":
@@ -16193,11 +15341,7 @@ class Matching:
             raise InvalidRequest("pattern: its anchors and repeats multiply too far")
         first, later = rest
         if not pattern.looks:
-            texts = self.alone(pattern)
-            found = then(texts, later)
-            if first is later or not texts.nullable:
-                return found, found
-            return union([first, then(intersection([texts, repeat(EVERY, 1, math.inf)]), later)]), found
+            return self._plainly(self.alone(pattern), rest)
         if isinstance(pattern, Edge):
             ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
             return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
@@ -16227,26 +15371,27 @@ class Matching:
             return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
         return NONE  # an Edge
 
+    @staticmethod
+    def _plainly(texts: Texts, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """Joins texts that look at nothing around them, and the rest."""
+        first, later = rest
+        found = then(texts, later)
+        if first is later or not texts.nullable:
+            return found, found
+        return union([first, then(sized(texts, 1, math.inf), later)]), found
+
     def _loop(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """Joins a repeat of something that looks around it."""
-        part, low, (first, later) = loop.symbol, loop.low, rest
-        high = math.inf if loop.high is None else loop.high
-        if high == 0:
-            return rest
-        if high == 1:
-            inside = self.before(part, rest)
-            return inside if low else (union([inside[0], first]), union([inside[1], later]))
-        if _looks_ahead(part):
+        """Joins a repeat of something that looks around it: what reads between its first round and its last meets no edge."""
+        part, low, more = loop.symbol, loop.low, math.inf if loop.high is None else loop.high - loop.low
+        if _looks_ahead(part) and loop.high not in (0, 1):
             return self._tempered(loop, rest)
         if low > MAX_UNROLLED:
             raise InvalidRequest(f"pattern: an anchor within over {MAX_UNROLLED} repeats cannot be honoured")
-        if low:
-            more = None if loop.high is None else loop.high - low
-            return self.before(InOrder((part,) * low + (Repeated(part, 0, more),)), rest)
-        inner, final = self.alone(part), self.before(part, (NONE, later))[1]  # the last round may meet the end
-        further = [union([then(repeat(inner, 0, count), later), then(repeat(inner, 0, count - 1), final)])
-                   for count in (high - 1, high)]  # fmt: skip
-        return union([first, self.before(part, (first, further[0]))[0]]), further[1]
+        for optional in range(int(min(more, 2))):
+            rest = self._plainly(repeat(self.alone(part), 0, more - 2), rest) if optional else rest
+            once = self.before(part, rest)
+            rest = union([rest[0], once[0]]), union([rest[1], once[1]])
+        return self.before(InOrder((part,) * low), rest) if low else rest
 
     def _tempered(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
         """((?!foo).)* up to the end: what it says of each character is that foo is nowhere."""
@@ -16270,150 +15415,92 @@ def _looks_ahead(pattern: Symbol) -> bool:
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
-    if keyword == "format" and value not in (*FORMATS, *UNKNOWN_FORMATS):
-        found = ALL
+    if keyword == "pattern":
+        pattern = InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value)))
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
-    elif keyword == "format":
-        texts = FORMATS[value] if wanted else WIDER_FORMATS.get(value, FORMATS[value])
-        found = Matching().before(InOrder((Edge(False), read_pattern(texts), Edge(True))), (ALL, ALL))[0]
-    else:
-        found = Matching().before(InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value))), (ALL, ALL))[0]
+    else:  # what is no standard's is a remark
+        pattern = InOrder((Edge(False), read_pattern(FORMATS[value]), Edge(True))) if value in FORMATS else InOrder(())
+    longest = MAX_HOSTNAME if (keyword, value) == ("format", "hostname") else math.inf
+    found = sized(Matching().before(pattern, (ALL, ALL))[0], 0, longest)
     return found if wanted else complement(found)
 
 
 # What can still be reached
 
-
-def counted(low: int, high: int | None) -> tuple[int, int | None]:
-    """How many characters more a text needs, and may have, behind one more."""
-    return max(low - 1, 0), None if high is None else high - 1
+MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
 
 
-def alive(at: Texts, low: int, high: int | None) -> bool:
-    """True if one of the texts has `low` to `high` characters. Raises NotYet.
+def alive(at: Texts) -> bool:
+    """True if there is a text. Raises NotYet.
 
     What a search does not find counts as dead: a text is then kept from what could have been right, but never led where
     it cannot end.
     """
-    plainly = is_plainly_alive(at, low, high)
-    return bool(find_text(at, low, high)[0]) if plainly is None else plainly
-
-
-def is_plainly_alive(at: Texts, low: int, high: int | None) -> bool | None:
-    """The same without a search; None if one is needed."""
-    if at is NONE or at.most < low or (high is not None and (high < at.least or high < low)):
+    try:
+        return at.plain or at.nullable or shortest(at) < math.inf
+    except InvalidRequest:
+        at.shortest = math.inf
         return False
-    return True if at.plain and (high is None or at.dense or low <= at.least) else None
 
 
-MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
+def _known_shortest(at: Texts) -> float | None:
+    """The length of the shortest text where that needs no search."""
+    if at.plain or at.nullable:
+        return at.least
+    if at.shortest is None and at.kind == "sized":
+        found = _known_shortest(at.parts[0])
+        if found is not None and found >= at.data[0]:
+            return found if found <= at.data[1] else math.inf
+    return at.shortest
 
 
-@functools.lru_cache(maxsize=50_000)
-def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
-    """Looks for a text of some length, in sets of complements and intersections or with gaps in their lengths: breadth first.
+def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> float:
+    """Finds the length of the shortest text, breadth first; inf if there is none. Raises InvalidRequest if that takes too long.
 
-    Tells whether there is one, None if that took too long, and in how many steps. Raises NotYet: what was derived is kept,
-    and the next search goes quickly where this one has been.
+    Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
     """
-    layer: dict[Texts, Texts | None] = {at: None}  # the sets that follow so many characters, and the one before each
-    length, steps = 0, 0
-    rounds: dict[frozenset[Texts], int] = {}  # layers that were met, and the length
-    seen: dict[Texts, Texts | None] = {}
-    while layer and (high is None or length <= high):
-        rest = max(low - length, 0), None if high is None else high - length
-        longer: dict[Texts, Texts | None] = {}
+    if at.kind == "sized" and _known_shortest(at) is None:
+        shortest(at.parts[0], spend)
+    before: dict[Texts, Texts | None] = {at: None}  # each set that was met, and the one before it
+    layer, length, found = [at], 0, math.inf
+    last: Texts | None = None
+    while layer and length < found:
+        longer = list[Texts]()
         for one in layer:
-            steps += 1
-            plainly = is_plainly_alive(one, *rest)
-            if plainly or (plainly is None and _has_known(one, *rest)):
-                _keep_length(one, seen | layer)
-                return True, steps
-            if steps > MAX_SEARCH:
-                return None, steps
-            if plainly is None:
-                fresh = one.moves is None
-                longer |= ((behind, one) for _, behind in moves(one))
-                if fresh:
-                    TURN.found()
-                    TURN.look()
-        if rest[0]:
-            before = rounds.setdefault(frozenset(longer), length)
-            if before < length:  # and so on, round after round
-                length += (low - length - 1) // (length - before) * (length - before)
-        else:
-            seen |= layer
-            longer = {one: before_it for one, before_it in longer.items() if one not in seen}
+            known = _known_shortest(one)
+            if known is None:
+                spend(2)
+                fresh = dict.fromkeys((behind for _, behind in moves(one) if behind not in before), one)
+                before |= fresh
+                longer += fresh
+            elif length + known < found:
+                found, rest, last = length + known, known, one
+        if len(before) > MAX_SEARCH:
+            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
-    return False, steps
-
-
-def _has_known(at: Texts, low: int, high: int | None) -> bool:
-    """True if a text of the right length is known."""
-    length = 0 if at.nullable else at.known
-    return length is not None and low <= length and (high is None or length <= high)
-
-
-def _keep_length(at: Texts, before: Mapping[Texts, Texts | None]) -> None:
-    """Keeps the length of a text that was found, for the sets through which a search came to it."""
-    length = 0 if at.nullable else at.least if at.plain else at.known or 0
-    here: Texts | None = at
-    while here is not None and here.known is None:
-        here.known = length
-        here, length = before.get(here), length + 1
-
-
-@dataclass(frozen=True)
-class Opening:
-    """The characters with which a text may go on, the bytes that they may begin with, and the character if it is the only one."""
-
-    ranges: Ranges
-    firsts: int
-    only: int | None
-
-    def reaches(self, ranges: Ranges) -> bool:
-        """True if one of the characters is in some ranges."""
-        return self.ranges is EVERY_CHAR or any(map(self._has, ranges))
-
-    def _has(self, span: tuple[int, int]) -> bool:
-        at = bisect.bisect_right(self.ranges, (span[1], 0x110000)) - 1
-        return at >= 0 and self.ranges[at][1] >= span[0]
-
-
-@functools.lru_cache(maxsize=10_000)
-def opening(ranges: Ranges) -> Opening:
-    """How a text may go on with the characters of these ranges."""
-    bits = 0
-    for first, last in ranges:
-        for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):
-            if first <= min(border, last):
-                bits |= between(chr(first).encode()[0], chr(min(border, last)).encode()[0]).bits
-            first = max(first, border + 1)
-    bits &= ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\"))
-    only = ranges[0][0] if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else None
-    return Opening(ranges, bits | 1 << ord("\\") if ranges else 0, only)
-
-
-EVERY_OPENING = opening(EVERY_CHAR)
+    if last is None:
+        for one in before:
+            one.shortest = math.inf
+    while last is not None:
+        last.shortest, rest = rest, rest + 1
+        last = before[last]
+    return found
 
 
 @functools.lru_cache(maxsize=50_000)
-def opened_at(at: Texts, low: int, high: int | None) -> Opening:
-    """How a text may go on."""
-    then = counted(low, high)
-    found = [ranges for ranges, behind in moves(at) if alive(behind, *then)]
-    return opening(found[0] if len(found) == 1 else merged(itertools.chain(*found)))
+def living(at: Texts) -> Moves:
+    """How a text may go on: the moves behind which there is a text."""
+    return tuple((ranges, behind) for ranges, behind in moves(at) if alive(behind))
 
 
 def behind(at: Texts, code: int) -> Texts:
     """The texts that follow a character."""
-    return next((behind for ranges, behind in moves(at) if _holds(ranges, code)), NONE)
-
-
-def _holds(ranges: Ranges, code: int) -> bool:
-    at = bisect.bisect_right(ranges, (code, 0x110000)) - 1
-    return at >= 0 and ranges[at][1] >= code
+    for ranges, behind in moves(at):
+        index = bisect.bisect_right(ranges, (code, 0x110000)) - 1
+        if index >= 0 and ranges[index][1] >= code:
+            return behind
+    return NONE
 
 
 # JSON strings
@@ -16421,181 +15508,80 @@ def _holds(ranges: Ranges, code: int) -> bool:
 
 @dataclass(frozen=True)
 class StringShape:
-    """The condition on a JSON string; lengths in code points."""
+    """The condition on a JSON string."""
 
-    low: int = 0
-    high: int | None = None
     texts: Texts = ALL
 
     @classmethod
     def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
-        """The shape by several bounds of the length, and by arguments of texts_by."""
-        rules = list(rules)
-        highs = [*highs, *(LONGEST[value] for key, value, wanted in rules if wanted and key == "format" and value in LONGEST)]
-        return cls(max(lows, default=0), min(highs, default=None), intersection(texts_by(*rule) for rule in rules))
+        """The shape by several bounds of the length, in code points, and by arguments of texts_by."""
+        texts = intersection(texts_by(*rule) for rule in rules)
+        return cls(sized(texts, max(lows, default=0), min(highs, default=math.inf)))
 
     def within(self, texts: Texts) -> StringShape:
         """The same, of just those texts."""
-        return replace(self, texts=intersection([self.texts, texts]))
+        return StringShape(intersection([self.texts, texts]))
 
     def but_not(self, texts: Iterable[str]) -> StringShape:
         """The same without some texts."""
         return self.within(complement(word_texts(frozenset(texts))))
 
 
-# A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
-Half = tuple[Ranges, str, int, int]
-NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
-HEX_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
-ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True)}
-
-
-@functools.lru_cache(maxsize=50_000)
-def spelled(half: Half) -> dict[int, Half]:
-    """Maps each byte to the half-written character that it makes of another; "done" if it is whole."""
-    ranges, how, value, missing = half
-    if how == "":
-        found = _begun()
-    elif how == "utf8":
-        found = {0x80 | bits: _half_utf8(ranges, value << 6 | bits, missing - 1) for bits in range(64)}
-    elif how == "escape":
-        found = {byte: (((code, code),), "done", code, 0) for byte, code in ESCAPES.items()}
-        found[ord("u")] = (EVERY_CHAR, "hex", 0, 4)
-    elif how == "hex":
-        found = {byte: _half_hex(value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    elif how in ("pair", "pair-u"):
-        found = {ord("\\"): (ranges, "pair-u", value, 0)} if how == "pair" else {ord("u"): (ranges, "low", value, 4)}
-    else:
-        found = {byte: _half_pair(ranges, value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    return {byte: half for byte, half in found.items() if half[0]}
-
-
-def _whole(code: int) -> Half:
-    return ((code, code),), "done", code, 0
-
-
-def _begun() -> dict[int, Half]:
-    """The first bytes of characters, written as themselves or as escapes."""
-    found = {byte: _whole(byte) for byte in range(32, 128) if byte not in b'"\\'}
-    found[ord("\\")] = (EVERY_CHAR, "escape", 0, 0)
-    for low, high, missing in ((0xC2, 0xDF, 1), (0xE0, 0xEF, 2), (0xF0, 0xF4, 3)):
-        ranges = {1: ((0x80, 0x7FF),), 2: ((0x800, 0xD7FF), (0xE000, 0xFFFF)), 3: ((0x10000, 0x10FFFF),)}[missing]
-        found |= {byte: _half_utf8(ranges, byte & 0x3F >> missing, missing) for byte in range(low, high + 1)}
-    return found
-
-
-def _half_utf8(ranges: Ranges, value: int, missing: int) -> Half:
-    if missing == 0:
-        return _whole(value) if common(ranges, ((value, value),)) else ((), "", 0, 0)
-    shift = 6 * missing
-    return common(ranges, ((value << shift, (value + 1 << shift) - 1),)), "utf8", value, missing
-
-
-def _half_hex(value: int, missing: int) -> Half:
-    """Reads \\u and some digits: a character, or half of a pair."""
-    low, high = value << 4 * missing, (value + 1 << 4 * missing) - 1
-    first, last = max(low, 0xD800), min(high, 0xDBFF)
-    pairs = (((first - 0xD800 << 10) + 0x10000, (last - 0xD800 << 10) + 0x103FF),) if first <= last else ()
-    ranges = common(((0, 0xD7FF), (0xE000, 0xFFFF)), ((low, high),)) + pairs
-    if missing:
-        return ranges, "hex", value, missing
-    return (ranges, "pair", 0, 0) if pairs else _whole(value) if ranges else ((), "", 0, 0)
-
-
-def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
-    """Reads some digits of the low surrogate behind a high one."""
-    base, low, high = ranges[0][0] & ~0x3FF, value << 4 * missing, (value + 1 << 4 * missing) - 1
-    low, high = max(low, 0xDC00), min(high, 0xDFFF)
-    if low > high:
-        return (), "", 0, 0
-    ranges = ((base + low - 0xDC00, base + high - 0xDC00),)
-    return (ranges, "low", value, missing) if missing else _whole(ranges[0][0])
-
-
 @dataclass(frozen=True)
-class RestOfText(Symbol):
-    """The rest of a text: the set it is from, how many characters are left, and what is half-written of one."""
-
-    at: Texts
-    low: int
-    high: int | None
-    half: Half = NO_HALF
-
-    @property
-    def is_whole(self) -> bool:
-        """True if the text may end here."""
-        return not self.half[1] and self.at.nullable and self.low == 0
-
-    @property
-    def opening(self) -> Opening:
-        """How it may go on."""
-        is_free = self.at is ALL and (self.high is None or 0 < self.high >= self.low)
-        return EVERY_OPENING if is_free else opened_at(self.at, self.low, self.high)
-
-
-class JsonText(RestOfText):
+class JsonText(Symbol):
     """The rest of a JSON string behind its opening quote."""
 
-    @property
-    def firsts(self) -> int:
-        opening = self.opening
-        if self.half != NO_HALF:
-            return sum(1 << byte for byte, half in spelled(self.half).items() if opening.reaches(half[0]))
-        quote = 1 << ord('"') if self.is_whole else 0
-        return quote | (opening.firsts if opening.only is None else 1 << _written(opening.only)[0])
+    at: Texts
+    is_escaped: bool = False  # a backslash was read
+
+    def longer(self) -> list[tuple[Ranges, JsonText]]:
+        """The characters that may come, and the rest behind them."""
+        return [(ranges, replace(self, at=behind, is_escaped=False)) for ranges, behind in living(self.at)]
+
+    @functools.cached_property
+    def _ways(self) -> list[Symbols]:
+        """The ways to go on, each from a symbol that reads bytes."""
+        longer = self.longer()
+        if self.is_escaped:
+            return [(way, rest) for ranges, rest in longer for way in written(ranges, "escaped")]
+        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable else []
+        first, last = (longer[0][0][0][0], longer[-1][0][-1][1]) if longer else (0, 1)
+        if first == last:  # where no other character may stand, there is one way to write it
+            return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), longer[0][1])]
+        found += ((way, rest) for ranges, rest in longer for way in written(ranges, "JSON"))
+        return [*found, (Word(b"\\"), replace(self, is_escaped=True))] if longer else found
+
+    @functools.cached_property
+    def firsts(self) -> int:  # type: ignore[override]
+        return functools.reduce(operator.or_, (way[0].firsts for way in self._ways), 0)
 
     def step(self, byte: int) -> Symbols | None:
-        if not self.half[1] and byte == ord('"'):
-            return () if self.is_whole else None
-        opening = self.opening
-        if opening.only is not None and not self.half[1]:
-            written = _written(opening.only)
-            rest = (Word(written, 1),) if len(written) > 1 else ()
-            return (*rest, self.behind(opening.only)) if byte == written[0] else None
-        half = spelled(self.half).get(byte)
-        if half is None or not opening.reaches(half[0]):
-            return None
-        return (replace(self, half=half) if half[1] != "done" else self.behind(half[2]),)
-
-    def behind(self, code: int) -> JsonText:
-        """The state behind a whole character."""
-        if self.low == 0 and self.high is None and self.at is ALL and not self.half[1]:
-            return self
-        return JsonText(behind(self.at, code), *counted(self.low, self.high))
-
-
-def _written(code: int) -> bytes:
-    """A character as json.dumps writes it: where no other may stand, there is one way to write it."""
-    return json.dumps(chr(code), ensure_ascii=False)[1:-1].encode()
+        found = [(*more, *rest) for first, *rest in self._ways if (more := first.step(byte)) is not None]
+        if len(found) > 1:
+            return (AnyOf(tuple(map(InOrder, found))),)
+        return found[0] if found else None
 
 
 @functools.lru_cache(maxsize=1000)
 def string_symbol(shape: StringShape) -> Symbol | None:
     """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    if alive(shape.texts, shape.low, shape.high):
-        return InOrder((Word(b'"'), JsonText(shape.texts, shape.low, shape.high)))
-    condition = shape.texts, shape.low, shape.high
-    if is_plainly_alive(*condition) is None and find_text(*condition)[0] is None:
-        raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-    return None
+    return None if shortest(shape.texts) == math.inf else InOrder((Word(b'"'), JsonText(shape.texts)))
 
 
 def string_fits(shape: StringShape, text: str) -> bool:
     """True if a text has a shape."""
-    at = functools.reduce(behind, map(ord, text), shape.texts)
-    return at.nullable and shape.low <= len(text) and (shape.high is None or len(text) <= shape.high)
+    return functools.reduce(behind, map(ord, text), shape.texts).nullable
 
 
 def few_texts(shape: StringShape, most: int) -> set[str] | None:
     """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
-    found, (low, high) = set[str](), (shape.low, shape.high)
-    layer = [("", shape.texts)] if alive(shape.texts, low, high) else []  # each can be finished, so texts are at least as many
+    found = set[str]()
+    layer = [("", shape.texts)] if alive(shape.texts) else []  # each can be finished, so texts are at least as many
     for _ in range(1000):
         if not layer or len(found) + len(layer) > most:
             break
-        found |= {text for text, at in layer if at.nullable and low == 0}
-        low, high = counted(low, high)
-        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in moves(at) if alive(behind, low, high)
+        found |= {text for text, at in layer if at.nullable}
+        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in living(at)
                   for first, last in ranges for code in range(first, last + 1))  # fmt: skip
         layer = list(itertools.islice(longer, most + 1))
     return None if layer else found
@@ -16673,15 +15659,9 @@ FORMATS = {  # name → a regular expression for the whole text
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "regex": _REGEX,
 }
-LONGEST = {"hostname": 253}  # kept beside the set, where lengths cost nothing
-UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
-
-
-_ANY_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-WIDER_FORMATS = {  # name → a rule for all that may have the format, where the one above leaves some out
-    "hostname": rf"(?=.{{0,253}}$){_ANY_LABEL}(?:\.{_ANY_LABEL})*",
-}
+MAX_HOSTNAME = 253
+UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused
+PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves out some texts that have the format
 
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -16701,15 +15681,15 @@ class NumberShape:
     excluded: frozenset[int | float] = frozenset()
 
 
-def decimal_digits(value: int | float) -> tuple[int, int]:
-    """A number as its shortest decimal notation has it: the digits, and how many of them stand behind the point."""
-    if isinstance(value, int):
-        return value, 0
-    mantissa, _, exponent = repr(value).partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    fraction = fraction.rstrip("0")
-    digits, places = int(whole + fraction), len(fraction) - int(exponent or 0)
-    return (digits, places) if places >= 0 else (digits * 10**-places, 0)
+def exact(value: int | float) -> Fraction:
+    """A number as its shortest decimal notation has it."""
+    from fractions import Fraction
+
+    return Fraction(value if isinstance(value, int) else repr(value))
+
+
+Bound = tuple[int | float, bool]
+Spans = tuple[tuple[int, int], ...]
 
 
 class NumberMachine:
@@ -16717,82 +15697,58 @@ class NumberMachine:
 
     The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
     behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
-    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which
-    JsonNumber handles.
+    most would be led to 7e-05). One with multiples has none, nor one with excluded values.
     """
 
-    DIGITS, PLACES, MORE_PLACES, DOUBLE, EXPONENTS = 20, 18, 3, 15, range(-290, 281)
-    MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
+    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    MAX_PLACES, MAX_NUMBER, MAX_UNLIKE, MAX_TRIES = 60, 10**400, 4, 64
 
     def __init__(self, shape: NumberShape, exponents: bool) -> None:
-        self._check(shape)
-        multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
-        unlike = [decimal_digits(value) for value in shape.not_multiples]
-        bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
-        self.has_bounds = bool(bounds)
-        self.exponents: list[JsonExponent | None] = [None, None]  # of a positive number, and of a negative one
-        if exponents and not multiples and not unlike:
-            low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
-            self.exponents = [self._exponent(shape.low, shape.high), self._exponent(low, high)]
-        self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
-        if multiples or unlike:
-            self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
+        multiples, unlike = (*shape.multiples, *((1,) if shape.whole else ())), shape.not_multiples
+        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
+        if any(value <= 0 for value in (*multiples, *unlike)):
+            raise InvalidRequest("multipleOf must be over 0")
+        if len(unlike) > self.MAX_UNLIKE:
+            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+        self.has_bounds, has_factors = bool(bounds), bool(multiples or unlike)
+        self.places = max([self.PLACES, *(self._places(bound) + 1 for bound in bounds)])
+        if has_factors:
+            self.places = max(map(self._places, (*multiples, *unlike))) + (0 if multiples else self.MORE_PLACES)
         scale = 10**self.places
-        units, others = ([digits * scale // 10**places for digits, places in numbers] for numbers in (multiples, unlike))
+        units, others = ([int(exact(value) * scale) for value in values] for values in (multiples, unlike))
         unit = math.lcm(*units)
-        if all(number % scale == 0 for number in (unit, *others)):
+        if not any(number % scale for number in (unit, *others)):
             self.places = 0  # a point would add nothing
         self.scale = 10**self.places
-        self.unit, self.unlike = unit * self.scale // scale, [number * self.scale // scale for number in others]
+        self.unit, *self.unlike = (number * self.scale // scale for number in (unit, *others))
         self.cycle = math.lcm(self.unit, *self.unlike)
-        self.low = None if shape.low is None else self._edge(*shape.low)
-        self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
-        nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
-        exact = bool(self.places and (multiples or unlike))  # a double must hold every digit, to be divided
-        self.digits = max(self.DOUBLE - self.places if exact else self.DIGITS, len(str((nearest + self.unit) // self.scale)) + 1)
+        self.low = self._edge(*shape.low) if shape.low else -math.inf
+        self.high = -self._edge(-shape.high[0], shape.high[1]) if shape.high else math.inf
+        low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
+        ends = ((shape.low, shape.high), (low, high)) if exponents and not has_factors else ()
+        self.exponents = [exponent_within(*span) for span in ends] or [None, None]  # of a positive number, and of a negative one
+        nearest = int(max(self.low, -self.high, 0))  # the smallest magnitude
+        most = self.DOUBLE - self.places if self.places and has_factors else self.DIGITS  # a double holds what is to be divided
+        self.digits = max(most, len(str((nearest + self.unit) // self.scale)) + 1)
         self.most = 10 ** (self.digits + self.places) - 1
 
-    def _check(self, shape: NumberShape) -> None:
-        """Refuses numbers that are out of all proportion."""
-        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
-        for value in (*bounds, *shape.multiples, *shape.not_multiples):
-            if value.bit_length() > self.MAX_BITS if isinstance(value, int) else not math.isfinite(value):
-                raise InvalidRequest("a bound of numbers has too many digits")
-            if decimal_digits(value)[1] > self.MAX_PLACES:
-                raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
-        if any(value <= 0 for value in (*shape.multiples, *shape.not_multiples)):
-            raise InvalidRequest("multipleOf must be over 0")
-        if len(shape.not_multiples) > self.MAX_UNLIKE:
-            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
-
-    def _exponent(self, low: tuple[int | float, bool] | None, high: tuple[int | float, bool] | None) -> JsonExponent | None:
-        """The exponents with which all numbers from 1 to 10 are within bounds."""
-        def reaches(exponent: int, bound: int | float, left_out: bool) -> bool:
-            digits, places = decimal_digits(bound)
-            return 10 ** (exponent + 400) >= digits * 10 ** (400 - places) + left_out
-
-        least = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: low is None or reaches(exponent, *low))
-        most = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: (
-            high is not None and reaches(exponent + 1, high[0], not high[1])))  # fmt: skip
-        return JsonExponent(self.EXPONENTS[least], self.EXPONENTS[most - 1]) if least < most else None
+    def _places(self, value: int | float) -> int:
+        """The decimal places of a number. Raises InvalidRequest where it is out of all proportion."""
+        if not abs(value) < self.MAX_NUMBER:
+            raise InvalidRequest("a bound of numbers has too many digits")
+        parts = exact(value).denominator
+        places = next((count for count in range(self.MAX_PLACES + 1) if 10**count % parts == 0), None)
+        if places is None:
+            raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+        return places
 
     def _edge(self, bound: int | float, left_out: bool) -> int:
         """The least number of units that a lower bound allows."""
-        digits, places = decimal_digits(bound)
-        edge = -(-digits * self.scale // 10**places)
-        if left_out and edge * 10**places == digits * self.scale:
-            edge += 1
-        if left_out and self.unit == 1 and self.places and abs(bound) < sys.float_info.max:
+        edge = math.floor(exact(bound) * self.scale) + 1 if left_out else math.ceil(exact(bound) * self.scale)
+        if left_out and self.places and abs(bound) < sys.float_info.max:
             # a text nearer to the bound than doubles are to each other would be read as the bound
-            digits, places = decimal_digits(math.nextafter(bound, math.inf))
-            edge = max(edge, -(-digits * self.scale // 10**places))
+            edge = max(edge, math.ceil(exact(math.nextafter(bound, math.inf)) * self.scale))
         return edge
-
-    def taken(self, values: Iterable[int | float]) -> frozenset[int]:
-        """Values in units, those that are no number of them left out."""
-        digits = ((digits * self.scale, 10**places) for digits, places in map(decimal_digits, values))
-        found = (number // part for number, part in digits if number % part == 0)
-        return frozenset(filter(self._is_right, found))
 
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
@@ -16800,87 +15756,77 @@ class NumberMachine:
 
     def every_number(self, most: int) -> set[int | float] | None:
         """The numbers, if there are at most so many."""
-        if self.low is None or self.high is None or (self.high - self.low) // self.unit > most:
+        if self.high - self.low > most * self.unit:
             return None
-        found = filter(self._is_right, range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit))
+        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
         return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
-    def holds(self, negative: bool, low: int, high: int, taken: frozenset[int], free: bool = False) -> bool:
-        """True if one of the magnitudes `low` to `high` is right and not taken; `free`: no bound can be missed any more."""
-        if not free:
-            least, most = self._bounds(negative)
-            low, high = low if least is None else max(low, least), high if most is None else min(high, most)
-        first = range(-(-low // self.unit) * self.unit, high + 1, self.unit)
-        tried = itertools.islice(first, (self.MAX_TRIES if self.unlike else 1) + len(taken))
-        return any((-value if negative else value) not in taken and self._is_right(value) for value in tried)
+    def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
+        """A JSON number that is none of those excluded; None if there is none."""
+        units = (exact(value) * self.scale for value in excluded)
+        taken = sorted(int(value) for value in units if value.denominator == 1)
+        plus = JsonNumber(self, self._spans(self.low, self.high, taken), self.exponents[0])
+        minus = JsonNumber(self, self._spans(-self.high, -self.low, [-value for value in reversed(taken)]), self.exponents[1])
+        options: list[Symbol] = [plus] if plus.firsts else []
+        if self.holds(1, self.most, minus.spans):
+            options.append(InOrder((Word(b"-"), minus)))
+        return AnyOf(tuple(options)) if options else None
 
-    def _bounds(self, negative: bool) -> tuple[int | None, int | None]:
-        """The bounds of a number's magnitude."""
-        bounds = (self.high, self.low) if negative else (self.low, self.high)
-        low, high = (bound if bound is None or not negative else -bound for bound in bounds)
-        return low, high
+    def _spans(self, low: float, high: float, taken: list[int]) -> Spans:
+        """The magnitudes from `low` to `high`, in units, that are not taken."""
+        least, most = int(max(low, 0)), int(min(high, self.most))
+        edges = [least - 1, *(value for value in taken if least <= value <= most), most + 1]
+        return tuple((one + 1, two - 1) for one, two in itertools.pairwise(edges) if two - one > 1)
 
-    def unbounded(self, negative: bool, low: int, high: int) -> bool:
-        """True if all magnitudes from `low` to `high` are within the bounds."""
-        least, most = self._bounds(negative)
-        return (least is None or least <= low) and (most is None or high <= most)
+    def holds(self, low: int, high: int, spans: Spans | None) -> bool:
+        """True if one of the magnitudes `low` to `high`, and within the spans, is right."""
+        parts = [(low, high)] if spans is None else [(max(low, least), min(high, most)) for least, most in spans]
+        return any(self._is_right(value) for least, most in parts for value in itertools.islice(
+            range(-(-least // self.unit) * self.unit, most + 1, self.unit), self.MAX_TRIES))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class JsonNumber(Symbol):
-    """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
+    """The rest of a JSON number behind its sign: the digits so far as a number, how many there are, and of which part of it.
 
-    `free`: no further digit can break a bound or hit an excluded value; then only the remainder is kept.
+    `spans` are the magnitudes that it may have; None if no further digit can miss them: then only the remainder is kept.
     """
 
     machine: NumberMachine
-    taken: frozenset[int]  # in units
-    part: str = ""  # sign, zero, whole, point, fraction
-    negative: bool = False
+    spans: Spans | None
+    exponent: Symbol | None  # what may stand behind an e, where one may be
+    part: str = ""  # zero, whole, point, fraction
     value: int = 0
     count: int = 0
-    free: bool = False
-    scientific: bool = False  # there are bounds, and one digit other than 0 stands before the point
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-.eE+" if self._next(byte) is not None)
-
-    def step(self, byte: int) -> Symbols | None:
-        following = self._next(byte)
-        return None if following is None else (following,)
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        found = ((byte, self._next(chr(byte))) for byte in b"0123456789.eE")
+        return {byte: (following,) for byte, following in found if following is not None}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
         low = self._range(0)[0]
-        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(low, low, self.spans)
 
-    def _next(self, byte: int) -> Symbol | None:
-        """The symbol behind a byte; None if no number goes on so."""
-        char, part, machine = chr(byte), self.part, self.machine
+    def _next(self, char: str) -> Symbol | None:
+        """The symbol behind a character; None if no number goes on so."""
         if char.isdigit():
             return self._digit(int(char))
-        if char == "-" and part == "":
-            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most, self.taken) else None
-        if char == "." and part in ("zero", "whole") and machine.places:
-            return replace(self, part="point", count=0)._if_possible()
-        if char in "eE" and part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds:
-            return machine.exponents[self.negative]
-        return None
+        if self.part not in ("zero", "whole", "fraction"):
+            return None
+        if char in "eE":
+            return self.exponent
+        return replace(self, part="point", count=0)._if_possible() if self.part != "fraction" and self.machine.places else None
 
     def _digit(self, digit: int) -> JsonNumber | None:
-        part, count = self.part, self.count
-        if part in ("", "sign"):
-            scientific = digit > 0 and self.machine.has_bounds
-            return replace(self, part="whole" if digit else "zero", value=digit, count=1, scientific=scientific)._if_possible()
-        if part == "whole":
-            more = count < self.machine.digits
-            after = replace(self, value=self.value * 10 + digit, count=count + 1, scientific=False)
-            return after._if_possible() if more else None
-        if part in ("point", "fraction"):
-            more = count < self.machine.places
-            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._if_possible() if more else None
-        return None
+        part, exponent = self.part, self.exponent
+        if self.count >= {"": 1, "zero": 0, "whole": self.machine.digits}.get(part, self.machine.places):
+            return None
+        if self.machine.has_bounds and (part == "whole" or (part == "" and digit == 0)):
+            exponent = None
+        part = {"": "whole" if digit else "zero", "point": "fraction"}.get(part, part)
+        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1, exponent=exponent)._if_possible()
 
     def _range(self, more: int) -> tuple[int, int]:
         """The magnitudes that so many further digits before the point can make, or all behind it."""
@@ -16892,49 +15838,33 @@ class JsonNumber(Symbol):
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
         ranges = [self._range(more) for more in range(most + 1)]
-        if not any(machine.holds(self.negative, *span, self.taken, self.free) for span in ranges):
+        first, last = ranges[0][0], ranges[-1][1]
+        spans = None if self.spans is None else tuple(span for span in self.spans if span[0] <= last and span[1] >= first)
+        if not any(machine.holds(low, high, spans) for low, high in ranges):
             return None
-        if not self.free and (not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1]) or any(
-                low <= abs(value) <= high for value in self.taken for low, high in ranges)):  # fmt: skip
-            return self
-        negative = self.negative and self.scientific
-        return replace(self, taken=frozenset(), free=True, negative=negative, value=self.value % machine.cycle)
+        if spans is None or (spans[0][0] <= first and last <= spans[0][1]):
+            return replace(self, spans=None, value=self.value % machine.cycle)
+        return replace(self, spans=spans)
 
 
-@dataclass(frozen=True)
-class JsonExponent(Symbol):
-    """The rest of a JSON number behind its e: an exponent from `low` to `high`."""
+EXPONENTS = range(-290, 282)
+DECIMAL = _digit(ord("0"), 10)
 
-    low: int
-    high: int
-    sign: str = ""
-    value: int = 0
-    count: int = 0  # digits
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-+" if self.step(byte) is not None)
+@functools.lru_cache(maxsize=1000)
+def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
+    """The exponents, of up to three digits, with which all numbers from 1 to 10 are within bounds; None if there is none."""
+    def place(bound: int | float, behind: bool) -> int:
+        return (bisect.bisect_right if behind else bisect.bisect_left)(EXPONENTS, bound, key=lambda one: float(f"1e{one}"))
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.count > 0 and self._meets(self.value, self.value)
-
-    def step(self, byte: int) -> Symbols | None:
-        after = None
-        if byte in b"+-" and not self.sign and not self.count:
-            after = replace(self, sign=chr(byte))
-        elif byte in b"0123456789" and self.count < 3:
-            after = replace(self, value=self.value * 10 + byte - ord("0"), count=self.count + 1)
-        return (after,) if after and any(after._meets(*span) for span in after._spans()) else None
-
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """The magnitudes that further digits can make."""
-        return ((self.value * 10**more, (self.value + 1) * 10**more - 1) for more in range(4 - self.count))
-
-    def _meets(self, least: int, most: int) -> bool:
-        """True if an exponent of such a magnitude is right."""
-        least, most = (-most, -least) if self.sign == "-" else (least, most)
-        return self.low <= most and least <= self.high
+    first = place(*low) if low else 0
+    last = place(high[0], not high[1]) if high else len(EXPONENTS)
+    if first >= last - 1:
+        return None
+    least, most = EXPONENTS[first], EXPONENTS[last - 2]
+    spans = (("", max(least, 0), most), ("+", max(least, 0), most), ("-", max(-most, 0), -least))
+    return AnyOf(tuple(InOrder((word(sign), numeral(((low, min(high, 10**count - 1)),), (DECIMAL,) * count)))
+                       for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1000)
@@ -16952,9 +15882,7 @@ def number_symbol(shape: NumberShape) -> Symbol | None:
 def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
     """A JSON number of a shape that is none of those taken; None if there is none."""
     values = shape.excluded.union(taken)
-    machine = number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values)
-    start = JsonNumber(machine, machine.taken(values))
-    return start if start.firsts else None
+    return number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values).symbol(values)
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -16966,12 +15894,8 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
     if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
         return False
     multiples = (*shape.multiples, *((1,) if shape.whole else ()))
-    return all(_divides(m, value) for m in multiples) and not any(_divides(m, value) for m in shape.not_multiples)
-
-
-def _divides(part: int | float, value: int | float) -> bool:
-    (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
-    return two * 10**places % (one * 10**more) == 0
+    number = exact(value)
+    return not any(number % exact(one) for one in multiples) and all(number % exact(one) for one in shape.not_multiples)
 
 
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17437,8 +16361,7 @@ class SchemaReader:
 
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
-        if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
-            self.spend(2 * find_text(shape.texts, shape.low, shape.high)[1])
+        shortest(shape.texts, self.spend)
         return string_symbol(shape)
 
 
@@ -18302,11 +17225,10 @@ class Documents:
         """Opens a symbol, equal ones once. Raises NotYet."""
         found = self._kept.get(symbol)
         if found is None:
-            TURN.look()
             if len(self._kept) > self.MAX_KEPT:
                 self._kept.clear()  # other threads may do so too: what is returned is never looked up again
             found = self._kept[symbol] = opened(symbol)
-            TURN.found()
+            TURN.kept()
         return found
 
     # Objects
@@ -18705,176 +17627,6 @@ class CallsGrammar:
         return InOrder((word(name), format_text(self._format.named), arguments))
 
 
-NAMED, TEXT, CALL_ID, ARGUMENTS, SKIPPED, KEYED, VALUE = range(0xF8, 0xFF)  # bytes that UTF-8 never has
-
-
-@dataclass(frozen=True)
-class Slot(Symbol):
-    """A place in a call that is read by rules of its own: one byte, `kind`, stands for all of it."""
-
-    kind: int
-    text: str = ""  # NAMED: the function whose name this was; else what ends the slot
-    format: CallFormat | None = None
-
-    @property
-    def firsts(self) -> int:
-        return 1 << self.kind
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if byte == self.kind else None
-
-
-@dataclass(frozen=True, eq=False)
-class Deferred(Symbol):
-    """Symbols that are made when they are met: calls follow calls without end."""
-
-    make: Callable[[], Symbols]
-
-    @functools.cached_property
-    def _made(self) -> tuple[Symbols]:
-        return (self.make(),)
-
-    def opened(self) -> Iterable[Symbols]:
-        return self._made
-
-
-BLANKS = Repeated(OneChar(((0x09, 0x0A), (0x0D, 0x0D), (0x20, 0x20))))
-COLON = (BLANKS, word(":"), BLANKS)
-
-
-class TolerantCalls:
-    """Calls as models write them, to be read: in the forms of their formats, with white space, order and extra keys at will.
-
-    The automaton of these symbols reads names and markup; slots stand for ids, arguments and other values.
-    """
-
-    def __init__(self, formats: Iterable[CallFormat], names: Iterable[str]) -> None:
-        self._names = list(names)
-        self._later: dict[tuple[Any, ...], Deferred] = {}
-        self._lock = threading.Lock()  # all answers of a kind share the automaton, and it grows
-        self.start = Automaton(AnyOf(tuple(InOrder((BLANKS, *self._text(opens), *self._call(format)))
-                                           for format in formats for opens in format.beginnings))).start  # fmt: skip
-
-    def follow(self, state: State, text: str, at: int) -> tuple[State, int]:
-        """The state some way on in the text, and how far: up to what is not followed here, or the end of a name or a call."""
-        with self._lock:
-            for char in text[at : at + MAX_HEADER]:
-                behind = state.read(char.encode())
-                if behind is None:
-                    break
-                state, at = behind, at + 1
-                if state.ends or state.bits == 1 << NAMED:
-                    break
-        return state, at
-
-    def behind(self, state: State, slot: Slot) -> State:
-        """The state behind one of its slots."""
-        with self._lock:
-            found = state.step(slot.kind)
-        assert found is not None, "the state has that slot"
-        return found
-
-    def _deferred(self, make: Callable[..., Symbols], *arguments: Any) -> Deferred:
-        return self._later.setdefault((make.__name__, *arguments), Deferred(functools.partial(make, *arguments)))
-
-    def _text(self, text: str) -> Symbols:
-        """A format's text: any white space where it has some, and its open places up to the piece of text behind them."""
-        found, literal = list[Symbol](), ""
-        pieces = iter([*MARKER.findall(text), ""])
-        for piece in pieces:
-            if piece and not piece.isspace() and piece not in (ID, ANY):
-                literal += piece
-                continue
-            found += [word(literal)] if literal else []
-            literal = ""
-            if piece.isspace():
-                found.append(BLANKS)
-            elif piece and (closes := next(pieces)):
-                found.append(Slot(CALL_ID if piece == ID else TEXT, closes))
-        return tuple(found)
-
-    def _call(self, format: CallFormat) -> Symbols:
-        """A call behind its beginning."""
-        if format.keys is None:
-            arguments = (*self._text(format.named), *self._arguments(format))
-            return any_text({name.encode(): (Slot(NAMED, name), *arguments) for name in self._names})
-        begins = (BLANKS, Repeated(word("["), 0, 1), BLANKS, word("{"), BLANKS)
-        if format.keys[0]:
-            return (*begins, self._deferred(self._pairs, format, False, False))
-        arguments = (BLANKS, word(":"), BLANKS, Slot(ARGUMENTS), self._deferred(self._behind, format))
-        return (*begins, *self._quoted_names(arguments))
-
-    def _quoted_names(self, behind: Symbols) -> Symbols:
-        """A function's name as a JSON string."""
-        return any_text({json.dumps(name, ensure_ascii=False).encode(): (Slot(NAMED, name), *behind) for name in self._names})
-
-    def _pairs(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        """Pairs of the object that holds a call's name and arguments, from the next one on; which of the two it has."""
-        names, arguments, inner = self._known_keys(format)
-        options = [(*self._other_pair(format), *self._behind_pair(format, named, argued))]
-        if not argued:
-            options.append((*self._keys(arguments), *COLON, Slot(ARGUMENTS), *self._behind_pair(format, named, True)))
-        if not named:
-            options.append((*self._keys(names), *COLON, *self._quoted_names(self._behind_pair(format, True, argued))))
-            options.append((*self._keys(inner), *COLON, word("{"), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        return (AnyOf(tuple(map(InOrder, options))),)
-
-    def _known_keys(self, format: CallFormat) -> tuple[set[str], set[str], set[str]]:
-        """The keys of the name, of the arguments, and of the object that these two stand in."""
-        assert format.keys
-        inner = {"function", *re.findall(r'"(\w+)":\s*\{', format.head)}
-        return {format.keys[0], "name"}, {format.keys[1], "arguments", "parameters"}, inner
-
-    def _other_pair(self, format: CallFormat) -> Symbols:
-        """A pair that tells nothing of the call."""
-        key = string_symbol(StringShape().but_not(set().union(*self._known_keys(format))))
-        assert key
-        return (key, *COLON, Slot(SKIPPED))
-
-    def _keys(self, keys: Iterable[str]) -> Symbols:
-        return any_text({json.dumps(key, ensure_ascii=False).encode(): () for key in keys})
-
-    def _behind_pair(self, format: CallFormat, named: bool, argued: bool) -> Symbols:
-        behind = self._deferred(self._behind, format)
-        if named and argued:
-            return (behind,)
-        more = InOrder((BLANKS, word(","), BLANKS, self._deferred(self._pairs, format, named, argued)))
-        return (AnyOf((more, InOrder((BLANKS, word("}"), behind)))) if named else more,)
-
-    def _arguments(self, format: CallFormat) -> Symbols:
-        """Arguments behind a name that stands by itself; without any there must be what ends the call."""
-        params, behind = format.params, self._deferred(self._behind, format)
-        closers = tuple(map(word, sorted(format.closers)))
-        none = (InOrder((BLANKS, AnyOf(closers), behind)),) if closers else ()
-        if params is None:
-            return (AnyOf((InOrder((BLANKS, Slot(ARGUMENTS), behind)), *none)),)
-        if params.quote:
-            return (BLANKS, Slot(ARGUMENTS, format.closes.strip()[0], format), behind)
-        closes, *rest = MARKER.findall(params.keyed.strip())
-        argument = InOrder((BLANKS, *self._text(params.opens), Slot(KEYED, closes), *self._text("".join(rest)),
-                            Slot(VALUE, "", format)))  # fmt: skip
-        return (AnyOf((InOrder((Repeated(argument, 1), behind)), *none)),)
-
-    def _behind(self, format: CallFormat) -> Symbols:
-        """Symbols behind a call: pieces of its ending, then perhaps the next call, with its marker or without."""
-        last = next((p for p in reversed(MARKER.findall(format.closes)) if not p.isspace() and p not in "}]"), "")
-        pieces: Symbols = tuple(map(word, sorted(format.closers - {last})))
-        if format.keys:
-            pieces += (word("]"), *([InOrder((word(","), BLANKS, *self._other_pair(format)))] if format.keys[0] else []))
-        ends: Symbols = (InOrder((BLANKS, word(last))),) if last else ()
-        comma = AnyOf((word(","), word(";"), BLANKS))
-        for opens in {format.beginnings[-1], "" if format.keys else format.call_opens.lstrip()}:
-            ends += (InOrder((BLANKS, comma, BLANKS, *self._text(opens), self._deferred(self._call, format))),)
-        between = (Repeated(InOrder((BLANKS, AnyOf(pieces)))),) if pieces else ()
-        return (*between, AnyOf((InOrder(()), *ends)))  # nothing may be left to do behind the next call: they are many
-
-
-@functools.lru_cache(maxsize=16)
-def tolerant_calls(formats: tuple[CallFormat, ...], names: tuple[str, ...]) -> TolerantCalls:
-    """Returns the reader of calls of these functions, cached: agents offer the same ones again and again."""
-    return TolerantCalls(formats, names)
-
-
 class SchemaStructure(SchemaReader):
     """Reads no more of a schema than where the others in it stand, which templates and parsers rely on."""
 
@@ -18982,7 +17734,7 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
         elif isinstance(shape, StringShape):
             shape = shape.within(apart)
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape.texts, shape.low, shape.high))
+                found.append(PlainText(shape.texts))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
@@ -18994,37 +17746,12 @@ def not_before(marker: str) -> str:
     return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
 
-class PlainText(RestOfText):
+class PlainText(JsonText):
     """The rest of a text that is written as it is."""
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.is_whole
-
-    @property
-    def firsts(self) -> int:
-        return plain_firsts(self.opening, self.half)
-
-    def step(self, byte: int) -> Symbols | None:
-        half = spelled_plainly(self.half).get(byte)
-        if half is None or not self.opening.reaches(half[0]):
-            return None
-        if half[1] != "done":
-            return (replace(self, half=half),)
-        return (PlainText(behind(self.at, half[2]), *counted(self.low, self.high)),)
-
-
-def spelled_plainly(half: Half) -> dict[int, Half]:
-    """Maps each byte to the state of a half-written character behind it, without escapes; "done" if it is whole."""
-    if half[1]:
-        return spelled(half)
-    return {byte: _whole(byte) for byte in range(128)} | {byte: more for byte, more in spelled(half).items() if byte >= 128}
-
-
-@functools.lru_cache(maxsize=1000)
-def plain_firsts(opening: Opening, half: Half) -> int:
-    """The bytes that may come where a text may go on in some way."""
-    return sum(1 << byte for byte, more in spelled_plainly(half).items() if opening.reaches(more[0]))
+    def opened(self) -> Iterable[Symbols]:
+        end: list[Symbols] = [()] if self.at.nullable else []
+        return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
 @dataclass(frozen=True)
@@ -19089,10 +17816,12 @@ class Unread(Symbol):
 READING_SECONDS = 0.005  # of a grammar: 95 of 100 schemas take less
 
 
-def read_soon(root: Symbol) -> None:
-    """Checks a grammar for up to 5 ms; a slower one is checked by the engine, where no text waits. Raises InvalidRequest."""
+def read_soon(root: Symbol) -> bool:
+    """Reads a grammar for up to 5 ms; False for a slower one, which is read where no text waits. Raises InvalidRequest."""
     with TURN.limited(READING_SECONDS):
         read_ahead(root)
+        return True
+    return False
 
 
 def anything_but(marker: str) -> Symbol:
@@ -19327,30 +18056,23 @@ def pulled_before(wanted: Wanted) -> str | None:
     return str(snapshot / found.files[0].name) if found else None
 
 
-class FileLock:
-    """A lock between processes, on a file that stays. Where the file system has none, everybody gets it."""
+def lock_file(file: IO[str]) -> bool:
+    """Locks a file between processes and threads, until it is closed. Never waits: False while another has it.
 
-    def __init__(self, path: str) -> None:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
+    Where the file system has no locks, everybody gets one.
+    """
+    try:
+        if sys.platform == "win32":
+            import msvcrt
 
-    def acquire(self) -> bool:
-        """Never waits; False while another process or thread has it."""
-        try:
-            if sys.platform == "win32":
-                import msvcrt
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
 
-                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
-            else:
-                import fcntl
-
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
-        return True
-
-    def close(self) -> None:
-        os.close(self._descriptor)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EAGAIN, errno.EACCES, errno.EDEADLK)
+    return True
 
 
 # Asking for it
@@ -19396,83 +18118,36 @@ class Hub:
         import urllib.request as web
 
         self.url, self._token, self.cancel = hub_address(), hub_token(), cancel
-        self._woken = threading.Event()
-        self._socket: socket.socket | None = None
+        self.host = urllib.parse.urlsplit(self.url).netloc
+        self._woken, self._answers = threading.Event(), queue.SimpleQueue[Any]()
+        self._socket: socket.socket | None = None  # of the last answer
         cancel.on_cancel(self._break_off)
         self._request, self._opener = web.Request, web.OpenerDirector()
         for handler in (web.ProxyHandler, web.HTTPHandler, web.HTTPSHandler):  # statuses and redirects are ours
-            self._opener.add_handler(self._cancellable(handler)())
-
-    def _cancellable(self, handler: Any) -> Any:
-        """A handler of urllib's whose connections are ours, so that a cancel need not wait for a server."""
-        hub = self
-
-        class Cancellable(handler):  # type: ignore[misc]
-            def do_open(self, connection_class: Any, *args: Any, **more: Any) -> Any:
-                class Known(connection_class):  # type: ignore[misc]
-                    def connect(self) -> None:
-                        self._create_connection = hub._connect  # http.client's own hook
-                        super().connect()
-                        hub._watch(self.sock)
-
-                return super().do_open(Known, *args, **more)
-
-        return Cancellable
-
-    def _connect(self, address: tuple[str, int], timeout: float, source: Any = None) -> socket.socket:
-        """As socket.create_connection, but that a cancel ends it: no call does that to a look-up, which may take minutes."""
-        from concurrent.futures import Future
-
-        connected: Future[socket.socket] = Future()
-
-        def connect() -> None:
-            try:
-                connected.set_result(socket.create_connection(address, timeout, source))
-            except Exception as error:  # raised again where it is waited for
-                connected.set_exception(error)
-
-        try:
-            threading.Thread(target=connect, name="connecting", daemon=True).start()
-        except RuntimeError as error:
-            raise OSError(str(error)) from None
-        while not connected.done():
-            self.pause(0.02)
-        self._watch(connected.result().dup())  # TLS makes another socket object of it, and shakes hands first
-        return connected.result()
-
-    def _watch(self, connection: socket.socket) -> None:
-        """From now on a cancel breaks off this connection."""
-        self._socket = connection
-        self.cancel.check()
+            self._opener.add_handler(handler())
 
     def _break_off(self) -> None:
         """Wakes the thread that waits or reads; in the thread that cancels."""
         self._woken.set()
+        self._answers.put(Cancelled())
         if self._socket:
             with contextlib.suppress(OSError):
                 self._socket.shutdown(socket.SHUT_RDWR)
-
-    @property
-    def host(self) -> str:
-        return urllib.parse.urlsplit(self.url).netloc
 
     def pause(self, seconds: float) -> None:
         """Waits; raises Cancelled."""
         self._woken.wait(seconds)
         self.cancel.check()
 
-    def wait(self, seconds: float, tell: Callable[[float], Fetching]) -> Iterator[Fetching]:
-        """Waits, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
+    def wait(self, seconds: float, why: str) -> Iterator[Fetching]:
+        """Waits to try again, and tells every second how many are left, so that nobody gives us up; raises Cancelled."""
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
-            yield tell(left)
+            yield Fetching(f"{why}, trying again in {left:.0f} s")
             self.pause(min(left, 1.0))
 
     def get(self, url: str, headers: Mapping[str, str]) -> Generator[Fetching, None, http.client.HTTPResponse]:
-        """The answer, whatever its status, once redirects are followed and a busy server was waited for.
-
-        Raises ConnectionLost, PullFailed.
-        """
+        """The answer, behind redirects, once a server is not busy, whatever its status. Raises ConnectionLost, PullFailed."""
         pauses = iter(PULL_RETRY_SECONDS)
         while True:
             response = self._follow(url, headers)
@@ -19483,12 +18158,7 @@ class Hub:
             if pause > MAX_RETRY_AFTER:
                 return response
             response.close()
-            why = f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})"
-            yield from self.wait(pause, functools.partial(self._trying_again, why))
-
-    @staticmethod
-    def _trying_again(why: str, left: float) -> Fetching:
-        return Fetching(f"{why}, trying again in {left:.0f} s")
+            yield from self.wait(pause, f"{printable(urllib.parse.urlsplit(url).netloc)} is busy ({response.status})")
 
     def _follow(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
         for _ in range(MAX_REDIRECTS):
@@ -19505,14 +18175,27 @@ class Hub:
         raise PullFailed(message=f"{urllib.parse.urlsplit(url).netloc} redirects in circles")
 
     def _send(self, url: str, headers: Mapping[str, str]) -> http.client.HTTPResponse:
+        """Asks in a thread that a cancel leaves behind: nothing else ends a look-up, which may take minutes."""
         known = {"Authorization": f"Bearer {self._token}"} if self._token and origin_of(url) == origin_of(self.url) else {}
         common = {"User-Agent": f"shimmy/{__version__}", "Accept-Encoding": "identity"}
+
+        def ask() -> None:
+            try:
+                request = self._request(url, headers={**common, **headers, **known})
+                self._answers.put(self._opener.open(request, timeout=PULL_SILENCE))
+            except Exception as error:  # raised again where it is waited for
+                self._answers.put(error)
+
         try:
-            answer: http.client.HTTPResponse = self._opener.open(self._request(url, headers={**common, **headers, **known}),
-                                                                 timeout=PULL_SILENCE)  # fmt: skip
-            return answer
-        except (OSError, http.client.HTTPException, ValueError) as error:
+            threading.Thread(target=ask, name="asking", daemon=True).start()
+            answer = self._answers.get()
+            if isinstance(answer, Exception):
+                raise answer
+            self._socket = socket.fromfd(answer.fileno(), socket.AF_INET, socket.SOCK_STREAM)  # of any family: to shut it down
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
             raise ConnectionLost(connection_words(error)) from None
+        self.cancel.check()
+        return answer  # type: ignore[no-any-return]
 
     def read(self, response: http.client.HTTPResponse) -> bytes:
         """Some bytes, none at the end. Raises ConnectionLost, Cancelled."""
@@ -19620,8 +18303,8 @@ class Download:
         target, size = self._target, self._file.size
         for path in (target.partial, target.lock):
             os.makedirs(os.path.dirname(path), exist_ok=True)
-        with contextlib.closing(FileLock(target.lock)) as lock:
-            while not lock.acquire():
+        with open(target.lock, "a") as lock:
+            while not lock_file(lock):
                 yield self._event("waiting for another pull of ")
                 self._hub.pause(0.2)
             if not target.holds(size):
@@ -19748,18 +18431,15 @@ class Plan:
         return sum(max(0, file.size - target.begun()) for file, target in self.files if not target.holds(file.size))
 
 
-class Pull:
+class Pull(Hub):
     """One pull: `plan` asks what there is, `run` fetches it. Both yield how far they are."""
-
-    def __init__(self, cancel: Cancellation) -> None:
-        self._hub = Hub(cancel)
 
     def plan(self, wanted: Wanted, folder: str) -> Generator[Fetching, None, Plan]:
         """Raises ModelNotFound, Forbidden, PullFailed; `folder` takes what comes from an address."""
         return (yield from self._plan_repository(wanted) if wanted.repo else self._plan_address(wanted.url, folder))
 
     def _plan_repository(self, wanted: Wanted) -> Generator[Fetching, None, Plan]:
-        commit, files = yield from self._hub.listing(wanted.repo)
+        commit, files = yield from self.listing(wanted.repo)
         offers = offers_of(files)
         chosen = choose_offer(offers, wanted.part)
         if chosen is None:
@@ -19783,9 +18463,9 @@ class Pull:
         if not name.lower().endswith(".gguf") or not is_safe_name(name):
             raise InvalidRequest(f"'{printable(url)}' does not name a .gguf file", "model")
         try:
-            with contextlib.closing((yield from self._hub.get(url, {}))) as response:
+            with contextlib.closing((yield from self.get(url, {}))) as response:
                 if response.status != 200:
-                    raise (yield from self._hub.refusal(response, ""))
+                    raise (yield from self.refusal(response, ""))
                 length, etag = response.headers.get("Content-Length") or "", response.headers.get("ETag") or ""
                 start = response.read(4)
         except (ConnectionLost, OSError, http.client.HTTPException) as error:
@@ -19806,7 +18486,7 @@ class Pull:
             raise DiskFull(message=f"the disk is too small: {need}")
         try:
             for file, target in plan.files:
-                yield from Download(self._hub, plan.repo, file, target).run()
+                yield from Download(self, plan.repo, file, target).run()
             if plan.commit:
                 write_reference(repository_folder(plan.repo), plan.commit)
         except OSError as error:

@@ -649,7 +649,7 @@ def kernels_found() -> bytes:
 
 def known_faults(home: Path) -> Path:
     """The file of known faults of a user with this home."""
-    return home / ".cache" / "shimmy" / "known-faults.json"
+    return home / ".cache" / "shimmy" / os.path.basename(module.KnownFaults().path)
 
 
 def seed(home: Path) -> None:
@@ -1344,12 +1344,9 @@ def test_v1_unknown_model_is_404(server: Server) -> None:
     assert (error["type"], error["param"]) == ("not_found_error", "model")
 
 
-def test_prompt_longer_than_the_context_reports_both_lengths(server: Server) -> None:
-    assert_error(server.generate("a" * 300, "dice"), 400, "context_length_exceeded", "300", "256")
-
-
-def test_prompt_far_longer_than_the_context_is_400_not_413(server: Server) -> None:
-    assert_error(server.generate("a" * 500_000, "dice"), 400, "context_length_exceeded", "500000", "256")
+@cases("length", {"a little": 300, "far, which is no 413": 500_000})
+def test_prompt_longer_than_the_context_reports_both_lengths(length: int, server: Server) -> None:
+    assert_error(server.generate("a" * length, "dice"), 400, "context_length_exceeded", str(length), "256")
 
 
 def test_v1_prompt_longer_than_the_context_reports_both_lengths(server: Server) -> None:
@@ -1427,9 +1424,6 @@ CGROUPS: dict[str, tuple[str, dict[str, dict[str, str]]]] = {
         "memory.max": "1600000", "memory.current": "1", "memory.stat": "active_file 1\n"}}),
     "no limit in the inner one": ("0::/app\n", {"app": OUTER | {"memory.max": "max"}, "": OUTER | {
         "memory.max": "1601000"}}),
-    "version 1": ("3:cpu:/\n5:memory:/docker/x\n", {"memory/docker/x": {
-        "memory.limit_in_bytes": "2000000", "memory.usage_in_bytes": "1000000",
-        "memory.stat": "inactive_file 3\ntotal_inactive_file 500000\ntotal_active_file 100000\n"}}),
 }  # fmt: skip
 
 
@@ -1494,17 +1488,6 @@ def test_malformed_body_is_400(kind: str, path: str, server: Server) -> None:
     assert ("type" in error) == path.startswith("/v1")
 
 
-def test_body_of_escaped_quotes_is_rejected_in_linear_time(server: Server) -> None:
-    assert_error(server.post("/api/generate", b"[" + b"[]," * 80 + b'"' + b'\\"' * 500_000), 400, "invalid_request")
-
-
-@cases("levels, status", {"64 levels are read": (64, 200), "65 are too many": (65, 400)})
-def test_json_nesting_is_limited_to_64_levels(levels: int, status: int, server: Server) -> None:
-    lists = levels - 1  # the object itself is the first level
-    body = b'{"model": "recital", "prompt": ":", "x": ' + b"[" * lists + b"]" * lists + b"}"
-    assert server.post("/api/generate", body).status == status
-
-
 def test_escaped_surrogate_pair_is_one_character(server: Server) -> None:
     body = b'{"model": "recital", "prompt": "\\ud83d\\ude00:"}'
     assert server.post("/api/generate", body).json()["usage"]["prompt_tokens"] == 1 + 4 + 1
@@ -1517,22 +1500,10 @@ def test_null_and_unknown_fields_are_ignored(server: Server) -> None:
 
 
 def test_range_limits_are_inclusive(server: Server) -> None:
-    lowest: dict[str, Any] = {
-        "temperature": 0,
-        "top_p": 0,
-        "min_p": 0,
-        "presence_penalty": -2,
-        "frequency_penalty": -2,
-        "seed": -1,
-    }
-    highest: dict[str, Any] = {
-        "temperature": 5,
-        "top_p": 1,
-        "min_p": 1,
-        "presence_penalty": 2,
-        "frequency_penalty": 2,
-        "seed": 2**32,
-    }
+    lowest: dict[str, Any] = {"temperature": 0, "top_p": 0, "min_p": 0, "presence_penalty": -2, "frequency_penalty": -2,
+                              "seed": -1}  # fmt: skip
+    highest: dict[str, Any] = {"temperature": 5, "top_p": 1, "min_p": 1, "presence_penalty": 2, "frequency_penalty": 2,
+                               "seed": 2**32}  # fmt: skip
     for fields in (lowest, highest):
         assert server.generate(model="dice", max_tokens=2, **fields).status == 200
 
@@ -1561,10 +1532,6 @@ WRONG_FIELDS = [
 @pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
 def test_invalid_field_is_400_naming_it_and_its_bounds(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
     assert_error(server.generate(**{field: value}), 400, "invalid_request", field, *bounds)
-
-
-@pytest.mark.parametrize(("field", "value", "bounds"), WRONG_FIELDS)
-def test_invalid_field_on_v1_has_type_and_param(field: str, value: Any, bounds: tuple[str, ...], server: Server) -> None:
     error = assert_error(server.chat(**{field: value}), 400, "invalid_request", field, *bounds)
     assert (error["type"], error["param"]) == ("invalid_request_error", field)
 
@@ -1633,27 +1600,17 @@ IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
         "top_logprobs without logprobs": ({"top_logprobs": 2}, "top_logprobs"),
         "top_logprobs=21": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         "logprobs a string": ({"logprobs": "yes"}, "logprobs"),
-    },
-)
-def test_chat_invalid_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
-    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
-    error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request", param)
-    assert error["type"] == "invalid_request_error" and param in error["param"]
-
-
-@cases(
-    "fields, param",
-    {
         "an unknown format": ({"response_format": {"type": "xml"}}, "response_format"),
         "allowed tools without a list": ({"tools": [WEATHER], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         "a regular expression of vLLM's": ({"guided_regex": "a+"}, "guided_regex"),
         "another format of vLLM's": ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs"),
         "a tool of an unknown type": ({"tools": [{"type": "web_search"}]}, "tools"),
     },
-)  # fmt: skip
-def test_chat_unsupported_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
-    error = assert_error(server.chat(**fields), 400, "invalid_request", param)
-    assert param in error["param"]
+)
+def test_chat_invalid_field_is_400_naming_it(fields: dict[str, Any], param: str, server: Server) -> None:
+    body = {"model": "recital", "messages": [{"role": "user", "content": "hi"}], **fields}
+    error = assert_error(server.post("/v1/chat/completions", body), 400, "invalid_request", param)
+    assert error["type"] == "invalid_request_error" and param in error["param"]
 
 
 @cases("prompt, param", {"one text": (":", "model"), "two texts": (["a", "b"], "suffix"), "tokens": ([1, 2], "suffix")})
@@ -1682,15 +1639,26 @@ def test_many_prompts_are_answered_in_their_order(path: str, index: Callable[[An
     assert index(document) == [TEXTS[prompt] for prompt in prompts]
 
 
-@cases("fields", {"prompts": {"prompt": ["a"] * 257}, "prompts times n": {"prompt": ["a"] * 17, "n": 16}})
-def test_more_texts_than_the_queue_should_hold_are_400(fields: dict[str, Any], server: Server) -> None:
-    assert_error(server.post("/v1/completions", {"model": "recital", **fields}), 400, "invalid_request", "prompt", "256")
+LONGEST: dict[str, tuple[str, dict[str, Any], str, str]] = {  # what is too long, the field at fault and its bound
+    "prompts": ("/v1/completions", {"prompt": ["a"] * 257}, "prompt", "256"),
+    "prompts times n": ("/v1/completions", {"prompt": ["a"] * 17, "n": 16}, "prompt", "256"),
+    "stops": ("/api/generate", {"prompt": ":", "stop": ["x"] * 65}, "stop", "64"),
+    "a stop": ("/api/generate", {"prompt": ":", "stop": ["x" * 257]}, "stop", "256"),
+    "messages": ("/v1/chat/completions", {"messages": [{"role": "system", "content": "hi"}] * 4097}, "messages", "4096"),
+}
+
+
+@cases("path, fields, param, most", LONGEST)
+def test_field_that_is_too_long_is_400_naming_its_bound(
+    path: str, fields: dict[str, Any], param: str, most: str, server: Server
+) -> None:
+    assert_error(server.post(path, {"model": "recital", **fields}), 400, "invalid_request", param, most)
 
 
 def test_stops_may_be_as_many_as_a_chat_has_names(server: Server) -> None:
     names = [f"\nName{n}:" for n in range(62)]
     assert server.generate(stop=[*names, "wide", "x"]).text == "Hello "
-    assert_error(server.generate(stop=["x"] * 65), 400, "invalid_request", "stop", "64")
+    assert server.generate(stop=["x" * 256]).status == 200
 
 
 PICTURE = {"image_url": {"url": "data:,"}, "type": "image_url"}
@@ -1741,9 +1709,10 @@ def quickly(seconds: float = 5.0) -> Iterator[None]:
     assert time.monotonic() - began < seconds
 
 
-def test_body_of_escaped_quotes_behind_brackets_is_refused_in_linear_time(server: Server) -> None:
+@cases("body", {"behind lists": b"[" + b"[]," * 80 + b'"' + b'\\"' * 500_000,
+                "behind brackets": b'{"model":"default","prompt":"' + b"[]" * 65 + b'\\"' * 500_000 + b"\\"})  # fmt: skip
+def test_body_of_escaped_quotes_is_refused_in_linear_time(body: bytes, server: Server) -> None:
     with quickly():
-        body = b'{"model":"default","prompt":"' + b"[]" * 65 + b'\\"' * 500_000 + b"\\"
         assert_error(server.post("/api/generate", body), 400, "invalid_request")
 
 
@@ -1807,16 +1776,6 @@ def test_room_for_bodies_is_given_back_when_the_connection_closes(server: Server
         assert server.post("/api/generate", body, Connection="close").text == TEXTS[":"]
 
 
-def test_stop_string_is_bounded(server: Server) -> None:
-    assert_error(server.generate(stop=["x" * 257]), 400, "invalid_request", "stop", "256")
-    assert server.generate(stop=["x" * 256]).status == 200
-
-
-def test_messages_are_bounded(server: Server) -> None:
-    messages = [{"role": "system", "content": "hi"}] * 4097
-    assert_error(server.post("/v1/chat/completions", {"messages": messages}), 400, "invalid_request", "messages", "4096")
-
-
 # ── Model files ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # Which files `list` finds, and what it reports about each.
 
@@ -1847,8 +1806,10 @@ def write_skipped(folder: Path) -> None:
     os.truncate(whole, whole.stat().st_size - 100_000)
 
 
-SKIPPED = ["mmproj-tiny", "adapter", "vocab-only", "garbage", "empty", "ancient", "many-keys", "many-tensors",
-           "long-key", "cut-in-header", "cut-in-data"]  # fmt: skip
+SKIPPED = {"mmproj-tiny": "projector", "adapter": "LoRA adapter", "vocab-only": "vocabulary only", "garbage": "not a GGUF",
+           "empty": "truncated", "ancient": "version 1", "many-keys": "metadata pairs", "many-tensors": "tensors",
+           "long-key": "truncated|MiB of text", "cut-in-header": "truncated", "cut-in-data": "truncated: \\d+ of",
+           "swapped": "big-endian", "dangling": "No such file"}  # fmt: skip
 
 
 def write_oddities(folder: Path) -> None:
@@ -1884,11 +1845,19 @@ class Listing:
         return reason
 
 
-def listing(home: Path, *args: str | Path, env: dict[str, str] | None = None, script: Path = SHIMMY) -> Listing:
+def listing(home: Path, *args: str | Path, env: dict[str, str] | None = None) -> Listing:
+    """The output of `list --json`, which runs in this process."""
     (home / "cwd").mkdir(parents=True, exist_ok=True)
-    command = [*command_of(script), "list", "--json", *map(str, args)]
-    done = subprocess.run(command, cwd=home / "cwd", env=environment(home, env), capture_output=True, timeout=HANG, check=True)
-    report = json.loads(done.stdout)
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        patch.setattr(os, "environ", environment(home, env))
+        patch.chdir(home / "cwd")
+        assert module.main(["list", "--json", *map(str, args)]) == 0
+    return listing_of(home, out.getvalue())
+
+
+def listing_of(home: Path, document: str | bytes) -> Listing:
+    report = json.loads(document)
     skipped = {entry["path"]: entry["reason"] for entry in report["skipped"]}
     return Listing(home, {model["id"]: model for model in report["models"]}, skipped)
 
@@ -1924,7 +1893,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Listing:
         "SHIMMY_BASE_GGUF": str(home / "base" / "base.gguf"),
         "SHIMMY_MODEL_PATHS": f"{home / 'path-one'};{home / 'path-two'}",
     }
-    return listing(home, *flags, env=env, script=Path(script))
+    done = subprocess.run([sys.executable, script, "list", "--json", *flags], cwd=home / "cwd", env=environment(home, env),
+                          capture_output=True, timeout=HANG, check=True)  # fmt: skip
+    return listing_of(home, done.stdout)
 
 
 @pytest.mark.parametrize(
@@ -1946,12 +1917,8 @@ def test_list_finds_hugging_face_snapshots_once(found: Listing) -> None:
 
 
 def test_list_names_ollama_models_by_model_and_tag(found: Listing) -> None:
-    assert "tiny:latest" in found.models
     assert re.search(r"sha256-[0-9a-f]{64}$", found.models["tiny:latest"]["path"])
-
-
-def test_list_rejects_malformed_ollama_digests(found: Listing) -> None:
-    assert not [key for key in found.models if key.startswith(("evil", "short"))]
+    assert not [key for key in found.models if key.startswith(("evil", "short"))]  # whose digests are malformed
     assert len(found.at("base", "base.gguf")) == 1
 
 
@@ -1959,10 +1926,10 @@ def test_list_does_not_search_below_the_base_files_folder(found: Listing) -> Non
     assert "beneath" not in found.models
 
 
-@pytest.mark.parametrize("stem", SKIPPED)
-def test_list_skips_with_a_reason(stem: str, found: Listing) -> None:
+@cases("stem, reason", {stem: (stem, reason) for stem, reason in SKIPPED.items()})
+def test_list_skips_with_a_reason(stem: str, reason: str, found: Listing) -> None:
     assert stem not in found.models
-    assert found.reason(f"{stem}.gguf")
+    assert re.search(reason, found.reason(f"{stem}.gguf"))
 
 
 def test_list_skips_an_incomplete_shard_set(found: Listing) -> None:
@@ -1978,51 +1945,32 @@ def test_list_shows_a_complete_shard_set_as_one_model(found: Listing) -> None:
     assert model["size_bytes"] == total
 
 
-def test_list_ignores_a_dangling_link(found: Listing) -> None:
-    assert "dangling" not in found.models
-
-
-def test_list_says_why_a_projector_is_skipped(found: Listing) -> None:
-    assert re.search("projector|mmproj|clip", found.reason("mmproj-tiny.gguf"), re.IGNORECASE)
-
-
-def test_list_says_why_an_adapter_is_skipped(found: Listing) -> None:
-    assert re.search("adapter|lora", found.reason("adapter.gguf"), re.IGNORECASE)
-
-
 def test_list_ids_are_lower_case_stems_with_dashes(found: Listing) -> None:
     assert found.at("odd", "My_Model Q4.gguf") == ["my-model-q4"]
     assert found.at("odd", "UPPER.GGUF") == ["upper"]
 
 
-def test_list_gives_equal_stems_different_ids(found: Listing) -> None:
-    ids = [*found.at("odd", "left", "twin.gguf"), *found.at("odd", "right", "twin.gguf")]
-    assert len(set(ids)) == 2 and all(key.startswith("twin") for key in ids)
-
-
-def test_list_ids_are_stable(found: Listing) -> None:
-    again = listing(found.home, "--models-dir", found.home / "odd")
-    twins = [key for side in ("left", "right") for key in found.at("odd", side, "twin.gguf")]
-    assert twins == [key for side in ("left", "right") for key in again.at("odd", side, "twin.gguf")]
+def test_list_gives_equal_stems_different_ids_that_are_stable(found: Listing) -> None:
+    twins, again = ([key for side in ("left", "right") for key in listed.at("odd", side, "twin.gguf")]
+                    for listed in (found, listing(found.home, "--models-dir", found.home / "odd")))  # fmt: skip
+    assert len(set(twins)) == 2 and all(key.startswith("twin") for key in twins) and twins == again
 
 
 def test_list_shows_a_file_found_twice_only_once(found: Listing) -> None:
     assert len([key for key in found.models if key in ("only", "same")]) == 1
 
 
-def test_list_uses_the_stated_parameter_count(found: Listing) -> None:
-    model = found.models["sized"]
-    assert (model["name"], model["parameter_count"]) == ("A Name", "0.5B")
-
-
-def test_list_counts_parameters_when_none_are_stated(found: Listing) -> None:
-    assert found.models["summed"]["parameter_count"] in ("4K", "4.1K", "4.10K", "0.004M", "4096")
-
-
-def test_list_shows_metadata_from_the_header(found: Listing) -> None:
-    model = found.models["sized"]
-    assert (model["model_type"], model["quantization"], model["context_length"]) == ("llama", "Q8_0", 2048)
-    assert model["size_bytes"] == (found.home / "odd" / "sized.gguf").stat().st_size
+@cases("id, shown", {
+    "stated": ("sized", {"name": "A Name", "parameter_count": "0.5B", "model_type": "llama", "quantization": "Q8_0",
+                         "context_length": 2048}),
+    "parameters counted": ("summed", {"parameter_count": "4.1K"}),
+    "an embedding model": ("bert", {"model_type": "bert", "embedding": True}),
+    "GGUF version 2": ("version-two", {"context_length": 2048}),
+})  # fmt: skip
+def test_list_shows_metadata_from_the_header(id: str, shown: dict[str, Any], found: Listing) -> None:
+    model = found.models[id]
+    assert {key: model[key] for key in shown} == shown
+    assert model["size_bytes"] == (found.home / "odd" / f"{id}.gguf").stat().st_size
 
 
 def test_list_reads_past_a_large_vocabulary(tmp_path: Path) -> None:
@@ -2050,21 +1998,6 @@ def test_status_reads_the_whole_header(serve: Callable[..., Server], tmp_path: P
     assert many.status("a029")["status"] == "unloaded"
     listed = {m["id"]: m for m in many.get("/api/models").json()["models"]}
     assert listed["a029"]["chat_template"] is False
-
-
-def test_list_shows_an_embedding_model(found: Listing) -> None:
-    assert found.models["bert"]["model_type"] == "bert"
-
-
-def test_list_reads_gguf_version_2(found: Listing) -> None:
-    assert found.models["version-two"]["context_length"] == 2048
-
-
-def test_list_reads_or_rejects_big_endian_files(found: Listing) -> None:
-    if "swapped" in found.models:
-        assert found.models["swapped"]["context_length"] == 2048
-    else:
-        assert re.search("endian|byte order", found.reason("swapped.gguf"))
 
 
 @cases(
@@ -2105,46 +2038,19 @@ def test_list_survives_undecodable_file_names(tmp_path: Path) -> None:
         assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr
 
 
-def test_list_survives_a_missing_directory(tmp_path: Path) -> None:
-    done = shimmy("list", "--models-dir", tmp_path / "nowhere", home=tmp_path)
-    assert done.returncode == 0 and b"Traceback" not in done.stderr
+JUNK = {"nothing": "", "the magic number alone": "GGUF", "no counts": "GGUF\x03\0\0\0",
+        "counts of 2**64 - 1": "GGUF\x03\0\0\0" + "\xff" * 400, "another magic number": "FUGG" * 100}  # fmt: skip
 
 
-@cases(
-    "junk",
-    {
-        "nothing": "",
-        "the magic number alone": "GGUF",
-        "no counts": "GGUF\x03\0\0\0",
-        "counts of 2**64 - 1": "GGUF\x03\0\0\0" + "\xff" * 400,
-        "another magic number": "FUGG" * 100,
-    },
-)
-def test_list_survives_a_junk_file(junk: str, tmp_path: Path) -> None:
-    write_header(tmp_path / "models" / "fine.gguf")
-    (tmp_path / "models" / "junk.gguf").write_bytes(junk.encode("latin-1"))
-    result = listing(tmp_path, "--models-dir", tmp_path / "models")
-    assert "fine" in result.models and "junk" not in result.models and result.reason("junk.gguf")
-
-
-def test_list_survives_a_truncated_header(tmp_path: Path) -> None:
+def test_list_survives_junk_and_truncated_headers(tmp_path: Path) -> None:
     whole = write_header(tmp_path / "whole.gguf", name="Whole").read_bytes()
-    for length in range(0, 700, 7):
-        (tmp_path / f"cut-{length}.gguf").write_bytes(whole[:length])
+    broken = {name: junk.encode("latin-1") for name, junk in JUNK.items()}
+    broken |= {f"cut-{length}": whole[:length] for length in range(0, 700, 7)}
+    for name, data in broken.items():
+        (tmp_path / f"{name}.gguf").write_bytes(data)
     result = listing(tmp_path, "--models-dir", tmp_path)
-    assert [key for key in result.models if key.startswith("cut")] == [] and "whole" in result.models
-
-
-def test_list_survives_a_corrupted_header(tmp_path: Path) -> None:
-    whole = write_header(tmp_path / "whole.gguf", name="Whole").read_bytes()
-    rng = np.random.default_rng(1)
-    for number in range(150):
-        wrong = bytearray(whole)
-        for at in rng.integers(4, 700, 3):
-            wrong[at] = rng.integers(256)
-        (tmp_path / f"wrong-{number}.gguf").write_bytes(wrong)
-    result = listing(tmp_path, "--models-dir", tmp_path)
-    assert len(result.models) + len(result.skipped) >= 151 and "whole" in result.models
+    assert "whole" in result.models and not any(result.at(f"{name}.gguf") for name in broken)
+    assert all(result.reason(f"{name}.gguf") for name in broken)
 
 
 def test_list_survives_link_loops_and_malformed_manifests(tmp_path: Path) -> None:
@@ -2332,9 +2238,9 @@ STRAINING = {
 def test_header_that_would_take_long_to_read_is_skipped_with_a_reason(kind: str, tmp_path: Path) -> None:
     size, head, word = STRAINING[kind]
     sparse(tmp_path / "strain.gguf", size, head)
-    began = time.monotonic()
+    began = time.thread_time()
     assert word in listing(tmp_path, "--models-dir", tmp_path).reason("strain.gguf")
-    assert time.monotonic() - began < 12
+    assert time.thread_time() - began < 5
 
 
 @pytest.mark.parametrize("what", ["manifest", "blob", "gguf file"])
@@ -2418,10 +2324,6 @@ def changed_file(data: bytes, header: int, pick: random.Random) -> bytes:
     return bytes(changed[: pick.randrange(len(changed))] if pick.random() < 0.1 else changed)
 
 
-def pair(key: str, kind: int, value: bytes) -> bytes:
-    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", kind) + value
-
-
 STRING, ARRAY = struct.pack("<Q", 3) + b"\x1b[2", struct.pack("<IQ", 4, 2) + bytes(8)
 VALUES = {8: STRING, 9: ARRAY, 6: struct.pack("<f", float("nan")), 12: struct.pack("<d", float("inf")), 7: b"\1",
           10: b"\xff" * 8, 11: b"\xff" * 8,
@@ -2436,7 +2338,7 @@ def read_model(path: Path) -> None:
     """Reads a file as `list` does. Raises GgufError where it is no model; checks what it says else."""
     size = path.stat().st_size
     for whole in (False, True):
-        header = module.read_gguf_header(str(path), size, whole)
+        header = module.read_gguf_header(str(path), whole)
         info = module.describe(header, str(path), "id", "here", size)
         shown = json.loads(json.dumps(info.document(), allow_nan=False))
         assert all(text.isprintable() and len(text) <= 200 for text in shown.values() if isinstance(text, str)), shown
@@ -2518,12 +2420,9 @@ def test_what_was_thrown_away_is_no_model(folder: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("key", READ_KEYS)
 def test_metadata_of_any_type_is_read_or_refused(key: str, tmp_path: Path) -> None:
-    tensor = struct.pack("<Q", 1) + b"t" + struct.pack("<IQIQ", 1, 32, 0, 0)
     for kind, value in VALUES.items():
-        architecture = pair("general.architecture", 8, struct.pack("<Q", 5) + b"llama") if "architecture" not in key else b""
-        pairs = architecture + pair(key, kind, value)
-        (tmp_path / "odd.gguf").write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 1,
-                                                        1 + bool(architecture)) + pairs + tensor + bytes(4096))
+        pairs = [ARCHITECTURE] * ("architecture" not in key) + [bytes_of_pair(key, kind, value)]
+        (tmp_path / "odd.gguf").write_bytes(header_of(len(pairs), *pairs, TENSOR, bytes(4096)))
         with contextlib.suppress(module.GgufError):
             read_model(tmp_path / "odd.gguf")
 
@@ -3388,7 +3287,7 @@ def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: s
     parser = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more)
     choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)])[0]
     calls = tuple((block.name, block.text) for block in choice.calls)
-    return Answered(choice.text, calls, choice.said("thought"), str(choice.finish_reason))
+    return Answered(choice.said("text"), calls, choice.said("thought"), str(choice.finish_reason))
 
 
 def in_pieces(text: str, pick: random.Random) -> list[str]:
@@ -3791,7 +3690,7 @@ def test_answer_that_begins_with_a_thought_goes_on_thinking(opened: str, special
     parser, choice = talk.parser(request, prompt[-1:], 0), module.Choice()
     for event in [*parser.push("count.\n</think>\n\nFour."), *parser.finish("stop")]:
         choice.add(event)  # type: ignore[arg-type]
-    assert (choice.said("thought"), choice.text) == ("count.\n", "Four.")
+    assert (choice.said("thought"), choice.said("text")) == ("count.\n", "Four.")
     assert talk.constraint(replace_field(request, schema_of("messages")), prompt[-1:]).after == "</think>"
 
 
@@ -3887,7 +3786,7 @@ def box() -> Iterator[Any]:
     """A service in this process with the model in the box."""
     path = str(REPO / "models" / "shimmy-tiny.gguf")
     service = module.Service(module.Catalog([], [path]), module.TableOptions(default=path), module.Settings({"ctx": 1024}))
-    service.table.scan()
+    service.table.start()
     yield service
     service.close()
 
@@ -4220,22 +4119,10 @@ def test_string_without_conditions_reads(text):
     assert reads(Strings(), text)
 
 
-@each(
-    text=[
-        b'"\\ud83d"',
-        b'"\\ude00"',
-        b'"\\ud83d\\u0041"',
-        b'"\\ud83dx"',
-        b'"a\nb"',
-        b'"\\x41"',
-        b'"\xc0\x80"',
-        b'"\xed\xa0\x80"',
-        b'"\xf4\x90\x80\x80"',
-        b'"\xe0\x80\x80"',
-        b'"\\u12g4"',
-        b'"abc',
-    ]
-)
+@each(text=[
+    b'"\\ud83d"', b'"\\ude00"', b'"\\ud83d\\u0041"', b'"\\ud83dx"', b'"a\nb"', b'"\\x41"', b'"\xc0\x80"', b'"\xed\xa0\x80"',
+    b'"\xf4\x90\x80\x80"', b'"\xe0\x80\x80"', b'"\\u12g4"', b'"abc'
+])  # fmt: skip
 def test_string_that_is_no_json_is_not_read(text):
     assert not reads(Strings(), text)
 
@@ -4298,29 +4185,10 @@ def test_pattern_takes_what_it_matches(text):
         assert string_fits(Strings(unlike=(text,)), example) is not wanted
 
 
-@each(
-    text=[
-        "(a)\\1",
-        "\\bfoo",
-        "(?<=a)b",
-        "(?<!a)b",
-        "(?i)a",
-        "\\k<a>",
-        "\\q",
-        "\\p{Greek}",
-        "\\uD8ZZ\\uDCZZ",
-        "(",
-        "a)",
-        "[a",
-        "*a",
-        "a**",
-        "a{2,1}",
-        "[z-a]",
-        "(?:(?!b)a){2}",
-        "\\",
-        "a{9999999999}",
-    ]
-)
+@each(text=[
+    "(a)\\1", "\\bfoo", "(?<=a)b", "(?<!a)b", "(?i)a", "\\k<a>", "\\q", "\\p{Greek}", "\\uD8ZZ\\uDCZZ", "(", "a)", "[a", "*a",
+    "a**", "a{2,1}", "[z-a]", "(?:(?!b)a){2}", "\\", "a{9999999999}"
+])  # fmt: skip
 def test_pattern_that_cannot_be_honoured_is_refused_by_name(text):
     with pytest.raises(InvalidRequest, match="pattern"):
         string_symbol(pattern(text))
@@ -4338,18 +4206,11 @@ def test_last_text_left_is_forced():
     assert first_state(shape).forced(100) == b'"blue"'
 
 
-@each(
-    shape=[
-        pattern("^a+$", "^b+$"),
-        pattern("^(abc)*$", low=4, high=5),
-        pattern("^a$", excluded=frozenset("a")),
-        Strings(low=2, high=1),
-        pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")),
-        Strings(formats=("ipv4", "ipv6")),
-        Strings(formats=("uuid",), high=35),
-        pattern("[^]^"),
-    ]
-)
+@each(shape=[
+    pattern("^a+$", "^b+$"), pattern("^(abc)*$", low=4, high=5), pattern("^a$", excluded=frozenset("a")),
+    Strings(low=2, high=1), pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")), Strings(formats=("ipv4", "ipv6")),
+    Strings(formats=("uuid",), high=35), pattern("[^]^")
+])  # fmt: skip
 def test_string_that_cannot_be_is_none(shape):
     assert string_symbol(shape) is None
 
@@ -4374,27 +4235,10 @@ def test_schemas_meet_where_a_value_fits_both(one, two, meet):
 
 
 LETTERS = some.text("ab1-\n\U0001f600", max_size=6)
-PATTERNS = some.sampled_from(
-    [
-        "^a",
-        "b$",
-        "a.b",
-        "^[ab]*$",
-        "(ab)+",
-        "^(aab?)*$",
-        "^.{2,4}$",
-        "1|-",
-        "^(?!a)",
-        "^((?!ab).)*$",
-        "^[^1]*$",
-        "(a|b){3}",
-        "^(..)*$",
-        "^(...)*$",
-        "^(a|1)*b?$",
-        "^$|..",
-        "a*b*",
-    ]
-)
+PATTERNS = some.sampled_from([
+    "^a", "b$", "a.b", "^[ab]*$", "(ab)+", "^(aab?)*$", "^.{2,4}$", "1|-", "^(?!a)", "^((?!ab).)*$", "^[^1]*$", "(a|b){3}",
+    "^(..)*$", "^(...)*$", "^(a|1)*b?$", "^$|..", "a*b*"
+])  # fmt: skip
 SHAPES = some.builds(
     Strings,
     low=some.integers(0, 5),
@@ -4438,78 +4282,34 @@ def test_format_is_what_jsonschema_accepts(name):
     assert any(texts)
 
 
-@each(
-    case=[
-        ("date", "2024-02-29"),
-        ("date-time", "1985-04-12T23:20:50.52Z"),
-        ("date-time", "1937-01-01t12:00:27.87+00:20"),
-        ("time", "08:30:06Z"),
-        ("duration", "P4Y1M2DT3H4M5S"),
-        ("duration", "P2W"),
-        ("duration", "PT36H"),
-        ("email", "joe.o'neil+x@example.com"),
-        ("email", '"joe bloggs"@[127.0.0.1]'),
-        ("hostname", "a-b.example"),
-        ("ipv4", "87.10.0.1"),
-        ("ipv6", "::ffff:192.168.0.1"),
-        ("ipv6", "1:2::8"),
-        ("ipv6", "::"),
-        ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"),
-        ("uri", "http://foo.bar/?baz=qux#quux"),
-        ("uri", "urn:oasis:names:x:1.0"),
-        ("uri", "http://[::1]:80/%C3"),
-        ("uri", "mailto:a@b.c"),
-        ("uri-reference", "/abc?q#f"),
-        ("uri-reference", "//a/b"),
-        ("uri-reference", ""),
-        ("iri", "http://ƒøø.ßår/?∂éœ"),
-        ("json-pointer", "/foo/~0~1/"),
-        ("relative-json-pointer", "1/foo"),
-        ("relative-json-pointer", "0#"),
-        ("regex", "^([a-z]+)\\d{3}$"),
-        ("unheard-of", "x"),
-    ]
-)
+@each(case=[
+    ("date", "2024-02-29"), ("date-time", "1985-04-12T23:20:50.52Z"), ("date-time", "1937-01-01t12:00:27.87+00:20"),
+    ("time", "08:30:06Z"), ("duration", "P4Y1M2DT3H4M5S"), ("duration", "P2W"), ("duration", "PT36H"),
+    ("email", "joe.o'neil+x@example.com"), ("email", '"joe bloggs"@[127.0.0.1]'), ("hostname", "a-b.example"),
+    ("ipv4", "87.10.0.1"), ("ipv6", "::ffff:192.168.0.1"), ("ipv6", "1:2::8"), ("ipv6", "::"),
+    ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"), ("uri", "http://foo.bar/?baz=qux#quux"),
+    ("uri", "urn:oasis:names:x:1.0"), ("uri", "http://[::1]:80/%C3"), ("uri", "mailto:a@b.c"), ("uri-reference", "/abc?q#f"),
+    ("uri-reference", "//a/b"), ("uri-reference", ""), ("iri", "http://ƒøø.ßår/?∂éœ"), ("json-pointer", "/foo/~0~1/"),
+    ("relative-json-pointer", "1/foo"), ("relative-json-pointer", "0#"), ("regex", "^([a-z]+)\\d{3}$"), ("unheard-of", "x")
+])  # fmt: skip
 def test_format_takes(case):
     assert takes(Strings(formats=case[:1]), case[1])
 
 
-@each(
-    case=[
-        ("date", "2023-02-29"),
-        ("date", "1900-02-29"),
-        ("date", "2020-04-31"),
-        ("date", "0000-01-01"),
-        ("date-time", "2020-01-01 00:00:00Z"),
-        ("time", "24:00:00Z"),
-        ("time", "12:00:00"),
-        ("duration", "P"),
-        ("duration", "P1YT"),
-        ("email", "a.b.c"),
-        ("email", ".a@b.c"),
-        ("hostname", "-a.b"),
-        ("hostname", "a_b"),
-        ("hostname", "a" * 64),
-        ("ipv4", "256.1.1.1"),
-        ("ipv4", "01.1.1.1"),
-        ("ipv6", "1::2::3"),
-        ("ipv6", "1:2:3:4:5:6:7"),
-        ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"),
-        ("uri", "/abc"),
-        ("uri", "http://a b"),
-        ("uri", "http://a/%zz"),
-        ("uri-reference", "\\a"),
-        ("json-pointer", "/~2"),
-        ("relative-json-pointer", "01/a"),
-        ("regex", "(a"),
-    ]
-)
+@each(case=[
+    ("date", "2023-02-29"), ("date", "1900-02-29"), ("date", "2020-04-31"), ("date", "0000-01-01"),
+    ("date-time", "2020-01-01 00:00:00Z"), ("time", "24:00:00Z"), ("time", "12:00:00"), ("duration", "P"),
+    ("duration", "P1YT"), ("email", "a.b.c"), ("email", ".a@b.c"), ("hostname", "-a.b"), ("hostname", "a_b"),
+    ("hostname", "a" * 64), ("ipv4", "256.1.1.1"), ("ipv4", "01.1.1.1"), ("ipv6", "1::2::3"), ("ipv6", "1:2:3:4:5:6:7"),
+    ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"), ("uri", "/abc"), ("uri", "http://a b"), ("uri", "http://a/%zz"),
+    ("uri-reference", "\\a"), ("json-pointer", "/~2"), ("relative-json-pointer", "01/a"), ("regex", "(a")
+])  # fmt: skip
 def test_format_does_not_take(case):
     assert not takes(Strings(formats=case[:1]), case[1])
 
 
 def test_format_that_cannot_be_honoured_is_refused_by_name():
-    for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",))):
+    for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",)), Strings(not_formats=("hostname",))):
         with pytest.raises(InvalidRequest, match="format"):
             string_symbol(shape)
 
@@ -4517,7 +4317,6 @@ def test_format_that_cannot_be_honoured_is_refused_by_name():
 def test_hostname_of_254_characters_is_none():
     name = ".".join(["a" * 62] * 4) + "a"
     assert takes(Strings(formats=("hostname",)), name) and not takes(Strings(formats=("hostname",)), name + ".a")
-    assert string_fits(Strings(not_formats=("hostname",)), name + ".a")
 
 
 HOSTILE_PATTERNS = [
@@ -4587,28 +4386,19 @@ def test_number_as_near_to_its_excluded_bound_as_doubles_are_is_not_read():
     assert reads(shape, "0.999999") and not reads(shape, "0.99999999999999999") and not reads(shape, "1")
 
 
-@each(
-    shape=[
-        NumberShape(True, (1, True), (2, True)),
-        NumberShape(False, (1, False), (6, False), (7,)),
-        NumberShape(False, (3, True), (3, False)),
-        NumberShape(True, not_multiples=(1,)),
-        NumberShape(multiples=(6,), not_multiples=(3,)),
-    ]
-)
+@each(shape=[
+    NumberShape(True, (1, True), (2, True)), NumberShape(False, (1, False), (6, False), (7,)),
+    NumberShape(False, (3, True), (3, False)), NumberShape(True, not_multiples=(1,)),
+    NumberShape(multiples=(6,), not_multiples=(3,))
+])  # fmt: skip
 def test_number_that_cannot_be_is_none(shape):
     assert number_symbol(shape) is None
 
 
-@each(
-    shape=[
-        NumberShape(low=(float("inf"), False)),
-        NumberShape(multiples=(0,)),
-        NumberShape(multiples=(-1,)),
-        NumberShape(high=(10**999, False)),
-        NumberShape(multiples=(1e-99,)),
-    ]
-)
+@each(shape=[
+    NumberShape(low=(float("inf"), False)), NumberShape(multiples=(0,)), NumberShape(multiples=(-1,)),
+    NumberShape(high=(10**999, False)), NumberShape(multiples=(1e-99,))
+])  # fmt: skip
 def test_number_out_of_proportion_is_refused(shape):
     with pytest.raises(InvalidRequest):
         number_symbol(shape)
@@ -6063,11 +5853,6 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
     assert refused.value.param == "json_schema"
 
 
-@each(name=["xn--x", "xn--nxasmq6b", "ab--c.de"])
-def test_what_may_be_a_hostname_is_none_that_is_no_hostname(name):
-    assert not takes(Strings(not_formats=("hostname",)), name) and takes(Strings(not_formats=("hostname",)), name + "-")
-
-
 def test_what_a_number_must_not_be_is_one_machine():
     values = list(range(0, 4000, 2))
     here = begin({"type": "integer", "minimum": 0, "not": {"enum": values}}).read(b"1")
@@ -6167,7 +5952,7 @@ def test_work_behind_a_gate_waits_while_it_is_shut():
     gate, ticks = module.Gate(), itertools.count()
 
     def work() -> None:
-        with TURN.behind(gate):
+        with TURN.behind(gate, Cancellation()):
             while next(ticks) < 20_000_000 and not done.is_set():
                 TURN.tick()
 
@@ -7262,7 +7047,7 @@ SAMPLER_BOUNDS: dict[str, tuple[list[Any], tuple[str, ...]]] = {  # more rows fo
     "dry_base": ([0.9, 101, "x"], ("1", "100")),
     "dry_allowed_length": ([-1, 1.5, "2"], ("0",)),
     "dry_penalty_last_n": ([-2, 0.5, True], ("-1",)),
-    "dry_sequence_breakers": (["\n", [1], ["x"] * 17, ["x" * 41]], ()),
+    "dry_sequence_breakers": ([5, [1], ["x"] * 17, ["x" * 41]], ()),
     "mirostat": ([-1, 3, 1.5, "2"], ("0", "2")),
     "mirostat_tau": ([-1, 101], ("0", "100")),
     "mirostat_eta": ([-0.1, 1.1], ("0", "1")),
@@ -7592,8 +7377,7 @@ MIXTURE = ("mixture", [(2 * GIB, GIB * 7 // 4)] * 32, GIB)  # 65 GiB, 56 of them
 def test_model_larger_than_the_gpu_is_placed(shape: Any, gpus: list[int], wish: dict[str, Any], expected: Any) -> None:
     _, layers, output = shape
     weights, kv = module.Weights(tuple(layers), output), module.KvShape((8192,) * 32, (0,) * 32)  # 0.5 MiB a token
-    asked = module.Wish(8192, 32768, "f16", 16, GIB // 2, **wish)
-    placed = module.place(weights, kv, [g * GIB for g in gpus], asked)
+    placed = module.place(weights, kv, [g * GIB for g in gpus], 8192, 32768, "f16", 16, GIB // 2, **wish)
     assert (placed.gpu_layers, placed.cpu_moe, placed.pool) == expected
 
 
@@ -8310,9 +8094,35 @@ def test_clients_that_leave_their_errands_while_the_models_load_are_waited_for_n
                 eventually(functools.partial(has_requests, errands, model, (0, count)), "all wait")
         for model in waiting:
             eventually(functools.partial(has_requests, errands, model, (0, 0)), "nobody is left")
-            assert errands.status(model)["status"] == "loading"
+        assert sorted(errands.status(model)["status"] for model in waiting) == ["loading", "unloaded", "unloaded"]
     for errand in ERRANDS.values():
         nobody_left_at(errands, errand)
+
+
+def test_newcomers_wait_for_no_grammar_that_takes_long_to_read(server: Server) -> None:
+    assert server.chat("hi", "dice", max_tokens=2).status == 200
+    ask = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9}
+    with contextlib.ExitStack() as clients:
+        for n in range(3):
+            intricate = {"allOf": [{"pattern": f"(a|b)*[c-z](c|d){{{n + i}}}"} for i in range(40)]}
+            errand = Errand("/v1/chat/completions", "dice", {**ask, "json_schema": intricate}, {})
+            clients.enter_context(requested(server, errand))
+        eventually(lambda: requests_of(server, "dice")[1] >= 2, "their grammars are being read")
+        assert server.chat("hi", "dice", max_tokens=2).status == 200
+        assert server.chat("hi", "dice", grammar='root ::= "yes"').message["content"] == "yes"
+        assert requests_of(server, "dice")[1], "none waits any more"
+    eventually(lambda: requests_of(server, "dice") == (0, 0), "nobody waits for them")
+    slow = {"properties": {f"p{i}": {"pattern": f"^[a-z]{{{i},{i + 300}}}(x|y)*z{i}$"} for i in range(60)}}
+    assert server.chat("hi", "dice", json_schema=slow, max_tokens=9).status == 200
+
+
+def test_newcomers_wait_for_no_inputs_that_are_tokenized(server: Server) -> None:
+    large = Errand("/v1/embeddings", "recital", {"input": ["w011 " * 1500] * 2000}, {})
+    with requested(server, large):
+        eventually(lambda: requests_of(server) == (0, 1), "its inputs are being tokenized")
+        assert server.post("/api/generate", {"model": "recital", "prompt": ":", "max_tokens": 2}).status == 200
+        assert requests_of(server) == (0, 1)
+    eventually(lambda: requests_of(server) == (0, 0), "nobody waits for them")
 
 
 # ── Worker ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -8415,27 +8225,23 @@ HURRY = (("SILENCE = 30 ", "SILENCE = 2 "), ("STARTING = 180 ", "STARTING = 3 ")
 
 
 @linux
-def test_engine_that_hangs_ends_its_stream_with_the_reason_and_reloads(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, *HURRY))
-    with own.endless() as stream:
+def test_engine_that_hangs_ends_its_stream_with_the_reason_and_reloads(breakable: Server) -> None:
+    with breakable.endless() as stream:
         next(stream)
-        os.kill(own.engine("recital.gguf"), signal.SIGSTOP)
+        os.kill(breakable.engine("recital.gguf"), signal.SIGSTOP)
         rest = [event for event in stream if event != "[DONE]"]
     assert rest[-1]["error"]["code"] == "generation_failed" and "said nothing for 2 s" in rest[-1]["error"]["details"]
-    assert own.generate("=").text == TEXTS["="]
+    assert breakable.generate("=").text == TEXTS["="]
 
 
 @linux
-def test_engine_that_hangs_while_idle_is_replaced(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    own = serve("--models-dir", models, script=altered(tmp_path, *HURRY))
-    own.load("recital")
-    engine = own.engine("recital.gguf")
+def test_engine_that_hangs_while_idle_is_replaced(breakable: Server) -> None:
+    breakable.load("recital")
+    engine = breakable.engine("recital.gguf")
     os.kill(engine, signal.SIGSTOP)
-    assert "said nothing" in eventually(lambda: own.status("recital")["error"], "it is noticed")
+    assert "said nothing" in eventually(lambda: breakable.status("recital")["error"], "it is noticed")
     eventually(lambda: not alive(engine), "the engine is gone")
-    assert own.generate("=").text == TEXTS["="]
+    assert breakable.generate("=").text == TEXTS["="]
 
 
 @linux
@@ -8504,7 +8310,7 @@ def test_load_that_hangs_does_not_keep_the_server_or_the_engine_alive(stopped: C
 @pytest.mark.parametrize("task", ["decode", "sample", "tokenize"])
 def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     bounds = {"decode": ("900", "status = self.main.decode(plan)"), "sample": ("120", "urgent = self._sample(plan)"),
-              "tokenize": ("300", "job = submission.job\n        if isinstance(job, Tokenize)")}  # fmt: skip
+              "tokenize": ("300", "job = submission.job\n        with self._answering(submission):")}  # fmt: skip
     bound, line = bounds[task]
     hang = f"\n        os.path.exists('hang') and time.sleep(1000)\n        {line}".strip()
     script = altered(tmp_path, (line, hang), (f'"{task}": {bound},', f'"{task}": 1,'))
@@ -8522,7 +8328,7 @@ def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Ser
 
 
 def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    line = "job = submission.job\n        if isinstance(job, Tokenize)"
+    line = "job = submission.job\n        with self._answering(submission):"
     slow = altered(tmp_path, (line, f"time.sleep(20)\n        {line}"))
     own = serve("--models-dir", models, script=slow)
     own.load("recital")
@@ -8549,16 +8355,14 @@ def test_cancel_stops_the_engine_although_nobody_iterates(models: Path) -> None:
     worker.stop()
 
 
-def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(
-    serve: Callable[..., Server], models: Path, tmp_path: Path
-) -> None:
-    own = serve("--models-dir", models, script=altered(tmp_path, *HURRY))
-    own.load("recital")
-    own.signal(signal.SIGSTOP)
+def test_server_that_was_stopped_for_a_while_finds_its_engine_alive(breakable: Server) -> None:
+    breakable.load("recital")
+    engine = engine_of(breakable)
+    breakable.signal(signal.SIGSTOP)
     time.sleep(4)
-    own.signal(signal.SIGCONT)
+    breakable.signal(signal.SIGCONT)
     time.sleep(1)
-    assert own.status("recital")["loaded"] and "said nothing" not in own.log.read_text()
+    assert breakable.status("recital")["loaded"] and engine_of(breakable) == engine
 
 
 # Worker.
@@ -8649,8 +8453,9 @@ def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[...
 def test_engine_whose_thread_has_no_memory_to_say_why_it_fails_is_replaced(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    faults = [(old, "raise MemoryError") for old in ("work = self._admit(submission)", 'log.exception("a job cannot begin")',
-                                                     'log.exception("the engine fails")')]  # fmt: skip
+    places = ("prompt, constraint = self._prompt(job), job.sampling.constraint", 'log.exception("a job cannot begin")',
+              'log.exception("the engine fails")')  # fmt: skip
+    faults = [(old, "raise MemoryError") for old in places]
     own = serve("--models-dir", models, script=altered(tmp_path, *faults))
     reply = own.generate()
     assert_error(reply, 500, "generation_failed")
@@ -8844,7 +8649,7 @@ def test_model_whose_kernels_crash_loads_without_them_and_the_next_start_knows(
     log = first.log.read_text()
     assert log.count("signal 11); trying again without special CPU kernels") == 1 and "Traceback" not in log
     known = first.get("/diag").json()["known_faults"]
-    assert known["file"] == str(known_faults(first.home)) and "signal 11" in known["rungs"]["llama F16"]["reason"]
+    assert Path(known["file"]).parent == known_faults(first.home).parent and "signal 11" in known["rungs"]["llama F16"]["reason"]
     second = serve("--models-dir", models, env=stand_in("crashes") | {"HOME": str(first.home)})
     assert second.generate().text == TEXTS[":"] and "trying again" not in second.log.read_text()
     assert "recital is loaded without special CPU kernels" in second.log.read_text()
@@ -8859,13 +8664,13 @@ def test_commands_share_the_ladder_and_what_it_found(
     probed = shimmy("probe", "recital", home=tmp_path, env=env)
     assert b"fallback     without special CPU kernels" in probed.stdout and b"trying again" not in probed.stderr
     told = shimmy("diag", home=tmp_path, env=env).stdout.decode()
-    assert f"to forget them, delete {known_faults(tmp_path)}" in told and "llama F16" in told
+    assert f"to forget them, delete {known_faults(tmp_path).parent}/known-faults-" in told and "llama F16" in told
 
 
 def test_model_that_hangs_in_its_first_step_loads_without_special_kernels(
     serve: Callable[..., Server], stand_in: Callable[[str], dict[str, str]], models: Path, tmp_path: Path
 ) -> None:
-    script = altered(tmp_path, ("60 + llama.size_bytes // (50 * MIB)", "1"))
+    script = altered(tmp_path, ('"trial", 60 + llama.size_bytes // (50 * MIB)', '"trial", 1'))
     own = serve("--models-dir", models, env=stand_in("hangs"), script=script)
     assert own.generate().text == TEXTS[":"]
     assert "'trial' did not come to an end within 1 s" in own.log.read_text()
@@ -8951,10 +8756,9 @@ def test_kernel_with_wrong_results_is_told_apart(monkeypatch: pytest.MonkeyPatch
     assert ggml.try_kernel(usual) == "wrong results"
 
 
-@cases("content", {"not there": None, "no JSON": "{", "a list": "[]", "other shapes": '{"k": {"kernels": 5, "rungs": []}}'})
+@cases("content", {"not there": None, "no JSON": "{", "a list": "[]", "other shapes": '{"kernels": 5, "rungs": []}'})
 def test_known_faults_file_that_is_damaged_counts_as_empty(content: str | None, tmp_path: Path) -> None:
     faults = module.KnownFaults(str(tmp_path / "folder" / "known.json"))
-    faults._key = "k"
     if content is not None:
         (tmp_path / "folder").mkdir()
         (tmp_path / "folder" / "known.json").write_text(content)
@@ -8974,7 +8778,7 @@ def test_only_what_crashes_led_to_is_remembered(
     causes: list[str], kept: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module.KnownFaults, "kernels", lambda _: ({}, False))
-    monkeypatch.setattr(module.Ladder, "_has_gpu", staticmethod(lambda: True))
+    monkeypatch.setattr(module.Ladder, "_uses_gpu", staticmethod(lambda _: True))
     faults, left = module.KnownFaults(str(tmp_path / "known.json")), list(causes)
 
     def start(_: Any) -> Any:
@@ -8983,8 +8787,8 @@ def test_only_what_crashes_led_to_is_remembered(
         return "a worker"
 
     ladder = module.Ladder(faults, lambda _: None)
-    assert ladder.load(plain_model(), True, start) == "a worker"
-    known = faults.read().get("rungs", {}).get("llama F32")
+    assert ladder.load(plain_model(), module.Setup(), start) == "a worker"
+    known: Any = faults.read().get("rungs", {}).get("llama F32")
     assert ladder._known(plain_model()) == (kept or module.Rung())
     assert kept is None or known["reason"] == f"no luck: {next(c for c in causes if c != 'memory')}"
 
@@ -9008,7 +8812,7 @@ def test_load_that_always_fails_keeps_a_pause_with_an_end(models: Path) -> None:
         raise module.LoadFailure("no luck", cause="hang")
 
     table = table_of(models, fail)
-    table._residents._ladder._has_gpu = lambda: False  # type: ignore[method-assign]
+    table._residents._ladder._uses_gpu = lambda _: False  # type: ignore[method-assign, assignment]
     with pytest.raises(GenerationFailed):
         table.load("dice", True, Cancellation())
     table._residents.entries["dice"].failures = 5000
@@ -9389,13 +9193,12 @@ def test_models_named_in_vain_are_told_with_near_names(models: Path) -> None:
     options = TableOptions(default="recitol", aliases=(("gpt-*", "nonesuch"), ("ok", "dice"), ("d", "default")))
     table = ModelTable(Catalog([SearchRoot(str(models), "--models-dir")]), lambda *_: None, options)  # type: ignore[arg-type]
     table.start()
-    first, second = table.unresolved()
-    assert (first.setting, first.value, first.near) == ("--model", "recitol", ("recital",))
-    assert (second.setting, second.value) == ("--alias gpt-*", "nonesuch")
+    lost = list(table.names().unresolved(table.catalog))
+    assert lost == [("--model", "recitol", "; did you mean recital?"), ("--alias gpt-*", "nonesuch", "")]
 
 
 def test_unknown_names_at_once_share_a_scan(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    line = "for file in self.files:\n"
+    line = "skipped: dict[str, str] = {}  # reason by path\n"
     told = "print('SCAN', file=sys.stderr, flush=True)\n        time.sleep(0.4)\n        "
     script = altered(tmp_path, (line, told + line))
     server = serve("--models-dir", models, script=script)
@@ -9409,7 +9212,7 @@ def test_unknown_names_at_once_share_a_scan(serve: Callable[..., Server], models
 
 
 def test_first_scan_that_fails_leaves_nobody_waiting(serve: Callable[..., Server], tmp_path: Path) -> None:
-    script = altered(tmp_path, ("known, findings = set(self._read), Findings()", "raise LookupError('no disk today')"))
+    script = altered(tmp_path, ("skipped: dict[str, str] = {}  # reason by path", "raise LookupError('no disk today')"))
     server = serve(script=script)
     assert server.generate(model="recital").status in (404, 500)
     assert server.get("/health").status == 200
@@ -9419,7 +9222,6 @@ class FakeWorker:
     """What a table asks of a worker, without a child."""
 
     alive = True
-    setup = module.Setup()
     loaded = types.SimpleNamespace(ctx=1, pool=1, parallel=1, devices="", memory_need=0)
 
     def __init__(self) -> None:
@@ -9435,6 +9237,12 @@ class FakeWorker:
         self.asked.set()
         assert self.measure.wait(HANG)
         return 7
+
+    def reserved_bytes(self) -> int:
+        return 0
+
+    def settings(self) -> dict[str, Any]:
+        return {}
 
     def stop(self) -> None:
         self.measure.set()
@@ -9514,6 +9322,7 @@ def test_weights_that_an_idle_model_has_mapped_are_not_free_for_the_next(
     with Child([sys.executable, "-c", MAPS, str(weights)], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as engine:
         assert engine.stdout and engine.stdout.readline()
         monkeypatch.setattr(FakeWorker, "process", engine, raising=False)
+        monkeypatch.setattr(FakeWorker, "reserved_bytes", module.Worker.reserved_bytes)
         assert table.load("dice", True, Cancellation())["loaded"] and table.load("recital", True, Cancellation())["loaded"]
         assert setups[0].reserved == 0 and 60 << 20 <= setups[1].reserved < 80 << 20 and setups[1].others_idle
         engine.communicate()
@@ -9528,30 +9337,20 @@ def test_embedding_model_may_still_be_asked_about(tmp_path: Path) -> None:
         table.lease("a-bert", Cancellation())
 
 
-def threads_of(server: Server) -> int:
-    return len(os.listdir(f"/proc/{server.process.pid}/task"))
-
-
 @pytest.fixture
 def full(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Any:
     """A server with room for one model, which is busy; who waits for room gives up after a second."""
     script = altered(tmp_path, ("LOAD_WAIT_SECONDS = 60.0", "LOAD_WAIT_SECONDS = 1.0"))
-    server = serve("--models-dir", models, "--max-loaded", "1", "--ctx", "65536", script=script)
+    server = serve("--models-dir", models, "--max-loaded", "1", "--ctx", str(LONG_CTX), script=script)
     with server.endless() as stream:
         next(stream)
         yield server
 
 
-@linux
-def test_load_without_room_costs_one_thread_however_often_it_is_asked(full: Server) -> None:
-    full.post("/api/models/dice/load?wait=false")
-    before = threads_of(full)
-    replies = [full.post("/api/models/dice/load?wait=false") for _ in range(30)]
-    assert {reply.status for reply in replies} == {202} and threads_of(full) <= before + 3
-
-
 def test_load_that_gets_no_room_says_so_in_the_status(full: Server) -> None:
-    assert full.post("/api/models/dice/load?wait=false").json()["error"] is None
+    for _ in range(3):
+        reply = full.post("/api/models/dice/load?wait=false")
+        assert reply.status == 202 and reply.json()["error"] is None
     status = eventually(lambda: (s := full.status("dice"))["error"] and s, "the refusal shows")
     assert status["status"] == "failed" and "--max-loaded 1" in status["error"]
 
@@ -9561,46 +9360,6 @@ def test_unload_calls_a_load_off_that_waits_for_room(full: Server) -> None:
     assert full.unload("dice").json()["status"] == "unloaded"
     eventually(lambda: full.status("dice")["requests_waiting"] == 0, "nobody waits")
     assert (full.status("dice")["status"], full.status("dice")["error"]) == ("unloaded", None)
-
-
-NO_THREADS = """
-import os, threading
-start = threading.Thread.start
-def refuse(self):
-    if self.name.startswith(("load ", "unload ")) and os.path.exists({flag!r}):
-        raise RuntimeError("can't start new thread")
-    start(self)
-threading.Thread.start = refuse
-"""
-
-
-@pytest.fixture
-def threadless(serve: Callable[..., Server], models: Path, tmp_path: Path) -> Any:
-    """A server in which no thread can start that loads or unloads, while the file `flag` is there."""
-    flag = tmp_path / "flag"
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(NO_THREADS.format(flag=str(flag)))
-    return serve("--models-dir", models, env={"PYTHONPATH": str(tmp_path / "site")}), flag
-
-
-@pytest.mark.parametrize("query", ["", "?wait=false"])
-def test_load_whose_thread_cannot_start_is_refused_and_may_be_tried_again(query: str, threadless: tuple[Server, Path]) -> None:
-    server, flag = threadless
-    flag.touch()
-    assert_error(server.post(f"/api/models/dice/load{query}"), 503, "overloaded", "thread")
-    assert server.status("dice")["status"] == "unloaded"
-    flag.unlink()
-    assert server.load("dice").json()["loaded"]
-
-
-def test_unload_whose_thread_cannot_start_leaves_the_model_loaded(threadless: tuple[Server, Path]) -> None:
-    server, flag = threadless
-    assert server.load("dice").status == 200
-    flag.touch()
-    assert_error(server.unload("dice"), 503, "overloaded", "thread")
-    assert server.status("dice")["loaded"]
-    flag.unlink()
-    assert server.unload("dice").json()["status"] == "unloaded"
 
 
 def test_request_that_waits_for_a_model_is_refused_when_the_server_ends(serve: Callable[..., Server], models: Path) -> None:
@@ -9672,6 +9431,17 @@ def test_load_takes_settings_and_tells_what_holds(serve: Callable[..., Server], 
     assert own.generate().text == TEXTS[":"]
     own.unload("recital")
     assert own.post("/api/models/recital/load", {"ctx": None}).json()["options"] == {"threads": 1}
+
+
+def test_load_with_other_settings_that_does_not_wait_is_answered_at_once_by_a_busy_model(
+    serve: Callable[..., Server], models: Path
+) -> None:
+    own = serve("--models-dir", models, "--ctx", str(LONG_CTX))
+    with own.endless() as stream:
+        next(stream)
+        assert own.post("/api/models/recital/load?wait=false", {"ctx": 128}).status == 202
+        assert next(stream) and own.status("recital")["context_length"] == LONG_CTX
+    eventually(lambda: own.status("recital").get("context_length") == 128, "it is loaded again")
 
 
 @cases(
@@ -10008,7 +9778,7 @@ def test_chat_grammar_holds_the_answer(server: Server) -> None:
 @pytest.mark.parametrize(
     "format, word",
     [
-        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_schema"}, "schema"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
         ("json", "object"),
     ],
@@ -11233,7 +11003,7 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "is_error a string": (claude([{"type": "tool_result", "tool_use_id": "1", "is_error": "no"}]), "is_error"),
     "call from the user": (claude([{"type": "tool_use", "id": "1", "name": "a", "input": {}}]), "messages[0].content[0].type"),
     "document without source": (claude([{"type": "document"}]), "messages[0].content[0].source"),
-    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "source.type"),
+    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "\"document\""),
     "call's input text": (
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "a", "input": "{}"}]}]},
         "messages[0].content[0].input",
@@ -12646,7 +12416,7 @@ def test_ollama_stream_that_breaks_off_ends_with_an_error_line(
 def test_ollama_silence_is_filled_with_spaces(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     slow = altered(
         tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.1"),
-        ('self.pulse.begin("tokenize")', 'time.sleep(1.0); self.pulse.begin("tokenize")'),
+        ('self.tokenizing.begin("tokenize")', 'time.sleep(1.0); self.tokenizing.begin("tokenize")'),
     )  # fmt: skip
     server = serve("--models-dir", models, script=slow)
     server.load("recital")
@@ -13468,8 +13238,8 @@ def test_client_that_reads_slowly_gets_all_of_a_large_answer(serve: Callable[...
 
 
 def test_our_own_connection_errors_are_no_clients_leaving(serve: Callable[..., Server], tmp_path: Path) -> None:
-    fails = '_raise(ConnectionResetError("ours"))'
-    own = serve(script=altered(tmp_path, ("lambda call: Answer(call.service.diag())", f"lambda call: {fails}")))
+    fails = '(_ for _ in ()).throw(ConnectionResetError("ours"))'
+    own = serve(script=altered(tmp_path, ("lambda call: call.service.diag()", f"lambda call: {fails}")))
     assert_error(own.get("/diag"), 500, "server_error")
     assert "ConnectionResetError: ours" in own.log.read_text()
 
@@ -14509,7 +14279,7 @@ def test_counting_loses_nothing_among_threads() -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
     assert meter.generated_tokens == sum(meter.first_token.counts) + sum(meter.gap.counts) == 8000
-    assert metrics.answers() == {("GET", "/", "shimmy", "200"): 8000}
+    assert metrics.answers == {("GET", "/", "shimmy", "200"): 8000}
 
 
 def test_connections_are_counted(serve: Callable[..., Server], models: Path) -> None:
@@ -14631,10 +14401,10 @@ def test_failure_is_logged_with_its_id_without_v(serve: Callable[..., Server], m
 
 
 def test_traceback_is_logged_with_its_id(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    script = altered(tmp_path, ("lambda call: Answer(call.service.diag())", 'lambda call: _raise(ZeroDivisionError("oops"))'))
+    script = altered(tmp_path, ("lambda call: call.service.diag()", 'lambda call: 1 // 0'))
     own = serve("--models-dir", models, script=script)
     assert_error(own.get("/diag", **{"X-Request-Id": "trace-4"}), 500, "server_error")
-    assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*oops", own.log.read_text())
+    assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*ZeroDivisionError", own.log.read_text())
 
 
 @pytest.fixture
@@ -15196,7 +14966,7 @@ def rows_of(path: str) -> Iterator[module.Route]:
     segments = tuple(filter(None, path.strip().split("/")))
     for route in module.ROUTES:
         if route.method == "POST" and route.match(segments) is not None:
-            yield from (route, *([route.unless[1]] if route.unless else []))
+            yield from filter(None, (route, route.ollamas))
 
 
 def fields_of(path: str) -> list[str]:
@@ -15719,7 +15489,7 @@ def test_clock_that_runs_backwards_changes_nothing_but_dates(
 
 
 DATES = {  # who may ask for the time of day: what becomes a date that people or clients read, or is compared with a file's
-    "_bytecode_prefix", "Residents.worker_for", "Residents.release", "Service.__init__", "OpenAI.__init__",
+    "_bytecode_prefix", "Lease.wait", "Residents.release", "Service.__init__", "OpenAI.__init__",
     "Responses.read", "Ollama._document", "answer_ps", "retry_after",
 }  # fmt: skip
 
@@ -17212,7 +16982,7 @@ def test_client_that_leaves_while_the_hub_has_it_wait_ends_the_pull(hub: FakeHub
 
 
 @cases("script_of", {
-    "a look-up that takes long": lambda tmp: altered(tmp, ("connected.set_result(", "time.sleep(60) or (")),
+    "a look-up that takes long": lambda tmp: altered(tmp, ("put(self._opener", "put(time.sleep(60) or self._opener")),
     "a server that does not shake hands": lambda _: SHIMMY,
 })  # fmt: skip
 def test_client_that_leaves_while_a_pull_connects_ends_it(
