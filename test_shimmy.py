@@ -8322,7 +8322,7 @@ def test_load_that_hangs_does_not_keep_the_server_or_the_engine_alive(stopped: C
 @pytest.mark.parametrize("task", ["decode", "sample", "tokenize"])
 def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     bounds = {"decode": ("900", "status = self.main.decode(plan)"), "sample": ("120", "urgent = self._sample(plan)"),
-              "tokenize": ("300", "with self._answering(submission):\n            if isinstance(job, Tokenize)")}  # fmt: skip
+              "tokenize": ("300", "job = submission.job\n        with self._answering(submission):")}  # fmt: skip
     bound, line = bounds[task]
     hang = f"\n        os.path.exists('hang') and time.sleep(1000)\n        {line}".strip()
     script = altered(tmp_path, (line, hang), (f'"{task}": {bound},', f'"{task}": 1,'))
@@ -8340,7 +8340,7 @@ def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Ser
 
 
 def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    line = "with self._answering(submission):\n            if isinstance(job, Tokenize)"
+    line = "job = submission.job\n        with self._answering(submission):"
     slow = altered(tmp_path, (line, f"time.sleep(20)\n        {line}"))
     own = serve("--models-dir", models, script=slow)
     own.load("recital")
@@ -8465,8 +8465,9 @@ def test_engine_out_of_memory_fails_requests_and_is_replaced(serve: Callable[...
 def test_engine_whose_thread_has_no_memory_to_say_why_it_fails_is_replaced(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    faults = [(old, "raise MemoryError") for old in ("work = self._admit(submission)", 'log.exception("a job cannot begin")',
-                                                     'log.exception("the engine fails")')]  # fmt: skip
+    places = ("prompt, constraint = self._prompt(job), job.sampling.constraint", 'log.exception("a job cannot begin")',
+              'log.exception("the engine fails")')  # fmt: skip
+    faults = [(old, "raise MemoryError") for old in places]
     own = serve("--models-dir", models, script=altered(tmp_path, *faults))
     reply = own.generate()
     assert_error(reply, 500, "generation_failed")
