@@ -171,7 +171,7 @@ import struct
 import threading
 import urllib.parse
 import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -183,6 +183,7 @@ if TYPE_CHECKING:
     import http.client
     import subprocess
     from concurrent.futures import Executor
+    from fractions import Fraction
 
 __version__ = "0.1.0"
 
@@ -703,17 +704,21 @@ def flat_content(where: str, content: Any, kinds: Seq[str] = ("text", "refusal")
 
     A note stands for images, audio and files, but in the user's newest turn they are refused.
     """
-    if isinstance(content, str):
-        return content
+    return content if isinstance(content, str) else flat_parts(listed(where, content), kinds, between, newest)
+
+
+def flat_parts(parts: Iterable[tuple[str, dict[str, Any]]], kinds: Seq[str], between: str, newest: bool) -> str:
+    """The texts of parts, each with its place for error messages."""
     texts, media = [], []
-    for place, part in listed(where, content):
+    for place, part in parts:
         kind = part.get("type")
         if isinstance(kind, str) and kind in MEDIA:
             media.append(left_out(f"{place}.type", kind, newest))
+            texts.append(a_string(f"{place}.title", given(part, "title", "")))
         else:
             name = "refusal" if one_of(f"{place}.type", kind, kinds) == "refusal" else "text"  # one comes back in the history
             texts.append(a_string(f"{place}.{name}", part.get(name)))
-    return with_note(between.join(texts), media)
+    return with_note(between.join(filter(None, texts)), media)
 
 
 def left_out(where: str, kind: str, newest: bool) -> str:
@@ -7892,7 +7897,7 @@ class Block:
     index: int = 0  # in the answer
     call_id: str = ""
     name: str = ""
-    id: str = ""  # the block's own, in APIs that give it one
+    id: str = field(default_factory=lambda: os.urandom(12).hex())  # the block's own, in APIs that give it one
     parts: list[str] = field(default_factory=list)
 
     @property
@@ -7911,53 +7916,40 @@ class Block:
 class Choice:
     """One choice of an answer, as far as it came: a plain reply is a stream that was waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *events: Text | Thought | ToolResult | ChoiceEnd) -> None:
         self.blocks: list[Block] = []
         self.results: list[ToolResult] = []
         self.logprobs: list[TokenLogprob] = []
         self.end: ChoiceEnd | None = None
+        self.finish_reason: str | None = None
+        for event in events:
+            self.add(event)
 
-    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> Block | None:
-        """Takes an event; returns the block that begins with it, if one does."""
+    def add(self, event: Text | Thought | CallBegan | CallArguments | ToolResult | ChoiceEnd) -> None:
+        """Takes an event."""
         if isinstance(event, ToolResult):
             self.results.append(event)
         elif isinstance(event, ChoiceEnd):
-            self.end = event
+            self.end, self.finish_reason = event, event.finish_reason
         elif isinstance(event, CallBegan):
-            return self.begin(Block("call", call_id=event.id, name=event.name))
+            self.blocks.append(Block("call", len(self.blocks), event.id, event.name))
         elif isinstance(event, CallArguments):
             self.calls[event.number].parts.append(event.text)
         else:
             self.logprobs += event.logprobs
             kind = "text" if isinstance(event, Text) else "thought"
-            goes_on = self.blocks and self.blocks[-1].kind == kind
-            block = None if goes_on or not event.text else self.begin(Block(kind))
+            if event.text and not (self.blocks and self.blocks[-1].kind == kind):
+                self.blocks.append(Block(kind, len(self.blocks)))
             if event.text:
                 self.blocks[-1].parts.append(event.text)
-            return block
-        return None
 
-    def begin(self, block: Block) -> Block:
-        """Adds a block behind the others."""
-        block.index = len(self.blocks)
-        self.blocks.append(block)
-        return block
-
-    def said(self, kind: str) -> str:
+    def said(self, kind: str = "text") -> str:
         """All text, or all thoughts."""
         return "".join(block.text for block in self.blocks if block.kind == kind)
 
     @property
-    def text(self) -> str:
-        return self.said("text")
-
-    @property
     def calls(self) -> list[Block]:
         return [block for block in self.blocks if block.kind == "call"]
-
-    @property
-    def finish_reason(self) -> str | None:
-        return self.end.finish_reason if self.end else None
 
 
 class Dialect:
@@ -7965,18 +7957,20 @@ class Dialect:
 
     streamed_errors: ClassVar[frozenset[str]] = frozenset()  # codes sent as events even before the stream began
     api = "shimmy"  # whose API this is: a key of ERROR_SHAPES
-    keeps_text = False  # streams need their text until the end
+    streams: ClassVar[bool | None] = False  # unless told otherwise; None: never
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         """Reads the body. Raises InvalidRequest naming the field at fault."""
-        self.stream = flag(body, "stream")
+        self.id, self.created = os.urandom(12).hex(), int(time.time())
+        self.stream = self.streams is not None and optional(body, "stream", boolean, self.streams)
         self.request = self.read(body)
         self.model = self.request.model  # as the request has it, until Queued tells the real id
+        self.prompt_tokens = 0  # as Queued tells them
         self.owner = ""  # cache owner; set by the transport
         self.usage: Usage | None = None
         self.first: float | None = None  # when its first words came (monotonic seconds)
-        self.choices: dict[int, Choice] = {}
-        self.begun: Block | None = None  # by the last event
+        self.choices: dict[int, Choice] = defaultdict(Choice)
+        self.rows: tuple[bytes, ...] = ()  # of an Embed job
 
     def read(self, body: Mapping[str, Any]) -> Any:
         """The request a body asks for: what `events` gives to the service."""
@@ -7988,15 +7982,14 @@ class Dialect:
 
     def note(self, event: Event) -> None:
         """Remembers what came."""
-        self.begun = None
         if isinstance(event, Queued):
-            self.model = event.model
+            self.model, self.prompt_tokens = event.model, event.prompt_tokens
         elif isinstance(event, Usage):
             self.usage = event
-        elif isinstance(event, (Text, Thought)) and self.stream and not self.keeps_text:
-            pass  # it was sent
+        elif isinstance(event, Vectors):
+            self.rows = event.rows
         elif isinstance(event, (Text, Thought, CallBegan, CallArguments, ToolResult, ChoiceEnd)):
-            self.begun = self.choices.setdefault(event.index, Choice()).add(event)
+            self.choices[event.index].add(event)
         if self.first is None and isinstance(event, (Text, Thought, CallBegan)):
             self.first = time.monotonic()
 
@@ -8007,6 +8000,8 @@ class Dialect:
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         """Turns an event into documents: a stream's chunks, or one document at the end."""
         self.note(event)
+        if isinstance(event, (Text, Thought)) and not event.text and not event.logprobs:
+            return
         if self.stream:
             yield from self.chunks(event)
         elif isinstance(event, Usage):
@@ -8036,20 +8031,21 @@ class Native(Dialect):
         """Model and prompt (or messages, or a system text) are required."""
         if body.get("model") is None:
             raise InvalidRequest("model is required: the id of a model, or default", "model")
-        prompt, messages, system = body.get("prompt"), read_messages(body), body.get("system")
+        prompt, messages = optional(body, "prompt", a_string), read_messages(body)
+        system = optional(body, "system", a_string)
         if prompt is None and messages is None:
             raise InvalidRequest("prompt is required (or messages)", "prompt")
         if prompt is not None and messages is not None:
             raise InvalidRequest("prompt and messages exclude each other: send one of them", "prompt")
         if system is not None:
-            turns = messages or ({"role": "user", "content": a_string("prompt", prompt)},)
-            messages, prompt = ({"role": "system", "content": a_string("system", system)}, *turns), None
+            turns = messages or ({"role": "user", "content": prompt},)
+            messages, prompt = ({"role": "system", "content": system}, *turns), None
         functions, builtins = read_tools(body)
         if functions:
             raise InvalidRequest("tools may hold built-in tools here; /v1/chat/completions takes functions", "tools")
         return GenerateRequest(
             model=a_string("model", body["model"]),
-            prompts=() if prompt is None else (a_string("prompt", prompt),),
+            prompts=() if prompt is None else (prompt,),
             messages=messages,
             builtins=builtins,
             sampling=Sampling.from_json(body),
@@ -8057,94 +8053,63 @@ class Native(Dialect):
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and event.text:
-            yield self._piece(event.text)
+        if isinstance(event, Text):
+            yield {"choices": [{"text": event.text, "index": 0}]}
         elif isinstance(event, Usage):
-            yield self._end(self.choices[0].finish_reason, event)
-
-    @staticmethod
-    def _piece(text: str) -> dict[str, Any]:
-        return {"choices": [{"text": text, "index": 0}]}
-
-    @staticmethod
-    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
-        return {"choices": [{"text": "", "index": 0, "finish_reason": reason}], "usage": usage.document()}
+            end = {"text": "", "index": 0, "finish_reason": self.choices[0].finish_reason}
+            yield {"choices": [end], "usage": event.document()}
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choices = [{"text": c.text, "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
+        choices = [{"text": c.said(), "index": i, "finish_reason": c.finish_reason} for i, c in self.in_order()]
         return {"choices": choices, "usage": self.usage.document()}
 
 
 class NativeSocket(Native):
     """`/ws/generate`, the documented API: tokens, then done."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self.stream = True
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Text):
+            yield {"token": event.text}
+        elif isinstance(event, Usage):
+            yield self.done(self.choices[0].finish_reason, event)
 
     @staticmethod
-    def _piece(text: str) -> dict[str, Any]:
-        return {"token": text}
-
-    @staticmethod
-    def _end(reason: str | None, usage: Usage) -> dict[str, Any]:
+    def done(reason: str | None, usage: Usage) -> dict[str, Any]:
+        """The last document."""
         return {"done": True, "finish_reason": reason, "usage": usage.document()}
 
-    @classmethod
-    def cancelled(cls) -> dict[str, Any]:
-        """The last document of a request that was cancelled before the engine had it."""
-        return cls._end("cancelled", Usage(0, 0, 0, 0, 0))
+
+UNBUILT: dict[str, tuple[Any, ...]] = {  # fields of OpenAI's and vLLM's that are known here but not served, but for these values
+    "guided_regex": (), "functions": ([],), "function_call": ("none", "auto"), "modalities": (["text"],), "audio": (),
+    "prediction": (), "web_search_options": (),
+}  # fmt: skip
 
 
-UNBUILT: dict[str, Callable[[Any], bool]] = {  # fields of OpenAI's and vLLM's that are known here but not served
-    "guided_regex": lambda v: True,
-    "functions": lambda v: v != [],
-    "function_call": lambda v: v not in ("none", "auto"),
-    "modalities": lambda v: v != ["text"],
-    "audio": lambda v: True,
-    "prediction": lambda v: True,
-    "web_search_options": lambda v: True,
-}
+def read_format(where: str, format: Any) -> Schema | None:
+    """The schema a format asks for: any object for a json_object without one, none for text.
 
-
-def refuse_unbuilt(body: Mapping[str, Any]) -> None:
-    """A known field that is not built yet is refused by name: to ignore it would be to answer something else."""
-    for name, unserved in UNBUILT.items():
-        if body.get(name) is not None and unserved(body[name]):
-            raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
-
-
-def response_schema(format: Any) -> Schema | None:
-    """The schema a `response_format` asks for: any object for a json_object without one, none for text.
-
-    OpenAI holds a json_schema's in an object of that name; llama-server beside the type, as it does a json_object's.
+    OpenAI's chat holds a json_schema's in an object of that name; its Responses, Anthropic and llama-server beside the type.
     """
     if format is None:
         return None
-    kind, schema = an_object("response_format", format).get("type"), format.get("schema")
+    kind = one_of(f"{where}.type", an_object(where, format).get("type"), ("text", "json_object", "json_schema"))
     if kind == "text":
         return None
-    if kind not in ("json_object", "json_schema"):
-        served = "text, json_object or json_schema"
-        raise InvalidRequest(f"response_format.type must be {served}, not {_said(kind)}", "response_format")
-    if schema is None and kind == "json_object":
-        schema = {"type": "object"}
-    if schema is None:
-        schema = an_object("response_format.json_schema", format.get("json_schema")).get("schema")
-    return Schema("response_format", an_object("response_format.schema", schema))
+    holder = an_object(f"{where}.json_schema", given(format, "json_schema", format))
+    schema = given(holder, "schema", {"type": "object"} if kind == "json_object" else None)
+    return Schema(where, an_object(f"{where}.schema", schema))
 
 
 def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     """json_schema or grammar, as vLLM's fields ask for them: structured_outputs, and guided_… before it."""
-    told = dict(optional(body, "structured_outputs", an_object, {}))
-    told |= {name: body[f"guided_{name}"] for name in ("json", "choice", "grammar") if f"guided_{name}" in body}
-    given = {name: value for name, value in told.items() if value is not None and value is not False}
-    for name in given:
+    older = {name: body.get(f"guided_{name}") for name in ("json", "choice", "grammar")}
+    newer = optional(body, "structured_outputs", an_object, {})
+    told = [(k, v) for k, v in (*newer.items(), *older.items()) if v is not None and v is not False]
+    if len(told) > 1:
+        raise InvalidRequest(f"structured_outputs: {' and '.join(dict(told))} exclude each other", "structured_outputs")
+    for name, value in told:
         one_of("structured_outputs", name, ("json", "json_object", "choice", "grammar"))
-    if len(given) > 1:
-        raise InvalidRequest(f"structured_outputs: {' and '.join(given)} exclude each other", "structured_outputs")
-    for name, value in given.items():
         if name == "choice":
             texts = [a_string("structured_outputs.choice", text) for text in one_type(list, "a list")(name, value)]
             return {"grammar": "root ::= " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts)}
@@ -8155,33 +8120,40 @@ def guided(body: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def read_tool_choice(body: Mapping[str, Any], offered: Seq[str]) -> tuple[str, Seq[str]]:
-    """GenerateRequest.tool_choice, and which of the tools offered may be called. One that is forced must be offered."""
-    choice = body.get("tool_choice")
+def read_tool_choice(choice: Any, functions: Seq[dict[str, Any]], builtins: Seq[str] = ()) -> dict[str, Any]:
+    """The request's tool_choice and the tools that may be called, in any API's words. One that is forced must be offered."""
+    if len(functions) > MAX_TOOLS:
+        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
+    names = [*(f["function"]["name"] for f in functions), *builtins]
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        holder = an_object("tool_choice.allowed_tools", choice.get("allowed_tools"))
-        offered = [_named_function(tool, offered) for _, tool in listed("tool_choice.allowed_tools.tools", holder.get("tools"))]
-        choice = one_of("tool_choice.allowed_tools.mode", holder.get("mode"), ("auto", "required"))
-    if choice in (None, "auto", "none"):
-        return str(choice or "auto"), offered
-    if choice != "required":
-        choice = f"function:{_named_function(choice, offered)}"
-    elif not offered:
-        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
-    if body.get("json_schema") or body.get("grammar"):
-        raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
-    return choice, offered
-
-
-def _named_function(choice: Any, offered: Seq[str]) -> str:
-    """The name in {"type": "function", "function": {"name": …}}, of a tool that is offered."""
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        forms = 'none, auto, required or {"type": "function", "function": {"name": …}}'
+        where = "tool_choice.allowed_tools" if "allowed_tools" in choice else "tool_choice"
+        holder = an_object(where, choice.get("allowed_tools", choice))
+        mode = one_of(f"{where}.mode", holder.get("mode"), ("auto", "required"))
+        names = [named_tool(place, tool, names) for place, tool in listed(f"{where}.tools", holder.get("tools"))]
+        choice = mode
+    if isinstance(choice, dict):
+        one_of("tool_choice.type", choice.get("type"), ("function", "custom", "tool", "allowed_tools"))
+        choice = f"function:{named_tool('tool_choice', choice, names)}"
+    elif choice not in ("none", "auto", "required"):
+        forms = 'none, auto, required or {"type": "function", "name": …}'
         raise InvalidRequest(f"tool_choice must be {forms}, not {_said(choice)}", "tool_choice")
-    if function["name"] not in offered:
-        raise InvalidRequest(f"tool_choice: tools does not offer {_said(function['name'])}", "tool_choice")
-    return str(function["name"])
+    if choice == "required" and not names:
+        raise InvalidRequest("tool_choice: a call is required, but tools offers none", "tool_choice")
+    names = [] if choice == "none" else names
+    return {"tool_choice": choice, "tools": tuple(f for f in functions if f["function"]["name"] in names),
+            "builtins": tuple(name for name in builtins if name in names)}  # fmt: skip
+
+
+def named_tool(where: str, tool: Mapping[str, Any], names: Iterable[str]) -> str:
+    """The name of a tool that is offered: beside the type, or in the `function` of OpenAI's chat."""
+    named = an_object(f"{where}.function", given(tool, "function", tool))
+    space = a_string(f"{where}.namespace", given(named, "namespace", ""))
+    return one_of(f"{where}.name", joined_name(space, a_string(f"{where}.name", named.get("name"))), names)
+
+
+def joined_name(space: str, name: str) -> str:
+    """A tool's name in the prompt: models know no namespaces."""
+    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
 
 
 def one_of(where: str, value: Any, known: Iterable[str]) -> str:
@@ -8191,28 +8163,19 @@ def one_of(where: str, value: Any, known: Iterable[str]) -> str:
     return value
 
 
-def effort_args(where: str, effort: Any) -> dict[str, Any]:
-    """Translates an effort for templates: they know low, medium and high."""
-    if effort is None:
-        return {}
+def read_template_args(body: Mapping[str, Any], where: str, effort: Any, **own: Any) -> dict[str, Any]:
+    """The template's arguments: an effort, of which templates know low, medium and high; chat_template_kwargs win."""
     known = {"none": None, "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high", "max": "high"}
-    value = known[one_of(where, effort, known)]
-    return {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+    args: dict[str, Any] = {}
+    if effort is not None:
+        value = known[one_of(where, effort, known)]
+        args = {"enable_thinking": False} if value is None else {"reasoning_effort": value}
+    return args | own | optional(body, "chat_template_kwargs", an_object, {})
 
 
-def read_template_args(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Reads the template's arguments: chat_template_kwargs, which win over reasoning_effort."""
-    told = effort_args("reasoning_effort", body.get("reasoning_effort"))
-    return told | an_object("chat_template_kwargs", body.get("chat_template_kwargs") or {})
-
-
-def read_thinking_budget(body: Mapping[str, Any]) -> int | None:
-    """Tokens of a thought, by either of llama-server's names; -1 and None: no bound."""
-    for name in ("thinking_budget_tokens", "reasoning_budget_tokens"):
-        if body.get(name) is not None:
-            budget = int(whole(-1)(name, body[name]))
-            return None if budget < 0 else budget
-    return None
+def first_given(body: Mapping[str, Any], check: Check, *names: str) -> Any:
+    """The first of several fields that the body holds, checked; None without any."""
+    return next((check(name, body[name]) for name in names if body.get(name) is not None), None)
 
 
 class OpenAI(Dialect):
@@ -8221,47 +8184,50 @@ class OpenAI(Dialect):
     api = "openai"
     prefix = object_name = chunk_name = ""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self._id, self._created = f"{self.prefix}-{os.urandom(12).hex()}", int(time.time())
-        self._include_usage = flag(an_object("stream_options", body.get("stream_options") or {}), "include_usage")
-
-    @staticmethod
-    def common(body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
-        """The fields both routes read alike."""
-        refuse_unbuilt(body)
-        named = ("max_completion_tokens", "max_tokens", "n_predict")  # OpenAI's newer name and older, llama-server's
-        limit = next((token_limit(name, body[name]) for name in named if body.get(name) is not None), None)
-        read = {**body, "max_tokens": limit, **guided(body)}
-        n, sampling = body.get("n"), Sampling.from_json(read, logprobs=logprobs)
-        schema = response_schema(body.get("response_format"))
-        if schema and (sampling.json_schema or sampling.grammar):
+    def common(self, body: Mapping[str, Any], logprobs: int | None) -> GenerateRequest:
+        """The fields both routes read alike. A known one that is not served is refused, not ignored."""
+        self._include_usage = flag(optional(body, "stream_options", an_object, {}), "include_usage")
+        for name, fine in UNBUILT.items():
+            if body.get(name) is not None and body[name] not in fine:
+                raise InvalidRequest(f"{name}: {_said(body[name])} is not supported here", name)
+        limit = first_given(body, token_limit, "max_completion_tokens", "max_tokens", "n_predict")  # the last is llama-server's
+        body = {**body, "max_tokens": limit, **guided(body)}
+        schema = read_format("response_format", body.get("response_format"))
+        if schema and (body.get("json_schema") or body.get("grammar")):
             raise InvalidRequest("response_format excludes json_schema and grammar: send one of them", "response_format")
         return GenerateRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            sampling=replace(sampling, json_schema=schema) if schema else sampling,
-            n=1 if n is None else whole(1, MAX_CHOICES)("n", n),
+            model=optional(body, "model", a_string, "default"),
+            sampling=Sampling.from_json(body, logprobs=logprobs, json_schema=schema),
+            n=optional(body, "n", whole(1, MAX_CHOICES), 1),
         )
 
-    def _envelope(self, name: str, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return {"id": self._id, "object": name, "created": self._created, "model": self.model, "choices": choices} | more
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Only the last chunk has a usage; the others not even null: there are clients that take the first for the last."""
+        if isinstance(event, (Text, Thought, ToolResult, ChoiceEnd)):
+            yield self._envelope(self.chunk_name, [self.shown(event.index, Choice(event), whole=False)])
+        elif isinstance(event, Usage) and self._include_usage:
+            yield self._envelope(self.chunk_name, []) | self._usage(event)
 
-    def _chunk(self, choices: list[Any], **more: Any) -> dict[str, Any]:
-        return self._envelope(self.chunk_name, choices, **more)
+    def document(self) -> dict[str, Any]:
+        assert self.usage
+        choices = [self.shown(index, choice, whole=True) for index, choice in self.in_order()]
+        return self._envelope(self.object_name, choices) | self._usage(self.usage)
+
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        """A choice as it is, or what is new of it."""
+        raise NotImplementedError
+
+    def _envelope(self, name: str, choices: list[Any]) -> dict[str, Any]:
+        id = f"{self.prefix}-{self.id}"
+        return {"id": id, "object": name, "created": self.created, "model": self.model, "choices": choices}
 
     @staticmethod
-    def _usage(usage: Usage | None) -> dict[str, Any]:
+    def _usage(usage: Usage) -> dict[str, Any]:
         """`usage` as OpenAI has it; `timings` beside it, as llama-server has them, and in it, as we first did."""
-        assert usage
         timings = usage.timings()
         details = {"prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
                    "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens}}  # fmt: skip
         return {"usage": usage.document() | details | {"timings": timings}, "timings": timings}
-
-    def _usage_chunk(self, event: Usage) -> Iterator[dict[str, Any]]:
-        """No other chunk has a usage, not even null: there are clients that take the first with the key for the last."""
-        if self._include_usage:
-            yield self._chunk([], **self._usage(event))
 
 
 def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
@@ -8271,7 +8237,7 @@ def shown_token(token: bytes, logprob: float) -> dict[str, Any]:
 
 def shown_logprobs(tokens: Seq[TokenLogprob]) -> list[dict[str, Any]]:
     """Tokens with their likeliest alternatives."""
-    return [shown_token(t.token, t.logprob) | {"top_logprobs": [shown_token(*each) for each in t.top]} for t in tokens]
+    return [shown_token(t.token, t.logprob) | {"top_logprobs": list(itertools.starmap(shown_token, t.top))} for t in tokens]
 
 
 class ChatCompletion(OpenAI):
@@ -8283,79 +8249,54 @@ class ChatCompletion(OpenAI):
         messages = read_messages(body)
         if messages is None:
             raise InvalidRequest("messages is required: a list of messages", "messages")
-        top, wanted = body.get("top_logprobs"), flag(body, "logprobs")
+        top, wanted = optional(body, "top_logprobs", whole(0, 20)), flag(body, "logprobs")
         if top is not None and not wanted:
             raise InvalidRequest("top_logprobs needs logprobs to be true", "top_logprobs")
-        functions, builtins = read_tools(body)
-        choice, names = read_tool_choice(body, [*(f["function"]["name"] for f in functions), *builtins])
-        if choice not in ("auto", "none"):  # a call has a form of its own
+        choice = read_tool_choice(given(body, "tool_choice", "auto"), *read_tools(body))
+        if choice["tool_choice"] not in ("auto", "none"):  # a call has a form of its own
+            if body.get("json_schema") or body.get("grammar"):
+                raise InvalidRequest("tool_choice: a forced call excludes json_schema and grammar", "tool_choice")
             body = {**body, "response_format": None}
+        budget = first_given(body, whole(-1), "thinking_budget_tokens", "reasoning_budget_tokens")  # llama-server's names
         return replace(
-            self.common(body, whole(0, 20)("top_logprobs", top or 0) if wanted else None),
+            self.common(body, (top or 0) if wanted else None),
             messages=messages,
-            tools=tuple(f for f in functions if f["function"]["name"] in names),
-            builtins=tuple(name for name in builtins if name in names),
-            tool_choice=choice,
-            parallel_tool_calls=flag(body, "parallel_tool_calls", True),
+            parallel_tool_calls=optional(body, "parallel_tool_calls", boolean, True),
             continue_final_message=optional(body, "continue_final_message", boolean),
-            thinking_budget=read_thinking_budget(body),
-            template_args=read_template_args(body),
+            thinking_budget=None if budget == -1 else budget,
+            template_args=read_template_args(body, "reasoning_effort", body.get("reasoning_effort")),
             split_markers=True,
+            **choice,
         )
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        deltas: list[tuple[int, dict[str, Any]]] = []
         if isinstance(event, Queued):
-            for index in range(self.request.n):
-                yield self._delta(index, {"role": "assistant", "content": "", "refusal": None})
-        elif isinstance(event, (Text, Thought)):
-            name = "content" if isinstance(event, Text) else "reasoning_content"
-            if event.text or event.logprobs:
-                yield self._delta(event.index, {name: event.text} if event.text else {}, event.logprobs)
+            deltas = [(index, {"role": "assistant", "content": "", "refusal": None}) for index in range(self.request.n)]
         elif isinstance(event, CallBegan):
-            yield self._call_delta(event, {"id": event.id, "type": "function"}, {"name": event.name, "arguments": ""})
+            call = {"index": event.number, "id": event.id, "type": "function", "function": {"name": event.name, "arguments": ""}}
+            deltas = [(event.index, {"tool_calls": [call]})]
         elif isinstance(event, CallArguments):
-            yield self._call_delta(event, {}, {"arguments": event.text})
-        elif isinstance(event, ToolResult):
-            yield self._delta(event.index, {"tool_results": [self._result(event)]})
-        elif isinstance(event, ChoiceEnd):
-            yield self._chunk([{"index": event.index, "delta": {}, "logprobs": None, "finish_reason": event.finish_reason}])
-        elif isinstance(event, Usage):
-            yield from self._usage_chunk(event)
+            deltas = [(event.index, {"tool_calls": [{"index": event.number, "function": {"arguments": event.text}}]})]
+        for index, delta in deltas:
+            choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            yield self._envelope(self.chunk_name, [choice])
+        yield from super().chunks(event)
 
-    def _delta(self, index: int, delta: dict[str, Any], logprobs: Seq[TokenLogprob] = ()) -> dict[str, Any]:
-        shown = self._logprobs(logprobs) if logprobs else None
-        return self._chunk([{"index": index, "delta": delta, "logprobs": shown, "finish_reason": None}])
-
-    def _call_delta(self, event: CallBegan | CallArguments, fields: dict[str, Any], function: dict[str, Any]) -> dict[str, Any]:
-        return self._delta(event.index, {"tool_calls": [{"index": event.number, **fields, "function": function}]})
-
-    @staticmethod
-    def _logprobs(tokens: Seq[TokenLogprob]) -> dict[str, Any]:
-        return {"content": shown_logprobs(tokens), "refusal": None}
-
-    def document(self) -> dict[str, Any]:
-        choices = [
-            {"index": i, "message": self._message(c), "finish_reason": c.finish_reason,
-             "logprobs": None if self.request.sampling.logprobs is None else self._logprobs(c.logprobs)}
-            for i, c in self.in_order()
-        ]  # fmt: skip
-        return self._envelope(self.object_name, choices, **self._usage(self.usage))
-
-    def _message(self, choice: Choice) -> dict[str, Any]:
-        content = choice.text or (None if choice.calls else "")
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if thought := choice.said("thought"):
-            message["reasoning_content"] = thought
-        if choice.calls:
-            message["tool_calls"] = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
-        if choice.results:
-            message["tool_results"] = [self._result(r) for r in choice.results]
-        return message
-
-    @staticmethod
-    def _result(result: ToolResult) -> dict[str, Any]:
-        """A built-in tool's call and result, an extension: `tool_calls` would ask the client to run it."""
-        return {k: v for k, v in asdict(result).items() if k != "index"}
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        """Results of built-in tools are an extension: `tool_calls` would ask the client to run those."""
+        calls = [a_call(c.call_id, c.name, c.text) for c in choice.calls]
+        results = [{name: value for name, value in asdict(r).items() if name != "index"} for r in choice.results]
+        said = {"content": choice.said(), "reasoning_content": choice.said("thought"), "tool_calls": calls,
+                "tool_results": results}  # fmt: skip
+        said = {name: value for name, value in said.items() if value}
+        logprobs = {"content": shown_logprobs(choice.logprobs), "refusal": None}
+        if not whole:
+            shown = logprobs if choice.logprobs else None
+            return {"index": index, "delta": said, "logprobs": shown, "finish_reason": choice.finish_reason}
+        message = {"role": "assistant", "content": None if calls else "", "refusal": None} | said
+        shown = None if self.request.sampling.logprobs is None else logprobs
+        return {"index": index, "message": message, "finish_reason": choice.finish_reason, "logprobs": shown}
 
 
 class Completion(OpenAI):
@@ -8367,29 +8308,21 @@ class Completion(OpenAI):
         """A prompt is a string, a list of strings, token ids, or a list of those."""
         if body.get("prompt") is None:
             raise InvalidRequest("prompt is required: a string, or a list of strings or token ids", "prompt")
-        logprobs = body.get("logprobs")
-        count = None if logprobs is None else whole(0, 20)("logprobs", logprobs)
-        request = replace(self.common(body, count), prompts=read_texts("prompt", body["prompt"], MAX_TEXTS))
-        if (texts := len(request.prompts) * request.n) > MAX_TEXTS:
+        prompts = read_texts("prompt", body["prompt"], MAX_TEXTS)
+        request = replace(self.common(body, optional(body, "logprobs", whole(0, 20))), prompts=prompts)
+        if (texts := len(prompts) * request.n) > MAX_TEXTS:
             raise InvalidRequest(f"prompt: prompts times n may be up to {MAX_TEXTS}, not {texts}", "prompt")
-        if body.get("best_of") is not None and whole(1, MAX_CHOICES)("best_of", body["best_of"]) != request.n:
+        if optional(body, "best_of", whole(1, MAX_CHOICES), request.n) != request.n:
             raise InvalidRequest(f"best_of must equal n ({request.n}): texts are not ranked here", "best_of")
-        self._echo = self._echoes(body, request)
-        begun = [len(p) * isinstance(p, str) for p in request.prompts for _ in range(request.n)]
-        self._said = dict(enumerate(begun))  # characters by choice so far: OpenAI counts from the prompt's start
-        suffix = optional(body, "suffix", a_string, "")
-        if suffix and (len(request.prompts) > 1 or not isinstance(request.prompts[0], str)):
-            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
-        return replace(request, prompts=(), infill=Infill(str(request.prompts[0]), suffix)) if suffix else request
-
-    @staticmethod
-    def _echoes(body: Mapping[str, Any], request: GenerateRequest) -> Seq[str]:
-        """With `echo` the prompts, by choice; else nothing."""
-        if not flag(body, "echo"):
-            return ()
-        if request.sampling.logprobs is not None or not all(isinstance(p, str) for p in request.prompts):
+        written = [p if isinstance(p, str) else "" for p in prompts for _ in range(request.n)]  # by choice
+        if flag(body, "echo") and (request.sampling.logprobs is not None or not all(isinstance(p, str) for p in prompts)):
             raise InvalidRequest("echo is served for prompts of text without logprobs", "echo")
-        return [str(p) for p in request.prompts for _ in range(request.n)]
+        self._echo = written if flag(body, "echo") else []
+        self._offsets = [len(text) for text in written]  # characters so far: OpenAI counts from the prompt's start
+        suffix = optional(body, "suffix", a_string, "")
+        if suffix and (len(prompts) > 1 or not isinstance(prompts[0], str)):
+            raise InvalidRequest("suffix is served for one prompt of text", "suffix")
+        return replace(request, prompts=(), infill=Infill(written[0], suffix)) if suffix else request
 
     def documents(self, event: Event) -> Iterator[dict[str, Any]]:
         yield from super().documents(event)
@@ -8397,101 +8330,69 @@ class Completion(OpenAI):
             for index, prompt in enumerate(self._echo):
                 yield from super().documents(Text(index, prompt))
 
-    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and (event.text or event.logprobs):
-            yield self._chunk([self._choice(event.index, event.text, event.logprobs, None)])
-        elif isinstance(event, ChoiceEnd):
-            yield self._chunk([self._choice(event.index, "", (), event.finish_reason)])
-        elif isinstance(event, Usage):
-            yield from self._usage_chunk(event)
-
-    def _choice(self, index: int, text: str, logprobs: Seq[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        shown = None
-        if logprobs:
-            offset = self._said[index]
-            words = [t.token.decode("utf-8", "replace") for t in logprobs]
-            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in logprobs]
-            shown = {"tokens": words, "token_logprobs": [t.logprob for t in logprobs], "top_logprobs": tops,
-                     "text_offset": list(itertools.accumulate(map(len, words[:-1]), initial=offset))}  # fmt: skip
-            self._said[index] = offset + sum(map(len, words))
-        return {"text": text, "index": index, "logprobs": shown, "finish_reason": reason}
-
-    def document(self) -> dict[str, Any]:
-        choices = [self._choice(i, c.text, c.logprobs, c.finish_reason) for i, c in self.in_order()]
-        return self._envelope(self.object_name, choices, **self._usage(self.usage))
+    def shown(self, index: int, choice: Choice, whole: bool) -> dict[str, Any]:
+        shown, tokens = None, choice.logprobs
+        if tokens:
+            words = [t.token.decode("utf-8", "replace") for t in tokens]
+            tops = [{token.decode("utf-8", "replace"): p for token, p in t.top} for t in tokens]
+            *offsets, self._offsets[index] = itertools.accumulate(map(len, words), initial=self._offsets[index])
+            shown = {"tokens": words, "token_logprobs": [t.logprob for t in tokens], "top_logprobs": tops, "text_offset": offsets}
+        return {"text": choice.said(), "index": index, "logprobs": shown, "finish_reason": choice.finish_reason}
 
 
 class Embeddings(Dialect):
     """`/v1/embeddings`, OpenAI's."""
 
     api = "openai"
-
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__({**body, "stream": False})
+    streams = None
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        encoding, dimensions = body.get("encoding_format"), body.get("dimensions")
-        if encoding not in (None, "float", "base64"):
-            raise InvalidRequest(f"encoding_format must be float or base64, not {_said(encoding)}", "encoding_format")
-        self._base64 = encoding == "base64"
+        self._base64 = one_of("encoding_format", given(body, "encoding_format", "float"), ("float", "base64")) == "base64"
         if body.get("input") is None:
             raise InvalidRequest("input is required: a string, or a list of strings or token ids", "input")
         return EmbedRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
+            model=optional(body, "model", a_string, "default"),
             inputs=read_texts("input", body["input"], MAX_INPUTS, may_be_empty=False),
-            dimensions=None if dimensions is None else whole(1)("dimensions", dimensions),
+            dimensions=optional(body, "dimensions", whole(1)),
         )
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         return service.embed(self.request, cancel)
 
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        if isinstance(event, Vectors):
-            self._rows = event.rows
-        elif isinstance(event, Usage):
-            yield self.document()
-
     def document(self) -> dict[str, Any]:
         assert self.usage
         usage = {"prompt_tokens": self.usage.prompt_tokens, "total_tokens": self.usage.prompt_tokens}
-        return {"model": self.model, "usage": usage, **self.answer(self._rows)}
+        return {"model": self.model, "usage": usage, "object": "list", **self.answer()}
 
-    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
+    def answer(self) -> dict[str, Any]:
         """The answer but for the model and the usage."""
-        data = [{"object": "embedding", "index": i, "embedding": self._embedding(row)} for i, row in enumerate(rows)]
-        return {"object": "list", "data": data}
+        vectors = [base64.b64encode(row).decode() if self._base64 else numbers(row) for row in self.rows]
+        return {"data": [{"object": "embedding", "index": i, "embedding": vector} for i, vector in enumerate(vectors)]}
 
-    def _embedding(self, row: bytes) -> str | list[float]:
-        """As base64, or as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
-        if self._base64:
-            return base64.b64encode(row).decode()
-        return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
+
+def numbers(row: bytes) -> list[float]:
+    """A vector as numbers: nine digits tell any float32, a double's 17 would be twice as long."""
+    return [float(f"{number:.9g}") for number in struct.unpack(f"<{len(row) // 4}f", row)]
 
 
 class Rerank(Embeddings):
     """`/v1/rerank`, Jina's: the documents that answer the query best come first."""
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        if not a_string("query", body.get("query") or ""):
+        if not optional(body, "query", a_string):
             raise InvalidRequest("query is required: what the documents are ranked for", "query")
-        documents, top, shown = read_documents(body.get("documents")), body.get("top_n"), body.get("return_documents")
-        self._top = len(documents) if top is None else whole(1)("top_n", top)
-        self._shown = shown is None or boolean("return_documents", shown)
-        return EmbedRequest(
-            model=a_string("model", "default" if body.get("model") is None else body["model"]),
-            inputs=documents,
-            query=body["query"],
-        )
+        documents = read_documents(body.get("documents"))
+        self._top = optional(body, "top_n", whole(1), len(documents))
+        self._shown = optional(body, "return_documents", boolean, True)
+        return EmbedRequest(optional(body, "model", a_string, "default"), documents, query=body["query"])
 
-    def answer(self, rows: Seq[bytes]) -> dict[str, Any]:
-        scores = [struct.unpack("<f", row)[0] for row in rows]
-        ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]
-        return {"object": "list", "results": [self._result(i, scores[i]) for i in ranked]}
-
-    def _result(self, index: int, score: float) -> dict[str, Any]:
-        document = {"document": {"text": self.request.inputs[index]}} if self._shown else {}
-        return {"index": index, "relevance_score": score, **document}
+    def answer(self) -> dict[str, Any]:
+        scores = [numbers(row)[0] for row in self.rows]
+        results: list[dict[str, Any]] = []
+        for i in sorted(range(len(scores)), key=lambda i: -scores[i])[: self._top]:
+            document = {"document": {"text": self.request.inputs[i]}} if self._shown else {}
+            results.append({"index": i, "relevance_score": scores[i], **document})
+        return {"results": results}
 
 
 # ── 14.2. Dialects of blocks ──────────────────────────────────────────────────────────────────────────────────────────
@@ -8526,57 +8427,27 @@ def a_function(where: str, tool: Mapping[str, Any], parameters: Mapping[str, Any
     return {"type": "function", "function": function | {"parameters": parameters}}
 
 
-def bounded(functions: Seq[Any]) -> tuple[Any, ...]:
-    """As many functions as a template may be given."""
-    if len(functions) > MAX_TOOLS:
-        raise InvalidRequest(f"tools may hold up to {MAX_TOOLS} tools, not {len(functions)}", "tools")
-    return tuple(functions)
-
-
-def offered_name(where: str, name: Any, functions: Iterable[Mapping[str, Any]]) -> str:
-    """The name of one of the functions offered, which the model must call."""
-    return one_of(where, name, [f["function"]["name"] for f in functions])
-
-
 class BlockDialect(Dialect):
-    """An API whose answers are lists of blocks. Non-streamed answers run the same code; only the last document is sent."""
+    """An API whose answers are lists of blocks."""
 
-    keeps_text = True
+    _opened = 0  # blocks whose beginning was sent
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__(body)
-        self.choice = self.choices[0] = Choice()
-        self.prompt_tokens = 0
-
-    def documents(self, event: Event) -> Iterator[dict[str, Any]]:
-        self.note(event)
-        chunks = list(self.chunks(event))
-        if self.stream:
-            yield from chunks
-        elif isinstance(event, Usage):
-            yield self.document()
+    def note(self, event: Event) -> None:
+        super().note(event)
+        if isinstance(event, ChoiceEnd) and not self.choices[0].blocks:
+            self.choices[0].blocks.append(Block("text"))  # clients look at the first block without asking whether there is one
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        blocks, begun = self.choice.blocks, self.begun
-        if isinstance(event, ChoiceEnd) and not blocks:  # clients look at the first block without asking whether there is one
-            begun = self.choice.begin(Block("text"))
-        if begun:
-            if begun.index:
+        blocks = self.choices[0].blocks
+        if len(blocks) > self._opened:
+            if self._opened:
                 yield from self.closed(blocks[-2])
-            yield from self.opened(begun)
-        if isinstance(event, Queued):
-            self.prompt_tokens = event.prompt_tokens
-            yield from self.begin()
-        elif isinstance(event, (Thought, Text, CallArguments)) and event.text:
+            yield from self.opened(blocks[-1])
+            self._opened = len(blocks)
+        if isinstance(event, (Thought, Text, CallArguments)) and event.text:
             yield from self.more(blocks[-1], event.text)
         elif isinstance(event, ChoiceEnd):
             yield from self.closed(blocks[-1])
-        elif isinstance(event, Usage):
-            yield from self.finish()
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        """The stream's first documents."""
-        raise NotImplementedError
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
         """Announces a block."""
@@ -8590,22 +8461,17 @@ class BlockDialect(Dialect):
         """Ends a block."""
         raise NotImplementedError
 
-    def finish(self) -> Iterator[dict[str, Any]]:
-        """The stream's last documents."""
-        raise NotImplementedError
 
-
-CLAUDE_TEXTS = ("text", "document", "search_result", "tool_reference", "image")
 CLAUDE_BLOCKS = {  # what messages may hold, by role
     "user": ("text", "tool_result", "document", "search_result", "image"),
     "assistant": ("text", "thinking", "tool_use"),
     "system": ("text",),
 }
-CLAUDE_UNREAD = frozenset((  # of tools that Anthropic runs itself, and thoughts that only it can read
+CLAUDE_UNREAD = (  # of tools that Anthropic runs itself, and thoughts that only it can read
     "redacted_thinking", "server_tool_use", "mcp_tool_use", "mcp_tool_result", "web_search_tool_result", "container_upload",
     "web_fetch_tool_result", "code_execution_tool_result", "bash_code_execution_tool_result", "compaction", "fallback",
     "text_editor_code_execution_tool_result", "tool_search_tool_result", "advisor_tool_result",
-))  # fmt: skip
+)  # fmt: skip
 
 
 def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -8613,11 +8479,8 @@ def claude_messages(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
     messages, names = listed("messages", body.get("messages")), dict[str, str]()
     if not 0 < len(messages) <= MAX_MESSAGES:
         raise InvalidRequest(f"messages must hold 1 to {MAX_MESSAGES} messages, not {len(messages)}", "messages")
-    system = body.get("system")
-    for place, part in listed("system", [] if system is None or isinstance(system, str) else system):
-        one_of(f"{place}.type", part.get("type"), ("text",))
-    text = "" if system is None else flat_content("system", system, ("text",), "\n\n")
-    turns = [{"role": "system", "content": text}] if text else []
+    system = flat_content("system", given(body, "system", ""), ("text",), "\n\n", newest=True)
+    turns = [{"role": "system", "content": system}] if system else []
     newest = newest_turn([message for _, message in messages if not is_results(message.get("content"))])
     return (*turns, *(turn for where, message in messages for turn in claude_turns(where, message, names, message is newest)))
 
@@ -8630,103 +8493,58 @@ def is_results(content: Any) -> bool:
 def claude_turns(where: str, message: Mapping[str, Any], names: dict[str, str], newest: bool) -> list[dict[str, Any]]:
     """One of Anthropic's messages: results become turns of their own. `names` of calls by id, gathered over the chat."""
     role, content = one_of(f"{where}.role", message.get("role"), CLAUDE_BLOCKS), message.get("content")
-    texts: list[str] = [content] if isinstance(content, str) else []
-    media: list[str] = []
-    thoughts: list[str] = []
-    calls: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for place, block in listed(f"{where}.content", [] if isinstance(content, str) else content):
-        kind = a_string(f"{place}.type", block.get("type"))
-        if kind in CLAUDE_UNREAD:
+    texts, thoughts, calls, results = list[Any](), list[str](), list[Any](), list[Any]()
+    for place, block in listed(f"{where}.content", [{"type": "text", "text": content}] if isinstance(content, str) else content):
+        if (kind := block.get("type")) in CLAUDE_UNREAD:
             continue
         one_of(f"{place}.type", kind, CLAUDE_BLOCKS[role])
         if kind == "thinking":
             thoughts.append(a_string(f"{place}.thinking", block.get("thinking")))
         elif kind == "tool_use":
-            calls.append(claude_call(place, block, names))
+            id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
+            names[id] = name
+            calls.append(a_call(id, name, an_object(f"{place}.input", block.get("input"))))
         elif kind == "tool_result":
-            results.append(claude_result(place, block, names))
+            id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), given(block, "content", "")
+            parts = [] if isinstance(content, str) else listed(f"{place}.content", content)
+            text = flat_parts(itertools.starmap(claude_part, parts), ("text",), "\n\n", False) if parts else content or ""
+            results.append(a_result(id, names, f"Error: {text}" if flag(block, "is_error") else text))
         else:
-            texts.append(claude_text(place, block, media, newest))
+            texts.append(claude_part(place, block))
     between = "" if role == "assistant" else "\n\n"  # what the model wrote in one go stays in one piece
-    turn: dict[str, Any] = {"role": role, "content": with_note(between.join(filter(None, texts)), media)}
+    turn: dict[str, Any] = {"role": role, "content": flat_parts(texts, ("text",), between, newest)}
     turn |= {"reasoning_content": "".join(thoughts)} if thoughts else {}
     turn |= {"tool_calls": calls} if calls else {}
     return results if results and not turn["content"] else [*results, turn]
 
 
-def claude_call(place: str, block: Mapping[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A tool_use block; notes its name."""
-    id, name = a_string(f"{place}.id", block.get("id")), a_string(f"{place}.name", block.get("name"))
-    names[id] = name
-    return a_call(id, name, an_object(f"{place}.input", block.get("input")))
+def claude_part(place: str, block: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A block as a part of a chat's content: what search results and documents of text say is text."""
+    kind, source = block.get("type"), block.get("source")
+    texts = [a_string(f"{place}.title", given(block, "title", ""))]
+    if kind == "tool_reference":  # what a search for tools found
+        texts = [a_string(f"{place}.tool_name", block.get("tool_name"))]
+    elif kind == "search_result":
+        texts += [a_string(f"{place}.source", source), flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")]
+    elif kind == "document" and (form := an_object(f"{place}.source", source).get("type")) in ("text", "content"):
+        name = "data" if form == "text" else "content"
+        texts.append(flat_content(f"{place}.source.{name}", block["source"].get(name), ("text",), "\n\n"))
+    else:
+        return place, block
+    return place, {"type": "text", "text": "\n".join(filter(None, texts))}
 
 
-def claude_result(place: str, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A tool_result block: its texts, marked where the tool failed."""
-    id, content = a_string(f"{place}.tool_use_id", block.get("tool_use_id")), block.get("content")
-    if content is not None and not isinstance(content, str):
-        media: list[str] = []
-        parts = listed(f"{place}.content", content)
-        for where, part in parts:
-            one_of(f"{where}.type", part.get("type"), CLAUDE_TEXTS)
-        texts = [claude_text(where, part, media) for where, part in parts]
-        content = with_note("\n\n".join(filter(None, texts)), media)
-    return a_result(id, names, f"Error: {content or ''}" if flag(block, "is_error") else content or "")
-
-
-def claude_text(place: str, block: Mapping[str, Any], media: list[str], newest: bool = False) -> str:
-    """The text of a block that is nothing else: CLAUDE_TEXTS names them. Those without text go to `media`, by their kind."""
-    if block["type"] == "image":
-        media.append(left_out(f"{place}.type", "image", newest))
-        return ""
-    if block["type"] == "text":
-        return str(a_string(f"{place}.text", block.get("text")))
-    if block["type"] == "tool_reference":  # what a search for tools found
-        return str(a_string(f"{place}.tool_name", block.get("tool_name")))
-    titles = [a_string(f"{place}.title", block["title"])] if block.get("title") is not None else []
-    if block["type"] == "search_result":
-        titles.append(a_string(f"{place}.source", block.get("source")))
-        return "\n".join((*titles, flat_content(f"{place}.content", block.get("content"), ("text",), "\n\n")))
-    source = an_object(f"{place}.source", block.get("source"))
-    kind = one_of(f"{place}.source.type", source.get("type"), ("text", "content", "base64", "url", "file"))
-    if kind not in ("text", "content"):
-        media.append(left_out(f"{place}.source.type", "document", newest))
-        return "\n".join(titles)
-    if kind == "text":
-        return "\n".join((*titles, a_string(f"{place}.source.data", source.get("data"))))
-    return "\n".join((*titles, flat_content(f"{place}.source.content", source.get("content"), ("text",), "\n\n")))
-
-
-def claude_tools(body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-    """The functions offered; tools that Anthropic's own server runs, or its own models know by heart, are left out."""
-    functions = []
-    for where, tool in listed("tools", given(body, "tools", [])):
-        if tool.get("type") is None or a_string(f"{where}.type", tool["type"]) == "custom":
-            schema = an_object(f"{where}.input_schema", tool.get("input_schema"))
-            functions.append(a_function(where, tool, schema))
-    return bounded(functions)
-
-
-def claude_choice(body: Mapping[str, Any], functions: Seq[Any]) -> dict[str, Any]:
-    """Reads the request's tool_choice."""
-    choice = an_object("tool_choice", given(body, "tool_choice", {"type": "auto"}))
+def claude_tools(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The tools and the choice among them; those that Anthropic's server runs, or its models know by heart, are left out."""
+    functions = [
+        a_function(where, tool, an_object(f"{where}.input_schema", tool.get("input_schema")))
+        for where, tool in listed("tools", given(body, "tools", []))
+        if a_string(f"{where}.type", given(tool, "type", "custom")) == "custom"
+    ]
+    choice = optional(body, "tool_choice", an_object, {"type": "auto"})
     kind = one_of("tool_choice.type", choice.get("type"), ("auto", "any", "tool", "none"))
-    if kind == "any" and not functions:
-        raise InvalidRequest("tool_choice: any needs a tool that the client runs", "tool_choice")
-    named = f"function:{offered_name('tool_choice.name', choice.get('name'), functions)}" if kind == "tool" else ""
-    return {"tool_choice": named or {"any": "required"}.get(kind, kind), "tools": functions if kind != "none" else (),
-            "parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}  # fmt: skip
-
-
-def claude_thinking(body: Mapping[str, Any], effort: Any) -> dict[str, Any]:
-    """Reads how much to think: not at all unless the request says so, as that API has it."""
-    thinking = an_object("thinking", given(body, "thinking", {"type": "disabled"}))
-    kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
-    budget = thinking.get("budget_tokens")
-    args = effort_args("output_config.effort", effort) | {"enable_thinking": kind != "disabled"}
-    return {"thinking_budget": whole(1)("thinking.budget_tokens", budget) if kind == "enabled" and budget is not None else None,
-            "template_args": args | an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))}  # fmt: skip
+    read = read_tool_choice(choice if kind == "tool" else {"any": "required"}.get(kind, kind), functions)
+    return read | {"parallel_tool_calls": not flag(choice, "disable_parallel_tool_use")}
 
 
 class Messages(BlockDialect):
@@ -8738,29 +8556,35 @@ class Messages(BlockDialect):
                         "call": ("input_json_delta", "partial_json")}  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._id = f"msg_{os.urandom(12).hex()}"
-        config = an_object("output_config", given(body, "output_config", {}))
-        sampling = Sampling.from_json({**body, "stop": None})
-        ends = body.get("stop_sequences")
-        if ends is not None:
-            sampling = replace(sampling, stop=stops("stop_sequences", one_type(list, "a list")("stop_sequences", ends)))
-        form = an_object("output_config.format", given(config, "format", given(body, "output_format", {"type": "text"})))
-        if one_of("output_config.format.type", form.get("type"), ("text", "json_schema")) == "json_schema":
-            sampling = replace(sampling, json_schema=a_schema("output_config.format.schema", form.get("schema")))
+        """The model thinks only if the request says so, as this API has it."""
+        config = optional(body, "output_config", an_object, {})
+        schema = read_format("output_config.format", given(config, "format", body.get("output_format")))
+        ends = stops("stop_sequences", optional(body, "stop_sequences", one_type(list, "a list"), []))
+        thinking = optional(body, "thinking", an_object, {"type": "disabled"})
+        kind = one_of("thinking.type", thinking.get("type"), ("enabled", "adaptive", "disabled"))
+        budget = thinking.get("budget_tokens") if kind == "enabled" else None
         return GenerateRequest(
-            model=a_string("model", given(body, "model", "default")),
+            model=optional(body, "model", a_string, "default"),
             messages=claude_messages(body),
-            sampling=sampling,
+            sampling=Sampling.from_json({**body, "stop": None}, stop=ends, json_schema=schema),
             split_markers=True,
-            **claude_choice(body, claude_tools(body)),
-            **claude_thinking(body, config.get("effort")),
+            thinking_budget=None if budget is None else whole(1)("thinking.budget_tokens", budget),
+            template_args=read_template_args(
+                body, "output_config.effort", config.get("effort"), enable_thinking=kind != "disabled"
+            ),
+            **claude_tools(body),
         )
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_start", "message": self.document()}
 
     def idle(self) -> dict[str, Any]:
         return {"type": "ping"}
+
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            yield {"type": "message_start", "message": self.document()}
+        yield from super().chunks(event)
+        if isinstance(event, Usage):
+            yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
+            yield {"type": "message_stop"}
 
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
         empty = self._content(replace(block, parts=[]))
@@ -8776,14 +8600,10 @@ class Messages(BlockDialect):
             yield {"type": "content_block_delta", "index": block.index, "delta": delta}
         yield {"type": "content_block_stop", "index": block.index}
 
-    def finish(self) -> Iterator[dict[str, Any]]:
-        yield {"type": "message_delta", "delta": self._end(), "usage": self._usage()}
-        yield {"type": "message_stop"}
-
     def document(self) -> dict[str, Any]:
         """The message as far as it came."""
-        return {"id": self._id, "type": "message", "role": "assistant", "model": self.model,
-                "content": [self._content(b) for b in self.choice.blocks], **self._end(), "usage": self._usage()}  # fmt: skip
+        return {"id": f"msg_{self.id}", "type": "message", "role": "assistant", "model": self.model,
+                "content": [self._content(b) for b in self.choices[0].blocks], **self._end(), "usage": self._usage()}  # fmt: skip
 
     @staticmethod
     def _content(block: Block) -> dict[str, Any]:
@@ -8795,12 +8615,10 @@ class Messages(BlockDialect):
 
     def _end(self) -> dict[str, Any]:
         """The reason that the message ended; nothing while it goes on."""
-        end = self.choice.end
-        if end is None:
-            return {"stop_reason": None, "stop_sequence": None}
-        if end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
+        end = self.choices[0].end
+        if end and end.finish_reason == "stop" and end.stopped_by in self.request.sampling.stop:
             return {"stop_reason": "stop_sequence", "stop_sequence": end.stopped_by}
-        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn"), "stop_sequence": None}
+        return {"stop_reason": self.REASONS.get(end.finish_reason, "end_turn") if end else None, "stop_sequence": None}
 
     def _usage(self) -> dict[str, int]:
         """Tokens: this API counts cached ones by themselves."""
@@ -8818,46 +8636,52 @@ def claude_error(error: ApiError) -> dict[str, Any]:
     return {"type": "error", "error": {"type": kind, "message": message, "code": error.code, "details": error.details}}
 
 
-def joined_name(space: str, name: str) -> str:
-    """A tool's name in the prompt: models know no namespaces."""
-    return f"{space}{'' if space.endswith('__') or not space else '__'}{name}"
+HOSTED_ITEMS = (  # what tools of OpenAI's own did: those tools are left out here, and their traces too
+    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
+    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
+    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
+    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
+)  # fmt: skip
+RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
 
 
-def raw_input(arguments: str) -> str:
-    """Unwraps `{"input": …}`, the call of a freeform tool; other arguments stay as they are."""
-    with contextlib.suppress(InvalidRequest):
-        read = parse_json(arguments.encode("utf-8", "replace"))
-        if isinstance(read, dict) and isinstance(read.get("input"), str):
-            return str(read["input"])
-    return arguments
+class ResponseInput:
+    """The tools and turns of a Responses request: what the assistant did in a row is one turn."""
 
-
-@dataclass(frozen=True)
-class OfferedTool:
-    """A tool as the client knows it."""
-
-    name: str
-    namespace: str = ""
-    freeform: bool = False
-
-
-class ResponseTools:
-    """The tools of a Responses request: what the model is offered, and what its calls mean to the client."""
-
-    def __init__(self) -> None:
+    def __init__(self, body: Mapping[str, Any]) -> None:
         self.functions: list[dict[str, Any]] = []
-        self._offered: dict[str, OfferedTool] = {}
+        self.freeform: set[str] = set()  # names of the functions that stand for tools whose input is any text
+        self.turns: list[dict[str, Any]] = []
+        self._known: dict[str, dict[str, str]] = {}  # tools by their names in the prompt, as the client names them
+        self._called: dict[str, str] = {}  # names of calls, by id
+        self._add_tools("tools", given(body, "tools", []))
+        if instructions := optional(body, "instructions", a_string):
+            self.turns.append({"role": "system", "content": instructions})
+        said = body.get("input")
+        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
+        if len(items) > MAX_MESSAGES:
+            raise InvalidRequest(f"input may hold up to {MAX_MESSAGES} items, not {len(items)}", "input")
+        self._newest = newest_turn([item for _, item in items])
+        for where, item in items:
+            self._add(where, item)
+        if not items or not self.turns:
+            raise InvalidRequest("input holds nothing that a model here could read", "input")
 
-    def add(self, where: str, tools: Any, space: str = "") -> None:
+    def client_name(self, name: str) -> dict[str, str]:
+        """The name and namespace of the tool that the model calls by this name."""
+        return self._known.get(name, {"name": name})
+
+    def _add_tools(self, where: str, tools: Any, space: str = "") -> None:
         """Reads a list of tools; those that OpenAI's own server runs are left out."""
         for place, tool in listed(where, tools):
             kind = a_string(f"{place}.type", tool.get("type"))
             if kind == "namespace":
-                self.add(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
+                self._add_tools(f"{place}.tools", tool.get("tools"), a_string(f"{place}.name", tool.get("name")))
             elif kind in ("function", "custom"):
                 name = a_string(f"{place}.name", tool.get("name"))
                 full = joined_name(space, name)
-                self._offered[full] = OfferedTool(name, space, kind == "custom")
+                self._known[full] = {"name": name} | ({"namespace": space} if space else {})
+                self.freeform |= {full} if kind == "custom" else set()
                 shown = self._freeform(place, tool) if kind == "custom" else tool
                 schema = an_object(f"{place}.parameters", given(shown, "parameters", {}))
                 self.functions.append(a_function(place, {**shown, "name": full}, schema))
@@ -8874,56 +8698,15 @@ class ResponseTools:
         schema = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
         return {"description": said, "parameters": schema | {"additionalProperties": False}}
 
-    def meaning(self, name: str) -> OfferedTool:
-        """The tool that the model calls by this name."""
-        return self._offered.get(name) or OfferedTool(name)
-
-    def choice(self, choice: Any) -> dict[str, Any]:
-        """Reads the request's tool_choice."""
-        functions = bounded(self.functions)
-        if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-            allowed = {self._named(where, tool) for where, tool in listed("tool_choice.tools", choice.get("tools"))}
-            functions = tuple(f for f in functions if f["function"]["name"] in allowed)
-            choice = one_of("tool_choice.mode", choice.get("mode"), ("auto", "required"))
-        if isinstance(choice, dict):
-            one_of("tool_choice.type", choice.get("type"), ("function", "custom", "allowed_tools"))
-            return {"tools": functions, "tool_choice": f"function:{self._named('tool_choice', choice)}"}
-        if one_of("tool_choice", choice, ("none", "auto", "required")) == "required" and not functions:
-            raise InvalidRequest("tool_choice: required needs a tool that the client runs", "tool_choice")
-        return {"tools": () if choice == "none" else functions, "tool_choice": choice}
-
-    def _named(self, where: str, tool: Mapping[str, Any]) -> str:
-        space = a_string(f"{where}.namespace", given(tool, "namespace", ""))
-        name = joined_name(space, a_string(f"{where}.name", tool.get("name")))
-        return one_of(f"{where}.name", name, self._offered)
-
-
-HOSTED_ITEMS = frozenset((  # what tools of OpenAI's own did: those tools are left out here, and their traces too
-    "web_search_call", "file_search_call", "computer_call", "computer_call_output", "code_interpreter_call", "mcp_call",
-    "image_generation_call", "local_shell_call", "local_shell_call_output", "shell_call", "shell_call_output", "compaction",
-    "apply_patch_call", "apply_patch_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response",
-    "tool_search_call", "tool_search_output", "program", "program_output", "compaction_trigger", "context_compaction",
-))  # fmt: skip
-RESPONSE_TEXTS = ("input_text", "output_text", "text", "refusal", "summary_text", "reasoning_text")
-
-
-class ResponseInput:
-    """Reads the items of a Responses request into turns: what the assistant did in a row is one turn."""
-
-    def __init__(self, tools: ResponseTools, newest: Any) -> None:
-        self.turns: list[dict[str, Any]] = []
-        self._tools, self._newest = tools, newest
-        self._names: dict[str, str] = {}  # of calls, by id
-
-    def add(self, where: str, item: Mapping[str, Any]) -> None:
+    def _add(self, where: str, item: Mapping[str, Any]) -> None:
         """Reads one item."""
-        kind = a_string(f"{where}.type", given(item, "type", "message"))
+        kind = given(item, "type", "message")
         if kind in HOSTED_ITEMS:
             return
         read = {
             "message": self._message, "reasoning": self._reasoning, "function_call": self._call,
             "custom_tool_call": self._call, "function_call_output": self._output, "custom_tool_call_output": self._output,
-            "additional_tools": lambda where, item: self._tools.add(f"{where}.tools", item.get("tools")),
+            "additional_tools": lambda where, item: self._add_tools(f"{where}.tools", item.get("tools")),
         }  # fmt: skip
         read[one_of(f"{where}.type", kind, read)](where, item)
 
@@ -8943,25 +8726,19 @@ class ResponseInput:
             self.turns.append({"role": "system" if role == "developer" else role, "content": text})
 
     def _reasoning(self, where: str, item: Mapping[str, Any]) -> None:
-        text = self._sealed(where, item)
+        """A thought is in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
+        sealed, text = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", "")), ""
+        with contextlib.suppress(ValueError):  # no base64, or no text inside
+            text = binascii.a2b_base64(sealed, strict_mode=True).decode()
         for name in ("content", "summary"):
-            if not text and item.get(name) is not None:
-                text = flat_content(f"{where}.{name}", item[name], RESPONSE_TEXTS)
+            text = text or flat_content(f"{where}.{name}", given(item, name, ""), RESPONSE_TEXTS)
         if text:
             turn = self._assistant("content", "tool_calls")
             turn["reasoning_content"] = turn.get("reasoning_content", "") + text
 
-    @staticmethod
-    def _sealed(where: str, item: Mapping[str, Any]) -> str:
-        """The thought in encrypted_content, which here is base64 of plain text; OpenAI's own cannot be read."""
-        sealed = a_string(f"{where}.encrypted_content", given(item, "encrypted_content", ""))
-        with contextlib.suppress(ValueError):  # no base64, or no text inside
-            return binascii.a2b_base64(sealed, strict_mode=True).decode()
-        return ""
-
     def _call(self, where: str, item: Mapping[str, Any]) -> None:
         id, name = a_string(f"{where}.call_id", item.get("call_id")), a_string(f"{where}.name", item.get("name"))
-        self._names[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
+        self._called[id] = name = joined_name(a_string(f"{where}.namespace", given(item, "namespace", "")), name)
         if item["type"] == "custom_tool_call":
             arguments: Any = {"input": a_string(f"{where}.input", item.get("input"))}
         else:
@@ -8972,7 +8749,7 @@ class ResponseInput:
 
     def _output(self, where: str, item: Mapping[str, Any]) -> None:
         text = flat_content(f"{where}.output", item.get("output"), RESPONSE_TEXTS, "\n")
-        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._names, text))
+        self.turns.append(a_result(a_string(f"{where}.call_id", item.get("call_id")), self._called, text))
 
 
 def without_oldest(messages: tuple[dict[str, Any], ...], sizes: tuple[int, ...]) -> tuple[dict[str, Any], ...] | None:
@@ -8990,68 +8767,39 @@ class Responses(BlockDialect):
 
     api = "openai"
     streamed_errors = frozenset({"context_length_exceeded"})  # Codex looks for it among the events only, and compacts
-    STATE: ClassVar = ("previous_response_id", "conversation", "prompt")
     ECHOED: ClassVar[dict[str, Any]] = {  # what a response repeats of its request
         "instructions": None, "max_output_tokens": None, "max_tool_calls": None, "metadata": {}, "parallel_tool_calls": True,
         "prompt_cache_key": None, "reasoning": {"effort": None, "summary": None}, "safety_identifier": None, "temperature": None,
         "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [], "top_p": None, "truncation": "disabled",
         "user": None,
     }  # fmt: skip
+    KINDS: ClassVar = {  # of blocks: how their ids begin, and their events' names
+        "text": ("msg", "output_text"), "thought": ("rs", "reasoning_text"), "call": ("fc", "function_call_arguments"),
+        "freeform": ("ctc", "custom_tool_call_input"),
+    }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._fixed = {"id": f"resp_{os.urandom(12).hex()}", "object": "response", "created_at": int(time.time())}
+        self._fixed = {"id": f"resp_{self.id}", "object": "response", "created_at": self.created}
         self._fixed |= {name: given(body, name, default) for name, default in self.ECHOED.items()}
-        self._count, self._announced, self._tools = itertools.count(), False, ResponseTools()
-        self._refuse_state(body)
-        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
-        self._tools.add("tools", given(body, "tools", []))
-        messages = self._messages(body)
-        reasoning = an_object("reasoning", given(body, "reasoning", {}))
-        args = an_object("chat_template_kwargs", given(body, "chat_template_kwargs", {}))
-        return GenerateRequest(
-            model=a_string("model", given(body, "model", "default")),
-            messages=messages,
-            parallel_tool_calls=boolean("parallel_tool_calls", given(body, "parallel_tool_calls", True)),
-            continue_final_message=False,
-            template_args=effort_args("reasoning.effort", reasoning.get("effort")) | args,
-            sampling=self._sampling(body),
-            split_markers=True,
-            **self._tools.choice(given(body, "tool_choice", "auto")),
-        )
-
-    def _refuse_state(self, body: Mapping[str, Any]) -> None:
-        for name in self.STATE:
-            if body.get(name) is not None:
-                raise InvalidRequest(f"{name} is not served: no state is kept here, send the whole conversation as input", name)
-        for name in ("background", "top_logprobs"):
+        self._sent = 0  # events
+        for name in ("previous_response_id", "conversation", "prompt", "background", "top_logprobs"):
             if body.get(name):
-                raise InvalidRequest(f"{name} is not served here", name)
-
-    def _messages(self, body: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
-        said = body.get("input")
-        items = listed("input", [{"role": "user", "content": said}] if isinstance(said, str) else said)
-        if not 0 < len(items) <= MAX_MESSAGES:
-            raise InvalidRequest(f"input must hold 1 to {MAX_MESSAGES} items, not {len(items)}", "input")
-        read = ResponseInput(self._tools, newest_turn([item for _, item in items]))
-        if body.get("instructions") is not None:
-            read.turns.append({"role": "system", "content": a_string("instructions", body["instructions"])})
-        for where, item in items:
-            read.add(where, item)
-        if not read.turns:
-            raise InvalidRequest("input holds nothing that a model here could read", "input")
-        return tuple(read.turns)
-
-    @staticmethod
-    def _sampling(body: Mapping[str, Any]) -> Sampling:
-        limit = body.get("max_output_tokens")
-        most = None if limit is None else whole(1)("max_output_tokens", limit)
-        sampling = replace(Sampling.from_json({**body, "max_tokens": None}), max_tokens=most)
-        form = an_object("text.format", given(an_object("text", given(body, "text", {})), "format", {"type": "text"}))
-        kind = one_of("text.format.type", form.get("type"), ("text", "json_object", "json_schema"))
-        if kind == "text":
-            return sampling
-        schema = form.get("schema") if kind == "json_schema" else {"type": "object"}
-        return replace(sampling, json_schema=a_schema("text.format.schema", schema))
+                why = ": no state is kept here, send the whole conversation as input" if name != "top_logprobs" else " here"
+                raise InvalidRequest(f"{name} is not served{why}", name)
+        self._truncates = one_of("truncation", given(body, "truncation", "disabled"), ("auto", "disabled")) == "auto"
+        self._input = ResponseInput(body)
+        reasoning, text = (optional(body, name, an_object, {}) for name in ("reasoning", "text"))
+        schema, limit = read_format("text.format", text.get("format")), optional(body, "max_output_tokens", whole(1))
+        return GenerateRequest(
+            model=optional(body, "model", a_string, "default"),
+            messages=tuple(self._input.turns),
+            parallel_tool_calls=optional(body, "parallel_tool_calls", boolean, True),
+            continue_final_message=False,
+            template_args=read_template_args(body, "reasoning.effort", reasoning.get("effort")),
+            sampling=Sampling.from_json({**body, "max_tokens": None}, max_tokens=limit, json_schema=schema),
+            split_markers=True,
+            **read_tool_choice(given(body, "tool_choice", "auto"), self._input.functions),
+        )
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """With `truncation` auto, the oldest turns of a conversation that is too long are left out."""
@@ -9068,19 +8816,15 @@ class Responses(BlockDialect):
     # Events, numbered as they go out
 
     def _event(self, kind: str, /, **fields: Any) -> dict[str, Any]:
-        return {"type": f"response.{kind}", "sequence_number": next(self._count), **fields}
-
-    def begin(self) -> Iterator[dict[str, Any]]:
-        yield from self._announcement()
-        yield self._event("in_progress", response=self._response("in_progress"))
+        self._sent += 1
+        return {"type": f"response.{kind}", "sequence_number": self._sent - 1, **fields}
 
     def _announcement(self) -> Iterator[dict[str, Any]]:
-        if not self._announced:
-            self._announced = True
+        """The first event must be `created`, also while the model loads."""
+        if not self._sent:
             yield self._event("created", response=self._response("in_progress"))
 
     def idle(self) -> dict[str, Any]:
-        """The first event must be `created`, also while the model loads."""
         return next(self._announcement(), None) or self._event("in_progress", response=self._response("in_progress"))
 
     def failure(self, error: ApiError) -> Iterator[dict[str, Any]]:
@@ -9088,82 +8832,77 @@ class Responses(BlockDialect):
         said = {"code": error.code, "message": str(error)}
         yield self._event("failed", response=self._response("failed") | {"error": said})
 
+    def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Queued):
+            yield from self._announcement()
+            yield self._event("in_progress", response=self._response("in_progress"))
+        yield from super().chunks(event)
+        if isinstance(event, Usage):
+            response = self.document()
+            yield self._event(response["status"], response=response)
+
     def opened(self, block: Block) -> Iterator[dict[str, Any]]:
-        freeform = block.kind == "call" and self._tools.meaning(block.name).freeform
-        prefix = {"text": "msg", "thought": "rs", "call": "ctc" if freeform else "fc"}[block.kind]
-        block.id = f"{prefix}_{os.urandom(12).hex()}"
         item = self._item(replace(block, parts=[]), "in_progress")
-        if block.kind == "call":
-            yield self._event("output_item.added", output_index=block.index, item=item)
-            return
-        yield self._event("output_item.added", output_index=block.index, item=item | {"content": []})
-        yield self._event("content_part.added", **self._part_at(block), part=item["content"][0])
-
-    @staticmethod
-    def _at(block: Block) -> dict[str, Any]:
-        return {"item_id": block.id, "output_index": block.index}
-
-    def _part_at(self, block: Block) -> dict[str, Any]:
-        return self._at(block) | {"content_index": 0}
+        parts = item.get("content", ())
+        yield self._event("output_item.added", output_index=block.index, item=item | ({"content": []} if parts else {}))
+        for part in parts:
+            yield self._event("content_part.added", **self._at(block), part=part)
 
     def more(self, block: Block, text: str) -> Iterator[dict[str, Any]]:
-        if block.kind == "text":
-            yield self._event("output_text.delta", **self._part_at(block), delta=text, logprobs=[])
-        elif block.kind == "thought":
-            yield self._event("reasoning_text.delta", **self._part_at(block), delta=text)
-        elif not self._tools.meaning(block.name).freeform:  # its input is told when it is whole
-            yield self._event("function_call_arguments.delta", **self._at(block), delta=text)
+        kind = self._kind(block)
+        if kind != "freeform":  # its input is told when it is whole
+            more = {"delta": text, "logprobs": list[Any]()} if kind == "text" else {"delta": text}
+            yield self._event(f"{self.KINDS[kind][1]}.delta", **self._at(block), **more)
 
     def closed(self, block: Block) -> Iterator[dict[str, Any]]:
-        item = self._item(block, self._status(block))
-        if block.kind == "call":
-            yield from self._call_done(block)
-        else:
-            done = {"text": block.text} | ({"logprobs": list[Any]()} if block.kind == "text" else {})
-            name = "output_text" if block.kind == "text" else "reasoning_text"
-            yield self._event(f"{name}.done", **self._part_at(block), **done)
-            yield self._event("content_part.done", **self._part_at(block), part=item["content"][0])
+        kind, item = self._kind(block), self._item(block, self._status(block))
+        name = self.KINDS[kind][1]
+        done: dict[str, Any] = {"text": block.text, "logprobs": []} if kind == "text" else {"text": block.text}
+        if kind == "call":
+            done = {"name": item["name"], "arguments": block.text}
+        elif kind == "freeform":
+            done = {"input": item["input"]}
+            yield self._event(f"{name}.delta", **self._at(block), delta=item["input"])
+        yield self._event(f"{name}.done", **self._at(block), **done)
+        for part in item.get("content", ()):
+            yield self._event("content_part.done", **self._at(block), part=part)
         yield self._event("output_item.done", output_index=block.index, item=item)
 
-    def _call_done(self, block: Block) -> Iterator[dict[str, Any]]:
-        tool = self._tools.meaning(block.name)
-        if tool.freeform:
-            written = raw_input(block.text)
-            yield self._event("custom_tool_call_input.delta", **self._at(block), delta=written)
-            yield self._event("custom_tool_call_input.done", **self._at(block), input=written)
-        else:
-            yield self._event("function_call_arguments.done", **self._at(block), name=tool.name, arguments=block.text)
-
-    def finish(self) -> Iterator[dict[str, Any]]:
-        response = self.document()
-        yield self._event(response["status"], response=response)
+    def _at(self, block: Block) -> dict[str, Any]:
+        place = {"item_id": self._id(block), "output_index": block.index}
+        return place if block.kind == "call" else place | {"content_index": 0}
 
     # Items
 
+    def _kind(self, block: Block) -> str:
+        return "freeform" if block.kind == "call" and block.name in self._input.freeform else block.kind
+
+    def _id(self, block: Block) -> str:
+        return f"{self.KINDS[self._kind(block)][0]}_{block.id}"
+
     def _status(self, block: Block) -> str:
-        cut = self.choice.finish_reason == "length" and block is self.choice.blocks[-1]
+        cut = self.choices[0].finish_reason == "length" and block is self.choices[0].blocks[-1]
         return "incomplete" if cut else "completed"
 
     def _item(self, block: Block, status: str) -> dict[str, Any]:
         if block.kind == "text":
             part = {"type": "output_text", "text": block.text, "annotations": [], "logprobs": []}
-            return {"id": block.id, "type": "message", "role": "assistant", "status": status, "content": [part]}
+            return {"id": self._id(block), "type": "message", "role": "assistant", "status": status, "content": [part]}
         if block.kind == "thought":
             sealed = base64.b64encode(block.text.encode("utf-8", "replace")).decode()
-            return {"id": block.id, "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
+            return {"id": self._id(block), "type": "reasoning", "status": status, "summary": [], "encrypted_content": sealed,
                     "content": [{"type": "reasoning_text", "text": block.text}]}  # fmt: skip
-        tool = self._tools.meaning(block.name)
-        call = {"id": block.id, "call_id": block.call_id, "name": tool.name, "status": status}
-        call |= {"namespace": tool.namespace} if tool.namespace else {}
-        if tool.freeform:
-            return call | {"type": "custom_tool_call", "input": raw_input(block.text)}
+        call = {"id": self._id(block), "call_id": block.call_id, **self._input.client_name(block.name), "status": status}
+        if block.name in self._input.freeform:
+            written = block.arguments().get("input")  # else the arguments stay as they are
+            return call | {"type": "custom_tool_call", "input": written if isinstance(written, str) else block.text}
         return call | {"type": "function_call", "arguments": block.text}
 
     def document(self) -> dict[str, Any]:
         """The response at its end."""
-        cut = self.choice.finish_reason == "length"
+        cut = self.choices[0].finish_reason == "length"
         response = self._response("incomplete" if cut else "completed")
-        response["output"] = [self._item(b, self._status(b)) for b in self.choice.blocks]
+        response["output"] = [self._item(b, self._status(b)) for b in self.choices[0].blocks]
         return response | ({"incomplete_details": {"reason": "max_output_tokens"}} if cut else {})
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -9209,17 +8948,6 @@ def keep_seconds(name: str, value: Any) -> float:
     return -seconds if found[1] else min(seconds, MAX_KEEP)
 
 
-def kept(events: Iterator[Event], dialect: Dialect, service: Service, seconds: float | None) -> Iterator[Event]:
-    """Passes events on; behind them the model stays for so many seconds, None: as it would anyhow."""
-    try:
-        for event in events:
-            if seconds is not None and isinstance(event, (Usage, Vectors)):  # the client may ask as soon as it has the last one
-                service.table.keep(dialect.model, seconds)
-            yield event
-    finally:
-        if seconds is not None:
-            service.table.keep(dialect.model, seconds)
-
 
 def rfc3339(seconds: float) -> str:
     """A time since the epoch, as in 2026-01-31T12:00:00.000000Z."""
@@ -9234,13 +8962,9 @@ def ollama_sampling(body: Mapping[str, Any]) -> Sampling:
     limit, seed = optional(options, "num_predict", whole(-2), -1), optional(options, "seed", whole(), -1)
     own = {"max_tokens": limit if limit > 0 else None, "seed": seed if seed >= 0 else None, "json_schema": None, "grammar": None}
     top = optional(body, "top_logprobs", whole(0, 20), 0)
-    sampling = Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None)
-    format = body.get("format")
-    if format is None or format == "":
-        return sampling
-    if isinstance(format, str):
-        one_of("format", format, ("json",))
-    return replace(sampling, json_schema=a_schema("format", {"type": "object"} if format == "json" else format))
+    format = {"type": "object"} if body.get("format") == "json" else given(body, "format", "")
+    schema = None if format == "" else Schema("format", one_type(dict, '"json" or a JSON schema')("format", format))
+    return Sampling.from_json({**neutral(options), **own}, logprobs=top if flag(body, "logprobs") else None, json_schema=schema)
 
 
 def ollama_engine(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -9263,14 +8987,6 @@ def neutral(body: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
-def ollama_thinking(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Translates `think` for templates: on or off, or an effort."""
-    think = body.get("think")
-    if think is None:
-        return {}
-    return {"enable_thinking": think} if isinstance(think, bool) else effort_args("think", think)
-
-
 def ollama_images(where: str, holder: Mapping[str, Any], newest: bool) -> list[str]:
     """Lists a turn's images for with_note. Those of the user's newest turn are refused."""
     if not optional(holder, "images", one_type(list, "a list"), []):
@@ -9286,34 +9002,38 @@ class OllamaRoute(Dialect):
     api = "ollama"
     use = "generate"  # what the model is loaded for
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._began, self._ready = time.monotonic(), 0.0
+    def common(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that all its requests have."""
+        self._began = self._ready = time.monotonic()
         self._keep = optional(body, "keep_alive", keep_seconds)
         if body.get("model") is None:
             raise InvalidRequest("model is required: the name of a model, or default", "model")
-        super().__init__(body)
-
-    def asks(self) -> bool:
-        """True if there is a question."""
-        raise NotImplementedError
+        return {"model": a_string("model", body["model"]), "engine": ollama_engine(body)}
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        events = super().events(service, cancel) if self.asks() else self._loads(service, cancel)
-        return kept(events, self, service, self._keep)
+        """Without a question the model is only loaded, or let go. Behind the answer it stays as long as keep_alive says."""
+        asks = any(getattr(self.request, name, None) for name in ("prompts", "messages", "infill", "inputs"))
+        try:
+            for event in super().events(service, cancel) if asks else self._loads(service, cancel):
+                if isinstance(event, Queued):
+                    self._ready = time.monotonic()
+                elif isinstance(event, Usage):  # the client may ask as soon as it has the last one
+                    self._stay(service)
+                yield event
+        finally:
+            self._stay(service)
+
+    def _stay(self, service: Service) -> None:
+        if self._keep is not None:
+            service.table.keep(self.model, self._keep)
 
     def _loads(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
-        """Loads the model, or lets it go."""
         if self._keep == 0:
             yield Queued(service.table.resolve(self.request.model, cancel))
         else:
             yield from service.load(self.request.model, self.use, cancel, self.request.engine)
-        yield Vectors(0, ()) if self.use == "embed" else ChoiceEnd(0, "unload" if self._keep == 0 else "load")
+        yield ChoiceEnd(0, "unload" if self._keep == 0 else "load")
         yield Usage(0, 0, 0, 0.0, 0.0)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._ready = time.monotonic()
 
     def times(self) -> dict[str, int]:
         """Durations in nanoseconds."""
@@ -9322,53 +9042,45 @@ class OllamaRoute(Dialect):
 
 
 class Ollama(OllamaRoute):
-    """Base of Ollama's two text routes, which stream unless told otherwise."""
+    """Base of Ollama's two text routes."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._shown_calls = 0
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
+    streams = True
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        return GenerateRequest(
-            model=a_string("model", body["model"]), sampling=ollama_sampling(body), template_args=ollama_thinking(body),
-            engine=ollama_engine(body),
-        )
+        think = body.get("think")
+        args = {"enable_thinking": think} if isinstance(think, bool) else read_template_args({}, "think", think)
+        return GenerateRequest(**self.common(body), sampling=ollama_sampling(body), template_args=args)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
         """Puts the model's words into this route's fields."""
         raise NotImplementedError
 
-    def asks(self) -> bool:
-        return bool(self.request.prompts or self.request.messages or self.request.infill)
-
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, (Text, Thought)) and (event.text or event.logprobs):
-            text, thought = (event.text, "") if isinstance(event, Text) else ("", event.text)
-            yield self._document(text, thought, logprobs=event.logprobs)
-        elif isinstance(event, (CallBegan, ChoiceEnd)):  # calls go out whole
-            done = len(self.choices[0].calls) - isinstance(event, CallBegan)
-            if done > self._shown_calls:
-                yield self._document(calls=[self._shown(done - 1)])
-                self._shown_calls = done
+        if isinstance(event, (Text, Thought)):
+            yield self._document(Choice(event), [])
+        elif isinstance(event, (CallBegan, ChoiceEnd)):  # a call goes out whole: when the next one begins, or at the end
+            whole = len(self.choices[0].calls) - isinstance(event, CallBegan)
+            if whole:
+                yield self._document(Choice(), self._calls()[whole - 1 : whole])
         elif isinstance(event, Usage):
-            yield self._document(**self._end(event))
+            yield self._document(Choice(), [], **self._end(event))
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        choice, end = self.choices[0], self._end(self.usage)
-        calls = map(self._shown, range(len(choice.calls)))
-        return self._document(choice.text, choice.said("thought"), calls, choice.logprobs, **end)
+        return self._document(self.choices[0], self._calls(), **self._end(self.usage))
 
-    def _document(self, text: str = "", thought: str = "", calls: Iterable[dict[str, Any]] = (),
-                  logprobs: Seq[TokenLogprob] = (), **end: Any) -> dict[str, Any]:  # fmt: skip
-        shown = {"logprobs": shown_logprobs(logprobs)} if logprobs else {}
-        return {"model": self.request.model, "created_at": rfc3339(time.time()), **self.said(text, thought, list(calls)),
-                "done": bool(end), **shown, **end}  # fmt: skip
+    def _document(self, choice: Choice, calls: list[dict[str, Any]], **end: Any) -> dict[str, Any]:
+        logprobs = {"logprobs": shown_logprobs(choice.logprobs)} if choice.logprobs else {}
+        more: dict[str, Any] = {"thinking": choice.said("thought"), "tool_calls": calls}
+        said = self.said(choice.said(), {name: value for name, value in more.items() if value})
+        return {"model": self.request.model, "created_at": rfc3339(time.time()), **said, "done": bool(end), **logprobs, **end}
 
-    def _shown(self, index: int) -> dict[str, Any]:
-        """A call with its arguments as an object."""
-        call = self.choices[0].calls[index]
-        return {"id": call.call_id, "function": {"index": index, "name": call.name, "arguments": call.arguments()}}
+    def _calls(self) -> list[dict[str, Any]]:
+        """The calls with their arguments as objects."""
+        return [
+            {"id": call.call_id, "function": {"index": i, "name": call.name, "arguments": call.arguments()}}
+            for i, call in enumerate(self.choices[0].calls)
+        ]
 
     def _end(self, usage: Usage) -> dict[str, Any]:
         """The last document's reason, counts and durations."""
@@ -9413,9 +9125,8 @@ class OllamaChat(Ollama):
             called.extend(str(call.get("id")) for call in calls if isinstance(call, dict))
         return read_messages({"messages": read or None})
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        more = {"thinking": thought} if thought else {}
-        return {"message": {"role": "assistant", "content": text, **more, **({"tool_calls": calls} if calls else {})}}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, **more}}
 
 
 class OllamaGenerate(Ollama):
@@ -9438,8 +9149,8 @@ class OllamaGenerate(Ollama):
         turns = ({"role": "system", "content": system},) if system else ()
         return replace(request, messages=(*turns, {"role": "user", "content": prompt}), split_markers=True)
 
-    def said(self, text: str, thought: str, calls: list[dict[str, Any]]) -> dict[str, Any]:
-        return {"response": text, **({"thinking": thought} if thought else {})}
+    def said(self, text: str, more: dict[str, Any]) -> dict[str, Any]:
+        return {"response": text, **more}
 
 
 class OllamaEmbed(OllamaRoute, Embeddings):
@@ -9448,37 +9159,28 @@ class OllamaEmbed(OllamaRoute, Embeddings):
     use = "embed"
 
     def read(self, body: Mapping[str, Any]) -> EmbedRequest:
-        self._base64, given = False, self.given(body)
-        optional(body, "options", an_object)
+        given = body.get("input")
         return EmbedRequest(
-            model=a_string("model", body["model"]),
-            inputs=() if given is None or given in ("", []) else read_texts("input", given, MAX_INPUTS),
+            **self.common(body),
+            inputs=() if given in (None, "", []) else read_texts("input", given, MAX_INPUTS),
             dimensions=optional(body, "dimensions", whole(1)),
-            truncate=flag(body, "truncate", True),
-            engine=ollama_engine(body),
+            truncate=optional(body, "truncate", boolean, True),
         )
-
-    def given(self, body: Mapping[str, Any]) -> Any:
-        """The input."""
-        return body.get("input")
-
-    def asks(self) -> bool:
-        return bool(self.request.inputs)
 
     def document(self) -> dict[str, Any]:
         assert self.usage
-        vectors = [self._embedding(row) for row in self._rows]
+        vectors = [numbers(row) for row in self.rows]
         return {"model": self.request.model, "embeddings": vectors, **self.times(), "prompt_eval_count": self.usage.prompt_tokens}
 
 
 class OllamaEmbedding(OllamaEmbed):
     """`/api/embeddings`, its older form: one prompt, one vector."""
 
-    def given(self, body: Mapping[str, Any]) -> Any:
-        return optional(body, "prompt", a_string)
+    def read(self, body: Mapping[str, Any]) -> EmbedRequest:
+        return super().read({**body, "input": optional(body, "prompt", a_string)})
 
     def document(self) -> dict[str, Any]:
-        return {"embedding": self._embedding(self._rows[0]) if self._rows else []}
+        return {"embedding": numbers(self.rows[0]) if self.rows else []}
 
 
 class OllamaPull(Dialect):
@@ -9486,26 +9188,20 @@ class OllamaPull(Dialect):
 
     api = "ollama"
     EVENT_SECONDS = 0.1  # between documents about one file
+    streams = True
     places = threading.BoundedSemaphore(MAX_PULLS)
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        super().__init__({**body, "stream": True if body.get("stream") is None else body["stream"]})
-        self._told = -math.inf
-
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        name = body.get("name") if body.get("model") is None else body["model"]
-        wanted = repository(a_string("model", name))
+        name = first_given(body, a_string, "model", "name") or ""
+        wanted = repository(name)
         if wanted is None:
             raise InvalidRequest("model must name a repository of a Hugging Face hub: hf.co/OWNER/REPO:QUANT", "model")
-        self._wanted = wanted
-        return GenerateRequest(str(name))
+        self._wanted, self._told = wanted, -math.inf
+        return GenerateRequest(name)
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if not service.allow_pull:
             raise Forbidden("This server fetches nothing for its clients unless it is started with --allow-pull")
-        return self._fetched(service, cancel)
-
-    def _fetched(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         if not self.places.acquire(blocking=False):
             raise Overloaded(f"{MAX_PULLS} models are being fetched already, which is as many as may be at once")
         try:
@@ -9566,29 +9262,18 @@ def template_of(metadata: Mapping[str, Any]) -> str:
     return str(metadata.get("tokenizer.chat_template") or "")
 
 
-def ollama_name(id: str) -> str:
-    """Ollama's names have a tag."""
-    return id if ":" in id else f"{id}:latest"
-
-
 def ollama_model(info: ModelInfo) -> dict[str, Any]:
-    """A model in Ollama's lists. Its digest stands for the file as it is, without reading it."""
+    """A model in Ollama's lists, whose names have a tag. Its digest stands for the file as it is, without reading it."""
     import hashlib
 
-    modified = 0
+    modified, name = 0, info.id if ":" in info.id else f"{info.id}:latest"
     with contextlib.suppress(OSError):
         modified = os.stat(info.path).st_mtime_ns
     told = f"{info.path}\0{info.size_bytes}\0{modified}".encode("utf-8", "surrogateescape")
-    return {
-        "name": ollama_name(info.id), "model": ollama_name(info.id), "modified_at": rfc3339(modified / 1e9),
-        "size": info.size_bytes, "digest": hashlib.sha256(told).hexdigest(), "details": ollama_details(info),
-    }  # fmt: skip
-
-
-def ollama_details(info: ModelInfo) -> dict[str, Any]:
-    """A model's `details`, as every list of Ollama's has them."""
-    return {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
-            "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+    details = {"parent_model": "", "format": "gguf", "family": info.architecture, "families": [info.architecture],
+               "parameter_size": info.parameter_count or "", "quantization_level": info.quantization or ""}  # fmt: skip
+    return {"name": name, "model": name, "modified_at": rfc3339(modified / 1e9), "size": info.size_bytes,
+            "digest": hashlib.sha256(told).hexdigest(), "details": details}  # fmt: skip
 
 
 def ollama_show(info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
@@ -9618,10 +9303,9 @@ def capabilities(info: ModelInfo, metadata: Mapping[str, Any], resident: Worker 
     return [name for name, is_so in can.items() if is_so]
 
 
-def listed_model(service: Service, info: ModelInfo, residents: Iterable[Worker]) -> dict[str, Any]:
+def listed_model(service: Service, info: ModelInfo, resident: Worker | None) -> dict[str, Any]:
     """A model for every client at once: OpenAI's fields, Anthropic's, vLLM's and llama-server's."""
-    context = context_of(service, info, next((r for r in residents if r.info.id == info.id), None))
-    began = int(service.started)
+    context, began = context_of(service, info, resident), int(service.started)
     return {
         "id": info.id, "object": "model", "created": began, "owned_by": "shimmy",
         "type": "model", "display_name": info.name, "created_at": rfc3339(began),
@@ -9686,7 +9370,7 @@ class LlamaCompletion(Dialect):
     }  # fmt: skip
 
     def read(self, body: Mapping[str, Any]) -> GenerateRequest:
-        self._prompt_tokens, self._first, self._broke = 0, 0.0, False
+        self._broke = False
         self._seconds = optional(body, "t_max_predict_ms", number(-1, 1e9), 0.0) / 1000  # of writing, from a line's end on
         fields = optional(body, "response_fields", one_type(list, "a list"))
         self._fields = None if fields is None else [a_string("response_fields", f) for f in fields]
@@ -9714,50 +9398,40 @@ class LlamaCompletion(Dialect):
 
     def events(self, service: Service, cancel: Cancellation) -> Iterator[Event]:
         """The answer ends early when the client's time is over; an answer of no tokens has no text."""
-        with contextlib.closing(super().events(service, cancel)) as events:  # type: ignore[type-var]
-            for event in events:
-                if isinstance(event, Text) and self._limit != 0:
-                    self._watch(event, cancel)
-                    yield event
-                elif not isinstance(event, Text):
-                    yield event
-
-    def _watch(self, event: Text, cancel: Cancellation) -> None:
-        self._first, self._broke = self._first or time.monotonic(), self._broke or "\n" in event.text
-        if self._seconds and self._broke and not cancel.cancelled and time.monotonic() - self._first > self._seconds:
-            cancel.cancel(gently=True)
-
-    def note(self, event: Event) -> None:
-        super().note(event)
-        if isinstance(event, Queued):
-            self._prompt_tokens = event.prompt_tokens
+        for event in super().events(service, cancel):
+            self._broke = self._broke or (isinstance(event, Text) and "\n" in event.text)
+            late = bool(self._seconds and self.first) and time.monotonic() - (self.first or 0) > self._seconds
+            if late and self._broke and not cancel.cancelled:
+                cancel.cancel(gently=True)
+            if self._limit != 0 or not isinstance(event, Text):
+                yield event
 
     def chunks(self, event: Event) -> Iterator[dict[str, Any]]:
-        if isinstance(event, Text) and (event.text or event.logprobs):
-            piece = {"stop": False, "tokens_evaluated": self._prompt_tokens}
-            yield self._document(event.index, event.text, event.logprobs) | piece
+        if isinstance(event, Text):
+            yield self._document(event.index, Choice(event)) | {"stop": False, "tokens_evaluated": self.prompt_tokens}
         elif isinstance(event, ChoiceEnd):
-            yield self._end(event, "", ())
+            yield self._end(event, Choice())
 
     def document(self) -> Any:
         """An object, or for several prompts a list of them."""
-        ends = [self._end(choice.end, choice.text, choice.logprobs) for _, choice in self.in_order() if choice.end]
+        ends = [self._end(choice.end, choice) for _, choice in self.in_order() if choice.end]
         return ends if len(self.request.prompts) > 1 else ends[0]
 
-    def _document(self, index: int, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
-        shown = {"completion_probabilities": [self._probability(t) for t in logprobs]} if logprobs and self._count else {}
-        tokens = [t.id for t in logprobs] if self._with_tokens else []
-        return {"index": index, "content": text, "tokens": tokens, "id_slot": -1, **shown}
+    def _document(self, index: int, choice: Choice) -> dict[str, Any]:
+        shown = [self._probability(t) for t in choice.logprobs] if self._count else []
+        tokens = [t.id for t in choice.logprobs] if self._with_tokens else []
+        probabilities = {"completion_probabilities": shown} if shown else {}
+        return {"index": index, "content": choice.said(), "tokens": tokens, "id_slot": -1, **probabilities}
 
     @staticmethod
     def _probability(token: TokenLogprob) -> dict[str, Any]:
         top = [{"id": id, **shown} for id, shown in zip(token.ids, map(shown_token, token.names, token.logprobs), strict=True)]
         return {"id": token.id, **shown_token(token.token, token.logprob), "top_logprobs": top}
 
-    def _end(self, end: ChoiceEnd, text: str, logprobs: Seq[TokenLogprob]) -> dict[str, Any]:
+    def _end(self, end: ChoiceEnd, choice: Choice) -> dict[str, Any]:
         assert end.usage
         usage, word = end.usage, end.stopped_by
-        document = self._document(end.index, text, logprobs) | {
+        document = self._document(end.index, choice) | {
             "stop": True, "model": self.model, "tokens_predicted": 0 if self._limit == 0 else usage.completion_tokens,
             "tokens_evaluated": usage.prompt_tokens, "tokens_cached": usage.cached_tokens, "truncated": False,
             "stop_type": "word" if word else "eos" if end.finish_reason == "stop" else "limit", "stopping_word": word,
@@ -9771,10 +9445,10 @@ class LlamaInfill(LlamaCompletion):
 
     def asked(self, body: Mapping[str, Any], request: GenerateRequest) -> GenerateRequest:
         prefix, suffix = (a_string(name, body.get(name)) for name in ("input_prefix", "input_suffix"))
-        extra = []
-        for where, piece in listed("input_extra", [] if body.get("input_extra") is None else body["input_extra"]):
-            text, name = a_string(f"{where}.text", piece.get("text")), piece.get("filename")
-            extra.append(("tmp" if name is None else a_string(f"{where}.filename", name), text))
+        extra = [
+            (a_string(f"{where}.filename", given(piece, "filename", "tmp")), a_string(f"{where}.text", piece.get("text")))
+            for where, piece in listed("input_extra", given(body, "input_extra", []))
+        ]
         return replace(request, infill=Infill(prefix + optional(body, "prompt", a_string, ""), suffix, tuple(extra)))
 
 
@@ -10144,7 +9818,7 @@ NDJSON = Framing("application/x-ndjson", lambda d: to_json(d) + b"\n", pulse=b" 
 
 
 class Wire:
-    """Carries a dialect's documents to one client. `begin` comes first; from there on errors are documents too."""
+    """Carries a dialect's documents to one client. From `begin` on errors are documents too."""
 
     begun = False
 
@@ -10155,8 +9829,8 @@ class Wire:
         """One document."""
         raise NotImplementedError
 
-    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        """A sign of life, so that no client or proxy gives up; `sign` makes one that the dialect's clients count."""
+    def idle(self, document: dict[str, Any] | None) -> None:
+        """A sign of life, so that no client or proxy gives up; a document, where the dialect's clients count nothing else."""
 
     def end(self) -> None:
         """The answer is complete."""
@@ -10166,47 +9840,36 @@ class Wire:
         raise NotImplementedError
 
 
-class Whole(Wire):
-    """One JSON document, with its status."""
+class HttpWire(Wire):
+    """One JSON document with its status, or documents in a Framing behind a head that goes out when the answer begins."""
 
-    def __init__(self, out: Responder) -> None:
-        self._out = out
-
-    def send(self, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document))
-
-    def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        self._out.respond(Answer(document, error.status, dict(error.headers)))
-
-
-class Stream(Whole):
-    """Documents in a Framing, behind a head that goes out when the answer begins."""
-
-    def __init__(self, out: Responder, framing: Framing) -> None:
-        super().__init__(out)
-        self._framing = framing
+    def __init__(self, out: Responder, framing: Framing | None = None) -> None:
+        self._out, self._framing = out, framing
 
     def begin(self) -> None:
-        if not self.begun:
+        if self._framing and not self.begun:
             self._out.start(self._framing.content_type)
             self.begun = True
 
     def send(self, document: dict[str, Any]) -> None:
-        self._out.write(self._framing.encode(document))
+        if self._framing:
+            self._out.write(self._framing.encode(document))
+        else:
+            self._out.respond(Answer(document))
 
-    def idle(self, sign: Callable[[], dict[str, Any] | None] = lambda: None) -> None:
-        if self.begun:
-            document = sign()
+    def idle(self, document: dict[str, Any] | None) -> None:
+        if self._framing:
             self._out.write(self._framing.encode(document) if document else self._framing.pulse)
 
     def end(self) -> None:
-        self._out.write(self._framing.done, last=True)
+        if self._framing:
+            self._out.write(self._framing.done, last=True)
 
     def fail(self, error: ApiError, document: dict[str, Any]) -> None:
-        if self.begun:
+        if self._framing and self.begun:
             self._out.write(self._framing.encode(document), last=True)
         else:
-            super().fail(error, document)
+            self._out.respond(Answer(document, error.status, dict(error.headers)))
 
 
 def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
@@ -10218,8 +9881,8 @@ def deliver(dialect: Dialect, events: Iterator[Event], wire: Wire) -> None:
                 signs += 1
             if isinstance(event, (Queued, Fetching)) or signs == HEAD_SIGNS:
                 wire.begin()
-            if isinstance(event, Waiting):
-                wire.idle(dialect.idle)
+            if isinstance(event, Waiting) and wire.begun:
+                wire.idle(dialect.idle())
             for document in dialect.documents(event):
                 wire.send(document)
     wire.end()
@@ -10305,22 +9968,17 @@ class Call:
     accept: str = ""  # kinds of answer that the client reads: a browser begins with text/html
 
 
-def answer_health(call: Call) -> Answer:
+def answer_health(call: Call) -> dict[str, Any]:
     """The server's state; llama-server's older clients read the counts of slots."""
     residents = call.service.table.workers()
     running, places = sum(r.counts()[0] for r in residents), sum(r.loaded.parallel for r in residents)
-    return Answer(call.service.health() | {"slots_idle": places - running, "slots_processing": running})
+    return call.service.health() | {"slots_idle": places - running, "slots_processing": running}
 
 
-def answer_metrics(call: Call) -> Answer:
-    """The metrics in Prometheus' text format."""
-    return Answer(metrics_text(call.service), headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
-
-
-def answer_discover(call: Call) -> Answer:
+def answer_discover(call: Call) -> dict[str, Any]:
     """Rescans the disk and lists what is there."""
     models = call.service.table.models(0.0)
-    return Answer({"discovered": len(models), "models": models})
+    return {"discovered": len(models), "models": models}
 
 
 def answer_load(call: Call) -> Answer:
@@ -10331,45 +9989,35 @@ def answer_load(call: Call) -> Answer:
     return Answer(status, 200 if wait or status["loaded"] else 202)
 
 
-def answer_unload(call: Call) -> Answer:
+def answer_unload(call: Call) -> dict[str, Any]:
     """200 with the status once the model's memory is free; `?force=true` ends what runs."""
     force = call.query.get("force", "false").lower() in ("true", "1", "yes")
-    return Answer(call.service.table.unload(call.names[0], force, call.cancel))
+    return call.service.table.unload(call.names[0], force, call.cancel)
 
 
-def answer_execute(call: Call) -> Answer:
-    """Runs a tool on the arguments in the body."""
-    return Answer(call.service.tools.execute(call.names[0], parse_json(call.body or b"{}"), call.cancel))
-
-
-def answer_upgrade(call: Call) -> Answer:
+def answer_upgrade(call: Call) -> NoReturn:
     """426: Handler gives proper upgrades to SocketListener."""
     raise InvalidRequest("This address speaks WebSocket (version 13): connect with ws://", status=426)
 
 
-def answer_openai_models(call: Call) -> Answer:
+def answer_openai_models(call: Call) -> dict[str, Any]:
     """The same models for every client that reads a list: beside OpenAI's `data` Anthropic's page, which is the only one."""
-    residents = call.service.table.workers()
-    data = [listed_model(call.service, info, residents) for info in call.service.table.infos()]
+    residents = {r.info.id: r for r in call.service.table.workers()}
+    data = [listed_model(call.service, info, residents.get(info.id)) for info in call.service.table.infos()]
     page = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return Answer({"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})})
+    return {"object": "list", "data": data, **page, **({"models": []} if "client_version" in call.query else {})}
 
 
-def answer_openai_model(call: Call) -> Answer:
-    """One model, by any name that means it."""
-    info = call.service.table.info(call.names[0], call.cancel)
-    return Answer(listed_model(call.service, info, call.service.table.workers()))
-
-
-def answer_count_tokens(call: Call) -> Answer:
-    """Counts the prompt tokens of a Messages request."""
-    return Answer({"input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)})
+def known_model(call: Call, name: str) -> tuple[ModelInfo, Worker | None]:
+    """A model by any name that means it, and as it is loaded, if it is."""
+    info = call.service.table.info(name, call.cancel)
+    return info, next((r for r in call.service.table.workers() if r.info.id == info.id), None)
 
 
 # Ollama's and llama-server's routes that generate nothing
 
 
-def answer_ps(call: Call) -> Answer:
+def answer_ps(call: Call) -> dict[str, Any]:
     """The loaded models with their expiry. No expiry is sent as a far-future date."""
     models = []
     for r in call.service.table.workers():
@@ -10378,31 +10026,18 @@ def answer_ps(call: Call) -> Answer:
         models.append({k: v for k, v in ollama_model(r.info).items() if k != "modified_at"} | {
             "size": r.memory_bytes(), "size_vram": 0, "expires_at": rfc3339(expires), "context_length": r.loaded.ctx,
         })  # fmt: skip
-    return Answer({"models": models})
+    return {"models": models}
 
 
-def answer_show(call: Call) -> Answer:
+def answer_show(call: Call) -> dict[str, Any]:
     """One model in detail; older clients call the field `name`."""
-    body = parse_object(call.body)
-    name = body.get("name") if body.get("model") is None else body["model"]
+    name = first_given(parse_object(call.body), a_string, "model", "name")
     if name is None:
         raise InvalidRequest("model is required: the name of a model, or default", "model")
-    info = call.service.table.info(a_string("model", name), call.cancel)
-    return Answer(ollama_show(info, resident_of(call.service, info)))
+    return ollama_show(*known_model(call, name))
 
 
-def resident_of(service: Service, info: ModelInfo) -> Worker | None:
-    """The model as it is loaded, if it is."""
-    return next((r for r in service.table.workers() if r.info.id == info.id), None)
-
-
-def answer_props(call: Call) -> Answer:
-    """A model's properties for clients that are about to chat; `?model=` names another than the default."""
-    info = call.service.table.info(call.query.get("model", "default"), call.cancel)
-    return Answer(model_properties(call.service, info, resident_of(call.service, info)))
-
-
-def answer_slots(call: Call) -> Answer:
+def answer_slots(call: Call) -> list[dict[str, Any]]:
     """The places for sequences of each loaded model, and which are taken: nothing of what is written there."""
     wanted = call.query.get("model")
     id = None if wanted is None else call.service.table.info(wanted, call.cancel).id
@@ -10414,21 +10049,19 @@ def answer_slots(call: Call) -> Answer:
     ]
     if call.query.get("fail_on_no_slot") and slots and all(slot["is_processing"] for slot in slots):
         raise Overloaded("No slot is free")  # where nothing is loaded, the next request loads
-    return Answer(slots)
+    return slots
 
 
-def answer_tokenize(call: Call) -> Answer:
+def answer_tokenize(call: Call) -> dict[str, Any]:
     """A text's tokens, with `with_pieces` also what they stand for: a string, or bytes where that is no whole character."""
     body = parse_object(call.body)
     content, pieces = a_string("content", body.get("content")), flag(body, "with_pieces")
     if len(content) > MAX_TOKENIZED:
         raise InvalidRequest(f"content may have up to {MAX_TOKENIZED} characters, not {len(content)}", "content")
-    parse = flag(body, "parse_special", True)
-    tokens = call.service.tokenize(
-        optional(body, "model", a_string, "default"), Tokenize(content, flag(body, "add_special"), parse, pieces), call.cancel
-    )
+    job = Tokenize(content, flag(body, "add_special"), optional(body, "parse_special", boolean, True), pieces)
+    tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
     named = zip(tokens.ids, tokens.pieces, strict=False)
-    return Answer({"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)})
+    return {"tokens": [{"id": id, "piece": text_or_bytes(p)} for id, p in named] if pieces else list(tokens.ids)}
 
 
 def text_or_bytes(piece: bytes) -> str | list[int]:
@@ -10439,7 +10072,7 @@ def text_or_bytes(piece: bytes) -> str | list[int]:
         return list(piece)
 
 
-def answer_detokenize(call: Call) -> Answer:
+def answer_detokenize(call: Call) -> dict[str, Any]:
     """The text that tokens stand for, special ones by their names."""
     body = parse_object(call.body)
     ids: Any = body.get("tokens")
@@ -10449,12 +10082,7 @@ def answer_detokenize(call: Call) -> Answer:
         raise InvalidRequest(f"tokens may hold up to {MAX_TOKENIZED // 4} token ids, not {len(ids)}", "tokens")
     job = Tokenize(tuple(ids), pieces=True)
     tokens = call.service.tokenize(optional(body, "model", a_string, "default"), job, call.cancel)
-    return Answer({"content": b"".join(tokens.pieces).decode("utf-8", "replace")})
-
-
-def answer_template(call: Call) -> Answer:
-    """The prompt that a chat's messages become; the body is that of `/v1/chat/completions`."""
-    return Answer({"prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)})
+    return {"content": b"".join(tokens.pieces).decode("utf-8", "replace")}
 
 
 def answer_root(call: Call) -> Answer:
@@ -10464,7 +10092,7 @@ def answer_root(call: Call) -> Answer:
     return Answer({"server": "shimmy", "version": __version__})
 
 
-Answering = Callable[[Call], Answer]
+Answering = Callable[[Call], Any]  # an Answer, or the document of one
 
 
 @dataclass(frozen=True)
@@ -10478,19 +10106,18 @@ class Route:
     needs_body: bool = False
     api: str = "shimmy"  # whose shape an error takes
     framing: Framing = SSE  # of a dialect's streams
-    unless: tuple[Callable[[Mapping[str, Any], str], bool], Route] | None = None  # another API's row at this address
+    ollamas: Route | None = None  # the row for bodies and User-Agents of Ollama's at this address
 
     def chosen(self, body: Mapping[str, Any], agent: str) -> Route:
-        """This row, or the one for bodies and User-Agents of another API."""
-        return self.unless[1] if self.unless and self.unless[0](body, agent) else self
+        """This row, or Ollama's."""
+        return self.ollamas if self.ollamas and speaks_ollama(body, agent) else self
 
     def match(self, segments: Seq[str]) -> tuple[str, ...] | None:
         """The names in the path, or None."""
-        if len(segments) != len(self.path):
+        pairs = list(zip(self.path, segments, strict=False))
+        if len(segments) != len(self.path) or any(part not in ("{}", segment) for part, segment in pairs):
             return None
-        if any(part not in ("{}", segment) for part, segment in zip(self.path, segments, strict=True)):
-            return None
-        return tuple(s for part, s in zip(self.path, segments, strict=True) if part == "{}")
+        return tuple(segment for part, segment in pairs if part == "{}")
 
     def label(self) -> str:
         """The path as the metrics show it."""
@@ -10508,21 +10135,23 @@ def _route(row: str, answer: Answering | type[Dialect], **marks: Any) -> Iterato
         yield Route(method, segments[1:], answer, **marks)
 
 
+PROMETHEUS = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
 _OLLAMA_GENERATE = Route("POST", ("api", "generate"), OllamaGenerate, needs_body=True, api="ollama", framing=NDJSON)
 ROUTES = (
     *_route("GET /", answer_root, keyless=True),
     *_route("GET /health", answer_health, keyless=True),
     *_route("GET /api/health", answer_health, keyless=True),
-    *_route("GET /diag", lambda call: Answer(call.service.diag())),
-    *_route("GET /metrics", answer_metrics),
-    *_route("POST /api/generate", Native, unless=(speaks_ollama, _OLLAMA_GENERATE)),
-    *_route("GET /api/models", lambda call: Answer(call.service.models())),
+    *_route("GET /diag", lambda call: call.service.diag()),
+    *_route("GET /metrics", lambda call: Answer(metrics_text(call.service), headers=PROMETHEUS)),
+    *_route("POST /api/generate", Native, ollamas=_OLLAMA_GENERATE),
+    *_route("GET /api/models", lambda call: call.service.models()),
     *_route("POST /api/models/discover", answer_discover),
     *_route("POST /api/models/{}/load", answer_load),
     *_route("POST /api/models/{}/unload", answer_unload),
-    *_route("GET /api/models/{}/status", lambda call: Answer(call.service.table.status(call.names[0]))),
-    *_route("GET /api/tools", lambda call: Answer({"tools": call.service.tools.documents()})),
-    *_route("POST /api/tools/{}/execute", answer_execute, needs_body=True),
+    *_route("GET /api/models/{}/status", lambda call: call.service.table.status(call.names[0])),
+    *_route("GET /api/tools", lambda call: {"tools": call.service.tools.documents()}),
+    *_route("POST /api/tools/{}/execute", needs_body=True, answer=lambda call: call.service.tools.execute(
+        call.names[0], parse_json(call.body or b"{}"), call.cancel)),
     *_route("GET /ws/generate", answer_upgrade),
     *_route("POST /v1/chat/completions", ChatCompletion),
     *_route("POST /v1/completions", Completion),
@@ -10530,12 +10159,13 @@ ROUTES = (
     *_route("POST /v1/rerank", Rerank),
     *_route("POST /v1/reranking", Rerank),
     *_route("POST /v1/messages", Messages, framing=NAMED_SSE),
-    *_route("POST /v1/messages/count_tokens", answer_count_tokens, needs_body=True, api="anthropic"),
+    *_route("POST /v1/messages/count_tokens", needs_body=True, api="anthropic", answer=lambda call: {
+        "input_tokens": call.service.count_tokens(Messages(parse_object(call.body)).request, call.cancel)}),
     *_route("POST /v1/responses", Responses, framing=NAMED_SSE),
     *_route("GET /v1/models", answer_openai_models, api="openai"),
-    *_route("GET /v1/models/{}", answer_openai_model, api="openai"),
-    *_route("GET /api/version", lambda call: Answer({"version": OLLAMA_VERSION}), api="ollama"),  # clients compare it
-    *_route("GET /api/tags", lambda call: Answer({"models": list(map(ollama_model, call.service.table.infos()))}), api="ollama"),
+    *_route("GET /v1/models/{}", lambda call: listed_model(call.service, *known_model(call, call.names[0])), api="openai"),
+    *_route("GET /api/version", lambda call: {"version": OLLAMA_VERSION}, api="ollama"),  # clients compare it
+    *_route("GET /api/tags", lambda call: {"models": list(map(ollama_model, call.service.table.infos()))}, api="ollama"),
     *_route("GET /api/ps", answer_ps, api="ollama"),
     *_route("POST /api/show", answer_show, needs_body=True, api="ollama"),
     *_route("POST /api/pull", OllamaPull, framing=NDJSON),
@@ -10546,12 +10176,13 @@ ROUTES = (
     *_route("POST /infill", LlamaInfill, framing=PLAIN_SSE),
     *_route("POST /tokenize", answer_tokenize, needs_body=True, api="llama-server"),
     *_route("POST /detokenize", answer_detokenize, needs_body=True, api="llama-server"),
-    *_route("POST /apply-template", answer_template, needs_body=True, api="llama-server"),
-    *_route("GET /props", answer_props, api="llama-server"),
+    *_route("POST /apply-template", needs_body=True, api="llama-server", answer=lambda call: {
+        "prompt": call.service.render(ChatCompletion(parse_object(call.body)).request, call.cancel)}),
+    *_route("GET /props", api="llama-server", answer=lambda call: model_properties(
+        call.service, *known_model(call, call.query.get("model", "default")))),
     *_route("GET /slots", answer_slots, api="llama-server"),
-    *_route("GET /v1/health", lambda call: Answer(answer_health(call).document | {"status": "ok"}), api="llama-server",
-            keyless=True),
-)
+    *_route("GET /v1/health", lambda call: answer_health(call) | {"status": "ok"}, api="llama-server", keyless=True),
+)  # fmt: skip
 
 
 # ── 15.4. HTTP ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -10697,7 +10328,7 @@ class Handler(socketserver.BaseRequestHandler):
         """Answers one request; true if the connection ends behind it."""
         self.out = Responder(self.request, self.server.access)
         self.route: Route | None = None
-        self.wire: Wire = Whole(self.out)
+        self.wire: Wire = HttpWire(self.out)
         run_request(self._answer_request, self.out.line, self.fail, self.leave)
         self.reader.release()
         self._count()
@@ -10758,7 +10389,8 @@ class Handler(socketserver.BaseRequestHandler):
         else:
             call = Call(self.service, names, head.query, self._body(), cancel, head.headers.get("Accept", ""))
             with self._watched(cancel):
-                self.out.respond(answer(call))
+                told = answer(call)
+                self.out.respond(told if isinstance(told, Answer) else Answer(told))
 
     def _dialect(self, body: Mapping[str, Any]) -> Dialect:
         """The request, in the API that the body speaks: from here on errors take its shape."""
@@ -10791,7 +10423,7 @@ class Handler(socketserver.BaseRequestHandler):
 
     def _generate(self, dialect: Dialect, cancel: Cancellation) -> None:
         assert self.route
-        self.wire = Stream(self.out, self.route.framing) if dialect.stream else self.wire
+        self.wire = HttpWire(self.out, self.route.framing) if dialect.stream else self.wire
         dialect.owner = self.server.access.owner(self.out.head.headers)
         deliver(dialect, dialect.events(self.service, cancel), self.wire)
 
@@ -11049,7 +10681,7 @@ class SocketWire(Wire):
 
     def leave(self) -> None:
         with contextlib.suppress(ClientGone):
-            self.send(NativeSocket.cancelled())
+            self.send(NativeSocket.done("cancelled", Usage(0, 0, 0, 0, 0)))
 
 
 class SocketConnection:
@@ -11185,7 +10817,7 @@ class SocketConnection:
         line, wire = RequestLog("WS /ws/generate", self._id), SocketWire(self.say)
 
         def work() -> None:
-            dialect = line.dialect = NativeSocket(request.body())
+            dialect = line.dialect = NativeSocket(request.body() | {"stream": True})
             dialect.owner, line.status = self._owner, 200
             deliver(dialect, dialect.events(self._server.service, request.cancel), wire)
 
@@ -14904,8 +14536,8 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 class Symbol:
     """A part of a grammar, immutable and hashable: it opens into other symbols, or reads bytes itself.
 
-    A subclass has `opened`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No symbol may lead
-    into a dead end: whatever `step` returns can be finished.
+    A subclass has `opened`, or `after`, or `firsts` and `step`. Small symbols compare by value, large ones by identity. No
+    symbol may lead into a dead end: whatever `step` returns can be finished.
     """
 
     ends = False  # a symbol that reads bytes may be left here, though it could read on
@@ -14914,14 +14546,19 @@ class Symbol:
         """The alternatives that may stand in its place; None if it reads bytes."""
         return None
 
-    @property
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        """The symbols that must follow each byte that it may read now."""
+        raise NotImplementedError
+
+    @functools.cached_property
     def firsts(self) -> int:
         """The bytes that it may read now, one bit each."""
-        raise NotImplementedError
+        return sum(1 << byte for byte in self.after)
 
     def step(self, byte: int) -> Symbols | None:
         """Reads a byte and returns the symbols that must follow; None if it may not read that byte."""
-        raise NotImplementedError
+        return self.after.get(byte)
 
     def left(self) -> Symbols:
         """The symbols that must follow when it is left although it could read on."""
@@ -14951,14 +14588,9 @@ class Word(Symbol):
     def opened(self) -> Iterable[Symbols] | None:
         return None if self.data else ((),)
 
-    @property
-    def firsts(self) -> int:
-        return 1 << self.data[self.at]
-
-    def step(self, byte: int) -> Symbols | None:
-        if byte != self.data[self.at]:
-            return None
-        return (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        return {self.data[self.at]: (Word(self.data, self.at + 1),) if self.at + 1 < len(self.data) else ()}
 
 
 def word(text: str) -> Word:
@@ -14967,64 +14599,75 @@ def word(text: str) -> Word:
 
 
 @dataclass(frozen=True)
-class OneByte(Symbol):
-    """One byte of a set, a bit each."""
-
-    bits: int
-
-    @property
-    def firsts(self) -> int:
-        return self.bits
-
-    def step(self, byte: int) -> Symbols | None:
-        return () if self.bits >> byte & 1 else None
-
-
-@dataclass(frozen=True)
 class OneChar(Symbol):
-    """One character of ranges of code points, first and last; surrogates are left out."""
+    """One character of ranges of code points, first and last, in UTF-8; surrogates are left out."""
 
     ranges: tuple[tuple[int, int], ...]
 
     def opened(self) -> Iterable[Symbols]:
-        return utf8_ranges(self.ranges)
+        return [(way,) for way in written(self.ranges, "UTF-8")]
 
 
-@functools.lru_cache(maxsize=1000)
-def utf8_ranges(ranges: tuple[tuple[int, int], ...]) -> tuple[tuple[OneByte, ...], ...]:
-    """The byte sequences of code points, as sequences of byte sets."""
-    found: dict[tuple[OneByte, ...], None] = {}
-    todo = list(ranges)
-    while todo:
-        low, high = todo.pop()
-        border = next((b for b in (0x7F, 0x7FF, 0xD7FF, 0xDFFF, 0xFFFF) if low <= b < high), None)
-        if border is not None:
-            todo += [(low, border), (border + 1, high)]
-        elif low <= high and not 0xD800 <= low <= 0xDFFF:
-            found |= dict.fromkeys(_utf8(chr(low).encode(), chr(high).encode()))
-    return tuple(found)
+Digit = tuple[bytes, ...]  # the bytes that spell each of its values
 
 
-def _utf8(low: bytes, high: bytes) -> Iterator[tuple[OneByte, ...]]:
-    """Byte sequences of one length, from low to high: the first byte alone at both ends, all that lies between at once."""
-    if len(low) == 1:
-        yield (between(low[0], high[0]),)
-    elif low[0] == high[0]:
-        yield from ((between(low[0], low[0]), *rest) for rest in _utf8(low[1:], high[1:]))
-    else:
-        least, most = bytes([0x80]) * (len(low) - 1), bytes([0xBF]) * (len(low) - 1)
-        first, last = low[0] + (low[1:] != least), high[0] - (high[1:] != most)
-        if low[1:] != least:
-            yield from _utf8(low, low[:1] + most)
-        if first <= last:
-            yield (between(first, last), *(between(0x80, 0xBF) for _ in least))
-        if high[1:] != most:
-            yield from _utf8(high[:1] + least, high)
+@dataclass(frozen=True, eq=False)
+class Numeral(Symbol):
+    """A number of some ranges in so many digits, each of its own kind. `numeral` makes equal ones once."""
+
+    ranges: tuple[tuple[int, int], ...]
+    digits: tuple[Digit, ...]
+
+    @functools.cached_property
+    def after(self) -> dict[int, Symbols]:
+        values, *rest = self.digits
+        size = math.prod(map(len, rest))  # so many numbers begin with one digit
+        found: dict[int, list[tuple[int, int]]] = {}
+        for low, high in self.ranges:
+            for value in range(low // size, high // size + 1):
+                span = max(low - value * size, 0), min(high - value * size, size - 1)
+                found.setdefault(value, []).append(span)
+        return {byte: (numeral(tuple(spans), tuple(rest)),) if rest else ()
+                for value, spans in found.items() for byte in values[value]}  # fmt: skip
 
 
-def between(low: int, high: int) -> OneByte:
-    """The symbol of one byte from low to high."""
-    return OneByte((1 << high + 1) - (1 << low))
+numeral = functools.lru_cache(maxsize=10_000)(Numeral)
+
+
+def _digit(first: int, count: int) -> Digit:
+    """A digit that is spelled by bytes in a row."""
+    return tuple(bytes([byte]) for byte in range(first, first + count))
+
+
+_MORE = _digit(0x80, 64)
+_HEX = (*_digit(ord("0"), 10), b"aA", b"bB", b"cC", b"dD", b"eE", b"fF")
+_LETTERS = dict(zip(b'\b\t\n\f\r"/\\', (b"b", b"t", b"n", b"f", b"r", b'"', b"/", b"\\"), strict=True))
+UTF8 = (
+    (((0, 0x7F),), 0, (_digit(0, 128),)),
+    (((0x80, 0x7FF),), 0, (_digit(0xC0, 32), _MORE)),
+    (((0x800, 0xD7FF), (0xE000, 0xFFFF)), 0, (_digit(0xE0, 16), _MORE, _MORE)),
+    (((0x10000, 0x10FFFF),), 0, (_digit(0xF0, 8), _MORE, _MORE, _MORE)),
+)
+SCRIPTS = {  # ranges of characters, each a number from an offset on, and its digits; "escaped": behind the backslash
+    "UTF-8": UTF8,
+    "JSON": ((((32, 33), (35, 91), (93, 127)), 0, UTF8[0][2]), *UTF8[1:]),
+    "escaped": (
+        (tuple((code, code) for code in _LETTERS), 0, (tuple(_LETTERS.get(code, b"") for code in range(128)),)),
+        (UTF8[0][0] + UTF8[1][0] + UTF8[2][0], 0, ((b"u",), _HEX, _HEX, _HEX, _HEX)),
+        (UTF8[3][0], 0x10000, ((b"u",), (b"dD",), _HEX[8:12], _HEX, _HEX, (b"\\",), (b"u",), (b"dD",), _HEX[12:], _HEX, _HEX)),
+    ),
+}
+
+
+@functools.lru_cache(maxsize=10_000)
+def written(ranges: tuple[tuple[int, int], ...], script: str) -> list[Numeral]:
+    """The ways to write one character of some ranges."""
+    found: list[Numeral] = []
+    for spelled, offset, digits in SCRIPTS[script]:
+        spans = ((max(low, first) - offset, min(high, last) - offset) for low, high in ranges for first, last in spelled)
+        if part := tuple((low, high) for low, high in spans if low <= high):
+            found.append(numeral(part, digits))
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -15119,6 +14762,7 @@ class State:
         """The state behind one more byte; None if that may not come. Raises as the automaton does."""
         if byte not in self._next:
             self._next[byte] = self._automaton.after(self, byte) if self.bits >> byte & 1 else None
+            TURN.kept()
         return self._next[byte]
 
     def read(self, data: bytes) -> State | None:
@@ -15141,20 +14785,6 @@ class State:
         return bytes(found)
 
 
-class TooManyReadings(InvalidRequest):
-    """A text has more readings at once than are followed, as with ambiguous or left-recursive grammars."""
-
-    def __init__(self) -> None:
-        super().__init__(f"the grammar is ambiguous: a text has over {Automaton.MAX_READINGS} readings at once")
-
-
-class NestedTooDeep(InvalidRequest):
-    """A text nests parts that are followed one inside the other, such as arrays without repeats, too deep to go on."""
-
-    def __init__(self) -> None:
-        super().__init__("the grammar nests too deep: what a text may go on with cannot be found")
-
-
 class NotYet(Exception):
     """The time slice is over before it is known what may come next. What was found is kept: ask again."""
 
@@ -15172,31 +14802,28 @@ class Turn(threading.local):
     All such work counts here, automata of parts within automata and searches in strings too.
     """
 
-    def __init__(self) -> None:
-        self._ends, self._found = math.inf, False
-        self._gate: Gate | None = None
-        self._client: Client | None = None
-        self._is_limited = False
+    _ends = math.inf
+    _is_limited = False
+    _gate: Gate | None = None
+    _client: Client | None = None
 
     def begin(self, seconds: float) -> None:
         """Starts a time slice of `seconds`."""
-        self._ends, self._found = time.thread_time() + seconds, False
+        self._ends = time.thread_time() + seconds
 
-    def look(self) -> None:
-        """Call before each step, of 10 µs to 10 ms. Raises NotYet when time is up, but only after one step was kept."""
-        self._wait()
-        if self._found and self.is_over:
+    def kept(self) -> None:
+        """Call when a step (10 µs to 10 ms) was kept. Raises NotYet when time is up: asked again, a question goes on there."""
+        if self._gate:
+            self._gate.open.wait()
+        if self._client and self._client.cancelled:
+            raise Cancelled
+        if self.is_over:
             raise NotYet
-
-    def found(self) -> None:
-        """Call after a step that is kept, so that the same question asked again goes on from there."""
-        self._found = True
 
     def tick(self) -> None:
         """Call every few µs within a step. Raises NotYet when limited work takes too long, Cancelled when nobody waits for it."""
-        self._wait()
-        if self._is_limited and self.is_over:
-            raise NotYet
+        if self._is_limited or self._gate or self._client:
+            self.kept()
 
     @contextlib.contextmanager
     def limited(self, seconds: float) -> Iterator[None]:
@@ -15215,19 +14842,13 @@ class Turn(threading.local):
         """Lets work go on only while a gate is open and its client waits for it."""
         self._gate, self._client = gate, client
         if gate:
-            gate.begin()
+            gate.idle.clear()
         try:
             yield
         finally:
             self._gate = self._client = None
             if gate:
-                gate.end()
-
-    def _wait(self) -> None:
-        if self._gate:
-            self._gate.wait()
-        if self._client and self._client.cancelled:
-            raise Cancelled
+                gate.idle.set()
 
     @property
     def is_over(self) -> bool:
@@ -15245,32 +14866,19 @@ class Gate:
     """
 
     def __init__(self) -> None:
-        self._open, self._idle = threading.Event(), threading.Event()
-        self._open.set()
-        self._idle.set()
-
-    def begin(self) -> None:
-        """There is work now."""
-        self._idle.clear()
-
-    def end(self) -> None:
-        self._idle.set()
-
-    def wait(self) -> None:
-        """Call within the work: waits until the gate is open."""
-        if not self._open.is_set():
-            self._open.wait()
+        self.open, self.idle = threading.Event(), threading.Event()
+        self.open.set()
+        self.idle.set()
 
     @contextlib.contextmanager
     def shut(self, seconds: float) -> Iterator[None]:
         """Lets running work go on for up to `seconds`, then holds it while the block runs."""
-        if not self._idle.is_set():
-            self._idle.wait(seconds)
-        self._open.clear()
+        self.idle.wait(seconds)
+        self.open.clear()
         try:
             yield
         finally:
-            self._open.set()
+            self.open.set()
 
 
 class Automaton:
@@ -15286,21 +14894,19 @@ class Automaton:
         self.start = self._closed({(root,): frozenset([None])})
 
     def after(self, state: State, byte: int) -> State | None:
-        """The state behind one more byte; None if no reading allows it. Raises TooManyReadings, NestedTooDeep, NotYet."""
-        TURN.look()
+        """The state behind one more byte; None if no reading allows it. Raises InvalidRequest, NotYet."""
         if max(len(self._states), len(self._stacks)) > self.MAX_KEPT:
-            self._forget()
+            for kept in (self._states, self._stacks, self.start._next):  # texts under way go on from the states they have
+                kept.clear()
         try:
             found: dict[Symbols, Below] = {}
             for stack in state.stacks:
                 rest = stack.top.step(byte)
                 if rest is not None:
                     found[rest] = found[rest] | stack.below if rest in found else stack.below
-            behind = self._closed(found) if found else None
+            return self._closed(found) if found else None
         except RecursionError:
-            raise NestedTooDeep from None
-        TURN.found()
-        return behind
+            raise InvalidRequest("the grammar nests too deep: what a text may go on with cannot be found") from None
 
     def _stack(self, top: Symbol, below: Below) -> Stack:
         key = (top, below)
@@ -15337,7 +14943,7 @@ class Automaton:
                 todo[option] = todo[option] | behind if option in todo else behind
             work += len(options)
             if work > self.MAX_READINGS:
-                raise TooManyReadings
+                raise InvalidRequest(f"the grammar is ambiguous: a text has over {self.MAX_READINGS} readings at once")
         key = (frozenset(self._stack(top, belows[top]) for top in reading), ends)
         if key not in self._states:
             self._states[key] = State(self, *key)
@@ -15346,12 +14952,6 @@ class Automaton:
     def __len__(self) -> int:
         """How many states are kept."""
         return len(self._states)
-
-    def _forget(self) -> None:
-        """Begins anew with what is kept; texts under way go on from the states they have."""
-        self._states.clear()
-        self._stacks.clear()
-        self.start._next.clear()
 
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15365,16 +14965,19 @@ EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
 
 def merged(ranges: Iterable[tuple[int, int]]) -> Ranges:
     """Sorts ranges, joins those that touch, and drops the surrogates."""
-    found: list[tuple[int, int]] = []
     halves = (half for low, high in ranges for half in ((low, min(high, 0xD7FF)), (max(low, 0xE000), high)))
-    for low, high in sorted(halves):
-        if low > high:
-            continue
+    return tuple(touching(half for half in halves if half[0] <= half[1]))
+
+
+def touching(spans: Iterable[tuple[int, Any]]) -> list[tuple[int, Any]]:
+    """Sorts spans of whole numbers, and joins those that touch."""
+    found: list[tuple[int, Any]] = []
+    for low, high in sorted(spans):
         if found and low <= found[-1][1] + 1:
             found[-1] = (found[-1][0], max(found[-1][1], high))
         else:
             found.append((low, high))
-    return tuple(found)
+    return found
 
 
 def others(ranges: Ranges) -> Ranges:
@@ -15413,7 +15016,6 @@ class Reader:
 
     MAX_TEXT, MAX_DEPTH, MAX_REPEATS = 500_000, 100, 10**9
     TOKEN: ClassVar[re.Pattern[str]]
-    PARTS: ClassVar[frozenset[str]]  # the kinds of tokens that begin a part
     SIGNS: ClassVar[dict[str | None, tuple[int, int | None]]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
     REPEATS_REPEATS = True  # a** is (a*)*
 
@@ -15459,7 +15061,7 @@ class Reader:
     def _sequence(self, depth: int) -> Symbol:
         parts: list[Symbol] = []
         may_repeat = False
-        while self.kind == "repeat" or self.kind in self.PARTS:
+        while self.kind not in (None, "or", "close", "rule"):
             if self.kind != "repeat":
                 parts.append(self.part(depth))
             elif may_repeat:
@@ -15494,10 +15096,12 @@ class Reader:
         found = set[tuple[int, int]]()
         while not self.text.startswith("]", self.at):
             TURN.tick()
-            low, begun = self._member(), self.at
+            if self.at >= len(self.text):
+                raise self.refuse("a square bracket is not closed")
+            low, begun = self.member(), self.at
             if self.text.startswith("-", self.at) and self.text[self.at + 1 : self.at + 2] not in ("]", ""):
                 self.at += 1
-                high = self._member()
+                high = self.member()
                 if len(low) == len(high) == 1 and low[0][0] == low[0][1] and high[0][0] == high[0][1]:
                     if low > high:
                         raise self.refuse(f"the range {_said(self.text[begun - 1 : self.at])} is empty")
@@ -15507,11 +15111,6 @@ class Reader:
             found |= set(low)
         self.at += 1
         return others(merged(found)) if negated else merged(found)
-
-    def _member(self) -> Ranges:
-        if self.at >= len(self.text):
-            raise self.refuse("a square bracket is not closed")
-        return self.member()
 
 
 class PatternReader(Reader):
@@ -15524,17 +15123,16 @@ class PatternReader(Reader):
     SPACES = merged([(9, 13), (32, 32), (0xA0, 0xA0), (0x1680, 0x1680), (0x2000, 0x200A), (0x2028, 0x2029), (0x202F, 0x202F),
                      (0x205F, 0x205F), (0x3000, 0x3000), (0xFEFF, 0xFEFF)])  # fmt: skip
     CLASSES: ClassVar = {"d": ((48, 57),), "w": ((48, 57), (65, 90), (95, 95), (97, 122)), "s": SPACES}
-    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0}
+    NAMED: ClassVar = {"t": 9, "n": 10, "v": 11, "f": 12, "r": 13, "0": 0, "b": 8}
     DOT = OneChar(others(((10, 10), (13, 13), (0x2028, 0x2029))))
     TOKEN = re.compile(
         r"(?P<blank>\(\?\#[^)]*\))|(?P<open>\((?:\?(?::|(?P<ahead>[=!])|P?<[^\W\d][\w$]*>|(?P<other>)))?)|(?P<close>\))"
         r"|(?P<or>\|)|(?P<repeat>(?:(?P<sign>[*+?])|\{(?:(?P<low>[0-9]{1,4000})(?P<comma>,)?|,(?=[0-9]))(?P<high>(?<=,)[0-9]{1,4000})?\})\??)"
         r"|(?P<edge>[\^$]|\\[AZz])|(?P<class>\[)|(?P<dot>\.)|(?P<char>.)", re.DOTALL)  # fmt: skip
-    PARTS = frozenset(("open", "edge", "class", "dot", "char"))
-    ESCAPE = re.compile(
+    CHAR = re.compile(
         r"\\(?:u([dD][89abAB][0-9A-Fa-f]{2})\\u([dD][c-fC-F][0-9A-Fa-f]{2})"
         r"|(?:x([0-9A-Fa-f]{2})|u([0-9A-Fa-f]{4})|u\{([0-9A-Fa-f]{1,6})\})"
-        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))", re.DOTALL)  # fmt: skip
+        r"|c([A-Za-z])|([pP])\{([^}]*)\}|(.))|([^\\])", re.DOTALL)  # fmt: skip
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"pattern {_said(self.text)}: {what}")
@@ -15551,7 +15149,11 @@ class PatternReader(Reader):
     def part(self, depth: int) -> Symbol:
         assert self.token is not None
         if self.kind == "open":
-            return self._group(self.token, depth)
+            if self.token["other"] is not None:
+                begun = self.text[self.token.start() : self.token.start() + 4]
+                raise self.refuse(f"{_said(begun)} (look-behind, flags …) cannot be honoured")
+            ahead, inside = self.token["ahead"], self.inside(depth)
+            return Ahead(inside, ahead == "=") if ahead else inside
         if self.kind == "edge":
             return Edge(self.word() not in ("^", "\\A"))
         if self.kind == "class":
@@ -15563,28 +15165,12 @@ class PatternReader(Reader):
         self.at = self.token.start()
         return OneChar(merged(self.member()))
 
-    def _group(self, token: re.Match[str], depth: int) -> Symbol:
-        if token["other"] is not None:
-            raise self.refuse(f"{_said(self.text[token.start() : token.start() + 4])} (look-behind, flags …) cannot be honoured")
-        inside = self.inside(depth)
-        return Ahead(inside, token["ahead"] == "=") if token["ahead"] else inside
-
     def member(self) -> Ranges:
-        if self.text.startswith("\\b", self.at):  # within a class a backspace
-            self.at += 2
-            return ((8, 8),)
-        if self.text[self.at] == "\\":
-            return self._escape()
-        self.at += 1
-        return ((ord(self.text[self.at - 1]),) * 2,)
-
-    def _escape(self) -> Ranges:
-        """The characters that a backslash and what follows stand for."""
-        match = self.ESCAPE.match(self.text, self.at)
+        match = self.CHAR.match(self.text, self.at)
         if match is None:
             raise self.refuse("it ends with a backslash")
         self.at = match.end()
-        first, second, *codes, control, kind, name, char = match.groups()
+        first, second, *codes, control, kind, name, char, plain = match.groups()
         if first:
             code = 0x10000 + ((int(first, 16) & 0x3FF) << 10) + (int(second, 16) & 0x3FF)
         elif any(codes):
@@ -15593,12 +15179,12 @@ class PatternReader(Reader):
             code = ord(control) % 32
         elif kind:
             return self._property(name) if kind == "p" else others(self._property(name))
+        elif plain or char in self.NAMED:
+            code = ord(plain) if plain else self.NAMED[char]
         elif char.lower() in self.CLASSES:
             return self.CLASSES[char] if char in self.CLASSES else others(self.CLASSES[char.lower()])
         elif char in "123456789":
             raise self.refuse(f"\\{char} (a back-reference) cannot be honoured")
-        elif char in self.NAMED:
-            code = self.NAMED[char]
         elif char.isascii() and char.isalnum():
             raise self.refuse(f"the escape \\{char} cannot be honoured")
         else:
@@ -15699,7 +15285,6 @@ class GbnfReader(Reader):
         r"(?P<blank>(?:[ \t\r\n]|\#[^\n]*)+)|(?P<rule>[A-Za-z0-9-_]+)[ \t]*::=|(?P<name>[A-Za-z0-9-_]+)|(?P<literal>\")"
         r"|(?P<class>\[)|(?P<repeat>(?P<sign>[*+?])|\{\s*(?P<low>[0-9]{1,12})\s*(?:(?P<comma>,)\s*(?P<high>[0-9]{0,12})\s*)?\})"
         r"|(?P<open>\()|(?P<close>\))|(?P<or>\|)|(?P<dot>\.)|(?P<token><(?!\[)[^>\n]+>)|(?P<no_text>!?<)")  # fmt: skip
-    PARTS = frozenset(("name", "literal", "class", "open", "dot", "token", "no_text"))
     CHAR = re.compile(r"\\x([0-9A-Fa-f]{2})|\\u([0-9A-Fa-f]{4})|\\U([0-9A-Fa-f]{8})|\\(.)|([^\\])", re.DOTALL)
     ESCAPES: ClassVar = {"n": "\n", "r": "\r", "t": "\t", '"': '"', "\\": "\\", "[": "[", "]": "]", "-": "-", "^": "^"}
 
@@ -15723,7 +15308,7 @@ class GbnfReader(Reader):
             raise self.refuse(f"the rule {_said(missing)} is used but not written", self.used[missing])
         if "root" not in self.rules:
             raise InvalidRequest("grammar: there is no rule named root", "grammar")
-        self._check_left_recursion(self._empty())
+        self._check_left_recursion()
         return self.rules["root"]
 
     def _rule(self) -> None:
@@ -15778,60 +15363,33 @@ class GbnfReader(Reader):
             raise self.refuse(f"{match[0]} is not a character")
         return ((code, code),)
 
-    def _inside(self, symbol: Symbol) -> Symbols:
-        return (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts
-
-    def _empty(self) -> set[Symbol]:
-        """The symbols that may be empty: each counts how many of its parts must still turn out so."""
-        lacking: dict[Symbol, int] = {}
-        holders: dict[Symbol, list[Symbol]] = {}
-        todo = list(self.rules.values())
-        while todo:
-            if (symbol := todo.pop()) not in lacking:
-                parts = self._inside(symbol)
-                lacking[symbol] = len(parts) if isinstance(symbol, InOrder) else int(symbol != Word(b""))
-                if isinstance(symbol, Repeated) and not symbol.low:
-                    lacking[symbol] = 0
-                for part in parts:
-                    TURN.tick()
-                    holders.setdefault(part, []).append(symbol)
-                todo += parts
-        empty = [symbol for symbol, count in lacking.items() if not count]
-        for symbol in empty:
-            for holder in holders.get(symbol, ()):
-                TURN.tick()
-                lacking[holder] -= 1
-                if not lacking[holder]:
-                    empty.append(holder)
-        return set(empty)
-
-    def _check_left_recursion(self, empty: set[Symbol]) -> None:
+    def _check_left_recursion(self) -> None:
         """Refuses a rule that leads back to itself before anything is read: it would open for ever."""
-        on_path, done = set[Symbol](), set[Symbol]()
-        path: list[tuple[Symbol, Iterator[Symbol]]] = []
-        for root in self.rules.values():
-            path.append((root, self._first_parts(root, empty)))
+        empty: dict[Symbol, bool] = {}  # the symbols that were looked through, and whether they may be empty
+        for rule in self.rules.values():
+            path = {} if rule in empty else {rule: self._first_parts(rule, empty)}
             while path:
                 TURN.tick()
-                symbol, parts = path[-1]
-                on_path.add(symbol)
-                part = next(parts, None)
+                part = next(path[next(reversed(path))], None)
                 if part is None:
-                    on_path.discard(symbol)
-                    done.add(symbol)
-                    path.pop()
-                elif part in on_path:
-                    name = next(s.name for s, _ in reversed(path) if isinstance(s, RuleName))
+                    path.popitem()
+                elif part in path:
+                    name = next(symbol.name for symbol in reversed(path) if isinstance(symbol, RuleName))
                     raise InvalidRequest(f"grammar: the rule {_said(name)} is left-recursive: it begins with itself", "grammar")
-                elif part not in done:
-                    path.append((part, self._first_parts(part, empty)))
+                elif part not in empty:
+                    path[part] = self._first_parts(part, empty)
 
-    def _first_parts(self, symbol: Symbol, empty: set[Symbol]) -> Iterator[Symbol]:
-        """The parts that may be met before anything is read."""
-        for part in self._inside(symbol):
+    def _first_parts(self, symbol: Symbol, empty: dict[Symbol, bool]) -> Iterator[Symbol]:
+        """The parts that may be met before anything is read; says at the end whether the whole may be empty."""
+        is_empty = isinstance(symbol, InOrder) or symbol == Word(b"") or (isinstance(symbol, Repeated) and not symbol.low)
+        for part in (self.rules[symbol.name],) if isinstance(symbol, RuleName) else symbol.parts:
             yield part
-            if isinstance(symbol, InOrder) and part not in empty:
-                return
+            if not isinstance(symbol, InOrder):
+                is_empty = is_empty or empty[part]
+            elif not empty[part]:
+                is_empty = False
+                break
+        empty[symbol] = is_empty
 
 
 # ── D.3. Strings ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -15843,52 +15401,42 @@ class GbnfReader(Reader):
 class Texts:
     """A set of texts, as an expression over ranges of characters: a regular language. The functions below make equal ones once.
 
-    `least` and `most` are the lengths of its shortest and longest text. If it is `plain`, made without complements and
-    intersections, it is never empty and both lengths are exact; if it is `dense`, every length between occurs.
+    No text is shorter than `least` or longer than `most`. In one that is `plain`, as those are that are made without complements
+    and intersections, there is a text as short as `least`.
     """
 
-    __slots__ = ("data", "dense", "kind", "known", "least", "most", "moves", "nullable", "parts", "plain")
+    __slots__ = ("data", "kind", "least", "most", "moves", "nullable", "parts", "plain", "shortest")
     MAX_KEPT = 50_000
     made: ClassVar[dict[tuple[Any, ...], Texts]] = {}
 
     def __init__(self, kind: str, data: Any, parts: tuple[Texts, ...]) -> None:
         self.kind, self.data, self.parts = kind, data, parts
         self.moves: Moves | None = None
-        self.known: int | None = None  # the length of a text that a search has found
-        self.plain: bool = kind != "none" and all(part.plain for part in parts)
-        self.nullable, self.least, self.most, self.dense = False, 1, 1.0, True
+        self.shortest: float | None = None  # the length of its shortest text, once that has been sought; inf: there is none
+        self.plain: bool = kind not in ("none", "not", "both") and all(part.plain for part in parts)
+        self.nullable, self.least, self.most = False, 1, 1.0
+        leasts, mosts = [part.least for part in parts], [part.most for part in parts]
         if kind == "empty":
             self.nullable, self.least, self.most = True, 0, 0
         elif kind == "words":
             lengths = {len(text) for text in data.rest()}
-            self.nullable, self.least, self.most, self.dense = 0 in lengths, min(lengths), max(lengths), len(lengths) == 1
+            self.nullable, self.least, self.most = 0 in lengths, min(lengths), max(lengths)
         elif kind == "then":
-            one, two = parts
-            self.nullable, self.dense = one.nullable and two.nullable, one.dense and two.dense
-            self.least, self.most = one.least + two.least, one.most + two.most
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), sum(leasts), sum(mosts)
         elif kind == "repeat":
-            self._repeated(parts[0], *data)
+            low, high = data
+            self.nullable = low == 0 or parts[0].nullable
+            self.least, self.most = leasts[0] * low, mosts[0] * high if mosts[0] else 0
+        elif kind == "sized":
+            low, high = data
+            self.plain = self.plain and (low <= leasts[0] <= high or parts[0] is ALL)
+            self.nullable, self.least, self.most = parts[0].nullable and low == 0, max(low, *leasts), min(high, *mosts)
         elif kind == "not":
-            self.plain, self.nullable = False, not parts[0].nullable
-            self.least, self.most = int(parts[0].nullable), math.inf
+            self.nullable, self.least, self.most = not parts[0].nullable, int(parts[0].nullable), math.inf
         elif kind == "both":
-            self.plain, self.dense, self.nullable = False, False, all(part.nullable for part in parts)
-            self.least, self.most = max(p.least for p in parts), min(p.most for p in parts)
+            self.nullable, self.least, self.most = all(part.nullable for part in parts), max(leasts), min(mosts)
         elif kind == "either":
-            self._either(parts)
-
-    def _repeated(self, part: Texts, low: int, high: float) -> None:
-        self.nullable = low == 0 or part.nullable
-        self.least, self.most = part.least * low, part.most * high if part.most else 0
-        self.dense = part.dense and (low == high or (low + 1) * part.least <= low * part.most + 1 if low else part.least <= 1)
-
-    def _either(self, parts: tuple[Texts, ...]) -> None:
-        self.nullable = any(part.nullable for part in parts)
-        self.least, self.most = min(p.least for p in parts), max(p.most for p in parts)
-        reach: float = self.least
-        for part in sorted(parts, key=lambda part: part.least):
-            self.dense = self.dense and part.dense and part.least <= reach + 1
-            reach = max(reach, part.most)
+            self.nullable, self.least, self.most = any(part.nullable for part in parts), min(leasts), max(mosts)
 
 
 Moves = tuple[tuple[Ranges, Texts], ...]  # characters that may come first, and the texts that follow one of them
@@ -15922,23 +15470,15 @@ def then(one: Texts, two: Texts) -> Texts:
     while chain[-1].kind == "then":
         chain[-1:] = chain[-1].parts
     for part in reversed(chain):
-        two = _joined(part, two)
+        if part is NONE or two is NONE:
+            two = NONE
+        elif part is EMPTY or two is EMPTY:
+            two = two if part is EMPTY else part
+        elif (part is ALL and two.nullable) or (two is ALL and part.nullable):
+            two = ALL
+        else:
+            two = _make("then", parts=(part, two))
     return two
-
-
-def _joined(one: Texts, two: Texts) -> Texts:
-    while True:
-        if one is NONE or two is NONE:
-            return NONE
-        if one is EMPTY or two is EMPTY:
-            return two if one is EMPTY else one
-        if (one is ALL and two.nullable) or (two is ALL and one.nullable):
-            return ALL
-        head, rest = two.parts if two.kind == "then" else (two, EMPTY)
-        (part, low, high), (again, least, most) = _counted(one), _counted(head)
-        if part is not again:
-            return _make("then", parts=(one, two))
-        one, two = repeat(part, low + least, high + most), rest
 
 
 def _counted(texts: Texts) -> tuple[Texts, int, float]:
@@ -15950,10 +15490,8 @@ def repeat(part: Texts, low: int, high: float) -> Texts:
     if high == 0 or part is EMPTY or part is NONE:
         return NONE if part is NONE and low else EMPTY
     low = 0 if part.nullable else low
-    if part.kind == "repeat":  # (a{2,3}){4,5} is a{8,15}, as the counts meet
-        inner, least, most = _counted(part)
-        if low == high or (least <= 1 if low == 0 else low * most + 1 >= (low + 1) * least):
-            part, low, high = inner, low * least, high * most
+    if part.kind == "repeat" and part.data == (0, math.inf):
+        return part  # (a*)*
     return part if low == high == 1 else _make("repeat", (low, high), (part,))
 
 
@@ -15994,38 +15532,31 @@ def _merged_counts(parts: dict[Texts, None]) -> dict[Texts, None]:
         counts.setdefault((part, rest), []).append((low, high))
     if len(counts) == len(parts):
         return parts
-    found: dict[Texts, None] = {}
-    for (part, rest), spans in counts.items():
-        union: list[tuple[int, float]] = []
-        for low, high in sorted(spans):
-            if union and low <= union[-1][1] + 1:
-                union[-1] = (union[-1][0], max(union[-1][1], high))
-            else:
-                union.append((low, high))
-        found |= dict.fromkeys(then(repeat(part, low, high), rest) for low, high in union)
-    return found
+    return dict.fromkeys(then(repeat(part, *span), rest) for (part, rest), spans in counts.items() for span in touching(spans))
 
 
 def intersection(parts: Iterable[Texts]) -> Texts:
     """The texts that are in every one."""
     flat: dict[Texts, None] = {}
+    low, high = 0, math.inf
     for part in parts:
+        if part.kind == "sized":
+            (least, most), (part,) = part.data, part.parts
+            low, high = max(low, least), min(high, most)
         flat |= dict.fromkeys(part.parts if part.kind == "both" else (part,))
     flat.pop(ALL, None)
-    if len(flat) < 2:
-        return next(iter(flat), ALL)
-    sized = [part for part in flat if part.kind != "not"]
-    least, most = max((p.least for p in sized), default=0), min((p.most for p in sized), default=math.inf)
-    for part in list(flat):
-        if part.kind == "not" and (part.parts[0].least > most or part.parts[0].most < least):
-            del flat[part]  # the others' lengths exclude already what it excludes
-    if NONE in flat or least > most or any(p.parts[0] in flat for p in flat if p.kind == "not"):
+    if NONE in flat or any(part.kind == "not" and part.parts[0] in flat for part in flat):
         return NONE
-    if most == 0:
-        return EMPTY if all(part.nullable for part in flat) else NONE
-    if flat and all(part.kind == "char" for part in flat):
-        return char_texts(functools.reduce(common, (part.data for part in flat)))
-    return _of_some("both", flat, ALL)
+    return sized(_of_some("both", flat, ALL), low, high)
+
+
+def sized(texts: Texts, low: int, high: float) -> Texts:
+    """Those of the texts that have so many characters."""
+    if texts.kind == "sized":
+        return intersection([texts, sized(ALL, low, high)])
+    if max(low, texts.least) > min(high, texts.most):
+        return NONE
+    return texts if low <= texts.least and texts.most <= high else _make("sized", (low, high), (texts,))
 
 
 def complement(texts: Texts) -> Texts:
@@ -16065,6 +15596,7 @@ def moves(texts: Texts) -> Moves:
     """The sets that follow a first character (Brzozowski's derivatives), by ranges of characters."""
     if texts.moves is None:
         texts.moves = tuple(_moves(texts))
+        TURN.kept()
     return texts.moves
 
 
@@ -16079,6 +15611,9 @@ def _moves(texts: Texts) -> Iterable[tuple[Ranges, Texts]]:
     if kind == "repeat":
         again = repeat(parts[0], max(texts.data[0] - 1, 0), texts.data[1] - 1)
         return [(ranges, then(behind, again)) for ranges, behind in moves(parts[0])]
+    if kind == "sized":
+        low, high = texts.data
+        return [(ranges, sized(behind, max(low - 1, 0), high - 1)) for ranges, behind in moves(parts[0])]
     if kind == "either":
         return _combined([moves(part) for part in parts], union)
     if kind == "both":
@@ -16139,11 +15674,7 @@ class Matching:
             raise InvalidRequest("pattern: its anchors and repeats multiply too far")
         first, later = rest
         if not pattern.looks:
-            texts = self.alone(pattern)
-            found = then(texts, later)
-            if first is later or not texts.nullable:
-                return found, found
-            return union([first, then(intersection([texts, repeat(EVERY, 1, math.inf)]), later)]), found
+            return self._plainly(self.alone(pattern), rest)
         if isinstance(pattern, Edge):
             ends = tuple(EMPTY if texts.nullable else NONE for texts in rest)
             return (ends[0], ends[1]) if pattern.at_end else (first, NONE)
@@ -16173,26 +15704,27 @@ class Matching:
             return functools.reduce(lambda later, one: then(self.alone(one), later), reversed(pattern.symbols), EMPTY)
         return NONE  # an Edge
 
+    @staticmethod
+    def _plainly(texts: Texts, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
+        """Joins texts that look at nothing around them, and the rest."""
+        first, later = rest
+        found = then(texts, later)
+        if first is later or not texts.nullable:
+            return found, found
+        return union([first, then(sized(texts, 1, math.inf), later)]), found
+
     def _loop(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
-        """Joins a repeat of something that looks around it."""
-        part, low, (first, later) = loop.symbol, loop.low, rest
-        high = math.inf if loop.high is None else loop.high
-        if high == 0:
-            return rest
-        if high == 1:
-            inside = self.before(part, rest)
-            return inside if low else (union([inside[0], first]), union([inside[1], later]))
-        if _looks_ahead(part):
+        """Joins a repeat of something that looks around it: what reads between its first round and its last meets no edge."""
+        part, low, more = loop.symbol, loop.low, math.inf if loop.high is None else loop.high - loop.low
+        if _looks_ahead(part) and loop.high not in (0, 1):
             return self._tempered(loop, rest)
         if low > MAX_UNROLLED:
             raise InvalidRequest(f"pattern: an anchor within over {MAX_UNROLLED} repeats cannot be honoured")
-        if low:
-            more = None if loop.high is None else loop.high - low
-            return self.before(InOrder((part,) * low + (Repeated(part, 0, more),)), rest)
-        inner, final = self.alone(part), self.before(part, (NONE, later))[1]  # the last round may meet the end
-        further = [union([then(repeat(inner, 0, count), later), then(repeat(inner, 0, count - 1), final)])
-                   for count in (high - 1, high)]  # fmt: skip
-        return union([first, self.before(part, (first, further[0]))[0]]), further[1]
+        for optional in range(int(min(more, 2))):
+            rest = self._plainly(repeat(self.alone(part), 0, more - 2), rest) if optional else rest
+            once = self.before(part, rest)
+            rest = union([rest[0], once[0]]), union([rest[1], once[1]])
+        return self.before(InOrder((part,) * low), rest) if low else rest
 
     def _tempered(self, loop: Repeated, rest: tuple[Texts, Texts]) -> tuple[Texts, Texts]:
         """((?!foo).)* up to the end: what it says of each character is that foo is nowhere."""
@@ -16216,150 +15748,92 @@ def _looks_ahead(pattern: Symbol) -> bool:
 def texts_by(keyword: str, value: str, wanted: bool = True) -> Texts:
     """The strings that a schema's `pattern` or `format` admits; without `wanted` all others. Raises InvalidRequest saying why
     it cannot be honoured."""
-    if keyword == "format" and value not in (*FORMATS, *UNKNOWN_FORMATS):
-        found = ALL
+    if keyword == "pattern":
+        pattern = InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value)))
     elif value in UNKNOWN_FORMATS or (value in PARTIAL_FORMATS and not wanted):
         raise InvalidRequest(f"{'' if wanted else 'not '}format {_said(value)} cannot be honoured")
-    elif keyword == "format":
-        texts = FORMATS[value] if wanted else WIDER_FORMATS.get(value, FORMATS[value])
-        found = Matching().before(InOrder((Edge(False), read_pattern(texts), Edge(True))), (ALL, ALL))[0]
-    else:
-        found = Matching().before(InOrder((Repeated(OneChar(EVERY_CHAR)), read_pattern(value))), (ALL, ALL))[0]
+    else:  # what is no standard's is a remark
+        pattern = InOrder((Edge(False), read_pattern(FORMATS[value]), Edge(True))) if value in FORMATS else InOrder(())
+    longest = MAX_HOSTNAME if (keyword, value) == ("format", "hostname") else math.inf
+    found = sized(Matching().before(pattern, (ALL, ALL))[0], 0, longest)
     return found if wanted else complement(found)
 
 
 # What can still be reached
 
-
-def counted(low: int, high: int | None) -> tuple[int, int | None]:
-    """How many characters more a text needs, and may have, behind one more."""
-    return max(low - 1, 0), None if high is None else high - 1
+MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
 
 
-def alive(at: Texts, low: int, high: int | None) -> bool:
-    """True if one of the texts has `low` to `high` characters. Raises NotYet.
+def alive(at: Texts) -> bool:
+    """True if there is a text. Raises NotYet.
 
     What a search does not find counts as dead: a text is then kept from what could have been right, but never led where
     it cannot end.
     """
-    plainly = is_plainly_alive(at, low, high)
-    return bool(find_text(at, low, high)[0]) if plainly is None else plainly
-
-
-def is_plainly_alive(at: Texts, low: int, high: int | None) -> bool | None:
-    """The same without a search; None if one is needed."""
-    if at is NONE or at.most < low or (high is not None and (high < at.least or high < low)):
+    try:
+        return at.plain or at.nullable or shortest(at) < math.inf
+    except InvalidRequest:
+        at.shortest = math.inf
         return False
-    return True if at.plain and (high is None or at.dense or low <= at.least) else None
 
 
-MAX_SEARCH = 20_000  # sets looked at for one question, of which each takes 1 to 100 µs
+def _known_shortest(at: Texts) -> float | None:
+    """The length of the shortest text where that needs no search."""
+    if at.plain or at.nullable:
+        return at.least
+    if at.shortest is None and at.kind == "sized":
+        found = _known_shortest(at.parts[0])
+        if found is not None and found >= at.data[0]:
+            return found if found <= at.data[1] else math.inf
+    return at.shortest
 
 
-@functools.lru_cache(maxsize=50_000)
-def find_text(at: Texts, low: int, high: int | None) -> tuple[bool | None, int]:
-    """Looks for a text of some length, in sets of complements and intersections or with gaps in their lengths: breadth first.
+def shortest(at: Texts, spend: Callable[[int], None] = lambda steps: None) -> float:
+    """Finds the length of the shortest text, breadth first; inf if there is none. Raises InvalidRequest if that takes too long.
 
-    Tells whether there is one, None if that took too long, and in how many steps. Raises NotYet: what was derived is kept,
-    and the next search goes quickly where this one has been.
+    Raises NotYet: what was derived is kept, and the next search goes quickly where this one has been. `spend` counts the steps.
     """
-    layer: dict[Texts, Texts | None] = {at: None}  # the sets that follow so many characters, and the one before each
-    length, steps = 0, 0
-    rounds: dict[frozenset[Texts], int] = {}  # layers that were met, and the length
-    seen: dict[Texts, Texts | None] = {}
-    while layer and (high is None or length <= high):
-        rest = max(low - length, 0), None if high is None else high - length
-        longer: dict[Texts, Texts | None] = {}
+    if at.kind == "sized" and _known_shortest(at) is None:
+        shortest(at.parts[0], spend)
+    before: dict[Texts, Texts | None] = {at: None}  # each set that was met, and the one before it
+    layer, length, found = [at], 0, math.inf
+    last: Texts | None = None
+    while layer and length < found:
+        longer = list[Texts]()
         for one in layer:
-            steps += 1
-            plainly = is_plainly_alive(one, *rest)
-            if plainly or (plainly is None and _has_known(one, *rest)):
-                _keep_length(one, seen | layer)
-                return True, steps
-            if steps > MAX_SEARCH:
-                return None, steps
-            if plainly is None:
-                fresh = one.moves is None
-                longer |= ((behind, one) for _, behind in moves(one))
-                if fresh:
-                    TURN.found()
-                    TURN.look()
-        if rest[0]:
-            before = rounds.setdefault(frozenset(longer), length)
-            if before < length:  # and so on, round after round
-                length += (low - length - 1) // (length - before) * (length - before)
-        else:
-            seen |= layer
-            longer = {one: before_it for one, before_it in longer.items() if one not in seen}
+            known = _known_shortest(one)
+            if known is None:
+                spend(2)
+                fresh = dict.fromkeys((behind for _, behind in moves(one) if behind not in before), one)
+                before |= fresh
+                longer += fresh
+            elif length + known < found:
+                found, rest, last = length + known, known, one
+        if len(before) > MAX_SEARCH:
+            raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
         layer, length = longer, length + 1
-    return False, steps
-
-
-def _has_known(at: Texts, low: int, high: int | None) -> bool:
-    """True if a text of the right length is known."""
-    length = 0 if at.nullable else at.known
-    return length is not None and low <= length and (high is None or length <= high)
-
-
-def _keep_length(at: Texts, before: Mapping[Texts, Texts | None]) -> None:
-    """Keeps the length of a text that was found, for the sets through which a search came to it."""
-    length = 0 if at.nullable else at.least if at.plain else at.known or 0
-    here: Texts | None = at
-    while here is not None and here.known is None:
-        here.known = length
-        here, length = before.get(here), length + 1
-
-
-@dataclass(frozen=True)
-class Opening:
-    """The characters with which a text may go on, the bytes that they may begin with, and the character if it is the only one."""
-
-    ranges: Ranges
-    firsts: int
-    only: int | None
-
-    def reaches(self, ranges: Ranges) -> bool:
-        """True if one of the characters is in some ranges."""
-        return self.ranges is EVERY_CHAR or any(map(self._has, ranges))
-
-    def _has(self, span: tuple[int, int]) -> bool:
-        at = bisect.bisect_right(self.ranges, (span[1], 0x110000)) - 1
-        return at >= 0 and self.ranges[at][1] >= span[0]
-
-
-@functools.lru_cache(maxsize=10_000)
-def opening(ranges: Ranges) -> Opening:
-    """How a text may go on with the characters of these ranges."""
-    bits = 0
-    for first, last in ranges:
-        for border in (0x7F, 0x7FF, 0xFFFF, 0x10FFFF):
-            if first <= min(border, last):
-                bits |= between(chr(first).encode()[0], chr(min(border, last)).encode()[0]).bits
-            first = max(first, border + 1)
-    bits &= ~(between(0, 31).bits | 1 << ord('"') | 1 << ord("\\"))
-    only = ranges[0][0] if len(ranges) == 1 and ranges[0][0] == ranges[0][1] else None
-    return Opening(ranges, bits | 1 << ord("\\") if ranges else 0, only)
-
-
-EVERY_OPENING = opening(EVERY_CHAR)
+    if last is None:
+        for one in before:
+            one.shortest = math.inf
+    while last is not None:
+        last.shortest, rest = rest, rest + 1
+        last = before[last]
+    return found
 
 
 @functools.lru_cache(maxsize=50_000)
-def opened_at(at: Texts, low: int, high: int | None) -> Opening:
-    """How a text may go on."""
-    then = counted(low, high)
-    found = [ranges for ranges, behind in moves(at) if alive(behind, *then)]
-    return opening(found[0] if len(found) == 1 else merged(itertools.chain(*found)))
+def living(at: Texts) -> Moves:
+    """How a text may go on: the moves behind which there is a text."""
+    return tuple((ranges, behind) for ranges, behind in moves(at) if alive(behind))
 
 
 def behind(at: Texts, code: int) -> Texts:
     """The texts that follow a character."""
-    return next((behind for ranges, behind in moves(at) if _holds(ranges, code)), NONE)
-
-
-def _holds(ranges: Ranges, code: int) -> bool:
-    at = bisect.bisect_right(ranges, (code, 0x110000)) - 1
-    return at >= 0 and ranges[at][1] >= code
+    for ranges, behind in moves(at):
+        index = bisect.bisect_right(ranges, (code, 0x110000)) - 1
+        if index >= 0 and ranges[index][1] >= code:
+            return behind
+    return NONE
 
 
 # JSON strings
@@ -16367,181 +15841,80 @@ def _holds(ranges: Ranges, code: int) -> bool:
 
 @dataclass(frozen=True)
 class StringShape:
-    """The condition on a JSON string; lengths in code points."""
+    """The condition on a JSON string."""
 
-    low: int = 0
-    high: int | None = None
     texts: Texts = ALL
 
     @classmethod
     def of(cls, lows: Iterable[int], highs: Iterable[int], rules: Iterable[tuple[str, str, bool]]) -> StringShape:
-        """The shape by several bounds of the length, and by arguments of texts_by."""
-        rules = list(rules)
-        highs = [*highs, *(LONGEST[value] for key, value, wanted in rules if wanted and key == "format" and value in LONGEST)]
-        return cls(max(lows, default=0), min(highs, default=None), intersection(texts_by(*rule) for rule in rules))
+        """The shape by several bounds of the length, in code points, and by arguments of texts_by."""
+        texts = intersection(texts_by(*rule) for rule in rules)
+        return cls(sized(texts, max(lows, default=0), min(highs, default=math.inf)))
 
     def within(self, texts: Texts) -> StringShape:
         """The same, of just those texts."""
-        return replace(self, texts=intersection([self.texts, texts]))
+        return StringShape(intersection([self.texts, texts]))
 
     def but_not(self, texts: Iterable[str]) -> StringShape:
         """The same without some texts."""
         return self.within(complement(word_texts(frozenset(texts))))
 
 
-# A character half written: what it may become, how it goes on, the bits that were read, how many bytes or digits are missing.
-Half = tuple[Ranges, str, int, int]
-NO_HALF: Half = (EVERY_CHAR, "", 0, 0)
-HEX_DIGITS = {ord(digit): int(digit, 16) for digit in "0123456789abcdefABCDEF"}
-ESCAPES = {ord(letter): code for letter, code in zip('"\\/bfnrt', b'"\\/\b\f\n\r\t', strict=True)}
-
-
-@functools.lru_cache(maxsize=50_000)
-def spelled(half: Half) -> dict[int, Half]:
-    """Maps each byte to the half-written character that it makes of another; "done" if it is whole."""
-    ranges, how, value, missing = half
-    if how == "":
-        found = _begun()
-    elif how == "utf8":
-        found = {0x80 | bits: _half_utf8(ranges, value << 6 | bits, missing - 1) for bits in range(64)}
-    elif how == "escape":
-        found = {byte: (((code, code),), "done", code, 0) for byte, code in ESCAPES.items()}
-        found[ord("u")] = (EVERY_CHAR, "hex", 0, 4)
-    elif how == "hex":
-        found = {byte: _half_hex(value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    elif how in ("pair", "pair-u"):
-        found = {ord("\\"): (ranges, "pair-u", value, 0)} if how == "pair" else {ord("u"): (ranges, "low", value, 4)}
-    else:
-        found = {byte: _half_pair(ranges, value << 4 | digit, missing - 1) for byte, digit in HEX_DIGITS.items()}
-    return {byte: half for byte, half in found.items() if half[0]}
-
-
-def _whole(code: int) -> Half:
-    return ((code, code),), "done", code, 0
-
-
-def _begun() -> dict[int, Half]:
-    """The first bytes of characters, written as themselves or as escapes."""
-    found = {byte: _whole(byte) for byte in range(32, 128) if byte not in b'"\\'}
-    found[ord("\\")] = (EVERY_CHAR, "escape", 0, 0)
-    for low, high, missing in ((0xC2, 0xDF, 1), (0xE0, 0xEF, 2), (0xF0, 0xF4, 3)):
-        ranges = {1: ((0x80, 0x7FF),), 2: ((0x800, 0xD7FF), (0xE000, 0xFFFF)), 3: ((0x10000, 0x10FFFF),)}[missing]
-        found |= {byte: _half_utf8(ranges, byte & 0x3F >> missing, missing) for byte in range(low, high + 1)}
-    return found
-
-
-def _half_utf8(ranges: Ranges, value: int, missing: int) -> Half:
-    if missing == 0:
-        return _whole(value) if common(ranges, ((value, value),)) else ((), "", 0, 0)
-    shift = 6 * missing
-    return common(ranges, ((value << shift, (value + 1 << shift) - 1),)), "utf8", value, missing
-
-
-def _half_hex(value: int, missing: int) -> Half:
-    """Reads \\u and some digits: a character, or half of a pair."""
-    low, high = value << 4 * missing, (value + 1 << 4 * missing) - 1
-    first, last = max(low, 0xD800), min(high, 0xDBFF)
-    pairs = (((first - 0xD800 << 10) + 0x10000, (last - 0xD800 << 10) + 0x103FF),) if first <= last else ()
-    ranges = common(((0, 0xD7FF), (0xE000, 0xFFFF)), ((low, high),)) + pairs
-    if missing:
-        return ranges, "hex", value, missing
-    return (ranges, "pair", 0, 0) if pairs else _whole(value) if ranges else ((), "", 0, 0)
-
-
-def _half_pair(ranges: Ranges, value: int, missing: int) -> Half:
-    """Reads some digits of the low surrogate behind a high one."""
-    base, low, high = ranges[0][0] & ~0x3FF, value << 4 * missing, (value + 1 << 4 * missing) - 1
-    low, high = max(low, 0xDC00), min(high, 0xDFFF)
-    if low > high:
-        return (), "", 0, 0
-    ranges = ((base + low - 0xDC00, base + high - 0xDC00),)
-    return (ranges, "low", value, missing) if missing else _whole(ranges[0][0])
-
-
 @dataclass(frozen=True)
-class RestOfText(Symbol):
-    """The rest of a text: the set it is from, how many characters are left, and what is half-written of one."""
-
-    at: Texts
-    low: int
-    high: int | None
-    half: Half = NO_HALF
-
-    @property
-    def is_whole(self) -> bool:
-        """True if the text may end here."""
-        return not self.half[1] and self.at.nullable and self.low == 0
-
-    @property
-    def opening(self) -> Opening:
-        """How it may go on."""
-        is_free = self.at is ALL and (self.high is None or 0 < self.high >= self.low)
-        return EVERY_OPENING if is_free else opened_at(self.at, self.low, self.high)
-
-
-class JsonText(RestOfText):
+class JsonText(Symbol):
     """The rest of a JSON string behind its opening quote."""
 
-    @property
-    def firsts(self) -> int:
-        opening = self.opening
-        if self.half != NO_HALF:
-            return sum(1 << byte for byte, half in spelled(self.half).items() if opening.reaches(half[0]))
-        quote = 1 << ord('"') if self.is_whole else 0
-        return quote | (opening.firsts if opening.only is None else 1 << _written(opening.only)[0])
+    at: Texts
+    is_escaped: bool = False  # a backslash was read
+
+    def longer(self) -> list[tuple[Ranges, JsonText]]:
+        """The characters that may come, and the rest behind them."""
+        return [(ranges, replace(self, at=behind, is_escaped=False)) for ranges, behind in living(self.at)]
+
+    @functools.cached_property
+    def _ways(self) -> list[Symbols]:
+        """The ways to go on, each from a symbol that reads bytes."""
+        longer = self.longer()
+        if self.is_escaped:
+            return [(way, rest) for ranges, rest in longer for way in written(ranges, "escaped")]
+        found: list[Symbols] = [(Word(b'"'),)] if self.at.nullable else []
+        first, last = (longer[0][0][0][0], longer[-1][0][-1][1]) if longer else (0, 1)
+        if first == last:  # where no other character may stand, there is one way to write it
+            return [*found, (word(json.dumps(chr(first), ensure_ascii=False)[1:-1]), longer[0][1])]
+        found += ((way, rest) for ranges, rest in longer for way in written(ranges, "JSON"))
+        return [*found, (Word(b"\\"), replace(self, is_escaped=True))] if longer else found
+
+    @functools.cached_property
+    def firsts(self) -> int:  # type: ignore[override]
+        return functools.reduce(operator.or_, (way[0].firsts for way in self._ways), 0)
 
     def step(self, byte: int) -> Symbols | None:
-        if not self.half[1] and byte == ord('"'):
-            return () if self.is_whole else None
-        opening = self.opening
-        if opening.only is not None and not self.half[1]:
-            written = _written(opening.only)
-            rest = (Word(written, 1),) if len(written) > 1 else ()
-            return (*rest, self.behind(opening.only)) if byte == written[0] else None
-        half = spelled(self.half).get(byte)
-        if half is None or not opening.reaches(half[0]):
-            return None
-        return (replace(self, half=half) if half[1] != "done" else self.behind(half[2]),)
-
-    def behind(self, code: int) -> JsonText:
-        """The state behind a whole character."""
-        if self.low == 0 and self.high is None and self.at is ALL and not self.half[1]:
-            return self
-        return JsonText(behind(self.at, code), *counted(self.low, self.high))
-
-
-def _written(code: int) -> bytes:
-    """A character as json.dumps writes it: where no other may stand, there is one way to write it."""
-    return json.dumps(chr(code), ensure_ascii=False)[1:-1].encode()
+        found = [(*more, *rest) for first, *rest in self._ways if (more := first.step(byte)) is not None]
+        if len(found) > 1:
+            return (AnyOf(tuple(map(InOrder, found))),)
+        return found[0] if found else None
 
 
 @functools.lru_cache(maxsize=1000)
 def string_symbol(shape: StringShape) -> Symbol | None:
     """A JSON string of a shape, with its quotes; None if there is none. Raises InvalidRequest where that cannot be told."""
-    if alive(shape.texts, shape.low, shape.high):
-        return InOrder((Word(b'"'), JsonText(shape.texts, shape.low, shape.high)))
-    condition = shape.texts, shape.low, shape.high
-    if is_plainly_alive(*condition) is None and find_text(*condition)[0] is None:
-        raise InvalidRequest("the string's patterns and formats together are too complex to tell what fits them")
-    return None
+    return None if shortest(shape.texts) == math.inf else InOrder((Word(b'"'), JsonText(shape.texts)))
 
 
 def string_fits(shape: StringShape, text: str) -> bool:
     """True if a text has a shape."""
-    at = functools.reduce(behind, map(ord, text), shape.texts)
-    return at.nullable and shape.low <= len(text) and (shape.high is None or len(text) <= shape.high)
+    return functools.reduce(behind, map(ord, text), shape.texts).nullable
 
 
 def few_texts(shape: StringShape, most: int) -> set[str] | None:
     """The texts of a shape; None if they are more than `most`, or longer than 1000 characters."""
-    found, (low, high) = set[str](), (shape.low, shape.high)
-    layer = [("", shape.texts)] if alive(shape.texts, low, high) else []  # each can be finished, so texts are at least as many
+    found = set[str]()
+    layer = [("", shape.texts)] if alive(shape.texts) else []  # each can be finished, so texts are at least as many
     for _ in range(1000):
         if not layer or len(found) + len(layer) > most:
             break
-        found |= {text for text, at in layer if at.nullable and low == 0}
-        low, high = counted(low, high)
-        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in moves(at) if alive(behind, low, high)
+        found |= {text for text, at in layer if at.nullable}
+        longer = ((text + chr(code), behind) for text, at in layer for ranges, behind in living(at)
                   for first, last in ranges for code in range(first, last + 1))  # fmt: skip
         layer = list(itertools.islice(longer, most + 1))
     return None if layer else found
@@ -16619,15 +15992,9 @@ FORMATS = {  # name → a regular expression for the whole text
     "relative-json-pointer": f"(?:0|[1-9][0-9]*)(?:#|{_POINTER})",
     "regex": _REGEX,
 }
-LONGEST = {"hostname": 253}  # kept beside the set, where lengths cost nothing
-UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused; what is no standard's is a remark
-PARTIAL_FORMATS = ("email", "idn-email", "regex")  # the rule leaves out some texts that have the format
-
-
-_ANY_LABEL = "[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-WIDER_FORMATS = {  # name → a rule for all that may have the format, where the one above leaves some out
-    "hostname": rf"(?=.{{0,253}}$){_ANY_LABEL}(?:\.{_ANY_LABEL})*",
-}
+MAX_HOSTNAME = 253
+UNKNOWN_FORMATS = ("idn-hostname", "uri-template")  # standard ones that are refused
+PARTIAL_FORMATS = ("email", "idn-email", "regex", "hostname")  # the rule leaves out some texts that have the format
 
 
 # ── D.4. Numbers ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -16647,15 +16014,15 @@ class NumberShape:
     excluded: frozenset[int | float] = frozenset()
 
 
-def decimal_digits(value: int | float) -> tuple[int, int]:
-    """A number as its shortest decimal notation has it: the digits, and how many of them stand behind the point."""
-    if isinstance(value, int):
-        return value, 0
-    mantissa, _, exponent = repr(value).partition("e")
-    whole, _, fraction = mantissa.partition(".")
-    fraction = fraction.rstrip("0")
-    digits, places = int(whole + fraction), len(fraction) - int(exponent or 0)
-    return (digits, places) if places >= 0 else (digits * 10**-places, 0)
+def exact(value: int | float) -> Fraction:
+    """A number as its shortest decimal notation has it."""
+    from fractions import Fraction
+
+    return Fraction(value if isinstance(value, int) else repr(value))
+
+
+Bound = tuple[int | float, bool]
+Spans = tuple[tuple[int, int], ...]
 
 
 class NumberMachine:
@@ -16663,82 +16030,58 @@ class NumberMachine:
 
     The digits are bounded, so that no number goes on for ever: doubles hold fewer. A number with bounds has an exponent only
     behind one digit other than 0, and what stands before it is within bounds too (or a model that begins with 7 where 1 is the
-    most would be led to 7e-05). One with multiples has none, nor one with excluded values, which
-    JsonNumber handles.
+    most would be led to 7e-05). One with multiples has none, nor one with excluded values.
     """
 
-    DIGITS, PLACES, MORE_PLACES, DOUBLE, EXPONENTS = 20, 18, 3, 15, range(-290, 281)
-    MAX_PLACES, MAX_BITS, MAX_UNLIKE, MAX_TRIES = 60, 1400, 4, 64
+    DIGITS, PLACES, MORE_PLACES, DOUBLE = 20, 18, 3, 15
+    MAX_PLACES, MAX_NUMBER, MAX_UNLIKE, MAX_TRIES = 60, 10**400, 4, 64
 
     def __init__(self, shape: NumberShape, exponents: bool) -> None:
-        self._check(shape)
-        multiples = [decimal_digits(value) for value in (*shape.multiples, *((1,) if shape.whole else ()))]
-        unlike = [decimal_digits(value) for value in shape.not_multiples]
-        bounds = [decimal_digits(bound[0]) for bound in (shape.low, shape.high) if bound]
-        self.has_bounds = bool(bounds)
-        self.exponents: list[JsonExponent | None] = [None, None]  # of a positive number, and of a negative one
-        if exponents and not multiples and not unlike:
-            low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
-            self.exponents = [self._exponent(shape.low, shape.high), self._exponent(low, high)]
-        self.places = max(self.PLACES, *(places + 1 for _, places in bounds)) if bounds else self.PLACES
-        if multiples or unlike:
-            self.places = max(places for _, places in (*multiples, *unlike)) + (0 if multiples else self.MORE_PLACES)
+        multiples, unlike = (*shape.multiples, *((1,) if shape.whole else ())), shape.not_multiples
+        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
+        if any(value <= 0 for value in (*multiples, *unlike)):
+            raise InvalidRequest("multipleOf must be over 0")
+        if len(unlike) > self.MAX_UNLIKE:
+            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
+        self.has_bounds, has_factors = bool(bounds), bool(multiples or unlike)
+        self.places = max([self.PLACES, *(self._places(bound) + 1 for bound in bounds)])
+        if has_factors:
+            self.places = max(map(self._places, (*multiples, *unlike))) + (0 if multiples else self.MORE_PLACES)
         scale = 10**self.places
-        units, others = ([digits * scale // 10**places for digits, places in numbers] for numbers in (multiples, unlike))
+        units, others = ([int(exact(value) * scale) for value in values] for values in (multiples, unlike))
         unit = math.lcm(*units)
-        if all(number % scale == 0 for number in (unit, *others)):
+        if not any(number % scale for number in (unit, *others)):
             self.places = 0  # a point would add nothing
         self.scale = 10**self.places
-        self.unit, self.unlike = unit * self.scale // scale, [number * self.scale // scale for number in others]
+        self.unit, *self.unlike = (number * self.scale // scale for number in (unit, *others))
         self.cycle = math.lcm(self.unit, *self.unlike)
-        self.low = None if shape.low is None else self._edge(*shape.low)
-        self.high = None if shape.high is None else -self._edge(-shape.high[0], shape.high[1])
-        nearest = max(self.low or 0, -(self.high or 0), 0)  # the smallest magnitude
-        exact = bool(self.places and (multiples or unlike))  # a double must hold every digit, to be divided
-        self.digits = max(self.DOUBLE - self.places if exact else self.DIGITS, len(str((nearest + self.unit) // self.scale)) + 1)
+        self.low = self._edge(*shape.low) if shape.low else -math.inf
+        self.high = -self._edge(-shape.high[0], shape.high[1]) if shape.high else math.inf
+        low, high = ((bound and (-bound[0], bound[1])) for bound in (shape.high, shape.low))
+        ends = ((shape.low, shape.high), (low, high)) if exponents and not has_factors else ()
+        self.exponents = [exponent_within(*span) for span in ends] or [None, None]  # of a positive number, and of a negative one
+        nearest = int(max(self.low, -self.high, 0))  # the smallest magnitude
+        most = self.DOUBLE - self.places if self.places and has_factors else self.DIGITS  # a double holds what is to be divided
+        self.digits = max(most, len(str((nearest + self.unit) // self.scale)) + 1)
         self.most = 10 ** (self.digits + self.places) - 1
 
-    def _check(self, shape: NumberShape) -> None:
-        """Refuses numbers that are out of all proportion."""
-        bounds = [bound[0] for bound in (shape.low, shape.high) if bound]
-        for value in (*bounds, *shape.multiples, *shape.not_multiples):
-            if value.bit_length() > self.MAX_BITS if isinstance(value, int) else not math.isfinite(value):
-                raise InvalidRequest("a bound of numbers has too many digits")
-            if decimal_digits(value)[1] > self.MAX_PLACES:
-                raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
-        if any(value <= 0 for value in (*shape.multiples, *shape.not_multiples)):
-            raise InvalidRequest("multipleOf must be over 0")
-        if len(shape.not_multiples) > self.MAX_UNLIKE:
-            raise InvalidRequest(f"over {self.MAX_UNLIKE} multipleOf that must not hold cannot be honoured")
-
-    def _exponent(self, low: tuple[int | float, bool] | None, high: tuple[int | float, bool] | None) -> JsonExponent | None:
-        """The exponents with which all numbers from 1 to 10 are within bounds."""
-        def reaches(exponent: int, bound: int | float, left_out: bool) -> bool:
-            digits, places = decimal_digits(bound)
-            return 10 ** (exponent + 400) >= digits * 10 ** (400 - places) + left_out
-
-        least = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: low is None or reaches(exponent, *low))
-        most = bisect.bisect_left(self.EXPONENTS, True, key=lambda exponent: (
-            high is not None and reaches(exponent + 1, high[0], not high[1])))  # fmt: skip
-        return JsonExponent(self.EXPONENTS[least], self.EXPONENTS[most - 1]) if least < most else None
+    def _places(self, value: int | float) -> int:
+        """The decimal places of a number. Raises InvalidRequest where it is out of all proportion."""
+        if not abs(value) < self.MAX_NUMBER:
+            raise InvalidRequest("a bound of numbers has too many digits")
+        parts = exact(value).denominator
+        places = next((count for count in range(self.MAX_PLACES + 1) if 10**count % parts == 0), None)
+        if places is None:
+            raise InvalidRequest(f"the number {_said(value)} has over {self.MAX_PLACES} decimal places")
+        return places
 
     def _edge(self, bound: int | float, left_out: bool) -> int:
         """The least number of units that a lower bound allows."""
-        digits, places = decimal_digits(bound)
-        edge = -(-digits * self.scale // 10**places)
-        if left_out and edge * 10**places == digits * self.scale:
-            edge += 1
-        if left_out and self.unit == 1 and self.places and abs(bound) < sys.float_info.max:
+        edge = math.floor(exact(bound) * self.scale) + 1 if left_out else math.ceil(exact(bound) * self.scale)
+        if left_out and self.places and abs(bound) < sys.float_info.max:
             # a text nearer to the bound than doubles are to each other would be read as the bound
-            digits, places = decimal_digits(math.nextafter(bound, math.inf))
-            edge = max(edge, -(-digits * self.scale // 10**places))
+            edge = max(edge, math.ceil(exact(math.nextafter(bound, math.inf)) * self.scale))
         return edge
-
-    def taken(self, values: Iterable[int | float]) -> frozenset[int]:
-        """Values in units, those that are no number of them left out."""
-        digits = ((digits * self.scale, 10**places) for digits, places in map(decimal_digits, values))
-        found = (number // part for number, part in digits if number % part == 0)
-        return frozenset(filter(self._is_right, found))
 
     def _is_right(self, value: int) -> bool:
         """True for a number of units that is a multiple of what it must be, and of nothing that it must not be."""
@@ -16746,87 +16089,77 @@ class NumberMachine:
 
     def every_number(self, most: int) -> set[int | float] | None:
         """The numbers, if there are at most so many."""
-        if self.low is None or self.high is None or (self.high - self.low) // self.unit > most:
+        if self.high - self.low > most * self.unit:
             return None
-        found = filter(self._is_right, range(-(-self.low // self.unit) * self.unit, self.high + 1, self.unit))
+        found = filter(self._is_right, range(-(-int(self.low) // self.unit) * self.unit, int(self.high) + 1, self.unit))
         return {value // self.scale if value % self.scale == 0 else value / self.scale for value in found}
 
-    def holds(self, negative: bool, low: int, high: int, taken: frozenset[int], free: bool = False) -> bool:
-        """True if one of the magnitudes `low` to `high` is right and not taken; `free`: no bound can be missed any more."""
-        if not free:
-            least, most = self._bounds(negative)
-            low, high = low if least is None else max(low, least), high if most is None else min(high, most)
-        first = range(-(-low // self.unit) * self.unit, high + 1, self.unit)
-        tried = itertools.islice(first, (self.MAX_TRIES if self.unlike else 1) + len(taken))
-        return any((-value if negative else value) not in taken and self._is_right(value) for value in tried)
+    def symbol(self, excluded: Iterable[int | float]) -> Symbol | None:
+        """A JSON number that is none of those excluded; None if there is none."""
+        units = (exact(value) * self.scale for value in excluded)
+        taken = sorted(int(value) for value in units if value.denominator == 1)
+        plus = JsonNumber(self, self._spans(self.low, self.high, taken), self.exponents[0])
+        minus = JsonNumber(self, self._spans(-self.high, -self.low, [-value for value in reversed(taken)]), self.exponents[1])
+        options: list[Symbol] = [plus] if plus.firsts else []
+        if self.holds(1, self.most, minus.spans):
+            options.append(InOrder((Word(b"-"), minus)))
+        return AnyOf(tuple(options)) if options else None
 
-    def _bounds(self, negative: bool) -> tuple[int | None, int | None]:
-        """The bounds of a number's magnitude."""
-        bounds = (self.high, self.low) if negative else (self.low, self.high)
-        low, high = (bound if bound is None or not negative else -bound for bound in bounds)
-        return low, high
+    def _spans(self, low: float, high: float, taken: list[int]) -> Spans:
+        """The magnitudes from `low` to `high`, in units, that are not taken."""
+        least, most = int(max(low, 0)), int(min(high, self.most))
+        edges = [least - 1, *(value for value in taken if least <= value <= most), most + 1]
+        return tuple((one + 1, two - 1) for one, two in itertools.pairwise(edges) if two - one > 1)
 
-    def unbounded(self, negative: bool, low: int, high: int) -> bool:
-        """True if all magnitudes from `low` to `high` are within the bounds."""
-        least, most = self._bounds(negative)
-        return (least is None or least <= low) and (most is None or high <= most)
+    def holds(self, low: int, high: int, spans: Spans | None) -> bool:
+        """True if one of the magnitudes `low` to `high`, and within the spans, is right."""
+        parts = [(low, high)] if spans is None else [(max(low, least), min(high, most)) for least, most in spans]
+        return any(self._is_right(value) for least, most in parts for value in itertools.islice(
+            range(-(-least // self.unit) * self.unit, most + 1, self.unit), self.MAX_TRIES))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class JsonNumber(Symbol):
-    """The rest of a JSON number: the digits so far as a number, how many there are, and which part of it they are.
+    """The rest of a JSON number behind its sign: the digits so far as a number, how many there are, and of which part of it.
 
-    `free`: no further digit can break a bound or hit an excluded value; then only the remainder is kept.
+    `spans` are the magnitudes that it may have; None if no further digit can miss them: then only the remainder is kept.
     """
 
     machine: NumberMachine
-    taken: frozenset[int]  # in units
-    part: str = ""  # sign, zero, whole, point, fraction
-    negative: bool = False
+    spans: Spans | None
+    exponent: Symbol | None  # what may stand behind an e, where one may be
+    part: str = ""  # zero, whole, point, fraction
     value: int = 0
     count: int = 0
-    free: bool = False
-    scientific: bool = False  # there are bounds, and one digit other than 0 stands before the point
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-.eE+" if self._next(byte) is not None)
-
-    def step(self, byte: int) -> Symbols | None:
-        following = self._next(byte)
-        return None if following is None else (following,)
+    @functools.cached_property
+    def after(self) -> Mapping[int, Symbols]:
+        found = ((byte, self._next(chr(byte))) for byte in b"0123456789.eE")
+        return {byte: (following,) for byte, following in found if following is not None}
 
     @property
     def ends(self) -> bool:  # type: ignore[override]
         low = self._range(0)[0]
-        return self.part in ("zero", "whole", "fraction") and self.machine.holds(self.negative, low, low, self.taken, self.free)
+        return self.part in ("zero", "whole", "fraction") and self.machine.holds(low, low, self.spans)
 
-    def _next(self, byte: int) -> Symbol | None:
-        """The symbol behind a byte; None if no number goes on so."""
-        char, part, machine = chr(byte), self.part, self.machine
+    def _next(self, char: str) -> Symbol | None:
+        """The symbol behind a character; None if no number goes on so."""
         if char.isdigit():
             return self._digit(int(char))
-        if char == "-" and part == "":
-            return replace(self, part="sign", negative=True) if machine.holds(True, 1, machine.most, self.taken) else None
-        if char == "." and part in ("zero", "whole") and machine.places:
-            return replace(self, part="point", count=0)._if_possible()
-        if char in "eE" and part in ("zero", "whole", "fraction") and self.scientific == machine.has_bounds:
-            return machine.exponents[self.negative]
-        return None
+        if self.part not in ("zero", "whole", "fraction"):
+            return None
+        if char in "eE":
+            return self.exponent
+        return replace(self, part="point", count=0)._if_possible() if self.part != "fraction" and self.machine.places else None
 
     def _digit(self, digit: int) -> JsonNumber | None:
-        part, count = self.part, self.count
-        if part in ("", "sign"):
-            scientific = digit > 0 and self.machine.has_bounds
-            return replace(self, part="whole" if digit else "zero", value=digit, count=1, scientific=scientific)._if_possible()
-        if part == "whole":
-            more = count < self.machine.digits
-            after = replace(self, value=self.value * 10 + digit, count=count + 1, scientific=False)
-            return after._if_possible() if more else None
-        if part in ("point", "fraction"):
-            more = count < self.machine.places
-            return replace(self, part="fraction", value=self.value * 10 + digit, count=count + 1)._if_possible() if more else None
-        return None
+        part, exponent = self.part, self.exponent
+        if self.count >= {"": 1, "zero": 0, "whole": self.machine.digits}.get(part, self.machine.places):
+            return None
+        if self.machine.has_bounds and (part == "whole" or (part == "" and digit == 0)):
+            exponent = None
+        part = {"": "whole" if digit else "zero", "point": "fraction"}.get(part, part)
+        return replace(self, part=part, value=self.value * 10 + digit, count=self.count + 1, exponent=exponent)._if_possible()
 
     def _range(self, more: int) -> tuple[int, int]:
         """The magnitudes that so many further digits before the point can make, or all behind it."""
@@ -16838,49 +16171,33 @@ class JsonNumber(Symbol):
         """Itself, without what does not matter any more; None if it is no number's beginning."""
         machine, most = self.machine, self.machine.digits - self.count if self.part == "whole" else 0
         ranges = [self._range(more) for more in range(most + 1)]
-        if not any(machine.holds(self.negative, *span, self.taken, self.free) for span in ranges):
+        first, last = ranges[0][0], ranges[-1][1]
+        spans = None if self.spans is None else tuple(span for span in self.spans if span[0] <= last and span[1] >= first)
+        if not any(machine.holds(low, high, spans) for low, high in ranges):
             return None
-        if not self.free and (not machine.unbounded(self.negative, ranges[0][0], ranges[-1][1]) or any(
-                low <= abs(value) <= high for value in self.taken for low, high in ranges)):  # fmt: skip
-            return self
-        negative = self.negative and self.scientific
-        return replace(self, taken=frozenset(), free=True, negative=negative, value=self.value % machine.cycle)
+        if spans is None or (spans[0][0] <= first and last <= spans[0][1]):
+            return replace(self, spans=None, value=self.value % machine.cycle)
+        return replace(self, spans=spans)
 
 
-@dataclass(frozen=True)
-class JsonExponent(Symbol):
-    """The rest of a JSON number behind its e: an exponent from `low` to `high`."""
+EXPONENTS = range(-290, 282)
+DECIMAL = _digit(ord("0"), 10)
 
-    low: int
-    high: int
-    sign: str = ""
-    value: int = 0
-    count: int = 0  # digits
 
-    @property
-    def firsts(self) -> int:
-        return sum(1 << byte for byte in b"0123456789-+" if self.step(byte) is not None)
+@functools.lru_cache(maxsize=1000)
+def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
+    """The exponents, of up to three digits, with which all numbers from 1 to 10 are within bounds; None if there is none."""
+    def place(bound: int | float, behind: bool) -> int:
+        return (bisect.bisect_right if behind else bisect.bisect_left)(EXPONENTS, bound, key=lambda one: float(f"1e{one}"))
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.count > 0 and self._meets(self.value, self.value)
-
-    def step(self, byte: int) -> Symbols | None:
-        after = None
-        if byte in b"+-" and not self.sign and not self.count:
-            after = replace(self, sign=chr(byte))
-        elif byte in b"0123456789" and self.count < 3:
-            after = replace(self, value=self.value * 10 + byte - ord("0"), count=self.count + 1)
-        return (after,) if after and any(after._meets(*span) for span in after._spans()) else None
-
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        """The magnitudes that further digits can make."""
-        return ((self.value * 10**more, (self.value + 1) * 10**more - 1) for more in range(4 - self.count))
-
-    def _meets(self, least: int, most: int) -> bool:
-        """True if an exponent of such a magnitude is right."""
-        least, most = (-most, -least) if self.sign == "-" else (least, most)
-        return self.low <= most and least <= self.high
+    first = place(*low) if low else 0
+    last = place(high[0], not high[1]) if high else len(EXPONENTS)
+    if first >= last - 1:
+        return None
+    least, most = EXPONENTS[first], EXPONENTS[last - 2]
+    spans = (("", max(least, 0), most), ("+", max(least, 0), most), ("-", max(-most, 0), -least))
+    return AnyOf(tuple(InOrder((word(sign), numeral(((low, min(high, 10**count - 1)),), (DECIMAL,) * count)))
+                       for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1000)
@@ -16898,9 +16215,7 @@ def number_symbol(shape: NumberShape) -> Symbol | None:
 def another_number(shape: NumberShape, taken: Iterable[int | float]) -> Symbol | None:
     """A JSON number of a shape that is none of those taken; None if there is none."""
     values = shape.excluded.union(taken)
-    machine = number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values)
-    start = JsonNumber(machine, machine.taken(values))
-    return start if start.firsts else None
+    return number_machine(replace(shape, excluded=frozenset()) if shape.excluded else shape, not values).symbol(values)
 
 
 def number_fits(shape: NumberShape, value: int | float) -> bool:
@@ -16912,12 +16227,8 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
     if shape.high and (value >= shape.high[0] if shape.high[1] else value > shape.high[0]):
         return False
     multiples = (*shape.multiples, *((1,) if shape.whole else ()))
-    return all(_divides(m, value) for m in multiples) and not any(_divides(m, value) for m in shape.not_multiples)
-
-
-def _divides(part: int | float, value: int | float) -> bool:
-    (one, places), (two, more) = decimal_digits(part), decimal_digits(value)
-    return two * 10**places % (one * 10**more) == 0
+    number = exact(value)
+    return not any(number % exact(one) for one in multiples) and all(number % exact(one) for one in shape.not_multiples)
 
 
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -17383,8 +16694,7 @@ class SchemaReader:
 
     def string(self, shape: StringShape) -> Symbol | None:
         """A string; None if there is none of its shape. The search for one is counted."""
-        if is_plainly_alive(shape.texts, shape.low, shape.high) is None:
-            self.spend(2 * find_text(shape.texts, shape.low, shape.high)[1])
+        shortest(shape.texts, self.spend)
         return string_symbol(shape)
 
 
@@ -18248,11 +17558,10 @@ class Documents:
         """Opens a symbol, equal ones once. Raises NotYet."""
         found = self._kept.get(symbol)
         if found is None:
-            TURN.look()
             if len(self._kept) > self.MAX_KEPT:
                 self._kept.clear()  # other threads may do so too: what is returned is never looked up again
             found = self._kept[symbol] = opened(symbol)
-            TURN.found()
+            TURN.kept()
         return found
 
     # Objects
@@ -18758,7 +18067,7 @@ def plain_texts(documents: Documents, shapes: Shapes, marker: str) -> Symbols:
         elif isinstance(shape, StringShape):
             shape = shape.within(apart)
             if documents.leaf(shape) is not None:
-                found.append(PlainText(shape.texts, shape.low, shape.high))
+                found.append(PlainText(shape.texts))
     if not found:
         raise documents.shapes.refuse(f"no string can fit the schema and be written before {_said(marker)}")
     return tuple(found)
@@ -18770,37 +18079,12 @@ def not_before(marker: str) -> str:
     return rf"{first}|\\|\n" if len(marker) == 1 else f"{first}(?:{first}|{second}|$)"
 
 
-class PlainText(RestOfText):
+class PlainText(JsonText):
     """The rest of a text that is written as it is."""
 
-    @property
-    def ends(self) -> bool:  # type: ignore[override]
-        return self.is_whole
-
-    @property
-    def firsts(self) -> int:
-        return plain_firsts(self.opening, self.half)
-
-    def step(self, byte: int) -> Symbols | None:
-        half = spelled_plainly(self.half).get(byte)
-        if half is None or not self.opening.reaches(half[0]):
-            return None
-        if half[1] != "done":
-            return (replace(self, half=half),)
-        return (PlainText(behind(self.at, half[2]), *counted(self.low, self.high)),)
-
-
-def spelled_plainly(half: Half) -> dict[int, Half]:
-    """Maps each byte to the state of a half-written character behind it, without escapes; "done" if it is whole."""
-    if half[1]:
-        return spelled(half)
-    return {byte: _whole(byte) for byte in range(128)} | {byte: more for byte, more in spelled(half).items() if byte >= 128}
-
-
-@functools.lru_cache(maxsize=1000)
-def plain_firsts(opening: Opening, half: Half) -> int:
-    """The bytes that may come where a text may go on in some way."""
-    return sum(1 << byte for byte, more in spelled_plainly(half).items() if opening.reaches(more[0]))
+    def opened(self) -> Iterable[Symbols]:
+        end: list[Symbols] = [()] if self.at.nullable else []
+        return [*end, *((OneChar(ranges), rest) for ranges, rest in self.longer())]
 
 
 @dataclass(frozen=True)

@@ -3287,7 +3287,7 @@ def answered(format: Any, pieces: Iterable[str], reason: str = "stop", prompt: s
     parser = module.ChatParser(0, format, READABLE, prompt, frozenset(), **more)
     choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish(reason)])[0]
     calls = tuple((block.name, block.text) for block in choice.calls)
-    return Answered(choice.text, calls, choice.said("thought"), str(choice.finish_reason))
+    return Answered(choice.said("text"), calls, choice.said("thought"), str(choice.finish_reason))
 
 
 def in_pieces(text: str, pick: random.Random) -> list[str]:
@@ -3690,7 +3690,7 @@ def test_answer_that_begins_with_a_thought_goes_on_thinking(opened: str, special
     parser, choice = talk.parser(request, prompt[-1:], 0), module.Choice()
     for event in [*parser.push("count.\n</think>\n\nFour."), *parser.finish("stop")]:
         choice.add(event)  # type: ignore[arg-type]
-    assert (choice.said("thought"), choice.text) == ("count.\n", "Four.")
+    assert (choice.said("thought"), choice.said("text")) == ("count.\n", "Four.")
     assert talk.constraint(replace_field(request, schema_of("messages")), prompt[-1:]).after == "</think>"
 
 
@@ -4119,22 +4119,10 @@ def test_string_without_conditions_reads(text):
     assert reads(Strings(), text)
 
 
-@each(
-    text=[
-        b'"\\ud83d"',
-        b'"\\ude00"',
-        b'"\\ud83d\\u0041"',
-        b'"\\ud83dx"',
-        b'"a\nb"',
-        b'"\\x41"',
-        b'"\xc0\x80"',
-        b'"\xed\xa0\x80"',
-        b'"\xf4\x90\x80\x80"',
-        b'"\xe0\x80\x80"',
-        b'"\\u12g4"',
-        b'"abc',
-    ]
-)
+@each(text=[
+    b'"\\ud83d"', b'"\\ude00"', b'"\\ud83d\\u0041"', b'"\\ud83dx"', b'"a\nb"', b'"\\x41"', b'"\xc0\x80"', b'"\xed\xa0\x80"',
+    b'"\xf4\x90\x80\x80"', b'"\xe0\x80\x80"', b'"\\u12g4"', b'"abc'
+])  # fmt: skip
 def test_string_that_is_no_json_is_not_read(text):
     assert not reads(Strings(), text)
 
@@ -4197,29 +4185,10 @@ def test_pattern_takes_what_it_matches(text):
         assert string_fits(Strings(unlike=(text,)), example) is not wanted
 
 
-@each(
-    text=[
-        "(a)\\1",
-        "\\bfoo",
-        "(?<=a)b",
-        "(?<!a)b",
-        "(?i)a",
-        "\\k<a>",
-        "\\q",
-        "\\p{Greek}",
-        "\\uD8ZZ\\uDCZZ",
-        "(",
-        "a)",
-        "[a",
-        "*a",
-        "a**",
-        "a{2,1}",
-        "[z-a]",
-        "(?:(?!b)a){2}",
-        "\\",
-        "a{9999999999}",
-    ]
-)
+@each(text=[
+    "(a)\\1", "\\bfoo", "(?<=a)b", "(?<!a)b", "(?i)a", "\\k<a>", "\\q", "\\p{Greek}", "\\uD8ZZ\\uDCZZ", "(", "a)", "[a", "*a",
+    "a**", "a{2,1}", "[z-a]", "(?:(?!b)a){2}", "\\", "a{9999999999}"
+])  # fmt: skip
 def test_pattern_that_cannot_be_honoured_is_refused_by_name(text):
     with pytest.raises(InvalidRequest, match="pattern"):
         string_symbol(pattern(text))
@@ -4237,18 +4206,11 @@ def test_last_text_left_is_forced():
     assert first_state(shape).forced(100) == b'"blue"'
 
 
-@each(
-    shape=[
-        pattern("^a+$", "^b+$"),
-        pattern("^(abc)*$", low=4, high=5),
-        pattern("^a$", excluded=frozenset("a")),
-        Strings(low=2, high=1),
-        pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")),
-        Strings(formats=("ipv4", "ipv6")),
-        Strings(formats=("uuid",), high=35),
-        pattern("[^]^"),
-    ]
-)
+@each(shape=[
+    pattern("^a+$", "^b+$"), pattern("^(abc)*$", low=4, high=5), pattern("^a$", excluded=frozenset("a")),
+    Strings(low=2, high=1), pattern("^[a-c]{2}$", unlike=("[ab]", "^.c")), Strings(formats=("ipv4", "ipv6")),
+    Strings(formats=("uuid",), high=35), pattern("[^]^")
+])  # fmt: skip
 def test_string_that_cannot_be_is_none(shape):
     assert string_symbol(shape) is None
 
@@ -4273,27 +4235,10 @@ def test_schemas_meet_where_a_value_fits_both(one, two, meet):
 
 
 LETTERS = some.text("ab1-\n\U0001f600", max_size=6)
-PATTERNS = some.sampled_from(
-    [
-        "^a",
-        "b$",
-        "a.b",
-        "^[ab]*$",
-        "(ab)+",
-        "^(aab?)*$",
-        "^.{2,4}$",
-        "1|-",
-        "^(?!a)",
-        "^((?!ab).)*$",
-        "^[^1]*$",
-        "(a|b){3}",
-        "^(..)*$",
-        "^(...)*$",
-        "^(a|1)*b?$",
-        "^$|..",
-        "a*b*",
-    ]
-)
+PATTERNS = some.sampled_from([
+    "^a", "b$", "a.b", "^[ab]*$", "(ab)+", "^(aab?)*$", "^.{2,4}$", "1|-", "^(?!a)", "^((?!ab).)*$", "^[^1]*$", "(a|b){3}",
+    "^(..)*$", "^(...)*$", "^(a|1)*b?$", "^$|..", "a*b*"
+])  # fmt: skip
 SHAPES = some.builds(
     Strings,
     low=some.integers(0, 5),
@@ -4337,78 +4282,34 @@ def test_format_is_what_jsonschema_accepts(name):
     assert any(texts)
 
 
-@each(
-    case=[
-        ("date", "2024-02-29"),
-        ("date-time", "1985-04-12T23:20:50.52Z"),
-        ("date-time", "1937-01-01t12:00:27.87+00:20"),
-        ("time", "08:30:06Z"),
-        ("duration", "P4Y1M2DT3H4M5S"),
-        ("duration", "P2W"),
-        ("duration", "PT36H"),
-        ("email", "joe.o'neil+x@example.com"),
-        ("email", '"joe bloggs"@[127.0.0.1]'),
-        ("hostname", "a-b.example"),
-        ("ipv4", "87.10.0.1"),
-        ("ipv6", "::ffff:192.168.0.1"),
-        ("ipv6", "1:2::8"),
-        ("ipv6", "::"),
-        ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"),
-        ("uri", "http://foo.bar/?baz=qux#quux"),
-        ("uri", "urn:oasis:names:x:1.0"),
-        ("uri", "http://[::1]:80/%C3"),
-        ("uri", "mailto:a@b.c"),
-        ("uri-reference", "/abc?q#f"),
-        ("uri-reference", "//a/b"),
-        ("uri-reference", ""),
-        ("iri", "http://ƒøø.ßår/?∂éœ"),
-        ("json-pointer", "/foo/~0~1/"),
-        ("relative-json-pointer", "1/foo"),
-        ("relative-json-pointer", "0#"),
-        ("regex", "^([a-z]+)\\d{3}$"),
-        ("unheard-of", "x"),
-    ]
-)
+@each(case=[
+    ("date", "2024-02-29"), ("date-time", "1985-04-12T23:20:50.52Z"), ("date-time", "1937-01-01t12:00:27.87+00:20"),
+    ("time", "08:30:06Z"), ("duration", "P4Y1M2DT3H4M5S"), ("duration", "P2W"), ("duration", "PT36H"),
+    ("email", "joe.o'neil+x@example.com"), ("email", '"joe bloggs"@[127.0.0.1]'), ("hostname", "a-b.example"),
+    ("ipv4", "87.10.0.1"), ("ipv6", "::ffff:192.168.0.1"), ("ipv6", "1:2::8"), ("ipv6", "::"),
+    ("uuid", "2EB8AA08-aa98-11ea-b4aa-73b441d16380"), ("uri", "http://foo.bar/?baz=qux#quux"),
+    ("uri", "urn:oasis:names:x:1.0"), ("uri", "http://[::1]:80/%C3"), ("uri", "mailto:a@b.c"), ("uri-reference", "/abc?q#f"),
+    ("uri-reference", "//a/b"), ("uri-reference", ""), ("iri", "http://ƒøø.ßår/?∂éœ"), ("json-pointer", "/foo/~0~1/"),
+    ("relative-json-pointer", "1/foo"), ("relative-json-pointer", "0#"), ("regex", "^([a-z]+)\\d{3}$"), ("unheard-of", "x")
+])  # fmt: skip
 def test_format_takes(case):
     assert takes(Strings(formats=case[:1]), case[1])
 
 
-@each(
-    case=[
-        ("date", "2023-02-29"),
-        ("date", "1900-02-29"),
-        ("date", "2020-04-31"),
-        ("date", "0000-01-01"),
-        ("date-time", "2020-01-01 00:00:00Z"),
-        ("time", "24:00:00Z"),
-        ("time", "12:00:00"),
-        ("duration", "P"),
-        ("duration", "P1YT"),
-        ("email", "a.b.c"),
-        ("email", ".a@b.c"),
-        ("hostname", "-a.b"),
-        ("hostname", "a_b"),
-        ("hostname", "a" * 64),
-        ("ipv4", "256.1.1.1"),
-        ("ipv4", "01.1.1.1"),
-        ("ipv6", "1::2::3"),
-        ("ipv6", "1:2:3:4:5:6:7"),
-        ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"),
-        ("uri", "/abc"),
-        ("uri", "http://a b"),
-        ("uri", "http://a/%zz"),
-        ("uri-reference", "\\a"),
-        ("json-pointer", "/~2"),
-        ("relative-json-pointer", "01/a"),
-        ("regex", "(a"),
-    ]
-)
+@each(case=[
+    ("date", "2023-02-29"), ("date", "1900-02-29"), ("date", "2020-04-31"), ("date", "0000-01-01"),
+    ("date-time", "2020-01-01 00:00:00Z"), ("time", "24:00:00Z"), ("time", "12:00:00"), ("duration", "P"),
+    ("duration", "P1YT"), ("email", "a.b.c"), ("email", ".a@b.c"), ("hostname", "-a.b"), ("hostname", "a_b"),
+    ("hostname", "a" * 64), ("ipv4", "256.1.1.1"), ("ipv4", "01.1.1.1"), ("ipv6", "1::2::3"), ("ipv6", "1:2:3:4:5:6:7"),
+    ("uuid", "2eb8aa08aa9811eab4aa73b441d16380"), ("uri", "/abc"), ("uri", "http://a b"), ("uri", "http://a/%zz"),
+    ("uri-reference", "\\a"), ("json-pointer", "/~2"), ("relative-json-pointer", "01/a"), ("regex", "(a")
+])  # fmt: skip
 def test_format_does_not_take(case):
     assert not takes(Strings(formats=case[:1]), case[1])
 
 
 def test_format_that_cannot_be_honoured_is_refused_by_name():
-    for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",))):
+    for shape in (Strings(formats=("uri-template",)), Strings(not_formats=("regex",)), Strings(not_formats=("hostname",))):
         with pytest.raises(InvalidRequest, match="format"):
             string_symbol(shape)
 
@@ -4416,7 +4317,6 @@ def test_format_that_cannot_be_honoured_is_refused_by_name():
 def test_hostname_of_254_characters_is_none():
     name = ".".join(["a" * 62] * 4) + "a"
     assert takes(Strings(formats=("hostname",)), name) and not takes(Strings(formats=("hostname",)), name + ".a")
-    assert string_fits(Strings(not_formats=("hostname",)), name + ".a")
 
 
 HOSTILE_PATTERNS = [
@@ -4486,28 +4386,19 @@ def test_number_as_near_to_its_excluded_bound_as_doubles_are_is_not_read():
     assert reads(shape, "0.999999") and not reads(shape, "0.99999999999999999") and not reads(shape, "1")
 
 
-@each(
-    shape=[
-        NumberShape(True, (1, True), (2, True)),
-        NumberShape(False, (1, False), (6, False), (7,)),
-        NumberShape(False, (3, True), (3, False)),
-        NumberShape(True, not_multiples=(1,)),
-        NumberShape(multiples=(6,), not_multiples=(3,)),
-    ]
-)
+@each(shape=[
+    NumberShape(True, (1, True), (2, True)), NumberShape(False, (1, False), (6, False), (7,)),
+    NumberShape(False, (3, True), (3, False)), NumberShape(True, not_multiples=(1,)),
+    NumberShape(multiples=(6,), not_multiples=(3,))
+])  # fmt: skip
 def test_number_that_cannot_be_is_none(shape):
     assert number_symbol(shape) is None
 
 
-@each(
-    shape=[
-        NumberShape(low=(float("inf"), False)),
-        NumberShape(multiples=(0,)),
-        NumberShape(multiples=(-1,)),
-        NumberShape(high=(10**999, False)),
-        NumberShape(multiples=(1e-99,)),
-    ]
-)
+@each(shape=[
+    NumberShape(low=(float("inf"), False)), NumberShape(multiples=(0,)), NumberShape(multiples=(-1,)),
+    NumberShape(high=(10**999, False)), NumberShape(multiples=(1e-99,))
+])  # fmt: skip
 def test_number_out_of_proportion_is_refused(shape):
     with pytest.raises(InvalidRequest):
         number_symbol(shape)
@@ -5965,11 +5856,6 @@ def test_schema_is_refused_before_a_text_begins_and_by_its_field(schema: Any, sa
     with pytest.raises(InvalidRequest, match=f"^json_schema: .*{said}") as refused:
         begin(schema)
     assert refused.value.param == "json_schema"
-
-
-@each(name=["xn--x", "xn--nxasmq6b", "ab--c.de"])
-def test_what_may_be_a_hostname_is_none_that_is_no_hostname(name):
-    assert not takes(Strings(not_formats=("hostname",)), name) and takes(Strings(not_formats=("hostname",)), name + "-")
 
 
 def test_what_a_number_must_not_be_is_one_machine():
@@ -9934,7 +9820,7 @@ def test_chat_grammar_holds_the_answer(server: Server) -> None:
 @pytest.mark.parametrize(
     "format, word",
     [
-        ({"type": "json_schema"}, "json_schema"),
+        ({"type": "json_schema"}, "schema"),
         ({"type": "json_schema", "json_schema": {"name": "x"}}, "schema"),
         ("json", "object"),
     ],
@@ -11159,7 +11045,7 @@ CLAUDE_WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "is_error a string": (claude([{"type": "tool_result", "tool_use_id": "1", "is_error": "no"}]), "is_error"),
     "call from the user": (claude([{"type": "tool_use", "id": "1", "name": "a", "input": {}}]), "messages[0].content[0].type"),
     "document without source": (claude([{"type": "document"}]), "messages[0].content[0].source"),
-    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "source.type"),
+    "document a PDF": (claude([{"type": "document", "source": {"type": "base64", "data": ""}}]), "\"document\""),
     "call's input text": (
         {"messages": [{"role": "assistant", "content": [{"type": "tool_use", "id": "1", "name": "a", "input": "{}"}]}]},
         "messages[0].content[0].input",
@@ -12572,7 +12458,7 @@ def test_ollama_stream_that_breaks_off_ends_with_an_error_line(
 def test_ollama_silence_is_filled_with_spaces(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     slow = altered(
         tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.1"),
-        ('self.pulse.begin("tokenize")', 'time.sleep(1.0); self.pulse.begin("tokenize")'),
+        ('self.tokenizing.begin("tokenize")', 'time.sleep(1.0); self.tokenizing.begin("tokenize")'),
     )  # fmt: skip
     server = serve("--models-dir", models, script=slow)
     server.load("recital")
@@ -13395,7 +13281,7 @@ def test_client_that_reads_slowly_gets_all_of_a_large_answer(serve: Callable[...
 
 def test_our_own_connection_errors_are_no_clients_leaving(serve: Callable[..., Server], tmp_path: Path) -> None:
     fails = '(_ for _ in ()).throw(ConnectionResetError("ours"))'
-    own = serve(script=altered(tmp_path, ("lambda call: Answer(call.service.diag())", f"lambda call: {fails}")))
+    own = serve(script=altered(tmp_path, ("lambda call: call.service.diag()", f"lambda call: {fails}")))
     assert_error(own.get("/diag"), 500, "server_error")
     assert "ConnectionResetError: ours" in own.log.read_text()
 
@@ -14557,7 +14443,7 @@ def test_failure_is_logged_with_its_id_without_v(serve: Callable[..., Server], m
 
 
 def test_traceback_is_logged_with_its_id(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    script = altered(tmp_path, ("lambda call: Answer(call.service.diag())", 'lambda call: 1 // 0'))
+    script = altered(tmp_path, ("lambda call: call.service.diag()", 'lambda call: 1 // 0'))
     own = serve("--models-dir", models, script=script)
     assert_error(own.get("/diag", **{"X-Request-Id": "trace-4"}), 500, "server_error")
     assert re.search(r"GET /diag failed, id trace-4\n  Traceback(.|\n)*ZeroDivisionError", own.log.read_text())
@@ -15122,7 +15008,7 @@ def rows_of(path: str) -> Iterator[module.Route]:
     segments = tuple(filter(None, path.strip().split("/")))
     for route in module.ROUTES:
         if route.method == "POST" and route.match(segments) is not None:
-            yield from (route, *([route.unless[1]] if route.unless else []))
+            yield from filter(None, (route, route.ollamas))
 
 
 def fields_of(path: str) -> list[str]:
