@@ -8353,7 +8353,7 @@ def test_load_that_hangs_does_not_keep_the_server_or_the_engine_alive(stopped: C
 @pytest.mark.parametrize("task", ["decode", "sample", "tokenize"])
 def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     bounds = {"decode": ("900", "status = self.main.decode(plan)"), "sample": ("120", "urgent = self._sample(plan)"),
-              "tokenize": ("300", "tokens = self._inputs(job, submission) if")}  # fmt: skip
+              "tokenize": ("300", "job = submission.job\n        with self._answering(submission)")}  # fmt: skip
     bound, line = bounds[task]
     hang = f"\n        os.path.exists('hang') and time.sleep(1000)\n        {line}".strip()
     script = altered(tmp_path, (line, hang), (f'"{task}": {bound},', f'"{task}": 1,'))
@@ -8371,7 +8371,7 @@ def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Ser
 
 
 def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    line = "tokens = self._inputs(job, submission) if"
+    line = "job = submission.job\n        with self._answering(submission)"
     slow = altered(tmp_path, (line, f"time.sleep(20)\n        {line}"))
     own = serve("--models-dir", models, script=slow)
     own.load("recital")
@@ -11137,7 +11137,7 @@ def test_head_of_the_root_is_200_without_a_key(guarded: Server) -> None:
 
 @pytest.mark.parametrize(("path", "sign"), [("/v1/messages", "ping"), ("/v1/responses", "response.in_progress")])
 def test_silence_is_broken_by_events(path: str, sign: str, serve: Callable[..., Server], tmp_path: Path) -> None:
-    load = '        pulses[0].begin("load")\n        llama ='
+    load = '        pulse.begin("load")\n        llama ='
     script = altered(tmp_path, ("PING_SECONDS = 15.0", "PING_SECONDS = 0.2"), (load, "        time.sleep(2)\n" + load))
     folder = tmp_path / "models"
     folder.mkdir()
@@ -15360,7 +15360,7 @@ def test_stop_with_an_open_websocket_logs_no_error(serve: Callable[..., Server],
 def test_stuck_engine_does_not_block_shutdown(
     serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    hurry = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5"), ("self.process.wait(3.0)", "self.process.wait(0.3)")
+    hurry = ("GRACE_SECONDS = 5.0", "GRACE_SECONDS = 0.5"), ("self._ended.wait(3.0)", "self._ended.wait(0.3)")
     own = serve("--models-dir", models, "--ctx", str(LONG_CTX), script=altered(tmp_path, *hurry))
     own.generate()
     engine = own.engine("recital.gguf")
@@ -15813,7 +15813,7 @@ def test_page_lists_models_with_their_size_and_not_the_default_twice(tab: Callab
 def test_page_shows_that_a_model_loads(
     tab: Callable[..., Tab], serve: Callable[..., Server], models: Path, tmp_path: Path
 ) -> None:
-    load = '        pulses[0].begin("load")\n        llama ='
+    load = '        pulse.begin("load")\n        llama ='
     script = altered(tmp_path, (load, "        time.sleep(3)\n" + load))
     it = tab(serve("--models-dir", models, "--model", "recital", script=script))
     it.wait("#state", "not loaded")
