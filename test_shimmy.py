@@ -8353,7 +8353,7 @@ def test_load_that_hangs_does_not_keep_the_server_or_the_engine_alive(stopped: C
 @pytest.mark.parametrize("task", ["decode", "sample", "tokenize"])
 def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
     bounds = {"decode": ("900", "status = self.main.decode(plan)"), "sample": ("120", "urgent = self._sample(plan)"),
-              "tokenize": ("300", "job = submission.job\n        with self._answering(submission)")}  # fmt: skip
+              "tokenize": ("300", "job = submission.job\n        with self._answering(submission):")}  # fmt: skip
     bound, line = bounds[task]
     hang = f"\n        os.path.exists('hang') and time.sleep(1000)\n        {line}".strip()
     script = altered(tmp_path, (line, hang), (f'"{task}": {bound},', f'"{task}": 1,'))
@@ -8371,7 +8371,7 @@ def test_engine_that_does_not_come_back_from(task: str, serve: Callable[..., Ser
 
 
 def test_cancel_does_not_wait_for_the_tokenizer(serve: Callable[..., Server], models: Path, tmp_path: Path) -> None:
-    line = "job = submission.job\n        with self._answering(submission)"
+    line = "job = submission.job\n        with self._answering(submission):"
     slow = altered(tmp_path, (line, f"time.sleep(20)\n        {line}"))
     own = serve("--models-dir", models, script=slow)
     own.load("recital")
