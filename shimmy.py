@@ -174,7 +174,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, Protocol, TypeVar
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, ClassVar, NoReturn, TypeVar
 
 if TYPE_CHECKING:
     import ast
@@ -5903,7 +5903,7 @@ class Timing:
 
 
 class Meter:
-    """What a model has done since the server began. Counters only rise, however often the model is unloaded.
+    """Counts what a model has done since the server began. Counters only rise, however often the model is unloaded.
 
     Any thread may count; a lock, about a microsecond, is taken for each piece of text and each end, never for a token.
     """
@@ -5978,7 +5978,7 @@ class Meter:
 
 
 class Metrics:
-    """What the server counts beside what its parts tell when asked. Any thread may count."""
+    """Counters of the whole server, and a Meter for each model. Any thread may count."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -6062,10 +6062,8 @@ class Generation:
         return message
 
 
-class LoadFailure(GenerationFailed):
+class LoadFailure(GenerationFailed, message="The model could not be loaded"):
     """An engine could not load its model; `cause` as LoadFailed has it."""
-
-    message = "The model could not be loaded"
 
     def __init__(self, details: str = "", cause: str = "") -> None:
         super().__init__(details)
@@ -6305,14 +6303,13 @@ class Ladder:
     """Finds a way in which models load on this machine: as configured, else a rung down, and another (Rung.below).
 
     A rung that a crash or a hang led to is remembered for models of that kind, in KnownFaults: the next start does not
-    crash again. What want of memory led to is not: the memory may be there next time. Any thread may call.
+    crash again. What want of memory led to is not: the memory may be there next time. `died` may come from any thread.
     """
 
     YOUNG = 300.0  # seconds behind a load, in which a crash is likely to come from how the model was loaded
 
     def __init__(self, faults: KnownFaults, report: Callable[[str], None]) -> None:
         self.faults, self.report = faults, report
-        self._lock = threading.Lock()
         self._said: set[str] = set()
         self._crashes = Counter[str]()  # young engines that crashed, by model
         self._lowered: dict[str, Rung] = {}  # where to begin, by model
@@ -6377,11 +6374,9 @@ class Ladder:
 
     def _say(self, words: str, new: bool) -> None:
         """Says something once; what is new to this machine also where only warnings are shown."""
-        with self._lock:
-            if words in self._said:
-                return
+        if words not in self._said:
             self._said.add(words)
-        (log.warning if new else self.report)(words)
+            (log.warning if new else self.report)(words)
 
     @staticmethod
     def _uses_gpu(options: EngineOptions) -> bool:
@@ -6393,11 +6388,9 @@ class Ladder:
         model, cause = worker.info, worker.cause
         if not cause or time.monotonic() - worker.loaded_at > self.YOUNG:
             return
-        with self._lock:
-            self._crashes[model.id] += 1
-            second = self._crashes[model.id] % 2 == 0
+        self._crashes[model.id] += 1
         lower = worker.setup.rung.below(cause, worker.loaded.on_gpu)
-        if second and lower:
+        if lower and self._crashes[model.id] % 2 == 0:
             self._lowered[model.id] = lower
             self._say(f"{printable(model.id)} crashed twice soon after it was loaded; it goes on {lower.words()}", True)
             if cause != "memory":
@@ -6412,7 +6405,7 @@ MakeWorker = Callable[[ModelInfo, Setup, Callable[[Worker, str], None]], Worker]
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What holds for one model: how it is loaded, and what its requests mean where they say nothing."""
+    """One model's settings: how it is loaded, and the defaults of its requests."""
 
     engine: EngineOptions = EngineOptions()
     sampling: Mapping[str, Any] = field(default_factory=dict)  # by field of Sampling
@@ -6422,7 +6415,7 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class Preset:
-    """What a section of a preset file says of the models that its name, the beginning of one, or a shell pattern means."""
+    """A section of a preset file: settings of the models that its name, the beginning of one, or a shell pattern means."""
 
     pattern: str
     engine: Mapping[str, Any] = field(default_factory=dict)  # by field of EngineOptions
@@ -6460,7 +6453,7 @@ class Settings:
         return ModelSettings(EngineOptions(**engine), sampling, system, keep[-1] if keep else None)
 
     def of(self, model: ModelInfo, is_default: bool, asked: Mapping[str, Any] | None = None) -> ModelSettings:
-        """What holds for a model; `asked` are fields of EngineOptions that a request for its load gave."""
+        """The settings of a model; `asked` are fields of EngineOptions that a request for its load gave."""
         stored = Preset("", model.stored.engine, model.stored.sampling)
         flags = {k: v for k, v in self._flags.items() if is_default or self._one or k not in self.DEFAULT_ONLY}
         own = [p for p in self.presets if p.pattern != "*" and p.means(model.id)]
@@ -6489,7 +6482,7 @@ class Entry:
     worker: Worker | None = None  # while loaded and unloading
     starting: Worker | None = None  # while loading
     load: PendingLoad | None = None
-    asked: Mapping[str, Any] = field(default_factory=dict)  # the same, that it was loaded with last
+    asked: Mapping[str, Any] = field(default_factory=dict)  # fields of EngineOptions that requests gave for its last load
     crowded: str = ""  # why it did not fit beside the other models, until one of them is gone
     departures: int = 0  # times that it has left the memory
     failures: int = 0  # loads in a row that failed on every rung
@@ -6835,7 +6828,7 @@ def some_of(names: Seq[str], most: int = 5) -> str:
 
 
 class Names:
-    """What the names in requests mean, after one scan. Never changes."""
+    """Maps the names in requests to the models that one scan found. Never changes."""
 
     def __init__(self, options: TableOptions, models: dict[str, ModelInfo], default: str | None = None) -> None:
         """`default` stays what it was while that is there."""
@@ -6876,7 +6869,7 @@ class Names:
         return [id for id in self._models if id.startswith(plain_id(name))]
 
     def wanted(self, name: str) -> str:
-        """What was asked for by `default`, else the name itself."""
+        """The operator's --model for `default`, else the name itself."""
         return self._wanted if name == "default" and self._wanted else name
 
     def not_found(self, name: str, reason: str = "") -> ModelNotFound:
@@ -6981,7 +6974,7 @@ class ModelTable:
             return [e.info for e in self._residents.entries.values()]
 
     def names(self, cancel: Cancellation | None = None) -> Names:
-        """What names mean; waits for the first scan."""
+        """The names of what the last scan found; waits for the first one."""
         with self._changed:
             while not self._scanned and not self._residents.closed:
                 (cancel or Cancellation()).check()
@@ -7027,7 +7020,7 @@ class ModelTable:
         return self._settings.of(entry.info, entry.info.id == self._names.default, asked)
 
     def settings(self, id: str) -> ModelSettings:
-        """What holds for a model, or will when it is loaded."""
+        """The settings that the model is loaded with, or will be."""
         with self._changed:
             entry = self._entry(id)
             return self._settings_of(entry, entry.asked)
@@ -7213,7 +7206,7 @@ class Service:
 
     @staticmethod
     def _jobs(request: GenerateRequest, chat: Chat) -> tuple[list[Generate], list[Parser]]:
-        """What goes to the engine, every prompt n times, and what reads the text that comes back."""
+        """Makes the engine's jobs, every prompt n times, and a parser for the text of each."""
         prompts: list[Any] = [p if isinstance(p, tuple) else (p,) for p in request.prompts]
         sampling, budget, spare = request.sampling, None, 0
         if request.infill is not None:
@@ -7273,7 +7266,7 @@ class Service:
         return {"models": first + models}
 
     def diag(self) -> dict[str, Any]:
-        """What `diag` and `GET /diag` tell: versions, engine, memory, where models were looked for."""
+        """Versions, engine, memory, and where models were looked for: `diag` and `GET /diag`."""
         self.table.models()  # waits for the first scan
         report = self.table.catalog.report
         return versions() | engine_build() | {
@@ -7284,7 +7277,7 @@ class Service:
         }  # fmt: skip
 
     def known_faults(self) -> dict[str, Any]:
-        """What native code cannot do on this machine, as far as that was found out, and the file that remembers it."""
+        """The kernels and rungs that KnownFaults remembers, and its file."""
         known = self.faults.read()
         return {"file": self.faults.path, "kernels": known.get("kernels", {}), "rungs": known.get("rungs", {})}
 
@@ -17226,6 +17219,7 @@ def char_but(chars: str) -> OneChar:
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 # Fetches models: from a Hugging Face hub into its cache, where every other tool finds them, or from any address.
+# Offers: Pull, Plan, read_wanted, repository, pulled_before. Uses: hub_home, hub_caches (3), some_of (12), user_cache.
 
 MAX_LISTING = 32 * MIB  # a repository's files as JSON; the largest have some 10,000
 PULL_CHUNK = MIB
@@ -17236,16 +17230,12 @@ MAX_RETRY_AFTER = 300.0  # seconds that a busy server may have us wait
 MAX_REDIRECTS = 8
 
 
-class PullFailed(ApiError):
+class PullFailed(ApiError, status=502, message="The model could not be fetched"):
     """The model could not be fetched; the message says why, and what helps."""
 
-    status, message = 502, "The model could not be fetched"
 
-
-class DiskFull(PullFailed):
+class DiskFull(PullFailed, status=507):
     """The model does not fit the disk; the message says how much is missing, and what helps."""
-
-    status = 507
 
 
 class ConnectionLost(Exception):
@@ -17290,7 +17280,7 @@ def repository(name: str) -> Wanted | None:
 
 
 def read_wanted(name: str) -> Wanted:
-    """What a NAME on the command line means; an address of the hub's pages is a repository. Raises InvalidRequest."""
+    """Reads a NAME of the command line; an address of the hub's pages means a repository. Raises InvalidRequest."""
     named = name
     for site in (hub_address(), HUB, "https://hf.co"):
         if name.startswith(site + "/"):
@@ -17369,7 +17359,7 @@ def choose_offer(offers: Seq[Offer], part: str) -> Offer | None:
 
 
 def offered_names(offers: Iterable[Offer]) -> list[str]:
-    """What can be had, smallest first, each with its size, for a message."""
+    """Lists models for a message, smallest first, each with its size."""
     return [f"{printable(o.label, 60)} ({human_bytes(o.size)})" for o in sorted(offers, key=lambda o: o.size)]
 
 
@@ -17796,7 +17786,7 @@ class Download:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a pull will fetch, and where it goes."""
+    """The files that a pull will fetch, and where they go."""
 
     title: str  # as one would ask for it
     files: tuple[tuple[RemoteFile, Target], ...]
