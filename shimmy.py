@@ -12280,10 +12280,7 @@ def die_with_parent() -> None:
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+            ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL))  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def mapped_bytes(pids: Iterable[int]) -> int:

@@ -2836,7 +2836,7 @@ def parsed(text: str, pieces: Iterable[str], **options: Any) -> dict[str, Any]:
     events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     (choice,) = collected(events).values()
     calls = [(c.name, c.text) for c in choice.calls]
-    return {"text": choice.text, "thought": choice.said("thought"), "calls": calls, "reason": choice.finish_reason}
+    return {"text": choice.said(), "thought": choice.said("thought"), "calls": calls, "reason": choice.finish_reason}
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "one character at a time"])
@@ -3062,7 +3062,7 @@ def read(format: Any, prompt: str, text: Any, size: int = 1) -> tuple[str, str, 
     pieces = [text[i : i + size] for i in range(0, len(text), size)] if isinstance(text, str) else text
     events = [e for piece in pieces for e in parser.push(piece)] + list(parser.finish("stop"))
     choice = collected(events)[0]
-    return choice.text, choice.said("thought"), [(c.name, json.loads(c.text or "null")) for c in choice.calls], events
+    return choice.said(), choice.said("thought"), [(c.name, json.loads(c.text or "null")) for c in choice.calls], events
 
 
 def derived(source: str) -> Any:
@@ -3175,7 +3175,7 @@ def check_forced(source: str) -> None:
         for pieces in ([text], list(text), in_pieces(text, pick)):
             parser = module.ChatParser(0, format, dict.fromkeys(NAMES, REFERRING), "", frozenset(), forced=True)
             choice = collected([*(e for piece in pieces for e in parser.push(piece)), *parser.finish("stop")])[0]
-            assert choice.finish_reason == "tool_calls" and not choice.text, text
+            assert choice.finish_reason == "tool_calls" and not choice.said(), text
             for call in choice.calls:
                 Draft202012Validator(REFERRING).validate(json.loads(call.text))
 
