@@ -675,14 +675,12 @@ def newest_turn(messages: Seq[Any]) -> Any:
 def read_message(where: str, message: Any, newest: bool) -> dict[str, Any]:
     """One message of a chat as templates want it: content is always a string, tool arguments are objects."""
     message = an_object(where, message)
-    role = message.get("role")
-    if role not in ROLES:
-        raise InvalidRequest(f"{where}.role must be one of {', '.join(ROLES)}, not {_said(role)}", f"{where}.role")
+    role = one_of(f"{where}.role", message.get("role"), ROLES)
     content = message.get("content")
     if content is None and role != "assistant":
         raise InvalidRequest(f"{where}.content is required", f"{where}.content")
     text = flat_content(f"{where}.content", "" if content is None else content, newest=newest)
-    read = {"role": "system" if role == "developer" else role, "content": text}
+    read: dict[str, Any] = {"role": "system" if role == "developer" else role, "content": text}
     for name in ("name", "tool_call_id", *reversed(THOUGHT_FIELDS)):
         if message.get(name) is not None:
             kept = THOUGHT_FIELDS[0] if name in THOUGHT_FIELDS else name
@@ -758,16 +756,14 @@ def read_tools(body: Mapping[str, Any]) -> tuple[tuple[dict[str, Any], ...], tup
     check_length("tools", one_type(list, "a list")("tools", tools), MAX_TOOLS)
     functions, builtins = [], []
     for where, tool in listed("tools", tools):
-        if tool.get("type") == "builtin":
+        if one_of(f"{where}.type", tool.get("type"), ("function", "builtin")) == "builtin":
             builtins.append(a_string(f"{where}.name", tool.get("name")))
-        elif tool.get("type") == "function":
+        else:
             function = an_object(f"{where}.function", tool.get("function"))
             a_string(f"{where}.function.name", function.get("name"))
             parameters = an_object(f"{where}.function.parameters", function.get("parameters") or NO_PARAMETERS)
             check_structure(json.dumps(parameters), f"{where}.function.parameters")
             functions.append({**tool, "function": {**function, "parameters": parameters}})
-        else:
-            raise InvalidRequest(f"{where}.type must be function or builtin, not {_said(tool.get('type'))}", f"{where}.type")
     return ((), ()) if body.get("tool_choice") == "none" else (tuple(functions), tuple(builtins))
 
 
@@ -911,15 +907,13 @@ class Usage:
 
     def timings(self) -> dict[str, float]:
         """Speeds in llama-server's shape: milliseconds, and tokens per second; of our own, how many a grammar forced."""
-        read = self.prompt_tokens - self.cached_tokens
-        return {"cache_n": self.cached_tokens} | _timing("prompt", read, self.prompt_seconds) | _timing(
-            "predicted", self.completion_tokens, self.decode_seconds) | {"forced_n": self.forced_tokens}  # fmt: skip
-
-
-def _timing(name: str, tokens: int, seconds: float) -> dict[str, float]:
-    each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
-    return {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
-            f"{name}_per_second": round(rate, 2)}  # fmt: skip
+        told: dict[str, float] = {"cache_n": self.cached_tokens, "forced_n": self.forced_tokens}
+        for name, tokens, seconds in (("prompt", self.prompt_tokens - self.cached_tokens, self.prompt_seconds),
+                                      ("predicted", self.completion_tokens, self.decode_seconds)):  # fmt: skip
+            each, rate = (seconds * 1000 / tokens, tokens / seconds) if tokens and seconds > 0 else (0.0, 0.0)
+            told |= {f"{name}_n": tokens, f"{name}_ms": round(seconds * 1000, 3), f"{name}_per_token_ms": round(each, 3),
+                     f"{name}_per_second": round(rate, 2)}  # fmt: skip
+        return told
 
 
 @dataclass(frozen=True)
@@ -1075,7 +1069,7 @@ class ModelInfo:
 
     def document(self) -> dict[str, Any]:
         """The model as `/api/models` lists it, without its state."""
-        shown = {k: v for k, v in asdict(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
+        shown = {k: v for k, v in vars(self).items() if k not in ("architecture", "path", "source", "kv", "stored")}
         return shown | {"model_type": self.architecture}
 
 
@@ -12258,10 +12252,7 @@ def die_with_parent() -> None:
         import ctypes
 
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
-
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+            ctypes.CDLL(None).prctl(1, ctypes.c_ulong(signal.SIGKILL))  # PR_SET_PDEATHSIG, linux/prctl.h
 
 
 def mapped_bytes(pids: Iterable[int]) -> int:
