@@ -16292,14 +16292,10 @@ class Forms(SchemaReader):
         return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
 
     def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
-        if shape.unique and len(set(map(comparable, value))) < len(value):
-            return False
-        return self.has_contained(value, shape.contains) and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value))
-
-    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
-        """True if a list holds as many elements that fit each schema as it must and may."""
-        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in wanted)
-        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
+        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in shape.contains)
+        return ((not shape.unique or len(set(map(comparable, value))) == len(value))
+                and all(least <= count and (most is None or count <= most) for count, least, most in counts)
+                and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value)))  # fmt: skip
 
     def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
         return (all(prop.name in value for prop in shape.named if prop.required)
@@ -16377,17 +16373,15 @@ class SchemaShapes(Forms):
         if isinstance(shape, Listed):
             self.spend(len(shape.values) // 8)
             yield from (Constant(self.json(value)) for value in shape.values.values())
-            return
-        if isinstance(shape, (ArrayShape, ObjectShape)):
-            if shape.why:
-                raise self.refuse(shape.why)
-            if shape.high is not None and shape.low > shape.high:
-                what = "Items" if isinstance(shape, ArrayShape) else "Properties"
-                self.dead_end = f"min{what} {shape.low} is more than max{what} {shape.high}"
-                return
+        elif isinstance(shape, (StringShape, NumberShape)):
+            yield shape
+        elif shape.why:
+            raise self.refuse(shape.why)
+        elif shape.high is not None and shape.low > shape.high:
+            what = "Items" if isinstance(shape, ArrayShape) else "Properties"
+            self.dead_end = f"min{what} {shape.low} is more than max{what} {shape.high}"
+        else:
             yield from [self._array_written(shape)] if isinstance(shape, ArrayShape) else self._object_written(shape)
-            return
-        yield shape
 
     json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
 
