@@ -16478,6 +16478,7 @@ class Documents:
     MAX_TAKEN, MAX_EXAMPLE = 100, 10_000  # values that are counted, and their length
     WIDE = 40  # so many bytes may come only within a string
     MAX_NAMES = 10_000  # names that an object may have, counted
+    MAX_ALIKE = 16  # names of those taken that an object may have too, at a time
     BLOCK = 256  # named properties that are opened at a time: a millisecond
 
     def __init__(self, shapes: SchemaShapes) -> None:
@@ -16683,6 +16684,25 @@ class Documents:
 
     # uniqueItems: elements that are objects and arrays are told apart part by part
 
+    def _parts_soon(self, here: Members | Elements) -> bool:
+        """True if the next value can be one that none of those taken has there: then no look further on is needed."""
+        if isinstance(here, Elements):
+            node = here.shape.at(here.index)
+            heads = {one[0] for one in here.alike if one}
+            if node is None or node not in self.possible or here.shape.contains:
+                return False
+            return bool(self.kept(Value(self, node, here.seen | heads)))
+        if here.shape.low or here.shape.high is not None:
+            return False
+        for prop in here.shape.named[here.at :]:
+            values = frozenset(one[prop.name] for one in here.alike if prop.name in one)
+            if prop.node in self.possible and self.kept(Value(self, prop.node, values)):
+                return True
+            if prop.required:
+                return False
+        taken = here.taken.union(*here.alike)
+        return any(node in self.possible and self.leaf(names, taken) is not None for names, node in here.shape.unnamed)
+
     def unlike(self, node: Node, heads: Mapping[Any, set[Any]], after: Any) -> list[Symbols]:
         """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
         to the rest of them."""
@@ -16692,7 +16712,7 @@ class Documents:
         found, seen = list[Symbols](), after.seen if unique else frozenset()
         for value, rest in heads.items():
             same = replace(after, alike=frozenset(rest), **({"seen": seen | {value}} if unique else {}))
-            if value not in seen and self.shapes.fits(plain(value), node) and self.kept(same):
+            if value not in seen and self.shapes.fits(plain(value), node) and (self._parts_soon(same) or self.kept(same)):
                 found.append((word(self.shapes.json(plain(value))), same))
         other = Value(self, node, seen.union(heads))
         if not other.but or self.kept(other):
@@ -16776,7 +16796,8 @@ class Members(Part):
             alike = frozenset(one for one in alike if prop.name not in one) if alike else alike
         else:
             if next_block < len(shape.named):
-                found.append((replace(self, at=next_block, alike=alike),))
+                block = replace(self, at=next_block, alike=alike)
+                found += [(block,)] if not alike or documents.kept(block) else []
             else:
                 found += replace(self, at=len(shape.named), alike=alike)._unnamed() if shape.unnamed else []
                 if self.count >= shape.low and Fields() not in alike:
@@ -16805,11 +16826,11 @@ class Members(Part):
         if (shape.high is not None and self.count >= shape.high) or not documents.can_end(self):
             return found  # those that are named and left out would be missing
         after = Members(documents, shape, self.at, self._counted(), False, self.taken)
-        known = sorted({name for one in self.alike for name in one} - self.taken)
+        known = [name for name in dict.fromkeys(itertools.chain(*sorted(self.alike, key=list))) if name not in self.taken]
         for names, node in shape.unnamed:
             if node not in documents.possible:
                 continue
-            for name in known:
+            for name in known[: documents.MAX_ALIKE]:
                 if string_fits(names, name):
                     again = replace(after, taken=self.taken | {name})
                     found += [(Word(self._key(name)), *behind) for behind in self._behind(name, node, again, self.alike)]
