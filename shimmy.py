@@ -13782,8 +13782,8 @@ def held_back(buffer: str, marks: Iterable[str]) -> int:
 
 # ── D.1. Automata ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # A grammar's symbols, and the states of all readings of a text, made as they are met: which bytes may come next.
-# Offers: Symbol and its kinds (Word, OneChar, AnyOf, InOrder, Repeated, word), Automaton, State, read_ahead, TURN, Gate, NotYet.
-# Uses: nothing.
+# Offers: Symbol and its kinds (Word, OneChar, AnyOf, InOrder, Repeated, word), numeral, written, Automaton, State, read_ahead,
+# bytes_of, TURN, Gate, NotYet. Uses: nothing.
 
 
 class Symbol:
@@ -14192,8 +14192,7 @@ class Automaton:
 
 # ── D.2. Patterns ─────────────────────────────────────────────────────────────────────────────────────────────────────
 # Regular expressions and GBNF grammars, read into symbols.
-# Offers: read_pattern, read_gbnf, Gbnf, token_names; ranges of characters (merged, others).
-# Uses: the symbols of D.1.
+# Offers: read_pattern, read_gbnf, Gbnf, token_names; ranges of characters (merged, others, touching). Uses: D.1's symbols.
 
 Ranges = tuple[tuple[int, int], ...]  # code points, first and last, ascending and apart
 EVERY_CHAR: Ranges = ((0, 0xD7FF), (0xE000, 0x10FFFF))
