@@ -15410,10 +15410,7 @@ def exponent_within(low: Bound | None, high: Bound | None) -> Symbol | None:
                        for sign, low, high in spans for count in (1, 2, 3) if low <= min(high, 10**count - 1)))  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1000)
-def number_machine(shape: NumberShape, exponents: bool) -> NumberMachine:
-    """The machine of a shape that excludes nothing, made once. Raises InvalidRequest naming what cannot be honoured."""
-    return NumberMachine(shape, exponents)
+number_machine = functools.lru_cache(maxsize=1000)(NumberMachine)  # of shapes that exclude nothing
 
 
 @functools.lru_cache(maxsize=1000)
