@@ -15441,7 +15441,7 @@ def number_fits(shape: NumberShape, value: int | float) -> bool:
 # ── E.1. JSON schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 # A client's JSON schema, read: keywords checked, older drafts in the words of the newest, references followed; what can
 # be said in fewer keywords is, and what cannot be honoured is refused by name.
-# Offers: SchemaReader, Node, comparable, type_bit. Uses: nothing.
+# Offers: SchemaReader, its numbers of schemas as Node; comparable and plain, type_bit. Uses: nothing.
 
 Node = tuple[int, ...]  # schemas that must all hold, by their number in SchemaReader, ~number: must not hold; () allows all
 Result = TypeVar("Result")
@@ -15479,16 +15479,6 @@ class SchemaReader:
 
     def refuse(self, what: str) -> InvalidRequest:
         return InvalidRequest(f"{self.name}: {what}", self.name)
-
-    @contextlib.contextmanager
-    def errors_named(self) -> Iterator[None]:
-        """Names the request's field in errors that strings, numbers and nesting raise."""
-        try:
-            yield
-        except InvalidRequest as error:
-            raise error if error.param else self.refuse(str(error)) from None
-        except RecursionError:
-            raise self.refuse("the schema is nested too deep") from None
 
     def spend(self, steps: int = 1) -> None:
         TURN.tick()
@@ -15583,10 +15573,10 @@ class SchemaReader:
     def _schemas(self, key: str, value: Any) -> list[int]:
         return [self.read(one, key) for one in self._list(key, value)]
 
-    def _named(self, key: str, value: Any) -> dict[str, int]:
+    def _named(self, key: str, value: Any, inner: Callable[[str, Any], Any] | None = None) -> dict[str, Any]:
         self._must(isinstance(value, dict), key, "an object", value)
         self.keep(*value)
-        return {name: self.read(schema, key) for name, schema in value.items()}
+        return {name: (inner or self._schema)(key, one) for name, one in value.items()}
 
     def _list(self, key: str, value: Any) -> list[Any]:
         self._must(isinstance(value, list) and bool(value), key, "a list of at least one element", value)
@@ -15626,8 +15616,7 @@ class SchemaReader:
         return list(dict.fromkeys(value))
 
     def _needs(self, key: str, value: Any) -> dict[str, list[str]]:
-        self._must(isinstance(value, dict), key, "an object", value)
-        return {name: self._names(key, names) for name, names in value.items()}
+        return self._named(key, value, self._names)
 
     def _enum(self, key: str, value: Any) -> list[Any]:
         self.spend(len(self._list(key, value)) // 8)
@@ -16152,34 +16141,26 @@ class Forms(SchemaReader):
 
     def _exactly_one(self, options: list[int]) -> Form:
         found = []
-        for number, rivals in zip(options, self._rivals(options), strict=True):
-            form = self.form(number)
-            for rival in rivals:
-                if not self.apart(number, rival):
-                    form = self.meet(form, self.form(~rival), "oneOf")
-            found.append(form)
+        for number, rivals in self._rivals(options):
+            near = (self.form(~rival) for rival in rivals if not self._is_empty((number, rival)))
+            found.append(functools.reduce(lambda form, other: self.meet(form, other, "oneOf"), near, self.form(number)))
         return self.union(found)
 
-    def _rivals(self, options: list[int]) -> list[list[int]]:
-        """The other options that each may share a document with, as far as listed values tell: their own, or those of a
+    def _rivals(self, options: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """Each option, and the others that it may share a document with, as far as listed values tell: their own, or those of a
         property that all need."""
         marks = [self._marks(number) for number in options]
-        counts: dict[str | None, int] = {}
-        for name in itertools.chain(*marks):
-            counts[name] = counts.get(name, 0) + 1
+        counts = Counter(itertools.chain(*marks))
         best = max(counts, key=counts.__getitem__, default=None)
         holders: dict[Any, list[int]] = {}
         for i, mark in enumerate(marks):
             for value in mark.get(best, ()):
                 holders.setdefault(value, []).append(i)
         unmarked = [i for i, mark in enumerate(marks) if best not in mark]
-        found = []
         for i, mark in enumerate(marks):
-            shared = (j for value in mark[best] for j in holders[value]) if best in mark else range(len(options))
-            near = dict.fromkeys(itertools.chain(shared, unmarked))
+            near = {*unmarked, *(j for value in mark[best] for j in holders[value])} if best in mark else range(len(options))
             self.spend(len(near) // 4)
-            found.append([options[j] for j in sorted(near) if j != i])
-        return found
+            yield options[i], [options[j] for j in sorted(near) if j != i]
 
     def _marks(self, number: int) -> dict[str | None, frozenset[Any]]:
         """The values that a schema lists for its documents (None) or, if all are objects, for the properties that they need."""
@@ -16192,34 +16173,23 @@ class Forms(SchemaReader):
                  for shape in shapes if isinstance(shape, ObjectShape)]  # fmt: skip
         return {name: frozenset().union(*(own[name] for own in lists)) for name in set.intersection(*map(set, lists))}
 
-    def apart(self, one: int, two: int) -> bool:
-        """True if nothing fits both schemas, as far as a look 4 levels deep tells."""
+    def _is_empty(self, node: Node, depth: int = 0) -> bool:
+        """True if nothing fits all schemas, as far as a look 4 levels deep tells."""
         try:
-            return self._is_empty(self.meet(self.form(one), self.form(two), "oneOf"), 1)
+            return self._is_never(node) or (
+                depth < 4 and all(self._is_impossible(shape, depth + 1) for shape, _ in self.meeting(node)))
         except InvalidRequest:
-            return False  # they cannot be told apart so
-
-    def _is_empty(self, form: Form, depth: int) -> bool:
-        return all(self._is_impossible(shape, depth) for shape, _ in form)
+            return False  # it cannot be told so
 
     def _is_impossible(self, shape: Any, depth: int) -> bool:
         self.spend()
-        nodes: Iterable[Node] = ()
         if isinstance(shape, ArrayShape):
-            nodes = [shape.at(index) or () for index in range(min(shape.low, 8))]
-        elif isinstance(shape, ObjectShape):
-            nodes = [prop.node for prop in shape.named if prop.required]
-        elif isinstance(shape, StringShape):
+            return any(self._is_empty(shape.at(index) or (), depth) for index in range(min(shape.low, 8)))
+        if isinstance(shape, ObjectShape):
+            return any(self._is_empty(prop.node, depth) for prop in shape.named if prop.required)
+        if isinstance(shape, StringShape):
             return self.string(shape) is None
-        elif isinstance(shape, NumberShape):
-            return number_symbol(shape) is None
-        return depth < 4 and any(self._holds_nothing(node, depth + 1) for node in nodes)
-
-    def _holds_nothing(self, node: Node, depth: int) -> bool:
-        try:
-            return self._is_never(node) or self._is_empty(self.meeting(node), depth)
-        except InvalidRequest:
-            return False
+        return isinstance(shape, NumberShape) and number_symbol(shape) is None
 
     # not: what a schema does not allow
 
@@ -16252,6 +16222,8 @@ class Forms(SchemaReader):
         """Schemas of which one holds where a keyword's demand is not met."""
         types = self.TYPES
         objects, arrays = {"type": types["object"]}, {"type": types["array"]}
+        if key in ("items", "additionalProperties") and value == self.free:
+            return
         if key in self.FLIPS:
             kind, other, move = self.FLIPS[key]
             if move + 1 or value:  # nothing is shorter than 0
@@ -16276,9 +16248,8 @@ class Forms(SchemaReader):
                 yield {**arrays, "minItems": i + 1, "prefixItems": [self.free] * i + [~one], "items": self.free}
         elif key == "items" and value == self.never and "prefixItems" in schema:
             yield {**arrays, "minItems": len(schema["prefixItems"]) + 1}
-        elif key == "items" and (value == self.free or "prefixItems" not in schema):
-            if value != self.free:
-                yield {**arrays, "contains": ~value}
+        elif key == "items" and "prefixItems" not in schema:
+            yield {**arrays, "contains": ~value}
         elif key == "contains":
             least, most = schema.get("minContains", 1), schema.get("maxContains")
             if least:
@@ -16317,14 +16288,10 @@ class Forms(SchemaReader):
         return self._fits_array(value, shape) if isinstance(shape, ArrayShape) else self._fits_object(value, shape)
 
     def _fits_array(self, value: list[Any], shape: ArrayShape) -> bool:
-        if shape.unique and len(set(map(comparable, value))) < len(value):
-            return False
-        return self.has_contained(value, shape.contains) and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value))
-
-    def has_contained(self, value: list[Any], wanted: Iterable[tuple[int, int, int | None]]) -> bool:
-        """True if a list holds as many elements that fit each schema as it must and may."""
-        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in wanted)
-        return all(least <= count and (most is None or count <= most) for count, least, most in counts)
+        counts = ((sum(self.fits(one, (number,)) for one in value), least, most) for number, least, most in shape.contains)
+        return ((not shape.unique or len(set(map(comparable, value))) == len(value))
+                and all(least <= count and (most is None or count <= most) for count, least, most in counts)
+                and all(self.fits(one, shape.at(i) or ()) for i, one in enumerate(value)))  # fmt: skip
 
     def _fits_object(self, value: dict[str, Any], shape: ObjectShape) -> bool:
         return (all(prop.name in value for prop in shape.named if prop.required)
@@ -16346,18 +16313,12 @@ def lower(one: Any, two: Any) -> Any:
     return min(bounds, key=lambda bound: (bound[0], not bound[1]) if isinstance(bound, tuple) else bound, default=None)
 
 
-def higher(one: Any, two: Any) -> Any:
-    return max((bound for bound in (one, two) if bound is not None), default=None)
-
-
-def added(one: tuple[Any, ...], two: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(dict.fromkeys(one + two)) if one and two else one or two
-
-
-JOINS: dict[str, Callable[[Any, Any], Any]] = {
-    "low": higher, "high": lower, "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
+JOINS: dict[str, Callable[[Any, Any], Any]] = {  # by field
+    "low": lambda one, two: max((bound for bound in (one, two) if bound is not None), default=None), "high": lower,
+    "texts": lambda one, two: intersection([one, two]), "excluded": frozenset.union,
     **dict.fromkeys(("whole", "unique", "closed", "is_rest_said", "is_low_said", "why"), lambda one, two: one or two),
-    **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"), added)}  # fmt: skip
+    **dict.fromkeys(("multiples", "not_multiples", "contains", "some", "wanted"),
+                    lambda one, two: tuple(dict.fromkeys(one + two)))}  # fmt: skip
 
 
 def joined_shape(one: Any, two: Any) -> Any:
@@ -16408,17 +16369,15 @@ class SchemaShapes(Forms):
         if isinstance(shape, Listed):
             self.spend(len(shape.values) // 8)
             yield from (Constant(self.json(value)) for value in shape.values.values())
-            return
-        if isinstance(shape, (ArrayShape, ObjectShape)):
-            if shape.why:
-                raise self.refuse(shape.why)
-            if shape.high is not None and shape.low > shape.high:
-                what = "Items" if isinstance(shape, ArrayShape) else "Properties"
-                self.dead_end = f"min{what} {shape.low} is more than max{what} {shape.high}"
-                return
+        elif isinstance(shape, (StringShape, NumberShape)):
+            yield shape
+        elif shape.why:
+            raise self.refuse(shape.why)
+        elif shape.high is not None and shape.low > shape.high:
+            what = "Items" if isinstance(shape, ArrayShape) else "Properties"
+            self.dead_end = f"min{what} {shape.low} is more than max{what} {shape.high}"
+        else:
             yield from [self._array_written(shape)] if isinstance(shape, ArrayShape) else self._object_written(shape)
-            return
-        yield shape
 
     json = staticmethod(json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode)
 
@@ -16447,8 +16406,10 @@ class SchemaShapes(Forms):
             if any(prop.required and not prop.said for prop in named.values()):
                 return
             named = {name: prop for name, prop in named.items() if prop.said}
-        properties = [Property(name, prop.node if self.fits(name, shape.names) else (self.never,),
-                               prop.required or name in shape.wanted) for name, prop in named.items()]  # fmt: skip
+        properties = list(named.values())
+        if shape.names or shape.wanted:
+            properties = [Property(prop.name, prop.node if self.fits(prop.name, shape.names) else (self.never,),
+                                   prop.required or prop.name in shape.wanted) for prop in properties]  # fmt: skip
         self.spend(len(properties) // 4)
         unnamed = list[tuple[StringShape, Node]]()
         for (names, node), wanted in itertools.product(kinds, choice):
@@ -16494,8 +16455,12 @@ class Json(Symbol):
 def read_json(text: str, param: str) -> Symbol:
     """The documents of a schema. Raises InvalidRequest naming the keyword at fault."""
     shapes = SchemaShapes(param, json.loads(text))
-    with shapes.errors_named():
+    try:
         return Documents(shapes).root()
+    except InvalidRequest as error:  # strings and numbers know no field
+        raise error if error.param else shapes.refuse(str(error)) from None
+    except RecursionError:
+        raise shapes.refuse("the schema is nested too deep") from None
 
 
 Position = tuple[int, tuple[int, ...]]  # of an array: elements read, and how many fit each schema of contains
@@ -16718,6 +16683,8 @@ class Documents:
         """A value and what follows it, so that the whole is none of those taken: `heads` maps the values that those have here
         to the rest of them."""
         unique = isinstance(after, Elements) and after.shape.unique
+        if not heads and not unique:
+            return [(Value(self, node), after)]
         found, seen = list[Symbols](), after.seen if unique else frozenset()
         for value, rest in heads.items():
             same = replace(after, alike=frozenset(rest), **({"seen": seen | {value}} if unique else {}))
@@ -16804,11 +16771,10 @@ class Members(Part):
                 break
             alike = frozenset(one for one in alike if prop.name not in one) if alike else alike
         else:
-            here = replace(self, at=min(next_block, len(shape.named)), alike=alike)
             if next_block < len(shape.named):
-                found.append((here,))
+                found.append((replace(self, at=next_block, alike=alike),))
             else:
-                found += here._unnamed()
+                found += replace(self, at=len(shape.named), alike=alike)._unnamed() if shape.unnamed else []
                 if self.count >= shape.low and Fields() not in alike:
                     texts[b"}"] = ()
         return [any_text(texts), *found] if texts else found
@@ -17200,8 +17166,7 @@ def anything_but(marker: str) -> Symbol:
 
 def char_but(chars: str) -> OneChar:
     """Any character without some."""
-    gaps = itertools.pairwise((-1, *sorted(map(ord, chars)), 0x110000))
-    return OneChar(tuple((low + 1, high - 1) for low, high in gaps if low + 1 < high))
+    return OneChar(others(merged((ord(char), ord(char)) for char in chars)))
 
 
 # ── F. Pull ───────────────────────────────────────────────────────────────────────────────────────────────────────────
