@@ -2261,26 +2261,15 @@ def _position(word: str, text: str, start: int) -> int:
 
 @functools.lru_cache(maxsize=16)
 def compiled_template(source: str) -> Any:
-    """A template ready to render; the last few are kept."""
-    return chat_environment().from_string(source)
+    """A template ready to render; the last few are kept. `{% generation %}` marks training spans, and is its body here."""
+    source = re.sub(r"(\{%[-+]?\s*)generation\b", r"\1if true", source)
+    return chat_environment().from_string(re.sub(r"(\{%[-+]?\s*)endgeneration\b", r"\1endif", source))
 
 
 @functools.cache
 def chat_environment() -> Any:
     """The sandboxed jinja2 environment chat templates are written for: Hugging Face's renderer (apply_chat_template)."""
-    import jinja2.ext
-    import jinja2.nodes
     import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks training spans; when rendering it is its body."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            next(parser.stream)
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body)
 
     def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
                sort_keys: bool = False) -> str:  # fmt: skip
@@ -2295,9 +2284,7 @@ def chat_environment() -> Any:
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
             return (type(obj) is list and attr in ("append", "pop")) or super().is_safe_attribute(obj, attr, value)
 
-    environment = Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
-    )
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: time.strftime(form)
@@ -15233,8 +15220,6 @@ class ChatParser(Parser):
         self._format, self._schemas, self._hidden = format, schemas, hidden
         openings = [mark for call in format.calls for mark in call.marks] if schemas else []
         self._openings = tuple(filter(None, openings))
-        self._marks = tuple(sorted({*self._openings, *format.drops}, key=len, reverse=True))
-        self._mark = re.compile("|".join(map(re.escape, self._marks)) or r"(?!)")
         self._unmarked = "" in openings  # Llama 3: an answer that is a call has no marker
         self._logprobs = Alignment(hidden)
         self.buffer = ""
@@ -15310,7 +15295,7 @@ class ChatParser(Parser):
     # From here on generators: each `yield` waits for more text
 
     def _answer(self) -> Reading:
-        if self._thinking or (yield from self._thought_begins(self._continued)):
+        if self._thinking or (not self._continued and (yield from self._thought_begins())):
             yield from self._thought()
         if self._unmarked and not self._continued:
             while not self.buffer.strip() and not self.reason:
@@ -15319,11 +15304,25 @@ class ChatParser(Parser):
         while self.buffer or not self.reason:
             yield from self._content()
 
-    def _thought_begins(self, begun: bool = False) -> Reading:
-        """Whether a thought's opening marker comes next, where nothing else has `begun`; takes that and the white space
-        before it."""
+    def _up_to(self, marks: Seq[str], tell: Callable[[str], None]) -> Reading:
+        """Tells text up to the first of some marks, which it returns; "" at the end of the text."""
+        mark = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or r"(?!)")
+        while True:
+            found = mark.search(self.buffer)
+            held = held_back(self.buffer, marks) if not self.reason or self._drops_a_cut_mark else 0
+            if found and (self.reason or found.start() < len(self.buffer) - held):  # else it may become a longer one
+                tell(self._take(found.start()))
+                return found[0]
+            tell(self._take(len(self.buffer) - held))
+            if self.reason:
+                self.drop(held)
+                return ""
+            yield
+
+    def _thought_begins(self) -> Reading:
+        """Whether a thought's opening marker comes next; takes that and the white space before it."""
         opens, closes = self._format.thought
-        while not begun:
+        while True:
             first = self.buffer.lstrip()
             found = next((m for m in (opens, closes) if first.startswith(m)), "")
             if found:
@@ -15333,9 +15332,8 @@ class ChatParser(Parser):
             is_half = any(m.startswith(first) for m in self._format.thought)
             if self.reason or not is_half:
                 self.drop(len(self.buffer) if is_half and self._drops_a_cut_mark else 0)
-                break
+                return False
             yield
-        return False
 
     def _thought(self) -> Reading:
         """A thought up to its closing marker, without the line breaks before it."""
@@ -15344,20 +15342,15 @@ class ChatParser(Parser):
         while not self.buffer.strip("\n") and not self.reason:
             yield
         self._take(len(self.buffer) - len(self.buffer.lstrip("\n")))  # a token may go on with text
-        while True:
-            marks = (closes, *(() if self.calls else self._openings))
-            at, mark = min(((at, mark) for mark in marks if (at := self.buffer.find(mark)) >= 0), default=(-1, ""))
-            size = at if at >= 0 else len(self.buffer) - (0 if self.reason else held_back(self.buffer, marks))
-            if size:
-                self._emit(Thought(self.index, self._take(size)))
+        while mark := (yield from self._up_to((closes, *(() if self.calls else self._openings)), self._think)):
             if mark == closes:
-                self.drop(len(closes))
-            if mark == closes or (self.reason and not mark):
+                return self.drop(len(closes))
+            if (yield from self._call_in_thought()):
                 return
-            if not mark:
-                yield
-            elif (yield from self._call_in_thought()):
-                return
+
+    def _think(self, text: str) -> None:
+        if text:
+            self._emit(Thought(self.index, text))
 
     def _call_in_thought(self) -> Reading:
         """Takes calls with which the text ends, although the thought that they stand in does not (Qwen 3 and 3.5 do that);
@@ -15385,18 +15378,8 @@ class ChatParser(Parser):
 
     def _content(self) -> Reading:
         """Content up to the next marker, and the call that it begins."""
-        found = self._mark.search(self.buffer)
-        at, mark = (found.start(), found[0]) if found else (-1, "")
-        held = held_back(self.buffer, self._marks) if not self.reason or self._drops_a_cut_mark else 0
-        if at < 0 or (at >= len(self.buffer) - held and not self.reason):  # none yet, or one that may become a longer one
-            self._say(self._take(len(self.buffer) - held))
-            if self.reason:
-                self.drop(held)
-            else:
-                yield
-            return
-        self._say(self._take(at))
-        if mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops):
+        mark = yield from self._up_to((*self._openings, *self._format.drops), self._say)
+        if not mark or (mark in self._openings and ((yield from self._call(mark)) or mark not in self._format.drops)):
             return
         self.drop(len(mark))
         self._trim = self._trim or not self._begun
